@@ -1,0 +1,88 @@
+# Every target that runs Python sets the environment up first; nothing else is needed.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+# cpu: vLLM's CPU build. gpu: the CUDA build.
+EXTRA ?= cpu
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+INSTALLED := $(VENV)/.installed-$(EXTRA)
+RPC := services/rpc
+
+.PHONY: help
+help: ## Show this help
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
+	  || { echo "Python 3.11 is needed: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "Installing the dependencies into $(VENV); this takes two to four minutes the first time"
+	@$(PY) -m pip install --quiet --progress-bar off -e '.[$(EXTRA),dev]' \
+	  || { echo "The CPU build of vLLM needs PyTorch's CPU wheels (torch 2.13.0+cpu): see README.md, Set-up" >&2; exit 1; }
+ifeq ($(EXTRA),cpu)
+	@# These three come along from the default index, do not match the CPU build of torch,
+	@# and then break `import transformers`. Nothing here uses them.
+	@$(PY) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+endif
+	@touch $@
+
+.PHONY: setup
+setup: $(INSTALLED) ## Create .venv and install everything (EXTRA=gpu for the CUDA build)
+
+.PHONY: demo
+demo: $(INSTALLED) ## Ask long questions over HTTP and gRPC, pruned and dense
+	@$(PY) -m specprefill.demo
+
+.PHONY: serve
+serve: $(INSTALLED) ## Serve the demo pair on this machine until Ctrl-C
+	@$(BIN)/specprefill serve cluster/local.yaml
+
+.PHONY: test
+test: $(INSTALLED) ## Run every test: unit, contract, integration, end to end
+	@$(PY) -m pytest
+
+.PHONY: test-unit
+test-unit: $(INSTALLED) ## Run the fast tests only
+	@$(PY) -m pytest tests/unit
+
+.PHONY: check
+check: $(INSTALLED) ## Format, lint, dead code, types, import contracts, generated stubs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/vulture
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	@$(MAKE) --no-print-directory proto-check
+
+.PHONY: format
+format: $(INSTALLED) ## Format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+PROTO_SOURCES = $(shell find proto -name '*.proto')
+PROTOC = $(PY) -m grpc_tools.protoc -I specprefill/rpc=proto
+
+.PHONY: proto
+proto: $(INSTALLED) ## Generate the gRPC stubs again
+	$(PROTOC) --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTO_SOURCES)
+
+.PHONY: proto-check
+proto-check: $(INSTALLED) ## Fail if the committed stubs differ from proto/
+	@echo TODO
+
+.PHONY: models
+models: $(INSTALLED) ## Train the demo pair again (an hour or two on a CPU, minutes on a GPU)
+	@$(PY) models/train.py
+
+.PHONY: bench-ttft
+bench-ttft: $(INSTALLED) ## Time to first token, dense and pruned, at 1k, 4k and 8k tokens
+	@$(PY) -m specprefill.bench.ttft
+
+.PHONY: clean
+clean: ## Remove what was built (.venv and models/ stay)
+	rm -rf out build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,116 @@
+"""The composition root: configuration in, a Ray Serve application out.
+
+A deployment file names it (`import_path: specprefill.app:build`); Serve validates `args`
+against `AppConfig` and calls `build` on the cluster.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray import serve
+
+from .config import AppConfig, EngineConfig, SpeculatorConfig
+from .decode.replica import DecodeReplica
+from .engine.platform import ENV_SWITCH
+from .gateway.replica import GatewayReplica
+from .prefill.replica import PrefillReplica
+from .speculator.replica import SpeculatorReplica
+
+DRAIN_MARGIN_S = 10.0  # beyond the longest request
+HEALTH_CHECK_PERIOD_S = 3.0
+HEALTH_CHECK_TIMEOUT_S = 30.0  # a step of a long prefill may hold the engine that long
+GATEWAY_ONGOING, GATEWAY_QUEUED = 512, 512
+SPECULATOR_ONGOING, SPECULATOR_QUEUED = 64, 256
+ENGINE_ONGOING, ENGINE_QUEUED = 256, 512
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What one replica takes of the cluster."""
+
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+    bundles: tuple[dict[str, float], ...] = field(default=())
+
+    def options(self) -> dict[str, Any]:
+        """As options of a Serve deployment."""
+        actor: dict[str, Any] = {"num_cpus": self.num_cpus}
+        if not self.bundles:
+            return {"ray_actor_options": {**actor, "num_gpus": self.num_gpus}}
+        return {
+            "ray_actor_options": actor,  # the workers take the bundles' GPUs
+            "placement_group_bundles": list(self.bundles),
+            "placement_group_strategy": "PACK",
+        }
+
+
+def engine_placement(engine: EngineConfig, *, gpus: bool) -> Placement:
+    """Where an engine's workers go: on one node, or one bundle each where they may spread."""
+    workers = engine.tensor_parallel_size * engine.pipeline_parallel_size
+    if not gpus:
+        return Placement(num_cpus=float(engine.cpu_threads * workers))
+    spread = engine.executor == "ray" or (
+        engine.executor == "auto" and engine.pipeline_parallel_size > 1
+    )
+    if spread and workers > 1:
+        return Placement(bundles=tuple({"CPU": 1.0, "GPU": 1.0} for _ in range(workers)))
+    return Placement(num_gpus=float(workers))
+
+
+def speculator_placement(speculator: SpeculatorConfig, *, gpus: bool) -> Placement:
+    """One GPU where there are any, unless the configuration says CPU."""
+    if gpus and speculator.device != "cpu":
+        return Placement(num_gpus=1.0)
+    return Placement(num_cpus=float(speculator.threads))
+
+
+def build(args: AppConfig) -> serve.Application:
+    """Four deployments: Gateway (ingress), Speculator, Prefill, Decode."""
+    gpus = os.environ.get(ENV_SWITCH) != "1"
+    drain_s = args.gateway.request_timeout_s + DRAIN_MARGIN_S
+    config_json = args.model_dump_json()
+
+    def pool(replica: type, name: str, ongoing: int, queued: int, place: Placement) -> Any:
+        return serve.deployment(
+            replica,
+            name=name,
+            max_ongoing_requests=ongoing,
+            max_queued_requests=queued,
+            graceful_shutdown_timeout_s=drain_s,
+            graceful_shutdown_wait_loop_s=0.5,
+            health_check_period_s=HEALTH_CHECK_PERIOD_S,
+            health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+            **place.options(),
+        )
+
+    speculator = pool(
+        SpeculatorReplica,
+        "Speculator",
+        SPECULATOR_ONGOING,
+        SPECULATOR_QUEUED,
+        speculator_placement(args.speculator, gpus=gpus),
+    )
+    prefill = pool(
+        PrefillReplica,
+        "Prefill",
+        ENGINE_ONGOING,
+        ENGINE_QUEUED,
+        engine_placement(args.prefill, gpus=gpus),
+    )
+    decode = pool(
+        DecodeReplica,
+        "Decode",
+        ENGINE_ONGOING,
+        ENGINE_QUEUED,
+        engine_placement(args.decode, gpus=gpus),
+    )
+    gateway = pool(GatewayReplica, "Gateway", GATEWAY_ONGOING, GATEWAY_QUEUED, Placement())
+    return gateway.bind(
+        config_json,
+        speculator.bind(config_json),
+        prefill.bind(config_json),
+        decode.bind(config_json),
+    )

@@ -1,0 +1,57 @@
+"""The `specprefill` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import __version__, cli_ask, cli_serve
+
+OK, FAILED, MISUSED = 0, 1, 2
+
+_EXAMPLES = """\
+examples:
+  specprefill serve cluster/local.yaml              serve the demo pair on this machine
+  specprefill ask --prompt-file report.txt "Who signed the contract?"
+  specprefill score --keep 0.1 --prompt-file report.txt "Who signed the contract?"
+  specprefill status
+
+exit codes: 0 done, 1 failed, 2 misused (bad arguments or a bad deployment file)
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every command with its options."""
+    root = argparse.ArgumentParser(
+        prog="specprefill",
+        description="Disaggregated speculative prefill on Ray Serve: "
+        "long prompts, fast first tokens.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    root.add_argument("--version", action="version", version=f"specprefill {__version__}")
+    commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    cli_serve.add_commands(commands)
+    cli_ask.add_commands(commands)
+    return root
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns its exit code; argparse exits with 2 on bad arguments."""
+    args = parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+    except cli_serve.Misused as error:
+        print(error, file=sys.stderr)
+        return MISUSED
+    except (cli_serve.Failed, cli_ask.Failed) as error:
+        print(f"specprefill: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        return FAILED
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

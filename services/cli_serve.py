@@ -1,0 +1,215 @@
+"""`specprefill serve | deploy | check | status`: deployment files and clusters."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from .cluster import (
+    DASHBOARD_URL,
+    DeploymentFailed,
+    LocalRay,
+    ServeApi,
+    Snapshot,
+    port_in_use,
+)
+from .deployment_file import DeploymentFile, InvalidFile, Loaded, load
+
+START_TIMEOUT_S = 600.0
+
+
+class Failed(Exception):
+    """The command could not do its work."""
+
+
+class Misused(Exception):
+    """The command was asked for something that cannot be right."""
+
+
+def add_commands(commands: Any) -> None:
+    """Register this module's commands with the parser."""
+    _add_serve(commands)
+    _add_deploy(commands)
+    check = commands.add_parser(
+        "check",
+        help="check a deployment file",
+        description="Check a deployment file: every key, every value. Deploys nothing.",
+    )
+    _add_file(check)
+    check.set_defaults(run=run_check)
+    status = commands.add_parser(
+        "status",
+        help="show the pools and their replicas",
+        description="Show every pool of a running cluster. Exits 1 unless all are healthy.",
+    )
+    _add_dashboard(status)
+    status.set_defaults(run=run_status)
+
+
+def _add_serve(commands: Any) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="serve a deployment file on this machine",
+        description="Start a Ray of its own on this machine, deploy FILE on it, wait until "
+        "every pool is healthy, and serve until Ctrl-C or SIGTERM; then stop everything.",
+    )
+    _add_file(serve)
+    serve.add_argument(
+        "--timeout", type=float, default=START_TIMEOUT_S, metavar="S",
+        help="seconds to wait until all pools are healthy (default: %(default)g)",
+    )  # fmt: skip
+    serve.set_defaults(run=run_serve)
+
+
+def _add_deploy(commands: Any) -> None:
+    deploy = commands.add_parser(
+        "deploy",
+        help="deploy a file onto a running Ray cluster",
+        description="Check FILE, deploy it through a running cluster's dashboard, and wait "
+        "until every pool is healthy. The cluster goes on serving.",
+    )
+    _add_file(deploy)
+    _add_dashboard(deploy)
+    deploy.add_argument(
+        "--timeout", type=float, default=START_TIMEOUT_S, metavar="S",
+        help="seconds to wait until all pools are healthy (default: %(default)g)",
+    )  # fmt: skip
+    deploy.set_defaults(run=run_deploy)
+
+
+def _add_file(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "file", type=Path, metavar="FILE", help="a deployment file, e.g. cluster/local.yaml"
+    )
+
+
+def _add_dashboard(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--address", metavar="URL",
+        default=os.environ.get("RAY_DASHBOARD_ADDRESS", DASHBOARD_URL),
+        help="the cluster's dashboard (default: RAY_DASHBOARD_ADDRESS, or %(default)s)",
+    )  # fmt: skip
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Say that a file is right, or every fault in it."""
+    loaded = _load(args.file)
+    names = ", ".join(application.name for application in loaded.file.applications)
+    print(f"{args.file}: fine ({names})")
+    return 0
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """A local Ray, the application, and a wait for the signal to stop."""
+    loaded = _load(args.file)
+    _refuse_taken_ports(loaded.file)
+    tell = Progress()
+    tell("starting Ray on this machine")
+    stop = threading.Event()
+    with LocalRay() as ray:
+        _stop_on_signals(stop)
+        api = ServeApi(ray.dashboard_url)
+        tell(f"deploying {args.file} (dashboard {ray.dashboard_url})")
+        _deploy(api, loaded, args.timeout, tell)
+        tell("ready")
+        print(how_to_call(loaded.file, ray.dashboard_url), flush=True)
+        stop.wait()
+        tell("stopping")
+    tell("stopped")
+    return 0
+
+
+def run_deploy(args: argparse.Namespace) -> int:
+    """Deploy onto a cluster that runs already."""
+    loaded = _load(args.file)
+    tell = Progress()
+    tell(f"deploying {args.file} to {args.address}")
+    _deploy(_api(args.address), loaded, args.timeout, tell)
+    tell("ready")
+    print(how_to_call(loaded.file, args.address))
+    return 0
+
+
+def run_status(args: argparse.Namespace) -> int:
+    """Print the pools."""
+    snapshot = _api(args.address).snapshot()
+    print(status_text(snapshot))
+    return 0 if snapshot.healthy else 1
+
+
+def status_text(snapshot: Snapshot) -> str:
+    """Applications and their pools, a line each."""
+    if not snapshot.applications:
+        return "nothing is deployed"
+    lines = []
+    for name, status in snapshot.applications.items():
+        lines.append(f"{name}: {status.lower()}")
+        lines += [f"  {pool.line()}" for pool in snapshot.pools if pool.application == name]
+        if snapshot.messages[name]:
+            lines.append(f"  {snapshot.messages[name]}")
+    return "\n".join(lines)
+
+
+class Progress:
+    """Lines with the seconds since the command began."""
+
+    def __init__(self) -> None:
+        self._started_s = time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        print(f"[{time.monotonic() - self._started_s:5.0f} s] {line}", flush=True)
+
+
+def how_to_call(file: DeploymentFile, dashboard_url: str) -> str:
+    """The endpoints, and a first call to each."""
+    http, grpc = file.http_options, file.grpc_options
+    base = f"http://{http.host}:{http.port}"
+    model = file.applications[0].args.model.served_name
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    return f"""
+  HTTP (OpenAI API)  {base}/v1
+  gRPC               127.0.0.1:{grpc.port}  service specprefill.v1.SpecPrefill
+  dashboard          {dashboard_url}
+
+  specprefill ask --http {base} --prompt-file FILE "QUESTION"
+  curl {base}/v1/chat/completions -H 'content-type: application/json' -d '{body}'
+  RAY_AUTH_MODE=token specprefill status --address {dashboard_url}
+"""
+
+
+def _load(path: Path) -> Loaded:
+    try:
+        return load(path)
+    except InvalidFile as error:
+        raise Misused(str(error)) from error
+
+
+def _refuse_taken_ports(file: DeploymentFile) -> None:
+    for key, port in (("http_options", file.http_options.port), ("grpc_options", file.grpc_options.port)):
+        if port_in_use("127.0.0.1", port):
+            raise Failed(f"{key}.port: {port} is in use; stop what listens there or choose another")
+
+
+def _deploy(api: ServeApi, loaded: Loaded, timeout_s: float, tell: Progress) -> None:
+    try:
+        api.deploy(loaded.raw)
+        api.wait_healthy(timeout_s, tell)
+    except (DeploymentFailed, RuntimeError) as error:  # RuntimeError: the REST API's refusal
+        raise Failed(str(error)) from error
+
+
+def _api(address: str) -> ServeApi:
+    try:
+        return ServeApi(address)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise Failed(f"no Ray dashboard at {address}: {error}") from error
+
+
+def _stop_on_signals(stop: threading.Event) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())

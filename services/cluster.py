@@ -1,0 +1,199 @@
+"""A local Ray for one program, and Serve's own REST API on any Ray.
+
+`RAY_AUTH_MODE` is always set here: left alone, Ray turns token authentication on for a new
+local cluster and off for whoever talks to it from another shell.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+DASHBOARD_URL = "http://127.0.0.1:8265"
+POLL_S = 1.0
+OBJECT_STORE_BYTES = 256 << 20  # nothing large travels through it
+_MAX_FAULT_LINES = 12
+
+
+class DeploymentFailed(Exception):
+    """The application did not become healthy; the message says which part, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolState:
+    """One deployment as Serve sees it."""
+
+    application: str
+    name: str
+    status: str  # HEALTHY, UPDATING, UPSCALING, UNHEALTHY, ...
+    running: int
+    target: int
+    message: str
+
+    @property
+    def healthy(self) -> bool:
+        return self.status == "HEALTHY" and self.running >= self.target
+
+    def line(self) -> str:
+        """One line for a person."""
+        return f"{self.name:<11} {self.status.lower():<11} {self.running} of {self.target} replicas"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Every application on a cluster."""
+
+    pools: tuple[PoolState, ...]
+    applications: Mapping[str, str]  # name -> status
+    messages: Mapping[str, str]  # name -> why it is not running
+
+    @property
+    def healthy(self) -> bool:
+        running = all(status == "RUNNING" for status in self.applications.values())
+        return bool(self.applications) and running and all(pool.healthy for pool in self.pools)
+
+    def failure(self) -> str | None:
+        """Why this will not become healthy by waiting, or None."""
+        for name, status in self.applications.items():
+            if status in {"DEPLOY_FAILED", "UNHEALTHY"}:
+                return f"{name}: {_last_lines(self.messages[name])}"
+        for pool in self.pools:
+            if "failed to start" in pool.message:
+                return f"{pool.name}: {_last_lines(pool.message)}"
+        return None
+
+
+def set_auth_mode() -> None:
+    """Token authentication unless the environment says otherwise; before Ray is imported."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+class LocalRay:
+    """One node in this process's care: it ends with the `with` block."""
+
+    def __init__(self, num_cpus: int | None = None) -> None:
+        self._num_cpus = num_cpus
+        self.dashboard_url = ""
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Start a head node with a dashboard on a free port."""
+        set_auth_mode()
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        import ray
+
+        context = ray.init(
+            address="local",
+            num_cpus=self._num_cpus,
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+        self.dashboard_url = f"http://{context.dashboard_url}"
+
+    def close(self) -> None:
+        """Drain the replicas, then stop the node. Idempotent."""
+        import ray
+        from ray import serve
+
+        if ray.is_initialized():
+            serve.shutdown()
+            ray.shutdown()
+
+
+class ServeApi:
+    """Serve's REST API on a running Ray."""
+
+    def __init__(self, dashboard_url: str) -> None:
+        set_auth_mode()
+        from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+        self._client = ServeSubmissionClient(dashboard_url)
+
+    def deploy(self, raw: Mapping[str, Any]) -> None:
+        """Make the cluster run exactly the applications of a deployment file."""
+        self._client.deploy_applications(dict(raw))
+
+    def snapshot(self) -> Snapshot:
+        """What runs now."""
+        return snapshot_of(self._client.get_serve_details())
+
+    def wait_healthy(self, timeout_s: float, tell: Callable[[str], None]) -> Snapshot:
+        """Poll until every pool is healthy, telling each change. Raises DeploymentFailed."""
+        give_up_s = time.monotonic() + timeout_s
+        told: set[str] = set()
+        while True:
+            now = self.snapshot()
+            lines = [pool.line() for pool in now.pools]
+            for line in lines:
+                if line not in told:
+                    tell(line)
+            told = set(lines)
+            failure = now.failure()
+            if failure is not None:
+                raise DeploymentFailed(failure)
+            if now.healthy:
+                return now
+            if time.monotonic() > give_up_s:
+                raise DeploymentFailed(f"not healthy within {timeout_s:g} s: " + "; ".join(lines))
+            time.sleep(POLL_S)
+
+
+def snapshot_of(details: Mapping[str, Any]) -> Snapshot:
+    """Serve's own answer as a snapshot."""
+    applications = details.get("applications", {})
+    pools = [
+        PoolState(
+            application=app_name,
+            name=name,
+            status=deployment["status"],
+            running=sum(replica["state"] == "RUNNING" for replica in deployment["replicas"]),
+            target=deployment["target_num_replicas"],
+            message=deployment["message"],
+        )
+        for app_name, application in applications.items()
+        for name, deployment in application["deployments"].items()
+    ]
+    return Snapshot(
+        tuple(pools),
+        {name: application["status"] for name, application in applications.items()},
+        {name: application["message"] for name, application in applications.items()},
+    )
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def port_in_use(host: str, port: int) -> bool:
+    """True when somebody listens there."""
+    with socket.socket() as probe:
+        probe.settimeout(0.5)
+        return probe.connect_ex((host, port)) == 0
+
+
+def _last_lines(message: str) -> str:
+    """A traceback's end, which is where the reason stands."""
+    lines = [line for line in message.splitlines() if line.strip()]
+    return "\n".join(lines[-_MAX_FAULT_LINES:])

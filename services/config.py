@@ -1,0 +1,124 @@
+"""The deployment's configuration: the `args` of a Serve application, validated.
+
+Serve ignores unknown YAML keys in silence; these models refuse them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+Rate = Annotated[float, Field(gt=0.0, le=1.0)]
+Seconds = Annotated[float, Field(gt=0.0)]
+
+
+class Strict(BaseModel):
+    """Frozen, and an unknown field is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class MainModel(Strict):
+    """The model that answers. Prefill and decode load the same one."""
+
+    path: str  # a folder or a hub name
+    name: str | None = None  # the name clients use; the path if absent
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    load_format: Literal["auto", "dummy"] = "auto"  # dummy: random weights, for benchmarks
+    max_model_len: PositiveInt | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def served_name(self) -> str:
+        return self.name if self.name is not None else self.path
+
+
+class SpeculatorConfig(Strict):
+    """The small model that chooses which tokens matter."""
+
+    path: str
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: PositiveInt = 1  # intra-op threads on a CPU
+    random_weights: bool = False  # for benchmarks
+    prefill_chunk_tokens: PositiveInt = 2048  # bounds the memory of a long prompt
+    max_batch: PositiveInt = 8
+    max_wait_s: Annotated[float, Field(ge=0.0)] = 0.002  # to fill a batch
+    look_ahead: PositiveInt = 8  # the last prompt token's query plus look_ahead - 1 generated
+    timeout_s: Seconds = 10.0  # later, the prompt is prefilled dense
+
+
+class SelectionConfig(Strict):
+    """How much of a prompt is kept, and what always is."""
+
+    enabled: bool = True  # False: prune only when a request asks
+    keep: Rate = 0.3  # default keep rate
+    min_prompt_tokens: PositiveInt = 1024  # shorter prompts are prefilled dense
+    min_kept_tokens: PositiveInt = 256  # absolute floor under any keep rate
+    chunk_tokens: PositiveInt = 32
+    pool_tokens: PositiveInt = 13
+    sink_tokens: PositiveInt = 4  # the first tokens: the attention sink
+    tail_tokens: PositiveInt = 64  # the last tokens of the last user turn: the query
+
+
+class EngineConfig(Strict):
+    """One vLLM engine. `engine_args` passes any other argument of vLLM's AsyncEngineArgs."""
+
+    tensor_parallel_size: PositiveInt = 1
+    pipeline_parallel_size: PositiveInt = 1
+    executor: Literal["auto", "uni", "mp", "ray"] = "auto"
+    block_size: PositiveInt | None = None
+    kv_cache_memory_bytes: PositiveInt | None = None
+    max_num_seqs: PositiveInt | None = None
+    max_num_batched_tokens: PositiveInt | None = None
+    enforce_eager: bool = False
+    enable_prefix_caching: bool = True
+    cpu_threads: PositiveInt = 1
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+
+
+class KvConfig(Strict):
+    """The KV hand-off between prefill and decode workers."""
+
+    host: str | None = None  # address the prefill workers listen on; the node's own if absent
+    lease_s: Seconds = 30.0  # a lease nobody pulls is dropped after this time
+    max_held_bytes: PositiveInt = 4 << 30  # per worker; a prefill beyond it hands nothing over
+    pull_timeout_s: Seconds = 20.0
+    on_failure: Literal["recompute", "fail"] = "recompute"
+
+
+class GatewayConfig(Strict):
+    """The OpenAI-compatible and gRPC front."""
+
+    request_timeout_s: Seconds = 300.0
+    max_body_bytes: PositiveInt = 32 << 20
+    api_keys: tuple[str, ...] = ()  # any of them is accepted; none: no authentication
+    vllm_args: tuple[str, ...] = ()  # more arguments of `vllm serve`'s front, e.g. a tool parser
+
+
+class AppConfig(Strict):
+    """Everything `specprefill.app:build` needs."""
+
+    model: MainModel
+    speculator: SpeculatorConfig
+    selection: SelectionConfig = SelectionConfig()
+    prefill: EngineConfig = EngineConfig()
+    decode: EngineConfig = EngineConfig()
+    kv: KvConfig = KvConfig()
+    gateway: GatewayConfig = GatewayConfig()
+
+
+def local_path(path: str) -> str:
+    """A model path as this machine knows it: itself, below the source tree, or a hub name.
+
+    The shipped models lie beside the package in a source checkout, and Serve replicas do
+    not run in the checkout's folder, so a relative path is looked up there too.
+    """
+    if Path(path).exists():
+        return str(Path(path).resolve())
+    beside = Path(__file__).resolve().parent.parent / path
+    return str(beside) if beside.exists() else path

@@ -1,0 +1,42 @@
+"""A decode engine as a Serve replica: bytes in, a stream of bytes out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import ray
+
+from ..config import AppConfig
+from ..engine.args import Role, engine_args
+from ..engine.engine import Engine
+from ..types import Prefilled, Request, Selection
+from ..wire import pack, unpack
+from .service import DecodeService
+
+
+class DecodeReplica:
+    """Serve awaits the constructor, checks the health, and calls `__del__` after draining."""
+
+    async def __init__(self, config_json: str) -> None:  # type: ignore[misc]
+        config = AppConfig.model_validate_json(config_json)
+        host = config.kv.host or ray.util.get_node_ip_address()
+        args = engine_args(config.model, config.decode, config.kv, Role.DECODE, host)
+        self._service = DecodeService(Engine(args, cpu_threads=config.decode.cpu_threads))
+        await self._service.start()
+
+    async def __del__(self) -> None:
+        await self._service.close()
+
+    async def decode(self, payload: bytes) -> AsyncIterator[bytes]:
+        """`(Request, Selection, Prefilled, timeout_s)` -> a stream of Decoded."""
+        kind = tuple[Request, Selection, Prefilled, float]
+        request, selection, prefilled, timeout_s = unpack(payload, kind)
+        steps = self._service.decode(request, selection, prefilled, timeout_s)
+        async with aclosing(steps) as stream:  # type: ignore[type-var]
+            async for step in stream:
+                yield pack(step)
+
+    async def check_health(self) -> None:
+        """Raises Unavailable when the engine process is dead."""
+        await self._service.check_health()

@@ -1,0 +1,158 @@
+"""One decode engine: pulls the KV by its ticket and streams the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any, Self
+
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from ..engine.engine import Engine, map_engine_errors
+from ..engine.handoff_scheduler import CONSUME
+from ..engine.outputs import chunk_of, sampling_params
+from ..engine.params import FIRST_TOKEN, KV_TRANSFER, POSITIONS
+from ..errors import DeadlineExceeded, DecodeUnavailable
+from ..positions import PositionMap
+from ..types import Decoded, Prefilled, Request, Selection, Ticket
+
+
+class DecodeService:
+    """Owns one engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        await self.close()
+
+    async def start(self) -> None:
+        """Load the model."""
+        self._engine.start()
+
+    async def close(self) -> None:
+        """Stop the engine. Idempotent."""
+        self._engine.close()
+
+    async def check_health(self) -> None:
+        """Raises Unavailable when the engine is dead."""
+        await self._engine.check_health()
+
+    async def decode(
+        self, request: Request, selection: Selection, prefilled: Prefilled, timeout_s: float
+    ) -> AsyncIterator[Decoded]:
+        """Stream every sample, each from its first token on; see the port `Decoder`."""
+        steps: asyncio.Queue[Decoded | BaseException] = asyncio.Queue()
+        readers = [
+            asyncio.create_task(self._read(request, selection, prefilled, index, steps))
+            for index in range(request.samples)
+        ]
+        give_up_s = time.monotonic() + timeout_s
+        try:
+            open_samples = request.samples
+            while open_samples:
+                step = await _next(steps, give_up_s)
+                yield step
+                open_samples -= step.chunk.finished
+        finally:
+            for reader in readers:
+                reader.cancel()
+            await asyncio.gather(*readers, return_exceptions=True)
+
+    async def _read(
+        self,
+        request: Request,
+        selection: Selection,
+        prefilled: Prefilled,
+        index: int,
+        steps: asyncio.Queue[Decoded | BaseException],
+    ) -> None:
+        """One sample's stream into the queue; its failure goes there too."""
+        try:
+            async with aclosing(self._sample(request, selection, prefilled, index)) as sample:
+                async for step in sample:
+                    steps.put_nowait(step)
+        except Exception as error:  # noqa: BLE001  # raised again by the queue's reader
+            steps.put_nowait(error)
+
+    async def _sample(
+        self, request: Request, selection: Selection, prefilled: Prefilled, index: int
+    ) -> AsyncIterator[Decoded]:
+        prompt = selection.kept(request.prompt)
+        params = _params(request, selection, prefilled, index)
+        request_id = f"decode-{index}-{request.request_id}"
+        started_s = time.monotonic()
+        first_s: float | None = None
+        with map_engine_errors(DecodeUnavailable):
+            outputs = self._engine.generate(prompt, params, request_id, request.priority)
+            async with aclosing(outputs) as stream:  # type: ignore[type-var]
+                async for output in stream:
+                    first_s = time.monotonic() - started_s if first_s is None else first_s
+                    yield _decoded(output, index, first_s)
+
+
+def _params(
+    request: Request, selection: Selection, prefilled: Prefilled, index: int
+) -> SamplingParams:
+    """The caller's parameters for sample `index`, as vLLM derives them for `n` samples."""
+    asked = sampling_params(request.sampling)
+    params = asked.clone()
+    params.n = 1
+    params.seed = None if asked.seed is None else asked.seed + index
+    params.prompt_logprobs = None  # computed by prefill
+    params.output_kind = RequestOutputKind.DELTA
+    params.extra_args = {**(asked.extra_args or {}), **_private(selection, prefilled, index)}
+    return params
+
+
+def _private(selection: Selection, prefilled: Prefilled, index: int) -> dict[str, Any]:
+    mapping = PositionMap.from_runs(selection.runs, selection.prompt_tokens)
+    private: dict[str, Any] = {} if mapping.is_identity else {POSITIONS: mapping.to_wire()}
+    if prefilled.ticket is not None:
+        private[KV_TRANSFER] = {CONSUME: _ticket_fields(prefilled.ticket)}
+    if index == 0:
+        private[FIRST_TOKEN] = prefilled.first.token_ids[0]
+    return private
+
+
+def _ticket_fields(ticket: Ticket) -> dict[str, Any]:
+    return {
+        "lease_id": ticket.lease_id,
+        "secret": ticket.secret,
+        "endpoints": list(ticket.endpoints),
+        "fingerprint": ticket.fingerprint,
+    }
+
+
+def _decoded(output: RequestOutput, index: int, first_s: float) -> Decoded:
+    """The last output also tells how the pull went."""
+    chunk = chunk_of(output, index)
+    if chunk.finish_reason in {"abort", "error"}:
+        raise DecodeUnavailable("decode: the engine ended the request")
+    if not chunk.finished:
+        return Decoded(chunk)
+    pulled = output.kv_transfer_params or {}
+    transfer_s = pulled.get("pull_s", 0.0)
+    return Decoded(
+        chunk,
+        transfer_s=transfer_s,
+        first_decode_s=max(0.0, first_s - transfer_s),
+        recomputed=pulled.get("recomputed", False),
+    )
+
+
+async def _next(steps: asyncio.Queue[Decoded | BaseException], give_up_s: float) -> Decoded:
+    try:
+        step = await asyncio.wait_for(steps.get(), give_up_s - time.monotonic())
+    except TimeoutError as error:
+        raise DeadlineExceeded("timeout_s: used up during decode") from error
+    if isinstance(step, BaseException):
+        raise step
+    return step

@@ -1,0 +1,298 @@
+"""The Serve deployment file (`cluster/*.yaml`), checked before Serve sees it.
+
+Serve ignores keys it does not know, so a typo would silently mean "the default". These
+models mirror Serve's schema and refuse anything else, anywhere in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import (
+    BaseModel,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from .config import AppConfig, Strict
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+DeploymentName = Literal["Gateway", "Speculator", "Prefill", "Decode"]
+
+
+class RuntimeEnv(Strict):
+    """What a replica's processes find around them."""
+
+    env_vars: dict[str, str] = Field(default_factory=dict)
+    working_dir: str | None = None
+    py_modules: tuple[str, ...] | None = None
+    pip: tuple[str, ...] | None = None
+    image_uri: str | None = None
+
+
+class ActorOptions(Strict):
+    """What one replica takes of a node."""
+
+    num_cpus: NonNegativeFloat | None = None
+    num_gpus: NonNegativeFloat | None = None
+    memory: NonNegativeFloat | None = None
+    resources: dict[str, float] = Field(default_factory=dict)
+    accelerator_type: str | None = None
+    label_selector: dict[str, str] | None = None
+    runtime_env: RuntimeEnv = RuntimeEnv()
+
+
+class PolicyReference(Strict):
+    """An autoscaling policy by import path."""
+
+    policy_function: str
+    policy_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+
+class Autoscaling(Strict):
+    """When Serve adds and removes replicas."""
+
+    min_replicas: NonNegativeInt = 1
+    initial_replicas: NonNegativeInt | None = None
+    max_replicas: PositiveInt = 1
+    target_ongoing_requests: PositiveFloat | None = None
+    metrics_interval_s: PositiveFloat | None = None
+    look_back_period_s: PositiveFloat | None = None
+    upscaling_factor: PositiveFloat | None = None
+    downscaling_factor: PositiveFloat | None = None
+    upscale_delay_s: NonNegativeFloat | None = None
+    downscale_delay_s: NonNegativeFloat | None = None
+    downscale_to_zero_delay_s: NonNegativeFloat | None = None
+    aggregation_function: Literal["mean", "max", "min"] | None = None
+    policy: PolicyReference | None = None
+
+
+class RequestRouter(Strict):
+    """How a request finds its replica."""
+
+    request_router_class: str
+    request_router_kwargs: dict[str, Any] = Field(default_factory=dict)
+    request_routing_stats_period_s: PositiveFloat | None = None
+    request_routing_stats_timeout_s: PositiveFloat | None = None
+
+
+class Backpressure(Strict):
+    """How HTTP says that the queue is full."""
+
+    status_code: Literal[429, 503] = 503
+    retry_after_s: NonNegativeInt | None = None
+
+
+class Deployment(Strict):
+    """One pool: what differs from the defaults in `app.py`."""
+
+    name: DeploymentName
+    num_replicas: PositiveInt | Literal["auto"] | None = None
+    autoscaling_config: Autoscaling | None = None
+    max_ongoing_requests: PositiveInt | None = None
+    max_queued_requests: PositiveInt | None = None
+    backpressure_config: Backpressure | None = None
+    user_config: dict[str, Any] | None = None
+    graceful_shutdown_wait_loop_s: NonNegativeFloat | None = None
+    graceful_shutdown_timeout_s: NonNegativeFloat | None = None
+    health_check_period_s: PositiveFloat | None = None
+    health_check_timeout_s: PositiveFloat | None = None
+    ray_actor_options: ActorOptions | None = None
+    placement_group_bundles: tuple[dict[str, float], ...] | None = None
+    placement_group_strategy: (
+        Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] | None
+    ) = None
+    max_replicas_per_node: PositiveInt | None = None
+    max_surge_percent: Annotated[int, Field(ge=0, le=100)] | None = None
+    rolling_update_percentage: Annotated[float, Field(gt=0, le=1)] | None = None
+    request_router_config: RequestRouter | None = None
+
+    @model_validator(mode="after")
+    def _one_way_to_count_replicas(self) -> Deployment:
+        if self.autoscaling_config is not None and isinstance(self.num_replicas, int):
+            raise ValueError("give num_replicas or autoscaling_config, not both")
+        return self
+
+
+class HttpOptions(Strict):
+    """Where HTTP is served."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    root_path: str = ""
+    request_timeout_s: PositiveFloat | None = None
+    keep_alive_timeout_s: PositiveInt | None = None
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+    ssl_keyfile_password: str | None = None
+    ssl_ca_certs: str | None = None
+
+
+class GrpcOptions(Strict):
+    """Where gRPC is served."""
+
+    port: Port = 9000
+    grpc_servicer_functions: tuple[
+        Literal["specprefill.rpc.specprefill_pb2_grpc.add_SpecPrefillServicer_to_server"], ...
+    ] = ()
+    request_timeout_s: PositiveFloat | None = None
+    enable_reflection: bool = True
+
+
+class ControllerEnv(Strict):
+    """Serve takes nothing else for its controller."""
+
+    env_vars: dict[str, str] = Field(default_factory=dict)
+
+
+class ControllerOptions(Strict):
+    """Options of Serve's controller."""
+
+    runtime_env: ControllerEnv = ControllerEnv()
+
+
+class Logging(Strict):
+    """How Serve's components log."""
+
+    encoding: Literal["TEXT", "JSON"] = "TEXT"
+    log_level: int | str = "INFO"
+    logs_dir: str | None = None
+    enable_access_log: bool = True
+
+
+class Application(Strict):
+    """One model pair with its pools."""
+
+    name: str
+    route_prefix: str | None = "/"
+    import_path: Literal["specprefill.app:build"]
+    args: AppConfig
+    runtime_env: RuntimeEnv = RuntimeEnv()
+    deployments: tuple[Deployment, ...] = ()
+    autoscaling_policy: PolicyReference | None = None
+    logging_config: Logging | None = None
+    external_scaler_enabled: bool = False
+
+    @model_validator(mode="after")
+    def _each_deployment_once(self) -> Application:
+        names = [deployment.name for deployment in self.deployments]
+        if len(set(names)) < len(names):
+            raise ValueError("deployments: each name may occur once")
+        return self
+
+
+class DeploymentFile(Strict):
+    """A whole file."""
+
+    proxy_location: Literal["HeadOnly", "EveryNode", "Disabled"] = "EveryNode"
+    http_options: HttpOptions = HttpOptions()
+    grpc_options: GrpcOptions = GrpcOptions()
+    controller_options: ControllerOptions | None = None
+    logging_config: Logging | None = None
+    applications: tuple[Application, ...]
+
+    @model_validator(mode="after")
+    def _each_application_once(self) -> DeploymentFile:
+        names = [application.name for application in self.applications]
+        routes = [application.route_prefix for application in self.applications]
+        if not names:
+            raise ValueError("applications: at least one is needed")
+        if len(set(names)) < len(names) or len(set(routes)) < len(routes):
+            raise ValueError("applications: each name and each route_prefix may occur once")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A file that passed: as written, which is what Serve gets, and as typed values."""
+
+    raw: dict[str, Any]
+    file: DeploymentFile
+
+
+class InvalidFile(Exception):
+    """The file cannot be deployed; one line per fault."""
+
+
+def load(path: Path) -> Loaded:
+    """Read and check a deployment file. Raises InvalidFile."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InvalidFile(f"{path}: {error.strerror}") from error
+    return parse(text, str(path))
+
+
+def parse(text: str, origin: str) -> Loaded:
+    """Check the text of a deployment file; `origin` names it in messages. Raises InvalidFile."""
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InvalidFile(f"{origin}: not YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise InvalidFile(f"{origin}: expected a mapping with 'applications' at the top")
+    try:
+        return Loaded(raw, DeploymentFile.model_validate(raw))
+    except ValidationError as error:
+        raise InvalidFile("\n".join(f"{origin}: {line}" for line in _faults(error))) from error
+
+
+def _faults(error: ValidationError) -> Iterator[str]:
+    for fault in error.errors(include_url=False):
+        where = _path(fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            allowed = ", ".join(sorted(allowed_keys(fault["loc"][:-1])))
+            yield f"{where}: unknown key, expected one of {allowed}"
+        else:
+            yield f"{where}: {fault['msg']}" + _given(fault["input"])
+
+
+def _given(value: object) -> str:
+    return "" if isinstance(value, dict | list) else f", not {value!r}"
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in location]
+    return "".join(parts).lstrip(".") or "file"
+
+
+def allowed_keys(location: tuple[int | str, ...]) -> set[str]:
+    """The keys that the mapping at `location` may hold."""
+    model: type[BaseModel] = DeploymentFile
+    for part in location:
+        if isinstance(part, int):
+            continue  # an item of a list: the list's own key led to its model
+        found = _model_in(model.model_fields[part].annotation)
+        if found is None:
+            return set()
+        model = found
+    return set(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The one model inside an annotation such as `tuple[Model, ...] | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in {tuple, Union, UnionType, Annotated}:
+        models = (_model_in(part) for part in get_args(annotation) if part is not ...)
+        return next((model for model in models if model is not None), None)
+    return None
+
+
+def with_ports(raw: Mapping[str, Any], http_port: int, grpc_port: int) -> dict[str, Any]:
+    """A copy of a file's content that listens elsewhere."""
+    return {
+        **raw,
+        "http_options": {**raw.get("http_options", {}), "port": http_port},
+        "grpc_options": {**raw.get("grpc_options", {}), "port": grpc_port},
+    }

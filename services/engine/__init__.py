@@ -1,0 +1,1 @@
+"""vLLM, extended at its official extension points only."""

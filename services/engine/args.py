@@ -1,0 +1,97 @@
+"""From the deployment's configuration to vLLM's engine arguments."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+from vllm.config import KVTransferConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.platforms import current_platform
+
+from ..config import EngineConfig, KvConfig, MainModel, local_path
+
+_MODULE = "specprefill.engine"
+
+
+class Role(enum.StrEnum):
+    """Which end of the KV hand-off an engine is."""
+
+    PREFILL = "kv_producer"
+    DECODE = "kv_consumer"
+
+
+def engine_args(
+    model: MainModel, engine: EngineConfig, kv: KvConfig, role: Role, host: str
+) -> AsyncEngineArgs:
+    """Arguments of one engine; `host` is the address that its workers listen on."""
+    args = AsyncEngineArgs(
+        **_model_args(model),
+        **_sizes(engine),
+        tensor_parallel_size=engine.tensor_parallel_size,
+        pipeline_parallel_size=engine.pipeline_parallel_size,
+        distributed_executor_backend=_executor(engine),
+        enforce_eager=engine.enforce_eager,
+        enable_prefix_caching=engine.enable_prefix_caching,
+        kv_transfer_config=_transfer(kv, role, host),
+        worker_cls=f"{_MODULE}.worker.{_worker()}",
+        **engine.engine_args,
+    )
+    args.logits_processors = [_replay(args), *(args.logits_processors or [])]
+    return args
+
+
+def _model_args(model: MainModel) -> dict[str, Any]:
+    return {
+        "model": local_path(model.path),
+        "revision": model.revision,
+        "dtype": model.dtype,
+        "load_format": model.load_format,
+        "max_model_len": model.max_model_len,
+        "trust_remote_code": model.trust_remote_code,
+    }
+
+
+def _sizes(engine: EngineConfig) -> dict[str, Any]:
+    """The sizes that are set; vLLM chooses the others."""
+    sizes = {
+        "block_size": engine.block_size,
+        "kv_cache_memory_bytes": engine.kv_cache_memory_bytes,
+        "max_num_seqs": engine.max_num_seqs,
+        "max_num_batched_tokens": engine.max_num_batched_tokens,
+    }
+    return {name: size for name, size in sizes.items() if size is not None}
+
+
+def _executor(engine: EngineConfig) -> str | None:
+    if engine.executor != "auto":
+        return engine.executor
+    workers = engine.tensor_parallel_size * engine.pipeline_parallel_size
+    return "uni" if workers == 1 and current_platform.is_cpu() else None
+
+
+def _transfer(kv: KvConfig, role: Role, host: str) -> KVTransferConfig:
+    return KVTransferConfig(
+        kv_connector="SpecPrefillConnector",
+        kv_connector_module_path=f"{_MODULE}.connector",
+        kv_role=role.value,
+        kv_load_failure_policy=kv.on_failure,
+        kv_connector_extra_config={
+            "host": host,
+            "lease_s": kv.lease_s,
+            "max_held_bytes": kv.max_held_bytes,
+            "pull_timeout_s": kv.pull_timeout_s,
+            "stages_layers": role is Role.PREFILL,
+        },
+    )
+
+
+def _worker() -> str:
+    return "SparseCPUWorker" if current_platform.is_cpu() else "SparseGPUWorker"
+
+
+def _replay(args: AsyncEngineArgs) -> str:
+    """The replay processor for the model runner that vLLM will choose."""
+    v2 = not current_platform.is_cpu() and args.create_engine_config().use_v2_model_runner
+    module = "replay_v2" if v2 else "replay"
+    return f"{_MODULE}.{module}:ReplayFirstToken"

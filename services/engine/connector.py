@@ -1,0 +1,124 @@
+"""The KV hand-off as a vLLM connector (`kv_connector_module_path` of both engines).
+
+vLLM makes one instance in the scheduler and one in each worker. Each delegates to a half
+that only knows its own side; what passes between them is in `handoff`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+)
+
+from .handoff import HandoffConfig
+from .handoff_scheduler import SchedulerHalf
+from .handoff_worker import WorkerHalf
+
+
+class SpecPrefillConnector(KVConnectorBase_V1):  # type: ignore[misc]
+    """Prefill side: a copy of each layer's KV under a lease. Decode side: an async pull."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
+        transfer = self._kv_transfer_config
+        config = HandoffConfig(**transfer.kv_connector_extra_config)
+        if role is KVConnectorRole.SCHEDULER:
+            self._scheduler = SchedulerHalf(
+                vllm_config.cache_config.prefix_caching_hash_algo, transfer.is_kv_producer
+            )
+        else:
+            self._worker = WorkerHalf(vllm_config, config, producer=transfer.is_kv_producer)
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """The per-layer copies are Python between graph pieces."""
+        return bool(extra_config.get("stages_layers", False))
+
+    # The scheduler's half.
+
+    def on_new_request(self, request: Any) -> None:
+        """Hash the request's blocks with their positions, before it is scheduled."""
+        self._scheduler.new_request(request, self._kv_cache_manager)
+
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int, bool]:
+        """How many prompt tokens a pull would bring, and that it runs in the background."""
+        tokens = self._scheduler.tokens_to_pull(request, num_computed_tokens)
+        return tokens, tokens > 0
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """Blocks are allocated: the pull may begin."""
+        self._scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        """What the workers are to do in this step."""
+        return self._scheduler.orders(scheduler_output)
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """Pulls that ended, well or not."""
+        self._scheduler.pulled(
+            connector_output.finished_recving or set(), connector_output.failed_recving or set()
+        )
+
+    def request_finished(
+        self, request: Any, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Blocks are free at once: what is handed over is a copy."""
+        del block_ids
+        return False, self._scheduler.finished(request)
+
+    def has_pending_push_work(self) -> bool:
+        """Keep an idle engine stepping until its orders are out."""
+        return self._scheduler.has_orders()
+
+    def set_xfer_handshake_metadata(
+        self, metadata: dict[int, KVConnectorHandshakeMetadata]
+    ) -> None:
+        """The workers' endpoints, by tensor-parallel rank."""
+        self._scheduler.peers([metadata[rank] for rank in sorted(metadata)])
+
+    # The workers' half.
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """The caches exist: learn their layout and start to listen."""
+        self._worker.start(kv_caches)
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        """Where this worker's leases can be pulled."""
+        return self._worker.endpoint()
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Begin this step's pulls in the background."""
+        del forward_context, kwargs
+        self._worker.begin(self._get_connector_metadata())
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Never waits: a request is scheduled only when all of its KV is there."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        """Copy this layer's new tokens out, while later layers compute."""
+        del attn_metadata, kwargs
+        self._worker.stage(layer_name, kv_layer, self._get_connector_metadata())
+
+    def wait_for_save(self) -> None:
+        """Copies must be done before their blocks may be reused."""
+        self._worker.finish_step(self._get_connector_metadata())
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """Pulls that ended since the last step; aborted requests' pulls are cancelled."""
+        return self._worker.results(finished_req_ids)
+
+    def shutdown(self) -> None:
+        """Stop serving and pulling."""
+        if self.role is KVConnectorRole.WORKER:
+            self._worker.stop()

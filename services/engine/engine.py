@@ -1,0 +1,78 @@
+"""One vLLM engine with a life cycle, its errors mapped to ours at this seam."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Self
+
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMValidationError
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+from ..errors import InvalidRequest, Unavailable
+
+
+class Engine:
+    """`async with Engine(args) as engine: ...`; the engine core is a process of its own."""
+
+    def __init__(self, args: AsyncEngineArgs, *, cpu_threads: int = 1) -> None:
+        self._args = args
+        self._cpu_threads = cpu_threads
+        self._llm: AsyncLLM | None = None
+
+    async def __aenter__(self) -> Self:
+        self.start()
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Load the model. Raises UnsupportedModel's reason from the engine process."""
+        os.environ.setdefault("OMP_NUM_THREADS", str(self._cpu_threads))
+        self._llm = AsyncLLM.from_engine_args(self._args)
+
+    def close(self) -> None:
+        """Stop the engine process. Idempotent."""
+        if self._llm is not None:
+            self._llm.shutdown()
+            self._llm = None
+
+    async def check_health(self) -> None:
+        """Raises Unavailable when the engine process is dead."""
+        with map_engine_errors(Unavailable):
+            await self._running().check_health()
+
+    async def generate(
+        self, prompt: list[int], params: SamplingParams, request_id: str, priority: int = 0
+    ) -> AsyncIterator[RequestOutput]:
+        """Stream the engine's outputs. Closing the iterator aborts the request."""
+        outputs = self._running().generate(
+            {"prompt_token_ids": prompt}, params, request_id, priority=priority
+        )
+        async with aclosing(outputs) as stream:
+            async for output in stream:
+                yield output
+
+    def _running(self) -> AsyncLLM:
+        if self._llm is None:
+            raise Unavailable("engine: not started")
+        return self._llm
+
+
+@contextmanager
+def map_engine_errors(unavailable: type[Unavailable]) -> Iterator[None]:
+    """vLLM's errors become ours; `unavailable` is the pool's own."""
+    try:
+        yield
+    except VLLMValidationError as error:
+        raise InvalidRequest(str(error), error.parameter) from error
+    except ValueError as error:
+        raise InvalidRequest(str(error)) from error
+    except (EngineDeadError, EngineGenerateError) as error:
+        raise unavailable("engine: its process is gone") from error

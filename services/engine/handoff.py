@@ -1,0 +1,63 @@
+"""What the two halves of the connector say to each other, and to the services."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffConfig:
+    """The connector's `kv_connector_extra_config`."""
+
+    host: str  # address this node's workers listen on
+    lease_s: float
+    max_held_bytes: int
+    pull_timeout_s: float
+    stages_layers: bool  # this engine copies KV out layer by layer
+
+
+@dataclass
+class Endpoint(KVConnectorHandshakeMetadata):  # type: ignore[misc]
+    """A prefill worker's address, and the layout of what it serves."""
+
+    address: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Copy tokens `[start, stop)` of a request out of its blocks, layer by layer."""
+
+    lease_id: str
+    secret: str
+    uses: int
+    start: int
+    stop: int
+    tokens: int  # k, all prompt tokens of the request
+    blocks: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """Fetch tokens `[start, stop)` of a lease into a request's blocks."""
+
+    request_id: str
+    ticket: dict[str, Any]  # lease_id, secret, endpoints, fingerprint
+    start: int
+    stop: int
+    blocks: list[int]
+
+
+@dataclass
+class Orders(KVConnectorMetadata):  # type: ignore[misc]
+    """One step's work for the workers."""
+
+    stages: list[Stage] = field(default_factory=list)
+    pulls: list[Pull] = field(default_factory=list)
+    drops: list[tuple[str, str]] = field(default_factory=list)  # (lease id, secret)

@@ -1,0 +1,165 @@
+"""The connector's half in the scheduler: which tokens are staged or pulled, and when."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.v1.request import Request, RequestStatus
+
+from .handoff import Endpoint, Orders, Pull, Stage
+from .prefix import PositionHasher
+
+PRODUCE = "produce"  # in kv_transfer_params: stage this request under the lease it names
+CONSUME = "consume"  # in kv_transfer_params: pull the ticket it holds
+
+
+@dataclass(slots=True)
+class _Produced:
+    lease: dict[str, Any]
+    blocks: list[int]
+    tokens: int
+
+
+@dataclass(slots=True)
+class _Consumed:
+    started_s: float
+    pull_s: float | None = None
+    failed: bool = False
+
+
+class SchedulerHalf:
+    """Runs in the engine's scheduler; all calls come from its one thread."""
+
+    def __init__(self, hash_algorithm: str, producer: bool) -> None:
+        self._hash_algorithm = hash_algorithm
+        self._producer = producer
+        self._hasher: PositionHasher | None = None
+        self._endpoints: list[Endpoint] = []
+        self._produced: dict[str, _Produced] = {}
+        self._consumed: dict[str, _Consumed] = {}
+        self._pulls: dict[str, Pull] = {}
+        self._drops: list[tuple[str, str]] = []
+
+    def peers(self, endpoints: list[Endpoint]) -> None:
+        """The addresses of this engine's workers, by rank."""
+        self._endpoints = endpoints
+
+    def new_request(self, request: Request, cache_manager: Any) -> None:
+        """Give a sparse request's blocks hashes that tell its positions apart."""
+        if self._hasher is None:
+            self._hasher = PositionHasher(
+                cache_manager.block_pool.hash_block_size, self._hash_algorithm
+            )
+        self._hasher.rehash(request)
+
+    def tokens_to_pull(self, request: Request, computed: int) -> int:
+        """All prompt tokens this engine lacks; 0 on the retry after a failed pull."""
+        if not _has(request, CONSUME) or request.request_id in self._consumed:
+            return 0
+        return int(request.num_prompt_tokens) - computed
+
+    def allocated(self, request: Request, blocks: list[int], tokens: int) -> None:
+        """Order the pull; from now on the request is pulled, or computed here."""
+        if tokens == 0 or not _has(request, CONSUME):
+            return
+        stop = request.num_prompt_tokens
+        ticket = request.kv_transfer_params[CONSUME]
+        self._consumed[request.request_id] = _Consumed(time.monotonic())
+        self._pulls[request.request_id] = Pull(
+            request.request_id, ticket, stop - tokens, stop, list(blocks)
+        )
+
+    def pulled(self, finished: set[str], failed: set[str]) -> None:
+        """Note how long the pulls took."""
+        for request_id in finished & self._consumed.keys():
+            record = self._consumed[request_id]
+            record.pull_s = time.monotonic() - record.started_s
+            record.failed = request_id in failed
+
+    def orders(self, step: Any) -> Orders:
+        """Everything the workers are to do in this step."""
+        orders = Orders(pulls=list(self._pulls.values()), drops=self._drops)
+        self._pulls, self._drops = {}, []
+        if self._producer:
+            self._stage_new(step, orders)
+            self._stage_running(step, orders)
+        return orders
+
+    def has_orders(self) -> bool:
+        """True while something waits to be told to the workers."""
+        return bool(self._pulls or self._drops)
+
+    def finished(self, request: Request) -> dict[str, Any] | None:
+        """What the engine's last output tells the service: a ticket, or how the pull went."""
+        self._pulls.pop(request.request_id, None)
+        if _has(request, PRODUCE):
+            return self._hand_over(request)
+        record = self._consumed.pop(request.request_id, None)
+        if record is None or record.pull_s is None:
+            return None
+        return {"pull_s": record.pull_s, "recomputed": record.failed}
+
+    def _hand_over(self, request: Request) -> dict[str, Any] | None:
+        """A ticket, if the prompt was computed to its end and the answer goes on."""
+        produced = self._produced.pop(request.request_id, None)
+        lease = request.kv_transfer_params[PRODUCE]
+        whole = request.num_computed_tokens >= request.num_prompt_tokens
+        if produced is None or not whole or request.status != RequestStatus.FINISHED_LENGTH_CAPPED:
+            self._drops.append((lease["lease_id"], lease["secret"]))
+            return None
+        return {
+            "lease_id": lease["lease_id"],
+            "secret": lease["secret"],
+            "endpoints": [endpoint.address for endpoint in self._endpoints],
+            "fingerprint": self._endpoints[0].fingerprint,
+            "tokens": produced.tokens,
+        }
+
+    def _stage_new(self, step: Any, orders: Orders) -> None:
+        for new in step.scheduled_new_reqs:
+            extra = (new.sampling_params and new.sampling_params.extra_args) or {}
+            lease = extra.get("kv_transfer_params", {}).get(PRODUCE)
+            if lease is None:
+                continue
+            produced = _Produced(lease, list(new.block_ids[0]), len(new.prompt_token_ids))
+            self._produced[new.req_id] = produced
+            # Tokens found in the prefix cache are handed over too, hence from 0.
+            stop = new.num_computed_tokens + step.num_scheduled_tokens[new.req_id]
+            _stage(orders, produced, 0, stop)
+
+    def _stage_running(self, step: Any, orders: Orders) -> None:
+        cached = step.scheduled_cached_reqs
+        for row, request_id in enumerate(cached.req_ids):
+            produced = self._produced.get(request_id)
+            if produced is None:
+                continue
+            new_blocks = cached.new_block_ids[row]
+            if request_id in cached.resumed_req_ids:
+                produced.blocks = list(new_blocks[0])
+            elif new_blocks:
+                produced.blocks.extend(new_blocks[0])
+            start = cached.num_computed_tokens[row]
+            _stage(orders, produced, start, start + step.num_scheduled_tokens[request_id])
+
+
+def _stage(orders: Orders, produced: _Produced, start: int, stop: int) -> None:
+    stop = min(stop, produced.tokens)
+    if start < stop:
+        lease = produced.lease
+        orders.stages.append(
+            Stage(
+                lease_id=lease["lease_id"],
+                secret=lease["secret"],
+                uses=lease["uses"],
+                start=start,
+                stop=stop,
+                tokens=produced.tokens,
+                blocks=list(produced.blocks),
+            )
+        )
+
+
+def _has(request: Request, role: str) -> bool:
+    return role in (request.kv_transfer_params or {})

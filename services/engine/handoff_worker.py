@@ -1,0 +1,185 @@
+"""The connector's half in a worker: copies KV out under leases, pulls KV in."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
+from ..errors import CorruptFrame, KvTransferError, LayoutMismatch
+from ..kv.frames import Frame
+from ..kv.leases import LeaseStore
+from ..kv.rpc import KvClient, KvPull, KvServer
+from .handoff import Endpoint, HandoffConfig, Orders, Pull, Stage
+from .layout import KvLayout, fingerprint, layout_of
+from .staging import Stager, stager_for
+
+logger = logging.getLogger("vllm.specprefill.handoff")
+
+_PULL_THREADS = 8
+_SWEEP_S = 0.5
+
+
+class WorkerHalf:
+    """Runs in each worker process; pulls and the server have threads of their own."""
+
+    def __init__(self, vllm_config: VllmConfig, config: HandoffConfig, *, producer: bool) -> None:
+        self._vllm_config = vllm_config
+        self._config = config
+        self._producer = producer
+        self._rank = get_tensor_model_parallel_rank()
+        self._leases = LeaseStore(
+            max_bytes=config.max_held_bytes, lease_s=config.lease_s, now=time.monotonic
+        )
+        self._client = KvClient()
+        self._lock = threading.Lock()
+        self._results = KVConnectorTransferResults()
+        self._running: dict[str, KvPull] = {}
+        self._stopping = threading.Event()
+
+    def start(self, caches: dict[str, torch.Tensor]) -> None:
+        """Learn the layout, and listen if this engine hands KV over."""
+        self._caches = list(caches.values())
+        self._layers = {name: layer for layer, name in enumerate(caches)}
+        self._layout: KvLayout = layout_of(self._caches[0])
+        self._fingerprint = fingerprint(self._vllm_config, list(caches), self._caches[0])
+        with _any_core():  # threads inherit the affinity of the one that makes them
+            self._pool = ThreadPoolExecutor(_PULL_THREADS, thread_name_prefix="kv-pull")
+            if self._producer:
+                self._listen()
+
+    def endpoint(self) -> Endpoint | None:
+        """Where this worker's leases can be pulled; None on the decode side."""
+        return Endpoint(self._address, self._fingerprint) if self._producer else None
+
+    def begin(self, orders: Orders) -> None:
+        """Start this step's pulls."""
+        for pull in orders.pulls:
+            self._pool.submit(self._pull, pull)
+
+    def stage(self, layer_name: str, cache: torch.Tensor, orders: Orders) -> None:
+        """Copy one layer's new tokens of every staged request."""
+        layer = self._layers[layer_name]
+        for order in orders.stages:
+            kv = self._layout.read(cache, self._block_tensor(order.blocks), order.start, order.stop)
+            self._stager.take(order, layer, kv)
+
+    def finish_step(self, orders: Orders) -> None:
+        """After the last layer: hand the copies to their leases; drop what was aborted."""
+        if not self._producer:
+            return
+        for order, layer, payload in self._stager.drain():
+            self._append(order, layer, payload)
+        for lease_id, secret in orders.drops:
+            self._leases.release(lease_id, secret)
+
+    def results(self, aborted: set[str]) -> KVConnectorTransferResults:
+        """Take what has ended. An aborted request's pull is cancelled, then reported."""
+        with self._lock:
+            for request_id in aborted & self._running.keys():
+                self._running[request_id].cancel()
+            results, self._results = self._results, KVConnectorTransferResults()
+            return results
+
+    def stop(self) -> None:
+        """Stop serving and pulling."""
+        self._stopping.set()
+        self._client.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._producer:
+            self._server.stop()
+
+    def _listen(self) -> None:
+        self._stager: Stager = stager_for(self._caches[0].device)
+        self._server = KvServer(self._leases, self._fingerprint, self._config.host)
+        self._address = self._server.start()
+        threading.Thread(target=self._sweep, name="kv-sweep", daemon=True).start()
+
+    def _sweep(self) -> None:
+        """Nothing steps an idle engine, so expiry has a thread of its own."""
+        while not self._stopping.wait(_SWEEP_S):
+            expired = self._leases.sweep()
+            if expired:
+                logger.warning("leases expired unpulled: count=%d", expired)
+
+    def _append(self, order: Stage, layer: int, payload: memoryview) -> None:
+        self._leases.open(order.lease_id, order.secret, tokens=order.tokens, uses=order.uses)
+        last = order.stop == order.tokens and layer == len(self._caches) - 1
+        frame = Frame(layer, order.start, order.stop, payload)
+        self._leases.append(order.lease_id, frame, last=last)
+
+    def _pull(self, order: Pull) -> None:
+        """One pull, start to end; its outcome is told to the scheduler in the next step."""
+        failed = False
+        try:
+            self._fetch(order)
+        except KvTransferError as error:
+            failed = True
+            logger.warning("pull failed: request=%s error=%s", order.request_id, error)
+        finally:
+            with self._lock:
+                self._running.pop(order.request_id, None)
+                self._results.finished_recving.add(order.request_id)
+                if failed:
+                    self._results.failed_recving.add(order.request_id)
+
+    def _fetch(self, order: Pull) -> None:
+        if order.ticket["fingerprint"] != self._fingerprint:
+            raise LayoutMismatch("kv: the ticket's layout is not this engine's")
+        pull = self._client.pull(
+            order.ticket["endpoints"][self._rank],
+            order.ticket,
+            self._fingerprint,
+            order.start,
+            self._config.pull_timeout_s,
+        )
+        with self._lock:
+            self._running[order.request_id] = pull
+        arrived = [order.start] * len(self._caches)
+        for frame in pull:
+            self._store(order, frame, arrived)
+        if any(stop != order.stop for stop in arrived):
+            raise CorruptFrame("stream: some layers are not complete")
+
+    def _store(self, order: Pull, frame: Frame, arrived: list[int]) -> None:
+        """Write a frame into the blocks. Frames of a layer come in token order, gapless."""
+        in_place = 0 <= frame.layer < len(arrived) and arrived[frame.layer] == frame.start
+        if not in_place or frame.stop > order.stop:
+            raise CorruptFrame(f"stream: layer {frame.layer} tokens {frame.start}:{frame.stop}")
+        cache = self._caches[frame.layer]
+        shape = (frame.stop - frame.start, 2, cache.shape[1], cache.shape[3] // 2)
+        kv = _tensor(frame.payload, cache.dtype, shape)
+        self._layout.write(cache, self._block_tensor(order.blocks), frame.start, kv)
+        arrived[frame.layer] = frame.stop
+
+    def _block_tensor(self, blocks: list[int]) -> torch.Tensor:
+        return torch.tensor(blocks, device=self._caches[0].device)
+
+
+def _tensor(
+    payload: bytes | memoryview, dtype: torch.dtype, shape: tuple[int, ...]
+) -> torch.Tensor:
+    values = torch.frombuffer(bytearray(payload), dtype=dtype)
+    if values.numel() != torch.Size(shape).numel():
+        raise CorruptFrame(f"frame: {values.numel()} values do not fill {shape}")
+    return values.view(shape)
+
+
+@contextmanager
+def _any_core() -> Iterator[None]:
+    """Let threads made inside run on any core, not on the worker's compute core."""
+    bound = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, bound)

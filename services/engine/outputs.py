@@ -1,0 +1,60 @@
+"""vLLM's outputs as the pipeline's chunks, and its sampling parameters off the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+from vllm.logprobs import Logprob
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import SamplingParams
+
+from ..errors import InvalidRequest
+from ..types import Chunk, TokenLogprob
+
+
+def sampling_params(wire: bytes) -> SamplingParams:
+    """Decode `Request.sampling`. Raises InvalidRequest when it is not SamplingParams."""
+    try:
+        return msgspec.msgpack.decode(wire, type=SamplingParams)
+    except msgspec.MsgspecError as error:
+        raise InvalidRequest(f"sampling: {error}", "sampling") from error
+
+
+def chunk_of(output: RequestOutput, index: int) -> Chunk:
+    """The delta in `output` (of one sample) as sample `index`'s chunk."""
+    completion = output.outputs[0]
+    return Chunk(
+        index=index,
+        token_ids=tuple(completion.token_ids),
+        text=completion.text,
+        logprobs=_logprobs(completion.logprobs),
+        finish_reason=completion.finish_reason,
+        stop_reason=completion.stop_reason,
+        cached_tokens=output.num_cached_tokens or 0,
+    )
+
+
+def prompt_logprobs_of(
+    output: RequestOutput,
+) -> tuple[tuple[TokenLogprob, ...] | None, ...] | None:
+    """The prompt's logprobs, `[N]`, if they were asked for; the first token has none."""
+    if output.prompt_logprobs is None:
+        return None
+    return tuple(
+        None if candidates is None else _candidates(candidates)
+        for candidates in output.prompt_logprobs
+    )
+
+
+def _logprobs(
+    logprobs: Sequence[Mapping[int, Logprob]] | None,
+) -> tuple[tuple[TokenLogprob, ...], ...] | None:
+    return None if logprobs is None else tuple(_candidates(step) for step in logprobs)
+
+
+def _candidates(step: Mapping[int, Logprob]) -> tuple[TokenLogprob, ...]:
+    return tuple(
+        TokenLogprob(token, entry.logprob, entry.rank, entry.decoded_token)
+        for token, entry in step.items()
+    )

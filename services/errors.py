@@ -1,0 +1,87 @@
+"""Every failure the service names.
+
+SpecPrefillError
+├── InvalidRequest        the caller's fault: 400, INVALID_ARGUMENT
+│   └── UnknownModel      404, NOT_FOUND
+├── DeadlineExceeded      504, DEADLINE_EXCEEDED
+├── Overloaded            429, RESOURCE_EXHAUSTED
+├── Unavailable           503, UNAVAILABLE
+│   ├── SpeculatorUnavailable
+│   ├── PrefillUnavailable
+│   └── DecodeUnavailable
+├── KvTransferError       a pull that failed: handled inside, never shown to a caller
+│   ├── LeaseNotFound
+│   ├── LayoutMismatch
+│   └── CorruptFrame
+└── UnsupportedModel      the engine would compute wrong positions: it refuses to start
+
+Foreign errors (gRPC, Ray, vLLM) become one of these at the seam where they enter; the
+gateway turns them into a status. `field` names the request field at fault, if one is.
+"""
+
+from __future__ import annotations
+
+
+class SpecPrefillError(Exception):
+    """Base of all errors of this package."""
+
+
+class InvalidRequest(SpecPrefillError):
+    """The request cannot be served as it stands; `message` says what would be allowed."""
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+
+
+class UnknownModel(InvalidRequest):
+    """The request names a model that is not served here."""
+
+
+class DeadlineExceeded(SpecPrefillError):
+    """The request's time was used up before its answer was complete."""
+
+
+class Overloaded(SpecPrefillError):
+    """The service sheds this request; `retry_after_s` is when to try again."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Unavailable(SpecPrefillError):
+    """A pool could not serve the request; the same request may succeed later."""
+
+
+class SpeculatorUnavailable(Unavailable):
+    """No speculator answered. The pipeline prefills the whole prompt instead."""
+
+
+class PrefillUnavailable(Unavailable):
+    """No prefill engine answered."""
+
+
+class DecodeUnavailable(Unavailable):
+    """No decode engine answered."""
+
+
+class KvTransferError(SpecPrefillError):
+    """A KV pull failed; the decode engine computes the pruned prompt itself."""
+
+
+class LeaseNotFound(KvTransferError):
+    """The lease is unknown, expired, released, or the secret is wrong."""
+
+
+class LayoutMismatch(KvTransferError):
+    """The two engines hold KV caches of different layouts."""
+
+
+class CorruptFrame(KvTransferError):
+    """A frame's digest, length or header is wrong."""
+
+
+class UnsupportedModel(SpecPrefillError):
+    """The model or configuration cannot run at sparse positions correctly."""

@@ -1,0 +1,1 @@
+"""The front: OpenAI-compatible HTTP and gRPC over one pipeline."""

@@ -1,0 +1,88 @@
+"""Assembles vLLM's own OpenAI server on the pipeline."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from ..config import AppConfig, local_path
+from .client import Answering, PipelineClient
+from .health import PoolCounts, health_route
+from .middleware import RequestMiddleware
+from .surface import TASKS
+
+
+@dataclass(slots=True)
+class _NoServer:
+    """What vLLM's handlers would tell to stop when an engine dies; ours never does."""
+
+    should_exit: bool = False
+
+
+def build_client(config: AppConfig, pipeline: Answering) -> PipelineClient:
+    """The engine client: loads the model's config and tokenizer, no weights."""
+    return PipelineClient(
+        _vllm_config(server_args(config)),
+        pipeline,
+        timeout_s=config.gateway.request_timeout_s,
+        tail_tokens=config.selection.tail_tokens,
+    )
+
+
+async def build_http_app(config: AppConfig, client: PipelineClient, count: PoolCounts) -> FastAPI:
+    """vLLM's OpenAI app on `client`. `count` tells each pool's healthy replicas."""
+    args = server_args(config)
+    app = build_app(args, TASKS, client.model_config)
+    await init_app_state(client, app.state, args, TASKS)
+    app.state.server = _NoServer()
+    app.router.routes.insert(0, health_route(count))  # before vLLM's own
+    # Innermost: behind authentication, so that no stranger's body is read.
+    app.user_middleware.append(
+        Middleware(RequestMiddleware, max_body_bytes=config.gateway.max_body_bytes)
+    )
+    app.middleware_stack = app.build_middleware_stack()  # vLLM has built it already
+    return app
+
+
+def server_args(config: AppConfig) -> Namespace:
+    """The arguments `vllm serve` would get; `gateway.vllm_args` come last and win."""
+    model = config.model
+    argv = ["--model", local_path(model.path), "--served-model-name", model.served_name]
+    argv += ["--dtype", model.dtype, "--enable-request-id-headers"]
+    argv += ["--enable-prompt-tokens-details", "--disable-log-stats"]
+    if model.revision is not None:
+        argv += ["--revision", model.revision]
+    if model.max_model_len is not None:
+        argv += ["--max-model-len", str(model.max_model_len)]
+    if model.trust_remote_code:
+        argv.append("--trust-remote-code")
+    if config.gateway.api_keys:
+        argv += ["--api-key", *config.gateway.api_keys]
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args([*argv, *config.gateway.vllm_args])
+    validate_parsed_serve_args(args)
+    return args
+
+
+def _vllm_config(args: Namespace) -> VllmConfig:
+    """A configuration without an engine, as vLLM's render server makes it.
+
+    The gateway may run where no accelerator is: quantisation and cache checks are the
+    engines' own.
+    """
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    model_config = engine_args.create_model_config()
+    model_config.quantization = None
+    return VllmConfig(
+        model_config=model_config,
+        logging_config=engine_args.create_logging_config(),
+        structured_outputs_config=engine_args.create_structured_outputs_config(),
+    )

@@ -1,0 +1,226 @@
+"""vLLM's engine client over the pipeline: what its OpenAI server, and our gRPC API, talk to."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
+from dataclasses import replace
+from http import HTTPStatus
+from typing import Any, Protocol
+
+import msgspec
+from vllm.config import VllmConfig
+from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMValidationError
+from vllm.inputs import EngineInput
+from vllm.lora.request import LoRARequest
+from vllm.outputs import RequestOutput
+from vllm.renderers import renderer_from_config
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.kv_hints import KvHintsEnvelope
+
+from ..errors import InvalidRequest, SpecPrefillError, Unavailable
+from ..plan import Planner
+from ..types import Chunk, Controls, PlanKind, Request, Selection, Span
+from .context import CURRENT, Messages, RequestContext
+from .failures import http_failure
+from .offsets import PromptOffsets
+from .outputs import OutputAssembler
+from .spans import merged, protected_spans, special_spans
+from .surface import TASKS, RemoteEngineClient
+
+logger = logging.getLogger(__name__)
+
+# What only the service itself may tell an engine.
+_RESERVED_ARGS = frozenset(
+    ("kv_transfer_params", "specprefill", "position_ids", "next_position", "replay")
+)
+
+
+class Answering(Protocol):
+    """The pipeline, as the gateway uses it."""
+
+    planner: Planner
+
+    def generate(self, request: Request) -> AsyncIterator[Chunk]:
+        """Stream the answer's chunks; the last one carries the report."""
+        ...
+
+    async def select(self, request: Request) -> Selection:
+        """Which tokens would be kept."""
+        ...
+
+
+class PipelineClient(RemoteEngineClient):
+    """Answers prompts with the pipeline."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, pipeline: Answering, *, timeout_s: float, tail_tokens: int
+    ) -> None:
+        self.vllm_config = vllm_config
+        self.model_config = vllm_config.model_config
+        self.renderer = renderer_from_config(vllm_config)
+        self.input_processor = InputProcessor(vllm_config, self.renderer)
+        self._pipeline = pipeline
+        self._timeout_s = timeout_s
+        self._tail_tokens = tail_tokens
+        self._offsets = PromptOffsets(self.renderer.tokenizer)
+
+    async def generate(
+        self,
+        prompt: EngineInput,
+        sampling_params: SamplingParams,
+        request_id: str,
+        *,
+        prompt_text: str | None = None,
+        lora_request: LoRARequest | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        trace_headers: Mapping[str, str] | None = None,
+        priority: int = 0,
+        data_parallel_rank: int | None = None,
+        session_id: str | None = None,
+        kv_hints: KvHintsEnvelope | None = None,
+        reasoning_ended: bool | None = None,
+        reasoning_parser_kwargs: dict[str, Any] | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Answer a rendered prompt. A failure is left in the request's context, too."""
+        context = CURRENT.get() or RequestContext()
+        context.prompts_started += 1
+        try:
+            if lora_request is not None:
+                raise InvalidRequest("model: LoRA adapters are not supported", "model")
+            request = await self.prepare(prompt, sampling_params, request_id, context, priority)
+            assembler = OutputAssembler(
+                request_id,
+                prompt_text if prompt_text is not None else prompt.get("prompt"),
+                list(request.prompt),
+                request.samples,
+                sampling_params.output_kind,
+            )
+            async with aclosing(self.chunks(request)) as chunks:
+                async for chunk in chunks:
+                    output = assembler.add(chunk)
+                    if assembler.finished and chunk.report is not None:
+                        context.reports[request_id] = chunk.report
+                    if output is not None:
+                        yield output
+        except SpecPrefillError as error:
+            raise _told(context, error) from error
+        except Exception as error:  # the edge: what nobody named becomes a plain 500
+            logger.exception("request_id=%s failed", request_id)
+            raise _told(context, SpecPrefillError(str(error))) from error
+
+    async def chunks(self, request: Request) -> AsyncGenerator[Chunk, None]:
+        """The pipeline's chunks. Closing this generator closes the pipeline's."""
+        open_samples = request.samples
+        async with aclosing(self._pipeline.generate(request)) as chunks:  # type: ignore[type-var]
+            async for chunk in chunks:
+                if chunk.finish_reason == "error":
+                    raise Unavailable("an engine could not finish the answer; try again")
+                open_samples -= chunk.finished
+                yield chunk
+        if open_samples > 0:
+            raise Unavailable("the answer ended before it was complete; try again")
+
+    async def select(self, request: Request) -> Selection:
+        """Which tokens of the prompt would be kept."""
+        return await self._pipeline.select(request)
+
+    async def prepare(
+        self,
+        prompt: EngineInput,
+        sampling_params: SamplingParams,
+        request_id: str,
+        context: RequestContext,
+        priority: int = 0,
+    ) -> Request:
+        """Validate as vLLM's own engine does, and mark what must survive pruning.
+
+        Raises InvalidRequest.
+        """
+        admitted = self._admit(prompt, sampling_params, request_id, priority)
+        params = admitted.sampling_params
+        params.extra_args = _caller_args(params.extra_args)
+        controls = context.controls
+        _refuse_unsupported(admitted, controls)
+        request = Request(
+            request_id=f"{request_id}-{uuid.uuid4().hex[:8]}",  # clients repeat their ids
+            prompt=tuple(admitted.prompt_token_ids),
+            sampling=msgspec.msgpack.encode(params),
+            samples=params.n,
+            controls=controls,
+            prompt_logprobs=params.prompt_logprobs is not None,
+            hold_back_chars=hold_back_chars(params),
+            timeout_s=min(context.timeout_s or self._timeout_s, self._timeout_s),
+            priority=priority,
+        )
+        if self._pipeline.planner.plan(request).kind is PlanKind.DENSE:
+            return request
+        text = prompt.get("prompt")
+        spans = await asyncio.to_thread(self._protected, request, text, context.messages)
+        return replace(request, protected=spans)
+
+    def _admit(
+        self, prompt: EngineInput, params: SamplingParams, request_id: str, priority: int
+    ) -> EngineCoreRequest:
+        if not isinstance(prompt, dict) or prompt.get("type") != "token":
+            raise InvalidRequest("prompt: only text and token prompts are supported", "prompt")
+        try:
+            return self.input_processor.process_inputs(
+                request_id, prompt, params, supported_tasks=TASKS, priority=priority
+            )
+        except (VLLMClientError, ValueError) as error:
+            raise as_invalid(error) from error
+
+    def _protected(
+        self, request: Request, text: str | None, messages: Messages | None
+    ) -> tuple[Span, ...]:
+        special = special_spans(request.prompt, self._offsets.special_ids)
+        offsets = None if text is None else self._offsets.find(text, request.prompt)
+        if text is None or offsets is None:
+            return special
+        protect = request.controls.protect
+        return merged(
+            special + protected_spans(text, offsets, messages, protect, self._tail_tokens)
+        )
+
+
+def as_invalid(error: Exception) -> InvalidRequest:
+    """vLLM's validation errors as ours."""
+    field = error.parameter if isinstance(error, VLLMValidationError) else None
+    return InvalidRequest(str(error), field)
+
+
+def hold_back_chars(params: SamplingParams) -> int:
+    """How much text a stop string may still take back: vLLM's detokenizer holds as much."""
+    if not params.stop or params.include_stop_str_in_output:
+        return 0
+    return max(len(stop) for stop in params.stop) - 1
+
+
+def _caller_args(extra_args: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    kept = {key: value for key, value in (extra_args or {}).items() if key not in _RESERVED_ARGS}
+    return kept or None
+
+
+def _refuse_unsupported(admitted: EngineCoreRequest, controls: Controls) -> None:
+    """What would be answered wrongly is refused."""
+    asked = controls.prune is True or (controls.keep is not None and controls.keep < 1.0)
+    wants_prompt_logprobs = admitted.sampling_params.prompt_logprobs is not None
+    if wants_prompt_logprobs and asked and controls.prune is not False:
+        raise InvalidRequest(
+            "prompt_logprobs: needs the whole prompt; switch specprefill off", "prompt_logprobs"
+        )
+    if admitted.cache_salt is not None:
+        raise InvalidRequest("cache_salt: is not supported", "cache_salt")
+
+
+def _told(context: RequestContext, error: SpecPrefillError) -> GracefulHTTPError:
+    """Keep the failure for the middleware, and give vLLM's handlers one they can state."""
+    context.error = error
+    failure = http_failure(error)
+    return GracefulHTTPError(failure.message, HTTPStatus(failure.status))

@@ -1,0 +1,217 @@
+"""The gRPC service over the engine client. Works in Serve's gRPC ingress and in a plain server."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import secrets
+import uuid
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from typing import Protocol
+
+import grpc
+from vllm.exceptions import VLLMClientError
+from vllm.inputs import EngineInput, tokens_input
+from vllm.renderers import ChatParams
+
+from ..errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    Overloaded,
+    SpecPrefillError,
+    Unavailable,
+    UnknownModel,
+)
+from ..rpc import specprefill_pb2 as pb
+from ..types import Request
+from .client import PipelineClient, as_invalid
+from .context import RequestContext
+from .failures import INTERNAL_MESSAGE
+from .grpc_messages import (
+    Answer,
+    chat_messages,
+    chunk_output,
+    prune_controls,
+    report_message,
+    sampling_params,
+    score_message,
+    timeout_s,
+    tools,
+)
+from .health import PoolCounts, judge
+
+logger = logging.getLogger(__name__)
+
+_CODES: tuple[tuple[type[SpecPrefillError], grpc.StatusCode], ...] = (
+    (UnknownModel, grpc.StatusCode.NOT_FOUND),
+    (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
+    (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (Unavailable, grpc.StatusCode.UNAVAILABLE),
+)
+
+
+class CallContext(Protocol):
+    """What of a gRPC servicer context is used: the part that Serve's context offers, too."""
+
+    def invocation_metadata(self) -> Sequence[tuple[str, str]] | None: ...
+
+    def set_code(self, code: grpc.StatusCode) -> None: ...
+
+    def set_details(self, details: str) -> None: ...
+
+    def set_trailing_metadata(self, trailing_metadata: list[tuple[str, str]]) -> None: ...
+
+
+class RpcFailed(Exception):
+    """Ends a call whose context holds its status. A stream must raise: a return means success."""
+
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        super().__init__(details)
+        self.code = code
+        self.details = details
+
+
+class _Unauthenticated(Exception):
+    """No API key, or a wrong one."""
+
+
+class GrpcApi:
+    """One method per RPC of `specprefill.v1.SpecPrefill`."""
+
+    def __init__(
+        self, client: PipelineClient, model_name: str, api_keys: Sequence[str], count: PoolCounts
+    ) -> None:
+        self._client = client
+        self._model_name = model_name
+        self._keys = [_digest(key) for key in api_keys]
+        self._count = count
+
+    async def generate(
+        self, message: pb.GenerateRequest, context: CallContext
+    ) -> pb.GenerateResponse:
+        """Answer in one message."""
+        with self._status(context):
+            request = await self._request(message)
+            answer = Answer(len(request.prompt), request.samples)
+            async with aclosing(self._client.chunks(request)) as chunks:
+                async for chunk in chunks:
+                    answer.add(chunk)
+            return answer.message()
+
+    async def generate_stream(
+        self, message: pb.GenerateRequest, context: CallContext
+    ) -> AsyncGenerator[pb.GenerateChunk, None]:
+        """Answer as it is generated; the last message carries usage and report."""
+        with self._status(context):
+            request = await self._request(message)
+            answer = Answer(len(request.prompt), request.samples)
+            async with aclosing(self._client.chunks(request)) as chunks:
+                async for chunk in chunks:
+                    answer.count(chunk)
+                    out = pb.GenerateChunk(output=chunk_output(chunk))
+                    if answer.finished and chunk.report is not None:
+                        out.usage.CopyFrom(answer.usage())
+                        out.report.CopyFrom(report_message(chunk.report))
+                    yield out
+
+    async def score(self, message: pb.ScoreRequest, context: CallContext) -> pb.ScoreResponse:
+        """Tell which prompt tokens would be kept."""
+        with self._status(context):
+            request = await self._request(message)
+            return score_message(await self._client.select(request))
+
+    async def health(self, message: pb.HealthRequest, context: CallContext) -> pb.HealthResponse:
+        """Tell the pools' health. Needs no API key."""
+        health = judge(await self._count())
+        pools = [pb.PoolHealth(name=n, healthy_replicas=r) for n, r in health.pools.items()]
+        return pb.HealthResponse(serving=health.serving, reason=health.reason, pools=pools)
+
+    async def _request(self, message: pb.GenerateRequest | pb.ScoreRequest) -> Request:
+        if message.HasField("model") and message.model != self._model_name:
+            raise UnknownModel(f"model: {message.model!r} is not served here", "model")
+        is_score = isinstance(message, pb.ScoreRequest)
+        sampling = pb.Sampling(max_tokens=1) if is_score else message.sampling
+        priority = 0 if is_score else message.priority
+        context = RequestContext(
+            controls=prune_controls(message.prune), timeout_s=timeout_s(message)
+        )
+        prompt = await self._prompt(message, context)
+        params = sampling_params(sampling, self._client.model_config.get_diff_sampling_param())
+        return await self._client.prepare(
+            prompt, params, f"grpc-{uuid.uuid4().hex[:16]}", context, priority
+        )
+
+    async def _prompt(
+        self, message: pb.GenerateRequest | pb.ScoreRequest, context: RequestContext
+    ) -> EngineInput:
+        """The prompt as vLLM's renderer makes it."""
+        kind = message.WhichOneof("input")
+        if kind is None:
+            raise InvalidRequest("input: set one of conversation, text or token_ids", "input")
+        if kind == "token_ids":
+            return tokens_input(list(message.token_ids.ids))
+        try:
+            if kind == "text":
+                (prompt,) = await self._client.renderer.render_cmpl_async(
+                    [{"prompt": message.text}]
+                )
+                return prompt
+            context.messages = chat_messages(message.conversation)
+            return await self._render(message.conversation, context)
+        except (VLLMClientError, ValueError) as error:
+            raise as_invalid(error) from error
+
+    async def _render(
+        self, conversation: pb.Conversation, context: RequestContext
+    ) -> EngineInput:
+        kwargs = {"add_generation_prompt": True, "tools": tools(conversation)}
+        _, (prompt,) = await self._client.renderer.render_chat_async(
+            [list(context.messages or ())], ChatParams(chat_template_kwargs=kwargs)
+        )
+        return prompt
+
+    @contextmanager
+    def _status(self, context: CallContext) -> Iterator[None]:
+        """Authenticate, and turn failures into the call's status."""
+        try:
+            self._authenticate(context)
+            yield
+        except _Unauthenticated:
+            code = grpc.StatusCode.UNAUTHENTICATED
+            raise _failed(context, code, "authorization: a valid API key is required") from None
+        except SpecPrefillError as error:
+            if isinstance(error, Overloaded):
+                context.set_trailing_metadata([("retry-after-s", f"{error.retry_after_s:g}")])
+            raise _failed(context, *_code_and_details(error)) from error
+        except Exception as error:  # the edge: what nobody named becomes INTERNAL
+            logger.exception("gRPC call failed")
+            code = grpc.StatusCode.INTERNAL
+            raise _failed(context, code, INTERNAL_MESSAGE) from error
+
+    def _authenticate(self, context: CallContext) -> None:
+        if not self._keys:
+            return
+        metadata = dict(context.invocation_metadata() or ())
+        scheme, _, key = str(metadata.get("authorization", "")).partition(" ")
+        known = [secrets.compare_digest(_digest(key), each) for each in self._keys]
+        if scheme.lower() != "bearer" or not any(known):
+            raise _Unauthenticated
+
+
+def _code_and_details(error: SpecPrefillError) -> tuple[grpc.StatusCode, str]:
+    for kind, code in _CODES:
+        if isinstance(error, kind):
+            return code, str(error)
+    return grpc.StatusCode.INTERNAL, INTERNAL_MESSAGE
+
+
+def _failed(context: CallContext, code: grpc.StatusCode, details: str) -> RpcFailed:
+    context.set_code(code)
+    context.set_details(details)
+    return RpcFailed(code, details)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()

@@ -1,0 +1,50 @@
+"""Whether the service can answer: pure rules over each pool's count of healthy replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+PoolCounts = Callable[[], Awaitable[Mapping[str, int]]]
+
+SPECULATOR = "speculator"
+PREFILL = "prefill"
+DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """`serving` is False when no prompt can be answered; `reason` is empty when all is well."""
+
+    serving: bool
+    reason: str
+    pools: Mapping[str, int]  # healthy replicas
+
+    @property
+    def status(self) -> str:
+        """ok, degraded or unavailable."""
+        if not self.serving:
+            return "unavailable"
+        return "degraded" if self.reason else "ok"
+
+
+def judge(pools: Mapping[str, int]) -> Health:
+    """Without prefill or decode nothing is answered; without a speculator prompts go dense."""
+    empty = [name for name in (SPECULATOR, PREFILL, DECODE) if pools.get(name, 0) < 1]
+    reason = f"no healthy replica in: {', '.join(empty)}" if empty else ""
+    return Health(PREFILL not in empty and DECODE not in empty, reason, dict(pools))
+
+
+def health_route(count: PoolCounts) -> Route:
+    """`GET /health`: 200 or 503, with the reason and the pools."""
+
+    async def answer(_: Request) -> JSONResponse:
+        health = judge(await count())
+        content = {"status": health.status, "reason": health.reason, "pools": dict(health.pools)}
+        return JSONResponse(content, status_code=200 if health.serving else 503)
+
+    return Route("/health", answer, methods=["GET"])

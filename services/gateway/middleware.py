@@ -1,0 +1,227 @@
+"""Reads our fields out of OpenAI requests, tells the report in the answer, sets error statuses.
+
+vLLM's handlers see the request without our fields; `RequestContext` carries those to the
+engine client, and the client's report or failure back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..errors import InvalidRequest
+from .context import CURRENT, RequestContext
+from .controls import FIELD, conversation, pop_controls, timeout
+from .failures import Failure, http_failure, too_large
+from .reports import story_json
+
+TIMEOUT_HEADER = "x-request-timeout-seconds"
+_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+_DATA = b"data: "
+
+
+class RequestMiddleware:
+    """Pure ASGI middleware; it never buffers a stream."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        try:
+            body = await _read_body(Headers(scope=scope), receive, self._max_body_bytes)
+            context, body = _admit(scope, body)
+        except _TooLarge:
+            await _send_failure(send, too_large(self._max_body_bytes))
+            return
+        except _Disconnected:
+            return
+        except InvalidRequest as error:
+            await _send_failure(send, http_failure(error))
+            return
+        reply = _Reply(send, context)
+        token = CURRENT.set(context)
+        try:
+            await self._app(scope, _replay(body, receive), reply.send)
+        finally:
+            CURRENT.reset(token)
+
+
+class _TooLarge(Exception):
+    """The body exceeds the limit."""
+
+
+class _Disconnected(Exception):
+    """The client left before its body was complete."""
+
+
+async def _read_body(headers: Headers, receive: Receive, limit: int) -> bytes:
+    declared = headers.get("content-length", "0")
+    if declared.isdigit() and int(declared) > limit:
+        raise _TooLarge
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise _Disconnected
+        body += message.get("body", b"")
+        if len(body) > limit:
+            raise _TooLarge
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+def _replay(body: bytes, receive: Receive) -> Callable[[], Awaitable[Message]]:
+    """The body once more, then what the client still sends: its disconnect."""
+    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        return pending.pop() if pending else await receive()
+
+    return replay
+
+
+def _admit(scope: Scope, body: bytes) -> tuple[RequestContext, bytes]:
+    """The request's context, and the body as vLLM's own handlers shall see it."""
+    context = RequestContext(
+        timeout_s=timeout(TIMEOUT_HEADER, Headers(scope=scope).get(TIMEOUT_HEADER))
+    )
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    if path not in _PATHS:
+        return context, body
+    try:
+        fields = msgspec.json.decode(body)
+    except msgspec.DecodeError as error:
+        raise InvalidRequest(f"The request body is not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        return context, body
+    if fields.get("use_beam_search"):
+        raise InvalidRequest("use_beam_search: beam search is not supported", "use_beam_search")
+    sent = len(fields)
+    context.controls = pop_controls(fields)
+    context.messages = conversation(path, fields)
+    return context, body if len(fields) == sent else msgspec.json.encode(fields)
+
+
+class _Reply:
+    """One response on its way to the client.
+
+    The status line waits for the first body message: until then a failure can still become
+    the status it deserves.
+    """
+
+    def __init__(self, send: Send, context: RequestContext) -> None:
+        self._send = send
+        self._context = context
+        self._start: Message | None = None  # held back until the first body message
+        self._streaming = False
+        self._body = bytearray()
+        self._replaced = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._start = message
+            kind = Headers(raw=message["headers"]).get("content-type", "")
+            self._streaming = kind.startswith("text/event-stream")
+        elif message["type"] != "http.response.body":
+            await self._send(message)
+        elif self._streaming:
+            await self._send_event(message)
+        elif not self._replaced:
+            await self._send_whole(message)
+
+    async def _send_event(self, message: Message) -> None:
+        if self._replaced:
+            return
+        if self._start is not None:
+            start, self._start = self._start, None
+            if self._context.error is not None:
+                await self._replace(start)
+                return
+            await self._send(start)
+        body = _amend_events(message.get("body", b""), self._context)
+        await self._send({**message, "body": body})
+
+    async def _send_whole(self, message: Message) -> None:
+        self._body += message.get("body", b"")
+        if message.get("more_body", False):
+            return
+        start = self._start
+        if start is None:
+            raise RuntimeError("a response body without a response start")
+        if self._context.error is not None:
+            await self._replace(start)
+            return
+        body = bytes(self._body)
+        if start["status"] == 200:
+            body = _amend_json(body, self._context)
+            MutableHeaders(raw=start["headers"])["content-length"] = str(len(body))
+        await self._send(start)
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def _replace(self, start: Message) -> None:
+        """Answer with the recorded failure in place of what vLLM made of it."""
+        self._replaced = True
+        if self._context.error is not None:
+            await _send_failure(
+                self._send, http_failure(self._context.error), Headers(raw=start["headers"])
+            )
+
+
+def _amend_json(body: bytes, context: RequestContext) -> bytes:
+    story = context.story()
+    if story is None:
+        return body
+    answer = json.loads(body)
+    return _dumps({**answer, FIELD: story_json(story)}) if isinstance(answer, dict) else body
+
+
+def _amend_events(body: bytes, context: RequestContext) -> bytes:
+    """Tell the report in the last event of the answer; name a failure as what it is."""
+    if context.error is None and context.story() is None:
+        return body
+    return b"\n".join(_amend_line(line, context) for line in body.split(b"\n"))
+
+
+def _amend_line(line: bytes, context: RequestContext) -> bytes:
+    if not line.startswith(_DATA + b"{"):
+        return line
+    event = json.loads(line[len(_DATA) :])
+    if context.error is not None:
+        return _DATA + http_failure(context.error).body() if "error" in event else line
+    story = context.story()
+    if story is None or not _ends_answer(event):
+        return line
+    return _DATA + _dumps({**event, FIELD: story_json(story)})
+
+
+def _ends_answer(event: dict[str, Any]) -> bool:
+    """The event that holds the last finish reason, and the usage event after it."""
+    if "choices" not in event:
+        return event.get("type") in ("response.completed", "message_stop")
+    choices = event["choices"]
+    return not choices or any(choice.get("finish_reason") for choice in choices)
+
+
+def _dumps(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+async def _send_failure(send: Send, failure: Failure, inherited: Headers | None = None) -> None:
+    body = failure.body()
+    headers = MutableHeaders(raw=[] if inherited is None else list(inherited.raw))
+    headers["content-type"] = "application/json"
+    headers["content-length"] = str(len(body))
+    if failure.retry_after_s is not None:
+        headers["retry-after"] = str(max(1, round(failure.retry_after_s)))
+    await send({"type": "http.response.start", "status": failure.status, "headers": headers.raw})
+    await send({"type": "http.response.body", "body": body, "more_body": False})

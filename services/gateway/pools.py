@@ -1,0 +1,151 @@
+"""The pipeline's three ports over Ray Serve handles. Ray's errors become ours here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+
+import grpc
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from .. import wire
+from ..errors import (
+    DeadlineExceeded,
+    DecodeUnavailable,
+    Overloaded,
+    PrefillUnavailable,
+    SpecPrefillError,
+    SpeculatorUnavailable,
+    Unavailable,
+)
+from ..types import Decoded, Plan, Prefilled, Request, Selection, Ticket
+
+logger = logging.getLogger(__name__)
+
+Release = Callable[[Ticket], Awaitable[None]]
+
+_RETRY_AFTER_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServeSpeculator:
+    """The speculator pool."""
+
+    handle: DeploymentHandle
+
+    async def select(self, request: Request, plan: Plan, timeout_s: float) -> Selection:
+        """See `ports.Speculator`."""
+        with mapped_errors("speculator", SpeculatorUnavailable):
+            payload = wire.pack((request, plan, timeout_s))
+            reply = await _call(self.handle, "select", payload, timeout_s)
+        return wire.unpack(reply, Selection)
+
+
+@dataclass(frozen=True, slots=True)
+class ServePrefiller:
+    """The prefill pool. Leases are released straight at the worker that holds them."""
+
+    handle: DeploymentHandle
+    release: Release
+
+    @asynccontextmanager
+    async def prefill(
+        self, request: Request, selection: Selection, timeout_s: float
+    ) -> AsyncIterator[Prefilled]:
+        """See `ports.Prefiller`."""
+        with mapped_errors("prefill", PrefillUnavailable):
+            payload = wire.pack((request, selection, timeout_s))
+            reply = await _call(self.handle, "prefill", payload, timeout_s)
+        prefilled = wire.unpack(reply, Prefilled)
+        try:
+            yield prefilled
+        finally:
+            if prefilled.ticket is not None:
+                await asyncio.shield(self._release(prefilled.ticket))
+
+    async def _release(self, ticket: Ticket) -> None:
+        """An answer is not lost for a lease that could not be released: it expires by itself."""
+        try:
+            await self.release(ticket)
+        except SpecPrefillError as error:
+            logger.warning("lease_id=%s not released: %s", ticket.lease_id, error)
+
+
+@dataclass(frozen=True, slots=True)
+class ServeDecoder:
+    """The decode pool."""
+
+    handle: DeploymentHandle
+
+    async def decode(
+        self, request: Request, selection: Selection, prefilled: Prefilled, timeout_s: float
+    ) -> AsyncIterator[Decoded]:
+        """See `ports.Decoder`."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        payload = wire.pack((request, selection, prefilled, timeout_s))
+        with mapped_errors("decode", DecodeUnavailable):
+            stream = self.handle.options(method_name="decode", stream=True).remote(payload)
+        try:
+            while True:
+                with mapped_errors("decode", DecodeUnavailable):
+                    try:
+                        async with asyncio.timeout_at(deadline):
+                            step = await anext(stream)
+                    except StopAsyncIteration:
+                        return
+                yield wire.unpack(step, Decoded)
+        finally:
+            stream.cancel()  # otherwise a cancelled caller may leave the replica decoding
+
+
+@contextmanager
+def mapped_errors(pool: str, unavailable: type[Unavailable]) -> Iterator[None]:
+    """What a call to a pool may raise, as errors of ours.
+
+    An error that a replica raised as one of ours comes out as the same one.
+    """
+    try:
+        yield
+    except TimeoutError as error:
+        raise DeadlineExceeded(f"timeout_s: used up waiting for the {pool} pool") from error
+    except BackPressureError as error:
+        raise _overloaded(pool, error) from error
+    except RayTaskError as error:
+        raise _cause(pool, error, unavailable) from None
+    except (RayError, RayServeException, grpc.RpcError) as error:
+        logger.warning("pool=%s unavailable: %s", pool, type(error).__name__)
+        raise unavailable(f"no {pool} replica answered; try again") from error
+
+
+async def _call(handle: DeploymentHandle, method: str, payload: bytes, timeout_s: float) -> bytes:
+    response = handle.options(method_name=method).remote(payload)
+    try:
+        async with asyncio.timeout(timeout_s):
+            reply: bytes = await response
+    except BaseException:
+        response.cancel()  # the caller's cancellation is the replica's
+        raise
+    return reply
+
+
+def _cause(pool: str, error: RayTaskError, unavailable: type[Unavailable]) -> SpecPrefillError:
+    """What went wrong in the replica, or in a replica that it called."""
+    cause: BaseException = error.cause
+    while isinstance(cause, RayTaskError):
+        cause = cause.cause
+    if isinstance(cause, SpecPrefillError):
+        return cause
+    if isinstance(cause, BackPressureError):
+        return _overloaded(pool, cause)
+    logger.error("pool=%s failed\n%s", pool, error.traceback_str)
+    return unavailable(f"a {pool} replica failed; try again")
+
+
+def _overloaded(pool: str, error: BackPressureError) -> Overloaded:
+    retry_after_s = _RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
+    return Overloaded(f"the {pool} pool is full; try again later", retry_after_s)

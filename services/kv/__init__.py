@@ -1,0 +1,1 @@
+"""The KV hand-off: frames, leases, and the gRPC stream between engine workers."""

@@ -1,0 +1,184 @@
+"""KV held for a decode engine: under a lease, bounded in time and bytes, released once.
+
+Pure and thread-safe: the engine's worker appends frames while a gRPC thread streams them.
+Time is handed in (`now`), so that expiry is testable without waiting.
+"""
+
+from __future__ import annotations
+
+import hmac
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from ..errors import LeaseNotFound
+from .frames import Frame
+
+_TOMBSTONES = 4096
+
+
+@dataclass(slots=True)
+class _Lease:
+    secret: str
+    tokens: int  # k
+    frames_expected: int | None = None  # known once the last layer of the last chunk is in
+    uses_left: int = 1
+    readers: int = 0
+    expires_s: float | None = None  # the clock starts when the KV is complete
+    frames: list[Frame] = field(default_factory=list)
+    bytes_held: int = 0
+
+    @property
+    def complete(self) -> bool:
+        return self.frames_expected is not None
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseGauges:
+    """What the store holds now, and what became of the leases so far."""
+
+    leases: int
+    bytes_held: int
+    opened_total: int
+    pulled_total: int
+    released_total: int
+    expired_total: int
+    dropped_total: int  # over the byte cap
+
+
+class LeaseStore:
+    """Frames of finished and running prefills, waiting to be pulled."""
+
+    def __init__(self, *, max_bytes: int, lease_s: float, now: Callable[[], float]) -> None:
+        self._max_bytes = max_bytes
+        self._lease_s = lease_s
+        self._now = now
+        self._changed = threading.Condition()
+        self._leases: dict[str, _Lease] = {}
+        self._gone: OrderedDict[str, str] = OrderedDict()  # lease id -> why it is gone
+        self._bytes_held = 0
+        self._totals = {"opened": 0, "pulled": 0, "released": 0, "expired": 0, "dropped": 0}
+
+    def open(self, lease_id: str, secret: str, *, tokens: int, uses: int) -> None:
+        """Begin to hold KV of `tokens` prompt tokens for `uses` pulls. Idempotent."""
+        with self._changed:
+            if lease_id not in self._leases and lease_id not in self._gone:
+                self._leases[lease_id] = _Lease(secret, tokens, uses_left=uses)
+                self._totals["opened"] += 1
+
+    def append(self, lease_id: str, frame: Frame, *, last: bool) -> None:
+        """Hold one more frame; a lease that is gone swallows it.
+
+        Over the byte cap the lease is dropped: the decode engine recomputes its prompt.
+        """
+        with self._changed:
+            lease = self._leases.get(lease_id)
+            if lease is None:
+                return
+            size = len(frame.payload)
+            if self._bytes_held + size > self._max_bytes:
+                self._drop(lease_id, "dropped")
+                return
+            lease.frames.append(frame)
+            lease.bytes_held += size
+            self._bytes_held += size
+            if last:
+                lease.frames_expected = len(lease.frames)
+                lease.expires_s = self._now() + self._lease_s
+            self._changed.notify_all()
+
+    def stream(self, lease_id: str, secret: str, *, timeout_s: float) -> Iterator[Frame]:
+        """Yield every frame in order, waiting for those still being computed.
+
+        A stream read to its end uses the lease up once. Raises LeaseNotFound when the lease
+        is unknown, gone, or not complete within `timeout_s`, or when the secret is wrong.
+        """
+        give_up_s = self._now() + timeout_s
+        lease = self._enter(lease_id, secret)
+        sent, used = 0, False
+        try:
+            while not used:
+                frames, last = self._next(lease_id, lease, sent, give_up_s)
+                sent += len(frames)
+                yield from frames
+                used = last
+        finally:
+            self._leave(lease_id, lease, used=used)
+
+    def release(self, lease_id: str, secret: str) -> bool:
+        """Drop the lease, whatever its state. False if it was gone before (idempotent)."""
+        with self._changed:
+            lease = self._leases.get(lease_id)
+            if lease is None:
+                self._bury(lease_id, "released")
+                return False
+            if not hmac.compare_digest(lease.secret, secret):
+                return False
+            self._drop(lease_id, "released")
+            return True
+
+    def sweep(self) -> int:
+        """Drop complete leases past their time that nobody is reading. Returns how many."""
+        with self._changed:
+            now = self._now()
+            late = [
+                lease_id
+                for lease_id, lease in self._leases.items()
+                if lease.expires_s is not None and now >= lease.expires_s and not lease.readers
+            ]
+            for lease_id in late:
+                self._drop(lease_id, "expired")
+            return len(late)
+
+    def gauges(self) -> LeaseGauges:
+        """A consistent snapshot."""
+        with self._changed:
+            totals = {f"{name}_total": count for name, count in self._totals.items()}
+            return LeaseGauges(len(self._leases), self._bytes_held, **totals)
+
+    def _enter(self, lease_id: str, secret: str) -> _Lease:
+        with self._changed:
+            lease = self._leases.get(lease_id)
+            if lease is None or not hmac.compare_digest(lease.secret, secret):
+                raise LeaseNotFound(f"lease {lease_id}: {self._gone.get(lease_id, 'unknown')}")
+            lease.readers += 1
+            return lease
+
+    def _next(
+        self, lease_id: str, lease: _Lease, sent: int, give_up_s: float
+    ) -> tuple[list[Frame], bool]:
+        with self._changed:
+            while self._leases.get(lease_id) is lease:
+                if len(lease.frames) > sent or lease.complete:
+                    frames = lease.frames[sent:]
+                    return frames, sent + len(frames) == lease.frames_expected
+                left_s = give_up_s - self._now()
+                if left_s <= 0:
+                    raise LeaseNotFound(f"lease {lease_id}: not complete in time")
+                self._changed.wait(left_s)
+            raise LeaseNotFound(f"lease {lease_id}: {self._gone.get(lease_id, 'gone')}")
+
+    def _leave(self, lease_id: str, lease: _Lease, *, used: bool) -> None:
+        with self._changed:
+            lease.readers -= 1
+            if self._leases.get(lease_id) is not lease:
+                return
+            lease.uses_left -= used
+            if lease.uses_left == 0:
+                self._drop(lease_id, "pulled")
+            elif lease.complete:
+                lease.expires_s = self._now() + self._lease_s
+
+    def _drop(self, lease_id: str, why: str) -> None:
+        lease = self._leases.pop(lease_id)
+        self._bytes_held -= lease.bytes_held
+        self._totals[why] += 1
+        self._bury(lease_id, why)
+        self._changed.notify_all()
+
+    def _bury(self, lease_id: str, why: str) -> None:
+        """Remember a gone lease, so that a late pull or frame is told at once."""
+        self._gone[lease_id] = why
+        while len(self._gone) > _TOMBSTONES:
+            self._gone.popitem(last=False)

@@ -1,0 +1,200 @@
+"""The KV stream between workers, over gRPC with raw messages (frames are not protobuf).
+
+`Pull` streams a lease's frames, `Release` drops a lease. Requests are msgpack maps; the
+lease's secret authenticates both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from concurrent import futures
+from typing import Any
+
+import grpc
+import msgpack
+
+from ..errors import CorruptFrame, KvTransferError, LayoutMismatch, LeaseNotFound
+from ..types import Ticket
+from .frames import Frame, Trailer, decode, encode
+from .leases import LeaseStore
+
+SERVICE = "specprefill.v1.KvCache"
+PULL = f"/{SERVICE}/Pull"
+RELEASE = f"/{SERVICE}/Release"
+OPTIONS = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.so_reuseport", 0),  # a stale peer on the same port must be an error
+]
+_RELEASE_TIMEOUT_S = 2.0
+
+
+class KvServer:
+    """Serves one worker's leases on a port of its own."""
+
+    def __init__(
+        self, leases: LeaseStore, fingerprint: str, host: str, *, threads: int = 8
+    ) -> None:
+        self._leases = leases
+        self._fingerprint = fingerprint
+        self._host = host
+        self._server = grpc.server(
+            futures.ThreadPoolExecutor(threads, thread_name_prefix="kv-serve"),
+            handlers=[_Handler(self)],
+            options=OPTIONS,
+        )
+
+    def start(self) -> str:
+        """Listen on a free port. Returns `host:port`."""
+        port = self._server.add_insecure_port(f"{self._host}:0")
+        self._server.start()
+        return f"{self._host}:{port}"
+
+    def stop(self) -> None:
+        """Refuse new calls and end those under way."""
+        self._server.stop(grace=0).wait()
+
+    def pull(self, message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        """Stream a lease's frames and the trailer."""
+        query = msgpack.unpackb(message)
+        if query["fingerprint"] != self._fingerprint:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "kv: layouts differ")
+        lease_id, start = query["lease_id"], query["start"]
+        frames = self._leases.stream(lease_id, query["secret"], timeout_s=query["timeout_s"])
+        sent = 0
+        try:
+            for frame in frames:
+                part = _from_token(frame, start)
+                if part is not None:
+                    sent += 1
+                    yield encode(part, lease_id)
+        except LeaseNotFound as error:
+            context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+        yield encode(Trailer(sent), lease_id)
+
+    def release(self, message: bytes, _context: grpc.ServicerContext) -> bytes:
+        """Drop a lease. Idempotent."""
+        query = msgpack.unpackb(message)
+        return msgpack.packb(self._leases.release(query["lease_id"], query["secret"]))
+
+
+class _Handler(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no type hints
+    def __init__(self, server: KvServer) -> None:
+        self._server = server
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        if details.method == PULL:
+            return grpc.unary_stream_rpc_method_handler(self._server.pull)
+        if details.method == RELEASE:
+            return grpc.unary_unary_rpc_method_handler(self._server.release)
+        return None
+
+
+def _from_token(frame: Frame, start: int) -> Frame | None:
+    """The part of `frame` from token `start` on: the puller has the tokens before."""
+    if frame.stop <= start:
+        return None
+    if frame.start >= start:
+        return frame
+    skipped = (start - frame.start) * (len(frame.payload) // (frame.stop - frame.start))
+    return Frame(frame.layer, start, frame.stop, memoryview(frame.payload)[skipped:])
+
+
+class KvClient:
+    """Pulls leases from other workers; one channel per peer, kept open."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, grpc.Channel] = {}
+        self._lock = threading.Lock()
+
+    def pull(
+        self, endpoint: str, ticket: dict[str, Any], fingerprint: str, start: int, timeout_s: float
+    ) -> KvPull:
+        """Begin to pull the tokens from `start` on. Iterate the result for the frames."""
+        query = {
+            "lease_id": ticket["lease_id"],
+            "secret": ticket["secret"],
+            "fingerprint": fingerprint,
+            "start": start,
+            "timeout_s": timeout_s,
+        }
+        stream = self._channel(endpoint).unary_stream(PULL)
+        return KvPull(stream(msgpack.packb(query), timeout=timeout_s), ticket["lease_id"])
+
+    def close(self) -> None:
+        """Close every channel; pulls under way fail."""
+        with self._lock:
+            for channel in self._channels.values():
+                channel.close()
+            self._channels.clear()
+
+    def _channel(self, endpoint: str) -> grpc.Channel:
+        with self._lock:
+            if endpoint not in self._channels:
+                self._channels[endpoint] = grpc.insecure_channel(endpoint, options=OPTIONS)
+            return self._channels[endpoint]
+
+
+class KvPull:
+    """A stream of frames; `cancel()` from any thread ends it."""
+
+    def __init__(self, call: Any, lease_id: str) -> None:
+        self._call = call
+        self._lease_id = lease_id
+
+    def __iter__(self) -> Iterator[Frame]:
+        """Yield the frames. Raises KvTransferError unless the stream came whole."""
+        frames = 0
+        try:
+            for message in self._call:
+                item = decode(message, self._lease_id)
+                if isinstance(item, Trailer):
+                    if item.frames != frames:
+                        raise CorruptFrame(f"stream: {frames} of {item.frames} frames came")
+                    return
+                frames += 1
+                yield item
+        except grpc.RpcError as error:
+            raise _transfer_error(error) from error
+        raise CorruptFrame("stream: ended without a trailer")
+
+    def cancel(self) -> None:
+        """End the stream; the peer stops sending."""
+        self._call.cancel()
+
+
+def _transfer_error(error: grpc.RpcError) -> KvTransferError:
+    if error.code() is grpc.StatusCode.NOT_FOUND:
+        return LeaseNotFound(error.details())
+    if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+        return LayoutMismatch(error.details())
+    return KvTransferError(f"{error.code().name}: {error.details()}")
+
+
+class KvReleaser:
+    """Releases tickets from an asyncio program: the gateway's end of the lease."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    async def release(self, ticket: Ticket) -> None:
+        """Drop the lease at every rank. A peer that is gone holds nothing: not an error."""
+        await asyncio.gather(*(self._release(peer, ticket) for peer in ticket.endpoints))
+
+    async def close(self) -> None:
+        """Close every channel."""
+        channels, self._channels = self._channels, {}
+        for channel in channels.values():
+            await channel.close()
+
+    async def _release(self, endpoint: str, ticket: Ticket) -> None:
+        if endpoint not in self._channels:
+            self._channels[endpoint] = grpc.aio.insecure_channel(endpoint, options=OPTIONS)
+        call = self._channels[endpoint].unary_unary(RELEASE)
+        query = {"lease_id": ticket.lease_id, "secret": ticket.secret}
+        try:
+            await call(msgpack.packb(query), timeout=_RELEASE_TIMEOUT_S)
+        except grpc.aio.AioRpcError:
+            return  # the peer is dead or cut off: its lease ends with it or by its time

@@ -1,0 +1,35 @@
+"""A prefill engine as a Serve replica: bytes in, bytes out."""
+
+from __future__ import annotations
+
+import ray
+
+from ..config import AppConfig
+from ..engine.args import Role, engine_args
+from ..engine.engine import Engine
+from ..types import Request, Selection
+from ..wire import pack, unpack
+from .service import PrefillService
+
+
+class PrefillReplica:
+    """Serve awaits the constructor, checks the health, and calls `__del__` after draining."""
+
+    async def __init__(self, config_json: str) -> None:  # type: ignore[misc]
+        config = AppConfig.model_validate_json(config_json)
+        host = config.kv.host or ray.util.get_node_ip_address()
+        args = engine_args(config.model, config.prefill, config.kv, Role.PREFILL, host)
+        self._service = PrefillService(Engine(args, cpu_threads=config.prefill.cpu_threads))
+        await self._service.start()
+
+    async def __del__(self) -> None:
+        await self._service.close()
+
+    async def prefill(self, payload: bytes) -> bytes:
+        """`(Request, Selection, timeout_s)` -> Prefilled."""
+        request, selection, timeout_s = unpack(payload, tuple[Request, Selection, float])
+        return pack(await self._service.prefill(request, selection, timeout_s))
+
+    async def check_health(self) -> None:
+        """Raises Unavailable when the engine process is dead."""
+        await self._service.check_health()

@@ -1,0 +1,122 @@
+"""One prefill engine: the kept tokens in, the first token and a ticket for the KV out."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import uuid
+from dataclasses import replace
+from typing import Any, Self
+
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from ..engine.engine import Engine, map_engine_errors
+from ..engine.handoff_scheduler import PRODUCE
+from ..engine.outputs import chunk_of, prompt_logprobs_of, sampling_params
+from ..engine.params import KV_TRANSFER, POSITIONS
+from ..errors import DeadlineExceeded, PrefillUnavailable
+from ..positions import PositionMap
+from ..types import Prefilled, Request, Selection, Ticket
+
+
+class PrefillService:
+    """Owns one engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_exc: object) -> None:
+        await self.close()
+
+    async def start(self) -> None:
+        """Load the model."""
+        self._engine.start()
+
+    async def close(self) -> None:
+        """Stop the engine. Idempotent."""
+        self._engine.close()
+
+    async def check_health(self) -> None:
+        """Raises Unavailable when the engine is dead."""
+        await self._engine.check_health()
+
+    async def prefill(
+        self, request: Request, selection: Selection, timeout_s: float
+    ) -> Prefilled:
+        """Compute the kept tokens at their original positions and sample one token.
+
+        The KV is held under the returned ticket until it is pulled `request.samples` times,
+        released, or its lease ends. Raises InvalidRequest, DeadlineExceeded or
+        PrefillUnavailable; then nothing is held.
+        """
+        params = self._params(request, selection)
+        try:
+            async with asyncio.timeout(timeout_s):
+                with map_engine_errors(PrefillUnavailable):
+                    output = await self._run(request, selection, params)
+        except TimeoutError as error:
+            raise DeadlineExceeded("timeout_s: used up during prefill") from error
+        return _prefilled(output)
+
+    async def _run(
+        self, request: Request, selection: Selection, params: SamplingParams
+    ) -> RequestOutput:
+        prompt = selection.kept(request.prompt)
+        request_id = f"prefill-{request.request_id}"
+        last = None
+        async for output in self._engine.generate(prompt, params, request_id, request.priority):
+            last = output
+        if last is None or last.outputs[0].finish_reason in {"abort", "error"}:
+            raise PrefillUnavailable("prefill: the engine gave no token")
+        return last
+
+    def _params(self, request: Request, selection: Selection) -> SamplingParams:
+        """The caller's parameters, cut down to one token of one sample."""
+        asked = sampling_params(request.sampling)
+        params = asked.clone()
+        params.n = 1
+        params.max_tokens = 1
+        params.min_tokens = min(1, params.min_tokens)
+        params.output_kind = RequestOutputKind.FINAL_ONLY
+        params.extra_args = {**(asked.extra_args or {}), **_private(request, selection, asked)}
+        return params
+
+
+def _private(request: Request, selection: Selection, asked: SamplingParams) -> dict[str, Any]:
+    mapping = PositionMap.from_runs(selection.runs, selection.prompt_tokens)
+    private: dict[str, Any] = {} if mapping.is_identity else {POSITIONS: mapping.to_wire()}
+    if request.samples > 1 or asked.max_tokens != 1:
+        lease = {
+            "lease_id": uuid.uuid4().hex,
+            "secret": secrets.token_hex(16),
+            "uses": request.samples,
+        }
+        private[KV_TRANSFER] = {PRODUCE: lease}
+    return private
+
+
+def _prefilled(output: RequestOutput) -> Prefilled:
+    handed = output.kv_transfer_params
+    ticket = None if handed is None else Ticket(**_ticket_fields(handed))
+    queue_s, prefill_s = _times(output)
+    first = replace(chunk_of(output, index=0), prompt_logprobs=prompt_logprobs_of(output))
+    if ticket is not None:  # one token was all that was asked of this engine: not the end
+        first = replace(first, finish_reason=None, stop_reason=None)
+    return Prefilled(first=first, ticket=ticket, queue_s=queue_s, prefill_s=prefill_s)
+
+
+def _ticket_fields(handed: dict[str, Any]) -> dict[str, Any]:
+    return {**handed, "endpoints": tuple(handed["endpoints"])}
+
+
+def _times(output: RequestOutput) -> tuple[float, float]:
+    """Seconds in the engine's queue and in its prefill, on the engine's own clock."""
+    stats = output.metrics
+    if stats is None:
+        return 0.0, 0.0
+    return stats.scheduled_ts - stats.queued_ts, stats.first_token_ts - stats.scheduled_ts

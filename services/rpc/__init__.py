@@ -1,0 +1,1 @@
+"""Generated stubs of `proto/specprefill/v1` (`make proto`)."""

@@ -1,0 +1,146 @@
+"""From token scores to kept tokens (Speculative Prefill, arXiv 2502.02789, section 3.2).
+
+Pure: numpy in, `Selection` out; equal input gives an equal selection, whatever the platform.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .types import Plan, PlanKind, Reason, Selection, Span, dense
+
+Scores = NDArray[np.float32]  # [N], one score per prompt token
+Mask = NDArray[np.bool_]  # [N]
+
+ROUNDING = 1e-9  # so that 0.1 of 30 chunks is 3 of them, not 4
+FLAT_SPREAD = 1e-4  # (highest - lowest) / highest chunk score below which nothing was learned
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionPolicy:
+    """What a deployment always keeps, and in which pieces the rest is chosen."""
+
+    chunk_tokens: int = 32
+    min_kept_tokens: int = 256  # absolute floor under any keep rate
+    sink_tokens: int = 4  # the first tokens of the prompt, always kept
+    tail_tokens: int = 64  # the last tokens of the prompt, always kept
+
+
+def select(
+    scores: Scores, plan: Plan, protected: Sequence[Span], policy: SelectionPolicy
+) -> Selection:
+    """Keep the protected tokens and the top chunks of `policy.chunk_tokens` tokens by mean score.
+
+    The budget is `ceil(chunks * plan.keep)` chunks, raised to `min_kept_tokens`; protected tokens
+    count toward it one by one, and no chunk is rounded up for them. Scored chunks always get at
+    least half of the budget on top of what is protected, so heavy protection makes
+    `Selection.keep_rate` exceed `plan.keep` instead of silently pushing the scored text out.
+
+    Ties go to the later chunk. Dense, with its reason, where no whole chunk would be dropped,
+    where the scores are flat, and where any is not finite.
+    """
+    settled = settle(len(scores), plan, protected, policy)
+    if settled is not None:
+        return settled
+    means = _chunk_means(scores, policy.chunk_tokens)
+    if _is_flat(means):
+        return dense(len(scores), Reason.FLAT_SCORES)
+    kept = _protected_mask(len(scores), protected, policy)
+    anything_protected = bool(kept.any())
+    for chunk in _chosen_chunks(means, kept, plan, policy).tolist():
+        kept[chunk * policy.chunk_tokens : (chunk + 1) * policy.chunk_tokens] = True
+    if len(kept) - int(kept.sum()) < policy.chunk_tokens:
+        reason = Reason.PROTECTED_SPANS if anything_protected else Reason.KEEP_IS_ONE
+        return dense(len(scores), reason)
+    return Selection(len(scores), _runs(kept), plan)
+
+
+def settle(
+    prompt_tokens: int, plan: Plan, protected: Sequence[Span], policy: SelectionPolicy
+) -> Selection | None:
+    """The dense selection that no score could change, or None: then the prompt needs scoring."""
+    if prompt_tokens < 1:
+        raise ValueError("selection: the prompt is empty")
+    if plan.kind is PlanKind.DENSE:
+        return dense(prompt_tokens, plan.reason)
+    chunks = math.ceil(prompt_tokens / policy.chunk_tokens)
+    if _asked_chunks(chunks, plan.keep) >= chunks:
+        return dense(prompt_tokens, Reason.KEEP_IS_ONE)
+    if policy.min_kept_tokens >= prompt_tokens:
+        return dense(prompt_tokens, Reason.SHORT_PROMPT)
+    free = prompt_tokens - int(_protected_mask(prompt_tokens, protected, policy).sum())
+    if free < policy.chunk_tokens:
+        return dense(prompt_tokens, Reason.PROTECTED_SPANS)
+    return None
+
+
+def budget_chunks(prompt_tokens: int, keep: float, policy: SelectionPolicy) -> int:
+    """How many chunks a keep rate asks for, with the absolute floor."""
+    chunks = math.ceil(prompt_tokens / policy.chunk_tokens)
+    floor = math.ceil(policy.min_kept_tokens / policy.chunk_tokens)
+    return min(chunks, max(_asked_chunks(chunks, keep), floor))
+
+
+def _asked_chunks(chunks: int, keep: float) -> int:
+    return max(1, math.ceil(chunks * keep - ROUNDING))
+
+
+def _protected_mask(prompt_tokens: int, protected: Sequence[Span], policy: SelectionPolicy) -> Mask:
+    """True where a token must survive. Spans are clipped to the prompt."""
+    mask = np.zeros(prompt_tokens, dtype=np.bool_)
+    mask[: policy.sink_tokens] = True
+    mask[max(0, prompt_tokens - policy.tail_tokens) :] = True
+    for span in protected:
+        mask[max(0, span.start) : max(0, span.stop)] = True
+    return mask
+
+
+def _chunk_means(scores: Scores, chunk_tokens: int) -> NDArray[np.float64]:
+    """[N] -> [chunks]; the last chunk may be shorter."""
+    starts = np.arange(0, len(scores), chunk_tokens)
+    sizes = np.diff(starts, append=len(scores))
+    return np.add.reduceat(scores, starts, dtype=np.float64) / sizes
+
+
+def _is_flat(means: NDArray[np.float64]) -> bool:
+    """No usable difference. The end chunks do not count: zero padding of the pool bends them."""
+    if not bool(np.isfinite(means).all()):
+        return True
+    inner = means[1:-1] if len(means) > 2 else means
+    return float(np.ptp(inner)) <= FLAT_SPREAD * float(np.abs(inner).max())
+
+
+def _chosen_chunks(
+    means: NDArray[np.float64], protected: Mask, plan: Plan, policy: SelectionPolicy
+) -> NDArray[np.intp]:
+    """The fewest top chunks that fill the budget beside what is protected.
+
+    A short last chunk counts as a whole one, so that without protection exactly the paper's
+    number of chunks is taken.
+    """
+    size = policy.chunk_tokens
+    budget = budget_chunks(len(protected), plan.keep, policy)
+    held = np.add.reduceat(protected, np.arange(0, len(protected), size), dtype=np.int64)
+    needed = max(budget * size - int(held.sum()), math.ceil(budget / 2) * size)
+    order = len(means) - 1 - np.argsort(-means[::-1], kind="stable")
+    open_chunks = order[_has_free(held, len(protected), size)[order]]
+    filled = np.cumsum(size - held[open_chunks])
+    return open_chunks[: int(np.searchsorted(filled, needed)) + 1]
+
+
+def _has_free(held: NDArray[np.int64], prompt_tokens: int, size: int) -> Mask:
+    """Which chunks hold a token that is not protected already."""
+    sizes = np.full(len(held), size)
+    sizes[-1] = prompt_tokens - (len(held) - 1) * size
+    return held < sizes
+
+
+def _runs(kept: Mask) -> tuple[Span, ...]:
+    """Maximal runs of True."""
+    edges = np.flatnonzero(np.diff(kept, prepend=False, append=False))
+    return tuple(map(Span, edges[::2].tolist(), edges[1::2].tolist()))

@@ -1,0 +1,1 @@
+"""Chooses the prompt tokens that matter, with a small draft model."""

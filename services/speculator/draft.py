@@ -1,0 +1,168 @@
+"""Loads the draft model, and refuses one whose attention would be scored wrongly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.cache_utils import DynamicLayer
+
+from ..config import SpeculatorConfig, local_path
+from ..errors import UnsupportedModel
+from . import attention
+
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # a chunk's keys would depend on what follows
+PROBE_TOKENS = 24
+PROBE_CHUNK = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A causal language model that scores prompts."""
+
+    model: PreTrainedModel
+    eos_ids: frozenset[int]
+    vocabulary_size: int
+    max_positions: int | None  # None: no limit is configured
+
+
+def load_draft(config: SpeculatorConfig) -> Draft:
+    """The configured model, ready to score. Raises UnsupportedModel with a reason."""
+    attention.register()
+    path = local_path(config.path)
+    model_config = AutoConfig.from_pretrained(path, revision=config.revision)
+    refuse_unsupported_cache(model_config)
+    model = _build(path, model_config, config).to(_device(config.device)).eval()
+    return as_draft(model)
+
+
+def as_draft(model: PreTrainedModel) -> Draft:
+    """Switch a loaded model to the recording attention. Raises UnsupportedModel with a reason."""
+    attention.register()
+    refuse_unsupported_cache(model.config)
+    refuse_unfaithful_attention(model)
+    text = model.config.get_text_config(decoder=True)
+    return Draft(
+        model=model,
+        eos_ids=_eos_ids(model),
+        vocabulary_size=text.vocab_size,
+        max_positions=text.to_dict().get("max_position_embeddings"),
+    )
+
+
+def vocabulary_differs(main_path: str, draft_path: str) -> str | None:
+    """What differs between two tokenizers' token -> id maps, or None. Names are not compared."""
+    main, draft = (
+        AutoTokenizer.from_pretrained(local_path(path)).get_vocab()
+        for path in (main_path, draft_path)
+    )
+    if main == draft:
+        return None
+    token = min(each for each in main.keys() | draft.keys() if main.get(each) != draft.get(each))
+    return f"token {token!r}: main model {main.get(token)}, draft model {draft.get(token)}"
+
+
+def refuse_unsupported_cache(config: PreTrainedConfig) -> None:
+    """Only models in which every layer keeps the whole prompt's keys can score all of it."""
+    text = config.get_text_config(decoder=True)
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        if type(layer) is not DynamicLayer:
+            raise UnsupportedModel(
+                f"speculator: layer {index} of {text.model_type} keeps a {type(layer).__name__}, "
+                "not the keys of every prompt token (sliding-window, chunked and recurrent layers "
+                "are not supported)"
+            )
+    rope_type = (text.to_dict().get("rope_parameters") or {}).get("rope_type")
+    if rope_type in LENGTH_DEPENDENT_ROPE:
+        raise UnsupportedModel(f"speculator: rope type {rope_type!r} changes with prompt length")
+
+
+def refuse_unfaithful_attention(model: PreTrainedModel) -> None:
+    """Compare a short chunked forward pass with the model's own eager attention.
+
+    Catches what a configuration does not tell: soft caps, attention sinks, position biases,
+    layers that share keys, and models that do not use transformers' attention interface.
+    """
+    tokens = (torch.arange(PROBE_TOKENS, device=model.device) * 7 + 3) % model.config.vocab_size
+    reading = attention.Reading(tuple(tokens.tolist()), PROBE_TOKENS)
+    with torch.inference_mode():
+        expected = _last_logits_eager(model, tokens)
+        model.set_attn_implementation(attention.NAME)
+        forward(model, tokens[None, :PROBE_CHUNK], [reading])
+        actual = forward(model, tokens[None, PROBE_CHUNK:], [reading])
+    if len(reading.layers) == 0:
+        raise UnsupportedModel("speculator: the model has no attention layer that can be recorded")
+    tolerance = torch.finfo(actual.dtype).eps ** 0.5 * float(expected.abs().max())
+    difference = float((actual - expected).abs().max())
+    if not difference <= tolerance:
+        raise UnsupportedModel(
+            f"speculator: plain causal attention is not what {model.config.model_type} computes "
+            f"(its logits differ by {difference:.3g}, more than {tolerance:.3g})"
+        )
+
+
+def forward(model: PreTrainedModel, tokens: Tensor, readings: list[attention.Reading]) -> Tensor:
+    """Read `tokens` [rows, tokens] after what each reading holds; logits of the last, [rows, V]."""
+    offsets = torch.tensor([[reading.length] for reading in readings], device=tokens.device)
+    positions = torch.arange(tokens.shape[1], device=tokens.device) + offsets
+    output = model(
+        input_ids=tokens,
+        position_ids=positions,
+        use_cache=False,
+        logits_to_keep=1,
+        readings=readings,
+    )
+    for reading in readings:
+        reading.length += tokens.shape[1]
+    logits: Tensor = output.logits[:, -1]
+    return logits
+
+
+def _last_logits_eager(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    try:
+        model.set_attn_implementation("eager")
+    except ValueError as error:
+        raise UnsupportedModel(f"speculator: {error}") from error
+    logits: Tensor = model(input_ids=tokens[None], use_cache=False).logits[:, -1]
+    return logits
+
+
+def _build(path: str, model_config: PreTrainedConfig, config: SpeculatorConfig) -> PreTrainedModel:
+    model: PreTrainedModel
+    if not config.random_weights:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, config=model_config, revision=config.revision, dtype=config.dtype
+        )
+        return model
+    dtype: Any = model_config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+    return model
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def _eos_ids(model: PreTrainedModel) -> frozenset[int]:
+    """Every id that ends an answer, from the generation configuration or the model's own."""
+    generation = model.generation_config
+    ids = generation.eos_token_id if generation is not None else None
+    if ids is None:
+        ids = model.config.get_text_config(decoder=True).eos_token_id
+    if ids is None:
+        return frozenset()
+    return frozenset([ids] if isinstance(ids, int) else ids)

@@ -1,0 +1,33 @@
+"""The speculator as a Serve replica: bytes in, bytes out."""
+
+from __future__ import annotations
+
+from ..config import AppConfig
+from ..errors import SpeculatorUnavailable
+from ..types import Plan, Request
+from ..wire import pack, unpack
+from .service import SpeculatorService
+
+
+class SpeculatorReplica:
+    """Serve awaits the constructor, checks the health, and calls `__del__` after draining."""
+
+    async def __init__(self, config_json: str) -> None:  # type: ignore[misc]
+        config = AppConfig.model_validate_json(config_json)
+        self._service = SpeculatorService.from_config(
+            config.speculator, config.selection, config.model.path
+        )
+        await self._service.start()
+
+    async def __del__(self) -> None:
+        await self._service.close()
+
+    async def select(self, payload: bytes) -> bytes:
+        """`(Request, Plan, timeout_s)` -> Selection."""
+        request, plan, timeout_s = unpack(payload, tuple[Request, Plan, float])
+        return pack(await self._service.select(request, plan, timeout_s))
+
+    async def check_health(self) -> None:
+        """Raises SpeculatorUnavailable when the serving loop has ended."""
+        if not self._service.is_running:
+            raise SpeculatorUnavailable("speculator: not running")

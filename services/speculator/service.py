@@ -1,0 +1,272 @@
+"""The speculator as a service: requests wait in a bounded queue, one thread scores them in batches.
+
+The thread owns the model. The event loop owns the queue and hands out batches; a request that was
+cancelled or ran out of time is marked, and the thread drops it between two prefill chunks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from types import TracebackType
+
+from ..config import SelectionConfig, SpeculatorConfig
+from ..errors import DeadlineExceeded, InvalidRequest, Overloaded, SpeculatorUnavailable
+from ..selection import SelectionPolicy, select, settle
+from ..types import Plan, Reason, Request, Selection, dense
+from .attention import Reading
+from .scorer import Scorer, load_scorer
+
+SMOOTHING = 0.2  # weight of the newest measurement in `Pace`
+MIN_RETRY_AFTER_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Batching:
+    """How requests are put together, and how many may wait."""
+
+    max_batch: int = 8
+    max_wait_s: float = 0.002  # to fill a batch
+    max_queued: int = 64  # more are shed
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Measured cost of the two phases, smoothed; None before the first measurement."""
+
+    token_s: float | None = None  # prefill, per prompt token
+    look_ahead_s: float | None = None  # look-ahead of one batch
+
+    def measured(self, token_s: float, look_ahead_s: float) -> Pace:
+        """This pace, moved toward a new measurement."""
+        return Pace(_smooth(self.token_s, token_s), _smooth(self.look_ahead_s, look_ahead_s))
+
+    def pays_to_join(self, joined: int, prompt_tokens: int) -> bool:
+        """Whether a batch of `joined` requests should take one more prompt.
+
+        Every request in the batch waits for the prefill of the new one; the new one saves a
+        look-ahead of its own. Long prompts are thus scored alone, short ones together.
+        """
+        if self.token_s is None or self.look_ahead_s is None:
+            return True
+        return joined * prompt_tokens * self.token_s <= self.look_ahead_s
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One request in the queue or on the thread."""
+
+    request: Request
+    plan: Plan
+    arrived_s: float
+    answer: asyncio.Future[Selection]
+    abandoned: threading.Event = field(default_factory=threading.Event)
+
+
+class SpeculatorService:
+    """The `Speculator` port, in this process."""
+
+    def __init__(
+        self,
+        load: Callable[[], Scorer],
+        policy: SelectionPolicy,
+        batching: Batching,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._load = load
+        self._policy = policy
+        self._batching = batching
+        self._now = now
+        self._queue: deque[Job] = deque()
+        self._arrival = asyncio.Event()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="speculator")
+        self._pace = Pace()
+        self._scorer: Scorer | None = None
+        self._scoring: Sequence[Job] = ()
+        self._loop_task: asyncio.Task[None] | None = None
+
+    @classmethod
+    def from_config(
+        cls, config: SpeculatorConfig, selection: SelectionConfig, main_path: str
+    ) -> SpeculatorService:
+        """The service of a deployment. `main_path` is the model whose vocabulary must match."""
+        return cls(
+            load=partial(load_scorer, config, selection.pool_tokens, main_path),
+            policy=SelectionPolicy(
+                chunk_tokens=selection.chunk_tokens,
+                min_kept_tokens=selection.min_kept_tokens,
+                sink_tokens=selection.sink_tokens,
+                tail_tokens=selection.tail_tokens,
+            ),
+            batching=Batching(config.max_batch, config.max_wait_s),
+        )
+
+    @property
+    def is_running(self) -> bool:
+        """False before `start`, after `close`, and when the serving loop has failed."""
+        return self._loop_task is not None and not self._loop_task.done()
+
+    async def start(self) -> None:
+        """Load the model. Raises UnsupportedModel when it cannot score for the main model."""
+        loop = asyncio.get_running_loop()
+        self._scorer = await loop.run_in_executor(self._thread, self._load)
+        self._loop_task = asyncio.create_task(self._serve(self._scorer))
+
+    async def close(self) -> None:
+        """Fail what waits, drop what is being scored, and end the thread. Idempotent."""
+        if self._loop_task is not None:
+            self._loop_task.cancel()
+            await asyncio.wait([self._loop_task])
+        await asyncio.to_thread(self._thread.shutdown)
+        self._scorer = None
+
+    async def __aenter__(self) -> SpeculatorService:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def select(self, request: Request, plan: Plan, timeout_s: float) -> Selection:
+        """Score the prompt and keep about `plan.keep` of it.
+
+        Raises DeadlineExceeded, Overloaded, InvalidRequest, or SpeculatorUnavailable when the
+        service is not running.
+        """
+        unscored = self._without_scores(request, plan)
+        if unscored is not None:
+            return unscored
+        job = self._enqueue(request, plan)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await job.answer
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"speculator: no selection within {timeout_s:g} s") from error
+        finally:
+            self._forget(job)
+
+    def _without_scores(self, request: Request, plan: Plan) -> Selection | None:
+        """The dense selection of a prompt that need not or cannot be scored."""
+        if self._scorer is None or not self.is_running:
+            raise SpeculatorUnavailable("speculator: not running")
+        if len(request.prompt) == 0:
+            raise InvalidRequest("the prompt is empty", field="prompt")
+        settled = settle(len(request.prompt), plan, request.protected, self._policy)
+        if settled is not None:
+            return settled
+        longest = self._scorer.max_prompt_tokens
+        if longest is not None and len(request.prompt) > longest:
+            return dense(len(request.prompt), Reason.PROMPT_TOO_LONG_FOR_SPECULATOR)
+        if min(request.prompt) < 0 or max(request.prompt) >= self._scorer.vocabulary_size:
+            raise InvalidRequest("a token id is outside the vocabulary", field="prompt")
+        return None
+
+    def _enqueue(self, request: Request, plan: Plan) -> Job:
+        if len(self._queue) >= self._batching.max_queued:
+            raise Overloaded("speculator: the queue is full", self._backlog_s())
+        answer: asyncio.Future[Selection] = asyncio.get_running_loop().create_future()
+        job = Job(request, plan, self._now(), answer)
+        self._queue.append(job)
+        self._arrival.set()
+        return job
+
+    def _backlog_s(self) -> float:
+        """About how long the queue takes."""
+        tokens = sum(len(job.request.prompt) for job in self._queue)
+        return max(MIN_RETRY_AFTER_S, tokens * (self._pace.token_s or 0.0))
+
+    def _forget(self, job: Job) -> None:
+        """Tell the thread that nobody waits any more, and free the place in the queue."""
+        job.abandoned.set()
+        if job in self._queue:
+            self._queue.remove(job)
+
+    async def _serve(self, scorer: Scorer) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                self._scoring = await self._next_batch()
+                try:
+                    await loop.run_in_executor(
+                        self._thread, self._score, scorer, self._scoring, loop
+                    )
+                except RuntimeError as error:  # torch's own: out of memory, a device lost
+                    self._fail(self._scoring, f"speculator: {error}")
+                self._scoring = ()
+        finally:
+            self._fail([*self._scoring, *self._queue], "speculator: stopped")
+
+    async def _next_batch(self) -> list[Job]:
+        """Wait for requests, briefly for more of them, and take those that gain by being joined."""
+        while True:
+            if not self._queue:
+                self._arrival.clear()
+                await self._arrival.wait()
+            if len(self._queue) < self._batching.max_batch and self._batching.max_wait_s > 0:
+                await asyncio.sleep(self._batching.max_wait_s)
+            if self._queue:  # all of them may have left meanwhile
+                return self._take_batch()
+
+    def _take_batch(self) -> list[Job]:
+        batch = [self._queue.popleft()]
+        while self._queue and len(batch) < self._batching.max_batch:
+            if not self._pace.pays_to_join(len(batch), len(self._queue[0].request.prompt)):
+                break
+            batch.append(self._queue.popleft())
+        return batch
+
+    def _fail(self, jobs: Sequence[Job], message: str) -> None:
+        for job in jobs:
+            job.abandoned.set()
+            if not job.answer.done():
+                job.answer.set_exception(SpeculatorUnavailable(message))
+
+    def _score(self, scorer: Scorer, jobs: Sequence[Job], loop: asyncio.AbstractEventLoop) -> None:
+        """On the thread: read each prompt, look ahead together, answer each."""
+        started_s = self._now()
+        read = self._read(scorer, jobs)
+        read_s = self._now()
+        scorer.look_ahead([reading for job, reading in read if not job.abandoned.is_set()])
+        looked_s = self._now()
+        tokens = sum(len(reading.prompt) for _, reading in read)
+        if tokens > 0:
+            self._pace = self._pace.measured((read_s - started_s) / tokens, looked_s - read_s)
+        for job, reading in read:
+            if job.abandoned.is_set():
+                continue
+            scores = scorer.rate(reading)
+            chosen = select(scores, job.plan, job.request.protected, self._policy)
+            timed = replace(
+                chosen,
+                queue_s=started_s - job.arrived_s,
+                speculate_s=self._now() - started_s,
+            )
+            loop.call_soon_threadsafe(_answer, job, timed)
+
+    def _read(self, scorer: Scorer, jobs: Sequence[Job]) -> list[tuple[Job, Reading]]:
+        read = []
+        for job in jobs:
+            reading = scorer.read(job.request.prompt, job.abandoned.is_set)
+            if reading is not None:
+                read.append((job, reading))
+        return read
+
+
+def _answer(job: Job, selection: Selection) -> None:
+    if not job.answer.done():  # cancelled, or out of time, since it was scored
+        job.answer.set_result(selection)
+
+
+def _smooth(old: float | None, new: float) -> float:
+    return new if old is None else old + SMOOTHING * (new - old)

@@ -1,0 +1,1 @@
+"""Generated prompts with known answers, for the demo, the tests and the benchmarks."""

@@ -1,0 +1,195 @@
+"""The values that pass between modules: frozen, typed, free of any framework."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Span:
+    """A half-open range `[start, stop)` of token indices."""
+
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+class PlanKind(enum.StrEnum):
+    """What the service decided to do with a prompt."""
+
+    PRUNE = "prune"
+    DENSE = "dense"
+
+
+class Reason(enum.StrEnum):
+    """Why a plan was chosen. The caller sees it in every response."""
+
+    ASKED = "asked"  # the caller set a keep rate or switched pruning on
+    DEFAULT = "default"  # the deployment's default keep rate
+    ASKED_OFF = "asked_off"  # the caller switched pruning off
+    DISABLED = "disabled"  # the deployment prunes only on request
+    KEEP_IS_ONE = "keep_is_one"
+    SHORT_PROMPT = "short_prompt"
+    PROMPT_LOGPROBS = "prompt_logprobs"  # they need every prompt token computed
+    PROTECTED_SPANS = "protected_spans"  # protection left nothing to drop
+    FLAT_SCORES = "flat_scores"  # the speculator saw no difference between chunks
+    NO_LOOK_AHEAD = "no_look_ahead"  # the speculator had no query to score with
+    PROMPT_TOO_LONG_FOR_SPECULATOR = "prompt_too_long_for_speculator"
+    SPECULATOR_UNAVAILABLE = "speculator_unavailable"
+    SPECULATOR_TIMEOUT = "speculator_timeout"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Prune to `keep` of the prompt, or prefill all of it; always with a reason."""
+
+    kind: PlanKind
+    reason: Reason
+    keep: float = 1.0  # nominal keep rate in (0, 1]
+
+
+@dataclass(frozen=True, slots=True)
+class Controls:
+    """What a caller asked for in the `specprefill` field. None means: the service decides."""
+
+    prune: bool | None = None
+    keep: float | None = None  # (0, 1]
+    floor: float | None = None  # (0, 1]: the service may never keep less
+    protect: tuple[str, ...] = ()  # substrings of the prompt that must survive
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to answer.
+
+    `sampling` is the engine's own sampling parameters in msgpack: opaque to every module
+    but the engines, so that no option of theirs is lost on the way.
+    """
+
+    request_id: str
+    prompt: tuple[int, ...]  # [N] token ids of the main model's tokenizer
+    sampling: bytes
+    samples: int = 1  # OpenAI's `n`
+    protected: tuple[Span, ...] = ()  # token spans that must survive pruning
+    controls: Controls = field(default_factory=Controls)
+    prompt_logprobs: bool = False
+    hold_back_chars: int = 0  # text that stop strings may still take back (0: none)
+    timeout_s: float = 300.0
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The prompt tokens that go to the main model, as runs of original positions.
+
+    `runs` are sorted, disjoint and not adjacent. A dense plan has the one run `[0, N)`.
+    """
+
+    prompt_tokens: int  # N
+    runs: tuple[Span, ...]
+    plan: Plan
+    queue_s: float = 0.0  # waited for the speculator
+    speculate_s: float = 0.0  # computed in the speculator
+
+    @property
+    def kept_tokens(self) -> int:
+        return sum(len(run) for run in self.runs)
+
+    @property
+    def keep_rate(self) -> float:
+        return self.kept_tokens / self.prompt_tokens
+
+    def kept(self, prompt: tuple[int, ...]) -> list[int]:
+        """The kept token ids, in order. `prompt` is `[N]`."""
+        return [token for run in self.runs for token in prompt[run.start : run.stop]]
+
+
+def dense(prompt_tokens: int, reason: Reason) -> Selection:
+    """The selection that keeps the whole prompt, and says why."""
+    return Selection(prompt_tokens, (Span(0, prompt_tokens),), Plan(PlanKind.DENSE, reason))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One candidate of one output position."""
+
+    token_id: int
+    logprob: float
+    rank: int | None
+    text: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Some output tokens of one sample, as they came out of an engine."""
+
+    index: int  # which of the `samples`
+    token_ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[tuple[TokenLogprob, ...], ...] | None = None  # one entry per token
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    cached_tokens: int = 0  # prompt tokens found in the prefill engine's prefix cache
+    # [N] on a request's first chunk, if it asked for them; the first token has none
+    prompt_logprobs: tuple[tuple[TokenLogprob, ...] | None, ...] | None = None
+    report: Report | None = None  # on the last chunk of a request
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """The right to pull one request's KV cache from a prefill engine.
+
+    The lease behind it is time-bounded and is released exactly once; `secret` is what
+    authenticates the pull, so a ticket is never shown to a client.
+    """
+
+    lease_id: str
+    secret: str
+    endpoints: tuple[str, ...]  # host:port per tensor-parallel rank
+    fingerprint: str  # layout of the KV; a decode engine that differs refuses the pull
+    tokens: int  # k, the prompt tokens whose KV is held
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """What a prefill engine returns: the first token at once, and a ticket for the KV."""
+
+    first: Chunk
+    ticket: Ticket | None  # None: the first token ended the answer (of one sample)
+    queue_s: float
+    prefill_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """One step of a decode engine's stream, and, on the first, how long the KV took."""
+
+    chunk: Chunk
+    transfer_s: float | None = None
+    first_decode_s: float | None = None
+    recomputed: bool = False  # the pull failed; the pruned prompt was prefilled here
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What happened to a request, told in its response. Times are seconds."""
+
+    plan: PlanKind
+    reason: Reason
+    prompt_tokens: int
+    kept_tokens: int
+    keep_rate: float
+    queue_s: float
+    speculate_s: float
+    prefill_s: float
+    transfer_s: float
+    first_decode_s: float
+    ttft_s: float  # until the first token left the pipeline
+    recomputed: bool = False

@@ -1,0 +1,21 @@
+"""The pools' own messages as msgpack: typed both ways, never pickled."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def pack(value: object) -> bytes:
+    """Encode one of the dataclasses of `types` (or a tuple of them)."""
+    return _encoder.encode(value)
+
+
+def unpack(payload: bytes, kind: type[T]) -> T:
+    """Decode and validate. Raises ValueError when the bytes are not a `kind`."""
+    return msgspec.msgpack.decode(payload, type=kind)

@@ -1,0 +1,150 @@
+"""A request's way through the three pools, on the shipped fakes."""
+
+import pytest
+
+from specprefill.errors import (
+    DeadlineExceeded,
+    DecodeUnavailable,
+    InvalidRequest,
+    PrefillUnavailable,
+    SpeculatorUnavailable,
+)
+from specprefill.fakes import FakeDecoder, FakePrefiller, FakeSpeculator, text_of
+from specprefill.pipeline import Pipeline
+from specprefill.plan import Planner
+from specprefill.types import Controls, PlanKind, Reason, Request
+
+PROMPT = tuple(range(100, 200))
+
+
+def request(**fields):
+    return Request("r", PROMPT, b"", **{"controls": Controls(keep=0.2), **fields})
+
+
+class Pools:
+    def __init__(self, now=lambda: 0.0, **decoder):
+        self.speculator = FakeSpeculator()
+        self.prefiller = FakePrefiller()
+        self.decoder = FakeDecoder(**decoder)
+        planner = Planner(enabled=True, keep=0.5, min_prompt_tokens=50)
+        self.pipeline = Pipeline(
+            self.speculator, self.prefiller, self.decoder, planner, now=now
+        )
+
+    async def run(self, **fields):
+        return [chunk async for chunk in self.pipeline.generate(request(**fields))]
+
+
+def tokens(chunks, index=0):
+    return [token for chunk in chunks if chunk.index == index for token in chunk.token_ids]
+
+
+async def test_the_first_token_is_sent_once():
+    chunks = await Pools().run()
+    assert tokens(chunks) == [100, 101, 102, 103]
+    assert "".join(chunk.text for chunk in chunks) == "".join(map(text_of, range(100, 104)))
+
+
+async def test_the_report_is_on_the_last_chunk_only():
+    chunks = await Pools().run()
+    assert [chunk.report is None for chunk in chunks] == [True] * (len(chunks) - 1) + [False]
+    report = chunks[-1].report
+    assert (report.prompt_tokens, report.kept_tokens, report.keep_rate) == (100, 20, 0.2)
+    assert (report.plan, report.reason) == (PlanKind.PRUNE, Reason.ASKED)
+    assert (report.speculate_s, report.prefill_s, report.transfer_s) == (0.25, 0.5, 0.125)
+
+
+async def test_each_sample_gets_all_of_its_tokens():
+    chunks = await Pools().run(samples=3)
+    assert [tokens(chunks, index) for index in range(3)] == [[100, 101, 102, 103]] * 3
+    assert chunks[-1].report is not None
+
+
+async def test_a_stop_string_holds_the_first_token_back():
+    chunks = await Pools().run(hold_back_chars=3)
+    assert len(chunks) == 4
+    assert tokens(chunks) == [100, 101, 102, 103]
+
+
+async def test_an_answer_of_one_token_needs_no_decode():
+    pools = Pools()
+    pools.prefiller.ends_answer = True
+    chunks = await pools.run()
+    assert tokens(chunks) == [100]
+    assert chunks[0].finish_reason == "stop"
+    assert chunks[0].report is not None
+    assert pools.decoder.closed == 0
+
+
+async def test_several_samples_go_on_when_one_first_token_ends_an_answer():
+    pools = Pools()
+    pools.prefiller.ends_answer = True
+    chunks = await pools.run(samples=2)
+    assert [len(tokens(chunks, index)) for index in range(2)] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (SpeculatorUnavailable("down"), Reason.SPECULATOR_UNAVAILABLE),
+        (DeadlineExceeded("slow"), Reason.SPECULATOR_TIMEOUT),
+    ],
+)
+async def test_losing_the_speculator_costs_time_not_the_answer(error, reason):
+    pools = Pools()
+    pools.speculator.fails = error
+    chunks = await pools.run()
+    report = chunks[-1].report
+    assert (report.plan, report.reason, report.kept_tokens) == (PlanKind.DENSE, reason, 100)
+
+
+async def test_the_requests_own_deadline_is_not_blamed_on_the_speculator():
+    pools = Pools()
+    pools.speculator.fails = DeadlineExceeded("slow")
+    with pytest.raises(DeadlineExceeded):
+        await pools.run(timeout_s=5.0)
+
+
+async def test_a_deadline_that_passed_is_an_error():
+    clock = iter([0.0, 1000.0])
+    with pytest.raises(DeadlineExceeded, match="timeout_s"):
+        await Pools(now=lambda: next(clock)).run(timeout_s=1.0)
+
+
+async def test_an_empty_prompt_is_refused():
+    pools = Pools()
+    with pytest.raises(InvalidRequest, match="prompt"):
+        async for _ in pools.pipeline.generate(Request("r", (), b"")):
+            pass
+
+
+async def test_the_kv_is_released_whatever_happens():
+    pools = Pools(fails=DecodeUnavailable("gone"))
+    with pytest.raises(DecodeUnavailable):
+        await pools.run()
+    assert (pools.prefiller.held, pools.prefiller.released) == (0, 1)
+
+
+async def test_closing_the_stream_releases_the_pools():
+    pools = Pools()
+    stream = pools.pipeline.generate(request())
+    await anext(stream)
+    await anext(stream)
+    assert pools.prefiller.held == 1
+    await stream.aclose()
+    assert (pools.prefiller.held, pools.decoder.closed) == (0, 1)
+
+
+async def test_a_prefill_failure_holds_nothing():
+    pools = Pools()
+    pools.prefiller.fails = PrefillUnavailable("gone")
+    with pytest.raises(PrefillUnavailable):
+        await pools.run()
+    assert pools.prefiller.held == 0
+
+
+async def test_dense_requests_skip_the_speculator():
+    pools = Pools()
+    chunks = await pools.run(controls=Controls(prune=False))
+    assert pools.speculator.calls == 0
+    assert chunks[-1].report.reason is Reason.ASKED_OFF

@@ -1,0 +1,342 @@
+"""The scorer against a plain eager reference: one whole forward pass, weights read off it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from torch.nn import functional
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GptOssConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from specprefill.config import SpeculatorConfig
+from specprefill.errors import UnsupportedModel
+from specprefill.selection import Scores, SelectionPolicy, select
+from specprefill.speculator.attention import causal_attention
+from specprefill.speculator.draft import (
+    Draft,
+    as_draft,
+    refuse_unsupported_cache,
+    vocabulary_differs,
+)
+from specprefill.speculator.scorer import Scorer, average_pool, load_scorer
+from specprefill.types import Plan, PlanKind, Reason, Selection
+
+VOCABULARY = 97
+POLICY = SelectionPolicy(chunk_tokens=8, min_kept_tokens=8, sink_tokens=2, tail_tokens=4)
+PLAN = Plan(PlanKind.PRUNE, Reason.ASKED, 0.3)
+POOL = 13
+
+SHAPES = {
+    "llama-mha": (LlamaConfig, LlamaForCausalLM, {"heads": 4, "kv_heads": 4, "head_dim": 16}),
+    "llama-gqa2": (LlamaConfig, LlamaForCausalLM, {"heads": 4, "kv_heads": 2, "head_dim": 8}),
+    "qwen2-gqa4": (Qwen2Config, Qwen2ForCausalLM, {"heads": 4, "kv_heads": 1, "head_dim": 8}),
+    "qwen3-gqa2": (Qwen3Config, Qwen3ForCausalLM, {"heads": 4, "kv_heads": 2, "head_dim": 32}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny_config(kind: type[PreTrainedConfig], **more: Any) -> PreTrainedConfig:
+    heads = more.pop("heads", 4)
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 8 * heads,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": heads,
+        "num_key_value_heads": more.pop("kv_heads", 2),
+        "head_dim": 8,
+        "initializer_range": 0.3,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    return kind(**(settings | more))
+
+
+def tiny_model(name: str) -> PreTrainedModel:
+    kind, model, shape = SHAPES[name]
+    if kind is Qwen2Config:  # it knows no head_dim of its own
+        shape = {key: value for key, value in shape.items() if key != "head_dim"}
+    torch.manual_seed(1)
+    return model(tiny_config(kind, **shape)).eval()
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    return tiny_model("llama-gqa2")
+
+
+def prompt_of(tokens: int, seed: int = 0) -> tuple[int, ...]:
+    return tuple(np.random.default_rng(seed).integers(0, VOCABULARY, tokens).tolist())
+
+
+def scorer_of(draft: Draft, chunk: int = 64, look_ahead: int = 8) -> Scorer:
+    return Scorer(draft, look_ahead, chunk, POOL)
+
+
+def chosen(scores: Scores) -> Selection:
+    return select(scores, PLAN, (), POLICY)
+
+
+@torch.inference_mode()
+def reference_scores(
+    model: PreTrainedModel, prompt: tuple[int, ...], look_ahead: int, eos: frozenset[int]
+) -> tuple[Scores, list[int]]:
+    """The paper's score from whole eager forward passes, and the tokens generated on the way."""
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + look_ahead - 1:
+        following = int(eager(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax())
+        if following in eos:
+            break
+        tokens.append(following)
+    output = eager(torch.tensor([tokens]), use_cache=False, output_attentions=True)
+    weights = torch.cat(output.attentions)[:, :, len(prompt) - 1 :, : len(prompt)]
+    weights = weights / weights.sum(dim=-1, keepdim=True)  # the softmax over the prompt alone
+    layers, heads, steps, length = weights.shape
+    pooled = functional.avg_pool1d(weights.reshape(-1, steps, length), POOL, 1, POOL // 2)
+    highest = pooled.view(layers * heads, steps, length).amax(dim=0)
+    return highest.mean(dim=0).numpy(), tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("tokens", [5, 64, 65, 131, 200])
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_scores_equal_an_eager_reference(name: str, tokens: int) -> None:
+    model = tiny_model(name)
+    prompt = prompt_of(tokens, seed=tokens)
+    expected, generated = reference_scores(model, prompt, 8, frozenset())
+    (scores,) = scorer_of(as_draft(model)).score([prompt])
+    assert len(generated) == 7
+    assert scores.dtype == np.float32
+    assert scores.shape == (tokens,)
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-6)
+    assert chosen(scores) == chosen(expected)
+
+
+def test_generated_tokens_vary(llama: PreTrainedModel) -> None:
+    _, generated = reference_scores(llama, prompt_of(131, seed=131), 8, frozenset())
+    assert len(set(generated)) > 3
+
+
+@pytest.mark.parametrize("chunk", [1, 16, 33, 99])
+def test_chunked_prefill_equals_unchunked(llama: PreTrainedModel, chunk: int) -> None:
+    draft = as_draft(llama)
+    prompt = prompt_of(100)
+    (whole,) = scorer_of(draft, chunk=1000).score([prompt])
+    (chunked,) = scorer_of(draft, chunk=chunk).score([prompt])
+    np.testing.assert_allclose(chunked, whole, rtol=1e-4, atol=1e-7)
+    assert chosen(chunked) == chosen(whole)
+
+
+@pytest.mark.parametrize("look_ahead", [1, 2, 8])
+def test_a_batch_of_different_lengths_equals_single_requests(
+    llama: PreTrainedModel, look_ahead: int
+) -> None:
+    scorer = scorer_of(as_draft(llama), look_ahead=look_ahead)
+    prompts = [prompt_of(tokens, seed=tokens) for tokens in (40, 150, 3, 97)]
+    for prompt, scores in zip(prompts, scorer.score(prompts), strict=True):
+        (alone,) = scorer.score([prompt])
+        np.testing.assert_allclose(scores, alone, rtol=1e-4, atol=1e-7)
+        assert chosen(scores) == chosen(alone)
+
+
+def test_look_ahead_one_uses_the_last_prompt_token_alone(llama: PreTrainedModel) -> None:
+    prompt = prompt_of(120)
+    expected, generated = reference_scores(llama, prompt, 1, frozenset())
+    (scores,) = scorer_of(as_draft(llama), look_ahead=1).score([prompt])
+    assert generated == []
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("ends_after", [0, 1, 3])
+def test_no_query_comes_from_an_end_token_or_after_it(
+    llama: PreTrainedModel, ends_after: int
+) -> None:
+    prompt = prompt_of(131, seed=131)
+    _, free = reference_scores(llama, prompt, 8, frozenset())
+    assert free[ends_after] not in free[:ends_after]
+    eos = frozenset([free[ends_after]])
+    scorer = scorer_of(replace(as_draft(llama), eos_ids=eos))
+    expected, generated = reference_scores(llama, prompt, 8, eos)
+    assert len(generated) == ends_after
+    longer = prompt_of(70, seed=3)
+    (scores, _) = scorer.score([prompt, longer])
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-6)
+    reading = scorer.read(prompt)
+    assert reading is not None
+    scorer.look_ahead([reading])
+    assert {len(layer.queries) for layer in reading.layers.values()} == {1 + ends_after}
+
+
+def test_scores_are_deterministic(llama: PreTrainedModel) -> None:
+    scorer = scorer_of(as_draft(llama))
+    first, second = scorer.score([prompt_of(130)]), scorer.score([prompt_of(130)])
+    assert np.array_equal(first[0], second[0])
+
+
+def test_two_scorers_in_two_threads_do_not_mix() -> None:
+    scorers = [scorer_of(as_draft(tiny_model(name))) for name in ("llama-mha", "qwen3-gqa2")]
+    alone = [scorer.score([prompt_of(200)])[0] for scorer in scorers]
+    together: dict[int, Scores] = {}
+
+    def run(index: int) -> None:
+        for _ in range(3):
+            (together[index],) = scorers[index].score([prompt_of(200)])
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(np.array_equal(alone[index], together[index]) for index in range(2))
+
+
+def test_an_abandoned_prompt_stops_between_chunks(llama: PreTrainedModel) -> None:
+    asked: list[None] = []
+
+    def is_abandoned() -> bool:
+        asked.append(None)
+        return len(asked) == 3
+
+    assert scorer_of(as_draft(llama), chunk=10).read(prompt_of(100), is_abandoned) is None
+    assert len(asked) == 3
+
+
+def test_a_reading_is_freed_with_its_last_reference(llama: PreTrainedModel) -> None:
+    scorer = scorer_of(as_draft(llama))
+    scorer.score([prompt_of(100)])
+    gc.collect()
+    before = sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
+    scorer.score([prompt_of(100)])
+    assert sum(isinstance(each, torch.Tensor) for each in gc.get_objects()) == before
+
+
+@pytest.mark.parametrize("past", [0, 1, 37])
+@pytest.mark.parametrize("tokens", [1, 2, 29])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_causal_attention_equals_the_definition(past: int, tokens: int, kv_heads: int) -> None:
+    torch.manual_seed(past + tokens)
+    query = torch.randn(1, 4, tokens, 16)
+    keys, values = torch.randn(2, 1, kv_heads, past + tokens, 16)
+    every_key, every_value = (each.repeat_interleave(4 // kv_heads, 1) for each in (keys, values))
+    logits = query @ every_key.transpose(2, 3) * 0.3
+    visible = torch.ones(tokens, past + tokens).tril(past).bool()
+    expected = logits.masked_fill(~visible, -torch.inf).softmax(-1) @ every_value
+    torch.testing.assert_close(causal_attention(query, keys, values, past, 0.3), expected)
+
+
+@pytest.mark.parametrize("width", [1, 3, 13])
+def test_average_pool_equals_torchs(width: int) -> None:
+    weights = torch.rand(2, 3, 40)
+    expected = functional.avg_pool1d(weights, width, 1, width // 2)
+    torch.testing.assert_close(average_pool(weights, width), expected)
+
+
+def test_the_scoring_buffer_does_not_change_scores(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = scorer_of(as_draft(llama))
+    (whole,) = scorer.score([prompt_of(90)])
+    monkeypatch.setattr("specprefill.speculator.scorer.SCORING_BUFFER", 1)
+    (by_head,) = scorer.score([prompt_of(90)])
+    np.testing.assert_allclose(by_head, whole, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (tiny_config(MistralConfig, sliding_window=64), "DynamicSlidingWindowLayer"),
+        (tiny_config(GptOssConfig), "DynamicSlidingWindowLayer"),
+        (
+            tiny_config(LlamaConfig, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+            "dynamic",
+        ),
+    ],
+)
+def test_models_that_do_not_keep_every_key_are_refused(
+    config: PreTrainedConfig, reason: str
+) -> None:
+    with pytest.raises(UnsupportedModel, match=reason):
+        refuse_unsupported_cache(config)
+
+
+def test_recurrent_models_are_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="mamba"):
+        refuse_unsupported_cache(MambaConfig(num_hidden_layers=2))
+
+
+def test_attention_with_a_soft_cap_is_refused() -> None:
+    config = tiny_config(
+        Gemma2Config, attn_logit_softcapping=0.5, layer_types=["full_attention"] * 3
+    )
+    with pytest.raises(UnsupportedModel, match="gemma2"):
+        as_draft(Gemma2ForCausalLM(config).eval())
+
+
+def test_random_weights_are_built_from_the_configuration_alone(tmp_path: Path) -> None:
+    tiny_config(LlamaConfig, eos_token_id=[7, 9]).save_pretrained(tmp_path)
+    config = SpeculatorConfig(
+        path=str(tmp_path), random_weights=True, dtype="bfloat16", device="cpu"
+    )
+    first, second = load_scorer(config, POOL), load_scorer(config, POOL)
+    assert first.draft.eos_ids == {7, 9}
+    assert first.max_prompt_tokens == 2048 - 7
+    assert first.vocabulary_size == VOCABULARY
+    assert first.draft.model.dtype is torch.bfloat16
+    (scores,) = first.score([prompt_of(80)])
+    assert np.array_equal(scores, second.score([prompt_of(80)])[0])
+
+
+def write_tokenizer(folder: Path, vocabulary: dict[str, int]) -> str:
+    folder.mkdir()
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    return str(folder)
+
+
+def test_vocabularies_are_compared_by_token_and_id(tmp_path: Path) -> None:
+    main = write_tokenizer(tmp_path / "main", {"a": 0, "b": 1})
+    same = write_tokenizer(tmp_path / "another-name", {"a": 0, "b": 1})
+    swapped = write_tokenizer(tmp_path / "swapped", {"a": 1, "b": 0})
+    longer = write_tokenizer(tmp_path / "longer", {"a": 0, "b": 1, "c": 2})
+    assert vocabulary_differs(main, same) is None
+    assert vocabulary_differs(main, swapped) == "token 'a': main model 0, draft model 1"
+    assert vocabulary_differs(main, longer) == "token 'c': main model None, draft model 2"
+    with pytest.raises(UnsupportedModel, match="vocabularies differ"):
+        load_scorer(SpeculatorConfig(path=swapped), POOL, main_path=main)
