@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__, cli_ask, cli_serve
+from .cli_exit import Failed, Misused
 
 OK, FAILED, MISUSED = 0, 1, 2
 
@@ -42,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         code: int = args.run(args)
-    except cli_serve.Misused as error:
+    except Misused as error:
         print(error, file=sys.stderr)
         return MISUSED
-    except (cli_serve.Failed, cli_ask.Failed) as error:
+    except Failed as error:
         print(f"specprefill: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .cli_exit import Failed, Misused
 from .cluster import (
     DASHBOARD_URL,
     DeploymentFailed,
@@ -21,14 +22,6 @@ from .cluster import (
 from .deployment_file import DeploymentFile, InvalidFile, Loaded, load
 
 START_TIMEOUT_S = 600.0
-
-
-class Failed(Exception):
-    """The command could not do its work."""
-
-
-class Misused(Exception):
-    """The command was asked for something that cannot be right."""
 
 
 def add_commands(commands: Any) -> None:

@@ -41,7 +41,7 @@ def build_client(config: AppConfig, pipeline: Answering) -> PipelineClient:
 async def build_http_app(config: AppConfig, client: PipelineClient, count: PoolCounts) -> FastAPI:
     """vLLM's OpenAI app on `client`. `count` tells each pool's healthy replicas."""
     args = server_args(config)
-    app = build_app(args, TASKS, client.model_config)
+    app: FastAPI = build_app(args, TASKS, client.model_config)
     await init_app_state(client, app.state, args, TASKS)
     app.state.server = _NoServer()
     app.router.routes.insert(0, health_route(count))  # before vLLM's own
@@ -67,7 +67,9 @@ def server_args(config: AppConfig) -> Namespace:
         argv.append("--trust-remote-code")
     if config.gateway.api_keys:
         argv += ["--api-key", *config.gateway.api_keys]
-    args = make_arg_parser(FlexibleArgumentParser()).parse_args([*argv, *config.gateway.vllm_args])
+    args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(
+        [*argv, *config.gateway.vllm_args]
+    )
     validate_parsed_serve_args(args)
     return args
 

@@ -12,6 +12,7 @@ from http import HTTPStatus
 from typing import Any, Protocol
 
 import msgspec
+from typing_extensions import override
 from vllm.config import VllmConfig
 from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMValidationError
 from vllm.inputs import EngineInput
@@ -70,6 +71,7 @@ class PipelineClient(RemoteEngineClient):
         self._tail_tokens = tail_tokens
         self._offsets = PromptOffsets(self.renderer.tokenizer)
 
+    @override
     async def generate(
         self,
         prompt: EngineInput,

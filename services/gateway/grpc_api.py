@@ -124,6 +124,7 @@ class GrpcApi:
 
     async def health(self, message: pb.HealthRequest, context: CallContext) -> pb.HealthResponse:
         """Tell the pools' health. Needs no API key."""
+        del message, context
         health = judge(await self._count())
         pools = [pb.PoolHealth(name=n, healthy_replicas=r) for n, r in health.pools.items()]
         return pb.HealthResponse(serving=health.serving, reason=health.reason, pools=pools)
@@ -131,9 +132,9 @@ class GrpcApi:
     async def _request(self, message: pb.GenerateRequest | pb.ScoreRequest) -> Request:
         if message.HasField("model") and message.model != self._model_name:
             raise UnknownModel(f"model: {message.model!r} is not served here", "model")
-        is_score = isinstance(message, pb.ScoreRequest)
-        sampling = pb.Sampling(max_tokens=1) if is_score else message.sampling
-        priority = 0 if is_score else message.priority
+        sampling, priority = pb.Sampling(max_tokens=1), 0
+        if isinstance(message, pb.GenerateRequest):
+            sampling, priority = message.sampling, message.priority
         context = RequestContext(
             controls=prune_controls(message.prune), timeout_s=timeout_s(message)
         )
@@ -163,9 +164,7 @@ class GrpcApi:
         except (VLLMClientError, ValueError) as error:
             raise as_invalid(error) from error
 
-    async def _render(
-        self, conversation: pb.Conversation, context: RequestContext
-    ) -> EngineInput:
+    async def _render(self, conversation: pb.Conversation, context: RequestContext) -> EngineInput:
         kwargs = {"add_generation_prompt": True, "tools": tools(conversation)}
         _, (prompt,) = await self._client.renderer.render_chat_async(
             [list(context.messages or ())], ChatParams(chat_template_kwargs=kwargs)

@@ -8,9 +8,10 @@ from vllm.logprobs import Logprob
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
-from ..types import Chunk
+from ..types import Chunk, TokenLogprob
 
 Logprobs = list[dict[int, Logprob]]
+PromptLogprobs = list[dict[int, Logprob] | None]
 
 
 @dataclass(slots=True)
@@ -61,6 +62,7 @@ class OutputAssembler:
         self._samples = [_Sample(index) for index in range(samples)]
         self._open = samples
         self._cached_tokens = 0
+        self._prompt_logprobs: PromptLogprobs | None = None
 
     @property
     def finished(self) -> bool:
@@ -71,6 +73,11 @@ class OutputAssembler:
         """What the caller gets to see after `chunk`; None: nothing yet."""
         self._open -= chunk.finished
         self._cached_tokens = max(self._cached_tokens, chunk.cached_tokens)
+        if chunk.prompt_logprobs is not None:
+            self._prompt_logprobs = [
+                None if position is None else _candidates(position)
+                for position in chunk.prompt_logprobs
+            ]
         if self._kind is RequestOutputKind.DELTA:
             return self._output([_delta(chunk)])
         sample = self._samples[chunk.index]
@@ -80,11 +87,14 @@ class OutputAssembler:
         return self._output([each.output() for each in self._samples]) if self.finished else None
 
     def _output(self, outputs: list[CompletionOutput]) -> RequestOutput:
+        prompt_logprobs = self._prompt_logprobs
+        if self._kind is RequestOutputKind.DELTA:
+            self._prompt_logprobs = None  # told once
         return RequestOutput(
             self._request_id,
             self._prompt_text,
             self._prompt_token_ids,
-            None,
+            prompt_logprobs,
             outputs,
             self.finished,
             num_cached_tokens=self._cached_tokens,
@@ -105,14 +115,15 @@ def _delta(chunk: Chunk) -> CompletionOutput:
 
 
 def _logprobs(chunk: Chunk) -> Logprobs:
-    return [
-        {each.token_id: Logprob(each.logprob, each.rank, each.text) for each in position}
-        for position in chunk.logprobs or ()
-    ]
+    return [_candidates(position) for position in chunk.logprobs or ()]
+
+
+def _candidates(position: tuple[TokenLogprob, ...]) -> dict[int, Logprob]:
+    return {each.token_id: Logprob(each.logprob, each.rank, each.text) for each in position}
 
 
 def _cumulative(logprobs: Logprobs | None, token_ids: list[int] | tuple[int, ...]) -> float | None:
     if logprobs is None:
         return None
     pairs = zip(logprobs, token_ids, strict=False)
-    return sum(position[token].logprob for position, token in pairs if token in position)
+    return float(sum(position[token].logprob for position, token in pairs if token in position))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from typing import Any
 
+from typing_extensions import override
 from vllm.engine.protocol import EngineClient
 from vllm.inputs import EngineInput, PromptType
 from vllm.lora.request import LoRARequest
@@ -20,29 +21,35 @@ from vllm.tasks import SupportedTask
 TASKS: tuple[SupportedTask, ...] = ("generate",)
 
 
-class RemoteEngineClient(EngineClient):  # type: ignore[misc]
+class RemoteEngineClient(EngineClient):
     """The part of an engine client that is the same for every engine elsewhere."""
 
     @property
+    @override
     def is_running(self) -> bool:
         return True
 
     @property
+    @override
     def is_stopped(self) -> bool:
         return False
 
     @property
+    @override
     def errored(self) -> bool:
         return False
 
     @property
+    @override
     def dead_error(self) -> BaseException:
         return RuntimeError("the gateway holds no engine that could die")
 
+    @override
     async def get_supported_tasks(self) -> tuple[SupportedTask, ...]:
         return TASKS
 
-    async def encode(
+    @override
+    def encode(
         self,
         prompt: PromptType | EngineInput,
         pooling_params: PoolingParams,
@@ -54,11 +61,12 @@ class RemoteEngineClient(EngineClient):  # type: ignore[misc]
         reasoning_ended: bool | None = None,
     ) -> AsyncGenerator[PoolingRequestOutput, None]:
         raise NotImplementedError("embeddings and pooling are not served here")
-        yield  # makes this a generator, as the protocol wants
 
+    @override
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """Nothing to do: closing `generate()` is what aborts."""
 
+    @override
     async def notify_kv_transfer_request_rejected(
         self,
         request_id: str,
@@ -68,15 +76,19 @@ class RemoteEngineClient(EngineClient):  # type: ignore[misc]
     ) -> None:
         """Nothing to do: clients hold no KV here."""
 
+    @override
     async def is_tracing_enabled(self) -> bool:
         return False
 
+    @override
     async def do_log_stats(self) -> None:
         """Nothing to do: the engines log their own."""
 
+    @override
     async def check_health(self) -> None:
         """Nothing to do: see `health.py`."""
 
+    @override
     async def start_profile(
         self,
         profile_prefix: str | None = None,
@@ -86,43 +98,56 @@ class RemoteEngineClient(EngineClient):  # type: ignore[misc]
     ) -> None:
         raise NotImplementedError("profile the engines, not the gateway")
 
+    @override
     async def stop_profile(self) -> None:
         raise NotImplementedError("profile the engines, not the gateway")
 
+    @override
     async def reset_mm_cache(self) -> None:
         """Nothing to do: there are no multi-modal inputs."""
 
+    @override
     async def reset_encoder_cache(self) -> None:
         """Nothing to do: there are no multi-modal inputs."""
 
+    @override
     async def reset_prefix_cache(
         self, reset_running_requests: bool = False, reset_connector: bool = False
     ) -> bool:
         return False
 
+    @override
     async def sleep(self, level: int = 1, mode: str = "abort") -> None:
         raise NotImplementedError("scale the pools instead of putting engines to sleep")
 
+    @override
     async def release_kv_cache_memory(self) -> None:
         raise NotImplementedError("scale the pools instead of releasing their memory")
 
+    @override
     async def wake_up(self, tags: list[str] | None = None) -> bool:
         return True
 
+    @override
     async def is_sleeping(self) -> bool:
         return False
 
+    @override
     async def add_lora(self, lora_request: LoRARequest) -> bool:
         return False
 
+    @override
     async def pause_generation(self, *, mode: str = "abort", clear_cache: bool = True) -> None:
         raise NotImplementedError("scale the pools instead of pausing them")
 
+    @override
     async def resume_generation(self) -> None:
         raise NotImplementedError("scale the pools instead of pausing them")
 
+    @override
     async def is_paused(self) -> bool:
         return False
 
+    @override
     def shutdown(self, timeout: float | None = None) -> None:
         """Nothing to do: the engines outlive the gateway."""

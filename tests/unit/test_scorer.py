@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -239,11 +239,13 @@ def test_an_abandoned_prompt_stops_between_chunks(llama: PreTrainedModel) -> Non
 
 def test_a_reading_is_freed_with_its_last_reference(llama: PreTrainedModel) -> None:
     scorer = scorer_of(as_draft(llama))
-    scorer.score([prompt_of(100)])
-    gc.collect()
-    before = sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
-    scorer.score([prompt_of(100)])
-    assert sum(isinstance(each, torch.Tensor) for each in gc.get_objects()) == before
+    reading = scorer.read(prompt_of(100))
+    assert reading is not None
+    scorer.look_ahead([reading])
+    scorer.rate(reading)
+    reference = weakref.ref(reading)
+    del reading
+    assert reference() is None
 
 
 @pytest.mark.parametrize("past", [0, 1, 37])
@@ -283,7 +285,10 @@ def test_the_scoring_buffer_does_not_change_scores(
         (tiny_config(MistralConfig, sliding_window=64), "DynamicSlidingWindowLayer"),
         (tiny_config(GptOssConfig), "DynamicSlidingWindowLayer"),
         (
-            tiny_config(LlamaConfig, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+            tiny_config(
+                LlamaConfig,
+                rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+            ),
             "dynamic",
         ),
     ],

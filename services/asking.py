@@ -1,0 +1,47 @@
+"""A question to a running service and its answer, as the CLI, the demo and the tests use them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Message = Mapping[str, str]
+
+
+class CallFailed(Exception):
+    """The service refused or could not be reached; the message is what it said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One conversation to answer."""
+
+    messages: tuple[Message, ...]
+    model: str | None = None  # None: the deployment's only model
+    keep: float | None = None  # (0, 1]; None: the deployment's default
+    dense: bool = False  # keep the whole prompt
+    max_tokens: int = 128
+    temperature: float = 0.0
+    timeout_s: float = 300.0
+    api_key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A whole answer, and what it cost as the client saw it."""
+
+    text: str
+    report: Mapping[str, Any]  # the response's `specprefill` object
+    ttft_s: float  # from sending to the first text
+    total_s: float
+
+
+def report_line(report: Mapping[str, Any]) -> str:
+    """What happened to the prompt, in one line."""
+    stages = ("queue", "speculate", "prefill", "transfer", "first_decode")
+    times = " ".join(f"{name} {report[name + '_s'] * 1e3:.0f} ms" for name in stages)
+    return (
+        f"{report['plan']} ({report['reason']}): kept {report['kept_tokens']} of "
+        f"{report['prompt_tokens']} tokens; first token {report['ttft_s'] * 1e3:.0f} ms ({times})"
+    )

@@ -1,0 +1,134 @@
+"""The gateway as a Serve ingress: one replica answers HTTP and gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import aclosing
+from typing import Any
+
+from ray import serve
+from ray.serve.grpc_util import RayServegRPCContext
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ServeStatus
+
+from ..config import AppConfig
+from ..kv.rpc import KvReleaser
+from ..pipeline import Pipeline
+from ..plan import Planner
+from ..rpc import specprefill_pb2 as pb
+from .app import build_client, build_http_app
+from .grpc_api import GrpcApi
+from .pools import ServeDecoder, ServePrefiller, ServeSpeculator
+
+_HEALTH_AGE_S = 1.0  # asking Serve's controller more often tells nothing new
+
+
+class GatewayReplica:
+    """Decorate with `serve.ingress()`: the app is built in the replica, after the constructor."""
+
+    async def __init__(  # type: ignore[misc]
+        self,
+        config_json: str,
+        speculator: DeploymentHandle,
+        prefill: DeploymentHandle,
+        decode: DeploymentHandle,
+    ) -> None:
+        self._config = AppConfig.model_validate_json(config_json)
+        pools = {
+            "speculator": speculator.deployment_name,
+            "prefill": prefill.deployment_name,
+            "decode": decode.deployment_name,
+        }
+        self._releaser = KvReleaser()
+        self._health = ServeHealth(serve.get_replica_context().app_name, pools, serve.status)
+        self._client = build_client(
+            self._config,
+            Pipeline(
+                speculator=ServeSpeculator(speculator),
+                prefiller=ServePrefiller(prefill, self._releaser.release),
+                decoder=ServeDecoder(decode),
+                planner=_planner(self._config),
+                speculate_timeout_s=self._config.speculator.timeout_s,
+            ),
+        )
+        self._grpc = GrpcApi(
+            self._client,
+            self._config.model.served_name,
+            self._config.gateway.api_keys,
+            self._health.count,
+        )
+
+    async def __del__(self) -> None:
+        await self._releaser.close()
+
+    async def __serve_build_asgi_app__(self) -> Any:
+        """Serve calls this after the constructor."""
+        return await build_http_app(self._config, self._client, self._health.count)
+
+    async def Generate(
+        self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
+    ) -> pb.GenerateResponse:
+        """See the proto."""
+        return await self._grpc.generate(request, grpc_context)
+
+    async def GenerateStream(
+        self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
+    ) -> AsyncIterator[pb.GenerateChunk]:
+        """See the proto."""
+        async with aclosing(self._grpc.generate_stream(request, grpc_context)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def Score(
+        self, request: pb.ScoreRequest, grpc_context: RayServegRPCContext
+    ) -> pb.ScoreResponse:
+        """See the proto."""
+        return await self._grpc.score(request, grpc_context)
+
+    async def Health(
+        self, request: pb.HealthRequest, grpc_context: RayServegRPCContext
+    ) -> pb.HealthResponse:
+        """See the proto."""
+        return await self._grpc.health(request, grpc_context)
+
+
+class ServeHealth:
+    """Each pool's running replicas, as Serve's controller knows them."""
+
+    def __init__(
+        self,
+        app_name: str,
+        pools: Mapping[str, str],  # pool -> deployment
+        status: Callable[[], ServeStatus],
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._app_name = app_name
+        self._pools = pools
+        self._status = status
+        self._now = now
+        self._counts: Mapping[str, int] = {}
+        self._asked_s = -float("inf")
+
+    async def count(self) -> Mapping[str, int]:
+        """Running replicas by pool."""
+        if self._now() - self._asked_s >= _HEALTH_AGE_S:
+            self._asked_s = self._now()
+            self._counts = self._read(await asyncio.to_thread(self._status))
+        return self._counts
+
+    def _read(self, status: ServeStatus) -> Mapping[str, int]:
+        application = status.applications.get(self._app_name)
+        if application is None:
+            return dict.fromkeys(self._pools, 0)
+        running = {
+            name: deployment.replica_states.get("RUNNING", 0)
+            for name, deployment in application.deployments.items()
+        }
+        return {pool: running.get(name, 0) for pool, name in self._pools.items()}
+
+
+def _planner(config: AppConfig) -> Planner:
+    selection = config.selection
+    return Planner(selection.enabled, selection.keep, selection.min_prompt_tokens)

@@ -1,0 +1,161 @@
+"""Real vLLM engines on a tiny random model: started once, shared by every test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import pytest
+import pytest_asyncio
+
+os.environ.update(
+    SPECPREFILL_CPU_ENGINE="1",
+    OMP_NUM_THREADS="1",
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_NO_USAGE_STATS="1",
+    VLLM_LOGGING_LEVEL="ERROR",
+    HF_HUB_OFFLINE="1",
+)
+os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+
+from specprefill.config import EngineConfig, KvConfig, MainModel
+from specprefill.positions import PositionMap
+from specprefill.types import Plan, PlanKind, Prefilled, Reason, Request, Selection, Span
+
+BLOCK_SIZE = 32
+MODELS = Path(__file__).resolve().parents[2] / "models"
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory) -> str:
+    """A random Llama whose output depends on every position: untied head, wide init."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = str(tmp_path_factory.mktemp("tiny-llama"))
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "demo-main")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=8192,
+        rope_theta=10000.0,
+        tie_word_embeddings=False,
+        initializer_range=0.08,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@dataclass
+class Engines:
+    """A prefill and a decode engine that hand KV over, and a plain vLLM one beside them."""
+
+    prefill: object
+    decode: object
+    plain: object
+    prefill_engine: object  # the engine inside `prefill`, to use it as an aggregated one
+    count: int = field(default=0)
+
+    def request(self, prompt, **sampling) -> Request:
+        """A request for `prompt` with vLLM sampling parameters."""
+        from vllm import SamplingParams
+
+        self.count += 1
+        samples = sampling.pop("samples", 1)
+        params = SamplingParams(**{"temperature": 0.0, "max_tokens": 24, **sampling})
+        wire = msgspec.msgpack.encode(params)
+        return Request(f"r{self.count}", tuple(prompt), wire, samples=samples, timeout_s=60.0)
+
+    async def handed_over(self, request, selection):
+        """The decode engine's answer after a prefill elsewhere: chunks per sample."""
+        prefilled = await self.prefill.prefill(request, selection, 60.0)
+        return prefilled, await self.decoded(request, selection, prefilled)
+
+    async def decoded(self, request, selection, prefilled: Prefilled):
+        """Every step of the decode engine."""
+        steps = self.decode.decode(request, selection, prefilled, 60.0)
+        return [step async for step in steps]
+
+    async def aggregated(self, request, selection):
+        """The same request on one engine, prefill and decode together."""
+        return await self._whole(self.prefill_engine, request, selection)
+
+    async def plain_vllm(self, request):
+        """The same request on an engine without anything of ours."""
+        selection = kept(len(request.prompt), Span(0, len(request.prompt)))
+        return await self._whole(self.plain, request, selection)
+
+    async def _whole(self, engine, request, selection):
+        from specprefill.engine.outputs import sampling_params
+        from specprefill.engine.params import POSITIONS
+
+        params = sampling_params(request.sampling)
+        mapping = PositionMap.from_runs(selection.runs, selection.prompt_tokens)
+        if not mapping.is_identity:
+            params.extra_args = {POSITIONS: mapping.to_wire()}
+        self.count += 1
+        last = None
+        prompt = selection.kept(request.prompt)
+        async for output in engine.generate(prompt, params, f"whole-{self.count}"):
+            last = output
+        return last.outputs[0]
+
+
+def kept(prompt_tokens: int, *runs: Span) -> Selection:
+    """A selection of these runs."""
+    return Selection(prompt_tokens, runs, Plan(PlanKind.PRUNE, Reason.ASKED, 0.3))
+
+
+def answer(steps, index: int = 0) -> list[int]:
+    """One sample's tokens."""
+    return [token for step in steps if step.chunk.index == index for token in step.chunk.token_ids]
+
+
+def text(steps, index: int = 0) -> str:
+    """One sample's text."""
+    return "".join(step.chunk.text for step in steps if step.chunk.index == index)
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def engines(model_dir) -> AsyncIterator[Engines]:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    from specprefill.decode.service import DecodeService
+    from specprefill.engine.args import Role, engine_args
+    from specprefill.engine.engine import Engine
+    from specprefill.prefill.service import PrefillService
+
+    model = MainModel(path=model_dir, dtype="float32", max_model_len=8192)
+    config = EngineConfig(
+        block_size=BLOCK_SIZE,
+        kv_cache_memory_bytes=64 << 20,
+        enforce_eager=True,
+        max_num_batched_tokens=512,  # prompts beyond it are prefilled in chunks
+    )
+    kv = KvConfig(pull_timeout_s=5.0)
+    producer = Engine(engine_args(model, config, kv, Role.PREFILL, "127.0.0.1"))
+    consumer = Engine(engine_args(model, config, kv, Role.DECODE, "127.0.0.1"))
+    plain = Engine(
+        AsyncEngineArgs(
+            model=model_dir,
+            dtype="float32",
+            max_model_len=8192,
+            block_size=BLOCK_SIZE,
+            kv_cache_memory_bytes=64 << 20,
+            enforce_eager=True,
+            distributed_executor_backend="uni",
+        )
+    )
+    async with PrefillService(producer) as prefill, DecodeService(consumer) as decode, plain:
+        yield Engines(prefill, decode, plain, producer)

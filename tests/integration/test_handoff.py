@@ -1,0 +1,219 @@
+"""Prefill -> decode equals one aggregated engine, for every way to sample."""
+
+import asyncio
+import random
+from dataclasses import replace
+
+import pytest
+
+from specprefill.errors import DeadlineExceeded, InvalidRequest
+from specprefill.types import Span
+
+from .conftest import BLOCK_SIZE, answer, kept, text
+
+pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="session")]
+
+SCHEMA = '{"type":"object","properties":{"age":{"type":"integer"}},"required":["age"]}'
+
+
+def structured(**kinds):
+    from vllm.sampling_params import StructuredOutputsParams
+
+    return {"structured_outputs": StructuredOutputsParams(**kinds)}
+
+
+SAMPLING = {
+    "greedy": {},
+    "seeded": {"temperature": 0.9, "seed": 7, "top_p": 0.9, "top_k": 50},
+    "penalties": {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.2},
+    "seeded_penalties": {"temperature": 0.8, "seed": 3, "repetition_penalty": 1.2},
+    "min_tokens": {"min_tokens": 20},
+    "json_schema": lambda: structured(json=SCHEMA),
+    "regex": lambda: structured(regex=r"[ab]{4,9}!"),
+    "one_token": {"max_tokens": 1},
+    "two_tokens": {"max_tokens": 2},
+}
+
+
+def prompt_of(length, seed):
+    rng = random.Random(seed)
+    return [rng.randrange(10, 1000) for _ in range(length)]
+
+
+def pruned(length):
+    return kept(length, Span(0, 40), Span(100, 200), Span(length - 70, length))
+
+
+def whole(length):
+    return kept(length, Span(0, length))
+
+
+@pytest.mark.parametrize("select", [whole, pruned], ids=["dense", "pruned"])
+@pytest.mark.parametrize("case", SAMPLING)
+async def test_equals_one_aggregated_engine(engines, case, select):
+    sampling = SAMPLING[case]() if callable(SAMPLING[case]) else SAMPLING[case]
+    request = engines.request(prompt_of(600, seed=5), **sampling)
+    selection = select(600)
+    want = await engines.aggregated(request, selection)
+    prefilled = await engines.prefill.prefill(request, selection, 60.0)
+    if prefilled.ticket is None:
+        got = prefilled.first
+        assert (list(got.token_ids), got.text) == (list(want.token_ids), want.text)
+        assert got.finish_reason == want.finish_reason
+        return
+    steps = await engines.decoded(request, selection, prefilled)
+    assert answer(steps) == list(want.token_ids)
+    assert answer(steps)[0] == prefilled.first.token_ids[0]
+    assert text(steps) == want.text
+    last = steps[-1]
+    assert last.chunk.finish_reason == want.finish_reason
+    assert last.chunk.stop_reason == want.stop_reason
+    assert not last.recomputed
+    assert last.transfer_s > 0
+
+
+async def test_eight_requests_at_once_equal_plain_vllm(engines):
+    lengths = [17, 31, 32, 33, 128, 500, 900, 1300]
+    requests = [
+        engines.request(prompt_of(length, seed=length), ignore_eos=True) for length in lengths
+    ]
+    wanted = await asyncio.gather(*(engines.plain_vllm(request) for request in requests))
+    got = await asyncio.gather(
+        *(
+            engines.handed_over(request, whole(length))
+            for request, length in zip(requests, lengths, strict=True)
+        )
+    )
+    for (_, steps), want in zip(got, wanted, strict=True):
+        assert answer(steps) == list(want.token_ids)
+
+
+async def test_logprobs_are_those_of_the_aggregated_engine(engines):
+    request = engines.request(prompt_of(300, seed=2), logprobs=2, max_tokens=6, ignore_eos=True)
+    want = await engines.aggregated(request, pruned(300))
+    prefilled, steps = await engines.handed_over(request, pruned(300))
+    got = [step_logprobs for step in steps for step_logprobs in step.chunk.logprobs]
+    first = prefilled.first.logprobs[0]
+    assert {c.token_id for c in first} == set(want.logprobs[0])
+    for candidates, wanted in zip(got, want.logprobs, strict=True):
+        for candidate in candidates:
+            assert candidate.logprob == pytest.approx(wanted[candidate.token_id].logprob, abs=1e-3)
+
+
+async def test_a_stop_string_over_the_first_two_tokens_is_found(engines):
+    request = engines.request(prompt_of(300, seed=4), ignore_eos=True)
+    free = await engines.aggregated(request, pruned(300))
+    stop = free.text[:3]
+    stopped = engines.request(prompt_of(300, seed=4), ignore_eos=True, stop=[stop])
+    want = await engines.aggregated(stopped, pruned(300))
+    _, steps = await engines.handed_over(stopped, pruned(300))
+    assert steps[-1].chunk.finish_reason == want.finish_reason == "stop"
+    assert text(steps) == want.text
+    assert steps[-1].chunk.stop_reason == stop
+
+
+async def test_samples_differ_by_their_seed_alone(engines):
+    sampling = {"temperature": 1.0, "ignore_eos": True, "max_tokens": 12}
+    prompt = prompt_of(300, seed=6)
+    request = engines.request(prompt, seed=11, samples=3, **sampling)
+    _, steps = await engines.handed_over(request, pruned(300))
+    for index in range(3):
+        alone = engines.request(prompt, seed=11 + index, **sampling)
+        want = await engines.aggregated(alone, pruned(300))
+        assert answer(steps, index) == list(want.token_ids)
+
+
+async def test_an_end_token_at_once_is_a_whole_answer(engines):
+    prompt = prompt_of(300, seed=8)
+    free = await engines.aggregated(engines.request(prompt), pruned(300))
+    request = engines.request(prompt, stop_token_ids=[free.token_ids[0]])
+    prefilled = await engines.prefill.prefill(request, pruned(300), 60.0)
+    assert prefilled.ticket is None
+    assert prefilled.first.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("fault", ["dead_peer", "unknown_lease", "other_layout", "no_ticket"])
+async def test_a_pull_that_fails_costs_time_not_tokens(engines, fault):
+    request, selection = engines.request(prompt_of(500, seed=9), ignore_eos=True), pruned(500)
+    want = await engines.aggregated(request, selection)
+    prefilled = await engines.prefill.prefill(request, selection, 60.0)
+    ticket = {
+        "dead_peer": lambda t: replace(t, endpoints=("127.0.0.1:9",)),
+        "unknown_lease": lambda t: replace(t, lease_id="0" * 32),
+        "other_layout": lambda t: replace(t, fingerprint="0" * 32),
+        "no_ticket": lambda t: None,
+    }[fault](prefilled.ticket)
+    steps = await engines.decoded(request, selection, replace(prefilled, ticket=ticket))
+    assert answer(steps) == list(want.token_ids)
+    assert steps[-1].recomputed is (fault != "no_ticket")
+
+
+async def test_a_released_ticket_cannot_be_pulled(engines):
+    from specprefill.kv.rpc import KvReleaser
+
+    request, selection = engines.request(prompt_of(500, seed=10), ignore_eos=True), pruned(500)
+    want = await engines.aggregated(request, selection)
+    prefilled = await engines.prefill.prefill(request, selection, 60.0)
+    releaser = KvReleaser()
+    await releaser.release(prefilled.ticket)
+    await releaser.close()
+    steps = await engines.decoded(request, selection, prefilled)
+    assert steps[-1].recomputed
+    assert answer(steps) == list(want.token_ids)
+
+
+async def test_bad_parameters_are_the_callers_fault(engines):
+    request = engines.request(prompt_of(100, seed=1))
+    with pytest.raises(InvalidRequest):
+        await engines.prefill.prefill(replace(request, sampling=b"\x01"), whole(100), 60.0)
+
+
+async def test_a_deadline_during_prefill_is_told(engines):
+    request = engines.request(prompt_of(4000, seed=1))
+    with pytest.raises(DeadlineExceeded, match="timeout_s"):
+        await engines.prefill.prefill(request, whole(4000), 0.001)
+
+
+class TestPrefixCache:
+    """vLLM hashes blocks by token ids: positions must keep pruned and dense apart."""
+
+    async def hits(self, engines, prompt, selection):
+        """Cached tokens of a request that must also answer right."""
+        request = engines.request(prompt, ignore_eos=True, max_tokens=8)
+        prefilled, steps = await engines.handed_over(request, selection)
+        return prefilled.first.cached_tokens, answer(steps)
+
+    async def test_a_dense_prompt_never_hits_a_pruned_ones_blocks(self, engines):
+        prompt, selection = prompt_of(900, seed=20), pruned(900)
+        packed = selection.kept(tuple(prompt))
+        await self.hits(engines, prompt, selection)
+        request = engines.request(packed, ignore_eos=True, max_tokens=8)
+        want = await engines.plain_vllm(request)
+        cached, got = await self.hits(engines, packed, whole(len(packed)))
+        assert cached == 40 // BLOCK_SIZE * BLOCK_SIZE  # only what lies before the gap
+        assert got == list(want.token_ids)
+
+    async def test_the_same_tokens_at_other_positions_never_hit(self, engines):
+        # One token value throughout: every selection of the same size has the same ids.
+        prompt = [77] * 900
+        first, second = kept(900, Span(0, 300)), kept(900, Span(300, 600))
+        await self.hits(engines, prompt, first)
+        cached, _ = await self.hits(engines, prompt, second)
+        assert cached == 0
+
+    async def test_the_same_pruned_prompt_hits(self, engines):
+        prompt, selection = prompt_of(900, seed=22), pruned(900)
+        _, want = await self.hits(engines, prompt, selection)
+        cached, got = await self.hits(engines, prompt, selection)
+        assert cached == (selection.kept_tokens - 1) // BLOCK_SIZE * BLOCK_SIZE
+        assert got == want
+
+    async def test_pruned_and_dense_requests_share_a_dense_prefix(self, engines):
+        system, length = prompt_of(128, seed=23), 600
+        dense_prompt = system + prompt_of(length - 128, seed=24)
+        pruned_prompt = system + prompt_of(length - 128, seed=25)
+        await self.hits(engines, dense_prompt, whole(length))
+        cached, _ = await self.hits(
+            engines, pruned_prompt, kept(length, Span(0, 128), Span(300, 400))
+        )
+        assert cached == 128

@@ -1,0 +1,91 @@
+"""Sparse positions in vLLM equal transformers with explicit `position_ids`, token for token."""
+
+import asyncio
+import random
+
+import pytest
+
+from specprefill.types import Span
+
+from .conftest import answer, kept
+
+pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="session")]
+
+# Gaps at the start, inside and at the end; lengths that are no multiple of the block size;
+# kept tokens beyond one prefill chunk (512).
+CASES = {
+    "whole": (100, (Span(0, 100),)),
+    "gaps": (700, (Span(0, 40), Span(100, 229), Span(333, 400), Span(690, 700))),
+    "first_tokens_dropped": (300, (Span(10, 42), Span(50, 51), Span(290, 300))),
+    "last_tokens_dropped": (400, (Span(0, 64), Span(200, 264))),
+    "one_block_exactly": (500, (Span(0, 16), Span(400, 416))),
+    "chunked_prefill": (1500, (Span(0, 4), Span(32, 64), Span(500, 1100), Span(1400, 1500))),
+    "chunked_whole": (1300, (Span(0, 1300),)),
+    "long_gaps": (6000, tuple(Span(start, start + 33) for start in range(0, 6000, 400))),
+}
+
+
+@pytest.fixture(scope="module")
+def reference(model_dir):
+    """Greedy decoding by transformers at explicit positions."""
+    import torch
+    from transformers import DynamicCache, LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+
+    def generate(prompt, selection, steps=24):
+        positions = [p for run in selection.runs for p in range(run.start, run.stop)]
+        ids, tokens, cache = [prompt[p] for p in positions], [], DynamicCache()
+        with torch.inference_mode():
+            for step in range(steps):
+                logits = model(
+                    input_ids=torch.tensor([ids]),
+                    position_ids=torch.tensor([positions]),
+                    past_key_values=cache,
+                    use_cache=True,
+                ).logits
+                tokens.append(int(logits[0, -1].argmax()))
+                ids, positions = tokens[-1:], [len(prompt) + step]
+        return tokens
+
+    return generate
+
+
+def prompt_of(length, seed=0):
+    rng = random.Random(seed)
+    return [rng.randrange(10, 1000) for _ in range(length)]
+
+
+@pytest.mark.parametrize("case", CASES)
+async def test_one_engine_equals_transformers(engines, reference, case):
+    length, runs = CASES[case]
+    prompt, selection = prompt_of(length), kept(length, *runs)
+    request = engines.request(prompt, ignore_eos=True)
+    got = await engines.aggregated(request, selection)
+    assert list(got.token_ids) == reference(prompt, selection)
+
+
+async def test_a_mixed_batch_through_the_hand_off_equals_transformers(engines, reference):
+    jobs = [
+        (prompt_of(length, seed), kept(length, *runs))
+        for seed, (length, runs) in enumerate(CASES.values())
+    ]
+    requests = [engines.request(prompt, ignore_eos=True) for prompt, _ in jobs]
+    answers = await asyncio.gather(
+        *(
+            engines.handed_over(request, selection)
+            for request, (_, selection) in zip(requests, jobs, strict=True)
+        )
+    )
+    for (prompt, selection), (_, steps) in zip(jobs, answers, strict=True):
+        assert answer(steps) == reference(prompt, selection)
+        assert not any(step.recomputed for step in steps)
+
+
+async def test_the_positions_are_what_makes_the_difference(engines, reference):
+    """The same kept tokens at contiguous positions give another answer: the test can fail."""
+    length, runs = CASES["gaps"]
+    prompt, selection = prompt_of(length), kept(length, *runs)
+    packed = selection.kept(tuple(prompt))
+    contiguous = reference(packed, kept(len(packed), Span(0, len(packed))))
+    assert contiguous != reference(prompt, selection)
