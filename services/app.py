@@ -1,10 +1,9 @@
 """The composition root: configuration in, a Ray Serve application out.
 
 A deployment file names it (`import_path: specprefill.app:build`); Serve validates `args`
-against `AppConfig` and calls `build` on the cluster.
+against `AppConfig` and calls `build` on the cluster. Serve reads `build`'s annotation as a
+class, so this module must not postpone annotations.
 """
-
-from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
@@ -107,7 +106,7 @@ def build(args: AppConfig) -> serve.Application:
         ENGINE_QUEUED,
         engine_placement(args.decode, gpus=gpus),
     )
-    gateway = pool(GatewayReplica, "Gateway", GATEWAY_ONGOING, GATEWAY_QUEUED, Placement())
+    gateway = pool(serve.ingress()(GatewayReplica), "Gateway", GATEWAY_ONGOING, GATEWAY_QUEUED, Placement())
     return gateway.bind(
         config_json,
         speculator.bind(config_json),

@@ -96,9 +96,7 @@ class Pipeline:
                 raise
             return dense(len(request.prompt), Reason.SPECULATOR_TIMEOUT)
 
-    def _told(
-        self, chunk: Chunk, answer: _Answer, selection: Selection, started_s: float
-    ) -> Chunk:
+    def _told(self, chunk: Chunk, answer: _Answer, selection: Selection, started_s: float) -> Chunk:
         if answer.ttft_s is None:
             answer.ttft_s = self.now() - started_s
             chunk = replace(chunk, prompt_logprobs=answer.prompt_logprobs)

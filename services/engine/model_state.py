@@ -16,6 +16,7 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from ..errors import UnsupportedModel
 from .params import positions_of
+from .sparse import SparseSlots
 
 
 class SparseModelState(DefaultModelState):  # type: ignore[misc]
@@ -23,19 +24,14 @@ class SparseModelState(DefaultModelState):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._shift = torch.zeros(self.max_num_reqs, dtype=torch.int64, device=self.device)
-        self._kept: dict[int, torch.Tensor] = {}  # request slot -> [k] int64
+        self._sparse_slots = SparseSlots(self.max_num_reqs, self.device)
         # Captured CUDA graphs read this very buffer.
         self._positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=self.device)
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
-        """Remember the request's mapping; the slot may have had another occupant."""
+        """Remember the request's mapping."""
         super().add_request(req_index, new_req_data)
-        self._kept.pop(req_index, None)
-        mapping = positions_of(new_req_data.sampling_params)
-        self._shift[req_index] = 0 if mapping is None else mapping.shift
-        if mapping is not None and not mapping.is_identity:
-            self._kept[req_index] = torch.from_numpy(mapping.kept).to(self.device)
+        self._sparse_slots.occupy(req_index, positions_of(new_req_data.sampling_params))
 
     def prepare_inputs(
         self, input_batch: InputBatch, req_states: RequestState
@@ -44,33 +40,26 @@ class SparseModelState(DefaultModelState):  # type: ignore[misc]
         inputs: dict[str, torch.Tensor | None] = super().prepare_inputs(input_batch, req_states)
         out = self._positions[: input_batch.num_tokens_after_padding]
         out.copy_(input_batch.positions)
-        self._shift_outputs(out, input_batch)
-        self._map_prompts(out, input_batch)
+        requests = input_batch.num_reqs
+        starts = input_batch.query_start_loc_np[: requests + 1].tolist()
+        self._sparse_slots.rewrite(
+            out[: input_batch.num_tokens],
+            input_batch.idx_mapping[:requests],
+            input_batch.query_start_loc[: requests + 1],
+            zip(
+                input_batch.idx_mapping_np[:requests].tolist(),
+                starts[:-1],
+                starts[1:],
+                input_batch.num_computed_tokens_np[:requests].tolist(),
+                strict=True,
+            ),
+        )
         return {**inputs, "positions": out}
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         """Views of the same buffer, so that graphs are captured on it."""
         inputs: dict[str, Any] = super().prepare_dummy_inputs(num_reqs, num_tokens)
         return {**inputs, "positions": self._positions[:num_tokens]}
-
-    def _shift_outputs(self, out: torch.Tensor, batch: InputBatch) -> None:
-        """Right for every token past its prompt; prompt tokens are overwritten next."""
-        lengths = batch.query_start_loc[1 : batch.num_reqs + 1].diff(
-            prepend=batch.query_start_loc[:1]
-        )
-        shift = self._shift[batch.idx_mapping[: batch.num_reqs]]
-        tokens = batch.num_tokens
-        out[:tokens] += torch.repeat_interleave(shift, lengths, output_size=tokens)
-
-    def _map_prompts(self, out: torch.Tensor, batch: InputBatch) -> None:
-        for row, req_index in enumerate(batch.idx_mapping_np[: batch.num_reqs].tolist()):
-            kept = self._kept.get(req_index)
-            if kept is None or batch.num_computed_tokens_np[row] >= len(kept):
-                continue
-            start, stop = batch.query_start_loc_np[row : row + 2].tolist()
-            slots = batch.positions[start:stop]
-            inside = kept[slots.clamp(max=len(kept) - 1)]
-            out[start:stop] = torch.where(slots < len(kept), inside, out[start:stop])
 
 
 def sparse_model_state(state: Any) -> SparseModelState:

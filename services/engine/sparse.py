@@ -66,3 +66,50 @@ class SparseBatch:
             sparse = mapping is not None and not mapping.is_identity
             self._known[request_id] = _Sparse.of(mapping, self._device) if sparse else None
         return self._known[request_id]
+
+
+class SparseSlots:
+    """The sparse requests of the V2 model runner, by its persistent request slot.
+
+    Output tokens, the bulk of a running batch, are shifted by one vectorised addition;
+    only requests still in their prompt are looked at one by one.
+    """
+
+    def __init__(self, max_requests: int, device: torch.device) -> None:
+        self._device = device
+        self._shift = torch.zeros(max_requests, dtype=torch.int64, device=device)
+        self._sparse: dict[int, _Sparse] = {}
+
+    def occupy(self, slot: int, mapping: PositionMap | None) -> None:
+        """A request takes `slot`; whatever was there before is forgotten."""
+        self._sparse.pop(slot, None)
+        self._shift[slot] = 0 if mapping is None else mapping.shift
+        if mapping is not None and not mapping.is_identity:
+            self._sparse[slot] = _Sparse.of(mapping, self._device)
+
+    def rewrite(
+        self,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        starts: torch.Tensor,
+        rows: Iterable[tuple[int, int, int, int]],
+    ) -> None:
+        """Rewrite `positions`, `[tokens]`, in place: cache slots in, positions out.
+
+        `slots` is `[requests]`, the batch's request slots; `starts` is `[requests + 1]`,
+        where each request's tokens begin; `rows` holds the same on the host, as (slot,
+        start, stop, tokens computed before).
+        """
+        sparse_rows = [row for row in rows if row[0] in self._sparse]
+        if not sparse_rows:
+            return
+        in_prompt = [
+            (self._sparse[slot], positions[start:stop], positions[start:stop].clone())
+            for slot, start, stop, computed in sparse_rows
+            if computed < len(self._sparse[slot].kept)
+        ]
+        shift = self._shift[slots]
+        positions += torch.repeat_interleave(shift, starts.diff(), output_size=len(positions))
+        for sparse, view, original in in_prompt:
+            sparse.rewrite(original)
+            view.copy_(original)

@@ -45,9 +45,7 @@ class PrefillService:
         """Raises Unavailable when the engine is dead."""
         await self._engine.check_health()
 
-    async def prefill(
-        self, request: Request, selection: Selection, timeout_s: float
-    ) -> Prefilled:
+    async def prefill(self, request: Request, selection: Selection, timeout_s: float) -> Prefilled:
         """Compute the kept tokens at their original positions and sample one token.
 
         The KV is held under the returned ticket until it is pulled `request.samples` times,

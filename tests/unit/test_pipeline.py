@@ -27,9 +27,7 @@ class Pools:
         self.prefiller = FakePrefiller()
         self.decoder = FakeDecoder(**decoder)
         planner = Planner(enabled=True, keep=0.5, min_prompt_tokens=50)
-        self.pipeline = Pipeline(
-            self.speculator, self.prefiller, self.decoder, planner, now=now
-        )
+        self.pipeline = Pipeline(self.speculator, self.prefiller, self.decoder, planner, now=now)
 
     async def run(self, **fields):
         return [chunk async for chunk in self.pipeline.generate(request(**fields))]

@@ -70,8 +70,13 @@ def test_malformed_positions_are_refused(kept, prompt_tokens):
 
 @pytest.mark.parametrize(
     "wire",
-    [{}, {"runs": [0, 4]}, {"runs": [0, 1, 2], "prompt_tokens": 4},
-     {"runs": "0", "prompt_tokens": 4}, {"runs": [0, "1"], "prompt_tokens": 4}],
+    [
+        {},
+        {"runs": [0, 4]},
+        {"runs": [0, 1, 2], "prompt_tokens": 4},
+        {"runs": "0", "prompt_tokens": 4},
+        {"runs": [0, "1"], "prompt_tokens": 4},
+    ],
 )
 def test_a_malformed_wire_form_is_refused(wire):
     with pytest.raises(ValueError, match="positions"):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from specprefill.gateway.spans import merged, protected_spans, special_spans
 from specprefill.types import Span
 
@@ -154,7 +156,7 @@ def test_spans_are_sorted_disjoint_and_inside(
     offsets = words(text)
     spans = protected_spans(text, offsets, messages, protect, tail_tokens)
     assert all(0 <= span.start < span.stop <= len(offsets) for span in spans)
-    assert all(left.stop < right.start for left, right in zip(spans, spans[1:], strict=False))
+    assert all(left.stop < right.start for left, right in pairwise(spans))
 
 
 @given(st.text("ab \n<>é", max_size=40), st.text("ab é", min_size=1, max_size=3))

@@ -1,0 +1,79 @@
+"""The pipeline with one real engine per pool, all in this process's care and without Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+from ..config import AppConfig
+from ..decode.service import DecodeService
+from ..engine.args import Role, engine_args
+from ..engine.engine import Engine
+from ..kv.rpc import KvReleaser
+from ..pipeline import Pipeline
+from ..plan import Planner
+from ..prefill.service import PrefillService
+from ..speculator.service import SpeculatorService
+from ..types import Prefilled, Request, Selection
+
+HOST = "127.0.0.1"
+CPU_ENVIRONMENT = {
+    "SPECPREFILL_CPU_ENGINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LocalPrefiller:
+    """The `Prefiller` port over a service in this process."""
+
+    service: PrefillService
+    releaser: KvReleaser
+
+    @asynccontextmanager
+    async def prefill(
+        self, request: Request, selection: Selection, timeout_s: float
+    ) -> AsyncIterator[Prefilled]:
+        """See `ports.Prefiller`."""
+        prefilled = await self.service.prefill(request, selection, timeout_s)
+        try:
+            yield prefilled
+        finally:
+            if prefilled.ticket is not None:
+                await self.releaser.release(prefilled.ticket)
+
+
+@asynccontextmanager
+async def local_pipeline(config: AppConfig) -> AsyncIterator[Pipeline]:
+    """Start the three services, and stop them at the end."""
+    async with AsyncExitStack() as stack:
+        releaser = KvReleaser()
+        stack.push_async_callback(releaser.close)
+        speculator = await stack.enter_async_context(
+            SpeculatorService.from_config(config.speculator, config.selection, config.model.path)
+        )
+        prefill_args = engine_args(config.model, config.prefill, config.kv, Role.PREFILL, HOST)
+        prefill = await stack.enter_async_context(PrefillService(Engine(prefill_args)))
+        decode_args = engine_args(config.model, config.decode, config.kv, Role.DECODE, HOST)
+        decode = await stack.enter_async_context(DecodeService(Engine(decode_args)))
+        selection = config.selection
+        yield Pipeline(
+            speculator,
+            LocalPrefiller(prefill, releaser),
+            decode,
+            Planner(selection.enabled, selection.keep, selection.min_prompt_tokens),
+            config.speculator.timeout_s,
+        )
+
+
+def set_cpu_environment() -> None:
+    """Before vLLM is imported: engines on CPUs share the cores one thread each."""
+    os.environ.update(CPU_ENVIRONMENT)
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override kv_cache_memory_bytes

@@ -1,0 +1,158 @@
+"""vLLM's real server code over a scripted pipeline. Importing vLLM takes seconds: once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import warnings
+from collections.abc import AsyncIterator, Iterator, Mapping
+from typing import Any
+
+import msgspec
+import pytest
+
+from specprefill.config import AppConfig
+from specprefill.plan import Planner
+from specprefill.types import (
+    Chunk,
+    Plan,
+    PlanKind,
+    Reason,
+    Report,
+    Request,
+    Selection,
+    Span,
+    TokenLogprob,
+)
+
+WORDS = (" alpha", " bravo", " charlie")
+API_KEY = "test-key"
+
+
+class ScriptedPipeline:
+    """Answers every prompt with WORDS, or fails as told."""
+
+    planner = Planner(enabled=True, keep=0.3, min_prompt_tokens=48)
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.requests: list[Request] = []
+        self.fails: Exception | None = None
+        self.fails_after = 0  # chunks sent before the failure
+        self.pause_s = 0.0
+        self.closed = 0
+        self.began, self.ended = asyncio.Event(), asyncio.Event()
+        self.stop_reason: str | int | None = None
+
+    async def generate(self, request: Request) -> AsyncIterator[Chunk]:
+        self.requests.append(request)
+        self.began.set()
+        try:
+            for place, chunk in enumerate(self._script(request)):
+                if self.fails is not None and place == self.fails_after:
+                    raise self.fails
+                yield chunk
+                await asyncio.sleep(self.pause_s)
+        finally:
+            self.closed += 1
+            self.ended.set()
+
+    async def select(self, request: Request) -> Selection:
+        self.requests.append(request)
+        if self.fails is not None:
+            raise self.fails
+        plan = Plan(PlanKind.PRUNE, Reason.ASKED, 0.5)
+        return Selection(len(request.prompt), (Span(0, 2), Span(4, 5)), plan, 0.25, 0.5)
+
+    def _script(self, request: Request) -> Iterator[Chunk]:
+        logprobs = msgspec.msgpack.decode(request.sampling).get("logprobs")
+        for place, word in enumerate(WORDS):
+            for index in range(request.samples):
+                last = place == len(WORDS) - 1
+                done = last and index == request.samples - 1
+                token = 300 + 10 * index + place
+                yield Chunk(
+                    index,
+                    (token,),
+                    word,
+                    logprobs=None if logprobs is None else (_position(token, word),),
+                    finish_reason="stop" if last else None,
+                    stop_reason=self.stop_reason if last else None,
+                    cached_tokens=7,
+                    report=_report(request) if done else None,
+                )
+
+
+class ScriptedHealth:
+    """Healthy replicas, as told."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.counts = {"speculator": 1, "prefill": 1, "decode": 1}
+
+    async def __call__(self) -> Mapping[str, int]:
+        return self.counts
+
+
+def _position(token: int, word: str) -> tuple[TokenLogprob, ...]:
+    return TokenLogprob(token, -0.25, 1, word), TokenLogprob(token + 1, -1.5, 2, " other")
+
+
+def _report(request: Request) -> Report:
+    prompt_tokens = len(request.prompt)
+    return Report(
+        PlanKind.PRUNE,
+        Reason.DEFAULT,
+        prompt_tokens,
+        prompt_tokens // 2,
+        0.5,
+        queue_s=0.0,
+        speculate_s=0.125,
+        prefill_s=0.25,
+        transfer_s=0.5,
+        first_decode_s=0.0625,
+        ttft_s=1.0,
+    )
+
+
+def configuration(**gateway: Any) -> AppConfig:
+    return AppConfig.model_validate(
+        {
+            "model": {"path": "models/demo-main", "name": "demo", "max_model_len": 2048},
+            "speculator": {"path": "models/demo-speculator"},
+            "selection": {"tail_tokens": 4},
+            "gateway": {"request_timeout_s": 60.0, "max_body_bytes": 100_000, **gateway},
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def gateway() -> Iterator[Any]:
+    """Client, HTTP app, pipeline and health of one gateway; see the `front` fixture."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of third parties, while they are imported
+        from specprefill.gateway.app import build_client, build_http_app
+
+        pipeline, health = ScriptedPipeline(), ScriptedHealth()
+        config = configuration(api_keys=[API_KEY])
+        client = build_client(config, pipeline)
+        app = asyncio.run(build_http_app(config, client, health))
+    yield client, app, pipeline, health
+    client.renderer.shutdown()
+
+
+@pytest.fixture
+def pipeline(gateway: Any) -> ScriptedPipeline:
+    gateway[2].reset()
+    return gateway[2]
+
+
+@pytest.fixture
+def health(gateway: Any) -> ScriptedHealth:
+    gateway[3].reset()
+    return gateway[3]

@@ -1,0 +1,92 @@
+"""The batched rewriting of positions equals the pure mapping, request by request."""
+
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from specprefill.positions import PositionMap
+
+pytestmark = pytest.mark.integration
+
+CPU = torch.device("cpu")
+
+
+def random_mapping(rng):
+    prompt_tokens = rng.randrange(2, 200)
+    kept = sorted(rng.sample(range(prompt_tokens), rng.randrange(1, prompt_tokens)))
+    return PositionMap(np.array(kept, dtype=np.int64), prompt_tokens)
+
+
+def random_rows(rng, requests):
+    """Per request: its mapping (None: dense), tokens computed before, tokens of this step."""
+    rows = []
+    for _ in range(requests):
+        mapping = random_mapping(rng) if rng.random() < 0.7 else None
+        k = mapping.slots if mapping else 100
+        computed = rng.choice([0, k // 2, k - 1, k, k + rng.randrange(40)])
+        rows.append((mapping, computed, rng.choice([1, 1, 3, 60])))
+    return rows
+
+
+def expected(rows):
+    parts = [
+        mapping.positions(computed, computed + count)
+        if mapping
+        else np.arange(computed, computed + count)
+        for mapping, computed, count in rows
+    ]
+    return np.concatenate(parts).tolist()
+
+
+def batch_positions(rows):
+    parts = [np.arange(computed, computed + count) for _, computed, count in rows]
+    return torch.from_numpy(np.concatenate(parts))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_v1_batches(seed):
+    from specprefill.engine.params import POSITIONS
+    from specprefill.engine.sparse import SparseBatch
+
+    rng = random.Random(seed)
+    rows = random_rows(rng, requests=6)
+    requests = {}
+    for number, (mapping, _, _) in enumerate(rows):
+        extra = {POSITIONS: mapping.to_wire()} if mapping else None
+        requests[str(number)] = SimpleNamespace(sampling_params=SimpleNamespace(extra_args=extra))
+    padded = torch.cat((batch_positions(rows), torch.zeros(5, dtype=torch.int64)))
+    scheduled = {str(number): count for number, (_, _, count) in enumerate(rows)}
+    SparseBatch(CPU).rewrite(padded, requests, scheduled, requests)
+    assert padded[:-5].tolist() == expected(rows)
+    assert padded[-5:].tolist() == [0] * 5
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_v2_batches(seed):
+    from specprefill.engine.sparse import SparseSlots
+
+    rng = random.Random(seed)
+    state = SparseSlots(max_requests=16, device=CPU)
+    for slot in range(16):  # occupants of earlier requests must leave no trace
+        state.occupy(slot, random_mapping(rng))
+    rows = random_rows(rng, requests=6)
+    slots = rng.sample(range(16), len(rows))
+    for slot, (mapping, _, _) in zip(slots, rows, strict=True):
+        state.occupy(slot, mapping)
+    starts = np.concatenate(([0], np.cumsum([count for _, _, count in rows])))
+    positions = batch_positions(rows)
+    state.rewrite(
+        positions,
+        torch.tensor(slots),
+        torch.from_numpy(starts),
+        [
+            (slot, int(start), int(stop), computed)
+            for slot, start, stop, (_, computed, _) in zip(
+                slots, starts[:-1], starts[1:], rows, strict=True
+            )
+        ],
+    )
+    assert positions.tolist() == expected(rows)
