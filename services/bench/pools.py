@@ -11,7 +11,7 @@ from ..config import AppConfig
 from ..decode.service import DecodeService
 from ..engine.args import Role, engine_args
 from ..engine.engine import Engine
-from ..kv.rpc import KvReleaser
+from ..kv.rpc import KvPeers
 from ..pipeline import Pipeline
 from ..plan import Planner
 from ..prefill.service import PrefillService
@@ -35,7 +35,7 @@ class LocalPrefiller:
     """The `Prefiller` port over a service in this process."""
 
     service: PrefillService
-    releaser: KvReleaser
+    releaser: KvPeers
 
     @asynccontextmanager
     async def prefill(
@@ -54,7 +54,7 @@ class LocalPrefiller:
 async def local_pipeline(config: AppConfig) -> AsyncIterator[Pipeline]:
     """Start the three services, and stop them at the end."""
     async with AsyncExitStack() as stack:
-        releaser = KvReleaser()
+        releaser = KvPeers()
         stack.push_async_callback(releaser.close)
         speculator = await stack.enter_async_context(
             SpeculatorService.from_config(config.speculator, config.selection, config.model.path)

@@ -95,6 +95,11 @@ class SpecPrefillConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """Where this worker's leases can be pulled."""
         return self._worker.endpoint()
 
+    @property
+    def kv_address(self) -> str | None:
+        """Where this worker's KV port listens; None on the decode side."""
+        return self._worker.address
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Begin this step's pulls in the background."""
         del forward_context, kwargs

@@ -48,6 +48,12 @@ class Engine:
         with map_engine_errors(Unavailable):
             await self._running().check_health()
 
+    async def kv_addresses(self) -> list[str]:
+        """The KV ports of the engine's workers, by rank. Empty on the decode side."""
+        with map_engine_errors(Unavailable):
+            addresses = await self._running().collective_rpc("kv_address")
+        return [address for address in addresses if address is not None]
+
     async def generate(
         self, prompt: list[int], params: SamplingParams, request_id: str, priority: int = 0
     ) -> AsyncIterator[RequestOutput]:

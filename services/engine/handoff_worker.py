@@ -61,6 +61,11 @@ class WorkerHalf:
         """Where this worker's leases can be pulled; None on the decode side."""
         return Endpoint(self._address, self._fingerprint) if self._producer else None
 
+    @property
+    def address(self) -> str | None:
+        """`host:port` of this worker's KV port; None on the decode side."""
+        return self._address if self._producer else None
+
     def begin(self, orders: Orders) -> None:
         """Start this step's pulls."""
         for pull in orders.pulls:
@@ -74,11 +79,10 @@ class WorkerHalf:
             self._stager.take(order, layer, kv)
 
     def finish_step(self, orders: Orders) -> None:
-        """After the last layer: hand the copies to their leases; drop what was aborted."""
+        """After the last layer: every copy is with its lease; drop what was aborted."""
         if not self._producer:
             return
-        for order, layer, payload in self._stager.drain():
-            self._append(order, layer, payload)
+        self._stager.flush()
         for lease_id, secret in orders.drops:
             self._leases.release(lease_id, secret)
 
@@ -99,7 +103,7 @@ class WorkerHalf:
             self._server.stop()
 
     def _listen(self) -> None:
-        self._stager: Stager = stager_for(self._caches[0].device)
+        self._stager: Stager = stager_for(self._caches[0].device, self._append)
         self._server = KvServer(self._leases, self._fingerprint, self._config.host)
         self._address = self._server.start()
         threading.Thread(target=self._sweep, name="kv-sweep", daemon=True).start()

@@ -2,51 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
 from .handoff import Stage
 
-Copied = tuple[Stage, int, memoryview]  # order, layer, raw bytes
+Sink = Callable[[Stage, int, memoryview], None]  # order, layer, raw bytes
 
 
 class Stager(Protocol):
-    """Takes copies during a step, gives their bytes at its end."""
+    """Takes copies during a step and gives their bytes to its sink, layer by layer."""
 
     def take(self, order: Stage, layer: int, kv: torch.Tensor) -> None:
-        """Keep `kv`, a contiguous copy `[n, 2, heads, dim]`, of one layer."""
+        """Hand over `kv`, a contiguous copy `[n, 2, heads, dim]`, of one layer."""
         ...
 
-    def drain(self) -> Iterator[Copied]:
-        """Everything taken in this step, in order, as host bytes."""
+    def flush(self) -> None:
+        """Return when the sink has everything taken in this step."""
         ...
 
 
 class HostStager:
-    """The cache is in host memory: the copy is what is handed over."""
+    """The cache is in host memory: the copy is what is handed over, at once."""
 
-    def __init__(self) -> None:
-        self._taken: list[tuple[Stage, int, torch.Tensor]] = []
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
 
     def take(self, order: Stage, layer: int, kv: torch.Tensor) -> None:
         """See Stager."""
-        self._taken.append((order, layer, kv))
+        self._sink(order, layer, _raw(kv))
 
-    def drain(self) -> Iterator[Copied]:
+    def flush(self) -> None:
         """See Stager."""
-        taken, self._taken = self._taken, []
-        for order, layer, kv in taken:
-            yield order, layer, _raw(kv)
 
 
 class DeviceStager:
-    """The cache is on a GPU: copies go to pinned memory on a stream of their own."""
+    """The cache is on a GPU: copies go to pinned memory on a stream of their own.
 
-    def __init__(self, device: torch.device) -> None:
+    A layer's bytes reach the sink when a later layer finds its copy done, or at the flush.
+    """
+
+    def __init__(self, device: torch.device, sink: Sink) -> None:
         self._stream = torch.cuda.Stream(device)
-        self._host = HostStager()
+        self._sink = sink
+        self._copying: deque[tuple[torch.cuda.Event, Stage, int, torch.Tensor]] = deque()
 
     def take(self, order: Stage, layer: int, kv: torch.Tensor) -> None:
         """See Stager. The gather ran on the compute stream; only the copy moves off it."""
@@ -54,18 +56,29 @@ class DeviceStager:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             pinned.copy_(kv, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
         kv.record_stream(self._stream)
-        self._host.take(order, layer, pinned)
+        self._copying.append((done, order, layer, pinned))
+        while self._copying[0][0].query():
+            self._hand_over()
+            if not self._copying:
+                return
 
-    def drain(self) -> Iterator[Copied]:
+    def flush(self) -> None:
         """See Stager."""
         self._stream.synchronize()
-        return self._host.drain()
+        while self._copying:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        _, order, layer, pinned = self._copying.popleft()
+        self._sink(order, layer, _raw(pinned))
 
 
-def stager_for(device: torch.device) -> Stager:
+def stager_for(device: torch.device, sink: Sink) -> Stager:
     """The stager for caches on `device`."""
-    return HostStager() if device.type == "cpu" else DeviceStager(device)
+    return HostStager(sink) if device.type == "cpu" else DeviceStager(device, sink)
 
 
 def _raw(kv: torch.Tensor) -> memoryview:

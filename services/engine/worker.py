@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -56,6 +57,10 @@ class SparseCPUWorker(CPUWorker):  # type: ignore[misc]
         super().init_device()
         self.model_runner = SparseCPUModelRunner(self.vllm_config, torch.device("cpu"))
 
+    def kv_address(self) -> str | None:
+        """Where this worker's KV port listens; called over `collective_rpc`."""
+        return _kv_address()
+
 
 class SparseGPUWorker(Worker):  # type: ignore[misc]
     """`worker_cls` of an engine on GPUs, for either model runner."""
@@ -74,6 +79,15 @@ class SparseGPUWorker(Worker):  # type: ignore[misc]
             from .model_state import sparse_model_state
 
             self.model_runner.model_state = sparse_model_state(self.model_runner.model_state)
+
+    def kv_address(self) -> str | None:
+        """Where this worker's KV port listens; called over `collective_rpc`."""
+        return _kv_address()
+
+
+def _kv_address() -> str | None:
+    address: str | None = get_kv_transfer_group().kv_address
+    return address
 
 
 def _rewrite_positions(

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import msgspec
 from typing_extensions import override
 from vllm.config import VllmConfig
-from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMValidationError
+from vllm.exceptions import GenerationError, VLLMClientError, VLLMValidationError
 from vllm.inputs import EngineInput
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
@@ -31,6 +31,7 @@ from .context import CURRENT, Messages, RequestContext
 from .failures import http_failure
 from .offsets import PromptOffsets
 from .outputs import OutputAssembler
+from .request_log import RequestLog
 from .spans import merged, protected_spans, special_spans
 from .surface import TASKS, RemoteEngineClient
 
@@ -118,15 +119,21 @@ class PipelineClient(RemoteEngineClient):
 
     async def chunks(self, request: Request) -> AsyncGenerator[Chunk, None]:
         """The pipeline's chunks. Closing this generator closes the pipeline's."""
-        open_samples = request.samples
-        async with aclosing(self._pipeline.generate(request)) as chunks:  # type: ignore[type-var]
-            async for chunk in chunks:
-                if chunk.finish_reason == "error":
-                    raise Unavailable("an engine could not finish the answer; try again")
-                open_samples -= chunk.finished
-                yield chunk
-        if open_samples > 0:
-            raise Unavailable("the answer ended before it was complete; try again")
+        story = RequestLog(request)
+        try:
+            async with aclosing(self._pipeline.generate(request)) as chunks:  # type: ignore[type-var]
+                async for chunk in chunks:
+                    if chunk.finish_reason == "error":
+                        raise Unavailable("an engine could not finish the answer; try again")
+                    story.add(chunk)
+                    yield chunk
+            if story.open_samples > 0:
+                raise Unavailable("the answer ended before it was complete; try again")
+        except SpecPrefillError as error:
+            story.failed(error)
+            raise
+        finally:
+            logger.info(story.line())
 
     async def select(self, request: Request) -> Selection:
         """Which tokens of the prompt would be kept."""
@@ -221,8 +228,16 @@ def _refuse_unsupported(admitted: EngineCoreRequest, controls: Controls) -> None
         raise InvalidRequest("cache_salt: is not supported", "cache_salt")
 
 
-def _told(context: RequestContext, error: SpecPrefillError) -> GracefulHTTPError:
+class _Refused(GenerationError):
+    """A failure as vLLM's handlers pass it on: with its status, without a traceback in the log."""
+
+    def __init__(self, error: SpecPrefillError) -> None:
+        failure = http_failure(error)
+        super().__init__(failure.message)
+        self.status_code = HTTPStatus(failure.status)
+
+
+def _told(context: RequestContext, error: SpecPrefillError) -> _Refused:
     """Keep the failure for the middleware, and give vLLM's handlers one they can state."""
     context.error = error
-    failure = http_failure(error)
-    return GracefulHTTPError(failure.message, HTTPStatus(failure.status))
+    return _Refused(error)

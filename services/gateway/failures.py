@@ -1,9 +1,14 @@
-"""How each error of the service looks to an HTTP client: OpenAI's error form."""
+"""How each error of the service looks to an HTTP client, and to a gRPC client.
+
+Light on imports: Serve's proxies unpickle `RpcFailed`.
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+
+import grpc
 
 from ..errors import (
     DeadlineExceeded,
@@ -15,6 +20,14 @@ from ..errors import (
 )
 
 INTERNAL_MESSAGE = "The server failed to answer this request."
+
+_GRPC_CODES: tuple[tuple[type[SpecPrefillError], grpc.StatusCode], ...] = (
+    (UnknownModel, grpc.StatusCode.NOT_FOUND),
+    (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
+    (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (Unavailable, grpc.StatusCode.UNAVAILABLE),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,3 +83,23 @@ def too_large(max_body_bytes: int) -> Failure:
     """The request body exceeds the deployment's limit."""
     message = f"The request body must be at most {max_body_bytes} bytes."
     return Failure(413, "invalid_request_error", "body_too_large", message)
+
+
+class RpcFailed(Exception):
+    """Ends a call whose context holds its status. A stream must raise: a return means success."""
+
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        super().__init__(code, details)  # both, so that it can be pickled
+        self.code = code
+        self.details = details
+
+    def __str__(self) -> str:
+        return self.details
+
+
+def rpc_failure(error: SpecPrefillError) -> RpcFailed:
+    """The status a gRPC caller sees."""
+    for kind, code in _GRPC_CODES:
+        if isinstance(error, kind):
+            return RpcFailed(code, str(error))
+    return RpcFailed(grpc.StatusCode.INTERNAL, INTERNAL_MESSAGE)

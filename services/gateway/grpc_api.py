@@ -15,19 +15,12 @@ from vllm.exceptions import VLLMClientError
 from vllm.inputs import EngineInput, tokens_input
 from vllm.renderers import ChatParams
 
-from ..errors import (
-    DeadlineExceeded,
-    InvalidRequest,
-    Overloaded,
-    SpecPrefillError,
-    Unavailable,
-    UnknownModel,
-)
+from ..errors import InvalidRequest, Overloaded, SpecPrefillError, UnknownModel
 from ..rpc import specprefill_pb2 as pb
 from ..types import Request
 from .client import PipelineClient, as_invalid
 from .context import RequestContext
-from .failures import INTERNAL_MESSAGE
+from .failures import RpcFailed, rpc_failure
 from .grpc_messages import (
     Answer,
     chat_messages,
@@ -43,13 +36,7 @@ from .health import PoolCounts, judge
 
 logger = logging.getLogger(__name__)
 
-_CODES: tuple[tuple[type[SpecPrefillError], grpc.StatusCode], ...] = (
-    (UnknownModel, grpc.StatusCode.NOT_FOUND),
-    (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
-    (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
-    (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
-    (Unavailable, grpc.StatusCode.UNAVAILABLE),
-)
+_NO_KEY = RpcFailed(grpc.StatusCode.UNAUTHENTICATED, "authorization: a valid API key is required")
 
 
 class CallContext(Protocol):
@@ -62,15 +49,6 @@ class CallContext(Protocol):
     def set_details(self, details: str) -> None: ...
 
     def set_trailing_metadata(self, trailing_metadata: list[tuple[str, str]]) -> None: ...
-
-
-class RpcFailed(Exception):
-    """Ends a call whose context holds its status. A stream must raise: a return means success."""
-
-    def __init__(self, code: grpc.StatusCode, details: str) -> None:
-        super().__init__(details)
-        self.code = code
-        self.details = details
 
 
 class _Unauthenticated(Exception):
@@ -178,16 +156,14 @@ class GrpcApi:
             self._authenticate(context)
             yield
         except _Unauthenticated:
-            code = grpc.StatusCode.UNAUTHENTICATED
-            raise _failed(context, code, "authorization: a valid API key is required") from None
+            raise _failed(context, _NO_KEY) from None
         except SpecPrefillError as error:
             if isinstance(error, Overloaded):
                 context.set_trailing_metadata([("retry-after-s", f"{error.retry_after_s:g}")])
-            raise _failed(context, *_code_and_details(error)) from error
+            raise _failed(context, rpc_failure(error)) from error
         except Exception as error:  # the edge: what nobody named becomes INTERNAL
             logger.exception("gRPC call failed")
-            code = grpc.StatusCode.INTERNAL
-            raise _failed(context, code, INTERNAL_MESSAGE) from error
+            raise _failed(context, rpc_failure(SpecPrefillError())) from error
 
     def _authenticate(self, context: CallContext) -> None:
         if not self._keys:
@@ -199,17 +175,10 @@ class GrpcApi:
             raise _Unauthenticated
 
 
-def _code_and_details(error: SpecPrefillError) -> tuple[grpc.StatusCode, str]:
-    for kind, code in _CODES:
-        if isinstance(error, kind):
-            return code, str(error)
-    return grpc.StatusCode.INTERNAL, INTERNAL_MESSAGE
-
-
-def _failed(context: CallContext, code: grpc.StatusCode, details: str) -> RpcFailed:
-    context.set_code(code)
-    context.set_details(details)
-    return RpcFailed(code, details)
+def _failed(context: CallContext, failure: RpcFailed) -> RpcFailed:
+    context.set_code(failure.code)
+    context.set_details(failure.details)
+    return failure
 
 
 def _digest(key: str) -> bytes:

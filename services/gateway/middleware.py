@@ -23,6 +23,8 @@ from .reports import story_json
 TIMEOUT_HEADER = "x-request-timeout-seconds"
 _PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 _DATA = b"data: "
+# Serve's proxy enforces the same header with a bare 408 or a cut stream: be a little earlier.
+_AHEAD_OF_PROXY_S = 0.1
 
 
 class RequestMiddleware:
@@ -92,9 +94,7 @@ def _replay(body: bytes, receive: Receive) -> Callable[[], Awaitable[Message]]:
 
 def _admit(scope: Scope, body: bytes) -> tuple[RequestContext, bytes]:
     """The request's context, and the body as vLLM's own handlers shall see it."""
-    context = RequestContext(
-        timeout_s=timeout(TIMEOUT_HEADER, Headers(scope=scope).get(TIMEOUT_HEADER))
-    )
+    context = RequestContext(timeout_s=_timeout_s(Headers(scope=scope)))
     path = scope["path"].removeprefix(scope.get("root_path", ""))
     if path not in _PATHS:
         return context, body
@@ -110,6 +110,11 @@ def _admit(scope: Scope, body: bytes) -> tuple[RequestContext, bytes]:
     context.controls = pop_controls(fields)
     context.messages = conversation(path, fields)
     return context, body if len(fields) == sent else msgspec.json.encode(fields)
+
+
+def _timeout_s(headers: Headers) -> float | None:
+    asked_s = timeout(TIMEOUT_HEADER, headers.get(TIMEOUT_HEADER))
+    return None if asked_s is None else max(asked_s / 2, asked_s - _AHEAD_OF_PROXY_S)
 
 
 class _Reply:

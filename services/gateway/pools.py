@@ -111,12 +111,12 @@ def mapped_errors(pool: str, unavailable: type[Unavailable]) -> Iterator[None]:
     """
     try:
         yield
-    except TimeoutError as error:
-        raise DeadlineExceeded(f"timeout_s: used up waiting for the {pool} pool") from error
+    except RayTaskError as error:  # first: it is also an instance of what it was caused by
+        raise _cause(pool, error, unavailable) from None
     except BackPressureError as error:
         raise _overloaded(pool, error) from error
-    except RayTaskError as error:
-        raise _cause(pool, error, unavailable) from None
+    except TimeoutError as error:
+        raise DeadlineExceeded(f"timeout_s: used up waiting for the {pool} pool") from error
     except (RayError, RayServeException, grpc.RpcError) as error:
         logger.warning("pool=%s unavailable: %s", pool, type(error).__name__)
         raise unavailable(f"no {pool} replica answered; try again") from error
@@ -142,7 +142,7 @@ def _cause(pool: str, error: RayTaskError, unavailable: type[Unavailable]) -> Sp
         return cause
     if isinstance(cause, BackPressureError):
         return _overloaded(pool, cause)
-    logger.error("pool=%s failed\n%s", pool, error.traceback_str)
+    logger.error("pool=%s failed: %s", pool, error)  # holds the remote traceback
     return unavailable(f"a {pool} replica failed; try again")
 
 

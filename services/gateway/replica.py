@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ServeStatus
 
 from ..config import AppConfig
-from ..kv.rpc import KvReleaser
+from ..kv.rpc import KvPeers
 from ..pipeline import Pipeline
 from ..plan import Planner
 from ..rpc import specprefill_pb2 as pb
@@ -41,7 +41,7 @@ class GatewayReplica:
             "prefill": prefill.deployment_name,
             "decode": decode.deployment_name,
         }
-        self._releaser = KvReleaser()
+        self._releaser = KvPeers()
         self._health = ServeHealth(serve.get_replica_context().app_name, pools, serve.status)
         self._client = build_client(
             self._config,

@@ -137,6 +137,17 @@ class LeaseStore:
             totals = {f"{name}_total": count for name, count in self._totals.items()}
             return LeaseGauges(len(self._leases), self._bytes_held, **totals)
 
+    def wait_empty(self, timeout_s: float) -> bool:
+        """Wait until nothing is held. False if `timeout_s` passed first."""
+        give_up_s = self._now() + timeout_s
+        with self._changed:
+            while self._leases:
+                left_s = give_up_s - self._now()
+                if left_s <= 0:
+                    return False
+                self._changed.wait(left_s)
+            return True
+
     def _enter(self, lease_id: str, secret: str) -> _Lease:
         with self._changed:
             lease = self._leases.get(lease_id)

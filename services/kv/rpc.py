@@ -1,7 +1,7 @@
 """The KV stream between workers, over gRPC with raw messages (frames are not protobuf).
 
-`Pull` streams a lease's frames, `Release` drops a lease. Requests are msgpack maps; the
-lease's secret authenticates both.
+`Pull` streams a lease's frames and `Release` drops a lease; the lease's secret authenticates
+both. `Drain` waits until nothing is held, `Stats` tells what is. Messages are msgpack maps.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from concurrent import futures
+from dataclasses import asdict
 from typing import Any
 
 import grpc
@@ -18,17 +19,19 @@ import msgpack
 from ..errors import CorruptFrame, KvTransferError, LayoutMismatch, LeaseNotFound
 from ..types import Ticket
 from .frames import Frame, Trailer, decode, encode
-from .leases import LeaseStore
+from .leases import LeaseGauges, LeaseStore
 
 SERVICE = "specprefill.v1.KvCache"
 PULL = f"/{SERVICE}/Pull"
 RELEASE = f"/{SERVICE}/Release"
+DRAIN = f"/{SERVICE}/Drain"
+STATS = f"/{SERVICE}/Stats"
 OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.so_reuseport", 0),  # a stale peer on the same port must be an error
 ]
-_RELEASE_TIMEOUT_S = 2.0
+_CALL_TIMEOUT_S = 2.0
 
 
 class KvServer:
@@ -80,6 +83,15 @@ class KvServer:
         return msgpack.packb(self._leases.release(query["lease_id"], query["secret"]))
 
 
+    def drain(self, message: bytes, _context: grpc.ServicerContext) -> bytes:
+        """Wait, at most the query's `timeout_s`, until every lease is gone; tell whether."""
+        return msgpack.packb(self._leases.wait_empty(msgpack.unpackb(message)["timeout_s"]))
+
+    def stats(self, _message: bytes, _context: grpc.ServicerContext) -> bytes:
+        """The store's gauges."""
+        return msgpack.packb(asdict(self._leases.gauges()))
+
+
 class _Handler(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no type hints
     def __init__(self, server: KvServer) -> None:
         self._server = server
@@ -87,9 +99,12 @@ class _Handler(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
         if details.method == PULL:
             return grpc.unary_stream_rpc_method_handler(self._server.pull)
-        if details.method == RELEASE:
-            return grpc.unary_unary_rpc_method_handler(self._server.release)
-        return None
+        unary = {
+            RELEASE: self._server.release,
+            DRAIN: self._server.drain,
+            STATS: self._server.stats,
+        }.get(details.method)
+        return None if unary is None else grpc.unary_unary_rpc_method_handler(unary)
 
 
 def _from_token(frame: Frame, start: int) -> Frame | None:
@@ -173,15 +188,32 @@ def _transfer_error(error: grpc.RpcError) -> KvTransferError:
     return KvTransferError(f"{error.code().name}: {error.details()}")
 
 
-class KvReleaser:
-    """Releases tickets from an asyncio program: the gateway's end of the lease."""
+class KvPeers:
+    """Talks to prefill workers' KV ports from an asyncio program; one channel per peer."""
 
     def __init__(self) -> None:
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     async def release(self, ticket: Ticket) -> None:
         """Drop the lease at every rank. A peer that is gone holds nothing: not an error."""
-        await asyncio.gather(*(self._release(peer, ticket) for peer in ticket.endpoints))
+        query = {"lease_id": ticket.lease_id, "secret": ticket.secret}
+        await asyncio.gather(
+            *(
+                self._call(peer, RELEASE, query, _CALL_TIMEOUT_S, if_gone=False)
+                for peer in ticket.endpoints
+            )
+        )
+
+    async def drain(self, peer: str, timeout_s: float) -> bool:
+        """Wait until `peer` holds nothing. False if `timeout_s` passed first."""
+        query = {"timeout_s": timeout_s}
+        patience_s = timeout_s + _CALL_TIMEOUT_S
+        return bool(await self._call(peer, DRAIN, query, patience_s, if_gone=True))
+
+    async def gauges(self, peer: str) -> LeaseGauges | None:
+        """What `peer` holds; None if it does not answer."""
+        stats = await self._call(peer, STATS, {}, _CALL_TIMEOUT_S, if_gone=None)
+        return None if stats is None else LeaseGauges(**stats)
 
     async def close(self) -> None:
         """Close every channel."""
@@ -189,12 +221,13 @@ class KvReleaser:
         for channel in channels.values():
             await channel.close()
 
-    async def _release(self, endpoint: str, ticket: Ticket) -> None:
-        if endpoint not in self._channels:
-            self._channels[endpoint] = grpc.aio.insecure_channel(endpoint, options=OPTIONS)
-        call = self._channels[endpoint].unary_unary(RELEASE)
-        query = {"lease_id": ticket.lease_id, "secret": ticket.secret}
+    async def _call(
+        self, peer: str, method: str, query: dict[str, Any], timeout_s: float, *, if_gone: Any
+    ) -> Any:
+        if peer not in self._channels:
+            self._channels[peer] = grpc.aio.insecure_channel(peer, options=OPTIONS)
+        call = self._channels[peer].unary_unary(method)
         try:
-            await call(msgpack.packb(query), timeout=_RELEASE_TIMEOUT_S)
+            return msgpack.unpackb(await call(msgpack.packb(query), timeout=timeout_s))
         except grpc.aio.AioRpcError:
-            return  # the peer is dead or cut off: its lease ends with it or by its time
+            return if_gone

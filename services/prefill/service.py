@@ -16,6 +16,8 @@ from ..engine.handoff_scheduler import PRODUCE
 from ..engine.outputs import chunk_of, prompt_logprobs_of, sampling_params
 from ..engine.params import KV_TRANSFER, POSITIONS
 from ..errors import DeadlineExceeded, PrefillUnavailable
+from ..kv.leases import LeaseGauges
+from ..kv.rpc import KvPeers
 from ..positions import PositionMap
 from ..types import Prefilled, Request, Selection, Ticket
 
@@ -25,6 +27,7 @@ class PrefillService:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._peers = KvPeers()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -39,7 +42,20 @@ class PrefillService:
 
     async def close(self) -> None:
         """Stop the engine. Idempotent."""
+        await self._peers.close()
         self._engine.close()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Wait until every ticket is pulled or released. False if `timeout_s` passed first."""
+        addresses = await self._engine.kv_addresses()
+        drained = (self._peers.drain(address, timeout_s) for address in addresses)
+        return all(await asyncio.gather(*drained))
+
+    async def gauges(self) -> list[LeaseGauges]:
+        """What the engine's workers hold, by rank; those that do not answer are left out."""
+        addresses = await self._engine.kv_addresses()
+        found = await asyncio.gather(*(self._peers.gauges(address) for address in addresses))
+        return [gauges for gauges in found if gauges is not None]
 
     async def check_health(self) -> None:
         """Raises Unavailable when the engine is dead."""

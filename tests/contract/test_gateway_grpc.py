@@ -36,7 +36,7 @@ class Servicer(stubs.SpecPrefillServicer):
         return await self._unary(self._api.health, request, context)
 
     async def GenerateStream(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        from specprefill.gateway.grpc_api import RpcFailed
+        from specprefill.gateway.failures import RpcFailed
 
         try:
             async for chunk in self._api.generate_stream(request, context):
@@ -45,7 +45,7 @@ class Servicer(stubs.SpecPrefillServicer):
             await context.abort(failed.code, failed.details)
 
     async def _unary(self, method: Any, request: Any, context: Any) -> Any:
-        from specprefill.gateway.grpc_api import RpcFailed
+        from specprefill.gateway.failures import RpcFailed
 
         try:
             return await method(request, context)

@@ -11,7 +11,7 @@ import pytest
 from specprefill.errors import CorruptFrame, KvTransferError, LayoutMismatch, LeaseNotFound
 from specprefill.kv.frames import Frame, Trailer, encode
 from specprefill.kv.leases import LeaseStore
-from specprefill.kv.rpc import PULL, KvClient, KvReleaser, KvServer
+from specprefill.kv.rpc import PULL, KvClient, KvPeers, KvServer
 from specprefill.types import Ticket
 
 TICKET = {"lease_id": "lease", "secret": "secret"}
@@ -124,7 +124,7 @@ def test_a_cancelled_pull_leaves_the_lease(leases, address, client):
 async def test_release_from_asyncio_is_idempotent(leases, address):
     stage(leases, 0, TOKENS)
     ticket = Ticket("lease", "secret", (address,), "layout", TOKENS)
-    releaser = KvReleaser()
+    releaser = KvPeers()
     await releaser.release(ticket)
     await releaser.release(ticket)
     await releaser.close()
@@ -132,7 +132,7 @@ async def test_release_from_asyncio_is_idempotent(leases, address):
 
 
 async def test_releasing_at_a_dead_peer_is_no_error():
-    releaser = KvReleaser()
+    releaser = KvPeers()
     await releaser.release(Ticket("lease", "secret", ("127.0.0.1:9",), "layout", TOKENS))
     await releaser.close()
 

@@ -22,6 +22,7 @@ os.environ.update(
 os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
 
 from specprefill.config import EngineConfig, KvConfig, MainModel
+from specprefill.kv.rpc import KvPeers
 from specprefill.positions import PositionMap
 from specprefill.types import Plan, PlanKind, Prefilled, Reason, Request, Selection, Span
 
@@ -65,6 +66,7 @@ class Engines:
     decode: object
     plain: object
     prefill_engine: object  # the engine inside `prefill`, to use it as an aggregated one
+    peers: KvPeers  # as a gateway talks to the prefill engine's KV port
     count: int = field(default=0)
 
     def request(self, prompt, **sampling) -> Request:
@@ -158,4 +160,6 @@ async def engines(model_dir) -> AsyncIterator[Engines]:
         )
     )
     async with PrefillService(producer) as prefill, DecodeService(consumer) as decode, plain:
-        yield Engines(prefill, decode, plain, producer)
+        peers = KvPeers()
+        yield Engines(prefill, decode, plain, producer, peers)
+        await peers.close()

@@ -141,25 +141,34 @@ async def test_a_pull_that_fails_costs_time_not_tokens(engines, fault):
         "dead_peer": lambda t: replace(t, endpoints=("127.0.0.1:9",)),
         "unknown_lease": lambda t: replace(t, lease_id="0" * 32),
         "other_layout": lambda t: replace(t, fingerprint="0" * 32),
-        "no_ticket": lambda t: None,
+        "no_ticket": lambda _: None,
     }[fault](prefilled.ticket)
     steps = await engines.decoded(request, selection, replace(prefilled, ticket=ticket))
     assert answer(steps) == list(want.token_ids)
     assert steps[-1].recomputed is (fault != "no_ticket")
+    await engines.peers.release(prefilled.ticket)
 
 
 async def test_a_released_ticket_cannot_be_pulled(engines):
-    from specprefill.kv.rpc import KvReleaser
-
     request, selection = engines.request(prompt_of(500, seed=10), ignore_eos=True), pruned(500)
     want = await engines.aggregated(request, selection)
     prefilled = await engines.prefill.prefill(request, selection, 60.0)
-    releaser = KvReleaser()
-    await releaser.release(prefilled.ticket)
-    await releaser.close()
+    await engines.peers.release(prefilled.ticket)
     steps = await engines.decoded(request, selection, prefilled)
     assert steps[-1].recomputed
     assert answer(steps) == list(want.token_ids)
+
+
+async def test_the_prefill_engine_drains_when_its_tickets_are_gone(engines):
+    request, selection = engines.request(prompt_of(500, seed=12)), pruned(500)
+    assert await engines.prefill.drain(10.0)
+    prefilled = await engines.prefill.prefill(request, selection, 60.0)
+    assert [gauges.leases for gauges in await engines.prefill.gauges()] == [1]
+    assert not await engines.prefill.drain(0.05)
+    waiting = asyncio.create_task(engines.prefill.drain(10.0))
+    await engines.decoded(request, selection, prefilled)
+    assert await waiting
+    assert [gauges.bytes_held for gauges in await engines.prefill.gauges()] == [0]
 
 
 async def test_bad_parameters_are_the_callers_fault(engines):

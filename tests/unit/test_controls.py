@@ -207,7 +207,7 @@ async def test_the_app_sees_a_request_without_our_fields() -> None:
     assert app.context is not None
     assert app.context.controls == Controls(prune=True)
     assert app.context.messages == body["messages"]
-    assert app.context.timeout_s == 2.5
+    assert app.context.timeout_s == 2.4
     assert CURRENT.get() is None
 
 

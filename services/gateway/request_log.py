@@ -1,0 +1,51 @@
+"""One log line per finished request."""
+
+from __future__ import annotations
+
+from ..errors import SpecPrefillError
+from ..types import Chunk, Report, Request
+
+
+class RequestLog:
+    """What is told of one request: `key=value` pairs, never its text."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._tokens = 0
+        self._report: Report | None = None
+        self._error: SpecPrefillError | None = None
+        self.open_samples = request.samples
+
+    def add(self, chunk: Chunk) -> None:
+        """Count a chunk."""
+        self._tokens += len(chunk.token_ids)
+        self.open_samples -= chunk.finished
+        self._report = chunk.report or self._report
+
+    def failed(self, error: SpecPrefillError) -> None:
+        """Note why the answer ended early."""
+        self._error = error
+
+    def line(self) -> str:
+        """The whole line; an answer nobody waited for is `outcome=closed`."""
+        pairs: dict[str, object] = {
+            "request_id": self._request.request_id,
+            "outcome": self._outcome(),
+            "prompt_tokens": len(self._request.prompt),
+            "output_tokens": self._tokens,
+        }
+        if self._report is not None:
+            pairs |= {
+                "plan": self._report.plan.value,
+                "reason": self._report.reason.value,
+                "kept_tokens": self._report.kept_tokens,
+                "ttft_s": f"{self._report.ttft_s:.4f}",
+            }
+        if self._error is not None:
+            pairs["error"] = repr(str(self._error))
+        return " ".join(f"{key}={value}" for key, value in pairs.items())
+
+    def _outcome(self) -> str:
+        if self._error is not None:
+            return type(self._error).__name__
+        return "finished" if self.open_samples <= 0 else "closed"

@@ -1,0 +1,136 @@
+"""The shipped demo pair: the speculator finds what the main model needs, and both answer right."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+import pytest_asyncio
+
+from specprefill.config import EngineConfig, KvConfig, MainModel, SpeculatorConfig
+from specprefill.selection import SelectionPolicy, select
+from specprefill.synthetic.needles import gold_span, needle_prompt, render
+from specprefill.types import Plan, PlanKind, Reason, Selection, Span
+
+from .conftest import MODELS, kept
+
+pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="session")]
+
+KEEP = 0.1
+PLAN = Plan(PlanKind.PRUNE, Reason.ASKED, KEEP)
+POLICY = SelectionPolicy(min_kept_tokens=1)  # the rate alone decides
+LENGTHS = (1024, 1536, 2048)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(MODELS / "demo-main")
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    from specprefill.speculator.scorer import load_scorer
+
+    path = str(MODELS / "demo-speculator")
+    return load_scorer(
+        SpeculatorConfig(path=path, dtype="float32"), 13, str(MODELS / "demo-main")
+    )
+
+
+class Needle:
+    """A prompt, its tokens, and which of them say the answer."""
+
+    def __init__(self, seed, length, tokenizer):
+        self.prompt = needle_prompt(seed, length, tokenizer)
+        encoding = tokenizer(
+            render(self.prompt.messages, tokenizer),
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+        )
+        self.ids = tuple(encoding["input_ids"])
+        start, stop = gold_span(self.prompt, tokenizer)
+        self.gold = {
+            token
+            for token, (first, last) in enumerate(encoding["offset_mapping"])
+            if first < stop and last > start
+        }
+
+    def survives(self, selection: Selection) -> bool:
+        kept_tokens = {token for run in selection.runs for token in range(run.start, run.stop)}
+        return self.gold <= kept_tokens
+
+
+def random_chunks(selection: Selection, rng: random.Random) -> Selection:
+    """As many tokens in random chunks: the control."""
+    length, size = selection.prompt_tokens, POLICY.chunk_tokens
+    starts = list(range(0, length, size))
+    chosen = sorted(rng.sample(starts, round(len(starts) * KEEP)))
+    return kept(length, *(Span(start, min(start + size, length)) for start in chosen))
+
+
+def test_the_needle_survives_a_keep_rate_of_a_tenth(scorer, tokenizer):
+    rng = random.Random(0)
+    found = control = 0
+    for seed in range(200):
+        needle = Needle(seed, rng.choice(LENGTHS), tokenizer)
+        selection = select(scorer.score([needle.ids])[0], PLAN, (), POLICY)
+        found += needle.survives(selection)
+        control += needle.survives(random_chunks(selection, rng))
+    assert found >= 196, f"{found} of 200 needles survived"
+    assert control <= 40, f"{control} of 200 survived random chunks: the test proves nothing"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def main_engine():
+    from specprefill.engine.args import Role, engine_args
+    from specprefill.engine.engine import Engine
+
+    model = MainModel(path=str(MODELS / "demo-main"), dtype="float32", max_model_len=8192)
+    config = EngineConfig(block_size=64, kv_cache_memory_bytes=128 << 20, enforce_eager=True)
+    args = engine_args(model, config, KvConfig(), Role.PREFILL, "127.0.0.1")
+    async with Engine(args) as engine:
+        yield engine
+
+
+async def answered(engine, needle, selection, name) -> bool:
+    from vllm import SamplingParams
+
+    from specprefill.engine.params import POSITIONS
+    from specprefill.positions import PositionMap
+
+    mapping = PositionMap.from_runs(selection.runs, selection.prompt_tokens)
+    extra = None if mapping.is_identity else {POSITIONS: mapping.to_wire()}
+    params = SamplingParams(temperature=0.0, max_tokens=16, extra_args=extra)
+    async for output in engine.generate(selection.kept(needle.ids), params, name):
+        text = output.outputs[0].text
+    return needle.prompt.answer in text
+
+
+@pytest.mark.parametrize(("length", "wanted"), [(2048, 0.95), (4096, 0.90)])
+async def test_dense_answers_are_right(main_engine, tokenizer, length, wanted):
+    needles = [Needle(1000 + seed, length, tokenizer) for seed in range(40)]
+    whole = [kept(len(needle.ids), Span(0, len(needle.ids))) for needle in needles]
+    right = await asyncio.gather(
+        *(
+            answered(main_engine, needle, selection, f"dense-{length}-{number}")
+            for number, (needle, selection) in enumerate(zip(needles, whole, strict=True))
+        )
+    )
+    assert sum(right) / len(right) >= wanted
+
+
+async def test_pruned_answers_are_right(main_engine, scorer, tokenizer):
+    needles = [Needle(2000 + seed, 2048, tokenizer) for seed in range(40)]
+    selections = [
+        select(scorer.score([needle.ids])[0], PLAN, (), SelectionPolicy()) for needle in needles
+    ]
+    right = await asyncio.gather(
+        *(
+            answered(main_engine, needle, selection, f"pruned-{number}")
+            for number, (needle, selection) in enumerate(zip(needles, selections, strict=True))
+        )
+    )
+    assert sum(right) / len(right) >= 0.95
