@@ -106,7 +106,9 @@ def build(args: AppConfig) -> serve.Application:
         ENGINE_QUEUED,
         engine_placement(args.decode, gpus=gpus),
     )
-    gateway = pool(serve.ingress()(GatewayReplica), "Gateway", GATEWAY_ONGOING, GATEWAY_QUEUED, Placement())
+    gateway = pool(
+        serve.ingress()(GatewayReplica), "Gateway", GATEWAY_ONGOING, GATEWAY_QUEUED, Placement()
+    )
     return gateway.bind(
         config_json,
         speculator.bind(config_json),

@@ -183,7 +183,10 @@ def _load(path: Path) -> Loaded:
 
 
 def _refuse_taken_ports(file: DeploymentFile) -> None:
-    for key, port in (("http_options", file.http_options.port), ("grpc_options", file.grpc_options.port)):
+    for key, port in (
+        ("http_options", file.http_options.port),
+        ("grpc_options", file.grpc_options.port),
+    ):
         if port_in_use("127.0.0.1", port):
             raise Failed(f"{key}.port: {port} is in use; stop what listens there or choose another")
 

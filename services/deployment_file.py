@@ -109,9 +109,9 @@ class Deployment(Strict):
     health_check_timeout_s: PositiveFloat | None = None
     ray_actor_options: ActorOptions | None = None
     placement_group_bundles: tuple[dict[str, float], ...] | None = None
-    placement_group_strategy: (
-        Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] | None
-    ) = None
+    placement_group_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] | None = (
+        None
+    )
     max_replicas_per_node: PositiveInt | None = None
     max_surge_percent: Annotated[int, Field(ge=0, le=100)] | None = None
     rolling_update_percentage: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -13,7 +13,17 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from .errors import SpecPrefillError
-from .types import Chunk, Decoded, Plan, Prefilled, Request, Selection, Span, Ticket
+from .types import (
+    Chunk,
+    Decoded,
+    Plan,
+    Prefilled,
+    Replay,
+    Request,
+    Selection,
+    Span,
+    Ticket,
+)
 
 
 @dataclass(slots=True)
@@ -39,7 +49,7 @@ class FakeSpeculator:
 class FakePrefiller:
     """Answers with the first kept token; counts what it holds."""
 
-    fails: SpecPrefillError | None = None
+    fails: list[SpecPrefillError | None] = field(default_factory=list)  # one per call
     ends_answer: bool = False  # the first token is the last
     held: int = 0
     released: int = 0
@@ -51,8 +61,9 @@ class FakePrefiller:
     ) -> AsyncIterator[Prefilled]:
         """See the port."""
         del timeout_s
-        if self.fails is not None:
-            raise self.fails
+        error = self.fails.pop(0) if self.fails else None
+        if error is not None:
+            raise error
         self.selections.append(selection)
         token = selection.kept(request.prompt)[0]
         chunk = Chunk(0, (token,), text_of(token))
@@ -70,28 +81,40 @@ class FakePrefiller:
 
 @dataclass(slots=True)
 class FakeDecoder:
-    """Streams the kept tokens, `max_tokens` of them, for every sample in turn."""
+    """Streams the kept tokens, `max_tokens` of them, for every sample in turn.
+
+    `fails` holds what to raise, one per call, before the token at `fails_at`; None: nothing.
+    """
 
     max_tokens: int = 4
-    fails: SpecPrefillError | None = None
+    fails: list[SpecPrefillError | None] = field(default_factory=list)
+    fails_at: int = 1
     closed: int = 0
+    replays: list[Replay] = field(default_factory=list)
 
     async def decode(
-        self, request: Request, selection: Selection, prefilled: Prefilled, timeout_s: float
+        self,
+        request: Request,
+        selection: Selection,
+        ticket: Ticket | None,
+        replay: Replay,
+        timeout_s: float,
     ) -> AsyncIterator[Decoded]:
         """See the port."""
-        del prefilled, timeout_s
+        del timeout_s
+        self.replays.append(replay)
+        error = self.fails.pop(0) if self.fails else None
         tokens = selection.kept(request.prompt)[: self.max_tokens]
         try:
             for index in range(request.samples):
                 for place, token in enumerate(tokens):
                     await asyncio.sleep(0)
-                    if self.fails is not None and place == 1:
-                        raise self.fails
+                    if error is not None and place == self.fails_at:
+                        raise error
                     chunk = Chunk(index, (token,), text_of(token))
                     if place == len(tokens) - 1:
                         chunk = _finished(chunk, "length")
-                    yield Decoded(chunk, transfer_s=0.125, first_decode_s=0.0625)
+                    yield Decoded(chunk, 0.125, 0.0625, recomputed=ticket is None)
         finally:
             self.closed += 1
 

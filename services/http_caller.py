@@ -60,13 +60,13 @@ def _events(base_url: str, question: Ask) -> Iterator[dict[str, Any]]:
                 raise CallFailed(_said(reply))
             yield from _parsed(reply.iter_lines())
     except httpx.HTTPError as error:
-        raise CallFailed(f"{url}: {error or type(error).__name__}") from error
+        raise CallFailed(f"{url}: {type(error).__name__} {error}") from error
 
 
 def _parsed(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
     for line in lines:
         data = line.removeprefix("data: ")
-        if data == line or data == "[DONE]":
+        if data in (line, "[DONE]"):
             continue
         event = json.loads(data)
         if "error" in event:
@@ -79,7 +79,7 @@ def _post(base_url: str, path: str, body: dict[str, Any], question: Ask) -> dict
     try:
         reply = httpx.post(url, json=body, headers=_headers(question), timeout=question.timeout_s)
     except httpx.HTTPError as error:
-        raise CallFailed(f"{url}: {error or type(error).__name__}") from error
+        raise CallFailed(f"{url}: {type(error).__name__} {error}") from error
     if reply.status_code != httpx.codes.OK:
         raise CallFailed(_said(reply))
     answer: dict[str, Any] = reply.json()

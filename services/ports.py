@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
-from .types import Decoded, Plan, Prefilled, Request, Selection
+from .types import Decoded, Plan, Prefilled, Replay, Request, Selection, Ticket
 
 
 class Speculator(Protocol):
@@ -38,12 +38,19 @@ class Decoder(Protocol):
     """Pulls the KV and streams the answer."""
 
     def decode(
-        self, request: Request, selection: Selection, prefilled: Prefilled, timeout_s: float
+        self,
+        request: Request,
+        selection: Selection,
+        ticket: Ticket | None,
+        replay: Replay,
+        timeout_s: float,
     ) -> AsyncIterator[Decoded]:
         """Stream every sample of the answer, from its first token on.
 
-        The first sample's first token repeats `prefilled.first`: the engine replays it so
-        that penalties, grammars and stop strings count right; the pipeline drops it.
+        Each sample first repeats its tokens in `replay`: they are forced, one step each, so
+        that penalties, grammars, stop strings and seeds count them as if sampled there. The
+        pipeline drops what the client has already. Without a ticket, or when the pull fails,
+        the engine computes the prompt itself.
 
         Raises DecodeUnavailable or DeadlineExceeded.
         """

@@ -167,6 +167,9 @@ class Prefilled:
     prefill_s: float
 
 
+Replay = tuple[tuple[int, ...], ...]  # per sample: output tokens to repeat before going on
+
+
 @dataclass(frozen=True, slots=True)
 class Decoded:
     """One step of a decode engine's stream, and, on the first, how long the KV took."""

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from typing import cast
 
 import ray
 
 from ..config import AppConfig
 from ..engine.args import Role, engine_args
 from ..engine.engine import Engine
-from ..types import Prefilled, Request, Selection
+from ..types import Replay, Request, Selection, Ticket
 from ..wire import pack, unpack
 from .service import DecodeService
+
+_Asked = tuple[Request, Selection, Ticket | None, Replay, float]
+_KIND = cast("type[_Asked]", _Asked)
 
 
 class DecodeReplica:
@@ -29,10 +33,9 @@ class DecodeReplica:
         await self._service.close()
 
     async def decode(self, payload: bytes) -> AsyncIterator[bytes]:
-        """`(Request, Selection, Prefilled, timeout_s)` -> a stream of Decoded."""
-        kind = tuple[Request, Selection, Prefilled, float]
-        request, selection, prefilled, timeout_s = unpack(payload, kind)
-        steps = self._service.decode(request, selection, prefilled, timeout_s)
+        """`(Request, Selection, Ticket | None, Replay, timeout_s)` -> a stream of Decoded."""
+        request, selection, ticket, replay, timeout_s = unpack(payload, _KIND)
+        steps = self._service.decode(request, selection, ticket, replay, timeout_s)
         async with aclosing(steps) as stream:  # type: ignore[type-var]
             async for step in stream:
                 yield pack(step)

@@ -14,10 +14,10 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from ..engine.engine import Engine, map_engine_errors
 from ..engine.handoff_scheduler import CONSUME
 from ..engine.outputs import chunk_of, sampling_params
-from ..engine.params import FIRST_TOKEN, KV_TRANSFER, POSITIONS
+from ..engine.params import REPLAY, KV_TRANSFER, POSITIONS
 from ..errors import DeadlineExceeded, DecodeUnavailable
 from ..positions import PositionMap
-from ..types import Decoded, Prefilled, Request, Selection, Ticket
+from ..types import Decoded, Replay, Request, Selection, Ticket
 
 
 class DecodeService:
@@ -46,14 +46,22 @@ class DecodeService:
         await self._engine.check_health()
 
     async def decode(
-        self, request: Request, selection: Selection, prefilled: Prefilled, timeout_s: float
+        self,
+        request: Request,
+        selection: Selection,
+        ticket: Ticket | None,
+        replay: Replay,
+        timeout_s: float,
     ) -> AsyncIterator[Decoded]:
         """Stream every sample, each from its first token on; see the port `Decoder`."""
-        steps: asyncio.Queue[Decoded | BaseException] = asyncio.Queue()
-        readers = [
-            asyncio.create_task(self._read(request, selection, prefilled, index, steps))
+        samples = [
+            self._sample(
+                request, selection, _params(request, selection, ticket, replay, index), index
+            )
             for index in range(request.samples)
         ]
+        steps: asyncio.Queue[Decoded | BaseException] = asyncio.Queue()
+        readers = [asyncio.create_task(_read(sample, steps)) for sample in samples]
         give_up_s = time.monotonic() + timeout_s
         try:
             open_samples = request.samples
@@ -66,27 +74,10 @@ class DecodeService:
                 reader.cancel()
             await asyncio.gather(*readers, return_exceptions=True)
 
-    async def _read(
-        self,
-        request: Request,
-        selection: Selection,
-        prefilled: Prefilled,
-        index: int,
-        steps: asyncio.Queue[Decoded | BaseException],
-    ) -> None:
-        """One sample's stream into the queue; its failure goes there too."""
-        try:
-            async with aclosing(self._sample(request, selection, prefilled, index)) as sample:
-                async for step in sample:
-                    steps.put_nowait(step)
-        except Exception as error:  # noqa: BLE001  # raised again by the queue's reader
-            steps.put_nowait(error)
-
     async def _sample(
-        self, request: Request, selection: Selection, prefilled: Prefilled, index: int
+        self, request: Request, selection: Selection, params: SamplingParams, index: int
     ) -> AsyncIterator[Decoded]:
         prompt = selection.kept(request.prompt)
-        params = _params(request, selection, prefilled, index)
         request_id = f"decode-{index}-{request.request_id}"
         started_s = time.monotonic()
         first_s: float | None = None
@@ -98,8 +89,20 @@ class DecodeService:
                     yield _decoded(output, index, first_s)
 
 
+async def _read(
+    sample: AsyncIterator[Decoded], steps: asyncio.Queue[Decoded | BaseException]
+) -> None:
+    """One sample's stream into the queue; its failure goes there too."""
+    try:
+        async with aclosing(sample) as stream:  # type: ignore[type-var]
+            async for step in stream:
+                steps.put_nowait(step)
+    except Exception as error:  # noqa: BLE001  # raised again by the queue's reader
+        steps.put_nowait(error)
+
+
 def _params(
-    request: Request, selection: Selection, prefilled: Prefilled, index: int
+    request: Request, selection: Selection, ticket: Ticket | None, replay: Replay, index: int
 ) -> SamplingParams:
     """The caller's parameters for sample `index`, as vLLM derives them for `n` samples."""
     asked = sampling_params(request.sampling)
@@ -108,17 +111,19 @@ def _params(
     params.seed = None if asked.seed is None else asked.seed + index
     params.prompt_logprobs = None  # computed by prefill
     params.output_kind = RequestOutputKind.DELTA
-    params.extra_args = {**(asked.extra_args or {}), **_private(selection, prefilled, index)}
+    params.extra_args = {**(asked.extra_args or {}), **_private(selection, ticket, replay[index])}
     return params
 
 
-def _private(selection: Selection, prefilled: Prefilled, index: int) -> dict[str, Any]:
+def _private(
+    selection: Selection, ticket: Ticket | None, replay: tuple[int, ...]
+) -> dict[str, Any]:
     mapping = PositionMap.from_runs(selection.runs, selection.prompt_tokens)
     private: dict[str, Any] = {} if mapping.is_identity else {POSITIONS: mapping.to_wire()}
-    if prefilled.ticket is not None:
-        private[KV_TRANSFER] = {CONSUME: _ticket_fields(prefilled.ticket)}
-    if index == 0:
-        private[FIRST_TOKEN] = prefilled.first.token_ids[0]
+    if ticket is not None:
+        private[KV_TRANSFER] = {CONSUME: _ticket_fields(ticket)}
+    if replay:
+        private[REPLAY] = list(replay)
     return private
 
 

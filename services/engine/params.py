@@ -13,9 +13,9 @@ from vllm.sampling_params import SamplingParams
 from ..positions import PositionMap
 
 POSITIONS = "specprefill_positions"  # PositionMap.to_wire()
-FIRST_TOKEN = "specprefill_first_token"  # int: the token that prefill has sampled
+REPLAY = "specprefill_replay"  # list of int: the first output tokens, forced one by one
 KV_TRANSFER = "kv_transfer_params"  # vLLM's own key: read by the scheduler
-PRIVATE = frozenset({POSITIONS, FIRST_TOKEN, KV_TRANSFER})
+PRIVATE = frozenset({POSITIONS, REPLAY, KV_TRANSFER})
 
 
 def positions_of(params: SamplingParams | None) -> PositionMap | None:
@@ -24,10 +24,10 @@ def positions_of(params: SamplingParams | None) -> PositionMap | None:
     return None if wire is None else PositionMap.from_wire(wire)
 
 
-def first_token_of(params: SamplingParams | None) -> int | None:
-    """The first output token to replay, if the request continues a prefill."""
-    token: int | None = _extra(params).get(FIRST_TOKEN)
-    return token
+def replay_of(params: SamplingParams | None) -> list[int]:
+    """The output tokens to repeat before sampling freely; empty for a fresh request."""
+    tokens: list[int] = _extra(params).get(REPLAY, [])
+    return tokens
 
 
 def _extra(params: SamplingParams | None) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""Decode replays the first token that prefill sampled, by a logits processor.
+"""Decode repeats tokens that were sampled before, by a logits processor.
 
-The decode engine recomputes the last prompt token and samples again; every logit but the
-replayed token's is masked, so that penalties, grammars, minimum lengths, stop strings and
-the seeded generator count that token as if it had been sampled here.
+The decode engine recomputes the last prompt token and samples again, but every logit except
+the replayed token's is masked, until the replay is used up. So penalties, grammars, minimum
+lengths, stop strings and the seeded generator count these tokens as if sampled here. One
+token is replayed after a prefill elsewhere; all tokens so far, after a decode engine was lost.
 """
 
 from __future__ import annotations
@@ -17,39 +18,40 @@ from vllm.v1.sample.logits_processor import (
     process_dict_updates,
 )
 
-from .params import first_token_of
+from .params import replay_of
 
 
-class ReplayFirstToken(LogitsProcessor):  # type: ignore[misc]
+class ReplayTokens(LogitsProcessor):  # type: ignore[misc]
     """For the V1 model runner."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         del vllm_config, device, is_pin_memory
-        self._rows: dict[int, tuple[int, list[int]]] = {}  # row -> (token, its output so far)
+        self._rows: dict[int, tuple[list[int], list[int]]] = {}  # row -> (replay, output so far)
 
     def is_argmax_invariant(self) -> bool:
         """Replaying changes the greedy choice."""
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Follow requests through the batch; forget those whose first token is out."""
+        """Follow requests through the batch; forget those whose replay is over."""
         process_dict_updates(self._rows, batch_update, _replayed)
-        for row in [row for row, (_, output) in self._rows.items() if output]:
+        over = [row for row, (replay, output) in self._rows.items() if len(output) >= len(replay)]
+        for row in over:
             del self._rows[row]
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """Mask everything but the replayed token, in place. `logits` is `[rows, vocab]`."""
-        for row, (token, output) in self._rows.items():
-            if not output:
-                _force(logits[row], token)
+        """Mask everything but the next replayed token, in place. `logits` is `[rows, vocab]`."""
+        for row, (replay, output) in self._rows.items():
+            if len(output) < len(replay):
+                _force(logits[row], replay[len(output)])
         return logits
 
 
 def _replayed(
     params: SamplingParams, _prompt: list[int] | None, output: list[int]
-) -> tuple[int, list[int]] | None:
-    token = first_token_of(params)
-    return None if token is None else (token, output)
+) -> tuple[list[int], list[int]] | None:
+    replay = replay_of(params)
+    return (replay, output) if replay else None
 
 
 def _force(row: torch.Tensor, token: int) -> None:

@@ -11,7 +11,13 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.entrypoints.launchers.cli_args import (
+    make_arg_parser,
+    resolve_default_chat_template_kwargs,
+    validate_parsed_serve_args,
+)
+from vllm.renderers import ChatParams
+from vllm.renderers.chat_utils import load_chat_template
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from ..config import AppConfig, local_path
@@ -30,9 +36,11 @@ class _NoServer:
 
 def build_client(config: AppConfig, pipeline: Answering) -> PipelineClient:
     """The engine client: loads the model's config and tokenizer, no weights."""
+    args = server_args(config)
     return PipelineClient(
-        _vllm_config(server_args(config)),
+        _vllm_config(args),
         pipeline,
+        chat=_chat_defaults(args),
         timeout_s=config.gateway.request_timeout_s,
         tail_tokens=config.selection.tail_tokens,
     )
@@ -72,6 +80,15 @@ def server_args(config: AppConfig) -> Namespace:
     )
     validate_parsed_serve_args(args)
     return args
+
+
+def _chat_defaults(args: Namespace) -> ChatParams:
+    """How vLLM's server renders conversations, for those that do not come through it."""
+    return ChatParams(
+        chat_template=load_chat_template(args.chat_template),
+        chat_template_content_format=args.chat_template_content_format,
+        chat_template_kwargs=resolve_default_chat_template_kwargs(args),
+    )
 
 
 def _vllm_config(args: Namespace) -> VllmConfig:

@@ -12,18 +12,21 @@ from http import HTTPStatus
 from typing import Any, Protocol
 
 import msgspec
+from jinja2 import TemplateError
 from typing_extensions import override
 from vllm.config import VllmConfig
 from vllm.exceptions import GenerationError, VLLMClientError, VLLMValidationError
 from vllm.inputs import EngineInput
 from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
-from vllm.renderers import renderer_from_config
+from vllm.renderers import ChatParams, renderer_from_config
 from vllm.sampling_params import SamplingParams
+from vllm.utils.mistral import is_mistral_tokenizer
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.kv_hints import KvHintsEnvelope
 
+from ..engine.params import PRIVATE
 from ..errors import InvalidRequest, SpecPrefillError, Unavailable
 from ..plan import Planner
 from ..types import Chunk, Controls, PlanKind, Request, Selection, Span
@@ -38,9 +41,7 @@ from .surface import TASKS, RemoteEngineClient
 logger = logging.getLogger(__name__)
 
 # What only the service itself may tell an engine.
-_RESERVED_ARGS = frozenset(
-    ("kv_transfer_params", "specprefill", "position_ids", "next_position", "replay")
-)
+PRIVATE = frozenset(("kv_transfer_params", "specprefill_positions", "specprefill_replay"))
 
 
 class Answering(Protocol):
@@ -61,13 +62,20 @@ class PipelineClient(RemoteEngineClient):
     """Answers prompts with the pipeline."""
 
     def __init__(
-        self, vllm_config: VllmConfig, pipeline: Answering, *, timeout_s: float, tail_tokens: int
+        self,
+        vllm_config: VllmConfig,
+        pipeline: Answering,
+        *,
+        chat: ChatParams,
+        timeout_s: float,
+        tail_tokens: int,
     ) -> None:
         self.vllm_config = vllm_config
         self.model_config = vllm_config.model_config
         self.renderer = renderer_from_config(vllm_config)
         self.input_processor = InputProcessor(vllm_config, self.renderer)
         self._pipeline = pipeline
+        self._chat = chat
         self._timeout_s = timeout_s
         self._tail_tokens = tail_tokens
         self._offsets = PromptOffsets(self.renderer.tokenizer)
@@ -129,7 +137,7 @@ class PipelineClient(RemoteEngineClient):
                     yield chunk
             if story.open_samples > 0:
                 raise Unavailable("the answer ended before it was complete; try again")
-        except SpecPrefillError as error:
+        except Exception as error:  # ours or not: told in the log, and passed on
             story.failed(error)
             raise
         finally:
@@ -138,6 +146,34 @@ class PipelineClient(RemoteEngineClient):
     async def select(self, request: Request) -> Selection:
         """Which tokens of the prompt would be kept."""
         return await self._pipeline.select(request)
+
+    async def render_text(self, text: str) -> EngineInput:
+        """Tokenise a plain prompt. Raises InvalidRequest."""
+        try:
+            (prompt,) = await self.renderer.render_cmpl_async([{"prompt": text}])
+        except (VLLMClientError, ValueError) as error:
+            raise as_invalid(error) from error
+        return prompt
+
+    async def render_chat(
+        self, messages: Messages, tools: list[dict[str, Any]] | None
+    ) -> EngineInput:
+        """Apply the chat template, as vLLM's server does, and tokenise. Raises InvalidRequest."""
+        kwargs = {
+            "add_generation_prompt": True,
+            "tools": tools,
+            "tokenize": is_mistral_tokenizer(self.renderer.tokenizer),  # others: text first
+        }
+        params = ChatParams(
+            chat_template=self._chat.chat_template,
+            chat_template_content_format=self._chat.chat_template_content_format,
+            chat_template_kwargs=kwargs,
+        ).with_defaults(self._chat.chat_template_kwargs)
+        try:
+            _, (prompt,) = await self.renderer.render_chat_async([list(messages)], params)
+        except (VLLMClientError, ValueError, TemplateError) as error:
+            raise as_invalid(error) from error
+        return prompt
 
     async def prepare(
         self,
@@ -164,7 +200,7 @@ class PipelineClient(RemoteEngineClient):
             controls=controls,
             prompt_logprobs=params.prompt_logprobs is not None,
             hold_back_chars=hold_back_chars(params),
-            timeout_s=min(context.timeout_s or self._timeout_s, self._timeout_s),
+            timeout_s=self._limit(context.timeout_s),
             priority=priority,
         )
         if self._pipeline.planner.plan(request).kind is PlanKind.DENSE:
@@ -172,6 +208,9 @@ class PipelineClient(RemoteEngineClient):
         text = prompt.get("prompt")
         spans = await asyncio.to_thread(self._protected, request, text, context.messages)
         return replace(request, protected=spans)
+
+    def _limit(self, asked_s: float | None) -> float:
+        return self._timeout_s if asked_s is None else min(asked_s, self._timeout_s)
 
     def _admit(
         self, prompt: EngineInput, params: SamplingParams, request_id: str, priority: int
@@ -212,7 +251,7 @@ def hold_back_chars(params: SamplingParams) -> int:
 
 
 def _caller_args(extra_args: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    kept = {key: value for key, value in (extra_args or {}).items() if key not in _RESERVED_ARGS}
+    kept = {key: value for key, value in (extra_args or {}).items() if key not in PRIVATE}
     return kept or None
 
 

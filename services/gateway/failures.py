@@ -25,7 +25,6 @@ _GRPC_CODES: tuple[tuple[type[SpecPrefillError], grpc.StatusCode], ...] = (
     (UnknownModel, grpc.StatusCode.NOT_FOUND),
     (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
     (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
-    (Overloaded, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (Unavailable, grpc.StatusCode.UNAVAILABLE),
 )
 
@@ -98,7 +97,10 @@ class RpcFailed(Exception):
 
 
 def rpc_failure(error: SpecPrefillError) -> RpcFailed:
-    """The status a gRPC caller sees."""
+    """The status a gRPC caller sees. Serve drops the metadata of failed calls: all is said here."""
+    if isinstance(error, Overloaded):
+        details = f"{error}; retry after {error.retry_after_s:g} s"
+        return RpcFailed(grpc.StatusCode.RESOURCE_EXHAUSTED, details)
     for kind, code in _GRPC_CODES:
         if isinstance(error, kind):
             return RpcFailed(code, str(error))

@@ -11,14 +11,12 @@ from contextlib import aclosing, contextmanager
 from typing import Protocol
 
 import grpc
-from vllm.exceptions import VLLMClientError
 from vllm.inputs import EngineInput, tokens_input
-from vllm.renderers import ChatParams
 
-from ..errors import InvalidRequest, Overloaded, SpecPrefillError, UnknownModel
+from ..errors import InvalidRequest, SpecPrefillError, UnknownModel
 from ..rpc import specprefill_pb2 as pb
 from ..types import Request
-from .client import PipelineClient, as_invalid
+from .client import PipelineClient
 from .context import RequestContext
 from .failures import RpcFailed, rpc_failure
 from .grpc_messages import (
@@ -47,8 +45,6 @@ class CallContext(Protocol):
     def set_code(self, code: grpc.StatusCode) -> None: ...
 
     def set_details(self, details: str) -> None: ...
-
-    def set_trailing_metadata(self, trailing_metadata: list[tuple[str, str]]) -> None: ...
 
 
 class _Unauthenticated(Exception):
@@ -131,23 +127,10 @@ class GrpcApi:
             raise InvalidRequest("input: set one of conversation, text or token_ids", "input")
         if kind == "token_ids":
             return tokens_input(list(message.token_ids.ids))
-        try:
-            if kind == "text":
-                (prompt,) = await self._client.renderer.render_cmpl_async(
-                    [{"prompt": message.text}]
-                )
-                return prompt
-            context.messages = chat_messages(message.conversation)
-            return await self._render(message.conversation, context)
-        except (VLLMClientError, ValueError) as error:
-            raise as_invalid(error) from error
-
-    async def _render(self, conversation: pb.Conversation, context: RequestContext) -> EngineInput:
-        kwargs = {"add_generation_prompt": True, "tools": tools(conversation)}
-        _, (prompt,) = await self._client.renderer.render_chat_async(
-            [list(context.messages or ())], ChatParams(chat_template_kwargs=kwargs)
-        )
-        return prompt
+        if kind == "text":
+            return await self._client.render_text(message.text)
+        context.messages = chat_messages(message.conversation)
+        return await self._client.render_chat(context.messages, tools(message.conversation))
 
     @contextmanager
     def _status(self, context: CallContext) -> Iterator[None]:
@@ -158,8 +141,6 @@ class GrpcApi:
         except _Unauthenticated:
             raise _failed(context, _NO_KEY) from None
         except SpecPrefillError as error:
-            if isinstance(error, Overloaded):
-                context.set_trailing_metadata([("retry-after-s", f"{error.retry_after_s:g}")])
             raise _failed(context, rpc_failure(error)) from error
         except Exception as error:  # the edge: what nobody named becomes INTERNAL
             logger.exception("gRPC call failed")

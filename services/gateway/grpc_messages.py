@@ -152,7 +152,8 @@ class Answer:
         self._open -= chunk.finished
         self._usage.completion_tokens += len(chunk.token_ids)
         self._usage.cached_tokens = max(self._usage.cached_tokens, chunk.cached_tokens)
-        self._report = chunk.report or self._report
+        if chunk.report is not None:
+            self._report = chunk.report
 
     def add(self, chunk: Chunk) -> None:
         """Count and keep a chunk."""

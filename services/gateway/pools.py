@@ -23,7 +23,7 @@ from ..errors import (
     SpeculatorUnavailable,
     Unavailable,
 )
-from ..types import Decoded, Plan, Prefilled, Request, Selection, Ticket
+from ..types import Decoded, Plan, Prefilled, Replay, Request, Selection, Ticket
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +83,16 @@ class ServeDecoder:
     handle: DeploymentHandle
 
     async def decode(
-        self, request: Request, selection: Selection, prefilled: Prefilled, timeout_s: float
+        self,
+        request: Request,
+        selection: Selection,
+        ticket: Ticket | None,
+        replay: Replay,
+        timeout_s: float,
     ) -> AsyncIterator[Decoded]:
         """See `ports.Decoder`."""
         deadline = asyncio.get_running_loop().time() + timeout_s
-        payload = wire.pack((request, selection, prefilled, timeout_s))
+        payload = wire.pack((request, selection, ticket, replay, timeout_s))
         with mapped_errors("decode", DecodeUnavailable):
             stream = self.handle.options(method_name="decode", stream=True).remote(payload)
         try:
@@ -120,6 +125,11 @@ def mapped_errors(pool: str, unavailable: type[Unavailable]) -> Iterator[None]:
     except (RayError, RayServeException, grpc.RpcError) as error:
         logger.warning("pool=%s unavailable: %s", pool, type(error).__name__)
         raise unavailable(f"no {pool} replica answered; try again") from error
+    except SpecPrefillError:
+        raise
+    except Exception as error:  # gRPC handles raise a replica's own exception, whatever it is
+        logger.exception("pool=%s failed", pool)
+        raise unavailable(f"a {pool} replica failed; try again") from error
 
 
 async def _call(handle: DeploymentHandle, method: str, payload: bytes, timeout_s: float) -> bytes:

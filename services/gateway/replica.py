@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
 from ray import serve
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
-from ray.serve.schema import ServeStatus
 
 from ..config import AppConfig
 from ..kv.rpc import KvPeers
@@ -21,8 +18,7 @@ from ..rpc import specprefill_pb2 as pb
 from .app import build_client, build_http_app
 from .grpc_api import GrpcApi
 from .pools import ServeDecoder, ServePrefiller, ServeSpeculator
-
-_HEALTH_AGE_S = 1.0  # asking Serve's controller more often tells nothing new
+from .serve_health import ServeHealth
 
 
 class GatewayReplica:
@@ -41,13 +37,13 @@ class GatewayReplica:
             "prefill": prefill.deployment_name,
             "decode": decode.deployment_name,
         }
-        self._releaser = KvPeers()
+        self._peers = KvPeers()
         self._health = ServeHealth(serve.get_replica_context().app_name, pools, serve.status)
         self._client = build_client(
             self._config,
             Pipeline(
                 speculator=ServeSpeculator(speculator),
-                prefiller=ServePrefiller(prefill, self._releaser.release),
+                prefiller=ServePrefiller(prefill, self._peers.release),
                 decoder=ServeDecoder(decode),
                 planner=_planner(self._config),
                 speculate_timeout_s=self._config.speculator.timeout_s,
@@ -61,7 +57,7 @@ class GatewayReplica:
         )
 
     async def __del__(self) -> None:
-        await self._releaser.close()
+        await self._peers.close()
 
     async def __serve_build_asgi_app__(self) -> Any:
         """Serve calls this after the constructor."""
@@ -92,41 +88,6 @@ class GatewayReplica:
     ) -> pb.HealthResponse:
         """See the proto."""
         return await self._grpc.health(request, grpc_context)
-
-
-class ServeHealth:
-    """Each pool's running replicas, as Serve's controller knows them."""
-
-    def __init__(
-        self,
-        app_name: str,
-        pools: Mapping[str, str],  # pool -> deployment
-        status: Callable[[], ServeStatus],
-        now: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._app_name = app_name
-        self._pools = pools
-        self._status = status
-        self._now = now
-        self._counts: Mapping[str, int] = {}
-        self._asked_s = -float("inf")
-
-    async def count(self) -> Mapping[str, int]:
-        """Running replicas by pool."""
-        if self._now() - self._asked_s >= _HEALTH_AGE_S:
-            self._asked_s = self._now()
-            self._counts = self._read(await asyncio.to_thread(self._status))
-        return self._counts
-
-    def _read(self, status: ServeStatus) -> Mapping[str, int]:
-        application = status.applications.get(self._app_name)
-        if application is None:
-            return dict.fromkeys(self._pools, 0)
-        running = {
-            name: deployment.replica_states.get("RUNNING", 0)
-            for name, deployment in application.deployments.items()
-        }
-        return {pool: running.get(name, 0) for pool, name in self._pools.items()}
 
 
 def _planner(config: AppConfig) -> Planner:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ..errors import SpecPrefillError
 from ..types import Chunk, Report, Request
 
 
@@ -13,16 +12,17 @@ class RequestLog:
         self._request = request
         self._tokens = 0
         self._report: Report | None = None
-        self._error: SpecPrefillError | None = None
+        self._error: Exception | None = None
         self.open_samples = request.samples
 
     def add(self, chunk: Chunk) -> None:
         """Count a chunk."""
         self._tokens += len(chunk.token_ids)
         self.open_samples -= chunk.finished
-        self._report = chunk.report or self._report
+        if chunk.report is not None:
+            self._report = chunk.report
 
-    def failed(self, error: SpecPrefillError) -> None:
+    def failed(self, error: Exception) -> None:
         """Note why the answer ended early."""
         self._error = error
 

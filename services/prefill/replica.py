@@ -20,9 +20,12 @@ class PrefillReplica:
         host = config.kv.host or ray.util.get_node_ip_address()
         args = engine_args(config.model, config.prefill, config.kv, Role.PREFILL, host)
         self._service = PrefillService(Engine(args, cpu_threads=config.prefill.cpu_threads))
+        self._lease_s = config.kv.lease_s
         await self._service.start()
 
     async def __del__(self) -> None:
+        # Tickets that were handed out are still to be pulled; each ends by its lease at the latest.
+        await self._service.drain(self._lease_s)
         await self._service.close()
 
     async def prefill(self, payload: bytes) -> bytes:

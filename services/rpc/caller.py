@@ -57,13 +57,13 @@ def score(address: str, question: Ask, token_ids: list[int]) -> tuple[list[Span]
 
 def generate_request(question: Ask) -> pb.GenerateRequest:
     """The message of a question."""
-    messages = [pb.Message(role=item["role"], content=item["content"]) for item in question.messages]
+    messages = [
+        pb.Message(role=item["role"], content=item["content"]) for item in question.messages
+    ]
     return pb.GenerateRequest(
         model=question.model,
         conversation=pb.Conversation(messages=messages),
-        sampling=pb.Sampling(
-            max_tokens=question.max_tokens, temperature=question.temperature
-        ),
+        sampling=pb.Sampling(max_tokens=question.max_tokens, temperature=question.temperature),
         prune=_prune(question),
         timeout_s=question.timeout_s,
     )

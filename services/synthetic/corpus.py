@@ -1,7 +1,7 @@
-"""Generated English-like text: filler prose, and records that give a two-word key a five-digit value.
+"""Generated English-like text: filler prose, and records that give a two-word key a number.
 
-Everything is drawn from a `random.Random`, so one seed is one text. The value follows its key
-directly: that is what lets models of a few million parameters learn to find it.
+Everything is drawn from a `random.Random`, so one seed is one text. The five digits
+follow their key directly: that is what lets models of a few million parameters learn to find it.
 """
 
 from __future__ import annotations
@@ -10,23 +10,32 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-KEY_ADJECTIVES = tuple(
-    """amber azure bronze coral crimson ebony golden indigo ivory jade lilac maroon olive pearl
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+KEY_ADJECTIVES = _words(
+    """
+    amber azure bronze coral crimson ebony golden indigo ivory jade lilac maroon olive pearl
     purple ruby russet saffron scarlet silver teal violet white yellow arctic brave bright calm
     clever cosmic crystal curious distant dusty eager early electric fabled faint fancy fierce
     frozen gentle giant glossy grand happy hidden hollow humble icy jolly keen lively loyal lucky
     lunar mellow mighty misty modest noble northern proud quick quiet rapid rustic sandy secret
     shiny silent sleepy smooth solar southern spotted steady sturdy sunny swift tender thorny tiny
-    velvet vivid wild windy wise witty woolly zesty""".split()
+    velvet vivid wild windy wise witty woolly zesty
+    """
 )
-KEY_NOUNS = tuple(
-    """badger beaver bison buffalo camel cheetah cobra condor cougar coyote crane cricket deer
+KEY_NOUNS = _words(
+    """
+    badger beaver bison buffalo camel cheetah cobra condor cougar coyote crane cricket deer
     dolphin donkey dragon eagle falcon ferret finch fox gazelle gecko giraffe goose gopher hawk
     hedgehog heron hornet horse hyena ibis iguana jackal jaguar koala lemur leopard lion lizard
     llama lobster lynx magpie mantis marmot marten mole monkey moose moth newt ocelot octopus
     orca osprey otter owl oyster panda panther parrot pelican penguin pigeon puffin python quail
     rabbit raccoon raven robin salmon seal shark sparrow spider squid stork swallow swan tiger
-    toad toucan trout turtle viper walrus weasel whale wolf wombat yak zebra""".split()
+    toad toucan trout turtle viper walrus weasel whale wolf wombat yak zebra
+    """
 )
 FIELDS = (
     "vault code",
@@ -40,43 +49,57 @@ FIELDS = (
     "meter reading",
     "serial number",
 )
-_ADJECTIVES = tuple(
-    """old young narrow wide broken wooden heavy light empty crowded famous local modern ancient
+_ADJECTIVES = _words(
+    """
+    old young narrow wide broken wooden heavy light empty crowded famous local modern ancient
     simple strange useful careful patient gray green blue red black tall short deep warm cold
     fresh dry wet clean rough long small large new good great little public private common rare
-    cheap late busy slow strong plain round""".split()
+    cheap late busy slow strong plain round
+    """
 )
-_PEOPLE = tuple(
-    """teacher farmer doctor sailor baker painter driver writer singer lawyer miner nurse pilot
+_PEOPLE = _words(
+    """
+    teacher farmer doctor sailor baker painter driver writer singer lawyer miner nurse pilot
     tailor mayor clerk guard hunter judge porter scholar soldier student traveler waiter worker
     merchant neighbor stranger child woman man friend captain engineer gardener musician cook
-    actor priest""".split()
+    actor priest
+    """
 )
-_THINGS = tuple(
-    """letter basket ladder window table bottle candle blanket hammer lantern mirror needle
+_THINGS = _words(
+    """
+    letter basket ladder window table bottle candle blanket hammer lantern mirror needle
     barrel bucket carpet chair clock coat cup drum engine fence flag garment hat jar kettle key
     knife lamp map medal notebook oar paper pencil picture pillow plate pot purse radio ring rope
     saddle sail shelf shoe shovel spoon statue stone stove sword tent toy trumpet umbrella wagon
-    wheel whistle book box bread apple cheese""".split()
+    wheel whistle book box bread apple cheese
+    """
 )
-_PLACES = tuple(
-    """river bridge market harbor village forest mountain valley garden station castle church
+_PLACES = _words(
+    """
+    river bridge market harbor village forest mountain valley garden station castle church
     school library museum factory kitchen cellar tower square street corner meadow field lake
     island coast desert road tunnel theater hospital office farm mill barn inn shop bank park
-    yard hall palace prison port""".split()
+    yard hall palace prison port
+    """
 )
-_VERBS = tuple(
-    """carried found sold bought painted repaired moved cleaned lost kept hid brought took left
+_VERBS = _words(
+    """
+    carried found sold bought painted repaired moved cleaned lost kept hid brought took left
     saw noticed described measured borrowed returned wanted needed admired ordered opened closed
     counted collected dropped lifted pushed pulled packed shared showed gave traded used watched
-    washed""".split()
+    washed
+    """
 )
-_LINKS = tuple("near behind beside under above across along around toward inside beyond past".split())
-_TIMES = tuple(
-    """yesterday today later again often twice once usually finally slowly quickly quietly
-    carefully together alone everywhere""".split()
+_LINKS = _words("near behind beside under above across along around toward inside beyond past")
+_TIMES = _words(
+    """
+    yesterday today later again often twice once usually finally slowly quickly quietly
+    carefully together alone everywhere
+    """
 )
-_MOMENTS = tuple("morning evening winter summer spring autumn storm harvest dinner lunch festival war".split())
+_MOMENTS = _words(
+    "morning evening winter summer spring autumn storm harvest dinner lunch festival war"
+)
 
 FILLER_WORDS = _ADJECTIVES + _PEOPLE + _THINGS + _PLACES + _VERBS + _LINKS + _TIMES + _MOMENTS
 LEXICON = KEY_ADJECTIVES + KEY_NOUNS + FILLER_WORDS
@@ -96,18 +119,19 @@ def filler_sentence(rng: random.Random) -> str:
     """One sentence of prose. It holds no key word and no digit."""
     person, thing, place = rng.choice(_PEOPLE), rng.choice(_THINGS), rng.choice(_PLACES)
     verb, link, adjective = rng.choice(_VERBS), rng.choice(_LINKS), rng.choice(_ADJECTIVES)
-    shape = rng.randrange(6)
-    if shape == 0:
-        return f"The {adjective} {person} {verb} the {thing} {link} the {place}."
-    if shape == 1:
-        return f"A {person} {verb} a {adjective} {thing} and {rng.choice(_VERBS)} it {rng.choice(_TIMES)}."
-    if shape == 2:
-        return f"After the {rng.choice(_MOMENTS)}, the {person} {verb} every {thing} from the {place}."
-    if shape == 3:
-        return f"There was a {adjective} {thing} {link} the {place}, and the {person} {verb} it."
-    if shape == 4:
-        return f"In the {place} a {person} {rng.choice(_TIMES)} {verb} some {adjective} {thing}."
-    return f"When the {person} {verb} the {thing}, it was {adjective} and the {place} was {rng.choice(_ADJECTIVES)}."
+    other_verb, time = rng.choice(_VERBS), rng.choice(_TIMES)
+    moment, other_adjective = rng.choice(_MOMENTS), rng.choice(_ADJECTIVES)
+    return rng.choice(
+        (
+            f"The {adjective} {person} {verb} the {thing} {link} the {place}.",
+            f"A {person} {verb} a {adjective} {thing} and {other_verb} it {time}.",
+            f"After the {moment}, the {person} {verb} every {thing} from the {place}.",
+            f"There was a {adjective} {thing} {link} the {place}, and the {person} {verb} it.",
+            f"In the {place} a {person} {time} {verb} some {adjective} {thing}.",
+            f"When the {person} {verb} the {thing}, it was {adjective}"
+            f" and the {place} was {other_adjective}.",
+        )
+    )
 
 
 def filler_pool(rng: random.Random, sentences: int) -> tuple[str, ...]:
@@ -116,7 +140,7 @@ def filler_pool(rng: random.Random, sentences: int) -> tuple[str, ...]:
 
 
 def records(rng: random.Random, count: int, *, shared_word_rate: float = 0.5) -> tuple[Record, ...]:
-    """`count` records with distinct keys; about `shared_word_rate` of them share one word with another key."""
+    """`count` records with distinct keys; `shared_word_rate` of them share a word with another."""
     keys: list[tuple[str, str]] = []
     while len(keys) < count:
         key = _key(rng, keys, shared_word_rate)
@@ -128,12 +152,13 @@ def records(rng: random.Random, count: int, *, shared_word_rate: float = 0.5) ->
 
 def question(rng: random.Random, record: Record) -> str:
     """A question that the record answers. It always ends with the key."""
-    shape = rng.randrange(3)
-    if shape == 0:
-        return f"What is the {record.field} of {record.key}?"
-    if shape == 1:
-        return f"Which {record.field} belongs to {record.key}?"
-    return f"Tell me the {record.field} of {record.key}?"
+    return rng.choice(
+        (
+            f"What is the {record.field} of {record.key}?",
+            f"Which {record.field} belongs to {record.key}?",
+            f"Tell me the {record.field} of {record.key}?",
+        )
+    )
 
 
 def reply(record: Record) -> str:
@@ -153,7 +178,9 @@ def join(filler: Sequence[str], facts: Sequence[Record], slots: Sequence[int]) -
     return " ".join(parts)
 
 
-def _key(rng: random.Random, taken: Sequence[tuple[str, str]], shared_word_rate: float) -> tuple[str, str]:
+def _key(
+    rng: random.Random, taken: Sequence[tuple[str, str]], shared_word_rate: float
+) -> tuple[str, str]:
     adjective, noun = rng.choice(KEY_ADJECTIVES), rng.choice(KEY_NOUNS)
     if not taken or rng.random() >= shared_word_rate:
         return adjective, noun
@@ -163,13 +190,12 @@ def _key(rng: random.Random, taken: Sequence[tuple[str, str]], shared_word_rate:
 
 def _record(rng: random.Random, key: str) -> Record:
     field, value = rng.choice(FIELDS), str(rng.randrange(10000, 100000))
-    shape = rng.randrange(4)
-    if shape == 0:
-        text = f"The {field} of {key} {value}."
-    elif shape == 1:
-        text = f"Note: {field} of {key} {value}."
-    elif shape == 2:
-        text = f"Log: {field} {key} {value}."
-    else:
-        text = f"Record, {field} for {key} {value}."
+    text = rng.choice(
+        (
+            f"The {field} of {key} {value}.",
+            f"Note: {field} of {key} {value}.",
+            f"Log: {field} {key} {value}.",
+            f"Record, {field} for {key} {value}.",
+        )
+    )
     return Record(key=key, field=field, value=value, text=text)

@@ -1,4 +1,4 @@
-"""Needle prompts of a wished length: a document with records in it, and a question about one of them."""
+"""Needle prompts of a wished length: a document with records, and a question about one of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ POOL_SHARE = 0.5  # distinct sentences among the filler's
 class ChatTokenizer(Protocol):
     """The two calls of a transformers tokenizer that fitting a length takes."""
 
-    def apply_chat_template(self, conversation: Any, /, *, tokenize: bool, add_generation_prompt: bool) -> Any: ...
+    def apply_chat_template(
+        self, conversation: Any, /, *, tokenize: bool, add_generation_prompt: bool
+    ) -> Any: ...
 
     def encode(self, text: str, /, *, add_special_tokens: bool) -> Any: ...
 
@@ -65,7 +67,9 @@ def needle_prompt(
 
     spare = prompt_tokens - count_tokens(messages(()), tokenizer)
     if spare < 0:
-        raise ValueError(f"{prompt_tokens} tokens cannot hold {len(facts)} records: {-spare} too few")
+        raise ValueError(
+            f"{prompt_tokens} tokens cannot hold {len(facts)} records: {-spare} too few"
+        )
     chat = messages(_filler(rng, spare, tokenizer))
     return NeedlePrompt(
         messages=chat,
@@ -84,7 +88,9 @@ def default_records(prompt_tokens: int) -> int:
 
 def render(messages: Sequence[dict[str, str]], tokenizer: ChatTokenizer) -> str:
     """The text that is prefilled for these messages."""
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+    return str(
+        tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    )
 
 
 def count_tokens(messages: Sequence[dict[str, str]], tokenizer: ChatTokenizer) -> int:

@@ -192,7 +192,7 @@ async def test_special_tokens_of_a_raw_prompt_are_marked(
 
 
 async def test_only_the_service_talks_to_engines(client: openai.AsyncOpenAI, pipeline: Any) -> None:
-    private = {"position_ids": [1], "next_position": 5, "replay": [3], "mine": 1}
+    private = {"specprefill_positions": [1], "specprefill_replay": [3], "mine": 1}
     transfer = {"do_remote_prefill": True}
     await chat(client, extra_body={"vllm_xargs": private, "kv_transfer_params": transfer})
     assert sampling(pipeline)["extra_args"] == {"mine": 1}

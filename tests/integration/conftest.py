@@ -84,9 +84,10 @@ class Engines:
         prefilled = await self.prefill.prefill(request, selection, 60.0)
         return prefilled, await self.decoded(request, selection, prefilled)
 
-    async def decoded(self, request, selection, prefilled: Prefilled):
-        """Every step of the decode engine."""
-        steps = self.decode.decode(request, selection, prefilled, 60.0)
+    async def decoded(self, request, selection, prefilled: Prefilled, replay=None):
+        """Every step of the decode engine, which replays the first token if nothing else."""
+        first = (prefilled.first.token_ids, *((),) * (request.samples - 1))
+        steps = self.decode.decode(request, selection, prefilled.ticket, replay or first, 60.0)
         return [step async for step in steps]
 
     async def aggregated(self, request, selection):

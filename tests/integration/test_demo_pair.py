@@ -35,9 +35,7 @@ def scorer():
     from specprefill.speculator.scorer import load_scorer
 
     path = str(MODELS / "demo-speculator")
-    return load_scorer(
-        SpeculatorConfig(path=path, dtype="float32"), 13, str(MODELS / "demo-main")
-    )
+    return load_scorer(SpeculatorConfig(path=path, dtype="float32"), 13, str(MODELS / "demo-main"))
 
 
 class Needle:

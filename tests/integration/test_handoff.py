@@ -226,3 +226,36 @@ class TestPrefixCache:
             engines, pruned_prompt, kept(length, Span(0, 128), Span(300, 400))
         )
         assert cached == 128
+
+
+class TestReplay:
+    """A decode engine that was lost is replaced: the next one repeats and goes on."""
+
+    CASES = {
+        "greedy": lambda: {"ignore_eos": True},
+        "seeded": lambda: {"temperature": 0.9, "seed": 5, "ignore_eos": True},
+        "penalties": lambda: {"repetition_penalty": 1.3, "ignore_eos": True},
+        "json_schema": lambda: structured(json=SCHEMA),
+        "regex": lambda: structured(regex=r"[ab]{4,20}!"),
+    }
+
+    @pytest.mark.parametrize("sent", [1, 2, 7])
+    @pytest.mark.parametrize("case", CASES)
+    async def test_the_answer_goes_on_as_if_nothing_had_happened(self, engines, case, sent):
+        request = engines.request(prompt_of(500, seed=30), **self.CASES[case]())
+        selection = pruned(500)
+        prefilled, steps = await engines.handed_over(request, selection)
+        so_far = tuple(answer(steps)[:sent])
+        # The lease is used up: the second engine computes the pruned prompt itself.
+        again = await engines.decoded(request, selection, prefilled, replay=(so_far,))
+        assert answer(again) == answer(steps)
+        assert text(again) == text(steps)
+        assert again[-1].chunk.finish_reason == steps[-1].chunk.finish_reason
+
+    async def test_a_replayed_token_is_forced_even_if_another_is_likelier(self, engines):
+        request = engines.request(prompt_of(300, seed=31), ignore_eos=True)
+        prefilled, steps = await engines.handed_over(request, pruned(300))
+        other = (answer(steps)[0], (answer(steps)[1] + 1) % 900)
+        again = await engines.decoded(request, pruned(300), prefilled, replay=(other,))
+        assert tuple(answer(again)[:2]) == other
+        assert answer(again)[2:] != answer(steps)[2:]

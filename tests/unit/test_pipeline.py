@@ -117,7 +117,7 @@ async def test_an_empty_prompt_is_refused():
 
 
 async def test_the_kv_is_released_whatever_happens():
-    pools = Pools(fails=DecodeUnavailable("gone"))
+    pools = Pools(fails=[DecodeUnavailable("gone")] * 3)
     with pytest.raises(DecodeUnavailable):
         await pools.run()
     assert (pools.prefiller.held, pools.prefiller.released) == (0, 1)
@@ -135,7 +135,7 @@ async def test_closing_the_stream_releases_the_pools():
 
 async def test_a_prefill_failure_holds_nothing():
     pools = Pools()
-    pools.prefiller.fails = PrefillUnavailable("gone")
+    pools.prefiller.fails = [PrefillUnavailable("gone")] * 3
     with pytest.raises(PrefillUnavailable):
         await pools.run()
     assert pools.prefiller.held == 0
@@ -146,3 +146,28 @@ async def test_dense_requests_skip_the_speculator():
     chunks = await pools.run(controls=Controls(prune=False))
     assert pools.speculator.calls == 0
     assert chunks[-1].report.reason is Reason.ASKED_OFF
+
+
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("samples", [1, 2])
+async def test_a_lost_decode_engine_is_replaced_without_a_token_more_or_less(place, samples):
+    pools = Pools(fails=[DecodeUnavailable("gone"), DecodeUnavailable("gone")], fails_at=place)
+    chunks = await pools.run(samples=samples)
+    assert [tokens(chunks, index) for index in range(samples)] == [[100, 101, 102, 103]] * samples
+    for index in range(samples):
+        texts = [chunk.text for chunk in chunks if chunk.index == index]
+        assert "".join(texts) == "".join(map(text_of, range(100, 104)))
+    assert sum(chunk.report is not None for chunk in chunks) == 1
+
+
+async def test_the_next_decode_engine_repeats_what_the_client_has():
+    pools = Pools(fails=[DecodeUnavailable("gone")], fails_at=3)
+    await pools.run()
+    assert pools.decoder.replays == [((100,),), ((100, 101, 102),)]
+
+
+async def test_a_lost_prefill_engine_is_replaced():
+    pools = Pools()
+    pools.prefiller.fails = [PrefillUnavailable("gone"), PrefillUnavailable("gone"), None]
+    assert tokens(await pools.run()) == [100, 101, 102, 103]
+    assert (pools.prefiller.held, pools.prefiller.released) == (0, 1)

@@ -1,0 +1,120 @@
+"""Joins what several engines say into one answer, each token once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from .types import Chunk, Decoded, PlanKind, Prefilled, Replay, Report, Request, Selection
+
+
+@dataclass(slots=True)
+class _Sample:
+    """What one sample's client has, and what of it a decode engine is about to repeat."""
+
+    token_ids: list[int] = field(default_factory=list)
+    chars: int = 0
+    tokens_to_skip: int = 0
+    chars_to_skip: int = 0
+    finished: bool = False
+
+    def sent(self, chunk: Chunk) -> None:
+        self.token_ids += chunk.token_ids
+        self.chars += len(chunk.text)
+        self.finished |= chunk.finished
+
+    def cut(self, chunk: Chunk) -> Chunk:
+        """The part of `chunk` that the client lacks."""
+        tokens = min(self.tokens_to_skip, len(chunk.token_ids))
+        chars = min(self.chars_to_skip, len(chunk.text))
+        self.tokens_to_skip -= tokens
+        self.chars_to_skip -= chars
+        if tokens == 0 and chars == 0:
+            return chunk
+        return replace(
+            chunk,
+            token_ids=chunk.token_ids[tokens:],
+            text=chunk.text[chars:],
+            logprobs=None if chunk.logprobs is None else chunk.logprobs[tokens:],
+        )
+
+    def repeat(self) -> tuple[int, ...]:
+        """A decode engine starts over and repeats these tokens."""
+        self.tokens_to_skip, self.chars_to_skip = len(self.token_ids), self.chars
+        return tuple(self.token_ids)
+
+
+class Answer:
+    """One request's samples, from the first token to the report."""
+
+    def __init__(self, request: Request, prefilled: Prefilled) -> None:
+        self._request = request
+        self._prefilled = prefilled
+        self._samples = [_Sample() for _ in range(request.samples)]
+        self._first_told = False
+        self._transfer_s = 0.0
+        self._first_decode_s = 0.0
+        self._recomputed = False
+
+    @property
+    def open_samples(self) -> int:
+        """Samples that have not finished."""
+        return sum(not sample.finished for sample in self._samples)
+
+    def early(self) -> list[Chunk]:
+        """The first token, unless a stop string or half a character holds it back."""
+        first = self._prefilled.first
+        if self._prefilled.ticket is None:
+            # One sample: this is its end. Several: decode computes the prompt for all.
+            return self._send(first) if self._request.samples == 1 else []
+        if self._request.hold_back_chars > 0 or not first.text or "\ufffd" in first.text:
+            return []
+        return self._send(first)
+
+    def replay(self) -> Replay:
+        """What a decode engine is to repeat: everything sent, at least the first token."""
+        repeated = [sample.repeat() for sample in self._samples]
+        if not repeated[0]:
+            repeated[0] = self._prefilled.first.token_ids
+        return tuple(repeated)
+
+    def feed(self, step: Decoded) -> list[Chunk]:
+        """What of a decode step is new to the client."""
+        if step.transfer_s is not None:
+            self._transfer_s = step.transfer_s
+        if step.first_decode_s is not None:
+            self._first_decode_s = step.first_decode_s
+        self._recomputed |= step.recomputed
+        sample = self._samples[step.chunk.index]
+        if sample.finished:
+            return []  # it had finished before its engine was lost
+        chunk = sample.cut(step.chunk)
+        return self._send(chunk) if chunk.token_ids or chunk.text or chunk.finished else []
+
+    def report(self, selection: Selection, ttft_s: float) -> Report:
+        """The whole story, once the last sample has finished."""
+        kept_all = selection.kept_tokens == selection.prompt_tokens
+        return Report(
+            plan=PlanKind.DENSE if kept_all else PlanKind.PRUNE,
+            reason=selection.plan.reason,
+            prompt_tokens=selection.prompt_tokens,
+            kept_tokens=selection.kept_tokens,
+            keep_rate=selection.keep_rate,
+            queue_s=selection.queue_s + self._prefilled.queue_s,
+            speculate_s=selection.speculate_s,
+            prefill_s=self._prefilled.prefill_s,
+            transfer_s=self._transfer_s,
+            first_decode_s=self._first_decode_s,
+            ttft_s=ttft_s,
+            recomputed=self._recomputed,
+        )
+
+    def _send(self, chunk: Chunk) -> list[Chunk]:
+        self._samples[chunk.index].sent(chunk)
+        first = self._prefilled.first
+        chunk = replace(
+            chunk,
+            cached_tokens=first.cached_tokens,
+            prompt_logprobs=None if self._first_told else first.prompt_logprobs,
+        )
+        self._first_told = True
+        return [chunk]

@@ -1,0 +1,129 @@
+"""The real application on a real Ray, started once by the product's own command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import openai
+import pytest
+import yaml
+
+from specprefill.cluster import ServeApi, Snapshot, free_port, set_auth_mode
+from specprefill.deployment_file import load, with_ports
+
+START_TIMEOUT_S = 300.0
+STOP_TIMEOUT_S = 90.0
+SPECULATOR_TIMEOUT_S = 3.0
+BIN = Path(sys.executable).parent
+
+
+@dataclass
+class App:
+    """A running application and how to reach it."""
+
+    file: Path
+    http_port: int
+    grpc_port: int
+    dashboard_url: str
+    api: ServeApi = field(repr=False)
+
+    @property
+    def http_url(self) -> str:
+        return f"http://127.0.0.1:{self.http_port}"
+
+    @property
+    def grpc_address(self) -> str:
+        return f"127.0.0.1:{self.grpc_port}"
+
+    def wait_healthy(self) -> Snapshot:
+        """Until every pool has all its replicas."""
+        return self.api.wait_healthy(START_TIMEOUT_S, lambda _line: None)
+
+    def redeploy(self, change: Callable[[dict], None]) -> None:
+        """Edit the file with `change` and hand it to Ray's own `serve deploy`."""
+        raw = yaml.safe_load(self.file.read_text())
+        change(raw)
+        self.file.write_text(yaml.safe_dump(raw))
+        command([BIN / "serve", "deploy", self.file, "-a", self.dashboard_url])
+
+    def replica_pids(self, deployment: str) -> list[int]:
+        """The processes of one pool."""
+        details = self.api._client.get_serve_details()
+        (application,) = details["applications"].values()
+        replicas = application["deployments"][deployment]["replicas"]
+        return [replica["pid"] for replica in replicas if replica["state"] == "RUNNING"]
+
+
+def command(argv, *, code=0) -> subprocess.CompletedProcess:
+    """Run a program to its end and check its exit code."""
+    outcome = subprocess.run(
+        [str(part) for part in argv], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert outcome.returncode == code, outcome.stdout + outcome.stderr
+    return outcome
+
+
+@pytest.fixture(scope="session")
+def app(root, tmp_path_factory):
+    """`specprefill serve` of the shipped file on free ports; stopped by SIGTERM at the end."""
+    set_auth_mode()
+    file = tmp_path_factory.mktemp("e2e") / "local.yaml"
+    http_port, grpc_port = free_port(), free_port()
+    raw = with_ports(load(root / "cluster" / "local.yaml").raw, http_port, grpc_port)
+    raw["applications"][0]["args"]["speculator"]["timeout_s"] = SPECULATOR_TIMEOUT_S
+    file.write_text(yaml.safe_dump(raw))
+    server = subprocess.Popen(
+        [BIN / "specprefill", "serve", file, "--timeout", str(START_TIMEOUT_S)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    try:
+        dashboard_url = _dashboard_url(server)
+        yield App(file, http_port, grpc_port, dashboard_url, ServeApi(dashboard_url))
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(STOP_TIMEOUT_S) == 0
+    finally:
+        if server.poll() is None:
+            server.kill()
+            server.wait()
+        server.stdout.close()
+
+
+def _dashboard_url(server: subprocess.Popen) -> str:
+    """Read the command's own lines until it says that it is ready."""
+    url, lines = "", []
+    for line in server.stdout:
+        lines.append(line)
+        if "dashboard http" in line:
+            url = line.rpartition("dashboard ")[2].strip().rstrip(")")
+        if line.rstrip().endswith("ready"):
+            # Somebody must go on reading, or the command blocks on a full pipe.
+            threading.Thread(target=server.stdout.read, daemon=True).start()
+            return url
+    raise AssertionError("not ready:\n" + "".join(lines))
+
+
+@pytest.fixture(scope="session")
+def client(app):
+    """The openai package's client, as any user would have it."""
+    with openai.OpenAI(
+        base_url=f"{app.http_url}/v1", api_key="none", max_retries=0, timeout=120
+    ) as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
+def long_prompt(demo_tokenizer):
+    """A chat of 1,500 tokens: long enough to be pruned."""
+    from specprefill.synthetic.needles import needle_prompt
+
+    return needle_prompt(11, 1500, demo_tokenizer)

@@ -1,0 +1,31 @@
+"""Unit tests touch neither Ray nor the network."""
+
+from __future__ import annotations
+
+import socket
+import sys
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    """Make ray.init and every Internet socket raise."""
+
+    def forbidden(*_args, **_kwargs):
+        raise AssertionError("a unit test reached for Ray or the network")
+
+    class NoInternet(socket.socket):
+        def connect(self, address):
+            if self.family != socket.AF_UNIX:
+                forbidden()
+            return super().connect(address)
+
+        def bind(self, address):
+            if self.family != socket.AF_UNIX:
+                forbidden()
+            return super().bind(address)
+
+    monkeypatch.setattr(socket, "socket", NoInternet)
+    if "ray" in sys.modules:
+        monkeypatch.setattr(sys.modules["ray"], "init", forbidden)

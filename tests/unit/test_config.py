@@ -1,0 +1,67 @@
+"""The configuration refuses what it does not know."""
+
+import pytest
+from pydantic import ValidationError
+
+from specprefill.config import AppConfig, MainModel, local_path
+
+LEAST = {"model": {"path": "main"}, "speculator": {"path": "small"}}
+
+
+def test_two_models_are_enough():
+    config = AppConfig.model_validate(LEAST)
+    assert config.model.served_name == "main"
+    assert config.selection.keep == 0.3
+    assert config.prefill == config.decode
+
+
+def test_the_served_name_may_differ_from_the_path():
+    assert MainModel(path="a/b", name="chat").served_name == "chat"
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [("model", "dtyp"), ("speculator", "paht"), ("selection", "kep"), ("prefill", "tp"),
+     ("decode", "blocksize"), ("kv", "lease"), ("gateway", "timeout")],
+)  # fmt: skip
+def test_an_unknown_key_is_refused(section, key):
+    content = {**LEAST, section: {**LEAST.get(section, {}), key: 1}}
+    with pytest.raises(ValidationError) as caught:
+        AppConfig.model_validate(content)
+    fault = caught.value.errors()[0]
+    assert fault["type"] == "extra_forbidden"
+    assert fault["loc"] == (section, key)
+
+
+@pytest.mark.parametrize("keep", [0, -0.1, 1.01])
+def test_a_keep_rate_outside_its_range_is_refused(keep):
+    with pytest.raises(ValidationError, match=r"selection\.keep"):
+        AppConfig.model_validate({**LEAST, "selection": {"keep": keep}})
+
+
+def test_a_configuration_cannot_be_changed():
+    config = AppConfig.model_validate(LEAST)
+    with pytest.raises(ValidationError):
+        config.selection.keep = 0.5
+
+
+def test_json_carries_every_field():
+    config = AppConfig.model_validate(
+        {**LEAST, "kv": {"host": "h"}, "gateway": {"api_keys": ["k"]}}
+    )
+    assert AppConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_a_relative_model_path_is_found_beside_the_package(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert local_path("models/demo-main") == str(root / "models" / "demo-main")
+
+
+def test_a_path_in_the_working_folder_goes_first(tmp_path, monkeypatch):
+    (tmp_path / "models" / "demo-main").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert local_path("models/demo-main") == str(tmp_path / "models" / "demo-main")
+
+
+def test_a_hub_name_stays_as_it_is():
+    assert local_path("meta-llama/Llama-3.1-8B-Instruct") == "meta-llama/Llama-3.1-8B-Instruct"

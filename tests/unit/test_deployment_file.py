@@ -1,0 +1,185 @@
+"""A typo in a deployment file is an error that names its place; Serve would ignore it."""
+
+import copy
+import re
+
+import pytest
+import yaml
+
+from specprefill import deployment_file as df
+
+LEAST = """
+applications:
+  - name: a
+    import_path: specprefill.app:build
+    args: {model: {path: m}, speculator: {path: s}}
+"""
+
+
+def edited(path, value):
+    """The least file with one key set."""
+    content = yaml.safe_load(LEAST)
+    place = content
+    for step in path[:-1]:
+        if isinstance(place, dict):
+            place = place.setdefault(step, [{}] if step == "deployments" else {})
+        else:
+            place = place[step]
+    place[path[-1]] = value
+    return yaml.safe_dump(content)
+
+
+def faults(text):
+    with pytest.raises(df.InvalidFile) as caught:
+        df.parse(text, "f.yaml")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["local.yaml", "gpu-8b-70b.yaml"])
+def test_the_shipped_files_pass(root, name):
+    loaded = df.load(root / "cluster" / name)
+    assert {d.name for d in loaded.file.applications[0].deployments} == {
+        "Gateway", "Speculator", "Prefill", "Decode",
+    }  # fmt: skip
+    assert loaded.file.grpc_options.grpc_servicer_functions
+
+
+def test_defaults_fill_the_least_file():
+    loaded = df.parse(LEAST, "f.yaml")
+    assert loaded.file.http_options.port == 8000
+    assert loaded.raw == yaml.safe_load(LEAST)
+
+
+@pytest.mark.parametrize(
+    ("path", "named"),
+    [
+        (("htttp_options",), "htttp_options"),
+        (("http_options", "prot"), "http_options.prot"),
+        (("grpc_options", "tls"), "grpc_options.tls"),
+        (("controller_options", "runtime_env", "pip"), "controller_options.runtime_env.pip"),
+        (("applications", 0, "argz"), "applications[0].argz"),
+        (("applications", 0, "args", "model", "dtyp"), "applications[0].args.model.dtyp"),
+        (("applications", 0, "runtime_env", "env"), "applications[0].runtime_env.env"),
+        (("applications", 0, "args", "prefill", "tp"), "applications[0].args.prefill.tp"),
+    ],
+)
+def test_an_unknown_key_is_named_with_its_path_and_the_allowed_keys(path, named):
+    message = faults(edited(path, 1))
+    assert f"f.yaml: {named}: unknown key, expected one of " in message
+    assert message.count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("max_ongoing_reqests", 4, "deployments[0].max_ongoing_reqests"),
+        ("ray_actor_options", {"num_cpu": 1}, "deployments[0].ray_actor_options.num_cpu"),
+        ("autoscaling_config", {"min": 1}, "deployments[0].autoscaling_config.min"),
+        (
+            "autoscaling_config",
+            {"policy": {"function": "x"}},
+            "deployments[0].autoscaling_config.policy.function",
+        ),
+        ("request_router_config", {"cls": "x"}, "deployments[0].request_router_config.cls"),
+    ],
+)
+def test_an_unknown_key_of_a_deployment_is_named(key, value, named):
+    content = yaml.safe_load(LEAST)
+    content["applications"][0]["deployments"] = [{"name": "Prefill", key: value}]
+    assert f"applications[0].{named}: unknown key" in faults(yaml.safe_dump(content))
+
+
+@pytest.mark.parametrize(
+    ("deployments", "said"),
+    [
+        ([{"name": "Prefil"}], "'Gateway', 'Speculator', 'Prefill' or 'Decode', not 'Prefil'"),
+        ([{"name": "Prefill"}, {"name": "Prefill"}], "each name may occur once"),
+        ([{"name": "Prefill", "num_replicas": 0}], "greater than 0"),
+        (
+            [{"name": "Prefill", "num_replicas": 2, "autoscaling_config": {"max_replicas": 2}}],
+            "num_replicas or autoscaling_config, not both",
+        ),
+        ([{"name": "Prefill", "max_queued_requests": -1}], "greater than 0"),
+    ],
+)
+def test_a_wrong_value_is_told_with_what_is_allowed(deployments, said):
+    content = yaml.safe_load(LEAST)
+    content["applications"][0]["deployments"] = deployments
+    assert said in faults(yaml.safe_dump(content))
+
+
+def test_every_fault_is_told_at_once():
+    text = LEAST.replace("name: a", "nam: a").replace("path: m", "path: m, dtype: fp32")
+    assert len(faults(text).splitlines()) == 3  # name missing, nam unknown, dtype wrong
+
+
+def test_another_builder_is_refused():
+    text = LEAST.replace("specprefill.app:build", "other:build")
+    assert "import_path" in faults(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("- a\n", "expected a mapping"),
+        ("", "expected a mapping"),
+        ("a: [", "not YAML"),
+        ("applications: []", "at least one"),
+    ],
+)
+def test_what_is_no_deployment_file_is_refused(text, said):
+    assert said in faults(text)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(df.InvalidFile, match=re.escape(str(tmp_path / "none.yaml"))):
+        df.load(tmp_path / "none.yaml")
+
+
+def test_other_ports_leave_the_original_alone():
+    raw = df.parse(LEAST, "f.yaml").raw
+    before = copy.deepcopy(raw)
+    moved = df.with_ports(raw, 1, 2)
+    assert (moved["http_options"]["port"], moved["grpc_options"]["port"]) == (1, 2)
+    assert raw == before
+
+
+MIRRORED = [
+    (df.DeploymentFile, "ServeDeploySchema"),
+    (df.Application, "ServeApplicationSchema"),
+    (df.Deployment, "DeploymentSchema"),
+    (df.ActorOptions, "RayActorOptionsSchema"),
+    (df.HttpOptions, "HTTPOptionsSchema"),
+    (df.GrpcOptions, "gRPCOptionsSchema"),
+    (df.Logging, "LoggingConfig"),
+]
+
+
+@pytest.mark.parametrize(("mirror", "original"), MIRRORED)
+def test_every_key_we_allow_is_one_that_serve_reads(mirror, original):
+    from ray.serve import schema
+
+    assert set(mirror.model_fields) <= set(getattr(schema, original).model_fields)
+
+
+@pytest.mark.parametrize(
+    ("mirror", "original"),
+    [
+        (df.Autoscaling, "AutoscalingConfig"),
+        (df.RequestRouter, "RequestRouterConfig"),
+        (df.PolicyReference, "AutoscalingPolicy"),
+        (df.ControllerOptions, "ControllerOptions"),
+    ],
+)
+def test_every_option_we_allow_is_one_that_serve_reads(mirror, original):
+    from ray.serve import config
+
+    assert set(mirror.model_fields) <= set(getattr(config, original).model_fields)
+
+
+def test_serve_itself_accepts_the_shipped_files(root):
+    from ray.serve.schema import ServeDeploySchema
+
+    for name in ("local.yaml", "gpu-8b-70b.yaml"):
+        raw = df.load(root / "cluster" / name).raw
+        assert ServeDeploySchema.model_validate(raw).applications[0].name == "specprefill"

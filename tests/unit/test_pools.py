@@ -1,0 +1,239 @@
+"""Serve handles as ports: what Ray raises comes out as ours, and nothing is left running."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle  # noqa: TID251 - Ray pickles what replicas raise
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorUnavailableError, RayTaskError
+from ray.serve.exceptions import BackPressureError
+
+from specprefill import wire
+from specprefill.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    Overloaded,
+    PrefillUnavailable,
+    SpecPrefillError,
+    SpeculatorUnavailable,
+    Unavailable,
+)
+from specprefill.gateway.failures import RpcFailed, rpc_failure
+from specprefill.gateway.pools import ServeDecoder, ServePrefiller, ServeSpeculator, mapped_errors
+from specprefill.gateway.serve_health import ServeHealth
+from specprefill.types import (
+    Chunk,
+    Decoded,
+    Plan,
+    PlanKind,
+    Prefilled,
+    Reason,
+    Request,
+    Ticket,
+    dense,
+)
+
+REQUEST = Request("r", (1, 2, 3), b"")
+PLAN = Plan(PlanKind.PRUNE, Reason.ASKED, 0.5)
+SELECTION = dense(3, Reason.ASKED_OFF)
+TICKET = Ticket("lease", "secret", ("peer:1",), "layout", 3)
+PREFILLED = Prefilled(Chunk(0, (1,), "a"), TICKET, 0.0, 0.0)
+
+
+class Response:
+    """One call, or one stream of items; an exception among the items is raised."""
+
+    def __init__(self, items: list[Any], pause_s: float) -> None:
+        self._items = list(items)
+        self._pause_s = pause_s
+        self.cancelled = False
+
+    def __await__(self) -> Any:
+        return self.__anext__().__await__()
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    async def __anext__(self) -> Any:
+        await asyncio.sleep(self._pause_s)
+        if not self._items:
+            raise StopAsyncIteration
+        item = self._items.pop(0)
+        if isinstance(item, BaseException):
+            raise item
+        return wire.pack(item)
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Handle:
+    def __init__(self, *items: Any, pause_s: float = 0.0) -> None:
+        self.response = Response(list(items), pause_s)
+        self.options_seen: dict[str, Any] = {}
+        self.payload = b""
+
+    def options(self, **options: Any) -> Handle:
+        self.options_seen = options
+        return self
+
+    def remote(self, payload: bytes) -> Response:
+        self.payload = payload
+        return self.response
+
+
+def remote_error(cause: Exception) -> RayTaskError:
+    return RayTaskError("prefill", "remote traceback", cause, "p", 1, "ip").as_instanceof_cause()
+
+
+def actor_lost() -> Exception:
+    return ActorUnavailableError("gone", None)
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "message"),
+    [
+        (remote_error(InvalidRequest("no", "n")), InvalidRequest, "no"),
+        (InvalidRequest("no", "n"), InvalidRequest, "no"),
+        (remote_error(Overloaded("full", 3.0)), Overloaded, "full"),
+        (remote_error(BackPressureError(1, 1)), Overloaded, "prefill"),
+        (remote_error(remote_error(DeadlineExceeded("late"))), DeadlineExceeded, "late"),
+        (remote_error(TimeoutError()), PrefillUnavailable, "failed"),
+        (remote_error(ValueError("secret")), PrefillUnavailable, "failed"),
+        (ValueError("secret"), PrefillUnavailable, "failed"),
+        (BackPressureError(1, 1, 429, 5.0), Overloaded, "prefill"),
+        (actor_lost(), PrefillUnavailable, "no prefill replica"),
+        (TimeoutError(), DeadlineExceeded, "prefill"),
+    ],
+)
+def test_what_ray_raises_comes_out_as_ours(
+    raised: Exception, kind: type[SpecPrefillError], message: str
+) -> None:
+    with pytest.raises(SpecPrefillError) as seen, mapped_errors("prefill", PrefillUnavailable):
+        raise raised
+    assert type(seen.value) is kind
+    assert message in str(seen.value)
+    assert "secret" not in str(seen.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [InvalidRequest("no", "n"), Overloaded("full", 3.0), Unavailable("gone")],
+)
+def test_our_errors_survive_rays_pickling(error: SpecPrefillError) -> None:
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), again.args, again.__dict__) == (type(error), error.args, error.__dict__)
+
+
+def test_a_failed_rpc_survives_rays_pickling() -> None:
+    again = pickle.loads(pickle.dumps(rpc_failure(Unavailable("gone"))))
+    assert isinstance(again, RpcFailed)
+    assert (str(again), again.code.name) == ("gone", "UNAVAILABLE")
+
+
+async def test_select_sends_its_arguments_and_returns_the_selection() -> None:
+    handle = Handle(SELECTION)
+    assert await ServeSpeculator(handle).select(REQUEST, PLAN, 2.0) == SELECTION
+    assert wire.unpack(handle.payload, tuple[Request, Plan, float]) == (REQUEST, PLAN, 2.0)
+    assert handle.options_seen == {"method_name": "select"}
+    assert handle.response.cancelled is False
+
+
+async def test_a_call_past_its_deadline_is_cancelled() -> None:
+    handle = Handle(SELECTION, pause_s=5.0)
+    with pytest.raises(DeadlineExceeded):
+        await ServeSpeculator(handle).select(REQUEST, PLAN, 0.01)
+    assert handle.response.cancelled is True
+
+
+async def test_a_cancelled_caller_cancels_the_call() -> None:
+    handle = Handle(SELECTION, pause_s=5.0)
+    task = asyncio.create_task(ServeSpeculator(handle).select(REQUEST, PLAN, 9.0))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert handle.response.cancelled is True
+
+
+async def test_a_dead_speculator_is_named() -> None:
+    with pytest.raises(SpeculatorUnavailable):
+        await ServeSpeculator(Handle(actor_lost())).select(REQUEST, PLAN, 1.0)
+
+
+@pytest.mark.parametrize("failure", [None, ValueError("inside"), asyncio.CancelledError()])
+async def test_the_lease_is_released_once_whatever_happens(failure: BaseException | None) -> None:
+    released: list[Ticket] = []
+
+    async def release(ticket: Ticket) -> None:
+        released.append(ticket)
+
+    async def use() -> None:
+        async with ServePrefiller(Handle(PREFILLED), release).prefill(
+            REQUEST, SELECTION, 1.0
+        ) as prefilled:
+            assert prefilled == PREFILLED
+            assert released == []
+            if failure is not None:
+                raise failure
+
+    outcome = (await asyncio.gather(use(), return_exceptions=True))[0]
+    assert type(outcome) is type(failure)
+    assert released == [TICKET]
+
+
+async def test_a_lease_that_cannot_be_released_does_not_fail_the_answer() -> None:
+    async def release(ticket: Ticket) -> None:
+        raise Unavailable("peer is gone")
+
+    async with ServePrefiller(Handle(PREFILLED), release).prefill(REQUEST, SELECTION, 1.0):
+        pass
+
+
+async def test_decode_streams_and_always_cancels() -> None:
+    steps = [Decoded(Chunk(0, (token,), "x")) for token in (1, 2)]
+    handle = Handle(*steps)
+    seen = [s async for s in ServeDecoder(handle).decode(REQUEST, SELECTION, TICKET, ((1,),), 5.0)]
+    assert seen == steps
+    assert handle.options_seen == {"method_name": "decode", "stream": True}
+    assert handle.response.cancelled is True
+
+
+async def test_closing_a_decode_stream_cancels_it() -> None:
+    handle = Handle(*[Decoded(Chunk(0, (1,), "x"))] * 3)
+    stream = ServeDecoder(handle).decode(REQUEST, SELECTION, TICKET, ((1,),), 5.0)
+    await anext(stream)
+    assert handle.response.cancelled is False
+    await stream.aclose()  # type: ignore[attr-defined]
+    assert handle.response.cancelled is True
+
+
+async def test_a_decode_stream_ends_at_its_deadline() -> None:
+    handle = Handle(Decoded(Chunk(0, (1,), "x")), pause_s=5.0)
+    with pytest.raises(DeadlineExceeded):
+        await anext(ServeDecoder(handle).decode(REQUEST, SELECTION, TICKET, ((1,),), 0.01))
+    assert handle.response.cancelled is True
+
+
+async def test_health_counts_running_replicas_and_asks_seldom() -> None:
+    clock, asked = [100.0], []
+
+    def status() -> Any:
+        asked.append(clock[0])
+        prefill = SimpleNamespace(replica_states={"RUNNING": 2, "STARTING": 1})
+        deployments = {"Prefill": prefill, "Decode": SimpleNamespace(replica_states={})}
+        return SimpleNamespace(applications={"app": SimpleNamespace(deployments=deployments)})
+
+    pools = {"prefill": "Prefill", "decode": "Decode", "speculator": "Speculator"}
+    health = ServeHealth("app", pools, status, lambda: clock[0])
+    assert await health.count() == {"prefill": 2, "decode": 0, "speculator": 0}
+    clock[0] += 0.5
+    await health.count()
+    assert asked == [100.0]
+    clock[0] += 0.6
+    await health.count()
+    assert asked == [100.0, 101.1]

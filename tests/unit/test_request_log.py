@@ -1,0 +1,34 @@
+"""The log line of a finished request."""
+
+from __future__ import annotations
+
+from specprefill.errors import Overloaded
+from specprefill.gateway.request_log import RequestLog
+from specprefill.types import Chunk, PlanKind, Reason, Report, Request
+
+REPORT = Report(PlanKind.PRUNE, Reason.ASKED, 3, 2, 0.66, 0.0, 0.1, 0.2, 0.0, 0.0, 0.25)
+REQUEST = Request("r1", (1, 2, 3), b"", samples=1)
+
+
+def test_a_finished_request() -> None:
+    log = RequestLog(REQUEST)
+    log.add(Chunk(0, (4, 5), "secret text"))
+    log.add(Chunk(0, (6,), "", finish_reason="stop", report=REPORT))
+    assert log.line() == (
+        "request_id=r1 outcome=finished prompt_tokens=3 output_tokens=3 "
+        "plan=prune reason=asked kept_tokens=2 ttft_s=0.2500"
+    )
+
+
+def test_a_failed_request_names_its_error() -> None:
+    log = RequestLog(REQUEST)
+    log.failed(Overloaded("the pool is full"))
+    assert log.line() == (
+        "request_id=r1 outcome=Overloaded prompt_tokens=3 output_tokens=0 error='the pool is full'"
+    )
+
+
+def test_an_answer_nobody_waited_for_is_closed() -> None:
+    log = RequestLog(REQUEST)
+    log.add(Chunk(0, (4,), "a"))
+    assert "outcome=closed" in log.line()
