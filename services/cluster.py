@@ -60,7 +60,7 @@ class Snapshot:
     def failure(self) -> str | None:
         """Why this will not become healthy by waiting, or None."""
         for name, status in self.applications.items():
-            if status in {"DEPLOY_FAILED", "UNHEALTHY"}:
+            if status == "DEPLOY_FAILED":
                 return f"{name}: {_last_lines(self.messages[name])}"
         for pool in self.pools:
             if "failed to start" in pool.message:

@@ -40,9 +40,6 @@ from .surface import TASKS, RemoteEngineClient
 
 logger = logging.getLogger(__name__)
 
-# What only the service itself may tell an engine.
-PRIVATE = frozenset(("kv_transfer_params", "specprefill_positions", "specprefill_replay"))
-
 
 class Answering(Protocol):
     """The pipeline, as the gateway uses it."""
@@ -267,7 +264,7 @@ def _refuse_unsupported(admitted: EngineCoreRequest, controls: Controls) -> None
         raise InvalidRequest("cache_salt: is not supported", "cache_salt")
 
 
-class _Refused(GenerationError):
+class _Refused(GenerationError):  # type: ignore[misc]
     """A failure as vLLM's handlers pass it on: with its status, without a traceback in the log."""
 
     def __init__(self, error: SpecPrefillError) -> None:

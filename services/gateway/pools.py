@@ -40,7 +40,7 @@ class ServeSpeculator:
 
     async def select(self, request: Request, plan: Plan, timeout_s: float) -> Selection:
         """See `ports.Speculator`."""
-        with mapped_errors("speculator", SpeculatorUnavailable):
+        with mapped_errors("speculator", SpeculatorUnavailable, broken=SpeculatorUnavailable):
             payload = wire.pack((request, plan, timeout_s))
             reply = await _call(self.handle, "select", payload, timeout_s)
         return wire.unpack(reply, Selection)
@@ -109,15 +109,22 @@ class ServeDecoder:
 
 
 @contextmanager
-def mapped_errors(pool: str, unavailable: type[Unavailable]) -> Iterator[None]:
+def mapped_errors(
+    pool: str,
+    unavailable: type[Unavailable],
+    *,
+    broken: type[SpecPrefillError] = SpecPrefillError,
+) -> Iterator[None]:
     """What a call to a pool may raise, as errors of ours.
 
-    An error that a replica raised as one of ours comes out as the same one.
+    An error that a replica raised as one of ours comes out as the same one. `unavailable` is
+    for replicas that could not be reached, `broken` for a failure that nobody named: another
+    replica would most likely fail in the same way.
     """
     try:
         yield
     except RayTaskError as error:  # first: it is also an instance of what it was caused by
-        raise _cause(pool, error, unavailable) from None
+        raise _cause(pool, error, broken) from None
     except BackPressureError as error:
         raise _overloaded(pool, error) from error
     except TimeoutError as error:
@@ -129,7 +136,7 @@ def mapped_errors(pool: str, unavailable: type[Unavailable]) -> Iterator[None]:
         raise
     except Exception as error:  # gRPC handles raise a replica's own exception, whatever it is
         logger.exception("pool=%s failed", pool)
-        raise unavailable(f"a {pool} replica failed; try again") from error
+        raise broken(f"a {pool} replica failed") from error
 
 
 async def _call(handle: DeploymentHandle, method: str, payload: bytes, timeout_s: float) -> bytes:
@@ -143,7 +150,7 @@ async def _call(handle: DeploymentHandle, method: str, payload: bytes, timeout_s
     return reply
 
 
-def _cause(pool: str, error: RayTaskError, unavailable: type[Unavailable]) -> SpecPrefillError:
+def _cause(pool: str, error: RayTaskError, broken: type[SpecPrefillError]) -> SpecPrefillError:
     """What went wrong in the replica, or in a replica that it called."""
     cause: BaseException = error.cause
     while isinstance(cause, RayTaskError):
@@ -153,7 +160,7 @@ def _cause(pool: str, error: RayTaskError, unavailable: type[Unavailable]) -> Sp
     if isinstance(cause, BackPressureError):
         return _overloaded(pool, cause)
     logger.error("pool=%s failed: %s", pool, error)  # holds the remote traceback
-    return unavailable(f"a {pool} replica failed; try again")
+    return broken(f"a {pool} replica failed")
 
 
 def _overloaded(pool: str, error: BackPressureError) -> Overloaded:

@@ -21,7 +21,7 @@ from vllm.tasks import SupportedTask
 TASKS: tuple[SupportedTask, ...] = ("generate",)
 
 
-class RemoteEngineClient(EngineClient):
+class RemoteEngineClient(EngineClient):  # type: ignore[misc]
     """The part of an engine client that is the same for every engine elsewhere."""
 
     @property

@@ -32,7 +32,8 @@ class NeedlePrompt:
 
     messages: list[dict[str, str]]
     answer: str  # the asked key's value
-    gold: str  # the needle's sentence; it occurs once, so its character span can be found
+    gold: str  # key and value as the document has them, once: all that the answer needs
+    sentence: str  # the whole record
     key: str
     depth: float  # share of the filler before the needle, 0..1
     prompt_tokens: int  # of the rendered chat with the generation prompt
@@ -74,7 +75,8 @@ def needle_prompt(
     return NeedlePrompt(
         messages=chat,
         answer=facts[0].value,
-        gold=facts[0].text,
+        gold=corpus.reply(facts[0]),
+        sentence=facts[0].text,
         key=facts[0].key,
         depth=depths[0],
         prompt_tokens=count_tokens(chat, tokenizer),
@@ -99,7 +101,7 @@ def count_tokens(messages: Sequence[dict[str, str]], tokenizer: ChatTokenizer) -
 
 
 def gold_span(prompt: NeedlePrompt, tokenizer: ChatTokenizer) -> tuple[int, int]:
-    """First (inclusive) and last (exclusive) character of the needle in the rendered prompt."""
+    """Where `prompt.gold` stands in the rendered prompt: first character, and one past the last."""
     start = render(prompt.messages, tokenizer).index(prompt.gold)
     return start, start + len(prompt.gold)
 

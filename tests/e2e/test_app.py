@@ -25,13 +25,13 @@ STAGES = ("queue_s", "speculate_s", "prefill_s", "transfer_s", "first_decode_s",
 
 
 def pruned(**more):
-    return {"extra_body": {"specprefill": {"keep": KEEP}, **more}}
+    return {"specprefill": {"keep": KEEP}, **more}
 
 
 @pytest.fixture
 def chat(client, long_prompt):
     def ask(**options):
-        options = {"temperature": 0, "max_tokens": 12, **pruned(), **options}
+        options = {"temperature": 0, "max_tokens": 12, "extra_body": pruned(), **options}
         return client.chat.completions.create(
             model="demo", messages=long_prompt.messages, **options
         )
@@ -91,7 +91,7 @@ def test_a_short_prompt_is_left_whole(client):
 def test_completions(client, long_prompt, stream):
     answer = client.completions.create(
         model="demo", prompt=long_prompt.messages[-1]["content"], max_tokens=6, temperature=0,
-        stream=stream, **pruned(),
+        stream=stream, extra_body=pruned(ignore_eos=True),
     )  # fmt: skip
     events = list(answer) if stream else [answer]
     assert "".join(event.choices[0].text for event in events if event.choices)
@@ -108,13 +108,13 @@ def test_two_samples(chat):
     assert answer.usage.completion_tokens >= 2
 
 
-def test_greedy_samples_agree(chat):
-    first, second = chat(n=2).choices
+def test_samples_without_a_choice_agree(chat):
+    first, second = chat(n=2, temperature=1.0, extra_body=pruned(top_k=1)).choices
     assert first.message.content == second.message.content
 
 
 def test_a_stop_string_ends_the_answer(chat):
-    text = chat(max_tokens=16, extra_body={**pruned()["extra_body"], "ignore_eos": True})
+    text = chat(max_tokens=16, extra_body=pruned(ignore_eos=True))
     whole = text.choices[0].message.content
     stop = whole[len(whole) // 2 :][:3]
     answer = chat(max_tokens=16, stop=[stop])

@@ -1,6 +1,8 @@
 """What pyproject.toml says about the package is what the folders hold."""
 
+import fnmatch
 import importlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -85,3 +87,18 @@ def test_make_help_tells_every_target_of_the_readme(root):
     for target in ("demo", "test", "check", "models", "bench-ttft"):
         assert f"make {target}" in readme
         assert f"make {target}" in help_text
+
+
+def test_the_architecture_page_names_every_module(root):
+    page = (root / "docs" / "architecture.md").read_text()
+    named = re.findall(r"`([a-z0-9_*/]+)`", page)
+    services = root / "services"
+    modules = {
+        str(path.relative_to(services).with_suffix(""))
+        for path in services.rglob("*.py")
+        if path.name != "__init__.py" and not path.name.endswith(GENERATED)
+    }
+    missing = {m for m in modules if not any(fnmatch.fnmatch(m, name) for name in named)}
+    assert missing == set()
+    gone = {name for name in named if name[:-1].count("/") and not fnmatch.filter(modules, name)}
+    assert gone == set()

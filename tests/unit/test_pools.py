@@ -32,6 +32,7 @@ from specprefill.types import (
     PlanKind,
     Prefilled,
     Reason,
+    Replay,
     Request,
     Ticket,
     dense,
@@ -41,6 +42,7 @@ REQUEST = Request("r", (1, 2, 3), b"")
 PLAN = Plan(PlanKind.PRUNE, Reason.ASKED, 0.5)
 SELECTION = dense(3, Reason.ASKED_OFF)
 TICKET = Ticket("lease", "secret", ("peer:1",), "layout", 3)
+REPLAY: Replay = ((1,),)
 PREFILLED = Prefilled(Chunk(0, (1,), "a"), TICKET, 0.0, 0.0)
 
 
@@ -102,9 +104,9 @@ def actor_lost() -> Exception:
         (remote_error(Overloaded("full", 3.0)), Overloaded, "full"),
         (remote_error(BackPressureError(1, 1)), Overloaded, "prefill"),
         (remote_error(remote_error(DeadlineExceeded("late"))), DeadlineExceeded, "late"),
-        (remote_error(TimeoutError()), PrefillUnavailable, "failed"),
-        (remote_error(ValueError("secret")), PrefillUnavailable, "failed"),
-        (ValueError("secret"), PrefillUnavailable, "failed"),
+        (remote_error(TimeoutError()), SpecPrefillError, "failed"),
+        (remote_error(ValueError("secret")), SpecPrefillError, "failed"),
+        (ValueError("secret"), SpecPrefillError, "failed"),
         (BackPressureError(1, 1, 429, 5.0), Overloaded, "prefill"),
         (actor_lost(), PrefillUnavailable, "no prefill replica"),
         (TimeoutError(), DeadlineExceeded, "prefill"),
@@ -160,9 +162,10 @@ async def test_a_cancelled_caller_cancels_the_call() -> None:
     assert handle.response.cancelled is True
 
 
-async def test_a_dead_speculator_is_named() -> None:
+@pytest.mark.parametrize("failure", [actor_lost(), ValueError(), remote_error(ValueError())])
+async def test_a_lost_or_broken_speculator_is_unavailable(failure: Exception) -> None:
     with pytest.raises(SpeculatorUnavailable):
-        await ServeSpeculator(Handle(actor_lost())).select(REQUEST, PLAN, 1.0)
+        await ServeSpeculator(Handle(failure)).select(REQUEST, PLAN, 1.0)
 
 
 @pytest.mark.parametrize("failure", [None, ValueError("inside"), asyncio.CancelledError()])
