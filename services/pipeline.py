@@ -12,6 +12,7 @@ from .errors import (
     DeadlineExceeded,
     DecodeUnavailable,
     InvalidRequest,
+    Overloaded,
     PrefillUnavailable,
     SpeculatorUnavailable,
 )
@@ -126,7 +127,7 @@ class Pipeline:
             return await self.speculator.select(
                 request, plan, min(left_s, self.speculate_timeout_s)
             )
-        except SpeculatorUnavailable:
+        except (SpeculatorUnavailable, Overloaded):
             return dense(len(request.prompt), Reason.SPECULATOR_UNAVAILABLE)
         except DeadlineExceeded:
             if left_s <= self.speculate_timeout_s:

@@ -15,8 +15,8 @@ class Speculator(Protocol):
     async def select(self, request: Request, plan: Plan, timeout_s: float) -> Selection:
         """Score the whole prompt and keep about `plan.keep` of it.
 
-        Raises SpeculatorUnavailable when no replica can answer, DeadlineExceeded when
-        `timeout_s` passes first.
+        Raises SpeculatorUnavailable when no replica can answer, Overloaded when all are
+        full, DeadlineExceeded when `timeout_s` passes first.
         """
         ...
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,7 +83,7 @@ class PositionMap:
     def from_wire(cls, wire: Mapping[str, Any]) -> PositionMap:
         """Inverse of `to_wire`. Raises ValueError on anything malformed."""
         runs, prompt_tokens = wire.get(WIRE_RUNS), wire.get(WIRE_PROMPT_TOKENS)
-        if not isinstance(prompt_tokens, int) or not _is_flat_runs(runs):
+        if not isinstance(prompt_tokens, int) or not is_flat_runs(runs):
             raise ValueError("positions: expected flat integer 'runs' and 'prompt_tokens'")
         pairs = zip(runs[::2], runs[1::2], strict=True)
         return cls.from_runs((Span(start, stop) for start, stop in pairs), prompt_tokens)
@@ -96,7 +96,8 @@ class PositionMap:
         return cls(kept, prompt_tokens)
 
 
-def _is_flat_runs(runs: object) -> bool:
+def is_flat_runs(runs: object) -> TypeGuard[Sequence[int]]:
+    """True for a sequence of pairs of integers, one after the other."""
     return (
         isinstance(runs, Sequence)
         and len(runs) >= 2

@@ -14,7 +14,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from ..engine.engine import Engine, map_engine_errors
 from ..engine.handoff_scheduler import CONSUME
 from ..engine.outputs import chunk_of, sampling_params
-from ..engine.params import REPLAY, KV_TRANSFER, POSITIONS
+from ..engine.params import KV_TRANSFER, POSITIONS, REPLAY
 from ..errors import DeadlineExceeded, DecodeUnavailable
 from ..positions import PositionMap
 from ..types import Decoded, Replay, Request, Selection, Ticket

@@ -114,10 +114,11 @@ class CpuLayout:
         by_slot = slots[:, None].expand(-1, self._dim)
         by_dim = dims[None, :].expand(self._block_size, -1)
         token_at, dim_at = (self._fill(counters, dtype) for counters in (by_slot, by_dim))
-        return tuple(  # type: ignore[return-value]
+        key_index, value_index = (
             torch.argsort(token * self._dim + dim).view(self._block_size, self._dim)
             for token, dim in zip(token_at, dim_at, strict=True)
         )
+        return key_index, value_index
 
     def _fill(self, counters: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
         page = torch.zeros(1, 1, self._block_size, 2 * self._dim, dtype=dtype)

@@ -63,8 +63,11 @@ class SparseBatch:
     def _lookup(self, request_id: str, requests: Mapping[str, Any]) -> _Sparse | None:
         if request_id not in self._known:
             mapping = positions_of(requests[request_id].sampling_params)
-            sparse = mapping is not None and not mapping.is_identity
-            self._known[request_id] = _Sparse.of(mapping, self._device) if sparse else None
+            self._known[request_id] = (
+                None
+                if mapping is None or mapping.is_identity
+                else _Sparse.of(mapping, self._device)
+            )
         return self._known[request_id]
 
 

@@ -80,23 +80,22 @@ class KvServer:
     def release(self, message: bytes, _context: grpc.ServicerContext) -> bytes:
         """Drop a lease. Idempotent."""
         query = msgpack.unpackb(message)
-        return msgpack.packb(self._leases.release(query["lease_id"], query["secret"]))
-
+        return _packed(self._leases.release(query["lease_id"], query["secret"]))
 
     def drain(self, message: bytes, _context: grpc.ServicerContext) -> bytes:
         """Wait, at most the query's `timeout_s`, until every lease is gone; tell whether."""
-        return msgpack.packb(self._leases.wait_empty(msgpack.unpackb(message)["timeout_s"]))
+        return _packed(self._leases.wait_empty(msgpack.unpackb(message)["timeout_s"]))
 
     def stats(self, _message: bytes, _context: grpc.ServicerContext) -> bytes:
         """The store's gauges."""
-        return msgpack.packb(asdict(self._leases.gauges()))
+        return _packed(asdict(self._leases.gauges()))
 
 
-class _Handler(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no type hints
+class _Handler(grpc.GenericRpcHandler):
     def __init__(self, server: KvServer) -> None:
         self._server = server
 
-    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
         if details.method == PULL:
             return grpc.unary_stream_rpc_method_handler(self._server.pull)
         unary = {
@@ -105,6 +104,11 @@ class _Handler(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
             STATS: self._server.stats,
         }.get(details.method)
         return None if unary is None else grpc.unary_unary_rpc_method_handler(unary)
+
+
+def _packed(value: object) -> bytes:
+    packed: bytes = msgpack.packb(value)
+    return packed
 
 
 def _from_token(frame: Frame, start: int) -> Frame | None:
@@ -135,7 +139,7 @@ class KvClient:
             "start": start,
             "timeout_s": timeout_s,
         }
-        stream = self._channel(endpoint).unary_stream(PULL)
+        stream: Any = self._channel(endpoint).unary_stream(PULL)
         return KvPull(stream(msgpack.packb(query), timeout=timeout_s), ticket["lease_id"])
 
     def close(self) -> None:
@@ -226,7 +230,7 @@ class KvPeers:
     ) -> Any:
         if peer not in self._channels:
             self._channels[peer] = grpc.aio.insecure_channel(peer, options=OPTIONS)
-        call = self._channels[peer].unary_unary(method)
+        call: Any = self._channels[peer].unary_unary(method)
         try:
             return msgpack.unpackb(await call(msgpack.packb(query), timeout=timeout_s))
         except grpc.aio.AioRpcError:

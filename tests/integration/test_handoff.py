@@ -228,21 +228,22 @@ class TestPrefixCache:
         assert cached == 128
 
 
+REPLAYED = {
+    "greedy": lambda: {"ignore_eos": True},
+    "seeded": lambda: {"temperature": 0.9, "seed": 5, "ignore_eos": True},
+    "penalties": lambda: {"repetition_penalty": 1.3, "ignore_eos": True},
+    "json_schema": lambda: structured(json=SCHEMA),
+    "regex": lambda: structured(regex=r"[ab]{4,20}!"),
+}
+
+
 class TestReplay:
     """A decode engine that was lost is replaced: the next one repeats and goes on."""
 
-    CASES = {
-        "greedy": lambda: {"ignore_eos": True},
-        "seeded": lambda: {"temperature": 0.9, "seed": 5, "ignore_eos": True},
-        "penalties": lambda: {"repetition_penalty": 1.3, "ignore_eos": True},
-        "json_schema": lambda: structured(json=SCHEMA),
-        "regex": lambda: structured(regex=r"[ab]{4,20}!"),
-    }
-
     @pytest.mark.parametrize("sent", [1, 2, 7])
-    @pytest.mark.parametrize("case", CASES)
+    @pytest.mark.parametrize("case", REPLAYED)
     async def test_the_answer_goes_on_as_if_nothing_had_happened(self, engines, case, sent):
-        request = engines.request(prompt_of(500, seed=30), **self.CASES[case]())
+        request = engines.request(prompt_of(500, seed=30), **REPLAYED[case]())
         selection = pruned(500)
         prefilled, steps = await engines.handed_over(request, selection)
         so_far = tuple(answer(steps)[:sent])

@@ -6,6 +6,7 @@ from specprefill.errors import (
     DeadlineExceeded,
     DecodeUnavailable,
     InvalidRequest,
+    Overloaded,
     PrefillUnavailable,
     SpeculatorUnavailable,
 )
@@ -85,6 +86,7 @@ async def test_several_samples_go_on_when_one_first_token_ends_an_answer():
     ("error", "reason"),
     [
         (SpeculatorUnavailable("down"), Reason.SPECULATOR_UNAVAILABLE),
+        (Overloaded("full"), Reason.SPECULATOR_UNAVAILABLE),
         (DeadlineExceeded("slow"), Reason.SPECULATOR_TIMEOUT),
     ],
 )

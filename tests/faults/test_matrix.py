@@ -1,0 +1,298 @@
+"""The failure matrix: real engine processes, killed; the client gets the same tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+import time
+from concurrent import futures
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import grpc
+import msgspec
+import pytest
+
+from specprefill.errors import DeadlineExceeded
+from specprefill.kv.leases import LeaseStore
+from specprefill.kv.rpc import KvServer, _Handler
+from specprefill.types import Controls, Plan, PlanKind, Reason, Request, Selection, Span
+
+from .conftest import ask
+from .relay import cut_after, flip_at, relay
+
+pytestmark = [pytest.mark.faults, pytest.mark.asyncio(loop_scope="session")]
+
+LENGTH = 3000
+RUNS = (Span(0, 40), Span(100, 1100), Span(1500, 2400), Span(2930, 3000))
+
+
+def request(name, **sampling) -> Request:
+    """Each test has a prompt of its own, so that no prefix cache shortens its stages."""
+    from vllm import SamplingParams
+
+    rng = random.Random(name)
+    prompt = tuple(rng.randrange(10, 1000) for _ in range(LENGTH))
+    params = SamplingParams(
+        **{"temperature": 0.0, "max_tokens": 48, "ignore_eos": True, **sampling}
+    )
+    wire = msgspec.msgpack.encode(params)
+    request_id = f"{name}-{rng.random()}"
+    return Request(request_id, prompt, wire, controls=Controls(keep=0.5), timeout_s=60.0)
+
+
+def selection() -> Selection:
+    return Selection(LENGTH, RUNS, Plan(PlanKind.PRUNE, Reason.ASKED, 0.5))
+
+
+class Ask:
+    """Asks with a fault, then the same without one, and compares."""
+
+    def __init__(self, pools, table, name):
+        self.pools, self.table, self.name = pools, table, name
+
+    async def and_expect_the_same(self, recovered, **sampling):
+        asked = request(self.name, **sampling)
+        got, seconds = await ask(self.pools, asked, selection())
+        held = await self.pools.bytes_held()
+        await self.pools.restore()
+        again = replace(asked, request_id=f"{asked.request_id}-undisturbed")
+        wanted, _ = await ask(self.pools, again, selection())
+        self.table.add(self.name, recovered, seconds, got == wanted, held)
+        assert got == wanted
+        assert held == 0
+
+
+@pytest.fixture
+def asking(whole, table, request) -> Ask:
+    return Ask(whole, table, request.node.name.removeprefix("test_"))
+
+
+def once(action):
+    """A hook that acts on its first call only."""
+    done = False
+
+    async def hook(*args):
+        nonlocal done
+        if done:
+            return args[0]
+        done = True
+        return await action(*args)
+
+    return hook
+
+
+async def test_no_fault(asking):
+    await asking.and_expect_the_same("nothing to do")
+
+
+async def test_prefill_dies_before_it_answers(asking):
+    prefill = asking.pools.prefills[0]
+    asyncio.get_running_loop().call_later(0.1, prefill.kill)
+    first = prefill.process.pid
+    await asking.and_expect_the_same("prefilled elsewhere")
+    assert prefill.process.pid != first  # it was dead, and has been replaced
+
+
+async def test_prefill_dies_before_the_transfer(asking):
+
+    async def kill(prefilled):
+        asking.pools.prefills[0].kill()
+        await asyncio.to_thread(asking.pools.prefills[0].process.wait, 5)
+        return prefilled
+
+    asking.pools.on_ticket = once(kill)
+    await asking.and_expect_the_same("prompt recomputed by decode")
+
+
+async def test_prefill_dies_during_the_transfer(asking):
+    """Stopped first, so that the pull is under way and gets nothing; then killed."""
+    prefill = asking.pools.prefills[0]
+
+    async def stop(prefilled):
+        prefill.signal(signal.SIGSTOP)
+        asyncio.get_running_loop().call_later(0.3, prefill.kill)
+        return prefilled
+
+    asking.pools.on_ticket = once(stop)
+    await asking.and_expect_the_same("prompt recomputed by decode")
+
+
+async def test_prefill_dies_after_the_transfer(asking):
+
+    async def kill(_member, _step):
+        asking.pools.prefills[0].kill()
+
+    asking.pools.on_step = once(kill)
+    await asking.and_expect_the_same("nothing to do")
+
+
+async def test_decode_dies_queued(asking):
+    decode = asking.pools.decodes[0]
+
+    async def kill(prefilled):
+        decode.kill()
+        await asyncio.to_thread(decode.process.wait, 5)
+        return prefilled
+
+    asking.pools.on_ticket = once(kill)
+    await asking.and_expect_the_same("pulled by another decode")
+
+
+async def test_decode_dies_mid_transfer(asking):
+    prefill, decode = asking.pools.prefills[0], asking.pools.decodes[0]
+
+    async def stop(prefilled):
+        prefill.signal(signal.SIGSTOP)  # the pull hangs
+        loop = asyncio.get_running_loop()
+        loop.call_later(0.3, decode.kill)
+        loop.call_later(0.6, prefill.signal, signal.SIGCONT)
+        return prefilled
+
+    asking.pools.on_ticket = once(stop)
+    await asking.and_expect_the_same("pulled by another decode")
+
+
+SAMPLINGS = {
+    "greedy": {},
+    "seeded": {"temperature": 0.9, "seed": 3},
+    "grammar": {"regex": r"[ab]{20,40}!", "ignore_eos": False},
+}
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+async def test_decode_dies_mid_stream(asking, sampling):
+    from vllm.sampling_params import StructuredOutputsParams
+
+    options = dict(SAMPLINGS[sampling])
+    if "regex" in options:
+        options["structured_outputs"] = StructuredOutputsParams(regex=options.pop("regex"))
+    steps = 0
+
+    async def kill_at_the_fifth(member, _step):
+        nonlocal steps
+        steps += 1
+        if steps == 5:
+            member.kill()
+
+    asking.pools.on_step = kill_at_the_fifth
+    await asking.and_expect_the_same("replayed by another decode", **options)
+    assert steps > 5
+
+
+def through_a_relay(asking, hurt):
+    """The first decode engine pulls through a relay that hurts the stream."""
+
+    @asynccontextmanager
+    async def hooked():
+        target = (await asking.pools.prefills[0].service._engine.kv_addresses())[0]
+        async with relay(target, hurt) as one:
+
+            async def detour(prefilled):
+                ticket = replace(prefilled.ticket, endpoints=(one.address,))
+                return replace(prefilled, ticket=ticket)
+
+            asking.pools.on_ticket = once(detour)
+            yield one
+
+    return hooked()
+
+
+@pytest.mark.parametrize("place", [20_000, 400_001, 1_500_000])
+async def test_a_byte_flips_on_the_way(asking, place):
+    async with through_a_relay(asking, flip_at(place)) as one:
+        await asking.and_expect_the_same("prompt recomputed by decode")
+        assert one.passed > place
+
+
+@pytest.mark.parametrize("count", [100, 300_000])
+async def test_the_stream_is_cut(asking, count):
+    async with through_a_relay(asking, cut_after(count)) as one:
+        await asking.and_expect_the_same("prompt recomputed by decode")
+        assert one.reached.is_set()
+
+
+async def test_a_stale_peer_answers_at_the_same_address(asking):
+    """The prefill engine has died, and another process has taken its port."""
+    stale = LeaseStore(max_bytes=1, lease_s=1.0, now=time.monotonic)
+
+    async def replace_peer(prefilled):
+        server = grpc.server(
+            futures.ThreadPoolExecutor(1),
+            handlers=[_Handler(KvServer(stale, prefilled.ticket.fingerprint, "127.0.0.1"))],
+        )
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        asking.servers = [server]
+        return replace(
+            prefilled, ticket=replace(prefilled.ticket, endpoints=(f"127.0.0.1:{port}",))
+        )
+
+    asking.pools.on_ticket = once(replace_peer)
+    await asking.and_expect_the_same("prompt recomputed by decode")
+    asking.servers[0].stop(0).wait()
+
+
+async def test_the_lease_ends_before_a_slow_decode_pulls(asking):
+
+    async def wait_out(prefilled):
+        assert await asking.pools.prefills[0].service.drain(10.0)  # until it expires
+        return prefilled
+
+    asking.pools.on_ticket = once(wait_out)
+    await asking.and_expect_the_same("prompt recomputed by decode")
+
+
+async def test_nobody_pulls(whole, table):
+    """The gateway itself dies: the ticket is neither pulled nor released."""
+    service = whole.prefills[0].service
+    started_s = time.monotonic()
+    await service.prefill(request("orphan"), selection(), 30.0)
+    assert await whole.bytes_held() > 0
+    assert await service.drain(10.0)
+    seconds = time.monotonic() - started_s
+    held = await whole.bytes_held()
+    table.add("nobody_pulls", "lease expired", seconds, True, held)
+    assert held == 0
+    assert 3.5 < seconds < 8.0
+
+
+@pytest.mark.parametrize("stage", ["prefilling", "transferring", "decoding"])
+async def test_the_client_leaves(asking, stage):
+    """Whatever it interrupts, the memory is free and the engines are idle within a second."""
+    pools, reached = asking.pools, asyncio.Event()
+
+    async def mark(first, *_rest):
+        reached.set()
+        return first
+
+    if stage == "prefilling":
+        asyncio.get_running_loop().call_later(0.1, reached.set)
+    elif stage == "transferring":
+        pools.on_ticket = mark
+    else:
+        pools.on_step = mark
+    running = asyncio.create_task(ask(pools, request(asking.name), selection()))
+    await reached.wait()
+    running.cancel()
+    started_s = time.monotonic()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert await pools.prefills[0].service.drain(1.0)
+    seconds = time.monotonic() - started_s
+    held = await pools.bytes_held()
+    asking.table.add(asking.name, "released", seconds, True, held)
+    assert held == 0
+    assert seconds < 1.0
+
+
+async def test_the_deadline_passes(asking):
+    late = replace(request(asking.name), timeout_s=0.2)
+    started_s = time.monotonic()
+    with pytest.raises(DeadlineExceeded):
+        await ask(asking.pools, late, selection())
+    assert await asking.pools.prefills[0].service.drain(1.0)
+    seconds = time.monotonic() - started_s
+    asking.table.add(asking.name, "refused in time", seconds, True, 0)
+    assert seconds < 1.5
