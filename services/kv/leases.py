@@ -45,6 +45,7 @@ class LeaseGauges:
     released_total: int
     expired_total: int
     dropped_total: int  # over the byte cap
+    stranded_bytes_total: int  # held by leases that expired, which nobody pulled
 
 
 class LeaseStore:
@@ -58,6 +59,7 @@ class LeaseStore:
         self._leases: dict[str, _Lease] = {}
         self._gone: OrderedDict[str, str] = OrderedDict()  # lease id -> why it is gone
         self._bytes_held = 0
+        self._stranded_bytes = 0
         self._totals = {"opened": 0, "pulled": 0, "released": 0, "expired": 0, "dropped": 0}
 
     def open(self, lease_id: str, secret: str, *, tokens: int, uses: int) -> None:
@@ -128,6 +130,7 @@ class LeaseStore:
                 if lease.expires_s is not None and now >= lease.expires_s and not lease.readers
             ]
             for lease_id in late:
+                self._stranded_bytes += self._leases[lease_id].bytes_held
                 self._drop(lease_id, "expired")
             return len(late)
 
@@ -135,7 +138,12 @@ class LeaseStore:
         """A consistent snapshot."""
         with self._changed:
             totals = {f"{name}_total": count for name, count in self._totals.items()}
-            return LeaseGauges(len(self._leases), self._bytes_held, **totals)
+            return LeaseGauges(
+                len(self._leases),
+                self._bytes_held,
+                **totals,
+                stranded_bytes_total=self._stranded_bytes,
+            )
 
     def wait_empty(self, timeout_s: float) -> bool:
         """Wait until nothing is held. False if `timeout_s` passed first."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import ray
 
 from ..config import AppConfig
@@ -9,6 +11,7 @@ from ..engine.args import Role, engine_args
 from ..engine.engine import Engine
 from ..types import Request, Selection
 from ..wire import pack, unpack
+from .gauges import KvGauges
 from .service import PrefillService
 
 
@@ -22,10 +25,12 @@ class PrefillReplica:
         self._service = PrefillService(Engine(args, cpu_threads=config.prefill.cpu_threads))
         self._lease_s = config.kv.lease_s
         await self._service.start()
+        self._gauges = asyncio.create_task(KvGauges(self._service).run())
 
     async def __del__(self) -> None:
         # Tickets that were handed out are still to be pulled; each ends by its lease at the latest.
         await self._service.drain(self._lease_s)
+        self._gauges.cancel()
         await self._service.close()
 
     async def prefill(self, payload: bytes) -> bytes:

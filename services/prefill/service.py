@@ -28,6 +28,7 @@ class PrefillService:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._peers = KvPeers()
+        self._kv_addresses: list[str] = []
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -39,6 +40,7 @@ class PrefillService:
     async def start(self) -> None:
         """Load the model."""
         self._engine.start()
+        self._kv_addresses = await self._engine.kv_addresses()
 
     async def close(self) -> None:
         """Stop the engine. Idempotent."""
@@ -47,14 +49,12 @@ class PrefillService:
 
     async def drain(self, timeout_s: float) -> bool:
         """Wait until every ticket is pulled or released. False if `timeout_s` passed first."""
-        addresses = await self._engine.kv_addresses()
-        drained = (self._peers.drain(address, timeout_s) for address in addresses)
+        drained = (self._peers.drain(address, timeout_s) for address in self._kv_addresses)
         return all(await asyncio.gather(*drained))
 
     async def gauges(self) -> list[LeaseGauges]:
         """What the engine's workers hold, by rank; those that do not answer are left out."""
-        addresses = await self._engine.kv_addresses()
-        found = await asyncio.gather(*(self._peers.gauges(address) for address in addresses))
+        found = await asyncio.gather(*(self._peers.gauges(peer) for peer in self._kv_addresses))
         return [gauges for gauges in found if gauges is not None]
 
     async def check_health(self) -> None:

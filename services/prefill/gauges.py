@@ -1,0 +1,41 @@
+"""What a prefill replica's workers hold, as Serve metrics (`ray_specprefill_kv_*`)."""
+
+from __future__ import annotations
+
+import asyncio
+
+from ray.serve import metrics
+
+from ..kv.leases import LeaseGauges
+from .service import PrefillService
+
+_PERIOD_S = 1.0
+
+
+class KvGauges:
+    """Reads the gauges once a second, until cancelled."""
+
+    def __init__(self, service: PrefillService) -> None:
+        self._service = service
+        self._bytes_held = _gauge("bytes_held", "KV bytes waiting to be pulled")
+        self._leases = _gauge("leases_held", "Leases waiting to be pulled")
+        self._expired = _gauge("lease_expired_total", "Leases that nobody pulled in time")
+        self._dropped = _gauge("lease_dropped_total", "Leases dropped over the byte cap")
+        self._stranded = _gauge("stranded_bytes_total", "KV bytes of leases that expired")
+
+    async def run(self) -> None:
+        """Keep the metrics up to date. A dead engine is the health check's to report."""
+        while True:
+            self._set(await self._service.gauges())
+            await asyncio.sleep(_PERIOD_S)
+
+    def _set(self, ranks: list[LeaseGauges]) -> None:
+        self._bytes_held.set(sum(rank.bytes_held for rank in ranks))
+        self._leases.set(sum(rank.leases for rank in ranks))
+        self._expired.set(sum(rank.expired_total for rank in ranks))
+        self._dropped.set(sum(rank.dropped_total for rank in ranks))
+        self._stranded.set(sum(rank.stranded_bytes_total for rank in ranks))
+
+
+def _gauge(name: str, description: str) -> metrics.Gauge:
+    return metrics.Gauge(f"specprefill_kv_{name}", description=description)
