@@ -34,7 +34,6 @@ class Answered:
     text: str
     report: Mapping[str, Any]  # the response's `specprefill` object
     ttft_s: float  # from sending to the first text
-    total_s: float
 
 
 def report_line(report: Mapping[str, Any]) -> str:

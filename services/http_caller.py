@@ -25,7 +25,7 @@ def ask(base_url: str, question: Ask, tell: Callable[[str], None]) -> Answered:
             pieces.append(text)
             tell(text)
         report = event.get("specprefill", report)
-    return Answered("".join(pieces), report, first_s, time.monotonic() - started_s)
+    return Answered("".join(pieces), report, first_s)
 
 
 def tokenize(base_url: str, question: Ask) -> list[int]:

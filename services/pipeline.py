@@ -45,7 +45,7 @@ class Pipeline:
     decoder: Decoder
     planner: Planner
     speculate_timeout_s: float = 10.0
-    attempts: int = 3  # engines to try, per stage, before a request is given up
+    attempts: int = 2  # engines per stage: a request that kills engines must not kill a pool
     now: Callable[[], float] = field(default=time.monotonic)
 
     async def generate(self, request: Request) -> AsyncIterator[Chunk]:

@@ -34,6 +34,34 @@ class SparseCPUModelRunner(CPUModelRunner):  # type: ignore[misc]
         _rewrite_positions(self, scheduler_output, fields[POSITIONS_FIELD])
         return fields
 
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        """Sample; seeded requests still in their prompt get their generator's state back.
+
+        Their token is discarded. vLLM rewinds the generator by an offset, which generators
+        on CPUs do not have: the engine would die of a seeded prompt of two chunks.
+        """
+        states = {row: one.get_state() for row, one in self._partial_generators().items()}
+        sampled = super()._sample(*args, **kwargs)
+        for row, state in states.items():
+            self.input_batch.generators[row].set_state(state)
+        return sampled
+
+    def _bookkeeping_sync(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's bookkeeping, which must not find the generators that are rewound already."""
+        rewound = self._partial_generators()
+        for row in rewound:
+            del self.input_batch.generators[row]
+        try:
+            return super()._bookkeeping_sync(*args, **kwargs)
+        finally:
+            self.input_batch.generators.update(rewound)
+
+    def _partial_generators(self) -> dict[int, torch.Generator]:
+        """Seeded generators of the requests whose prompt goes on after this step, by row."""
+        partial = self.discard_request_mask.np[: self.input_batch.num_reqs]
+        generators: dict[int, torch.Generator] = self.input_batch.generators
+        return {row: one for row, one in generators.items() if partial[row]}
+
 
 class SparseGPUModelRunner(GPUModelRunner):  # type: ignore[misc]
     """vLLM's V1 GPU runner at sparse positions."""

@@ -35,7 +35,7 @@ def ask(address: str, question: Ask, tell: Callable[[str], None]) -> Answered:
                 tell(chunk.output.text)
             if chunk.HasField("report"):
                 report = report_dict(chunk.report)
-    return Answered("".join(pieces), report, first_s, time.monotonic() - started_s)
+    return Answered("".join(pieces), report, first_s)
 
 
 def score(address: str, question: Ask, token_ids: list[int]) -> tuple[list[Span], dict[str, Any]]:

@@ -97,7 +97,9 @@ class Pools:
             raise
 
     async def _first_alive(self, members, call):
-        member = next(member for member in members if member.alive)
+        member = next((member for member in members if member.alive), None)
+        if member is None:
+            raise PrefillUnavailable("every engine of the pool is dead")
         try:
             return await call(member.service)
         except PrefillUnavailable:

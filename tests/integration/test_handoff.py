@@ -88,6 +88,15 @@ async def test_eight_requests_at_once_equal_plain_vllm(engines):
         assert answer(steps) == list(want.token_ids)
 
 
+async def test_a_seeded_prompt_of_several_chunks(engines):
+    """vLLM rewinds the generator after each chunk, which a CPU generator cannot by itself."""
+    sampling = {"temperature": 0.9, "seed": 7, "ignore_eos": True}
+    long = engines.request(prompt_of(1300, seed=3), **sampling)
+    want = await engines.plain_vllm(long)  # in one chunk
+    _, steps = await engines.handed_over(long, whole(1300))
+    assert answer(steps) == list(want.token_ids)
+
+
 async def test_logprobs_are_those_of_the_aggregated_engine(engines):
     request = engines.request(prompt_of(300, seed=2), logprobs=2, max_tokens=6, ignore_eos=True)
     want = await engines.aggregated(request, pruned(300))

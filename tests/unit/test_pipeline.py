@@ -119,7 +119,7 @@ async def test_an_empty_prompt_is_refused():
 
 
 async def test_the_kv_is_released_whatever_happens():
-    pools = Pools(fails=[DecodeUnavailable("gone")] * 3)
+    pools = Pools(fails=[DecodeUnavailable("gone")] * 2)
     with pytest.raises(DecodeUnavailable):
         await pools.run()
     assert (pools.prefiller.held, pools.prefiller.released) == (0, 1)
@@ -137,7 +137,7 @@ async def test_closing_the_stream_releases_the_pools():
 
 async def test_a_prefill_failure_holds_nothing():
     pools = Pools()
-    pools.prefiller.fails = [PrefillUnavailable("gone")] * 3
+    pools.prefiller.fails = [PrefillUnavailable("gone")] * 2
     with pytest.raises(PrefillUnavailable):
         await pools.run()
     assert pools.prefiller.held == 0
@@ -153,7 +153,7 @@ async def test_dense_requests_skip_the_speculator():
 @pytest.mark.parametrize("place", range(4))
 @pytest.mark.parametrize("samples", [1, 2])
 async def test_a_lost_decode_engine_is_replaced_without_a_token_more_or_less(place, samples):
-    pools = Pools(fails=[DecodeUnavailable("gone"), DecodeUnavailable("gone")], fails_at=place)
+    pools = Pools(fails=[DecodeUnavailable("gone")], fails_at=place)
     chunks = await pools.run(samples=samples)
     assert [tokens(chunks, index) for index in range(samples)] == [[100, 101, 102, 103]] * samples
     for index in range(samples):
@@ -170,6 +170,13 @@ async def test_the_next_decode_engine_repeats_what_the_client_has():
 
 async def test_a_lost_prefill_engine_is_replaced():
     pools = Pools()
-    pools.prefiller.fails = [PrefillUnavailable("gone"), PrefillUnavailable("gone"), None]
+    pools.prefiller.fails = [PrefillUnavailable("gone"), None]
     assert tokens(await pools.run()) == [100, 101, 102, 103]
     assert (pools.prefiller.held, pools.prefiller.released) == (0, 1)
+
+
+async def test_a_request_that_kills_engines_is_given_up():
+    pools = Pools(fails=[DecodeUnavailable("gone")] * 9)
+    with pytest.raises(DecodeUnavailable):
+        await pools.run()
+    assert len(pools.decoder.replays) == 2

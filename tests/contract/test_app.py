@@ -1,0 +1,72 @@
+"""Where replicas go, and what the application consists of, in Serve's own objects."""
+
+import pytest
+
+from specprefill.app import Placement, build, engine_placement, speculator_placement
+from specprefill.config import AppConfig, EngineConfig, SpeculatorConfig
+
+CONFIG = AppConfig.model_validate({"model": {"path": "m"}, "speculator": {"path": "s"}})
+
+
+@pytest.mark.parametrize(
+    ("engine", "gpus", "placement"),
+    [
+        ({}, True, Placement(num_gpus=1.0)),
+        ({"tensor_parallel_size": 4}, True, Placement(num_gpus=4.0)),
+        ({"tensor_parallel_size": 2, "executor": "mp"}, True, Placement(num_gpus=2.0)),
+        ({"executor": "ray"}, True, Placement(num_gpus=1.0)),
+        ({"cpu_threads": 2}, False, Placement(num_cpus=2.0)),
+        ({"tensor_parallel_size": 2, "executor": "ray"}, False, Placement(num_cpus=2.0)),
+    ],
+)
+def test_an_engine_on_one_node_takes_its_devices(engine, gpus, placement):
+    assert engine_placement(EngineConfig(**engine), gpus=gpus) == placement
+
+
+@pytest.mark.parametrize(
+    ("engine", "workers"),
+    [
+        ({"tensor_parallel_size": 4, "executor": "ray"}, 4),
+        ({"tensor_parallel_size": 4, "pipeline_parallel_size": 2}, 8),
+    ],
+)
+def test_an_engine_that_may_spread_gets_a_bundle_per_worker(engine, workers):
+    placement = engine_placement(EngineConfig(**engine), gpus=True)
+    options = placement.options()
+    assert options["placement_group_bundles"] == [{"CPU": 1.0, "GPU": 1.0}] * workers
+    assert options["ray_actor_options"] == {"num_cpus": 1.0}  # the workers take the GPUs
+
+
+def test_the_speculator_takes_a_gpu_where_there_are_any():
+    assert speculator_placement(SpeculatorConfig(path="s"), gpus=True).num_gpus == 1.0
+    on_cpu = SpeculatorConfig(path="s", device="cpu", threads=2)
+    assert speculator_placement(on_cpu, gpus=True) == Placement(num_cpus=2.0)
+    assert speculator_placement(SpeculatorConfig(path="s"), gpus=False).num_gpus == 0.0
+
+
+def deployments(monkeypatch):
+    """What `build` bound, by name."""
+    monkeypatch.setenv("SPECPREFILL_CPU_ENGINE", "1")
+    gateway = build(CONFIG)._bound_deployment
+    pools = [argument._bound_deployment for argument in gateway.init_args[1:]]
+    return {deployment.name: deployment for deployment in (gateway, *pools)}
+
+
+def test_the_application_is_a_gateway_over_three_pools(monkeypatch):
+    bound = deployments(monkeypatch)
+    assert list(bound) == ["Gateway", "Speculator", "Prefill", "Decode"]
+    for deployment in bound.values():
+        assert AppConfig.model_validate_json(deployment.init_args[0]) == CONFIG
+
+
+def test_queues_are_bounded_and_draining_outlives_the_longest_request(monkeypatch):
+    for deployment in deployments(monkeypatch).values():
+        config = deployment._deployment_config
+        assert config.max_queued_requests > 0
+        assert config.graceful_shutdown_timeout_s > CONFIG.gateway.request_timeout_s
+        assert 2 <= config.health_check_period_s <= 5
+
+
+def test_the_builder_is_typed_so_that_serve_validates():
+    # A postponed annotation would be a string, and Serve would pass a plain dict.
+    assert build.__annotations__["args"] is AppConfig

@@ -1,0 +1,104 @@
+"""Serve's answers, read."""
+
+import pytest
+
+from specprefill.cluster import DeploymentFailed, ServeApi, snapshot_of
+
+
+def details(app_status="RUNNING", status="HEALTHY", states=("RUNNING",), target=1, message=""):
+    return {
+        "applications": {
+            "specprefill": {
+                "status": app_status,
+                "message": "app: " + message,
+                "deployments": {
+                    "Prefill": {
+                        "status": status,
+                        "message": message,
+                        "target_num_replicas": target,
+                        "replicas": [{"state": state} for state in states],
+                    }
+                },
+            }
+        }
+    }
+
+
+class Client:
+    """Serve's REST client, as a script of answers."""
+
+    def __init__(self, *answers):
+        self._answers = list(answers)
+
+    def get_serve_details(self):
+        return self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+
+
+@pytest.fixture
+def api(monkeypatch):
+    def make(*answers):
+        made = ServeApi.__new__(ServeApi)
+        made._client = Client(*answers)
+        return made
+
+    monkeypatch.setattr("specprefill.cluster.POLL_S", 0.0)
+    return make
+
+
+def test_a_pool_with_all_its_replicas_is_healthy():
+    snapshot = snapshot_of(details())
+    assert snapshot.healthy
+    assert snapshot.failure() is None
+    assert snapshot.pools[0].line() == "Prefill     healthy     1 of 1 replicas"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"app_status": "DEPLOYING"},
+        {"status": "UPDATING"},
+        {"states": ("STARTING",)},
+        {"target": 2},
+    ],
+)
+def test_anything_less_is_not(changed):
+    assert not snapshot_of(details(**changed)).healthy
+
+
+def test_nothing_deployed_is_not_healthy():
+    assert not snapshot_of({"applications": {}}).healthy
+
+
+def test_a_deployment_that_cannot_be_built_fails_with_the_reason():
+    failed = snapshot_of(details(app_status="DEPLOY_FAILED", message="ValueError: no such model"))
+    assert failed.failure() == "specprefill: app: ValueError: no such model"
+
+
+def test_a_replica_that_cannot_start_fails_with_the_end_of_its_traceback():
+    lines = "\n".join(f"frame {n}" for n in range(50))
+    message = f"The deployment failed to start 1 times.\n{lines}\nOSError: no weights"
+    failure = snapshot_of(details(status="UPDATING", message=message)).failure()
+    assert failure.startswith("Prefill: frame ")
+    assert failure.endswith("OSError: no weights")
+    assert len(failure.splitlines()) == 12
+
+
+def test_waiting_tells_each_change_once(api):
+    told = []
+    waiting = details(app_status="DEPLOYING", status="UPDATING", states=())
+    api(waiting, waiting, details()).wait_healthy(10, told.append)
+    assert told == [
+        "Prefill     updating    0 of 1 replicas",
+        "Prefill     healthy     1 of 1 replicas",
+    ]
+
+
+def test_waiting_ends_at_a_failure(api):
+    bad = details(app_status="DEPLOY_FAILED", message="why")
+    with pytest.raises(DeploymentFailed, match="why"):
+        api(details(status="UPDATING"), bad).wait_healthy(10, lambda _: None)
+
+
+def test_waiting_ends_with_its_time(api):
+    with pytest.raises(DeploymentFailed, match="not healthy within 0 s: Prefill"):
+        api(details(status="UPDATING")).wait_healthy(0, lambda _: None)
