@@ -188,7 +188,7 @@ async def pools(model_dir) -> AsyncIterator[Pools]:  # noqa: F811
         block_size=BLOCK_SIZE,
         kv_cache_memory_bytes=64 << 20,
         enforce_eager=True,
-        max_num_batched_tokens=512,
+        max_num_batched_tokens=256,
     )
     kv = KvConfig(pull_timeout_s=5.0, lease_s=4.0)
 

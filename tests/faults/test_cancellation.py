@@ -1,0 +1,144 @@
+"""Cancelled requests cost the others nothing, and leave nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+import statistics
+import time
+from dataclasses import dataclass, replace
+
+import psutil
+import pytest
+
+from specprefill.types import Plan, PlanKind, Reason, Selection, Span
+
+from .conftest import Pools, ask
+from .test_matrix import request
+
+pytestmark = [pytest.mark.faults, pytest.mark.asyncio(loop_scope="session")]
+
+LONG, SHORT = 8000, 500
+CANCELLED = 1000
+AT_ONCE = 25
+
+
+def whole_prompt(length: int) -> Selection:
+    return Selection(length, (Span(0, length),), Plan(PlanKind.DENSE, Reason.ASKED_OFF))
+
+
+def prompt(name: str, length: int, **sampling):
+    rng = random.Random(name)
+    tokens = tuple(rng.randrange(10, 1000) for _ in range(length))
+    return replace(request(name, **sampling), prompt=tokens)
+
+
+async def ttft(pools: Pools, name: str) -> float:
+    """Seconds until the first token of a short prompt."""
+    started_s = time.monotonic()
+    await ask(pools, prompt(name, SHORT, max_tokens=1), whole_prompt(SHORT))
+    return time.monotonic() - started_s
+
+
+async def test_ten_long_prompts_cancelled_mid_prefill_do_not_delay_a_short_one(whole, table):
+    idle = [await ttft(whole, f"idle-{number}") for number in range(9)]
+    after = []
+    for number in range(5):
+        running = [
+            asyncio.create_task(
+                ask(whole, prompt(f"long-{number}-{place}", LONG), whole_prompt(LONG))
+            )
+            for place in range(10)
+        ]
+        await asyncio.sleep(0.4)  # the first is being prefilled, the others are queued
+        assert not any(task.done() for task in running)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        after.append(await ttft(whole, f"after-{number}"))
+    ratio = statistics.median(after) / statistics.median(idle)
+    table.add(f"ten 8k prompts cancelled (ratio {ratio:.2f})", "aborted", max(after), True, 0)
+    # One step of the cancelled prompts may be under way, and a step is not interrupted.
+    assert statistics.median(after) - statistics.median(idle) <= 0.2, f"{idle} {after}"
+    assert await whole.prefills[0].service.drain(1.0)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What this process and the engines hold."""
+
+    bytes_held: int
+    leases: int
+    blocks: float
+    tasks: int
+    descriptors: int
+
+
+async def footprint(pools: Pools) -> Footprint:
+    gc.collect()
+    gauges = [g for member in pools.prefills for g in await member.service.gauges()]
+    return Footprint(
+        bytes_held=sum(g.bytes_held for g in gauges),
+        leases=sum(g.leases for g in gauges),
+        blocks=blocks_in_use(),
+        tasks=len(asyncio.all_tasks()),
+        descriptors=psutil.Process().num_fds(),
+    )
+
+
+def blocks_in_use() -> float:
+    """Share of the KV caches' blocks that requests hold, over all engines, as vLLM exports it."""
+    from prometheus_client import REGISTRY
+
+    families = (
+        family for family in REGISTRY.collect() if family.name == "vllm:kv_cache_usage_perc"
+    )
+    return sum(sample.value for family in families for sample in family.samples)
+
+
+async def settled(pools: Pools, wanted: Footprint) -> Footprint:
+    """The footprint, once it is back at `wanted` or ten seconds have passed."""
+    give_up_s = time.monotonic() + 10
+    now = await footprint(pools)
+    while now != wanted and time.monotonic() < give_up_s:
+        await pools.prefills[0].service.drain(0.2)
+        await asyncio.sleep(0.1)
+        now = await footprint(pools)
+    return now
+
+
+async def test_a_thousand_requests_cancelled_at_random_leave_nothing_behind(whole, table):
+    rng = random.Random(0)
+    # Warm connections and threads: they stay, and are no leak.
+    await asyncio.gather(*(one_cancelled(whole, f"warm-{n}", rng, 2.0) for n in range(AT_ONCE)))
+    before = await footprint(whole)
+    assert (before.bytes_held, before.leases) == (0, 0)
+    started_s = time.monotonic()
+    ended = 0
+    for first in range(0, CANCELLED, AT_ONCE):
+        outcomes = await asyncio.gather(
+            *(
+                one_cancelled(whole, f"cancelled-{first + n}", rng, rng.uniform(0.0, 0.8))
+                for n in range(AT_ONCE)
+            )
+        )
+        ended += sum(outcomes)
+    after = await settled(whole, before)
+    seconds = time.monotonic() - started_s
+    name = f"{CANCELLED} cancelled at random ({ended} had ended)"
+    table.add(name, "released", seconds, True, after.bytes_held)
+    assert ended < CANCELLED / 2
+    assert after == before
+
+
+async def one_cancelled(pools: Pools, name: str, rng: random.Random, after_s: float) -> bool:
+    """Ask and leave after `after_s`. True if the answer was complete by then."""
+    length = rng.choice([100, 500, 1500])
+    asked = prompt(name, length, max_tokens=rng.choice([4, 64]))
+    task = asyncio.create_task(ask(pools, asked, whole_prompt(length)))
+    done, _ = await asyncio.wait([task], timeout=after_s)
+    if not done:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    return bool(done) and not task.cancelled()
