@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -157,10 +158,10 @@ def _prompt_text(source: str | None) -> str:
 
 
 def _rate(text: str) -> float:
-    rate = float(text)
-    if not 0 < rate <= 1:
-        raise ValueError(text)
-    return rate
+    with suppress(ValueError):
+        if 0 < float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a number above 0 and at most 1, not {text!r}")
 
 
 def _write(text: str) -> None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it once, when it is imported
+
 ROOT = Path(__file__).resolve().parents[1]
-_MARKED_FOLDERS = ("integration", "e2e")
+_MARKERS = {"integration": "integration", "faults": "integration", "e2e": "e2e"}
 
 
 def pytest_collection_modifyitems(items):
     """The folder is the marker; GPU tests wait for a GPU."""
     for item in items:
         folder = item.path.relative_to(ROOT / "tests").parts[0]
-        if folder in _MARKED_FOLDERS:
-            item.add_marker(folder)
+        if folder in _MARKERS:
+            item.add_marker(_MARKERS[folder])
         if item.get_closest_marker("gpu") is not None and not _has_gpu():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 

@@ -17,6 +17,7 @@ from ..plan import Planner
 from ..rpc import specprefill_pb2 as pb
 from .app import build_client, build_http_app
 from .grpc_api import GrpcApi
+from .metrics import MeasuredPipeline
 from .pools import ServeDecoder, ServePrefiller, ServeSpeculator
 from .serve_health import ServeHealth
 
@@ -41,12 +42,14 @@ class GatewayReplica:
         self._health = ServeHealth(serve.get_replica_context().app_name, pools, serve.status)
         self._client = build_client(
             self._config,
-            Pipeline(
-                speculator=ServeSpeculator(speculator),
-                prefiller=ServePrefiller(prefill, self._peers.release),
-                decoder=ServeDecoder(decode),
-                planner=_planner(self._config),
-                speculate_timeout_s=self._config.speculator.timeout_s,
+            MeasuredPipeline(
+                Pipeline(
+                    speculator=ServeSpeculator(speculator),
+                    prefiller=ServePrefiller(prefill, self._peers.release),
+                    decoder=ServeDecoder(decode),
+                    planner=_planner(self._config),
+                    speculate_timeout_s=self._config.speculator.timeout_s,
+                )
             ),
         )
         self._grpc = GrpcApi(
