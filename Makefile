@@ -99,6 +99,14 @@ models: $(INSTALLED) ## Train the demo pair again (an hour or two on a CPU, minu
 bench-ttft: $(INSTALLED) ## Time to first token, dense and pruned, at 1k, 4k and 8k tokens
 	@$(PY) -m specprefill.bench.ttft
 
+.PHONY: bench-kv
+bench-kv: $(INSTALLED) ## Throughput of the KV hand-off beside raw gRPC, memcpy and Ray
+	@$(PY) -m specprefill.bench.kv
+
+.PHONY: test-faults
+test-faults: $(INSTALLED) ## Kill engines, cut streams, cancel requests; print what became of each
+	@$(PY) -m pytest tests/faults
+
 .PHONY: clean
 clean: ## Remove what was built (.venv and models/ stay)
 	rm -rf out build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
+from .. import heap
 from ..config import AppConfig
 from ..decode.service import DecodeService
 from ..engine.args import Role, engine_args
@@ -63,6 +64,7 @@ async def local_pipeline(config: AppConfig) -> AsyncIterator[Pipeline]:
         prefill = await stack.enter_async_context(PrefillService(Engine(prefill_args)))
         decode_args = engine_args(config.model, config.decode, config.kv, Role.DECODE, HOST)
         decode = await stack.enter_async_context(DecodeService(Engine(decode_args)))
+        heap.freeze()
         selection = config.selection
         yield Pipeline(
             speculator,

@@ -8,6 +8,7 @@ from typing import cast
 
 import ray
 
+from .. import heap
 from ..config import AppConfig
 from ..engine.args import Role, engine_args
 from ..engine.engine import Engine
@@ -28,6 +29,7 @@ class DecodeReplica:
         args = engine_args(config.model, config.decode, config.kv, Role.DECODE, host)
         self._service = DecodeService(Engine(args, cpu_threads=config.decode.cpu_threads))
         await self._service.start()
+        heap.freeze()
 
     async def __del__(self) -> None:
         await self._service.close()

@@ -8,10 +8,10 @@ ends with a trailer that counts the frames: a truncated stream is not a complete
 from __future__ import annotations
 
 import struct
-import zlib
 from dataclasses import dataclass
 
 import msgpack
+from xxhash import xxh3_64_intdigest
 
 from ..errors import CorruptFrame
 
@@ -63,9 +63,9 @@ def _message(place: list[int], payload: bytes | memoryview, lease_id: str) -> by
 
 
 def _digest(place: list[int], payload: bytes | memoryview, lease_id: str) -> int:
-    """CRC-32, which finds every error burst up to 32 bits, over place and payload."""
-    seed = zlib.crc32(msgpack.packb([lease_id, *place, len(payload)]))
-    return zlib.crc32(payload, seed)
+    """XXH3 over the payload, seeded by where it belongs: an order faster than the network."""
+    seed = xxh3_64_intdigest(msgpack.packb([lease_id, *place, len(payload)]))
+    return xxh3_64_intdigest(payload, seed)
 
 
 def _split(message: bytes) -> tuple[list[int], memoryview]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from dataclasses import asdict
 from typing import Any
@@ -38,14 +38,20 @@ class KvServer:
     """Serves one worker's leases on a port of its own."""
 
     def __init__(
-        self, leases: LeaseStore, fingerprint: str, host: str, *, threads: int = 8
+        self,
+        leases: LeaseStore,
+        fingerprint: str,
+        host: str,
+        *,
+        threads: int = 8,
+        more_handlers: Sequence[grpc.GenericRpcHandler] = (),
     ) -> None:
         self._leases = leases
         self._fingerprint = fingerprint
         self._host = host
         self._server = grpc.server(
             futures.ThreadPoolExecutor(threads, thread_name_prefix="kv-serve"),
-            handlers=[_Handler(self)],
+            handlers=[_Handler(self), *more_handlers],
             options=OPTIONS,
         )
 

@@ -6,6 +6,7 @@ import asyncio
 
 import ray
 
+from .. import heap
 from ..config import AppConfig
 from ..engine.args import Role, engine_args
 from ..engine.engine import Engine
@@ -25,6 +26,7 @@ class PrefillReplica:
         self._service = PrefillService(Engine(args, cpu_threads=config.prefill.cpu_threads))
         self._lease_s = config.kv.lease_s
         await self._service.start()
+        heap.freeze()
         self._gauges = asyncio.create_task(KvGauges(self._service).run())
 
     async def __del__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .. import heap
 from ..config import AppConfig
 from ..errors import SpeculatorUnavailable
 from ..types import Plan, Request
@@ -18,6 +19,7 @@ class SpeculatorReplica:
             config.speculator, config.selection, config.model.path
         )
         await self._service.start()
+        heap.freeze()
 
     async def __del__(self) -> None:
         await self._service.close()

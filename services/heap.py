@@ -1,0 +1,15 @@
+"""Keeps Python's garbage collector from pausing requests."""
+
+from __future__ import annotations
+
+import gc
+
+
+def freeze() -> None:
+    """Exempt everything that start-up made from collection: call it once, when ready.
+
+    With torch and vLLM imported, a full collection takes 0.3 to 0.5 s, in the middle of
+    whatever request sets it off.
+    """
+    gc.collect()
+    gc.freeze()
