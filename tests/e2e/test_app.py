@@ -456,3 +456,24 @@ def test_without_a_speculator_prompts_go_dense_and_say_why(app, chat):
     while chat().specprefill["plan"] != "prune" and time.monotonic() < give_up_s:
         time.sleep(1)
     assert chat().specprefill["reason"] == "asked"
+
+
+def test_a_stream_outlives_the_decode_replica_that_began_it(app, chat):
+    options = {"max_tokens": 300, "extra_body": pruned(ignore_eos=True)}
+    wanted = chat(**options).choices[0].message.content
+    (pid,) = app.replica_pids("Decode")
+    text = ""
+    for number, event in enumerate(chat(stream=True, **options)):
+        text += (event.choices[0].delta.content or "") if event.choices else ""
+        if number == 20:
+            os.kill(pid, signal.SIGKILL)
+    assert text == wanted
+    app.wait_healthy()
+
+
+def test_a_prompt_outlives_the_prefill_replica_it_was_sent_to(app, chat):
+    wanted = chat().choices[0].message.content
+    (pid,) = app.replica_pids("Prefill")
+    os.kill(pid, signal.SIGKILL)
+    assert chat().choices[0].message.content == wanted
+    app.wait_healthy()
