@@ -13,3 +13,8 @@ def freeze() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def thaw() -> None:
+    """Undo `freeze`: for programs that end, so that everything is torn down in order."""
+    gc.unfreeze()

@@ -65,6 +65,7 @@ async def local_pipeline(config: AppConfig) -> AsyncIterator[Pipeline]:
         decode_args = engine_args(config.model, config.decode, config.kv, Role.DECODE, HOST)
         decode = await stack.enter_async_context(DecodeService(Engine(decode_args)))
         heap.freeze()
+        stack.callback(heap.thaw)
         selection = config.selection
         yield Pipeline(
             speculator,

@@ -10,7 +10,8 @@ from specprefill import heap
 @pytest.fixture
 def _thawed():
     yield
-    gc.unfreeze()
+    heap.thaw()
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.usefixtures("_thawed")

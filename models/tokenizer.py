@@ -1,0 +1,118 @@
+"""Trains the byte-level BPE tokenizer that both demo models share.
+
+Every lexicon word with its leading space is one token; every digit is one token. Any other text
+encodes as bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from specprefill.synthetic import corpus
+
+HERE = Path(__file__).parent
+VOCABULARY_SIZE = 2048
+MODEL_MAX_LENGTH = 16384
+PAD, BEGIN, END = "<|pad|>", "<|begin|>", "<|end|>"
+ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
+SPECIAL_TOKENS = (PAD, BEGIN, END, *ROLES)
+# GPT-2's words, but each digit stands alone and takes a leading space along, so that a value's
+# first digit follows its key directly.
+WORD_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+TOOL_SCHEMA = {
+    "type": "function",
+    "function": {
+        "name": "lookup",
+        "description": "Finds a record.",
+        "parameters": {
+            "type": "object",
+            "properties": {"key": {"type": "string"}},
+            "required": ["key"],
+        },
+    },
+}
+OTHER_TEXT = (
+    "You are a helpful assistant. Answer the question with the text. Use the records above.",
+    "hello how are you what is this that these those with have has had will would can could",
+    "please summarize explain write list count sort code file function return import class",
+    "speculative prefill keeps the prompt tokens that matter and drops the rest",
+    json.dumps(TOOL_SCHEMA),
+)
+
+
+def training_text(rng: random.Random, documents: int) -> Iterator[str]:
+    """The lexicon, filler, records and questions, and a little text of other kinds."""
+    for _ in range(documents):
+        facts = corpus.records(rng, 8)
+        filler = corpus.filler_pool(rng, 24)
+        yield corpus.join(filler, facts, [rng.randrange(25) for _ in facts])
+        yield "\n".join(corpus.question(rng, fact) for fact in facts)
+        yield "".join(f" {word}" for word in corpus.LEXICON)
+        yield from OTHER_TEXT
+
+
+def train(rng: random.Random, documents: int) -> Tokenizer:
+    """A tokenizer in which every lexicon word is one token; raises ValueError where one is not."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(training_text(rng, documents), trainer)
+    split = [word for word in corpus.LEXICON if len(tokenizer.encode(f" {word}").ids) != 1]
+    if split:
+        raise ValueError(f"these words are not one token each: {split}")
+    return tokenizer
+
+
+def save(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja."""
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BEGIN,
+        eos_token=END,
+        pad_token=PAD,
+        extra_special_tokens=list(ROLES),
+        model_max_length=MODEL_MAX_LENGTH,
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = (HERE / "chat_template.jinja").read_text().rstrip("\n")
+    fast.save_pretrained(folder)
+
+
+def write(folders: Sequence[Path], *, seed: int = 0, documents: int = 200) -> None:
+    """Train one tokenizer and save it into every folder."""
+    tokenizer = train(random.Random(seed), documents)
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        save(tokenizer, folder)
+        print(f"{folder}: {tokenizer.get_vocab_size()} tokens")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "folders", nargs="*", type=Path, default=[HERE / "demo-main", HERE / "demo-speculator"]
+    )
+    arguments = parser.parse_args()
+    write(arguments.folders)
+
+
+if __name__ == "__main__":
+    main()
