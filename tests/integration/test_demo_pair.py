@@ -15,11 +15,13 @@ from specprefill.types import Plan, PlanKind, Reason, Selection, Span
 
 from .conftest import MODELS, kept
 
-pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="session")]
+pytestmark = pytest.mark.integration
 
 KEEP = 0.1
 PLAN = Plan(PlanKind.PRUNE, Reason.ASKED, KEEP)
-POLICY = SelectionPolicy(min_kept_tokens=1)  # the rate alone decides
+# The paper's selection: nothing is protected, the rate alone decides.
+PAPER = SelectionPolicy(min_kept_tokens=1, sink_tokens=0, tail_tokens=0)
+SHIPPED = SelectionPolicy()
 LENGTHS = (1024, 1536, 2048)
 
 
@@ -63,7 +65,7 @@ class Needle:
 
 def random_chunks(selection: Selection, rng: random.Random) -> Selection:
     """As many tokens in random chunks: the control."""
-    length, size = selection.prompt_tokens, POLICY.chunk_tokens
+    length, size = selection.prompt_tokens, PAPER.chunk_tokens
     starts = list(range(0, length, size))
     chosen = sorted(rng.sample(starts, round(len(starts) * KEEP)))
     return kept(length, *(Span(start, min(start + size, length)) for start in chosen))
@@ -71,14 +73,17 @@ def random_chunks(selection: Selection, rng: random.Random) -> Selection:
 
 def test_the_needle_survives_a_keep_rate_of_a_tenth(scorer, tokenizer):
     rng = random.Random(0)
-    found = control = 0
+    found = {"paper": 0, "shipped": 0, "random": 0}
     for seed in range(200):
         needle = Needle(seed, rng.choice(LENGTHS), tokenizer)
-        selection = select(scorer.score([needle.ids])[0], PLAN, (), POLICY)
-        found += needle.survives(selection)
-        control += needle.survives(random_chunks(selection, rng))
-    assert found >= 196, f"{found} of 200 needles survived"
-    assert control <= 40, f"{control} of 200 survived random chunks: the test proves nothing"
+        scores = scorer.score([needle.ids])[0]
+        chosen = select(scores, PLAN, (), PAPER)
+        found["paper"] += needle.survives(chosen)
+        found["shipped"] += needle.survives(select(scores, PLAN, (), SHIPPED))
+        found["random"] += needle.survives(random_chunks(chosen, rng))
+    assert found["paper"] >= 196, found
+    assert found["shipped"] >= 196, found
+    assert found["random"] <= 40, f"{found}: random chunks do as well, the test proves nothing"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -107,6 +112,7 @@ async def answered(engine, needle, selection, name) -> bool:
     return needle.prompt.answer in text
 
 
+@pytest.mark.asyncio(loop_scope="session")
 @pytest.mark.parametrize(("length", "wanted"), [(2048, 0.95), (4096, 0.90)])
 async def test_dense_answers_are_right(main_engine, tokenizer, length, wanted):
     needles = [Needle(1000 + seed, length, tokenizer) for seed in range(40)]
@@ -120,6 +126,7 @@ async def test_dense_answers_are_right(main_engine, tokenizer, length, wanted):
     assert sum(right) / len(right) >= wanted
 
 
+@pytest.mark.asyncio(loop_scope="session")
 async def test_pruned_answers_are_right(main_engine, scorer, tokenizer):
     needles = [Needle(2000 + seed, 2048, tokenizer) for seed in range(40)]
     selections = [
