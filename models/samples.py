@@ -28,7 +28,7 @@ TOKENS_PER_DRILLED_KEY = 24
 KEY_WORDS, VALUE_DIGITS = 2, 5
 GAP_CHUNK_TOKENS = 32
 LAST_QUESTION_TOKENS = 16
-IGNORED, PLAIN, ANSWER, VALUE = range(4)  # what a token is to the loss; padding is ignored
+PLAIN, ANSWER, VALUE = 1, 2, 3  # what a token is to the loss; 0 is padding
 
 
 @dataclass(frozen=True, slots=True)

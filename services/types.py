@@ -36,7 +36,6 @@ class Reason(enum.StrEnum):
     PROMPT_LOGPROBS = "prompt_logprobs"  # they need every prompt token computed
     PROTECTED_SPANS = "protected_spans"  # protection left nothing to drop
     FLAT_SCORES = "flat_scores"  # the speculator saw no difference between chunks
-    NO_LOOK_AHEAD = "no_look_ahead"  # the speculator had no query to score with
     PROMPT_TOO_LONG_FOR_SPECULATOR = "prompt_too_long_for_speculator"
     SPECULATOR_UNAVAILABLE = "speculator_unavailable"
     SPECULATOR_TIMEOUT = "speculator_timeout"

@@ -10,6 +10,7 @@ from ray import serve
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
+from .. import heap
 from ..config import AppConfig
 from ..kv.rpc import KvPeers
 from ..pipeline import Pipeline
@@ -58,6 +59,7 @@ class GatewayReplica:
             self._config.gateway.api_keys,
             self._health.count,
         )
+        heap.freeze()
 
     async def __del__(self) -> None:
         await self._peers.close()

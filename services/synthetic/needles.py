@@ -33,7 +33,6 @@ class NeedlePrompt:
     messages: list[dict[str, str]]
     answer: str  # the asked key's value
     gold: str  # key and value as the document has them, once: all that the answer needs
-    sentence: str  # the whole record
     key: str
     depth: float  # share of the filler before the needle, 0..1
     prompt_tokens: int  # of the rendered chat with the generation prompt
@@ -76,7 +75,6 @@ def needle_prompt(
         messages=chat,
         answer=facts[0].value,
         gold=corpus.reply(facts[0]),
-        sentence=facts[0].text,
         key=facts[0].key,
         depth=depths[0],
         prompt_tokens=count_tokens(chat, tokenizer),
