@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import cast
 
@@ -14,6 +14,7 @@ from ..engine.args import Role, engine_args
 from ..engine.engine import Engine
 from ..types import Replay, Request, Selection, Ticket
 from ..wire import pack, unpack
+from .objects import KvReference, ObjectTickets
 from .service import DecodeService
 
 _Asked = tuple[Request, Selection, Ticket | None, Replay, float]
@@ -29,18 +30,26 @@ class DecodeReplica:
         args = engine_args(config.model, config.decode, config.kv, Role.DECODE, host)
         self._service = DecodeService(Engine(args, cpu_threads=config.decode.cpu_threads))
         await self._service.start()
+        self._tickets = ObjectTickets()
         heap.freeze()
 
     async def __del__(self) -> None:
+        self._tickets.close()
         await self._service.close()
 
-    async def decode(self, payload: bytes) -> AsyncIterator[bytes]:
-        """`(Request, Selection, Ticket | None, Replay, timeout_s)` -> a stream of Decoded."""
+    async def decode(
+        self, payload: bytes, objects: Sequence[KvReference] = ()
+    ) -> AsyncIterator[bytes]:
+        """`(Request, Selection, Ticket | None, Replay, timeout_s)` -> a stream of Decoded.
+
+        `objects` hold the ticket's KV, one per rank, if Ray carries it.
+        """
         request, selection, ticket, replay, timeout_s = unpack(payload, _KIND)
-        steps = self._service.decode(request, selection, ticket, replay, timeout_s)
-        async with aclosing(steps) as stream:  # type: ignore[type-var]
-            async for step in stream:
-                yield pack(step)
+        async with self._tickets.local(ticket, objects) as local:
+            steps = self._service.decode(request, selection, local, replay, timeout_s)
+            async with aclosing(steps) as stream:  # type: ignore[type-var]
+                async for step in stream:
+                    yield pack(step)
 
     async def check_health(self) -> None:
         """Raises Unavailable when the engine process is dead."""

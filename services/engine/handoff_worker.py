@@ -18,7 +18,7 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from ..errors import CorruptFrame, KvTransferError, LayoutMismatch
 from ..kv.frames import Frame
 from ..kv.leases import LeaseStore
-from ..kv.rpc import KvClient, KvPull, KvServer
+from ..kv.rpc import KvClient, KvPull, KvServer, from_token
 from .handoff import Endpoint, HandoffConfig, Orders, Pull, Stage
 from .layout import KvLayout, fingerprint, layout_of
 from .staging import Stager, stager_for
@@ -150,7 +150,9 @@ class WorkerHalf:
             self._running[order.request_id] = pull
         arrived = [order.start] * len(self._caches)
         for frame in pull:
-            self._store(order, frame, arrived)
+            lacking = from_token(frame, order.start)  # a relay streams the whole prompt
+            if lacking is not None:
+                self._store(order, lacking, arrived)
         if any(stop != order.stop for stop in arrived):
             raise CorruptFrame("stream: some layers are not complete")
 

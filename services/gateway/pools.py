@@ -7,8 +7,10 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
+import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -28,6 +30,7 @@ from ..types import Decoded, Plan, Prefilled, Replay, Request, Selection, Ticket
 logger = logging.getLogger(__name__)
 
 Release = Callable[[Ticket], Awaitable[None]]
+Carried = dict[str, list[ray.ObjectRef]]  # lease id -> one object per rank; empty: gRPC carries
 
 _RETRY_AFTER_S = 1.0
 
@@ -48,10 +51,14 @@ class ServeSpeculator:
 
 @dataclass(frozen=True, slots=True)
 class ServePrefiller:
-    """The prefill pool. Leases are released straight at the worker that holds them."""
+    """The prefill pool. Leases are released straight at the worker that holds them.
+
+    `carried` keeps the KV that Ray carries, by lease: dropping the references frees it.
+    """
 
     handle: DeploymentHandle
     release: Release
+    carried: Carried
 
     @asynccontextmanager
     async def prefill(
@@ -60,13 +67,18 @@ class ServePrefiller:
         """See `ports.Prefiller`."""
         with mapped_errors("prefill", PrefillUnavailable):
             payload = wire.pack((request, selection, timeout_s))
-            reply = await _call(self.handle, "prefill", payload, timeout_s)
+            reply, objects = await _call(self.handle, "prefill", payload, timeout_s)
         prefilled = wire.unpack(reply, Prefilled)
+        ticket = prefilled.ticket
+        if ticket is None:
+            yield prefilled
+            return
+        self.carried[ticket.lease_id] = objects
         try:
             yield prefilled
         finally:
-            if prefilled.ticket is not None:
-                await asyncio.shield(self._release(prefilled.ticket))
+            del self.carried[ticket.lease_id]
+            await asyncio.shield(self._release(ticket))
 
     async def _release(self, ticket: Ticket) -> None:
         """An answer is not lost for a lease that could not be released: it expires by itself."""
@@ -78,9 +90,10 @@ class ServePrefiller:
 
 @dataclass(frozen=True, slots=True)
 class ServeDecoder:
-    """The decode pool."""
+    """The decode pool. `carried` is the prefiller's."""
 
     handle: DeploymentHandle
+    carried: Carried
 
     async def decode(
         self,
@@ -94,7 +107,9 @@ class ServeDecoder:
         deadline = asyncio.get_running_loop().time() + timeout_s
         payload = wire.pack((request, selection, ticket, replay, timeout_s))
         with mapped_errors("decode", DecodeUnavailable):
-            stream = self.handle.options(method_name="decode", stream=True).remote(payload)
+            objects = [] if ticket is None else self.carried.get(ticket.lease_id, [])
+            call = self.handle.options(method_name="decode", stream=True)
+            stream = call.remote(payload, objects)
         try:
             while True:
                 with mapped_errors("decode", DecodeUnavailable):
@@ -139,11 +154,11 @@ def mapped_errors(
         raise broken(f"a {pool} replica failed") from error
 
 
-async def _call(handle: DeploymentHandle, method: str, payload: bytes, timeout_s: float) -> bytes:
+async def _call(handle: DeploymentHandle, method: str, payload: bytes, timeout_s: float) -> Any:
     response = handle.options(method_name=method).remote(payload)
     try:
         async with asyncio.timeout(timeout_s):
-            reply: bytes = await response
+            reply = await response
     except BaseException:
         response.cancel()  # the caller's cancellation is the replica's
         raise

@@ -19,7 +19,7 @@ from ..rpc import specprefill_pb2 as pb
 from .app import build_client, build_http_app
 from .grpc_api import GrpcApi
 from .metrics import MeasuredPipeline
-from .pools import ServeDecoder, ServePrefiller, ServeSpeculator
+from .pools import Carried, ServeDecoder, ServePrefiller, ServeSpeculator
 from .serve_health import ServeHealth
 
 
@@ -41,13 +41,14 @@ class GatewayReplica:
         }
         self._peers = KvPeers()
         self._health = ServeHealth(serve.get_replica_context().app_name, pools, serve.status)
+        carried: Carried = {}
         self._client = build_client(
             self._config,
             MeasuredPipeline(
                 Pipeline(
                     speculator=ServeSpeculator(speculator),
-                    prefiller=ServePrefiller(prefill, self._peers.release),
-                    decoder=ServeDecoder(decode),
+                    prefiller=ServePrefiller(prefill, self._peers.release, carried),
+                    decoder=ServeDecoder(decode, carried),
                     planner=_planner(self._config),
                     speculate_timeout_s=self._config.speculator.timeout_s,
                 )

@@ -75,7 +75,7 @@ class KvServer:
         sent = 0
         try:
             for frame in frames:
-                part = _from_token(frame, start)
+                part = from_token(frame, start)
                 if part is not None:
                     sent += 1
                     yield encode(part, lease_id)
@@ -117,7 +117,7 @@ def _packed(value: object) -> bytes:
     return packed
 
 
-def _from_token(frame: Frame, start: int) -> Frame | None:
+def from_token(frame: Frame, start: int) -> Frame | None:
     """The part of `frame` from token `start` on: the puller has the tokens before."""
     if frame.stop <= start:
         return None
@@ -182,7 +182,7 @@ class KvPull:
                 frames += 1
                 yield item
         except grpc.RpcError as error:
-            raise _transfer_error(error) from error
+            raise transfer_error(error) from error
         raise CorruptFrame("stream: ended without a trailer")
 
     def cancel(self) -> None:
@@ -190,7 +190,8 @@ class KvPull:
         self._call.cancel()
 
 
-def _transfer_error(error: grpc.RpcError) -> KvTransferError:
+def transfer_error(error: grpc.RpcError) -> KvTransferError:
+    """What a failed call means for the pull."""
     if error.code() is grpc.StatusCode.NOT_FOUND:
         return LeaseNotFound(error.details())
     if error.code() is grpc.StatusCode.FAILED_PRECONDITION:

@@ -13,6 +13,7 @@ from ..engine.engine import Engine
 from ..types import Request, Selection
 from ..wire import pack, unpack
 from .gauges import KvGauges
+from .objects import KvReference, store
 from .service import PrefillService
 
 
@@ -24,21 +25,24 @@ class PrefillReplica:
         host = config.kv.host or ray.util.get_node_ip_address()
         args = engine_args(config.model, config.prefill, config.kv, Role.PREFILL, host)
         self._service = PrefillService(Engine(args, cpu_threads=config.prefill.cpu_threads))
-        self._lease_s = config.kv.lease_s
+        self._kv = config.kv
         await self._service.start()
         heap.freeze()
         self._gauges = asyncio.create_task(KvGauges(self._service).run())
 
     async def __del__(self) -> None:
         # Tickets that were handed out are still to be pulled; each ends by its lease at the latest.
-        await self._service.drain(self._lease_s)
+        await self._service.drain(self._kv.lease_s)
         self._gauges.cancel()
         await self._service.close()
 
-    async def prefill(self, payload: bytes) -> bytes:
-        """`(Request, Selection, timeout_s)` -> Prefilled."""
+    async def prefill(self, payload: bytes) -> tuple[bytes, list[KvReference]]:
+        """`(Request, Selection, timeout_s)` -> Prefilled, and its KV if Ray is to carry it."""
         request, selection, timeout_s = unpack(payload, tuple[Request, Selection, float])
-        return pack(await self._service.prefill(request, selection, timeout_s))
+        prefilled = await self._service.prefill(request, selection, timeout_s)
+        if prefilled.ticket is None or self._kv.carrier != "object_ref":
+            return pack(prefilled), []
+        return pack(prefilled), await store(prefilled.ticket, self._kv.pull_timeout_s)
 
     async def check_health(self) -> None:
         """Raises Unavailable when the engine process is dead."""

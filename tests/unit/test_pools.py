@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle  # noqa: TID251 - Ray pickles what replicas raise
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +23,13 @@ from specprefill.errors import (
     Unavailable,
 )
 from specprefill.gateway.failures import RpcFailed, rpc_failure
-from specprefill.gateway.pools import ServeDecoder, ServePrefiller, ServeSpeculator, mapped_errors
+from specprefill.gateway.pools import (
+    Carried,
+    ServeDecoder,
+    ServePrefiller,
+    ServeSpeculator,
+    mapped_errors,
+)
 from specprefill.gateway.serve_health import ServeHealth
 from specprefill.types import (
     Chunk,
@@ -43,6 +49,7 @@ PLAN = Plan(PlanKind.PRUNE, Reason.ASKED, 0.5)
 SELECTION = dense(3, Reason.ASKED_OFF)
 TICKET = Ticket("lease", "secret", ("peer:1",), "layout", 3)
 REPLAY: Replay = ((1,),)
+OBJECTS = ["a reference"]
 PREFILLED = Prefilled(Chunk(0, (1,), "a"), TICKET, 0.0, 0.0)
 
 
@@ -67,7 +74,7 @@ class Response:
         item = self._items.pop(0)
         if isinstance(item, BaseException):
             raise item
-        return wire.pack(item)
+        return (wire.pack(item), OBJECTS) if isinstance(item, Prefilled) else wire.pack(item)
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -83,8 +90,8 @@ class Handle:
         self.options_seen = options
         return self
 
-    def remote(self, payload: bytes) -> Response:
-        self.payload = payload
+    def remote(self, payload: bytes, objects: Sequence[Any] = ()) -> Response:
+        self.payload, self.objects = payload, objects
         return self.response
 
 
@@ -176,7 +183,7 @@ async def test_the_lease_is_released_once_whatever_happens(failure: BaseExceptio
         released.append(ticket)
 
     async def use() -> None:
-        async with ServePrefiller(Handle(PREFILLED), release).prefill(
+        async with ServePrefiller(Handle(PREFILLED), release, {}).prefill(
             REQUEST, SELECTION, 1.0
         ) as prefilled:
             assert prefilled == PREFILLED
@@ -193,14 +200,16 @@ async def test_a_lease_that_cannot_be_released_does_not_fail_the_answer() -> Non
     async def release(ticket: Ticket) -> None:
         raise Unavailable("peer is gone")
 
-    async with ServePrefiller(Handle(PREFILLED), release).prefill(REQUEST, SELECTION, 1.0):
+    async with ServePrefiller(Handle(PREFILLED), release, {}).prefill(REQUEST, SELECTION, 1.0):
         pass
 
 
 async def test_decode_streams_and_always_cancels() -> None:
     steps = [Decoded(Chunk(0, (token,), "x")) for token in (1, 2)]
     handle = Handle(*steps)
-    seen = [s async for s in ServeDecoder(handle).decode(REQUEST, SELECTION, TICKET, ((1,),), 5.0)]
+    seen = [
+        s async for s in ServeDecoder(handle, {}).decode(REQUEST, SELECTION, TICKET, ((1,),), 5.0)
+    ]
     assert seen == steps
     assert handle.options_seen == {"method_name": "decode", "stream": True}
     assert handle.response.cancelled is True
@@ -208,7 +217,7 @@ async def test_decode_streams_and_always_cancels() -> None:
 
 async def test_closing_a_decode_stream_cancels_it() -> None:
     handle = Handle(*[Decoded(Chunk(0, (1,), "x"))] * 3)
-    stream = ServeDecoder(handle).decode(REQUEST, SELECTION, TICKET, ((1,),), 5.0)
+    stream = ServeDecoder(handle, {}).decode(REQUEST, SELECTION, TICKET, ((1,),), 5.0)
     await anext(stream)
     assert handle.response.cancelled is False
     await stream.aclose()  # type: ignore[attr-defined]
@@ -218,7 +227,7 @@ async def test_closing_a_decode_stream_cancels_it() -> None:
 async def test_a_decode_stream_ends_at_its_deadline() -> None:
     handle = Handle(Decoded(Chunk(0, (1,), "x")), pause_s=5.0)
     with pytest.raises(DeadlineExceeded):
-        await anext(ServeDecoder(handle).decode(REQUEST, SELECTION, TICKET, ((1,),), 0.01))
+        await anext(ServeDecoder(handle, {}).decode(REQUEST, SELECTION, TICKET, ((1,),), 0.01))
     assert handle.response.cancelled is True
 
 
@@ -240,3 +249,17 @@ async def test_health_counts_running_replicas_and_asks_seldom() -> None:
     clock[0] += 0.6
     await health.count()
     assert asked == [100.0, 101.1]
+
+
+async def test_kv_that_ray_carries_goes_along_and_is_dropped_at_the_end() -> None:
+    async def release(_ticket: Ticket) -> None:
+        pass
+
+    carried: Carried = {}
+    handle = Handle(Decoded(Chunk(0, (1,), "x", finish_reason="stop")))
+    prefiller = ServePrefiller(Handle(PREFILLED), release, carried)
+    async with prefiller.prefill(REQUEST, SELECTION, 1.0):
+        steps = ServeDecoder(handle, carried).decode(REQUEST, SELECTION, TICKET, REPLAY, 5.0)
+        assert len([step async for step in steps]) == 1
+        assert handle.objects == OBJECTS
+    assert carried == {}
