@@ -22,6 +22,9 @@ START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 90.0
 SPECULATOR_TIMEOUT_S = 3.0
 BIN = Path(sys.executable).parent
+KEEP = 0.2
+POOLS = ("Speculator", "Prefill", "Decode")
+STAGES = ("queue_s", "speculate_s", "prefill_s", "transfer_s", "first_decode_s", "ttft_s")
 
 
 @dataclass
@@ -127,3 +130,18 @@ def long_prompt(demo_tokenizer):
     from specprefill.synthetic.needles import needle_prompt
 
     return needle_prompt(11, 1500, demo_tokenizer)
+
+
+def pruned(**more):
+    return {"specprefill": {"keep": KEEP}, **more}
+
+
+@pytest.fixture
+def chat(client, long_prompt):
+    def ask(**options):
+        options = {"temperature": 0, "max_tokens": 12, "extra_body": pruned(), **options}
+        return client.chat.completions.create(
+            model="demo", messages=long_prompt.messages, **options
+        )
+
+    return ask

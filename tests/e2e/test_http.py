@@ -1,0 +1,228 @@
+"""HTTP in, tokens out, through three pools of real engines."""
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+
+from .conftest import KEEP, STAGES, pruned
+
+pytestmark = pytest.mark.timeout(600)
+
+
+# --- chat and completions -------------------------------------------------------------------
+
+
+def test_chat_tells_what_was_kept(chat, long_prompt):
+    answer = chat()
+    assert answer.choices[0].finish_reason in {"stop", "length"}
+    assert answer.usage.prompt_tokens == long_prompt.prompt_tokens
+    report = answer.specprefill
+    assert (report["plan"], report["reason"]) == ("prune", "asked")
+    assert report["prompt_tokens"] == long_prompt.prompt_tokens
+    assert 0 < report["kept_tokens"] < 0.5 * long_prompt.prompt_tokens
+    assert report["keep_rate"] == pytest.approx(
+        report["kept_tokens"] / report["prompt_tokens"], abs=1e-5
+    )
+    assert all(report[stage] >= 0 for stage in STAGES)
+    assert report["speculate_s"] > 0
+    assert not report["recomputed"]
+
+
+def test_a_stream_says_the_same_as_a_whole_answer(chat):
+    events = list(chat(stream=True))
+    text = "".join(event.choices[0].delta.content or "" for event in events if event.choices)
+    assert text == chat().choices[0].message.content
+    assert events[-1].specprefill["plan"] == "prune"
+
+
+def test_the_stream_can_end_with_the_usage(chat, long_prompt):
+    events = list(chat(stream=True, stream_options={"include_usage": True}))
+    assert events[-1].usage.prompt_tokens == long_prompt.prompt_tokens
+    assert events[-1].usage.completion_tokens > 0
+
+
+def test_dense_and_keep_one_give_the_same_answer(chat):
+    dense = chat(extra_body={"specprefill": False})
+    whole = chat(extra_body={"specprefill": {"keep": 1}})
+    assert dense.specprefill["reason"] == "asked_off"
+    assert whole.specprefill["reason"] == "keep_is_one"
+    assert dense.specprefill["kept_tokens"] == dense.specprefill["prompt_tokens"]
+    assert dense.choices[0].message.content == whole.choices[0].message.content
+
+
+def test_a_short_prompt_is_left_whole(client):
+    answer = client.chat.completions.create(
+        model="demo", messages=[{"role": "user", "content": "Hello"}], max_tokens=4
+    )
+    assert answer.specprefill["reason"] == "short_prompt"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_completions(client, long_prompt, stream):
+    answer = client.completions.create(
+        model="demo", prompt=long_prompt.messages[-1]["content"], max_tokens=6, temperature=0,
+        stream=stream, extra_body=pruned(ignore_eos=True),
+    )  # fmt: skip
+    events = list(answer) if stream else [answer]
+    assert "".join(event.choices[0].text for event in events if event.choices)
+    assert events[-1].specprefill["plan"] == "prune"
+
+
+# --- sampling -------------------------------------------------------------------------------
+
+
+def test_two_samples(chat):
+    answer = chat(n=2, temperature=1.0, seed=1)
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    assert all(choice.finish_reason for choice in answer.choices)
+    assert answer.usage.completion_tokens >= 2
+
+
+def test_samples_without_a_choice_agree(chat):
+    first, second = chat(n=2, temperature=1.0, extra_body=pruned(top_k=1)).choices
+    assert first.message.content == second.message.content
+
+
+def test_a_stop_string_ends_the_answer(chat):
+    text = chat(max_tokens=16, extra_body=pruned(ignore_eos=True))
+    whole = text.choices[0].message.content
+    stop = whole[len(whole) // 2 :][:3]
+    answer = chat(max_tokens=16, stop=[stop])
+    assert answer.choices[0].finish_reason == "stop"
+    assert stop not in answer.choices[0].message.content
+    assert whole.startswith(answer.choices[0].message.content)
+
+
+def test_logprobs(chat):
+    answer = chat(logprobs=True, top_logprobs=3)
+    entries = answer.choices[0].logprobs.content
+    assert len(entries) == answer.usage.completion_tokens
+    for entry in entries:
+        assert len(entry.top_logprobs) == 3
+        assert entry.logprob == pytest.approx(max(top.logprob for top in entry.top_logprobs))
+
+
+def test_a_seed_makes_sampling_reproducible(chat):
+    texts = {chat(temperature=1.5, seed=5).choices[0].message.content for _ in range(3)}
+    assert len(texts) == 1
+
+
+def test_a_tool_call_follows_its_schema(chat, demo_tokenizer):
+    schema = {
+        "type": "object",
+        "properties": {"unit": {"type": "string", "enum": ["metre", "mile"]}},
+        "required": ["unit"],
+        "additionalProperties": False,
+    }
+    function = {"name": "measure", "parameters": schema, "strict": True}
+    # The grammar allows blanks anywhere, and a small model may like nothing better.
+    blanks = {
+        str(token): -100
+        for token in range(len(demo_tokenizer))
+        if not demo_tokenizer.decode([token]).strip()
+    }
+    answer = chat(
+        tools=[{"type": "function", "function": function}],
+        tool_choice={"type": "function", "function": {"name": "measure"}},
+        max_tokens=64,
+        logit_bias=blanks,
+    )
+    (call,) = answer.choices[0].message.tool_calls
+    assert call.function.name == "measure"
+    assert json.loads(call.function.arguments)["unit"] in {"metre", "mile"}
+
+
+def test_the_output_follows_a_json_schema(chat):
+    schema = {
+        "type": "object",
+        "properties": {"sure": {"type": "boolean"}, "side": {"enum": ["left", "right"]}},
+        "required": ["sure", "side"],
+        "additionalProperties": False,
+    }
+    answer = chat(
+        max_tokens=64,
+        response_format={"type": "json_schema", "json_schema": {"name": "s", "schema": schema}},
+    )
+    said = json.loads(answer.choices[0].message.content)
+    assert isinstance(said["sure"], bool)
+    assert said["side"] in {"left", "right"}
+
+
+def test_eight_requests_at_once_give_the_answers_of_one(chat):
+    alone = chat().choices[0].message.content
+    with ThreadPoolExecutor(8) as threads:
+        together = list(threads.map(lambda _: chat().choices[0].message.content, range(8)))
+    assert together == [alone] * 8
+
+
+# --- errors ---------------------------------------------------------------------------------
+
+
+def test_an_unknown_model_is_404(client):
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model="none", messages=[{"role": "user", "content": "x"}])
+    assert "none" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "param"),
+    [
+        ({"keep": 0}, "specprefill.keep"),
+        ({"keep": 1.5}, "specprefill.keep"),
+        ({"keep": "half"}, "specprefill.keep"),
+        ({"kep": 0.5}, "specprefill.kep"),
+        ("yes", "specprefill"),
+    ],
+)
+def test_a_bad_control_is_400_and_named(chat, field, param):
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(extra_body={"specprefill": field})
+    assert caught.value.param == param
+    assert "Traceback" not in str(caught.value)
+
+
+def test_a_prompt_beyond_the_model_is_400(client):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="demo", prompt=[20] * 9000, max_tokens=1)
+    assert "8192" in str(caught.value)
+
+
+def test_an_empty_prompt_is_400(client):
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="demo", prompt="", max_tokens=1)
+
+
+def test_a_deadline_that_passes_is_504(app, long_prompt):
+    reply = httpx.post(
+        f"{app.http_url}/v1/chat/completions",
+        json={"messages": long_prompt.messages, "max_tokens": 2000, "ignore_eos": True},
+        headers={"x-request-timeout-seconds": "0.2"},
+        timeout=60,
+    )
+    assert reply.status_code == 504
+    assert reply.json()["error"]["code"] == "deadline_exceeded"
+
+
+def test_clients_that_leave_free_the_engines(app, chat, long_prompt):
+    """More endless answers than the decode engine can run at once, all abandoned."""
+
+    def leave(_):
+        body = {
+            "messages": long_prompt.messages, "max_tokens": 6000, "ignore_eos": True,
+            "stream": True, "specprefill": {"keep": KEEP},
+        }  # fmt: skip
+        url = f"{app.http_url}/v1/chat/completions"
+        with httpx.stream("POST", url, json=body, timeout=60) as reply:
+            lines = (line for line in reply.iter_lines() if line.startswith("data: {"))
+            for _ in range(5):
+                next(lines)
+
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(leave, range(32)))
+    started_s = time.monotonic()
+    assert chat().choices[0].finish_reason
+    assert time.monotonic() - started_s < 30

@@ -1,0 +1,112 @@
+"""Pools that change and fail under their requests."""
+
+import os
+import signal
+import threading
+import time
+
+import openai
+import pytest
+
+from .conftest import POOLS, pruned
+
+pytestmark = pytest.mark.timeout(600)
+
+
+class Load:
+    """Requests one after the other from a few threads, until told to stop."""
+
+    def __init__(self, ask, threads=3):
+        self._ask = ask
+        self._stop = threading.Event()
+        self.answers, self.failures = [], []
+        self._threads = [threading.Thread(target=self._run) for _ in range(threads)]
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self):
+        while not self._stop.is_set():
+            try:
+                self.answers.append(self._ask().choices[0].message.content)
+            except openai.OpenAIError as error:
+                self.failures.append(error)
+
+
+def test_pools_grow_and_shrink_without_dropping_a_request(app, chat):
+    def replicas(count):
+        def change(raw):
+            for deployment in raw["applications"][0]["deployments"]:
+                if deployment["name"] in POOLS:
+                    deployment["num_replicas"] = count
+
+        return change
+
+    with Load(chat) as load:
+        for count in (2, 1):
+            app.redeploy(replicas(count))
+            snapshot = app.wait_healthy()
+            assert {p.name: p.running for p in snapshot.pools if p.name in POOLS} == dict.fromkeys(
+                POOLS, count
+            )
+            answered = len(load.answers)
+            while len(load.answers) < answered + 6 and not load.failures:
+                time.sleep(0.1)
+    assert load.failures == []
+    assert len(set(load.answers)) == 1
+
+
+def test_without_a_speculator_prompts_go_dense_and_say_why(app, chat):
+    (pid,) = app.replica_pids("Speculator")
+    os.kill(pid, signal.SIGKILL)
+    report = chat().specprefill
+    assert report["plan"] == "dense"
+    assert report["reason"] in {"speculator_unavailable", "speculator_timeout"}
+    app.wait_healthy()
+    give_up_s = time.monotonic() + 60
+    while chat().specprefill["plan"] != "prune" and time.monotonic() < give_up_s:
+        time.sleep(1)
+    assert chat().specprefill["reason"] == "asked"
+
+
+def test_a_stream_outlives_the_decode_replica_that_began_it(app, chat):
+    options = {"max_tokens": 300, "extra_body": pruned(ignore_eos=True)}
+    wanted = chat(**options).choices[0].message.content
+    (pid,) = app.replica_pids("Decode")
+    text = ""
+    for number, event in enumerate(chat(stream=True, **options)):
+        text += (event.choices[0].delta.content or "") if event.choices else ""
+        if number == 20:
+            os.kill(pid, signal.SIGKILL)
+    assert text == wanted
+    app.wait_healthy()
+
+
+def test_a_prompt_outlives_the_prefill_replica_it_was_sent_to(app, chat):
+    wanted = chat().choices[0].message.content
+    (pid,) = app.replica_pids("Prefill")
+    os.kill(pid, signal.SIGKILL)
+    assert chat().choices[0].message.content == wanted
+    app.wait_healthy()
+
+
+def test_rays_object_store_can_carry_the_kv(app, chat):
+    """Last: the pools are replaced by ones with another carrier."""
+    wanted = chat(n=2).choices[0].message.content
+
+    def change(raw):
+        raw["applications"][0]["args"]["kv"]["carrier"] = "object_ref"
+
+    app.redeploy(change)
+    app.wait_healthy()
+    answer = chat(n=2)
+    assert [choice.message.content for choice in answer.choices] == [wanted, wanted]
+    assert not answer.specprefill["recomputed"]
+    assert answer.specprefill["transfer_s"] > 0
