@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import time
@@ -16,6 +15,7 @@ import psutil
 import pytest
 import pytest_asyncio
 
+from specprefill.bench.report import provenance, write_json
 from specprefill.errors import PrefillUnavailable, Unavailable
 from specprefill.kv.rpc import KvPeers
 from specprefill.pipeline import Pipeline
@@ -150,10 +150,8 @@ class Table:
         return row
 
     def write(self) -> None:
-        out = Path("out")
-        out.mkdir(exist_ok=True)
         rows = [asdict(row) for row in self.rows]
-        (out / "faults.json").write_text(json.dumps({"rows": rows}, indent=1))
+        write_json(Path("out") / "faults.json", provenance(seed=0), {"rows": rows})
 
     def lines(self) -> list[str]:
         head = f"{'fault':44} {'recovered':28} {'s':>6}  equal  bytes held"
