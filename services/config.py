@@ -87,7 +87,7 @@ class KvConfig(Strict):
     # grpc: straight from worker to worker. object_ref: through Ray's object store.
     carrier: Literal["auto", "grpc", "object_ref"] = "auto"
 
-    host: str | None = None  # address the prefill workers listen on; the node's own if absent
+    host: str | None = None  # address prefill workers listen on; their own node's if absent
     lease_s: Seconds = 30.0  # a lease nobody pulls is dropped after this time
     max_held_bytes: PositiveInt = 4 << 30  # per worker; a prefill beyond it hands nothing over
     pull_timeout_s: Seconds = 20.0

@@ -19,7 +19,6 @@ from ..prefill.service import PrefillService
 from ..speculator.service import SpeculatorService
 from ..types import Prefilled, Request, Selection
 
-HOST = "127.0.0.1"
 CPU_ENVIRONMENT = {
     "SPECPREFILL_CPU_ENGINE": "1",
     "OMP_NUM_THREADS": "1",
@@ -60,9 +59,9 @@ async def local_pipeline(config: AppConfig) -> AsyncIterator[Pipeline]:
         speculator = await stack.enter_async_context(
             SpeculatorService.from_config(config.speculator, config.selection, config.model.path)
         )
-        prefill_args = engine_args(config.model, config.prefill, config.kv, Role.PREFILL, HOST)
+        prefill_args = engine_args(config.model, config.prefill, config.kv, Role.PREFILL)
         prefill = await stack.enter_async_context(PrefillService(Engine(prefill_args)))
-        decode_args = engine_args(config.model, config.decode, config.kv, Role.DECODE, HOST)
+        decode_args = engine_args(config.model, config.decode, config.kv, Role.DECODE)
         decode = await stack.enter_async_context(DecodeService(Engine(decode_args)))
         heap.freeze()
         stack.callback(heap.thaw)

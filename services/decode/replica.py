@@ -6,8 +6,6 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import cast
 
-import ray
-
 from .. import heap
 from ..config import AppConfig
 from ..engine.args import Role, engine_args
@@ -26,8 +24,7 @@ class DecodeReplica:
 
     async def __init__(self, config_json: str) -> None:  # type: ignore[misc]
         config = AppConfig.model_validate_json(config_json)
-        host = config.kv.host or ray.util.get_node_ip_address()
-        args = engine_args(config.model, config.decode, config.kv, Role.DECODE, host)
+        args = engine_args(config.model, config.decode, config.kv, Role.DECODE)
         self._service = DecodeService(Engine(args, cpu_threads=config.decode.cpu_threads))
         await self._service.start()
         self._tickets = ObjectTickets()

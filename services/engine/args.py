@@ -22,9 +22,9 @@ class Role(enum.StrEnum):
 
 
 def engine_args(
-    model: MainModel, engine: EngineConfig, kv: KvConfig, role: Role, host: str
+    model: MainModel, engine: EngineConfig, kv: KvConfig, role: Role
 ) -> AsyncEngineArgs:
-    """Arguments of one engine; `host` is the address that its workers listen on."""
+    """Arguments of one engine."""
     args = AsyncEngineArgs(
         **_model_args(model),
         **_sizes(engine),
@@ -33,7 +33,7 @@ def engine_args(
         distributed_executor_backend=_executor(engine),
         enforce_eager=engine.enforce_eager,
         enable_prefix_caching=engine.enable_prefix_caching,
-        kv_transfer_config=_transfer(kv, role, host),
+        kv_transfer_config=_transfer(kv, role),
         worker_cls=f"{_MODULE}.worker.{_worker()}",
         **engine.engine_args,
     )
@@ -70,14 +70,14 @@ def _executor(engine: EngineConfig) -> str | None:
     return "uni" if workers == 1 and current_platform.is_cpu() else None
 
 
-def _transfer(kv: KvConfig, role: Role, host: str) -> KVTransferConfig:
+def _transfer(kv: KvConfig, role: Role) -> KVTransferConfig:
     return KVTransferConfig(
         kv_connector="SpecPrefillConnector",
         kv_connector_module_path=f"{_MODULE}.connector",
         kv_role=role.value,
         kv_load_failure_policy=kv.on_failure,
         kv_connector_extra_config={
-            "host": host,
+            "host": kv.host,
             "lease_s": kv.lease_s,
             "max_held_bytes": kv.max_held_bytes,
             "pull_timeout_s": kv.pull_timeout_s,

@@ -15,7 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 class HandoffConfig:
     """The connector's `kv_connector_extra_config`."""
 
-    host: str  # address this node's workers listen on
+    host: str | None  # address to listen on; the worker's own node's if absent
     lease_s: float
     max_held_bytes: int
     pull_timeout_s: float

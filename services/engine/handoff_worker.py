@@ -14,6 +14,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.utils.network_utils import get_ip
 
 from ..errors import CorruptFrame, KvTransferError, LayoutMismatch
 from ..kv.frames import Frame
@@ -104,7 +105,8 @@ class WorkerHalf:
 
     def _listen(self) -> None:
         self._stager: Stager = stager_for(self._caches[0].device, self._append)
-        self._server = KvServer(self._leases, self._fingerprint, self._config.host)
+        host = get_ip() if self._config.host is None else self._config.host
+        self._server = KvServer(self._leases, self._fingerprint, host)
         self._address = self._server.start()
         threading.Thread(target=self._sweep, name="kv-sweep", daemon=True).start()
 

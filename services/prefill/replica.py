@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-import ray
-
 from .. import heap
 from ..config import AppConfig
 from ..engine.args import Role, engine_args
@@ -22,8 +20,7 @@ class PrefillReplica:
 
     async def __init__(self, config_json: str) -> None:  # type: ignore[misc]
         config = AppConfig.model_validate_json(config_json)
-        host = config.kv.host or ray.util.get_node_ip_address()
-        args = engine_args(config.model, config.prefill, config.kv, Role.PREFILL, host)
+        args = engine_args(config.model, config.prefill, config.kv, Role.PREFILL)
         self._service = PrefillService(Engine(args, cpu_threads=config.prefill.cpu_threads))
         self._kv = config.kv
         await self._service.start()

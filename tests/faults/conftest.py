@@ -25,8 +25,6 @@ from specprefill.types import Prefilled, Request, Selection, Ticket
 # The tiny random model and the environment of engines on CPUs.
 from tests.integration.conftest import BLOCK_SIZE, model_dir  # noqa: F401
 
-HOST = "127.0.0.1"
-
 
 class Member:
     """One engine of a pool: its service, its process, and how to replace it."""
@@ -188,10 +186,10 @@ async def pools(model_dir) -> AsyncIterator[Pools]:  # noqa: F811
         enforce_eager=True,
         max_num_batched_tokens=256,
     )
-    kv = KvConfig(pull_timeout_s=5.0, lease_s=4.0)
+    kv = KvConfig(host="127.0.0.1", pull_timeout_s=5.0, lease_s=4.0)
 
     def member(service, role):
-        return Member(lambda: service(Engine(engine_args(model, config, kv, role, HOST))))
+        return Member(lambda: service(Engine(engine_args(model, config, kv, role))))
 
     prefills = [member(PrefillService, Role.PREFILL) for _ in range(2)]
     decodes = [member(DecodeService, Role.DECODE) for _ in range(2)]

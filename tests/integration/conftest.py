@@ -146,9 +146,9 @@ async def engines(model_dir) -> AsyncIterator[Engines]:
         enforce_eager=True,
         max_num_batched_tokens=512,  # prompts beyond it are prefilled in chunks
     )
-    kv = KvConfig(pull_timeout_s=5.0)
-    producer = Engine(engine_args(model, config, kv, Role.PREFILL, "127.0.0.1"))
-    consumer = Engine(engine_args(model, config, kv, Role.DECODE, "127.0.0.1"))
+    kv = KvConfig(host="127.0.0.1", pull_timeout_s=5.0)
+    producer = Engine(engine_args(model, config, kv, Role.PREFILL))
+    consumer = Engine(engine_args(model, config, kv, Role.DECODE))
     plain = Engine(
         AsyncEngineArgs(
             model=model_dir,

@@ -93,7 +93,7 @@ async def main_engine():
 
     model = MainModel(path=str(MODELS / "demo-main"), dtype="float32", max_model_len=8192)
     config = EngineConfig(block_size=64, kv_cache_memory_bytes=128 << 20, enforce_eager=True)
-    args = engine_args(model, config, KvConfig(), Role.PREFILL, "127.0.0.1")
+    args = engine_args(model, config, KvConfig(host="127.0.0.1"), Role.PREFILL)
     async with Engine(args) as engine:
         yield engine
 
