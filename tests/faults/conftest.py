@@ -48,6 +48,13 @@ class Member:
         """SIGKILL: no goodbye."""
         self.signal(signal.SIGKILL)
 
+    def lives(self) -> bool:
+        """Whether the engine process is there at all."""
+        try:
+            return self.process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
     async def replace_if_dead(self) -> None:
         """A pool's controller would start a new replica."""
         try:
@@ -119,7 +126,7 @@ class Pools:
         gauges = [
             gauge
             for member in self.prefills
-            if member.process.is_running() and member.process.status() != psutil.STATUS_ZOMBIE
+            if member.lives()
             for gauge in await member.service.gauges()
         ]
         return sum(gauge.bytes_held for gauge in gauges)
