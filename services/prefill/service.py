@@ -29,6 +29,7 @@ class PrefillService:
         self._engine = engine
         self._peers = KvPeers()
         self._kv_addresses: list[str] = []
+        self._releasing: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -68,14 +69,22 @@ class PrefillService:
         released, or its lease ends. Raises InvalidRequest, DeadlineExceeded or
         PrefillUnavailable; then nothing is held.
         """
-        params = self._params(request, selection)
+        asked = sampling_params(request.sampling)
+        lease = _lease(request, asked)
+        params = _params(asked, selection, lease)
+        prefilled: Prefilled | None = None
         try:
             async with asyncio.timeout(timeout_s):
                 with map_engine_errors(PrefillUnavailable):
                     output = await self._run(request, selection, params)
         except TimeoutError as error:
             raise DeadlineExceeded("timeout_s: used up during prefill") from error
-        return _prefilled(output)
+        else:
+            prefilled = _prefilled(output)
+            return prefilled
+        finally:
+            if lease is not None and (prefilled is None or prefilled.ticket is None):
+                self._forget(lease)
 
     async def _run(
         self, request: Request, selection: Selection, params: SamplingParams
@@ -89,27 +98,47 @@ class PrefillService:
             raise PrefillUnavailable("prefill: the engine gave no token")
         return last
 
-    def _params(self, request: Request, selection: Selection) -> SamplingParams:
-        """The caller's parameters, cut down to one token of one sample."""
-        asked = sampling_params(request.sampling)
-        params = asked.clone()
-        params.n = 1
-        params.max_tokens = 1
-        params.min_tokens = min(1, params.min_tokens)
-        params.output_kind = RequestOutputKind.FINAL_ONLY
-        params.extra_args = {**(asked.extra_args or {}), **_private(request, selection, asked)}
-        return params
+    def _forget(self, lease: dict[str, Any]) -> None:
+        """Release a lease that nobody got a ticket for.
+
+        The engine drops what it aborts, but a request may be cancelled at the very moment
+        when its prefill is done. In the background: the caller may be cancelled.
+        """
+        peers = tuple(self._kv_addresses)
+        ticket = Ticket(lease["lease_id"], lease["secret"], peers, fingerprint="", tokens=0)
+        task = asyncio.create_task(self._peers.release(ticket))
+        self._releasing.add(task)
+        task.add_done_callback(self._releasing.discard)
 
 
-def _private(request: Request, selection: Selection, asked: SamplingParams) -> dict[str, Any]:
+def _params(
+    asked: SamplingParams, selection: Selection, lease: dict[str, Any] | None
+) -> SamplingParams:
+    """The caller's parameters, cut down to one token of one sample."""
+    params = asked.clone()
+    params.n = 1
+    params.max_tokens = 1
+    params.min_tokens = min(1, params.min_tokens)
+    params.output_kind = RequestOutputKind.FINAL_ONLY
+    params.extra_args = {**(asked.extra_args or {}), **_private(selection, lease)}
+    return params
+
+
+def _lease(request: Request, asked: SamplingParams) -> dict[str, Any] | None:
+    """The lease that the KV is to be held under; None when one token is the whole answer."""
+    if request.samples == 1 and asked.max_tokens == 1:
+        return None
+    return {
+        "lease_id": uuid.uuid4().hex,
+        "secret": secrets.token_hex(16),
+        "uses": request.samples,
+    }
+
+
+def _private(selection: Selection, lease: dict[str, Any] | None) -> dict[str, Any]:
     mapping = PositionMap.from_runs(selection.runs, selection.prompt_tokens)
     private: dict[str, Any] = {} if mapping.is_identity else {POSITIONS: mapping.to_wire()}
-    if request.samples > 1 or asked.max_tokens != 1:
-        lease = {
-            "lease_id": uuid.uuid4().hex,
-            "secret": secrets.token_hex(16),
-            "uses": request.samples,
-        }
+    if lease is not None:
         private[KV_TRANSFER] = {PRODUCE: lease}
     return private
 
