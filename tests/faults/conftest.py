@@ -139,8 +139,12 @@ class Row:
     fault: str
     recovered: str
     seconds: float
-    tokens_equal: bool
+    tokens_equal: bool | None  # None: nothing to compare
     bytes_held_after: int
+
+    def equal(self) -> str:
+        """As the table shows it."""
+        return {True: "yes", False: "NO", None: "-"}[self.tokens_equal]
 
 
 class Table:
@@ -161,7 +165,7 @@ class Table:
     def lines(self) -> list[str]:
         head = f"{'fault':44} {'recovered':28} {'s':>6}  equal  bytes held"
         return [head] + [
-            f"{row.fault:44} {row.recovered:28} {row.seconds:6.2f}  {row.tokens_equal!s:5}  "
+            f"{row.fault:44} {row.recovered:28} {row.seconds:6.2f}  {row.equal():5}  "
             f"{row.bytes_held_after}"
             for row in self.rows
         ]

@@ -253,7 +253,7 @@ async def test_nobody_pulls(whole, table):
     assert await service.drain(10.0)
     seconds = time.monotonic() - started_s
     held = await whole.bytes_held()
-    table.add("nobody_pulls", "lease expired", seconds, True, held)
+    table.add("nobody_pulls", "lease expired", seconds, None, held)
     assert held == 0
     assert 3.5 < seconds < 8.0
 
@@ -282,7 +282,7 @@ async def test_the_client_leaves(asking, stage):
     assert await pools.prefills[0].service.drain(1.0)
     seconds = time.monotonic() - started_s
     held = await pools.bytes_held()
-    asking.table.add(asking.name, "released", seconds, True, held)
+    asking.table.add(asking.name, "released", seconds, None, held)
     assert held == 0
     assert seconds < 1.0
 
@@ -294,5 +294,7 @@ async def test_the_deadline_passes(asking):
         await ask(asking.pools, late, selection())
     assert await asking.pools.prefills[0].service.drain(1.0)
     seconds = time.monotonic() - started_s
-    asking.table.add(asking.name, "refused in time", seconds, True, 0)
+    held = await asking.pools.bytes_held()
+    asking.table.add(asking.name, "refused in time", seconds, None, held)
+    assert held == 0
     assert seconds < 1.5
