@@ -100,3 +100,6 @@ _.random_right
 _.released_total
 _.traceback
 _.versions
+line_chart  # services/bench/charts.py
+bar_chart
+write_page
