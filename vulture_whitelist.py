@@ -103,3 +103,6 @@ _.versions
 line_chart  # services/bench/charts.py
 bar_chart
 write_page
+StageModels
+_.curves
+_.samples_seen

@@ -106,6 +106,7 @@ class Answer:
             first_decode_s=self._first_decode_s,
             ttft_s=ttft_s,
             recomputed=self._recomputed,
+            cached_tokens=self._prefilled.first.cached_tokens,
         )
 
     def _send(self, chunk: Chunk) -> list[Chunk]:

@@ -195,3 +195,4 @@ class Report:
     first_decode_s: float
     ttft_s: float  # until the first token left the pipeline
     recomputed: bool = False
+    cached_tokens: int = 0  # of the kept tokens: found in the prefill engine's prefix cache
