@@ -81,6 +81,15 @@ class EngineConfig(Strict):
     engine_args: dict[str, Any] = Field(default_factory=dict)
 
 
+class KvTls(Strict):
+    """Mutual TLS between KV ports: PEM files, at these paths on every node."""
+
+    certificate: str  # shown by both sides of every connection
+    key: str  # of the certificate; without a password
+    authority: str  # whose certificates are accepted
+    name: str = "specprefill"  # a DNS name in every certificate: nodes' addresses come and go
+
+
 class KvConfig(Strict):
     """The KV hand-off between prefill and decode workers."""
 
@@ -92,6 +101,7 @@ class KvConfig(Strict):
     max_held_bytes: PositiveInt = 4 << 30  # per worker; a prefill beyond it hands nothing over
     pull_timeout_s: Seconds = 20.0
     on_failure: Literal["recompute", "fail"] = "recompute"
+    tls: KvTls | None = None  # plaintext if absent
 
 
 class GatewayConfig(Strict):

@@ -13,6 +13,7 @@ SpecPrefillError
 │   ├── LeaseNotFound
 │   ├── LayoutMismatch
 │   └── CorruptFrame
+├── InvalidConfiguration  a replica cannot run as configured: it refuses to start
 └── UnsupportedModel      the engine would compute wrong positions: it refuses to start
 
 Foreign errors (gRPC, Ray, vLLM) become one of these at the seam where they enter; the
@@ -81,6 +82,10 @@ class LayoutMismatch(KvTransferError):
 
 class CorruptFrame(KvTransferError):
     """A frame's digest, length or header is wrong."""
+
+
+class InvalidConfiguration(SpecPrefillError):
+    """The deployment cannot run as configured here; the message names the field."""
 
 
 class UnsupportedModel(SpecPrefillError):

@@ -22,9 +22,10 @@ import grpc
 import numpy as np
 
 from ..cluster import set_auth_mode
+from ..kv.channels import OPTIONS
 from ..kv.frames import Frame
 from ..kv.leases import LeaseStore
-from ..kv.rpc import OPTIONS, KvClient, KvServer
+from ..kv.rpc import KvClient, KvServer
 from .report import markdown, provenance, write_json
 
 OUT = Path("out")

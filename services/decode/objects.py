@@ -13,6 +13,7 @@ import ray
 from ray.exceptions import RayError
 
 from ..kv.objects import KvObject, KvRelay
+from ..kv.tls import MutualTls
 from ..types import Ticket
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,8 @@ KvReference: TypeAlias = ray.ObjectRef  # of a KvObject
 class ObjectTickets:
     """Turns a ticket for objects into one that the engine's workers can pull on this node."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: MutualTls | None = None) -> None:
+        self._tls = tls
         self._relays: list[KvRelay] = []
 
     def close(self) -> None:
@@ -61,7 +63,7 @@ class ObjectTickets:
     def _relays_for(self, ranks: int) -> list[KvRelay]:
         """One relay per rank, made when first needed."""
         while len(self._relays) < ranks:
-            relay = KvRelay()
+            relay = KvRelay(self._tls)
             relay.start()
             self._relays.append(relay)
         return self._relays[:ranks]

@@ -10,6 +10,7 @@ from .. import heap
 from ..config import AppConfig
 from ..engine.args import Role, engine_args
 from ..engine.engine import Engine
+from ..kv.tls import read_tls
 from ..types import Replay, Request, Selection, Ticket
 from ..wire import pack, unpack
 from .objects import KvReference, ObjectTickets
@@ -24,10 +25,11 @@ class DecodeReplica:
 
     async def __init__(self, config_json: str) -> None:  # type: ignore[misc]
         config = AppConfig.model_validate_json(config_json)
+        tls = read_tls(config.kv.tls)
         args = engine_args(config.model, config.decode, config.kv, Role.DECODE)
         self._service = DecodeService(Engine(args, cpu_threads=config.decode.cpu_threads))
         await self._service.start()
-        self._tickets = ObjectTickets()
+        self._tickets = ObjectTickets(tls)
         heap.freeze()
 
     async def __del__(self) -> None:

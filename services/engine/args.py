@@ -81,6 +81,7 @@ def _transfer(kv: KvConfig, role: Role) -> KVTransferConfig:
             "lease_s": kv.lease_s,
             "max_held_bytes": kv.max_held_bytes,
             "pull_timeout_s": kv.pull_timeout_s,
+            "tls": None if kv.tls is None else kv.tls.model_dump(),
             "stages_layers": role is Role.PREFILL,
         },
     )

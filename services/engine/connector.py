@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -21,6 +22,8 @@ from .handoff import HandoffConfig
 from .handoff_scheduler import SchedulerHalf
 from .handoff_worker import WorkerHalf
 
+_CONFIG = TypeAdapter(HandoffConfig)
+
 
 class SpecPrefillConnector(KVConnectorBase_V1):  # type: ignore[misc]
     """Prefill side: a copy of each layer's KV under a lease. Decode side: an async pull."""
@@ -28,7 +31,7 @@ class SpecPrefillConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         transfer = self._kv_transfer_config
-        config = HandoffConfig(**transfer.kv_connector_extra_config)
+        config = _CONFIG.validate_python(transfer.kv_connector_extra_config)
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerHalf(
                 vllm_config.cache_config.prefix_caching_hash_algo, transfer.is_kv_producer

@@ -10,6 +10,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
 )
 
+from ..config import KvTls
+
 
 @dataclass(frozen=True, slots=True)
 class HandoffConfig:
@@ -19,6 +21,7 @@ class HandoffConfig:
     lease_s: float
     max_held_bytes: int
     pull_timeout_s: float
+    tls: KvTls | None
     stages_layers: bool  # this engine copies KV out layer by layer
 
 

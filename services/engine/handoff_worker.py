@@ -20,6 +20,7 @@ from ..errors import CorruptFrame, KvTransferError, LayoutMismatch
 from ..kv.frames import Frame
 from ..kv.leases import LeaseStore
 from ..kv.rpc import KvClient, KvPull, KvServer, from_token
+from ..kv.tls import read_tls
 from .handoff import Endpoint, HandoffConfig, Orders, Pull, Stage
 from .layout import KvLayout, fingerprint, layout_of
 from .staging import Stager, stager_for
@@ -37,11 +38,12 @@ class WorkerHalf:
         self._vllm_config = vllm_config
         self._config = config
         self._producer = producer
+        self._tls = read_tls(config.tls)
         self._rank = get_tensor_model_parallel_rank()
         self._leases = LeaseStore(
             max_bytes=config.max_held_bytes, lease_s=config.lease_s, now=time.monotonic
         )
-        self._client = KvClient()
+        self._client = KvClient(self._tls)
         self._lock = threading.Lock()
         self._results = KVConnectorTransferResults()
         self._running: dict[str, KvPull] = {}
@@ -106,7 +108,7 @@ class WorkerHalf:
     def _listen(self) -> None:
         self._stager: Stager = stager_for(self._caches[0].device, self._append)
         host = get_ip() if self._config.host is None else self._config.host
-        self._server = KvServer(self._leases, self._fingerprint, host)
+        self._server = KvServer(self._leases, self._fingerprint, host, tls=self._tls)
         self._address = self._server.start()
         threading.Thread(target=self._sweep, name="kv-sweep", daemon=True).start()
 

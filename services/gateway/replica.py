@@ -13,6 +13,7 @@ from ray.serve.handle import DeploymentHandle
 from .. import heap
 from ..config import AppConfig
 from ..kv.rpc import KvPeers
+from ..kv.tls import read_tls
 from ..pipeline import Pipeline
 from ..plan import Planner
 from ..rpc import specprefill_pb2 as pb
@@ -39,7 +40,7 @@ class GatewayReplica:
             "prefill": prefill.deployment_name,
             "decode": decode.deployment_name,
         }
-        self._peers = KvPeers()
+        self._peers = KvPeers(read_tls(self._config.kv.tls))
         self._health = ServeHealth(serve.get_replica_context().app_name, pools, serve.status)
         carried: Carried = {}
         self._client = build_client(

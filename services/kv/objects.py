@@ -22,14 +22,16 @@ from numpy.typing import NDArray
 
 from ..errors import KvTransferError
 from ..types import Ticket
-from .rpc import OPTIONS, PULL, transfer_error
+from .channels import OPTIONS, channel, listen
+from .rpc import PULL, transfer_error
+from .tls import MutualTls
 
 _LENGTH = struct.Struct("!I")
 
 KvObject = NDArray[np.uint8]  # [bytes]: length, message, length, message, ...
 
 
-def collect(ticket: Ticket, rank: int, timeout_s: float) -> KvObject:
+def collect(ticket: Ticket, rank: int, timeout_s: float, tls: MutualTls | None = None) -> KvObject:
     """Pull one rank's KV from its worker. Uses the lease up. Raises KvTransferError."""
     query = {
         "lease_id": ticket.lease_id,
@@ -40,8 +42,8 @@ def collect(ticket: Ticket, rank: int, timeout_s: float) -> KvObject:
     }
     parts: list[bytes] = []
     try:
-        with grpc.insecure_channel(ticket.endpoints[rank], options=OPTIONS) as channel:
-            stream: Any = channel.unary_stream(PULL)
+        with channel(ticket.endpoints[rank], tls) as opened:
+            stream: Any = opened.unary_stream(PULL)
             for message in stream(msgpack.packb(query), timeout=timeout_s):
                 parts += (_LENGTH.pack(len(message)), message)
     except grpc.RpcError as error:
@@ -74,7 +76,8 @@ class _Offer:
 class KvRelay:
     """Serves objects to the decode workers of this node, as their prefill worker would."""
 
-    def __init__(self, *, threads: int = 8) -> None:
+    def __init__(self, tls: MutualTls | None = None, *, threads: int = 8) -> None:
+        self._tls = tls
         self._offers: dict[str, _Offer] = {}
         self._lock = threading.Lock()
         self._server = grpc.server(
@@ -86,7 +89,7 @@ class KvRelay:
 
     def start(self) -> None:
         """Listen on a free port of the loopback: only this node's workers pull here."""
-        self._address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self._address = listen(self._server, "127.0.0.1", self._tls)
         self._server.start()
 
     def stop(self) -> None:

@@ -18,19 +18,16 @@ import msgpack
 
 from ..errors import CorruptFrame, KvTransferError, LayoutMismatch, LeaseNotFound
 from ..types import Ticket
+from .channels import OPTIONS, aio_channel, channel, listen
 from .frames import Frame, Trailer, decode, encode
 from .leases import LeaseGauges, LeaseStore
+from .tls import MutualTls
 
 SERVICE = "specprefill.v1.KvCache"
 PULL = f"/{SERVICE}/Pull"
 RELEASE = f"/{SERVICE}/Release"
 DRAIN = f"/{SERVICE}/Drain"
 STATS = f"/{SERVICE}/Stats"
-OPTIONS = [
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.so_reuseport", 0),  # a stale peer on the same port must be an error
-]
 _CALL_TIMEOUT_S = 2.0
 
 
@@ -43,12 +40,14 @@ class KvServer:
         fingerprint: str,
         host: str,
         *,
+        tls: MutualTls | None = None,
         threads: int = 8,
         more_handlers: Sequence[grpc.GenericRpcHandler] = (),
     ) -> None:
         self._leases = leases
         self._fingerprint = fingerprint
         self._host = host
+        self._tls = tls
         self._server = grpc.server(
             futures.ThreadPoolExecutor(threads, thread_name_prefix="kv-serve"),
             handlers=[_Handler(self), *more_handlers],
@@ -57,9 +56,9 @@ class KvServer:
 
     def start(self) -> str:
         """Listen on a free port. Returns `host:port`."""
-        port = self._server.add_insecure_port(f"{self._host}:0")
+        address = listen(self._server, self._host, self._tls)
         self._server.start()
-        return f"{self._host}:{port}"
+        return address
 
     def stop(self) -> None:
         """Refuse new calls and end those under way."""
@@ -130,7 +129,8 @@ def from_token(frame: Frame, start: int) -> Frame | None:
 class KvClient:
     """Pulls leases from other workers; one channel per peer, kept open."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: MutualTls | None = None) -> None:
+        self._tls = tls
         self._channels: dict[str, grpc.Channel] = {}
         self._lock = threading.Lock()
 
@@ -151,14 +151,14 @@ class KvClient:
     def close(self) -> None:
         """Close every channel; pulls under way fail."""
         with self._lock:
-            for channel in self._channels.values():
-                channel.close()
+            for opened in self._channels.values():
+                opened.close()
             self._channels.clear()
 
     def _channel(self, endpoint: str) -> grpc.Channel:
         with self._lock:
             if endpoint not in self._channels:
-                self._channels[endpoint] = grpc.insecure_channel(endpoint, options=OPTIONS)
+                self._channels[endpoint] = channel(endpoint, self._tls)
             return self._channels[endpoint]
 
 
@@ -202,7 +202,8 @@ def transfer_error(error: grpc.RpcError) -> KvTransferError:
 class KvPeers:
     """Talks to prefill workers' KV ports from an asyncio program; one channel per peer."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: MutualTls | None = None) -> None:
+        self._tls = tls
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     async def release(self, ticket: Ticket) -> None:
@@ -229,14 +230,14 @@ class KvPeers:
     async def close(self) -> None:
         """Close every channel."""
         channels, self._channels = self._channels, {}
-        for channel in channels.values():
-            await channel.close()
+        for opened in channels.values():
+            await opened.close()
 
     async def _call(
         self, peer: str, method: str, query: dict[str, Any], timeout_s: float, *, if_gone: Any
     ) -> Any:
         if peer not in self._channels:
-            self._channels[peer] = grpc.aio.insecure_channel(peer, options=OPTIONS)
+            self._channels[peer] = aio_channel(peer, self._tls)
         call: Any = self._channels[peer].unary_unary(method)
         try:
             return msgpack.unpackb(await call(msgpack.packb(query), timeout=timeout_s))

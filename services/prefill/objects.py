@@ -10,6 +10,7 @@ import ray
 
 from ..errors import KvTransferError
 from ..kv.objects import collect
+from ..kv.tls import MutualTls
 from ..types import Ticket
 
 logger = logging.getLogger(__name__)
@@ -17,7 +18,7 @@ logger = logging.getLogger(__name__)
 KvReference: TypeAlias = ray.ObjectRef  # of a KvObject
 
 
-async def store(ticket: Ticket, timeout_s: float) -> list[KvReference]:
+async def store(ticket: Ticket, timeout_s: float, tls: MutualTls | None) -> list[KvReference]:
     """One object per tensor-parallel rank. Empty when a worker did not give its KV.
 
     The objects belong to this process and die with it; the decode engine then computes the
@@ -26,7 +27,7 @@ async def store(ticket: Ticket, timeout_s: float) -> list[KvReference]:
     try:
         objects = await asyncio.gather(
             *(
-                asyncio.to_thread(collect, ticket, rank, timeout_s)
+                asyncio.to_thread(collect, ticket, rank, timeout_s, tls)
                 for rank in range(len(ticket.endpoints))
             )
         )

@@ -8,6 +8,7 @@ from .. import heap
 from ..config import AppConfig
 from ..engine.args import Role, engine_args
 from ..engine.engine import Engine
+from ..kv.tls import read_tls
 from ..types import Request, Selection
 from ..wire import pack, unpack
 from .gauges import KvGauges
@@ -20,8 +21,10 @@ class PrefillReplica:
 
     async def __init__(self, config_json: str) -> None:  # type: ignore[misc]
         config = AppConfig.model_validate_json(config_json)
+        self._tls = read_tls(config.kv.tls)
         args = engine_args(config.model, config.prefill, config.kv, Role.PREFILL)
-        self._service = PrefillService(Engine(args, cpu_threads=config.prefill.cpu_threads))
+        engine = Engine(args, cpu_threads=config.prefill.cpu_threads)
+        self._service = PrefillService(engine, self._tls)
         self._kv = config.kv
         await self._service.start()
         heap.freeze()
@@ -39,7 +42,8 @@ class PrefillReplica:
         prefilled = await self._service.prefill(request, selection, timeout_s)
         if prefilled.ticket is None or self._kv.carrier != "object_ref":
             return pack(prefilled), []
-        return pack(prefilled), await store(prefilled.ticket, self._kv.pull_timeout_s)
+        objects = await store(prefilled.ticket, self._kv.pull_timeout_s, self._tls)
+        return pack(prefilled), objects
 
     async def check_health(self) -> None:
         """Raises Unavailable when the engine process is dead."""

@@ -18,6 +18,7 @@ from ..engine.params import KV_TRANSFER, POSITIONS
 from ..errors import DeadlineExceeded, PrefillUnavailable
 from ..kv.leases import LeaseGauges
 from ..kv.rpc import KvPeers
+from ..kv.tls import MutualTls
 from ..positions import PositionMap
 from ..types import Prefilled, Request, Selection, Ticket
 
@@ -25,9 +26,9 @@ from ..types import Prefilled, Request, Selection, Ticket
 class PrefillService:
     """Owns one engine."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, tls: MutualTls | None = None) -> None:
         self._engine = engine
-        self._peers = KvPeers()
+        self._peers = KvPeers(tls)
         self._kv_addresses: list[str] = []
         self._releasing: set[asyncio.Task[None]] = set()
 

@@ -1,0 +1,45 @@
+"""The gRPC channels between KV ports: plain, or under mutual TLS."""
+
+from __future__ import annotations
+
+import grpc
+
+from .tls import MutualTls
+
+OPTIONS: list[tuple[str, int | str]] = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.so_reuseport", 0),  # a stale peer on the same port must be an error
+]
+
+
+def listen(server: grpc.Server, host: str, tls: MutualTls | None) -> str:
+    """Bind a free port of `host`; with `tls`, callers must show a certificate. `host:port`."""
+    if tls is None:
+        return f"{host}:{server.add_insecure_port(f'{host}:0')}"
+    pair = (tls.key, tls.certificate)
+    credentials = grpc.ssl_server_credentials([pair], tls.authority, require_client_auth=True)
+    return f"{host}:{server.add_secure_port(f'{host}:0', credentials)}"
+
+
+def channel(peer: str, tls: MutualTls | None) -> grpc.Channel:
+    """A channel to `peer`, `host:port`; connects when first used."""
+    if tls is None:
+        return grpc.insecure_channel(peer, options=OPTIONS)
+    return grpc.secure_channel(peer, _credentials(tls), options=_named(tls))
+
+
+def aio_channel(peer: str, tls: MutualTls | None) -> grpc.aio.Channel:
+    """The same for an asyncio program."""
+    if tls is None:
+        return grpc.aio.insecure_channel(peer, options=OPTIONS)
+    return grpc.aio.secure_channel(peer, _credentials(tls), options=_named(tls))
+
+
+def _credentials(tls: MutualTls) -> grpc.ChannelCredentials:
+    return grpc.ssl_channel_credentials(tls.authority, tls.key, tls.certificate)
+
+
+def _named(tls: MutualTls) -> list[tuple[str, int | str]]:
+    """Peers are known by the one name in their certificates: addresses come and go."""
+    return [*OPTIONS, ("grpc.ssl_target_name_override", tls.name)]
