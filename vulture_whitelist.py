@@ -100,9 +100,9 @@ _.random_right
 _.released_total
 _.traceback
 _.versions
-line_chart  # services/bench/charts.py
 bar_chart
-write_page
 StageModels
 _.curves
 _.samples_seen
+_.p90  # read by dataclasses.asdict
+_.output_tokens_per_s

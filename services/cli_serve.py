@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .checked_yaml import InvalidFile
 from .cli_exit import Failed, Misused
 from .cluster import (
     DASHBOARD_URL,
@@ -19,7 +20,7 @@ from .cluster import (
     Snapshot,
     port_in_use,
 )
-from .deployment_file import DeploymentFile, InvalidFile, Loaded, load
+from .deployment_file import DeploymentFile, Loaded, load
 
 START_TIMEOUT_S = 600.0
 

@@ -130,6 +130,17 @@ class ServeApi:
         """What runs now."""
         return snapshot_of(self._client.get_serve_details())
 
+    def replica_pids(self, pool: str) -> list[int]:
+        """The processes of a pool's running replicas, of whichever application has it."""
+        applications = self._client.get_serve_details().get("applications", {})
+        return [
+            replica["pid"]
+            for application in applications.values()
+            for name, deployment in application["deployments"].items()
+            for replica in deployment["replicas"]
+            if name == pool and replica["state"] == "RUNNING"
+        ]
+
     def wait_healthy(self, timeout_s: float, tell: Callable[[str], None]) -> Snapshot:
         """Poll until every pool is healthy, telling each change. Raises DeploymentFailed."""
         give_up_s = time.monotonic() + timeout_s

@@ -16,10 +16,11 @@ from typing import Any
 from . import http_caller
 from .asking import Answered, Ask, CallFailed
 from .bench.report import markdown
+from .checked_yaml import InvalidFile
 from .cli_serve import Progress
 from .cluster import DeploymentFailed, LocalRay, ServeApi, free_port
 from .config import local_path
-from .deployment_file import InvalidFile, Loaded, load, with_ports
+from .deployment_file import Loaded, load, with_ports
 from .rpc import caller as grpc_caller
 from .synthetic.needles import NeedlePrompt, needle_prompt
 

@@ -6,24 +6,21 @@ models mirror Serve's schema and refuse anything else, anywhere in the file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
-    BaseModel,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     model_validator,
 )
 
+from . import checked_yaml
 from .config import AppConfig, Strict
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -220,73 +217,15 @@ class Loaded:
     file: DeploymentFile
 
 
-class InvalidFile(Exception):
-    """The file cannot be deployed; one line per fault."""
-
-
 def load(path: Path) -> Loaded:
     """Read and check a deployment file. Raises InvalidFile."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InvalidFile(f"{path}: {error.strerror}") from error
-    return parse(text, str(path))
+    return parse(checked_yaml.read_text(path), str(path))
 
 
 def parse(text: str, origin: str) -> Loaded:
     """Check the text of a deployment file; `origin` names it in messages. Raises InvalidFile."""
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InvalidFile(f"{origin}: not YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise InvalidFile(f"{origin}: expected a mapping with 'applications' at the top")
-    try:
-        return Loaded(raw, DeploymentFile.model_validate(raw))
-    except ValidationError as error:
-        raise InvalidFile("\n".join(f"{origin}: {line}" for line in _faults(error))) from error
-
-
-def _faults(error: ValidationError) -> Iterator[str]:
-    for fault in error.errors(include_url=False):
-        where = _path(fault["loc"])
-        if fault["type"] == "extra_forbidden":
-            allowed = ", ".join(sorted(allowed_keys(fault["loc"][:-1])))
-            yield f"{where}: unknown key, expected one of {allowed}"
-        else:
-            yield f"{where}: {fault['msg']}" + _given(fault["input"])
-
-
-def _given(value: object) -> str:
-    return "" if isinstance(value, dict | list) else f", not {value!r}"
-
-
-def _path(location: tuple[int | str, ...]) -> str:
-    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in location]
-    return "".join(parts).lstrip(".") or "file"
-
-
-def allowed_keys(location: tuple[int | str, ...]) -> set[str]:
-    """The keys that the mapping at `location` may hold."""
-    model: type[BaseModel] = DeploymentFile
-    for part in location:
-        if isinstance(part, int):
-            continue  # an item of a list: the list's own key led to its model
-        found = _model_in(model.model_fields[part].annotation)
-        if found is None:
-            return set()
-        model = found
-    return set(model.model_fields)
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The one model inside an annotation such as `tuple[Model, ...] | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if get_origin(annotation) in {tuple, Union, UnionType, Annotated}:
-        models = (_model_in(part) for part in get_args(annotation) if part is not ...)
-        return next((model for model in models if model is not None), None)
-    return None
+    raw = checked_yaml.mapping(text, origin, "applications")
+    return Loaded(raw, checked_yaml.checked(raw, origin, DeploymentFile))
 
 
 def with_ports(raw: Mapping[str, Any], http_port: int, grpc_port: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ..types import Span
 from . import specprefill_pb2 as pb
 from .specprefill_pb2_grpc import SpecPrefillStub
 
-_GRACE_S = 5.0  # the service's own deadline comes first, with a better message
+GRACE_S = 5.0  # the service's own deadline comes first, with a better message
 
 
 def ask(address: str, question: Ask, tell: Callable[[str], None]) -> Answered:
@@ -26,8 +26,8 @@ def ask(address: str, question: Ask, tell: Callable[[str], None]) -> Answered:
     with _stub(address) as stub:
         for chunk in stub.GenerateStream(
             generate_request(question),
-            metadata=_metadata(question),
-            timeout=question.timeout_s + _GRACE_S,
+            metadata=metadata(question),
+            timeout=question.timeout_s + GRACE_S,
         ):
             if chunk.output.text:
                 first_s = first_s or time.monotonic() - started_s
@@ -48,7 +48,7 @@ def score(address: str, question: Ask, token_ids: list[int]) -> tuple[list[Span]
     )
     with _stub(address) as stub:
         reply = stub.Score(
-            request, metadata=_metadata(question), timeout=question.timeout_s + _GRACE_S
+            request, metadata=metadata(question), timeout=question.timeout_s + GRACE_S
         )
     kept = [Span(run.start, run.stop) for run in reply.kept]
     decision = _decision(reply.decision)
@@ -85,7 +85,8 @@ def _prune(question: Ask) -> pb.Prune:
     return pb.Prune(keep=question.keep)
 
 
-def _metadata(question: Ask) -> tuple[tuple[str, str], ...]:
+def metadata(question: Ask) -> tuple[tuple[str, str], ...]:
+    """What authenticates a call."""
     if question.api_key is None:
         return ()
     return (("authorization", f"Bearer {question.api_key}"),)

@@ -58,10 +58,7 @@ class App:
 
     def replica_pids(self, deployment: str) -> list[int]:
         """The processes of one pool."""
-        details = self.api._client.get_serve_details()
-        (application,) = details["applications"].values()
-        replicas = application["deployments"][deployment]["replicas"]
-        return [replica["pid"] for replica in replicas if replica["state"] == "RUNNING"]
+        return self.api.replica_pids(deployment)
 
 
 def command(argv, *, code=0) -> subprocess.CompletedProcess:

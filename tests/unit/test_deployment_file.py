@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from specprefill import deployment_file as df
+from specprefill.checked_yaml import InvalidFile
 
 LEAST = """
 applications:
@@ -30,7 +31,7 @@ def edited(path, value):
 
 
 def faults(text):
-    with pytest.raises(df.InvalidFile) as caught:
+    with pytest.raises(InvalidFile) as caught:
         df.parse(text, "f.yaml")
     return str(caught.value)
 
@@ -132,7 +133,7 @@ def test_what_is_no_deployment_file_is_refused(text, said):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(df.InvalidFile, match=re.escape(str(tmp_path / "none.yaml"))):
+    with pytest.raises(InvalidFile, match=re.escape(str(tmp_path / "none.yaml"))):
         df.load(tmp_path / "none.yaml")
 
 

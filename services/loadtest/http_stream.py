@@ -1,0 +1,121 @@
+"""Streams chat completions from any OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+from typing import Any
+
+import aiohttp
+
+from .outcome import Ending
+from .recorder import Prompt, Recorder, Refused
+
+_DATA = b"data:"
+_MESSAGE_CHARS = 200
+_LINE_BYTES = 8 << 20  # the longest line of a stream: logprobs make long ones
+_ENDINGS = {
+    HTTPStatus.TOO_MANY_REQUESTS: Ending.SHED,
+    HTTPStatus.REQUEST_TIMEOUT: Ending.TIMED_OUT,
+    HTTPStatus.GATEWAY_TIMEOUT: Ending.TIMED_OUT,
+}
+
+
+class HttpCaller:
+    """`POST {base_url}/chat/completions`, one connection per request in flight."""
+
+    def __init__(self, base_url: str, model: str, api_key: str | None) -> None:
+        self._url = f"{base_url.rstrip('/')}/chat/completions"
+        self._model = model
+        self._api_key = api_key
+        self._session: aiohttp.ClientSession | None = None
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[None]:
+        """See Caller."""
+        connector = aiohttp.TCPConnector(limit=0)  # open loop: never wait for a free connection
+        async with aiohttp.ClientSession(
+            connector=connector,
+            timeout=aiohttp.ClientTimeout(total=None),
+            read_bufsize=_LINE_BYTES,
+        ) as self._session:
+            yield
+
+    async def stream(self, prompt: Prompt, timeout_s: float, recorder: Recorder) -> None:
+        """See Caller."""
+        if self._session is None:
+            raise RuntimeError("stream: outside open()")
+        try:
+            async with self._session.post(
+                self._url, json=self._body(prompt), headers=self._headers(timeout_s)
+            ) as reply:
+                if reply.status != HTTPStatus.OK:
+                    raise _refusal(reply.status, await reply.read())
+                async for line in reply.content:
+                    if line.startswith(_DATA):
+                        _record(line[len(_DATA) :].strip(), recorder)
+        except aiohttp.ClientError as error:
+            raise Refused(Ending.FAILED, f"{type(error).__name__}: {error}") from error
+
+    def _body(self, prompt: Prompt) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "model": self._model,
+            "messages": list(prompt.messages),
+            "max_tokens": prompt.max_tokens,
+            "temperature": 0.0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if prompt.tools:
+            body["tools"] = list(prompt.tools)
+        if prompt.keep is not None:
+            body["specprefill"] = False if prompt.keep == "dense" else {"keep": prompt.keep}
+        return body
+
+    def _headers(self, timeout_s: float) -> dict[str, str]:
+        headers = {"x-request-timeout-seconds": f"{timeout_s:g}"}
+        if self._api_key is not None:
+            headers["authorization"] = f"Bearer {self._api_key}"
+        return headers
+
+
+def _record(data: bytes, recorder: Recorder) -> None:
+    """One event of the stream. Raises Refused where it tells an error."""
+    if data == b"[DONE]":
+        return
+    event = json.loads(data)
+    if "error" in event:
+        raise Refused(Ending.FAILED, f"in the stream: {_said(event)}")
+    for choice in event.get("choices") or ():
+        piece = _text(choice.get("delta") or {})
+        if piece:
+            recorder.text(piece)
+    usage = event.get("usage")
+    if usage is not None:
+        recorder.usage(usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0))
+    if "specprefill" in event:
+        recorder.report(event["specprefill"])
+
+
+def _text(delta: dict[str, Any]) -> str:
+    """What a delta says: an answer, reasoning, or a piece of a tool call."""
+    calls = (call.get("function") or {} for call in delta.get("tool_calls") or ())
+    said = [f"{call.get('name') or ''}{call.get('arguments') or ''}" for call in calls]
+    return (delta.get("content") or "") + (delta.get("reasoning") or "") + "".join(said)
+
+
+def _refusal(status: int, body: bytes) -> Refused:
+    try:
+        said = _said(json.loads(body))
+    except ValueError:
+        said = body[:_MESSAGE_CHARS].decode(errors="replace")
+    return Refused(_ENDINGS.get(HTTPStatus(status), Ending.FAILED), f"{status}: {said}")
+
+
+def _said(event: Any) -> str:
+    """The error's message where it is in OpenAI's form."""
+    error = event.get("error") if isinstance(event, dict) else None
+    message = error.get("message") if isinstance(error, dict) else event
+    return str(message)[:_MESSAGE_CHARS]

@@ -1,0 +1,86 @@
+"""Requests whose answers can be checked, drawn from a scenario's kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Self
+
+import numpy as np
+
+from ..config import local_path
+from ..synthetic.needles import ChatTokenizer, needle_prompt
+from .recorder import Prompt
+from .scenario import Prompts
+from .trace import TraceLine
+
+_WARM_UP = 1 << 40  # a range of seeds that no counted request has
+
+
+class UnknownTokenizer(Exception):
+    """The tokenizer cannot be loaded; the message says why."""
+
+
+class Source:
+    """Makes prompts; one seed is one sequence of prompts, whatever is asked of the service."""
+
+    def __init__(self, tokenizer: ChatTokenizer, seed: int) -> None:
+        self._tokenizer = tokenizer
+        self._seed = seed
+
+    @classmethod
+    def load(cls, path: str, seed: int) -> Self:
+        """With the tokenizer of a folder or a hub name. Raises UnknownTokenizer."""
+        from transformers import AutoTokenizer
+
+        try:
+            return cls(AutoTokenizer.from_pretrained(local_path(path)), seed)
+        except (OSError, ValueError) as error:
+            raise UnknownTokenizer(f"tokenizer: {path}: {error}") from error
+
+    def draw(self, kinds: Sequence[Prompts], count: int, rng: np.random.Generator) -> list[Prompt]:
+        """`count` prompts, their kinds drawn by weight."""
+        return [
+            self._make(kind, self._seed + index)
+            for index, kind in enumerate(_drawn(kinds, count, rng))
+        ]
+
+    def like(
+        self, kinds: Sequence[Prompts], lines: Sequence[TraceLine], rng: np.random.Generator
+    ) -> list[Prompt]:
+        """One prompt per recorded request, of its length where it tells one."""
+        return [
+            self._make(_resized(kind, line), self._seed + index)
+            for index, (kind, line) in enumerate(
+                zip(_drawn(kinds, len(lines), rng), lines, strict=True)
+            )
+        ]
+
+    def warm_up(self, kind: Prompts, number: int) -> Prompt:
+        """A prompt of this kind that no run counts."""
+        return self._make(kind, _WARM_UP + self._seed + number)
+
+    def _make(self, kind: Prompts, seed: int) -> Prompt:
+        needle = needle_prompt(seed, kind.prompt_tokens, self._tokenizer)
+        return Prompt(
+            messages=tuple(needle.messages),
+            family=kind.family,
+            variant=kind.variant,
+            keep=kind.keep,
+            max_tokens=kind.max_tokens or 32,
+            score=_contains(needle.answer),
+        )
+
+
+def _contains(answer: str) -> Callable[[str], float]:
+    return lambda text: float(answer in text)
+
+
+def _drawn(kinds: Sequence[Prompts], count: int, rng: np.random.Generator) -> list[Prompts]:
+    weights = np.array([kind.weight for kind in kinds])
+    places = rng.choice(len(kinds), size=count, p=weights / weights.sum())
+    return [kinds[place] for place in places]
+
+
+def _resized(kind: Prompts, line: TraceLine) -> Prompts:
+    told = {"prompt_tokens": line.prompt_tokens, "max_tokens": line.max_tokens}
+    return kind.model_copy(update={name: n for name, n in told.items() if n is not None})

@@ -1,0 +1,84 @@
+"""What callers tell while an answer streams in, and how they say that it did not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from .outcome import Ending, Stream
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One request to send, and how to judge its answer."""
+
+    messages: tuple[Mapping[str, Any], ...]
+    family: str
+    variant: str
+    keep: float | str | None  # a rate, `auto`, `dense`, or None: nothing is said
+    max_tokens: int
+    score: Callable[[str], float]  # an answer's text -> 0 to 1
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+class Refused(Exception):
+    """The service did not answer; `ending` says which kind of no it was."""
+
+    def __init__(self, ending: Ending, message: str) -> None:
+        super().__init__(message)
+        self.ending = ending
+
+
+class Recorder:
+    """Collects one stream; seconds count from its making, which is when the request is sent."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._sent_s = now()
+        self._pieces: list[str] = []
+        self._arrivals_s: list[float] = []
+        self._report: Mapping[str, Any] | None = None
+        self._output_tokens = 0
+        self._prompt_tokens = 0
+
+    def text(self, piece: str) -> None:
+        """Some text arrived now."""
+        self._arrivals_s.append(self._now() - self._sent_s)
+        self._pieces.append(piece)
+
+    def usage(self, prompt_tokens: int, output_tokens: int) -> None:
+        """The service's token counts."""
+        self._prompt_tokens, self._output_tokens = prompt_tokens, output_tokens
+
+    def report(self, report: Mapping[str, Any]) -> None:
+        """The service's `specprefill` object."""
+        self._report = report
+
+    def finish(self, ending: Ending, error: str = "") -> Stream:
+        """The stream as it stands now. An answer without any text has its first token here."""
+        end_s = self._now() - self._sent_s
+        silent = ending is Ending.ANSWERED and not self._arrivals_s
+        return Stream(
+            ending=ending,
+            text="".join(self._pieces),
+            arrivals_s=(end_s,) if silent else tuple(self._arrivals_s),
+            end_s=end_s,
+            output_tokens=self._output_tokens,
+            prompt_tokens=self._prompt_tokens,
+            report=self._report,
+            error=error,
+        )
+
+
+class Caller(Protocol):
+    """One protocol to ask a service by."""
+
+    def open(self) -> AbstractAsyncContextManager[None]:
+        """Hold the connections while inside."""
+        ...
+
+    async def stream(self, prompt: Prompt, timeout_s: float, recorder: Recorder) -> None:
+        """Send the prompt and record its answer to the end. Raises Refused."""
+        ...

@@ -1,0 +1,131 @@
+"""Sends requests at their times, whatever became of those before: an open loop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .arrivals import Times
+from .outcome import Ending, Outcome, Stream
+from .recorder import Caller, Prompt, Recorder, Refused
+from .scenario import Cancel
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """One request of a run, decided before the run starts."""
+
+    index: int
+    at_s: float
+    prompt: Prompt
+    leave_after_s: float | None = None  # the client cancels then
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a run has done so far; a display may read it at any time."""
+
+    total: int
+    sent: int = 0
+    answered: int = 0
+    other: int = 0
+
+    @property
+    def in_flight(self) -> int:
+        return self.sent - self.answered - self.other
+
+    def ended(self, ending: Ending) -> None:
+        """Count one request that is over."""
+        if ending is Ending.ANSWERED:
+            self.answered += 1
+        else:
+            self.other += 1
+
+
+def plan(
+    times: Times, prompts: Sequence[Prompt], cancel: Cancel | None, rng: np.random.Generator
+) -> list[Planned]:
+    """The run's requests; which clients leave, and when, is drawn here."""
+    leaving: list[float | None] = [None] * len(prompts)
+    if cancel is not None:
+        leaves = rng.random(len(prompts)) < cancel.share
+        after_s = rng.uniform(*cancel.after_s, len(prompts))
+        leaving = [
+            float(after) if leave else None for leave, after in zip(leaves, after_s, strict=True)
+        ]
+    return [
+        Planned(index, float(at_s), prompt, leave)
+        for index, (at_s, prompt, leave) in enumerate(zip(times, prompts, leaving, strict=True))
+    ]
+
+
+async def run(
+    planned: Sequence[Planned],
+    caller: Caller,
+    timeout_s: float,
+    progress: Progress,
+    now: Callable[[], float] = time.perf_counter,
+) -> list[Outcome]:
+    """Send every request at its time and wait for all of them. Outcomes keep the plan's order."""
+    started_s = now()
+    async with asyncio.TaskGroup() as group:
+        tasks = []
+        for request in planned:
+            await asyncio.sleep(max(0.0, started_s + request.at_s - now()))
+            tasks.append(group.create_task(_send(request, caller, timeout_s, started_s, now)))
+            progress.sent += 1
+            tasks[-1].add_done_callback(lambda task: _count(task, progress))
+    return [task.result() for task in tasks]
+
+
+async def stream(
+    prompt: Prompt,
+    caller: Caller,
+    timeout_s: float,
+    leave_after_s: float | None = None,
+    now: Callable[[], float] = time.perf_counter,
+) -> Stream:
+    """Ask once. However it ends, what had arrived until then is in the stream."""
+    recorder = Recorder(now)
+    leaves = leave_after_s is not None and leave_after_s < timeout_s
+    patience_s = leave_after_s if leaves else timeout_s
+    try:
+        async with asyncio.timeout(patience_s):
+            await caller.stream(prompt, timeout_s, recorder)
+    except TimeoutError:
+        if leaves:
+            return recorder.finish(Ending.CANCELLED)
+        return recorder.finish(Ending.TIMED_OUT, f"client: not answered within {timeout_s:g} s")
+    except Refused as refusal:
+        return recorder.finish(refusal.ending, str(refusal))
+    return recorder.finish(Ending.ANSWERED)
+
+
+async def _send(
+    request: Planned,
+    caller: Caller,
+    timeout_s: float,
+    started_s: float,
+    now: Callable[[], float],
+) -> Outcome:
+    lag_s = now() - started_s - request.at_s
+    prompt = request.prompt
+    got = await stream(prompt, caller, timeout_s, request.leave_after_s, now)
+    return Outcome(
+        index=request.index,
+        family=prompt.family,
+        variant=prompt.variant,
+        scheduled_s=request.at_s,
+        lag_s=lag_s,
+        stream=got,
+        score=prompt.score(got.text) if got.ending is Ending.ANSWERED else None,
+    )
+
+
+def _count(task: asyncio.Task[Outcome], progress: Progress) -> None:
+    if not task.cancelled() and task.exception() is None:
+        progress.ended(task.result().stream.ending)

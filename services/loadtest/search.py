@@ -1,0 +1,69 @@
+"""How much load a service bears: which rates to try, and what the trials mean.
+
+Pure: rates out, results in. The runs themselves are the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+from .outcome import Ending
+from .scenario import MaxQps, PaperProtocol
+from .statistics import Summary
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One rate, and whether the service bore it."""
+
+    qps: float
+    held: bool
+    summary: Summary
+
+
+Trials = Generator[float, Summary, list[Trial]]
+
+
+def max_qps(search: MaxQps) -> Trials:
+    """Yields rates, takes each run's summary: the ends first, then the middle of what is left."""
+    trials: list[Trial] = []
+
+    def judged(qps: float, summary: Summary) -> bool:
+        trials.append(Trial(qps, summary.attainment >= search.attainment, summary))
+        return trials[-1].held
+
+    low, high = search.low, search.high
+    if not judged(low, (yield low)):
+        return trials
+    if judged(high, (yield high)):
+        return trials
+    while high - low > search.tolerance * high:
+        middle = (low + high) / 2.0
+        if judged(middle, (yield middle)):
+            low = middle
+        else:
+            high = middle
+    return trials
+
+
+def paper(search: PaperProtocol) -> Trials:
+    """Yields the grid's rates in order until too many requests fail (section 5.2 of the paper)."""
+    trials: list[Trial] = []
+    for qps in search.grid:
+        summary = yield qps
+        answered = summary.endings.get(Ending.ANSWERED, 0)
+        trials.append(Trial(qps, summary.requests - answered <= search.max_failures, summary))
+        if not trials[-1].held:
+            break
+    return trials
+
+
+def highest(trials: Sequence[Trial]) -> float | None:
+    """The highest rate that held; None where none did."""
+    return max((trial.qps for trial in trials if trial.held), default=None)
+
+
+def of(search: MaxQps | PaperProtocol) -> Trials:
+    """The trials of a scenario's search."""
+    return max_qps(search) if isinstance(search, MaxQps) else paper(search)

@@ -1,0 +1,88 @@
+"""Send times are fixed by a process and a seed."""
+
+import json
+
+import numpy as np
+import pytest
+
+from specprefill.checked_yaml import InvalidFile
+from specprefill.loadtest import trace
+from specprefill.loadtest.arrivals import Burst, Bursty, Constant, Length, Poisson, Ramp, times
+
+PROCESSES = [
+    Constant(kind="constant", qps=5.0),
+    Poisson(kind="poisson", qps=5.0),
+    Bursty(kind="bursty", qps=5.0, burstiness=0.2),
+    Ramp(kind="ramp", start_qps=2.0, end_qps=8.0),
+    Burst(kind="burst", qps=5.0, burst_qps=5.0, start_s=10.0, length_s=5.0),
+]
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=lambda one: one.kind)
+def test_a_seed_is_one_schedule_at_the_asked_rate(process):
+    one, same, other = (
+        times(process, Length(requests=20_000), np.random.default_rng(seed)) for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(one, same)
+    assert process.kind == "constant" or not np.array_equal(one, other)
+    assert (np.diff(one) >= 0).all()
+    assert one[0] >= 0
+    assert len(one) / one[-1] == pytest.approx(5.0, rel=0.05)
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=lambda one: one.kind)
+def test_a_run_of_seconds_sends_all_of_its_requests_within_them(process):
+    sent = times(process, Length(seconds=400.0), np.random.default_rng(3))
+    assert sent[-1] < 400.0
+    assert sent[-1] > 395.0
+    assert len(sent) == pytest.approx(2000, rel=0.15)
+
+
+def test_a_constant_rate_has_equal_gaps_from_zero():
+    sent = times(PROCESSES[0], Length(requests=4), np.random.default_rng(0))
+    np.testing.assert_allclose(sent, [0.0, 0.2, 0.4, 0.6])
+
+
+def test_burstiness_below_one_clusters_arrivals():
+    rng = np.random.default_rng(0)
+    gaps = np.diff(times(PROCESSES[2], Length(requests=20_000), rng))
+    assert gaps.var() / gaps.mean() ** 2 == pytest.approx(1 / 0.2, rel=0.1)
+
+
+def test_a_burst_has_its_rate_only_while_it_lasts():
+    process = Burst(kind="burst", qps=10.0, burst_qps=100.0, start_s=100.0, length_s=50.0)
+    sent = times(process, Length(seconds=250.0), np.random.default_rng(0))
+    counts, _ = np.histogram(sent, [0.0, 100.0, 150.0, 250.0])
+    assert counts == pytest.approx([1000, 5000, 1000], rel=0.1)
+
+
+def test_a_ramp_rises():
+    process = Ramp(kind="ramp", start_qps=10.0, end_qps=90.0)
+    sent = times(process, Length(seconds=200.0), np.random.default_rng(0))
+    counts, _ = np.histogram(sent, [0.0, 50.0, 150.0, 200.0])
+    assert counts == pytest.approx([1000, 5000, 4000], rel=0.1)
+
+
+def test_a_length_is_requests_or_seconds():
+    for wrong in ({}, {"requests": 1, "seconds": 1.0}):
+        with pytest.raises(ValueError, match="either"):
+            Length(**wrong)
+
+
+def test_a_trace_starts_at_zero_in_order_of_time(tmp_path):
+    file = tmp_path / "trace.jsonl"
+    lines = [{"time_s": 7.5, "prompt_tokens": 9, "unknown": 1}, {"time_s": 5.0}, {"time_s": 9.0}]
+    file.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    read = trace.read(file, 2)
+    assert [line.time_s for line in read] == [0.0, 2.5]
+    assert [line.prompt_tokens for line in read] == [None, 9]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"), [("", "no requests"), ('{"time_s": 1}\n{"time_s": "x"}', ":2: ")]
+)
+def test_a_broken_trace_names_its_line(tmp_path, text, named):
+    file = tmp_path / "trace.jsonl"
+    file.write_text(text)
+    with pytest.raises(InvalidFile, match=named):
+        trace.read(file, 10)
