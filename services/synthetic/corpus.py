@@ -65,7 +65,7 @@ _PEOPLE = _words(
     actor priest
     """
 )
-_THINGS = _words(
+THINGS = _words(
     """
     letter basket ladder window table bottle candle blanket hammer lantern mirror needle
     barrel bucket carpet chair clock coat cup drum engine fence flag garment hat jar kettle key
@@ -74,7 +74,7 @@ _THINGS = _words(
     wheel whistle book box bread apple cheese
     """
 )
-_PLACES = _words(
+PLACES = _words(
     """
     river bridge market harbor village forest mountain valley garden station castle church
     school library museum factory kitchen cellar tower square street corner meadow field lake
@@ -82,7 +82,7 @@ _PLACES = _words(
     yard hall palace prison port
     """
 )
-_VERBS = _words(
+VERBS = _words(
     """
     carried found sold bought painted repaired moved cleaned lost kept hid brought took left
     saw noticed described measured borrowed returned wanted needed admired ordered opened closed
@@ -101,7 +101,7 @@ _MOMENTS = _words(
     "morning evening winter summer spring autumn storm harvest dinner lunch festival war"
 )
 
-FILLER_WORDS = _ADJECTIVES + _PEOPLE + _THINGS + _PLACES + _VERBS + _LINKS + _TIMES + _MOMENTS
+FILLER_WORDS = _ADJECTIVES + _PEOPLE + THINGS + PLACES + VERBS + _LINKS + _TIMES + _MOMENTS
 LEXICON = KEY_ADJECTIVES + KEY_NOUNS + FILLER_WORDS
 
 
@@ -117,9 +117,9 @@ class Record:
 
 def filler_sentence(rng: random.Random) -> str:
     """One sentence of prose. It holds no key word and no digit."""
-    person, thing, place = rng.choice(_PEOPLE), rng.choice(_THINGS), rng.choice(_PLACES)
-    verb, link, adjective = rng.choice(_VERBS), rng.choice(_LINKS), rng.choice(_ADJECTIVES)
-    other_verb, time = rng.choice(_VERBS), rng.choice(_TIMES)
+    person, thing, place = rng.choice(_PEOPLE), rng.choice(THINGS), rng.choice(PLACES)
+    verb, link, adjective = rng.choice(VERBS), rng.choice(_LINKS), rng.choice(_ADJECTIVES)
+    other_verb, time = rng.choice(VERBS), rng.choice(_TIMES)
     moment, other_adjective = rng.choice(_MOMENTS), rng.choice(_ADJECTIVES)
     return rng.choice(
         (
