@@ -106,3 +106,4 @@ _.curves
 _.samples_seen
 _.p90  # read by dataclasses.asdict
 _.output_tokens_per_s
+decide  # services/scaling/core.py

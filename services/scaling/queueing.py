@@ -1,0 +1,86 @@
+"""A queueing model of the pools: the share of requests that meet the SLO, for any pool sizes.
+
+Each pool is a GI/G/c queue. The chance to wait at all is Sakasegawa's approximation, the wait of
+those who do is exponential with the mean of Allen and Cunneen. The first token waits twice, for a
+speculator and for a prefill engine; the two waits and the stage times of the *sampled* requests
+(not their means) give the distribution of the time to first token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .values import Floats
+
+TINY = 1e-12
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What one pool must do."""
+
+    work: float  # server-seconds per second; below the servers, or the queue grows for ever
+    service_s: float  # mean time of one request
+    variability: float  # mean of the squared coefficients of variation: arrivals and service
+    share: float = 1.0  # of all requests, that come here
+
+
+def load(work: float, service_s: Floats, dispersion: float) -> Load:
+    """The load of requests `[N]`, of which those that take no time do not come here."""
+    busy = service_s[service_s > 0.0]
+    if len(busy) == 0:
+        return Load(0.0, 0.0, 1.0, 0.0)
+    mean = float(busy.mean())
+    squared = float(busy.var()) / mean**2
+    return Load(work, mean, (dispersion + squared) / 2, len(busy) / len(service_s))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Waits:
+    """Of pools with `[C]` different sizes: how likely a request waits, and how long then."""
+
+    chance: Floats
+    mean_s: Floats
+    stable: Floats  # 1.0 or 0.0
+
+
+def waits(load: Load, servers: Floats) -> Waits:
+    """The waits in front of `servers`, `[C]`."""
+    if load.work <= 0.0:
+        nothing = np.zeros_like(servers)
+        return Waits(nothing, nothing + TINY, nothing + 1.0)
+    usage = np.clip(load.work / np.maximum(servers, TINY), 0.0, 1.0 - 1e-9)
+    chance = usage ** (np.sqrt(2.0 * (servers + 1.0)) - 1.0)
+    mean_s = load.service_s * load.variability / (np.maximum(servers, TINY) * (1.0 - usage))
+    stable = (load.work < servers).astype(np.float64)
+    return Waits(chance * load.share, np.maximum(mean_s, TINY), stable)
+
+
+def two_stage_attainment(first: Waits, second: Waits, slack_s: Floats) -> Floats:
+    """Share of requests whose two waits end within their slack: `[C1, C2]`.
+
+    `slack_s` `[N]` is what each sampled request's stages leave of the SLO; below zero: lost.
+    """
+    left = slack_s[slack_s >= 0.0]
+    possible = len(left) / len(slack_s)
+    if possible == 0.0:
+        return np.zeros((len(first.chance), len(second.chance)))
+    one, one_s = first.chance[:, None], first.mean_s[:, None]
+    two, two_s = second.chance[None, :], second.mean_s[None, :] * (1.0 + 1e-6)
+    tail_one, tail_two = _tail(first, left)[:, None], _tail(second, left)[None, :]
+    both = (one_s * tail_one - two_s * tail_two) / (one_s - two_s)
+    late = one * (1.0 - two) * tail_one + two * (1.0 - one) * tail_two + one * two * both
+    met = possible * np.clip(1.0 - late, 0.0, 1.0)
+    return np.asarray(met * first.stable[:, None] * second.stable[None, :])
+
+
+def attainment(pool: Waits, within_s: float) -> Floats:
+    """Share of requests that wait at most `within_s`: `[C]`."""
+    return np.asarray((1.0 - pool.chance * np.exp(-within_s / pool.mean_s)) * pool.stable)
+
+
+def _tail(pool: Waits, left_s: Floats) -> Floats:
+    """Mean chance that a wait lasts longer than the slack, of those who wait: `[C]`."""
+    return np.asarray(np.exp(-left_s[None, :] / pool.mean_s[:, None]).mean(axis=1))

@@ -1,0 +1,198 @@
+"""What the autoscaler is told, and what it answers. Plain data."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..stages import StageCurves
+
+Floats = NDArray[np.float64]
+
+
+class Pool(enum.StrEnum):
+    """The three pools that are sized."""
+
+    SPECULATOR = "speculator"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One request, as it arrived: nothing in here waits for the request to end."""
+
+    time_s: float
+    prompt_tokens: int
+    kept_tokens: int  # to prefill at the nominal keep rate; prompt_tokens: dense, no speculator
+    output_tokens: int  # an estimate, if the answer is not complete
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Arrivals:
+    """Many arrivals as columns `[N]`, sorted by time."""
+
+    time_s: Floats
+    prompt_tokens: Floats
+    kept_tokens: Floats
+    output_tokens: Floats
+
+    @classmethod
+    def of(cls, arrivals: Iterable[Arrival]) -> Arrivals:
+        """The columns of single arrivals, in any order."""
+        rows = sorted(
+            (each.time_s, each.prompt_tokens, each.kept_tokens, each.output_tokens)
+            for each in arrivals
+        )
+        columns = np.array(rows, dtype=np.float64).reshape(len(rows), 4).T
+        return cls(*columns)
+
+    def __len__(self) -> int:
+        return len(self.time_s)
+
+    def since(self, start_s: float) -> Arrivals:
+        """Those at or after `start_s`."""
+        return self._rows(slice(int(np.searchsorted(self.time_s, start_s)), None))
+
+    def every(self, step: int) -> Arrivals:
+        """One of `step` of them, evenly spread."""
+        return self._rows(slice(step // 2, None, step))
+
+    def _rows(self, rows: slice) -> Arrivals:
+        return Arrivals(
+            self.time_s[rows],
+            self.prompt_tokens[rows],
+            self.kept_tokens[rows],
+            self.output_tokens[rows],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PoolState:
+    """One pool, now."""
+
+    ready: int
+    starting: int = 0  # asked for, and not ready yet
+    queue_age_s: float = 0.0  # how long its oldest request waits
+
+    @property
+    def provisioned(self) -> int:
+        """Ready and starting."""
+        return self.ready + self.starting
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """`share` of all requests get their first token within `ttft_s`."""
+
+    ttft_s: float
+    share: float = 0.95
+    gap_s: float = 1.0  # and the second token within this of the first: sizes the decode pool
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLimits:
+    """Bounds and costs of one pool."""
+
+    minimum: int = 1  # 0: may sleep when nothing arrives
+    maximum: int = 1
+    cost: float = 1.0  # of one replica, in any unit: say, its GPUs
+    cold_start_s: float = 100.0
+    max_step: int = 8  # replicas up or down in one decision, or a third of the pool if more
+
+
+@dataclass(frozen=True, slots=True)
+class ScalingPolicy:
+    """What the operator wants. `keep_floor` bounds how far a burst may bend the keep rate."""
+
+    slo: Slo
+    pools: Mapping[Pool, PoolLimits]
+    keep: float = 0.3  # nominal keep rate
+    keep_floor: float = 0.1
+    settle_s: float = 90.0  # a smaller size must have been enough for so long
+    idle_s: float = 600.0  # without arrivals for so long, a pool with minimum 0 sleeps
+    window_s: float = 600.0  # of arrivals that are looked at
+
+
+@dataclass(frozen=True, slots=True)
+class Engines:
+    """How fast the pools are: learnt stage times, and the decode engines' shape."""
+
+    curves: StageCurves
+    output_token_s: float = 0.03  # per output token of one sequence, at the usual batch
+    decode_slots: int = 32  # sequences that a decode replica runs at once
+    cached_share: float = 0.0  # of the kept tokens, found in the prefix cache
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Observation:
+    """What is known at `now_s`. A pool that is not in `pools` did not report."""
+
+    now_s: float
+    since_s: float  # `arrivals` holds every arrival from then on
+    arrivals: Arrivals | None  # None: the metrics are missing
+    pools: Mapping[Pool, PoolState]
+    engines: Engines
+
+
+class Reason(enum.StrEnum):
+    """Why a pool gets the size it gets."""
+
+    NO_METRICS = "no_metrics"  # held as it is, at least at its minimum
+    STEADY = "steady"  # the size that meets the SLO
+    SLO_AT_RISK = "slo_at_risk"  # grows: the present size would miss the SLO
+    SMALLER_MEETS_SLO = "smaller_meets_slo"  # shrinks
+    SETTLING = "settling"  # a smaller size would do, but not for long enough yet
+    AT_MINIMUM = "at_minimum"
+    AT_MAXIMUM = "at_maximum"
+    STEP_CAPPED = "step_capped"
+    IDLE = "idle"  # asleep: nothing arrives
+    WAKING = "waking"
+
+
+@dataclass(frozen=True, slots=True)
+class PoolDecision:
+    """The size of one pool. `wanted` is what the SLO asks for, before bounds and steps."""
+
+    replicas: int
+    wanted: int
+    reason: Reason
+
+
+class KeepReason(enum.StrEnum):
+    """Why the keep rate may or must bend."""
+
+    NOMINAL = "nominal"  # the replicas that are ready meet the SLO
+    BRIDGING = "bridging"  # until the replicas that start are ready
+    SHORT_OF_REPLICAS = "short_of_replicas"  # at the pool's maximum
+    NO_METRICS = "no_metrics"
+
+
+@dataclass(frozen=True, slots=True)
+class KeepBounds:
+    """A request's keep rate stays within these, unless its caller's floor is higher."""
+
+    low: float
+    high: float  # below the nominal rate when the ready replicas are too few for it
+    reason: KeepReason
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The sizes of the pools, and the bounds of the keep rate."""
+
+    pools: Mapping[Pool, PoolDecision]
+    keep: KeepBounds
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What one decision leaves for the next: recent wishes `(time, replicas)` per pool."""
+
+    wishes: Mapping[Pool, tuple[tuple[float, int], ...]] = field(default_factory=dict)
+    last_arrival_s: float | None = None
+    began_s: float | None = None  # the first decision; nothing shrinks before `settle_s` from then
