@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it once, when it is imported
+
+# How long an example takes says more about a busy machine than about the code.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 ROOT = Path(__file__).resolve().parents[1]
 _MARKERS = {"integration": "integration", "faults": "integration", "e2e": "e2e"}
