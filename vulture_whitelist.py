@@ -101,8 +101,6 @@ _.released_total
 _.traceback
 _.versions
 bar_chart
-StageModels
-_.curves
 _.samples_seen
 _.p90  # read by dataclasses.asdict
 _.output_tokens_per_s

@@ -107,6 +107,7 @@ class Answer:
             ttft_s=ttft_s,
             recomputed=self._recomputed,
             cached_tokens=self._prefilled.first.cached_tokens,
+            expected=selection.plan.expected,
         )
 
     def _send(self, chunk: Chunk) -> list[Chunk]:

@@ -58,6 +58,9 @@ class SelectionConfig(Strict):
     enabled: bool = True  # False: prune only when a request asks
     keep: Rate = 0.3  # default keep rate
     min_prompt_tokens: PositiveInt = 1024  # shorter prompts are prefilled dense
+    # Least share of the expected dense time to first token that pruning must save; null: prune
+    # whether it pays or not. Callers who ask for pruning get it in any case.
+    min_gain: Annotated[float, Field(ge=0.0, lt=1.0)] | None = 0.05
     min_kept_tokens: PositiveInt = 256  # absolute floor under any keep rate
     chunk_tokens: PositiveInt = 32
     pool_tokens: PositiveInt = 13

@@ -18,7 +18,7 @@ from .errors import (
 )
 from .plan import Planner
 from .ports import Decoder, Prefiller, Speculator
-from .types import Chunk, PlanKind, Prefilled, Reason, Request, Selection, dense
+from .types import Chunk, PlanKind, Prefilled, Reason, Request, Selection, dense, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +119,9 @@ class Pipeline:
         """Losing the speculator costs time, never the answer: the prompt goes dense."""
         if not request.prompt:
             raise InvalidRequest("prompt: must hold at least one token", "prompt")
-        plan = self.planner.plan(request)
+        plan = self.planner.plan(request) if request.plan is None else request.plan
         if plan.kind is PlanKind.DENSE:
-            return dense(len(request.prompt), plan.reason)
+            return whole(len(request.prompt), plan)
         left_s = deadline.left_s()
         try:
             return await self.speculator.select(

@@ -86,6 +86,20 @@ def budget_chunks(prompt_tokens: int, keep: float, policy: SelectionPolicy) -> i
     return min(chunks, max(_asked_chunks(chunks, keep), floor))
 
 
+def expected_kept(
+    prompt_tokens: int, keep: float, protected: Sequence[Span], policy: SelectionPolicy
+) -> int:
+    """About how many tokens `select` would keep, told without scores."""
+    held = int(_protected_mask(prompt_tokens, protected, policy).sum())
+    budget = budget_chunks(prompt_tokens, keep, policy) * policy.chunk_tokens
+    return min(prompt_tokens, max(budget, held + budget // 2))
+
+
+def leading_tokens(protected: Sequence[Span]) -> int:
+    """How many of the prompt's first tokens are protected without a gap."""
+    return protected[0].stop if protected and protected[0].start == 0 else 0
+
+
 def _asked_chunks(chunks: int, keep: float) -> int:
     return max(1, math.ceil(chunks * keep - ROUNDING))
 

@@ -20,7 +20,7 @@ from .types import Report
 WINDOW = 9  # newest samples per length that count; fewer than half of them may be outliers
 HALF_LIFE = 256  # after so many samples of other lengths, a length counts half
 PRIOR_TOKENS = (256, 2048, 16384)  # where the prior's shape is held on to
-PRIOR_WEIGHT = 0.05  # of each of these points; a full window weighs 1
+PRIOR_WEIGHT = 0.01  # of each of these points; a full window weighs 1
 MIN_SECONDS = 1e-6
 
 

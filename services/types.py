@@ -33,6 +33,7 @@ class Reason(enum.StrEnum):
     DISABLED = "disabled"  # the deployment prunes only on request
     KEEP_IS_ONE = "keep_is_one"
     SHORT_PROMPT = "short_prompt"
+    NO_GAIN = "no_gain"  # a dense prefill is expected to give the first token sooner
     PROMPT_LOGPROBS = "prompt_logprobs"  # they need every prompt token computed
     PROTECTED_SPANS = "protected_spans"  # protection left nothing to drop
     FLAT_SCORES = "flat_scores"  # the speculator saw no difference between chunks
@@ -42,12 +43,25 @@ class Reason(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Expected:
+    """Seconds to the first token, by either plan, as far as the service can tell beforehand."""
+
+    dense_s: float
+    prune_s: float
+
+    def of(self, kind: PlanKind) -> float:
+        """Of one plan."""
+        return self.prune_s if kind is PlanKind.PRUNE else self.dense_s
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Prune to `keep` of the prompt, or prefill all of it; always with a reason."""
 
     kind: PlanKind
     reason: Reason
     keep: float = 1.0  # nominal keep rate in (0, 1]
+    expected: Expected | None = None  # None: not estimated
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +89,7 @@ class Request:
     protected: tuple[Span, ...] = ()  # token spans that must survive pruning
     controls: Controls = field(default_factory=Controls)
     prompt_logprobs: bool = False
+    plan: Plan | None = None  # decided before the pipeline; None: the pipeline decides
     hold_back_chars: int = 0  # text that stop strings may still take back (0: none)
     timeout_s: float = 300.0
     priority: int = 0
@@ -108,7 +123,12 @@ class Selection:
 
 def dense(prompt_tokens: int, reason: Reason) -> Selection:
     """The selection that keeps the whole prompt, and says why."""
-    return Selection(prompt_tokens, (Span(0, prompt_tokens),), Plan(PlanKind.DENSE, reason))
+    return whole(prompt_tokens, Plan(PlanKind.DENSE, reason))
+
+
+def whole(prompt_tokens: int, plan: Plan) -> Selection:
+    """The selection of a dense plan."""
+    return Selection(prompt_tokens, (Span(0, prompt_tokens),), plan)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,3 +216,4 @@ class Report:
     ttft_s: float  # until the first token left the pipeline
     recomputed: bool = False
     cached_tokens: int = 0  # of the kept tokens: found in the prefill engine's prefix cache
+    expected: Expected | None = None  # what the plan was decided on

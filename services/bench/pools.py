@@ -12,9 +12,10 @@ from ..config import AppConfig
 from ..decode.service import DecodeService
 from ..engine.args import Role, engine_args
 from ..engine.engine import Engine
+from ..gain import NetGain
 from ..kv.rpc import KvPeers
 from ..pipeline import Pipeline
-from ..plan import Planner
+from ..policies import net_gain, planner
 from ..prefill.service import PrefillService
 from ..speculator.service import SpeculatorService
 from ..types import Prefilled, Request, Selection
@@ -51,8 +52,8 @@ class LocalPrefiller:
 
 
 @asynccontextmanager
-async def local_pipeline(config: AppConfig) -> AsyncIterator[Pipeline]:
-    """Start the three services, and stop them at the end."""
+async def local_pipeline(config: AppConfig, gain: NetGain | None = None) -> AsyncIterator[Pipeline]:
+    """Start the three services, and stop them at the end. `gain` decides what pays."""
     async with AsyncExitStack() as stack:
         releaser = KvPeers()
         stack.push_async_callback(releaser.close)
@@ -65,12 +66,11 @@ async def local_pipeline(config: AppConfig) -> AsyncIterator[Pipeline]:
         decode = await stack.enter_async_context(DecodeService(Engine(decode_args)))
         heap.freeze()
         stack.callback(heap.thaw)
-        selection = config.selection
         yield Pipeline(
             speculator,
             LocalPrefiller(prefill, releaser),
             decode,
-            Planner(selection.enabled, selection.keep, selection.min_prompt_tokens),
+            planner(config.selection, net_gain(config) if gain is None else gain),
             config.speculator.timeout_s,
         )
 

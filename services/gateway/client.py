@@ -200,8 +200,9 @@ class PipelineClient(RemoteEngineClient):
             timeout_s=self._limit(context.timeout_s),
             priority=priority,
         )
-        if self._pipeline.planner.plan(request).kind is PlanKind.DENSE:
-            return request
+        plan = self._pipeline.planner.plan(request)
+        if plan.kind is PlanKind.DENSE:
+            return replace(request, plan=plan)
         text = prompt.get("prompt")
         spans = await asyncio.to_thread(self._protected, request, text, context.messages)
         return replace(request, protected=spans)

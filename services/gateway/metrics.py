@@ -5,7 +5,7 @@ They stand beside the HTTP metrics of vLLM's server on `/metrics`; names end in 
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from prometheus_client import Counter, Histogram
@@ -16,6 +16,7 @@ from ..plan import Planner
 from ..types import Chunk, Report, Request, Selection
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)
+_RATIOS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2, 4, 8)
 _RATES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 REQUESTS = Counter(
@@ -31,14 +32,27 @@ TTFT = Histogram(
 )
 STAGE = Histogram("specprefill_stage_seconds", "Time in a stage", ["stage"], buckets=_SECONDS)
 KEEP_RATE = Histogram("specprefill_keep_rate", "Kept share of pruned prompts", buckets=_RATES)
+TTFT_FORESEEN = Histogram(
+    "specprefill_time_to_first_token_ratio",
+    "Time to first token over what the plan was decided on",
+    ["plan"],
+    buckets=_RATIOS,
+)
 ENDED, CLOSED = "answered", "client_closed"
 
 
-class MeasuredPipeline:
-    """A pipeline that counts. It answers exactly what the pipeline inside answers."""
+Learn = Callable[[Request, Report], None]
 
-    def __init__(self, pipeline: Pipeline) -> None:
+
+class MeasuredPipeline:
+    """A pipeline that counts. It answers exactly what the pipeline inside answers.
+
+    `learn` is told of every finished request.
+    """
+
+    def __init__(self, pipeline: Pipeline, learn: Learn | None = None) -> None:
         self._pipeline = pipeline
+        self._learn = learn
         self.planner: Planner = pipeline.planner
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
@@ -57,6 +71,8 @@ class MeasuredPipeline:
         finally:
             # The consumer may close the stream right after the last chunk: that is no abort.
             _count(request, ENDED if report is not None else outcome, report)
+            if report is not None and self._learn is not None:
+                self._learn(request, report)
 
     async def select(self, request: Request) -> Selection:
         """See Pipeline.select."""
@@ -72,6 +88,9 @@ def _count(request: Request, outcome: str, report: Report | None) -> None:
     KEPT_TOKENS.inc(report.kept_tokens)
     RECOMPUTED.inc(report.recomputed)
     TTFT.labels(report.plan).observe(report.ttft_s)
+    if report.expected is not None:
+        foreseen_s = report.expected.of(report.plan)
+        TTFT_FORESEEN.labels(report.plan).observe(report.ttft_s / foreseen_s)
     if report.kept_tokens < report.prompt_tokens:
         KEEP_RATE.observe(report.keep_rate)
     for stage, seconds in (

@@ -15,9 +15,10 @@ from ..config import AppConfig
 from ..kv.rpc import KvPeers
 from ..kv.tls import read_tls
 from ..pipeline import Pipeline
-from ..plan import Planner
+from ..policies import net_gain, planner
 from ..rpc import specprefill_pb2 as pb
 from .app import build_client, build_http_app
+from .calibration import calibration
 from .grpc_api import GrpcApi
 from .metrics import MeasuredPipeline
 from .pools import Carried, ServeDecoder, ServePrefiller, ServeSpeculator
@@ -43,18 +44,17 @@ class GatewayReplica:
         self._peers = KvPeers(read_tls(self._config.kv.tls))
         self._health = ServeHealth(serve.get_replica_context().app_name, pools, serve.status)
         carried: Carried = {}
-        self._client = build_client(
-            self._config,
-            MeasuredPipeline(
-                Pipeline(
-                    speculator=ServeSpeculator(speculator),
-                    prefiller=ServePrefiller(prefill, self._peers.release, carried),
-                    decoder=ServeDecoder(decode, carried),
-                    planner=_planner(self._config),
-                    speculate_timeout_s=self._config.speculator.timeout_s,
-                )
-            ),
+        gain = net_gain(self._config)
+        pipeline = Pipeline(
+            speculator=ServeSpeculator(speculator),
+            prefiller=ServePrefiller(prefill, self._peers.release, carried),
+            decoder=ServeDecoder(decode, carried),
+            planner=planner(self._config.selection, gain),
+            speculate_timeout_s=self._config.speculator.timeout_s,
         )
+        self._client = build_client(self._config, MeasuredPipeline(pipeline, gain.learn))
+        self._calibration = calibration(pipeline, gain.models, self._client.model_config)
+        self._calibration.start()
         self._grpc = GrpcApi(
             self._client,
             self._config.model.served_name,
@@ -64,6 +64,7 @@ class GatewayReplica:
         heap.freeze()
 
     async def __del__(self) -> None:
+        await self._calibration.close()
         await self._peers.close()
 
     async def __serve_build_asgi_app__(self) -> Any:
@@ -95,8 +96,3 @@ class GatewayReplica:
     ) -> pb.HealthResponse:
         """See the proto."""
         return await self._grpc.health(request, grpc_context)
-
-
-def _planner(config: AppConfig) -> Planner:
-    selection = config.selection
-    return Planner(selection.enabled, selection.keep, selection.min_prompt_tokens)

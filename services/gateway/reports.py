@@ -11,7 +11,7 @@ _DECIMALS = 6
 
 def report_json(report: Report) -> dict[str, Any]:
     """Plan, reason, token counts and stage times in seconds."""
-    return {
+    told = {
         "plan": report.plan.value,
         "reason": report.reason.value,
         "prompt_tokens": report.prompt_tokens,
@@ -25,6 +25,10 @@ def report_json(report: Report) -> dict[str, Any]:
         "first_decode_s": round(report.first_decode_s, _DECIMALS),
         "ttft_s": round(report.ttft_s, _DECIMALS),
     }
+    if report.expected is not None:
+        told["expected_dense_ttft_s"] = round(report.expected.dense_s, _DECIMALS)
+        told["expected_prune_ttft_s"] = round(report.expected.prune_s, _DECIMALS)
+    return told
 
 
 def story_json(story: list[Report]) -> dict[str, Any] | list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from types import TracebackType
 
 from ..config import SelectionConfig, SpeculatorConfig
 from ..errors import DeadlineExceeded, InvalidRequest, Overloaded, SpeculatorUnavailable
+from ..policies import selection_policy
 from ..selection import SelectionPolicy, select, settle
 from ..types import Plan, Reason, Request, Selection, dense
 from .attention import Reading
@@ -98,12 +99,7 @@ class SpeculatorService:
         """The service of a deployment. `main_path` is the model whose vocabulary must match."""
         return cls(
             load=partial(load_scorer, config, selection.pool_tokens, main_path),
-            policy=SelectionPolicy(
-                chunk_tokens=selection.chunk_tokens,
-                min_kept_tokens=selection.min_kept_tokens,
-                sink_tokens=selection.sink_tokens,
-                tail_tokens=selection.tail_tokens,
-            ),
+            policy=selection_policy(selection),
             batching=Batching(config.max_batch, config.max_wait_s),
         )
 

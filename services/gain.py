@@ -1,0 +1,78 @@
+"""Whether pruning is expected to give the first token sooner. Pure: no clock, no I/O.
+
+Pruning wins when reading the prompt with the draft model and computing the kept tokens takes less
+time than computing all tokens that are not cached (Speculative Prefill, arXiv 2502.02789, names the
+ceiling 1 / (keep + ratio of the models); a warm prefix cache lowers the bar for the dense plan).
+"""
+
+from __future__ import annotations
+
+from .prefixes import PrefixMemory
+from .selection import SelectionPolicy, expected_kept, leading_tokens
+from .stages import Curve, StageModel, StageModels
+from .types import Expected, PlanKind, Report, Request
+
+SMOOTHING = 0.1  # weight of the newest prefix-cache hit in how far the memory is trusted
+OVERHEAD = Curve(base_s=0.002)  # before the first report: calls between the pools
+DRIFT = 1e-7  # seconds a token that overheads may grow with, before anything is known
+
+
+class NetGain:
+    """What a deployment has learnt about its speed, and what its prefix caches should hold.
+
+    The memory of prefixes may be wrong: replicas have caches of their own, and evict. How often
+    it is right is learnt, and a cached prefix counts by that share.
+    """
+
+    def __init__(
+        self, models: StageModels, prefixes: PrefixMemory, policy: SelectionPolicy
+    ) -> None:
+        self.models = models
+        self._prefixes = prefixes
+        self._policy = policy
+        self._trust = 1.0
+        self._overhead = {
+            kind: StageModel(Curve(base_s=OVERHEAD.base_s * calls, token_s=DRIFT))
+            for kind, calls in ((PlanKind.DENSE, 1), (PlanKind.PRUNE, 2))
+        }
+
+    def expected(self, request: Request, keep: float) -> Expected:
+        """Seconds to the first token of either plan, with nothing waiting before it."""
+        tokens = len(request.prompt)
+        kept = expected_kept(tokens, keep, request.protected, self._policy)
+        cached = self._prefixes.longest(request.prompt)
+        shared = min(cached, leading_tokens(request.protected), kept - 1)
+        speculate_s = self.models.speculate.seconds(tokens)
+        return Expected(
+            dense_s=self._prefill_s(tokens, cached) + self._overhead_s(PlanKind.DENSE, tokens),
+            prune_s=speculate_s
+            + self._prefill_s(kept, shared)
+            + self._overhead_s(PlanKind.PRUNE, tokens),
+        )
+
+    def learn(self, request: Request, report: Report) -> None:
+        """Take what a finished request tells."""
+        self.models.observe(report)
+        self._learn_overhead(report)
+        tokens = request.prompt
+        if report.plan is PlanKind.PRUNE:
+            tokens = tokens[: leading_tokens(request.protected)]
+        self._learn_trust(self._prefixes.longest(tokens), report.cached_tokens)
+        self._prefixes.remember(tokens)
+
+    def _prefill_s(self, tokens: int, cached: int) -> float:
+        cold_s = self.models.prefill.seconds(tokens)
+        warm_s = self.models.prefill.seconds(tokens - cached, cached)
+        return self._trust * warm_s + (1.0 - self._trust) * cold_s
+
+    def _overhead_s(self, kind: PlanKind, tokens: int) -> float:
+        return self._overhead[kind].seconds(tokens)
+
+    def _learn_overhead(self, report: Report) -> None:
+        staged_s = report.queue_s + report.speculate_s + report.prefill_s
+        self._overhead[report.plan].observe(report.prompt_tokens, report.ttft_s - staged_s)
+
+    def _learn_trust(self, foreseen: int, cached: int) -> None:
+        if foreseen > 0:
+            share = min(1.0, cached / foreseen)
+            self._trust += SMOOTHING * (share - self._trust)

@@ -1,0 +1,41 @@
+"""From the configuration to the rules that decide about prompts."""
+
+from __future__ import annotations
+
+from .config import AppConfig, SelectionConfig
+from .gain import NetGain
+from .plan import Planner
+from .prefixes import PrefixMemory
+from .selection import SelectionPolicy
+from .stages import StageModels
+
+BLOCK_TOKENS = 128  # where the engine chooses its block size: coarse, but never wrong by more
+REMEMBERED_BLOCKS = 1 << 16
+
+
+def selection_policy(selection: SelectionConfig) -> SelectionPolicy:
+    """What is always kept, and in which pieces the rest is chosen."""
+    return SelectionPolicy(
+        chunk_tokens=selection.chunk_tokens,
+        min_kept_tokens=selection.min_kept_tokens,
+        sink_tokens=selection.sink_tokens,
+        tail_tokens=selection.tail_tokens,
+    )
+
+
+def net_gain(config: AppConfig) -> NetGain:
+    """Knows nothing yet but the shapes of the stages."""
+    block_tokens = config.prefill.block_size or BLOCK_TOKENS
+    prefixes = PrefixMemory(block_tokens, REMEMBERED_BLOCKS)
+    return NetGain(StageModels(), prefixes, selection_policy(config.selection))
+
+
+def planner(selection: SelectionConfig, gain: NetGain) -> Planner:
+    """The deployment's planner."""
+    return Planner(
+        enabled=selection.enabled,
+        keep=selection.keep,
+        min_prompt_tokens=selection.min_prompt_tokens,
+        gain=None if selection.min_gain is None else gain,
+        min_gain=selection.min_gain or 0.0,
+    )

@@ -1,0 +1,133 @@
+"""Whether pruning pays, by what was learnt."""
+
+from __future__ import annotations
+
+import pytest
+
+from specprefill.gain import NetGain
+from specprefill.plan import Planner
+from specprefill.prefixes import PrefixMemory
+from specprefill.selection import SelectionPolicy
+from specprefill.stages import Curve, StageCurves, StageModels
+from specprefill.types import Controls, Plan, PlanKind, Reason, Report, Request, Span
+
+CURVES = StageCurves(
+    speculate=Curve(base_s=0.05, token_s=1e-5),
+    prefill=Curve(base_s=0.01, token_s=1e-4),
+    transfer=Curve(),
+    first_decode=Curve(),
+)
+POLICY = SelectionPolicy(min_kept_tokens=64)
+
+
+def gain() -> NetGain:
+    return NetGain(StageModels(CURVES), PrefixMemory(32, 1000), POLICY)
+
+
+def planner(of: NetGain, min_gain: float = 0.05) -> Planner:
+    return Planner(enabled=True, keep=0.2, min_prompt_tokens=1, gain=of, min_gain=min_gain)
+
+
+def request(tokens: int, seed: int = 0, controls: Controls | None = None, **fields) -> Request:
+    prompt = tuple((seed * 7919 + i) % 50_000 for i in range(tokens))
+    return Request("r", prompt, b"", controls=controls or Controls(), **fields)
+
+
+def report(kind: PlanKind = PlanKind.DENSE, **changes) -> Report:
+    fields = {
+        "plan": kind,
+        "reason": Reason.DEFAULT,
+        "prompt_tokens": 10_000,
+        "kept_tokens": 10_000,
+        "keep_rate": 1.0,
+        "queue_s": 0.0,
+        "speculate_s": 0.0,
+        "prefill_s": 0.0,
+        "transfer_s": 0.0,
+        "first_decode_s": 0.0,
+        "ttft_s": 0.0,
+    }
+    return Report(**{**fields, **changes})
+
+
+def test_a_long_prompt_is_pruned_and_a_short_one_is_not():
+    plan = planner(gain()).plan
+    assert plan(request(10_000)).kind is PlanKind.PRUNE
+    short = plan(request(400))
+    assert (short.kind, short.reason) == (PlanKind.DENSE, Reason.NO_GAIN)
+
+
+def test_the_plan_says_what_was_expected():
+    expected = planner(gain()).plan(request(10_000)).expected
+    assert expected.dense_s == pytest.approx(1.01, rel=0.02)
+    assert expected.prune_s == pytest.approx(0.15 + 0.21, rel=0.02)
+
+
+def test_a_cached_prompt_goes_dense():
+    known = gain()
+    known.learn(request(10_000), report())
+    plan = planner(known).plan(request(10_000))
+    assert plan.reason is Reason.NO_GAIN
+    assert plan.expected.dense_s < 0.03
+    assert planner(known).plan(request(10_000, seed=1)).kind is PlanKind.PRUNE
+
+
+def test_a_pruned_prompt_warms_its_protected_prefix_only():
+    known = gain()
+    asked = request(10_000, protected=(Span(0, 1000), Span(9000, 10_000)))
+    known.learn(asked, report(PlanKind.PRUNE, kept_tokens=2000))
+    plan = planner(known).plan(asked)
+    assert plan.kind is PlanKind.PRUNE
+    assert plan.expected.dense_s == pytest.approx(0.01 + 1e-4 * (10_000 - 992), rel=0.05)
+
+
+def test_protection_that_leaves_little_to_drop_goes_dense():
+    asked = request(4000, protected=(Span(0, 3800),))
+    assert planner(gain()).plan(asked).reason is Reason.NO_GAIN
+
+
+def test_caches_that_miss_are_not_counted_on():
+    known = gain()
+    for seed in range(40):
+        known.learn(request(10_000, seed), report())
+        known.learn(request(10_000, seed), report())  # cached_tokens=0: the cache missed
+    assert planner(known).plan(request(10_000, 39)).kind is PlanKind.PRUNE
+
+
+def test_a_speculator_that_became_slow_stops_pruning():
+    known = gain()
+    for _ in range(20):
+        slow = report(
+            PlanKind.PRUNE, kept_tokens=2000, speculate_s=5.0, prefill_s=0.21, ttft_s=5.22
+        )
+        known.learn(request(10_000), slow)
+    assert planner(known).plan(request(10_000)).reason is Reason.NO_GAIN
+
+
+def test_overheads_of_pruning_count():
+    known = gain()
+    for _ in range(20):
+        slow = report(
+            PlanKind.PRUNE, kept_tokens=2000, speculate_s=0.15, prefill_s=0.21, ttft_s=2.0
+        )
+        known.learn(request(10_000), slow)
+    expected = known.expected(request(10_000), 0.2)
+    assert expected.prune_s == pytest.approx(2.0, rel=0.05)
+    assert expected.dense_s == pytest.approx(1.01, rel=0.05)
+
+
+@pytest.mark.parametrize("controls", [Controls(prune=True), Controls(keep=0.3)])
+def test_a_caller_who_asks_is_obeyed(controls: Controls):
+    plan = planner(gain()).plan(request(400, controls=controls))
+    assert (plan.kind, plan.reason) == (PlanKind.PRUNE, Reason.ASKED)
+    assert plan.expected.dense_s < plan.expected.prune_s
+
+
+def test_a_saving_below_the_least_is_none():
+    assert planner(gain(), min_gain=0.5).plan(request(10_000)).kind is PlanKind.PRUNE
+    assert planner(gain(), min_gain=0.7).plan(request(10_000)).reason is Reason.NO_GAIN
+
+
+def test_without_a_gain_every_prompt_is_pruned():
+    plan = Planner(enabled=True, keep=0.2, min_prompt_tokens=1).plan(request(400))
+    assert plan == Plan(PlanKind.PRUNE, Reason.DEFAULT, 0.2)
