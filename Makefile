@@ -99,6 +99,10 @@ models: $(INSTALLED) ## Train the demo pair again (an hour or two on a CPU, minu
 bench-ttft: $(INSTALLED) ## Time to first token, dense and pruned, at 1k, 4k and 8k tokens
 	@$(PY) -m specprefill.bench.ttft
 
+.PHONY: bench-netgain
+bench-netgain: $(INSTALLED) ## Pruning where it pays, beside pruning always and never
+	@$(PY) -m specprefill.bench.netgain
+
 .PHONY: bench-kv
 bench-kv: $(INSTALLED) ## Throughput of the KV hand-off beside raw gRPC, memcpy and Ray
 	@$(PY) -m specprefill.bench.kv

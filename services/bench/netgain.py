@@ -136,11 +136,18 @@ async def measure(config: AppConfig, rounds: int, vocabulary: int, seed: int) ->
         for kind, way in _warmed():
             await ask(prompts.warm_up(kind, way), way)
         for place, kind in enumerate(kinds := trace(rounds, rng)):
-            for way in WAYS:
+            for way in _turn(place):
                 report = await ask(prompts.request(kind, way), way)
                 runs.append(Run(kind.name, way, report))
             print(f"request {place + 1} of {len(kinds)}: {kind.name}", flush=True)
     return runs
+
+
+def _turn(place: int) -> list[str]:
+    """The ways, another one first each time: none always meets the machine as the last left it."""
+    ways = list(WAYS)
+    first = place % len(ways)
+    return ways[first:] + ways[:first]
 
 
 def _warmed() -> Iterator[tuple[Kind, str]]:

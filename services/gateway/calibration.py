@@ -34,7 +34,7 @@ class Calibration:
 
     def start(self) -> None:
         """Begin, in the background."""
-        self._task = asyncio.create_task(self._run())
+        self._task = asyncio.create_task(self.run())
 
     async def close(self) -> None:
         """Stop. Idempotent."""
@@ -42,7 +42,8 @@ class Calibration:
             self._task.cancel()
             await asyncio.wait([self._task])
 
-    async def _run(self) -> None:
+    async def run(self) -> None:
+        """Until the pools were measured, or long enough tried."""
         for _ in range(ATTEMPTS):
             try:
                 await self._probe.run(self._models)

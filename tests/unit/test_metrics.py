@@ -45,3 +45,19 @@ async def test_a_client_that_leaves_is_no_failure():
     await anext(stream)
     await stream.aclose()
     assert count("client_closed") - before == 1
+
+
+async def test_who_learns_is_told_of_finished_requests_only():
+    told = []
+
+    def learn(request, report):
+        told.append((request.request_id, report.kept_tokens))
+
+    planner = Planner(enabled=True, keep=0.5, min_prompt_tokens=50)
+    decoder = FakeDecoder(fails=[None, DecodeUnavailable("gone"), DecodeUnavailable("gone")])
+    inside = Pipeline(FakeSpeculator(), FakePrefiller(), decoder, planner)
+    pipeline = metrics.MeasuredPipeline(inside, learn)
+    assert [chunk async for chunk in pipeline.generate(REQUEST)]
+    with pytest.raises(DecodeUnavailable):
+        assert [chunk async for chunk in pipeline.generate(REQUEST)]
+    assert told == [("r", 20)]
