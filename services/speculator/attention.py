@@ -1,14 +1,15 @@
 """The draft model's attention: SDPA over a KV buffer of our own that records queries.
 
 Registered with transformers by name, so that no model is patched. All state of a forward pass is
-in the `readings` keyword argument that the model hands through to its attention layers: nothing is
-shared between scorers or calls.
+in the `attending` keyword argument that the model hands through to its attention layers: nothing
+is shared between scorers or calls.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
 from ..errors import UnsupportedModel
+from .reading import KvLayout, Reading
 
 NAME = "specprefill"
 
@@ -26,57 +28,93 @@ def register() -> None:
     AttentionInterface.register(NAME, attend)
 
 
-class LayerReading:
-    """One layer's KV of one request, and the queries recorded from it.
-
-    Buffers are allocated once and filled in place: a cache grown by concatenation copies the
-    whole prompt's KV at every chunk and every look-ahead step.
-    """
-
-    def __init__(self, key: Tensor, value: Tensor, capacity: int, scaling: float) -> None:
-        self.keys = key.new_empty((*key.shape[:2], capacity, key.shape[3]))
-        self.values = value.new_empty((*value.shape[:2], capacity, value.shape[3]))
-        # keys, values: [1, kv_heads, capacity, head_dim], the model's dtype
-        self.queries: list[Tensor] = []  # [heads, head_dim] each, after RoPE
-        self.scaling = scaling
-        self.length = 0
-
-    def append(self, key: Tensor, value: Tensor) -> None:
-        """Add `[1, kv_heads, tokens, head_dim]`."""
-        stop = self.length + key.shape[2]
-        self.keys[:, :, self.length : stop] = key
-        self.values[:, :, self.length : stop] = value
-        self.length = stop
+class KeysStored(Exception):
+    """Ends a forward pass in its last layer: every key is stored, the output is not needed."""
 
 
-class Reading:
-    """One request on its way through the draft model: its KV, its queries, its last token."""
-
-    def __init__(self, prompt: tuple[int, ...], capacity: int) -> None:
-        self.prompt = prompt
-        self.capacity = capacity  # prompt and look-ahead tokens
-        self.layers: dict[int, LayerReading] = {}
-        self.recording = False  # True: keep the query of each forward pass's last token
-        self.next_token = -1  # greedy, after the last forward pass
-        self.length = 0  # tokens read so far, prompt and look-ahead
+class Attending(Protocol):
+    """What a forward pass does at each attention layer."""
 
     def attend(
-        self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
-        """Store the new keys and values, and attend causally to all so far.
+        """`[1, heads, tokens, dim]` each, of the new tokens only; so is what returns."""
+        ...
 
-        `query` is `[1, heads, tokens, head_dim]`, and so is what returns.
-        """
-        layer = self.layers.get(layer_index)
-        if layer is None:
-            layer = LayerReading(key, value, self.capacity, scaling)
-            self.layers[layer_index] = layer
-        past = layer.length
-        layer.append(key, value)
-        if self.recording:
-            layer.queries.append(query[0, :, -1].clone())
-        keys, values = layer.keys[:, :, : layer.length], layer.values[:, :, : layer.length]
-        return causal_attention(query, keys, values, past, scaling)
+
+@dataclass(frozen=True, slots=True)
+class ReadChunk:
+    """Stores the keys and values of some prompts' next tokens, packed one after the other.
+
+    In the last layer nothing else is needed, so the pass ends there by raising KeysStored: that
+    layer's attention and feed-forward network, and all behind them, are never computed.
+    """
+
+    parts: Sequence[tuple[Reading, int]]  # and how many tokens of each
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+    ) -> Tensor:
+        """See `Attending`. Raises KeysStored in the last layer."""
+        layout = self.parts[0][0].layout
+        row = layout.layers.index(layer)
+        outputs, start = [], 0
+        for reading, tokens in self.parts:
+            part = slice(start, start + tokens)
+            reading.store(row, key[0, :, part], value[0, :, part])
+            if layer != layout.last_layer:
+                outputs.append(_attend_stored(reading, row, query[:, :, part], scaling))
+            start += tokens
+        if layer == layout.last_layer:
+            raise KeysStored
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Feeds one token of each reading and records its query in every layer."""
+
+    readings: Sequence[Reading]
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+    ) -> Tensor:
+        """See `Attending`."""
+        row = self.readings[0].layout.layers.index(layer)
+        outputs = []
+        for index, reading in enumerate(self.readings):
+            own = slice(index, index + 1)
+            reading.store(row, key[0, :, own], value[0, :, own])
+            reading.queries[row].append(query[0, :, index].clone())
+            outputs.append(_attend_stored(reading, row, query[:, :, own], scaling))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutProbe:
+    """Plain causal attention that notes each layer's shapes."""
+
+    seen: dict[int, tuple[float, int, int, int]] = field(default_factory=dict)
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+    ) -> Tensor:
+        """See `Attending`."""
+        self.seen[layer] = (scaling, key.shape[1], key.shape[3], value.shape[3])
+        return causal_attention(query, key, value, 0, scaling)
+
+    def layout(self, dtype: torch.dtype, device: torch.device) -> KvLayout:
+        """Of the model that was run. Raises UnsupportedModel unless its layers are alike."""
+        if not self.seen:
+            raise UnsupportedModel(
+                "speculator: the model has no attention layer that can be recorded"
+            )
+        scalings, *shapes = zip(*self.seen.values(), strict=True)
+        if any(len(set(sizes)) > 1 for sizes in shapes):
+            raise UnsupportedModel("speculator: the attention layers have keys of different shapes")
+        kv_heads, key_dim, value_dim = (sizes[0] for sizes in shapes)
+        layers = tuple(self.seen)
+        return KvLayout(layers, scalings, kv_heads, key_dim, value_dim, dtype, device)
 
 
 def attend(
@@ -86,25 +124,27 @@ def attend(
     value: Tensor,
     _attention_mask: Tensor | None,
     scaling: float | None = None,
-    readings: Sequence[Reading] | None = None,
+    attending: Attending | None = None,
     **_ignored: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' attention function; one reading per row of the batch.
+    """Transformers' attention function; the tokens of several prompts come packed in one row.
 
-    `query` is `[rows, heads, tokens, head_dim]`, `key` and `value` hold the new tokens only.
-    Rows attend one by one, each to its own buffer, so that lengths differ without any padding.
-    Returns `[rows, tokens, heads, head_dim]`.
+    `query` is `[1, heads, tokens, head_dim]`, `key` and `value` hold the new tokens only.
+    Prompts attend one by one, each to its own buffer, so that lengths differ without padding.
+    Returns `[1, tokens, heads, head_dim]`.
     """
-    if readings is None:
+    if attending is None:
         raise UnsupportedModel("speculator: the model does not reach its attention with our state")
-    index = _layer_index(module)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    rows = [
-        reading.attend(index, query[row, None], key[row, None], value[row, None], scale)
-        for row, reading in enumerate(readings)
-    ]
-    output = rows[0] if len(rows) == 1 else torch.cat(rows)
+    output = attending.attend(_layer_index(module), query, key, value, scale)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _attend_stored(reading: Reading, row: int, query: Tensor, scaling: float) -> Tensor:
+    """Causally to all that is stored, the newest tokens included."""
+    stop = reading.length + query.shape[2]
+    keys, values = reading.keys[row, None, :, :stop], reading.values[row, None, :, :stop]
+    return causal_attention(query, keys, values, reading.length, scaling)
 
 
 def _layer_index(module: nn.Module) -> int:

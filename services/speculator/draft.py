@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from ..config import SpeculatorConfig, local_path
 from ..errors import UnsupportedModel
 from . import attention
+from .reading import KvLayout, Reading
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # a chunk's keys would depend on what follows
 PROBE_TOKENS = 24
@@ -31,6 +34,7 @@ class Draft:
     """A causal language model that scores prompts."""
 
     model: PreTrainedModel
+    layout: KvLayout
     eos_ids: frozenset[int]
     vocabulary_size: int
     max_positions: int | None  # None: no limit is configured
@@ -50,10 +54,11 @@ def as_draft(model: PreTrainedModel) -> Draft:
     """Switch a loaded model to the recording attention. Raises UnsupportedModel with a reason."""
     attention.register()
     refuse_unsupported_cache(model.config)
-    refuse_unfaithful_attention(model)
+    layout = refuse_unfaithful_attention(model)
     text = model.config.get_text_config(decoder=True)
     return Draft(
         model=model,
+        layout=layout,
         eos_ids=_eos_ids(model),
         vocabulary_size=text.vocab_size,
         max_positions=text.to_dict().get("max_position_embeddings"),
@@ -87,21 +92,22 @@ def refuse_unsupported_cache(config: PreTrainedConfig) -> None:
         raise UnsupportedModel(f"speculator: rope type {rope_type!r} changes with prompt length")
 
 
-def refuse_unfaithful_attention(model: PreTrainedModel) -> None:
+def refuse_unfaithful_attention(model: PreTrainedModel) -> KvLayout:
     """Compare a short chunked forward pass with the model's own eager attention.
 
     Catches what a configuration does not tell: soft caps, attention sinks, position biases,
     layers that share keys, and models that do not use transformers' attention interface.
+    Leaves the model with the recording attention, and says what it keeps of each token.
     """
     tokens = (torch.arange(PROBE_TOKENS, device=model.device) * 7 + 3) % model.config.vocab_size
-    reading = attention.Reading(tuple(tokens.tolist()), PROBE_TOKENS)
     with torch.inference_mode():
         expected = _last_logits_eager(model, tokens)
         model.set_attn_implementation(attention.NAME)
-        forward(model, tokens[None, :PROBE_CHUNK], [reading])
-        actual = forward(model, tokens[None, PROBE_CHUNK:], [reading])
-    if len(reading.layers) == 0:
-        raise UnsupportedModel("speculator: the model has no attention layer that can be recorded")
+        layout = _probe_layout(model, tokens[:PROBE_CHUNK])
+        reading = Reading(tuple(tokens.tolist()), layout, PROBE_TOKENS)
+        read_chunk(model, [(reading, PROBE_CHUNK)])
+        read_chunk(model, [(reading, reading.unread_tokens)])
+        actual = look(model, [reading])
     tolerance = torch.finfo(actual.dtype).eps ** 0.5 * float(expected.abs().max())
     difference = float((actual - expected).abs().max())
     if not difference <= tolerance:
@@ -109,23 +115,53 @@ def refuse_unfaithful_attention(model: PreTrainedModel) -> None:
             f"speculator: plain causal attention is not what {model.config.model_type} computes "
             f"(its logits differ by {difference:.3g}, more than {tolerance:.3g})"
         )
+    return layout
 
 
-def forward(model: PreTrainedModel, tokens: Tensor, readings: list[attention.Reading]) -> Tensor:
-    """Read `tokens` [rows, tokens] after what each reading holds; logits of the last, [rows, V]."""
-    offsets = torch.tensor([[reading.length] for reading in readings], device=tokens.device)
-    positions = torch.arange(tokens.shape[1], device=tokens.device) + offsets
-    output = model(
-        input_ids=tokens,
-        position_ids=positions,
-        use_cache=False,
-        logits_to_keep=1,
-        readings=readings,
-    )
+def read_chunk(model: PreTrainedModel, parts: Sequence[tuple[Reading, int]]) -> None:
+    """Read the next tokens of some prompts, so many of each, in one pass. Gives no logits."""
+    tokens = [
+        token
+        for reading, count in parts
+        for token in reading.prompt[reading.length : reading.length + count]
+    ]
+    with suppress(attention.KeysStored):
+        _forward(model, tokens, parts, attention.ReadChunk(parts))
+    for reading, count in parts:
+        reading.length += count
+
+
+def look(model: PreTrainedModel, readings: Sequence[Reading]) -> Tensor:
+    """Feed each reading's next token and record its queries; logits after it, [readings, V]."""
+    tokens = [reading.next_token for reading in readings]
+    parts = [(reading, 1) for reading in readings]
+    output = _forward(model, tokens, parts, attention.Look(readings))
     for reading in readings:
-        reading.length += tokens.shape[1]
-    logits: Tensor = output.logits[:, -1]
+        reading.length += 1
+    logits: Tensor = output.logits[0]
     return logits
+
+
+def _forward(
+    model: PreTrainedModel,
+    tokens: Sequence[int],
+    parts: Sequence[tuple[Reading, int]],
+    attending: attention.Attending,
+) -> Any:
+    """One pass over packed tokens, each at its position within its own prompt."""
+    positions = [
+        position
+        for reading, count in parts
+        for position in range(reading.length, reading.length + count)
+    ]
+    ids = torch.tensor([tokens, positions]).to(model.device)
+    return model(input_ids=ids[:1], position_ids=ids[1:], use_cache=False, attending=attending)
+
+
+def _probe_layout(model: PreTrainedModel, tokens: Tensor) -> KvLayout:
+    probe = attention.LayoutProbe()
+    model(input_ids=tokens[None], use_cache=False, attending=probe)
+    return probe.layout(model.dtype, model.device)
 
 
 def _last_logits_eager(model: PreTrainedModel, tokens: Tensor) -> Tensor:

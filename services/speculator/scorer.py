@@ -15,8 +15,8 @@ from torch.nn import functional
 from ..config import SpeculatorConfig
 from ..errors import UnsupportedModel
 from ..selection import Scores
-from .attention import LayerReading, Reading
-from .draft import Draft, forward, load_draft, vocabulary_differs
+from .draft import Draft, load_draft, look, read_chunk, vocabulary_differs
+from .reading import Reading
 
 SCORING_BUFFER = 1 << 24  # attention weights held at once, in float32 elements: 64 MiB
 
@@ -34,7 +34,7 @@ def load_scorer(config: SpeculatorConfig, pool_tokens: int, main_path: str | Non
     return Scorer(load_draft(config), config.look_ahead, config.prefill_chunk_tokens, pool_tokens)
 
 
-def never() -> bool:
+def never(_reading: Reading) -> bool:
     """The answer of a request that nobody abandons."""
     return False
 
@@ -63,68 +63,87 @@ class Scorer:
 
     def score(self, prompts: Sequence[tuple[int, ...]]) -> list[Scores]:
         """[N] float32 for each prompt, in order."""
-        readings = [reading for reading in map(self.read, prompts) if reading is not None]
+        readings = [self.open(prompt) for prompt in prompts]
+        self.read(readings)
         self.look_ahead(readings)
         return [self.rate(reading) for reading in readings]
 
+    def open(self, prompt: tuple[int, ...]) -> Reading:
+        """Memory for a prompt and its look-ahead."""
+        return Reading(prompt, self.draft.layout, self.capacity(len(prompt)))
+
+    def capacity(self, prompt_tokens: int) -> int:
+        """Tokens of KV that a prompt takes: its own, and the generated ones that are fed."""
+        return prompt_tokens + self.look_ahead_tokens - 1
+
     def read(
-        self, prompt: tuple[int, ...], is_abandoned: Callable[[], bool] = never
-    ) -> Reading | None:
-        """Prefill one prompt in chunks, which bounds memory. None: it was abandoned meanwhile."""
-        reading = Reading(prompt, len(prompt) + self.look_ahead_tokens - 1)
-        tokens = torch.tensor([prompt], device=self.draft.model.device)
-        for start in range(0, len(prompt), self.prefill_chunk_tokens):
-            if is_abandoned():
-                return None
-            chunk = tokens[:, start : start + self.prefill_chunk_tokens]
-            reading.recording = start + chunk.shape[1] == len(prompt)
-            self._advance(chunk, [reading])
-        return reading
+        self, readings: Sequence[Reading], is_abandoned: Callable[[Reading], bool] = never
+    ) -> list[Reading]:
+        """Store the keys of all prompts up to their last token; returns those that were read.
+
+        Prompts are packed into passes of `prefill_chunk_tokens`, which bounds memory. An
+        abandoned one is released between two passes.
+        """
+        open_readings = list(readings)
+        while True:
+            for reading in [each for each in open_readings if is_abandoned(each)]:
+                open_readings.remove(reading)
+                reading.release()
+            parts = self._next_parts(open_readings)
+            if not parts:
+                return open_readings
+            with torch.inference_mode():
+                read_chunk(self.draft.model, parts)
+
+    def _next_parts(self, readings: Sequence[Reading]) -> list[tuple[Reading, int]]:
+        """Which readings go into the next pass, and how many tokens of each."""
+        parts, room = [], self.prefill_chunk_tokens
+        for reading in readings:
+            tokens = min(room, reading.unread_tokens)
+            if tokens > 0:
+                parts.append((reading, tokens))
+            room -= tokens
+        return parts
 
     def look_ahead(self, readings: Sequence[Reading]) -> None:
-        """Generate greedily, all requests in one batch, and record each token's query.
+        """Feed the last prompt token, generate greedily, and record each fed token's query.
 
-        An answer that ends stops looking ahead: no end token is fed, so no query comes from one.
+        All requests take part in one batch. An answer that ends stops looking ahead: no end
+        token is fed, so no query comes from one.
         """
-        for _ in range(self.look_ahead_tokens - 1):
-            live = [each for each in readings if each.next_token not in self.draft.eos_ids]
+        live = list(readings)
+        for _ in range(self.look_ahead_tokens):
             if not live:
                 return
-            fed = torch.tensor([[each.next_token] for each in live])
-            self._advance(fed.to(self.draft.model.device), live)
+            with torch.inference_mode():
+                following = look(self.draft.model, live).argmax(dim=-1).tolist()
+            for reading, token in zip(live, following, strict=True):
+                reading.next_token = token
+            live = [each for each in live if each.next_token not in self.draft.eos_ids]
 
     def rate(self, reading: Reading) -> Scores:
         """[N] float32: maximum over layers and heads, then mean over the recorded queries."""
-        prompt_tokens = len(reading.prompt)
-        layers = list(reading.layers.values())
+        shape = (len(reading.queries[0]), len(reading.prompt))
         with torch.inference_mode():
-            highest = layers[0].keys.new_zeros(
-                (len(layers[0].queries), prompt_tokens), dtype=torch.float32
-            )
-            for layer in layers:
-                _raise_to_layer(highest, layer, self.pool_tokens)
+            highest = torch.zeros(shape, dtype=torch.float32, device=reading.keys.device)
+            for row in range(len(reading.layout.layers)):
+                _raise_to_layer(highest, reading, row, self.pool_tokens)
             scores: Scores = highest.mean(dim=0).cpu().numpy()
         return scores
 
-    def _advance(self, tokens: Tensor, readings: list[Reading]) -> None:
-        with torch.inference_mode():
-            logits = forward(self.draft.model, tokens, readings)
-        for reading, token in zip(readings, logits.argmax(dim=-1).tolist(), strict=True):
-            reading.next_token = token
 
-
-def _raise_to_layer(highest: Tensor, layer: LayerReading, pool_tokens: int) -> None:
+def _raise_to_layer(highest: Tensor, reading: Reading, row: int, pool_tokens: int) -> None:
     """Raise `highest` [queries, N] to one layer's pooled attention, a few heads at a time.
 
     Generated tokens are not keys: the softmax is over the prompt alone, in float32.
     """
     steps, prompt_tokens = highest.shape
-    kv_heads = layer.keys.shape[1]
-    queries = torch.stack(layer.queries, dim=1).view(kv_heads, -1, layer.keys.shape[3])
-    keys = layer.keys[0, :, :prompt_tokens]
+    layout = reading.layout
+    queries = torch.stack(reading.queries[row], dim=1).view(layout.kv_heads, -1, layout.key_dim)
+    keys = reading.keys[row, :, :prompt_tokens]
     at_once = max(1, SCORING_BUFFER // (queries.shape[1] * prompt_tokens))
     for some, theirs in zip(queries.split(at_once), keys.split(at_once), strict=True):
-        logits = some.float() @ theirs.float().transpose(1, 2) * layer.scaling
+        logits = some.float() @ theirs.float().transpose(1, 2) * layout.scalings[row]
         pooled = average_pool(logits.softmax(dim=-1), pool_tokens)
         torch.maximum(highest, pooled.view(-1, steps, prompt_tokens).amax(dim=0), out=highest)
 

@@ -21,7 +21,7 @@ from ..errors import DeadlineExceeded, InvalidRequest, Overloaded, SpeculatorUna
 from ..policies import selection_policy
 from ..selection import SelectionPolicy, select, settle
 from ..types import Plan, Reason, Request, Selection, dense
-from .attention import Reading
+from .reading import Reading
 from .scorer import Scorer, load_scorer
 
 SMOOTHING = 0.2  # weight of the newest measurement in `Pace`
@@ -233,7 +233,7 @@ class SpeculatorService:
         started_s = self._now()
         read = self._read(scorer, jobs)
         read_s = self._now()
-        scorer.look_ahead([reading for job, reading in read if not job.abandoned.is_set()])
+        scorer.look_ahead([reading for _, reading in read])
         looked_s = self._now()
         tokens = sum(len(reading.prompt) for _, reading in read)
         if tokens > 0:
@@ -251,12 +251,10 @@ class SpeculatorService:
             loop.call_soon_threadsafe(_answer, job, timed)
 
     def _read(self, scorer: Scorer, jobs: Sequence[Job]) -> list[tuple[Job, Reading]]:
-        read = []
-        for job in jobs:
-            reading = scorer.read(job.request.prompt, job.abandoned.is_set)
-            if reading is not None:
-                read.append((job, reading))
-        return read
+        """The jobs that were read to their end; those abandoned meanwhile hold no memory."""
+        readings = {scorer.open(job.request.prompt): job for job in jobs}
+        read = scorer.read(list(readings), lambda reading: readings[reading].abandoned.is_set())
+        return [(readings[reading], reading) for reading in read]
 
 
 def _answer(job: Job, selection: Selection) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import threading
-import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,9 +39,11 @@ from specprefill.speculator.attention import causal_attention
 from specprefill.speculator.draft import (
     Draft,
     as_draft,
+    read_chunk,
     refuse_unsupported_cache,
     vocabulary_differs,
 )
+from specprefill.speculator.reading import Reading
 from specprefill.speculator.scorer import Scorer, average_pool, load_scorer
 from specprefill.types import Plan, PlanKind, Reason, Selection
 
@@ -197,10 +198,10 @@ def test_no_query_comes_from_an_end_token_or_after_it(
     longer = prompt_of(70, seed=3)
     (scores, _) = scorer.score([prompt, longer])
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-6)
-    reading = scorer.read(prompt)
-    assert reading is not None
+    reading = scorer.open(prompt)
+    scorer.read([reading])
     scorer.look_ahead([reading])
-    assert {len(layer.queries) for layer in reading.layers.values()} == {1 + ends_after}
+    assert {len(queries) for queries in reading.queries} == {1 + ends_after}
 
 
 def test_scores_are_deterministic(llama: PreTrainedModel) -> None:
@@ -226,26 +227,51 @@ def test_two_scorers_in_two_threads_do_not_mix() -> None:
     assert all(np.array_equal(alone[index], together[index]) for index in range(2))
 
 
-def test_an_abandoned_prompt_stops_between_chunks(llama: PreTrainedModel) -> None:
-    asked: list[None] = []
+def test_an_abandoned_prompt_stops_between_chunks_and_frees_its_memory(
+    llama: PreTrainedModel,
+) -> None:
+    scorer = scorer_of(as_draft(llama), chunk=10)
+    left, stays = scorer.open(prompt_of(100)), scorer.open(prompt_of(60))
+    (alone,) = scorer.score([prompt_of(60)])
 
-    def is_abandoned() -> bool:
-        asked.append(None)
-        return len(asked) == 3
+    def is_abandoned(reading: Reading) -> bool:
+        return reading is left and reading.length >= 20
 
-    assert scorer_of(as_draft(llama), chunk=10).read(prompt_of(100), is_abandoned) is None
-    assert len(asked) == 3
+    assert scorer.read([left, stays], is_abandoned) == [stays]
+    assert left.length == 20
+    assert left.keys.numel() == left.values.numel() == 0
+    scorer.look_ahead([stays])
+    np.testing.assert_allclose(scorer.rate(stays), alone, rtol=1e-4, atol=1e-7)
 
 
-def test_a_reading_is_freed_with_its_last_reference(llama: PreTrainedModel) -> None:
+def test_short_prompts_are_read_in_one_pass(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = scorer_of(as_draft(llama), chunk=64)
+    passes: list[list[int]] = []
+
+    def noted(model: PreTrainedModel, parts: Sequence[tuple[Reading, int]]) -> None:
+        passes.append([tokens for _, tokens in parts])
+        read_chunk(model, parts)
+
+    monkeypatch.setattr("specprefill.speculator.scorer.read_chunk", noted)
+    scorer.read([scorer.open(prompt_of(tokens)) for tokens in (21, 31, 41, 1)])
+    assert passes == [[20, 30, 14], [26]]
+
+
+def test_the_last_layer_stops_a_pass_that_only_reads(llama: PreTrainedModel) -> None:
+    ended: list[torch.nn.Module] = []
     scorer = scorer_of(as_draft(llama))
-    reading = scorer.read(prompt_of(100))
-    assert reading is not None
-    scorer.look_ahead([reading])
-    scorer.rate(reading)
-    reference = weakref.ref(reading)
-    del reading
-    assert reference() is None
+    hook = llama.model.layers[-1].mlp.register_forward_hook(lambda module, *_: ended.append(module))
+    try:
+        reading = scorer.open(prompt_of(100))
+        scorer.read([reading])
+        assert ended == []
+        assert reading.length == 99
+        scorer.look_ahead([reading])
+        assert len(ended) == 8
+    finally:
+        hook.remove()
 
 
 @pytest.mark.parametrize("past", [0, 1, 37])

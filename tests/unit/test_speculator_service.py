@@ -20,8 +20,8 @@ from specprefill.errors import (
     UnsupportedModel,
 )
 from specprefill.selection import SelectionPolicy, select
-from specprefill.speculator.attention import Reading
 from specprefill.speculator.draft import Draft, as_draft
+from specprefill.speculator.reading import Reading
 from specprefill.speculator.scorer import Scorer, never
 from specprefill.speculator.service import Batching, Pace, SpeculatorService
 from specprefill.types import Plan, PlanKind, Reason, Request, Span
@@ -65,20 +65,19 @@ class GatedScorer(Scorer):
         self.failure: Exception | None = None
 
     def read(
-        self, prompt: tuple[int, ...], is_abandoned: Callable[[], bool] = never
-    ) -> Reading | None:
+        self, readings: Sequence[Reading], is_abandoned: Callable[[Reading], bool] = never
+    ) -> list[Reading]:
         self.entered.set()
         if self.failure is not None:
             raise self.failure
 
-        def is_abandoned_after_the_gate() -> bool:
+        def is_abandoned_after_the_gate(reading: Reading) -> bool:
             assert self.gate.wait(WAIT_S)
-            return is_abandoned()
+            return is_abandoned(reading)
 
-        reading = super().read(prompt, is_abandoned_after_the_gate)
-        if reading is not None:
-            self.finished.append(len(prompt))
-        return reading
+        read = super().read(readings, is_abandoned_after_the_gate)
+        self.finished += [len(reading.prompt) for reading in read]
+        return read
 
     def look_ahead(self, readings: Sequence[Reading]) -> None:
         self.batches.append(len(readings))

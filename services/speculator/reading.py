@@ -1,0 +1,64 @@
+"""One prompt on its way through the draft model: its keys and values, and the queries recorded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class KvLayout:
+    """What one token leaves behind in a draft model, in every layer alike."""
+
+    layers: tuple[int, ...]  # the layers' own numbers, in the order of computation
+    scalings: tuple[float, ...]  # of the attention logits, per layer
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def last_layer(self) -> int:
+        return self.layers[-1]
+
+    def empty(self, dim: int, tokens: int) -> Tensor:
+        """[layers, kv_heads, tokens, dim], not initialised."""
+        shape = (len(self.layers), self.kv_heads, tokens, dim)
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+
+class Reading:
+    """One prompt's KV, the queries that look at it, and the next greedy token.
+
+    Buffers are allocated once and filled in place: a cache grown by concatenation copies the
+    whole prompt's KV at every chunk and every look-ahead step.
+    """
+
+    def __init__(self, prompt: tuple[int, ...], layout: KvLayout, capacity: int) -> None:
+        self.prompt = prompt
+        self.layout = layout
+        self.keys = layout.empty(layout.key_dim, capacity)  # after RoPE
+        self.values = layout.empty(layout.value_dim, capacity)
+        self.queries: list[list[Tensor]] = [[] for _ in layout.layers]  # [heads, key_dim], RoPE
+        self.length = 0  # tokens read so far, prompt and look-ahead
+        self.cached_tokens = 0  # of these, taken from the prefix cache
+        self.next_token = prompt[-1]  # fed next, once the rest of the prompt is read
+
+    @property
+    def unread_tokens(self) -> int:
+        """Prompt tokens before the last one whose keys are still missing."""
+        return max(0, len(self.prompt) - 1 - self.length)
+
+    def store(self, row: int, key: Tensor, value: Tensor) -> None:
+        """Put one layer's `[kv_heads, tokens, dim]` after what was read."""
+        stop = self.length + key.shape[1]
+        self.keys[row, :, self.length : stop] = key
+        self.values[row, :, self.length : stop] = value
+
+    def release(self) -> None:
+        """Give the memory back; nothing can be read any more."""
+        self.keys = self.values = self.keys.new_empty(0)
+        self.queries = []
