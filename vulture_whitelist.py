@@ -22,6 +22,7 @@ _.get_num_new_matched_tokens
 _.get_supported_tasks
 _.get_transfer_results
 _.has_pending_push_work
+_.intermediate_tensors
 _.is_argmax_invariant
 _.is_paused
 _.is_sleeping
@@ -53,7 +54,7 @@ _.reset_running_requests
 _.resume_generation
 _.save_kv_layer
 _.session_id
-_.set_xfer_handshake_metadata
+_.set_xfer_handshake_metadata_pp_aware
 _.should_exit
 _.stages_layers
 _.start_load_kv
@@ -71,6 +72,10 @@ _.wake_up
 
 # Ray Serve calls these by name.
 _.Generate
+PrefixAffinity
+_.know
+_.ranked
+_.record_replica_metadata
 build
 
 # Protobuf fields, set by name.

@@ -49,13 +49,13 @@ class Placement:
 def engine_placement(engine: EngineConfig, *, gpus: bool) -> Placement:
     """Where an engine's workers go: on one node, or one bundle each where they may spread."""
     workers = engine.tensor_parallel_size * engine.pipeline_parallel_size
+    spread = engine.executor == "ray" or (
+        engine.executor == "auto" and gpus and engine.pipeline_parallel_size > 1
+    )
+    if spread and workers > 1:  # on CPUs too: vLLM finds Ray workers by the resource GPU
+        return Placement(bundles=tuple({"CPU": 1.0, "GPU": 1.0} for _ in range(workers)))
     if not gpus:
         return Placement(num_cpus=float(engine.cpu_threads * workers))
-    spread = engine.executor == "ray" or (
-        engine.executor == "auto" and engine.pipeline_parallel_size > 1
-    )
-    if spread and workers > 1:
-        return Placement(bundles=tuple({"CPU": 1.0, "GPU": 1.0} for _ in range(workers)))
     return Placement(num_gpus=float(workers))
 
 

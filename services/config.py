@@ -6,9 +6,9 @@ Serve ignores unknown YAML keys in silence; these models refuse them.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 Rate = Annotated[float, Field(gt=0.0, le=1.0)]
 Seconds = Annotated[float, Field(gt=0.0)]
@@ -126,20 +126,6 @@ class AppConfig(Strict):
     decode: EngineConfig = EngineConfig()
     kv: KvConfig = KvConfig()
     gateway: GatewayConfig = GatewayConfig()
-
-    @model_validator(mode="after")
-    def _ranks_match(self) -> Self:
-        """KV is handed over from rank to rank, so both sides must be split alike."""
-        for size in ("tensor_parallel_size", "pipeline_parallel_size"):
-            prefill, decode = getattr(self.prefill, size), getattr(self.decode, size)
-            if prefill != decode:
-                raise ValueError(
-                    f"prefill.{size} is {prefill} and decode.{size} is {decode}: "
-                    "KV is handed over from rank to rank, so they must be equal"
-                )
-        if self.prefill.pipeline_parallel_size > 1:
-            raise ValueError("pipeline_parallel_size: only 1 is supported with a KV hand-off")
-        return self
 
 
 def local_path(path: str) -> str:

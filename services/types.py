@@ -171,7 +171,7 @@ class Ticket:
 
     lease_id: str
     secret: str
-    endpoints: tuple[str, ...]  # host:port per tensor-parallel rank
+    endpoints: tuple[str, ...]  # host:port per worker of the prefill engine
     fingerprint: str  # layout of the KV; a decode engine that differs refuses the pull
     tokens: int  # k, the prompt tokens whose KV is held
 

@@ -26,7 +26,7 @@ class DecodeReplica:
     async def __init__(self, config_json: str) -> None:  # type: ignore[misc]
         config = AppConfig.model_validate_json(config_json)
         tls = read_tls(config.kv.tls)
-        args = engine_args(config.model, config.decode, config.kv, Role.DECODE)
+        args = engine_args(config.model, config.decode, config.kv, Role.DECODE, peer=config.prefill)
         self._service = DecodeService(Engine(args, cpu_threads=config.decode.cpu_threads))
         await self._service.start()
         self._tickets = ObjectTickets(tls)

@@ -22,9 +22,13 @@ class Role(enum.StrEnum):
 
 
 def engine_args(
-    model: MainModel, engine: EngineConfig, kv: KvConfig, role: Role
+    model: MainModel,
+    engine: EngineConfig,
+    kv: KvConfig,
+    role: Role,
+    peer: EngineConfig | None = None,
 ) -> AsyncEngineArgs:
-    """Arguments of one engine."""
+    """Arguments of one engine. `peer` is the other end's, split as this one if absent."""
     args = AsyncEngineArgs(
         **_model_args(model),
         **_sizes(engine),
@@ -33,7 +37,7 @@ def engine_args(
         distributed_executor_backend=_executor(engine),
         enforce_eager=engine.enforce_eager,
         enable_prefix_caching=engine.enable_prefix_caching,
-        kv_transfer_config=_transfer(kv, role),
+        kv_transfer_config=_transfer(kv, role, engine if peer is None else peer),
         worker_cls=f"{_MODULE}.worker.{_worker()}",
         **engine.engine_args,
     )
@@ -70,7 +74,7 @@ def _executor(engine: EngineConfig) -> str | None:
     return "uni" if workers == 1 and current_platform.is_cpu() else None
 
 
-def _transfer(kv: KvConfig, role: Role) -> KVTransferConfig:
+def _transfer(kv: KvConfig, role: Role, peer: EngineConfig) -> KVTransferConfig:
     return KVTransferConfig(
         kv_connector="SpecPrefillConnector",
         kv_connector_module_path=f"{_MODULE}.connector",
@@ -83,6 +87,8 @@ def _transfer(kv: KvConfig, role: Role) -> KVTransferConfig:
             "pull_timeout_s": kv.pull_timeout_s,
             "tls": None if kv.tls is None else kv.tls.model_dump(),
             "stages_layers": role is Role.PREFILL,
+            "peer_tensor_parallel_size": peer.tensor_parallel_size,
+            "peer_pipeline_parallel_size": peer.pipeline_parallel_size,
         },
     )
 

@@ -82,10 +82,10 @@ class SpecPrefillConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """Keep an idle engine stepping until its orders are out."""
         return self._scheduler.has_orders()
 
-    def set_xfer_handshake_metadata(
-        self, metadata: dict[int, KVConnectorHandshakeMetadata]
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
     ) -> None:
-        """The workers' endpoints, by tensor-parallel rank."""
+        """The workers' endpoints, by pipeline stage and tensor-parallel rank."""
         self._scheduler.peers([metadata[rank] for rank in sorted(metadata)])
 
     # The workers' half.

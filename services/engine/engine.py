@@ -54,6 +54,13 @@ class Engine:
             addresses = await self._running().collective_rpc("kv_address")
         return [address for address in addresses if address is not None]
 
+    def prefix_cache_tokens(self) -> int:
+        """How many tokens the prefix cache can hold; 0 when it is off."""
+        cache = self._running().vllm_config.cache_config
+        if not cache.enable_prefix_caching:
+            return 0
+        return int(cache.num_gpu_blocks * cache.block_size)
+
     async def generate(
         self, prompt: list[int], params: SamplingParams, request_id: str, priority: int = 0
     ) -> AsyncIterator[RequestOutput]:

@@ -23,6 +23,8 @@ class HandoffConfig:
     pull_timeout_s: float
     tls: KvTls | None
     stages_layers: bool  # this engine copies KV out layer by layer
+    peer_tensor_parallel_size: int  # of the engines at the other end
+    peer_pipeline_parallel_size: int
 
 
 @dataclass

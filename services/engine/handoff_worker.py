@@ -13,16 +13,19 @@ from contextlib import contextmanager
 import torch
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
-from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.network_utils import get_ip
 
 from ..errors import CorruptFrame, KvTransferError, LayoutMismatch
 from ..kv.frames import Frame
 from ..kv.leases import LeaseStore
 from ..kv.rpc import KvClient, KvPull, KvServer, from_token
+from ..kv.shards import Source, readers, sources
 from ..kv.tls import read_tls
+from ..types import Span
 from .handoff import Endpoint, HandoffConfig, Orders, Pull, Stage
 from .layout import KvLayout, fingerprint, layout_of
+from .split import own_split, peer_split, worker_rank
 from .staging import Stager, stager_for
 
 logger = logging.getLogger("vllm.specprefill.handoff")
@@ -39,7 +42,10 @@ class WorkerHalf:
         self._config = config
         self._producer = producer
         self._tls = read_tls(config.tls)
-        self._rank = get_tensor_model_parallel_rank()
+        self._split = own_split(vllm_config)
+        self._peer_split = peer_split(vllm_config, config)
+        self._rank = worker_rank(self._split)
+        self._readers = readers(self._rank, self._split, self._peer_split)
         self._leases = LeaseStore(
             max_bytes=config.max_held_bytes, lease_s=config.lease_s, now=time.monotonic
         )
@@ -51,10 +57,13 @@ class WorkerHalf:
 
     def start(self, caches: dict[str, torch.Tensor]) -> None:
         """Learn the layout, and listen if this engine hands KV over."""
-        self._caches = list(caches.values())
-        self._layers = {name: layer for layer, name in enumerate(caches)}
-        self._layout: KvLayout = layout_of(self._caches[0])
-        self._fingerprint = fingerprint(self._vllm_config, list(caches), self._caches[0])
+        self._layers = {name: extract_layer_index(name) for name in caches}
+        self._caches = {self._layers[name]: cache for name, cache in caches.items()}
+        any_cache = next(iter(caches.values()))
+        self._device = any_cache.device
+        self._layout: KvLayout = layout_of(any_cache)
+        holder = self._split if self._producer else self._peer_split
+        self._fingerprint = fingerprint(self._vllm_config, holder, any_cache)
         with _any_core():  # threads inherit the affinity of the one that makes them
             self._pool = ThreadPoolExecutor(_PULL_THREADS, thread_name_prefix="kv-pull")
             if self._producer:
@@ -76,6 +85,8 @@ class WorkerHalf:
 
     def stage(self, layer_name: str, cache: torch.Tensor, orders: Orders) -> None:
         """Copy one layer's new tokens of every staged request."""
+        if self._readers == 0:
+            return
         layer = self._layers[layer_name]
         for order in orders.stages:
             kv = self._layout.read(cache, self._block_tensor(order.blocks), order.start, order.stop)
@@ -106,7 +117,7 @@ class WorkerHalf:
             self._server.stop()
 
     def _listen(self) -> None:
-        self._stager: Stager = stager_for(self._caches[0].device, self._append)
+        self._stager: Stager = stager_for(self._device, self._append)
         host = get_ip() if self._config.host is None else self._config.host
         self._server = KvServer(self._leases, self._fingerprint, host, tls=self._tls)
         self._address = self._server.start()
@@ -120,8 +131,9 @@ class WorkerHalf:
                 logger.warning("leases expired unpulled: count=%d", expired)
 
     def _append(self, order: Stage, layer: int, payload: memoryview) -> None:
-        self._leases.open(order.lease_id, order.secret, tokens=order.tokens, uses=order.uses)
-        last = order.stop == order.tokens and layer == len(self._caches) - 1
+        uses = order.uses * self._readers
+        self._leases.open(order.lease_id, order.secret, tokens=order.tokens, uses=uses)
+        last = order.stop == order.tokens and layer == max(self._caches)
         frame = Frame(layer, order.start, order.stop, payload)
         self._leases.append(order.lease_id, frame, last=last)
 
@@ -143,8 +155,12 @@ class WorkerHalf:
     def _fetch(self, order: Pull) -> None:
         if order.ticket["fingerprint"] != self._fingerprint:
             raise LayoutMismatch("kv: the ticket's layout is not this engine's")
+        for source in sources(self._rank, self._split, self._peer_split):
+            self._fetch_from(source, order)
+
+    def _fetch_from(self, source: Source, order: Pull) -> None:
         pull = self._client.pull(
-            order.ticket["endpoints"][self._rank],
+            order.ticket["endpoints"][source.rank],
             order.ticket,
             self._fingerprint,
             order.start,
@@ -152,27 +168,38 @@ class WorkerHalf:
         )
         with self._lock:
             self._running[order.request_id] = pull
-        arrived = [order.start] * len(self._caches)
+        arrived = dict.fromkeys(range(source.layers.start, source.layers.stop), order.start)
         for frame in pull:
             lacking = from_token(frame, order.start)  # a relay streams the whole prompt
-            if lacking is not None:
-                self._store(order, lacking, arrived)
-        if any(stop != order.stop for stop in arrived):
+            if lacking is not None and lacking.layer in arrived:  # not another stage's
+                self._store(source, order, lacking, arrived)
+        if any(stop != order.stop for stop in arrived.values()):
             raise CorruptFrame("stream: some layers are not complete")
 
-    def _store(self, order: Pull, frame: Frame, arrived: list[int]) -> None:
+    def _store(self, source: Source, order: Pull, frame: Frame, arrived: dict[int, int]) -> None:
         """Write a frame into the blocks. Frames of a layer come in token order, gapless."""
-        in_place = 0 <= frame.layer < len(arrived) and arrived[frame.layer] == frame.start
-        if not in_place or frame.stop > order.stop:
+        if arrived[frame.layer] != frame.start or frame.stop > order.stop:
             raise CorruptFrame(f"stream: layer {frame.layer} tokens {frame.start}:{frame.stop}")
+        held = self._peer_split.heads_of(source.rank)
+        mine = self._split.heads_of(self._rank)
         cache = self._caches[frame.layer]
-        shape = (frame.stop - frame.start, 2, cache.shape[1], cache.shape[3] // 2)
+        shape = (frame.stop - frame.start, 2, len(held), cache.shape[3] // 2)
         kv = _tensor(frame.payload, cache.dtype, shape)
-        self._layout.write(cache, self._block_tensor(order.blocks), frame.start, kv)
+        self._layout.write(
+            cache[:, _within(mine, source.heads)],
+            self._block_tensor(order.blocks),
+            frame.start,
+            kv[:, :, _within(held, source.heads)],
+        )
         arrived[frame.layer] = frame.stop
 
     def _block_tensor(self, blocks: list[int]) -> torch.Tensor:
-        return torch.tensor(blocks, device=self._caches[0].device)
+        return torch.tensor(blocks, device=self._device)
+
+
+def _within(held: Span, part: Span) -> slice:
+    """Where `part` of the model's heads lies in a tensor of the heads `held`."""
+    return slice(part.start - held.start, part.stop - held.start)
 
 
 def _tensor(

@@ -7,12 +7,13 @@ other side, and skips what the other side has in its cache.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from vllm.config import VllmConfig
 from vllm.version import __version__ as vllm_version
+
+from ..kv.shards import Split
 
 
 class KvLayout(Protocol):
@@ -151,14 +152,14 @@ def layout_of(cache: torch.Tensor) -> KvLayout:
     return CpuLayout(cache) if cache.device.type == "cpu" else GpuLayout(cache)
 
 
-def fingerprint(config: VllmConfig, layers: Sequence[str], cache: torch.Tensor) -> str:
-    """What two engines must share for KV to pass between them.
+def fingerprint(config: VllmConfig, holder: Split, cache: torch.Tensor) -> str:
+    """What two engines must agree on for KV to pass between them.
 
-    Model, revision, dtypes, layers, heads per rank, tensor parallelism and vLLM's version;
-    not the block size and not the page packing, which the canonical order hides.
+    Model, revision, dtypes, head size, vLLM's version, and how the prefill engine (`holder`)
+    splits the model; not the block size and not the page packing, which the canonical order
+    hides, and not the decode engine's split.
     """
     model = config.model_config
-    heads, width = cache.shape[1], cache.shape[3]
     parts = (
         vllm_version,
         model.model,
@@ -167,7 +168,7 @@ def fingerprint(config: VllmConfig, layers: Sequence[str], cache: torch.Tensor) 
         str(cache.dtype),
         str(config.cache_config.cache_dtype),
         str(model.quantization),
-        str(config.parallel_config.tensor_parallel_size),
-        f"{len(layers)}x{heads}x{width}",
+        str(holder),
+        str(cache.shape[3]),
     )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

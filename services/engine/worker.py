@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.distributed.parallel_state import get_pp_group
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -33,6 +34,17 @@ class SparseCPUModelRunner(CPUModelRunner):  # type: ignore[misc]
         fields = super()._preprocess(scheduler_output, *args, **kwargs)
         _rewrite_positions(self, scheduler_output, fields[POSITIONS_FIELD])
         return fields
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the model; a later pipeline stage gets the buffers of its input.
+
+        vLLM makes them in a warm-up that eager engines on CPUs do not run.
+        """
+        super().load_model(*args, **kwargs)
+        if not get_pp_group().is_first_rank:
+            self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+                self.max_num_tokens, self.model_config.dtype, self.device
+            )
 
     def _sample(self, *args: Any, **kwargs: Any) -> Any:
         """Sample; seeded requests still in their prompt get their generator's state back.

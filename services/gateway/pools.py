@@ -26,6 +26,7 @@ from ..errors import (
     Unavailable,
 )
 from ..types import Decoded, Plan, Prefilled, Replay, Request, Selection, Ticket
+from .affinity import load_of
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class ServeSpeculator:
         """See `ports.Speculator`."""
         with mapped_errors("speculator", SpeculatorUnavailable, broken=SpeculatorUnavailable):
             payload = wire.pack((request, plan, timeout_s))
-            reply = await _call(self.handle, "select", payload, timeout_s)
+            reply = await _call(self.handle, "select", timeout_s, payload)
         return wire.unpack(reply, Selection)
 
 
@@ -67,7 +68,8 @@ class ServePrefiller:
         """See `ports.Prefiller`."""
         with mapped_errors("prefill", PrefillUnavailable):
             payload = wire.pack((request, selection, timeout_s))
-            reply, objects = await _call(self.handle, "prefill", payload, timeout_s)
+            load = wire.pack(load_of(request.prompt, selection))
+            reply, objects = await _call(self.handle, "prefill", timeout_s, payload, load)
         prefilled = wire.unpack(reply, Prefilled)
         ticket = prefilled.ticket
         if ticket is None:
@@ -154,8 +156,8 @@ def mapped_errors(
         raise broken(f"a {pool} replica failed") from error
 
 
-async def _call(handle: DeploymentHandle, method: str, payload: bytes, timeout_s: float) -> Any:
-    response = handle.options(method_name=method).remote(payload)
+async def _call(handle: DeploymentHandle, method: str, timeout_s: float, *messages: bytes) -> Any:
+    response = handle.options(method_name=method).remote(*messages)
     try:
         async with asyncio.timeout(timeout_s):
             reply = await response

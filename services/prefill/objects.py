@@ -19,7 +19,7 @@ KvReference: TypeAlias = ray.ObjectRef  # of a KvObject
 
 
 async def store(ticket: Ticket, timeout_s: float, tls: MutualTls | None) -> list[KvReference]:
-    """One object per tensor-parallel rank. Empty when a worker did not give its KV.
+    """One object per worker. Empty when a worker did not give its KV.
 
     The objects belong to this process and die with it; the decode engine then computes the
     prompt itself. The lease is used up, so the worker's copy is free at once.

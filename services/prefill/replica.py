@@ -22,7 +22,9 @@ class PrefillReplica:
     async def __init__(self, config_json: str) -> None:  # type: ignore[misc]
         config = AppConfig.model_validate_json(config_json)
         self._tls = read_tls(config.kv.tls)
-        args = engine_args(config.model, config.prefill, config.kv, Role.PREFILL)
+        args = engine_args(
+            config.model, config.prefill, config.kv, Role.PREFILL, peer=config.decode
+        )
         engine = Engine(args, cpu_threads=config.prefill.cpu_threads)
         self._service = PrefillService(engine, self._tls)
         self._kv = config.kv
@@ -36,8 +38,16 @@ class PrefillReplica:
         self._gauges.cancel()
         await self._service.close()
 
-    async def prefill(self, payload: bytes) -> tuple[bytes, list[KvReference]]:
-        """`(Request, Selection, timeout_s)` -> Prefilled, and its KV if Ray is to carry it."""
+    def record_replica_metadata(self) -> dict[str, int]:
+        """What the gateways' routers know of this replica."""
+        return {"prefix_cache_tokens": self._service.prefix_cache_tokens()}
+
+    async def prefill(self, payload: bytes, load: bytes = b"") -> tuple[bytes, list[KvReference]]:
+        """`(Request, Selection, timeout_s)` -> Prefilled, and its KV if Ray is to carry it.
+
+        `load` is for the router, which chose this replica by it.
+        """
+        del load
         request, selection, timeout_s = unpack(payload, tuple[Request, Selection, float])
         prefilled = await self._service.prefill(request, selection, timeout_s)
         if prefilled.ticket is None or self._kv.carrier != "object_ref":

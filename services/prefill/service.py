@@ -54,6 +54,10 @@ class PrefillService:
         drained = (self._peers.drain(address, timeout_s) for address in self._kv_addresses)
         return all(await asyncio.gather(*drained))
 
+    def prefix_cache_tokens(self) -> int:
+        """How many tokens the prefix cache can hold; 0 when it is off."""
+        return self._engine.prefix_cache_tokens()
+
     async def gauges(self) -> list[LeaseGauges]:
         """What the engine's workers hold, by rank; those that do not answer are left out."""
         found = await asyncio.gather(*(self._peers.gauges(peer) for peer in self._kv_addresses))

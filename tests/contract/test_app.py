@@ -16,7 +16,7 @@ CONFIG = AppConfig.model_validate({"model": {"path": "m"}, "speculator": {"path"
         ({"tensor_parallel_size": 2, "executor": "mp"}, True, Placement(num_gpus=2.0)),
         ({"executor": "ray"}, True, Placement(num_gpus=1.0)),
         ({"cpu_threads": 2}, False, Placement(num_cpus=2.0)),
-        ({"tensor_parallel_size": 2, "executor": "ray"}, False, Placement(num_cpus=2.0)),
+        ({"tensor_parallel_size": 2, "executor": "mp"}, False, Placement(num_cpus=2.0)),
     ],
 )
 def test_an_engine_on_one_node_takes_its_devices(engine, gpus, placement):
@@ -24,14 +24,15 @@ def test_an_engine_on_one_node_takes_its_devices(engine, gpus, placement):
 
 
 @pytest.mark.parametrize(
-    ("engine", "workers"),
+    ("engine", "gpus", "workers"),
     [
-        ({"tensor_parallel_size": 4, "executor": "ray"}, 4),
-        ({"tensor_parallel_size": 4, "pipeline_parallel_size": 2}, 8),
+        ({"tensor_parallel_size": 4, "executor": "ray"}, True, 4),
+        ({"tensor_parallel_size": 4, "pipeline_parallel_size": 2}, True, 8),
+        ({"tensor_parallel_size": 2, "executor": "ray"}, False, 2),
     ],
 )
-def test_an_engine_that_may_spread_gets_a_bundle_per_worker(engine, workers):
-    placement = engine_placement(EngineConfig(**engine), gpus=True)
+def test_an_engine_that_may_spread_gets_a_bundle_per_worker(engine, gpus, workers):
+    placement = engine_placement(EngineConfig(**engine), gpus=gpus)
     options = placement.options()
     assert options["placement_group_bundles"] == [{"CPU": 1.0, "GPU": 1.0}] * workers
     assert options["ray_actor_options"] == {"num_cpus": 1.0}  # the workers take the GPUs

@@ -39,22 +39,12 @@ def test_a_keep_rate_outside_its_range_is_refused(keep):
         AppConfig.model_validate({**LEAST, "selection": {"keep": keep}})
 
 
-@pytest.mark.parametrize(
-    ("prefill", "decode", "said"),
-    [
-        ({"tensor_parallel_size": 4}, {}, "prefill.tensor_parallel_size is 4"),
-        ({}, {"pipeline_parallel_size": 2}, "decode.pipeline_parallel_size is 2"),
-        ({"pipeline_parallel_size": 2}, {"pipeline_parallel_size": 2}, "only 1 is supported"),
-    ],
-)
-def test_engines_that_could_not_hand_kv_over_are_refused(prefill, decode, said):
-    with pytest.raises(ValidationError, match=said):
-        AppConfig.model_validate({**LEAST, "prefill": prefill, "decode": decode})
-
-
-def test_engines_of_equal_tensor_parallelism_are_accepted():
-    split = {"tensor_parallel_size": 4}
-    AppConfig.model_validate({**LEAST, "prefill": split, "decode": split})
+def test_prefill_and_decode_may_be_split_differently():
+    config = AppConfig.model_validate(
+        {**LEAST, "prefill": {"tensor_parallel_size": 4, "pipeline_parallel_size": 2}}
+    )
+    assert config.prefill.tensor_parallel_size == 4
+    assert config.decode.pipeline_parallel_size == 1
 
 
 def test_a_configuration_cannot_be_changed():

@@ -90,7 +90,7 @@ class Handle:
         self.options_seen = options
         return self
 
-    def remote(self, payload: bytes, objects: Sequence[Any] = ()) -> Response:
+    def remote(self, payload: bytes, objects: Sequence[Any] | bytes = ()) -> Response:
         self.payload, self.objects = payload, objects
         return self.response
 

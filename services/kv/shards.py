@@ -1,0 +1,88 @@
+"""Which worker of an engine holds which part of the KV, and who pulls what from whom.
+
+An engine splits a model twice: its layers over pipeline stages, and each layer's KV heads
+over tensor-parallel ranks. A worker's rank is `stage * tensor + tensor rank`. Two engines
+may split the same model differently: a frame names its layer and holds whole heads, so a
+puller takes from each holder the layers and heads that both of them have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..types import Span
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How an engine's workers share a model with `heads` KV heads."""
+
+    heads: int
+    tensor: int  # ranks per stage; beyond `heads`, a head is held by several
+    stages: tuple[Span, ...]  # the layers of each pipeline stage
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * len(self.stages)
+
+    def layers_of(self, rank: int) -> Span:
+        """The layers of a worker."""
+        return self.stages[rank // self.tensor]
+
+    def heads_of(self, rank: int) -> Span:
+        """The KV heads of a worker."""
+        place = rank % self.tensor
+        first = place * self.heads // self.tensor
+        return Span(first, first + max(1, self.heads // self.tensor))
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a puller takes from one holder: layers and heads are the model's indices."""
+
+    rank: int  # of the holder
+    layers: Span
+    heads: Span
+
+
+def sources(rank: int, puller: Split, holder: Split) -> tuple[Source, ...]:
+    """Where the worker `rank` of `puller` finds its KV: each layer's heads exactly once."""
+    found = []
+    for stage, held in enumerate(holder.stages):
+        layers = _overlap(puller.layers_of(rank), held)
+        if len(layers) > 0:
+            found += [
+                Source(stage * holder.tensor + place, layers, heads)
+                for place, heads in _head_sources(rank, puller, holder)
+            ]
+    return tuple(found)
+
+
+def readers(rank: int, holder: Split, puller: Split) -> int:
+    """How many workers of `puller` pull from the worker `rank` of `holder`."""
+    return sum(
+        any(source.rank == rank for source in sources(reader, puller, holder))
+        for reader in range(puller.ranks)
+    )
+
+
+def _head_sources(rank: int, puller: Split, holder: Split) -> Iterator[tuple[int, Span]]:
+    """Pairs of a holder's place in its stage and the heads to take there."""
+    wanted = puller.heads_of(rank)
+    head = wanted.start
+    while head < wanted.stop:
+        holders = [place for place in range(holder.tensor) if _has(holder.heads_of(place), head)]
+        place = holders[rank % len(holders)]  # copies of a head share the pullers
+        heads = _overlap(Span(head, wanted.stop), holder.heads_of(place))
+        yield place, heads
+        head = heads.stop
+
+
+def _has(span: Span, index: int) -> bool:
+    return span.start <= index < span.stop
+
+
+def _overlap(one: Span, other: Span) -> Span:
+    start = max(one.start, other.start)
+    return Span(start, max(start, min(one.stop, other.stop)))

@@ -1,0 +1,119 @@
+"""Prompts go where their prefix is cached, until the queue there costs more than it saves."""
+
+import pytest
+
+from specprefill.gateway.affinity import BLOCK_TOKENS, PrefillLoad, PrefixAffinity, load_of
+from specprefill.types import Plan, PlanKind, Reason, Selection, Span, dense
+
+ROOM = 1_000 * BLOCK_TOKENS
+PROMPT = tuple(range(10 * BLOCK_TOKENS))
+
+
+def load(blocks, *, own, name="system"):
+    """A prompt of `blocks` shared blocks and `own` tokens of its own."""
+    return PrefillLoad(blocks * BLOCK_TOKENS + own, tuple(hash((name, i)) for i in range(blocks)))
+
+
+def affinity(*names, room=ROOM):
+    made = PrefixAffinity()
+    made.know(dict.fromkeys(names, room))
+    return made
+
+
+def best(made, prompt):
+    return made.ranked(prompt)[0]
+
+
+class TestLoad:
+    def test_a_dense_prompt_has_a_digest_per_whole_block(self):
+        prompt = PROMPT[: 3 * BLOCK_TOKENS + 7]
+        found = load_of(prompt, dense(len(prompt), Reason.SHORT_PROMPT))
+        assert (found.tokens, len(found.prefix)) == (len(prompt), 3)
+
+    def test_only_what_lies_before_the_first_gap_counts(self):
+        runs = (Span(0, 2 * BLOCK_TOKENS + 5), Span(900, 1000))
+        selection = Selection(len(PROMPT), runs, Plan(PlanKind.PRUNE, Reason.ASKED, 0.3))
+        found = load_of(PROMPT, selection)
+        assert found.tokens == selection.kept_tokens
+        assert found.prefix == load_of(PROMPT, dense(len(PROMPT), Reason.ASKED_OFF)).prefix[:2]
+
+    def test_a_prompt_that_lost_its_start_shares_nothing(self):
+        runs = (Span(200, 800),)
+        selection = Selection(len(PROMPT), runs, Plan(PlanKind.PRUNE, Reason.ASKED, 0.3))
+        assert load_of(PROMPT, selection).prefix == ()
+
+    def test_a_digest_tells_all_that_came_before(self):
+        changed = (PROMPT[0] + 1, *PROMPT[1:])
+        whole = dense(len(PROMPT), Reason.ASKED_OFF)
+        assert not set(load_of(PROMPT, whole).prefix) & set(load_of(changed, whole).prefix)
+
+
+def test_a_prefix_draws_its_prompts():
+    made = affinity("a", "b")
+    made.sent("r1", "b", load(4, own=10))
+    made.answered("r1")
+    assert best(made, load(4, own=99)) == "b"
+    assert best(made, load(2, own=99)) == "b"
+
+
+def test_other_prompts_go_to_the_replica_that_waits_longest():
+    made = affinity("a", "b", "c")
+    chosen = []
+    for number in range(6):
+        prompt = load(2, own=5, name=f"system-{number}")
+        chosen.append(best(made, prompt))
+        made.sent(f"r{number}", chosen[-1], prompt)
+        made.answered(f"r{number}")
+    assert chosen == ["a", "b", "c"] * 2
+
+
+@pytest.mark.parametrize(
+    ("queued", "expected"), [(4 * BLOCK_TOKENS - 1, "a"), (4 * BLOCK_TOKENS + 1, "b")]
+)
+def test_it_spills_when_the_queue_costs_more_than_the_prefix(queued, expected):
+    made = affinity("a", "b")
+    made.sent("r1", "a", load(4, own=0))
+    made.answered("r1")
+    made.sent("r2", "a", PrefillLoad(queued, ()))
+    assert best(made, load(4, own=50)) == expected
+    made.answered("r2")
+    assert best(made, load(4, own=50)) == "a"
+
+
+def test_what_is_cached_does_not_lengthen_the_queue():
+    made = affinity("a", "b")
+    made.sent("r1", "a", load(8, own=0))
+    made.answered("r1")
+    for number in range(20):
+        made.sent(f"s{number}", "a", load(8, own=10))
+    assert best(made, load(8, own=10)) == "a"  # 20 x 10 tokens queued, 1024 cached
+
+
+def test_the_least_recent_prefixes_are_forgotten_from_their_end():
+    made = affinity("a", "b", room=6 * BLOCK_TOKENS)
+    made.sent("r1", "a", load(4, own=0, name="old"))
+    made.sent("r2", "a", load(4, own=0, name="new"))
+    replica = made._replicas["a"]
+    assert replica.cached_tokens(load(4, own=0, name="old")) == 2 * BLOCK_TOKENS
+    assert replica.cached_tokens(load(4, own=0, name="new")) == 4 * BLOCK_TOKENS
+    assert len(replica.blocks) == 6
+
+
+def test_without_a_cache_the_shortest_queue_wins():
+    made = affinity("a", "b", room=0)
+    made.sent("r1", "a", load(4, own=0))
+    assert best(made, load(4, own=0)) == "b"
+    made.answered("r1")
+    made.sent("r2", "b", load(1, own=0))
+    assert best(made, load(4, own=0)) == "a"
+
+
+def test_replicas_come_and_go():
+    made = affinity("a", "b")
+    made.sent("r1", "a", load(4, own=0))
+    made.know({"b": ROOM, "c": ROOM})
+    assert set(made.ranked(load(4, own=0))) == {"b", "c"}
+    made.answered("r1")  # of a replica that is gone
+    made.answered("r1")
+    made.sent("r2", "a", load(4, own=0))  # raced with its end
+    assert made._running == {}
