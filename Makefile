@@ -103,6 +103,10 @@ bench-ttft: $(INSTALLED) ## Time to first token, dense and pruned, at 1k, 4k and
 bench-netgain: $(INSTALLED) ## Pruning where it pays, beside pruning always and never
 	@$(PY) -m specprefill.bench.netgain
 
+.PHONY: eval
+eval: $(INSTALLED) ## How good the demo pair's answers stay at every keep rate (docs/quality.md)
+	@$(BIN)/specprefill eval --document docs/quality.md
+
 .PHONY: bench-kv
 bench-kv: $(INSTALLED) ## Throughput of the KV hand-off beside raw gRPC, memcpy and Ray
 	@$(PY) -m specprefill.bench.kv

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 
 
 class CallFailed(Exception):
@@ -25,6 +25,8 @@ class Ask:
     temperature: float = 0.0
     timeout_s: float = 300.0
     api_key: str | None = None
+    tools: tuple[Mapping[str, Any], ...] = ()  # schemas; over HTTP only
+    plain: bool = False  # the service does not know the `specprefill` field; over HTTP only
 
 
 @dataclass(frozen=True, slots=True)

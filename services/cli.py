@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import __version__, cli_ask, cli_load, cli_serve
+from . import __version__, cli_ask, cli_eval, cli_load, cli_serve
 from .cli_exit import Failed, Misused
 
 OK, FAILED, MISUSED = 0, 1, 2
@@ -17,6 +17,7 @@ examples:
   specprefill ask --prompt-file report.txt "Who signed the contract?"
   specprefill score --keep 0.1 --prompt-file report.txt "Who signed the contract?"
   specprefill status
+  specprefill eval --quick
   specprefill loadtest loadtest/smoke.yaml --qps 2
 
 exit codes: 0 done, 1 failed, 2 misused (bad arguments or a bad deployment file)
@@ -36,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
     cli_serve.add_commands(commands)
     cli_ask.add_commands(commands)
+    cli_eval.add_commands(commands)
     cli_load.add_commands(commands)
     return root
 

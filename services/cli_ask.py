@@ -6,20 +6,19 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from . import http_caller
 from .asking import Ask, CallFailed, report_line
+from .cli_arguments import API_KEY_VARIABLE, rate
 from .cli_exit import Failed, Misused
 from .rpc import caller as grpc_caller
 from .types import Span
 
 HTTP_URL = "http://127.0.0.1:8000"
 GRPC_ADDRESS = "127.0.0.1:9000"
-API_KEY_VARIABLE = "SPECPREFILL_API_KEY"
 _BOLD, _DIM, _PLAIN = "\033[1m", "\033[2m", "\033[0m"
 
 
@@ -71,7 +70,7 @@ def _add_question(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     how = command.add_mutually_exclusive_group()
     how.add_argument(
-        "--keep", type=_rate, metavar="R",
+        "--keep", type=rate, metavar="R",
         help="share of the prompt to keep, above 0 and at most 1 (default: the deployment's)",
     )  # fmt: skip
     how.add_argument("--dense", action="store_true", help="keep the whole prompt")
@@ -155,13 +154,6 @@ def _prompt_text(source: str | None) -> str:
         return Path(source).read_text(encoding="utf-8").rstrip()
     except (OSError, UnicodeDecodeError) as error:
         raise Misused(f"specprefill: --prompt-file {source}: {error}") from error
-
-
-def _rate(text: str) -> float:
-    with suppress(ValueError):
-        if 0 < float(text) <= 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"must be a number above 0 and at most 1, not {text!r}")
 
 
 def _write(text: str) -> None:

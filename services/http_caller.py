@@ -28,6 +28,11 @@ def ask(base_url: str, question: Ask, tell: Callable[[str], None]) -> Answered:
     return Answered("".join(pieces), report, first_s)
 
 
+def complete(base_url: str, question: Ask) -> dict[str, Any]:
+    """One chat completion in one piece, as the service returned it. Raises CallFailed."""
+    return _post(base_url, "/v1/chat/completions", _chat(question), question)
+
+
 def tokenize(base_url: str, question: Ask) -> list[int]:
     """The token ids of a conversation. Raises CallFailed."""
     body = {"messages": list(question.messages), **_model(question)}
@@ -42,14 +47,7 @@ def detokenize(base_url: str, tokens: list[int], question: Ask) -> str:
 
 
 def _events(base_url: str, question: Ask) -> Iterator[dict[str, Any]]:
-    body = {
-        "messages": list(question.messages),
-        "stream": True,
-        "max_tokens": question.max_tokens,
-        "temperature": question.temperature,
-        "specprefill": _prune(question),
-        **_model(question),
-    }
+    body = {**_chat(question), "stream": True}
     url = f"{base_url.rstrip('/')}/v1/chat/completions"
     try:
         with httpx.stream(
@@ -84,6 +82,20 @@ def _post(base_url: str, path: str, body: dict[str, Any], question: Ask) -> dict
         raise CallFailed(_said(reply))
     answer: dict[str, Any] = reply.json()
     return answer
+
+
+def _chat(question: Ask) -> dict[str, Any]:
+    body = {
+        "messages": list(question.messages),
+        "max_tokens": question.max_tokens,
+        "temperature": question.temperature,
+        **_model(question),
+    }
+    if not question.plain:
+        body["specprefill"] = _prune(question)
+    if question.tools:
+        body["tools"] = list(question.tools)
+    return body
 
 
 def _prune(question: Ask) -> bool | dict[str, float] | None:

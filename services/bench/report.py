@@ -30,7 +30,7 @@ class Provenance:
 def provenance(seed: int) -> Provenance:
     """Of the running program."""
     finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    command = " ".join(["python -m", _module(), *sys.argv[1:]])
+    command = " ".join([_program(), *sys.argv[1:]])
     return Provenance(command, seed, finished, _versions(), hardware())
 
 
@@ -63,9 +63,10 @@ def write_json(path: Path, origin: Provenance, results: Mapping[str, Any]) -> No
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _module() -> str:
+def _program() -> str:
+    """As it is called: a module, or an installed command."""
     spec = sys.modules["__main__"].__spec__
-    return Path(sys.argv[0]).name if spec is None else spec.name
+    return Path(sys.argv[0]).name if spec is None else f"python -m {spec.name}"
 
 
 def _versions() -> dict[str, str]:

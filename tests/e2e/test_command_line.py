@@ -1,5 +1,7 @@
 """The `specprefill` command against the running application."""
 
+import json
+
 import pytest
 
 from .conftest import BIN, KEEP, command
@@ -47,3 +49,24 @@ def test_a_refusal_is_one_line(app):
     )
     assert said.stderr.startswith("specprefill: 404: ")
     assert len(said.stderr.strip().splitlines()) == 1
+
+
+def test_eval_asks_the_running_service(app, tmp_path, root):
+    families = ["needles", "recall_5_turns", "system_secret_warm"]
+    command(
+        [BIN / "specprefill", "eval", "--endpoint", app.http_url, "--config",
+         root / "cluster" / "local.yaml", "--families", *families, "--lengths", 1536,
+         "--items", 2, "--keeps", 0.3, "--out", tmp_path]
+    )  # fmt: skip
+    saved = json.loads((tmp_path / "eval.json").read_text())
+    rows = {row["family"]: row["cells"] for row in saved["rows"]}
+    assert [cell["arm"]["chooser"] for cell in rows["needles"]] == [
+        "speculator", "speculator", "automatic",
+    ]  # fmt: skip
+    assert [cell["score"]["value"] for cell in rows["needles"][:2]] == [1.0, 1.0]
+    assert rows["needles"][1]["kept"] < 0.45
+    cached = [
+        one["answer"]["cached_tokens"] for one in saved["outcomes"]
+        if one["family"] == "recall_5_turns" and one["arm"]["keep"] == 1.0
+    ]  # fmt: skip
+    assert min(cached) > 0

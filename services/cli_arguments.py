@@ -1,0 +1,16 @@
+"""Arguments that several commands take."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import suppress
+
+API_KEY_VARIABLE = "SPECPREFILL_API_KEY"
+
+
+def rate(text: str) -> float:
+    """A number above 0 and at most 1. Raises ArgumentTypeError."""
+    with suppress(ValueError):
+        if 0 < float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a number above 0 and at most 1, not {text!r}")

@@ -1,0 +1,130 @@
+"""The backend in this process: a speculator and a main model on transformers.
+
+It knows every arm: controls and the ceiling need positions of their own choice, which no endpoint
+takes. Spans, selection and scoring are the product's; only the answers come from transformers.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config import SpeculatorConfig, local_path
+from ..selection import Scores, SelectionPolicy, select
+from ..speculator.scorer import Scorer, load_scorer
+from ..synthetic.families.task import Task
+from ..types import Plan, PlanKind, Reason, Selection, Span, dense
+from .arms import CONTROLS, Arm, Chooser, control_scores
+from .greedy import greedy
+from .outcomes import Answer
+from .prompts import Prompt, Renderer, gold_kept
+
+
+@dataclass(frozen=True, slots=True)
+class Answerer:
+    """The main model, as itself."""
+
+    model: PreTrainedModel
+    eos_ids: frozenset[int]
+    tokenizer: PreTrainedTokenizerBase
+
+    def texts(
+        self, prompt: Prompt, kept: Sequence[tuple[Span, ...]], max_tokens: int
+    ) -> dict[tuple[Span, ...], str]:
+        """What it answers to each of these parts of the prompt."""
+        parts = list(dict.fromkeys(kept))
+        positions = [_positions(runs) for runs in parts]
+        answers = greedy(self.model, prompt.ids, positions, max_tokens, self.eos_ids)
+        texts = (str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers)
+        return dict(zip(parts, texts, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A speculator and a main model; what the deployment would keep is what is answered from."""
+
+    renderer: Renderer
+    policy: SelectionPolicy
+    speculator: Scorer
+    answerer: Answerer | None  # None: gold survival only
+    own_scorer: Scorer | None  # the main model as its own speculator; None: no ceiling
+
+    def answers(
+        self, task: Task, arms: Sequence[Arm], rng: random.Random, *, with_text: bool
+    ) -> list[Answer]:
+        """Selections that come out equal are answered once. `before` does not matter here."""
+        prompt = self.renderer.prompt(task)
+        scores = self.speculator.score([prompt.ids])[0]
+        selections = [self._selection(arm, prompt, scores, rng) for arm in arms]
+        texts: dict[tuple[Span, ...], str] = {}
+        if with_text and self.answerer is not None:
+            kept = [selection.runs for selection in selections]
+            texts = self.answerer.texts(prompt, kept, task.max_tokens)
+        return [
+            Answer(
+                text=texts.get(selection.runs),
+                prompt_tokens=len(prompt.ids),
+                kept_tokens=selection.kept_tokens,
+                reason=selection.plan.reason.value,
+                gold_kept=gold_kept(prompt, selection),
+            )
+            for selection in selections
+        ]
+
+    def _selection(self, arm: Arm, prompt: Prompt, scores: Scores, rng: random.Random) -> Selection:
+        """Raises ValueError for a ceiling without a scorer of its own."""
+        if arm.is_dense:
+            return dense(len(prompt.ids), Reason.KEEP_IS_ONE)
+        if arm.chooser in CONTROLS:
+            scores = control_scores(arm.chooser, len(prompt.ids), self.policy.chunk_tokens, rng)
+        elif arm.chooser is Chooser.MAIN_MODEL:
+            if self.own_scorer is None:
+                raise ValueError("the ceiling needs the main model as a scorer")
+            scores = self.own_scorer.score([prompt.ids])[0]
+        plan = Plan(PlanKind.PRUNE, Reason.ASKED, arm.keep)
+        return select(scores, plan, prompt.protected, self.policy)
+
+
+def load_pair(
+    model: str,
+    speculator: SpeculatorConfig,
+    policy: SelectionPolicy,
+    pool_tokens: int,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    answered: bool,
+    ceiling: bool,
+) -> Pair:
+    """Load both models. The ceiling loads the main model once more, as a speculator.
+
+    Raises UnsupportedModel where the models cannot work together.
+    """
+    own = speculator.model_copy(update={"path": model, "revision": None})
+    scorer = load_scorer(speculator, pool_tokens, model)
+    return Pair(
+        renderer=Renderer(tokenizer, policy.tail_tokens),
+        policy=policy,
+        speculator=scorer,
+        answerer=load_answerer(model, speculator, tokenizer) if answered else None,
+        own_scorer=load_scorer(own, pool_tokens) if ceiling else None,
+    )
+
+
+def load_answerer(
+    path: str, like: SpeculatorConfig, tokenizer: PreTrainedTokenizerBase
+) -> Answerer:
+    """The main model on the speculator's device and in its dtype."""
+    model = AutoModelForCausalLM.from_pretrained(local_path(path), dtype=like.dtype).eval()
+    if like.device == "cuda":
+        model = model.to("cuda")
+    ids = model.generation_config.eos_token_id
+    ids = model.config.eos_token_id if ids is None else ids
+    eos_ids = frozenset(() if ids is None else [ids] if isinstance(ids, int) else ids)
+    return Answerer(model, eos_ids, tokenizer)
+
+
+def _positions(runs: Sequence[Span]) -> list[int]:
+    return [position for run in runs for position in range(run.start, run.stop)]

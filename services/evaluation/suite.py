@@ -1,0 +1,131 @@
+"""Runs tasks through a backend: every family, length and seed, all arms on the same prompt."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from typing import Protocol
+
+from ..synthetic.families.catalog import generate
+from ..synthetic.families.fitting import TaskTokenizer
+from ..synthetic.families.task import Task
+from .arms import DENSE, Arm
+from .outcomes import Answer, Outcome, judged
+
+PROBED_ITEMS = 6  # answered before a family is judged to be beyond the model
+
+
+class Backend(Protocol):
+    """Something that answers tasks."""
+
+    def answers(
+        self, task: Task, arms: Sequence[Arm], rng: random.Random, *, with_text: bool
+    ) -> list[Answer]:
+        """One answer per arm, in order. Without text, only what was kept is told."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """What is measured."""
+
+    families: tuple[str, ...]
+    lengths: tuple[int, ...]  # nominal prompt tokens
+    items: int  # prompts per family and length
+    arms: tuple[Arm, ...]
+    seed: int
+    # A family whose mean dense score is below it after PROBED_ITEMS is beyond the model: its
+    # other prompts are not answered, only their gold survival is measured.
+    least_dense: float
+    answered: bool = True  # False: gold survival only
+
+    @property
+    def prompts(self) -> int:
+        return len(self.families) * len(self.lengths) * self.items
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a suite gave."""
+
+    outcomes: tuple[Outcome, ...]
+    too_short: tuple[tuple[str, int], ...]  # family and length that cannot hold its facts
+    beyond_model: tuple[tuple[str, int], ...]  # answered for PROBED_ITEMS prompts only
+
+
+Tell = Callable[[int, str], None]  # prompts done, and of which family and length
+
+
+def measure(
+    suite: Suite, backend: Backend, tokenizer: TaskTokenizer, workers: int, tell: Tell
+) -> Measured:
+    """Run the whole suite, `workers` prompts at a time."""
+    outcomes: list[Outcome] = []
+    too_short: list[tuple[str, int]] = []
+    beyond: list[tuple[str, int]] = []
+    done = 0
+    with ThreadPoolExecutor(workers) as pool:
+        for family, length in product(suite.families, suite.lengths):
+            place = _Place(suite, backend, tokenizer, family, length)
+            found: list[Outcome] = []
+            try:
+                for item, some in enumerate(place.run(pool), start=1):
+                    found += some
+                    tell(done + item, f"{family} {length}")
+            except TooShort:
+                too_short.append((family, length))
+            if suite.answered and _is_beyond(found, suite.least_dense):
+                beyond.append((family, length))
+            outcomes += found
+            done += suite.items
+            tell(done, f"{family} {length}")
+    return Measured(tuple(outcomes), tuple(too_short), tuple(beyond))
+
+
+class TooShort(Exception):
+    """The length cannot hold the family's facts."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """One family at one length."""
+
+    suite: Suite
+    backend: Backend
+    tokenizer: TaskTokenizer
+    family: str
+    length: int
+
+    def run(self, pool: ThreadPoolExecutor) -> Iterator[list[Outcome]]:
+        """The outcomes of one prompt after the other. Raises TooShort."""
+        answered, probe = self.suite.answered, min(PROBED_ITEMS, self.suite.items)
+        probed: list[Outcome] = []
+        for some in pool.map(lambda item: self._prompt(item, answered=answered), range(probe)):
+            probed += some
+            yield some
+        answered = answered and not _is_beyond(probed, self.suite.least_dense)
+        rest = range(probe, self.suite.items)
+        yield from pool.map(lambda item: self._prompt(item, answered=answered), rest)
+
+    def _prompt(self, item: int, *, answered: bool) -> list[Outcome]:
+        seed = self.suite.seed * 1_000_000 + item
+        try:
+            task = generate(self.family, seed, self.length, self.tokenizer)
+        except ValueError as error:
+            raise TooShort(str(error)) from error
+        rng = random.Random(f"{self.family}/{self.length}/{seed}")
+        arms = self.suite.arms
+        answers = self.backend.answers(task, arms, rng, with_text=answered)
+        return [
+            judged(task, self.length, seed, arm, answer)
+            for arm, answer in zip(arms, answers, strict=True)
+        ]
+
+
+def _is_beyond(outcomes: Sequence[Outcome], least_dense: float) -> bool:
+    """Whether the whole prompt is not answered well enough to lose anything."""
+    dense = [each.score for each in outcomes if each.arm == DENSE and each.score is not None]
+    return len(dense) > 0 and sum(dense) / len(dense) < least_dense

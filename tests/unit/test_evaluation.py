@@ -1,0 +1,161 @@
+"""The quality suite over a backend that answers as told: arms, pairing, gates, tables."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from specprefill.bench.report import provenance
+from specprefill.evaluation import report
+from specprefill.evaluation.arms import CONTROLS, DENSE, Arm, Chooser, arms_of, control_scores
+from specprefill.evaluation.outcomes import Answer
+from specprefill.evaluation.suite import PROBED_ITEMS, Suite, measure
+from specprefill.evaluation.summary import choices, rows_of, smallest_enough
+from specprefill.selection import SelectionPolicy, select
+from specprefill.types import Plan, PlanKind, Reason, Span
+
+ARMS = arms_of((1.0, 0.5, 0.1), 0.1, automatic=True, ceiling=True)
+
+
+class Told:
+    """Answers rightly where `knows` says so; counts what it was asked."""
+
+    def __init__(self, knows):
+        self.knows = knows
+        self.texts_asked = 0
+
+    def answers(self, task, arms, rng, *, with_text):
+        self.texts_asked += with_text
+        return [self._answer(task, arm, with_text) for arm in arms]
+
+    def _answer(self, task, arm, with_text):
+        text = " ".join(task.references) if self.knows(task, arm) else "nothing"
+        keep = 0.3 if arm.chooser is Chooser.AUTOMATIC else arm.keep
+        kept = round(task.prompt_tokens * keep)
+        return Answer(text if with_text else None, task.prompt_tokens, kept, gold_kept=keep)
+
+
+def suite(families=("niah_single_1",), items=8, lengths=(400,)):
+    return Suite(families, lengths, items, ARMS, seed=1, least_dense=0.2)
+
+
+def run(asked, backend, tokenizer):
+    told = []
+    measured = measure(asked, backend, tokenizer, 1, lambda done, what: told.append((done, what)))
+    return measured, told
+
+
+def test_the_arms_begin_with_dense_and_end_with_the_ceiling():
+    assert [arm.name for arm in ARMS] == [
+        "dense", "keep 0.5", "keep 0.1", "automatic",
+        "random 0.1", "ends 0.1", "even 0.1", "main_model 0.1",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("chooser", CONTROLS)
+@pytest.mark.parametrize("tokens", [1000, 4096])
+def test_a_control_keeps_what_is_protected_and_the_speculators_budget(chooser, tokens):
+    policy = SelectionPolicy(min_kept_tokens=64)
+    protected = (Span(100, 140),)
+    plan = Plan(PlanKind.PRUNE, Reason.ASKED, 0.2)
+    noise = np.random.default_rng(0).random(tokens, dtype=np.float32)
+    ours = select(noise, plan, protected, policy)
+    scores = control_scores(chooser, tokens, policy.chunk_tokens, random.Random(0))
+    theirs = select(scores, plan, protected, policy)
+    assert abs(theirs.kept_tokens - ours.kept_tokens) < policy.chunk_tokens
+    assert any(run.start <= 100 and run.stop >= 140 for run in theirs.runs)
+
+
+def test_ends_keep_both_ends_and_even_leaves_no_wide_gap():
+    policy = SelectionPolicy(min_kept_tokens=0, sink_tokens=0, tail_tokens=0)
+    plan = Plan(PlanKind.PRUNE, Reason.ASKED, 0.25)
+    runs = {
+        chooser: select(control_scores(chooser, 2048, 32, random.Random(0)), plan, (), policy).runs
+        for chooser in (Chooser.ENDS, Chooser.EVEN)
+    }
+    assert runs[Chooser.ENDS] == (Span(0, 256), Span(1792, 2048))
+    starts = [run.start for run in runs[Chooser.EVEN]]
+    assert max(np.diff(starts)) <= 256
+
+
+def test_a_speculator_is_no_control():
+    with pytest.raises(ValueError, match="speculator is no control"):
+        control_scores(Chooser.SPECULATOR, 100, 32, random.Random(0))
+
+
+def test_what_is_retained_is_measured_on_the_same_prompts(demo_tokenizer):
+    def knows(task, arm):
+        return arm.keep > 0.3 or int(task.references[0]) % 2 == 0
+
+    measured, told = run(suite(items=40), Told(knows), demo_tokenizer)
+    (row,) = rows_of(measured, suite(items=40))
+    by_arm = {cell.arm.name: cell for cell in row.cells}
+    even = [int(one.score) for one in measured.outcomes if one.arm.name == "keep 0.1"]
+    assert by_arm["keep 0.5"].retained.value == 1.0
+    assert by_arm["keep 0.1"].retained.value == pytest.approx(sum(even) / 40)
+    assert by_arm["keep 0.1"].retained.low < sum(even) / 40 < by_arm["keep 0.1"].retained.high
+    assert by_arm["keep 0.1"].kept == pytest.approx(0.1, abs=0.01)
+    assert told[-1] == (40, "niah_single_1 400")
+
+
+def test_a_family_beyond_the_model_is_only_probed(demo_tokenizer):
+    backend = Told(lambda _task, _arm: False)
+    measured, _ = run(suite(items=9), backend, demo_tokenizer)
+    assert backend.texts_asked == PROBED_ITEMS
+    assert measured.beyond_model == (("niah_single_1", 400),)
+    gold = [one for one in measured.outcomes if one.answer.gold_kept is not None]
+    assert len(gold) == 9 * len(ARMS)
+
+
+def test_a_length_that_cannot_hold_a_family_is_named(demo_tokenizer):
+    asked = suite(("tool_call", "niah_single_1"), lengths=(400, 2048), items=2)
+    measured, told = run(asked, Told(lambda *_: True), demo_tokenizer)
+    assert measured.too_short == (("tool_call", 400),)
+    assert {(one.family, one.length) for one in measured.outcomes} == {
+        ("tool_call", 2048), ("niah_single_1", 400), ("niah_single_1", 2048),
+    }  # fmt: skip
+    assert told[-1][0] == asked.prompts
+
+
+def test_the_smallest_rate_that_is_enough_holds_in_every_family(demo_tokenizer):
+    asked = suite(("niah_single_1", "niah_single_2"))
+
+    def knows(task, arm):
+        return arm.keep >= 0.5 or task.family == "niah_single_1"
+
+    measured, _ = run(asked, Told(knows), demo_tokenizer)
+    found = choices(rows_of(measured, asked), asked, 400)
+    assert [each.arm.name for each in found] == ["dense", "keep 0.5", "keep 0.1", "automatic"]
+    assert smallest_enough(found).arm == Arm(Chooser.SPECULATOR, 0.5)
+    worst = {each.arm.name: each.worst_family for each in found if not each.is_enough}
+    assert worst == {"keep 0.1": "niah_single_2"}
+
+
+def test_a_report_is_written_as_tables_json_and_a_page(demo_tokenizer, tmp_path):
+    asked = suite()
+    measured, _ = run(asked, Told(lambda _task, arm: arm.keep >= 0.5), demo_tokenizer)
+    found = report.report_of(measured, asked, {"main model": "told"})
+    text = report.text(found)
+    assert "## Answers retained at 400 tokens" in text
+    assert "| niah_single_1 | 8       | 100% [100%, 100%] | 100% [100%, 100%] | 0% [0%, 0%]" in text
+    assert "The automatic rate keeps 0.60 of the tokens of keep 0.5." in text
+    data, page = report.write(found, provenance(1), tmp_path)
+    saved = json.loads(data.read_text())
+    assert saved["measured"]["seed"] == 1
+    assert len(saved["outcomes"]) == 8 * len(ARMS)
+    assert saved["rows"][0]["cells"][0]["score"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    html = page.read_text()
+    assert "<svg" in html
+    assert "http-equiv" not in html
+    assert "src=" not in html
+    report.write_document(found, provenance(1), tmp_path / "quality.md")
+    assert "## What was kept" in (tmp_path / "quality.md").read_text()
+
+
+def test_dense_is_the_first_arm():
+    assert ARMS[0] == DENSE
+    assert DENSE.is_dense
+    assert not Arm(Chooser.MAIN_MODEL, 1.0).is_dense
