@@ -108,6 +108,7 @@ class Answer:
             recomputed=self._recomputed,
             cached_tokens=self._prefilled.first.cached_tokens,
             expected=selection.plan.expected,
+            remembered_tokens=selection.remembered_tokens,
         )
 
     def _send(self, chunk: Chunk) -> list[Chunk]:

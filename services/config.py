@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 Rate = Annotated[float, Field(gt=0.0, le=1.0)]
 Seconds = Annotated[float, Field(gt=0.0)]
@@ -46,6 +46,10 @@ class SpeculatorConfig(Strict):
     threads: PositiveInt = 1  # intra-op threads on a CPU
     random_weights: bool = False  # for benchmarks
     prefill_chunk_tokens: PositiveInt = 2048  # bounds the memory of a long prompt
+    # Keys and values at once, of prompts being scored and of those remembered for reuse. If
+    # absent: 1 GiB on a CPU, most of the free memory on a GPU.
+    kv_memory_bytes: PositiveInt | None = None
+    score_cache_bytes: NonNegativeInt = 64 << 20  # scores of recent prompts, for exact repeats
     max_batch: PositiveInt = 8
     max_wait_s: Annotated[float, Field(ge=0.0)] = 0.002  # to fill a batch
     look_ahead: PositiveInt = 8  # the last prompt token's query plus look_ahead - 1 generated

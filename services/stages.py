@@ -156,7 +156,8 @@ class StageModels:
 
     def observe(self, report: Report) -> None:
         """Take what a request's stages took. A stage that it skipped is left alone."""
-        self.speculate.observe(report.prompt_tokens, report.speculate_s)
+        unread = report.prompt_tokens - report.remembered_tokens
+        self.speculate.observe(unread, report.speculate_s, report.remembered_tokens)
         computed = report.kept_tokens - report.cached_tokens
         self.prefill.observe(computed, report.prefill_s, report.cached_tokens)
         if not report.recomputed:

@@ -38,6 +38,7 @@ class Reason(enum.StrEnum):
     PROTECTED_SPANS = "protected_spans"  # protection left nothing to drop
     FLAT_SCORES = "flat_scores"  # the speculator saw no difference between chunks
     PROMPT_TOO_LONG_FOR_SPECULATOR = "prompt_too_long_for_speculator"
+    PROMPT_TOO_LARGE_FOR_SPECULATOR = "prompt_too_large_for_speculator"  # beyond its KV memory
     SPECULATOR_UNAVAILABLE = "speculator_unavailable"
     SPECULATOR_TIMEOUT = "speculator_timeout"
 
@@ -107,6 +108,7 @@ class Selection:
     plan: Plan
     queue_s: float = 0.0  # waited for the speculator
     speculate_s: float = 0.0  # computed in the speculator
+    remembered_tokens: int = 0  # of the prompt: the speculator had read them before
 
     @property
     def kept_tokens(self) -> int:
@@ -217,3 +219,4 @@ class Report:
     recomputed: bool = False
     cached_tokens: int = 0  # of the kept tokens: found in the prefill engine's prefix cache
     expected: Expected | None = None  # what the plan was decided on
+    remembered_tokens: int = 0  # of the prompt: the speculator had read them before

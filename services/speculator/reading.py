@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +23,11 @@ class KvLayout:
     device: torch.device
 
     @property
+    def bytes_per_token(self) -> int:
+        dims = self.key_dim + self.value_dim
+        return int(len(self.layers) * self.kv_heads * dims * self.dtype.itemsize)
+
+    @property
     def last_layer(self) -> int:
         return self.layers[-1]
 
@@ -28,6 +35,13 @@ class KvLayout:
         """[layers, kv_heads, tokens, dim], not initialised."""
         shape = (len(self.layers), self.kv_heads, tokens, dim)
         return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+
+class Block(NamedTuple):
+    """The KV of some neighbouring tokens, in memory of its own."""
+
+    keys: Tensor  # [layers, kv_heads, tokens, key_dim]
+    values: Tensor  # [layers, kv_heads, tokens, value_dim]
 
 
 class Reading:
@@ -57,6 +71,19 @@ class Reading:
         stop = self.length + key.shape[1]
         self.keys[row, :, self.length : stop] = key
         self.values[row, :, self.length : stop] = value
+
+    def restore(self, blocks: Sequence[Block]) -> None:
+        """Start from KV that was computed before: the prompt's first tokens."""
+        if not blocks:
+            return
+        tokens = sum(block.keys.shape[2] for block in blocks)
+        torch.cat([block.keys for block in blocks], dim=2, out=self.keys[:, :, :tokens])
+        torch.cat([block.values for block in blocks], dim=2, out=self.values[:, :, :tokens])
+        self.length = self.cached_tokens = tokens
+
+    def block(self, start: int, stop: int) -> Block:
+        """A copy of what tokens `[start, stop)` left behind."""
+        return Block(self.keys[:, :, start:stop].clone(), self.values[:, :, start:stop].clone())
 
     def release(self) -> None:
         """Give the memory back; nothing can be read any more."""

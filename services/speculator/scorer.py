@@ -6,7 +6,9 @@ prompt token and of the look-ahead tokens attend to the prompt; what they look a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,9 +18,13 @@ from ..config import SpeculatorConfig
 from ..errors import UnsupportedModel
 from ..selection import Scores
 from .draft import Draft, load_draft, look, read_chunk, vocabulary_differs
-from .reading import Reading
+from .prefix import PrefixCache
+from .reading import Block, Reading
 
 SCORING_BUFFER = 1 << 24  # attention weights held at once, in float32 elements: 64 MiB
+BLOCK_TOKENS = 64  # of the prefix cache
+CPU_MEMORY_BYTES = 1 << 30  # for KV, where the configuration does not say
+GPU_MEMORY_SHARE = 0.7  # of what the loaded model leaves free
 
 
 def load_scorer(config: SpeculatorConfig, pool_tokens: int, main_path: str | None = None) -> Scorer:
@@ -31,7 +37,24 @@ def load_scorer(config: SpeculatorConfig, pool_tokens: int, main_path: str | Non
         difference = vocabulary_differs(main_path, config.path)
         if difference is not None:
             raise UnsupportedModel(f"speculator: the vocabularies differ: {difference}")
-    return Scorer(load_draft(config), config.look_ahead, config.prefill_chunk_tokens, pool_tokens)
+    draft = load_draft(config)
+    return Scorer(
+        draft,
+        config.look_ahead,
+        config.prefill_chunk_tokens,
+        pool_tokens,
+        _memory_bytes(config, draft),
+    )
+
+
+def _memory_bytes(config: SpeculatorConfig, draft: Draft) -> int:
+    """The configured budget for KV, or one that this machine can give."""
+    if config.kv_memory_bytes is not None:
+        return config.kv_memory_bytes
+    if draft.layout.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(draft.layout.device)
+        return int(free * GPU_MEMORY_SHARE)
+    return CPU_MEMORY_BYTES
 
 
 def never(_reading: Reading) -> bool:
@@ -40,12 +63,24 @@ def never(_reading: Reading) -> bool:
 
 
 class Scorer:
-    """Scores prompts in three steps: read each, look ahead together, rate each."""
+    """Scores prompts in three steps: read them, look ahead together, rate each.
+
+    KV stays within `memory_bytes`: what is being read goes first, the prefix cache has the rest.
+    A scorer belongs to one thread.
+    """
 
     def __init__(
-        self, draft: Draft, look_ahead: int, prefill_chunk_tokens: int, pool_tokens: int
+        self,
+        draft: Draft,
+        look_ahead: int,
+        prefill_chunk_tokens: int,
+        pool_tokens: int,
+        memory_bytes: int = CPU_MEMORY_BYTES,
     ) -> None:
         self.draft = draft
+        self.memory_bytes = memory_bytes
+        block_bytes = BLOCK_TOKENS * draft.layout.bytes_per_token
+        self.prefix: PrefixCache[Block] = PrefixCache(BLOCK_TOKENS, block_bytes, memory_bytes)
         self.look_ahead_tokens = look_ahead
         self.prefill_chunk_tokens = prefill_chunk_tokens
         self.pool_tokens = pool_tokens
@@ -61,19 +96,46 @@ class Scorer:
             return None
         return self.draft.max_positions - (self.look_ahead_tokens - 1)
 
+    def kv_bytes(self, prompt_tokens: int) -> int:
+        """What a prompt takes while it is scored, its look-ahead included."""
+        return self._capacity(prompt_tokens) * self.draft.layout.bytes_per_token
+
     def score(self, prompts: Sequence[tuple[int, ...]]) -> list[Scores]:
         """[N] float32 for each prompt, in order."""
-        readings = [self.open(prompt) for prompt in prompts]
-        self.read(readings)
-        self.look_ahead(readings)
-        return [self.rate(reading) for reading in readings]
+        with self.opened(prompts) as readings:
+            self.read(readings)
+            self.look_ahead(readings)
+            return [self.rate(reading) for reading in readings]
 
-    def open(self, prompt: tuple[int, ...]) -> Reading:
-        """Memory for a prompt and its look-ahead."""
-        return Reading(prompt, self.draft.layout, self.capacity(len(prompt)))
+    @contextmanager
+    def opened(self, prompts: Sequence[tuple[int, ...]]) -> Iterator[list[Reading]]:
+        """Memory for the prompts, with what the prefix cache has of them; given back on exit.
 
-    def capacity(self, prompt_tokens: int) -> int:
-        """Tokens of KV that a prompt takes: its own, and the generated ones that are fed."""
+        The prefix cache makes room. The caller sees to it that all fit into `memory_bytes`.
+        """
+        needed = sum(self.kv_bytes(len(prompt)) for prompt in prompts)
+        self.prefix.shrink(self.memory_bytes - needed)
+        readings = [self._open(prompt) for prompt in prompts]
+        try:
+            yield readings
+        finally:
+            for reading in readings:
+                reading.release()
+
+    def remember(self, readings: Sequence[Reading]) -> None:
+        """Keep the prompts' KV in the prefix cache, in the memory that `readings` leave free."""
+        free = self.memory_bytes - sum(self.kv_bytes(len(each.prompt)) for each in readings)
+        for reading in readings:
+            with torch.inference_mode():
+                self.prefix.add(reading.prompt, free, partial(_block, reading))
+
+    def _open(self, prompt: tuple[int, ...]) -> Reading:
+        reading = Reading(prompt, self.draft.layout, self._capacity(len(prompt)))
+        with torch.inference_mode():
+            reading.restore(self.prefix.longest(prompt))
+        return reading
+
+    def _capacity(self, prompt_tokens: int) -> int:
         return prompt_tokens + self.look_ahead_tokens - 1
 
     def read(
@@ -130,6 +192,10 @@ class Scorer:
                 _raise_to_layer(highest, reading, row, self.pool_tokens)
             scores: Scores = highest.mean(dim=0).cpu().numpy()
         return scores
+
+
+def _block(reading: Reading, index: int) -> Block:
+    return reading.block(index * BLOCK_TOKENS, (index + 1) * BLOCK_TOKENS)
 
 
 def _raise_to_layer(highest: Tensor, reading: Reading, row: int, pool_tokens: int) -> None:

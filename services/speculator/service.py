@@ -19,8 +19,10 @@ from types import TracebackType
 from ..config import SelectionConfig, SpeculatorConfig
 from ..errors import DeadlineExceeded, InvalidRequest, Overloaded, SpeculatorUnavailable
 from ..policies import selection_policy
-from ..selection import SelectionPolicy, select, settle
+from ..selection import Scores, SelectionPolicy, select, settle
 from ..types import Plan, Reason, Request, Selection, dense
+from .lru import ByteLru
+from .prefix import prompt_digest
 from .reading import Reading
 from .scorer import Scorer, load_scorer
 
@@ -35,6 +37,7 @@ class Batching:
     max_batch: int = 8
     max_wait_s: float = 0.002  # to fill a batch
     max_queued: int = 64  # more are shed
+    score_cache_bytes: int = 64 << 20  # of recent prompts' scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,7 @@ class SpeculatorService:
         self._batching = batching
         self._now = now
         self._queue: deque[Job] = deque()
+        self._scores: ByteLru[Scores] = ByteLru(batching.score_cache_bytes)
         self._arrival = asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="speculator")
         self._pace = Pace()
@@ -100,7 +104,9 @@ class SpeculatorService:
         return cls(
             load=partial(load_scorer, config, selection.pool_tokens, main_path),
             policy=selection_policy(selection),
-            batching=Batching(config.max_batch, config.max_wait_s),
+            batching=Batching(
+                config.max_batch, config.max_wait_s, score_cache_bytes=config.score_cache_bytes
+            ),
         )
 
     @property
@@ -140,7 +146,7 @@ class SpeculatorService:
         Raises DeadlineExceeded, Overloaded, InvalidRequest, or SpeculatorUnavailable when the
         service is not running.
         """
-        unscored = self._without_scores(request, plan)
+        unscored = self._without_scores(request, plan) or self._from_scores(request, plan)
         if unscored is not None:
             return unscored
         job = self._enqueue(request, plan)
@@ -164,9 +170,21 @@ class SpeculatorService:
         longest = self._scorer.max_prompt_tokens
         if longest is not None and len(request.prompt) > longest:
             return dense(len(request.prompt), Reason.PROMPT_TOO_LONG_FOR_SPECULATOR)
+        if self._scorer.kv_bytes(len(request.prompt)) > self._scorer.memory_bytes:
+            return dense(len(request.prompt), Reason.PROMPT_TOO_LARGE_FOR_SPECULATOR)
         if min(request.prompt) < 0 or max(request.prompt) >= self._scorer.vocabulary_size:
             raise InvalidRequest("a token id is outside the vocabulary", field="prompt")
         return None
+
+    def _from_scores(self, request: Request, plan: Plan) -> Selection | None:
+        """A prompt that was scored lately is not read again, whatever plan it comes with."""
+        started_s = self._now()
+        scores = self._scores.get(prompt_digest(request.prompt))
+        if scores is None:
+            return None
+        chosen = select(scores, plan, request.protected, self._policy)
+        remembered = len(request.prompt)
+        return replace(chosen, speculate_s=self._now() - started_s, remembered_tokens=remembered)
 
     def _enqueue(self, request: Request, plan: Plan) -> Job:
         if len(self._queue) >= self._batching.max_queued:
@@ -192,7 +210,7 @@ class SpeculatorService:
         loop = asyncio.get_running_loop()
         try:
             while True:
-                self._scoring = await self._next_batch()
+                self._scoring = await self._next_batch(scorer)
                 try:
                     await loop.run_in_executor(
                         self._thread, self._score, scorer, self._scoring, loop
@@ -203,7 +221,7 @@ class SpeculatorService:
         finally:
             self._fail([*self._scoring, *self._queue], "speculator: stopped")
 
-    async def _next_batch(self) -> list[Job]:
+    async def _next_batch(self, scorer: Scorer) -> list[Job]:
         """Wait for requests, briefly for more of them, and take those that gain by being joined."""
         while True:
             if not self._queue:
@@ -212,14 +230,19 @@ class SpeculatorService:
             if len(self._queue) < self._batching.max_batch and self._batching.max_wait_s > 0:
                 await asyncio.sleep(self._batching.max_wait_s)
             if self._queue:  # all of them may have left meanwhile
-                return self._take_batch()
+                return self._take_batch(scorer)
 
-    def _take_batch(self) -> list[Job]:
+    def _take_batch(self, scorer: Scorer) -> list[Job]:
+        """The oldest request, and those behind it that gain by being joined and fit in memory."""
         batch = [self._queue.popleft()]
-        while self._queue and len(batch) < self._batching.max_batch:
-            if not self._pace.pays_to_join(len(batch), len(self._queue[0].request.prompt)):
-                break
-            batch.append(self._queue.popleft())
+        free = scorer.memory_bytes - scorer.kv_bytes(len(batch[0].request.prompt))
+        for job in list(self._queue):
+            needed = scorer.kv_bytes(len(job.request.prompt))
+            pays = self._pace.pays_to_join(len(batch), len(job.request.prompt))
+            if len(batch) < self._batching.max_batch and pays and needed <= free:
+                self._queue.remove(job)
+                batch.append(job)
+                free -= needed
         return batch
 
     def _fail(self, jobs: Sequence[Job], message: str) -> None:
@@ -229,37 +252,38 @@ class SpeculatorService:
                 job.answer.set_exception(SpeculatorUnavailable(message))
 
     def _score(self, scorer: Scorer, jobs: Sequence[Job], loop: asyncio.AbstractEventLoop) -> None:
-        """On the thread: read each prompt, look ahead together, answer each."""
+        """On the thread: read the prompts, look ahead together, answer each, remember them."""
         started_s = self._now()
-        read = self._read(scorer, jobs)
-        read_s = self._now()
-        scorer.look_ahead([reading for _, reading in read])
-        looked_s = self._now()
-        tokens = sum(len(reading.prompt) for _, reading in read)
+        with scorer.opened([job.request.prompt for job in jobs]) as readings:
+            of = dict(zip(readings, jobs, strict=True))
+            read = scorer.read(readings, lambda reading: of[reading].abandoned.is_set())
+            read_s = self._now()
+            scorer.look_ahead(read)
+            self._measure(read, read_s - started_s, self._now() - read_s)
+            for reading in read:
+                scores = scorer.rate(reading)
+                remembered = reading.cached_tokens
+                loop.call_soon_threadsafe(self._answer, of[reading], scores, started_s, remembered)
+            scorer.remember(read)
+
+    def _measure(self, read: Sequence[Reading], read_s: float, look_ahead_s: float) -> None:
+        tokens = sum(len(reading.prompt) - reading.cached_tokens for reading in read)
         if tokens > 0:
-            self._pace = self._pace.measured((read_s - started_s) / tokens, looked_s - read_s)
-        for job, reading in read:
-            if job.abandoned.is_set():
-                continue
-            scores = scorer.rate(reading)
-            chosen = select(scores, job.plan, job.request.protected, self._policy)
-            timed = replace(
-                chosen,
-                queue_s=started_s - job.arrived_s,
-                speculate_s=self._now() - started_s,
-            )
-            loop.call_soon_threadsafe(_answer, job, timed)
+            self._pace = self._pace.measured(read_s / tokens, look_ahead_s)
 
-    def _read(self, scorer: Scorer, jobs: Sequence[Job]) -> list[tuple[Job, Reading]]:
-        """The jobs that were read to their end; those abandoned meanwhile hold no memory."""
-        readings = {scorer.open(job.request.prompt): job for job in jobs}
-        read = scorer.read(list(readings), lambda reading: readings[reading].abandoned.is_set())
-        return [(readings[reading], reading) for reading in read]
-
-
-def _answer(job: Job, selection: Selection) -> None:
-    if not job.answer.done():  # cancelled, or out of time, since it was scored
-        job.answer.set_result(selection)
+    def _answer(self, job: Job, scores: Scores, started_s: float, remembered: int) -> None:
+        """On the event loop: the selection, unless its caller has gone since."""
+        self._scores.put(prompt_digest(job.request.prompt), scores, scores.nbytes)
+        if job.answer.done():
+            return
+        chosen = select(scores, job.plan, job.request.protected, self._policy)
+        timed = replace(
+            chosen,
+            queue_s=started_s - job.arrived_s,
+            speculate_s=self._now() - started_s,
+            remembered_tokens=remembered,
+        )
+        job.answer.set_result(timed)
 
 
 def _smooth(old: float | None, new: float) -> float:

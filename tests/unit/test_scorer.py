@@ -198,10 +198,10 @@ def test_no_query_comes_from_an_end_token_or_after_it(
     longer = prompt_of(70, seed=3)
     (scores, _) = scorer.score([prompt, longer])
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-6)
-    reading = scorer.open(prompt)
-    scorer.read([reading])
-    scorer.look_ahead([reading])
-    assert {len(queries) for queries in reading.queries} == {1 + ends_after}
+    with scorer.opened([prompt]) as readings:
+        scorer.read(readings)
+        scorer.look_ahead(readings)
+        assert {len(queries) for queries in readings[0].queries} == {1 + ends_after}
 
 
 def test_scores_are_deterministic(llama: PreTrainedModel) -> None:
@@ -231,17 +231,18 @@ def test_an_abandoned_prompt_stops_between_chunks_and_frees_its_memory(
     llama: PreTrainedModel,
 ) -> None:
     scorer = scorer_of(as_draft(llama), chunk=10)
-    left, stays = scorer.open(prompt_of(100)), scorer.open(prompt_of(60))
     (alone,) = scorer.score([prompt_of(60)])
+    with scorer.opened([prompt_of(100), prompt_of(60)]) as (left, stays):
 
-    def is_abandoned(reading: Reading) -> bool:
-        return reading is left and reading.length >= 20
+        def is_abandoned(reading: Reading) -> bool:
+            return reading is left and reading.length >= 20
 
-    assert scorer.read([left, stays], is_abandoned) == [stays]
-    assert left.length == 20
-    assert left.keys.numel() == left.values.numel() == 0
-    scorer.look_ahead([stays])
-    np.testing.assert_allclose(scorer.rate(stays), alone, rtol=1e-4, atol=1e-7)
+        assert scorer.read([left, stays], is_abandoned) == [stays]
+        assert left.length == 20
+        assert left.keys.numel() == left.values.numel() == 0
+        scorer.look_ahead([stays])
+        np.testing.assert_allclose(scorer.rate(stays), alone, rtol=1e-4, atol=1e-7)
+    assert stays.keys.numel() == 0
 
 
 def test_short_prompts_are_read_in_one_pass(
@@ -255,7 +256,8 @@ def test_short_prompts_are_read_in_one_pass(
         read_chunk(model, parts)
 
     monkeypatch.setattr("specprefill.speculator.scorer.read_chunk", noted)
-    scorer.read([scorer.open(prompt_of(tokens)) for tokens in (21, 31, 41, 1)])
+    with scorer.opened([prompt_of(tokens) for tokens in (21, 31, 41, 1)]) as readings:
+        scorer.read(readings)
     assert passes == [[20, 30, 14], [26]]
 
 
@@ -264,12 +266,12 @@ def test_the_last_layer_stops_a_pass_that_only_reads(llama: PreTrainedModel) -> 
     scorer = scorer_of(as_draft(llama))
     hook = llama.model.layers[-1].mlp.register_forward_hook(lambda module, *_: ended.append(module))
     try:
-        reading = scorer.open(prompt_of(100))
-        scorer.read([reading])
-        assert ended == []
-        assert reading.length == 99
-        scorer.look_ahead([reading])
-        assert len(ended) == 8
+        with scorer.opened([prompt_of(100)]) as readings:
+            scorer.read(readings)
+            assert ended == []
+            assert readings[0].length == 99
+            scorer.look_ahead(readings)
+            assert len(ended) == 8
     finally:
         hook.remove()
 
@@ -371,3 +373,60 @@ def test_vocabularies_are_compared_by_token_and_id(tmp_path: Path) -> None:
     assert vocabulary_differs(main, longer) == "token 'c': main model None, draft model 2"
     with pytest.raises(UnsupportedModel, match="vocabularies differ"):
         load_scorer(SpeculatorConfig(path=swapped), POOL, main_path=main)
+
+
+def remembering(llama: PreTrainedModel, memory_bytes: int = 1 << 30) -> Scorer:
+    return Scorer(as_draft(llama), 8, 64, POOL, memory_bytes)
+
+
+def score_and_remember(scorer: Scorer, prompt: tuple[int, ...]) -> tuple[Scores, int]:
+    """The scores, and how many tokens were not computed for them."""
+    with scorer.opened([prompt]) as readings:
+        scorer.read(readings)
+        scorer.look_ahead(readings)
+        scorer.remember(readings)
+        return scorer.rate(readings[0]), readings[0].cached_tokens
+
+
+@pytest.mark.parametrize("shared", [0, 63, 64, 200, 256])
+def test_scores_do_not_depend_on_what_is_remembered(llama: PreTrainedModel, shared: int) -> None:
+    scorer = remembering(llama)
+    document = prompt_of(256)
+    score_and_remember(scorer, document)
+    prompt = document[:shared] + prompt_of(70, seed=5)
+    (fresh,) = remembering(llama).score([prompt])
+    scores, cached = score_and_remember(scorer, prompt)
+    assert cached == shared // 64 * 64
+    np.testing.assert_allclose(scores, fresh, rtol=1e-4, atol=1e-7)
+    assert chosen(scores) == chosen(fresh)
+
+
+def test_eviction_changes_no_scores(llama: PreTrainedModel) -> None:
+    per_token = remembering(llama).kv_bytes(1000) // 1007
+    scorer = remembering(llama, memory_bytes=900 * per_token)  # about three prompts
+    prompts = [prompt_of(256, seed=seed) + prompt_of(30, seed=9) for seed in range(4)]
+    expected = [remembering(llama).score([prompt])[0] for prompt in prompts]
+    cached_tokens = []
+    for index in (0, 1, 0, 2, 3, 0, 1):
+        scores, cached = score_and_remember(scorer, prompts[index])
+        cached_tokens.append(cached)
+        np.testing.assert_allclose(scores, expected[index], rtol=1e-4, atol=1e-7)
+        assert chosen(scores) == chosen(expected[index])
+    assert cached_tokens[:3] == [0, 0, 256]
+    assert cached_tokens[-1] < 256
+
+
+def test_memory_stays_within_its_budget_over_many_prompts(llama: PreTrainedModel) -> None:
+    scorer = remembering(llama, memory_bytes=300_000)
+    rng = np.random.default_rng(0)
+    for seed in range(60):
+        prompt = prompt_of(int(rng.integers(1, 300)), seed=seed)
+        with scorer.opened([prompt]) as readings:
+            in_use = sum(each.keys.nbytes + each.values.nbytes for each in readings)
+            assert in_use == scorer.kv_bytes(len(prompt))
+            assert in_use + scorer.prefix.bytes_held <= scorer.memory_bytes
+            scorer.read(readings)
+            scorer.look_ahead(readings)
+            scorer.remember(readings)
+            assert in_use + scorer.prefix.bytes_held <= scorer.memory_bytes
+    assert scorer.prefix.bytes_held > 0

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -55,18 +56,20 @@ def draft() -> Draft:
 class GatedScorer(Scorer):
     """A scorer that notes what it does and lets a test hold it between two prefill chunks."""
 
-    def __init__(self, draft: Draft) -> None:
-        super().__init__(draft, look_ahead=4, prefill_chunk_tokens=16, pool_tokens=13)
+    def __init__(self, draft: Draft, memory_bytes: int = 1 << 30) -> None:
+        super().__init__(draft, 4, 16, pool_tokens=13, memory_bytes=memory_bytes)
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()
         self.batches: list[int] = []
+        self.seen: list[Reading] = []
         self.finished: list[int] = []  # prompt lengths read to their end
         self.failure: Exception | None = None
 
     def read(
         self, readings: Sequence[Reading], is_abandoned: Callable[[Reading], bool] = never
     ) -> list[Reading]:
+        self.seen += readings
         self.entered.set()
         if self.failure is not None:
             raise self.failure
@@ -317,3 +320,72 @@ async def test_start_refuses_a_model_that_cannot_score() -> None:
         await service.start()
     await service.close()
     assert not service.is_running
+
+
+@pytest.mark.asyncio
+async def test_a_repeated_prompt_is_not_read_again_whatever_its_plan(scorer: GatedScorer) -> None:
+    request = request_of(200)
+    other = Plan(PlanKind.PRUNE, Reason.ASKED, 0.6)
+    async with serving(scorer) as service:
+        first = await service.select(request, PLAN, WAIT_S)
+        again = await service.select(replace(request, request_id="again"), PLAN, WAIT_S)
+        more = await service.select(request, other, WAIT_S)
+    assert scorer.finished == [200]
+    assert (again.runs, again.plan) == (first.runs, first.plan)
+    assert more.kept_tokens > first.kept_tokens
+    assert (first.remembered_tokens, again.remembered_tokens) == (0, 200)
+    assert again.queue_s == 0.0
+
+
+@pytest.mark.asyncio
+async def test_scores_are_forgotten_beyond_their_budget(scorer: GatedScorer) -> None:
+    batching = Batching(max_wait_s=0.0, score_cache_bytes=4 * 150)
+    async with serving(scorer, batching) as service:
+        for tokens in (100, 90, 100, 200, 200):
+            await service.select(request_of(tokens), PLAN, WAIT_S)
+    assert scorer.finished == [100, 90, 100, 200, 200]
+
+
+@pytest.mark.asyncio
+async def test_a_second_question_reads_only_itself(scorer: GatedScorer) -> None:
+    document, question = request_of(256), (1, 2, 3) * 20
+    second = replace(document, prompt=document.prompt + question)
+    async with serving(scorer) as service:
+        await service.select(document, PLAN, WAIT_S)
+        selection = await service.select(second, PLAN, WAIT_S)
+    assert selection.remembered_tokens == 256
+    (scores,) = Scorer(scorer.draft, 4, 16, pool_tokens=13).score([second.prompt])
+    assert selection.runs == select(scores, PLAN, (), POLICY).runs
+
+
+@pytest.mark.asyncio
+async def test_prompts_that_do_not_fit_together_wait_and_one_that_never_fits_is_dense(
+    draft: Draft,
+) -> None:
+    room = Scorer(draft, 4, 16, pool_tokens=13).kv_bytes(300)
+    scorer = GatedScorer(draft, memory_bytes=room)
+    async with serving(scorer) as service:
+        selections = await asyncio.gather(
+            *(service.select(request_of(tokens), PLAN, WAIT_S) for tokens in (160, 170, 110, 301))
+        )
+    assert scorer.finished == [160, 110, 170]
+    assert scorer.batches == [2, 1]
+    assert [selection.plan.kind for selection in selections[:3]] == [PlanKind.PRUNE] * 3
+    reason = Reason.PROMPT_TOO_LARGE_FOR_SPECULATOR
+    assert selections[3].plan == Plan(PlanKind.DENSE, reason)
+
+
+@pytest.mark.asyncio
+async def test_a_cancelled_prompt_frees_its_memory_for_the_next(draft: Draft) -> None:
+    room = Scorer(draft, 4, 16, pool_tokens=13).kv_bytes(300)
+    scorer = GatedScorer(draft, memory_bytes=room)
+    scorer.gate.clear()
+    async with serving(scorer) as service:
+        task = asyncio.create_task(service.select(request_of(300), PLAN, WAIT_S))
+        await scorer.held()
+        task.cancel()
+        await asyncio.wait([task])
+        scorer.gate.set()
+        assert (await service.select(request_of(299), PLAN, WAIT_S)).plan == PLAN
+    assert scorer.finished == [299]
+    assert [reading.keys.numel() for reading in scorer.seen] == [0, 0]

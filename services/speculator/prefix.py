@@ -1,0 +1,82 @@
+"""Which prompts begin alike: blocks of tokens, found by a digest of all tokens up to their end.
+
+Pure: what a block stands for is the caller's.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from typing import Generic, TypeVar
+
+from .lru import ByteLru
+
+DIGEST_BYTES = 16
+
+V = TypeVar("V")
+
+
+def prompt_digest(prompt: Sequence[int]) -> bytes:
+    """Of the whole prompt. Not to be forged: other users' prompts lie beside it."""
+    return blake2b(_bytes(prompt), digest_size=DIGEST_BYTES).digest()
+
+
+def block_digests(prompt: Sequence[int], block_tokens: int) -> list[bytes]:
+    """One digest per whole block, each over the one before it and the block's own tokens."""
+    digests, before = [], b""
+    for start in range(0, len(prompt) - block_tokens + 1, block_tokens):
+        block = _bytes(prompt[start : start + block_tokens])
+        before = blake2b(before + block, digest_size=DIGEST_BYTES).digest()
+        digests.append(before)
+    return digests
+
+
+class PrefixCache(Generic[V]):
+    """Blocks of equal size under a byte budget, least recently used first to go.
+
+    A block is never used later than the blocks before it, so of a prompt that is forgotten the
+    end goes first, and no block stays that cannot be reached.
+    """
+
+    def __init__(self, block_tokens: int, block_bytes: int, max_bytes: int) -> None:
+        self.block_tokens = block_tokens
+        self._block_bytes = block_bytes
+        self._blocks: ByteLru[V] = ByteLru(max_bytes)
+
+    @property
+    def bytes_held(self) -> int:
+        return self._blocks.bytes_held
+
+    def longest(self, prompt: Sequence[int]) -> list[V]:
+        """The blocks of the longest beginning that is known, short of the last token.
+
+        The last token is always computed: somebody has to ask the question.
+        """
+        known = []
+        for digest in block_digests(prompt[:-1], self.block_tokens):
+            if digest not in self._blocks:
+                break
+            known.append(digest)
+        blocks = [self._blocks.get(digest) for digest in reversed(known)]
+        return [block for block in reversed(blocks) if block is not None]
+
+    def add(self, prompt: Sequence[int], max_bytes: int, block: Callable[[int], V]) -> None:
+        """Hold the prompt's whole blocks, `block(index)` each, and no more than `max_bytes`."""
+        digests = block_digests(prompt, self.block_tokens)[: max_bytes // self._block_bytes]
+        missing = [index for index, digest in enumerate(digests) if digest not in self._blocks]
+        for digest in reversed(digests):
+            self._blocks.get(digest)
+        self.shrink(max_bytes - len(missing) * self._block_bytes)
+        for index in reversed(missing):
+            self._blocks.put(digests[index], block(index), self._block_bytes)
+        for digest in reversed(digests):
+            self._blocks.get(digest)
+
+    def shrink(self, max_bytes: int) -> None:
+        """Forget until no more than `max_bytes` are held."""
+        self._blocks.shrink(max_bytes)
+
+
+def _bytes(tokens: Sequence[int]) -> bytes:
+    return array("q", tokens).tobytes()
