@@ -107,6 +107,14 @@ bench-netgain: $(INSTALLED) ## Pruning where it pays, beside pruning always and 
 eval: $(INSTALLED) ## How good the demo pair's answers stay at every keep rate (docs/quality.md)
 	@$(BIN)/specprefill eval --document docs/quality.md
 
+.PHONY: bench
+bench: $(INSTALLED) ## Time to first token beside plain `vllm serve` on the same cores
+	@$(PY) -m specprefill.bench.versus
+
+.PHONY: bench-qps
+bench-qps: $(INSTALLED) ## The paper's max-QPS protocol beside plain `vllm serve`
+	@$(PY) -m specprefill.bench.max_qps
+
 .PHONY: bench-kv
 bench-kv: $(INSTALLED) ## Throughput of the KV hand-off beside raw gRPC, memcpy and Ray
 	@$(PY) -m specprefill.bench.kv

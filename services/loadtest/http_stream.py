@@ -68,6 +68,8 @@ class HttpCaller:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        if prompt.ignore_eos:
+            body["ignore_eos"] = True
         if prompt.tools:
             body["tools"] = list(prompt.tools)
         if prompt.keep is not None:

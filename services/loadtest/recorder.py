@@ -21,6 +21,7 @@ class Prompt:
     max_tokens: int
     score: Callable[[str], float]  # an answer's text -> 0 to 1
     tools: tuple[Mapping[str, Any], ...] = ()
+    ignore_eos: bool = False  # always `max_tokens` tokens, for benchmarks
 
 
 class Refused(Exception):

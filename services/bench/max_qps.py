@@ -1,0 +1,188 @@
+"""The paper's max-QPS protocol against plain `vllm serve` and this service: `make bench-qps`.
+
+Requests of LongBench-like length come at a constant rate, which is raised until more than a few
+of them miss an end-to-end time-out (arXiv 2502.02789, section 5.2). Rates are multiples of what
+plain vLLM bears in theory, 1 / (its latency when idle), and the time-out is twice that latency:
+the paper's own proportions. Weights are random; the score is
+the demo pair's, see `versus`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import local_path
+from ..loadtest import runner, session
+from ..loadtest.outcome import Ending
+from ..loadtest.prompts import Source
+from ..loadtest.report import trial_table
+from ..loadtest.scenario import PaperProtocol, Prompts, Scenario, Target
+from ..loadtest.search import highest
+from ..loadtest.session import Searched
+from .report import markdown, provenance, write_json
+from .servers import Served, ours, plain_vllm
+from .ttft import flops_lines
+from .versus import BASE, OUT, PLAIN, demo_scores, serve_config
+
+LENGTHS = (4096, 6144, 8192, 10240)
+KEEPS = (0.1, 0.3, 0.5)
+STEPS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 12.0, 14.0, 16.0)
+OUTPUT_TOKENS = 8
+TIMEOUT_FACTOR = 2.0  # the paper: 10 s, where its 405B takes 5 s at its highest rate
+FAILURES_SHARE = 4 / 128  # the paper: more than 4 of 128
+PAPER = {0.1: "7x", 0.3: "5x", 0.5: "-"}  # 405B; at 0.5 its baseline bears no rate at all
+IDLE_RUNS = 3  # after one that warms up
+IDLE_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Borne:
+    """What one server bore at one keep rate; None: not even the lowest rate."""
+
+    name: str
+    qps: float | None
+    searched: Searched
+
+
+def scenario(
+    served: Served,
+    keep: float | None,
+    lengths: Sequence[int],
+    args: argparse.Namespace,
+    idle_s: float,
+    steps: Sequence[float],
+) -> Scenario:
+    """The protocol against one server at one keep rate."""
+    return Scenario(
+        target=Target(address=served.url, model=served.model),
+        tokenizer=local_path("models/demo-main"),
+        prompts=tuple(
+            Prompts(prompt_tokens=tokens, keep=keep, max_tokens=OUTPUT_TOKENS) for tokens in lengths
+        ),
+        arrivals={"kind": "constant", "qps": 1.0},
+        length={"requests": args.requests},
+        timeout_s=TIMEOUT_FACTOR * idle_s,
+        search=PaperProtocol(
+            kind="paper",
+            grid=tuple(step / idle_s for step in steps),
+            max_failures=int(FAILURES_SHARE * args.requests),
+            pause_s=args.pause,
+        ),
+        seed=args.seed,
+    )
+
+
+async def idle_latency_s(served: Served, source: Source, lengths: Sequence[int]) -> float:
+    """Mean over the lengths of the end-to-end latency of one request alone."""
+    caller = session.caller_of(Target(address=served.url, model=served.model))
+    medians = []
+    async with caller.open():
+        for tokens in lengths:
+            kind = Prompts(prompt_tokens=tokens, max_tokens=OUTPUT_TOKENS)
+            runs = [
+                await runner.stream(source.warm_up(kind, run), caller, IDLE_TIMEOUT_S)
+                for run in range(IDLE_RUNS + 1)
+            ]
+            if any(one.ending is not Ending.ANSWERED for one in runs):
+                raise RuntimeError(f"{served.url}: {runs[0].error}")
+            medians.append(statistics.median(one.end_s for one in runs[1:]))
+    return statistics.fmean(medians)
+
+
+def borne(name: str, searched: Searched) -> Borne:
+    """The highest rate that held."""
+    return Borne(name, highest(searched.trials), searched)
+
+
+def table(plain: Borne, pruned: Sequence[tuple[float, Borne]], scores: Mapping[str, float]) -> str:
+    """Requests per second, how many times plain vLLM's, and the demo pair's score."""
+    headers = ("server", "max QPS", "vs vllm serve", "score", "paper, 405B")
+    rows = [[plain.name, _rate(plain.qps), "1.00x", f"{scores[plain.name]:.0%}", "1x"]]
+    for keep, one in pruned:
+        times = "-" if one.qps is None or plain.qps is None else f"{one.qps / plain.qps:.2f}x"
+        score = f"{scores[one.name]:.0%}" if one.name in scores else "-"
+        rows.append([one.name, _rate(one.qps), times, score, PAPER.get(keep, "-")])
+    return markdown(headers, rows)
+
+
+async def measure(
+    args: argparse.Namespace, plain: Served, mine: Served
+) -> tuple[float, Borne, list[tuple[float, Borne]]]:
+    """Idle latency of plain vLLM, what it bears, and what this service bears at each keep rate."""
+    source = Source.load(local_path("models/demo-main"), args.seed)
+    idle_s = await idle_latency_s(plain, source, args.lengths)
+    print(f"vllm serve, idle: {idle_s:.2f} s; time-out {TIMEOUT_FACTOR * idle_s:.2f} s", flush=True)
+
+    async def search(served: Served, keep: float | None, steps: Sequence[float]) -> Borne:
+        name = PLAIN if keep is None else f"keep {keep:g}"
+        asked = scenario(served, keep, args.lengths, args, idle_s, steps)
+        found = borne(name, await session.find(asked, source, lambda _progress: None))
+        print(f"\n{name}\n{trial_table(found.searched.trials)}", flush=True)
+        return found
+
+    first = await search(plain, None, STEPS)
+    return idle_s, first, [(keep, await search(mine, keep, STEPS)) for keep in args.keeps]
+
+
+def options(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m specprefill.bench.max_qps", description=__doc__
+    )
+    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
+    parser.add_argument("--keeps", type=float, nargs="+", default=list(KEEPS))
+    parser.add_argument("--requests", type=int, default=128, help="at each rate")
+    parser.add_argument("--pause", type=float, default=10.0, help="seconds between two rates")
+    parser.add_argument("--threads", type=int, default=1, help="of each engine")
+    parser.add_argument("--items", type=int, default=25, help="questions of each score")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=OUT / "bench-max-qps.json")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, write."""
+    args = options(argv)
+    folder = OUT.resolve() / "max-qps"
+    folder.mkdir(parents=True, exist_ok=True)
+    arithmetic = flops_lines(args.lengths)
+    config = serve_config(folder, max(args.lengths) + 128)
+    with (
+        plain_vllm(config, args.threads, folder / "vllm.log") as plain,
+        ours(Path(local_path(BASE)), folder, config, args.threads) as mine,
+    ):
+        idle_s, first, pruned = asyncio.run(measure(args, plain, mine))
+    with ours(Path(local_path(BASE)), folder) as demo:
+        scores = asyncio.run(demo_scores(args, demo))
+    print(f"\n{table(first, pruned, scores)}")
+    results: dict[str, Any] = {
+        "arithmetic": arithmetic,
+        "idle_s": idle_s,
+        "timeout_s": TIMEOUT_FACTOR * idle_s,
+        "requests": args.requests,
+        "scores": scores,
+        "rows": [_written(one) for one in (first, *(one for _, one in pruned))],
+    }
+    write_json(args.out, provenance(args.seed), results)
+    print(f"written to {args.out}")
+    return 0
+
+
+def _written(one: Borne) -> dict[str, Any]:
+    trials = [asdict(trial) for trial in one.searched.trials]
+    return {"name": one.name, "max_qps": one.qps, "trials": trials}
+
+
+def _rate(qps: float | None) -> str:
+    return "below the grid" if qps is None else f"{qps:.3f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
