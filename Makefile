@@ -115,6 +115,10 @@ bench: $(INSTALLED) ## Time to first token beside plain `vllm serve` on the same
 bench-qps: $(INSTALLED) ## The paper's max-QPS protocol beside plain `vllm serve`
 	@$(PY) -m specprefill.bench.max_qps
 
+.PHONY: bench-keep-rates
+bench-keep-rates: $(INSTALLED) ## Rules that choose the keep rate, beside fixed rates, by gold survival
+	@$(PY) -m specprefill.bench.keep_rates
+
 .PHONY: bench-kv
 bench-kv: $(INSTALLED) ## Throughput of the KV hand-off beside raw gRPC, memcpy and Ray
 	@$(PY) -m specprefill.bench.kv

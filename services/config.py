@@ -60,11 +60,25 @@ class SelectionConfig(Strict):
     """How much of a prompt is kept, and what always is."""
 
     enabled: bool = True  # False: prune only when a request asks
-    keep: Rate = 0.3  # default keep rate
+    keep: Rate | Literal["auto"] = 0.3  # default keep rate; auto: the scores choose
+    floor: Rate = 0.05  # of the rates that the scores choose from
+    ceiling: Rate = 1.0
+    # Below this mean probability of its look-ahead tokens, the speculator does not know how the
+    # answer begins, and where the scores are to choose the prompt goes dense.
+    least_certainty: Annotated[float, Field(ge=0.0, le=1.0)] = 0.75
     min_prompt_tokens: PositiveInt = 1024  # shorter prompts are prefilled dense
     # Least share of the expected dense time to first token that pruning must save; null: prune
     # whether it pays or not. Callers who ask for pruning get it in any case.
     min_gain: Annotated[float, Field(ge=0.0, lt=1.0)] | None = 0.05
+
+    @model_validator(mode="after")
+    def _floor_is_below_ceiling(self) -> Self:
+        if self.floor > self.ceiling:
+            raise ValueError(
+                f"floor is {self.floor} and ceiling is {self.ceiling}: must not be less"
+            )
+        return self
+
     min_kept_tokens: PositiveInt = 256  # absolute floor under any keep rate
     chunk_tokens: PositiveInt = 32
     pool_tokens: PositiveInt = 13

@@ -10,9 +10,12 @@ from __future__ import annotations
 from .prefixes import PrefixMemory
 from .selection import SelectionPolicy, expected_kept, leading_tokens
 from .stages import Curve, StageModel, StageModels
-from .types import Expected, PlanKind, Report, Request
+from .types import Expected, PlanKind, Reason, Report, Request
 
 SMOOTHING = 0.1  # weight of the newest prefix-cache hit in how far the memory is trusted
+TYPICAL_KEEP = 0.3  # what the scores choose, before any prompt has told
+FORGETTING = 0.02  # per prompt that was not scored: how fast a bad name of pruning is forgotten
+SCORED = (Reason.AUTO, Reason.UNCERTAIN, Reason.SPREAD_SCORES)
 OVERHEAD = Curve(base_s=0.002)  # before the first report: calls between the pools
 DRIFT = 1e-7  # seconds a token that overheads may grow with, before anything is known
 
@@ -31,14 +34,19 @@ class NetGain:
         self._prefixes = prefixes
         self._policy = policy
         self._trust = 1.0
+        self._typical_keep = TYPICAL_KEEP
         self._overhead = {
             kind: StageModel(Curve(base_s=OVERHEAD.base_s * calls, token_s=DRIFT))
             for kind, calls in ((PlanKind.DENSE, 1), (PlanKind.PRUNE, 2))
         }
 
-    def expected(self, request: Request, keep: float) -> Expected:
-        """Seconds to the first token of either plan, with nothing waiting before it."""
+    def expected(self, request: Request, keep: float | None) -> Expected:
+        """Seconds to the first token of either plan, with nothing waiting before it.
+
+        `keep` None: as much as the scores have been choosing, counting what they sent dense.
+        """
         tokens = len(request.prompt)
+        keep = self._typical_keep if keep is None else keep
         kept = expected_kept(tokens, keep, request.protected, self._policy)
         cached = self._prefixes.longest(request.prompt)
         shared = min(cached, leading_tokens(request.protected), kept - 1)
@@ -54,6 +62,7 @@ class NetGain:
         """Take what a finished request tells."""
         self.models.observe(report)
         self._learn_overhead(report)
+        self._learn_keep(report)
         tokens = request.prompt
         if report.plan is PlanKind.PRUNE:
             tokens = tokens[: leading_tokens(request.protected)]
@@ -71,6 +80,12 @@ class NetGain:
     def _learn_overhead(self, report: Report) -> None:
         staged_s = report.queue_s + report.speculate_s + report.prefill_s
         self._overhead[report.plan].observe(report.prompt_tokens, report.ttft_s - staged_s)
+
+    def _learn_keep(self, report: Report) -> None:
+        if report.reason in SCORED:
+            self._typical_keep += SMOOTHING * (report.keep_rate - self._typical_keep)
+        elif report.reason is Reason.NO_GAIN:
+            self._typical_keep += FORGETTING * (TYPICAL_KEEP - self._typical_keep)
 
     def _learn_trust(self, foreseen: int, cached: int) -> None:
         if foreseen > 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from .types import Controls, Expected, Plan, PlanKind, Reason, Request
@@ -11,8 +11,8 @@ from .types import Controls, Expected, Plan, PlanKind, Reason, Request
 class Gain(Protocol):
     """Foresees what a plan costs."""
 
-    def expected(self, request: Request, keep: float) -> Expected:
-        """Seconds to the first token, pruned to `keep` and dense."""
+    def expected(self, request: Request, keep: float | None) -> Expected:
+        """Seconds to the first token, pruned to `keep` (None: as the scores choose) and dense."""
         ...
 
 
@@ -21,8 +21,10 @@ class Planner:
     """The deployment's policy; a request's own controls go before it."""
 
     enabled: bool  # prune unless asked not to
-    keep: float  # default keep rate
+    keep: float | None  # default keep rate; None: the scores choose, from `floor` to `ceiling`
     min_prompt_tokens: int  # below it a dense prefill is at least as fast
+    floor: float = 0.05
+    ceiling: float = 1.0
     gain: Gain | None = None  # None: prune whether it pays or not
     min_gain: float = 0.0  # least share of the dense time to first token that pruning must save
 
@@ -31,19 +33,31 @@ class Planner:
         refusal = self._dense_reason(request)
         if refusal is not None:
             return Plan(PlanKind.DENSE, refusal)
-        keep = self._keep(request.controls)
+        plan = self._pruned(request.controls)
+        if plan.kind is PlanKind.DENSE or self.gain is None:
+            return plan
+        keep = plan.keep if plan.floor is None else None
+        expected = self.gain.expected(request, keep)
+        if not _asked(request.controls) and not self._pays(expected):
+            return Plan(PlanKind.DENSE, Reason.NO_GAIN, expected=expected)
+        return replace(plan, expected=expected)
+
+    def _pruned(self, controls: Controls) -> Plan:
+        """The plan if pruning pays: at a rate, or with the rates that the scores choose from."""
+        keep = self.keep if controls.keep is None else controls.keep
+        if controls.auto or keep is None:
+            floor = self.floor if controls.floor is None else controls.floor
+            ceiling = self.ceiling if controls.ceiling is None else controls.ceiling
+            if floor >= 1.0:
+                return Plan(PlanKind.DENSE, Reason.KEEP_IS_ONE)
+            return Plan(PlanKind.PRUNE, Reason.AUTO, max(floor, ceiling), floor=floor)
+        if controls.ceiling is not None:
+            keep = min(keep, controls.ceiling)
+        if controls.floor is not None:
+            keep = max(keep, controls.floor)
         if keep >= 1.0:
             return Plan(PlanKind.DENSE, Reason.KEEP_IS_ONE)
-        expected = None if self.gain is None else self.gain.expected(request, keep)
-        if _asked(request.controls):
-            return Plan(PlanKind.PRUNE, Reason.ASKED, keep, expected)
-        if expected is not None and not self._pays(expected):
-            return Plan(PlanKind.DENSE, Reason.NO_GAIN, expected=expected)
-        return Plan(PlanKind.PRUNE, Reason.DEFAULT, keep, expected)
-
-    def _keep(self, controls: Controls) -> float:
-        keep = self.keep if controls.keep is None else controls.keep
-        return keep if controls.floor is None else max(keep, controls.floor)
+        return Plan(PlanKind.PRUNE, Reason.ASKED if _asked(controls) else Reason.DEFAULT, keep)
 
     def _pays(self, expected: Expected) -> bool:
         return expected.prune_s < expected.dense_s * (1.0 - self.min_gain)
@@ -54,7 +68,7 @@ class Planner:
             return Reason.ASKED_OFF
         if request.prompt_logprobs:
             return Reason.PROMPT_LOGPROBS
-        if not self.enabled and not _asked(controls):
+        if not self.enabled and not (_asked(controls) or controls.auto):
             return Reason.DISABLED
         # Asking for pruning does not make a short prompt worth it; asking for a rate does.
         if controls.keep is None and len(request.prompt) < self.min_prompt_tokens:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .config import AppConfig, SelectionConfig
 from .gain import NetGain
+from .keep_rate import AutoKeep
 from .plan import Planner
 from .prefixes import PrefixMemory
 from .selection import SelectionPolicy
@@ -20,6 +21,7 @@ def selection_policy(selection: SelectionConfig) -> SelectionPolicy:
         min_kept_tokens=selection.min_kept_tokens,
         sink_tokens=selection.sink_tokens,
         tail_tokens=selection.tail_tokens,
+        auto=AutoKeep(least_certainty=selection.least_certainty),
     )
 
 
@@ -34,8 +36,10 @@ def planner(selection: SelectionConfig, gain: NetGain) -> Planner:
     """The deployment's planner."""
     return Planner(
         enabled=selection.enabled,
-        keep=selection.keep,
+        keep=None if selection.keep == "auto" else selection.keep,
         min_prompt_tokens=selection.min_prompt_tokens,
+        floor=selection.floor,
+        ceiling=selection.ceiling,
         gain=None if selection.min_gain is None else gain,
         min_gain=selection.min_gain or 0.0,
     )

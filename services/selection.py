@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .keep_rate import AutoKeep, needed
 from .types import Plan, PlanKind, Reason, Selection, Span, dense
 
 Scores = NDArray[np.float32]  # [N], one score per prompt token
@@ -29,10 +30,15 @@ class SelectionPolicy:
     min_kept_tokens: int = 256  # absolute floor under any keep rate
     sink_tokens: int = 4  # the first tokens of the prompt, always kept
     tail_tokens: int = 64  # the last tokens of the prompt, always kept
+    auto: AutoKeep = field(default_factory=AutoKeep)  # where a plan lets the scores choose
 
 
 def select(
-    scores: Scores, plan: Plan, protected: Sequence[Span], policy: SelectionPolicy
+    scores: Scores,
+    plan: Plan,
+    protected: Sequence[Span],
+    policy: SelectionPolicy,
+    certainty: float = 1.0,
 ) -> Selection:
     """Keep the protected tokens and the top chunks of `policy.chunk_tokens` tokens by mean score.
 
@@ -41,8 +47,12 @@ def select(
     least half of the budget on top of what is protected, so heavy protection makes
     `Selection.keep_rate` exceed `plan.keep` instead of silently pushing the scored text out.
 
+    Where the plan has a floor, the scores choose the keep rate, up from the floor; `certainty` in
+    [0, 1] is how sure the draft model was of its look-ahead tokens.
+
     Ties go to the later chunk. Dense, with its reason, where no whole chunk would be dropped,
-    where the scores are flat, and where any is not finite.
+    where the scores are flat, where any is not finite, and where the scores are to choose but
+    tell that pruning would hurt.
     """
     settled = settle(len(scores), plan, protected, policy)
     if settled is not None:
@@ -52,6 +62,11 @@ def select(
         return dense(len(scores), Reason.FLAT_SCORES)
     kept = _protected_mask(len(scores), protected, policy)
     anything_protected = bool(kept.any())
+    if plan.floor is not None:
+        chosen = _automatic(means, kept, plan.floor, plan.keep, policy, certainty)
+        if isinstance(chosen, Reason):
+            return dense(len(scores), chosen)
+        plan = replace(plan, keep=chosen)
     for chunk in _chosen_chunks(means, kept, plan, policy).tolist():
         kept[chunk * policy.chunk_tokens : (chunk + 1) * policy.chunk_tokens] = True
     if len(kept) - int(kept.sum()) < policy.chunk_tokens:
@@ -69,7 +84,8 @@ def settle(
     if plan.kind is PlanKind.DENSE:
         return dense(prompt_tokens, plan.reason)
     chunks = math.ceil(prompt_tokens / policy.chunk_tokens)
-    if _asked_chunks(chunks, plan.keep) >= chunks:
+    least = plan.keep if plan.floor is None else plan.floor
+    if _asked_chunks(chunks, least) >= chunks:
         return dense(prompt_tokens, Reason.KEEP_IS_ONE)
     if policy.min_kept_tokens >= prompt_tokens:
         return dense(prompt_tokens, Reason.SHORT_PROMPT)
@@ -129,6 +145,26 @@ def _is_flat(means: NDArray[np.float64]) -> bool:
     return float(np.ptp(inner)) <= FLAT_SPREAD * float(np.abs(inner).max())
 
 
+def _automatic(
+    means: NDArray[np.float64],
+    protected: Mask,
+    floor: float,
+    ceiling: float,
+    policy: SelectionPolicy,
+    certainty: float,
+) -> float | Reason:
+    """The keep rate that the scores of the open chunks ask for, or why the prompt goes dense."""
+    if certainty < policy.auto.least_certainty:
+        return Reason.UNCERTAIN
+    held = _held(protected, policy.chunk_tokens)
+    open_means = means[_has_free(held, len(protected), policy.chunk_tokens)]
+    chunks = needed(np.sort(open_means)[::-1], policy.auto)
+    if chunks > policy.auto.most_chunks * len(open_means):
+        return Reason.SPREAD_SCORES
+    wanted = (chunks * policy.chunk_tokens + int(held.sum())) / len(protected)
+    return min(max(wanted, floor), ceiling)
+
+
 def _chosen_chunks(
     means: NDArray[np.float64], protected: Mask, plan: Plan, policy: SelectionPolicy
 ) -> NDArray[np.intp]:
@@ -139,12 +175,18 @@ def _chosen_chunks(
     """
     size = policy.chunk_tokens
     budget = budget_chunks(len(protected), plan.keep, policy)
-    held = np.add.reduceat(protected, np.arange(0, len(protected), size), dtype=np.int64)
-    needed = max(budget * size - int(held.sum()), math.ceil(budget / 2) * size)
+    held = _held(protected, size)
+    least = 1 if plan.floor is not None else math.ceil(budget / 2)
+    missing = max(budget * size - int(held.sum()), least * size)
     order = len(means) - 1 - np.argsort(-means[::-1], kind="stable")
     open_chunks = order[_has_free(held, len(protected), size)[order]]
     filled = np.cumsum(size - held[open_chunks])
-    return open_chunks[: int(np.searchsorted(filled, needed)) + 1]
+    return open_chunks[: int(np.searchsorted(filled, missing)) + 1]
+
+
+def _held(protected: Mask, size: int) -> NDArray[np.int64]:
+    """How many tokens of each chunk are protected."""
+    return np.add.reduceat(protected, np.arange(0, len(protected), size), dtype=np.int64)
 
 
 def _has_free(held: NDArray[np.int64], prompt_tokens: int, size: int) -> Mask:

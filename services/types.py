@@ -29,6 +29,7 @@ class Reason(enum.StrEnum):
 
     ASKED = "asked"  # the caller set a keep rate or switched pruning on
     DEFAULT = "default"  # the deployment's default keep rate
+    AUTO = "auto"  # the keep rate that the scores asked for
     ASKED_OFF = "asked_off"  # the caller switched pruning off
     DISABLED = "disabled"  # the deployment prunes only on request
     KEEP_IS_ONE = "keep_is_one"
@@ -37,6 +38,8 @@ class Reason(enum.StrEnum):
     PROMPT_LOGPROBS = "prompt_logprobs"  # they need every prompt token computed
     PROTECTED_SPANS = "protected_spans"  # protection left nothing to drop
     FLAT_SCORES = "flat_scores"  # the speculator saw no difference between chunks
+    SPREAD_SCORES = "spread_scores"  # what matters is spread over too much of the prompt
+    UNCERTAIN = "uncertain"  # the speculator does not know how the answer begins
     PROMPT_TOO_LONG_FOR_SPECULATOR = "prompt_too_long_for_speculator"
     PROMPT_TOO_LARGE_FOR_SPECULATOR = "prompt_too_large_for_speculator"  # beyond its KV memory
     SPECULATOR_UNAVAILABLE = "speculator_unavailable"
@@ -61,7 +64,8 @@ class Plan:
 
     kind: PlanKind
     reason: Reason
-    keep: float = 1.0  # nominal keep rate in (0, 1]
+    keep: float = 1.0  # nominal keep rate in (0, 1]; the highest one where there is a floor
+    floor: float | None = None  # not None: the scores choose, between this and `keep`
     expected: Expected | None = None  # None: not estimated
 
 
@@ -73,6 +77,8 @@ class Controls:
     keep: float | None = None  # (0, 1]
     floor: float | None = None  # (0, 1]: the service may never keep less
     protect: tuple[str, ...] = ()  # substrings of the prompt that must survive
+    ceiling: float | None = None  # (0, 1]: pruning, the service may never keep more
+    auto: bool = False  # the scores choose the keep rate, from floor to ceiling
 
 
 @dataclass(frozen=True, slots=True)

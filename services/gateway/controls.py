@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NoReturn, TypeVar
 
 from ..errors import InvalidRequest
@@ -14,7 +15,8 @@ T = TypeVar("T")
 FIELD = "specprefill"
 _ENABLED_SPELLINGS = ("speculative_prefill",)
 _KEEP_SPELLINGS = ("specprefill_keep_pct", "speculative_prefill_keep_pct")
-_OBJECT_FIELDS = ("enabled", "keep", "floor", "protect")
+_OBJECT_FIELDS = ("enabled", "keep", "floor", "ceiling", "protect")
+_AUTO = "auto"
 _MAX_PROTECT = 64  # each one is searched for in the whole prompt
 
 
@@ -25,14 +27,18 @@ def pop_controls(body: dict[str, Any]) -> Controls:
     """
     enabled: dict[str, bool | None] = {}
     keep: dict[str, float | None] = {}
+    auto = False
     floor: float | None = None
+    ceiling: float | None = None
     protect: tuple[str, ...] = ()
     value = body.pop(FIELD, None)
     if isinstance(value, Mapping):
         _refuse_unknown(value)
         enabled[f"{FIELD}.enabled"] = _switch(f"{FIELD}.enabled", value.get("enabled"))
-        keep[f"{FIELD}.keep"] = rate(f"{FIELD}.keep", value.get("keep"))
+        auto = value.get("keep") == _AUTO
+        keep[f"{FIELD}.keep"] = None if auto else _keep(f"{FIELD}.keep", value.get("keep"))
         floor = rate(f"{FIELD}.floor", value.get("floor"))
+        ceiling = rate(f"{FIELD}.ceiling", value.get("ceiling"))
         protect = strings(f"{FIELD}.protect", value.get("protect"))
     elif value is None or isinstance(value, bool):
         enabled[FIELD] = value
@@ -40,17 +46,29 @@ def pop_controls(body: dict[str, Any]) -> Controls:
         _refuse(FIELD, "true, false or an object of " + ", ".join(_OBJECT_FIELDS), value)
     enabled |= {name: _switch(name, body.pop(name, None)) for name in _ENABLED_SPELLINGS}
     keep |= {name: rate(name, body.pop(name, None)) for name in _KEEP_SPELLINGS}
-    return checked(Controls(_agreed(enabled), _agreed(keep), floor, protect))
+    return checked(Controls(_agreed(enabled), _agreed(keep), floor, protect, ceiling, auto))
 
 
 def checked(controls: Controls) -> Controls:
-    """Refuse a floor above the keep rate."""
-    keep, floor = controls.keep, controls.floor
-    if keep is not None and floor is not None and floor > keep:
-        raise InvalidRequest(
-            f"{FIELD}.floor: must be at most {FIELD}.keep, which is {keep}", f"{FIELD}.floor"
-        )
+    """Refuse rates that are not in order: floor, keep, ceiling; and a rate beside `auto`."""
+    rates = {"floor": controls.floor, "keep": controls.keep, "ceiling": controls.ceiling}
+    given = [(name, value) for name, value in rates.items() if value is not None]
+    for (lower, low), (upper, high) in pairwise(given):
+        if low > high:
+            raise InvalidRequest(
+                f"{FIELD}.{lower}: must be at most {FIELD}.{upper}, which is {high}",
+                f"{FIELD}.{lower}",
+            )
+    if controls.auto and controls.keep is not None:
+        raise InvalidRequest(f"{FIELD}.keep: is auto, and {controls.keep} too", f"{FIELD}.keep")
     return controls
+
+
+def _keep(field: str, value: object) -> float | None:
+    """A rate; a word that is not `auto` is told what it may be."""
+    if isinstance(value, str):
+        _refuse(field, 'a number above 0 and at most 1, or "auto"', value)
+    return rate(field, value)
 
 
 def rate(field: str, value: object) -> float | None:

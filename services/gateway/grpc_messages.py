@@ -52,7 +52,9 @@ def prune_controls(prune: pb.Prune) -> Controls:
         Controls(
             prune=_optional(prune, "enabled"),
             keep=rate("prune.keep", _optional(prune, "keep")),
+            auto=bool(_optional(prune, "auto")),
             floor=rate("prune.floor", _optional(prune, "floor")),
+            ceiling=rate("prune.ceiling", _optional(prune, "ceiling")),
             protect=strings("prune.protect", list(prune.protect)),
         )
     )

@@ -66,16 +66,20 @@ class Sampling(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., n: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logprobs: _Optional[int] = ..., ignore_eos: bool = ..., json_schema: _Optional[str] = ..., regex: _Optional[str] = ...) -> None: ...
 
 class Prune(_message.Message):
-    __slots__ = ("enabled", "keep", "floor", "protect")
+    __slots__ = ("enabled", "keep", "floor", "protect", "auto", "ceiling")
     ENABLED_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIELD_NUMBER: _ClassVar[int]
     FLOOR_FIELD_NUMBER: _ClassVar[int]
     PROTECT_FIELD_NUMBER: _ClassVar[int]
+    AUTO_FIELD_NUMBER: _ClassVar[int]
+    CEILING_FIELD_NUMBER: _ClassVar[int]
     enabled: bool
     keep: float
     floor: float
     protect: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, enabled: bool = ..., keep: _Optional[float] = ..., floor: _Optional[float] = ..., protect: _Optional[_Iterable[str]] = ...) -> None: ...
+    auto: bool
+    ceiling: float
+    def __init__(self, enabled: bool = ..., keep: _Optional[float] = ..., floor: _Optional[float] = ..., protect: _Optional[_Iterable[str]] = ..., auto: bool = ..., ceiling: _Optional[float] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("model", "conversation", "text", "token_ids", "sampling", "prune", "timeout_s", "priority")

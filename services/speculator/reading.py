@@ -60,6 +60,12 @@ class Reading:
         self.length = 0  # tokens read so far, prompt and look-ahead
         self.cached_tokens = 0  # of these, taken from the prefix cache
         self.next_token = prompt[-1]  # fed next, once the rest of the prompt is read
+        self.certainties: list[float] = []  # probability of each greedy token
+
+    @property
+    def certainty(self) -> float:
+        """How sure the draft was of how the answer begins, in [0, 1]."""
+        return sum(self.certainties) / max(1, len(self.certainties))
 
     @property
     def unread_tokens(self) -> int:

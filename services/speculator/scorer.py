@@ -178,9 +178,12 @@ class Scorer:
             if not live:
                 return
             with torch.inference_mode():
-                following = look(self.draft.model, live).argmax(dim=-1).tolist()
-            for reading, token in zip(live, following, strict=True):
+                logits = look(self.draft.model, live).float()
+                certainties, following = logits.softmax(dim=-1).max(dim=-1)
+            told = zip(live, following.tolist(), certainties.tolist(), strict=True)
+            for reading, token, certainty in told:
                 reading.next_token = token
+                reading.certainties.append(certainty)
             live = [each for each in live if each.next_token not in self.draft.eos_ids]
 
     def rate(self, reading: Reading) -> Scores:

@@ -62,6 +62,14 @@ class Pace:
         return joined * prompt_tokens * self.token_s <= self.look_ahead_s
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Rating:
+    """What the draft model says about a prompt, whatever plan it comes with."""
+
+    scores: Scores
+    certainty: float  # how sure it was of its look-ahead tokens, in [0, 1]
+
+
 @dataclass(eq=False, slots=True)
 class Job:
     """One request in the queue or on the thread."""
@@ -88,7 +96,7 @@ class SpeculatorService:
         self._batching = batching
         self._now = now
         self._queue: deque[Job] = deque()
-        self._scores: ByteLru[Scores] = ByteLru(batching.score_cache_bytes)
+        self._ratings: ByteLru[Rating] = ByteLru(batching.score_cache_bytes)
         self._arrival = asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="speculator")
         self._pace = Pace()
@@ -179,10 +187,10 @@ class SpeculatorService:
     def _from_scores(self, request: Request, plan: Plan) -> Selection | None:
         """A prompt that was scored lately is not read again, whatever plan it comes with."""
         started_s = self._now()
-        scores = self._scores.get(prompt_digest(request.prompt))
-        if scores is None:
+        rating = self._ratings.get(prompt_digest(request.prompt))
+        if rating is None:
             return None
-        chosen = select(scores, plan, request.protected, self._policy)
+        chosen = self._chosen(rating, request, plan)
         remembered = len(request.prompt)
         return replace(chosen, speculate_s=self._now() - started_s, remembered_tokens=remembered)
 
@@ -261,9 +269,9 @@ class SpeculatorService:
             scorer.look_ahead(read)
             self._measure(read, read_s - started_s, self._now() - read_s)
             for reading in read:
-                scores = scorer.rate(reading)
+                rating = Rating(scorer.rate(reading), reading.certainty)
                 remembered = reading.cached_tokens
-                loop.call_soon_threadsafe(self._answer, of[reading], scores, started_s, remembered)
+                loop.call_soon_threadsafe(self._answer, of[reading], rating, started_s, remembered)
             scorer.remember(read)
 
     def _measure(self, read: Sequence[Reading], read_s: float, look_ahead_s: float) -> None:
@@ -271,12 +279,12 @@ class SpeculatorService:
         if tokens > 0:
             self._pace = self._pace.measured(read_s / tokens, look_ahead_s)
 
-    def _answer(self, job: Job, scores: Scores, started_s: float, remembered: int) -> None:
+    def _answer(self, job: Job, rating: Rating, started_s: float, remembered: int) -> None:
         """On the event loop: the selection, unless its caller has gone since."""
-        self._scores.put(prompt_digest(job.request.prompt), scores, scores.nbytes)
+        self._ratings.put(prompt_digest(job.request.prompt), rating, rating.scores.nbytes)
         if job.answer.done():
             return
-        chosen = select(scores, job.plan, job.request.protected, self._policy)
+        chosen = self._chosen(rating, job.request, job.plan)
         timed = replace(
             chosen,
             queue_s=started_s - job.arrived_s,
@@ -284,6 +292,9 @@ class SpeculatorService:
             remembered_tokens=remembered,
         )
         job.answer.set_result(timed)
+
+    def _chosen(self, rating: Rating, request: Request, plan: Plan) -> Selection:
+        return select(rating.scores, plan, request.protected, self._policy, rating.certainty)
 
 
 def _smooth(old: float | None, new: float) -> float:

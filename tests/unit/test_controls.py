@@ -38,6 +38,11 @@ REPORT = Report(PlanKind.PRUNE, Reason.ASKED, 100, 30, 0.3, 0.0, 0.1, 0.2, 0.0, 
             {"specprefill": {"enabled": True, "keep": 0.5, "floor": 0.25, "protect": ["a"]}},
             Controls(True, 0.5, 0.25, ("a",)),
         ),
+        ({"specprefill": {"keep": "auto"}}, Controls(auto=True)),
+        (
+            {"specprefill": {"keep": "auto", "floor": 0.1, "ceiling": 0.5}},
+            Controls(auto=True, floor=0.1, ceiling=0.5),
+        ),
         ({"specprefill_keep_pct": 0.2}, Controls(keep=0.2)),
         (
             {"speculative_prefill": True, "speculative_prefill_keep_pct": 0.4},

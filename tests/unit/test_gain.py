@@ -123,6 +123,19 @@ def test_a_caller_who_asks_is_obeyed(controls: Controls):
     assert plan.expected.dense_s < plan.expected.prune_s
 
 
+def test_what_the_scores_choose_is_learnt():
+    known = gain()
+    auto = Planner(enabled=True, keep=None, min_prompt_tokens=1, gain=known)
+    assert auto.plan(request(10_000)).reason is Reason.AUTO
+    for seed in range(60):
+        dense = report(reason=Reason.UNCERTAIN, keep_rate=1.0, speculate_s=0.15)
+        known.learn(request(10_000, seed), dense)
+    assert auto.plan(request(10_000, 99)).reason is Reason.NO_GAIN
+    for seed in range(60):
+        known.learn(request(10_000, seed), report(reason=Reason.NO_GAIN, prefill_s=1.0))
+    assert auto.plan(request(10_000, 99)).reason is Reason.AUTO
+
+
 def test_a_saving_below_the_least_is_none():
     assert planner(gain(), min_gain=0.5).plan(request(10_000)).kind is PlanKind.PRUNE
     assert planner(gain(), min_gain=0.7).plan(request(10_000)).reason is Reason.NO_GAIN

@@ -44,6 +44,43 @@ def test_prune_plans_carry_the_rate(controls, keep, reason):
     assert (got.kind, got.keep, got.reason) == (PlanKind.PRUNE, keep, reason)
 
 
+AUTO = Planner(enabled=True, keep=None, min_prompt_tokens=1000, floor=0.1, ceiling=0.8)
+
+
+@pytest.mark.parametrize(
+    ("controls", "planner", "floor", "ceiling"),
+    [
+        (Controls(auto=True), PLANNER, 0.05, 1.0),
+        (Controls(), AUTO, 0.1, 0.8),
+        (Controls(floor=0.2, ceiling=0.4), AUTO, 0.2, 0.4),
+        (Controls(floor=0.9), AUTO, 0.9, 0.9),
+    ],
+)
+def test_the_scores_choose_between_floor_and_ceiling(controls, planner, floor, ceiling):
+    got = plan(controls, planner=planner)
+    assert (got.kind, got.reason) == (PlanKind.PRUNE, Reason.AUTO)
+    assert (got.floor, got.keep) == (floor, ceiling)
+
+
+def test_a_rate_goes_before_the_automatic_one():
+    got = plan(Controls(keep=0.3), planner=AUTO)
+    assert (got.reason, got.keep, got.floor) == (Reason.ASKED, 0.3, None)
+
+
+def test_a_ceiling_lowers_the_default_rate():
+    assert plan(Controls(ceiling=0.2)).keep == 0.2
+
+
+def test_nothing_to_choose_is_dense():
+    assert plan(Controls(auto=True, floor=1.0)).reason is Reason.KEEP_IS_ONE
+    assert plan(Controls(auto=True), tokens=999).reason is Reason.SHORT_PROMPT
+
+
+def test_asking_for_the_automatic_rate_is_asking_for_pruning():
+    planner = Planner(enabled=False, keep=0.3, min_prompt_tokens=1000)
+    assert plan(Controls(auto=True), planner=planner).reason is Reason.AUTO
+
+
 def test_a_rate_for_a_short_prompt_is_obeyed():
     assert plan(Controls(keep=0.5), tokens=100).kind is PlanKind.PRUNE
 

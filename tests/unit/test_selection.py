@@ -203,3 +203,61 @@ def test_one_score_that_is_not_finite_keeps_everything(bad: float) -> None:
 def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(ValueError, match="empty"):
         select(np.empty(0, dtype=np.float32), prune(0.3), (), BARE)
+
+
+def automatic(floor: float = 0.05, ceiling: float = 1.0) -> Plan:
+    return Plan(PlanKind.PRUNE, Reason.AUTO, ceiling, floor=floor)
+
+
+def peaked_scores(tokens: int, peaks: int, high: float = 1.0) -> Scores:
+    scores = random_scores(tokens, seed=9) * np.float32(0.01)
+    for peak in range(peaks):
+        scores[320 * peak + 64 : 320 * peak + 96] += high
+    return scores
+
+
+def test_the_scores_choose_as_much_as_they_need():
+    for peaks in (2, 5):
+        selection = select(peaked_scores(3200, peaks), automatic(floor=0.01), (), BARE)
+        assert selection.kept_tokens == 32 * peaks
+        assert selection.plan.keep == pytest.approx(peaks / 100)
+        assert selection.plan.reason is Reason.AUTO
+
+
+def test_the_floor_and_the_ceiling_hold():
+    scores = peaked_scores(3200, 5)
+    assert select(scores, automatic(floor=0.2), (), BARE).kept_tokens == 640
+    assert select(scores, automatic(floor=0.01, ceiling=0.03), (), BARE).kept_tokens == 96
+
+
+def test_protection_comes_on_top_of_what_the_scores_need():
+    selection = select(peaked_scores(3200, 5), automatic(), (Span(1600, 2560),), BARE)
+    assert selection.kept_tokens == 960 + 160
+
+
+def test_scores_that_want_most_of_the_prompt_get_all_of_it():
+    scores = np.linspace(0.9, 1.0, 3200, dtype=np.float32)
+    assert select(scores, automatic(), (), BARE).plan.reason is Reason.SPREAD_SCORES
+    assert select(scores, prune(0.3), (), BARE).keep_rate == pytest.approx(0.3)
+
+
+def test_an_uncertain_speculator_chooses_nothing():
+    scores = peaked_scores(3200, 5)
+    selection = select(scores, automatic(), (), BARE, certainty=0.5)
+    assert selection.plan == Plan(PlanKind.DENSE, Reason.UNCERTAIN)
+    assert select(scores, prune(0.3), (), BARE, certainty=0.5).keep_rate == pytest.approx(0.3)
+
+
+@given(cases(), st.floats(0.01, 0.5), st.floats(0.5, 1.0))
+def test_whatever_the_scores_choose_protection_and_bounds_hold(
+    case: tuple[Scores, float, tuple[Span, ...], SelectionPolicy], floor: float, ceiling: float
+) -> None:
+    scores, _, spans, policy = case
+    selection = select(scores, automatic(floor, ceiling), spans, policy)
+    kept = positions(selection)
+    for span in spans:
+        assert kept >= set(range(max(0, span.start), min(len(scores), span.stop)))
+    if selection.plan.kind is PlanKind.PRUNE:
+        assert floor <= selection.plan.keep <= ceiling
+        budget = budget_chunks(len(scores), floor, policy) * policy.chunk_tokens
+        assert len(kept) >= budget - (-len(scores) % policy.chunk_tokens)

@@ -1,0 +1,238 @@
+"""Rules that choose a keep rate from the scores, beside fixed rates: `make bench-keep-rates`.
+
+Every family's prompts are scored once by the speculator; then every rule at every setting selects
+from those scores, as the service does, and what is counted is how much of what the answer needs
+survives (gold survival), and how many tokens that takes. Where no part of a prompt is gold, because
+the answer needs all of it, the kept share of the prompt counts. A prompt that goes dense survives
+whole, at the price of all of its tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from ..config import SelectionConfig, SpeculatorConfig
+from ..keep_rate import AutoKeep, RuleName
+from ..policies import selection_policy
+from ..selection import Scores, SelectionPolicy, select
+from ..synthetic.families.catalog import FAMILIES, generate
+from ..types import Plan, PlanKind, Reason, Selection, Span
+from .report import markdown, provenance, write_json
+
+OUT = Path("out")
+FIXED = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)
+SETTINGS = {
+    RuleName.MASS: (0.3, 0.5, 0.6, 0.7, 0.8, 0.9),
+    RuleName.EXCESS: (0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
+    RuleName.KNEE: (0.5, 1.0, 1.5, 2.0),
+    RuleName.SUPPORT: (0.25, 0.5, 0.75, 1.0),
+    RuleName.PEAKS: (0.03, 0.05, 0.1, 0.15, 0.2, 0.3),
+    RuleName.BACKGROUND: (1.5, 2.0, 3.0, 4.0, 6.0),
+}
+FLOOR = SelectionConfig().floor
+ENOUGH = 0.95  # of dense, in every family
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One prompt, as the selection sees it, and what its answer needs."""
+
+    family: str
+    scores: Scores  # [N]
+    certainty: float
+    protected: tuple[Span, ...]
+    gold: tuple[Span, ...]  # empty: all of the prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A way to choose how much is kept."""
+
+    name: str
+    plan: Plan
+    policy: SelectionPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyResult:
+    """One variant on one family. Means over its prompts."""
+
+    survival: float
+    kept: float  # share of the prompt's tokens
+    dense: float  # share of the prompts
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One variant on all families. Every family weighs the same."""
+
+    variant: str
+    families: dict[str, FamilyResult]
+
+    @property
+    def kept(self) -> float:
+        """Mean share of the tokens."""
+        return statistics.fmean(each.kept for each in self.families.values())
+
+    @property
+    def worst(self) -> str:
+        """The family that loses most."""
+        return min(self.families, key=lambda name: self.families[name].survival)
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether every family keeps what it needs."""
+        return self.families[self.worst].survival >= ENOUGH
+
+
+def variants(policy: SelectionPolicy) -> Iterator[Variant]:
+    """The fixed rates, every rule without the certainty guard, and every rule with it."""
+    for keep in FIXED:
+        yield Variant(f"keep {keep:g}", Plan(PlanKind.PRUNE, Reason.ASKED, keep), policy)
+    automatic = Plan(PlanKind.PRUNE, Reason.AUTO, keep=1.0, floor=FLOOR)
+    for guard in (0.0, policy.auto.least_certainty):
+        for rule, settings in SETTINGS.items():
+            for setting in settings:
+                auto = replace(policy.auto, rule=rule, setting=setting, least_certainty=guard)
+                yield Variant(_name(auto), automatic, replace(policy, auto=auto))
+
+
+def _name(auto: AutoKeep) -> str:
+    guard = ", certain" if auto.least_certainty > 0 else ""
+    return f"{auto.rule.value} {auto.setting:g}{guard}"
+
+
+def measured(variant: Variant, prompts: Sequence[Scored]) -> Result:
+    """What is left of each family's gold."""
+    families: dict[str, list[tuple[float, Selection]]] = {}
+    for prompt in prompts:
+        chosen = select(
+            prompt.scores, variant.plan, prompt.protected, variant.policy, prompt.certainty
+        )
+        families.setdefault(prompt.family, []).append((survival(prompt.gold, chosen), chosen))
+    return Result(variant.name, {name: _family(found) for name, found in families.items()})
+
+
+def survival(gold: Sequence[Span], chosen: Selection) -> float:
+    """Share of the gold spans that are kept whole; without any, share of the prompt."""
+    if not gold:
+        return chosen.keep_rate
+    whole = [
+        any(run.start <= span.start and span.stop <= run.stop for run in chosen.runs)
+        for span in gold
+    ]
+    return sum(whole) / len(whole)
+
+
+def _family(found: Sequence[tuple[float, Selection]]) -> FamilyResult:
+    return FamilyResult(
+        survival=statistics.fmean(share for share, _ in found),
+        kept=statistics.fmean(chosen.keep_rate for _, chosen in found),
+        dense=statistics.fmean(chosen.keep_rate == 1.0 for _, chosen in found),
+    )
+
+
+def best_of_each_rule(results: Sequence[Result]) -> list[Result]:
+    """Per rule and guard the setting with the fewest tokens among those that are enough.
+
+    Where none is, the one whose worst family is best.
+    """
+    groups: dict[tuple[str, bool], list[Result]] = {}
+    for result in results:
+        key = (result.variant.split()[0], "certain" in result.variant)
+        groups.setdefault(key, []).append(result)
+    return [_best(group) for group in groups.values()]
+
+
+def _best(group: Sequence[Result]) -> Result:
+    enough = [result for result in group if result.is_enough]
+    if enough:
+        return min(enough, key=lambda result: result.kept)
+    return max(group, key=lambda result: result.families[result.worst].survival)
+
+
+def overview(results: Sequence[Result]) -> str:
+    """One line per variant, fewest tokens first among those that are enough."""
+    least = _best([result for result in results if result.variant.startswith("keep ")])
+    ordered = sorted(results, key=lambda result: (not result.is_enough, result.kept))
+    return markdown(
+        ("variant", "enough", "worst family", "its survival", "kept", f"of {least.variant}"),
+        [
+            (
+                result.variant,
+                "yes" if result.is_enough else "no",
+                result.worst,
+                f"{result.families[result.worst].survival:.0%}",
+                f"{result.kept:.1%}",
+                f"{result.kept / least.kept:.2f}",
+            )
+            for result in ordered
+        ],
+    )
+
+
+def by_family(results: Sequence[Result]) -> str:
+    """Survival and kept share, one line per family."""
+    headers = ["family", *(result.variant for result in results)]
+    rows = [
+        [name, *(_cell(result.families[name]) for result in results)]
+        for name in results[0].families
+    ]
+    return markdown(headers, rows)
+
+
+def _cell(found: FamilyResult) -> str:
+    return f"{found.survival:.0%} of gold at {found.kept:.0%}"
+
+
+def scored(
+    speculator: str, families: Sequence[str], seeds: int, lengths: Sequence[int]
+) -> list[Scored]:
+    """Every family's prompts through the speculator, as the gateway and the service do it."""
+    from .scored_prompts import Scoring
+
+    scoring = Scoring.load(SpeculatorConfig(path=speculator, dtype="float32"))
+    prompts: list[Scored] = []
+    for family, length in itertools.product(families, lengths):
+        tasks = (generate(family, seed, length, scoring.tokenizer) for seed in range(seeds))
+        prompts.extend(map(scoring.scored, tasks))
+        print(f"scored: {family}, {length} tokens", flush=True)
+    return prompts
+
+
+def options(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m specprefill.bench.keep_rates", description=__doc__
+    )
+    parser.add_argument("--speculator", default="models/demo-speculator")
+    parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096])
+    parser.add_argument("--seeds", type=int, default=10, help="prompts per family and length")
+    parser.add_argument("--out", type=Path, default=OUT / "bench-keep-rates.json")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Score, compare, print, write."""
+    args = options(argv)
+    prompts = scored(args.speculator, args.families, args.seeds, args.lengths)
+    policy = selection_policy(SelectionConfig())
+    results = [measured(variant, prompts) for variant in variants(policy)]
+    shipped = next(result for result in results if result.variant == _name(policy.auto))
+    fixed = [result for result in results if result.variant in {"keep 0.1", "keep 0.3"}]
+    print(f"\n{overview([*results[: len(FIXED)], *best_of_each_rule(results[len(FIXED) :])])}")
+    print(f"\n{by_family([shipped, *fixed])}")
+    write_json(args.out, provenance(0), {"results": [asdict(result) for result in results]})
+    print(f"written to {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
