@@ -43,11 +43,13 @@ class Scoring:
             raise ValueError(f"{task.family}: the tokenizer gives no offsets")
         special = special_spans(prompt, self.offsets.special_ids)
         spans = protected_spans(text, offsets, task.messages, (), self.tail_tokens)
-        (reading,) = self.scorer.read([self.scorer.open(prompt)])
-        self.scorer.look_ahead([reading])
+        with self.scorer.opened([prompt]) as (reading,):
+            self.scorer.read([reading])
+            self.scorer.look_ahead([reading])
+            scores = self.scorer.rate(reading)
         return Scored(
             family=task.family,
-            scores=self.scorer.rate(reading),
+            scores=scores,
             certainty=reading.certainty,
             protected=merged(special + spans),
             gold=tuple(_tokens(text.find(gold), len(gold), offsets) for gold in task.gold),

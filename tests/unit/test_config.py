@@ -4,6 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from specprefill.config import AppConfig, MainModel, local_path
+from specprefill.policies import net_gain, planner
 
 LEAST = {"model": {"path": "main"}, "speculator": {"path": "small"}}
 
@@ -73,3 +74,19 @@ def test_a_path_in_the_working_folder_goes_first(tmp_path, monkeypatch):
 
 def test_a_hub_name_stays_as_it_is():
     assert local_path("meta-llama/Llama-3.1-8B-Instruct") == "meta-llama/Llama-3.1-8B-Instruct"
+
+
+def test_the_keep_rate_may_be_automatic_between_bounds():
+    selection = {"keep": "auto", "floor": 0.1, "ceiling": 0.5}
+    config = AppConfig.model_validate({**LEAST, "selection": selection})
+    made = planner(config.selection, net_gain(config))
+    assert (made.keep, made.floor, made.ceiling) == (None, 0.1, 0.5)
+    with pytest.raises(ValidationError, match="floor is"):
+        AppConfig.model_validate({**LEAST, "selection": {"floor": 0.5, "ceiling": 0.1}})
+    with pytest.raises(ValidationError, match=r"selection\.keep"):
+        AppConfig.model_validate({**LEAST, "selection": {"keep": "automatic"}})
+
+
+def test_net_gain_can_be_switched_off():
+    config = AppConfig.model_validate({**LEAST, "selection": {"min_gain": None}})
+    assert planner(config.selection, net_gain(config)).gain is None

@@ -430,3 +430,21 @@ def test_memory_stays_within_its_budget_over_many_prompts(llama: PreTrainedModel
             scorer.remember(readings)
             assert in_use + scorer.prefix.bytes_held <= scorer.memory_bytes
     assert scorer.prefix.bytes_held > 0
+
+
+@torch.inference_mode()
+def test_the_certainty_is_the_mean_probability_of_the_generated_tokens(
+    llama: PreTrainedModel,
+) -> None:
+    prompt = prompt_of(40)
+    _, generated = reference_scores(llama, prompt, 8, frozenset())
+    eager = copy.deepcopy(llama)
+    eager.set_attn_implementation("eager")
+    logits = eager(torch.tensor([[*prompt, *generated]]), use_cache=False).logits[0, 39:]
+    expected = float(logits.softmax(dim=-1).max(dim=-1).values.mean())
+    scorer = scorer_of(as_draft(llama))
+    with scorer.opened([prompt]) as (reading,):
+        scorer.read([reading])
+        scorer.look_ahead([reading])
+    assert len(reading.certainties) == 8
+    assert reading.certainty == pytest.approx(expected, rel=1e-4)
