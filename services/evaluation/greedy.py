@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
 
+LEAST_FILLED = 0.6  # of a row of a batch; the rest is padding
+
 
 @dataclass(frozen=True, slots=True)
 class _Prefilled:
@@ -33,12 +35,27 @@ def greedy(
     """For each kept set an answer of up to `max_tokens` ids, without the end token.
 
     A kept set is ascending positions of `prompt`; its answer's positions begin at the prompt's
-    full length. Prefills run one by one without padding, all answers decode as one batch.
+    full length. Prefills run one by one without padding; answers from kept sets of similar size
+    decode as one batch.
     """
-    with torch.inference_mode():
-        prefilled = [_prefill(model, prompt, kept) for kept in kept_sets]
-        answers = _decode(model, prefilled, len(prompt), max_tokens, eos_ids)
-    return [_until_end(answer, eos_ids) for answer in answers]
+    answers: dict[int, list[int]] = {}
+    for group in _similar([len(kept) for kept in kept_sets]):
+        with torch.inference_mode():
+            prefilled = [_prefill(model, prompt, kept_sets[place]) for place in group]
+            decoded = _decode(model, prefilled, len(prompt), max_tokens, eos_ids)
+        answers |= dict(zip(group, decoded, strict=True))
+    return [_until_end(answers[place], eos_ids) for place in range(len(kept_sets))]
+
+
+def _similar(sizes: Sequence[int]) -> list[list[int]]:
+    """The places of all sizes, in groups whose padding to the largest stays bounded."""
+    groups: list[list[int]] = []
+    for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
+        if groups and sizes[place] >= LEAST_FILLED * sizes[groups[-1][0]]:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups
 
 
 def _prefill(model: PreTrainedModel, prompt: Sequence[int], kept: Sequence[int]) -> _Prefilled:

@@ -59,8 +59,14 @@ def pooled(outcomes: Sequence[Outcome], suite: Suite) -> list[Cell]:
 
 
 def choices(rows: Sequence[Row], suite: Suite, length: int) -> list[Choice]:
-    """Every keep rate and the automatic one, each by its worst family; empty if none answered."""
-    answered = [row for row in rows if row.length == length and row.answered]
+    """Every keep rate and the automatic one, each by its worst family.
+
+    Empty where no family is answered at all.
+    """
+    answered = [
+        row for row in rows
+        if row.length == length and row.answered and row.cells[0].retained is not None
+    ]  # fmt: skip
     chosen = (Chooser.SPECULATOR, Chooser.AUTOMATIC)
     return [
         _choice(arm, [(row.family, row.cells[place]) for row in answered])

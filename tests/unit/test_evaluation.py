@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -108,6 +109,15 @@ def test_a_family_beyond_the_model_is_only_probed(demo_tokenizer):
     assert measured.beyond_model == (("niah_single_1", 400),)
     gold = [one for one in measured.outcomes if one.answer.gold_kept is not None]
     assert len(gold) == 9 * len(ARMS)
+
+
+def test_where_nothing_is_right_nothing_is_retained(demo_tokenizer):
+    asked = replace(suite(), least_dense=0.0)
+    measured, _ = run(asked, Told(lambda *_: False), demo_tokenizer)
+    assert measured.beyond_model == ()
+    assert choices(rows_of(measured, asked), asked, 400) == []
+    text = report.text(report.report_of(measured, asked, {}))
+    assert "| niah_single_1 | 8       | 0% [0%, 0%] | -        | -" in text
 
 
 def test_a_length_that_cannot_hold_a_family_is_named(demo_tokenizer):
