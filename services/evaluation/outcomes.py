@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..synthetic.families.judging import Verdict, score, verdict
 from ..synthetic.families.task import Task
 from .arms import DENSE, Arm
 from .intervals import Interval, mean_interval, retained_interval
-from .judging import Verdict, score, verdict
 
 
 @dataclass(frozen=True, slots=True)

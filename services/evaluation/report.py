@@ -9,9 +9,9 @@ from typing import Any
 
 from ..bench.charts import Line, bar_chart, line_chart, table, write_page
 from ..bench.report import Provenance, markdown, write_json
+from ..synthetic.families.judging import Verdict
 from .arms import CONTROLS, Arm, Chooser
 from .intervals import Interval
-from .judging import Verdict
 from .outcomes import Cell
 from .suite import Measured, Suite
 from .summary import ENOUGH, Choice, Row, choices, pooled, rows_of, smallest_enough

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Self
 
 import numpy as np
 
 from ..config import local_path
-from ..synthetic.needles import ChatTokenizer, needle_prompt
+from ..synthetic.families.catalog import generate
+from ..synthetic.families.fitting import TaskTokenizer
+from ..synthetic.families.judging import score
 from .recorder import Prompt
 from .scenario import Prompts
 from .trace import TraceLine
@@ -23,7 +26,7 @@ class UnknownTokenizer(Exception):
 class Source:
     """Makes prompts; one seed is one sequence of prompts, whatever is asked of the service."""
 
-    def __init__(self, tokenizer: ChatTokenizer, seed: int) -> None:
+    def __init__(self, tokenizer: TaskTokenizer, seed: int) -> None:
         self._tokenizer = tokenizer
         self._seed = seed
 
@@ -60,19 +63,16 @@ class Source:
         return self._make(kind, _WARM_UP + self._seed + number)
 
     def _make(self, kind: Prompts, seed: int) -> Prompt:
-        needle = needle_prompt(seed, kind.prompt_tokens, self._tokenizer)
+        task = generate(kind.family, seed, kind.prompt_tokens, self._tokenizer)
         return Prompt(
-            messages=tuple(needle.messages),
+            messages=task.messages,
             family=kind.family,
             variant=kind.variant,
             keep=kind.keep,
-            max_tokens=kind.max_tokens or 32,
-            score=_contains(needle.answer),
+            max_tokens=task.max_tokens if kind.max_tokens is None else kind.max_tokens,
+            score=partial(score, task),
+            tools=task.tools,
         )
-
-
-def _contains(answer: str) -> Callable[[str], float]:
-    return lambda text: float(answer in text)
 
 
 def _drawn(kinds: Sequence[Prompts], count: int, rng: np.random.Generator) -> list[Prompts]:

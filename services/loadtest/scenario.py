@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from ..config import Rate, Seconds, Strict
+from ..synthetic.families.catalog import FAMILIES, NEEDLES
 from .arrivals import Length, Process, Trace
 from .statistics import Slo
 
@@ -25,11 +33,18 @@ class Target(Strict):
 class Prompts(Strict):
     """One kind of request; a run draws kinds by weight."""
 
-    family: str = "needles"  # a family of the quality suite, so that answers can be checked
+    family: str = NEEDLES  # a family of the quality suite, so that answers can be checked
     prompt_tokens: PositiveInt = 4096
     keep: Rate | Literal["auto", "dense"] | None = None  # None: nothing is said about pruning
     weight: Annotated[float, Field(gt=0.0)] = 1.0
     max_tokens: PositiveInt | None = None  # None: what the family's answers need
+
+    @field_validator("family")
+    @classmethod
+    def _known(cls, family: str) -> str:
+        if family not in FAMILIES:
+            raise ValueError(f"unknown family, expected one of {', '.join(FAMILIES)}")
+        return family
 
     @property
     def variant(self) -> str:

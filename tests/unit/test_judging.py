@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from specprefill.evaluation.judging import Verdict, loops, score, verdict
+from specprefill.synthetic.families.judging import Verdict, loops, score, verdict
 from specprefill.synthetic.families.task import Scoring, Task
 
 

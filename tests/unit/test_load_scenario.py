@@ -36,6 +36,7 @@ def edited(**changes):
         ({"arrivals": {"kind": "poisson", "qps": 0}}, "arrivals.poisson.qps: .* greater than 0"),
         ({"prompts": []}, "prompts: "),
         ({"prompts": [{"keep": 2}]}, r"prompts\[0\].keep"),
+        ({"prompts": [{"family": "qa"}]}, r"prompts\[0\].family: .*unknown family, .*needles"),
         ({"length": {}}, "length: .*either"),
         ({"cancel": {"share": 0.5, "after_s": [2, 1]}}, "cancel: .*after_s"),
         ({"search": {"kind": "max_qps", "low": 1, "high": 2}}, "max_qps needs a bound in slo"),

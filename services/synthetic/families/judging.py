@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from difflib import SequenceMatcher
 from typing import Any
 
-from ..synthetic.families.task import Scoring, Task
+from .task import Scoring, Task
 
 RIGHT_FROM = 0.999
 COPY_LINES_SHARE = 0.5  # of a copy's score; the rest is the similarity of the whole
