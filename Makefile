@@ -7,6 +7,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 # cpu: vLLM's CPU build. gpu: the CUDA build.
 EXTRA ?= cpu
+SEEDS ?= 1
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 INSTALLED := $(VENV)/.installed-$(EXTRA)
@@ -126,6 +127,10 @@ bench-kv: $(INSTALLED) ## Throughput of the KV hand-off beside raw gRPC, memcpy 
 .PHONY: test-faults
 test-faults: $(INSTALLED) ## Kill engines, cut streams, cancel requests; print what became of each
 	@$(PY) -m pytest tests/faults
+
+.PHONY: bench-scaling
+bench-scaling: $(INSTALLED) ## Autoscalers compared on simulated traces (SEEDS="1 2 3")
+	@$(PY) -m specprefill.bench.scaling --seeds $(SEEDS)
 
 .PHONY: clean
 clean: ## Remove what was built (.venv and models/ stay)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import __version__, cli_ask, cli_eval, cli_load, cli_serve
+from . import __version__, cli_ask, cli_eval, cli_load, cli_serve, cli_simulate
 from .cli_exit import Failed, Misused
 
 OK, FAILED, MISUSED = 0, 1, 2
@@ -19,6 +19,8 @@ examples:
   specprefill status
   specprefill eval --quick
   specprefill loadtest loadtest/smoke.yaml --qps 2
+  specprefill plan --slo 2 --qps 10 --lengths 12000
+  specprefill simulate --shape bursty --qps 10
 
 exit codes: 0 done, 1 failed, 2 misused (bad arguments or a bad deployment file)
 """
@@ -39,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     cli_ask.add_commands(commands)
     cli_eval.add_commands(commands)
     cli_load.add_commands(commands)
+    cli_simulate.add_commands(commands)
     return root
 
 

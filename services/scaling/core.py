@@ -157,10 +157,10 @@ def _sized(
         target, reason = most, Reason.SMALLER_MEETS_SLO
     else:
         target, reason = current, Reason.STEADY if wanted == current else Reason.SETTLING
-    step = max(limits.max_step, ceil(current / 3))
-    if abs(target - current) > step:
-        target = current + step if target > current else current - step
-        reason = Reason.STEP_CAPPED
+    highest = current + max(limits.max_step, current)
+    lowest = current - max(limits.max_step, ceil(current / 3))
+    if not lowest <= target <= highest:
+        target, reason = min(max(target, lowest), highest), Reason.STEP_CAPPED
     floor = limits.minimum if idle else max(1, limits.minimum)
     if target < floor or (target == 0 and floor == 0):
         target, reason = floor, Reason.AT_MINIMUM if floor > 0 else Reason.IDLE

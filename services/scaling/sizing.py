@@ -13,6 +13,7 @@ from .values import Arrivals, Engines, Floats, Pool, PoolLimits, Slo
 SAMPLES = 1024  # requests that stand for all
 CANDIDATES = np.linspace(0.02, 9.0, 72)  # sizes that are tried: work + z * sqrt(work)
 NEARLY = 0.003  # of the share, where no size reaches the SLO
+DECODE_MISSES = 0.1  # of the SLO's allowance; the first token has the rest, nearly
 KEEP_STEPS = 7  # halvings of the range of keep rates
 
 
@@ -173,7 +174,8 @@ def _decode_replicas(decode: Load, slo: Slo, slots: int) -> int:
         return 0
     replicas = np.unique(np.ceil(_candidates(decode.work) / slots))
     ahead: Waits = waits(decode, replicas * slots)
-    met = attainment(ahead, slo.gap_s) >= slo.share
+    enough = 1.0 - (1.0 - slo.share) * DECODE_MISSES
+    met = attainment(ahead, slo.gap_s) >= enough
     return int(replicas[np.argmax(met)] if met.any() else replicas[-1])
 
 

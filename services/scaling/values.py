@@ -102,7 +102,7 @@ class PoolLimits:
     maximum: int = 1
     cost: float = 1.0  # of one replica, in any unit: say, its GPUs
     cold_start_s: float = 100.0
-    max_step: int = 8  # replicas up or down in one decision, or a third of the pool if more
+    max_step: int = 8  # in one decision; a pool may always double, and lose a third
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""A discrete-event simulation of the service, with the same rules and the same stage models."""

@@ -1,0 +1,322 @@
+"""The event loop: a trace, a world and a controller in, what became of each request out.
+
+Requests queue for the first free engine of each pool, as if the router knew every queue. A prompt
+is pruned by a speculator and then prefilled, or is prefilled dense; its first token leaves the
+prefill engine; then it takes a slot of the decode pool until it is answered.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left
+from heapq import heapify, heappop, heappush
+from math import nan
+
+import numpy as np
+
+from ..scaling.admission import AdmissionPolicy, Ask, Backlog, Shed, judge
+from ..scaling.sizing import stage_times
+from ..scaling.values import Arrivals, Observation, Pool, PoolState
+from .station import Station
+from .trace import Trace
+from .world import Controller, Moments, Outcome, Telemetry, World
+
+SPECULATED, PREFILLED, DECODED, TICK, READY, FAILURE = range(6)
+POOLS = (Pool.SPECULATOR, Pool.PREFILL, Pool.DECODE)
+LOOK_BACK_S = 600.0  # of the arrivals that controllers see
+SHORT_LOOK_BACK_S = 60.0  # of the latencies
+
+Event = tuple[float, int, int, int, int]  # time, serial, kind, request or pool, run or name
+
+
+def simulate(
+    trace: Trace,
+    world: World,
+    controller: Controller,
+    initial: dict[Pool, int],
+    admission: AdmissionPolicy | None = None,
+) -> Outcome:
+    """Run the whole trace. Without `admission` every request waits, at its full keep rate."""
+    return _Run(trace, world, controller, initial, admission).run()
+
+
+class _Run:
+    """The state of one simulation."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        world: World,
+        controller: Controller,
+        initial: dict[Pool, int],
+        admission: AdmissionPolicy | None,
+    ) -> None:
+        self.trace, self.world, self.controller, self.admission = (
+            trace, world, controller, admission,
+        )  # fmt: skip
+        self.arrivals = trace.arrivals(world.keep, world.min_prompt_tokens)
+        times = stage_times(self.arrivals, world.engines)
+        self.time_s: list[float] = trace.time_s.tolist()
+        self.prompt: list[float] = trace.prompt_tokens.tolist()
+        self.speculate_s: list[float] = times.speculate_s.tolist()
+        self.prefill_s: list[float] = times.prefill_s.tolist()
+        self.decode_s: list[float] = times.decode_s.tolist()
+        slots = (1, 1, world.engines.decode_slots)
+        self.stations = [Station(initial[p], n) for p, n in zip(POOLS, slots, strict=True)]
+        self.speculators, self.prefills, self.decodes = self.stations
+        count = len(trace)
+        self.ttft_s, self.gap_s = [nan] * count, [nan] * count
+        self.keep = np.where(times.speculate_s > 0, world.keep, 1.0).tolist()
+        self.late = bytearray(count)
+        self.shed: list[int] = []
+        self.first_tokens, self.waited_s = array("d"), array("d")  # when, and after how long
+        self.second_tokens, self.gaps_s = array("d"), array("d")
+        self.completed = 0
+        self.keep_limit = world.keep
+        self.virtual_s = 0.0  # fair-share tag of the prefill in service
+        self.events: list[Event] = []
+        self.serial = 0
+        self.moments: list[tuple[float, ...]] = []
+        self.seen = 0  # requests that had arrived at the last tick
+
+    def run(self) -> Outcome:
+        """Arrivals and events in order of time, until the last answer."""
+        self._schedule()
+        events, times, arrived = self.events, self.time_s, 0
+        count, now_s = len(times), 0.0
+        while arrived < count or self._open():
+            if arrived < count and times[arrived] <= events[0][0]:
+                now_s = times[arrived]
+                self._arrive(arrived, now_s)
+                arrived += 1
+                continue
+            now_s, _, kind, subject, run = heappop(events)
+            if kind == TICK:
+                self._tick(now_s, arrived)
+            else:
+                self._happen(kind, subject, run, now_s)
+        return self._outcome(now_s)
+
+    def _schedule(self) -> None:
+        """Failures, and the first tick."""
+        for failure in self.world.failures:
+            self._push(failure.time_s, FAILURE, POOLS.index(failure.pool), failure.replicas)
+        self._push(0.0, TICK, 0, 0)
+        heapify(self.events)
+
+    def _push(self, time_s: float, kind: int, subject: int, run: int) -> None:
+        self.serial += 1
+        heappush(self.events, (time_s, self.serial, kind, subject, run))
+
+    def _open(self) -> bool:
+        return any(station.running or station.waiting for station in self.stations)
+
+    def _happen(self, kind: int, subject: int, run: int, now_s: float) -> None:
+        if kind == SPECULATED:
+            if self.speculators.ended(subject, run):
+                self._to_prefill(subject, now_s)
+                self._speculate(now_s)
+        elif kind == PREFILLED:
+            if self.prefills.ended(subject, run):
+                self._first_token(subject, now_s)
+                self._prefill(now_s)
+        elif kind == DECODED:
+            if self.decodes.ended(subject, run):
+                self.completed += 1
+                self._decode(now_s)
+        elif kind == READY:
+            if self.stations[subject].arrived(run, now_s):
+                self._go_on(now_s)
+        else:
+            self._fail(subject, run, now_s)
+
+    def _arrive(self, request: int, now_s: float) -> None:
+        if self.admission is not None and not self._admitted(request):
+            return
+        if self.speculate_s[request] > 0.0:
+            late = self.late[request]
+            self.speculators.wait(request, now_s, late, self.speculate_s[request])
+            self._speculate(now_s)
+        else:
+            self._to_prefill(request, now_s)
+
+    def _admitted(self, request: int) -> bool:
+        """Bend the keep rate, put behind, or shed, as the gateway does."""
+        world, policy = self.world, self.admission
+        assert policy is not None
+        keep = min(self.keep[request], self.keep_limit) if self.speculate_s[request] > 0.0 else 1.0
+        floor = min(keep, world.keep_floor)
+        ask = Ask(int(self.prompt[request]), keep, floor, world.timeout_s)
+        verdict = judge(ask, self._backlog(), world.engines.curves, policy)
+        if isinstance(verdict, Shed):
+            self.shed.append(request)
+            return False
+        self.late[request] = verdict.late
+        self.keep[request] = verdict.keep
+        self.prefill_s[request] = verdict.prefill_s
+        return True
+
+    def _backlog(self) -> Backlog:
+        first, second = self.speculators, self.prefills
+        in_time, late = _waits_s(second)
+        return Backlog(
+            _waits_s(first)[0],
+            in_time,
+            late,
+            _waits_s(self.decodes)[0] / self.decodes.slots,
+            first.count[0] + second.count[0],
+            first.count[1] + second.count[1],
+        )
+
+    def _to_prefill(self, request: int, now_s: float) -> None:
+        work_s = self.prefill_s[request]
+        tag = now_s if self.admission is None else self.virtual_s + work_s
+        self.prefills.wait(request, tag, self.late[request], work_s)
+        self._prefill(now_s)
+
+    def _speculate(self, now_s: float) -> None:
+        station = self.speculators
+        while station.free > 0 and station.waiting:
+            _, request = station.next(self.speculate_s)
+            if now_s - self.time_s[request] < self.world.timeout_s:
+                run = station.started(request)
+                self._push(now_s + self.speculate_s[request], SPECULATED, request, run)
+
+    def _prefill(self, now_s: float) -> None:
+        station = self.prefills
+        while station.free > 0 and station.waiting:
+            tag, request = station.next(self.prefill_s)
+            self.virtual_s = max(self.virtual_s, tag)
+            if now_s - self.time_s[request] < self.world.timeout_s:
+                run = station.started(request)
+                self._push(now_s + self.prefill_s[request], PREFILLED, request, run)
+
+    def _first_token(self, request: int, now_s: float) -> None:
+        waited_s = now_s - self.time_s[request]
+        self.ttft_s[request] = waited_s
+        self.first_tokens.append(now_s)
+        self.waited_s.append(waited_s)
+        if self.decode_s[request] == 0.0:
+            self.completed += 1
+            return
+        self.decodes.wait(request, now_s, self.late[request], self.decode_s[request])
+        self._decode(now_s)
+
+    def _decode(self, now_s: float) -> None:
+        station, curves = self.decodes, self.world.engines.curves
+        while station.free > 0 and station.waiting:
+            came_s, request = station.next(self.decode_s)
+            kept = self.keep[request] * self.prompt[request]
+            gap_s = now_s - came_s + curves.transfer.seconds(kept)
+            gap_s += curves.first_decode.seconds(kept)
+            self.gap_s[request] = gap_s
+            self.second_tokens.append(now_s)
+            self.gaps_s.append(gap_s)
+            run = station.started(request)
+            self._push(now_s + self.decode_s[request], DECODED, request, run)
+
+    def _go_on(self, now_s: float) -> None:
+        self._speculate(now_s)
+        self._prefill(now_s)
+        self._decode(now_s)
+
+    def _fail(self, pool: int, replicas: int, now_s: float) -> None:
+        """What ran on the dead engines runs again, from its stage on, ahead of the others."""
+        station = self.stations[pool]
+        for request in list(station.die(replicas, now_s)):
+            work_s = (self.speculate_s, self.prefill_s, self.decode_s)[pool][request]
+            station.wait(request, 0.0, 0, work_s)
+            if pool == POOLS.index(Pool.PREFILL):
+                self.late[request] = 0
+        self._go_on(now_s)
+
+    def _tick(self, now_s: float, arrived: int) -> None:
+        target = self.controller.target(self._telemetry(now_s, arrived))
+        self._record(now_s, arrived)
+        for place, pool in enumerate(POOLS):
+            cold_s = self.world.cold_start_s[pool]
+            for name in self.stations[place].resize(target.replicas[pool], now_s):
+                self._push(now_s + cold_s, READY, place, name)
+        self.keep_limit = self.world.keep if target.keep is None else target.keep
+        self._push(now_s + self.world.tick_s, TICK, 0, 0)
+
+    def _telemetry(self, now_s: float, arrived: int) -> Telemetry:
+        start_s = max(0.0, now_s - LOOK_BACK_S)
+        first = int(np.searchsorted(self.trace.time_s, start_s))
+        every, part = self.arrivals, slice(first, arrived)
+        seen = Arrivals(
+            every.time_s[part],
+            every.prompt_tokens[part],
+            every.kept_tokens[part],
+            every.output_tokens[part],
+        )
+        pools = {
+            pool: PoolState(station.ready, len(station.starts), self._queue_age_s(station, now_s))
+            for pool, station in zip(POOLS, self.stations, strict=True)
+        }
+        ongoing = {
+            pool: len(station.waiting) + len(station.running)
+            for pool, station in zip(POOLS, self.stations, strict=True)
+        }
+        newest = bisect_left(self.first_tokens, now_s - SHORT_LOOK_BACK_S)
+        second = bisect_left(self.second_tokens, now_s - SHORT_LOOK_BACK_S)
+        observation = Observation(now_s, start_s, seen, pools, self.world.engines)
+        return Telemetry(
+            observation,
+            ongoing,
+            np.array(self.first_tokens[newest:]),
+            np.array(self.waited_s[newest:]),
+            np.array(self.gaps_s[second:]),
+            self.completed,
+            len(self.first_tokens),
+        )
+
+    def _queue_age_s(self, station: Station, now_s: float) -> float:
+        """Of the oldest request that is not late."""
+        waiting = (self.time_s[request] for late, _, _, request in station.waiting if not late)
+        return now_s - min(waiting, default=now_s)
+
+    def _record(self, now_s: float, arrived: int) -> None:
+        keeps = [keep for keep in self.keep[self.seen : arrived] if keep < 1.0]
+        self.seen = arrived
+        self.moments.append(
+            (
+                now_s,
+                *(float(station.provisioned) for station in self.stations),
+                *(float(station.ready) for station in self.stations),
+                float(len(self.speculators.waiting) + len(self.prefills.waiting)),
+                sum(keeps) / len(keeps) if keeps else nan,
+            )
+        )
+
+    def _outcome(self, now_s: float) -> Outcome:
+        for station in self.stations:
+            station.bill(max(now_s, station.updated_s))
+        shed = np.zeros(len(self.time_s))
+        shed[self.shed] = 1.0
+        columns = np.array(self.moments).T
+        return Outcome(
+            np.array(self.ttft_s),
+            np.array(self.gap_s),
+            np.array(self.keep),
+            shed,
+            {pool: each.billed_s for pool, each in zip(POOLS, self.stations, strict=True)},
+            Moments(
+                columns[0],
+                dict(zip(POOLS, columns[1:4], strict=True)),
+                dict(zip(POOLS, columns[4:7], strict=True)),
+                columns[7],
+                columns[8],
+            ),
+            now_s,
+        )
+
+
+def _waits_s(station: Station) -> tuple[float, float]:
+    """Expected wait behind those in time, and behind all: their work, shared by the engines."""
+    if station.free > 0:
+        return 0.0, 0.0
+    ready = station.ready or 1
+    running_s = station.work_s[0] / max(1, station.count[0]) / 2 / ready  # till one is free
+    in_time = running_s + station.work_s[0] / ready
+    return in_time, in_time + station.work_s[1] / ready

@@ -1,0 +1,225 @@
+"""The simulator against cases that can be worked out by hand, and against its own promises."""
+
+import json
+from dataclasses import replace
+from time import process_time
+
+import numpy as np
+import pytest
+
+from specprefill.cli import main
+from specprefill.scaling.admission import AdmissionPolicy
+from specprefill.scaling.values import Engines, Pool, Slo
+from specprefill.simulation.controllers import (
+    Fixed,
+    LatencyBand,
+    OngoingRequests,
+    SloController,
+    ThroughputPlanner,
+)
+from specprefill.simulation.optimum import optimum
+from specprefill.simulation.run import simulate
+from specprefill.simulation.scenarios import scenario
+from specprefill.simulation.trace import (
+    Lengths,
+    Trace,
+    bursty,
+    generate,
+    poisson,
+    read_trace,
+    write_trace,
+)
+from specprefill.simulation.world import Failure, World
+from specprefill.stages import Curve, StageCurves
+
+SECOND_EACH = Engines(
+    StageCurves(Curve(1.0), Curve(2.0), Curve(0.25), Curve(0.25)), 0.5, decode_slots=1
+)
+WORLD = World(SECOND_EACH, Slo(ttft_s=5.0), dict.fromkeys(Pool, 10.0), timeout_s=100.0)
+
+
+def sizes(speculator: int = 1, prefill: int = 1, decode: int = 9) -> dict[Pool, int]:
+    return dict(zip(Pool, (speculator, prefill, decode), strict=True))
+
+
+def requests(*times: float, prompt: float = 4000.0, output: float = 3.0) -> Trace:
+    return Trace(np.array(times), np.full(len(times), prompt), np.full(len(times), output))
+
+
+def run(trace: Trace, world: World = WORLD, **pools: int):
+    return simulate(trace, world, Fixed(sizes(**pools)), sizes(**pools))
+
+
+def test_a_request_alone_waits_for_nothing():
+    outcome = run(requests(1.0))
+    assert outcome.ttft_s.tolist() == [3.0]  # 1 s speculator, 2 s prefill
+    assert outcome.gap_s.tolist() == [0.5]  # transfer and first decode step
+
+
+def test_requests_wait_for_each_stage_in_turn():
+    outcome = run(requests(0.0, 0.0, 0.0))
+    assert outcome.ttft_s.tolist() == [3.0, 5.0, 7.0]  # one prefill engine, 2 s each
+    assert run(requests(0.0, 0.0, 0.0), prefill=3).ttft_s.tolist() == [3.0, 4.0, 5.0]
+
+
+def test_a_short_prompt_goes_dense_past_the_speculator():
+    assert run(requests(0.0, prompt=500.0)).ttft_s.tolist() == [2.0]
+
+
+def test_the_second_token_waits_for_a_decode_slot():
+    # 1.5 s of decoding each: the second request's first token comes 2 s after the first's.
+    outcome = run(requests(0.0, 0.0, output=9.0), decode=1)
+    assert outcome.gap_s.tolist() == [0.5, 3.0]
+
+
+def test_clients_give_up():
+    outcome = run(requests(*[0.0] * 60), replace(WORLD, timeout_s=50.0))
+    assert np.isnan(outcome.ttft_s).sum() > 30
+
+
+def test_replicas_are_billed_while_they_start_and_help_when_they_are_ready():
+    grown = simulate(requests(*[0.0] * 20), WORLD, Fixed(sizes(prefill=4)), sizes())
+    assert grown.ttft_s.max() < run(requests(*[0.0] * 20)).ttft_s.max()
+    # 4 from the first tick on, though 3 of them start for 10 s.
+    assert grown.replica_s[Pool.PREFILL] == pytest.approx(4 * grown.duration_s)
+
+
+def test_a_replica_that_is_not_wanted_any_more_never_becomes_ready():
+    class UpAndDown:
+        def target(self, now):
+            from specprefill.simulation.world import Target
+
+            return Target(sizes(prefill=5 if now.seen.now_s < 5.0 else 1))
+
+    outcome = simulate(requests(*[0.0] * 20), WORLD, UpAndDown(), sizes())
+    assert outcome.moments.ready[Pool.PREFILL].max() == 1
+
+
+def test_what_a_dead_replica_had_begun_runs_again():
+    world = replace(WORLD, failures=(Failure(2.0, Pool.PREFILL, 1),))
+    outcome = simulate(requests(0.0), world, Fixed(sizes(prefill=2)), sizes(prefill=2))
+    # Its prefill began at 1 s; both replicas' share of it is one half, rounded down: kept.
+    assert not np.isnan(outcome.ttft_s[0])
+    alone = simulate(requests(0.0), world, Fixed(sizes()), sizes())
+    assert alone.ttft_s[0] == pytest.approx(5.0 + 10.0 + 2.0)  # tick, cold start, prefill
+
+
+def test_under_overload_admission_bends_the_keep_rate_then_puts_behind_then_sheds():
+    curves = StageCurves(Curve(0.01), Curve(0.0, 1e-3), Curve(), Curve())
+    world = replace(WORLD, engines=replace(SECOND_EACH, curves=curves), timeout_s=20.0)
+    trace = requests(*np.linspace(0.0, 60.0, 240).tolist(), prompt=4000.0, output=1.0)
+    policy, pools = AdmissionPolicy(ttft_s=5.0, max_waiting=40), sizes()
+    with_it = simulate(trace, world, Fixed(pools), pools, policy)
+    without = simulate(trace, world, Fixed(pools), pools)
+    assert with_it.met(world.slo).sum() > 5 * without.met(world.slo).sum()
+    answered = with_it.keep[~np.isnan(with_it.ttft_s)]
+    assert answered[0] == 0.3  # nothing waits yet
+    assert answered.min() == pytest.approx(0.1)
+    assert 0 < with_it.shed.sum() < 160
+
+
+def test_every_request_is_accounted_for_and_runs_are_repeatable():
+    trace = generate(bursty(5.0, 10.0, 60.0, 300.0), 600.0, Lengths(), seed=5)
+    case = scenario("bursty", trace)
+    runs = [
+        simulate(trace, case.world, SloController(case.policy), sizes(2, 5, 2), case.admission)
+        for _ in range(2)
+    ]
+    assert np.array_equal(runs[0].ttft_s, runs[1].ttft_s, equal_nan=True)
+    answered, shed = ~np.isnan(runs[0].ttft_s), runs[0].shed == 1.0
+    assert not (answered & shed).any()
+    assert answered.sum() + shed.sum() <= len(trace)
+
+
+def test_with_a_burst_this_project_beats_the_others():
+    trace = generate(bursty(3.0, 10.0, 300.0, 1e9, 300.0), 900.0, Lengths(), seed=2)
+    case = scenario("burst", trace)
+    initial, most = sizes(2, 4, 2), sizes(40, 80, 40)
+    ours = simulate(trace, case.world, SloController(case.policy), initial, case.admission)
+    others = [
+        OngoingRequests({Pool.SPECULATOR: 2, Pool.PREFILL: 2, Pool.DECODE: 24}, most),
+        LatencyBand(case.world.slo, most),
+        ThroughputPlanner(case.world.slo, most),
+    ]
+    met = ours.met(case.world.slo).mean()
+    for other in others:
+        outcome = simulate(trace, case.world, other, initial)
+        assert met > outcome.met(case.world.slo).mean() + 0.1, type(other).__name__
+
+
+def test_the_optimum_meets_the_slo_with_less_than_a_generous_fixed_pool():
+    trace = generate(bursty(4.0, 3.0, 120.0, 1e9, 240.0), 600.0, Lengths(), seed=3)
+    case = scenario("burst", trace)
+    plan, outcome = optimum(trace, case.world, case.policy.pools)
+    assert outcome.met(case.world.slo).mean() >= 0.985
+    peak = {pool: int(each.max()) for pool, each in plan.sizes.items()}
+    fixed = simulate(trace, case.world, Fixed(peak), peak)
+    assert sum(outcome.replica_s.values()) < 0.9 * sum(fixed.replica_s.values())
+
+
+def test_a_million_requests_take_less_than_a_minute():
+    """Measured on fewer: thousands of replicas are busy, so the heaps are as deep."""
+    trace = generate(poisson(2000.0), 20.0, Lengths(prompt_tokens=8000.0), seed=1)
+    case = scenario("many", trace)
+    many = sizes(400, 1500, 600)
+    start = process_time()
+    outcome = simulate(trace, case.world, SloController(case.policy), many, case.admission)
+    seconds = process_time() - start
+    assert len(trace) > 39_000
+    assert outcome.met(case.world.slo).mean() > 0.99
+    assert seconds * 1_000_000 / len(trace) < 60.0
+
+
+def test_traces_survive_the_file(tmp_path):
+    trace = generate(poisson(5.0), 60.0, Lengths(), seed=1)
+    path = tmp_path / "trace.jsonl"
+    write_trace(path, trace)
+    again = read_trace(path)
+    assert np.allclose(again.time_s, trace.time_s - trace.time_s[0], atol=1e-5)
+    assert np.array_equal(again.prompt_tokens, trace.prompt_tokens)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('{"time_s": 1}', "prompt_tokens"),
+        ('{"time_s": 1, "prompt_tokens": 0, "output_tokens": 1}', "at least 1"),
+        ("nonsense", "numbers"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, complaint):
+    path = tmp_path / "trace.jsonl"
+    good = '{"time_s": 0, "prompt_tokens": 5, "output_tokens": 5}'
+    path.write_text(f"{good}\n{line}\n")
+    with pytest.raises(ValueError, match=complaint) as raised:
+        read_trace(path)
+    assert f"{path}:2" in str(raised.value)
+
+
+def test_the_command_writes_table_json_and_page(tmp_path, capsys):
+    out = tmp_path / "result"
+    arguments = ["--qps", "3", "--hours", "0.1", "--fail", "100:prefill:1", "--out", str(out)]
+    assert main(["simulate", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "clairvoyant optimum" in printed
+    told = json.loads(out.with_suffix(".json").read_text())
+    assert len(told["controllers"]) == 7
+    page = out.with_suffix(".html").read_text()
+    assert page.count("<svg") == 6
+    assert "http://" not in page.replace("http://www.w3.org", "").replace(
+        "http://purl.org", ""
+    ).replace("http://creativecommons.org", "")
+
+
+def test_the_plan_tells_what_a_lower_keep_rate_saves(capsys):
+    assert main(["plan", "--slo", "2.5", "--qps", "20", "--lengths", "12000:0.5,200"]) == 0
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    costs = {float(row[0]): float(row[4]) for row in rows}
+    assert costs[0.1] < costs[0.3] < costs[0.5]
+    assert "no size does" in rows[0][6]  # dense, the prompts themselves take too long
+
+
+@pytest.mark.parametrize("arguments", [["plan", "--qps", "0"], ["simulate", "missing.jsonl"]])
+def test_a_misused_command_says_so(arguments, capsys):
+    assert main(arguments) == 2
+    assert capsys.readouterr().err
