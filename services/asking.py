@@ -21,6 +21,7 @@ class Ask:
     model: str | None = None  # None: the deployment's only model
     keep: float | None = None  # (0, 1]; None: the deployment's default
     dense: bool = False  # keep the whole prompt
+    auto: bool = False  # let the scores choose the keep rate; over HTTP only
     max_tokens: int = 128
     temperature: float = 0.0
     timeout_s: float = 300.0

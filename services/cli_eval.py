@@ -176,7 +176,7 @@ def _arms(args: argparse.Namespace) -> tuple[Arm, ...]:
     return arms_of(
         QUICK_KEEPS if args.quick else args.keeps,
         None if remote or args.no_controls else args.control_keep,
-        automatic=remote,
+        automatic=True,
         ceiling=not (args.no_ceiling or args.gold_only),
     )
 
@@ -209,13 +209,11 @@ def _backend(
         )
     from .evaluation.arms import Chooser
     from .evaluation.pair import load_pair
-    from .policies import selection_policy
 
     return load_pair(
         config.model.path,
         config.speculator,
-        selection_policy(config.selection),
-        config.selection.pool_tokens,
+        config.selection,
         tokenizer,
         answered=suite.answered,
         ceiling=any(arm.chooser is Chooser.MAIN_MODEL for arm in suite.arms),

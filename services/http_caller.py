@@ -98,9 +98,11 @@ def _chat(question: Ask) -> dict[str, Any]:
     return body
 
 
-def _prune(question: Ask) -> bool | dict[str, float] | None:
+def _prune(question: Ask) -> bool | dict[str, float | str] | None:
     if question.dense:
         return False
+    if question.auto:
+        return {"keep": "auto"}
     return None if question.keep is None else {"keep": question.keep}
 
 

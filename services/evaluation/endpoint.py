@@ -73,7 +73,7 @@ class Endpoint:
         if arm.is_dense:
             return replace(asked, dense=True)
         if arm.chooser is Chooser.AUTOMATIC:
-            return asked
+            return replace(asked, auto=True)
         return replace(asked, keep=arm.keep)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -48,6 +49,7 @@ class Cell:
     score: Interval | None
     retained: Interval | None  # of the dense score
     verdicts: dict[str, int]
+    reasons: dict[str, int]  # of what was kept
 
 
 def judged(task: Task, length: int, seed: int, arm: Arm, answer: Answer) -> Outcome:
@@ -81,6 +83,7 @@ def cell(outcomes: Sequence[Outcome], arm: Arm, seed: int) -> Cell:
         score=mean_interval(points, clusters, seed) if points else None,
         retained=retained_interval(points, dense_points, clusters, seed) if points else None,
         verdicts=_verdicts([*ours.values()]),
+        reasons=dict(Counter(each.answer.reason or "unknown" for each in ours.values())),
     )
 
 

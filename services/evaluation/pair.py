@@ -12,9 +12,11 @@ from dataclasses import dataclass
 
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..config import SpeculatorConfig, local_path
-from ..selection import Scores, SelectionPolicy, select
+from ..config import SelectionConfig, SpeculatorConfig, local_path
+from ..policies import selection_policy
+from ..selection import SelectionPolicy, select
 from ..speculator.scorer import Scorer, load_scorer
+from ..speculator.service import Rating
 from ..synthetic.families.task import Task
 from ..types import Plan, PlanKind, Reason, Selection, Span, dense
 from .arms import CONTROLS, Arm, Chooser, control_scores
@@ -48,6 +50,7 @@ class Pair:
 
     renderer: Renderer
     policy: SelectionPolicy
+    automatic: Plan
     speculator: Scorer
     answerer: Answerer | None  # None: gold survival only
     own_scorer: Scorer | None  # the main model as its own speculator; None: no ceiling
@@ -57,8 +60,8 @@ class Pair:
     ) -> list[Answer]:
         """Selections that come out equal are answered once. `before` does not matter here."""
         prompt = self.renderer.prompt(task)
-        scores = self.speculator.score([prompt.ids])[0]
-        selections = [self._selection(arm, prompt, scores, rng) for arm in arms]
+        rating = _rated(self.speculator, prompt)
+        selections = [self._selection(arm, prompt, rating, rng) for arm in arms]
         texts: dict[tuple[Span, ...], str] = {}
         if with_text and self.answerer is not None:
             kept = [selection.runs for selection in selections]
@@ -74,25 +77,34 @@ class Pair:
             for selection in selections
         ]
 
-    def _selection(self, arm: Arm, prompt: Prompt, scores: Scores, rng: random.Random) -> Selection:
+    def _selection(self, arm: Arm, prompt: Prompt, rating: Rating, rng: random.Random) -> Selection:
         """Raises ValueError for a ceiling without a scorer of its own."""
         if arm.is_dense:
             return dense(len(prompt.ids), Reason.KEEP_IS_ONE)
-        if arm.chooser in CONTROLS:
-            scores = control_scores(arm.chooser, len(prompt.ids), self.policy.chunk_tokens, rng)
+        plan = Plan(PlanKind.PRUNE, Reason.ASKED, arm.keep)
+        if arm.chooser is Chooser.AUTOMATIC:
+            plan = self.automatic
+        elif arm.chooser in CONTROLS:
+            chunk_tokens = self.policy.chunk_tokens
+            rating = Rating(control_scores(arm.chooser, len(prompt.ids), chunk_tokens, rng), 1.0)
         elif arm.chooser is Chooser.MAIN_MODEL:
             if self.own_scorer is None:
                 raise ValueError("the ceiling needs the main model as a scorer")
-            scores = self.own_scorer.score([prompt.ids])[0]
-        plan = Plan(PlanKind.PRUNE, Reason.ASKED, arm.keep)
-        return select(scores, plan, prompt.protected, self.policy)
+            rating = _rated(self.own_scorer, prompt)
+        return select(rating.scores, plan, prompt.protected, self.policy, rating.certainty)
+
+
+def _rated(scorer: Scorer, prompt: Prompt) -> Rating:
+    with scorer.opened([prompt.ids]) as readings:
+        scorer.read(readings)
+        scorer.look_ahead(readings)
+        return Rating(scorer.rate(readings[0]), readings[0].certainty)
 
 
 def load_pair(
     model: str,
     speculator: SpeculatorConfig,
-    policy: SelectionPolicy,
-    pool_tokens: int,
+    selection: SelectionConfig,
     tokenizer: PreTrainedTokenizerBase,
     *,
     answered: bool,
@@ -103,13 +115,14 @@ def load_pair(
     Raises UnsupportedModel where the models cannot work together.
     """
     own = speculator.model_copy(update={"path": model, "revision": None})
-    scorer = load_scorer(speculator, pool_tokens, model)
+    scorer = load_scorer(speculator, selection.pool_tokens, model)
     return Pair(
-        renderer=Renderer(tokenizer, policy.tail_tokens),
-        policy=policy,
+        renderer=Renderer(tokenizer, selection.tail_tokens),
+        policy=selection_policy(selection),
+        automatic=Plan(PlanKind.PRUNE, Reason.AUTO, selection.ceiling, floor=selection.floor),
         speculator=scorer,
         answerer=load_answerer(model, speculator, tokenizer) if answered else None,
-        own_scorer=load_scorer(own, pool_tokens) if ceiling else None,
+        own_scorer=load_scorer(own, selection.pool_tokens) if ceiling else None,
     )
 
 

@@ -51,6 +51,7 @@ class Report:
                 self._retained(length),
                 self._controls(length),
                 self._gold(length),
+                self._automatic(length),
                 self._chosen(length),
             )
         ]
@@ -117,12 +118,32 @@ class Report:
             ),
         )
 
+    def _automatic(self, length: int) -> Table:
+        places = self._places(lambda arm: arm.chooser is Chooser.AUTOMATIC)
+        found = [(row, row.cells[place]) for row in self._at(length) for place in places]
+        return Table(
+            heading=f"The automatic keep rate at {length} tokens",
+            about="How much the scores asked for, and why (`auto`: as many chunks as they told; "
+            "any other reason sent the prompt dense).",
+            headers=("family", "mean kept", "gold survival", "retained", "reasons"),
+            rows=tuple(
+                (
+                    row.family,
+                    f"{cell.kept:.0%}",
+                    _percent(cell.gold_kept),
+                    _share(cell.retained) if row.answered else "-",
+                    ", ".join(f"{name} {count}" for name, count in cell.reasons.items()),
+                )
+                for row, cell in found
+            ),
+        )
+
     def _chosen(self, length: int) -> Table:
         found = choices(self.rows, self.suite, length)
         least = smallest_enough(found)
         return Table(
             heading=f"Smallest rate that is enough at {length} tokens",
-            about=f"Enough: every answered family retains {ENOUGH:.0%}. {_automatic(found, least)}",
+            about=f"Enough: every answered family retains {ENOUGH:.0%}. {_beside(found, least)}",
             headers=("rate", "mean kept", "kept tokens", "worst family", "retains", "enough"),
             rows=tuple(
                 (
@@ -281,7 +302,7 @@ def _control_bars(report: Report, rows: Sequence[Row], length: int) -> list[str]
     return [bar_chart(f"Controls, {length} tokens", families, bars, y_label="answers retained")]
 
 
-def _automatic(found: Sequence[Choice], least: Choice | None) -> str:
+def _beside(found: Sequence[Choice], least: Choice | None) -> str:
     """One sentence about the automatic rate, where it was measured."""
     automatic = next((each for each in found if each.arm.chooser is Chooser.AUTOMATIC), None)
     if automatic is None:

@@ -18,6 +18,7 @@ from specprefill.evaluation.summary import choices, rows_of, smallest_enough
 from specprefill.selection import SelectionPolicy, select
 from specprefill.types import Plan, PlanKind, Reason, Span
 
+HALF = Arm(Chooser.SPECULATOR, 0.5)
 ARMS = arms_of((1.0, 0.5, 0.1), 0.1, automatic=True, ceiling=True)
 
 
@@ -36,7 +37,8 @@ class Told:
         text = " ".join(task.references) if self.knows(task, arm) else "nothing"
         keep = 0.3 if arm.chooser is Chooser.AUTOMATIC else arm.keep
         kept = round(task.prompt_tokens * keep)
-        return Answer(text if with_text else None, task.prompt_tokens, kept, gold_kept=keep)
+        text = text if with_text else None
+        return Answer(text, task.prompt_tokens, kept, reason="asked", gold_kept=keep)
 
 
 def suite(families=("niah_single_1",), items=8, lengths=(400,)):
@@ -146,12 +148,13 @@ def test_the_smallest_rate_that_is_enough_holds_in_every_family(demo_tokenizer):
 
 def test_a_report_is_written_as_tables_json_and_a_page(demo_tokenizer, tmp_path):
     asked = suite()
-    measured, _ = run(asked, Told(lambda _task, arm: arm.keep >= 0.5), demo_tokenizer)
+    measured, _ = run(asked, Told(lambda _task, arm: arm in (DENSE, HALF)), demo_tokenizer)
     found = report.report_of(measured, asked, {"main model": "told"})
     text = report.text(found)
     assert "## Answers retained at 400 tokens" in text
     assert "| niah_single_1 | 8       | 100% [100%, 100%] | 100% [100%, 100%] | 0% [0%, 0%]" in text
     assert "The automatic rate keeps 0.60 of the tokens of keep 0.5." in text
+    assert "| niah_single_1 | 30%       | 30%           | 0% [0%, 0%] | asked 8 |" in text
     data, page = report.write(found, provenance(1), tmp_path)
     saved = json.loads(data.read_text())
     assert saved["measured"]["seed"] == 1
