@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
@@ -15,7 +15,7 @@ from ..synthetic.families.task import Task
 from .arms import DENSE, Arm
 from .outcomes import Answer, Outcome, judged
 
-PROBED_ITEMS = 6  # answered before a family is judged to be beyond the model
+PROBED_ITEMS = 6  # answered dense, to see whether a family is beyond the model
 
 
 class Backend(Protocol):
@@ -101,28 +101,41 @@ class _Place:
 
     def run(self, pool: ThreadPoolExecutor) -> Iterator[list[Outcome]]:
         """The outcomes of one prompt after the other. Raises TooShort."""
-        answered, probe = self.suite.answered, min(PROBED_ITEMS, self.suite.items)
-        probed: list[Outcome] = []
-        for some in pool.map(lambda item: self._prompt(item, answered=answered), range(probe)):
-            probed += some
-            yield some
-        answered = answered and not _is_beyond(probed, self.suite.least_dense)
-        rest = range(probe, self.suite.items)
-        yield from pool.map(lambda item: self._prompt(item, answered=answered), rest)
+        probed = self._probed(pool) if self.suite.answered else {}
+        answered = self.suite.answered and not _is_beyond(
+            [*probed.values()], self.suite.least_dense
+        )
+        items = range(self.suite.items)
+        for some in pool.map(lambda item: self._prompt(item, answered=answered), items):
+            yield some if answered else [_with_text(each, probed) for each in some]
+
+    def _probed(self, pool: ThreadPoolExecutor) -> dict[int, Outcome]:
+        """The dense arm on the first prompts, by seed."""
+        items = range(min(PROBED_ITEMS, self.suite.items))
+        asked = pool.map(lambda item: self._asked(item, (DENSE,), answered=True), items)
+        return {some[0].seed: some[0] for some in asked}
 
     def _prompt(self, item: int, *, answered: bool) -> list[Outcome]:
+        return self._asked(item, self.suite.arms, answered=answered)
+
+    def _asked(self, item: int, arms: tuple[Arm, ...], *, answered: bool) -> list[Outcome]:
+        """Raises TooShort."""
         seed = self.suite.seed * 1_000_000 + item
         try:
             task = generate(self.family, seed, self.length, self.tokenizer)
         except ValueError as error:
             raise TooShort(str(error)) from error
         rng = random.Random(f"{self.family}/{self.length}/{seed}")
-        arms = self.suite.arms
         answers = self.backend.answers(task, arms, rng, with_text=answered)
         return [
             judged(task, self.length, seed, arm, answer)
             for arm, answer in zip(arms, answers, strict=True)
         ]
+
+
+def _with_text(outcome: Outcome, probed: Mapping[int, Outcome]) -> Outcome:
+    """The probe's outcome in place of a dense one without an answer."""
+    return probed.get(outcome.seed, outcome) if outcome.arm == DENSE else outcome
 
 
 def _is_beyond(outcomes: Sequence[Outcome], least_dense: float) -> bool:

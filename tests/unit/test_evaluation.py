@@ -30,7 +30,7 @@ class Told:
         self.texts_asked = 0
 
     def answers(self, task, arms, rng, *, with_text):
-        self.texts_asked += with_text
+        self.texts_asked += with_text * len(arms)
         return [self._answer(task, arm, with_text) for arm in arms]
 
     def _answer(self, task, arm, with_text):
@@ -111,6 +111,8 @@ def test_a_family_beyond_the_model_is_only_probed(demo_tokenizer):
     assert measured.beyond_model == (("niah_single_1", 400),)
     gold = [one for one in measured.outcomes if one.answer.gold_kept is not None]
     assert len(gold) == 9 * len(ARMS)
+    scored = [one for one in measured.outcomes if one.score is not None]
+    assert [(one.arm, one.score) for one in scored] == [(DENSE, 0.0)] * PROBED_ITEMS
 
 
 def test_where_nothing_is_right_nothing_is_retained(demo_tokenizer):
