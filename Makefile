@@ -121,8 +121,9 @@ bench-keep-rates: $(INSTALLED) ## Rules that choose the keep rate, beside fixed 
 	@$(PY) -m specprefill.bench.keep_rates
 
 .PHONY: bench-kv
-bench-kv: $(INSTALLED) ## Throughput of the KV hand-off beside raw gRPC, memcpy and Ray
+bench-kv: $(INSTALLED) ## The KV hand-off: throughput beside raw gRPC, memcpy and Ray; what of it shows
 	@$(PY) -m specprefill.bench.kv
+	@$(PY) -m specprefill.bench.gap
 
 .PHONY: test-faults
 test-faults: $(INSTALLED) ## Kill engines, cut streams, cancel requests; print what became of each

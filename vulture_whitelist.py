@@ -9,8 +9,10 @@ SparseCPUWorker
 SparseGPUWorker
 SpecPrefillConnector
 _.add_lora
+_.aggregate
 _.apply
 _.build_connector_meta
+_.build_connector_worker_meta
 _.clear_cache
 _.data_parallel_rank
 _.dead_error

@@ -7,6 +7,10 @@ from dataclasses import dataclass, field, replace
 from .types import Chunk, Decoded, PlanKind, Prefilled, Replay, Report, Request, Selection
 
 
+class Diverged(Exception):
+    """A decode engine that was left to sample freely chose other tokens than the client has."""
+
+
 @dataclass(slots=True)
 class _Sample:
     """What one sample's client has, and what of it a decode engine is about to repeat."""
@@ -15,6 +19,7 @@ class _Sample:
     chars: int = 0
     tokens_to_skip: int = 0
     chars_to_skip: int = 0
+    decoding: bool = False  # a decode engine has begun with it
     finished: bool = False
 
     def sent(self, chunk: Chunk) -> None:
@@ -23,8 +28,11 @@ class _Sample:
         self.finished |= chunk.finished
 
     def cut(self, chunk: Chunk) -> Chunk:
-        """The part of `chunk` that the client lacks."""
+        """The part of `chunk` that the client lacks. Raises Diverged if the other part differs."""
         tokens = min(self.tokens_to_skip, len(chunk.token_ids))
+        place = len(self.token_ids) - self.tokens_to_skip
+        if list(chunk.token_ids[:tokens]) != self.token_ids[place : place + tokens]:
+            raise Diverged
         chars = min(self.chars_to_skip, len(chunk.text))
         self.tokens_to_skip -= tokens
         self.chars_to_skip -= chars
@@ -60,6 +68,11 @@ class Answer:
         """Samples that have not finished."""
         return sum(not sample.finished for sample in self._samples)
 
+    @property
+    def kv_arrived(self) -> bool:
+        """Whether a decode engine has the KV for every sample."""
+        return all(sample.decoding or sample.finished for sample in self._samples)
+
     def early(self) -> list[Chunk]:
         """The first token, unless a stop string or half a character holds it back."""
         first = self._prefilled.first
@@ -78,13 +91,14 @@ class Answer:
         return tuple(repeated)
 
     def feed(self, step: Decoded) -> list[Chunk]:
-        """What of a decode step is new to the client."""
+        """What of a decode step is new to the client. Raises Diverged."""
         if step.transfer_s is not None:
             self._transfer_s = step.transfer_s
         if step.first_decode_s is not None:
             self._first_decode_s = step.first_decode_s
         self._recomputed |= step.recomputed
         sample = self._samples[step.chunk.index]
+        sample.decoding = True
         if sample.finished:
             return []  # it had finished before its engine was lost
         chunk = sample.cut(step.chunk)

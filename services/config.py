@@ -118,9 +118,11 @@ class KvConfig(Strict):
     carrier: Literal["auto", "grpc", "object_ref"] = "auto"
 
     host: str | None = None  # address prefill workers listen on; their own node's if absent
-    lease_s: Seconds = 30.0  # a lease nobody pulls is dropped after this time
+    lease_s: Seconds = 30.0  # a lease that its holder does not renew is dropped after this time
     max_held_bytes: PositiveInt = 4 << 30  # per worker; a prefill beyond it hands nothing over
     pull_timeout_s: Seconds = 20.0
+    overlap: bool = True  # decode begins to pull while the last of the KV is computed
+    streams: Annotated[int, Field(ge=1, le=16)] = 1  # connections that share one pull's layers
     on_failure: Literal["recompute", "fail"] = "recompute"
     tls: KvTls | None = None  # plaintext if absent
 

@@ -47,10 +47,14 @@ class FakeSpeculator:
 
 @dataclass(slots=True)
 class FakePrefiller:
-    """Answers with the first kept token; counts what it holds."""
+    """Answers with the first kept token; counts what it holds.
+
+    With `early`, the ticket is there before the first token.
+    """
 
     fails: list[SpecPrefillError | None] = field(default_factory=list)  # one per call
     ends_answer: bool = False  # the first token is the last
+    early: bool = False
     held: int = 0
     released: int = 0
     selections: list[Selection] = field(default_factory=list)
@@ -58,25 +62,60 @@ class FakePrefiller:
     @asynccontextmanager
     async def prefill(
         self, request: Request, selection: Selection, timeout_s: float
-    ) -> AsyncIterator[Prefilled]:
+    ) -> AsyncIterator[FakePrefilling]:
         """See the port."""
         del timeout_s
         error = self.fails.pop(0) if self.fails else None
-        if error is not None:
-            raise error
         self.selections.append(selection)
         token = selection.kept(request.prompt)[0]
         chunk = Chunk(0, (token,), text_of(token))
         ticket = Ticket("lease", "secret", ("peer:1",), "layout", selection.kept_tokens)
+        prefilled = Prefilled(chunk, ticket, queue_s=0.0, prefill_s=0.5)
         if self.ends_answer:
-            yield Prefilled(_finished(chunk, "stop"), None, queue_s=0.0, prefill_s=0.5)
-            return
-        self.held += 1
+            prefilled = Prefilled(_finished(chunk, "stop"), None, queue_s=0.0, prefill_s=0.5)
+        prefilling = FakePrefilling(self, error, ticket if self.early else None, prefilled)
         try:
-            yield Prefilled(chunk, ticket, queue_s=0.0, prefill_s=0.5)
+            yield prefilling
         finally:
-            self.held -= 1
-            self.released += 1
+            prefilling.kv_arrived()
+
+
+@dataclass(slots=True)
+class FakePrefilling:
+    """One call of a FakePrefiller."""
+
+    prefiller: FakePrefiller
+    error: SpecPrefillError | None
+    early: Ticket | None
+    result: Prefilled
+    holds: bool = False
+
+    async def ticket(self) -> Ticket | None:
+        """See the port."""
+        if self.early is not None:
+            self._hold()
+        return self.early
+
+    async def prefilled(self) -> Prefilled:
+        """See the port."""
+        await asyncio.sleep(0)
+        if self.error is not None:
+            raise self.error
+        if self.result.ticket is not None:
+            self._hold()
+        return self.result
+
+    def kv_arrived(self) -> None:
+        """See the port."""
+        if self.holds:
+            self.holds = False
+            self.prefiller.held -= 1
+            self.prefiller.released += 1
+
+    def _hold(self) -> None:
+        if not self.holds:
+            self.holds = True
+            self.prefiller.held += 1
 
 
 @dataclass(slots=True)
@@ -84,9 +123,11 @@ class FakeDecoder:
     """Streams the kept tokens, `max_tokens` of them, for every sample in turn.
 
     `fails` holds what to raise, one per call, before the token at `fails_at`; None: nothing.
+    `samples_first` is what it samples first where nothing is replayed.
     """
 
     max_tokens: int = 4
+    samples_first: int | None = None
     fails: list[SpecPrefillError | None] = field(default_factory=list)
     fails_at: int = 1
     closed: int = 0
@@ -105,6 +146,8 @@ class FakeDecoder:
         self.replays.append(replay)
         error = self.fails.pop(0) if self.fails else None
         tokens = selection.kept(request.prompt)[: self.max_tokens]
+        if self.samples_first is not None and not any(replay):
+            tokens[0] = self.samples_first
         try:
             for index in range(request.samples):
                 for place, token in enumerate(tokens):

@@ -7,7 +7,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 
-from .answer import Answer
+from .answer import Answer, Diverged
+from .begun import begun
 from .errors import (
     DeadlineExceeded,
     DecodeUnavailable,
@@ -17,8 +18,8 @@ from .errors import (
     SpeculatorUnavailable,
 )
 from .plan import Planner
-from .ports import Decoder, Prefiller, Speculator
-from .types import Chunk, PlanKind, Prefilled, Reason, Request, Selection, dense, whole
+from .ports import Decoder, Prefiller, Prefilling, Speculator
+from .types import Chunk, Decoded, PlanKind, Prefilled, Reason, Request, Selection, dense, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,15 @@ class Deadline:
         return left
 
 
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """The first token, and a decode that was begun before it was known."""
+
+    prefilling: Prefilling
+    prefilled: Prefilled
+    steps: AsyncIterator[Decoded] | None
+
+
 @dataclass(slots=True)
 class Pipeline:
     """Keep the prompt tokens that matter, prefill them, hand the KV over, stream the answer."""
@@ -45,6 +55,7 @@ class Pipeline:
     decoder: Decoder
     planner: Planner
     speculate_timeout_s: float = 10.0
+    overlap: bool = True  # decode pulls the KV while the last of it is computed
     attempts: int = 2  # engines per stage: a request that kills engines must not kill a pool
     now: Callable[[], float] = field(default=time.monotonic)
 
@@ -57,9 +68,9 @@ class Pipeline:
         started_s = self.now()
         deadline = Deadline(started_s + request.timeout_s, self.now)
         selection = await self._select(request, deadline)
-        async with self._prefilled(request, selection, deadline) as prefilled:
-            answer, ttft_s = Answer(request, prefilled), 0.0
-            chunks = self._chunks(request, selection, prefilled, answer, deadline)
+        async with self._started(request, selection, deadline) as start:
+            answer, ttft_s = Answer(request, start.prefilled), 0.0
+            chunks = self._chunks(request, selection, start, answer, deadline)
             async with aclosing(chunks) as stream:
                 async for chunk in stream:
                     ttft_s = ttft_s or self.now() - started_s
@@ -70,43 +81,63 @@ class Pipeline:
         self,
         request: Request,
         selection: Selection,
-        prefilled: Prefilled,
+        start: _Start,
         answer: Answer,
         deadline: Deadline,
     ) -> AsyncGenerator[Chunk, None]:
         """The first token at once, then the decode engine's; a lost engine is replaced."""
-        for chunk in answer.early():  # the client has it before the KV moves
+        for chunk in answer.early():  # the client has it, whether the KV has moved or not
             yield chunk
+        steps = start.steps
         for attempts_left in reversed(range(self.attempts)):
             if answer.open_samples == 0:
                 return
-            steps = self.decoder.decode(
-                request, selection, prefilled.ticket, answer.replay(), deadline.left_s()
-            )
+            replay = answer.replay()
+            if steps is None:
+                steps = self.decoder.decode(
+                    request, selection, start.prefilled.ticket, replay, deadline.left_s()
+                )
             try:
-                async with aclosing(steps) as stream:  # type: ignore[type-var]
-                    async for step in stream:
-                        for chunk in answer.feed(step):
-                            yield chunk
+                async with aclosing(_fed(answer, steps, start.prefilling)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+            except Diverged:
+                pass  # the next one is told what to repeat
             except DecodeUnavailable:
                 if attempts_left == 0:
                     raise
+            steps = None
 
     @asynccontextmanager
-    async def _prefilled(
+    async def _started(
         self, request: Request, selection: Selection, deadline: Deadline
-    ) -> AsyncIterator[Prefilled]:
+    ) -> AsyncIterator[_Start]:
         """The prefill, tried again elsewhere when its engine is lost: nothing was sent yet."""
-        async with AsyncExitStack() as held:
-            for attempts_left in reversed(range(self.attempts)):
+        for attempts_left in reversed(range(self.attempts)):
+            async with AsyncExitStack() as inside:
                 try:
-                    prefill = self.prefiller.prefill(request, selection, deadline.left_s())
-                    prefilled = await held.enter_async_context(prefill)
-                    break
+                    start = await self._start(inside, request, selection, deadline)
                 except PrefillUnavailable:
                     if attempts_left == 0:
                         raise
-            yield prefilled
+                    continue
+                yield start
+                return
+
+    async def _start(
+        self, inside: AsyncExitStack, request: Request, selection: Selection, deadline: Deadline
+    ) -> _Start:
+        """Prefill, and begin to decode while the last of the KV is still being computed."""
+        prefill = self.prefiller.prefill(request, selection, deadline.left_s())
+        prefilling = await inside.enter_async_context(prefill)
+        ticket = await prefilling.ticket()
+        steps: AsyncIterator[Decoded] | None = None
+        if ticket is not None and self.overlap:
+            decode = self.decoder.decode(
+                request, selection, ticket, ((),) * request.samples, deadline.left_s()
+            )
+            steps = await inside.enter_async_context(begun(decode))
+        return _Start(prefilling, await prefilling.prefilled(), steps)
 
     async def select(self, request: Request) -> Selection:
         """Which tokens would be kept, without answering.
@@ -133,3 +164,15 @@ class Pipeline:
             if left_s <= self.speculate_timeout_s:
                 raise
             return dense(len(request.prompt), Reason.SPECULATOR_TIMEOUT)
+
+
+async def _fed(
+    answer: Answer, steps: AsyncIterator[Decoded], prefilling: Prefilling
+) -> AsyncGenerator[Chunk, None]:
+    """What of a decode engine's steps is new to the client. Raises Diverged."""
+    async with aclosing(steps) as stream:  # type: ignore[type-var]
+        async for step in stream:
+            for chunk in answer.feed(step):
+                yield chunk
+            if answer.kv_arrived:
+                prefilling.kv_arrived()

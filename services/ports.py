@@ -21,16 +21,35 @@ class Speculator(Protocol):
         ...
 
 
+class Prefilling(Protocol):
+    """A prefill under way.
+
+    Both questions raise PrefillUnavailable, DeadlineExceeded, Overloaded or InvalidRequest.
+    """
+
+    async def ticket(self) -> Ticket | None:
+        """Ask first: a ticket, when the KV is nearly complete and a pull may begin.
+
+        None when the ticket comes with the result only, or there is none.
+        """
+        ...
+
+    async def prefilled(self) -> Prefilled:
+        """The first token, and the ticket for the KV."""
+        ...
+
+    def kv_arrived(self) -> None:
+        """The KV need not be held any longer."""
+        ...
+
+
 class Prefiller(Protocol):
     """Computes the kept tokens' KV and the first output token."""
 
     def prefill(
         self, request: Request, selection: Selection, timeout_s: float
-    ) -> AbstractAsyncContextManager[Prefilled]:
-        """Prefill on entry; the KV is held while inside and released on exit, always.
-
-        Raises PrefillUnavailable, DeadlineExceeded, Overloaded or InvalidRequest on entry.
-        """
+    ) -> AbstractAsyncContextManager[Prefilling]:
+        """Begin to prefill; on exit the engine stops, and the KV is released, always."""
         ...
 
 
@@ -50,7 +69,8 @@ class Decoder(Protocol):
         Each sample first repeats its tokens in `replay`: they are forced, one step each, so
         that penalties, grammars, stop strings and seeds count them as if sampled there. The
         pipeline drops what the client has already. Without a ticket, or when the pull fails,
-        the engine computes the prompt itself.
+        the engine computes the prompt itself. With an empty replay it samples freely: as the
+        prefill engine did, but for numerical noise.
 
         Raises DecodeUnavailable or DeadlineExceeded.
         """

@@ -53,5 +53,5 @@ class Probe:
     async def _prefill_s(self, request: Request) -> float:
         selection = whole(len(request.prompt), DENSE_PLAN)
         dense = replace(request, plan=DENSE_PLAN)
-        async with self.prefiller.prefill(dense, selection, self.timeout_s) as prefilled:
-            return prefilled.prefill_s
+        async with self.prefiller.prefill(dense, selection, self.timeout_s) as prefilling:
+            return (await prefilling.prefilled()).prefill_s

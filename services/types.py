@@ -199,10 +199,10 @@ Replay = tuple[tuple[int, ...], ...]  # per sample: output tokens to repeat befo
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """One step of a decode engine's stream, and, on the first, how long the KV took."""
+    """One step of a decode engine's stream, and, on the last, how long the KV took."""
 
     chunk: Chunk
-    transfer_s: float | None = None
+    transfer_s: float | None = None  # of the pull, what was not hidden behind the prefill
     first_decode_s: float | None = None
     recomputed: bool = False  # the pull failed; the pruned prompt was prefilled here
 
@@ -219,7 +219,7 @@ class Report:
     queue_s: float
     speculate_s: float
     prefill_s: float
-    transfer_s: float
+    transfer_s: float  # of the KV's way to decode, what was not hidden behind the prefill
     first_decode_s: float
     ttft_s: float  # until the first token left the pipeline
     recomputed: bool = False

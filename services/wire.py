@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import msgspec
 
+from .types import Prefilled, Ticket
+
 T = TypeVar("T")
+
+PrefillStep = tuple[Ticket | None, Prefilled | None]  # one of them
+PREFILL_STEP = cast("type[PrefillStep]", PrefillStep)
 
 _encoder = msgspec.msgpack.Encoder()
 

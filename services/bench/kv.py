@@ -1,8 +1,8 @@
 """How fast KV leaves a prefill worker, beside what the same bytes cost otherwise: `make bench-kv`.
 
-A child process holds leases of random frames and serves them as a prefill worker does; this
-process pulls them as a decode worker does, digests checked. In the same run: a bare gRPC
-stream of equal messages, a memory copy, and Ray's object store.
+A child process holds leases of random frames, each in memory of its own, and serves them as a
+prefill worker does; this process pulls them as a decode worker does, digests checked. In the
+same run: a bare gRPC stream of equal messages, a memory copy, and Ray's object store.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,26 +22,33 @@ import grpc
 import numpy as np
 
 from ..cluster import set_auth_mode
+from ..kv.announcements import Announcements
 from ..kv.channels import OPTIONS
-from ..kv.frames import Frame
+from ..kv.frames import FRAME_BYTES, Frame, seal
 from ..kv.leases import LeaseStore
-from ..kv.rpc import KvClient, KvServer
+from ..kv.objects import KvObject, collect
+from ..kv.pull import KvClient
+from ..kv.rpc import KvServer
+from ..types import Ticket
 from .report import markdown, provenance, write_json
 
 OUT = Path("out")
 SIZES_MB = (16, 64, 256)
-FRAME_BYTES = 1 << 20  # 512 tokens of 8 heads of 128 in bf16
+SECRET, FINGERPRINT = "secret", "bench"
+STREAMS = 2  # of the second client
 RAW = "/specprefill.bench/Raw"
 MB = 1 << 20
+RATIOS = (("grpc", "raw grpc"), ("object_ref", "ray put"), ("put of it", "ray put"))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print the table, write the JSON."""
     options = _options(argv)
-    with served() as address, stored():
+    with served(options.sizes) as address, stored():
         seconds = measure(address, options.sizes, options.repeats)
     rows = [_row(size, seconds[size]) for size in options.sizes]
-    headers = ["MB", *(f"{name} GB/s" for name in seconds[options.sizes[0]]), "grpc / raw"]
+    ways = [f"{name} GB/s" for name in seconds[options.sizes[0]]]
+    headers = ["MB", *ways, *(" / ".join(pair) for pair in RATIOS)]
     print(markdown(headers, rows))
     results = {
         "seconds": {str(size): times for size, times in seconds.items()},
@@ -53,18 +60,19 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def measure(
-    address: str, sizes: tuple[int, ...], repeats: int
-) -> dict[int, dict[str, list[float]]]:
+def measure(address: str, sizes: Sequence[int], repeats: int) -> dict[int, dict[str, list[float]]]:
     """Seconds of each way to move `size` MB, by size, then way; the ways take turns."""
-    client = KvClient()
+    client, parallel = KvClient(), KvClient(streams=STREAMS)
     channel = grpc.insecure_channel(address, options=OPTIONS)
-    ways: dict[str, Callable[[int, int], float]] = {
-        "grpc": lambda size, run: timed(lambda: pull(client, address, size, run)),
-        "raw grpc": lambda size, _run: timed(lambda: raw_stream(channel, size)),
-        "memcpy": lambda size, _run: copy_seconds(size),
-        "ray put": lambda size, _run: ray_seconds(size)[0],
-        "ray get": lambda size, _run: ray_seconds(size)[1],
+    ways: dict[str, Callable[[int], float]] = {
+        "grpc": lambda size: timed(lambda: pull(client, address, size)),
+        f"grpc x{STREAMS}": lambda size: timed(lambda: pull(parallel, address, size)),
+        "raw grpc": lambda size: timed(lambda: raw_stream(channel, size)),
+        "memcpy": copy_seconds,
+        "object_ref": lambda size: timed(lambda: store(address, size)),
+        "put of it": lambda size: put_seconds(address, size),
+        "ray put": lambda size: ray_seconds(size)[0],
+        "ray get": lambda size: ray_seconds(size)[1],
     }
     seconds: dict[int, dict[str, list[float]]] = {
         size: {name: [] for name in ways} for size in sizes
@@ -72,20 +80,24 @@ def measure(
     for run in range(repeats + 1):
         for size in sizes:
             for name, way in ways.items():
-                took = way(size, run)
+                took = way(size)
                 if run > 0:  # the first run pays for page faults and connections
                     seconds[size][name].append(took)
     channel.close()
     client.close()
+    parallel.close()
     return seconds
 
 
-def pull(client: KvClient, address: str, size: int, run: int) -> None:
+def pull(client: KvClient, address: str, size: int) -> None:
     """Pull one lease as a decode worker does. Raises unless every byte came."""
-    ticket = {"lease_id": lease_name(size, run), "secret": "secret"}
-    received = sum(len(frame.payload) for frame in client.pull(address, ticket, "bench", 0, 60.0))
-    if received != size * MB:
-        raise RuntimeError(f"{received} of {size * MB} bytes came")
+    ticket = {"lease_id": str(size), "secret": SECRET}
+    received: list[int] = []
+    client.pull(address, ticket, FINGERPRINT, 0, 60.0).into(
+        lambda frame: received.append(len(frame.payload))
+    )
+    if sum(received) != size * MB:
+        raise RuntimeError(f"{sum(received)} of {size * MB} bytes came")
 
 
 def raw_stream(channel: grpc.Channel, size: int) -> None:
@@ -94,6 +106,27 @@ def raw_stream(channel: grpc.Channel, size: int) -> None:
     received = sum(len(message) for message in stream(str(size).encode()))
     if received != size * MB:
         raise RuntimeError(f"{received} of {size * MB} bytes came")
+
+
+def store(address: str, size: int) -> None:
+    """From a worker's lease into the object store, as the carrier `object_ref` does."""
+    import ray
+
+    ray.put(collected(address, size))
+
+
+def put_seconds(address: str, size: int) -> float:
+    """The object store's part of that, the messages being here."""
+    import ray
+
+    kv = collected(address, size)
+    return timed(lambda: ray.put(kv))
+
+
+def collected(address: str, size: int) -> KvObject:
+    """One lease's messages. Raises KvTransferError."""
+    ticket = Ticket(str(size), SECRET, (address,), FINGERPRINT, tokens=1)
+    return collect(ticket, 0, 60.0)
 
 
 def copy_seconds(size: int) -> float:
@@ -122,11 +155,11 @@ def timed(action: Callable[[], object]) -> float:
 
 
 @contextmanager
-def served() -> Iterator[str]:
-    """A child process that holds leases; yields its `host:port`."""
+def served(sizes: Sequence[int]) -> Iterator[str]:
+    """A child process that holds leases of these sizes; yields its `host:port`."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    child = context.Process(target=_serve, args=(theirs,), daemon=True)
+    child = context.Process(target=_serve, args=(theirs, sizes), daemon=True)
     child.start()
     try:
         yield ours.recv()
@@ -148,32 +181,9 @@ def stored() -> Iterator[None]:
         ray.shutdown()
 
 
-def lease_name(size: int, run: int) -> str:
-    """Each pull uses a lease up, so each run has its own."""
-    return f"{size}-{run}"
-
-
-class _Endless(LeaseStore):
-    """A store whose leases are made when they are pulled: frames need no memory each."""
-
-    def __init__(self) -> None:
-        super().__init__(max_bytes=1 << 40, lease_s=3600.0, now=time.monotonic)
-        self._payload = np.random.default_rng(0).bytes(FRAME_BYTES)
-
-    def stream(self, lease_id: str, secret: str, *, timeout_s: float) -> Iterator[Frame]:
-        """Make the lease, then stream it as any other."""
-        size = int(lease_id.split("-")[0])
-        frames = size * MB // FRAME_BYTES
-        self.open(lease_id, secret, tokens=frames, uses=1)
-        for place in range(frames):
-            frame = Frame(0, place, place + 1, self._payload)
-            self.append(lease_id, frame, last=place == frames - 1)
-        return super().stream(lease_id, secret, timeout_s=timeout_s)
-
-
 class _RawHandler(grpc.GenericRpcHandler):
-    def __init__(self) -> None:
-        self._message = np.random.default_rng(0).bytes(FRAME_BYTES)
+    def __init__(self, messages: list[bytes]) -> None:
+        self._messages = messages
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
         if details.method != RAW:
@@ -181,27 +191,54 @@ class _RawHandler(grpc.GenericRpcHandler):
         return grpc.unary_stream_rpc_method_handler(self._stream)
 
     def _stream(self, message: bytes, _context: grpc.ServicerContext) -> Iterator[bytes]:
-        return iter([self._message] * (int(message) * MB // FRAME_BYTES))
+        return iter(self._messages[: int(message) * MB // FRAME_BYTES])
 
 
-def _serve(parent: Connection) -> None:
+def _serve(parent: Connection, sizes: Sequence[int]) -> None:
     """The child: the product's KV server and a bare stream on one port."""
-    server = KvServer(_Endless(), "bench", "127.0.0.1", more_handlers=[_RawHandler()])
+    rng = np.random.default_rng(0)
+    messages = [rng.bytes(FRAME_BYTES) for _ in range(max(sizes) * MB // FRAME_BYTES)]
+    server = KvServer(
+        _leases(messages, sizes),
+        Announcements(),
+        FINGERPRINT,
+        "127.0.0.1",
+        more_handlers=[_RawHandler(messages)],
+    )
     parent.send(server.start())
     parent.recv()
     server.stop()
 
 
+def _leases(messages: list[bytes], sizes: Sequence[int]) -> LeaseStore:
+    """One lease per size, named after it."""
+    leases = LeaseStore(max_bytes=1 << 40, lease_s=3600.0, now=time.monotonic)
+    for size in sizes:
+        leases.open(str(size), SECRET)
+        frames = size * MB // FRAME_BYTES
+        for layer, message in enumerate(messages[:frames]):
+            frame = seal(Frame(layer, 0, 1, message), str(size))
+            leases.append(str(size), frame, last=layer == frames - 1)
+    return leases
+
+
 def _row(size: int, seconds: dict[str, list[float]]) -> list[str]:
     median = {name: statistics.median(times) for name, times in seconds.items()}
     rates = [f"{size * MB / 1e9 / median[name]:.2f}" for name in median]
-    ratios = [raw / ours for raw, ours in zip(seconds["raw grpc"], seconds["grpc"], strict=True)]
-    return [str(size), *rates, f"{statistics.median(ratios):.2f}"]
+    ratios = [_ratio(seconds, *pair) for pair in RATIOS]
+    return [str(size), *rates, *(f"{ratio:.2f}" for ratio in ratios)]
+
+
+def _ratio(seconds: dict[str, list[float]], way: str, other: str) -> float:
+    """How fast `way` is, in units of `other`: the median over runs side by side."""
+    return statistics.median(
+        theirs / ours for ours, theirs in zip(seconds[way], seconds[other], strict=True)
+    )
 
 
 def _options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m specprefill.bench.kv", description=__doc__)
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES_MB, help="in MB")
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES_MB), help="in MB")
     parser.add_argument("--repeats", type=int, default=9, help="counted runs of each way")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default=str(OUT))

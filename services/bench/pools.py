@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 
 from .. import heap
@@ -13,12 +13,15 @@ from ..decode.service import DecodeService
 from ..engine.args import Role, engine_args
 from ..engine.engine import Engine
 from ..gain import NetGain
+from ..kv.holding import RemoteLeases
+from ..kv.prefilling import prefilling
 from ..kv.rpc import KvPeers
 from ..pipeline import Pipeline
 from ..policies import net_gain, planner
+from ..ports import Prefilling
 from ..prefill.service import PrefillService
 from ..speculator.service import SpeculatorService
-from ..types import Prefilled, Request, Selection
+from ..types import Request, Selection
 
 CPU_ENVIRONMENT = {
     "SPECPREFILL_CPU_ENGINE": "1",
@@ -36,27 +39,26 @@ class LocalPrefiller:
     """The `Prefiller` port over a service in this process."""
 
     service: PrefillService
-    releaser: KvPeers
+    leases: RemoteLeases
 
     @asynccontextmanager
     async def prefill(
         self, request: Request, selection: Selection, timeout_s: float
-    ) -> AsyncIterator[Prefilled]:
+    ) -> AsyncIterator[Prefilling]:
         """See `ports.Prefiller`."""
-        prefilled = await self.service.prefill(request, selection, timeout_s)
-        try:
-            yield prefilled
-        finally:
-            if prefilled.ticket is not None:
-                await self.releaser.release(prefilled.ticket)
+        async with (
+            aclosing(self.service.steps(request, selection, timeout_s)) as said,  # type: ignore[type-var]
+            prefilling(said, self.leases) as one,
+        ):
+            yield one
 
 
 @asynccontextmanager
 async def local_pipeline(config: AppConfig, gain: NetGain | None = None) -> AsyncIterator[Pipeline]:
     """Start the three services, and stop them at the end. `gain` decides what pays."""
     async with AsyncExitStack() as stack:
-        releaser = KvPeers()
-        stack.push_async_callback(releaser.close)
+        peers = KvPeers()
+        stack.push_async_callback(peers.close)
         speculator = await stack.enter_async_context(
             SpeculatorService.from_config(config.speculator, config.selection, config.model.path)
         )
@@ -68,10 +70,11 @@ async def local_pipeline(config: AppConfig, gain: NetGain | None = None) -> Asyn
         stack.callback(heap.thaw)
         yield Pipeline(
             speculator,
-            LocalPrefiller(prefill, releaser),
+            LocalPrefiller(prefill, peers),
             decode,
             planner(config.selection, net_gain(config) if gain is None else gain),
             config.speculator.timeout_s,
+            config.kv.overlap,
         )
 
 

@@ -125,11 +125,28 @@ def configuration(main: Path, speculator: Path, max_tokens: int) -> AppConfig:
     )
 
 
-def request(prompt_tokens: int, keep: float | None, vocabulary: int, rng: random.Random) -> Request:
+def prepare(max_tokens: int) -> tuple[AppConfig, int]:
+    """Write both models; the configuration that serves them, and the size of their vocabulary."""
+    folder = OUT.resolve() / "models"
+    tokenizer = Path(local_path("models/demo-main"))
+    write_model(folder / "bench-main", MAIN, tokenizer, max_tokens)
+    write_model(folder / "bench-speculator", SPECULATOR, tokenizer, max_tokens)
+    config = configuration(folder / "bench-main", folder / "bench-speculator", max_tokens)
+    vocabulary = json.loads((tokenizer / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    return config, vocabulary
+
+
+def request(
+    prompt_tokens: int,
+    keep: float | None,
+    vocabulary: int,
+    rng: random.Random,
+    output_tokens: int = OUTPUT_TOKENS,
+) -> Request:
     """A prompt of random tokens, so that no two have a prefix in common."""
     from vllm.sampling_params import SamplingParams
 
-    sampling = SamplingParams(temperature=0.0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
+    sampling = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True)
     return Request(
         request_id=f"{prompt_tokens}-{keep}-{rng.getrandbits(48):x}",
         prompt=tuple(rng.randrange(FIRST_TOKEN_ID, vocabulary) for _ in range(prompt_tokens)),
@@ -261,13 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_cpu_environment()
     arithmetic = flops_lines(args.lengths)
     print("\n".join(arithmetic), flush=True)
-    folder = OUT.resolve() / "models"
-    tokenizer = Path(local_path("models/demo-main"))
-    max_tokens = max(args.lengths) + 64
-    write_model(folder / "bench-main", MAIN, tokenizer, max_tokens)
-    write_model(folder / "bench-speculator", SPECULATOR, tokenizer, max_tokens)
-    config = configuration(folder / "bench-main", folder / "bench-speculator", max_tokens)
-    vocabulary = json.loads((tokenizer / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    config, vocabulary = prepare(max(args.lengths) + 64)
     runs = asyncio.run(measure(config, args.lengths, args.repeats, vocabulary, args.seed))
     rows = summary(runs)
     print(f"\n{table(rows)}\n\nmedian of {args.repeats} interleaved runs; {_planned(runs)}")

@@ -144,11 +144,10 @@ def _decoded(output: RequestOutput, index: int, first_s: float) -> Decoded:
     if not chunk.finished:
         return Decoded(chunk)
     pulled = output.kv_transfer_params or {}
-    transfer_s = pulled.get("pull_s", 0.0)
     return Decoded(
         chunk,
-        transfer_s=transfer_s,
-        first_decode_s=max(0.0, first_s - transfer_s),
+        transfer_s=pulled.get("exposed_s", 0.0),
+        first_decode_s=max(0.0, first_s - pulled.get("pull_s", 0.0)),
         recomputed=pulled.get("recomputed", False),
     )
 

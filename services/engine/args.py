@@ -86,6 +86,7 @@ def _transfer(kv: KvConfig, role: Role, peer: EngineConfig) -> KVTransferConfig:
             "max_held_bytes": kv.max_held_bytes,
             "pull_timeout_s": kv.pull_timeout_s,
             "tls": None if kv.tls is None else kv.tls.model_dump(),
+            "streams": kv.streams,
             "stages_layers": role is Role.PREFILL,
             "peer_tensor_parallel_size": peer.tensor_parallel_size,
             "peer_pipeline_parallel_size": peer.pipeline_parallel_size,

@@ -18,7 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorTransferResults,
 )
 
-from .handoff import HandoffConfig
+from .handoff import HandoffConfig, PullTimes
 from .handoff_scheduler import SchedulerHalf
 from .handoff_worker import WorkerHalf
 
@@ -68,7 +68,9 @@ class SpecPrefillConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def update_connector_output(self, connector_output: Any) -> None:
         """Pulls that ended, well or not."""
         self._scheduler.pulled(
-            connector_output.finished_recving or set(), connector_output.failed_recving or set()
+            connector_output.finished_recving or set(),
+            connector_output.failed_recving or set(),
+            connector_output.kv_connector_worker_meta,
         )
 
     def request_finished(
@@ -125,6 +127,10 @@ class SpecPrefillConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """Pulls that ended since the last step; aborted requests' pulls are cancelled."""
         return self._worker.results(finished_req_ids)
+
+    def build_connector_worker_meta(self) -> PullTimes | None:
+        """How long the pulls took that have ended since the last step."""
+        return self._worker.pull_times()
 
     def shutdown(self) -> None:
         """Stop serving and pulling."""

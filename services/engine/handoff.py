@@ -8,6 +8,7 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
 )
 
 from ..config import KvTls
@@ -22,6 +23,7 @@ class HandoffConfig:
     max_held_bytes: int
     pull_timeout_s: float
     tls: KvTls | None
+    streams: int
     stages_layers: bool  # this engine copies KV out layer by layer
     peer_tensor_parallel_size: int  # of the engines at the other end
     peer_pipeline_parallel_size: int
@@ -41,7 +43,6 @@ class Stage:
 
     lease_id: str
     secret: str
-    uses: int
     start: int
     stop: int
     tokens: int  # k, all prompt tokens of the request
@@ -66,3 +67,22 @@ class Orders(KVConnectorMetadata):  # type: ignore[misc]
     stages: list[Stage] = field(default_factory=list)
     pulls: list[Pull] = field(default_factory=list)
     drops: list[tuple[str, str]] = field(default_factory=list)  # (lease id, secret)
+
+
+@dataclass
+class PullTimes(KVConnectorWorkerMetadata):  # type: ignore[misc]
+    """How long ended pulls took after their KV was complete at the peer, by request."""
+
+    exposed_s: dict[str, float]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        """Of several ranks, the slowest counts."""
+        requests = self.exposed_s.keys() | other.exposed_s.keys()
+        return PullTimes(
+            {
+                request_id: max(
+                    self.exposed_s.get(request_id, 0.0), other.exposed_s.get(request_id, 0.0)
+                )
+                for request_id in requests
+            }
+        )

@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm.v1.request import Request, RequestStatus
 
-from .handoff import Endpoint, Orders, Pull, Stage
+from .handoff import Endpoint, Orders, Pull, PullTimes, Stage
 from .prefix import PositionHasher
 
 PRODUCE = "produce"  # in kv_transfer_params: stage this request under the lease it names
@@ -26,6 +26,7 @@ class _Produced:
 class _Consumed:
     started_s: float
     pull_s: float | None = None
+    exposed_s: float = 0.0  # of which after the KV was complete at the peer
     failed: bool = False
 
 
@@ -71,11 +72,13 @@ class SchedulerHalf:
             request.request_id, ticket, stop - tokens, stop, list(blocks)
         )
 
-    def pulled(self, finished: set[str], failed: set[str]) -> None:
+    def pulled(self, finished: set[str], failed: set[str], times: PullTimes | None) -> None:
         """Note how long the pulls took."""
+        exposed_s = {} if times is None else times.exposed_s
         for request_id in finished & self._consumed.keys():
             record = self._consumed[request_id]
             record.pull_s = time.monotonic() - record.started_s
+            record.exposed_s = exposed_s.get(request_id, record.pull_s)
             record.failed = request_id in failed
 
     def orders(self, step: Any) -> Orders:
@@ -99,7 +102,11 @@ class SchedulerHalf:
         record = self._consumed.pop(request.request_id, None)
         if record is None or record.pull_s is None:
             return None
-        return {"pull_s": record.pull_s, "recomputed": record.failed}
+        return {
+            "pull_s": record.pull_s,
+            "exposed_s": record.exposed_s,
+            "recomputed": record.failed,
+        }
 
     def _hand_over(self, request: Request) -> dict[str, Any] | None:
         """A ticket, if the prompt was computed to its end and the answer goes on."""
@@ -152,7 +159,6 @@ def _stage(orders: Orders, produced: _Produced, start: int, stop: int) -> None:
             Stage(
                 lease_id=lease["lease_id"],
                 secret=lease["secret"],
-                uses=lease["uses"],
                 start=start,
                 stop=stop,
                 tokens=produced.tokens,

@@ -17,13 +17,15 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.utils.network_utils import get_ip
 
 from ..errors import CorruptFrame, KvTransferError, LayoutMismatch
-from ..kv.frames import Frame
+from ..kv.announcements import Announcement, Announcements
+from ..kv.frames import FRAME_BYTES, Frame, from_token, pieces, seal
 from ..kv.leases import LeaseStore
-from ..kv.rpc import KvClient, KvPull, KvServer, from_token
+from ..kv.pull import KvClient, KvPull
+from ..kv.rpc import KvServer
 from ..kv.shards import Source, readers, sources
 from ..kv.tls import read_tls
 from ..types import Span
-from .handoff import Endpoint, HandoffConfig, Orders, Pull, Stage
+from .handoff import Endpoint, HandoffConfig, Orders, Pull, PullTimes, Stage
 from .layout import KvLayout, fingerprint, layout_of
 from .split import own_split, peer_split, worker_rank
 from .staging import Stager, stager_for
@@ -49,15 +51,17 @@ class WorkerHalf:
         self._leases = LeaseStore(
             max_bytes=config.max_held_bytes, lease_s=config.lease_s, now=time.monotonic
         )
-        self._client = KvClient(self._tls)
+        self._announcements = Announcements()
+        self._client = KvClient(self._tls, streams=config.streams)
         self._lock = threading.Lock()
         self._results = KVConnectorTransferResults()
         self._running: dict[str, KvPull] = {}
+        self._exposed_s: dict[str, float] = {}
         self._stopping = threading.Event()
 
     def start(self, caches: dict[str, torch.Tensor]) -> None:
         """Learn the layout, and listen if this engine hands KV over."""
-        self._layers = {name: extract_layer_index(name) for name in caches}
+        self._layers: dict[str, int] = {name: extract_layer_index(name) for name in caches}
         self._caches = {self._layers[name]: cache for name, cache in caches.items()}
         any_cache = next(iter(caches.values()))
         self._device = any_cache.device
@@ -91,6 +95,19 @@ class WorkerHalf:
         for order in orders.stages:
             kv = self._layout.read(cache, self._block_tensor(order.blocks), order.start, order.stop)
             self._stager.take(order, layer, kv)
+            if order.stop == order.tokens and layer == self._announced_layer(order):
+                self._announcements.tell(
+                    Announcement(order.lease_id, order.tokens, self._fingerprint)
+                )
+
+    def _announced_layer(self, order: Stage) -> int:
+        """Where in the last chunk the decode side may begin to pull.
+
+        It polls while it waits. So it waits for half a chunk only, unless the KV of chunks
+        before the last one is there to be moved meanwhile.
+        """
+        layers: list[int] = sorted(self._caches)
+        return layers[0 if order.start > 0 else len(layers) // 2]
 
     def finish_step(self, orders: Orders) -> None:
         """After the last layer: every copy is with its lease; drop what was aborted."""
@@ -108,6 +125,12 @@ class WorkerHalf:
             results, self._results = self._results, KVConnectorTransferResults()
             return results
 
+    def pull_times(self) -> PullTimes | None:
+        """Take the times of the pulls that have ended."""
+        with self._lock:
+            times, self._exposed_s = self._exposed_s, {}
+            return PullTimes(times) if times else None
+
     def stop(self) -> None:
         """Stop serving and pulling."""
         self._stopping.set()
@@ -119,7 +142,9 @@ class WorkerHalf:
     def _listen(self) -> None:
         self._stager: Stager = stager_for(self._device, self._append)
         host = get_ip() if self._config.host is None else self._config.host
-        self._server = KvServer(self._leases, self._fingerprint, host, tls=self._tls)
+        self._server = KvServer(
+            self._leases, self._announcements, self._fingerprint, host, tls=self._tls
+        )
         self._address = self._server.start()
         threading.Thread(target=self._sweep, name="kv-sweep", daemon=True).start()
 
@@ -131,17 +156,21 @@ class WorkerHalf:
                 logger.warning("leases expired unpulled: count=%d", expired)
 
     def _append(self, order: Stage, layer: int, payload: memoryview) -> None:
-        uses = order.uses * self._readers
-        self._leases.open(order.lease_id, order.secret, tokens=order.tokens, uses=uses)
-        last = order.stop == order.tokens and layer == max(self._caches)
-        frame = Frame(layer, order.start, order.stop, payload)
-        self._leases.append(order.lease_id, frame, last=last)
+        self._leases.open(order.lease_id, order.secret)
+        whole = order.stop == order.tokens and layer == max(self._caches)
+        for frame in pieces(Frame(layer, order.start, order.stop, payload), FRAME_BYTES):
+            last = whole and frame.stop == order.stop
+            self._leases.append(order.lease_id, seal(frame, order.lease_id), last=last)
 
     def _pull(self, order: Pull) -> None:
         """One pull, start to end; its outcome is told to the scheduler in the next step."""
         failed = False
+        started_s = time.monotonic()
         try:
-            self._fetch(order)
+            complete_s = self._fetch(order)
+            exposed_s = min(complete_s, time.monotonic() - started_s)
+            with self._lock:
+                self._exposed_s[order.request_id] = exposed_s
         except KvTransferError as error:
             failed = True
             logger.warning("pull failed: request=%s error=%s", order.request_id, error)
@@ -152,13 +181,14 @@ class WorkerHalf:
                 if failed:
                     self._results.failed_recving.add(order.request_id)
 
-    def _fetch(self, order: Pull) -> None:
+    def _fetch(self, order: Pull) -> float:
+        """Returns for how many seconds the KV was complete at the peer when all was here."""
         if order.ticket["fingerprint"] != self._fingerprint:
             raise LayoutMismatch("kv: the ticket's layout is not this engine's")
-        for source in sources(self._rank, self._split, self._peer_split):
-            self._fetch_from(source, order)
+        found = sources(self._rank, self._split, self._peer_split)
+        return max([self._fetch_from(source, order) for source in found])
 
-    def _fetch_from(self, source: Source, order: Pull) -> None:
+    def _fetch_from(self, source: Source, order: Pull) -> float:
         pull = self._client.pull(
             order.ticket["endpoints"][source.rank],
             order.ticket,
@@ -169,15 +199,22 @@ class WorkerHalf:
         with self._lock:
             self._running[order.request_id] = pull
         arrived = dict.fromkeys(range(source.layers.start, source.layers.stop), order.start)
-        for frame in pull:
-            lacking = from_token(frame, order.start)  # a relay streams the whole prompt
-            if lacking is not None and lacking.layer in arrived:  # not another stage's
-                self._store(source, order, lacking, arrived)
+        complete_s = pull.into(lambda frame: self._store(source, order, frame, arrived))
         if any(stop != order.stop for stop in arrived.values()):
             raise CorruptFrame("stream: some layers are not complete")
+        return complete_s
 
     def _store(self, source: Source, order: Pull, frame: Frame, arrived: dict[int, int]) -> None:
-        """Write a frame into the blocks. Frames of a layer come in token order, gapless."""
+        """Write a frame into the blocks, if this worker needs it.
+
+        Its peer may hold more layers, and a relay streams the whole prompt.
+        """
+        lacking = from_token(frame, order.start)
+        if lacking is not None and lacking.layer in arrived:
+            self._write(source, order, lacking, arrived)
+
+    def _write(self, source: Source, order: Pull, frame: Frame, arrived: dict[int, int]) -> None:
+        """Frames of a layer come in token order, gapless."""
         if arrived[frame.layer] != frame.start or frame.stop > order.stop:
             raise CorruptFrame(f"stream: layer {frame.layer} tokens {frame.start}:{frame.stop}")
         held = self._peer_split.heads_of(source.rank)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import torch
@@ -21,7 +22,7 @@ class Stager(Protocol):
         ...
 
     def flush(self) -> None:
-        """Return when the sink has everything taken in this step."""
+        """Return when the cache may be overwritten: everything taken has been copied."""
         ...
 
 
@@ -42,12 +43,14 @@ class HostStager:
 class DeviceStager:
     """The cache is on a GPU: copies go to pinned memory on a stream of their own.
 
-    A layer's bytes reach the sink when a later layer finds its copy done, or at the flush.
+    A layer's bytes go to the sink, on a thread of its own, when a later layer finds its copy
+    done, or at the flush.
     """
 
     def __init__(self, device: torch.device, sink: Sink) -> None:
         self._stream = torch.cuda.Stream(device)
         self._sink = sink
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-seal")  # keeps the order
         self._copying: deque[tuple[torch.cuda.Event, Stage, int, torch.Tensor]] = deque()
 
     def take(self, order: Stage, layer: int, kv: torch.Tensor) -> None:
@@ -73,7 +76,7 @@ class DeviceStager:
 
     def _hand_over(self) -> None:
         _, order, layer, pinned = self._copying.popleft()
-        self._sink(order, layer, _raw(pinned))
+        self._thread.submit(self._sink, order, layer, _raw(pinned))
 
 
 def stager_for(device: torch.device, sink: Sink) -> Stager:

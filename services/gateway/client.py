@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
@@ -39,6 +40,8 @@ from .spans import merged, protected_spans, special_spans
 from .surface import TASKS, RemoteEngineClient
 
 logger = logging.getLogger(__name__)
+
+_SEED_BITS = 31
 
 
 class Answering(Protocol):
@@ -187,6 +190,8 @@ class PipelineClient(RemoteEngineClient):
         admitted = self._admit(prompt, sampling_params, request_id, priority)
         params = admitted.sampling_params
         params.extra_args = _caller_args(params.extra_args)
+        if params.seed is None and params.temperature > 0:  # both engines must draw alike
+            params.seed = secrets.randbits(_SEED_BITS)
         controls = context.controls
         _refuse_unsupported(admitted, controls)
         request = Request(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +25,14 @@ from ..errors import (
     SpeculatorUnavailable,
     Unavailable,
 )
+from ..kv.holding import RemoteLeases
+from ..kv.prefilling import prefilling
+from ..ports import Prefilling
 from ..types import Decoded, Plan, Prefilled, Replay, Request, Selection, Ticket
 from .affinity import load_of
 
 logger = logging.getLogger(__name__)
 
-Release = Callable[[Ticket], Awaitable[None]]
 Carried = dict[str, list[ray.ObjectRef]]  # lease id -> one object per rank; empty: gRPC carries
 
 _RETRY_AFTER_S = 1.0
@@ -52,42 +54,47 @@ class ServeSpeculator:
 
 @dataclass(frozen=True, slots=True)
 class ServePrefiller:
-    """The prefill pool. Leases are released straight at the worker that holds them.
+    """The prefill pool. Leases are kept straight at the worker that holds them.
 
     `carried` keeps the KV that Ray carries, by lease: dropping the references frees it.
     """
 
     handle: DeploymentHandle
-    release: Release
+    leases: RemoteLeases
     carried: Carried
 
     @asynccontextmanager
     async def prefill(
         self, request: Request, selection: Selection, timeout_s: float
-    ) -> AsyncIterator[Prefilled]:
+    ) -> AsyncIterator[Prefilling]:
         """See `ports.Prefiller`."""
+        payload = wire.pack((request, selection, timeout_s))
         with mapped_errors("prefill", PrefillUnavailable):
-            payload = wire.pack((request, selection, timeout_s))
             load = wire.pack(load_of(request.prompt, selection))
-            reply, objects = await _call(self.handle, "prefill", timeout_s, payload, load)
-        prefilled = wire.unpack(reply, Prefilled)
-        ticket = prefilled.ticket
-        if ticket is None:
-            yield prefilled
-            return
-        self.carried[ticket.lease_id] = objects
-        try:
-            yield prefilled
-        finally:
-            del self.carried[ticket.lease_id]
-            await asyncio.shield(self._release(ticket))
+            call = self.handle.options(method_name="prefill", stream=True)
+            stream = call.remote(payload, load)
+        items = _items(stream, "prefill", PrefillUnavailable, timeout_s)
+        async with (
+            aclosing(self._said(items)) as said,
+            prefilling(said, self.leases) as one,
+        ):
+            yield one
 
-    async def _release(self, ticket: Ticket) -> None:
-        """An answer is not lost for a lease that could not be released: it expires by itself."""
-        try:
-            await self.release(ticket)
-        except SpecPrefillError as error:
-            logger.warning("lease_id=%s not released: %s", ticket.lease_id, error)
+    async def _said(self, items: AsyncGenerator[Any]) -> AsyncGenerator[Ticket | Prefilled]:
+        """Perhaps a ticket, then the result. What Ray carries is kept until this is closed."""
+        async with aclosing(items):
+            async for payload, objects in items:
+                early, prefilled = wire.unpack(payload, wire.PREFILL_STEP)
+                if early is not None:
+                    yield early
+                elif prefilled is not None:
+                    ticket = prefilled.ticket
+                    lease_id = "" if ticket is None else ticket.lease_id
+                    self.carried[lease_id] = objects
+                    try:
+                        yield prefilled
+                    finally:
+                        self.carried.pop(lease_id, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,23 +113,32 @@ class ServeDecoder:
         timeout_s: float,
     ) -> AsyncIterator[Decoded]:
         """See `ports.Decoder`."""
-        deadline = asyncio.get_running_loop().time() + timeout_s
         payload = wire.pack((request, selection, ticket, replay, timeout_s))
         with mapped_errors("decode", DecodeUnavailable):
             objects = [] if ticket is None else self.carried.get(ticket.lease_id, [])
             call = self.handle.options(method_name="decode", stream=True)
             stream = call.remote(payload, objects)
-        try:
-            while True:
-                with mapped_errors("decode", DecodeUnavailable):
-                    try:
-                        async with asyncio.timeout_at(deadline):
-                            step = await anext(stream)
-                    except StopAsyncIteration:
-                        return
-                yield wire.unpack(step, Decoded)
-        finally:
-            stream.cancel()  # otherwise a cancelled caller may leave the replica decoding
+        async with aclosing(_items(stream, "decode", DecodeUnavailable, timeout_s)) as items:
+            async for item in items:
+                yield wire.unpack(item, Decoded)
+
+
+async def _items(
+    stream: Any, pool: str, unavailable: type[Unavailable], timeout_s: float
+) -> AsyncGenerator[Any]:
+    """What a replica streams, until `timeout_s` have passed."""
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    try:
+        while True:
+            with mapped_errors(pool, unavailable):
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        item = await anext(stream)
+                except StopAsyncIteration:
+                    return
+            yield item
+    finally:
+        stream.cancel()  # otherwise a cancelled caller may leave the replica working
 
 
 @contextmanager

@@ -47,10 +47,11 @@ class GatewayReplica:
         gain = net_gain(self._config)
         pipeline = Pipeline(
             speculator=ServeSpeculator(speculator),
-            prefiller=ServePrefiller(prefill, self._peers.release, carried),
+            prefiller=ServePrefiller(prefill, self._peers, carried),
             decoder=ServeDecoder(decode, carried),
             planner=planner(self._config.selection, gain),
             speculate_timeout_s=self._config.speculator.timeout_s,
+            overlap=self._config.kv.overlap,
         )
         self._client = build_client(self._config, MeasuredPipeline(pipeline, gain.learn))
         self._calibration = calibration(pipeline, gain.models, self._client.model_config)

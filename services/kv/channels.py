@@ -10,6 +10,7 @@ OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.so_reuseport", 0),  # a stale peer on the same port must be an error
+    ("grpc.use_local_subchannel_pool", 1),  # a channel is a connection: streams run in parallel
 ]
 
 

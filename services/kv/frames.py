@@ -1,13 +1,16 @@
 """KV frames on the wire: a msgpack header, then raw bytes; a digest over both; no pickle.
 
 A frame holds the KV of tokens `[start, stop)` of one layer in the canonical order
-`[token, k|v, head, dim]`, so that it fits any block size on the other side. The stream
-ends with a trailer that counts the frames: a truncated stream is not a complete one.
+`[token, k|v, head, dim]`, so that it fits any block size on the other side. It is sealed into
+its message once, where it is made; every pull sends that message. The stream ends with a
+trailer that counts the frames: a truncated stream is not a complete one.
 """
 
 from __future__ import annotations
 
+import math
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import msgpack
@@ -15,8 +18,10 @@ from xxhash import xxh3_64_intdigest
 
 from ..errors import CorruptFrame
 
+FRAME_BYTES = 512 << 10  # messages much larger or smaller than this move slower
+TRAILER_LAYER = -1
+_UNKNOWN = -1
 _LENGTH = struct.Struct("!I")
-_TRAILER_LAYER = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +35,66 @@ class Frame:
 
 
 @dataclass(frozen=True, slots=True)
+class SealedFrame:
+    """A frame as its message, bound to its lease."""
+
+    layer: int
+    start: int
+    stop: int
+    message: bytes
+
+    def from_token(self, start: int, lease_id: str) -> bytes | None:
+        """The message of the part from token `start` on: the puller has the tokens before."""
+        if start <= self.start:
+            return self.message
+        part = from_token(Frame(self.layer, self.start, self.stop, _split(self.message)[1]), start)
+        return None if part is None else encode(part, lease_id)
+
+
+@dataclass(frozen=True, slots=True)
 class Trailer:
-    """The end of a stream: how many frames came before."""
+    """The end of a stream: how many frames came before, and since when all were there."""
 
     frames: int
+    complete_us: int | None = None  # None: not known
+
+    @property
+    def complete_s(self) -> float:
+        """Seconds between the completion of the KV and the end of the stream."""
+        return math.inf if self.complete_us is None else self.complete_us / 1e6
+
+
+def seal(frame: Frame, lease_id: str) -> SealedFrame:
+    """The one copy between a cache and the network."""
+    return SealedFrame(frame.layer, frame.start, frame.stop, encode(frame, lease_id))
+
+
+def pieces(frame: Frame, max_bytes: int) -> Iterator[Frame]:
+    """`frame` cut into frames of at most `max_bytes`, but of one token at the least."""
+    view, tokens = memoryview(frame.payload), frame.stop - frame.start
+    token_bytes = len(view) // tokens
+    step = max(1, max_bytes // token_bytes)
+    for first in range(0, tokens, step):
+        last = min(first + step, tokens)
+        payload = view[first * token_bytes : last * token_bytes]
+        yield Frame(frame.layer, frame.start + first, frame.start + last, payload)
+
+
+def from_token(frame: Frame, start: int) -> Frame | None:
+    """The part of `frame` from token `start` on: the puller has the tokens before."""
+    if frame.stop <= start:
+        return None
+    if frame.start >= start:
+        return frame
+    skipped = (start - frame.start) * (len(frame.payload) // (frame.stop - frame.start))
+    return Frame(frame.layer, start, frame.stop, memoryview(frame.payload)[skipped:])
 
 
 def encode(item: Frame | Trailer, lease_id: str) -> bytes:
     """One message. The digest binds the frame to its lease and its place."""
     if isinstance(item, Trailer):
-        return _message([_TRAILER_LAYER, item.frames, 0], b"", lease_id)
+        complete_us = _UNKNOWN if item.complete_us is None else item.complete_us
+        return _message([TRAILER_LAYER, item.frames, complete_us], b"", lease_id)
     return _message([item.layer, item.start, item.stop], item.payload, lease_id)
 
 
@@ -51,9 +106,14 @@ def decode(message: bytes, lease_id: str) -> Frame | Trailer:
         raise CorruptFrame(f"frame: {len(payload)} payload bytes, header says {size}")
     if digest != _digest([layer, start, stop], payload, lease_id):
         raise CorruptFrame("frame: digest differs")
-    if layer == _TRAILER_LAYER:
-        return Trailer(frames=start)
+    if layer == TRAILER_LAYER:
+        return Trailer(frames=start, complete_us=None if stop == _UNKNOWN else stop)
     return Frame(layer, start, stop, payload)
+
+
+def layer_of(message: bytes) -> int:
+    """The layer that an undamaged message belongs to, TRAILER_LAYER for the trailer."""
+    return _split(message)[0][0]
 
 
 def _message(place: list[int], payload: bytes | memoryview, lease_id: str) -> bytes:

@@ -1,7 +1,10 @@
 """KV held for a decode engine: under a lease, bounded in time and bytes, released once.
 
-Pure and thread-safe: the engine's worker appends frames while a gRPC thread streams them.
+Pure and thread-safe: the engine's worker appends frames while gRPC threads stream them.
 Time is handed in (`now`), so that expiry is testable without waiting.
+
+A lease lasts while its holder (whoever got the ticket) renews it. Until anybody has shown to
+know it, by a pull or a renewal, it lasts `unclaimed_s` only: the ticket may have been lost.
 """
 
 from __future__ import annotations
@@ -13,20 +16,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ..errors import LeaseNotFound
-from .frames import Frame
+from .frames import SealedFrame
 
+UNCLAIMED_S = 2.0
 _TOMBSTONES = 4096
 
 
 @dataclass(slots=True)
 class _Lease:
     secret: str
-    tokens: int  # k
     frames_expected: int | None = None  # known once the last layer of the last chunk is in
-    uses_left: int = 1
+    complete_s: float | None = None  # when that was
     readers: int = 0
+    claimed: bool = False  # somebody has pulled or renewed it
     expires_s: float | None = None  # the clock starts when the KV is complete
-    frames: list[Frame] = field(default_factory=list)
+    frames: list[SealedFrame] = field(default_factory=list)
     bytes_held: int = 0
 
     @property
@@ -41,7 +45,7 @@ class LeaseGauges:
     leases: int
     bytes_held: int
     opened_total: int
-    pulled_total: int
+    pulled_total: int  # streams read to their end
     released_total: int
     expired_total: int
     dropped_total: int  # over the byte cap
@@ -51,9 +55,17 @@ class LeaseGauges:
 class LeaseStore:
     """Frames of finished and running prefills, waiting to be pulled."""
 
-    def __init__(self, *, max_bytes: int, lease_s: float, now: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        *,
+        max_bytes: int,
+        lease_s: float,
+        now: Callable[[], float],
+        unclaimed_s: float = UNCLAIMED_S,
+    ) -> None:
         self._max_bytes = max_bytes
         self._lease_s = lease_s
+        self._unclaimed_s = min(unclaimed_s, lease_s)
         self._now = now
         self._changed = threading.Condition()
         self._leases: dict[str, _Lease] = {}
@@ -62,14 +74,14 @@ class LeaseStore:
         self._stranded_bytes = 0
         self._totals = {"opened": 0, "pulled": 0, "released": 0, "expired": 0, "dropped": 0}
 
-    def open(self, lease_id: str, secret: str, *, tokens: int, uses: int) -> None:
-        """Begin to hold KV of `tokens` prompt tokens for `uses` pulls. Idempotent."""
+    def open(self, lease_id: str, secret: str) -> None:
+        """Begin to hold KV. Idempotent."""
         with self._changed:
             if lease_id not in self._leases and lease_id not in self._gone:
-                self._leases[lease_id] = _Lease(secret, tokens, uses_left=uses)
+                self._leases[lease_id] = _Lease(secret)
                 self._totals["opened"] += 1
 
-    def append(self, lease_id: str, frame: Frame, *, last: bool) -> None:
+    def append(self, lease_id: str, frame: SealedFrame, *, last: bool) -> None:
         """Hold one more frame; a lease that is gone swallows it.
 
         Over the byte cap the lease is dropped: the decode engine recomputes its prompt.
@@ -78,7 +90,7 @@ class LeaseStore:
             lease = self._leases.get(lease_id)
             if lease is None:
                 return
-            size = len(frame.payload)
+            size = len(frame.message)
             if self._bytes_held + size > self._max_bytes:
                 self._drop(lease_id, "dropped")
                 return
@@ -87,26 +99,45 @@ class LeaseStore:
             self._bytes_held += size
             if last:
                 lease.frames_expected = len(lease.frames)
-                lease.expires_s = self._now() + self._lease_s
+                lease.complete_s = self._now()
+                self._restart_clock(lease)
             self._changed.notify_all()
 
-    def stream(self, lease_id: str, secret: str, *, timeout_s: float) -> Iterator[Frame]:
+    def stream(self, lease_id: str, secret: str, *, timeout_s: float) -> Iterator[SealedFrame]:
         """Yield every frame in order, waiting for those still being computed.
 
-        A stream read to its end uses the lease up once. Raises LeaseNotFound when the lease
-        is unknown, gone, or not complete within `timeout_s`, or when the secret is wrong.
+        Raises LeaseNotFound when the lease is unknown, gone, or not complete within
+        `timeout_s`, or when the secret is wrong.
         """
         give_up_s = self._now() + timeout_s
         lease = self._enter(lease_id, secret)
-        sent, used = 0, False
+        sent, whole = 0, False
         try:
-            while not used:
+            while not whole:
                 frames, last = self._next(lease_id, lease, sent, give_up_s)
                 sent += len(frames)
                 yield from frames
-                used = last
+                whole = last
         finally:
-            self._leave(lease_id, lease, used=used)
+            self._leave(lease_id, lease, whole=whole)
+
+    def renew(self, lease_id: str, secret: str) -> bool:
+        """Somebody still wants the KV: start the lease's time again. False if it is gone."""
+        with self._changed:
+            lease = self._leases.get(lease_id)
+            if lease is None or not hmac.compare_digest(lease.secret, secret):
+                return False
+            lease.claimed = True
+            self._restart_clock(lease)
+            return True
+
+    def complete_for_s(self, lease_id: str) -> float | None:
+        """Seconds since the last frame came. None if it has not, or the lease is gone."""
+        with self._changed:
+            lease = self._leases.get(lease_id)
+            if lease is None or lease.complete_s is None:
+                return None
+            return self._now() - lease.complete_s
 
     def release(self, lease_id: str, secret: str) -> bool:
         """Drop the lease, whatever its state. False if it was gone before (idempotent)."""
@@ -162,11 +193,12 @@ class LeaseStore:
             if lease is None or not hmac.compare_digest(lease.secret, secret):
                 raise LeaseNotFound(f"lease {lease_id}: {self._gone.get(lease_id, 'unknown')}")
             lease.readers += 1
+            lease.claimed = True
             return lease
 
     def _next(
         self, lease_id: str, lease: _Lease, sent: int, give_up_s: float
-    ) -> tuple[list[Frame], bool]:
+    ) -> tuple[list[SealedFrame], bool]:
         with self._changed:
             while self._leases.get(lease_id) is lease:
                 if len(lease.frames) > sent or lease.complete:
@@ -178,16 +210,18 @@ class LeaseStore:
                 self._changed.wait(left_s)
             raise LeaseNotFound(f"lease {lease_id}: {self._gone.get(lease_id, 'gone')}")
 
-    def _leave(self, lease_id: str, lease: _Lease, *, used: bool) -> None:
+    def _leave(self, lease_id: str, lease: _Lease, *, whole: bool) -> None:
         with self._changed:
             lease.readers -= 1
-            if self._leases.get(lease_id) is not lease:
-                return
-            lease.uses_left -= used
-            if lease.uses_left == 0:
-                self._drop(lease_id, "pulled")
-            elif lease.complete:
-                lease.expires_s = self._now() + self._lease_s
+            self._totals["pulled"] += whole
+            if self._leases.get(lease_id) is lease:
+                self._restart_clock(lease)
+
+    def _restart_clock(self, lease: _Lease) -> None:
+        """A lease whose KV is still being computed has no clock."""
+        if lease.complete:
+            lasts_s = self._lease_s if lease.claimed else self._unclaimed_s
+            lease.expires_s = self._now() + lasts_s
 
     def _drop(self, lease_id: str, why: str) -> None:
         lease = self._leases.pop(lease_id)

@@ -1,14 +1,13 @@
-"""KV as one object: collected from a prefill worker, offered again beside a decode worker.
+"""KV as an object: collected from a prefill worker, offered again beside a decode worker.
 
-The bytes are the very messages of the KV stream (frames with their digests, and the trailer),
-each behind its length. Whoever carries the object (Ray's object store) need not understand
-them, and the decode worker checks the digests that the prefill worker made.
+An object is the very messages of the KV stream (frames with their digests, and the trailer),
+as arrays over the bytes that came: Ray's object store copies each where it belongs and hands
+it out without a copy. The decode worker checks the digests that the prefill worker made.
 """
 
 from __future__ import annotations
 
 import hmac
-import struct
 import threading
 from collections.abc import Iterator
 from concurrent import futures
@@ -16,54 +15,50 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import KvTransferError
+from ..errors import CorruptFrame, KvTransferError
 from ..types import Ticket
 from .channels import OPTIONS, channel, listen
-from .rpc import PULL, transfer_error
+from .frames import TRAILER_LAYER, Trailer, decode, encode, layer_of
+from .pull import transfer_error
+from .rpc import PULL, PullQuery
 from .tls import MutualTls
 
-_LENGTH = struct.Struct("!I")
-
-KvObject = NDArray[np.uint8]  # [bytes]: length, message, length, message, ...
+KvObject = list[NDArray[np.uint8]]  # one message each, [bytes]
 
 
 def collect(ticket: Ticket, rank: int, timeout_s: float, tls: MutualTls | None = None) -> KvObject:
-    """Pull one rank's KV from its worker. Uses the lease up. Raises KvTransferError."""
-    query = {
-        "lease_id": ticket.lease_id,
-        "secret": ticket.secret,
-        "fingerprint": ticket.fingerprint,
-        "start": 0,
-        "timeout_s": timeout_s,
-    }
-    parts: list[bytes] = []
+    """Pull one rank's KV from its worker, undigested. Raises KvTransferError."""
+    query = PullQuery(ticket.lease_id, ticket.secret, ticket.fingerprint, 0, timeout_s)
     try:
         with channel(ticket.endpoints[rank], tls) as opened:
             stream: Any = opened.unary_stream(PULL)
-            for message in stream(msgpack.packb(query), timeout=timeout_s):
-                parts += (_LENGTH.pack(len(message)), message)
+            came = stream(query.packed(), timeout=timeout_s)
+            kv = [np.frombuffer(message, dtype=np.uint8) for message in came]
     except grpc.RpcError as error:
         raise transfer_error(error) from error
-    if not parts:
+    if not kv:
         raise KvTransferError("kv: the worker sent nothing")
-    return np.frombuffer(b"".join(parts), dtype=np.uint8)
+    return kv
 
 
-def messages(kv: KvObject) -> Iterator[bytes]:
-    """The messages inside an object. Raises KvTransferError if it is cut short."""
-    view = kv.data
-    place = 0
-    while place < len(view):
-        stop = place + _LENGTH.size
-        size = _LENGTH.unpack_from(view, place)[0] if stop <= len(view) else len(view)
-        if stop + size > len(view):
-            raise KvTransferError("kv: the object is cut short")
-        yield bytes(view[stop : stop + size])
-        place = stop + size
+def part_of(kv: KvObject, query: PullQuery) -> Iterator[bytes]:
+    """The messages of a query's layers, then a trailer. Raises KvTransferError if some lack."""
+    sent = 0
+    for seen, message in enumerate(map(bytes, kv)):
+        layer = layer_of(message)
+        if layer == TRAILER_LAYER:
+            trailer = decode(message, query.lease_id)
+            if not isinstance(trailer, Trailer) or trailer.frames != seen:
+                raise CorruptFrame("kv: the object lacks frames")
+            yield encode(Trailer(sent), query.lease_id)
+            return
+        if query.wants(layer):
+            sent += 1
+            yield message
+    raise CorruptFrame("kv: the object has no trailer")
 
 
 @dataclass(slots=True)
@@ -112,16 +107,16 @@ class KvRelay:
             self._offers.pop(ticket.lease_id, None)
 
     def pull(self, message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-        """Stream an object's messages, all of them: the worker skips what it has."""
-        query = msgpack.unpackb(message)
+        """Stream an object's messages, from its first token on: the worker skips what it has."""
+        query = PullQuery.unpacked(message)
         with self._lock:
-            offer = self._offers.get(query["lease_id"])
-        if offer is None or not hmac.compare_digest(offer.secret, query["secret"]):
+            offer = self._offers.get(query.lease_id)
+        if offer is None or not hmac.compare_digest(offer.secret, query.secret):
             context.abort(grpc.StatusCode.NOT_FOUND, "kv: nothing is offered under this lease")
-        elif offer.fingerprint != query["fingerprint"]:
+        elif offer.fingerprint != query.fingerprint:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, "kv: layouts differ")
         else:
-            yield from messages(offer.kv)
+            yield from part_of(offer.kv, query)
 
 
 class _Handler(grpc.GenericRpcHandler):

@@ -1,34 +1,64 @@
-"""The KV stream between workers, over gRPC with raw messages (frames are not protobuf).
+"""What a worker serves on its KV port, over gRPC with raw messages (frames are not protobuf).
 
-`Pull` streams a lease's frames and `Release` drops a lease; the lease's secret authenticates
-both. `Drain` waits until nothing is held, `Stats` tells what is. Messages are msgpack maps.
+`Pull` streams a lease's frames, `Renew` prolongs a lease and `Release` drops it; the lease's
+secret authenticates them. `Watch` tells which leases may be pulled now, `Drain` waits until
+nothing is held, `Stats` tells what is. Messages are msgpack maps.
 """
 
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent import futures
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import grpc
 import msgpack
 
-from ..errors import CorruptFrame, KvTransferError, LayoutMismatch, LeaseNotFound
+from ..errors import LeaseNotFound
 from ..types import Ticket
-from .channels import OPTIONS, aio_channel, channel, listen
-from .frames import Frame, Trailer, decode, encode
+from .announcements import Announcement, Announcements
+from .channels import OPTIONS, aio_channel, listen
+from .frames import Trailer, encode
 from .leases import LeaseGauges, LeaseStore
 from .tls import MutualTls
 
 SERVICE = "specprefill.v1.KvCache"
 PULL = f"/{SERVICE}/Pull"
+RENEW = f"/{SERVICE}/Renew"
 RELEASE = f"/{SERVICE}/Release"
+WATCH = f"/{SERVICE}/Watch"
 DRAIN = f"/{SERVICE}/Drain"
 STATS = f"/{SERVICE}/Stats"
 _CALL_TIMEOUT_S = 2.0
+_THREADS = 64  # each pull under way and each drain holds one
+
+
+@dataclass(frozen=True, slots=True)
+class PullQuery:
+    """What a pull asks for: the layers with `layer % parts == part`, from token `start` on."""
+
+    lease_id: str
+    secret: str
+    fingerprint: str
+    start: int
+    timeout_s: float  # for a lease that is still being computed
+    part: int = 0
+    parts: int = 1
+
+    def packed(self) -> bytes:
+        """As a message."""
+        return _packed(asdict(self))
+
+    @classmethod
+    def unpacked(cls, message: bytes) -> PullQuery:
+        """Inverse of `packed`."""
+        return cls(**msgpack.unpackb(message))
+
+    def wants(self, layer: int) -> bool:
+        """Whether the layer is in this query's part."""
+        return layer % self.parts == self.part
 
 
 class KvServer:
@@ -37,14 +67,16 @@ class KvServer:
     def __init__(
         self,
         leases: LeaseStore,
+        announcements: Announcements,
         fingerprint: str,
         host: str,
         *,
         tls: MutualTls | None = None,
-        threads: int = 8,
+        threads: int = _THREADS,
         more_handlers: Sequence[grpc.GenericRpcHandler] = (),
     ) -> None:
         self._leases = leases
+        self._announcements = announcements
         self._fingerprint = fingerprint
         self._host = host
         self._tls = tls
@@ -65,27 +97,41 @@ class KvServer:
         self._server.stop(grace=0).wait()
 
     def pull(self, message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-        """Stream a lease's frames and the trailer."""
-        query = msgpack.unpackb(message)
-        if query["fingerprint"] != self._fingerprint:
+        """Stream a lease's frames and the trailer. gRPC takes the next one when it has room."""
+        query = PullQuery.unpacked(message)
+        if query.fingerprint != self._fingerprint:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, "kv: layouts differ")
-        lease_id, start = query["lease_id"], query["start"]
-        frames = self._leases.stream(lease_id, query["secret"], timeout_s=query["timeout_s"])
+        frames = self._leases.stream(query.lease_id, query.secret, timeout_s=query.timeout_s)
         sent = 0
         try:
             for frame in frames:
-                part = from_token(frame, start)
+                wanted = query.wants(frame.layer)
+                part = frame.from_token(query.start, query.lease_id) if wanted else None
                 if part is not None:
                     sent += 1
-                    yield encode(part, lease_id)
+                    yield part
         except LeaseNotFound as error:
             context.abort(grpc.StatusCode.NOT_FOUND, str(error))
-        yield encode(Trailer(sent), lease_id)
+        yield encode(self._trailer(sent, query.lease_id), query.lease_id)
+
+    def _trailer(self, sent: int, lease_id: str) -> Trailer:
+        complete_s = self._leases.complete_for_s(lease_id)
+        return Trailer(sent, None if complete_s is None else round(complete_s * 1e6))
+
+    def renew(self, message: bytes, _context: grpc.ServicerContext) -> bytes:
+        """Start a lease's time again; tell whether it is still there."""
+        query = msgpack.unpackb(message)
+        return _packed(self._leases.renew(query["lease_id"], query["secret"]))
 
     def release(self, message: bytes, _context: grpc.ServicerContext) -> bytes:
         """Drop a lease. Idempotent."""
         query = msgpack.unpackb(message)
         return _packed(self._leases.release(query["lease_id"], query["secret"]))
+
+    def watch(self, _message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        """Stream announcements for as long as the caller listens."""
+        for announcement in self._announcements.listen(context.add_callback):
+            yield _packed(asdict(announcement))
 
     def drain(self, message: bytes, _context: grpc.ServicerContext) -> bytes:
         """Wait, at most the query's `timeout_s`, until every lease is gone; tell whether."""
@@ -103,7 +149,10 @@ class _Handler(grpc.GenericRpcHandler):
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
         if details.method == PULL:
             return grpc.unary_stream_rpc_method_handler(self._server.pull)
+        if details.method == WATCH:
+            return grpc.unary_stream_rpc_method_handler(self._server.watch)
         unary = {
+            RENEW: self._server.renew,
             RELEASE: self._server.release,
             DRAIN: self._server.drain,
             STATS: self._server.stats,
@@ -116,89 +165,6 @@ def _packed(value: object) -> bytes:
     return packed
 
 
-def from_token(frame: Frame, start: int) -> Frame | None:
-    """The part of `frame` from token `start` on: the puller has the tokens before."""
-    if frame.stop <= start:
-        return None
-    if frame.start >= start:
-        return frame
-    skipped = (start - frame.start) * (len(frame.payload) // (frame.stop - frame.start))
-    return Frame(frame.layer, start, frame.stop, memoryview(frame.payload)[skipped:])
-
-
-class KvClient:
-    """Pulls leases from other workers; one channel per peer, kept open."""
-
-    def __init__(self, tls: MutualTls | None = None) -> None:
-        self._tls = tls
-        self._channels: dict[str, grpc.Channel] = {}
-        self._lock = threading.Lock()
-
-    def pull(
-        self, endpoint: str, ticket: dict[str, Any], fingerprint: str, start: int, timeout_s: float
-    ) -> KvPull:
-        """Begin to pull the tokens from `start` on. Iterate the result for the frames."""
-        query = {
-            "lease_id": ticket["lease_id"],
-            "secret": ticket["secret"],
-            "fingerprint": fingerprint,
-            "start": start,
-            "timeout_s": timeout_s,
-        }
-        stream: Any = self._channel(endpoint).unary_stream(PULL)
-        return KvPull(stream(msgpack.packb(query), timeout=timeout_s), ticket["lease_id"])
-
-    def close(self) -> None:
-        """Close every channel; pulls under way fail."""
-        with self._lock:
-            for opened in self._channels.values():
-                opened.close()
-            self._channels.clear()
-
-    def _channel(self, endpoint: str) -> grpc.Channel:
-        with self._lock:
-            if endpoint not in self._channels:
-                self._channels[endpoint] = channel(endpoint, self._tls)
-            return self._channels[endpoint]
-
-
-class KvPull:
-    """A stream of frames; `cancel()` from any thread ends it."""
-
-    def __init__(self, call: Any, lease_id: str) -> None:
-        self._call = call
-        self._lease_id = lease_id
-
-    def __iter__(self) -> Iterator[Frame]:
-        """Yield the frames. Raises KvTransferError unless the stream came whole."""
-        frames = 0
-        try:
-            for message in self._call:
-                item = decode(message, self._lease_id)
-                if isinstance(item, Trailer):
-                    if item.frames != frames:
-                        raise CorruptFrame(f"stream: {frames} of {item.frames} frames came")
-                    return
-                frames += 1
-                yield item
-        except grpc.RpcError as error:
-            raise transfer_error(error) from error
-        raise CorruptFrame("stream: ended without a trailer")
-
-    def cancel(self) -> None:
-        """End the stream; the peer stops sending."""
-        self._call.cancel()
-
-
-def transfer_error(error: grpc.RpcError) -> KvTransferError:
-    """What a failed call means for the pull."""
-    if error.code() is grpc.StatusCode.NOT_FOUND:
-        return LeaseNotFound(error.details())
-    if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
-        return LayoutMismatch(error.details())
-    return KvTransferError(f"{error.code().name}: {error.details()}")
-
-
 class KvPeers:
     """Talks to prefill workers' KV ports from an asyncio program; one channel per peer."""
 
@@ -208,13 +174,20 @@ class KvPeers:
 
     async def release(self, ticket: Ticket) -> None:
         """Drop the lease at every rank. A peer that is gone holds nothing: not an error."""
-        query = {"lease_id": ticket.lease_id, "secret": ticket.secret}
-        await asyncio.gather(
-            *(
-                self._call(peer, RELEASE, query, _CALL_TIMEOUT_S, if_gone=False)
-                for peer in ticket.endpoints
-            )
-        )
+        await self._at_every_rank(RELEASE, ticket)
+
+    async def renew(self, ticket: Ticket) -> bool:
+        """Start the lease's time again at every rank. False if it is gone at one of them."""
+        return all(await self._at_every_rank(RENEW, ticket))
+
+    async def announcements(self, peer: str) -> AsyncIterator[Announcement]:
+        """What `peer` announces from now on; ends when it is gone."""
+        watch: Any = self._channel(peer).unary_stream(WATCH)
+        try:
+            async for message in watch(b""):
+                yield Announcement(**msgpack.unpackb(message))
+        except grpc.aio.AioRpcError:
+            return
 
     async def drain(self, peer: str, timeout_s: float) -> bool:
         """Wait until `peer` holds nothing. False if `timeout_s` passed first."""
@@ -233,13 +206,26 @@ class KvPeers:
         for opened in channels.values():
             await opened.close()
 
+    async def _at_every_rank(self, method: str, ticket: Ticket) -> list[bool]:
+        query = {"lease_id": ticket.lease_id, "secret": ticket.secret}
+        done: list[bool] = await asyncio.gather(
+            *(
+                self._call(peer, method, query, _CALL_TIMEOUT_S, if_gone=False)
+                for peer in ticket.endpoints
+            )
+        )
+        return done
+
     async def _call(
         self, peer: str, method: str, query: dict[str, Any], timeout_s: float, *, if_gone: Any
     ) -> Any:
-        if peer not in self._channels:
-            self._channels[peer] = aio_channel(peer, self._tls)
-        call: Any = self._channels[peer].unary_unary(method)
+        call: Any = self._channel(peer).unary_unary(method)
         try:
             return msgpack.unpackb(await call(msgpack.packb(query), timeout=timeout_s))
         except grpc.aio.AioRpcError:
             return if_gone
+
+    def _channel(self, peer: str) -> grpc.aio.Channel:
+        if peer not in self._channels:
+            self._channels[peer] = aio_channel(peer, self._tls)
+        return self._channels[peer]

@@ -22,7 +22,7 @@ async def store(ticket: Ticket, timeout_s: float, tls: MutualTls | None) -> list
     """One object per worker. Empty when a worker did not give its KV.
 
     The objects belong to this process and die with it; the decode engine then computes the
-    prompt itself. The lease is used up, so the worker's copy is free at once.
+    prompt itself. The lease stays as it is.
     """
     try:
         objects = await asyncio.gather(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 from .. import heap
 from ..config import AppConfig
 from ..engine.args import Role, engine_args
 from ..engine.engine import Engine
 from ..kv.tls import read_tls
-from ..types import Request, Selection
+from ..types import Prefilled, Request, Selection
 from ..wire import pack, unpack
 from .gauges import KvGauges
 from .objects import KvReference, store
@@ -42,18 +44,32 @@ class PrefillReplica:
         """What the gateways' routers know of this replica."""
         return {"prefix_cache_tokens": self._service.prefix_cache_tokens()}
 
-    async def prefill(self, payload: bytes, load: bytes = b"") -> tuple[bytes, list[KvReference]]:
-        """`(Request, Selection, timeout_s)` -> Prefilled, and its KV if Ray is to carry it.
+    async def prefill(
+        self, payload: bytes, load: bytes = b""
+    ) -> AsyncIterator[tuple[bytes, list[KvReference]]]:
+        """`(Request, Selection, timeout_s)` -> PrefillSteps, and the KV if Ray is to carry it.
 
-        `load` is for the router, which chose this replica by it.
+        What Ray carries cannot be pulled before it is whole: no ticket comes early. `load` is
+        for the router, which chose this replica by it.
         """
         del load
         request, selection, timeout_s = unpack(payload, tuple[Request, Selection, float])
-        prefilled = await self._service.prefill(request, selection, timeout_s)
+        steps = self._service.steps(request, selection, timeout_s)
+        async with aclosing(steps) as stream:  # type: ignore[type-var]
+            async for step in stream:
+                if isinstance(step, Prefilled):
+                    yield pack((None, step)), await self._stored(step)
+                elif self._kv.carrier != "object_ref":
+                    yield pack((step, None)), []
+
+    async def _stored(self, prefilled: Prefilled) -> list[KvReference]:
+        """The KV as Ray's objects. Empty: it stays with the worker, where decode may pull it."""
         if prefilled.ticket is None or self._kv.carrier != "object_ref":
-            return pack(prefilled), []
+            return []
         objects = await store(prefilled.ticket, self._kv.pull_timeout_s, self._tls)
-        return pack(prefilled), objects
+        if objects:
+            await self._service.release(prefilled.ticket)  # the worker's copy is free at once
+        return objects
 
     async def check_health(self) -> None:
         """Raises Unavailable when the engine process is dead."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import uuid
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from vllm.outputs import RequestOutput
@@ -16,11 +17,22 @@ from ..engine.handoff_scheduler import PRODUCE
 from ..engine.outputs import chunk_of, prompt_logprobs_of, sampling_params
 from ..engine.params import KV_TRANSFER, POSITIONS
 from ..errors import DeadlineExceeded, PrefillUnavailable
+from ..kv.announcements import Announcement
 from ..kv.leases import LeaseGauges
 from ..kv.rpc import KvPeers
 from ..kv.tls import MutualTls
 from ..positions import PositionMap
 from ..types import Prefilled, Request, Selection, Ticket
+
+_WATCH_AGAIN_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """Who waits for a lease's announcement."""
+
+    secret: str
+    on_announced: Callable[[Ticket], None]
 
 
 class PrefillService:
@@ -30,6 +42,8 @@ class PrefillService:
         self._engine = engine
         self._peers = KvPeers(tls)
         self._kv_addresses: list[str] = []
+        self._expected: dict[str, _Expected] = {}  # by lease, until announced
+        self._watching: asyncio.Task[None] | None = None
         self._releasing: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
@@ -43,9 +57,14 @@ class PrefillService:
         """Load the model."""
         self._engine.start()
         self._kv_addresses = await self._engine.kv_addresses()
+        self._watching = asyncio.create_task(self._watch())
 
     async def close(self) -> None:
         """Stop the engine. Idempotent."""
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+            self._watching = None
         await self._peers.close()
         self._engine.close()
 
@@ -58,6 +77,10 @@ class PrefillService:
         """How many tokens the prefix cache can hold; 0 when it is off."""
         return self._engine.prefix_cache_tokens()
 
+    async def release(self, ticket: Ticket) -> None:
+        """Drop the KV behind a ticket. Idempotent."""
+        await self._peers.release(ticket)
+
     async def gauges(self) -> list[LeaseGauges]:
         """What the engine's workers hold, by rank; those that do not answer are left out."""
         found = await asyncio.gather(*(self._peers.gauges(peer) for peer in self._kv_addresses))
@@ -67,17 +90,51 @@ class PrefillService:
         """Raises Unavailable when the engine is dead."""
         await self._engine.check_health()
 
-    async def prefill(self, request: Request, selection: Selection, timeout_s: float) -> Prefilled:
+    async def steps(
+        self, request: Request, selection: Selection, timeout_s: float
+    ) -> AsyncIterator[Ticket | Prefilled]:
+        """The ticket as soon as a pull may begin, if that is before the end; then the result.
+
+        See `prefill`. Closing the iterator before the result was taken releases the KV.
+        """
+        announced: asyncio.Future[Ticket] = asyncio.get_running_loop().create_future()
+        running = asyncio.create_task(
+            self.prefill(request, selection, timeout_s, announced.set_result)
+        )
+        taken = False
+        either: set[asyncio.Future[Any]] = {running, announced}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if announced.done() and not running.done():
+                yield announced.result()
+            prefilled = await running
+            yield prefilled
+            taken = True
+        finally:
+            running.cancel()
+            (outcome,) = await asyncio.gather(running, return_exceptions=True)
+            if not taken and isinstance(outcome, Prefilled) and outcome.ticket is not None:
+                self._forget(outcome.ticket.lease_id, outcome.ticket.secret)
+
+    async def prefill(
+        self,
+        request: Request,
+        selection: Selection,
+        timeout_s: float,
+        on_announced: Callable[[Ticket], None] | None = None,
+    ) -> Prefilled:
         """Compute the kept tokens at their original positions and sample one token.
 
-        The KV is held under the returned ticket until it is pulled `request.samples` times,
-        released, or its lease ends. Raises InvalidRequest, DeadlineExceeded or
-        PrefillUnavailable; then nothing is held.
+        The KV is held under the returned ticket until it is released or its lease ends.
+        `on_announced` is given the ticket when a pull may begin, if that is before the end.
+        Raises InvalidRequest, DeadlineExceeded or PrefillUnavailable; then nothing is held.
         """
         asked = sampling_params(request.sampling)
         lease = _lease(request, asked)
         params = _params(asked, selection, lease)
         prefilled: Prefilled | None = None
+        if lease is not None and on_announced is not None:
+            self._expected[lease["lease_id"]] = _Expected(lease["secret"], on_announced)
         try:
             async with asyncio.timeout(timeout_s):
                 with map_engine_errors(PrefillUnavailable):
@@ -88,8 +145,10 @@ class PrefillService:
             prefilled = _prefilled(output)
             return prefilled
         finally:
-            if lease is not None and (prefilled is None or prefilled.ticket is None):
-                self._forget(lease)
+            if lease is not None:
+                self._expected.pop(lease["lease_id"], None)
+                if prefilled is None or prefilled.ticket is None:
+                    self._forget(lease["lease_id"], lease["secret"])
 
     async def _run(
         self, request: Request, selection: Selection, params: SamplingParams
@@ -103,14 +162,32 @@ class PrefillService:
             raise PrefillUnavailable("prefill: the engine gave no token")
         return last
 
-    def _forget(self, lease: dict[str, Any]) -> None:
-        """Release a lease that nobody got a ticket for.
+    async def _watch(self) -> None:
+        """Hand on what the engine's first worker announces: the others are not far behind."""
+        while self._kv_addresses:
+            async for announced in self._peers.announcements(self._kv_addresses[0]):
+                self._announced(announced)
+            await asyncio.sleep(_WATCH_AGAIN_S)
+
+    def _announced(self, announced: Announcement) -> None:
+        expected = self._expected.pop(announced.lease_id, None)
+        if expected is not None:
+            ticket = Ticket(
+                announced.lease_id,
+                expected.secret,
+                tuple(self._kv_addresses),
+                announced.fingerprint,
+                announced.tokens,
+            )
+            expected.on_announced(ticket)
+
+    def _forget(self, lease_id: str, secret: str) -> None:
+        """Release a lease whose ticket nobody got.
 
         The engine drops what it aborts, but a request may be cancelled at the very moment
         when its prefill is done. In the background: the caller may be cancelled.
         """
-        peers = tuple(self._kv_addresses)
-        ticket = Ticket(lease["lease_id"], lease["secret"], peers, fingerprint="", tokens=0)
+        ticket = Ticket(lease_id, secret, tuple(self._kv_addresses), fingerprint="", tokens=0)
         task = asyncio.create_task(self._peers.release(ticket))
         self._releasing.add(task)
         task.add_done_callback(self._releasing.discard)
@@ -136,7 +213,6 @@ def _lease(request: Request, asked: SamplingParams) -> dict[str, Any] | None:
     return {
         "lease_id": uuid.uuid4().hex,
         "secret": secrets.token_hex(16),
-        "uses": request.samples,
     }
 
 

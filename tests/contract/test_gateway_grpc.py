@@ -171,6 +171,11 @@ async def test_every_sampling_field_arrives(stub: Any, pipeline: Any) -> None:
 async def test_absent_sampling_fields_take_the_models_defaults(stub: Any, pipeline: Any) -> None:
     await stub.Generate(text_request(), metadata=KEY)
     assert sampling(pipeline)["max_tokens"] == 2048 - len(pipeline.requests[0].prompt)
+    assert isinstance(sampling(pipeline)["seed"], int)  # drawn here: two engines use it
+
+
+async def test_greedy_sampling_needs_no_seed(stub: Any, pipeline: Any) -> None:
+    await stub.Generate(text_request(sampling=pb.Sampling(temperature=0.0)), metadata=KEY)
     assert "seed" not in sampling(pipeline)
 
 

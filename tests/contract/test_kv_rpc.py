@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 
@@ -9,9 +10,11 @@ import grpc
 import pytest
 
 from specprefill.errors import CorruptFrame, KvTransferError, LayoutMismatch, LeaseNotFound
-from specprefill.kv.frames import Frame, Trailer, encode
+from specprefill.kv.announcements import Announcement, Announcements
+from specprefill.kv.frames import Frame, Trailer, encode, seal
 from specprefill.kv.leases import LeaseStore
-from specprefill.kv.rpc import PULL, KvClient, KvPeers, KvServer
+from specprefill.kv.pull import KvClient
+from specprefill.kv.rpc import PULL, KvPeers, KvServer
 from specprefill.types import Ticket
 
 TICKET = {"lease_id": "lease", "secret": "secret"}
@@ -24,15 +27,20 @@ def leases():
 
 
 @pytest.fixture
-def address(leases):
-    server = KvServer(leases, "layout", "127.0.0.1")
+def announcements():
+    return Announcements()
+
+
+@pytest.fixture
+def address(leases, announcements):
+    server = KvServer(leases, announcements, "layout", "127.0.0.1")
     yield server.start()
     server.stop()
 
 
-@pytest.fixture
-def client():
-    client = KvClient()
+@pytest.fixture(params=[1, 2, 4], ids=lambda streams: f"{streams}_streams")
+def client(request):
+    client = KvClient(streams=request.param)
     yield client
     client.close()
 
@@ -42,41 +50,69 @@ def payload(layer: int, start: int, stop: int) -> bytes:
 
 
 def stage(leases, start: int, stop: int, *, layers: int = LAYERS) -> None:
-    leases.open("lease", "secret", tokens=TOKENS, uses=1)
+    leases.open("lease", "secret")
     for layer in range(layers):
         last = stop == TOKENS and layer == LAYERS - 1
-        leases.append("lease", Frame(layer, start, stop, payload(layer, start, stop)), last=last)
+        frame = Frame(layer, start, stop, payload(layer, start, stop))
+        leases.append("lease", seal(frame, "lease"), last=last)
 
 
 def pull(client, address, *, fingerprint="layout", ticket=TICKET, start=0, timeout_s=5.0):
     return client.pull(address, ticket, fingerprint, start, timeout_s)
 
 
+def frames_of(pull) -> list[Frame]:
+    """Everything that came, by layer: a layer comes in token order, layers in any."""
+    frames: list[Frame] = []
+    pull.into(frames.append)
+    return sorted(frames, key=lambda frame: frame.layer)
+
+
 def test_every_layer_arrives_in_token_order(leases, address, client):
     stage(leases, 0, 40)
     stage(leases, 40, TOKENS)
-    frames = list(pull(client, address))
+    frames = frames_of(pull(client, address))
     assert [(f.layer, f.start, f.stop) for f in frames] == [
-        (layer, start, stop) for start, stop in ((0, 40), (40, 64)) for layer in range(LAYERS)
+        (layer, start, stop) for layer in range(LAYERS) for start, stop in ((0, 40), (40, 64))
     ]
     assert all(bytes(f.payload) == payload(f.layer, f.start, f.stop) for f in frames)
-    assert leases.gauges().bytes_held == 0
 
 
 def test_a_pull_starts_where_the_other_side_lacks_tokens(leases, address, client):
     stage(leases, 0, 40)
     stage(leases, 40, TOKENS)
-    frames = list(pull(client, address, start=50))
+    frames = frames_of(pull(client, address, start=50))
     assert [(f.start, f.stop) for f in frames] == [(50, 64)] * LAYERS
     assert all(bytes(f.payload) == payload(f.layer, 50, 64) for f in frames)
 
 
 def test_frames_stream_while_later_ones_are_computed(leases, address, client):
     stage(leases, 0, 40)
-    stream = iter(pull(client, address))
-    assert next(stream).start == 0
-    stage(leases, 40, TOKENS)
-    assert len(list(stream)) == 2 * LAYERS - 1
+    running, came = pull(client, address), []
+
+    def store(frame: Frame) -> None:
+        came.append(frame)
+        if len(came) == LAYERS:  # everything that there is so far
+            stage(leases, 40, TOKENS)
+
+    running.into(store)
+    assert len(came) == 2 * LAYERS
+
+
+def test_a_pull_tells_for_how_long_the_kv_waited(leases, address, client):
+    stage(leases, 0, TOKENS)
+    time.sleep(0.05)
+    assert 0.05 <= pull(client, address).into(lambda _frame: None) < 5.0
+
+
+def test_what_the_receiver_raises_ends_the_pull(leases, address, client):
+    stage(leases, 0, 40)  # never complete: the other streams would wait
+
+    def refuse(_frame: Frame) -> None:
+        raise CorruptFrame("not this one")
+
+    with pytest.raises(KvTransferError):
+        pull(client, address).into(refuse)
 
 
 @pytest.mark.parametrize(
@@ -90,35 +126,40 @@ def test_frames_stream_while_later_ones_are_computed(leases, address, client):
 def test_who_may_not_pull_is_told(leases, address, client, ticket, fingerprint, error):
     stage(leases, 0, TOKENS)
     with pytest.raises(error):
-        list(pull(client, address, ticket=ticket, fingerprint=fingerprint))
+        frames_of(pull(client, address, ticket=ticket, fingerprint=fingerprint))
     assert leases.gauges().leases == 1
 
 
 def test_a_peer_that_is_gone_is_told_at_once(client):
     started_s = time.monotonic()
     with pytest.raises(KvTransferError, match="UNAVAILABLE"):
-        list(pull(client, "127.0.0.1:9"))
+        frames_of(pull(client, "127.0.0.1:9"))
     assert time.monotonic() - started_s < 2.0
 
 
 def test_a_lease_released_under_its_reader_ends_the_pull(leases, address, client):
     stage(leases, 0, 40)
-    stream = iter(pull(client, address))
-    next(stream)
-    leases.release("lease", "secret")
     with pytest.raises(LeaseNotFound, match="released"):
-        list(stream)
+        pull(client, address).into(lambda _frame: leases.release("lease", "secret"))
 
 
 def test_a_cancelled_pull_leaves_the_lease(leases, address, client):
     stage(leases, 0, 40)
     running = pull(client, address)
-    stream = iter(running)
-    next(stream)
     threading.Timer(0.05, running.cancel).start()
     with pytest.raises(KvTransferError, match="CANCELLED"):
-        list(stream)
+        frames_of(running)
     assert leases.gauges().leases == 1
+
+
+async def test_renewing_from_asyncio_tells_whether_the_lease_is_there(leases, address):
+    stage(leases, 0, TOKENS)
+    ticket = Ticket("lease", "secret", (address,), "layout", TOKENS)
+    peers = KvPeers()
+    assert await peers.renew(ticket)
+    await peers.release(ticket)
+    assert not await peers.renew(ticket)
+    await peers.close()
 
 
 async def test_release_from_asyncio_is_idempotent(leases, address):
@@ -129,6 +170,22 @@ async def test_release_from_asyncio_is_idempotent(leases, address):
     await releaser.release(ticket)
     await releaser.close()
     assert leases.gauges().released_total == 1
+
+
+async def test_what_may_be_pulled_is_announced(announcements, address):
+    peers, told = KvPeers(), Announcement("lease", TOKENS, "layout")
+    heard = asyncio.ensure_future(anext(peers.announcements(address)))
+    while not heard.done():  # whoever is not yet listening is told nothing
+        announcements.tell(told)
+        await asyncio.wait([heard], timeout=0.01)
+    assert heard.result() == told
+    await peers.close()
+
+
+async def test_a_dead_peer_announces_nothing():
+    peers = KvPeers()
+    assert [told async for told in peers.announcements("127.0.0.1:9")] == []
+    await peers.close()
 
 
 async def test_releasing_at_a_dead_peer_is_no_error():
@@ -148,6 +205,14 @@ class _Liar(grpc.GenericRpcHandler):
         return grpc.unary_stream_rpc_method_handler(lambda _request, _context: iter(self._messages))
 
 
+@pytest.fixture
+def alone():
+    """A client with one stream: the liar streams the same to each."""
+    client = KvClient()
+    yield client
+    client.close()
+
+
 FRAMES = [Frame(layer, 0, TOKENS, payload(layer, 0, TOKENS)) for layer in range(LAYERS)]
 GOOD = [encode(item, "lease") for item in (*FRAMES, Trailer(LAYERS))]
 
@@ -164,7 +229,7 @@ GOOD = [encode(item, "lease") for item in (*FRAMES, Trailer(LAYERS))]
     ],
     ids=["no_trailer", "frame_lost", "frame_twice", "foreign_frame", "truncated", "nothing"],
 )
-def test_a_stream_that_is_not_whole_is_refused(client, messages):
+def test_a_stream_that_is_not_whole_is_refused(alone, messages):
     from concurrent import futures
 
     server = grpc.server(futures.ThreadPoolExecutor(1), handlers=[_Liar(messages)])
@@ -172,6 +237,6 @@ def test_a_stream_that_is_not_whole_is_refused(client, messages):
     server.start()
     try:
         with pytest.raises(CorruptFrame):
-            list(pull(client, f"127.0.0.1:{port}"))
+            frames_of(pull(alone, f"127.0.0.1:{port}"))
     finally:
         server.stop(grace=0).wait()

@@ -9,10 +9,12 @@ import grpc
 import pytest
 
 from specprefill.errors import KvTransferError
-from specprefill.kv.frames import Frame
+from specprefill.kv.announcements import Announcements
+from specprefill.kv.frames import Frame, seal
 from specprefill.kv.leases import LeaseStore
 from specprefill.kv.objects import KvRelay, collect
-from specprefill.kv.rpc import PULL, KvClient, KvPeers, KvServer
+from specprefill.kv.pull import KvClient
+from specprefill.kv.rpc import PULL, KvPeers, KvServer
 from specprefill.kv.tls import MutualTls, read_tls
 from specprefill.types import Ticket
 
@@ -35,14 +37,14 @@ def foreign(tmp_path_factory) -> MutualTls:
 @pytest.fixture
 def leases():
     store = LeaseStore(max_bytes=1 << 20, lease_s=30.0, now=time.monotonic)
-    store.open("lease", "secret", tokens=16, uses=1)
-    store.append("lease", Frame(0, 0, 16, PAYLOAD), last=True)
+    store.open("lease", "secret")
+    store.append("lease", seal(Frame(0, 0, 16, PAYLOAD), "lease"), last=True)
     return store
 
 
 @pytest.fixture
 def ticket(leases, tls):
-    server = KvServer(leases, "layout", "127.0.0.1", tls=tls)
+    server = KvServer(leases, Announcements(), "layout", "127.0.0.1", tls=tls)
     yield Ticket("lease", "secret", (server.start(),), "layout", 16)
     server.stop()
 
@@ -52,7 +54,8 @@ def pull(endpoint: str, tls: MutualTls | None) -> bytes:
     client = KvClient(tls)
     try:
         asked = {"lease_id": "lease", "secret": "secret"}
-        frames = client.pull(endpoint, asked, "layout", 0, 5.0)
+        frames: list[Frame] = []
+        client.pull(endpoint, asked, "layout", 0, 5.0).into(frames.append)
         return b"".join(bytes(frame.payload) for frame in frames)
     finally:
         client.close()

@@ -1,5 +1,6 @@
 """Pools that change and fail under their requests."""
 
+import itertools
 import os
 import signal
 import threading
@@ -7,10 +8,13 @@ import time
 
 import openai
 import pytest
+from ray.util.state import list_objects
 
 from .conftest import POOLS, pruned
 
 pytestmark = pytest.mark.timeout(600)
+
+KV_BYTES = 1 << 15
 
 
 class Load:
@@ -111,3 +115,23 @@ def test_rays_object_store_can_carry_the_kv(app, chat):
     assert [choice.message.content for choice in answer.choices] == wanted
     assert not answer.specprefill["recomputed"]
     assert answer.specprefill["transfer_s"] > 0
+
+
+def test_no_ray_object_outlives_the_request_whose_kv_it_held(app, chat):
+    """Clients that leave before, while and after the KV travels."""
+    assert chat().specprefill["plan"] == "prune"
+    for events in range(12):
+        options = {"stream": True, "max_tokens": 200, "extra_body": pruned(ignore_eos=True)}
+        with chat(**options) as stream:
+            for _ in itertools.islice(stream, events):
+                pass
+    give_up_s = time.monotonic() + 30
+    while kv_objects(app) and time.monotonic() < give_up_s:
+        time.sleep(0.5)
+    assert kv_objects(app) == []
+
+
+def kv_objects(app) -> list[str]:
+    """Objects in Ray's store that are large enough to hold KV."""
+    objects = list_objects(address=app.dashboard_url, limit=10_000)
+    return [held.object_id for held in objects if held.object_size > KV_BYTES]

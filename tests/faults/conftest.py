@@ -7,20 +7,21 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 import pytest_asyncio
 
-from specprefill.bench.report import provenance, write_json
+from specprefill.bench.report import markdown, provenance, write_json
 from specprefill.errors import PrefillUnavailable, Unavailable
+from specprefill.kv.prefilling import HeldPrefill, prefilling
 from specprefill.kv.rpc import KvPeers
 from specprefill.pipeline import Pipeline
 from specprefill.plan import Planner
-from specprefill.types import Prefilled, Request, Selection, Ticket
+from specprefill.types import Request, Selection, Ticket
 
 # The tiny random model and the environment of engines on CPUs.
 from tests.integration.conftest import BLOCK_SIZE, model_dir  # noqa: F401
@@ -64,6 +65,37 @@ class Member:
             await self.start()
 
 
+class CutOff:
+    """Workers that cannot be reached: nothing is renewed or released there."""
+
+    async def renew(self, ticket: Ticket) -> bool:
+        return False
+
+    async def release(self, ticket: Ticket) -> None:
+        pass
+
+
+@dataclass
+class HookedPrefill:
+    """The `Prefilling` port: what the pipeline is told passes through the test's hook."""
+
+    one: HeldPrefill
+    pools: Pools
+
+    async def ticket(self):
+        return await self._hooked(await self.one.ticket())
+
+    async def prefilled(self):
+        return await self._hooked(await self.one.prefilled())
+
+    def kv_arrived(self):
+        self.one.kv_arrived()
+
+    async def _hooked(self, said):
+        hook = self.pools.on_said
+        return said if said is None or hook is None else await hook(said)
+
+
 @dataclass
 class Pools:
     """Two prefill and two decode engines behind the pipeline's ports."""
@@ -71,23 +103,32 @@ class Pools:
     prefills: list[Member]
     decodes: list[Member]
     peers: KvPeers
-    on_ticket: object = None  # called with each ticket, may replace it
+    cut_off: bool = False  # the gateway does not reach the workers that hold KV
+    overlap: bool = True  # decode begins to pull before prefill has answered
+    on_said: object = None  # called with each Ticket and Prefilled, may replace it
     on_step: object = None  # called with each decode step
-    tickets: list[Ticket] = field(default_factory=list)
 
     @asynccontextmanager
-    async def prefill(self, request, selection, timeout_s) -> AsyncIterator[Prefilled]:
+    async def prefill(self, request, selection, timeout_s) -> AsyncIterator[HookedPrefill]:
         """The `Prefiller` port: the first engine that is not known dead."""
-        prefilled = await self._first_alive(
-            self.prefills, lambda service: service.prefill(request, selection, timeout_s)
-        )
-        if prefilled.ticket is not None:
-            self.tickets.append(prefilled.ticket)
+        leases = CutOff() if self.cut_off else self.peers
+        async with (
+            aclosing(self._said(request, selection, timeout_s)) as said,
+            prefilling(said, leases) as one,
+        ):
+            yield HookedPrefill(one, self)
+
+    async def _said(self, request, selection, timeout_s):
+        member = next((member for member in self.prefills if member.alive), None)
+        if member is None:
+            raise PrefillUnavailable("every engine of the pool is dead")
         try:
-            yield await self._hooked(prefilled)
-        finally:
-            if prefilled.ticket is not None:
-                await self.peers.release(prefilled.ticket)
+            async with aclosing(member.service.steps(request, selection, timeout_s)) as steps:
+                async for step in steps:
+                    yield step
+        except PrefillUnavailable:
+            member.alive = False
+            raise
 
     async def decode(self, request, selection, ticket, replay, timeout_s):
         """The `Decoder` port: the first engine that is not known dead."""
@@ -101,22 +142,10 @@ class Pools:
             member.alive = False
             raise
 
-    async def _first_alive(self, members, call):
-        member = next((member for member in members if member.alive), None)
-        if member is None:
-            raise PrefillUnavailable("every engine of the pool is dead")
-        try:
-            return await call(member.service)
-        except PrefillUnavailable:
-            member.alive = False
-            raise
-
-    async def _hooked(self, prefilled: Prefilled) -> Prefilled:
-        return prefilled if self.on_ticket is None else await self.on_ticket(prefilled)
-
     async def restore(self) -> None:
         """Bring every engine back."""
-        self.on_ticket = self.on_step = None
+        self.on_said = self.on_step = None
+        self.cut_off, self.overlap = False, True
         for member in (*self.prefills, *self.decodes):
             await member.replace_if_dead()
             member.alive = True
@@ -142,9 +171,11 @@ class Row:
     tokens_equal: bool | None  # None: nothing to compare
     bytes_held_after: int
 
-    def equal(self) -> str:
+    def cells(self) -> list[str]:
         """As the table shows it."""
-        return {True: "yes", False: "NO", None: "-"}[self.tokens_equal]
+        equal = {True: "yes", False: "NO", None: "-"}[self.tokens_equal]
+        fault = self.fault.replace("_", " ")
+        return [fault, self.recovered, f"{self.seconds:.2f}", equal, str(self.bytes_held_after)]
 
 
 class Table:
@@ -162,13 +193,10 @@ class Table:
         rows = [asdict(row) for row in self.rows]
         write_json(Path("out") / "faults.json", provenance(seed=0), {"rows": rows})
 
-    def lines(self) -> list[str]:
-        head = f"{'fault':44} {'recovered':28} {'s':>6}  equal  bytes held"
-        return [head] + [
-            f"{row.fault:44} {row.recovered:28} {row.seconds:6.2f}  {row.equal():5}  "
-            f"{row.bytes_held_after}"
-            for row in self.rows
-        ]
+    def text(self) -> str:
+        """As it stands in docs/faults.md."""
+        headers = ("fault", "recovered", "seconds", "tokens equal", "KV bytes held after")
+        return markdown(headers, [row.cells() for row in self.rows])
 
 
 @pytest.fixture(scope="session")
@@ -178,8 +206,7 @@ def table(request):
     table.write()
     reporter = request.config.pluginmanager.get_plugin("terminalreporter")
     reporter.write_line("")
-    for line in table.lines():
-        reporter.write_line(line)
+    reporter.write_line(table.text())
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
@@ -195,7 +222,7 @@ async def pools(model_dir) -> AsyncIterator[Pools]:  # noqa: F811
         block_size=BLOCK_SIZE,
         kv_cache_memory_bytes=64 << 20,
         enforce_eager=True,
-        max_num_batched_tokens=256,
+        max_num_batched_tokens=128,  # a step is not interrupted: what a cancelled one costs
     )
     kv = KvConfig(host="127.0.0.1", pull_timeout_s=5.0, lease_s=4.0)
 
@@ -235,7 +262,7 @@ class FixedSpeculator:
 async def ask(pools: Pools, request: Request, selection: Selection) -> tuple[list[int], float]:
     """The product's pipeline over the pools: the tokens of the answer, and the seconds it took."""
     planner = Planner(enabled=True, keep=0.5, min_prompt_tokens=1)
-    pipeline = Pipeline(FixedSpeculator(selection), pools, pools, planner)
+    pipeline = Pipeline(FixedSpeculator(selection), pools, pools, planner, overlap=pools.overlap)
     started_s = time.monotonic()
     async with asyncio.timeout(90):
         chunks = [chunk async for chunk in pipeline.generate(request)]

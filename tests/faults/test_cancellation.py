@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.asyncio(loop_scope="session")]
 LONG, SHORT = 8000, 500
 CANCELLED = 1000
 AT_ONCE = 25
+MAX_RATIO = 1.5
 
 
 def whole_prompt(length: int) -> Selection:
@@ -60,11 +61,11 @@ async def test_ten_long_prompts_cancelled_mid_prefill_do_not_delay_a_short_one(w
     ratio = statistics.median(after) / statistics.median(idle)
     assert await whole.prefills[0].service.drain(1.0)
     held = await whole.bytes_held()
-    name = f"ten 8k prompts cancelled (ratio {ratio:.2f})"
+    name = f"ten 8k prompts cancelled (then {ratio:.2f} x the idle TTFT)"
     table.add(name, "aborted", max(after), None, held)
     assert held == 0
     # One step of the cancelled prompts may be under way, and a step is not interrupted.
-    assert statistics.median(after) - statistics.median(idle) <= 0.2, f"{idle} {after}"
+    assert ratio <= MAX_RATIO, f"{idle} {after}"
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,21 @@ import msgspec
 import pytest
 
 from specprefill.errors import DeadlineExceeded
-from specprefill.kv.leases import LeaseStore
+from specprefill.kv.announcements import Announcements
+from specprefill.kv.leases import UNCLAIMED_S, LeaseStore
 from specprefill.kv.rpc import KvServer, _Handler
-from specprefill.types import Controls, Plan, PlanKind, Reason, Request, Selection, Span
+from specprefill.types import (
+    Controls,
+    Decoded,
+    Plan,
+    PlanKind,
+    Prefilled,
+    Reason,
+    Request,
+    Selection,
+    Span,
+    Ticket,
+)
 
 from .conftest import ask
 from .relay import cut_after, flip_at, relay
@@ -69,13 +81,13 @@ def asking(whole, table, request) -> Ask:
     return Ask(whole, table, request.node.name.removeprefix("test_"))
 
 
-def once(action):
-    """A hook that acts on its first call only."""
+def once(kind, action):
+    """A hook that acts on the first `kind` (of Ticket, Prefilled and Decoded) only."""
     done = False
 
     async def hook(*args):
         nonlocal done
-        if done:
+        if done or not isinstance(args[-1], kind):
             return args[0]
         done = True
         return await action(*args)
@@ -83,8 +95,22 @@ def once(action):
     return hook
 
 
-async def test_no_fault(asking):
-    await asking.and_expect_the_same("nothing to do")
+@pytest.fixture
+def late(asking) -> Ask:
+    """Decode begins to pull when prefill has answered: as without early tickets."""
+    asking.pools.overlap = False
+    return asking
+
+
+@pytest.fixture(params=["early", "late"])
+def both(asking, request) -> Ask:
+    """Decode begins to pull before prefill has answered, and after."""
+    asking.pools.overlap = request.param == "early"
+    return asking
+
+
+async def test_no_fault(both):
+    await both.and_expect_the_same("nothing to do")
 
 
 async def test_prefill_dies_before_it_answers(asking):
@@ -95,28 +121,28 @@ async def test_prefill_dies_before_it_answers(asking):
     assert prefill.process.pid != first  # it was dead, and has been replaced
 
 
-async def test_prefill_dies_before_the_transfer(asking):
+async def test_prefill_dies_before_the_transfer(late):
 
     async def kill(prefilled):
-        asking.pools.prefills[0].kill()
-        await asyncio.to_thread(asking.pools.prefills[0].process.wait, 5)
+        late.pools.prefills[0].kill()
+        await asyncio.to_thread(late.pools.prefills[0].process.wait, 5)
         return prefilled
 
-    asking.pools.on_ticket = once(kill)
-    await asking.and_expect_the_same("prompt recomputed by decode")
+    late.pools.on_said = once(Prefilled, kill)
+    await late.and_expect_the_same("prompt recomputed by decode")
 
 
-async def test_prefill_dies_during_the_transfer(asking):
+async def test_prefill_dies_during_the_transfer(late):
     """Stopped first, so that the pull is under way and gets nothing; then killed."""
-    prefill = asking.pools.prefills[0]
+    prefill = late.pools.prefills[0]
 
     async def stop(prefilled):
         prefill.signal(signal.SIGSTOP)
         asyncio.get_running_loop().call_later(0.3, prefill.kill)
         return prefilled
 
-    asking.pools.on_ticket = once(stop)
-    await asking.and_expect_the_same("prompt recomputed by decode")
+    late.pools.on_said = once(Prefilled, stop)
+    await late.and_expect_the_same("prompt recomputed by decode")
 
 
 async def test_prefill_dies_after_the_transfer(asking):
@@ -124,24 +150,24 @@ async def test_prefill_dies_after_the_transfer(asking):
     async def kill(_member, _step):
         asking.pools.prefills[0].kill()
 
-    asking.pools.on_step = once(kill)
+    asking.pools.on_step = once(Decoded, kill)
     await asking.and_expect_the_same("nothing to do")
 
 
-async def test_decode_dies_queued(asking):
-    decode = asking.pools.decodes[0]
+async def test_decode_dies_queued(late):
+    decode = late.pools.decodes[0]
 
     async def kill(prefilled):
         decode.kill()
         await asyncio.to_thread(decode.process.wait, 5)
         return prefilled
 
-    asking.pools.on_ticket = once(kill)
-    await asking.and_expect_the_same("pulled by another decode")
+    late.pools.on_said = once(Prefilled, kill)
+    await late.and_expect_the_same("pulled by another decode")
 
 
-async def test_decode_dies_mid_transfer(asking):
-    prefill, decode = asking.pools.prefills[0], asking.pools.decodes[0]
+async def test_decode_dies_mid_transfer(late):
+    prefill, decode = late.pools.prefills[0], late.pools.decodes[0]
 
     async def stop(prefilled):
         prefill.signal(signal.SIGSTOP)  # the pull hangs
@@ -150,7 +176,31 @@ async def test_decode_dies_mid_transfer(asking):
         loop.call_later(0.6, prefill.signal, signal.SIGCONT)
         return prefilled
 
-    asking.pools.on_ticket = once(stop)
+    late.pools.on_said = once(Prefilled, stop)
+    await late.and_expect_the_same("pulled by another decode")
+
+
+async def test_prefill_dies_while_decode_pulls_early(asking):
+    """Decode waits for the KV's end, which will not come; prefill is begun elsewhere."""
+    prefill = asking.pools.prefills[0]
+
+    async def stop(ticket):
+        prefill.signal(signal.SIGSTOP)
+        asyncio.get_running_loop().call_later(0.3, prefill.kill)
+        return ticket
+
+    asking.pools.on_said = once(Ticket, stop)
+    await asking.and_expect_the_same("prefilled elsewhere")
+
+
+async def test_decode_dies_while_it_pulls_early(asking):
+    decode = asking.pools.decodes[0]
+
+    async def kill(ticket):
+        asyncio.get_running_loop().call_later(0.05, decode.kill)
+        return ticket
+
+    asking.pools.on_said = once(Ticket, kill)
     await asking.and_expect_the_same("pulled by another decode")
 
 
@@ -189,59 +239,74 @@ def through_a_relay(asking, hurt):
         target = (await asking.pools.prefills[0].service._engine.kv_addresses())[0]
         async with relay(target, hurt) as one:
 
-            async def detour(prefilled):
-                ticket = replace(prefilled.ticket, endpoints=(one.address,))
-                return replace(prefilled, ticket=ticket)
+            async def detour(said):
+                if isinstance(said, Ticket):
+                    return replace(said, endpoints=(one.address,))
+                return replace(said, ticket=replace(said.ticket, endpoints=(one.address,)))
 
-            asking.pools.on_ticket = once(detour)
+            asking.pools.on_said = once(Ticket if asking.pools.overlap else Prefilled, detour)
             yield one
 
     return hooked()
 
 
 @pytest.mark.parametrize("place", [20_000, 400_001, 1_500_000])
-async def test_a_byte_flips_on_the_way(asking, place):
-    async with through_a_relay(asking, flip_at(place)) as one:
-        await asking.and_expect_the_same("prompt recomputed by decode")
+async def test_a_byte_flips_on_the_way(both, place):
+    async with through_a_relay(both, flip_at(place)) as one:
+        await both.and_expect_the_same("prompt recomputed by decode")
         assert one.passed > place
 
 
 @pytest.mark.parametrize("count", [100, 300_000])
-async def test_the_stream_is_cut(asking, count):
-    async with through_a_relay(asking, cut_after(count)) as one:
-        await asking.and_expect_the_same("prompt recomputed by decode")
+async def test_the_stream_is_cut(both, count):
+    async with through_a_relay(both, cut_after(count)) as one:
+        await both.and_expect_the_same("prompt recomputed by decode")
         assert one.reached.is_set()
 
 
-async def test_a_stale_peer_answers_at_the_same_address(asking):
+async def test_a_stale_peer_answers_at_the_same_address(late):
     """The prefill engine has died, and another process has taken its port."""
     stale = LeaseStore(max_bytes=1, lease_s=1.0, now=time.monotonic)
 
     async def replace_peer(prefilled):
+        fingerprint = prefilled.ticket.fingerprint
         server = grpc.server(
             futures.ThreadPoolExecutor(1),
-            handlers=[_Handler(KvServer(stale, prefilled.ticket.fingerprint, "127.0.0.1"))],
+            handlers=[_Handler(KvServer(stale, Announcements(), fingerprint, "127.0.0.1"))],
         )
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
-        asking.servers = [server]
+        late.servers = [server]
         return replace(
             prefilled, ticket=replace(prefilled.ticket, endpoints=(f"127.0.0.1:{port}",))
         )
 
-    asking.pools.on_ticket = once(replace_peer)
-    await asking.and_expect_the_same("prompt recomputed by decode")
-    asking.servers[0].stop(0).wait()
+    late.pools.on_said = once(Prefilled, replace_peer)
+    await late.and_expect_the_same("prompt recomputed by decode")
+    late.servers[0].stop(0).wait()
 
 
-async def test_the_lease_ends_before_a_slow_decode_pulls(asking):
+async def test_the_lease_ends_before_a_slow_decode_pulls(late):
+    """The gateway is cut off from the prefill worker, so it cannot renew the lease."""
 
     async def wait_out(prefilled):
-        assert await asking.pools.prefills[0].service.drain(10.0)  # until it expires
+        assert await late.pools.prefills[0].service.drain(10.0)  # until it expires
         return prefilled
 
-    asking.pools.on_ticket = once(wait_out)
-    await asking.and_expect_the_same("prompt recomputed by decode")
+    late.pools.cut_off = True
+    late.pools.on_said = once(Prefilled, wait_out)
+    await late.and_expect_the_same("prompt recomputed by decode")
+
+
+async def test_a_slow_decode_pulls_late(late):
+    """The gateway renews the lease for as long as the request waits."""
+
+    async def wait(prefilled):
+        assert not await late.pools.prefills[0].service.drain(UNCLAIMED_S + 1.0)
+        return prefilled
+
+    late.pools.on_said = once(Prefilled, wait)
+    await late.and_expect_the_same("lease renewed")
 
 
 async def test_nobody_pulls(whole, table):
@@ -255,10 +320,18 @@ async def test_nobody_pulls(whole, table):
     held = await whole.bytes_held()
     table.add("nobody_pulls", "lease expired", seconds, None, held)
     assert held == 0
-    assert 3.5 < seconds < 8.0
+    assert UNCLAIMED_S < seconds < UNCLAIMED_S + 3.0
 
 
-@pytest.mark.parametrize("stage", ["prefilling", "transferring", "decoding"])
+STAGES = {
+    "prefilling": None,
+    "pulling early": Ticket,
+    "handing over": Prefilled,
+    "decoding": Decoded,
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
 async def test_the_client_leaves(asking, stage):
     """Whatever it interrupts, the memory is free and the engines are idle within a second."""
     pools, reached = asking.pools, asyncio.Event()
@@ -269,10 +342,10 @@ async def test_the_client_leaves(asking, stage):
 
     if stage == "prefilling":
         asyncio.get_running_loop().call_later(0.1, reached.set)
-    elif stage == "transferring":
-        pools.on_ticket = mark
-    else:
+    elif stage == "decoding":
         pools.on_step = mark
+    else:
+        pools.on_said = once(STAGES[stage], mark)
     running = asyncio.create_task(ask(pools, request(asking.name), selection()))
     await reached.wait()
     running.cancel()

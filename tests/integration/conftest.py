@@ -85,10 +85,17 @@ class Engines:
         return prefilled, await self.decoded(request, selection, prefilled)
 
     async def decoded(self, request, selection, prefilled: Prefilled, replay=None):
-        """Every step of the decode engine, which replays the first token if nothing else."""
+        """Every step of the decode engine, which replays the first token if nothing else.
+
+        The lease is released at the end, as the pipeline does.
+        """
         first = (prefilled.first.token_ids, *((),) * (request.samples - 1))
         steps = self.decode.decode(request, selection, prefilled.ticket, replay or first, 60.0)
-        return [step async for step in steps]
+        try:
+            return [step async for step in steps]
+        finally:
+            if prefilled.ticket is not None:
+                await self.peers.release(prefilled.ticket)
 
     async def aggregated(self, request, selection):
         """The same request on one engine, prefill and decode together."""

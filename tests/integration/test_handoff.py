@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from specprefill.errors import DeadlineExceeded, InvalidRequest
-from specprefill.types import Span
+from specprefill.types import Prefilled, Span, Ticket
 
 from .conftest import BLOCK_SIZE, answer, kept, text
 
@@ -70,6 +70,45 @@ async def test_equals_one_aggregated_engine(engines, case, select):
     assert last.chunk.stop_reason == want.stop_reason
     assert not last.recomputed
     assert last.transfer_s > 0
+
+
+@pytest.mark.parametrize("length", [600, 1300], ids=["one_chunk", "three_chunks"])
+@pytest.mark.parametrize("case", ["greedy", "seeded", "seeded_penalties", "json_schema"])
+async def test_decode_that_begins_before_prefill_ends_samples_the_same(engines, case, length):
+    sampling = SAMPLING[case]() if callable(SAMPLING[case]) else SAMPLING[case]
+    request, selection = engines.request(prompt_of(length, seed=13), **sampling), whole(length)
+    want = await engines.aggregated(request, selection)
+    said = [step async for step in begun_early(engines, request, selection)]
+    ticket, (prefilled, steps) = said
+    assert ticket == prefilled.ticket
+    assert answer(steps) == list(want.token_ids)
+    assert answer(steps)[:1] == list(prefilled.first.token_ids)
+    assert not steps[-1].recomputed
+    await engines.peers.release(ticket)
+
+
+async def begun_early(engines, request, selection):
+    """The early ticket; then the result, and what decode made of the ticket alone."""
+    decoding = None
+    async for step in engines.prefill.steps(request, selection, 60.0):
+        if isinstance(step, Prefilled):
+            yield step, await decoding
+        else:
+            decoding = asyncio.create_task(collected(engines, request, selection, step))
+            yield step
+
+
+async def collected(engines, request, selection, ticket):
+    free = ((),) * request.samples
+    return [s async for s in engines.decode.decode(request, selection, ticket, free, 60.0)]
+
+
+async def test_a_prefill_that_is_closed_early_holds_nothing(engines):
+    request = engines.request(prompt_of(1300, seed=14))
+    steps = engines.prefill.steps(request, whole(1300), 60.0)
+    assert isinstance(await anext(steps), Ticket)
+    await steps.aclose()
+    assert await engines.prefill.drain(5.0)
 
 
 async def test_eight_requests_at_once_equal_plain_vllm(engines):
@@ -256,7 +295,7 @@ class TestReplay:
         selection = pruned(500)
         prefilled, steps = await engines.handed_over(request, selection)
         so_far = tuple(answer(steps)[:sent])
-        # The lease is used up: the second engine computes the pruned prompt itself.
+        # The lease is released: the second engine computes the pruned prompt itself.
         again = await engines.decoded(request, selection, prefilled, replay=(so_far,))
         assert answer(again) == answer(steps)
         assert text(again) == text(steps)

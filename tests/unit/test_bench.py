@@ -1,10 +1,11 @@
 """The benchmark's arithmetic and its tables."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from specprefill.bench import report, ttft
+from specprefill.bench import gap, report, ttft
 from specprefill.types import PlanKind, Reason, Report
 
 
@@ -88,3 +89,17 @@ def test_a_model_folder_has_the_shape_and_the_shipped_tokenizer(root, tmp_path):
     assert config["max_position_embeddings"] == 9000
     assert (tmp_path / "m" / "tokenizer.json").exists()
     assert not list((tmp_path / "m").glob("*.safetensors"))
+
+
+def test_the_gap_is_told_in_units_of_later_gaps_and_beside_the_late_way():
+    base = run(8192, 0.1, 1.0).report
+    runs = [
+        gap.Run("late", (1.0, 1.05, 1.06, 1.07, 1.08), replace(base, transfer_s=0.02)),
+        gap.Run("early", (1.0, 1.015, 1.025, 1.035, 1.045), replace(base, transfer_s=0.005)),
+    ]
+    late, early = gap.summary(runs)
+    assert (late["way"], late["hidden"]) == ("late", 0.0)
+    assert late["gap_itl"] == pytest.approx(5.0)
+    assert early["gap_itl"] == pytest.approx(1.5)
+    assert early["hidden"] == pytest.approx(0.75)
+    assert "| 1.50   |" in gap.table([late, early])

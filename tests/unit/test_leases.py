@@ -5,8 +5,8 @@ import threading
 import pytest
 
 from specprefill.errors import LeaseNotFound
-from specprefill.kv.frames import Frame
-from specprefill.kv.leases import LeaseStore
+from specprefill.kv.frames import SealedFrame
+from specprefill.kv.leases import UNCLAIMED_S, LeaseStore
 
 
 class Clock:
@@ -27,40 +27,35 @@ def store(clock):
     return LeaseStore(max_bytes=1000, lease_s=30.0, now=clock)
 
 
-def frame(layer: int, size: int = 100) -> Frame:
-    return Frame(layer, 0, 4, bytes(size))
+def frame(layer: int, size: int = 100) -> SealedFrame:
+    return SealedFrame(layer, 0, 4, bytes(size))
 
 
-def hold(store, lease_id="a", layers=2, uses=1):
-    store.open(lease_id, "secret", tokens=4, uses=uses)
+def hold(store, lease_id="a", layers=2):
+    store.open(lease_id, "secret")
     for layer in range(layers):
         store.append(lease_id, frame(layer), last=layer == layers - 1)
 
 
-def test_a_pulled_lease_is_gone_and_its_bytes_are_free(store):
+def test_a_lease_can_be_pulled_until_it_is_released(store):
     hold(store)
+    for pulls in (1, 2, 3):
+        assert [f.layer for f in store.stream("a", "secret", timeout_s=1)] == [0, 1]
+        assert store.gauges().pulled_total == pulls
     assert store.gauges().bytes_held == 200
-    assert [f.layer for f in store.stream("a", "secret", timeout_s=1)] == [0, 1]
+    assert store.release("a", "secret") is True
     gauges = store.gauges()
-    assert (gauges.leases, gauges.bytes_held, gauges.pulled_total) == (0, 0, 1)
-    with pytest.raises(LeaseNotFound, match="pulled"):
+    assert (gauges.leases, gauges.bytes_held, gauges.released_total) == (0, 0, 1)
+    with pytest.raises(LeaseNotFound, match="released"):
         list(store.stream("a", "secret", timeout_s=1))
 
 
-def test_a_lease_for_three_samples_is_pulled_three_times(store):
-    hold(store, uses=3)
-    for _ in range(3):
-        assert len(list(store.stream("a", "secret", timeout_s=1))) == 2
-    assert store.gauges().leases == 0
-
-
-def test_a_pull_broken_off_does_not_use_the_lease_up(store):
+def test_a_pull_broken_off_is_not_counted(store):
     hold(store)
     stream = store.stream("a", "secret", timeout_s=1)
-    # The first batch is handed out whole; closing before its end leaves the lease.
     next(stream)
     stream.close()
-    assert store.gauges().leases == 1
+    assert (store.gauges().leases, store.gauges().pulled_total) == (1, 0)
     assert len(list(store.stream("a", "secret", timeout_s=1))) == 2
 
 
@@ -68,6 +63,7 @@ def test_the_secret_is_needed_to_pull_and_to_release(store):
     hold(store)
     with pytest.raises(LeaseNotFound):
         list(store.stream("a", "wrong", timeout_s=1))
+    assert store.renew("a", "wrong") is False
     assert store.release("a", "wrong") is False
     assert store.gauges().leases == 1
 
@@ -86,9 +82,10 @@ def test_a_release_before_the_first_frame_is_remembered(store):
     assert (store.gauges().leases, store.gauges().opened_total) == (0, 0)
 
 
-def test_an_unpulled_lease_expires_and_a_late_pull_is_told_why(store, clock):
+def test_a_lease_that_nobody_claims_expires_early(store, clock):
+    """Its ticket was lost on the way: the gateway was cancelled, or died."""
     hold(store)
-    clock.now_s += 29.9
+    clock.now_s += UNCLAIMED_S - 0.1
     assert store.sweep() == 0
     clock.now_s += 0.1
     assert store.sweep() == 1
@@ -96,6 +93,34 @@ def test_an_unpulled_lease_expires_and_a_late_pull_is_told_why(store, clock):
     assert (gauges.bytes_held, gauges.expired_total, gauges.stranded_bytes_total) == (0, 1, 200)
     with pytest.raises(LeaseNotFound, match="expired"):
         list(store.stream("a", "secret", timeout_s=1))
+
+
+@pytest.mark.parametrize("claim", ["pull", "renew", "renew_early"])
+def test_a_lease_lasts_its_time_from_the_last_claim(store, clock, claim):
+    if claim == "renew_early":  # while the KV is still being computed
+        store.open("a", "secret")
+        assert store.renew("a", "secret") is True
+    hold(store)
+    clock.now_s += 1
+    if claim == "pull":
+        list(store.stream("a", "secret", timeout_s=1))
+    elif claim == "renew":
+        assert store.renew("a", "secret") is True
+    clock.now_s += 28.9
+    assert store.sweep() == 0
+    clock.now_s += 1.1
+    assert store.sweep() == 1
+    assert store.renew("a", "secret") is False
+
+
+def test_a_lease_lives_as_long_as_it_is_renewed(store, clock):
+    hold(store)
+    for _ in range(10):
+        assert store.renew("a", "secret") is True
+        clock.now_s += 29
+        assert store.sweep() == 0
+    clock.now_s += 1
+    assert store.sweep() == 1
 
 
 def test_a_lease_is_not_expired_under_its_reader(store, clock):
@@ -117,7 +142,7 @@ def test_over_the_byte_cap_the_lease_is_dropped_whole(store):
 
 
 def test_a_pull_waits_for_frames_still_being_computed(store):
-    store.open("a", "secret", tokens=4, uses=1)
+    store.open("a", "secret")
     store.append("a", frame(0), last=False)
     got: list[int] = []
     first = threading.Event()
@@ -136,7 +161,7 @@ def test_a_pull_waits_for_frames_still_being_computed(store):
 
 
 def test_a_release_ends_a_pull_that_waits(store):
-    store.open("a", "secret", tokens=4, uses=1)
+    store.open("a", "secret")
     store.append("a", frame(0), last=False)
     stream = store.stream("a", "secret", timeout_s=5)
     next(stream)
@@ -146,7 +171,17 @@ def test_a_release_ends_a_pull_that_waits(store):
 
 
 def test_a_pull_of_a_lease_that_never_completes_gives_up(store, clock):
-    store.open("a", "secret", tokens=4, uses=1)
+    store.open("a", "secret")
     stream = store.stream("a", "secret", timeout_s=0.0)
     with pytest.raises(LeaseNotFound, match="not complete"):
         next(stream)
+
+
+def test_a_lease_tells_for_how_long_it_has_been_complete(store, clock):
+    store.open("a", "secret")
+    assert store.complete_for_s("a") is None
+    hold(store)
+    clock.now_s += 1.5
+    assert store.complete_for_s("a") == 1.5
+    store.release("a", "secret")
+    assert store.complete_for_s("a") is None

@@ -111,6 +111,75 @@ async def test_a_deadline_that_passed_is_an_error():
         await Pools(now=lambda: next(clock)).run(timeout_s=1.0)
 
 
+class TestOverlap:
+    """Decode is begun before prefill has answered, and samples the first token itself."""
+
+    @staticmethod
+    def pools(**decoder):
+        pools = Pools(**decoder)
+        pools.prefiller.early = True
+        return pools
+
+    @pytest.mark.parametrize("samples", [1, 3])
+    async def test_the_answer_is_the_same(self, samples):
+        pools = self.pools()
+        chunks = await pools.run(samples=samples)
+        assert [tokens(chunks, n) for n in range(samples)] == [[100, 101, 102, 103]] * samples
+        assert pools.decoder.replays == [((),) * samples]
+        assert (pools.prefiller.held, pools.prefiller.released) == (0, 1)
+
+    async def test_decode_has_begun_when_the_first_token_comes(self):
+        pools = self.pools()
+        stream = pools.pipeline.generate(request())
+        await anext(stream)
+        assert pools.decoder.replays == [((),)]
+        await stream.aclose()
+        assert (pools.prefiller.held, pools.decoder.closed) == (0, 1)
+
+    async def test_a_decode_that_samples_another_first_token_is_asked_again(self):
+        pools = self.pools(samples_first=7)
+        assert tokens(await pools.run()) == [100, 101, 102, 103]
+        assert pools.decoder.replays == [((),), ((100,),)]
+        assert pools.prefiller.released == 1
+
+    async def test_a_first_token_that_the_client_lacks_is_decodes_own(self):
+        pools = self.pools(samples_first=7)
+        assert tokens(await pools.run(hold_back_chars=3)) == [7, 101, 102, 103]
+
+    async def test_a_lost_decode_engine_is_replaced(self):
+        pools = self.pools(fails=[DecodeUnavailable("gone")], fails_at=0)
+        assert tokens(await pools.run()) == [100, 101, 102, 103]
+        assert pools.decoder.replays == [((),), ((100,),)]
+
+    async def test_a_lost_prefill_engine_is_replaced_and_its_decode_closed(self):
+        pools = self.pools()
+        pools.prefiller.fails = [PrefillUnavailable("gone"), None]
+        assert tokens(await pools.run()) == [100, 101, 102, 103]
+        assert pools.decoder.replays == [((),), ((),)]
+        assert (pools.prefiller.held, pools.prefiller.released) == (0, 2)
+
+    async def test_an_answer_of_one_token_closes_its_decode(self):
+        pools = self.pools()
+        pools.prefiller.ends_answer = True
+        assert tokens(await pools.run()) == [100]
+        assert (pools.prefiller.held, pools.prefiller.released) == (0, 1)
+
+    async def test_it_can_be_switched_off(self):
+        pools = self.pools()
+        pools.pipeline.overlap = False
+        assert tokens(await pools.run()) == [100, 101, 102, 103]
+        assert pools.decoder.replays == [((100,),)]
+
+    async def test_the_kv_is_let_go_when_every_sample_has_it(self):
+        pools = self.pools()
+        held = [
+            (chunk.index, pools.prefiller.held)
+            async for chunk in pools.pipeline.generate(request(samples=2))
+        ]
+        assert held[0] == (0, 1)
+        assert held[-1] == (1, 0)
+
+
 async def test_an_empty_prompt_is_refused():
     pools = Pools()
     with pytest.raises(InvalidRequest, match="prompt"):
@@ -129,10 +198,11 @@ async def test_closing_the_stream_releases_the_pools():
     pools = Pools()
     stream = pools.pipeline.generate(request())
     await anext(stream)
-    await anext(stream)
     assert pools.prefiller.held == 1
+    await anext(stream)
+    assert pools.prefiller.held == 0  # decode has the KV
     await stream.aclose()
-    assert (pools.prefiller.held, pools.decoder.closed) == (0, 1)
+    assert (pools.prefiller.released, pools.decoder.closed) == (1, 1)
 
 
 async def test_a_prefill_failure_holds_nothing():

@@ -74,7 +74,9 @@ class Response:
         item = self._items.pop(0)
         if isinstance(item, BaseException):
             raise item
-        return (wire.pack(item), OBJECTS) if isinstance(item, Prefilled) else wire.pack(item)
+        if isinstance(item, Prefilled):
+            return wire.pack((None, item)), OBJECTS
+        return (wire.pack((item, None)), []) if isinstance(item, Ticket) else wire.pack(item)
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -93,6 +95,19 @@ class Handle:
     def remote(self, payload: bytes, objects: Sequence[Any] | bytes = ()) -> Response:
         self.payload, self.objects = payload, objects
         return self.response
+
+
+class Leases:
+    """The workers that hold KV: notes what is released."""
+
+    def __init__(self) -> None:
+        self.released: list[Ticket] = []
+
+    async def renew(self, ticket: Ticket) -> bool:
+        return True
+
+    async def release(self, ticket: Ticket) -> None:
+        self.released.append(ticket)
 
 
 def remote_error(cause: Exception) -> RayTaskError:
@@ -177,31 +192,40 @@ async def test_a_lost_or_broken_speculator_is_unavailable(failure: Exception) ->
 
 @pytest.mark.parametrize("failure", [None, ValueError("inside"), asyncio.CancelledError()])
 async def test_the_lease_is_released_once_whatever_happens(failure: BaseException | None) -> None:
-    released: list[Ticket] = []
-
-    async def release(ticket: Ticket) -> None:
-        released.append(ticket)
+    leases = Leases()
 
     async def use() -> None:
-        async with ServePrefiller(Handle(PREFILLED), release, {}).prefill(
+        async with ServePrefiller(Handle(PREFILLED), leases, {}).prefill(
             REQUEST, SELECTION, 1.0
-        ) as prefilled:
-            assert prefilled == PREFILLED
-            assert released == []
+        ) as prefilling:
+            assert await prefilling.ticket() is None
+            assert await prefilling.prefilled() == PREFILLED
+            assert leases.released == []
             if failure is not None:
                 raise failure
 
     outcome = (await asyncio.gather(use(), return_exceptions=True))[0]
     assert type(outcome) is type(failure)
-    assert released == [TICKET]
+    assert leases.released == [TICKET]
 
 
-async def test_a_lease_that_cannot_be_released_does_not_fail_the_answer() -> None:
-    async def release(ticket: Ticket) -> None:
-        raise Unavailable("peer is gone")
+async def test_an_early_ticket_is_held_from_its_first_word_on() -> None:
+    leases = Leases()
+    handle = Handle(TICKET, PREFILLED)
+    async with ServePrefiller(handle, leases, {}).prefill(REQUEST, SELECTION, 1.0) as prefilling:
+        assert await prefilling.ticket() == TICKET
+    assert leases.released == [TICKET]
+    assert handle.response.cancelled is True
 
-    async with ServePrefiller(Handle(PREFILLED), release, {}).prefill(REQUEST, SELECTION, 1.0):
-        pass
+
+async def test_an_early_ticket_and_the_results_are_one_lease() -> None:
+    leases = Leases()
+    handle = Handle(TICKET, PREFILLED)
+    async with ServePrefiller(handle, leases, {}).prefill(REQUEST, SELECTION, 1.0) as prefilling:
+        assert await prefilling.ticket() == TICKET
+        assert await prefilling.prefilled() == PREFILLED
+        prefilling.kv_arrived()
+    assert leases.released == [TICKET]
 
 
 async def test_decode_streams_and_always_cancels() -> None:
@@ -252,13 +276,11 @@ async def test_health_counts_running_replicas_and_asks_seldom() -> None:
 
 
 async def test_kv_that_ray_carries_goes_along_and_is_dropped_at_the_end() -> None:
-    async def release(_ticket: Ticket) -> None:
-        pass
-
     carried: Carried = {}
     handle = Handle(Decoded(Chunk(0, (1,), "x", finish_reason="stop")))
-    prefiller = ServePrefiller(Handle(PREFILLED), release, carried)
-    async with prefiller.prefill(REQUEST, SELECTION, 1.0):
+    prefiller = ServePrefiller(Handle(PREFILLED), Leases(), carried)
+    async with prefiller.prefill(REQUEST, SELECTION, 1.0) as prefilling:
+        await prefilling.prefilled()
         steps = ServeDecoder(handle, carried).decode(REQUEST, SELECTION, TICKET, REPLAY, 5.0)
         assert len([step async for step in steps]) == 1
         assert handle.objects == OBJECTS

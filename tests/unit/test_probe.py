@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from specprefill.errors import PrefillUnavailable
-from specprefill.fakes import FakePrefiller, FakeSpeculator
+from specprefill.fakes import FakePrefiller, FakePrefilling, FakeSpeculator
 from specprefill.probe import Probe
 from specprefill.stages import Curve, StageModels
 from specprefill.types import Chunk, PlanKind, Prefilled, Request, Selection, Span
@@ -36,7 +36,8 @@ class TimedPrefiller:
         assert selection.kept_tokens == len(request.prompt)
         self.lengths.append(len(request.prompt))
         seconds = PREFILL.seconds(len(request.prompt))
-        yield Prefilled(Chunk(0, (1,), "a", finish_reason="length"), None, 0.0, seconds)
+        chunk = Chunk(0, (1,), "a", finish_reason="length")
+        yield FakePrefilling(FakePrefiller(), None, None, Prefilled(chunk, None, 0.0, seconds))
 
 
 def probe(speculator, prefiller, longest=100_000, budget_s=0.5) -> Probe:

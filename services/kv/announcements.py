@@ -1,0 +1,47 @@
+"""Tells whoever listens which leases' KV will soon be complete."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """A lease that may be pulled now: its last frames are being computed."""
+
+    lease_id: str
+    tokens: int  # k
+    fingerprint: str
+
+
+class Announcements:
+    """Fans out to every listener. Pure and thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._listeners: set[queue.SimpleQueue[Announcement | None]] = set()
+
+    def tell(self, announcement: Announcement) -> None:
+        """Tell everybody who listens now. Never waits."""
+        with self._lock:
+            for listener in self._listeners:
+                listener.put(announcement)
+
+    def listen(self, on_end: Callable[[Callable[[], None]], object]) -> Iterator[Announcement]:
+        """Yield what is told from now on.
+
+        `on_end` is given a function that ends the iteration from another thread.
+        """
+        mine: queue.SimpleQueue[Announcement | None] = queue.SimpleQueue()
+        on_end(lambda: mine.put(None))
+        with self._lock:
+            self._listeners.add(mine)
+        try:
+            while (announcement := mine.get()) is not None:
+                yield announcement
+        finally:
+            with self._lock:
+                self._listeners.discard(mine)

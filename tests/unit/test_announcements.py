@@ -1,0 +1,57 @@
+"""Announcements: every listener hears what is told while it listens."""
+
+import threading
+
+from specprefill.kv.announcements import Announcement, Announcements
+
+FIRST, SECOND = (Announcement(name, 3, "layout") for name in ("first", "second"))
+
+
+class Listener:
+    """Listens in a thread of its own until ended."""
+
+    def __init__(self, announcements: Announcements) -> None:
+        self.heard: list[Announcement] = []
+        self.listening = threading.Event()
+        self._announcements = announcements
+        self._thread = threading.Thread(target=self._listen)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        for announcement in self._announcements.listen(self._on_end):
+            self.heard.append(announcement)
+            self.listening.set()
+
+    def _on_end(self, end) -> None:
+        self.end = end
+
+    def join(self) -> None:
+        self.end()
+        self._thread.join(5)
+
+
+def tell_until_heard(announcements: Announcements, listener: Listener) -> None:
+    """A listener hears nothing before it listens."""
+    while not listener.listening.wait(0.001):
+        announcements.tell(FIRST)
+
+
+def test_everybody_who_listens_is_told():
+    announcements = Announcements()
+    listeners = [Listener(announcements) for _ in range(2)]
+    for listener in listeners:
+        tell_until_heard(announcements, listener)
+    announcements.tell(SECOND)
+    for listener in listeners:
+        listener.join()
+        assert listener.heard[-1] == SECOND
+        assert set(listener.heard[:-1]) == {FIRST}
+
+
+def test_a_listener_that_has_ended_is_told_nothing_more():
+    announcements = Announcements()
+    listener = Listener(announcements)
+    tell_until_heard(announcements, listener)
+    listener.join()
+    announcements.tell(SECOND)
+    assert SECOND not in listener.heard
