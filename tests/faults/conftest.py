@@ -21,7 +21,7 @@ from specprefill.kv.prefilling import HeldPrefill, prefilling
 from specprefill.kv.rpc import KvPeers
 from specprefill.pipeline import Pipeline
 from specprefill.plan import Planner
-from specprefill.types import Request, Selection, Ticket
+from specprefill.types import Report, Request, Selection, Ticket
 
 # The tiny random model and the environment of engines on CPUs.
 from tests.integration.conftest import BLOCK_SIZE, model_dir  # noqa: F401
@@ -259,13 +259,16 @@ class FixedSpeculator:
         return self.selection
 
 
-async def ask(pools: Pools, request: Request, selection: Selection) -> tuple[list[int], float]:
-    """The product's pipeline over the pools: the tokens of the answer, and the seconds it took."""
+async def ask(
+    pools: Pools, request: Request, selection: Selection
+) -> tuple[list[int], float, Report]:
+    """The product's pipeline over the pools: the answer's tokens, seconds, and report."""
     planner = Planner(enabled=True, keep=0.5, min_prompt_tokens=1)
     pipeline = Pipeline(FixedSpeculator(selection), pools, pools, planner, overlap=pools.overlap)
     started_s = time.monotonic()
     async with asyncio.timeout(90):
         chunks = [chunk async for chunk in pipeline.generate(request)]
     tokens = [token for chunk in chunks for token in chunk.token_ids]
-    assert chunks[-1].report is not None
-    return tokens, time.monotonic() - started_s
+    report = chunks[-1].report
+    assert report is not None
+    return tokens, time.monotonic() - started_s, report

@@ -58,6 +58,9 @@ def selection() -> Selection:
     return Selection(LENGTH, RUNS, Plan(PlanKind.PRUNE, Reason.ASKED, 0.5))
 
 
+RECOMPUTED = ("prompt recomputed by decode", "replayed by another decode")
+
+
 class Ask:
     """Asks with a fault, then the same without one, and compares."""
 
@@ -66,14 +69,16 @@ class Ask:
 
     async def and_expect_the_same(self, recovered, **sampling):
         asked = request(self.name, **sampling)
-        got, seconds = await ask(self.pools, asked, selection())
+        got, seconds, report = await ask(self.pools, asked, selection())
         held = await self.pools.bytes_held()
         await self.pools.restore()
         again = replace(asked, request_id=f"{asked.request_id}-undisturbed")
-        wanted, _ = await ask(self.pools, again, selection())
+        wanted, _, undisturbed = await ask(self.pools, again, selection())
         self.table.add(self.name, recovered, seconds, got == wanted, held)
         assert got == wanted
         assert held == 0
+        assert report.recomputed == (recovered in RECOMPUTED)
+        assert not undisturbed.recomputed
 
 
 @pytest.fixture
