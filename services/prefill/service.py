@@ -69,7 +69,7 @@ class PrefillService:
         self._engine.close()
 
     async def drain(self, timeout_s: float) -> bool:
-        """Wait until every ticket is pulled or released. False if `timeout_s` passed first."""
+        """Wait until every lease is released or has ended. False if `timeout_s` passed first."""
         drained = (self._peers.drain(address, timeout_s) for address in self._kv_addresses)
         return all(await asyncio.gather(*drained))
 
