@@ -2,6 +2,7 @@
 
 import json
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -11,6 +12,8 @@ import pytest
 from .conftest import KEEP, STAGES, pruned
 
 pytestmark = pytest.mark.timeout(600)
+
+BLOCK_SIZE = 32  # of the shipped file's engines
 
 
 # --- chat and completions -------------------------------------------------------------------
@@ -52,6 +55,24 @@ def test_dense_and_keep_one_give_the_same_answer(chat):
     assert whole.specprefill["reason"] == "keep_is_one"
     assert dense.specprefill["kept_tokens"] == dense.specprefill["prompt_tokens"]
     assert dense.choices[0].message.content == whole.choices[0].message.content
+
+
+@pytest.mark.parametrize("options", [{"specprefill": False}, pruned()], ids=["dense", "pruned"])
+def test_cached_tokens_are_those_of_the_prefill_engine(client, long_prompt, options):
+    (first, *rest) = long_prompt.messages
+    new = {**first, "content": f"{uuid.uuid4().hex} {first['content']}"}  # nobody has asked this
+
+    def ask():
+        answer = client.chat.completions.create(
+            model="demo", messages=[new, *rest], temperature=0, max_tokens=2, extra_body=options
+        )
+        return answer.usage.prompt_tokens_details, answer.specprefill["kept_tokens"]
+
+    cold, kept = ask()
+    warm, kept_again = ask()
+    assert cold.cached_tokens == 0
+    assert kept_again == kept
+    assert warm.cached_tokens == (kept - 1) // BLOCK_SIZE * BLOCK_SIZE
 
 
 def test_a_short_prompt_is_left_whole(client):

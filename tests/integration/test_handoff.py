@@ -251,12 +251,16 @@ class TestPrefixCache:
         assert got == list(want.token_ids)
 
     async def test_the_same_tokens_at_other_positions_never_hit(self, engines):
-        # One token value throughout: every selection of the same size has the same ids.
-        prompt = [77] * 900
-        first, second = kept(900, Span(0, 300)), kept(900, Span(300, 600))
-        await self.hits(engines, prompt, first)
-        cached, _ = await self.hits(engines, prompt, second)
+        # The same hundred tokens over and over: both selections have the same ids.
+        prompt = prompt_of(100, seed=21) * 9
+        first, second = kept(900, Span(0, 300)), kept(900, Span(300, 500), Span(800, 900))
+        _, near = await self.hits(engines, prompt, first)
+        cached, got = await self.hits(engines, prompt, second)
         assert cached == 0
+        request = engines.request(prompt, ignore_eos=True, max_tokens=8)
+        want = await engines.aggregated(request, second)  # the decode engine has no part in it
+        assert got == list(want.token_ids)
+        assert got != near  # positions do matter here
 
     async def test_the_same_pruned_prompt_hits(self, engines):
         prompt, selection = prompt_of(900, seed=22), pruned(900)
@@ -274,6 +278,31 @@ class TestPrefixCache:
             engines, pruned_prompt, kept(length, Span(0, 128), Span(300, 400))
         )
         assert cached == 128
+
+    async def test_a_dense_request_hits_a_pruned_ones_dense_prefix(self, engines):
+        """The other order: what a pruned request leaves behind is right for everybody."""
+        system, length = prompt_of(128, seed=26), 600
+        pruned_prompt = system + prompt_of(length - 128, seed=27)
+        dense_prompt = system + prompt_of(length - 128, seed=28)
+        await self.hits(engines, pruned_prompt, kept(length, Span(0, 128), Span(300, 400)))
+        cached, got = await self.hits(engines, dense_prompt, whole(length))
+        request = engines.request(dense_prompt, ignore_eos=True, max_tokens=8)
+        want = await engines.plain_vllm(request)
+        assert cached == 128
+        assert got == list(want.token_ids)
+
+    async def test_the_next_turn_hits_a_pruned_history(self, engines):
+        history, selection = prompt_of(900, seed=29), pruned(900)
+        await self.hits(engines, history, selection)
+        longer = history + prompt_of(100, seed=30)
+        runs = (*selection.runs[:-1], Span(selection.runs[-1].start, 1000))
+        cached, got = await self.hits(engines, longer, kept(1000, *runs))
+        assert cached == selection.kept_tokens // BLOCK_SIZE * BLOCK_SIZE
+        cold = [longer[0] + 1, *longer[1:]]  # the same selection, with nothing cached
+        assert (await self.hits(engines, cold, kept(1000, *runs)))[0] == 0
+        request = engines.request(longer, ignore_eos=True, max_tokens=8)
+        want = await engines.aggregated(request, kept(1000, *runs))
+        assert got == list(want.token_ids)
 
 
 REPLAYED = {
