@@ -74,9 +74,10 @@ _.wake_up
 
 # Ray Serve calls these by name.
 _.Generate
-PrefixAffinity
-_.know
-_.ranked
+_.choose_replicas
+_.initialize_state
+_.on_request_completed
+_.on_request_routed
 _.record_replica_metadata
 build
 

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 
 from .config import AppConfig, EngineConfig, SpeculatorConfig
 from .decode.replica import DecodeReplica
 from .engine.platform import ENV_SWITCH
+from .gateway.prefix_router import PrefixRouter
 from .gateway.replica import GatewayReplica
 from .prefill.replica import PrefillReplica
 from .speculator.replica import SpeculatorReplica
@@ -98,7 +100,7 @@ def build(args: AppConfig) -> serve.Application:
         ENGINE_ONGOING,
         ENGINE_QUEUED,
         engine_placement(args.prefill, gpus=gpus),
-    )
+    ).options(request_router_config=RequestRouterConfig(request_router_class=PrefixRouter))
     decode = pool(
         DecodeReplica,
         "Decode",

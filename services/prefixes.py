@@ -5,40 +5,55 @@ Pure. The engines' prefix caches work by blocks of tokens, and so does this memo
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import xxhash
 
 
-class PrefixMemory:
-    """Digests of prefixes that end at a block boundary; the least recently used go first."""
+class DigestMemory:
+    """Chained block digests, see `prefix_digests`; the least recently used go first."""
 
-    def __init__(self, block_tokens: int, max_blocks: int) -> None:
-        self._block_tokens = block_tokens
+    def __init__(self, max_blocks: int) -> None:
         self._max_blocks = max_blocks
         self._blocks: OrderedDict[int, None] = OrderedDict()
 
-    def remember(self, tokens: Sequence[int]) -> None:
-        """The KV of these tokens, a prompt's beginning, was just computed or used."""
-        for digest in reversed(list(prefix_digests(tokens, self._block_tokens))):
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def remember(self, digests: Sequence[int]) -> None:
+        """A prefix was just computed or used."""
+        for digest in reversed(digests):
             self._blocks[digest] = None  # its end first: that is what engines evict first, too
             self._blocks.move_to_end(digest)
         while len(self._blocks) > self._max_blocks:
             self._blocks.popitem(last=False)
+
+    def longest(self, digests: Iterable[int]) -> int:
+        """How many leading blocks are remembered."""
+        return sum(1 for _ in itertools.takewhile(self._blocks.__contains__, digests))
+
+
+class PrefixMemory:
+    """The prefixes of token lists that end at a block boundary."""
+
+    def __init__(self, block_tokens: int, max_blocks: int) -> None:
+        self._block_tokens = block_tokens
+        self._blocks = DigestMemory(max_blocks)
+
+    def remember(self, tokens: Sequence[int]) -> None:
+        """The KV of these tokens, a prompt's beginning, was just computed or used."""
+        self._blocks.remember(list(prefix_digests(tokens, self._block_tokens)))
 
     def longest(self, tokens: Sequence[int]) -> int:
         """How many leading tokens of `tokens` are remembered, in whole blocks.
 
         An engine always computes the last token of a prompt, so never all of them.
         """
-        found = 0
-        for digest in prefix_digests(tokens[: len(tokens) - 1], self._block_tokens):
-            if digest not in self._blocks:
-                break
-            found += self._block_tokens
-        return found
+        digests = prefix_digests(tokens[: len(tokens) - 1], self._block_tokens)
+        return self._block_tokens * self._blocks.longest(digests)
 
 
 def prefix_digests(tokens: Sequence[int], block_tokens: int) -> Iterator[int]:

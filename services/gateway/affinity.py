@@ -6,13 +6,10 @@ several gateways choose less well together, but no choice is ever wrong.
 
 from __future__ import annotations
 
-from array import array
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from xxhash import xxh3_64_intdigest
-
+from ..prefixes import DigestMemory, prefix_digests
 from ..types import Selection
 
 BLOCK_TOKENS = 128  # a multiple of most engines' block size: what matches here matches there
@@ -34,37 +31,18 @@ def load_of(prompt: tuple[int, ...], selection: Selection) -> PrefillLoad:
     """The load of a prompt `[N]`; blocks from the first gap on are not shared, so not here."""
     first = selection.runs[0]
     dense = first.stop if first.start == 0 else 0
-    digests, previous = [], 0
-    for stop in range(BLOCK_TOKENS, dense + 1, BLOCK_TOKENS):
-        block = array("q", prompt[stop - BLOCK_TOKENS : stop])
-        previous = xxh3_64_intdigest(block.tobytes(), previous)
-        digests.append(previous)
-    return PrefillLoad(selection.kept_tokens, tuple(digests))
+    return PrefillLoad(selection.kept_tokens, tuple(prefix_digests(prompt[:dense], BLOCK_TOKENS)))
 
 
 @dataclass(slots=True)
 class _Replica:
-    capacity_blocks: int
-    blocks: OrderedDict[int, None] = field(default_factory=OrderedDict)  # least recent first
+    seen: DigestMemory
     queued_tokens: int = 0  # sent there, to be computed, not answered yet
     last_used: int = 0
 
-    def cached_tokens(self, load: PrefillLoad) -> int:
-        """Tokens of the longest prefix that this replica has seen."""
-        hits = 0
-        for digest in load.prefix:
-            if digest not in self.blocks:
-                break
-            hits += 1
-        return hits * BLOCK_TOKENS
-
-    def saw(self, prefix: tuple[int, ...]) -> None:
-        """Remember a prefix. Its end is forgotten first, as the engine evicts it."""
-        for digest in reversed(prefix):
-            self.blocks.pop(digest, None)
-            self.blocks[digest] = None
-        while len(self.blocks) > self.capacity_blocks:
-            self.blocks.popitem(last=False)
+    def lacking(self, load: PrefillLoad) -> int:
+        """Tokens of a prompt that it would have to compute."""
+        return load.tokens - BLOCK_TOKENS * self.seen.longest(load.prefix)
 
 
 @dataclass(slots=True)
@@ -85,7 +63,7 @@ class PrefixAffinity:
             del self._replicas[name]
         for name, tokens in cache_tokens.items():
             if name not in self._replicas:
-                self._replicas[name] = _Replica(tokens // BLOCK_TOKENS)
+                self._replicas[name] = _Replica(DigestMemory(tokens // BLOCK_TOKENS))
 
     def ranked(self, load: PrefillLoad) -> Sequence[str]:
         """Every known replica, cheapest first; among equals the one that waits longest."""
@@ -98,9 +76,9 @@ class PrefixAffinity:
             return
         self._count += 1
         replica.last_used = self._count
-        lacking = load.tokens - replica.cached_tokens(load)
+        lacking = replica.lacking(load)
         replica.queued_tokens += lacking
-        replica.saw(load.prefix)
+        replica.seen.remember(load.prefix)
         self._running[request_id] = (replica, lacking)
 
     def answered(self, request_id: str) -> None:
@@ -111,5 +89,4 @@ class PrefixAffinity:
             replica.queued_tokens -= lacking
 
     def _cost(self, replica: _Replica, load: PrefillLoad) -> tuple[int, int]:
-        lacking = load.tokens - replica.cached_tokens(load)
-        return replica.queued_tokens + lacking, replica.last_used
+        return replica.queued_tokens + replica.lacking(load), replica.last_used

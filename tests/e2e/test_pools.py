@@ -5,6 +5,8 @@ import os
 import signal
 import threading
 import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -39,7 +41,7 @@ class Load:
     def _run(self):
         while not self._stop.is_set():
             try:
-                self.answers.append(self._ask().choices[0].message.content)
+                self.answers.append(self._ask())
             except openai.OpenAIError as error:
                 self.failures.append(error)
 
@@ -64,7 +66,60 @@ def test_pools_grow_and_shrink_without_dropping_a_request(app, chat):
             while len(load.answers) < answered + 6 and not load.failures:
                 time.sleep(0.1)
     assert load.failures == []
-    assert len(set(load.answers)) == 1
+    assert len({answer.choices[0].message.content for answer in load.answers}) == 1
+    # A prefill replica that goes waits until its tickets are pulled.
+    assert not any(answer.specprefill["recomputed"] for answer in load.answers)
+
+
+def test_a_rolling_update_loses_no_request(app, chat):
+    """Every replica of every pool is replaced, the gateway's too."""
+
+    def change(raw):
+        raw["applications"][0]["args"]["selection"]["tail_tokens"] = 48
+
+    before = {pool: app.replica_pids(pool) for pool in POOLS}
+    with Load(chat) as load:
+        app.redeploy(change)
+        app.wait_healthy()
+        answered = len(load.answers)
+        while len(load.answers) < answered + 6 and not load.failures:
+            time.sleep(0.1)
+    assert load.failures == []
+    for pool in POOLS:
+        assert not set(before[pool]) & set(app.replica_pids(pool))
+
+
+def test_prompts_go_where_their_prefix_is_cached(app, client, long_prompt):
+    def prefill_replicas(count):
+        def change(raw):
+            (pool,) = [d for d in raw["applications"][0]["deployments"] if d["name"] == "Prefill"]
+            pool["num_replicas"] = count
+
+        return change
+
+    system = f"{uuid.uuid4().hex} {long_prompt.messages[-1]['content']}"  # 1,500 tokens
+
+    def cached_tokens(question):
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+        answer = client.chat.completions.create(
+            model="demo", messages=messages, max_tokens=1, extra_body={"specprefill": False}
+        )
+        return answer.usage.prompt_tokens_details.cached_tokens
+
+    app.redeploy(prefill_replicas(2))
+    app.wait_healthy()
+    assert cached_tokens("Who asks first?") == 0
+    hits = [cached_tokens(f"Who asks as number {number}?") for number in range(8)]
+    assert min(hits) > 1400  # all of them came to one of the two replicas
+
+    spilled = False  # while a long prompt is computed there, the other one is faster
+    with ThreadPoolExecutor(1) as other:
+        busy = other.submit(cached_tokens, " ".join(uuid.uuid4().hex for _ in range(150)))
+        while not busy.done() and not spilled:
+            spilled = cached_tokens(f"Who cannot wait for {uuid.uuid4().hex}?") == 0
+    assert spilled
+    app.redeploy(prefill_replicas(1))
+    app.wait_healthy()
 
 
 def test_without_a_speculator_prompts_go_dense_and_say_why(app, chat):

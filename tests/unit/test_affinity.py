@@ -93,10 +93,13 @@ def test_the_least_recent_prefixes_are_forgotten_from_their_end():
     made = affinity("a", "b", room=6 * BLOCK_TOKENS)
     made.sent("r1", "a", load(4, own=0, name="old"))
     made.sent("r2", "a", load(4, own=0, name="new"))
-    replica = made._replicas["a"]
-    assert replica.cached_tokens(load(4, own=0, name="old")) == 2 * BLOCK_TOKENS
-    assert replica.cached_tokens(load(4, own=0, name="new")) == 4 * BLOCK_TOKENS
-    assert len(replica.blocks) == 6
+    made.answered("r1")
+    made.answered("r2")
+    made.sent("r3", "b", load(4, own=0, name="old"))  # all of it: 512 tokens
+    made.answered("r3")
+    assert best(made, load(4, own=0, name="new")) == "a"
+    assert best(made, load(4, own=0, name="old")) == "b"
+    assert best(made, load(2, own=0, name="old")) == "a"  # equal, and "a" waits longer
 
 
 def test_without_a_cache_the_shortest_queue_wins():
