@@ -78,7 +78,9 @@ _.choose_replicas
 _.initialize_state
 _.on_request_completed
 _.on_request_routed
+_.record_autoscaling_stats
 _.record_replica_metadata
+SloPolicy
 build
 
 # Protobuf fields, set by name.

@@ -12,7 +12,8 @@ from typing import Any
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 
-from .config import AppConfig, EngineConfig, SpeculatorConfig
+from .autoscaling.targets import autoscaling_config
+from .config import AppConfig, EngineConfig, PoolScaling, SpeculatorConfig
 from .decode.replica import DecodeReplica
 from .engine.platform import ENV_SWITCH
 from .gateway.prefix_router import PrefixRouter
@@ -72,9 +73,17 @@ def build(args: AppConfig) -> serve.Application:
     """Four deployments: Gateway (ingress), Speculator, Prefill, Decode."""
     gpus = os.environ.get(ENV_SWITCH) != "1"
     drain_s = args.gateway.request_timeout_s + DRAIN_MARGIN_S
-    config_json = args.model_dump_json()
+    config_json = args.model_dump_json(exclude={"slo", "scaling"})  # they restart no replica
 
-    def pool(replica: type, name: str, ongoing: int, queued: int, place: Placement) -> Any:
+    def scaled(bounds: PoolScaling) -> dict[str, Any]:
+        if args.slo is None:
+            return {}
+        bounded = autoscaling_config(bounds.min_replicas, bounds.max_replicas)
+        return {"autoscaling_config": bounded}
+
+    def pool(
+        replica: type, name: str, ongoing: int, queued: int, place: Placement, bounds: PoolScaling
+    ) -> Any:
         return serve.deployment(
             replica,
             name=name,
@@ -85,6 +94,7 @@ def build(args: AppConfig) -> serve.Application:
             health_check_period_s=HEALTH_CHECK_PERIOD_S,
             health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
             **place.options(),
+            **scaled(bounds),
         )
 
     speculator = pool(
@@ -93,6 +103,7 @@ def build(args: AppConfig) -> serve.Application:
         SPECULATOR_ONGOING,
         SPECULATOR_QUEUED,
         speculator_placement(args.speculator, gpus=gpus),
+        args.scaling.speculator,
     )
     prefill = pool(
         PrefillReplica,
@@ -100,6 +111,7 @@ def build(args: AppConfig) -> serve.Application:
         ENGINE_ONGOING,
         ENGINE_QUEUED,
         engine_placement(args.prefill, gpus=gpus),
+        args.scaling.prefill,
     ).options(request_router_config=RequestRouterConfig(request_router_class=PrefixRouter))
     decode = pool(
         DecodeReplica,
@@ -107,9 +119,16 @@ def build(args: AppConfig) -> serve.Application:
         ENGINE_ONGOING,
         ENGINE_QUEUED,
         engine_placement(args.decode, gpus=gpus),
+        args.scaling.decode,
     )
+    gateways = args.scaling.gateway_replicas
     gateway = pool(
-        serve.ingress()(GatewayReplica), "Gateway", GATEWAY_ONGOING, GATEWAY_QUEUED, Placement()
+        serve.ingress()(GatewayReplica),
+        "Gateway",
+        GATEWAY_ONGOING,
+        GATEWAY_QUEUED,
+        Placement(),
+        PoolScaling(min_replicas=gateways, max_replicas=gateways),  # so that it reports as well
     )
     return gateway.bind(
         config_json,

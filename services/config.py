@@ -136,6 +136,43 @@ class GatewayConfig(Strict):
     vllm_args: tuple[str, ...] = ()  # more arguments of `vllm serve`'s front, e.g. a tool parser
 
 
+class SloConfig(Strict):
+    """`percentile` of all requests get their first token within `ttft_s`. Turns autoscaling on."""
+
+    ttft_s: Seconds
+    percentile: Annotated[float, Field(gt=0.0, lt=100.0)] = 95.0
+    gap_s: Seconds = 1.0  # and the second token within this of the first: sizes the decode pool
+
+
+class PoolScaling(Strict):
+    """Bounds and cost of one pool."""
+
+    min_replicas: NonNegativeInt = 1  # 0: sleeps when nothing arrives
+    max_replicas: PositiveInt = 1
+    cost: Annotated[float, Field(gt=0.0)] = 1.0  # of one replica, in any unit: say, its GPUs
+    cold_start_s: Seconds = 100.0
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas is {self.min_replicas}, more than max_replicas {self.max_replicas}"
+            )
+        return self
+
+
+class ScalingConfig(Strict):
+    """How the pools are sized for the SLO."""
+
+    speculator: PoolScaling = PoolScaling()
+    prefill: PoolScaling = PoolScaling()
+    decode: PoolScaling = PoolScaling()
+    gateway_replicas: PositiveInt = 1  # always so many
+    settle_s: Seconds = 90.0  # a smaller size must have been enough for so long
+    idle_s: Seconds = 600.0  # without arrivals for so long, a pool of minimum 0 sleeps
+    window_s: Seconds = 600.0  # of arrivals that are looked at
+
+
 class AppConfig(Strict):
     """Everything `specprefill.app:build` needs."""
 
@@ -146,6 +183,8 @@ class AppConfig(Strict):
     decode: EngineConfig = EngineConfig()
     kv: KvConfig = KvConfig()
     gateway: GatewayConfig = GatewayConfig()
+    slo: SloConfig | None = None  # None: as many replicas as the deployments say
+    scaling: ScalingConfig = ScalingConfig()
 
 
 def local_path(path: str) -> str:

@@ -24,6 +24,7 @@ from . import checked_yaml
 from .config import AppConfig, Strict
 
 Port = Annotated[int, Field(ge=0, le=65535)]
+SLO_POLICY = "specprefill.autoscaling.policy:SloPolicy"
 DeploymentName = Literal["Gateway", "Speculator", "Prefill", "Decode"]
 
 
@@ -185,6 +186,26 @@ class Application(Strict):
         names = [deployment.name for deployment in self.deployments]
         if len(set(names)) < len(names):
             raise ValueError("deployments: each name may occur once")
+        return self
+
+    @model_validator(mode="after")
+    def _an_slo_and_its_policy(self) -> Application:
+        """Serve takes a policy over all pools from the file alone, so the file must name ours."""
+        policy = self.autoscaling_policy
+        ours = policy is not None and policy.policy_function == SLO_POLICY
+        if (self.args.slo is not None) != ours:
+            raise ValueError(
+                f"args.slo and autoscaling_policy.policy_function {SLO_POLICY} go together"
+            )
+        if policy is None or not ours:
+            return self
+        if AppConfig.model_validate(policy.policy_kwargs.get("args")) != self.args:
+            raise ValueError(
+                "autoscaling_policy.policy_kwargs.args: must be the application's args"
+            )
+        sized = [each.name for each in self.deployments if each.num_replicas is not None]
+        if sized:
+            raise ValueError(f"deployments: args.slo sizes {', '.join(sized)}; drop num_replicas")
         return self
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -23,6 +24,7 @@ from .grpc_api import GrpcApi
 from .metrics import MeasuredPipeline
 from .pools import Carried, ServeDecoder, ServePrefiller, ServeSpeculator
 from .serve_health import ServeHealth
+from .traffic import CountedPipeline, GatewayTraffic
 
 
 class GatewayReplica:
@@ -53,7 +55,14 @@ class GatewayReplica:
             speculate_timeout_s=self._config.speculator.timeout_s,
             overlap=self._config.kv.overlap,
         )
-        self._client = build_client(self._config, MeasuredPipeline(pipeline, gain.learn))
+        self._traffic, self._models = GatewayTraffic(), gain.models
+        counted = CountedPipeline(
+            MeasuredPipeline(pipeline, gain.learn),
+            self._config.selection.min_kept_tokens,
+            self._traffic,
+            time.monotonic,
+        )
+        self._client = build_client(self._config, counted)
         self._calibration = calibration(pipeline, gain.models, self._client.model_config)
         self._calibration.start()
         self._grpc = GrpcApi(
@@ -71,6 +80,10 @@ class GatewayReplica:
     async def __serve_build_asgi_app__(self) -> Any:
         """Serve calls this after the constructor."""
         return await build_http_app(self._config, self._client, self._health.count)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What the autoscaling policy is told of this gateway's requests."""
+        return self._traffic.signals(self._models.curves())
 
     async def Generate(
         self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 from .. import heap
+from ..autoscaling.signals import QUEUE_AGE_S
+from ..autoscaling.waiting import Waiting
 from ..config import AppConfig
 from ..engine.args import Role, engine_args
 from ..engine.engine import Engine
@@ -30,6 +33,7 @@ class PrefillReplica:
         engine = Engine(args, cpu_threads=config.prefill.cpu_threads)
         self._service = PrefillService(engine, self._tls)
         self._kv = config.kv
+        self._waiting = Waiting(time.monotonic)
         await self._service.start()
         heap.freeze()
         self._gauges = asyncio.create_task(KvGauges(self._service).run())
@@ -54,13 +58,14 @@ class PrefillReplica:
         """
         del load
         request, selection, timeout_s = unpack(payload, tuple[Request, Selection, float])
-        steps = self._service.steps(request, selection, timeout_s)
-        async with aclosing(steps) as stream:  # type: ignore[type-var]
-            async for step in stream:
-                if isinstance(step, Prefilled):
-                    yield pack((None, step)), await self._stored(step)
-                elif self._kv.carrier != "object_ref":
-                    yield pack((step, None)), []
+        with self._waiting.one():
+            steps = self._service.steps(request, selection, timeout_s)
+            async with aclosing(steps) as stream:  # type: ignore[type-var]
+                async for step in stream:
+                    if isinstance(step, Prefilled):
+                        yield pack((None, step)), await self._stored(step)
+                    elif self._kv.carrier != "object_ref":
+                        yield pack((step, None)), []
 
     async def _stored(self, prefilled: Prefilled) -> list[KvReference]:
         """The KV as Ray's objects. Empty: it stays with the worker, where decode may pull it."""
@@ -70,6 +75,10 @@ class PrefillReplica:
         if objects:
             await self._service.release(prefilled.ticket)  # the worker's copy is free at once
         return objects
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What the autoscaling policy is told of this replica."""
+        return {QUEUE_AGE_S: self._waiting.oldest_s()}
 
     async def check_health(self) -> None:
         """Raises Unavailable when the engine process is dead."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 from .. import heap
+from ..autoscaling.signals import QUEUE_AGE_S
+from ..autoscaling.waiting import Waiting
 from ..config import AppConfig
 from ..errors import SpeculatorUnavailable
 from ..types import Plan, Request
@@ -18,6 +22,7 @@ class SpeculatorReplica:
         self._service = SpeculatorService.from_config(
             config.speculator, config.selection, config.model.path
         )
+        self._waiting = Waiting(time.monotonic)
         await self._service.start()
         heap.freeze()
 
@@ -27,7 +32,12 @@ class SpeculatorReplica:
     async def select(self, payload: bytes) -> bytes:
         """`(Request, Plan, timeout_s)` -> Selection."""
         request, plan, timeout_s = unpack(payload, tuple[Request, Plan, float])
-        return pack(await self._service.select(request, plan, timeout_s))
+        with self._waiting.one():
+            return pack(await self._service.select(request, plan, timeout_s))
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What the autoscaling policy is told of this replica."""
+        return {QUEUE_AGE_S: self._waiting.oldest_s()}
 
     async def check_health(self) -> None:
         """Raises SpeculatorUnavailable when the serving loop has ended."""

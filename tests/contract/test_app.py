@@ -45,10 +45,10 @@ def test_the_speculator_takes_a_gpu_where_there_are_any():
     assert speculator_placement(SpeculatorConfig(path="s"), gpus=False).num_gpus == 0.0
 
 
-def deployments(monkeypatch):
+def deployments(monkeypatch, config=CONFIG):
     """What `build` bound, by name."""
     monkeypatch.setenv("SPECPREFILL_CPU_ENGINE", "1")
-    gateway = build(CONFIG)._bound_deployment
+    gateway = build(config)._bound_deployment
     pools = [argument._bound_deployment for argument in gateway.init_args[1:]]
     return {deployment.name: deployment for deployment in (gateway, *pools)}
 
@@ -66,6 +66,23 @@ def test_queues_are_bounded_and_draining_outlives_the_longest_request(monkeypatc
         assert config.max_queued_requests > 0
         assert config.graceful_shutdown_timeout_s > CONFIG.gateway.request_timeout_s
         assert 2 <= config.health_check_period_s <= 5
+
+
+def test_an_slo_lets_serve_scale_every_pool_within_its_bounds(monkeypatch):
+    slo = {"slo": {"ttft_s": 1.0}, "scaling": {"prefill": {"min_replicas": 2, "max_replicas": 5}}}
+    config = AppConfig.model_validate({**CONFIG.model_dump(), **slo})
+    bound = deployments(monkeypatch, config)
+    scaled = {name: each._deployment_config.autoscaling_config for name, each in bound.items()}
+    bounds = {name: (each.min_replicas, each.max_replicas) for name, each in scaled.items()}
+    assert bounds == {"Gateway": (1, 1), "Speculator": (1, 1), "Prefill": (2, 5), "Decode": (1, 1)}
+    assert {each.metrics_interval_s for each in scaled.values()} == {1.0}
+    for each in bound.values():  # another SLO restarts no replica
+        assert AppConfig.model_validate_json(each.init_args[0]) == CONFIG
+
+
+def test_without_an_slo_replicas_are_as_many_as_the_file_says(monkeypatch):
+    for each in deployments(monkeypatch).values():
+        assert each._deployment_config.autoscaling_config is None
 
 
 def test_the_builder_is_typed_so_that_serve_validates():

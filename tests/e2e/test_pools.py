@@ -12,6 +12,8 @@ import openai
 import pytest
 from ray.util.state import list_objects
 
+from specprefill.deployment_file import SLO_POLICY
+
 from .conftest import POOLS, pruned
 
 pytestmark = pytest.mark.timeout(600)
@@ -75,7 +77,10 @@ def test_a_rolling_update_loses_no_request(app, chat):
     """Every replica of every pool is replaced, the gateway's too."""
 
     def change(raw):
-        raw["applications"][0]["args"]["selection"]["tail_tokens"] = 48
+        (application,) = raw["applications"]
+        application["args"]["selection"]["tail_tokens"] = 48
+        for deployment in application["deployments"]:
+            deployment["max_surge_percent"] = 100  # the new replica first, then the old one goes
 
     before = {pool: app.replica_pids(pool) for pool in POOLS}
     with Load(chat) as load:
@@ -157,7 +162,7 @@ def test_a_prompt_outlives_the_prefill_replica_it_was_sent_to(app, chat):
 
 
 def test_rays_object_store_can_carry_the_kv(app, chat):
-    """Last: the pools are replaced by ones with another carrier."""
+    """The pools are replaced by ones with another carrier."""
     sampling = {"n": 2, "temperature": 0.9, "seed": 3}
     wanted = [choice.message.content for choice in chat(**sampling).choices]
 
@@ -190,3 +195,31 @@ def kv_objects(app) -> list[str]:
     """Objects in Ray's store that are large enough to hold KV."""
     objects = list_objects(address=app.dashboard_url, limit=10_000)
     return [held.object_id for held in objects if held.object_size > KV_BYTES]
+
+
+def test_an_slo_sizes_the_pools(app, chat):
+    """The last: from here on the policy says how many replicas there are."""
+
+    def change(raw):
+        (application,) = raw["applications"]
+        bounds = {"min_replicas": 1, "max_replicas": 2}
+        application["args"]["slo"] = {"ttft_s": 0.05}  # out of reach: as many as there may be
+        application["args"]["scaling"] = {pool.lower(): bounds for pool in POOLS}
+        application["autoscaling_policy"] = {
+            "policy_function": SLO_POLICY,
+            "policy_kwargs": {"args": application["args"]},
+        }
+        for deployment in application["deployments"]:
+            deployment.pop("num_replicas", None)
+
+    app.redeploy(change)
+    app.wait_healthy()
+    give_up_s = time.monotonic() + 120
+    with Load(chat) as load:
+        running = {}
+        while running.get("Prefill") != 2 and time.monotonic() < give_up_s:
+            time.sleep(0.5)
+            running = {pool.name: pool.running for pool in app.api.snapshot().pools}
+    assert running["Prefill"] == 2
+    assert running["Gateway"] == 1
+    assert load.failures == []

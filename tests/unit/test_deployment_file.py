@@ -36,7 +36,7 @@ def faults(text):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["local.yaml", "gpu-8b-70b.yaml"])
+@pytest.mark.parametrize("name", ["local.yaml", "local-slo.yaml", "gpu-8b-70b.yaml"])
 def test_the_shipped_files_pass(root, name):
     loaded = df.load(root / "cluster" / name)
     assert {d.name for d in loaded.file.applications[0].deployments} == {
@@ -184,3 +184,41 @@ def test_serve_itself_accepts_the_shipped_files(root):
     for name in ("local.yaml", "gpu-8b-70b.yaml"):
         raw = df.load(root / "cluster" / name).raw
         assert ServeDeploySchema.model_validate(raw).applications[0].name == "specprefill"
+
+
+TWO_MODELS = {"model": {"path": "m"}, "speculator": {"path": "s"}}
+
+
+class TestSlo:
+    """An SLO in the arguments, and the policy that Serve must be told of, go together."""
+
+    def application(self, policy=df.SLO_POLICY, **more):
+        args = {**TWO_MODELS, "slo": {"ttft_s": 2.0}}
+        return {
+            "name": "a",
+            "import_path": "specprefill.app:build",
+            "args": args,
+            "autoscaling_policy": {"policy_function": policy, "policy_kwargs": {"args": args}},
+            **more,
+        }
+
+    def parse(self, application):
+        return df.parse(yaml.safe_dump({"applications": [application]}), "f.yaml")
+
+    def test_both_pass(self):
+        (application,) = self.parse(self.application()).file.applications
+        assert application.args.slo.ttft_s == 2.0
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"autoscaling_policy": None}, "go together"),
+            ({"args": TWO_MODELS}, "go together"),
+            ({"policy": "some.other:Policy"}, "go together"),
+            ({"args": {**TWO_MODELS, "slo": {"ttft_s": 3.0}}}, "must be the application's args"),
+            ({"deployments": [{"name": "Prefill", "num_replicas": 2}]}, "drop num_replicas"),
+        ],
+    )  # fmt: skip
+    def test_one_without_the_other_is_refused(self, change, said):
+        with pytest.raises(InvalidFile, match=said):
+            self.parse(self.application(**change))

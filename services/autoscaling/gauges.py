@@ -1,0 +1,38 @@
+"""What the policy decided, as metrics of Serve's controller (`ray_specprefill_scaling_*`)."""
+
+from __future__ import annotations
+
+from ray.util.metrics import Counter, Gauge
+
+from ..scaling.values import Decision
+
+
+class PolicyGauges:
+    """Made where the policy lives."""
+
+    def __init__(self) -> None:
+        self._replicas = Gauge(
+            "specprefill_scaling_replicas", "Replicas that the policy asks for", ("pool",)
+        )
+        self._wanted = Gauge(
+            "specprefill_scaling_wanted", "Replicas that the SLO asks for", ("pool",)
+        )
+        self._reasons = Counter(
+            "specprefill_scaling_decisions_total", "Decisions by reason", ("pool", "reason")
+        )
+        self._failures = Counter(
+            "specprefill_scaling_failures_total", "Decisions that failed", ("reason",)
+        )
+        self._keep_high = Gauge("specprefill_scaling_keep_high", "Upper bound of the keep rate")
+
+    def decided(self, decision: Decision) -> None:
+        """A decision, with its reasons."""
+        for pool, decided in decision.pools.items():
+            self._replicas.set(decided.replicas, {"pool": pool.value})
+            self._wanted.set(decided.wanted, {"pool": pool.value})
+            self._reasons.inc(1, {"pool": pool.value, "reason": decided.reason.value})
+        self._keep_high.set(decision.keep.high)
+
+    def failed(self, reason: str) -> None:
+        """No decision: targets are held."""
+        self._failures.inc(1, {"reason": reason})

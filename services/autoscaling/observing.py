@@ -1,0 +1,132 @@
+"""From what Serve knows of the pools to what the core is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Self
+
+from ray.serve.config import AutoscalingContext
+
+from ..scaling.values import Engines, Observation, Pool, PoolState
+from ..stages import DEFAULT_CURVES, StageCurves
+from .signals import (
+    CACHED_SHARE,
+    OUTPUT_TOKEN_S,
+    QUEUE_AGE_S,
+    Signals,
+    arrivals_in,
+    curves_in,
+)
+from .traffic import Traffic
+
+GATEWAY = "Gateway"
+POOLS = {"Speculator": Pool.SPECULATOR, "Prefill": Pool.PREFILL, "Decode": Pool.DECODE}
+STALE_S = 5.0  # replicas report every second
+_OUTPUT_TOKEN_S, _DECODE_SLOTS = 0.03, 32  # until they are known
+
+Contexts = Mapping[Any, AutoscalingContext]
+
+
+@dataclass(frozen=True, slots=True)
+class PoolView:
+    """One pool's deployment."""
+
+    key: Any  # Serve's deployment id
+    target: int
+    running: int
+    minimum: int
+
+
+def pool_views(contexts: Contexts) -> dict[Pool, PoolView]:
+    """The pools among an application's deployments."""
+    return {
+        POOLS[context.deployment_name]: PoolView(
+            key,
+            context.target_num_replicas,
+            context.current_num_replicas,
+            context.capacity_adjusted_min_replicas,
+        )
+        for key, context in contexts.items()
+        if context.deployment_name in POOLS
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Latest:
+    """The newest signals of each replica that reported lately, by deployment name."""
+
+    replicas: Mapping[str, Mapping[str, Signals]]
+
+    @classmethod
+    def of(cls, contexts: Contexts, now_s: float) -> Self:
+        """Read Serve's time series."""
+        return cls({c.deployment_name: _latest(c, now_s) for c in contexts.values()})
+
+    def gateways(self) -> Mapping[str, Signals]:
+        """What the gateways said; Serve's own metrics alone are not a report."""
+        reports = self.replicas.get(GATEWAY, {})
+        return {name: signals for name, signals in reports.items() if OUTPUT_TOKEN_S in signals}
+
+    def queue_age_s(self, name: str) -> float:
+        """Of the pool's oldest waiting request."""
+        replicas = self.replicas.get(name, {}).values()
+        return max((signals.get(QUEUE_AGE_S, 0.0) for signals in replicas), default=0.0)
+
+
+def _latest(context: AutoscalingContext, now_s: float) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for name, series_by_replica in (context.raw_metrics or {}).items():
+        for replica, series in series_by_replica.items():
+            if series and now_s - series[-1].timestamp <= STALE_S:
+                found.setdefault(str(replica), {})[name] = series[-1].value
+    return found
+
+
+class Observer:
+    """Keeps what one observation needs from those before it."""
+
+    def __init__(self, window_s: float, decode_slots: int | None) -> None:
+        self._traffic = Traffic(window_s)
+        self._decode_slots = _DECODE_SLOTS if decode_slots is None else decode_slots
+
+    def observe(self, now_s: float, latest: Latest, views: Mapping[Pool, PoolView]) -> Observation:
+        """Without a gateway's report there are no arrivals: the core holds every pool."""
+        gateways = latest.gateways()
+        if gateways:
+            counts = {name: arrivals_in(signals) for name, signals in gateways.items()}
+            self._traffic.read(now_s, counts)
+        return Observation(
+            now_s,
+            self._traffic.since_s,
+            self._traffic.arrivals() if gateways else None,
+            {
+                POOLS[name]: _state(views[POOLS[name]], latest.queue_age_s(name))
+                for name in POOLS
+                if POOLS[name] in views
+            },
+            self._engines(gateways.values()),
+        )
+
+    def _engines(self, gateways: Iterable[Signals]) -> Engines:
+        """What gateways learnt; those that see little traffic do not outvote the others."""
+        learnt = list(gateways)
+        if not learnt:
+            return Engines(DEFAULT_CURVES, _OUTPUT_TOKEN_S, self._decode_slots)
+        return Engines(
+            _middle([curves_in(signals) for signals in learnt]),
+            median(signals[OUTPUT_TOKEN_S] for signals in learnt),
+            self._decode_slots,
+            median(signals[CACHED_SHARE] for signals in learnt),
+        )
+
+
+def _state(view: PoolView, queue_age_s: float) -> PoolState:
+    return PoolState(view.running, max(0, view.target - view.running), queue_age_s)
+
+
+def _middle(curves: list[StageCurves]) -> StageCurves:
+    """The curves whose prefill time at a usual length is the median."""
+    ranked = sorted(curves, key=lambda each: each.prefill.seconds(2048))
+    return ranked[len(ranked) // 2]

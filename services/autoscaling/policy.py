@@ -1,0 +1,85 @@
+"""The application's autoscaling policy: lives in Serve's controller, sizes three pools at once.
+
+A deployment file names it at the level of the application, with the same `args`:
+`autoscaling_policy: {policy_function: "specprefill.autoscaling.policy:SloPolicy",
+policy_kwargs: {args: ...}}`. Serve calls it about ten times a second.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ray.serve.config import AutoscalingContext
+
+from ..config import AppConfig
+from ..scaling.core import decide
+from ..scaling.values import Decision, Memory, Observation, Pool, ScalingPolicy
+from .gauges import PolicyGauges
+from .observing import Latest, Observer, PoolView, pool_views
+from .targets import scaling_policy
+
+logger = logging.getLogger("ray.serve")
+
+DECIDE_S = 0.5  # between two decisions
+
+Core = Callable[[Observation, ScalingPolicy, Memory], tuple[Decision, Memory]]
+Contexts = Mapping[Any, AutoscalingContext]
+
+
+class SloPolicy:
+    """Never raises: a policy that does stops every application of the cluster."""
+
+    def __init__(self, args: Mapping[str, Any], core: Core = decide) -> None:
+        self._args = args
+        self._core = core
+        self._gauges = PolicyGauges()
+        self._memory = Memory()
+        self._observer: Observer | None = None
+        self._policy: ScalingPolicy | None = None
+        self._decided_s = 0.0
+        self._targets: dict[Pool, int] = {}
+
+    def __call__(self, contexts: Contexts) -> tuple[dict[Any, int], dict[Any, dict[str, Any]]]:
+        """Targets by deployment id. A pool without a decision keeps its target."""
+        views = pool_views(contexts)
+        try:
+            self._refresh(contexts, views)
+        except Exception as error:  # noqa: BLE001  # whatever it is, other applications go on
+            self._give_up(error, views)
+        return {
+            views[pool].key: max(target, views[pool].minimum)
+            for pool, target in self._targets.items()
+            if pool in views
+        }, {}
+
+    def _refresh(self, contexts: Contexts, views: Mapping[Pool, PoolView]) -> None:
+        now_s = max(context.current_time for context in contexts.values())
+        if now_s - self._decided_s < DECIDE_S:
+            return
+        self._decided_s = now_s
+        if self._observer is None or self._policy is None:
+            config = AppConfig.model_validate(self._args)
+            self._policy = scaling_policy(config)
+            self._observer = Observer(self._policy.window_s, config.decode.max_num_seqs)
+        seen = self._observer.observe(now_s, Latest.of(contexts, now_s), views)
+        decision, self._memory = self._core(seen, self._policy, self._memory)
+        self._adopt(decision)
+
+    def _adopt(self, decision: Decision) -> None:
+        for pool, decided in decision.pools.items():
+            if self._targets.get(pool) != decided.replicas:
+                logger.info(
+                    "autoscaling: pool=%s replicas=%d wanted=%d reason=%s",
+                    pool, decided.replicas, decided.wanted, decided.reason,
+                )  # fmt: skip
+        self._targets = {pool: decided.replicas for pool, decided in decision.pools.items()}
+        self._gauges.decided(decision)
+
+    def _give_up(self, error: Exception, views: Mapping[Pool, PoolView]) -> None:
+        """Every pool stays as it is until a decision succeeds."""
+        self._targets = {pool: view.target for pool, view in views.items()}
+        reason = type(error).__name__
+        logger.error("autoscaling: targets held: reason=%s error=%s", reason, error)
+        self._gauges.failed(reason)

@@ -1,0 +1,77 @@
+"""What replicas tell the autoscaler: names and numbers, as Serve's custom metrics want them.
+
+Pure. Arrivals are counts that only rise, so that a report that is lost loses nothing. Sizes are
+rounded to half octaves, which bounds the number of names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+
+from ..stages import Curve, StageCurves
+
+Signals = Mapping[str, float]
+
+QUEUE_AGE_S = "queue_age_s"  # of a pool's replica: how long its oldest request waits
+CACHED_SHARE = "cached_share"  # of a gateway: kept tokens that were in the prefix cache
+OUTPUT_TOKEN_S = "output_token_s"  # of a gateway: between two output tokens of a request
+_ARRIVALS, _CURVE = "arrivals", "curve"
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A request's sizes when it arrives, rounded."""
+
+    prompt_tokens: int
+    kept_tokens: int
+    output_tokens: int  # expected
+
+
+def size(prompt_tokens: float, kept_tokens: float, output_tokens: float) -> Size:
+    """Rounded to half octaves; a dense prompt's two sizes stay equal."""
+    return Size(_rounded(prompt_tokens), _rounded(kept_tokens), _rounded(output_tokens))
+
+
+def arrival_signals(arrivals: Counter[Size]) -> dict[str, float]:
+    """Arrivals so far, by size."""
+    return {
+        f"{_ARRIVALS}:{each.prompt_tokens}:{each.kept_tokens}:{each.output_tokens}": float(count)
+        for each, count in arrivals.items()
+    }
+
+
+def arrivals_in(signals: Signals) -> Counter[Size]:
+    """Inverse of `arrival_signals`; other signals are passed over."""
+    found: Counter[Size] = Counter()
+    for name, count in signals.items():
+        kind, *sizes = name.split(":")
+        if kind == _ARRIVALS:
+            found[Size(*map(int, sizes))] = int(count)
+    return found
+
+
+def curve_signals(curves: StageCurves) -> dict[str, float]:
+    """Learnt stage times."""
+    return {
+        f"{_CURVE}:{stage}:{part}": value
+        for stage, curve in asdict(curves).items()
+        for part, value in curve.items()
+    }
+
+
+def curves_in(signals: Signals) -> StageCurves:
+    """Inverse of `curve_signals`. Raises KeyError when one is missing."""
+    return StageCurves(
+        *(
+            Curve(*(signals[f"{_CURVE}:{stage.name}:{part.name}"] for part in fields(Curve)))
+            for stage in fields(StageCurves)
+        )
+    )
+
+
+def _rounded(tokens: float) -> int:
+    octaves = round(2 * math.log2(max(tokens, 1.0))) / 2
+    return round(math.pow(2.0, octaves))

@@ -1,0 +1,91 @@
+"""What replicas tell survives the way to the controller; counts become arrivals in time."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specprefill.autoscaling.signals import (
+    Size,
+    arrival_signals,
+    arrivals_in,
+    curve_signals,
+    curves_in,
+    size,
+)
+from specprefill.autoscaling.traffic import Traffic
+from specprefill.stages import DEFAULT_CURVES
+
+SHORT, LONG = size(100, 100, 20), size(8000, 2400, 200)
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**6), st.integers(1, 10**5))
+def test_sizes_are_rounded_to_half_octaves(prompt, kept, output):
+    rounded = size(prompt, kept, output)
+    pairs = {
+        prompt: rounded.prompt_tokens,
+        kept: rounded.kept_tokens,
+        output: rounded.output_tokens,
+    }
+    for exact, near in pairs.items():
+        assert 0.8 <= near / exact <= 1.25
+    assert size(prompt, prompt, 1).kept_tokens == size(prompt, prompt, 1).prompt_tokens
+
+
+def test_arrivals_and_curves_come_back():
+    counted = Counter({SHORT: 3, LONG: 7})
+    signals = {**arrival_signals(counted), **curve_signals(DEFAULT_CURVES), "queue_age_s": 1.0}
+    assert arrivals_in(signals) == counted
+    assert curves_in(signals) == DEFAULT_CURVES
+    with pytest.raises(KeyError):
+        curves_in({"curve:prefill:base_s": 1.0})
+
+
+def test_the_first_reading_is_where_counting_begins():
+    traffic = Traffic(60.0)
+    traffic.read(100.0, {"a": Counter({SHORT: 50})})
+    assert len(traffic.arrivals()) == 0
+    assert traffic.since_s == 100.0
+
+
+def test_what_is_new_arrived_since_the_last_reading():
+    traffic = Traffic(60.0)
+    traffic.read(100.0, {"a": Counter()})
+    traffic.read(102.0, {"a": Counter({SHORT: 4})})
+    traffic.read(103.0, {"a": Counter({SHORT: 4, LONG: 1}), "b": Counter({SHORT: 1})})
+    found = traffic.arrivals()
+    assert np.all(np.diff(found.time_s) > 0)
+    assert np.sum((found.time_s > 100.0) & (found.time_s < 102.0)) == 4
+    assert sorted(found.prompt_tokens[4:]) == [SHORT.prompt_tokens, LONG.prompt_tokens]
+    assert found.kept_tokens.max() == LONG.kept_tokens
+
+
+def test_a_report_that_is_lost_loses_nothing():
+    traffic = Traffic(60.0)
+    traffic.read(100.0, {"a": Counter({SHORT: 1})})
+    traffic.read(101.0, {})
+    traffic.read(102.0, {"a": Counter({SHORT: 6})})
+    assert len(traffic.arrivals()) == 5
+
+
+def test_a_mix_of_sizes_arrives_mixed():
+    traffic = Traffic(60.0)
+    traffic.read(0.0, {"a": Counter()})
+    traffic.read(1.0, {"a": Counter({SHORT: 50, LONG: 50})})
+    first_half = traffic.arrivals().prompt_tokens[:50]
+    assert 20 <= np.sum(first_half == LONG.prompt_tokens) <= 30
+
+
+def test_old_arrivals_are_forgotten():
+    traffic = Traffic(10.0)
+    traffic.read(0.0, {"a": Counter()})
+    for second in range(1, 31):
+        traffic.read(float(second), {"a": Counter({SHORT: second})})
+    assert traffic.since_s == 20.0
+    assert 10 <= len(traffic.arrivals()) <= 11
+
+
+def test_dense_stays_dense():
+    assert size(777, 777, 5) == Size(724, 724, 6)
