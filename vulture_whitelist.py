@@ -97,6 +97,8 @@ _.closed
 _.released
 
 # Fields that are read as a whole (`asdict`), protocols' parameters, and the like.
+_.atexit  # of weakref.finalize
+_.bytes_used
 _.add_generation_prompt
 _.add_special_tokens
 _.dense_right

@@ -114,15 +114,17 @@ class KvTls(Strict):
 class KvConfig(Strict):
     """The KV hand-off between prefill and decode workers."""
 
-    # grpc: straight from worker to worker. object_ref: through Ray's object store.
-    carrier: Literal["auto", "grpc", "object_ref"] = "auto"
-
+    # grpc: a stream from worker to worker, everywhere. nixl: the decode worker reads the prefill
+    # worker's memory, over RDMA, shared memory or TCP. object_ref: through Ray's object store.
+    # auto: nixl between workers that both have it, unless `tls` is set; else grpc.
+    carrier: Literal["auto", "grpc", "nixl", "object_ref"] = "auto"
     host: str | None = None  # address prefill workers listen on; their own node's if absent
     lease_s: Seconds = 30.0  # a lease that its holder does not renew is dropped after this time
-    max_held_bytes: PositiveInt = 4 << 30  # per worker; a prefill beyond it hands nothing over
+    # Per worker; a prefill beyond it hands nothing over. With nixl it is set aside at the start.
+    max_held_bytes: PositiveInt = 4 << 30
     pull_timeout_s: Seconds = 20.0
     overlap: bool = True  # decode begins to pull while the last of the KV is computed
-    streams: Annotated[int, Field(ge=1, le=16)] = 1  # connections that share one pull's layers
+    streams: Annotated[int, Field(ge=1, le=16)] = 1  # grpc's connections per pull
     on_failure: Literal["recompute", "fail"] = "recompute"
     tls: KvTls | None = None  # plaintext if absent
 

@@ -169,6 +169,13 @@ class Chunk:
         return self.finish_reason is not None
 
 
+class Carrier(enum.StrEnum):
+    """How a worker's KV can be pulled, beside a gRPC stream, which always works."""
+
+    GRPC = "grpc"
+    NIXL = "nixl"
+
+
 @dataclass(frozen=True, slots=True)
 class Ticket:
     """The right to pull one request's KV cache from a prefill engine.
@@ -182,6 +189,7 @@ class Ticket:
     endpoints: tuple[str, ...]  # host:port per worker of the prefill engine
     fingerprint: str  # layout of the KV; a decode engine that differs refuses the pull
     tokens: int  # k, the prompt tokens whose KV is held
+    carrier: Carrier = Carrier.GRPC  # the best that every endpoint offers
 
 
 @dataclass(frozen=True, slots=True)

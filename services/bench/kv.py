@@ -3,6 +3,7 @@
 A child process holds leases of random frames, each in memory of its own, and serves them as a
 prefill worker does; this process pulls them as a decode worker does, digests checked. In the
 same run: a bare gRPC stream of equal messages, a memory copy, and Ray's object store.
+The carrier `nixl` is measured where it is installed.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ import numpy as np
 
 from ..cluster import set_auth_mode
 from ..kv.announcements import Announcements
+from ..kv.arena import Arena
 from ..kv.channels import OPTIONS
 from ..kv.frames import FRAME_BYTES, Frame, seal
 from ..kv.leases import LeaseStore
+from ..kv.nixl import agent_for
+from ..kv.nixl_rpc import LANDING_BYTES, NixlClient, NixlHandler
 from ..kv.objects import KvObject, collect
 from ..kv.pull import KvClient
 from ..kv.rpc import KvServer
@@ -62,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(address: str, sizes: Sequence[int], repeats: int) -> dict[int, dict[str, list[float]]]:
     """Seconds of each way to move `size` MB, by size, then way; the ways take turns."""
-    client, parallel = KvClient(), KvClient(streams=STREAMS)
+    client, parallel, reader = KvClient(), KvClient(streams=STREAMS), _reader()
     channel = grpc.insecure_channel(address, options=OPTIONS)
     ways: dict[str, Callable[[int], float]] = {
         "grpc": lambda size: timed(lambda: pull(client, address, size)),
@@ -74,6 +78,8 @@ def measure(address: str, sizes: Sequence[int], repeats: int) -> dict[int, dict[
         "ray put": lambda size: ray_seconds(size)[0],
         "ray get": lambda size: ray_seconds(size)[1],
     }
+    if reader is not None:
+        ways["nixl"] = lambda size: timed(lambda: pull(reader, address, size))
     seconds: dict[int, dict[str, list[float]]] = {
         size: {name: [] for name in ways} for size in sizes
     }
@@ -86,10 +92,12 @@ def measure(address: str, sizes: Sequence[int], repeats: int) -> dict[int, dict[
     channel.close()
     client.close()
     parallel.close()
+    if reader is not None:
+        reader.close()
     return seconds
 
 
-def pull(client: KvClient, address: str, size: int) -> None:
+def pull(client: KvClient | NixlClient, address: str, size: int) -> None:
     """Pull one lease as a decode worker does. Raises unless every byte came."""
     ticket = {"lease_id": str(size), "secret": SECRET}
     received: list[int] = []
@@ -194,6 +202,16 @@ class _RawHandler(grpc.GenericRpcHandler):
         return iter(self._messages[: int(message) * MB // FRAME_BYTES])
 
 
+def _reader() -> NixlClient | None:
+    """A decode worker's end of `nixl`; None where it is not installed."""
+    agent = agent_for("auto", encrypted=False)
+    if agent is None:
+        return None
+    client = NixlClient(agent, Arena(LANDING_BYTES))
+    client.start()
+    return client
+
+
 def _serve(parent: Connection, sizes: Sequence[int]) -> None:
     """The child: the product's KV server and a bare stream on one port."""
     rng = np.random.default_rng(0)
@@ -203,21 +221,31 @@ def _serve(parent: Connection, sizes: Sequence[int]) -> None:
         Announcements(),
         FINGERPRINT,
         "127.0.0.1",
-        more_handlers=[_RawHandler(messages)],
+        more_handlers=[_RawHandler(messages), *_readable(messages, sizes)],
     )
     parent.send(server.start())
     parent.recv()
     server.stop()
 
 
-def _leases(messages: list[bytes], sizes: Sequence[int]) -> LeaseStore:
+def _readable(messages: list[bytes], sizes: Sequence[int]) -> list[NixlHandler]:
+    """The same leases for `nixl`, in registered memory; none where it is not installed."""
+    agent = agent_for("auto", encrypted=False)
+    if agent is None:
+        return []
+    arena = Arena(2 * sum(sizes) * MB)
+    agent.register(arena)
+    return [NixlHandler(_leases(messages, sizes, arena), FINGERPRINT, agent, arena)]
+
+
+def _leases(messages: list[bytes], sizes: Sequence[int], arena: Arena | None = None) -> LeaseStore:
     """One lease per size, named after it."""
     leases = LeaseStore(max_bytes=1 << 40, lease_s=3600.0, now=time.monotonic)
     for size in sizes:
         leases.open(str(size), SECRET)
         frames = size * MB // FRAME_BYTES
         for layer, message in enumerate(messages[:frames]):
-            frame = seal(Frame(layer, 0, 1, message), str(size))
+            frame = seal(Frame(layer, 0, 1, message), str(size), arena)
             leases.append(str(size), frame, last=layer == frames - 1)
     return leases
 

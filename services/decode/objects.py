@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 
 from ..kv.objects import KvObject, KvRelay
 from ..kv.tls import MutualTls
-from ..types import Ticket
+from ..types import Carrier, Ticket
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,8 @@ class ObjectTickets:
         for relay, kv in zip(relays, ranks, strict=True):
             relay.offer(ticket, kv)
         try:
-            yield replace(ticket, endpoints=tuple(relay.address for relay in relays))
+            addresses = tuple(relay.address for relay in relays)
+            yield replace(ticket, endpoints=addresses, carrier=Carrier.GRPC)
         finally:
             for relay in relays:
                 relay.withdraw(ticket)

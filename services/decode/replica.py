@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import cast
@@ -10,11 +11,14 @@ from .. import heap
 from ..config import AppConfig
 from ..engine.args import Role, engine_args
 from ..engine.engine import Engine
+from ..kv.nixl import require
 from ..kv.tls import read_tls
 from ..types import Replay, Request, Selection, Ticket
 from ..wire import pack, unpack
 from .objects import KvReference, ObjectTickets
 from .service import DecodeService
+
+logger = logging.getLogger(__name__)
 
 _Asked = tuple[Request, Selection, Ticket | None, Replay, float]
 _KIND = cast("type[_Asked]", _Asked)
@@ -25,10 +29,12 @@ class DecodeReplica:
 
     async def __init__(self, config_json: str) -> None:  # type: ignore[misc]
         config = AppConfig.model_validate_json(config_json)
+        require(config.kv.carrier)
         tls = read_tls(config.kv.tls)
         args = engine_args(config.model, config.decode, config.kv, Role.DECODE, peer=config.prefill)
         self._service = DecodeService(Engine(args, cpu_threads=config.decode.cpu_threads))
         await self._service.start()
+        logger.info("kv carrier: %s", await self._service.carrier())
         self._tickets = ObjectTickets(tls)
         heap.freeze()
 

@@ -17,7 +17,7 @@ from ..engine.outputs import chunk_of, sampling_params
 from ..engine.params import KV_TRANSFER, POSITIONS, REPLAY
 from ..errors import DeadlineExceeded, DecodeUnavailable
 from ..positions import PositionMap
-from ..types import Decoded, Replay, Request, Selection, Ticket
+from ..types import Carrier, Decoded, Replay, Request, Selection, Ticket
 
 
 class DecodeService:
@@ -40,6 +40,10 @@ class DecodeService:
     async def close(self) -> None:
         """Stop the engine. Idempotent."""
         self._engine.close()
+
+    async def carrier(self) -> Carrier:
+        """The best carrier that every worker of the engine has."""
+        return await self._engine.kv_carrier()
 
     async def check_health(self) -> None:
         """Raises Unavailable when the engine is dead."""
@@ -133,6 +137,7 @@ def _ticket_fields(ticket: Ticket) -> dict[str, Any]:
         "secret": ticket.secret,
         "endpoints": list(ticket.endpoints),
         "fingerprint": ticket.fingerprint,
+        "carrier": ticket.carrier,
     }
 
 

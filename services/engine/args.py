@@ -81,6 +81,7 @@ def _transfer(kv: KvConfig, role: Role, peer: EngineConfig) -> KVTransferConfig:
         kv_role=role.value,
         kv_load_failure_policy=kv.on_failure,
         kv_connector_extra_config={
+            "carrier": kv.carrier,
             "host": kv.host,
             "lease_s": kv.lease_s,
             "max_held_bytes": kv.max_held_bytes,

@@ -105,6 +105,11 @@ class SpecPrefillConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """Where this worker's KV port listens; None on the decode side."""
         return self._worker.address
 
+    @property
+    def kv_carrier(self) -> str:
+        """The best carrier that this worker has."""
+        return self._worker.carrier
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Begin this step's pulls in the background."""
         del forward_context, kwargs

@@ -15,6 +15,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from ..errors import InvalidRequest, Unavailable
+from ..types import Carrier
 
 
 class Engine:
@@ -60,6 +61,12 @@ class Engine:
         if not cache.enable_prefix_caching:
             return 0
         return int(cache.num_gpu_blocks * cache.block_size)
+
+    async def kv_carrier(self) -> Carrier:
+        """The best carrier that every worker has."""
+        with map_engine_errors(Unavailable):
+            carriers = await self._running().collective_rpc("kv_carrier")
+        return Carrier.NIXL if set(carriers) == {Carrier.NIXL} else Carrier.GRPC
 
     async def generate(
         self, prompt: list[int], params: SamplingParams, request_id: str, priority: int = 0

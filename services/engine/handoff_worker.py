@@ -18,13 +18,17 @@ from vllm.utils.network_utils import get_ip
 
 from ..errors import CorruptFrame, KvTransferError, LayoutMismatch
 from ..kv.announcements import Announcement, Announcements
+from ..kv.arena import Arena
+from ..kv.carriers import KvPuller, KvPulling
 from ..kv.frames import FRAME_BYTES, Frame, from_token, pieces, seal
 from ..kv.leases import LeaseStore
-from ..kv.pull import KvClient, KvPull
+from ..kv.nixl import agent_for
+from ..kv.nixl_rpc import LANDING_BYTES, NixlClient, NixlHandler
+from ..kv.pull import KvClient
 from ..kv.rpc import KvServer
 from ..kv.shards import Source, readers, sources
 from ..kv.tls import read_tls
-from ..types import Span
+from ..types import Carrier, Span
 from .handoff import Endpoint, HandoffConfig, Orders, Pull, PullTimes, Stage
 from .layout import KvLayout, fingerprint, layout_of
 from .split import own_split, peer_split, worker_rank
@@ -52,10 +56,9 @@ class WorkerHalf:
             max_bytes=config.max_held_bytes, lease_s=config.lease_s, now=time.monotonic
         )
         self._announcements = Announcements()
-        self._client = KvClient(self._tls, streams=config.streams)
         self._lock = threading.Lock()
         self._results = KVConnectorTransferResults()
-        self._running: dict[str, KvPull] = {}
+        self._running: dict[str, KvPulling] = {}
         self._exposed_s: dict[str, float] = {}
         self._stopping = threading.Event()
 
@@ -69,9 +72,13 @@ class WorkerHalf:
         holder = self._split if self._producer else self._peer_split
         self._fingerprint = fingerprint(self._vllm_config, holder, any_cache)
         with _any_core():  # threads inherit the affinity of the one that makes them
+            self._nixl = agent_for(self._config.carrier, encrypted=self._tls is not None)
             self._pool = ThreadPoolExecutor(_PULL_THREADS, thread_name_prefix="kv-pull")
             if self._producer:
                 self._listen()
+            else:
+                self._connect()
+        logger.info("kv carrier: %s", self.carrier)
 
     def endpoint(self) -> Endpoint | None:
         """Where this worker's leases can be pulled; None on the decode side."""
@@ -81,6 +88,11 @@ class WorkerHalf:
     def address(self) -> str | None:
         """`host:port` of this worker's KV port; None on the decode side."""
         return self._address if self._producer else None
+
+    @property
+    def carrier(self) -> Carrier:
+        """The best carrier that this worker has."""
+        return Carrier.GRPC if self._nixl is None else Carrier.NIXL
 
     def begin(self, orders: Orders) -> None:
         """Start this step's pulls."""
@@ -134,19 +146,41 @@ class WorkerHalf:
     def stop(self) -> None:
         """Stop serving and pulling."""
         self._stopping.set()
-        self._client.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._producer:
             self._server.stop()
+        else:
+            self._client.close()
 
     def _listen(self) -> None:
         self._stager: Stager = stager_for(self._device, self._append)
         host = get_ip() if self._config.host is None else self._config.host
         self._server = KvServer(
-            self._leases, self._announcements, self._fingerprint, host, tls=self._tls
+            self._leases,
+            self._announcements,
+            self._fingerprint,
+            host,
+            tls=self._tls,
+            more_handlers=self._readable(),
         )
         self._address = self._server.start()
         threading.Thread(target=self._sweep, name="kv-sweep", daemon=True).start()
+
+    def _readable(self) -> list[NixlHandler]:
+        """Lay leases where peers can read them, if this worker has NIXL."""
+        if self._nixl is None:
+            self._arena = None
+            return []
+        self._arena = Arena(self._config.max_held_bytes)
+        self._nixl.register(self._arena)
+        return [NixlHandler(self._leases, self._fingerprint, self._nixl, self._arena)]
+
+    def _connect(self) -> None:
+        nixl = None
+        if self._nixl is not None:
+            nixl = NixlClient(self._nixl, Arena(LANDING_BYTES), self._tls)
+            nixl.start()
+        self._client = KvPuller(KvClient(self._tls, streams=self._config.streams), nixl)
 
     def _sweep(self) -> None:
         """Nothing steps an idle engine, so expiry has a thread of its own."""
@@ -160,7 +194,8 @@ class WorkerHalf:
         whole = order.stop == order.tokens and layer == max(self._caches)
         for frame in pieces(Frame(layer, order.start, order.stop, payload), FRAME_BYTES):
             last = whole and frame.stop == order.stop
-            self._leases.append(order.lease_id, seal(frame, order.lease_id), last=last)
+            sealed = seal(frame, order.lease_id, self._arena)
+            self._leases.append(order.lease_id, sealed, last=last)
 
     def _pull(self, order: Pull) -> None:
         """One pull, start to end; its outcome is told to the scheduler in the next step."""

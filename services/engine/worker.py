@@ -101,6 +101,10 @@ class SparseCPUWorker(CPUWorker):  # type: ignore[misc]
         """Where this worker's KV port listens; called over `collective_rpc`."""
         return _kv_address()
 
+    def kv_carrier(self) -> str:
+        """By what this worker hands KV over or takes it, beside gRPC."""
+        return _kv_carrier()
+
 
 class SparseGPUWorker(Worker):  # type: ignore[misc]
     """`worker_cls` of an engine on GPUs, for either model runner."""
@@ -124,10 +128,19 @@ class SparseGPUWorker(Worker):  # type: ignore[misc]
         """Where this worker's KV port listens; called over `collective_rpc`."""
         return _kv_address()
 
+    def kv_carrier(self) -> str:
+        """By what this worker hands KV over or takes it, beside gRPC."""
+        return _kv_carrier()
+
 
 def _kv_address() -> str | None:
     address: str | None = get_kv_transfer_group().kv_address
     return address
+
+
+def _kv_carrier() -> str:
+    carrier: str = get_kv_transfer_group().kv_carrier
+    return carrier
 
 
 def _rewrite_positions(

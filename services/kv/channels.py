@@ -14,13 +14,17 @@ OPTIONS: list[tuple[str, int | str]] = [
 ]
 
 
-def listen(server: grpc.Server, host: str, tls: MutualTls | None) -> str:
-    """Bind a free port of `host`; with `tls`, callers must show a certificate. `host:port`."""
+def listen(server: grpc.Server, host: str, tls: MutualTls | None, port: int = 0) -> str:
+    """Bind `port` of `host`, 0 for a free one; with `tls`, callers must show a certificate.
+
+    Returns `host:port`.
+    """
+    wanted = f"{host}:{port}"
     if tls is None:
-        return f"{host}:{server.add_insecure_port(f'{host}:0')}"
+        return f"{host}:{server.add_insecure_port(wanted)}"
     pair = (tls.key, tls.certificate)
     credentials = grpc.ssl_server_credentials([pair], tls.authority, require_client_auth=True)
-    return f"{host}:{server.add_secure_port(f'{host}:0', credentials)}"
+    return f"{host}:{server.add_secure_port(wanted, credentials)}"
 
 
 def channel(peer: str, tls: MutualTls | None) -> grpc.Channel:

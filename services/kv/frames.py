@@ -17,6 +17,7 @@ import msgpack
 from xxhash import xxh3_64_intdigest
 
 from ..errors import CorruptFrame
+from .arena import Arena
 
 FRAME_BYTES = 512 << 10  # messages much larger or smaller than this move slower
 TRAILER_LAYER = -1
@@ -41,9 +42,9 @@ class SealedFrame:
     layer: int
     start: int
     stop: int
-    message: bytes
+    message: bytes | memoryview
 
-    def from_token(self, start: int, lease_id: str) -> bytes | None:
+    def from_token(self, start: int, lease_id: str) -> bytes | memoryview | None:
         """The message of the part from token `start` on: the puller has the tokens before."""
         if start <= self.start:
             return self.message
@@ -64,9 +65,13 @@ class Trailer:
         return math.inf if self.complete_us is None else self.complete_us / 1e6
 
 
-def seal(frame: Frame, lease_id: str) -> SealedFrame:
-    """The one copy between a cache and the network."""
-    return SealedFrame(frame.layer, frame.start, frame.stop, encode(frame, lease_id))
+def seal(frame: Frame, lease_id: str, arena: Arena | None = None) -> SealedFrame:
+    """The one copy between a cache and the network; into `arena` if there is room."""
+    parts = _parts([frame.layer, frame.start, frame.stop], frame.payload, lease_id)
+    message = None if arena is None else arena.hold(parts)
+    return SealedFrame(
+        frame.layer, frame.start, frame.stop, b"".join(parts) if message is None else message
+    )
 
 
 def pieces(frame: Frame, max_bytes: int) -> Iterator[Frame]:
@@ -98,7 +103,7 @@ def encode(item: Frame | Trailer, lease_id: str) -> bytes:
     return _message([item.layer, item.start, item.stop], item.payload, lease_id)
 
 
-def decode(message: bytes, lease_id: str) -> Frame | Trailer:
+def decode(message: bytes | memoryview, lease_id: str) -> Frame | Trailer:
     """Inverse of `encode`. Raises CorruptFrame on any difference."""
     fields, payload = _split(message)
     layer, start, stop, size, digest = fields
@@ -111,15 +116,22 @@ def decode(message: bytes, lease_id: str) -> Frame | Trailer:
     return Frame(layer, start, stop, payload)
 
 
-def layer_of(message: bytes) -> int:
+def layer_of(message: bytes | memoryview) -> int:
     """The layer that an undamaged message belongs to, TRAILER_LAYER for the trailer."""
     return _split(message)[0][0]
 
 
 def _message(place: list[int], payload: bytes | memoryview, lease_id: str) -> bytes:
+    return b"".join(_parts(place, payload, lease_id))
+
+
+def _parts(
+    place: list[int], payload: bytes | memoryview, lease_id: str
+) -> list[bytes | memoryview]:
+    """A message's length field, header and payload."""
     digest = _digest(place, payload, lease_id)
-    header = msgpack.packb([*place, len(payload), digest])
-    return b"".join((_LENGTH.pack(len(header)), header, payload))
+    header: bytes = msgpack.packb([*place, len(payload), digest])
+    return [_LENGTH.pack(len(header)), header, payload]
 
 
 def _digest(place: list[int], payload: bytes | memoryview, lease_id: str) -> int:
@@ -128,7 +140,7 @@ def _digest(place: list[int], payload: bytes | memoryview, lease_id: str) -> int
     return xxh3_64_intdigest(payload, seed)
 
 
-def _split(message: bytes) -> tuple[list[int], memoryview]:
+def _split(message: bytes | memoryview) -> tuple[list[int], memoryview]:
     view = memoryview(message)
     if len(view) < _LENGTH.size:
         raise CorruptFrame("frame: shorter than its length field")

@@ -71,6 +71,7 @@ class KvServer:
         fingerprint: str,
         host: str,
         *,
+        port: int = 0,
         tls: MutualTls | None = None,
         threads: int = _THREADS,
         more_handlers: Sequence[grpc.GenericRpcHandler] = (),
@@ -79,6 +80,7 @@ class KvServer:
         self._announcements = announcements
         self._fingerprint = fingerprint
         self._host = host
+        self._port = port
         self._tls = tls
         self._server = grpc.server(
             futures.ThreadPoolExecutor(threads, thread_name_prefix="kv-serve"),
@@ -87,8 +89,8 @@ class KvServer:
         )
 
     def start(self) -> str:
-        """Listen on a free port. Returns `host:port`."""
-        address = listen(self._server, self._host, self._tls)
+        """Listen, on a free port if none was given. Returns `host:port`."""
+        address = listen(self._server, self._host, self._tls, self._port)
         self._server.start()
         return address
 
@@ -109,14 +111,10 @@ class KvServer:
                 part = frame.from_token(query.start, query.lease_id) if wanted else None
                 if part is not None:
                     sent += 1
-                    yield part
+                    yield bytes(part)
         except LeaseNotFound as error:
             context.abort(grpc.StatusCode.NOT_FOUND, str(error))
-        yield encode(self._trailer(sent, query.lease_id), query.lease_id)
-
-    def _trailer(self, sent: int, lease_id: str) -> Trailer:
-        complete_s = self._leases.complete_for_s(lease_id)
-        return Trailer(sent, None if complete_s is None else round(complete_s * 1e6))
+        yield encode(trailer(self._leases, query.lease_id, sent), query.lease_id)
 
     def renew(self, message: bytes, _context: grpc.ServicerContext) -> bytes:
         """Start a lease's time again; tell whether it is still there."""
@@ -140,6 +138,12 @@ class KvServer:
     def stats(self, _message: bytes, _context: grpc.ServicerContext) -> bytes:
         """The store's gauges."""
         return _packed(asdict(self._leases.gauges()))
+
+
+def trailer(leases: LeaseStore, lease_id: str, sent: int) -> Trailer:
+    """What ends a stream of `sent` frames."""
+    complete_s = leases.complete_for_s(lease_id)
+    return Trailer(sent, None if complete_s is None else round(complete_s * 1e6))
 
 
 class _Handler(grpc.GenericRpcHandler):

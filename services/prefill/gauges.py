@@ -21,10 +21,16 @@ class KvGauges:
         self._leases = _gauge("leases_held", "Leases waiting to be pulled")
         self._expired = _gauge("lease_expired_total", "Leases that nobody pulled in time")
         self._dropped = _gauge("lease_dropped_total", "Leases dropped over the byte cap")
+        self._carrier = metrics.Gauge(
+            "specprefill_kv_carrier",
+            description="1 for the best carrier that this replica offers",
+            tag_keys=("carrier",),
+        )
         self._stranded = _gauge("stranded_bytes_total", "KV bytes of leases that expired")
 
     async def run(self) -> None:
         """Keep the metrics up to date. A dead engine is the health check's to report."""
+        self._carrier.set(1.0, tags={"carrier": self._service.carrier})
         while True:
             self._set(await self._service.gauges())
             await asyncio.sleep(_PERIOD_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -13,6 +14,7 @@ from ..autoscaling.waiting import Waiting
 from ..config import AppConfig
 from ..engine.args import Role, engine_args
 from ..engine.engine import Engine
+from ..kv.nixl import require
 from ..kv.tls import read_tls
 from ..types import Prefilled, Request, Selection
 from ..wire import pack, unpack
@@ -20,12 +22,15 @@ from .gauges import KvGauges
 from .objects import KvReference, store
 from .service import PrefillService
 
+logger = logging.getLogger(__name__)
+
 
 class PrefillReplica:
     """Serve awaits the constructor, checks the health, and calls `__del__` after draining."""
 
     async def __init__(self, config_json: str) -> None:  # type: ignore[misc]
         config = AppConfig.model_validate_json(config_json)
+        require(config.kv.carrier)
         self._tls = read_tls(config.kv.tls)
         args = engine_args(
             config.model, config.prefill, config.kv, Role.PREFILL, peer=config.decode
@@ -36,6 +41,7 @@ class PrefillReplica:
         self._waiting = Waiting(time.monotonic)
         await self._service.start()
         heap.freeze()
+        logger.info("kv carrier: %s", self._service.carrier)
         self._gauges = asyncio.create_task(KvGauges(self._service).run())
 
     async def __del__(self) -> None:

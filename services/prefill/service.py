@@ -22,7 +22,7 @@ from ..kv.leases import LeaseGauges
 from ..kv.rpc import KvPeers
 from ..kv.tls import MutualTls
 from ..positions import PositionMap
-from ..types import Prefilled, Request, Selection, Ticket
+from ..types import Carrier, Prefilled, Request, Selection, Ticket
 
 _WATCH_AGAIN_S = 1.0
 
@@ -42,6 +42,7 @@ class PrefillService:
         self._engine = engine
         self._peers = KvPeers(tls)
         self._kv_addresses: list[str] = []
+        self._carrier = Carrier.GRPC
         self._expected: dict[str, _Expected] = {}  # by lease, until announced
         self._watching: asyncio.Task[None] | None = None
         self._releasing: set[asyncio.Task[None]] = set()
@@ -57,6 +58,7 @@ class PrefillService:
         """Load the model."""
         self._engine.start()
         self._kv_addresses = await self._engine.kv_addresses()
+        self._carrier = await self._engine.kv_carrier()
         self._watching = asyncio.create_task(self._watch())
 
     async def close(self) -> None:
@@ -67,6 +69,11 @@ class PrefillService:
             self._watching = None
         await self._peers.close()
         self._engine.close()
+
+    @property
+    def carrier(self) -> Carrier:
+        """The best carrier that every worker of the engine has. Known once started."""
+        return self._carrier
 
     async def drain(self, timeout_s: float) -> bool:
         """Wait until every lease is released or has ended. False if `timeout_s` passed first."""
@@ -142,7 +149,7 @@ class PrefillService:
         except TimeoutError as error:
             raise DeadlineExceeded("timeout_s: used up during prefill") from error
         else:
-            prefilled = _prefilled(output)
+            prefilled = _prefilled(output, self._carrier)
             return prefilled
         finally:
             if lease is not None:
@@ -178,6 +185,7 @@ class PrefillService:
                 tuple(self._kv_addresses),
                 announced.fingerprint,
                 announced.tokens,
+                self._carrier,
             )
             expected.on_announced(ticket)
 
@@ -224,9 +232,9 @@ def _private(selection: Selection, lease: dict[str, Any] | None) -> dict[str, An
     return private
 
 
-def _prefilled(output: RequestOutput) -> Prefilled:
+def _prefilled(output: RequestOutput, carrier: Carrier) -> Prefilled:
     handed = output.kv_transfer_params
-    ticket = None if handed is None else Ticket(**_ticket_fields(handed))
+    ticket = None if handed is None else Ticket(**_ticket_fields(handed), carrier=carrier)
     queue_s, prefill_s = _times(output)
     first = replace(chunk_of(output, index=0), prompt_logprobs=prompt_logprobs_of(output))
     if ticket is not None:  # one token was all that was asked of this engine: not the end

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -21,7 +21,7 @@ from specprefill.kv.prefilling import HeldPrefill, prefilling
 from specprefill.kv.rpc import KvPeers
 from specprefill.pipeline import Pipeline
 from specprefill.plan import Planner
-from specprefill.types import Report, Request, Selection, Ticket
+from specprefill.types import Carrier, Report, Request, Selection, Ticket
 
 # The tiny random model and the environment of engines on CPUs.
 from tests.integration.conftest import BLOCK_SIZE, model_dir  # noqa: F401
@@ -92,8 +92,17 @@ class HookedPrefill:
         self.one.kv_arrived()
 
     async def _hooked(self, said):
-        hook = self.pools.on_said
+        hook, said = self.pools.on_said, carried(said, self.pools.carrier)
         return said if said is None or hook is None else await hook(said)
+
+
+def carried(said, carrier):
+    """What was said, with a ticket that offers `carrier`, if one is asked for."""
+    if carrier is None or said is None:
+        return said
+    if isinstance(said, Ticket):
+        return replace(said, carrier=carrier)
+    return replace(said, ticket=carried(said.ticket, carrier))
 
 
 @dataclass
@@ -105,6 +114,7 @@ class Pools:
     peers: KvPeers
     cut_off: bool = False  # the gateway does not reach the workers that hold KV
     overlap: bool = True  # decode begins to pull before prefill has answered
+    carrier: Carrier | None = None  # instead of the best that the engines have
     on_said: object = None  # called with each Ticket and Prefilled, may replace it
     on_step: object = None  # called with each decode step
 
@@ -145,7 +155,7 @@ class Pools:
     async def restore(self) -> None:
         """Bring every engine back."""
         self.on_said = self.on_step = None
-        self.cut_off, self.overlap = False, True
+        self.cut_off, self.overlap, self.carrier = False, True, None
         for member in (*self.prefills, *self.decodes):
             await member.replace_if_dead()
             member.alive = True

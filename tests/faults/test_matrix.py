@@ -19,6 +19,7 @@ from specprefill.kv.announcements import Announcements
 from specprefill.kv.leases import UNCLAIMED_S, LeaseStore
 from specprefill.kv.rpc import KvServer, _Handler
 from specprefill.types import (
+    Carrier,
     Controls,
     Decoded,
     Plan,
@@ -100,10 +101,11 @@ def once(kind, action):
     return hook
 
 
-@pytest.fixture
-def late(asking) -> Ask:
+@pytest.fixture(params=list(Carrier))
+def late(asking, request) -> Ask:
     """Decode begins to pull when prefill has answered: as without early tickets."""
     asking.pools.overlap = False
+    asking.pools.carrier = request.param
     return asking
 
 
@@ -237,7 +239,8 @@ async def test_decode_dies_mid_stream(asking, sampling):
 
 
 def through_a_relay(asking, hurt):
-    """The first decode engine pulls through a relay that hurts the stream."""
+    """The first decode engine pulls through a relay that hurts the gRPC stream."""
+    asking.pools.carrier = Carrier.GRPC
 
     @asynccontextmanager
     async def hooked():

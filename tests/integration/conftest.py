@@ -23,8 +23,11 @@ os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
 
 from specprefill.config import EngineConfig, KvConfig, MainModel
 from specprefill.kv.rpc import KvPeers
+from specprefill.kv.tls import read_tls
 from specprefill.positions import PositionMap
 from specprefill.types import Plan, PlanKind, Prefilled, Reason, Request, Selection, Span
+
+from ..certificates import Authority
 
 BLOCK_SIZE = 32
 MODELS = Path(__file__).resolve().parents[2] / "models"
@@ -138,7 +141,7 @@ def text(steps, index: int = 0) -> str:
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def engines(model_dir) -> AsyncIterator[Engines]:
+async def engines(model_dir, tmp_path_factory) -> AsyncIterator[Engines]:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     from specprefill.decode.service import DecodeService
@@ -153,7 +156,9 @@ async def engines(model_dir) -> AsyncIterator[Engines]:
         enforce_eager=True,
         max_num_batched_tokens=512,  # prompts beyond it are prefilled in chunks
     )
-    kv = KvConfig(host="127.0.0.1", pull_timeout_s=5.0)
+    files = Authority(tmp_path_factory.mktemp("authority")).files()
+    kv = KvConfig(host="127.0.0.1", pull_timeout_s=5.0, carrier="nixl", tls=files)
+    tls = read_tls(files)
     producer = Engine(engine_args(model, config, kv, Role.PREFILL))
     consumer = Engine(engine_args(model, config, kv, Role.DECODE))
     plain = Engine(
@@ -167,7 +172,7 @@ async def engines(model_dir) -> AsyncIterator[Engines]:
             distributed_executor_backend="uni",
         )
     )
-    async with PrefillService(producer) as prefill, DecodeService(consumer) as decode, plain:
-        peers = KvPeers()
+    async with PrefillService(producer, tls) as prefill, DecodeService(consumer) as decode, plain:
+        peers = KvPeers(tls)
         yield Engines(prefill, decode, plain, producer, peers)
         await peers.close()

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from specprefill.errors import DeadlineExceeded, InvalidRequest
-from specprefill.types import Prefilled, Span, Ticket
+from specprefill.types import Carrier, Prefilled, Span, Ticket
 
 from .conftest import BLOCK_SIZE, answer, kept, text
 
@@ -109,6 +109,25 @@ async def test_a_prefill_that_is_closed_early_holds_nothing(engines):
     assert isinstance(await anext(steps), Ticket)
     await steps.aclose()
     assert await engines.prefill.drain(5.0)
+
+
+@pytest.mark.parametrize("carrier", Carrier)
+async def test_every_carrier_gives_the_same_tokens(engines, carrier):
+    """The shared engines have both, under TLS; the ticket says which."""
+    request, selection = (
+        engines.request(prompt_of(1300, seed=carrier), ignore_eos=True),
+        pruned(1300),
+    )
+    want = await engines.aggregated(request, selection)
+    prefilled = await engines.prefill.prefill(request, selection, 60.0)
+    assert prefilled.ticket.carrier is Carrier.NIXL
+    ticket = replace(prefilled.ticket, carrier=carrier)
+    steps = await engines.decoded(request, selection, replace(prefilled, ticket=ticket))
+    assert answer(steps) == list(want.token_ids)
+    assert not steps[-1].recomputed
+    assert await engines.prefill.drain(5.0)
+    (gauges,) = await engines.prefill.gauges()
+    assert gauges.bytes_held == 0
 
 
 async def test_eight_requests_at_once_equal_plain_vllm(engines):

@@ -1,0 +1,102 @@
+"""Memory set aside once, for bytes that a carrier moves without this process's help.
+
+A network card (or another process) reads and writes only memory that was registered with it,
+and registering is slow: so it is done once, for all of an arena.
+"""
+
+from __future__ import annotations
+
+import bisect
+import threading
+import weakref
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+_ALIGNMENT = 64  # a cache line
+
+Bytes = NDArray[np.uint8]
+
+
+class Arena:
+    """Room for views of bytes. A place is free again once nothing refers to its view.
+
+    So nothing has to be given back by hand: bytes stay in place for as long as a lease, a
+    reader or a transfer holds them, or a part of them. Thread-safe.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._memory: Bytes = np.empty(size, dtype=np.uint8)  # untouched pages cost nothing
+        self._free = [(0, size)]  # (start, stop): sorted, disjoint, not adjacent
+        self._left: deque[tuple[int, int]] = deque()  # by finalizers: any thread, at any moment
+        self._lock = threading.Lock()
+
+    @property
+    def memory(self) -> Bytes:
+        """All of it, to register."""
+        return self._memory
+
+    @property
+    def bytes_used(self) -> int:
+        """How much is taken, alignment included."""
+        with self._lock:
+            self._tidy()
+            return self._memory.nbytes - sum(stop - start for start, stop in self._free)
+
+    def take(self, size: int) -> memoryview | None:
+        """`size` bytes with anything in them; None if there is no room in one piece."""
+        span = max(_ALIGNMENT, -(-size // _ALIGNMENT) * _ALIGNMENT)
+        with self._lock:
+            self._tidy()
+            for place, (start, stop) in enumerate(self._free):
+                if stop - start >= span:
+                    self._cut(place, start + span)
+                    return self._view(start, start + span)[:size]
+        return None
+
+    def hold(self, parts: Sequence[bytes | memoryview]) -> memoryview | None:
+        """A copy of `parts`, one behind the other; None if there is no room in one piece."""
+        view = self.take(sum(len(part) for part in parts))
+        if view is None:
+            return None
+        start = 0
+        for part in parts:
+            view[start : start + len(part)] = part
+            start += len(part)
+        return view
+
+    def holds(self, payload: memoryview | bytes) -> bool:
+        """Whether `payload` lies in here."""
+        first = address_of(self._memory)
+        return first <= address_of(payload) < first + self._memory.nbytes
+
+    def _cut(self, place: int, start: int) -> None:
+        """Take the front of a free place."""
+        stop = self._free[place][1]
+        self._free[place : place + 1] = [(start, stop)] if start < stop else []
+
+    def _view(self, start: int, stop: int) -> memoryview:
+        """Views of a view keep this array alive; an array of an array would not."""
+        array = self._memory[start:stop]
+        weakref.finalize(array, self._left.append, (start, stop)).atexit = False
+        return array.data
+
+    def _tidy(self) -> None:
+        """Join what was left with the free places beside it."""
+        while self._left:
+            start, stop = self._left.popleft()
+            place = bisect.bisect(self._free, (start, stop))
+            if place < len(self._free) and self._free[place][0] == stop:
+                stop = self._free.pop(place)[1]
+            if place > 0 and self._free[place - 1][1] == start:
+                place -= 1
+                start = self._free.pop(place)[0]
+            self._free.insert(place, (start, stop))
+
+
+def address_of(payload: memoryview | bytes | Bytes) -> int:
+    """Where the bytes lie in this process's memory."""
+    address: int = np.frombuffer(payload, dtype=np.uint8).ctypes.data
+    return address

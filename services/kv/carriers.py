@@ -1,0 +1,49 @@
+"""Which way a ticket's KV comes: the best that the ticket offers and this process has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from ..types import Carrier
+from .frames import Frame
+from .nixl_rpc import NixlClient
+from .pull import KvClient
+
+
+class KvPulling(Protocol):
+    """One lease on its way."""
+
+    def into(self, store: Callable[[Frame], None]) -> float:
+        """Give every frame to `store`, a layer's in token order.
+
+        Returns the seconds for which the KV was complete at the peer when its last frame came.
+        Raises KvTransferError unless it came whole.
+        """
+        ...
+
+    def cancel(self) -> None:
+        """End the pull, from any thread."""
+        ...
+
+
+class KvPuller:
+    """Pulls by NIXL where both sides have it, and over gRPC from everybody else."""
+
+    def __init__(self, grpc: KvClient, nixl: NixlClient | None) -> None:
+        self._grpc = grpc
+        self._nixl = nixl
+
+    def pull(
+        self, endpoint: str, ticket: dict[str, Any], fingerprint: str, start: int, timeout_s: float
+    ) -> KvPulling:
+        """Begin to pull the tokens from `start` on."""
+        if self._nixl is not None and ticket["carrier"] == Carrier.NIXL:
+            return self._nixl.pull(endpoint, ticket, fingerprint, start, timeout_s)
+        return self._grpc.pull(endpoint, ticket, fingerprint, start, timeout_s)
+
+    def close(self) -> None:
+        """Close every connection; pulls under way fail."""
+        self._grpc.close()
+        if self._nixl is not None:
+            self._nixl.close()
