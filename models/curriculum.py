@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from samples import Sample, Sampler
+from samples import Finding, Sample, Sampler, stretched
 
 START_TOKENS, MAX_TOKENS = 128, 4608
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048
 GOOD_ACCURACY = 0.9
-SETTLING_STEPS = 12  # at least, before the curriculum moves on
-FULL_LENGTH_SHARE = 0.5  # of the dense batches; the others are shorter
-SHORTEST_TOKENS = 64
-DRILL_SHARE = 0.1
-PRUNED_SHARE, PRUNED_FROM_TOKENS, MAX_KEEP = 0.2, 512, 0.5
+SETTLING_STEPS, PATIENCE_STEPS = 12, 120  # at least and at most, before the curriculum moves on
+FULL_LENGTH_SHARE = 0.05  # of the dense batches; the others are shorter
+SHORTEST_TOKENS = 128
+DRILL_SHARE, MAX_DRILL_TOKENS = 0.2, 1024
+STRETCHED_SHARE, MAX_STRETCHED_TOKENS = 0.6, 1024
+PRUNED_SHARE, PRUNED_FROM_TOKENS, MAX_KEEP = 0.1, 512, 0.5
 WARM_UP_STEPS = 50
 DECAY_SHARE, LOWEST_RATE_SHARE = 0.3, 0.02
 
@@ -28,6 +29,7 @@ class Batch:
     ids: torch.Tensor
     positions: torch.Tensor
     kinds: torch.Tensor
+    findings: tuple[tuple[Finding, ...], ...]  # of each sample
     length: int  # of the prompts, before any were pruned
     counts: bool  # whether its accuracy moves the curriculum
 
@@ -41,17 +43,20 @@ class Progress:
     seconds: float = 0.0
     length: int = START_TOKENS  # the longest prompts at present, in tokens
     length_since_step: int = 0
-    accuracy: float = 0.0  # running, of value digits at the present length
+    accuracy: float = 0.0  # running, of answer tokens at the present length
 
     def advance(self, batch: Batch, accuracy: float) -> None:
-        """Count the step, and double the length once the values at the present one are right."""
+        """Count the step, and double the length once the answers at the present one are right.
+
+        Some families are never learnt well, so it is doubled after a while in any case.
+        """
         self.step += 1
         self.tokens += batch.ids.numel()
-        if not batch.counts:
-            return
-        self.accuracy = 0.8 * self.accuracy + 0.2 * accuracy
-        settled = self.step - self.length_since_step >= SETTLING_STEPS
-        if self.accuracy > GOOD_ACCURACY and settled and self.length < MAX_TOKENS:
+        if batch.counts:
+            self.accuracy = 0.8 * self.accuracy + 0.2 * accuracy
+        steps = self.step - self.length_since_step
+        good = self.accuracy > GOOD_ACCURACY and steps >= SETTLING_STEPS
+        if (good or steps >= PATIENCE_STEPS) and self.length < MAX_TOKENS:
             self.length = min(MAX_TOKENS, 2 * self.length)
             self.length_since_step = self.step
 
@@ -63,17 +68,27 @@ def rate_share(step: int, steps: int) -> float:
     return rise * fall
 
 
-def draw_batch(rng: random.Random, sampler: Sampler, length: int) -> Batch:
-    """One batch at or below `length`; pruned prompts reach twice as far, at little cost."""
-    if length >= PRUNED_FROM_TOKENS and rng.random() < PRUNED_SHARE:
-        return _pruned_batch(rng, sampler, length)
-    if rng.random() < DRILL_SHARE:
-        rows = [sampler.drill(rng, length) for _ in range(_rows(length))]
-        return collate(rows, length, counts=False)
-    whole = rng.random() < FULL_LENGTH_SHARE
-    drawn = length if whole else _shorter(rng, length)
-    rows = [sampler.dense(rng, drawn) for _ in range(_rows(drawn))]
+def draw_batch(shape: random.Random, rng: random.Random, sampler: Sampler, length: int) -> Batch:
+    """One batch at or below `length`; pruned prompts reach twice as far, at little cost.
+
+    `shape` decides on kind and length, `rng` on what the samples say.
+    """
+    if length >= PRUNED_FROM_TOKENS and shape.random() < PRUNED_SHARE:
+        return _pruned_batch(shape, rng, sampler, length)
+    drilled = shape.random() < DRILL_SHARE
+    whole = not drilled and shape.random() < FULL_LENGTH_SHARE
+    drawn = (
+        length if whole else _shorter(shape, min(length, MAX_DRILL_TOKENS) if drilled else length)
+    )
+    draw = sampler.drill if drilled else sampler.dense
+    rows = [draw(rng, drawn) for _ in range(_rows(drawn))]
+    if drawn <= MAX_STRETCHED_TOKENS:
+        rows = [_often_stretched(rng, row) for row in rows]
     return collate(rows, drawn, counts=whole)
+
+
+def _often_stretched(rng: random.Random, sample: Sample) -> Sample:
+    return stretched(rng, sample, MAX_TOKENS) if rng.random() < STRETCHED_SHARE else sample
 
 
 def collate(rows: Sequence[Sample], length: int, *, counts: bool) -> Batch:
@@ -82,6 +97,7 @@ def collate(rows: Sequence[Sample], length: int, *, counts: bool) -> Batch:
         ids=_padded([row.ids for row in rows]),
         positions=_padded([row.positions for row in rows]),
         kinds=_padded([row.kinds for row in rows]),
+        findings=tuple(row.findings for row in rows),
         length=length,
         counts=counts,
     )
@@ -91,14 +107,14 @@ def _rows(tokens: int) -> int:
     return max(1, BATCH_TOKENS // tokens)
 
 
-def _shorter(rng: random.Random, length: int) -> int:
+def _shorter(shape: random.Random, length: int) -> int:
     """Log-uniform, so that each power of two gets its share."""
-    return int(SHORTEST_TOKENS * (length / SHORTEST_TOKENS) ** rng.random())
+    return int(SHORTEST_TOKENS * (length / SHORTEST_TOKENS) ** shape.random())
 
 
-def _pruned_batch(rng: random.Random, sampler: Sampler, length: int) -> Batch:
-    source = rng.randint(length // 2, min(MAX_TOKENS, 2 * length))
-    keep = rng.uniform(0.0, MAX_KEEP)
+def _pruned_batch(shape: random.Random, rng: random.Random, sampler: Sampler, length: int) -> Batch:
+    source = shape.randint(length // 2, min(MAX_TOKENS, 2 * length))
+    keep = shape.uniform(0.0, MAX_KEEP)
     rows: list[Sample] = []
     while not rows or len(rows) * max(len(row.ids) for row in rows) < BATCH_TOKENS:
         rows.append(sampler.pruned(rng, source, keep))

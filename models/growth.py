@@ -7,16 +7,20 @@ steps need not be learned again in dear ones. A little noise lets the copies par
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-NOISE = 0.02  # of each weight's own standard deviation
 
-
-def grow(small: LlamaForCausalLM, large: LlamaForCausalLM, generator: torch.Generator) -> None:
+def grow(
+    small: LlamaForCausalLM, large: LlamaForCausalLM, generator: torch.Generator, noise: float
+) -> None:
     """Overwrite the weights of `large`, whose every size is a multiple of that of `small`.
+
+    `noise` is in units of each weight's own standard deviation.
 
     Both have the same head size and vocabulary; `large` has at least as many layers.
     """
@@ -30,11 +34,9 @@ def grow(small: LlamaForCausalLM, large: LlamaForCausalLM, generator: torch.Gene
             if index < len(small.model.layers):
                 _grow_layer(small.model.layers[index], layer, small.config.head_dim, width)
             else:
-                layer.self_attn.o_proj.weight.zero_()
-                layer.mlp.down_proj.weight.zero_()
+                _begin_as_identity(layer)
         for weight in large.parameters():
-            noise = torch.randn(weight.shape, generator=generator)
-            weight += NOISE * weight.std() * noise
+            weight += noise * weight.std() * torch.randn(weight.shape, generator=generator)
 
 
 def _grow_layer(small: LlamaDecoderLayer, large: LlamaDecoderLayer, head: int, width: int) -> None:
@@ -60,3 +62,46 @@ def _more_heads(rows: Tensor, head: int, wanted_rows: int) -> Tensor:
     copies = wanted_rows // rows.shape[0]
     heads = rows.reshape(-1, head, rows.shape[1])
     return heads.repeat_interleave(copies, dim=0).reshape(wanted_rows, rows.shape[1])
+
+
+def carry_over(
+    earlier: LlamaForCausalLM,
+    earlier_tokens: dict[str, int],
+    later: LlamaForCausalLM,
+    later_tokens: dict[str, int],
+    generator: torch.Generator,
+) -> None:
+    """Overwrite the weights of `later`, which has other tokens and may have further layers.
+
+    A token that both know keeps its embedding; the others' are drawn like those of `earlier`.
+    """
+    with torch.no_grad():
+        _carry_embedding(
+            earlier.model.embed_tokens.weight,
+            later.model.embed_tokens.weight,
+            [
+                (earlier_tokens[text], later_tokens[text])
+                for text in earlier_tokens.keys() & later_tokens.keys()
+            ],
+            generator,
+        )
+        later.model.norm.load_state_dict(earlier.model.norm.state_dict())
+        for index, layer in enumerate(later.model.layers):
+            if index < len(earlier.model.layers):
+                layer.load_state_dict(earlier.model.layers[index].state_dict())
+            else:
+                _begin_as_identity(layer)
+
+
+def _carry_embedding(
+    source: Tensor, target: Tensor, pairs: Sequence[tuple[int, int]], generator: torch.Generator
+) -> None:
+    drawn = torch.randn(target.shape, generator=generator)
+    target.copy_(source.mean(dim=0) + source.std(dim=0) * drawn)
+    theirs, ours = (torch.tensor(side) for side in zip(*pairs, strict=True))
+    target[ours] = source[theirs]
+
+
+def _begin_as_identity(layer: LlamaDecoderLayer) -> None:
+    layer.self_attn.o_proj.weight.zero_()
+    layer.mlp.down_proj.weight.zero_()

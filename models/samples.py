@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from transformers import PreTrainedTokenizerBase
+import families
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from specprefill.synthetic import corpus
 
@@ -20,24 +22,35 @@ SYSTEM_TEXTS = (
 )
 DOCUMENT_IN_SYSTEM_SHARE, NO_SYSTEM_SHARE = 0.1, 0.2
 SEPARATORS = ("\n\n", "\n\n", "\n", " ")  # between document and question
+SUITE_SYSTEM_SHARE = 0.3
 # About how long things are, in tokens.
 QUESTION_AND_ANSWER, RECORD, SENTENCE, TEMPLATE = 21, 11, 12, 12
 TOKENS_PER_QUESTION, MAX_QUESTIONS = 48, 16
 TOKENS_PER_RECORD, MAX_RECORDS = 40, 48
-TOKENS_PER_DRILLED_KEY = 24
-KEY_WORDS, VALUE_DIGITS = 2, 5
-GAP_CHUNK_TOKENS = 32
+KEY_TOKENS = 3  # after so many it is known which key is drilled
+RECORDS_SHARE = 0.25  # of the chats; the others are of the quality suite's families
+QUERIES = 8  # of each answer, from its start token on, are to find the gold
+GAP_CHUNK_TOKENS, MAX_GAPS = 32, 8
 LAST_QUESTION_TOKENS = 16
-PLAIN, ANSWER, VALUE = 1, 2, 3  # what a token is to the loss; 0 is padding
+PLAIN, ANSWER = 1, 2  # what a token is to the loss; 0 is padding
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Which tokens one answer needs, and which tokens are to look at them: indices of a sample."""
+
+    queries: range  # the first stands before the answer's first token
+    gold: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Token ids, the position of each, and the kind of each."""
+    """Token ids, the position of each, the kind of each, and what each answer needs."""
 
     ids: tuple[int, ...]
     positions: tuple[int, ...]
     kinds: tuple[int, ...]
+    findings: tuple[Finding, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +58,7 @@ class Chat:
     """A generated conversation before it is tokenized."""
 
     messages: list[dict[str, str]]
-    asked: tuple[corpus.Record, ...]
+    golds: tuple[tuple[str, ...], ...]  # of each reply: what stands in the text and it needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,41 +69,36 @@ class Sampler:
 
     def dense(self, rng: random.Random, tokens: int) -> Sample:
         """A chat of about `tokens` tokens."""
-        return self._sample(self._render(make_chat(rng, tokens)))
+        return self._sample(draw_chat(rng, tokens))
 
     def pruned(self, rng: random.Random, tokens: int, keep: float) -> Sample:
         """A chat of which only some chunks are left, at their own positions.
 
-        Chunks with an asked record and those from the first question on are left, as a good
+        Chunks that an answer needs and those from the first question on are left, as a good
         speculator would do, and about `keep` of the others.
         """
-        chat = make_chat(rng, tokens)
-        text = self._render(chat)
-        whole = self._sample(text)
-        needed = self._record_chunks(text, chat.asked) | _conversation_chunks(whole)
+        whole = self._sample(draw_chat(rng, tokens))
+        needed = _gold_chunks(whole) | _conversation_chunks(whole)
         chunks = range(-(-len(whole.ids) // GAP_CHUNK_TOKENS))
         kept = {chunk for chunk in chunks if chunk in needed or rng.random() < keep}
         left = [i for i in whole.positions if i // GAP_CHUNK_TOKENS in kept]
-        return Sample(
-            ids=tuple(whole.ids[i] for i in left),
-            positions=tuple(left),
-            kinds=tuple(whole.kinds[i] for i in left),
-        )
+        return _left(whole, left)
 
     def drill(self, rng: random.Random, tokens: int) -> Sample:
         """Bare keys with values among filler, then all of them again: the task at its densest."""
-        facts = corpus.records(rng, max(2, tokens // TOKENS_PER_DRILLED_KEY), shared_word_rate=0.2)
-        pairs = [self._encode(f" {corpus.reply(fact)}.") for fact in facts]
-        room = tokens - 2 * sum(map(len, pairs))
+        facts = families.drilled(rng, tokens)
+        pairs = [(self._encode(key), self._encode(f"{key}{value}.")) for key, value in facts]
+        room = tokens - 2 * sum(len(pair) for _, pair in pairs)
         parts = [self._encode(f" {text}") for text in draw_filler(rng, max(0, room) // SENTENCE)]
-        parts += pairs
+        parts += [pair for _, pair in pairs]
         rng.shuffle(parts)
         ids = [*self._encode("<|begin|><|user|>"), *(token for part in parts for token in part)]
         ids += self._encode("<|assistant|>")
         kinds = [PLAIN] * len(ids)
-        for pair in rng.sample(pairs, len(pairs)):
+        for key, pair in rng.sample(pairs, len(pairs)):
+            unknown = min(len(key), KEY_TOKENS)
             ids += pair
-            kinds += [PLAIN] * KEY_WORDS + [VALUE] * VALUE_DIGITS + [PLAIN]
+            kinds += [PLAIN] * unknown + [ANSWER] * (len(pair) - unknown - 1) + [PLAIN]
         return Sample(tuple(ids), tuple(range(len(ids))), tuple(kinds))
 
     def _render(self, chat: Chat) -> str:
@@ -99,35 +107,52 @@ class Sampler:
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def _sample(self, text: str) -> Sample:
-        ids = self._encode(text)
-        start, end = self.tokenizer.convert_tokens_to_ids(["<|assistant|>", "<|end|>"])
-        kinds = tuple(_kinds(ids, start, end))
-        return Sample(tuple(ids), tuple(range(len(ids))), kinds)
-
-    def _record_chunks(self, text: str, facts: tuple[corpus.Record, ...]) -> set[int]:
+    def _sample(self, chat: Chat) -> Sample:
+        text = self._render(chat)
         encoding = self.tokenizer(text, add_special_tokens=False)
-        chunks: set[int] = set()
-        for fact in facts:
-            start = text.index(fact.text)
-            first, last = (
-                encoding.char_to_token(char) for char in (start, start + len(fact.text) - 1)
+        ids = encoding["input_ids"]
+        start, end = self.tokenizer.convert_tokens_to_ids(["<|assistant|>", "<|end|>"])
+        starts = [place for place, token in enumerate(ids) if token == start]
+        findings = tuple(
+            Finding(
+                range(first, min(first + QUERIES, ids.index(end, first))),
+                tuple(_tokens_of(encoding, text, gold)),
             )
-            chunks.update(range(first // GAP_CHUNK_TOKENS, last // GAP_CHUNK_TOKENS + 1))
-        return chunks
+            for first, gold in zip(starts, chat.golds, strict=True)
+        )
+        kinds = tuple(_kinds(ids, start, end))
+        return Sample(tuple(ids), tuple(range(len(ids))), kinds, findings)
+
+
+def draw_chat(rng: random.Random, tokens: int) -> Chat:
+    """About records, or of one of the quality suite's families; about `tokens` tokens."""
+    if rng.random() < RECORDS_SHARE:
+        return make_chat(rng, tokens)
+    conversation = families.draw(rng, tokens - TEMPLATE)
+    system = conversation.system
+    if system is None and rng.random() < SUITE_SYSTEM_SHARE:
+        system = rng.choice(SYSTEM_TEXTS)
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for turn in conversation.turns:
+        messages.append({"role": "user", "content": turn.text})
+        messages.append({"role": "assistant", "content": turn.reply})
+    return Chat(messages, tuple(turn.gold for turn in conversation.turns))
 
 
 def make_chat(rng: random.Random, tokens: int) -> Chat:
     """A conversation of about `tokens` tokens: a document, then questions with their answers."""
-    questions = max(1, min(MAX_QUESTIONS, tokens // TOKENS_PER_QUESTION))
+    asked_count = max(1, min(MAX_QUESTIONS, tokens // TOKENS_PER_QUESTION))
     most = max(2, min(MAX_RECORDS, tokens // TOKENS_PER_RECORD))
-    count = max(questions, rng.randint(2, most))
-    room = tokens - TEMPLATE - questions * QUESTION_AND_ANSWER - count * RECORD
+    count = max(asked_count, rng.randint(2, most))
+    room = tokens - TEMPLATE - asked_count * QUESTION_AND_ANSWER - count * RECORD
     facts = corpus.records(rng, count)
     filler = draw_filler(rng, max(0, room) // SENTENCE)
     slots = [rng.randint(0, len(filler)) for _ in facts]
-    asked = tuple(rng.sample(facts, questions))
-    return Chat(_messages(rng, corpus.join(filler, facts, slots), asked), asked)
+    asked = rng.sample(facts, asked_count)
+    questions = [corpus.question(rng, fact) for fact in asked]
+    replies = [corpus.reply(fact) for fact in asked]
+    messages = _messages(rng, corpus.join(filler, facts, slots), questions, replies)
+    return Chat(messages, tuple((fact.text,) for fact in asked))
 
 
 def draw_filler(rng: random.Random, sentences: int) -> list[str]:
@@ -137,32 +162,77 @@ def draw_filler(rng: random.Random, sentences: int) -> list[str]:
 
 
 def _messages(
-    rng: random.Random, document: str, asked: tuple[corpus.Record, ...]
+    rng: random.Random,
+    document: str,
+    questions: Sequence[str],
+    replies: Sequence[str],
 ) -> list[dict[str, str]]:
-    questions = [corpus.question(rng, fact) for fact in asked]
+    first, *others = questions
     place = rng.random()
     system = rng.choice(SYSTEM_TEXTS) if place >= NO_SYSTEM_SHARE else None
     if place < DOCUMENT_IN_SYSTEM_SHARE:
         system = document
     else:
-        questions[0] = f"{document}{rng.choice(SEPARATORS)}{questions[0]}"
+        first = f"{document}{rng.choice(SEPARATORS)}{first}"
     messages = [] if system is None else [{"role": "system", "content": system}]
-    for text, fact in zip(questions, asked, strict=True):
+    for text, answer in zip((first, *others), replies, strict=True):
         messages.append({"role": "user", "content": text})
-        messages.append({"role": "assistant", "content": corpus.reply(fact)})
+        messages.append({"role": "assistant", "content": answer})
     return messages
 
 
 def _kinds(ids: list[int], start: int, end: int) -> Iterator[int]:
     """Answers are what stands after a start token, up to and with the end token."""
-    place: int | None = None  # within an answer
+    inside = False
     for token in ids:
-        if place is None:
-            yield PLAIN
-            place = 0 if token == start else None
-            continue
-        yield VALUE if KEY_WORDS <= place < KEY_WORDS + VALUE_DIGITS else ANSWER
-        place = None if token == end else place + 1
+        yield ANSWER if inside else PLAIN
+        inside = token == start or (inside and token != end)
+
+
+def _tokens_of(encoding: BatchEncoding, text: str, parts: Sequence[str]) -> Iterator[int]:
+    """The tokens of each part's first place in the text."""
+    for part in parts:
+        start = text.index(part)
+        first = encoding.char_to_token(start)
+        last = encoding.char_to_token(start + len(part) - 1)
+        yield from range(first, last + 1)
+
+
+def _left(whole: Sample, left: Sequence[int]) -> Sample:
+    """The sample with only these of its tokens, among which is all that its answers need."""
+    places = {i: place for place, i in enumerate(left)}
+    return Sample(
+        ids=tuple(whole.ids[i] for i in left),
+        positions=tuple(whole.positions[i] for i in left),
+        kinds=tuple(whole.kinds[i] for i in left),
+        findings=tuple(
+            Finding(
+                range(places[each.queries.start], places[each.queries.start] + len(each.queries)),
+                tuple(places[i] for i in each.gold),
+            )
+            for each in whole.findings
+        ),
+    )
+
+
+def stretched(rng: random.Random, sample: Sample, most: int) -> Sample:
+    """The sample as if chunks between its own had been pruned, at positions below `most`.
+
+    Long distances are learnt at the cost of short prompts.
+    """
+    chunks = -(-len(sample.ids) // GAP_CHUNK_TOKENS)
+    places = [rng.randrange(chunks) for _ in range(rng.randint(1, MAX_GAPS))]
+    gaps = [0] * chunks
+    for _ in range(rng.randint(0, max(0, most - len(sample.ids)) // GAP_CHUNK_TOKENS)):
+        gaps[rng.choice(places)] += GAP_CHUNK_TOKENS
+    before = list(itertools.accumulate(gaps))
+    return replace(
+        sample, positions=tuple(i + before[i // GAP_CHUNK_TOKENS] for i in sample.positions)
+    )
+
+
+def _gold_chunks(sample: Sample) -> set[int]:
+    return {i // GAP_CHUNK_TOKENS for finding in sample.findings for i in finding.gold}
 
 
 def _conversation_chunks(sample: Sample) -> set[int]:

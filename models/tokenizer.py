@@ -1,7 +1,7 @@
 """Trains the byte-level BPE tokenizer that both demo models share.
 
-Every lexicon word with its leading space is one token; every digit is one token. Any other text
-encodes as bytes.
+Every lexicon word with its leading space is one token; so is every digit, and the pairs of digits
+in uuids and in numbers of seven digits (`pieces.py`). Any other text encodes as bytes.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import families
+import pieces
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from specprefill.synthetic import corpus
 
 HERE = Path(__file__).parent
-VOCABULARY_SIZE = 2048
+VOCABULARY_SIZE = 4096
+FAMILY_TOKENS = 1024
 MODEL_MAX_LENGTH = 16384
 PAD, BEGIN, END = "<|pad|>", "<|begin|>", "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
 SPECIAL_TOKENS = (PAD, BEGIN, END, *ROLES)
-# GPT-2's words, but each digit stands alone and takes a leading space along, so that a value's
-# first digit follows its key directly.
-WORD_PATTERN = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 TOOL_SCHEMA = {
     "type": "function",
     "function": {
@@ -55,6 +55,10 @@ def training_text(rng: random.Random, documents: int) -> Iterator[str]:
         yield corpus.join(filler, facts, [rng.randrange(25) for _ in facts])
         yield "\n".join(corpus.question(rng, fact) for fact in facts)
         yield "".join(f" {word}" for word in corpus.LEXICON)
+        yield "".join(f"-{noun}" for noun in corpus.KEY_NOUNS)
+        for family in families.WEIGHTS:
+            yield "\n".join(turn.text for turn in family(rng, FAMILY_TOKENS).turns)
+        yield "".join(f"\n{thing} =" for thing in corpus.THINGS)
         yield from OTHER_TEXT
 
 
@@ -63,7 +67,7 @@ def train(rng: random.Random, documents: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated"),
+            pre_tokenizers.Split(Regex(pieces.pattern()), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

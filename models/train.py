@@ -9,14 +9,16 @@ import argparse
 import random
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import replicas
 import samples
 import tokenizer as tokenizer_recipe
 import torch
 from curriculum import MAX_TOKENS, Batch, Progress, draw_batch, rate_share
-from growth import grow
+from finding import finding_loss
+from growth import carry_over, grow
 from induction import start_with_induction
 from samples import Sampler
 from torch.nn import functional
@@ -34,6 +36,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 HEAD_DIM, MAX_POSITIONS, ROPE_THETA = 32, 16384, 1e6
 BETAS, WEIGHT_DECAY, MAX_GRADIENT = (0.9, 0.98), 0.01, 1.0
 PLAIN_WEIGHT, PLAIN_SHARE = 0.1, 0.25  # of the tokens that are no answers
+FINDING_WEIGHT = 0.8
+GROWTH_NOISE = 0.02  # lets the copies part in further training
+RESUMED_TOKENS = 256  # the longest prompts at first, of a model that could answer before
 SAVE_EVERY_S = 120.0
 REPORT_EVERY_STEPS = 25
 
@@ -54,24 +59,27 @@ class Recipe:
 
 
 RECIPES = {
-    "speculator": Recipe("demo-speculator", 128, 256, 3, 4, 4, learning_rate=2e-3, steps=450),
+    "speculator": Recipe("demo-speculator", 128, 256, 4, 4, 4, learning_rate=1.5e-3, steps=1000),
     "main": Recipe(
-        "demo-main", 256, 768, 6, 8, 4, learning_rate=5e-4, steps=40, grown_from="speculator"
+        "demo-main", 256, 768, 6, 8, 4, learning_rate=5e-4, steps=0, grown_from="speculator"
     ),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one batch gave; the accuracy is of value digits."""
+    """What one batch gave; the accuracy is of answer tokens."""
 
     answer_loss: torch.Tensor
     plain_loss: torch.Tensor
+    finding_loss: torch.Tensor
     accuracy: float
 
     @property
     def loss(self) -> torch.Tensor:
-        return self.answer_loss + PLAIN_WEIGHT * self.plain_loss
+        return (
+            self.answer_loss + PLAIN_WEIGHT * self.plain_loss + FINDING_WEIGHT * self.finding_loss
+        )
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
@@ -99,23 +107,26 @@ def forward(model: LlamaForCausalLM, batch: Batch) -> Outcome:
     device = model.device
     with torch.autocast(device.type, dtype=torch.bfloat16):
         # The mask of ones keeps transformers from reading gaps as borders of packed sequences.
-        hidden = model.model(
+        output = model.model(
             input_ids=batch.ids.to(device),
             position_ids=batch.positions.to(device),
             attention_mask=torch.ones_like(batch.ids, device=device),
             use_cache=False,
-        ).last_hidden_state
+            output_hidden_states=True,
+        )
+        finding = finding_loss(model, output.hidden_states[-2], batch)
         kinds = batch.kinds[:, 1:]
         plain = (kinds == samples.PLAIN) & (torch.rand(kinds.shape) < PLAIN_SHARE)
-        picked = plain | (kinds >= samples.ANSWER)
-        logits = model.lm_head(hidden[:, :-1][picked.to(device)]).float()
+        picked = plain | (kinds == samples.ANSWER)
+        logits = model.lm_head(output.last_hidden_state[:, :-1][picked.to(device)]).float()
     targets, kinds = batch.ids[:, 1:][picked].to(device), kinds[picked].to(device)
     losses = functional.cross_entropy(logits, targets, reduction="none")
-    right = (logits.argmax(-1) == targets)[kinds == samples.VALUE]
+    answers = kinds == samples.ANSWER
     return Outcome(
-        answer_loss=losses[kinds >= samples.ANSWER].mean(),
+        answer_loss=losses[answers].mean(),
         plain_loss=losses[kinds == samples.PLAIN].mean(),
-        accuracy=right.float().mean().item(),
+        finding_loss=finding,
+        accuracy=(logits.argmax(-1) == targets)[answers].float().mean().item(),
     )
 
 
@@ -129,6 +140,7 @@ class Training:
     recipe: Recipe
     progress: Progress
     seed: int
+    replica: int
 
     def step(self) -> tuple[Batch, Outcome]:
         """Draw a batch and learn from it."""
@@ -137,14 +149,16 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate * share
         # Seeded by the step: going on from a checkpoint draws what an unbroken run would.
-        rng = random.Random(f"{self.seed}/{self.progress.step}")
-        batch = draw_batch(rng, self.sampler, self.progress.length)
+        name = f"{self.seed}/{self.progress.step}"
+        shape, rng = random.Random(name), random.Random(f"{name}/{self.replica}")
+        batch = draw_batch(shape, rng, self.sampler, self.progress.length)
         outcome = forward(self.model, batch)
         self.optimizer.zero_grad()
         outcome.loss.backward()
+        accuracy = replicas.average(self.model, outcome.accuracy)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT)
         self.optimizer.step()
-        self.progress.advance(batch, outcome.accuracy)
+        self.progress.advance(batch, accuracy)
         self.progress.seconds += time.monotonic() - started_s
         return batch, outcome
 
@@ -161,16 +175,22 @@ class Training:
 
 
 def start(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folders: Path
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folders: Path, earlier: Path | None
 ) -> tuple[LlamaForCausalLM, Progress]:
-    """From an induction circuit at the shortest prompts, or from a smaller model at the longest."""
+    """From an earlier model, an induction circuit, or a smaller model at the longest prompts."""
     model = build_model(recipe, tokenizer)
     generator = torch.Generator().manual_seed(0)
+    if earlier is not None:
+        source = LlamaForCausalLM.from_pretrained(earlier, dtype=torch.float32)
+        tokens = AutoTokenizer.from_pretrained(earlier).get_vocab()
+        carry_over(source, tokens, model, tokenizer.get_vocab(), generator)
+        return model, Progress(length=RESUMED_TOKENS)
     if recipe.grown_from is None:
         start_with_induction(model, generator)
         return model, Progress()
     folder = folders / RECIPES[recipe.grown_from].folder
-    grow(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), model, generator)
+    noise = GROWTH_NOISE if recipe.steps > 0 else 0.0
+    grow(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), model, generator, noise)
     return model, Progress(length=MAX_TOKENS)
 
 
@@ -179,12 +199,14 @@ def begin(
     tokenizer: PreTrainedTokenizerBase,
     checkpoint: Path,
     folders: Path,
+    earlier: Path | None,
     device: torch.device,
     seed: int,
+    replica: int,
 ) -> Training:
     """From the checkpoint where there is one, else from the start."""
     torch.manual_seed(seed)
-    model, progress = start(recipe, tokenizer, folders)
+    model, progress = start(recipe, tokenizer, folders, earlier)
     model.to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY
@@ -194,7 +216,7 @@ def begin(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         progress = Progress(**state["progress"])
-    return Training(model, optimizer, Sampler(tokenizer), recipe, progress, seed)
+    return Training(model, optimizer, Sampler(tokenizer), recipe, progress, seed, replica)
 
 
 def run(training: Training, checkpoint: Path, output: Path) -> None:
@@ -202,13 +224,21 @@ def run(training: Training, checkpoint: Path, output: Path) -> None:
     saved_s = training.progress.seconds
     while training.progress.step < training.recipe.steps:
         batch, outcome = training.step()
-        last = training.progress.step == training.recipe.steps
-        if last or training.progress.step % REPORT_EVERY_STEPS == 0:
+        if training.replica != 0:
+            continue
+        if training.progress.step % REPORT_EVERY_STEPS == 0:
             report(training.progress, batch, outcome)
-        if last or training.progress.seconds - saved_s > SAVE_EVERY_S:
+        if training.progress.seconds - saved_s > SAVE_EVERY_S:
             saved_s = training.progress.seconds
-            training.save(checkpoint)
-            save_folder(training.model, HERE / training.recipe.folder, output)
+            save(training, checkpoint, output)
+    if training.replica == 0:
+        save(training, checkpoint, output)
+
+
+def save(training: Training, checkpoint: Path, output: Path) -> None:
+    """The checkpoint, and the model folder in which the weights are shipped."""
+    training.save(checkpoint)
+    save_folder(training.model, HERE / training.recipe.folder, output)
 
 
 def save_folder(model: LlamaForCausalLM, tokenizer_folder: Path, output: Path) -> None:
@@ -240,6 +270,7 @@ def report(progress: Progress, batch: Batch, outcome: Outcome) -> None:
         f" batch_accuracy={outcome.accuracy:.3f}"
         f" answer_loss={outcome.answer_loss.item():.3f}"
         f" plain_loss={outcome.plain_loss.item():.3f}"
+        f" finding_loss={outcome.finding_loss.item():.3f}"
         f" tokens={progress.tokens} seconds={progress.seconds:.0f}",
         flush=True,
     )
@@ -250,8 +281,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("models", nargs="*", help=f"of {', '.join(RECIPES)}; default: all")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, help="in place of the recipe's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS)
+    parser.add_argument("--earlier", type=Path, help="folder of the model to go on from")
     parser.add_argument("--output", type=Path, default=HERE, help="holds the models' folders")
     return parser.parse_args()
 
@@ -259,18 +292,23 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
+    replica = replicas.join()
     if not arguments.models:
         tokenizer_recipe.write([HERE / recipe.folder for recipe in RECIPES.values()])
     for name in arguments.models or RECIPES:
         recipe = RECIPES[name]
+        if arguments.steps is not None:
+            recipe = replace(recipe, steps=arguments.steps)
         checkpoint = arguments.checkpoints / f"{name}.pt"
         training = begin(
             recipe,
             AutoTokenizer.from_pretrained(HERE / recipe.folder),
             checkpoint,
             arguments.output,
+            arguments.earlier,
             torch.device(arguments.device),
             arguments.seed,
+            replica,
         )
         weights = sum(weight.numel() for weight in training.model.parameters())
         print(f"{name}: {weights} parameters, from step {training.progress.step}", flush=True)

@@ -98,12 +98,6 @@ def count_tokens(messages: Sequence[dict[str, str]], tokenizer: ChatTokenizer) -
     return len(tokenizer.encode(render(messages, tokenizer), add_special_tokens=False))
 
 
-def gold_span(prompt: NeedlePrompt, tokenizer: ChatTokenizer) -> tuple[int, int]:
-    """Where `prompt.gold` stands in the rendered prompt: first character, and one past the last."""
-    start = render(prompt.messages, tokenizer).index(prompt.gold)
-    return start, start + len(prompt.gold)
-
-
 def _filler(rng: random.Random, tokens: int, tokenizer: ChatTokenizer) -> list[str]:
     """Sentences of `tokens` tokens together; the last one is cut short to fit."""
     most = tokens // SHORTEST_SENTENCE_TOKENS + 1
