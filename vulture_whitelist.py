@@ -116,6 +116,3 @@ bar_chart
 _.samples_seen
 _.p90  # read by dataclasses.asdict
 _.output_tokens_per_s
-decide  # services/scaling/core.py
-FairQueue  # services/scaling/fair_queue.py
-_.push

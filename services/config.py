@@ -129,11 +129,22 @@ class KvConfig(Strict):
     tls: KvTls | None = None  # plaintext if absent
 
 
+class AdmissionConfig(Strict):
+    """Under load: lower keep rates first, then a place behind those in time, then 429."""
+
+    ttft_s: Seconds  # what keep rates are bent for
+    keep_floor: Rate = 0.1  # for requests that name no floor and no rate of their own
+    max_waiting: PositiveInt = 1024  # more are shed
+    max_waiting_per_key: PositiveInt = 256  # of one API key, where there are several
+    per_engine: PositiveInt = 2  # requests let in for each speculator and prefill replica
+
+
 class GatewayConfig(Strict):
     """The OpenAI-compatible and gRPC front."""
 
     request_timeout_s: Seconds = 300.0
     max_body_bytes: PositiveInt = 32 << 20
+    admission: AdmissionConfig | None = None  # None: first come, first served, at the planned rate
     api_keys: tuple[str, ...] = ()  # any of them is accepted; none: no authentication
     vllm_args: tuple[str, ...] = ()  # more arguments of `vllm serve`'s front, e.g. a tool parser
 

@@ -47,9 +47,10 @@ class DeadlineExceeded(SpecPrefillError):
 class Overloaded(SpecPrefillError):
     """The service sheds this request; `retry_after_s` is when to try again."""
 
-    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+    def __init__(self, message: str, retry_after_s: float = 1.0, reason: str = "pool_full") -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.reason = reason
 
 
 class Unavailable(SpecPrefillError):

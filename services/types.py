@@ -34,6 +34,7 @@ class Reason(enum.StrEnum):
     DISABLED = "disabled"  # the deployment prunes only on request
     KEEP_IS_ONE = "keep_is_one"
     SHORT_PROMPT = "short_prompt"
+    LOAD = "load"  # a lower keep rate than the default's, so that many get their answers in time
     NO_GAIN = "no_gain"  # a dense prefill is expected to give the first token sooner
     PROMPT_LOGPROBS = "prompt_logprobs"  # they need every prompt token computed
     PROTECTED_SPANS = "protected_spans"  # protection left nothing to drop
@@ -100,6 +101,7 @@ class Request:
     hold_back_chars: int = 0  # text that stop strings may still take back (0: none)
     timeout_s: float = 300.0
     priority: int = 0
+    key: str | None = None  # whose fair share of the service it takes; None: nobody else's
 
 
 @dataclass(frozen=True, slots=True)

@@ -204,6 +204,7 @@ class PipelineClient(RemoteEngineClient):
             hold_back_chars=hold_back_chars(params),
             timeout_s=self._limit(context.timeout_s),
             priority=priority,
+            key=context.key,
         )
         plan = self._pipeline.planner.plan(request)
         if plan.kind is PlanKind.DENSE:

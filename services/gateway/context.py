@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ class RequestContext:
     controls: Controls = field(default_factory=Controls)
     messages: Messages | None = None  # as the caller sent them; None: not a conversation
     timeout_s: float | None = None  # None: the deployment's limit
+    key: str | None = None  # whose fair share of the service the request takes
     prompts_started: int = 0
     reports: dict[str, Report] = field(default_factory=dict)  # by the server's request id
     error: SpecPrefillError | None = None
@@ -40,3 +42,10 @@ def _prompt_order(request_id: str) -> tuple[int, str]:
 
 
 CURRENT: ContextVar[RequestContext | None] = ContextVar("specprefill_request", default=None)
+
+
+def fair_key(authorization: str | None) -> str | None:
+    """Who sends, by the credentials alone: what a client says about itself is not believed."""
+    if authorization is None:
+        return None
+    return hashlib.sha256(authorization.encode()).hexdigest()[:16]

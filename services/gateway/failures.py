@@ -39,6 +39,7 @@ class Failure:
     message: str
     field: str | None = None
     retry_after_s: float | None = None
+    shed_reason: str | None = None
 
     def body(self) -> bytes:
         """`{"error": {...}}` as JSON."""
@@ -71,6 +72,7 @@ def http_failure(error: SpecPrefillError) -> Failure:
                 "overloaded",
                 str(error),
                 retry_after_s=error.retry_after_s,
+                shed_reason=error.reason,
             )
         case Unavailable():
             return Failure(503, "service_unavailable_error", "unavailable", str(error))
@@ -99,7 +101,7 @@ class RpcFailed(Exception):
 def rpc_failure(error: SpecPrefillError) -> RpcFailed:
     """The status a gRPC caller sees. Serve drops the metadata of failed calls: all is said here."""
     if isinstance(error, Overloaded):
-        details = f"{error}; retry after {error.retry_after_s:g} s"
+        details = f"{error}; reason {error.reason}; retry after {error.retry_after_s:g} s"
         return RpcFailed(grpc.StatusCode.RESOURCE_EXHAUSTED, details)
     for kind, code in _GRPC_CODES:
         if isinstance(error, kind):

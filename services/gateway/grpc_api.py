@@ -17,7 +17,7 @@ from ..errors import InvalidRequest, SpecPrefillError, UnknownModel
 from ..rpc import specprefill_pb2 as pb
 from ..types import Request
 from .client import PipelineClient
-from .context import RequestContext
+from .context import RequestContext, fair_key
 from .failures import RpcFailed, rpc_failure
 from .grpc_messages import (
     Answer,
@@ -67,7 +67,7 @@ class GrpcApi:
     ) -> pb.GenerateResponse:
         """Answer in one message."""
         with self._status(context):
-            request = await self._request(message)
+            request = await self._request(message, context)
             answer = Answer(len(request.prompt), request.samples)
             async with aclosing(self._client.chunks(request)) as chunks:
                 async for chunk in chunks:
@@ -79,7 +79,7 @@ class GrpcApi:
     ) -> AsyncGenerator[pb.GenerateChunk, None]:
         """Answer as it is generated; the last message carries usage and report."""
         with self._status(context):
-            request = await self._request(message)
+            request = await self._request(message, context)
             answer = Answer(len(request.prompt), request.samples)
             async with aclosing(self._client.chunks(request)) as chunks:
                 async for chunk in chunks:
@@ -93,7 +93,7 @@ class GrpcApi:
     async def score(self, message: pb.ScoreRequest, context: CallContext) -> pb.ScoreResponse:
         """Tell which prompt tokens would be kept."""
         with self._status(context):
-            request = await self._request(message)
+            request = await self._request(message, context)
             return score_message(await self._client.select(request))
 
     async def health(self, message: pb.HealthRequest, context: CallContext) -> pb.HealthResponse:
@@ -103,14 +103,18 @@ class GrpcApi:
         pools = [pb.PoolHealth(name=n, healthy_replicas=r) for n, r in health.pools.items()]
         return pb.HealthResponse(serving=health.serving, reason=health.reason, pools=pools)
 
-    async def _request(self, message: pb.GenerateRequest | pb.ScoreRequest) -> Request:
+    async def _request(
+        self, message: pb.GenerateRequest | pb.ScoreRequest, call: CallContext
+    ) -> Request:
         if message.HasField("model") and message.model != self._model_name:
             raise UnknownModel(f"model: {message.model!r} is not served here", "model")
         sampling, priority = pb.Sampling(max_tokens=1), 0
         if isinstance(message, pb.GenerateRequest):
             sampling, priority = message.sampling, message.priority
         context = RequestContext(
-            controls=prune_controls(message.prune), timeout_s=timeout_s(message)
+            controls=prune_controls(message.prune),
+            timeout_s=timeout_s(message),
+            key=fair_key(_authorization(call)),
         )
         prompt = await self._prompt(message, context)
         params = sampling_params(sampling, self._client.model_config.get_diff_sampling_param())
@@ -149,11 +153,16 @@ class GrpcApi:
     def _authenticate(self, context: CallContext) -> None:
         if not self._keys:
             return
-        metadata = dict(context.invocation_metadata() or ())
-        scheme, _, key = str(metadata.get("authorization", "")).partition(" ")
+        scheme, _, key = (_authorization(context) or "").partition(" ")
         known = [secrets.compare_digest(_digest(key), each) for each in self._keys]
         if scheme.lower() != "bearer" or not any(known):
             raise _Unauthenticated
+
+
+def _authorization(context: CallContext) -> str | None:
+    metadata = dict(context.invocation_metadata() or ())
+    value = metadata.get("authorization")
+    return None if value is None else str(value)
 
 
 def _failed(context: CallContext, failure: RpcFailed) -> RpcFailed:

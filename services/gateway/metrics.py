@@ -10,7 +10,8 @@ from contextlib import aclosing
 
 from prometheus_client import Counter, Histogram
 
-from ..errors import SpecPrefillError
+from ..errors import Overloaded, SpecPrefillError
+from ..gate import AdmittingPipeline
 from ..pipeline import Pipeline
 from ..plan import Planner
 from ..types import Chunk, Report, Request, Selection
@@ -38,6 +39,7 @@ TTFT_FORESEEN = Histogram(
     ["plan"],
     buckets=_RATIOS,
 )
+SHED = Counter("specprefill_shed_total", "Requests refused under load", ["reason"])
 ENDED, CLOSED = "answered", "client_closed"
 
 
@@ -50,7 +52,7 @@ class MeasuredPipeline:
     `learn` is told of every finished request.
     """
 
-    def __init__(self, pipeline: Pipeline, learn: Learn | None = None) -> None:
+    def __init__(self, pipeline: Pipeline | AdmittingPipeline, learn: Learn | None = None) -> None:
         self._pipeline = pipeline
         self._learn = learn
         self.planner: Planner = pipeline.planner
@@ -67,6 +69,8 @@ class MeasuredPipeline:
             outcome = ENDED
         except SpecPrefillError as error:
             outcome = type(error).__name__
+            if isinstance(error, Overloaded):
+                SHED.labels(error.reason).inc()
             raise
         finally:
             # The consumer may close the stream right after the last chunk: that is no abort.

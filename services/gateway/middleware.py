@@ -15,12 +15,13 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import InvalidRequest
-from .context import CURRENT, RequestContext
+from .context import CURRENT, RequestContext, fair_key
 from .controls import FIELD, conversation, pop_controls, timeout
 from .failures import Failure, http_failure, too_large
 from .reports import story_json
 
 TIMEOUT_HEADER = "x-request-timeout-seconds"
+SHED_REASON_HEADER = "x-specprefill-shed-reason"
 _PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 _DATA = b"data: "
 # Serve's proxy enforces the same header with a bare 408 or a cut stream: be a little earlier.
@@ -94,7 +95,10 @@ def _replay(body: bytes, receive: Receive) -> Callable[[], Awaitable[Message]]:
 
 def _admit(scope: Scope, body: bytes) -> tuple[RequestContext, bytes]:
     """The request's context, and the body as vLLM's own handlers shall see it."""
-    context = RequestContext(timeout_s=_timeout_s(Headers(scope=scope)))
+    headers = Headers(scope=scope)
+    context = RequestContext(
+        timeout_s=_timeout_s(headers), key=fair_key(headers.get("authorization"))
+    )
     path = scope["path"].removeprefix(scope.get("root_path", ""))
     if path not in _PATHS:
         return context, body
@@ -228,5 +232,7 @@ async def _send_failure(send: Send, failure: Failure, inherited: Headers | None 
     headers["content-length"] = str(len(body))
     if failure.retry_after_s is not None:
         headers["retry-after"] = str(max(1, round(failure.retry_after_s)))
+    if failure.shed_reason is not None:
+        headers[SHED_REASON_HEADER] = failure.shed_reason
     await send({"type": "http.response.start", "status": failure.status, "headers": headers.raw})
     await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -18,6 +18,7 @@ from ..kv.tls import read_tls
 from ..pipeline import Pipeline
 from ..policies import net_gain, planner
 from ..rpc import specprefill_pb2 as pb
+from .admission import behind_gate
 from .app import build_client, build_http_app
 from .calibration import calibration
 from .grpc_api import GrpcApi
@@ -55,9 +56,10 @@ class GatewayReplica:
             speculate_timeout_s=self._config.speculator.timeout_s,
             overlap=self._config.kv.overlap,
         )
+        admitting = behind_gate(pipeline, self._config.gateway, gain.models, self._health.count)
         self._traffic, self._models = GatewayTraffic(), gain.models
         counted = CountedPipeline(
-            MeasuredPipeline(pipeline, gain.learn),
+            MeasuredPipeline(admitting, gain.learn),
             self._config.selection.min_kept_tokens,
             self._traffic,
             time.monotonic,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -52,3 +52,8 @@ class FairQueue(Generic[Item]):
             self._ends.clear()
             self._virtual_s = 0.0
         return item
+
+    def sweep(self, stays: Callable[[Item], bool]) -> None:
+        """Drop those that left while they waited."""
+        self._heap = [entry for entry in self._heap if stays(entry[-1])]
+        heapify(self._heap)

@@ -226,7 +226,7 @@ async def test_health_needs_no_key(stub: Any, health: Any) -> None:
     [
         (InvalidRequest("n: no", "n"), grpc.StatusCode.INVALID_ARGUMENT),
         (DeadlineExceeded("late"), grpc.StatusCode.DEADLINE_EXCEEDED),
-        (Overloaded("full", 2.5), grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (Overloaded("full", 2.5, "deadline"), grpc.StatusCode.RESOURCE_EXHAUSTED),
         (Unavailable("gone"), grpc.StatusCode.UNAVAILABLE),
         (RuntimeError("secret"), grpc.StatusCode.INTERNAL),
     ],
@@ -245,7 +245,7 @@ async def test_every_failure_has_its_code(
     assert (await stream.read()).output.text == " alpha"
     assert (await failure(stream.read())).code() is code
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        assert unary.details() == "full; retry after 2.5 s"
+        assert unary.details() == "full; reason deadline; retry after 2.5 s"
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,7 @@ async def test_the_timeout_comes_from_the_header_up_to_the_limit(
     [
         (InvalidRequest("n: no", "n"), 400, "invalid_value"),
         (DeadlineExceeded("too late"), 504, "deadline_exceeded"),
-        (Overloaded("full", 4.0), 429, "overloaded"),
+        (Overloaded("full", 4.0, "queue_full"), 429, "overloaded"),
         (Unavailable("gone"), 503, "unavailable"),
         (RuntimeError("secret internals"), 500, "internal_error"),
     ],
@@ -228,7 +228,19 @@ async def test_a_failure_before_the_first_token_is_a_status(
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
     assert "secret" not in answer.text
     assert answer.headers.get("retry-after") == ("4" if status == 429 else None)
+    shed = answer.headers.get("x-specprefill-shed-reason")
+    assert shed == ("queue_full" if status == 429 else None)
     assert pipeline.closed == 1
+
+
+async def test_requests_are_told_apart_by_their_credentials_alone(
+    http: httpx.AsyncClient, pipeline: Any
+) -> None:
+    await http.post("/v1/chat/completions", json={**CHAT, "user": "somebody else"})
+    await http.post("/v1/chat/completions", json=CHAT)
+    keys = {request.key for request in pipeline.requests}
+    assert len(keys) == 1
+    assert "test-key" not in str(keys)
 
 
 async def test_a_failure_in_a_stream_is_its_last_event(

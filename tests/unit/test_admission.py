@@ -1,0 +1,267 @@
+"""Admission: what a request is judged, who is next, and the door in front of the pipeline."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specprefill.errors import DeadlineExceeded, Overloaded
+from specprefill.fakes import FakeDecoder, FakePrefiller, FakeSpeculator
+from specprefill.gate import AdmittingPipeline, Engines, Gate
+from specprefill.pipeline import Pipeline
+from specprefill.plan import Planner
+from specprefill.scaling.admission import (
+    AdmissionPolicy,
+    Admitted,
+    Ask,
+    Backlog,
+    Shed,
+    ShedReason,
+    judge,
+    tokens_within,
+)
+from specprefill.scaling.fair_queue import FairQueue
+from specprefill.stages import Curve, StageCurves
+from specprefill.types import Controls, Reason, Request
+
+CURVES = StageCurves(Curve(0.1), Curve(0.0, 1e-3), Curve(), Curve())
+POLICY = AdmissionPolicy(ttft_s=2.0, headroom=1.0, max_waiting=10, max_waiting_per_key=4)
+ASK = Ask(prompt_tokens=4000, keep=0.3, floor=0.1, deadline_s=30.0)
+
+
+def test_without_a_queue_the_planned_rate_holds():
+    assert judge(ASK, Backlog(), CURVES, POLICY) == Admitted(0.3, False, 1.3, 1.2)
+
+
+def test_a_queue_bends_the_keep_rate_down_to_the_floor():
+    rates = [judge(ASK, Backlog(prefill_s=wait), CURVES, POLICY).keep for wait in (0.5, 1.0, 1.5)]
+    assert 0.3 > rates[0] > rates[1] > rates[2] >= 0.1
+    assert rates[2] == pytest.approx(0.1)
+
+
+def test_what_cannot_meet_the_slo_waits_behind_those_that_can():
+    verdict = judge(ASK, Backlog(prefill_s=3.0, late_s=10.0), CURVES, POLICY)
+    assert isinstance(verdict, Admitted)
+    assert verdict.late
+    assert verdict.keep == 0.1
+    assert verdict.ttft_s == pytest.approx(10.4)
+
+
+def test_what_cannot_meet_its_deadline_is_told_when_to_come_back():
+    verdict = judge(ASK, Backlog(prefill_s=3.0, late_s=40.0), CURVES, POLICY)
+    assert verdict == Shed(ShedReason.DEADLINE, pytest.approx(10.4))
+
+
+@pytest.mark.parametrize(
+    ("backlog", "reason"),
+    [
+        (Backlog(waiting=10), ShedReason.QUEUE_FULL),
+        (Backlog(waiting_of_key=4), ShedReason.KEY_QUEUE_FULL),
+    ],
+)
+def test_a_full_queue_sheds(backlog, reason):
+    verdict = judge(ASK, backlog, CURVES, POLICY)
+    assert isinstance(verdict, Shed)
+    assert verdict.reason is reason
+
+
+def test_late_requests_take_no_place_of_those_in_time():
+    assert isinstance(judge(ASK, Backlog(waiting_late=50), CURVES, POLICY), Admitted)
+
+
+def test_a_dense_request_is_never_pruned():
+    ask = replace(ASK, keep=1.0, floor=1.0)
+    verdict = judge(ask, Backlog(), CURVES, POLICY)
+    assert isinstance(verdict, Admitted)
+    assert (verdict.keep, verdict.late) == (1.0, True)
+
+
+@given(
+    keep=st.floats(0.02, 1.0),
+    floor_share=st.floats(0.05, 1.0),
+    waits=st.tuples(st.floats(0, 50), st.floats(0, 50), st.floats(0, 50)),
+    tokens=st.integers(1, 100_000),
+)
+def test_the_keep_rate_stays_between_the_callers_floor_and_the_plan(
+    keep, floor_share, waits, tokens
+):
+    ask = Ask(tokens, keep, keep * floor_share, 30.0)
+    verdict = judge(ask, Backlog(*waits), CURVES, POLICY)
+    if isinstance(verdict, Admitted):
+        assert ask.floor - 1e-9 <= verdict.keep <= keep + 1e-9
+        assert verdict.ttft_s <= 30.0
+    else:
+        assert verdict.retry_after_s > 0
+
+
+@given(budget=st.floats(0.02, 20.0), token_s=st.floats(1e-6, 1e-3), pair_s=st.floats(0, 1e-8))
+def test_tokens_within_is_the_inverse_of_the_curve(budget, token_s, pair_s):
+    curve = Curve(0.01, token_s, pair_s)
+    assert curve.seconds(tokens_within(curve, budget)) == pytest.approx(budget, rel=1e-6)
+
+
+def order(queue):
+    return [queue.pop() for _ in range(len(queue))]
+
+
+def test_a_short_request_passes_the_long_ones_of_others():
+    queue = FairQueue()
+    for name in ("long 1", "long 2", "long 3"):
+        queue.push(name, 10.0, late=False)
+    queue.push("short", 0.5, late=False)
+    assert queue.pop() == "short"
+
+
+def test_long_requests_are_not_passed_for_ever():
+    queue = FairQueue()
+    queue.push("long", 3.0, late=False)
+    popped = []
+    for place in range(10):
+        queue.push(f"short {place}", 1.0, late=False)
+        popped.append(queue.pop())
+    assert "long" in popped[:4]
+
+
+def test_a_key_that_sends_much_waits_behind_one_that_sends_little():
+    queue = FairQueue()
+    for place in range(5):
+        queue.push(f"much {place}", 1.0, key="much", late=False)
+    for place in range(2):
+        queue.push(f"little {place}", 1.0, key="little", late=False)
+    assert order(queue)[:4] == ["much 0", "little 0", "much 1", "little 1"]
+
+
+def test_priority_goes_first_and_late_ones_last():
+    queue = FairQueue()
+    queue.push("late", 0.1, late=True)
+    queue.push("usual", 5.0, late=False)
+    queue.push("urgent", 9.0, priority=-1, late=False)
+    assert order(queue) == ["urgent", "usual", "late"]
+
+
+class Door:
+    """A gate of one engine for one request at a time, and a clock that is moved by hand."""
+
+    def __init__(self, **policy):
+        self.now_s = 0.0
+        self.prompt = tuple(range(4000))
+        pools = (FakeSpeculator(), FakePrefiller(), FakeDecoder())
+        planner = Planner(enabled=True, keep=0.3, min_prompt_tokens=50)
+        self.prefiller = pools[1]
+        self.gate = Gate(
+            replace(POLICY, **policy),
+            keep_floor=0.1,
+            per_engine=1,
+            fair_keys=True,
+            curves=lambda: CURVES,
+            engines=lambda: Engines(speculators=0, prefills=1),
+            now=lambda: self.now_s,
+        )
+        self.pipeline = AdmittingPipeline(Pipeline(*pools, planner), self.gate)
+
+    async def run(self, **fields):
+        request = Request("r", self.prompt, b"", **fields)
+        return [chunk async for chunk in self.pipeline.generate(request)]
+
+    def hold(self, **fields):
+        """Something that is in front of the engines until it is cancelled."""
+
+        async def held():
+            request = Request("held", self.prompt, b"", **fields)
+            async with self.gate.place(request, self.pipeline.planner.plan(request)):
+                await asyncio.Event().wait()
+
+        return asyncio.create_task(held())
+
+
+async def settled():
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def test_an_idle_service_answers_at_the_planned_rate():
+    door = Door()
+    report = (await door.run())[-1].report
+    assert (report.kept_tokens, report.reason, report.queue_s) == (1200, Reason.DEFAULT, 0.0)
+    assert (door.gate.running, door.gate.waiting) == (0, 0)
+
+
+async def test_under_load_the_rate_is_bent_and_the_wait_is_told():
+    door = Door()
+    front = door.hold()
+    await settled()
+    behind = asyncio.create_task(door.run())
+    await settled()
+    assert (door.gate.running, door.gate.waiting) == (1, 1)
+    door.now_s = 0.75
+    front.cancel()
+    report = (await behind)[-1].report
+    assert report.reason is Reason.LOAD
+    assert 400 <= report.kept_tokens < 1200
+    assert report.queue_s == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize(
+    ("controls", "least"), [(Controls(floor=0.25), 1000), (Controls(keep=0.2), 800)]
+)
+async def test_the_callers_floor_and_an_asked_rate_hold_under_load(controls, least):
+    door = Door()
+    front = door.hold()
+    await settled()
+    behind = asyncio.create_task(door.run(controls=controls))
+    await settled()
+    front.cancel()
+    assert (await behind)[-1].report.kept_tokens >= least
+
+
+async def test_a_full_queue_sheds_with_a_reason_and_a_time():
+    door = Door(max_waiting=1)
+    tasks = [door.hold() for _ in range(2)]
+    await settled()
+    with pytest.raises(Overloaded) as raised:
+        await door.run()
+    assert raised.value.reason == "queue_full"
+    assert raised.value.retry_after_s >= 0.5
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    assert (door.gate.running, door.gate.waiting) == (0, 0)
+
+
+async def test_one_key_cannot_fill_the_queue():
+    door = Door(max_waiting_per_key=1)
+    tasks = [door.hold(key="much") for _ in range(2)]
+    await settled()
+    with pytest.raises(Overloaded) as raised:
+        await door.run(key="much")
+    assert raised.value.reason == "key_queue_full"
+    other = door.hold(key="little")
+    await settled()
+    assert door.gate.waiting == 2
+    for task in [*tasks, other]:
+        task.cancel()
+    await asyncio.wait([*tasks, other])
+
+
+async def test_who_waits_too_long_is_told_and_leaves_nothing():
+    door = Door()
+    door.prompt = tuple(range(60))
+    front = door.hold()
+    await settled()
+    with pytest.raises(DeadlineExceeded, match="waiting for a turn"):
+        await door.run(timeout_s=0.25)  # foreseen to be in time, but the one in front never ends
+    assert door.gate.waiting == 0
+    front.cancel()
+    await asyncio.wait([front])
+
+
+async def test_the_next_goes_on_at_the_first_token_not_at_the_last():
+    door = Door()
+    request = Request("r", tuple(range(4000)), b"")
+    stream = door.pipeline.generate(request)
+    await anext(stream)
+    assert door.gate.running == 0
+    await stream.aclose()
+    assert door.prefiller.held == 0
