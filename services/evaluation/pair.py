@@ -60,8 +60,10 @@ class Pair:
     ) -> list[Answer]:
         """Selections that come out equal are answered once. `before` does not matter here."""
         prompt = self.renderer.prompt(task)
-        rating = _rated(self.speculator, prompt)
-        selections = [self._selection(arm, prompt, rating, rng) for arm in arms]
+        selections = [dense(len(prompt.ids), Reason.KEEP_IS_ONE)] * len(arms)
+        if not all(arm.is_dense for arm in arms):
+            rating = _rated(self.speculator, prompt)
+            selections = [self._selection(arm, prompt, rating, rng) for arm in arms]
         texts: dict[tuple[Span, ...], str] = {}
         if with_text and self.answerer is not None:
             kept = [selection.runs for selection in selections]

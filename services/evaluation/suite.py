@@ -106,8 +106,7 @@ class _Place:
             [*probed.values()], self.suite.least_dense
         )
         items = range(self.suite.items)
-        for some in pool.map(lambda item: self._prompt(item, answered=answered), items):
-            yield some if answered else [_with_text(each, probed) for each in some]
+        yield from pool.map(lambda item: self._prompt(item, probed, answered=answered), items)
 
     def _probed(self, pool: ThreadPoolExecutor) -> dict[int, Outcome]:
         """The dense arm on the first prompts, by seed."""
@@ -115,12 +114,20 @@ class _Place:
         asked = pool.map(lambda item: self._asked(item, (DENSE,), answered=True), items)
         return {some[0].seed: some[0] for some in asked}
 
-    def _prompt(self, item: int, *, answered: bool) -> list[Outcome]:
-        return self._asked(item, self.suite.arms, answered=answered)
+    def _prompt(self, item: int, probed: Mapping[int, Outcome], *, answered: bool) -> list[Outcome]:
+        """All arms; what the probe has answered is not asked again."""
+        known = probed.get(self._seed(item))
+        if known is None:
+            return self._asked(item, self.suite.arms, answered=answered)
+        others = tuple(arm for arm in self.suite.arms if arm != DENSE)
+        return [known, *self._asked(item, others, answered=answered)]
+
+    def _seed(self, item: int) -> int:
+        return self.suite.seed * 1_000_000 + item
 
     def _asked(self, item: int, arms: tuple[Arm, ...], *, answered: bool) -> list[Outcome]:
         """Raises TooShort."""
-        seed = self.suite.seed * 1_000_000 + item
+        seed = self._seed(item)
         try:
             task = generate(self.family, seed, self.length, self.tokenizer)
         except ValueError as error:
@@ -131,11 +138,6 @@ class _Place:
             judged(task, self.length, seed, arm, answer)
             for arm, answer in zip(arms, answers, strict=True)
         ]
-
-
-def _with_text(outcome: Outcome, probed: Mapping[int, Outcome]) -> Outcome:
-    """The probe's outcome in place of a dense one without an answer."""
-    return probed.get(outcome.seed, outcome) if outcome.arm == DENSE else outcome
 
 
 def _is_beyond(outcomes: Sequence[Outcome], least_dense: float) -> bool:

@@ -115,6 +115,13 @@ def test_a_family_beyond_the_model_is_only_probed(demo_tokenizer):
     assert [(one.arm, one.score) for one in scored] == [(DENSE, 0.0)] * PROBED_ITEMS
 
 
+def test_what_the_probe_answered_is_not_asked_again(demo_tokenizer):
+    backend = Told(lambda _task, _arm: True)
+    measured, _ = run(suite(items=8), backend, demo_tokenizer)
+    assert backend.texts_asked == 8 * len(ARMS) == len(measured.outcomes)
+    assert [one.arm for one in measured.outcomes] == [*ARMS] * 8
+
+
 def test_where_nothing_is_right_nothing_is_retained(demo_tokenizer):
     asked = replace(suite(), least_dense=0.0)
     measured, _ = run(asked, Told(lambda *_: False), demo_tokenizer)
