@@ -170,9 +170,12 @@ class PrefillService:
         return last
 
     async def _watch(self) -> None:
-        """Hand on what the engine's first worker announces: the others are not far behind."""
+        """Hand on what the engine's last worker announces.
+
+        The pipeline stages before its own are done by then, its own ranks not far behind.
+        """
         while self._kv_addresses:
-            async for announced in self._peers.announcements(self._kv_addresses[0]):
+            async for announced in self._peers.announcements(self._kv_addresses[-1]):
                 self._announced(announced)
             await asyncio.sleep(_WATCH_AGAIN_S)
 

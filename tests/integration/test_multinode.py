@@ -9,11 +9,13 @@ import os
 import time
 
 import pytest
+import pytest_asyncio
 
 from specprefill.app import engine_placement
 from specprefill.cluster import set_auth_mode
 from specprefill.config import AppConfig
 from specprefill.gateway.pools import ServeDecoder, ServePrefiller
+from specprefill.kv.rpc import KvPeers
 from specprefill.types import Span
 
 from .conftest import BLOCK_SIZE, answer, kept
@@ -73,6 +75,7 @@ def pools(nodes, model_dir):
             "speculator": {"path": model_dir},
             "prefill": RANKS,
             "decode": RANKS,
+            "kv": {"carrier": "grpc", "max_held_bytes": 64 << 20},
         }
     )
     place = engine_placement(config.prefill, gpus=False).options()
@@ -90,13 +93,22 @@ def pools(nodes, model_dir):
     return serve.run_many(targets)
 
 
-async def test_workers_on_two_nodes_answer_as_one_engine_does(nodes, pools, engines):
-    prefiller, decoder = ports(pools, engines)
+@pytest_asyncio.fixture(loop_scope="session")
+async def ports(pools):
+    """The pipeline's ports over the two replicas."""
+    peers, carried = KvPeers(), {}
+    yield ServePrefiller(pools[0], peers, carried), ServeDecoder(pools[1], carried)
+    await peers.close()
+
+
+async def test_workers_on_two_nodes_answer_as_one_engine_does(ports, engines):
+    prefiller, decoder = ports
     pruned = kept(700, Span(0, 40), Span(100, 400), Span(630, 700))
     for selection in (kept(700, Span(0, 700)), pruned):
         request = engines.request(PROMPT, ignore_eos=True)
         want = await engines.aggregated(request, selection)
-        async with prefiller.prefill(request, selection, 60.0) as prefilled:
+        async with prefiller.prefill(request, selection, 60.0) as prefill:
+            prefilled = await prefill.prefilled()
             assert len(prefilled.ticket.endpoints) == NODES
             first = (prefilled.first.token_ids,)
             stream = decoder.decode(request, selection, prefilled.ticket, first, 60.0)
@@ -112,14 +124,15 @@ async def test_each_engine_has_a_worker_on_each_node(nodes, pools):
     assert nodes.available_resources().get("GPU", 0) == 0  # the workers hold them all
 
 
-async def test_a_replica_that_goes_waits_until_its_tickets_are_pulled(pools, engines):
+async def test_a_replica_that_goes_waits_until_its_tickets_are_pulled(ports, engines):
     """Last: the prefill replica is gone then."""
     from ray import serve
 
-    prefiller, decoder = ports(pools, engines)
+    prefiller, decoder = ports
     selection = kept(700, Span(0, 700))
     request = engines.request(PROMPT, ignore_eos=True)
-    async with prefiller.prefill(request, selection, 60.0) as prefilled:
+    async with prefiller.prefill(request, selection, 60.0) as prefill:
+        prefilled = await prefill.prefilled()
         serve.delete("PrefillReplica", _blocking=False)
         assert not await asyncio.to_thread(gone_within, 3.0, "PrefillReplica")
         first = (prefilled.first.token_ids,)
@@ -127,15 +140,6 @@ async def test_a_replica_that_goes_waits_until_its_tickets_are_pulled(pools, eng
         steps = [step async for step in stream]
     assert not steps[-1].recomputed
     assert await asyncio.to_thread(gone_within, 30.0, "PrefillReplica")
-
-
-def ports(pools, engines):
-    """The pipeline's ports over the two replicas."""
-    carried = {}
-    return (
-        ServePrefiller(pools[0], engines.peers.release, carried),
-        ServeDecoder(pools[1], carried),
-    )
 
 
 def gone_within(timeout_s, name):

@@ -31,7 +31,7 @@ RANKS = EngineConfig(**SIZES, tensor_parallel_size=2, executor="mp")  # one KV h
 async def split_engines(model_dir):
     """Prefill over two pipeline stages, decode over two tensor-parallel ranks."""
     model = MainModel(path=model_dir, dtype="float32", max_model_len=8192)
-    kv = KvConfig(host="127.0.0.1", pull_timeout_s=5.0)
+    kv = KvConfig(host="127.0.0.1", pull_timeout_s=5.0, carrier="grpc", max_held_bytes=64 << 20)
     prefill = PrefillService(Engine(engine_args(model, STAGES, kv, Role.PREFILL, peer=RANKS)))
     decode = DecodeService(Engine(engine_args(model, RANKS, kv, Role.DECODE, peer=STAGES)))
     async with AsyncExitStack() as stack:
@@ -61,4 +61,5 @@ async def test_stages_hand_over_to_tensor_ranks(engines, split_engines, selectio
     for index in range(2):
         assert answer(steps, index) == list(want.token_ids)
     assert not any(step.recomputed for step in steps)
+    await prefill.release(prefilled.ticket)
     assert [gauges.leases for gauges in await prefill.gauges()] == [0, 0]
