@@ -186,6 +186,15 @@ class ScalingConfig(Strict):
     window_s: Seconds = 600.0  # of arrivals that are looked at
 
 
+class QualityConfig(Strict):
+    """Pruned answers compared with dense ones, on live traffic."""
+
+    # Share of the requests that are answered again, dense, in the background. Greedy ones only.
+    shadow_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    shadow_running: PositiveInt = 1  # copies at once, per gateway; others are dropped
+    shadow_most_live: NonNegativeInt = 2  # live requests of a gateway, beyond which none starts
+
+
 class AppConfig(Strict):
     """Everything `specprefill.app:build` needs."""
 
@@ -198,6 +207,7 @@ class AppConfig(Strict):
     gateway: GatewayConfig = GatewayConfig()
     slo: SloConfig | None = None  # None: as many replicas as the deployments say
     scaling: ScalingConfig = ScalingConfig()
+    quality: QualityConfig = QualityConfig()
 
 
 def local_path(path: str) -> str:

@@ -21,10 +21,12 @@ from ..rpc import specprefill_pb2 as pb
 from .admission import behind_gate
 from .app import build_client, build_http_app
 from .calibration import calibration
+from .client import Answering
 from .grpc_api import GrpcApi
 from .metrics import MeasuredPipeline
 from .pools import Carried, ServeDecoder, ServePrefiller, ServeSpeculator
 from .serve_health import ServeHealth
+from .shadowing import ShadowedPipeline
 from .traffic import CountedPipeline, GatewayTraffic
 
 
@@ -58,13 +60,16 @@ class GatewayReplica:
         )
         admitting = behind_gate(pipeline, self._config.gateway, gain.models, self._health.count)
         self._traffic, self._models = GatewayTraffic(), gain.models
-        counted = CountedPipeline(
+        live: Answering = CountedPipeline(
             MeasuredPipeline(admitting, gain.learn),
             self._config.selection.min_kept_tokens,
             self._traffic,
             time.monotonic,
         )
-        self._client = build_client(self._config, counted)
+        self._shadowed: ShadowedPipeline | None = None
+        if self._config.quality.shadow_share > 0:
+            live = self._shadowed = ShadowedPipeline(live, pipeline, self._config.quality)
+        self._client = build_client(self._config, live)
         self._calibration = calibration(pipeline, gain.models, self._client.model_config)
         self._calibration.start()
         self._grpc = GrpcApi(
@@ -76,6 +81,8 @@ class GatewayReplica:
         heap.freeze()
 
     async def __del__(self) -> None:
+        if self._shadowed is not None:
+            await self._shadowed.close()
         await self._calibration.close()
         await self._peers.close()
 
