@@ -52,6 +52,8 @@ class SpeculatorConfig(Strict):
     score_cache_bytes: NonNegativeInt = 64 << 20  # scores of recent prompts, for exact repeats
     max_batch: PositiveInt = 8
     max_wait_s: Annotated[float, Field(ge=0.0)] = 0.002  # to fill a batch
+    # Layer -> its query heads whose attention counts; absent: all heads of all layers.
+    score_heads: dict[NonNegativeInt, tuple[NonNegativeInt, ...]] | None = Field(None, min_length=1)
     look_ahead: PositiveInt = 8  # the last prompt token's query plus look_ahead - 1 generated
     timeout_s: Seconds = 10.0  # later, the prompt is prefilled dense
 
@@ -65,7 +67,7 @@ class SelectionConfig(Strict):
     ceiling: Rate = 1.0
     # Below this mean probability of its look-ahead tokens, the speculator does not know how the
     # answer begins, and where the scores are to choose the prompt goes dense.
-    least_certainty: Annotated[float, Field(ge=0.0, le=1.0)] = 0.75
+    least_certainty: Annotated[float, Field(ge=0.0, le=1.0)] = 0.85
     min_prompt_tokens: PositiveInt = 1024  # shorter prompts are prefilled dense
     # Least share of the expected dense time to first token that pruning must save; null: prune
     # whether it pays or not. Callers who ask for pruning get it in any case.
@@ -84,6 +86,7 @@ class SelectionConfig(Strict):
     pool_tokens: PositiveInt = 13
     sink_tokens: PositiveInt = 4  # the first tokens: the attention sink
     tail_tokens: PositiveInt = 64  # the last tokens of the last user turn: the query
+    protect_fences: bool = False  # code between ``` fences is never pruned
 
 
 class EngineConfig(Strict):

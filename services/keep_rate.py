@@ -37,7 +37,7 @@ class AutoKeep:
 
     rule: RuleName = RuleName.PEAKS
     setting: float = 0.1
-    least_certainty: float = 0.75  # below, the draft model does not know what matters
+    least_certainty: float = 0.85  # below, the draft model does not know what matters
     most_chunks: float = 0.6  # share of the open chunks; needing more, the prompt goes dense
 
 

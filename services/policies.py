@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .config import AppConfig, SelectionConfig
+from .config import AppConfig, EngineConfig, SelectionConfig
 from .gain import NetGain
 from .keep_rate import AutoKeep
 from .plan import Planner
@@ -10,26 +10,32 @@ from .prefixes import PrefixMemory
 from .selection import SelectionPolicy
 from .stages import StageModels
 
-BLOCK_TOKENS = 128  # where the engine chooses its block size: coarse, but never wrong by more
+BLOCK_TOKENS = 128  # what vLLM chooses on a CPU, and a multiple of what it chooses elsewhere
 REMEMBERED_BLOCKS = 1 << 16
 
 
-def selection_policy(selection: SelectionConfig) -> SelectionPolicy:
+def selection_policy(selection: SelectionConfig, block_tokens: int = 1) -> SelectionPolicy:
     """What is always kept, and in which pieces the rest is chosen."""
     return SelectionPolicy(
         chunk_tokens=selection.chunk_tokens,
         min_kept_tokens=selection.min_kept_tokens,
         sink_tokens=selection.sink_tokens,
         tail_tokens=selection.tail_tokens,
+        block_tokens=block_tokens,
         auto=AutoKeep(least_certainty=selection.least_certainty),
     )
 
 
+def kv_block_tokens(prefill: EngineConfig) -> int:
+    """Of the prefill engine's cache; a multiple of it where the engine chooses."""
+    return prefill.block_size or BLOCK_TOKENS
+
+
 def net_gain(config: AppConfig) -> NetGain:
     """Knows nothing yet but the shapes of the stages."""
-    block_tokens = config.prefill.block_size or BLOCK_TOKENS
+    block_tokens = kv_block_tokens(config.prefill)
     prefixes = PrefixMemory(block_tokens, REMEMBERED_BLOCKS)
-    return NetGain(StageModels(), prefixes, selection_policy(config.selection))
+    return NetGain(StageModels(), prefixes, selection_policy(config.selection, block_tokens))
 
 
 def planner(selection: SelectionConfig, gain: NetGain) -> Planner:

@@ -30,6 +30,7 @@ class SelectionPolicy:
     min_kept_tokens: int = 256  # absolute floor under any keep rate
     sink_tokens: int = 4  # the first tokens of the prompt, always kept
     tail_tokens: int = 64  # the last tokens of the prompt, always kept
+    block_tokens: int = 1  # of the engine's KV cache: a protected prefix ends with a whole block
     auto: AutoKeep = field(default_factory=AutoKeep)  # where a plan lets the scores choose
 
 
@@ -121,13 +122,23 @@ def _asked_chunks(chunks: int, keep: float) -> int:
 
 
 def _protected_mask(prompt_tokens: int, protected: Sequence[Span], policy: SelectionPolicy) -> Mask:
-    """True where a token must survive. Spans are clipped to the prompt."""
+    """True where a token must survive. Spans are clipped to the prompt.
+
+    A protected prefix of half a block or more is rounded up to whole blocks: engines share the KV
+    of whole blocks only, and a block with a gap in it is nobody else's.
+    """
     mask = np.zeros(prompt_tokens, dtype=np.bool_)
     mask[: policy.sink_tokens] = True
     mask[max(0, prompt_tokens - policy.tail_tokens) :] = True
     for span in protected:
         mask[max(0, span.start) : max(0, span.stop)] = True
+    leading = prompt_tokens if bool(mask.all()) else int(np.argmin(mask))
+    mask[: _whole_blocks(leading, policy.block_tokens)] = True
     return mask
+
+
+def _whole_blocks(tokens: int, block_tokens: int) -> int:
+    return -(-tokens // block_tokens) * block_tokens if 2 * tokens >= block_tokens else tokens
 
 
 def _chunk_means(scores: Scores, chunk_tokens: int) -> NDArray[np.float64]:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ..config import SelectionConfig, SpeculatorConfig
 from ..keep_rate import AutoKeep, RuleName
-from ..policies import selection_policy
+from ..policies import BLOCK_TOKENS, selection_policy
 from ..selection import Scores, SelectionPolicy, select
 from ..synthetic.families.catalog import FAMILIES, generate
 from ..types import Plan, PlanKind, Reason, Selection, Span
@@ -223,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Score, compare, print, write."""
     args = options(argv)
     prompts = scored(args.speculator, args.families, args.seeds, args.lengths)
-    policy = selection_policy(SelectionConfig())
+    policy = selection_policy(SelectionConfig(), BLOCK_TOKENS)
     results = [measured(variant, prompts) for variant in variants(policy)]
     shipped = next(result for result in results if result.variant == _name(policy.auto))
     fixed = [result for result in results if result.variant in {"keep 0.1", "keep 0.3"}]

@@ -17,7 +17,7 @@ from ..kv.holding import RemoteLeases
 from ..kv.prefilling import prefilling
 from ..kv.rpc import KvPeers
 from ..pipeline import Pipeline
-from ..policies import net_gain, planner
+from ..policies import kv_block_tokens, net_gain, planner
 from ..ports import Prefilling
 from ..prefill.service import PrefillService
 from ..speculator.service import SpeculatorService
@@ -60,7 +60,12 @@ async def local_pipeline(config: AppConfig, gain: NetGain | None = None) -> Asyn
         peers = KvPeers()
         stack.push_async_callback(peers.close)
         speculator = await stack.enter_async_context(
-            SpeculatorService.from_config(config.speculator, config.selection, config.model.path)
+            SpeculatorService.from_config(
+                config.speculator,
+                config.selection,
+                config.model.path,
+                kv_block_tokens(config.prefill),
+            )
         )
         prefill_args = engine_args(config.model, config.prefill, config.kv, Role.PREFILL)
         prefill = await stack.enter_async_context(PrefillService(Engine(prefill_args)))

@@ -43,6 +43,7 @@ def build_client(config: AppConfig, pipeline: Answering) -> PipelineClient:
         chat=_chat_defaults(args),
         timeout_s=config.gateway.request_timeout_s,
         tail_tokens=config.selection.tail_tokens,
+        protect_fences=config.selection.protect_fences,
     )
 
 

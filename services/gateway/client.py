@@ -69,6 +69,7 @@ class PipelineClient(RemoteEngineClient):
         chat: ChatParams,
         timeout_s: float,
         tail_tokens: int,
+        protect_fences: bool,
     ) -> None:
         self.vllm_config = vllm_config
         self.model_config = vllm_config.model_config
@@ -78,6 +79,7 @@ class PipelineClient(RemoteEngineClient):
         self._chat = chat
         self._timeout_s = timeout_s
         self._tail_tokens = tail_tokens
+        self._protect_fences = protect_fences
         self._offsets = PromptOffsets(self.renderer.tokenizer)
 
     @override
@@ -236,9 +238,10 @@ class PipelineClient(RemoteEngineClient):
         if text is None or offsets is None:
             return special
         protect = request.controls.protect
-        return merged(
-            special + protected_spans(text, offsets, messages, protect, self._tail_tokens)
+        spans = protected_spans(
+            text, offsets, messages, protect, self._tail_tokens, fences=self._protect_fences
         )
+        return merged(special + spans)
 
 
 def as_invalid(error: Exception) -> InvalidRequest:

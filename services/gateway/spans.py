@@ -7,6 +7,7 @@ own substrings, and special tokens. The contents of other messages may be pruned
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from typing import Any
 from ..types import Span
 
 _KEPT_ROLES = ("system", "developer")
+
+# A fence opens at the start of a line and is closed by one as long; one left open ends the text.
+_FENCED = re.compile(r"^(`{3,}|~{3,}).*?(?:^\1|\Z)", re.DOTALL | re.MULTILINE)
 
 Offsets = Sequence[tuple[int, int]]  # per token: [start, stop) in characters, both ascending
 
@@ -33,8 +37,10 @@ def protected_spans(
     messages: Sequence[Mapping[str, Any]] | None,
     protect: Sequence[str],
     tail_tokens: int,
+    *,
+    fences: bool = False,
 ) -> tuple[Span, ...]:
-    """Token spans that must survive: sorted, disjoint, not adjacent.
+    """Token spans that must survive: sorted, disjoint, not adjacent. `fences`: fenced code, too.
 
     `messages` is an OpenAI list, or None for a plain completion, where only `protect` counts.
     A content that the template altered is found nowhere; the region where it must lie is then
@@ -42,6 +48,8 @@ def protected_spans(
     """
     index = _TokenIndex(offsets)
     spans = [index.span(*place) for place in _occurrences(text, protect)]
+    if fences:
+        spans += [index.span(*match.span()) for match in _FENCED.finditer(text)]
     if messages:
         contents = _locate(text, messages)
         spans += [index.span(*place) for place in _template_text(text, contents)]

@@ -9,6 +9,7 @@ from ..autoscaling.signals import QUEUE_AGE_S
 from ..autoscaling.waiting import Waiting
 from ..config import AppConfig
 from ..errors import SpeculatorUnavailable
+from ..policies import kv_block_tokens
 from ..types import Plan, Request
 from ..wire import pack, unpack
 from .service import SpeculatorService
@@ -20,7 +21,10 @@ class SpeculatorReplica:
     async def __init__(self, config_json: str) -> None:  # type: ignore[misc]
         config = AppConfig.model_validate_json(config_json)
         self._service = SpeculatorService.from_config(
-            config.speculator, config.selection, config.model.path
+            config.speculator,
+            config.selection,
+            config.model.path,
+            kv_block_tokens(config.prefill),
         )
         self._waiting = Waiting(time.monotonic)
         await self._service.start()

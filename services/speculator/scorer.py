@@ -6,7 +6,7 @@ prompt token and of the look-ahead tokens attend to the prompt; what they look a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -20,6 +20,8 @@ from ..selection import Scores
 from .draft import Draft, load_draft, look, read_chunk, vocabulary_differs
 from .prefix import PrefixCache
 from .reading import Block, Reading
+
+Heads = Mapping[int, Sequence[int]]  # a layer's number -> the numbers of its query heads
 
 SCORING_BUFFER = 1 << 24  # attention weights held at once, in float32 elements: 64 MiB
 BLOCK_TOKENS = 64  # of the prefix cache
@@ -44,7 +46,22 @@ def load_scorer(config: SpeculatorConfig, pool_tokens: int, main_path: str | Non
         config.prefill_chunk_tokens,
         pool_tokens,
         _memory_bytes(config, draft),
+        _checked_heads(config.score_heads, draft),
     )
+
+
+def _checked_heads(heads: Heads | None, draft: Draft) -> Heads | None:
+    """Raises UnsupportedModel where the draft model has no such layer or head."""
+    text = draft.model.config.get_text_config(decoder=True)
+    for layer, chosen in (heads or {}).items():
+        if layer not in draft.layout.layers:
+            raise UnsupportedModel(f"speculator.score_heads: there is no layer {layer}")
+        if not chosen or not all(0 <= head < text.num_attention_heads for head in chosen):
+            raise UnsupportedModel(
+                f"speculator.score_heads: layer {layer} has heads 0 to "
+                f"{text.num_attention_heads - 1}, not {list(chosen)}"
+            )
+    return heads
 
 
 def _memory_bytes(config: SpeculatorConfig, draft: Draft) -> int:
@@ -76,8 +93,10 @@ class Scorer:
         prefill_chunk_tokens: int,
         pool_tokens: int,
         memory_bytes: int = CPU_MEMORY_BYTES,
+        heads: Heads | None = None,
     ) -> None:
         self.draft = draft
+        self.heads = heads  # None: all of every layer
         self.memory_bytes = memory_bytes
         block_bytes = BLOCK_TOKENS * draft.layout.bytes_per_token
         self.prefix: PrefixCache[Block] = PrefixCache(BLOCK_TOKENS, block_bytes, memory_bytes)
@@ -187,12 +206,17 @@ class Scorer:
             live = [each for each in live if each.next_token not in self.draft.eos_ids]
 
     def rate(self, reading: Reading) -> Scores:
-        """[N] float32: maximum over layers and heads, then mean over the recorded queries."""
+        """[N] float32: maximum over layers and heads, then mean over the recorded queries.
+
+        A deployment may name the heads that count: few of them retrieve, others add noise.
+        """
         shape = (len(reading.queries[0]), len(reading.prompt))
         with torch.inference_mode():
             highest = torch.zeros(shape, dtype=torch.float32, device=reading.keys.device)
-            for row in range(len(reading.layout.layers)):
-                _raise_to_layer(highest, reading, row, self.pool_tokens)
+            for row, layer in enumerate(reading.layout.layers):
+                if self.heads is None or layer in self.heads:
+                    heads = None if self.heads is None else self.heads[layer]
+                    _raise_to_layer(highest, reading, row, self.pool_tokens, heads)
             scores: Scores = highest.mean(dim=0).cpu().numpy()
         return scores
 
@@ -201,15 +225,23 @@ def _block(reading: Reading, index: int) -> Block:
     return reading.block(index * BLOCK_TOKENS, (index + 1) * BLOCK_TOKENS)
 
 
-def _raise_to_layer(highest: Tensor, reading: Reading, row: int, pool_tokens: int) -> None:
+def _raise_to_layer(
+    highest: Tensor, reading: Reading, row: int, pool_tokens: int, heads: Sequence[int] | None
+) -> None:
     """Raise `highest` [queries, N] to one layer's pooled attention, a few heads at a time.
 
-    Generated tokens are not keys: the softmax is over the prompt alone, in float32.
+    Generated tokens are not keys: the softmax is over the prompt alone, in float32. `heads` None:
+    all of the layer's.
     """
     steps, prompt_tokens = highest.shape
     layout = reading.layout
-    queries = torch.stack(reading.queries[row], dim=1).view(layout.kv_heads, -1, layout.key_dim)
+    queries = torch.stack(reading.queries[row], dim=1)  # [heads, steps, key_dim]
     keys = reading.keys[row, :, :prompt_tokens]
+    if heads is None:  # a group of heads reads its keys once
+        queries = queries.view(layout.kv_heads, -1, layout.key_dim)
+    else:
+        group = len(queries) // layout.kv_heads
+        queries, keys = queries[list(heads)], keys[[head // group for head in heads]]
     at_once = max(1, SCORING_BUFFER // (queries.shape[1] * prompt_tokens))
     for some, theirs in zip(queries.split(at_once), keys.split(at_once), strict=True):
         logits = some.float() @ theirs.float().transpose(1, 2) * layout.scalings[row]

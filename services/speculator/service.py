@@ -106,12 +106,19 @@ class SpeculatorService:
 
     @classmethod
     def from_config(
-        cls, config: SpeculatorConfig, selection: SelectionConfig, main_path: str
+        cls,
+        config: SpeculatorConfig,
+        selection: SelectionConfig,
+        main_path: str,
+        block_tokens: int,
     ) -> SpeculatorService:
-        """The service of a deployment. `main_path` is the model whose vocabulary must match."""
+        """The service of a deployment.
+
+        `main_path` is the model whose vocabulary must match, `block_tokens` its KV block.
+        """
         return cls(
             load=partial(load_scorer, config, selection.pool_tokens, main_path),
-            policy=selection_policy(selection),
+            policy=selection_policy(selection, block_tokens),
             batching=Batching(
                 config.max_batch, config.max_wait_s, score_cache_bytes=config.score_cache_bytes
             ),

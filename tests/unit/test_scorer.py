@@ -448,3 +448,36 @@ def test_the_certainty_is_the_mean_probability_of_the_generated_tokens(
         scorer.look_ahead([reading])
     assert len(reading.certainties) == 8
     assert reading.certainty == pytest.approx(expected, rel=1e-4)
+
+
+@torch.inference_mode()
+def test_named_heads_alone_count(llama: PreTrainedModel) -> None:
+    prompt = prompt_of(90)
+    every = {
+        layer: tuple(range(llama.config.num_attention_heads))
+        for layer in range(len(llama.model.layers))
+    }
+    draft = as_draft(copy.deepcopy(llama))
+    (expected,) = scorer_of(draft).score([prompt])
+    (all_named,) = Scorer(draft, 8, 64, POOL, heads=every).score([prompt])
+    np.testing.assert_allclose(all_named, expected, rtol=1e-5)
+    singles = [
+        Scorer(draft, 8, 64, POOL, heads={layer: (head,)}).score([prompt])[0]
+        for layer, heads in every.items()
+        for head in heads
+    ]
+    assert all((single <= expected + 1e-6).all() for single in singles)
+    assert len({single.tobytes() for single in singles}) == len(singles)
+
+
+@pytest.mark.parametrize(
+    ("heads", "message"),
+    [({99: (0,)}, "no layer 99"), ({0: (99,)}, "heads 0 to"), ({0: ()}, "heads 0 to")],
+)
+def test_heads_that_the_draft_lacks_are_refused(
+    tmp_path: Path, llama: PreTrainedModel, heads: dict[int, tuple[int, ...]], message: str
+) -> None:
+    llama.save_pretrained(tmp_path)
+    config = SpeculatorConfig(path=str(tmp_path), dtype="float32", score_heads=heads)
+    with pytest.raises(UnsupportedModel, match=message):
+        load_scorer(config, POOL)

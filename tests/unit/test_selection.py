@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -39,6 +40,7 @@ def cases(draw: st.DrawFn) -> tuple[Scores, float, tuple[Span, ...], SelectionPo
         min_kept_tokens=draw(st.integers(1, 300)),
         sink_tokens=draw(st.integers(0, 20)),
         tail_tokens=draw(st.integers(0, 80)),
+        block_tokens=draw(st.sampled_from([1, 16, 128])),
     )
     levels = draw(st.sampled_from([2, 1000]))  # two levels: ties everywhere
     scores = np.random.default_rng(draw(st.integers(0, 99))).integers(0, levels, tokens)
@@ -261,3 +263,15 @@ def test_whatever_the_scores_choose_protection_and_bounds_hold(
         assert floor <= selection.plan.keep <= ceiling
         budget = budget_chunks(len(scores), floor, policy) * policy.chunk_tokens
         assert len(kept) >= budget - (-len(scores) % policy.chunk_tokens)
+
+
+@pytest.mark.parametrize(
+    ("protected", "ends"), [(100, 128), (128, 128), (129, 256), (64, 128), (63, 63), (0, 0)]
+)
+def test_a_protected_prefix_ends_with_a_whole_block(protected: int, ends: int) -> None:
+    policy = replace(BARE, block_tokens=128)
+    scores = np.zeros(3200, dtype=np.float32)
+    scores[1600:1664] = 1.0
+    spans = (Span(0, protected),) if protected else ()
+    selection = select(scores, prune(0.02), spans, policy)
+    assert selection.runs[0] == (Span(0, ends) if ends else Span(1600, 1664))

@@ -181,3 +181,24 @@ def test_system_messages_that_the_template_keeps_are_never_pruned(
 
 def _ends(span: Span) -> tuple[int, int]:
     return span.start, span.stop
+
+
+FENCED_TEXT = "look at alpha \n```python\ndef f(): pass\n``` \nand bravo \n~~~\nmore code\n~~~ end"
+
+
+def test_fenced_code_is_protected_where_the_deployment_says_so() -> None:
+    offsets = words(FENCED_TEXT)
+    spans = protected_spans(FENCED_TEXT, offsets, None, (), 1, fences=True)
+    kept = protected_text(FENCED_TEXT, spans)
+    assert "def f(): pass" in kept
+    assert "more code" in kept
+    assert "bravo" not in kept
+    assert "look" not in kept
+    assert protected_spans(FENCED_TEXT, offsets, None, (), 1) == ()
+
+
+def test_a_fence_left_open_protects_to_the_end() -> None:
+    text = "look at this\n```\nalpha bravo charlie"
+    spans = protected_spans(text, words(text), None, (), 1, fences=True)
+    assert protected_text(text, spans).endswith("alpha bravo charlie")
+    assert not protected_text(text, spans).startswith("look")
