@@ -7,12 +7,12 @@ ceiling 1 / (keep + ratio of the models); a warm prefix cache lowers the bar for
 
 from __future__ import annotations
 
-from .prefixes import PrefixMemory
+from .prefixes import CacheForecast
 from .selection import SelectionPolicy, expected_kept, leading_tokens
 from .stages import Curve, StageModel, StageModels
 from .types import Expected, PlanKind, Reason, Report, Request
 
-SMOOTHING = 0.1  # weight of the newest prefix-cache hit in how far the memory is trusted
+SMOOTHING = 0.1  # weight of the newest prompt in what the scores choose
 TYPICAL_KEEP = 0.3  # what the scores choose, before any prompt has told
 FORGETTING = 0.02  # per prompt that was not scored: how fast a bad name of pruning is forgotten
 SCORED = (Reason.AUTO, Reason.UNCERTAIN, Reason.SPREAD_SCORES)
@@ -21,19 +21,19 @@ DRIFT = 1e-7  # seconds a token that overheads may grow with, before anything is
 
 
 class NetGain:
-    """What a deployment has learnt about its speed, and what its prefix caches should hold.
-
-    The memory of prefixes may be wrong: replicas have caches of their own, and evict. How often
-    it is right is learnt, and a cached prefix counts by that share.
-    """
+    """What a deployment has learnt about its speed, and what its prefix caches should hold."""
 
     def __init__(
-        self, models: StageModels, prefixes: PrefixMemory, policy: SelectionPolicy
+        self,
+        models: StageModels,
+        prefill_cache: CacheForecast,
+        draft_cache: CacheForecast,
+        policy: SelectionPolicy,
     ) -> None:
         self.models = models
-        self._prefixes = prefixes
+        self._prefill_cache = prefill_cache
+        self._draft_cache = draft_cache
         self._policy = policy
-        self._trust = 1.0
         self._typical_keep = TYPICAL_KEEP
         self._overhead = {
             kind: StageModel(Curve(base_s=OVERHEAD.base_s * calls, token_s=DRIFT))
@@ -48,9 +48,10 @@ class NetGain:
         tokens = len(request.prompt)
         keep = self._typical_keep if keep is None else keep
         kept = expected_kept(tokens, keep, request.protected, self._policy)
-        cached = self._prefixes.longest(request.prompt)
+        cached = self._prefill_cache.cached(request.prompt)
         shared = min(cached, leading_tokens(request.protected), kept - 1)
-        speculate_s = self.models.speculate.seconds(tokens)
+        read = self._draft_cache.cached(request.prompt)
+        speculate_s = self._draft_cache.seconds(self.models.speculate.curve, tokens, read)
         return Expected(
             dense_s=self._prefill_s(tokens, cached) + self._overhead_s(PlanKind.DENSE, tokens),
             prune_s=speculate_s
@@ -64,15 +65,14 @@ class NetGain:
         self._learn_overhead(report)
         self._learn_keep(report)
         tokens = request.prompt
+        if report.speculate_s > 0:
+            self._draft_cache.learn(tokens, report.remembered_tokens)
         if report.plan is PlanKind.PRUNE:
             tokens = tokens[: leading_tokens(request.protected)]
-        self._learn_trust(self._prefixes.longest(tokens), report.cached_tokens)
-        self._prefixes.remember(tokens)
+        self._prefill_cache.learn(tokens, report.cached_tokens)
 
     def _prefill_s(self, tokens: int, cached: int) -> float:
-        cold_s = self.models.prefill.seconds(tokens)
-        warm_s = self.models.prefill.seconds(tokens - cached, cached)
-        return self._trust * warm_s + (1.0 - self._trust) * cold_s
+        return self._prefill_cache.seconds(self.models.prefill.curve, tokens, cached)
 
     def _overhead_s(self, kind: PlanKind, tokens: int) -> float:
         return self._overhead[kind].seconds(tokens)
@@ -86,8 +86,3 @@ class NetGain:
             self._typical_keep += SMOOTHING * (report.keep_rate - self._typical_keep)
         elif report.reason is Reason.NO_GAIN:
             self._typical_keep += FORGETTING * (TYPICAL_KEEP - self._typical_keep)
-
-    def _learn_trust(self, foreseen: int, cached: int) -> None:
-        if foreseen > 0:
-            share = min(1.0, cached / foreseen)
-            self._trust += SMOOTHING * (share - self._trust)

@@ -6,11 +6,12 @@ from .config import AppConfig, EngineConfig, SelectionConfig
 from .gain import NetGain
 from .keep_rate import AutoKeep
 from .plan import Planner
-from .prefixes import PrefixMemory
+from .prefixes import CacheForecast, PrefixMemory
 from .selection import SelectionPolicy
 from .stages import StageModels
 
 BLOCK_TOKENS = 128  # what vLLM chooses on a CPU, and a multiple of what it chooses elsewhere
+DRAFT_BLOCK_TOKENS = 64  # about: the speculator's own blocks are its affair
 REMEMBERED_BLOCKS = 1 << 16
 
 
@@ -34,8 +35,12 @@ def kv_block_tokens(prefill: EngineConfig) -> int:
 def net_gain(config: AppConfig) -> NetGain:
     """Knows nothing yet but the shapes of the stages."""
     block_tokens = kv_block_tokens(config.prefill)
-    prefixes = PrefixMemory(block_tokens, REMEMBERED_BLOCKS)
-    return NetGain(StageModels(), prefixes, selection_policy(config.selection, block_tokens))
+    prefill_cache, draft_cache = (
+        CacheForecast(PrefixMemory(size, REMEMBERED_BLOCKS))
+        for size in (block_tokens, DRAFT_BLOCK_TOKENS)
+    )
+    policy = selection_policy(config.selection, block_tokens)
+    return NetGain(StageModels(), prefill_cache, draft_cache, policy)
 
 
 def planner(selection: SelectionConfig, gain: NetGain) -> Planner:

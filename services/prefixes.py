@@ -1,6 +1,6 @@
-"""Which prompt prefixes were prefilled lately, so that a cached prefix can be foreseen.
+"""Which prompt prefixes were computed lately, so that a cached prefix can be foreseen.
 
-Pure. The engines' prefix caches work by blocks of tokens, and so does this memory of them.
+Pure. Prefix caches work by blocks of tokens, and so does this memory of them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import xxhash
+
+from .stages import Curve
+
+SMOOTHING = 0.1  # weight of the newest prompt in how far the memory is trusted
 
 
 class DigestMemory:
@@ -54,6 +58,34 @@ class PrefixMemory:
         """
         digests = prefix_digests(tokens[: len(tokens) - 1], self._block_tokens)
         return self._block_tokens * self._blocks.longest(digests)
+
+
+class CacheForecast:
+    """What a pool's prefix caches should hold of a prompt, and how far that can be trusted.
+
+    The memory may be wrong: replicas have caches of their own, and evict. How often it is right is
+    learnt, and a cached prefix counts by that share.
+    """
+
+    def __init__(self, memory: PrefixMemory) -> None:
+        self._memory = memory
+        self._trust = 1.0
+
+    def cached(self, tokens: Sequence[int]) -> int:
+        """How many leading tokens should be cached."""
+        return self._memory.longest(tokens)
+
+    def seconds(self, curve: Curve, tokens: int, cached: int) -> float:
+        """Expected time of `tokens`, of which `cached` should be cached."""
+        warm_s = curve.seconds(tokens - cached, cached)
+        return self._trust * warm_s + (1.0 - self._trust) * curve.seconds(tokens)
+
+    def learn(self, tokens: Sequence[int], cached: int) -> None:
+        """These tokens were computed, all but `cached` of them."""
+        foreseen = self._memory.longest(tokens)
+        if foreseen > 0:
+            self._trust += SMOOTHING * (min(1.0, cached / foreseen) - self._trust)
+        self._memory.remember(tokens)
 
 
 def prefix_digests(tokens: Sequence[int], block_tokens: int) -> Iterator[int]:

@@ -86,9 +86,9 @@ class Result:
         return min(self.families, key=lambda name: self.families[name].survival)
 
     @property
-    def is_enough(self) -> bool:
-        """Whether every family keeps what it needs."""
-        return self.families[self.worst].survival >= ENOUGH
+    def lost(self) -> int:
+        """How many families do not keep enough of what they need."""
+        return sum(each.survival < ENOUGH for each in self.families.values())
 
 
 def variants(policy: SelectionPolicy) -> Iterator[Variant]:
@@ -139,10 +139,7 @@ def _family(found: Sequence[tuple[float, Selection]]) -> FamilyResult:
 
 
 def best_of_each_rule(results: Sequence[Result]) -> list[Result]:
-    """Per rule and guard the setting with the fewest tokens among those that are enough.
-
-    Where none is, the one whose worst family is best.
-    """
+    """Per rule and guard the setting that loses the fewest families, then with fewest tokens."""
     groups: dict[tuple[str, bool], list[Result]] = {}
     for result in results:
         key = (result.variant.split()[0], "certain" in result.variant)
@@ -151,22 +148,23 @@ def best_of_each_rule(results: Sequence[Result]) -> list[Result]:
 
 
 def _best(group: Sequence[Result]) -> Result:
-    enough = [result for result in group if result.is_enough]
-    if enough:
-        return min(enough, key=lambda result: result.kept)
-    return max(group, key=lambda result: result.families[result.worst].survival)
+    return min(group, key=_merit)
+
+
+def _merit(result: Result) -> tuple[int, float]:
+    return result.lost, result.kept
 
 
 def overview(results: Sequence[Result]) -> str:
-    """One line per variant, fewest tokens first among those that are enough."""
+    """One line per variant; those that lose the fewest families first, then fewest tokens."""
     least = _best([result for result in results if result.variant.startswith("keep ")])
-    ordered = sorted(results, key=lambda result: (not result.is_enough, result.kept))
+    ordered = sorted(results, key=_merit)
     return markdown(
-        ("variant", "enough", "worst family", "its survival", "kept", f"of {least.variant}"),
+        ("variant", "families lost", "worst family", "its survival", "kept", f"of {least.variant}"),
         [
             (
                 result.variant,
-                "yes" if result.is_enough else "no",
+                str(result.lost),
                 result.worst,
                 f"{result.families[result.worst].survival:.0%}",
                 f"{result.kept:.1%}",

@@ -62,8 +62,9 @@ def test_the_best_of_a_rule_is_enough_with_the_fewest_tokens():
         result("mass 0.5", 0.2, a=1.0, b=0.9),
         result("mass 0.7", 0.4, a=1.0, b=0.96),
         result("mass 0.9", 0.8, a=1.0, b=1.0),
-        result("knee 1", 0.1, a=0.3, b=1.0),
+        result("knee 1", 0.1, a=0.3, b=0.9),
         result("knee 2", 0.2, a=0.5, b=1.0),
+        result("knee 3", 0.3, a=0.9, b=1.0),
         result("mass 0.5, certain", 0.5, a=1.0, b=1.0),
     ]
     best = [each.variant for each in keep_rates.best_of_each_rule(results)]
@@ -81,9 +82,9 @@ def test_the_overview_compares_with_the_smallest_fixed_rate_that_is_enough():
     )
     lines = text.splitlines()
     assert "of keep 0.5" in lines[0]
-    assert lines[2].startswith("| peaks 0.1 | yes")
+    assert lines[2].startswith("| peaks 0.1 | 0 ")
     assert "0.50" in lines[2]
-    assert lines[-1].startswith("| keep 0.3  | no")
+    assert lines[-1].startswith("| keep 0.3  | 1 ")
 
 
 def test_families_side_by_side():

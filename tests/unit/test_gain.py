@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from specprefill.gain import NetGain
 from specprefill.plan import Planner
-from specprefill.prefixes import PrefixMemory
+from specprefill.prefixes import CacheForecast, PrefixMemory
 from specprefill.selection import SelectionPolicy
 from specprefill.stages import Curve, StageCurves, StageModels
 from specprefill.types import Controls, Plan, PlanKind, Reason, Report, Request, Span
@@ -21,7 +23,8 @@ POLICY = SelectionPolicy(min_kept_tokens=64)
 
 
 def gain() -> NetGain:
-    return NetGain(StageModels(CURVES), PrefixMemory(32, 1000), POLICY)
+    caches = (CacheForecast(PrefixMemory(32, 1000)) for _ in range(2))
+    return NetGain(StageModels(CURVES), *caches, POLICY)
 
 
 def planner(of: NetGain, min_gain: float = 0.05) -> Planner:
@@ -102,6 +105,17 @@ def test_a_speculator_that_became_slow_stops_pruning():
         )
         known.learn(request(10_000), slow)
     assert planner(known).plan(request(10_000)).reason is Reason.NO_GAIN
+
+
+def test_a_prompt_that_the_speculator_remembers_is_cheap_to_score():
+    known = gain()
+    first = report(PlanKind.PRUNE, kept_tokens=2000, speculate_s=0.15, prefill_s=0.21, ttft_s=0.36)
+    known.learn(request(10_000), first)
+    again = replace(first, speculate_s=0.051, remembered_tokens=9984, ttft_s=0.261)
+    for _ in range(9):
+        known.learn(request(10_000), again)
+    assert known.expected(request(10_000), 0.2).prune_s == pytest.approx(0.27, rel=0.1)
+    assert known.expected(request(10_000, seed=1), 0.2).prune_s == pytest.approx(0.36, rel=0.1)
 
 
 def test_overheads_of_pruning_count():
