@@ -1,7 +1,7 @@
 """How many chunks a prompt needs, told by its scores: the automatic keep rate. Pure.
 
 A rule looks at the scores of the chunks that nothing protects, highest first, and says how many of
-them carry what the answer needs. `docs/selection.md` compares the rules and says why `PEAKS` is the
+them carry what the answer needs. `docs/selection.md` compares the rules and says why `KNEE` is the
 one in use.
 """
 
@@ -35,8 +35,8 @@ class RuleName(enum.StrEnum):
 class AutoKeep:
     """When the scores may choose the keep rate, and how."""
 
-    rule: RuleName = RuleName.PEAKS
-    setting: float = 0.1
+    rule: RuleName = RuleName.KNEE
+    setting: float = 2.0
     least_certainty: float = 0.85  # below, the draft model does not know what matters
     most_chunks: float = 0.6  # share of the open chunks; needing more, the prompt goes dense
 

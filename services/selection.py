@@ -49,7 +49,7 @@ def select(
     `Selection.keep_rate` exceed `plan.keep` instead of silently pushing the scored text out.
 
     Where the plan has a floor, the scores choose the keep rate, up from the floor; `certainty` in
-    [0, 1] is how sure the draft model was of its look-ahead tokens.
+    [0, 1] is how sure the draft model was of its least sure look-ahead token.
 
     Ties go to the later chunk. Dense, with its reason, where no whole chunk would be dropped,
     where the scores are flat, where any is not finite, and where the scores are to choose but

@@ -64,8 +64,11 @@ class Reading:
 
     @property
     def certainty(self) -> float:
-        """How sure the draft was of how the answer begins, in [0, 1]."""
-        return sum(self.certainties) / max(1, len(self.certainties))
+        """The probability of the least sure of the generated tokens, in [0, 1].
+
+        One token where the draft hesitates is where it may look at the wrong place.
+        """
+        return min(self.certainties, default=0.0)
 
     @property
     def unread_tokens(self) -> int:

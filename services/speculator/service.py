@@ -67,7 +67,7 @@ class Rating:
     """What the draft model says about a prompt, whatever plan it comes with."""
 
     scores: Scores
-    certainty: float  # how sure it was of its look-ahead tokens, in [0, 1]
+    certainty: float  # how sure it was of its least sure look-ahead token, in [0, 1]
 
 
 @dataclass(eq=False, slots=True)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from specprefill.keep_rate import AutoKeep, RuleName
 from specprefill.selection import Scores, SelectionPolicy, budget_chunks, select, settle
 from specprefill.types import Plan, PlanKind, Reason, Selection, Span
 
@@ -219,8 +220,9 @@ def peaked_scores(tokens: int, peaks: int, high: float = 1.0) -> Scores:
 
 
 def test_the_scores_choose_as_much_as_they_need():
+    policy = replace(BARE, auto=AutoKeep(rule=RuleName.PEAKS, setting=0.1))
     for peaks in (2, 5):
-        selection = select(peaked_scores(3200, peaks), automatic(floor=0.01), (), BARE)
+        selection = select(peaked_scores(3200, peaks), automatic(floor=0.01), (), policy)
         assert selection.kept_tokens == 32 * peaks
         assert selection.plan.keep == pytest.approx(peaks / 100)
         assert selection.plan.reason is Reason.AUTO
@@ -233,7 +235,8 @@ def test_the_floor_and_the_ceiling_hold():
 
 
 def test_protection_comes_on_top_of_what_the_scores_need():
-    selection = select(peaked_scores(3200, 5), automatic(), (Span(1600, 2560),), BARE)
+    policy = replace(BARE, auto=AutoKeep(rule=RuleName.PEAKS, setting=0.1))
+    selection = select(peaked_scores(3200, 5), automatic(), (Span(1600, 2560),), policy)
     assert selection.kept_tokens == 960 + 160
 
 
