@@ -65,8 +65,8 @@ class SelectionConfig(Strict):
     keep: Rate | Literal["auto"] = 0.3  # default keep rate; auto: the scores choose
     floor: Rate = 0.05  # of the rates that the scores choose from
     ceiling: Rate = 1.0
-    # Below this probability of its least sure look-ahead token, the speculator does not know how
-    # the answer begins, and where the scores are to choose the prompt goes dense.
+    # Below this probability of its least sure look-ahead token, the speculator is guessing, and
+    # where the scores are to choose, much more is kept, or all.
     least_certainty: Annotated[float, Field(ge=0.0, le=1.0)] = 0.85
     min_prompt_tokens: PositiveInt = 1024  # shorter prompts are prefilled dense
     # Least share of the expected dense time to first token that pruning must save; null: prune

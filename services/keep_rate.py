@@ -35,15 +35,17 @@ class RuleName(enum.StrEnum):
 class AutoKeep:
     """When the scores may choose the keep rate, and how."""
 
-    rule: RuleName = RuleName.KNEE
+    rule: RuleName = RuleName.KNEE  # where the draft model is sure of its look-ahead
     setting: float = 2.0
-    least_certainty: float = 0.85  # below, the draft model does not know what matters
+    least_certainty: float = 0.85  # of its least sure token; below, it may look at wrong places
+    unsure_share: float = 0.03  # then all chunks that reach this share of the highest; 0: all
     most_chunks: float = 0.6  # share of the open chunks; needing more, the prompt goes dense
 
 
-def needed(scores: Descending, auto: AutoKeep) -> int:
+def needed(scores: Descending, auto: AutoKeep, *, sure: bool) -> int:
     """How many of the chunks the answer needs, at least one."""
-    return int(np.clip(RULES[auto.rule](scores, auto.setting), 1, len(scores)))
+    found = RULES[auto.rule](scores, auto.setting) if sure else peaks(scores, auto.unsure_share)
+    return int(np.clip(found, 1, len(scores)))
 
 
 def mass(scores: Descending, share: float) -> int:

@@ -165,13 +165,12 @@ def _automatic(
     certainty: float,
 ) -> float | Reason:
     """The keep rate that the scores of the open chunks ask for, or why the prompt goes dense."""
-    if certainty < policy.auto.least_certainty:
-        return Reason.UNCERTAIN
+    sure = certainty >= policy.auto.least_certainty
     held = _held(protected, policy.chunk_tokens)
     open_means = means[_has_free(held, len(protected), policy.chunk_tokens)]
-    chunks = needed(np.sort(open_means)[::-1], policy.auto)
+    chunks = needed(np.sort(open_means)[::-1], policy.auto, sure=sure)
     if chunks > policy.auto.most_chunks * len(open_means):
-        return Reason.SPREAD_SCORES
+        return Reason.SPREAD_SCORES if sure else Reason.UNCERTAIN
     wanted = (chunks * policy.chunk_tokens + int(held.sum())) / len(protected)
     return min(max(wanted, floor), ceiling)
 

@@ -40,7 +40,7 @@ class Reason(enum.StrEnum):
     PROTECTED_SPANS = "protected_spans"  # protection left nothing to drop
     FLAT_SCORES = "flat_scores"  # the speculator saw no difference between chunks
     SPREAD_SCORES = "spread_scores"  # what matters is spread over too much of the prompt
-    UNCERTAIN = "uncertain"  # the speculator does not know how the answer begins
+    UNCERTAIN = "uncertain"  # so are they, and the speculator is guessing
     PROMPT_TOO_LONG_FOR_SPECULATOR = "prompt_too_long_for_speculator"
     PROMPT_TOO_LARGE_FOR_SPECULATOR = "prompt_too_large_for_speculator"  # beyond its KV memory
     SPECULATOR_UNAVAILABLE = "speculator_unavailable"

@@ -92,20 +92,29 @@ class Result:
 
 
 def variants(policy: SelectionPolicy) -> Iterator[Variant]:
-    """The fixed rates, every rule without the certainty guard, and every rule with it."""
+    """The fixed rates, and every rule: as it is, dense for the unsure, and careful with them."""
     for keep in FIXED:
         yield Variant(f"keep {keep:g}", Plan(PlanKind.PRUNE, Reason.ASKED, keep), policy)
     automatic = Plan(PlanKind.PRUNE, Reason.AUTO, keep=1.0, floor=FLOOR)
-    for guard in (0.0, policy.auto.least_certainty):
+    for guard, unsure_share in _guards(policy.auto):
         for rule, settings in SETTINGS.items():
             for setting in settings:
-                auto = replace(policy.auto, rule=rule, setting=setting, least_certainty=guard)
-                yield Variant(_name(auto), automatic, replace(policy, auto=auto))
+                auto = AutoKeep(rule, setting, guard, unsure_share, policy.auto.most_chunks)
+                yield Variant(name_of(auto), automatic, replace(policy, auto=auto))
 
 
-def _name(auto: AutoKeep) -> str:
-    guard = ", certain" if auto.least_certainty > 0 else ""
-    return f"{auto.rule.value} {auto.setting:g}{guard}"
+def _guards(auto: AutoKeep) -> tuple[tuple[float, float], ...]:
+    """Least certainty, and what share of the peak counts below it."""
+    return (0.0, 0.0), (auto.least_certainty, 0.0), (auto.least_certainty, auto.unsure_share)
+
+
+def name_of(auto: AutoKeep) -> str:
+    """As the tables call it."""
+    rule = f"{auto.rule.value} {auto.setting:g}"
+    if auto.least_certainty == 0.0:
+        return rule
+    unsure = f"peaks {auto.unsure_share:g}" if auto.unsure_share > 0 else "dense"
+    return f"{rule}, unsure: {unsure}"
 
 
 def measured(variant: Variant, prompts: Sequence[Scored]) -> Result:
@@ -140,9 +149,9 @@ def _family(found: Sequence[tuple[float, Selection]]) -> FamilyResult:
 
 def best_of_each_rule(results: Sequence[Result]) -> list[Result]:
     """Per rule and guard the setting that loses the fewest families, then with fewest tokens."""
-    groups: dict[tuple[str, bool], list[Result]] = {}
+    groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
-        key = (result.variant.split()[0], "certain" in result.variant)
+        key = (result.variant.split()[0], result.variant.partition(",")[2])
         groups.setdefault(key, []).append(result)
     return [_best(group) for group in groups.values()]
 
@@ -223,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prompts = scored(args.speculator, args.families, args.seeds, args.lengths)
     policy = selection_policy(SelectionConfig(), BLOCK_TOKENS)
     results = [measured(variant, prompts) for variant in variants(policy)]
-    shipped = next(result for result in results if result.variant == _name(policy.auto))
+    shipped = next(result for result in results if result.variant == name_of(policy.auto))
     fixed = [result for result in results if result.variant in {"keep 0.1", "keep 0.3"}]
     print(f"\n{overview([*results[: len(FIXED)], *best_of_each_rule(results[len(FIXED) :])])}")
     print(f"\n{by_family([shipped, *fixed])}")

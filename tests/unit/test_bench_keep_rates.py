@@ -43,7 +43,7 @@ def test_every_variant_selects_as_the_service_does():
         variant.name: keep_rates.measured(variant, [prompt()])
         for variant in keep_rates.variants(POLICY)
     }
-    peaks = results["peaks 0.1, certain"].families["needles"]
+    peaks = results["peaks 0.1, unsure: dense"].families["needles"]
     assert (peaks.survival, peaks.dense) == (1.0, 0.0)
     assert peaks.kept == pytest.approx(0.05)
     assert results["keep 0.3"].kept == pytest.approx(0.3)
@@ -52,7 +52,7 @@ def test_every_variant_selects_as_the_service_does():
 
 def test_the_guard_sends_the_uncertain_dense():
     variants = {variant.name: variant for variant in keep_rates.variants(POLICY)}
-    guarded = keep_rates.measured(variants["peaks 0.1, certain"], [prompt(0.2)])
+    guarded = keep_rates.measured(variants["peaks 0.1, unsure: dense"], [prompt(0.2)])
     free = keep_rates.measured(variants["peaks 0.1"], [prompt(0.2)])
     assert (guarded.kept, free.families["needles"].dense) == (1.0, 0.0)
 
@@ -65,10 +65,10 @@ def test_the_best_of_a_rule_is_enough_with_the_fewest_tokens():
         result("knee 1", 0.1, a=0.3, b=0.9),
         result("knee 2", 0.2, a=0.5, b=1.0),
         result("knee 3", 0.3, a=0.9, b=1.0),
-        result("mass 0.5, certain", 0.5, a=1.0, b=1.0),
+        result("mass 0.5, unsure: dense", 0.5, a=1.0, b=1.0),
     ]
     best = [each.variant for each in keep_rates.best_of_each_rule(results)]
-    assert best == ["mass 0.7", "knee 2", "mass 0.5, certain"]
+    assert best == ["mass 0.7", "knee 2", "mass 0.5, unsure: dense"]
 
 
 def test_the_overview_compares_with_the_smallest_fixed_rate_that_is_enough():

@@ -246,8 +246,18 @@ def test_scores_that_want_most_of_the_prompt_get_all_of_it():
     assert select(scores, prune(0.3), (), BARE).keep_rate == pytest.approx(0.3)
 
 
-def test_an_uncertain_speculator_chooses_nothing():
-    scores = peaked_scores(3200, 5)
+def test_a_guessing_speculator_keeps_whatever_might_matter() -> None:
+    scores = peaked_scores(3200, 2)
+    scores[1600:1760] += 0.06
+    policy = replace(BARE, auto=AutoKeep(rule=RuleName.PEAKS, setting=0.5))
+    sure = select(scores, automatic(floor=0.01), (), policy)
+    guessing = select(scores, automatic(floor=0.01), (), policy, certainty=0.5)
+    assert sure.kept_tokens < guessing.kept_tokens
+    assert positions(guessing) >= set(range(1600, 1760))
+
+
+def test_a_guessing_speculator_with_even_scores_sends_the_prompt_dense() -> None:
+    scores = random_scores(3200, seed=4)
     selection = select(scores, automatic(), (), BARE, certainty=0.5)
     assert selection.plan == Plan(PlanKind.DENSE, Reason.UNCERTAIN)
     assert select(scores, prune(0.3), (), BARE, certainty=0.5).keep_rate == pytest.approx(0.3)
