@@ -8,7 +8,13 @@ import random
 import pytest
 import pytest_asyncio
 
-from specprefill.config import EngineConfig, KvConfig, MainModel, SpeculatorConfig
+from specprefill.config import (
+    EngineConfig,
+    KvConfig,
+    MainModel,
+    SelectionConfig,
+    SpeculatorConfig,
+)
 from specprefill.evaluation.arms import DENSE, Arm, Chooser
 from specprefill.selection import SelectionPolicy, select
 from specprefill.synthetic.families.catalog import generate
@@ -161,7 +167,7 @@ def pair(tokenizer):
 
     speculator = SpeculatorConfig(path=str(MODELS / "demo-speculator"), dtype="float32")
     main = str(MODELS / "demo-main")
-    return load_pair(main, speculator, SHIPPED, 13, tokenizer, answered=True, ceiling=False)
+    return load_pair(main, speculator, SelectionConfig(), tokenizer, answered=True, ceiling=False)
 
 
 @pytest.mark.parametrize("family", FAMILY_FLOORS)
