@@ -96,6 +96,10 @@ proto-check: stubs ## Fail if the committed stubs differ from proto/
 models: $(INSTALLED) ## Train the demo pair again (an hour or two on a CPU, minutes on a GPU)
 	@$(PY) models/train.py
 
+.PHONY: bench-speculator
+bench-speculator: $(INSTALLED) ## Scoring beside a plain forward pass, second questions, memory
+	@$(PY) -m specprefill.bench.speculator
+
 .PHONY: bench-ttft
 bench-ttft: $(INSTALLED) ## Time to first token, dense and pruned, at 1k, 4k and 8k tokens
 	@$(PY) -m specprefill.bench.ttft

@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
@@ -63,18 +62,6 @@ def as_draft(model: PreTrainedModel) -> Draft:
         vocabulary_size=text.vocab_size,
         max_positions=text.to_dict().get("max_position_embeddings"),
     )
-
-
-def vocabulary_differs(main_path: str, draft_path: str) -> str | None:
-    """What differs between two tokenizers' token -> id maps, or None. Names are not compared."""
-    main, draft = (
-        AutoTokenizer.from_pretrained(local_path(path)).get_vocab()
-        for path in (main_path, draft_path)
-    )
-    if main == draft:
-        return None
-    token = min(each for each in main.keys() | draft.keys() if main.get(each) != draft.get(each))
-    return f"token {token!r}: main model {main.get(token)}, draft model {draft.get(token)}"
 
 
 def refuse_unsupported_cache(config: PreTrainedConfig) -> None:

@@ -17,9 +17,11 @@ from torch.nn import functional
 from ..config import SpeculatorConfig
 from ..errors import UnsupportedModel
 from ..selection import Scores
-from .draft import Draft, load_draft, look, read_chunk, vocabulary_differs
+from ..types import Reason
+from .draft import Draft, load_draft, look, read_chunk
 from .prefix import PrefixCache
 from .reading import Block, Reading
+from .translation import Prompt, SamePrompt, Translator, load_translator
 
 Heads = Mapping[int, Sequence[int]]  # a layer's number -> the numbers of its query heads
 
@@ -30,15 +32,12 @@ GPU_MEMORY_SHARE = 0.7  # of what the loaded model leaves free
 
 
 def load_scorer(config: SpeculatorConfig, pool_tokens: int, main_path: str | None = None) -> Scorer:
-    """Load the draft model; with `main_path`, first check that both models share a vocabulary.
+    """Load the draft model; with `main_path`, prompts are in the tokens of that model.
 
     Raises UnsupportedModel when the models cannot work together.
     """
     torch.set_num_threads(config.threads)
-    if main_path is not None:
-        difference = vocabulary_differs(main_path, config.path)
-        if difference is not None:
-            raise UnsupportedModel(f"speculator: the vocabularies differ: {difference}")
+    translator = None if main_path is None else load_translator(main_path, config.path)
     draft = load_draft(config)
     return Scorer(
         draft,
@@ -47,6 +46,7 @@ def load_scorer(config: SpeculatorConfig, pool_tokens: int, main_path: str | Non
         pool_tokens,
         _memory_bytes(config, draft),
         _checked_heads(config.score_heads, draft),
+        translator,
     )
 
 
@@ -94,10 +94,12 @@ class Scorer:
         pool_tokens: int,
         memory_bytes: int = CPU_MEMORY_BYTES,
         heads: Heads | None = None,
+        translator: Translator | None = None,
     ) -> None:
         self.draft = draft
         self.heads = heads  # None: all of every layer
         self.memory_bytes = memory_bytes
+        self.translator = translator  # None: both models have the same tokens
         block_bytes = BLOCK_TOKENS * draft.layout.bytes_per_token
         self.prefix: PrefixCache[Block] = PrefixCache(BLOCK_TOKENS, block_bytes, memory_bytes)
         self.look_ahead_tokens = look_ahead
@@ -106,14 +108,26 @@ class Scorer:
 
     @property
     def vocabulary_size(self) -> int:
+        """Prompt token ids are below it."""
+        if self.translator is not None:
+            return self.translator.vocabulary_size
         return self.draft.vocabulary_size
 
     @property
     def max_prompt_tokens(self) -> int | None:
-        """The longest prompt whose look-ahead stays within the draft's positions."""
+        """The longest prompt, in draft tokens, whose look-ahead stays within its positions."""
         if self.draft.max_positions is None:
             return None
         return self.draft.max_positions - (self.look_ahead_tokens - 1)
+
+    def refusal(self, prompt_tokens: int) -> Reason | None:
+        """Why a prompt of so many draft tokens cannot be scored; None: it can."""
+        longest = self.max_prompt_tokens
+        if longest is not None and prompt_tokens > longest:
+            return Reason.PROMPT_TOO_LONG_FOR_SPECULATOR
+        if self.kv_bytes(prompt_tokens) > self.memory_bytes:
+            return Reason.PROMPT_TOO_LARGE_FOR_SPECULATOR
+        return None
 
     def kv_bytes(self, prompt_tokens: int) -> int:
         """What a prompt takes while it is scored, its look-ahead included."""
@@ -121,10 +135,16 @@ class Scorer:
 
     def score(self, prompts: Sequence[tuple[int, ...]]) -> list[Scores]:
         """[N] float32 for each prompt, in order."""
-        with self.opened(prompts) as readings:
+        asked = [self.translated(prompt) for prompt in prompts]
+        with self.opened([each.prompt for each in asked]) as readings:
             self.read(readings)
             self.look_ahead(readings)
-            return [self.rate(reading) for reading in readings]
+            rated = [self.rate(reading) for reading in readings]
+        return [each.scores(scores) for each, scores in zip(asked, rated, strict=True)]
+
+    def translated(self, prompt: tuple[int, ...]) -> Prompt:
+        """The prompt as the draft reads it. Safe on any thread."""
+        return SamePrompt(prompt) if self.translator is None else self.translator.translate(prompt)
 
     @contextmanager
     def opened(self, prompts: Sequence[tuple[int, ...]]) -> Iterator[list[Reading]]:

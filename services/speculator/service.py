@@ -20,11 +20,12 @@ from ..config import SelectionConfig, SpeculatorConfig
 from ..errors import DeadlineExceeded, InvalidRequest, Overloaded, SpeculatorUnavailable
 from ..policies import selection_policy
 from ..selection import Scores, SelectionPolicy, select, settle
-from ..types import Plan, Reason, Request, Selection, dense
+from ..types import Plan, Request, Selection, dense
 from .lru import ByteLru
 from .prefix import prompt_digest
 from .reading import Reading
 from .scorer import Scorer, load_scorer
+from .translation import Prompt
 
 SMOOTHING = 0.2  # weight of the newest measurement in `Pace`
 MIN_RETRY_AFTER_S = 0.1
@@ -75,6 +76,7 @@ class Job:
     """One request in the queue or on the thread."""
 
     request: Request
+    read_as: Prompt
     plan: Plan
     arrived_s: float
     answer: asyncio.Future[Selection]
@@ -161,33 +163,44 @@ class SpeculatorService:
         Raises DeadlineExceeded, Overloaded, InvalidRequest, or SpeculatorUnavailable when the
         service is not running.
         """
-        unscored = self._without_scores(request, plan) or self._from_scores(request, plan)
+        scorer = self._running_scorer()
+        unscored = self._without_scores(scorer, request, plan) or self._from_scores(request, plan)
         if unscored is not None:
             return unscored
-        job = self._enqueue(request, plan)
         try:
             async with asyncio.timeout(timeout_s):
-                return await job.answer
+                return await self._scored(scorer, request, plan)
         except TimeoutError as error:
             raise DeadlineExceeded(f"speculator: no selection within {timeout_s:g} s") from error
+
+    async def _scored(self, scorer: Scorer, request: Request, plan: Plan) -> Selection:
+        arrived_s = self._now()
+        if scorer.translator is None:
+            read_as = scorer.translated(request.prompt)
+        else:
+            read_as = await asyncio.to_thread(scorer.translated, request.prompt)
+        refusal = scorer.refusal(len(read_as.prompt))
+        if refusal is not None:
+            return dense(len(request.prompt), refusal)
+        job = self._enqueue(request, read_as, plan, arrived_s)
+        try:
+            return await job.answer
         finally:
             self._forget(job)
 
-    def _without_scores(self, request: Request, plan: Plan) -> Selection | None:
-        """The dense selection of a prompt that need not or cannot be scored."""
+    def _running_scorer(self) -> Scorer:
         if self._scorer is None or not self.is_running:
             raise SpeculatorUnavailable("speculator: not running")
+        return self._scorer
+
+    def _without_scores(self, scorer: Scorer, request: Request, plan: Plan) -> Selection | None:
+        """The dense selection of a prompt that need not be scored."""
         if len(request.prompt) == 0:
             raise InvalidRequest("the prompt is empty", field="prompt")
         settled = settle(len(request.prompt), plan, request.protected, self._policy)
         if settled is not None:
             return settled
-        longest = self._scorer.max_prompt_tokens
-        if longest is not None and len(request.prompt) > longest:
-            return dense(len(request.prompt), Reason.PROMPT_TOO_LONG_FOR_SPECULATOR)
-        if self._scorer.kv_bytes(len(request.prompt)) > self._scorer.memory_bytes:
-            return dense(len(request.prompt), Reason.PROMPT_TOO_LARGE_FOR_SPECULATOR)
-        if min(request.prompt) < 0 or max(request.prompt) >= self._scorer.vocabulary_size:
+        if min(request.prompt) < 0 or max(request.prompt) >= scorer.vocabulary_size:
             raise InvalidRequest("a token id is outside the vocabulary", field="prompt")
         return None
 
@@ -201,18 +214,18 @@ class SpeculatorService:
         remembered = len(request.prompt)
         return replace(chosen, speculate_s=self._now() - started_s, remembered_tokens=remembered)
 
-    def _enqueue(self, request: Request, plan: Plan) -> Job:
+    def _enqueue(self, request: Request, read_as: Prompt, plan: Plan, arrived_s: float) -> Job:
         if len(self._queue) >= self._batching.max_queued:
             raise Overloaded("speculator: the queue is full", self._backlog_s())
         answer: asyncio.Future[Selection] = asyncio.get_running_loop().create_future()
-        job = Job(request, plan, self._now(), answer)
+        job = Job(request, read_as, plan, arrived_s, answer)
         self._queue.append(job)
         self._arrival.set()
         return job
 
     def _backlog_s(self) -> float:
         """About how long the queue takes."""
-        tokens = sum(len(job.request.prompt) for job in self._queue)
+        tokens = sum(len(job.read_as.prompt) for job in self._queue)
         return max(MIN_RETRY_AFTER_S, tokens * (self._pace.token_s or 0.0))
 
     def _forget(self, job: Job) -> None:
@@ -250,10 +263,10 @@ class SpeculatorService:
     def _take_batch(self, scorer: Scorer) -> list[Job]:
         """The oldest request, and those behind it that gain by being joined and fit in memory."""
         batch = [self._queue.popleft()]
-        free = scorer.memory_bytes - scorer.kv_bytes(len(batch[0].request.prompt))
+        free = scorer.memory_bytes - scorer.kv_bytes(len(batch[0].read_as.prompt))
         for job in list(self._queue):
-            needed = scorer.kv_bytes(len(job.request.prompt))
-            pays = self._pace.pays_to_join(len(batch), len(job.request.prompt))
+            needed = scorer.kv_bytes(len(job.read_as.prompt))
+            pays = self._pace.pays_to_join(len(batch), len(job.read_as.prompt))
             if len(batch) < self._batching.max_batch and pays and needed <= free:
                 self._queue.remove(job)
                 batch.append(job)
@@ -269,15 +282,16 @@ class SpeculatorService:
     def _score(self, scorer: Scorer, jobs: Sequence[Job], loop: asyncio.AbstractEventLoop) -> None:
         """On the thread: read the prompts, look ahead together, answer each, remember them."""
         started_s = self._now()
-        with scorer.opened([job.request.prompt for job in jobs]) as readings:
+        with scorer.opened([job.read_as.prompt for job in jobs]) as readings:
             of = dict(zip(readings, jobs, strict=True))
             read = scorer.read(readings, lambda reading: of[reading].abandoned.is_set())
             read_s = self._now()
             scorer.look_ahead(read)
             self._measure(read, read_s - started_s, self._now() - read_s)
             for reading in read:
-                rating = Rating(scorer.rate(reading), reading.certainty)
-                remembered = reading.cached_tokens
+                scores = of[reading].read_as.scores(scorer.rate(reading))
+                rating = Rating(scores, reading.certainty)
+                remembered = _share(reading, len(of[reading].request.prompt))
                 loop.call_soon_threadsafe(self._answer, of[reading], rating, started_s, remembered)
             scorer.remember(read)
 
@@ -302,6 +316,11 @@ class SpeculatorService:
 
     def _chosen(self, rating: Rating, request: Request, plan: Plan) -> Selection:
         return select(rating.scores, plan, request.protected, self._policy, rating.certainty)
+
+
+def _share(reading: Reading, prompt_tokens: int) -> int:
+    """The prompt tokens that were not read again; the draft may count other tokens."""
+    return reading.cached_tokens * prompt_tokens // len(reading.prompt)
 
 
 def _smooth(old: float | None, new: float) -> float:

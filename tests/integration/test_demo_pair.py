@@ -93,6 +93,31 @@ def test_the_needle_survives_a_keep_rate_of_a_tenth(scorer, tokenizer):
     assert found["random"] <= 40, f"{found}: random chunks do as well, the test proves nothing"
 
 
+def test_the_needle_survives_for_a_main_model_with_another_tokenizer(scorer, tokenizer):
+    """The main model's tokens are bytes here: about four of them make one of the draft's."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    from specprefill.speculator.scorer import Scorer
+    from specprefill.speculator.translation import Translator
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    main = Tokenizer(models.BPE({letter: place for place, letter in enumerate(alphabet)}, []))
+    main.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    main.decoder = decoders.ByteLevel()
+    draft = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    translating = Scorer(scorer.draft, 8, 2048, 13, translator=Translator(main, draft, None))
+    policy = SelectionPolicy(chunk_tokens=128, min_kept_tokens=1, sink_tokens=0, tail_tokens=0)
+    found = 0
+    for seed in range(50):
+        prompt = needle_prompt(3000 + seed, 1024, tokenizer)
+        text = render(prompt.messages, tokenizer)
+        ids = tuple(main.encode(text).ids)
+        assert len(ids) == len(text)
+        selection = select(translating.score([ids])[0], PLAN, (), policy)
+        found += prompt.gold in main.decode(selection.kept(ids))
+    assert found >= 48
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def main_engine():
     from specprefill.engine.args import Role, engine_args

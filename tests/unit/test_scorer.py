@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models
 from torch.nn import functional
 from transformers import (
     Gemma2Config,
@@ -25,7 +23,6 @@ from transformers import (
     MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -41,7 +38,6 @@ from specprefill.speculator.draft import (
     as_draft,
     read_chunk,
     refuse_unsupported_cache,
-    vocabulary_differs,
 )
 from specprefill.speculator.reading import Reading
 from specprefill.speculator.scorer import Scorer, average_pool, load_scorer
@@ -353,26 +349,6 @@ def test_random_weights_are_built_from_the_configuration_alone(tmp_path: Path) -
     assert first.draft.model.dtype is torch.bfloat16
     (scores,) = first.score([prompt_of(80)])
     assert np.array_equal(scores, second.score([prompt_of(80)])[0])
-
-
-def write_tokenizer(folder: Path, vocabulary: dict[str, int]) -> str:
-    folder.mkdir()
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    return str(folder)
-
-
-def test_vocabularies_are_compared_by_token_and_id(tmp_path: Path) -> None:
-    main = write_tokenizer(tmp_path / "main", {"a": 0, "b": 1})
-    same = write_tokenizer(tmp_path / "another-name", {"a": 0, "b": 1})
-    swapped = write_tokenizer(tmp_path / "swapped", {"a": 1, "b": 0})
-    longer = write_tokenizer(tmp_path / "longer", {"a": 0, "b": 1, "c": 2})
-    assert vocabulary_differs(main, same) is None
-    assert vocabulary_differs(main, swapped) == "token 'a': main model 0, draft model 1"
-    assert vocabulary_differs(main, longer) == "token 'c': main model None, draft model 2"
-    with pytest.raises(UnsupportedModel, match="vocabularies differ"):
-        load_scorer(SpeculatorConfig(path=swapped), POOL, main_path=main)
 
 
 def remembering(llama: PreTrainedModel, memory_bytes: int = 1 << 30) -> Scorer:

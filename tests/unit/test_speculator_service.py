@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specprefill.errors import (
@@ -25,6 +26,7 @@ from specprefill.speculator.draft import Draft, as_draft
 from specprefill.speculator.reading import Reading
 from specprefill.speculator.scorer import Scorer, never
 from specprefill.speculator.service import Batching, Pace, SpeculatorService
+from specprefill.speculator.translation import Translator
 from specprefill.types import Plan, PlanKind, Reason, Request, Span
 
 VOCABULARY = 61
@@ -389,3 +391,32 @@ async def test_a_cancelled_prompt_frees_its_memory_for_the_next(draft: Draft) ->
         assert (await service.select(request_of(299), PLAN, WAIT_S)).plan == PLAN
     assert scorer.finished == [299]
     assert [reading.keys.numel() for reading in scorer.seen] == [0, 0]
+
+
+@pytest.mark.asyncio
+async def test_a_draft_with_other_tokens_selects_tokens_of_the_main_model(draft: Draft) -> None:
+    """The main model's tokens are letters, the draft's are pairs of them."""
+    main = Tokenizer(models.WordLevel({letter: place for place, letter in enumerate("abc")}, "a"))
+    main.decoder = decoders.Fuse()
+    pairs = [first + second for first in "abc" for second in "abc"]
+    other = Tokenizer(models.WordLevel({pair: place for place, pair in enumerate(pairs)}, "aa"))
+    other.pre_tokenizer = pre_tokenizers.Split(Regex(".."), "isolated")
+    translator = Translator(main, other, draft_bos=None)
+    scorer = Scorer(draft, 4, 16, pool_tokens=13, translator=translator)
+    letters = tuple(np.random.default_rng(0).integers(0, 3, 800).tolist())
+    request = Request(request_id="r", prompt=letters, sampling=b"", protected=(Span(301, 304),))
+    async with serving(scorer) as service:
+        selection = await service.select(request, PLAN, WAIT_S)
+        longer = replace(request, prompt=letters + (1, 2) * 50)
+        second = await service.select(longer, PLAN, WAIT_S)
+        with pytest.raises(InvalidRequest, match="vocabulary"):
+            await service.select(replace(request, prompt=(*letters, 3)), PLAN, WAIT_S)
+        too_long = await service.select(replace(request, prompt=letters * 2), PLAN, WAIT_S)
+    assert selection.prompt_tokens == 800
+    assert selection.plan == PLAN
+    as_pairs = tuple(3 * letters[at] + letters[at + 1] for at in range(0, 800, 2))
+    (by_pair,) = Scorer(draft, 4, 16, pool_tokens=13).score([as_pairs])
+    expected = select(np.repeat(by_pair, 2), PLAN, request.protected, POLICY)
+    assert selection.runs == expected.runs
+    assert second.remembered_tokens == 768  # six blocks of 64 pairs
+    assert too_long.plan == Plan(PlanKind.DENSE, Reason.PROMPT_TOO_LONG_FOR_SPECULATOR)
