@@ -51,7 +51,8 @@ class SpeculatorConfig(Strict):
     kv_memory_bytes: PositiveInt | None = None
     score_cache_bytes: NonNegativeInt = 64 << 20  # scores of recent prompts, for exact repeats
     max_batch: PositiveInt = 8
-    max_wait_s: Annotated[float, Field(ge=0.0)] = 0.002  # to fill a batch
+    # To fill a batch. While one is scored the next one fills by itself, so waiting rarely pays.
+    max_wait_s: Annotated[float, Field(ge=0.0)] = 0.0
     # Layer -> its query heads whose attention counts; absent: all heads of all layers.
     score_heads: dict[NonNegativeInt, tuple[NonNegativeInt, ...]] | None = Field(None, min_length=1)
     look_ahead: PositiveInt = 8  # the last prompt token's query plus look_ahead - 1 generated

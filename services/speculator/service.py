@@ -36,7 +36,7 @@ class Batching:
     """How requests are put together, and how many may wait."""
 
     max_batch: int = 8
-    max_wait_s: float = 0.002  # to fill a batch
+    max_wait_s: float = 0.0  # to fill a batch
     max_queued: int = 64  # more are shed
     score_cache_bytes: int = 64 << 20  # of recent prompts' scores
 
