@@ -68,7 +68,7 @@ class SelectionConfig(Strict):
     ceiling: Rate = 1.0
     # Below this probability of its least sure look-ahead token, the speculator is guessing, and
     # where the scores are to choose, much more is kept, or all.
-    least_certainty: Annotated[float, Field(ge=0.0, le=1.0)] = 0.85
+    least_certainty: Annotated[float, Field(ge=0.0, le=1.0)] = 0.95
     min_prompt_tokens: PositiveInt = 1024  # shorter prompts are prefilled dense
     # Least share of the expected dense time to first token that pruning must save; null: prune
     # whether it pays or not. Callers who ask for pruning get it in any case.

@@ -1,7 +1,7 @@
 """How many chunks a prompt needs, told by its scores: the automatic keep rate. Pure.
 
 A rule looks at the scores of the chunks that nothing protects, highest first, and says how many of
-them carry what the answer needs. `docs/selection.md` compares the rules and says why `KNEE` is the
+them carry what the answer needs. `docs/selection.md` compares the rules and says why `PEAKS` is the
 one in use.
 """
 
@@ -35,10 +35,10 @@ class RuleName(enum.StrEnum):
 class AutoKeep:
     """When the scores may choose the keep rate, and how."""
 
-    rule: RuleName = RuleName.KNEE  # where the draft model is sure of its look-ahead
-    setting: float = 2.0
-    least_certainty: float = 0.85  # of its least sure token; below, it may look at wrong places
-    unsure_share: float = 0.03  # then all chunks that reach this share of the highest; 0: all
+    rule: RuleName = RuleName.PEAKS  # where the draft model is sure of its look-ahead
+    setting: float = 0.05
+    least_certainty: float = 0.95  # of its least sure token; below, it may look at wrong places
+    unsure_share: float = 0.02  # then all chunks that reach this share of the highest; 0: all
     most_chunks: float = 0.6  # share of the open chunks; needing more, the prompt goes dense
 
 
