@@ -122,7 +122,7 @@ class KvConfig(Strict):
     # worker's memory, over RDMA, shared memory or TCP. object_ref: through Ray's object store.
     # auto: nixl between workers that both have it, unless `tls` is set; else grpc.
     carrier: Literal["auto", "grpc", "nixl", "object_ref"] = "auto"
-    host: str | None = None  # address prefill workers listen on; their own node's if absent
+    host: str | None = None  # address KV ports listen on; their own node's if absent
     lease_s: Seconds = 30.0  # a lease that its holder does not renew is dropped after this time
     # Per worker; a prefill beyond it hands nothing over. With nixl it is set aside at the start.
     max_held_bytes: PositiveInt = 4 << 30

@@ -22,9 +22,10 @@ KvReference: TypeAlias = ray.ObjectRef  # of a KvObject
 
 
 class ObjectTickets:
-    """Turns a ticket for objects into one that the engine's workers can pull on this node."""
+    """Turns a ticket for objects into one that the engine's workers can pull from this node."""
 
-    def __init__(self, tls: MutualTls | None = None) -> None:
+    def __init__(self, host: str, tls: MutualTls | None = None) -> None:
+        self._host = host
         self._tls = tls
         self._relays: list[KvRelay] = []
 
@@ -64,7 +65,7 @@ class ObjectTickets:
     def _relays_for(self, ranks: int) -> list[KvRelay]:
         """One relay per rank, made when first needed."""
         while len(self._relays) < ranks:
-            relay = KvRelay(self._tls)
+            relay = KvRelay(self._host, self._tls)
             relay.start()
             self._relays.append(relay)
         return self._relays[:ranks]

@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import cast
 
+from ray.util import get_node_ip_address
+
 from .. import heap
 from ..config import AppConfig
 from ..engine.args import Role, engine_args
@@ -35,7 +37,8 @@ class DecodeReplica:
         self._service = DecodeService(Engine(args, cpu_threads=config.decode.cpu_threads))
         await self._service.start()
         logger.info("kv carrier: %s", await self._service.carrier())
-        self._tickets = ObjectTickets(tls)
+        host = get_node_ip_address() if config.kv.host is None else config.kv.host
+        self._tickets = ObjectTickets(host, tls)
         heap.freeze()
 
     async def __del__(self) -> None:

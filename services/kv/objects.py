@@ -69,9 +69,10 @@ class _Offer:
 
 
 class KvRelay:
-    """Serves objects to the decode workers of this node, as their prefill worker would."""
+    """Serves objects to an engine's decode workers, as their prefill worker would."""
 
-    def __init__(self, tls: MutualTls | None = None, *, threads: int = 8) -> None:
+    def __init__(self, host: str, tls: MutualTls | None = None, *, threads: int = 8) -> None:
+        self._host = host
         self._tls = tls
         self._offers: dict[str, _Offer] = {}
         self._lock = threading.Lock()
@@ -83,8 +84,8 @@ class KvRelay:
         self._address = ""
 
     def start(self) -> None:
-        """Listen on a free port of the loopback: only this node's workers pull here."""
-        self._address = listen(self._server, "127.0.0.1", self._tls)
+        """Listen on a free port: the engine's workers may be on other nodes."""
+        self._address = listen(self._server, self._host, self._tls)
         self._server.start()
 
     def stop(self) -> None:

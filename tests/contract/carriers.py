@@ -182,7 +182,7 @@ class ObjectRef(Carrier):
     """The KV becomes an object, and is offered again beside the decode worker."""
 
     def start(self) -> None:
-        self.relay = KvRelay(self.tls)
+        self.relay = KvRelay("127.0.0.1", self.tls)
         self.relay.start()
         super().start()
 

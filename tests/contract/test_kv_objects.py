@@ -36,7 +36,7 @@ def ticket():
 
 @pytest.fixture
 def relay():
-    relay = KvRelay()
+    relay = KvRelay("127.0.0.1")
     relay.start()
     yield relay
     relay.stop()

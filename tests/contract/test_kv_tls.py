@@ -113,7 +113,7 @@ def test_objects_are_collected_and_offered_under_tls(ticket, tls):
     with pytest.raises(KvTransferError, match="UNAVAILABLE"):
         collect(ticket, 0, 5.0)
     kv = collect(ticket, 0, 5.0, tls)
-    relay = KvRelay(tls)
+    relay = KvRelay("127.0.0.1", tls)
     relay.start()
     try:
         relay.offer(ticket, kv)
