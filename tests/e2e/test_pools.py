@@ -193,7 +193,9 @@ def test_no_ray_object_outlives_the_request_whose_kv_it_held(app, chat):
 
 def kv_objects(app) -> list[str]:
     """Objects in Ray's store that are large enough to hold KV."""
-    objects = list_objects(address=app.dashboard_url, limit=10_000)
+    # An object that several workers know is counted once for each: that is not a missing one.
+    objects = list_objects(address=app.dashboard_url, limit=10_000, raise_on_missing_output=False)
+    assert len(objects) < 5_000
     return [held.object_id for held in objects if held.object_size > KV_BYTES]
 
 
