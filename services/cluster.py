@@ -90,6 +90,7 @@ class LocalRay:
         """Start a head node with a dashboard on a free port."""
         set_auth_mode()
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")  # else any other process goes first
         import ray
 
         context = ray.init(

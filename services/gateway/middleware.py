@@ -25,7 +25,7 @@ SHED_REASON_HEADER = "x-specprefill-shed-reason"
 _PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
 _DATA = b"data: "
 # Serve's proxy enforces the same header with a bare 408 or a cut stream: be a little earlier.
-_AHEAD_OF_PROXY_S = 0.1
+_AHEAD_OF_PROXY_S = 0.25
 
 
 class RequestMiddleware:
