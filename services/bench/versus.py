@@ -77,10 +77,13 @@ class Asked:
         return self.stream.ttft_s
 
     @property
-    def itl_s(self) -> float:
-        """The median gap between tokens after the second, which pays for the hand-over."""
+    def itl_s(self) -> float | None:
+        """The median gap between tokens after the second, which pays for the hand-over.
+
+        None where the answer came in too few pieces to tell.
+        """
         gaps = [later - sooner for sooner, later in pairwise(self.stream.arrivals_s[1:])]
-        return statistics.median(gaps) if gaps else float("nan")
+        return statistics.median(gaps) if gaps else None
 
 
 class Client:
@@ -174,13 +177,14 @@ def rows(asked: Sequence[Asked], scores: dict[str, float]) -> list[dict[str, Any
 
 def _row(tokens: int, variant: str, members: Sequence[Asked], plain_s: float) -> dict[str, Any]:
     ttft_s = statistics.median(one.ttft_s for one in members)
+    itl_s = [one.itl_s for one in members if one.itl_s is not None]
     row: dict[str, Any] = {
         "prompt_tokens": tokens,
         "variant": variant,
         "runs": len(members),
         "ttft_s": ttft_s,
         "speed_up": plain_s / ttft_s,
-        "itl_s": statistics.median(one.itl_s for one in members),
+        "itl_s": statistics.median(itl_s) if itl_s else None,
     }
     reports = [one.stream.report for one in members if one.stream.report is not None]
     if not reports:
@@ -223,7 +227,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['ceiling']:.2f}x" if pruned else "-",
         f"{row['of_ceiling']:.2f}" if pruned else "-",
         f"{row['overhead']:.1%}" if measured else "-",
-        f"{row['itl_s'] * 1e3:.1f} ms",
+        "-" if row["itl_s"] is None else f"{row['itl_s'] * 1e3:.1f} ms",
         "-" if row["score"] is None else f"{row['score']:.0%}",
         papers.get(row["variant"], "-"),
     ]

@@ -212,7 +212,7 @@ async def test_the_app_sees_a_request_without_our_fields() -> None:
     assert app.context is not None
     assert app.context.controls == Controls(prune=True)
     assert app.context.messages == body["messages"]
-    assert app.context.timeout_s == 2.4
+    assert app.context.timeout_s == 2.25
     assert CURRENT.get() is None
 
 
