@@ -30,9 +30,10 @@ from ..kv.frames import FRAME_BYTES, Frame, seal
 from ..kv.leases import LeaseStore
 from ..kv.nixl import agent_for
 from ..kv.nixl_rpc import LANDING_BYTES, NixlClient, NixlHandler
-from ..kv.objects import KvObject, collect
+from ..kv.objects import KvCollector, KvObject, KvRelay
 from ..kv.pull import KvClient
 from ..kv.rpc import KvServer
+from ..kv.shared import LocateHandler, SharedMemory
 from ..types import Ticket
 from .report import markdown, provenance, write_json
 
@@ -42,7 +43,7 @@ SECRET, FINGERPRINT = "secret", "bench"
 STREAMS = 2  # of the second client
 RAW = "/specprefill.bench/Raw"
 MB = 1 << 20
-RATIOS = (("grpc", "raw grpc"), ("object_ref", "ray put"), ("put of it", "ray put"))
+RATIOS = (("grpc", "raw grpc"), ("object_ref", "ray put"))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,14 +68,15 @@ def main(argv: list[str] | None = None) -> int:
 def measure(address: str, sizes: Sequence[int], repeats: int) -> dict[int, dict[str, list[float]]]:
     """Seconds of each way to move `size` MB, by size, then way; the ways take turns."""
     client, parallel, reader = KvClient(), KvClient(streams=STREAMS), _reader()
+    objects = Objects(KvClient())
     channel = grpc.insecure_channel(address, options=OPTIONS)
     ways: dict[str, Callable[[int], float]] = {
         "grpc": lambda size: timed(lambda: pull(client, address, size)),
         f"grpc x{STREAMS}": lambda size: timed(lambda: pull(parallel, address, size)),
         "raw grpc": lambda size: timed(lambda: raw_stream(channel, size)),
         "memcpy": copy_seconds,
-        "object_ref": lambda size: timed(lambda: store(address, size)),
-        "put of it": lambda size: put_seconds(address, size),
+        "object_ref": lambda size: objects.seconds(address, size)[0],
+        "object_ref out": lambda size: objects.seconds(address, size)[1],
         "ray put": lambda size: ray_seconds(size)[0],
         "ray get": lambda size: ray_seconds(size)[1],
     }
@@ -90,6 +92,7 @@ def measure(address: str, sizes: Sequence[int], repeats: int) -> dict[int, dict[
                 if run > 0:  # the first run pays for page faults and connections
                     seconds[size][name].append(took)
     channel.close()
+    objects.close()
     client.close()
     parallel.close()
     if reader is not None:
@@ -116,25 +119,45 @@ def raw_stream(channel: grpc.Channel, size: int) -> None:
         raise RuntimeError(f"{received} of {size * MB} bytes came")
 
 
-def store(address: str, size: int) -> None:
-    """From a worker's lease into the object store, as the carrier `object_ref` does."""
-    import ray
+class Objects:
+    """The carrier `object_ref`, from a worker's lease to a decode worker."""
 
-    ray.put(collected(address, size))
+    def __init__(self, client: KvClient) -> None:
+        self._collector = KvCollector()
+        self._relay = KvRelay("127.0.0.1")
+        self._relay.start()
+        self._client = client
 
+    def close(self) -> None:
+        """Hang up."""
+        self._collector.close()
+        self._relay.stop()
 
-def put_seconds(address: str, size: int) -> float:
-    """The object store's part of that, the messages being here."""
-    import ray
+    def store(self, address: str, size: int) -> Any:
+        """Into the object store, as the prefill replica does. Returns the reference."""
+        import ray
 
-    kv = collected(address, size)
-    return timed(lambda: ray.put(kv))
+        with self._collector.collected(self._ticket(address, size), 0, 60.0) as kv:
+            return ray.put(kv)
 
+    def seconds(self, address: str, size: int) -> tuple[float, float]:
+        """To store one lease, and to pull it out of the store through the decode replica."""
+        import ray
 
-def collected(address: str, size: int) -> KvObject:
-    """One lease's messages. Raises KvTransferError."""
-    ticket = Ticket(str(size), SECRET, (address,), FINGERPRINT, tokens=1)
-    return collect(ticket, 0, 60.0)
+        started_s = time.perf_counter()
+        reference = self.store(address, size)
+        store_s = time.perf_counter() - started_s
+        ticket = self._ticket(address, size)
+        return store_s, timed(lambda: self._fetch(ticket, ray.get(reference), size))
+
+    def _fetch(self, ticket: Ticket, kv: KvObject, size: int) -> None:
+        self._relay.offer(ticket, kv)
+        pull(self._client, self._relay.address, size)
+        self._relay.withdraw(ticket)
+
+    @staticmethod
+    def _ticket(address: str, size: int) -> Ticket:
+        return Ticket(str(size), SECRET, (address,), FINGERPRINT, tokens=1)
 
 
 def copy_seconds(size: int) -> float:
@@ -221,11 +244,23 @@ def _serve(parent: Connection, sizes: Sequence[int]) -> None:
         Announcements(),
         FINGERPRINT,
         "127.0.0.1",
-        more_handlers=[_RawHandler(messages), *_readable(messages, sizes)],
+        more_handlers=[
+            _RawHandler(messages),
+            _mappable(messages, sizes),
+            *_readable(messages, sizes),
+        ],
     )
     parent.send(server.start())
     parent.recv()
     server.stop()
+
+
+def _mappable(messages: list[bytes], sizes: Sequence[int]) -> LocateHandler:
+    """The same leases for `object_ref`, in memory that the other process maps."""
+    leases = LeaseStore(max_bytes=1 << 40, lease_s=3600.0, now=time.monotonic)
+    handler = LocateHandler(leases, FINGERPRINT, SharedMemory(2 * sum(sizes) * MB))
+    _fill(leases, messages, sizes, handler.arena)
+    return handler
 
 
 def _readable(messages: list[bytes], sizes: Sequence[int]) -> list[NixlHandler]:
@@ -239,15 +274,21 @@ def _readable(messages: list[bytes], sizes: Sequence[int]) -> list[NixlHandler]:
 
 
 def _leases(messages: list[bytes], sizes: Sequence[int], arena: Arena | None = None) -> LeaseStore:
-    """One lease per size, named after it."""
     leases = LeaseStore(max_bytes=1 << 40, lease_s=3600.0, now=time.monotonic)
+    _fill(leases, messages, sizes, arena)
+    return leases
+
+
+def _fill(
+    leases: LeaseStore, messages: list[bytes], sizes: Sequence[int], arena: Arena | None
+) -> None:
+    """One lease per size, named after it."""
     for size in sizes:
         leases.open(str(size), SECRET)
         frames = size * MB // FRAME_BYTES
         for layer, message in enumerate(messages[:frames]):
             frame = seal(Frame(layer, 0, 1, message), str(size), arena)
             leases.append(str(size), frame, last=layer == frames - 1)
-    return leases
 
 
 def _row(size: int, seconds: dict[str, list[float]]) -> list[str]:

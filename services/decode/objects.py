@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import TypeAlias
@@ -36,7 +36,7 @@ class ObjectTickets:
 
     @asynccontextmanager
     async def local(
-        self, ticket: Ticket | None, objects: Sequence[KvReference]
+        self, ticket: Ticket | None, objects: list[KvReference]
     ) -> AsyncIterator[Ticket | None]:
         """While inside, the objects can be pulled with the ticket given.
 
@@ -61,6 +61,8 @@ class ObjectTickets:
         finally:
             for relay in relays:
                 relay.withdraw(ticket)
+            ranks.clear()  # frames that wait for the garbage collector must not keep the KV
+            objects.clear()
 
     def _relays_for(self, ranks: int) -> list[KvRelay]:
         """One relay per rank, made when first needed."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import cast
 
@@ -45,9 +45,7 @@ class DecodeReplica:
         self._tickets.close()
         await self._service.close()
 
-    async def decode(
-        self, payload: bytes, objects: Sequence[KvReference] = ()
-    ) -> AsyncIterator[bytes]:
+    async def decode(self, payload: bytes, objects: list[KvReference]) -> AsyncIterator[bytes]:
         """`(Request, Selection, Ticket | None, Replay, timeout_s)` -> a stream of Decoded.
 
         `objects` hold the ticket's KV, one per rank, if Ray carries it.

@@ -27,6 +27,7 @@ from ..kv.nixl_rpc import LANDING_BYTES, NixlClient, NixlHandler
 from ..kv.pull import KvClient
 from ..kv.rpc import KvServer
 from ..kv.shards import Source, readers, sources
+from ..kv.shared import LocateHandler, SharedMemory
 from ..kv.tls import read_tls
 from ..types import Carrier, Span
 from .handoff import Endpoint, HandoffConfig, Orders, Pull, PullTimes, Stage
@@ -166,14 +167,19 @@ class WorkerHalf:
         self._address = self._server.start()
         threading.Thread(target=self._sweep, name="kv-sweep", daemon=True).start()
 
-    def _readable(self) -> list[NixlHandler]:
-        """Lay leases where peers can read them, if this worker has NIXL."""
-        if self._nixl is None:
-            self._arena = None
-            return []
-        self._arena = Arena(self._config.max_held_bytes)
-        self._nixl.register(self._arena)
-        return [NixlHandler(self._leases, self._fingerprint, self._nixl, self._arena)]
+    def _readable(self) -> list[NixlHandler | LocateHandler]:
+        """Lay leases where others can read them: peers with NIXL, or this node's processes."""
+        self._arena: Arena | None = None
+        if self._nixl is not None:
+            self._arena = Arena(self._config.max_held_bytes)
+            self._nixl.register(self._arena)
+            return [NixlHandler(self._leases, self._fingerprint, self._nixl, self._arena)]
+        if self._config.carrier == "object_ref":
+            shared = SharedMemory(self._config.max_held_bytes)
+            locate = LocateHandler(self._leases, self._fingerprint, shared)
+            self._arena = locate.arena
+            return [locate]
+        return []
 
     def _connect(self) -> None:
         nixl = None

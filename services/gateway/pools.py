@@ -94,7 +94,8 @@ class ServePrefiller:
                     try:
                         yield prefilled
                     finally:
-                        self.carried.pop(lease_id, None)
+                        # In place: frames that wait for the garbage collector know the list.
+                        self.carried.pop(lease_id, []).clear()
 
 
 @dataclass(frozen=True, slots=True)

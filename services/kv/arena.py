@@ -27,8 +27,11 @@ class Arena:
     reader or a transfer holds them, or a part of them. Thread-safe.
     """
 
-    def __init__(self, size: int) -> None:
-        self._memory: Bytes = np.empty(size, dtype=np.uint8)  # untouched pages cost nothing
+    def __init__(self, size: int, memory: Bytes | None = None) -> None:
+        """`memory`: of `size` bytes, to use instead of the arena's own."""
+        # Pages that nobody has touched cost nothing.
+        self._memory: Bytes = np.empty(size, dtype=np.uint8) if memory is None else memory
+        self._address = address_of(self._memory)
         self._free = [(0, size)]  # (start, stop): sorted, disjoint, not adjacent
         self._left: deque[tuple[int, int]] = deque()  # by finalizers: any thread, at any moment
         self._lock = threading.Lock()
@@ -69,8 +72,12 @@ class Arena:
 
     def holds(self, payload: memoryview | bytes) -> bool:
         """Whether `payload` lies in here."""
-        first = address_of(self._memory)
-        return first <= address_of(payload) < first + self._memory.nbytes
+        return self.offset_of(payload) is not None
+
+    def offset_of(self, payload: memoryview | bytes) -> int | None:
+        """Where `payload` begins in here; None if it lies elsewhere."""
+        offset = address_of(payload) - self._address
+        return offset if 0 <= offset < self._memory.nbytes else None
 
     def _cut(self, place: int, start: int) -> None:
         """Take the front of a free place."""
@@ -98,5 +105,5 @@ class Arena:
 
 def address_of(payload: memoryview | bytes | Bytes) -> int:
     """Where the bytes lie in this process's memory."""
-    address: int = np.frombuffer(payload, dtype=np.uint8).ctypes.data
+    address: int = np.frombuffer(payload, dtype=np.uint8).__array_interface__["data"][0]
     return address

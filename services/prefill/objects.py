@@ -9,7 +9,7 @@ from typing import TypeAlias
 import ray
 
 from ..errors import KvTransferError
-from ..kv.objects import collect
+from ..kv.objects import KvCollector
 from ..kv.tls import MutualTls
 from ..types import Ticket
 
@@ -18,20 +18,36 @@ logger = logging.getLogger(__name__)
 KvReference: TypeAlias = ray.ObjectRef  # of a KvObject
 
 
-async def store(ticket: Ticket, timeout_s: float, tls: MutualTls | None) -> list[KvReference]:
-    """One object per worker. Empty when a worker did not give its KV.
+class KvObjects:
+    """Makes objects of what an engine's workers hold."""
 
-    The objects belong to this process and die with it; the decode engine then computes the
-    prompt itself. The lease stays as it is.
-    """
-    try:
-        objects = await asyncio.gather(
-            *(
-                asyncio.to_thread(collect, ticket, rank, timeout_s, tls)
-                for rank in range(len(ticket.endpoints))
-            )
-        )
-    except KvTransferError as error:
-        logger.warning("lease_id=%s not stored: %s", ticket.lease_id, error)
-        return []
-    return [ray.put(kv) for kv in objects]
+    def __init__(self, tls: MutualTls | None) -> None:
+        self._collector = KvCollector(tls)
+
+    def close(self) -> None:
+        """Hang up."""
+        self._collector.close()
+
+    async def store(self, ticket: Ticket, timeout_s: float) -> list[KvReference]:
+        """One object per worker. Empty when a worker did not give its KV.
+
+        The objects belong to this process and die with it; the decode engine then computes the
+        prompt itself. The references in the list last as long as the task that asked: the
+        frames of a task that was cancelled may wait for the garbage collector, and would keep
+        the KV meanwhile. The lease stays as it is.
+        """
+        ranks = range(len(ticket.endpoints))
+        stored = (asyncio.to_thread(self._put, ticket, rank, timeout_s) for rank in ranks)
+        try:
+            objects = list(await asyncio.gather(*stored))
+        except KvTransferError as error:
+            logger.warning("lease_id=%s not stored: %s", ticket.lease_id, error)
+            return []
+        asking = asyncio.current_task()
+        if asking is not None:
+            asking.add_done_callback(lambda _task: objects.clear())
+        return objects
+
+    def _put(self, ticket: Ticket, rank: int, timeout_s: float) -> KvReference:
+        with self._collector.collected(ticket, rank, timeout_s) as kv:
+            return ray.put(kv)

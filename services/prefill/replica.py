@@ -19,7 +19,7 @@ from ..kv.tls import read_tls
 from ..types import Prefilled, Request, Selection
 from ..wire import pack, unpack
 from .gauges import KvGauges
-from .objects import KvReference, store
+from .objects import KvObjects, KvReference
 from .service import PrefillService
 
 logger = logging.getLogger(__name__)
@@ -31,12 +31,13 @@ class PrefillReplica:
     async def __init__(self, config_json: str) -> None:  # type: ignore[misc]
         config = AppConfig.model_validate_json(config_json)
         require(config.kv.carrier)
-        self._tls = read_tls(config.kv.tls)
+        tls = read_tls(config.kv.tls)
         args = engine_args(
             config.model, config.prefill, config.kv, Role.PREFILL, peer=config.decode
         )
         engine = Engine(args, cpu_threads=config.prefill.cpu_threads)
-        self._service = PrefillService(engine, self._tls)
+        self._service = PrefillService(engine, tls)
+        self._objects = KvObjects(tls)
         self._kv = config.kv
         self._waiting = Waiting(time.monotonic)
         await self._service.start()
@@ -48,6 +49,7 @@ class PrefillReplica:
         # Tickets that were handed out are still to be pulled; each ends by its lease at the latest.
         await self._service.drain(self._kv.lease_s)
         self._gauges.cancel()
+        self._objects.close()
         await self._service.close()
 
     def record_replica_metadata(self) -> dict[str, int]:
@@ -77,7 +79,7 @@ class PrefillReplica:
         """The KV as Ray's objects. Empty: it stays with the worker, where decode may pull it."""
         if prefilled.ticket is None or self._kv.carrier != "object_ref":
             return []
-        objects = await store(prefilled.ticket, self._kv.pull_timeout_s, self._tls)
+        objects = await self._objects.store(prefilled.ticket, self._kv.pull_timeout_s)
         if objects:
             await self._service.release(prefilled.ticket)  # the worker's copy is free at once
         return objects

@@ -28,9 +28,10 @@ from specprefill.kv.nixl_rpc import (
     Progress,
     pack,
 )
-from specprefill.kv.objects import KvRelay, collect
+from specprefill.kv.objects import KvCollector, KvRelay, as_object
 from specprefill.kv.pull import KvClient
 from specprefill.kv.rpc import PULL, KvServer
+from specprefill.kv.shared import LocateHandler, SharedMemory
 from specprefill.kv.tls import MutualTls
 from specprefill.types import Ticket
 
@@ -179,25 +180,32 @@ class Nixl(Carrier):
 
 
 class ObjectRef(Carrier):
-    """The KV becomes an object, and is offered again beside the decode worker."""
+    """The KV becomes an object, and is offered again beside the decode worker.
+
+    The prefill worker is on another node: its messages come through the socket.
+    """
 
     def start(self) -> None:
+        self.collector = KvCollector(self.tls)
         self.relay = KvRelay("127.0.0.1", self.tls)
         self.relay.start()
         super().start()
 
     def stop(self) -> None:
         super().stop()
+        self.collector.close()
         self.relay.stop()
 
     def pull(
         self, *, start: int = 0, ticket: dict[str, str] = TICKET, fingerprint: str = FINGERPRINT
     ) -> list[Frame]:
         whole = Ticket(**ticket, endpoints=(self.address,), fingerprint=fingerprint, tokens=TOKENS)
-        return self._relayed(whole, collect(whole, 0, PULL_TIMEOUT_S, self.tls), start)
+        with self.collector.collected(whole, 0, PULL_TIMEOUT_S) as kv:
+            copied = [array.copy() for array in kv]  # as Ray's object store does
+        return self._relayed(whole, copied, start)
 
     def pull_lies(self, messages: Sequence[bytes]) -> list[Frame]:
-        kv = [np.frombuffer(message, dtype=np.uint8) for message in messages]
+        kv = as_object(list(messages))
         ticket = Ticket(LEASE, SECRET, (self.address,), FINGERPRINT, TOKENS)
         return self._relayed(ticket, kv, 0)
 
@@ -211,6 +219,20 @@ class ObjectRef(Carrier):
             return taken(pull.into, start)
         finally:
             self.relay.withdraw(ticket)
+
+
+class LentObjectRef(ObjectRef):
+    """The prefill worker is on the same node: its memory is mapped."""
+
+    def handlers(self) -> list[grpc.GenericRpcHandler]:
+        self.locate = LocateHandler(self.leases, FINGERPRINT, SharedMemory(1 << 20))
+        return [self.locate]
+
+    def sealed(self, frame: Frame) -> Any:
+        return seal(frame, LEASE, self.locate.arena)
+
+    def bytes_held(self) -> int:
+        return self.leases.gauges().bytes_held + self.locate.arena.bytes_used
 
 
 class Liar(grpc.GenericRpcHandler):

@@ -20,12 +20,13 @@ from .carriers import (
     SECRET,
     TOKENS,
     Carrier,
+    LentObjectRef,
     Nixl,
     ObjectRef,
     payload,
 )
 
-KINDS = {"grpc": Carrier, "nixl": Nixl, "object_ref": ObjectRef}
+KINDS = {"grpc": Carrier, "nixl": Nixl, "object_ref": ObjectRef, "object_ref_lent": LentObjectRef}
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from specprefill.errors import KvTransferError
 from specprefill.kv.announcements import Announcements
 from specprefill.kv.frames import Frame, seal
 from specprefill.kv.leases import LeaseStore
-from specprefill.kv.objects import KvRelay, collect
+from specprefill.kv.objects import KvCollector, KvRelay
 from specprefill.kv.pull import KvClient
 from specprefill.kv.rpc import PULL, KvPeers, KvServer
 from specprefill.kv.tls import MutualTls, read_tls
@@ -110,9 +110,14 @@ async def test_releases_need_the_certificate(ticket, tls, leases):
 
 
 def test_objects_are_collected_and_offered_under_tls(ticket, tls):
-    with pytest.raises(KvTransferError, match="UNAVAILABLE"):
-        collect(ticket, 0, 5.0)
-    kv = collect(ticket, 0, 5.0, tls)
+    stranger, known = KvCollector(), KvCollector(tls)
+    with (
+        pytest.raises(KvTransferError, match="UNAVAILABLE"),
+        stranger.collected(ticket, 0, 5.0),
+    ):
+        pass
+    with known.collected(ticket, 0, 5.0) as kv:
+        pass  # it came through the socket: the arrays are our own
     relay = KvRelay("127.0.0.1", tls)
     relay.start()
     try:

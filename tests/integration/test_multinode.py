@@ -12,7 +12,7 @@ import pytest
 import pytest_asyncio
 
 from specprefill.app import engine_placement
-from specprefill.cluster import set_auth_mode
+from specprefill.cluster import free_port, set_auth_mode
 from specprefill.config import AppConfig
 from specprefill.gateway.pools import ServeDecoder, ServePrefiller
 from specprefill.kv.rpc import KvPeers
@@ -47,7 +47,9 @@ def nodes():
     from ray.cluster_utils import Cluster
 
     size = {"num_cpus": 4, "num_gpus": 2, "object_store_memory": 80 << 20}
-    cluster = Cluster(initialize_head=True, head_node_args={**size, "include_dashboard": False})
+    # Another Ray may have the usual port: even without a dashboard, it is tried.
+    head = {**size, "include_dashboard": False, "dashboard_port": free_port()}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         for _ in range(NODES - 1):
             cluster.add_node(**size)
