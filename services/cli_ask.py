@@ -152,8 +152,10 @@ def _prompt_text(source: str | None) -> str:
         return sys.stdin.read().rstrip()
     try:
         return Path(source).read_text(encoding="utf-8").rstrip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise Misused(f"specprefill: --prompt-file {source}: {error}") from error
+    except OSError as error:
+        raise Misused(f"specprefill: --prompt-file {source}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise Misused(f"specprefill: --prompt-file {source}: not UTF-8") from error
 
 
 def _write(text: str) -> None:

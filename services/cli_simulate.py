@@ -124,7 +124,10 @@ def run_simulate(args: argparse.Namespace) -> int:
     """Compare, print the table, write JSON and a page."""
     trace = _trace(args)
     if args.write_trace is not None:
-        write_trace(args.write_trace, trace)
+        try:
+            write_trace(args.write_trace, trace)
+        except OSError as error:
+            raise Misused(f"--write-trace: {args.write_trace}: {error.strerror}") from error
     name = str(args.trace or args.shape)
     case = scenario(name, trace, _slo(args), args.engines, args.cold_start)
     case = replace(case, world=replace(case.world, failures=tuple(args.fail)))
@@ -204,7 +207,9 @@ def _trace(args: argparse.Namespace) -> Trace:
         return generate(rate, seconds, args.lengths, args.seed, drift=args.drift)
     try:
         return read_trace(args.trace)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise Misused(f"specprefill simulate: {args.trace}: {error.strerror}") from error
+    except ValueError as error:
         raise Misused(f"specprefill simulate: {error}") from error
 
 

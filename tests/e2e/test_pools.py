@@ -40,6 +40,12 @@ class Load:
         for thread in self._threads:
             thread.join()
 
+    def wait_for(self, more):
+        """Until so many more answers have come, or a failure."""
+        answered = len(self.answers)
+        while len(self.answers) < answered + more and not self.failures:
+            time.sleep(0.1)
+
     def _run(self):
         while not self._stop.is_set():
             try:
@@ -48,60 +54,34 @@ class Load:
                 self.failures.append(error)
 
 
-def test_pools_grow_and_shrink_without_dropping_a_request(app, chat):
-    def replicas(count):
-        def change(raw):
-            for deployment in raw["applications"][0]["deployments"]:
-                if deployment["name"] in POOLS:
-                    deployment["num_replicas"] = count
+def scaled(app, chat, count):
+    """Every pool gets `count` replicas, and a few requests after that, under load."""
 
-        return change
+    def change(raw):
+        for deployment in raw["applications"][0]["deployments"]:
+            if deployment["name"] in POOLS:
+                deployment["num_replicas"] = count
 
     with Load(chat) as load:
-        for count in (2, 1):
-            app.redeploy(replicas(count))
-            snapshot = app.wait_healthy()
-            assert {p.name: p.running for p in snapshot.pools if p.name in POOLS} == dict.fromkeys(
-                POOLS, count
-            )
-            answered = len(load.answers)
-            while len(load.answers) < answered + 6 and not load.failures:
-                time.sleep(0.1)
+        app.redeploy(change)
+        snapshot = app.wait_healthy()
+        assert {p.name: p.running for p in snapshot.pools if p.name in POOLS} == dict.fromkeys(
+            POOLS, count
+        )
+        load.wait_for(6)
     assert load.failures == []
     assert len({answer.choices[0].message.content for answer in load.answers}) == 1
     # A prefill replica that goes waits until its tickets are pulled.
     assert not any(answer.specprefill["recomputed"] for answer in load.answers)
 
 
-def test_a_rolling_update_loses_no_request(app, chat):
-    """Every replica of every pool is replaced, the gateway's too."""
-
-    def change(raw):
-        (application,) = raw["applications"]
-        application["args"]["selection"]["tail_tokens"] = 48
-        for deployment in application["deployments"]:
-            deployment["max_surge_percent"] = 100  # the new replica first, then the old one goes
-
-    before = {pool: app.replica_pids(pool) for pool in POOLS}
-    with Load(chat) as load:
-        app.redeploy(change)
-        app.wait_healthy()
-        answered = len(load.answers)
-        while len(load.answers) < answered + 6 and not load.failures:
-            time.sleep(0.1)
-    assert load.failures == []
-    for pool in POOLS:
-        assert not set(before[pool]) & set(app.replica_pids(pool))
+def test_pools_grow_without_dropping_a_request(app, chat):
+    scaled(app, chat, 2)
 
 
 def test_prompts_go_where_their_prefix_is_cached(app, client, long_prompt):
-    def prefill_replicas(count):
-        def change(raw):
-            (pool,) = [d for d in raw["applications"][0]["deployments"] if d["name"] == "Prefill"]
-            pool["num_replicas"] = count
-
-        return change
-
+    """There are two prefill replicas since the test before."""
+    assert len(app.replica_pids("Prefill")) == 2
     system = f"{uuid.uuid4().hex} {long_prompt.messages[-1]['content']}"  # 1,500 tokens
 
     def cached_tokens(question):
@@ -111,8 +91,6 @@ def test_prompts_go_where_their_prefix_is_cached(app, client, long_prompt):
         )
         return answer.usage.prompt_tokens_details.cached_tokens
 
-    app.redeploy(prefill_replicas(2))
-    app.wait_healthy()
     assert cached_tokens("Who asks first?") == 0
     hits = [cached_tokens(f"Who asks as number {number}?") for number in range(8)]
     assert min(hits) > 1400  # all of them came to one of the two replicas
@@ -123,8 +101,10 @@ def test_prompts_go_where_their_prefix_is_cached(app, client, long_prompt):
         while not busy.done() and not spilled:
             spilled = cached_tokens(f"Who cannot wait for {uuid.uuid4().hex}?") == 0
     assert spilled
-    app.redeploy(prefill_replicas(1))
-    app.wait_healthy()
+
+
+def test_pools_shrink_without_dropping_a_request(app, chat):
+    scaled(app, chat, 1)
 
 
 def test_without_a_speculator_prompts_go_dense_and_say_why(app, chat):
@@ -161,16 +141,27 @@ def test_a_prompt_outlives_the_prefill_replica_it_was_sent_to(app, chat):
     app.wait_healthy()
 
 
-def test_rays_object_store_can_carry_the_kv(app, chat):
-    """The pools are replaced by ones with another carrier."""
+def test_a_rolling_update_loses_no_request(app, chat):
+    """Every replica of every pool is replaced, the gateway's too; Ray carries the KV then."""
     sampling = {"n": 2, "temperature": 0.9, "seed": 3}
     wanted = [choice.message.content for choice in chat(**sampling).choices]
 
     def change(raw):
-        raw["applications"][0]["args"]["kv"]["carrier"] = "object_ref"
+        (application,) = raw["applications"]
+        application["args"]["kv"]["carrier"] = "object_ref"
+        for deployment in application["deployments"]:
+            deployment["max_surge_percent"] = 100  # the new replica first, then the old one goes
 
-    app.redeploy(change)
-    app.wait_healthy()
+    before = {pool: app.replica_pids(pool) for pool in POOLS}
+    with Load(chat) as load:
+        app.redeploy(change)
+        app.wait_healthy()
+        load.wait_for(6)
+    assert load.failures == []
+    assert len({answer.choices[0].message.content for answer in load.answers}) == 1
+    for pool in POOLS:
+        assert not set(before[pool]) & set(app.replica_pids(pool))
+
     answer = chat(**sampling)
     assert [choice.message.content for choice in answer.choices] == wanted
     assert not answer.specprefill["recomputed"]
