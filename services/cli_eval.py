@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .config import AppConfig
+    from .evaluation.journal import Journal
     from .evaluation.suite import Backend, Suite
 
 CONFIG = Path("cluster/local.yaml")
 OUT = Path("out")
+JOURNAL = "eval-journal.jsonl"
 LENGTHS = (1024, 4096)
 KEEPS = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05)
 CONTROL_KEEP = 0.1
@@ -53,6 +55,11 @@ def add_commands(commands: Any) -> None:
         help="folder of the reports (default: %(default)s)",
     )  # fmt: skip
     command.add_argument("--document", type=Path, metavar="FILE", help="write the tables here too")
+    command.add_argument(
+        "--resume", action="store_true",
+        help="do not ask again what an earlier run with these settings, cut off or of fewer "
+        "families, lengths or prompts, has left in the folder of the reports",
+    )  # fmt: skip
     command.set_defaults(run=run_eval)
 
 
@@ -116,16 +123,20 @@ def run_eval(args: argparse.Namespace) -> int:
 
     config = _config(args)
     suite = _suite(args)
+    subject = _subject(args, config)
     tokenizer = _tokenizer(args, config)
+    journal = _journal(args, suite, {**subject, **provenance(args.seed).versions})
     try:
         backend = _backend(args, config, tokenizer, suite)
         bar = _Bar(suite.prompts, time.monotonic)
-        measured = measure(suite, backend, tokenizer, args.workers, bar.tell)
+        measured = measure(suite, backend, tokenizer, args.workers, bar.tell, journal)
     except (CallFailed, SpecPrefillError) as error:
-        raise Failed(str(error)) from error
+        raise Failed(f"{error}; {_left(journal)}") from error
+    except KeyboardInterrupt:
+        raise Failed(f"interrupted; {_left(journal)}") from None
     finally:
         print(file=sys.stderr)
-    found = report.report_of(measured, suite, _subject(args, config))
+    found = report.report_of(measured, suite, subject)
     origin = provenance(args.seed)
     print(report.text(found))
     paths = report.write(found, origin, args.out)
@@ -133,6 +144,24 @@ def run_eval(args: argparse.Namespace) -> int:
         report.write_document(found, origin, args.document)
     print("written to " + ", ".join(map(str, paths)))
     return 0
+
+
+def _journal(args: argparse.Namespace, suite: Suite, settings: dict[str, str]) -> Journal:
+    """Where what is found is kept at once. Raises Misused where another run's would be mixed in."""
+    from .evaluation.journal import Journal, OtherSettings
+
+    begun = Journal.resumed if args.resume else Journal.begun
+    arms = ", ".join(arm.name for arm in suite.arms)
+    asked = {"seed": str(suite.seed), "arms": arms, "answered": str(suite.answered)}
+    try:
+        return begun(args.out / JOURNAL, {**settings, **asked})
+    except OtherSettings as error:
+        raise Misused(f"specprefill: --resume: {error}") from error
+
+
+def _left(journal: Journal) -> str:
+    """How an evaluation that stopped can go on."""
+    return f"{len(journal)} prompts are in {journal.path}: the same command with --resume goes on"
 
 
 def _config(args: argparse.Namespace) -> AppConfig:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import product
 from typing import Protocol
@@ -13,6 +14,7 @@ from ..synthetic.families.catalog import generate
 from ..synthetic.families.fitting import TaskTokenizer
 from ..synthetic.families.task import Task
 from .arms import DENSE, Arm
+from .journal import Journal
 from .outcomes import Answer, Outcome, judged
 
 PROBED_ITEMS = 6  # answered dense, to see whether a family is beyond the model
@@ -60,21 +62,28 @@ Tell = Callable[[int, str], None]  # prompts done, and of which family and lengt
 
 
 def measure(
-    suite: Suite, backend: Backend, tokenizer: TaskTokenizer, workers: int, tell: Tell
+    suite: Suite,
+    backend: Backend,
+    tokenizer: TaskTokenizer,
+    workers: int,
+    tell: Tell,
+    journal: Journal,
 ) -> Measured:
-    """Run the whole suite, `workers` prompts at a time."""
+    """Run the whole suite, `workers` prompts at a time; what the journal has is not asked."""
     outcomes: list[Outcome] = []
     too_short: list[tuple[str, int]] = []
     beyond: list[tuple[str, int]] = []
     done = 0
     with ThreadPoolExecutor(workers) as pool:
         for family, length in product(suite.families, suite.lengths):
-            place = _Place(suite, backend, tokenizer, family, length)
+            place = _Place(suite, backend, tokenizer, journal, family, length)
             found: list[Outcome] = []
             try:
-                for item, some in enumerate(place.run(pool), start=1):
-                    found += some
-                    tell(done + item, f"{family} {length}")
+                with closing(place.run(pool)) as prompts:  # interrupted: the rest is not asked
+                    for item, some in enumerate(prompts, start=1):
+                        journal.add(some)
+                        found += some
+                        tell(done + item, f"{family} {length}")
             except TooShort:
                 too_short.append((family, length))
             if suite.answered and _is_beyond(found, suite.least_dense):
@@ -96,10 +105,11 @@ class _Place:
     suite: Suite
     backend: Backend
     tokenizer: TaskTokenizer
+    journal: Journal
     family: str
     length: int
 
-    def run(self, pool: ThreadPoolExecutor) -> Iterator[list[Outcome]]:
+    def run(self, pool: ThreadPoolExecutor) -> Generator[list[Outcome]]:
         """The outcomes of one prompt after the other. Raises TooShort."""
         probed = self._probed(pool) if self.suite.answered else {}
         answered = self.suite.answered and not _is_beyond(
@@ -111,11 +121,23 @@ class _Place:
     def _probed(self, pool: ThreadPoolExecutor) -> dict[int, Outcome]:
         """The dense arm on the first prompts, by seed."""
         items = range(min(PROBED_ITEMS, self.suite.items))
-        asked = pool.map(lambda item: self._asked(item, (DENSE,), answered=True), items)
-        return {some[0].seed: some[0] for some in asked}
+        return {one.seed: one for one in pool.map(self._probe, items)}
+
+    def _probe(self, item: int) -> Outcome:
+        """The dense arm of one prompt."""
+        for outcome in self._journaled(item):
+            if outcome.arm == DENSE and outcome.score is not None:
+                return outcome
+        return self._asked(item, (DENSE,), answered=True)[0]
+
+    def _journaled(self, item: int) -> list[Outcome]:
+        return self.journal.find((self.family, self.length, self._seed(item))) or []
 
     def _prompt(self, item: int, probed: Mapping[int, Outcome], *, answered: bool) -> list[Outcome]:
-        """All arms; what the probe has answered is not asked again."""
+        """All arms; what the journal has, or the probe has answered, is not asked again."""
+        done = self._journaled(item)
+        if done and not (answered and any(one.score is None for one in done)):
+            return done
         known = probed.get(self._seed(item))
         if known is None:
             return self._asked(item, self.suite.arms, answered=answered)

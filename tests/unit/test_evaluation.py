@@ -12,6 +12,7 @@ import pytest
 from specprefill.bench.report import provenance
 from specprefill.evaluation import report
 from specprefill.evaluation.arms import CONTROLS, DENSE, Arm, Chooser, arms_of, control_scores
+from specprefill.evaluation.journal import Journal, OtherSettings
 from specprefill.evaluation.outcomes import Answer
 from specprefill.evaluation.suite import PROBED_ITEMS, Suite, measure
 from specprefill.evaluation.summary import choices, rows_of, smallest_enough
@@ -45,10 +46,25 @@ def suite(families=("niah_single_1",), items=8, lengths=(400,)):
     return Suite(families, lengths, items, ARMS, seed=1, least_dense=0.2)
 
 
-def run(asked, backend, tokenizer):
-    told = []
-    measured = measure(asked, backend, tokenizer, 1, lambda done, what: told.append((done, what)))
-    return measured, told
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "journal.jsonl"
+
+
+@pytest.fixture
+def run(demo_tokenizer, path):
+    """A suite through a backend, with an empty journal unless another is given."""
+
+    def measured(asked, backend, journal=None):
+        told = []
+
+        def tell(done, what):
+            told.append((done, what))
+
+        journal = Journal.begun(path, {}) if journal is None else journal
+        return measure(asked, backend, demo_tokenizer, 1, tell, journal), told
+
+    return measured
 
 
 def test_the_arms_begin_with_dense_and_end_with_the_ceiling():
@@ -89,11 +105,11 @@ def test_a_speculator_is_no_control():
         control_scores(Chooser.SPECULATOR, 100, 32, random.Random(0))
 
 
-def test_what_is_retained_is_measured_on_the_same_prompts(demo_tokenizer):
+def test_what_is_retained_is_measured_on_the_same_prompts(run):
     def knows(task, arm):
         return arm.keep > 0.3 or int(task.references[0]) % 2 == 0
 
-    measured, told = run(suite(items=40), Told(knows), demo_tokenizer)
+    measured, told = run(suite(items=40), Told(knows))
     (row,) = rows_of(measured, suite(items=40))
     by_arm = {cell.arm.name: cell for cell in row.cells}
     even = [int(one.score) for one in measured.outcomes if one.arm.name == "keep 0.1"]
@@ -104,9 +120,9 @@ def test_what_is_retained_is_measured_on_the_same_prompts(demo_tokenizer):
     assert told[-1] == (40, "niah_single_1 400")
 
 
-def test_a_family_beyond_the_model_is_only_probed(demo_tokenizer):
+def test_a_family_beyond_the_model_is_only_probed(run):
     backend = Told(lambda _task, _arm: False)
-    measured, _ = run(suite(items=9), backend, demo_tokenizer)
+    measured, _ = run(suite(items=9), backend)
     assert backend.texts_asked == PROBED_ITEMS
     assert measured.beyond_model == (("niah_single_1", 400),)
     gold = [one for one in measured.outcomes if one.answer.gold_kept is not None]
@@ -115,25 +131,25 @@ def test_a_family_beyond_the_model_is_only_probed(demo_tokenizer):
     assert [(one.arm, one.score) for one in scored] == [(DENSE, 0.0)] * PROBED_ITEMS
 
 
-def test_what_the_probe_answered_is_not_asked_again(demo_tokenizer):
+def test_what_the_probe_answered_is_not_asked_again(run):
     backend = Told(lambda _task, _arm: True)
-    measured, _ = run(suite(items=8), backend, demo_tokenizer)
+    measured, _ = run(suite(items=8), backend)
     assert backend.texts_asked == 8 * len(ARMS) == len(measured.outcomes)
     assert [one.arm for one in measured.outcomes] == [*ARMS] * 8
 
 
-def test_where_nothing_is_right_nothing_is_retained(demo_tokenizer):
+def test_where_nothing_is_right_nothing_is_retained(run):
     asked = replace(suite(), least_dense=0.0)
-    measured, _ = run(asked, Told(lambda *_: False), demo_tokenizer)
+    measured, _ = run(asked, Told(lambda *_: False))
     assert measured.beyond_model == ()
     assert choices(rows_of(measured, asked), asked, 400) == []
     text = report.text(report.report_of(measured, asked, {}))
     assert "| niah_single_1 | 8       | 0% [0%, 0%] | -        | -" in text
 
 
-def test_a_length_that_cannot_hold_a_family_is_named(demo_tokenizer):
+def test_a_length_that_cannot_hold_a_family_is_named(run):
     asked = suite(("tool_call", "niah_single_1"), lengths=(400, 2048), items=2)
-    measured, told = run(asked, Told(lambda *_: True), demo_tokenizer)
+    measured, told = run(asked, Told(lambda *_: True))
     assert measured.too_short == (("tool_call", 400),)
     assert {(one.family, one.length) for one in measured.outcomes} == {
         ("tool_call", 2048), ("niah_single_1", 400), ("niah_single_1", 2048),
@@ -141,13 +157,13 @@ def test_a_length_that_cannot_hold_a_family_is_named(demo_tokenizer):
     assert told[-1][0] == asked.prompts
 
 
-def test_the_smallest_rate_that_is_enough_holds_in_every_family(demo_tokenizer):
+def test_the_smallest_rate_that_is_enough_holds_in_every_family(run):
     asked = suite(("niah_single_1", "niah_single_2"))
 
     def knows(task, arm):
         return arm.keep >= 0.5 or task.family == "niah_single_1"
 
-    measured, _ = run(asked, Told(knows), demo_tokenizer)
+    measured, _ = run(asked, Told(knows))
     found = choices(rows_of(measured, asked), asked, 400)
     assert [each.arm.name for each in found] == ["dense", "keep 0.5", "keep 0.1", "automatic"]
     assert smallest_enough(found).arm == Arm(Chooser.SPECULATOR, 0.5)
@@ -155,9 +171,9 @@ def test_the_smallest_rate_that_is_enough_holds_in_every_family(demo_tokenizer):
     assert worst == {"keep 0.1": "niah_single_2"}
 
 
-def test_a_report_is_written_as_tables_json_and_a_page(demo_tokenizer, tmp_path):
+def test_a_report_is_written_as_tables_json_and_a_page(run, tmp_path):
     asked = suite()
-    measured, _ = run(asked, Told(lambda _task, arm: arm in (DENSE, HALF)), demo_tokenizer)
+    measured, _ = run(asked, Told(lambda _task, arm: arm in (DENSE, HALF)))
     found = report.report_of(measured, asked, {"main model": "told"})
     text = report.text(found)
     assert "## Answers retained at 400 tokens" in text
@@ -181,3 +197,63 @@ def test_dense_is_the_first_arm():
     assert ARMS[0] == DENSE
     assert DENSE.is_dense
     assert not Arm(Chooser.MAIN_MODEL, 1.0).is_dense
+
+
+class Interrupted(Told):
+    """The user presses Ctrl-C once some prompts have all their answers."""
+
+    def __init__(self, prompts):
+        super().__init__(lambda *_: True)
+        self.prompts = prompts
+
+    def answers(self, task, arms, rng, *, with_text):
+        if len(arms) > 1:
+            self.prompts -= 1
+        if self.prompts < 0:
+            raise KeyboardInterrupt
+        return super().answers(task, arms, rng, with_text=with_text)
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(run, path):
+    whole, _ = run(suite(), Told(lambda *_: True))
+    with pytest.raises(KeyboardInterrupt):
+        run(suite(), Interrupted(3), Journal.begun(path, {"seed": "1"}))
+    journal = Journal.resumed(path, {"seed": "1"})
+    assert len(journal) == 3
+    backend = Told(lambda *_: True)
+    resumed, _ = run(suite(), backend, journal)
+    assert backend.texts_asked == 5 * len(ARMS)
+    assert resumed == whole
+
+
+def test_more_prompts_and_families_are_added_to_what_is_there(run, path):
+    run(suite(items=2), Told(lambda *_: True))
+    backend = Told(lambda *_: True)
+    asked = suite(("niah_single_1", "niah_single_2"), items=3)
+    run(asked, backend, Journal.resumed(path, {}))
+    assert backend.texts_asked == (1 + 3) * len(ARMS)
+
+
+def test_a_line_that_was_cut_off_is_asked_again(run, path):
+    run(suite(items=2), Told(lambda *_: True))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    journal = Journal.resumed(path, {})
+    assert len(journal) == 1
+    run(suite(items=2), Told(lambda *_: True), journal)
+    assert path.read_bytes() == whole
+
+
+def test_prompts_that_were_only_probed_are_answered_when_the_family_is_not_beyond(run, path):
+    asked = suite(items=2)
+    run(asked, Told(lambda *_: False))
+    assert len(Journal.resumed(path, {})) == 2
+    backend = Told(lambda *_: True)
+    run(replace(asked, least_dense=0.0), backend, Journal.resumed(path, {}))
+    assert backend.texts_asked == 2 * (len(ARMS) - 1)
+
+
+def test_a_journal_of_other_settings_is_refused(path):
+    Journal.begun(path, {"seed": "1"})
+    with pytest.raises(OtherSettings, match='"seed":"1"'):
+        Journal.resumed(path, {"seed": "2"})
