@@ -84,6 +84,9 @@ class SelectionConfig(Strict):
 
     min_kept_tokens: PositiveInt = 256  # absolute floor under any keep rate
     chunk_tokens: PositiveInt = 32
+    # A chunk counts for at least this share of the one before it: a fact that the speculator looks
+    # at goes on behind the chunk's border.
+    next_chunk_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.3
     pool_tokens: PositiveInt = 13
     sink_tokens: PositiveInt = 4  # the first tokens: the attention sink
     tail_tokens: PositiveInt = 64  # the last tokens of the last user turn: the query

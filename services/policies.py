@@ -23,6 +23,7 @@ def selection_policy(selection: SelectionConfig, block_tokens: int = 1) -> Selec
         sink_tokens=selection.sink_tokens,
         tail_tokens=selection.tail_tokens,
         block_tokens=block_tokens,
+        next_chunk_share=selection.next_chunk_share,
         auto=AutoKeep(least_certainty=selection.least_certainty),
     )
 

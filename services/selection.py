@@ -31,6 +31,9 @@ class SelectionPolicy:
     sink_tokens: int = 4  # the first tokens of the prompt, always kept
     tail_tokens: int = 64  # the last tokens of the prompt, always kept
     block_tokens: int = 1  # of the engine's KV cache: a protected prefix ends with a whole block
+    # A chunk counts for at least this share of the one before it: the draft model looks at where
+    # a fact begins, and the fact goes on behind. 0: as in the paper.
+    next_chunk_share: float = 0.0
     auto: AutoKeep = field(default_factory=AutoKeep)  # where a plan lets the scores choose
 
 
@@ -42,6 +45,8 @@ def select(
     certainty: float = 1.0,
 ) -> Selection:
     """Keep the protected tokens and the top chunks of `policy.chunk_tokens` tokens by mean score.
+
+    The mean is over what keeping a chunk would add: its tokens that are not protected.
 
     The budget is `ceil(chunks * plan.keep)` chunks, raised to `min_kept_tokens`; protected tokens
     count toward it one by one, and no chunk is rounded up for them. Scored chunks always get at
@@ -63,12 +68,13 @@ def select(
         return dense(len(scores), Reason.FLAT_SCORES)
     kept = _protected_mask(len(scores), protected, policy)
     anything_protected = bool(kept.any())
+    worth = _worth(scores, kept, policy)
     if plan.floor is not None:
-        chosen = _automatic(means, kept, plan.floor, plan.keep, policy, certainty)
+        chosen = _automatic(worth, kept, plan.floor, plan.keep, policy, certainty)
         if isinstance(chosen, Reason):
             return dense(len(scores), chosen)
         plan = replace(plan, keep=chosen)
-    for chunk in _chosen_chunks(means, kept, plan, policy).tolist():
+    for chunk in _chosen_chunks(worth, kept, plan, policy).tolist():
         kept[chunk * policy.chunk_tokens : (chunk + 1) * policy.chunk_tokens] = True
     if len(kept) - int(kept.sum()) < policy.chunk_tokens:
         reason = Reason.PROTECTED_SPANS if anything_protected else Reason.KEEP_IS_ONE
@@ -156,8 +162,18 @@ def _is_flat(means: NDArray[np.float64]) -> bool:
     return float(np.ptp(inner)) <= FLAT_SPREAD * float(np.abs(inner).max())
 
 
+def _worth(scores: Scores, protected: Mask, policy: SelectionPolicy) -> NDArray[np.float64]:
+    """[N] -> [chunks]: what keeping each chunk would add; 0 where all of it is protected."""
+    free = _free(protected, policy.chunk_tokens)
+    starts = np.arange(0, len(scores), policy.chunk_tokens)
+    sums = np.add.reduceat(np.where(protected, 0.0, scores), starts, dtype=np.float64)
+    worth: NDArray[np.float64] = sums / np.maximum(free, 1)
+    worth[1:] = np.maximum(worth[1:], policy.next_chunk_share * worth[:-1])
+    return worth
+
+
 def _automatic(
-    means: NDArray[np.float64],
+    worth: NDArray[np.float64],
     protected: Mask,
     floor: float,
     ceiling: float,
@@ -166,17 +182,16 @@ def _automatic(
 ) -> float | Reason:
     """The keep rate that the scores of the open chunks ask for, or why the prompt goes dense."""
     sure = certainty >= policy.auto.least_certainty
-    held = _held(protected, policy.chunk_tokens)
-    open_means = means[_has_free(held, len(protected), policy.chunk_tokens)]
-    chunks = needed(np.sort(open_means)[::-1], policy.auto, sure=sure)
-    if chunks > policy.auto.most_chunks * len(open_means):
+    of_open = worth[_free(protected, policy.chunk_tokens) > 0]
+    chunks = needed(np.sort(of_open)[::-1], policy.auto, sure=sure)
+    if chunks > policy.auto.most_chunks * len(of_open):
         return Reason.SPREAD_SCORES if sure else Reason.UNCERTAIN
-    wanted = (chunks * policy.chunk_tokens + int(held.sum())) / len(protected)
+    wanted = (chunks * policy.chunk_tokens + int(protected.sum())) / len(protected)
     return min(max(wanted, floor), ceiling)
 
 
 def _chosen_chunks(
-    means: NDArray[np.float64], protected: Mask, plan: Plan, policy: SelectionPolicy
+    worth: NDArray[np.float64], protected: Mask, plan: Plan, policy: SelectionPolicy
 ) -> NDArray[np.intp]:
     """The fewest top chunks that fill the budget beside what is protected.
 
@@ -185,25 +200,19 @@ def _chosen_chunks(
     """
     size = policy.chunk_tokens
     budget = budget_chunks(len(protected), plan.keep, policy)
-    held = _held(protected, size)
+    free = _free(protected, size)
     least = 1 if plan.floor is not None else math.ceil(budget / 2)
-    missing = max(budget * size - int(held.sum()), least * size)
-    order = len(means) - 1 - np.argsort(-means[::-1], kind="stable")
-    open_chunks = order[_has_free(held, len(protected), size)[order]]
-    filled = np.cumsum(size - held[open_chunks])
+    missing = max(budget * size - int(protected.sum()), least * size)
+    order = len(worth) - 1 - np.argsort(-worth[::-1], kind="stable")
+    open_chunks = order[free[order] > 0]
+    whole = len(worth) * size - len(protected)  # what the last chunk lacks counts as free
+    filled = np.cumsum(free[open_chunks] + np.where(open_chunks == len(worth) - 1, whole, 0))
     return open_chunks[: int(np.searchsorted(filled, missing)) + 1]
 
 
-def _held(protected: Mask, size: int) -> NDArray[np.int64]:
-    """How many tokens of each chunk are protected."""
-    return np.add.reduceat(protected, np.arange(0, len(protected), size), dtype=np.int64)
-
-
-def _has_free(held: NDArray[np.int64], prompt_tokens: int, size: int) -> Mask:
-    """Which chunks hold a token that is not protected already."""
-    sizes = np.full(len(held), size)
-    sizes[-1] = prompt_tokens - (len(held) - 1) * size
-    return held < sizes
+def _free(protected: Mask, size: int) -> NDArray[np.int64]:
+    """How many tokens of each chunk are not protected."""
+    return np.add.reduceat(~protected, np.arange(0, len(protected), size), dtype=np.int64)
 
 
 def _runs(kept: Mask) -> tuple[Span, ...]:

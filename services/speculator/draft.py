@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from ..config import SpeculatorConfig, local_path
 from ..errors import UnsupportedModel
 from . import attention
+from .llama import LlamaSteps
 from .reading import KvLayout, Reading
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # a chunk's keys would depend on what follows
@@ -37,6 +38,7 @@ class Draft:
     eos_ids: frozenset[int]
     vocabulary_size: int
     max_positions: int | None  # None: no limit is configured
+    steps: LlamaSteps | None = None  # a quicker way to feed single tokens, where there is one
 
 
 def load_draft(config: SpeculatorConfig) -> Draft:
@@ -61,6 +63,7 @@ def as_draft(model: PreTrainedModel) -> Draft:
         eos_ids=_eos_ids(model),
         vocabulary_size=text.vocab_size,
         max_positions=text.to_dict().get("max_position_embeddings"),
+        steps=LlamaSteps.of(model),
     )
 
 
@@ -91,10 +94,10 @@ def refuse_unfaithful_attention(model: PreTrainedModel) -> KvLayout:
         expected = _last_logits_eager(model, tokens)
         model.set_attn_implementation(attention.NAME)
         layout = _probe_layout(model, tokens[:PROBE_CHUNK])
-        reading = Reading(tuple(tokens.tolist()), layout, PROBE_TOKENS)
-        read_chunk(model, [(reading, PROBE_CHUNK)])
-        read_chunk(model, [(reading, reading.unread_tokens)])
-        actual = look(model, [reading])
+        actual = torch.stack([
+            _last_logits(model, tokens.tolist(), layout, steps)
+            for steps in (None, LlamaSteps.of(model))
+        ])  # fmt: skip
     tolerance = torch.finfo(actual.dtype).eps ** 0.5 * float(expected.abs().max())
     difference = float((actual - expected).abs().max())
     if not difference <= tolerance:
@@ -118,14 +121,19 @@ def read_chunk(model: PreTrainedModel, parts: Sequence[tuple[Reading, int]]) -> 
         reading.length += count
 
 
-def look(model: PreTrainedModel, readings: Sequence[Reading]) -> Tensor:
+def look(
+    model: PreTrainedModel, readings: Sequence[Reading], steps: LlamaSteps | None = None
+) -> Tensor:
     """Feed each reading's next token and record its queries; logits after it, [readings, V]."""
     tokens = [reading.next_token for reading in readings]
-    parts = [(reading, 1) for reading in readings]
-    output = _forward(model, tokens, parts, attention.Look(readings))
+    looking = attention.Look(readings)
+    if steps is None:
+        parts = [(reading, 1) for reading in readings]
+        logits: Tensor = _forward(model, tokens, parts, looking).logits[0]
+    else:
+        logits = steps.logits(tokens, [reading.length for reading in readings], looking)
     for reading in readings:
         reading.length += 1
-    logits: Tensor = output.logits[0]
     return logits
 
 
@@ -149,6 +157,15 @@ def _probe_layout(model: PreTrainedModel, tokens: Tensor) -> KvLayout:
     probe = attention.LayoutProbe()
     model(input_ids=tokens[None], use_cache=False, attending=probe)
     return probe.layout(model.dtype, model.device)
+
+
+def _last_logits(
+    model: PreTrainedModel, tokens: list[int], layout: KvLayout, steps: LlamaSteps | None
+) -> Tensor:
+    reading = Reading(tuple(tokens), layout, PROBE_TOKENS)
+    read_chunk(model, [(reading, PROBE_CHUNK)])
+    read_chunk(model, [(reading, reading.unread_tokens)])
+    return look(model, [reading], steps)
 
 
 def _last_logits_eager(model: PreTrainedModel, tokens: Tensor) -> Tensor:

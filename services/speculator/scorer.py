@@ -217,7 +217,7 @@ class Scorer:
             if not live:
                 return
             with torch.inference_mode():
-                logits = look(self.draft.model, live).float()
+                logits = look(self.draft.model, live, self.draft.steps).float()
                 certainties, following = logits.softmax(dim=-1).max(dim=-1)
             told = zip(live, following.tolist(), certainties.tolist(), strict=True)
             for reading, token, certainty in told:

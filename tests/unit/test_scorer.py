@@ -36,6 +36,7 @@ from specprefill.speculator.attention import causal_attention
 from specprefill.speculator.draft import (
     Draft,
     as_draft,
+    look,
     read_chunk,
     refuse_unsupported_cache,
 )
@@ -259,7 +260,7 @@ def test_short_prompts_are_read_in_one_pass(
 
 def test_the_last_layer_stops_a_pass_that_only_reads(llama: PreTrainedModel) -> None:
     ended: list[torch.nn.Module] = []
-    scorer = scorer_of(as_draft(llama))
+    scorer = scorer_of(replace(as_draft(llama), steps=None))
     hook = llama.model.layers[-1].mlp.register_forward_hook(lambda module, *_: ended.append(module))
     try:
         with scorer.opened([prompt_of(100)]) as readings:
@@ -270,6 +271,37 @@ def test_the_last_layer_stops_a_pass_that_only_reads(llama: PreTrainedModel) -> 
             assert len(ended) == 8
     finally:
         hook.remove()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama-gqa2", "qwen2-gqa4"])
+def test_single_tokens_are_fed_as_the_whole_model_would(name: str, dtype: torch.dtype) -> None:
+    draft = as_draft(tiny_model(name).to(dtype))
+    assert draft.steps is not None
+    told = []
+    for steps in (None, draft.steps):
+        scorer = scorer_of(replace(draft, steps=steps))
+        with scorer.opened([prompt_of(40), prompt_of(71)]) as readings, torch.inference_mode():
+            scorer.read(readings)
+            logits = look(draft.model, readings, steps)
+            told.append((logits.float(), torch.stack(readings[1].queries[-1]).float()))
+    (logits, queries), (expected, expected_queries) = told
+    close = 1e-5 if dtype is torch.float32 else 3e-2
+    for ours, theirs in ((logits, expected), (queries, expected_queries)):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=close * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"), [("qwen3-gqa2", {}), ("llama-gqa2", {"hidden_act": "gelu"})]
+)
+def test_a_model_of_another_shape_is_called_as_a_whole(name: str, changed: dict[str, str]) -> None:
+    kind, model, shape = SHAPES[name]
+    torch.manual_seed(1)
+    draft = as_draft(model(tiny_config(kind, **shape, **changed)).eval())
+    assert draft.steps is None
+    (scores,) = scorer_of(draft).score([prompt_of(70)])
+    expected, _ = reference_scores(draft.model, prompt_of(70), 8, frozenset())
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("past", [0, 1, 37])

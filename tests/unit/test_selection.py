@@ -288,3 +288,24 @@ def test_a_protected_prefix_ends_with_a_whole_block(protected: int, ends: int) -
     spans = (Span(0, protected),) if protected else ()
     selection = select(scores, prune(0.02), spans, policy)
     assert selection.runs[0] == (Span(0, ends) if ends else Span(1600, 1664))
+
+
+def test_what_stands_behind_a_peak_counts_for_a_share_of_it() -> None:
+    scores = np.full(320, 0.1, dtype=np.float32)
+    scores[96:128] = 1.0  # where a fact begins
+    scores[224:256] = 0.2
+    carrying = replace(BARE, next_chunk_share=0.3)
+    assert select(scores, prune(0.2), (), BARE).runs == (Span(96, 128), Span(224, 256))
+    assert select(scores, prune(0.2), (), carrying).runs == (Span(96, 160),)
+    # Of a share of a share nothing is left: one chunk, not a tail of them.
+    assert select(scores, prune(0.3), (), carrying).runs == (Span(96, 160), Span(224, 256))
+
+
+def test_a_chunk_is_judged_by_what_is_not_protected_in_it() -> None:
+    scores = np.full(320, 0.1, dtype=np.float32)
+    scores[96:112] = 1.0
+    scores[224:256] = 0.2
+    free = select(scores, prune(0.1), (), BARE)
+    held = select(scores, prune(0.2), (Span(96, 112),), BARE)
+    assert free.runs == (Span(96, 128),)
+    assert held.runs == (Span(96, 112), Span(224, 256), Span(288, 320))
