@@ -7,7 +7,7 @@ is shared between scorers or calls.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -56,18 +56,29 @@ class ReadChunk:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
         """See `Attending`. Raises KeysStored in the last layer."""
+        self.store(layer, key, value)
         layout = self.parts[0][0].layout
-        row = layout.layers.index(layer)
-        outputs, start = [], 0
-        for reading, tokens in self.parts:
-            part = slice(start, start + tokens)
-            reading.store(row, key[0, :, part], value[0, :, part])
-            if layer != layout.last_layer:
-                outputs.append(_attend_stored(reading, row, query[:, :, part], scaling))
-            start += tokens
         if layer == layout.last_layer:
             raise KeysStored
+        row = layout.layers.index(layer)
+        outputs = [
+            _attend_stored(reading, row, query[:, :, part], scaling)
+            for reading, part in self._slices()
+        ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+    def store(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Keep one layer's `[1, kv_heads, tokens, dim]`."""
+        row = self.parts[0][0].layout.layers.index(layer)
+        for reading, part in self._slices():
+            reading.store(row, key[0, :, part], value[0, :, part])
+
+    def _slices(self) -> Iterator[tuple[Reading, slice]]:
+        """Where each prompt's tokens are in the pack."""
+        start = 0
+        for reading, tokens in self.parts:
+            yield reading, slice(start, start + tokens)
+            start += tokens
 
 
 @dataclass(frozen=True, slots=True)

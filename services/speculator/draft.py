@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from ..config import SpeculatorConfig, local_path
 from ..errors import UnsupportedModel
 from . import attention
-from .llama import LlamaSteps
+from .llama import Llama
 from .reading import KvLayout, Reading
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # a chunk's keys would depend on what follows
@@ -38,7 +38,7 @@ class Draft:
     eos_ids: frozenset[int]
     vocabulary_size: int
     max_positions: int | None  # None: no limit is configured
-    steps: LlamaSteps | None = None  # a quicker way to feed single tokens, where there is one
+    quick: Llama | None = None  # the same model without its modules, where its shape is known
 
 
 def load_draft(config: SpeculatorConfig) -> Draft:
@@ -63,7 +63,7 @@ def as_draft(model: PreTrainedModel) -> Draft:
         eos_ids=_eos_ids(model),
         vocabulary_size=text.vocab_size,
         max_positions=text.to_dict().get("max_position_embeddings"),
-        steps=LlamaSteps.of(model),
+        quick=Llama.of(model),
     )
 
 
@@ -95,8 +95,8 @@ def refuse_unfaithful_attention(model: PreTrainedModel) -> KvLayout:
         model.set_attn_implementation(attention.NAME)
         layout = _probe_layout(model, tokens[:PROBE_CHUNK])
         actual = torch.stack([
-            _last_logits(model, tokens.tolist(), layout, steps)
-            for steps in (None, LlamaSteps.of(model))
+            _last_logits(model, tokens.tolist(), layout, quick)
+            for quick in (None, Llama.of(model))
         ])  # fmt: skip
     tolerance = torch.finfo(actual.dtype).eps ** 0.5 * float(expected.abs().max())
     difference = float((actual - expected).abs().max())
@@ -108,49 +108,60 @@ def refuse_unfaithful_attention(model: PreTrainedModel) -> KvLayout:
     return layout
 
 
-def read_chunk(model: PreTrainedModel, parts: Sequence[tuple[Reading, int]]) -> None:
+def read_chunk(
+    model: PreTrainedModel, parts: Sequence[tuple[Reading, int]], quick: Llama | None = None
+) -> None:
     """Read the next tokens of some prompts, so many of each, in one pass. Gives no logits."""
     tokens = [
         token
         for reading, count in parts
         for token in reading.prompt[reading.length : reading.length + count]
     ]
-    with suppress(attention.KeysStored):
-        _forward(model, tokens, parts, attention.ReadChunk(parts))
+    ids, positions = _packed(model, tokens, parts)
+    reading_chunk = attention.ReadChunk(parts)
+    if quick is None:
+        with suppress(attention.KeysStored):
+            _forward(model, ids, positions, reading_chunk)
+    else:
+        quick.read(ids, positions, reading_chunk)
     for reading, count in parts:
         reading.length += count
 
 
-def look(
-    model: PreTrainedModel, readings: Sequence[Reading], steps: LlamaSteps | None = None
-) -> Tensor:
+def look(model: PreTrainedModel, readings: Sequence[Reading], quick: Llama | None = None) -> Tensor:
     """Feed each reading's next token and record its queries; logits after it, [readings, V]."""
     tokens = [reading.next_token for reading in readings]
+    ids, positions = _packed(model, tokens, [(reading, 1) for reading in readings])
     looking = attention.Look(readings)
-    if steps is None:
-        parts = [(reading, 1) for reading in readings]
-        logits: Tensor = _forward(model, tokens, parts, looking).logits[0]
+    if quick is None:
+        logits: Tensor = _forward(model, ids, positions, looking).logits[0]
     else:
-        logits = steps.logits(tokens, [reading.length for reading in readings], looking)
+        logits = quick.logits(ids, positions, looking)
     for reading in readings:
         reading.length += 1
     return logits
 
 
-def _forward(
-    model: PreTrainedModel,
-    tokens: Sequence[int],
-    parts: Sequence[tuple[Reading, int]],
-    attending: attention.Attending,
-) -> Any:
-    """One pass over packed tokens, each at its position within its own prompt."""
+def _packed(
+    model: PreTrainedModel, tokens: Sequence[int], parts: Sequence[tuple[Reading, int]]
+) -> tuple[Tensor, Tensor]:
+    """The tokens' ids, and each one's position within its own prompt."""
     positions = [
         position
         for reading, count in parts
         for position in range(reading.length, reading.length + count)
     ]
-    ids = torch.tensor([tokens, positions]).to(model.device)
-    return model(input_ids=ids[:1], position_ids=ids[1:], use_cache=False, attending=attending)
+    ids, places = torch.tensor([tokens, positions]).to(model.device)
+    return ids, places
+
+
+def _forward(
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, attending: attention.Attending
+) -> Any:
+    """One pass over packed tokens."""
+    return model(
+        input_ids=ids[None], position_ids=positions[None], use_cache=False, attending=attending
+    )
 
 
 def _probe_layout(model: PreTrainedModel, tokens: Tensor) -> KvLayout:
@@ -160,12 +171,12 @@ def _probe_layout(model: PreTrainedModel, tokens: Tensor) -> KvLayout:
 
 
 def _last_logits(
-    model: PreTrainedModel, tokens: list[int], layout: KvLayout, steps: LlamaSteps | None
+    model: PreTrainedModel, tokens: list[int], layout: KvLayout, quick: Llama | None
 ) -> Tensor:
     reading = Reading(tuple(tokens), layout, PROBE_TOKENS)
-    read_chunk(model, [(reading, PROBE_CHUNK)])
-    read_chunk(model, [(reading, reading.unread_tokens)])
-    return look(model, [reading], steps)
+    read_chunk(model, [(reading, PROBE_CHUNK)], quick)
+    read_chunk(model, [(reading, reading.unread_tokens)], quick)
+    return look(model, [reading], quick)
 
 
 def _last_logits_eager(model: PreTrainedModel, tokens: Tensor) -> Tensor:

@@ -1,12 +1,11 @@
-"""One token after another through a model of Llama's shape, straight from its weights.
+"""Tokens through a model of Llama's shape, straight from its weights.
 
-A forward pass over one token is mostly calls of modules: in a small model on a CPU they take more
-than half of it. The arithmetic is that of transformers' `modeling_llama`.
+The arithmetic is that of transformers' `modeling_llama`. A pass over a single token is mostly calls
+of modules there: in a small model on a CPU they take a third of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from .attention import Attending
+from .attention import Attending, ReadChunk
 
 SHAPED_ALIKE = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
 
@@ -30,6 +29,17 @@ class Projection(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
+
+
+class Turn(NamedTuple):
+    """Rotary positions, [tokens, 1, head_dim] both.
+
+    Of the first half of the sines the sign is changed, so that `roll(x) * signed_sin` is
+    `rotate_half(x) * sin`.
+    """
+
+    cos: Tensor
+    signed_sin: Tensor
 
 
 class Layer(NamedTuple):
@@ -49,8 +59,8 @@ class Layer(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class LlamaSteps:
-    """Feeds single tokens to a model whose layers are Llama's."""
+class Llama:
+    """A model whose layers are Llama's, ready to run without its modules."""
 
     embedding: Tensor  # [vocabulary, hidden]
     layers: tuple[Layer, ...]
@@ -61,7 +71,7 @@ class LlamaSteps:
     eps: float
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> LlamaSteps | None:
+    def of(cls, model: PreTrainedModel) -> Llama | None:
         """None for a model of another shape."""
         if not isinstance(model, SHAPED_ALIKE) or model.config.hidden_act != "silu":
             return None
@@ -76,39 +86,59 @@ class LlamaSteps:
             eps=decoder.norm.variance_epsilon,
         )
 
-    def logits(
-        self, tokens: Sequence[int], positions: Sequence[int], attending: Attending
-    ) -> Tensor:
-        """After each token, which are of different prompts: [tokens, vocabulary]."""
-        device = self.embedding.device
-        hidden = functional.embedding(torch.tensor(tokens, device=device), self.embedding)
-        cos, sin = self.rotary(hidden, torch.tensor([positions], device=device))
-        turned = _signed(sin)
-        for layer in self.layers:
-            normed = functional.rms_norm(hidden, layer.norm.shape, layer.norm, self.eps)
-            query, key, value = (
-                self._heads(functional.linear(normed, *each))
-                for each in (layer.query, layer.key, layer.value)
-            )
-            seen = attending.attend(
-                layer.number,
-                _rotated(query, cos, turned),
-                _rotated(key, cos, turned),
-                value,
-                layer.scaling,
-            )
-            flat = seen[0].transpose(0, 1).reshape(len(tokens), -1)
-            hidden = hidden + functional.linear(flat, *layer.output)
-            normed = functional.rms_norm(hidden, layer.feed_norm.shape, layer.feed_norm, self.eps)
-            gate = functional.silu(functional.linear(normed, *layer.gate))
-            fed = gate * functional.linear(normed, *layer.up)
-            hidden = hidden + functional.linear(fed, *layer.down)
-        normed = functional.rms_norm(hidden, self.norm.shape, self.norm, self.eps)
-        return functional.linear(normed, *self.head)
+    def read(self, ids: Tensor, positions: Tensor, reading: ReadChunk) -> None:
+        """Store every layer's keys and values of packed tokens, `[tokens]` both.
 
-    def _heads(self, projected: Tensor) -> Tensor:
-        """[tokens, heads * head_dim] -> [1, heads, tokens, head_dim]."""
-        return projected.view(1, len(projected), -1, self.head_dim).transpose(1, 2)
+        Nothing that no key depends on is computed: of the last layer not even a query.
+        """
+        hidden, turn = self._embedded(ids, positions)
+        for layer in self.layers[:-1]:
+            hidden = self._through(layer, hidden, turn, reading)
+        last = self.layers[-1]
+        normed = self._normed(hidden, last.norm)
+        key = self._heads(normed, last.key, turn)
+        reading.store(last.number, key, self._heads(normed, last.value))
+
+    def logits(self, ids: Tensor, positions: Tensor, attending: Attending) -> Tensor:
+        """After each token: [tokens, vocabulary]."""
+        hidden, turn = self._embedded(ids, positions)
+        for layer in self.layers:
+            hidden = self._through(layer, hidden, turn, attending)
+        return functional.linear(self._normed(hidden, self.norm), *self.head)
+
+    def _embedded(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, Turn]:
+        hidden = functional.embedding(ids, self.embedding)
+        cos, sin = self.rotary(hidden, positions[None])
+        first, second = sin.chunk(2, dim=-1)
+        return hidden, Turn(cos.transpose(0, 1), torch.cat((-first, second), -1).transpose(0, 1))
+
+    def _through(self, layer: Layer, hidden: Tensor, turn: Turn, attending: Attending) -> Tensor:
+        """The layer's output, in place of its input: [tokens, hidden]."""
+        normed = self._normed(hidden, layer.norm)
+        seen = attending.attend(
+            layer.number,
+            self._heads(normed, layer.query, turn),
+            self._heads(normed, layer.key, turn),
+            self._heads(normed, layer.value),
+            layer.scaling,
+        )
+        hidden += functional.linear(seen[0].transpose(0, 1).flatten(1), *layer.output)
+        normed = self._normed(hidden, layer.feed_norm)
+        fed = functional.silu(functional.linear(normed, *layer.gate), inplace=True)
+        fed *= functional.linear(normed, *layer.up)
+        hidden += functional.linear(fed, *layer.down)
+        return hidden
+
+    def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return functional.rms_norm(hidden, weight.shape, weight, self.eps)
+
+    def _heads(self, normed: Tensor, projection: Projection, turn: Turn | None = None) -> Tensor:
+        """[1, heads, tokens, head_dim], at its positions."""
+        states = functional.linear(normed, *projection).view(len(normed), -1, self.head_dim)
+        if turn is not None:
+            rolled = states.roll(self.head_dim // 2, dims=-1)
+            states = torch.addcmul(states * turn.cos, rolled, turn.signed_sin)
+        return states.transpose(0, 1)[None]
 
 
 def _layer(module: Any) -> Layer:
@@ -130,14 +160,3 @@ def _layer(module: Any) -> Layer:
 
 def _projection(module: nn.Linear) -> Projection:
     return Projection(module.weight, module.bias)
-
-
-def _signed(sin: Tensor) -> Tensor:
-    """So that `roll(x) * signed` is `rotate_half(x) * sin`."""
-    first, second = sin.chunk(2, dim=-1)
-    return torch.cat((-first, second), dim=-1)
-
-
-def _rotated(states: Tensor, cos: Tensor, turned: Tensor) -> Tensor:
-    """Rotary positions, [1, heads, tokens, head_dim]."""
-    return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, dims=-1), turned)

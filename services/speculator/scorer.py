@@ -194,7 +194,7 @@ class Scorer:
             if not parts:
                 return open_readings
             with torch.inference_mode():
-                read_chunk(self.draft.model, parts)
+                read_chunk(self.draft.model, parts, self.draft.quick)
 
     def _next_parts(self, readings: Sequence[Reading]) -> list[tuple[Reading, int]]:
         """Which readings go into the next pass, and how many tokens of each."""
@@ -217,7 +217,7 @@ class Scorer:
             if not live:
                 return
             with torch.inference_mode():
-                logits = look(self.draft.model, live, self.draft.steps).float()
+                logits = look(self.draft.model, live, self.draft.quick).float()
                 certainties, following = logits.softmax(dim=-1).max(dim=-1)
             told = zip(live, following.tolist(), certainties.tolist(), strict=True)
             for reading, token, certainty in told:

@@ -40,6 +40,7 @@ from specprefill.speculator.draft import (
     read_chunk,
     refuse_unsupported_cache,
 )
+from specprefill.speculator.llama import Llama
 from specprefill.speculator.reading import Reading
 from specprefill.speculator.scorer import Scorer, average_pool, load_scorer
 from specprefill.types import Plan, PlanKind, Reason, Selection
@@ -248,9 +249,11 @@ def test_short_prompts_are_read_in_one_pass(
     scorer = scorer_of(as_draft(llama), chunk=64)
     passes: list[list[int]] = []
 
-    def noted(model: PreTrainedModel, parts: Sequence[tuple[Reading, int]]) -> None:
+    def noted(
+        model: PreTrainedModel, parts: Sequence[tuple[Reading, int]], quick: Llama | None
+    ) -> None:
         passes.append([tokens for _, tokens in parts])
-        read_chunk(model, parts)
+        read_chunk(model, parts, quick)
 
     monkeypatch.setattr("specprefill.speculator.scorer.read_chunk", noted)
     with scorer.opened([prompt_of(tokens) for tokens in (21, 31, 41, 1)]) as readings:
@@ -260,7 +263,7 @@ def test_short_prompts_are_read_in_one_pass(
 
 def test_the_last_layer_stops_a_pass_that_only_reads(llama: PreTrainedModel) -> None:
     ended: list[torch.nn.Module] = []
-    scorer = scorer_of(replace(as_draft(llama), steps=None))
+    scorer = scorer_of(replace(as_draft(llama), quick=None))
     hook = llama.model.layers[-1].mlp.register_forward_hook(lambda module, *_: ended.append(module))
     try:
         with scorer.opened([prompt_of(100)]) as readings:
@@ -275,19 +278,19 @@ def test_the_last_layer_stops_a_pass_that_only_reads(llama: PreTrainedModel) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama-gqa2", "qwen2-gqa4"])
-def test_single_tokens_are_fed_as_the_whole_model_would(name: str, dtype: torch.dtype) -> None:
+def test_a_model_without_its_modules_computes_the_same(name: str, dtype: torch.dtype) -> None:
     draft = as_draft(tiny_model(name).to(dtype))
-    assert draft.steps is not None
+    assert draft.quick is not None
     told = []
-    for steps in (None, draft.steps):
-        scorer = scorer_of(replace(draft, steps=steps))
+    for quick in (None, draft.quick):
+        scorer = scorer_of(replace(draft, quick=quick))
         with scorer.opened([prompt_of(40), prompt_of(71)]) as readings, torch.inference_mode():
             scorer.read(readings)
-            logits = look(draft.model, readings, steps)
-            told.append((logits.float(), torch.stack(readings[1].queries[-1]).float()))
-    (logits, queries), (expected, expected_queries) = told
+            logits = look(draft.model, readings, quick)
+            queries = torch.stack(readings[1].queries[-1])
+            told.append([each.float() for each in (logits, queries, readings[1].keys[:, :, :71])])
     close = 1e-5 if dtype is torch.float32 else 3e-2
-    for ours, theirs in ((logits, expected), (queries, expected_queries)):
+    for theirs, ours in zip(*told, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=close * float(theirs.abs().max()))
 
 
@@ -298,7 +301,7 @@ def test_a_model_of_another_shape_is_called_as_a_whole(name: str, changed: dict[
     kind, model, shape = SHAPES[name]
     torch.manual_seed(1)
     draft = as_draft(model(tiny_config(kind, **shape, **changed)).eval())
-    assert draft.steps is None
+    assert draft.quick is None
     (scores,) = scorer_of(draft).score([prompt_of(70)])
     expected, _ = reference_scores(draft.model, prompt_of(70), 8, frozenset())
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-6)
