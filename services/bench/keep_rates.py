@@ -35,6 +35,8 @@ SETTINGS = {
     RuleName.PEAKS: (0.03, 0.05, 0.1, 0.15, 0.2, 0.3),
     RuleName.BACKGROUND: (1.5, 2.0, 3.0, 4.0, 6.0),
 }
+NEXT_SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+NEXT_SHARES_KEEP = 0.1
 FLOOR = SelectionConfig().floor
 ENOUGH = 0.95  # of dense, in every family
 
@@ -101,6 +103,14 @@ def variants(policy: SelectionPolicy) -> Iterator[Variant]:
             for setting in settings:
                 auto = AutoKeep(rule, setting, guard, unsure_share, policy.auto.most_chunks)
                 yield Variant(name_of(auto), automatic, replace(policy, auto=auto))
+
+
+def next_shares(policy: SelectionPolicy) -> Iterator[Variant]:
+    """How much of a chunk's score the chunk behind it gets, at a low fixed rate."""
+    plan = Plan(PlanKind.PRUNE, Reason.ASKED, NEXT_SHARES_KEEP)
+    for share in NEXT_SHARES:
+        name = f"keep {NEXT_SHARES_KEEP:g}, next {share:g}"
+        yield Variant(name, plan, replace(policy, next_chunk_share=share))
 
 
 def _guards(auto: AutoKeep) -> tuple[tuple[float, float], ...]:
@@ -199,7 +209,7 @@ def _cell(found: FamilyResult) -> str:
 
 
 def scored(
-    speculator: str, families: Sequence[str], seeds: int, lengths: Sequence[int]
+    speculator: str, families: Sequence[str], seeds: Sequence[int], lengths: Sequence[int]
 ) -> list[Scored]:
     """Every family's prompts through the speculator, as the gateway and the service do it."""
     from .scored_prompts import Scoring
@@ -207,7 +217,7 @@ def scored(
     scoring = Scoring.load(SpeculatorConfig(path=speculator, dtype="float32"))
     prompts: list[Scored] = []
     for family, length in itertools.product(families, lengths):
-        tasks = (generate(family, seed, length, scoring.tokenizer) for seed in range(seeds))
+        tasks = (generate(family, seed, length, scoring.tokenizer) for seed in seeds)
         prompts.extend(map(scoring.scored, tasks))
         print(f"scored: {family}, {length} tokens", flush=True)
     return prompts
@@ -222,6 +232,9 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096])
     parser.add_argument("--seeds", type=int, default=10, help="prompts per family and length")
+    parser.add_argument(
+        "--first-seed", type=int, default=0, help="settings are chosen on some, confirmed on others"
+    )
     parser.add_argument("--out", type=Path, default=OUT / "bench-keep-rates.json")
     return parser.parse_args(argv)
 
@@ -229,14 +242,18 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Score, compare, print, write."""
     args = options(argv)
-    prompts = scored(args.speculator, args.families, args.seeds, args.lengths)
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    prompts = scored(args.speculator, args.families, seeds, args.lengths)
     policy = selection_policy(SelectionConfig(), BLOCK_TOKENS)
     results = [measured(variant, prompts) for variant in variants(policy)]
     shipped = next(result for result in results if result.variant == name_of(policy.auto))
     fixed = [result for result in results if result.variant in {"keep 0.1", "keep 0.3"}]
     print(f"\n{overview([*results[: len(FIXED)], *best_of_each_rule(results[len(FIXED) :])])}")
     print(f"\n{by_family([shipped, *fixed])}")
-    write_json(args.out, provenance(0), {"results": [asdict(result) for result in results]})
+    shares = [measured(variant, prompts) for variant in next_shares(policy)]
+    print(f"\n{by_family(shares)}")
+    found = {"results": list(map(asdict, results)), "next_shares": list(map(asdict, shares))}
+    write_json(args.out, provenance(args.first_seed), found)
     print(f"written to {args.out}")
     return 0
 

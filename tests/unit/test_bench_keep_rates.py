@@ -90,3 +90,17 @@ def test_the_overview_compares_with_the_smallest_fixed_rate_that_is_enough():
 def test_families_side_by_side():
     text = keep_rates.by_family([result("keep 0.3", 0.3, a=0.5, b=1.0)])
     assert "50% of gold at 30%" in text
+
+
+def test_a_fact_across_a_border_survives_by_the_share_of_the_next_chunk():
+    scores = np.full(3200, 0.001, dtype=np.float32)
+    scores[320:352] = 1.0
+    scores[1600:2600] = 0.25  # more chunks than the budget has
+    asked = Scored("needles", scores, 1.0, (), (Span(340, 370),))
+    survived = {
+        variant.name: keep_rates.measured(variant, [asked]).families["needles"].survival
+        for variant in keep_rates.next_shares(POLICY)
+    }
+    assert survived["keep 0.1, next 0"] == 0.0
+    assert survived["keep 0.1, next 0.2"] == 0.0
+    assert survived["keep 0.1, next 0.3"] == 1.0
