@@ -73,7 +73,9 @@ def build(args: AppConfig) -> serve.Application:
     """Four deployments: Gateway (ingress), Speculator, Prefill, Decode."""
     gpus = os.environ.get(ENV_SWITCH) != "1"
     drain_s = args.gateway.request_timeout_s + DRAIN_MARGIN_S
-    config_json = args.model_dump_json(exclude={"slo", "scaling"})  # they restart no replica
+    # Another SLO restarts no replica of a pool, and gateways only if they admit requests by it.
+    config_json = args.model_dump_json(exclude={"slo": True, "scaling": True, "gateway": True})
+    gateway_json = args.for_gateways().model_dump_json(exclude={"slo", "scaling"})
 
     def scaled(bounds: PoolScaling) -> dict[str, Any]:
         if args.slo is None:
@@ -131,7 +133,7 @@ def build(args: AppConfig) -> serve.Application:
         PoolScaling(min_replicas=gateways, max_replicas=gateways),  # so that it reports as well
     )
     return gateway.bind(
-        config_json,
+        gateway_json,
         speculator.bind(config_json),
         prefill.bind(config_json),
         decode.bind(config_json),

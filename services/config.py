@@ -139,7 +139,8 @@ class KvConfig(Strict):
 class AdmissionConfig(Strict):
     """Under load: lower keep rates first, then a place behind those in time, then 429."""
 
-    ttft_s: Seconds  # what keep rates are bent for
+    # The SLO of first tokens that keep rates are bent for. Where `slo` names it, nothing here.
+    ttft_s: Seconds | None = None
     keep_floor: Rate = 0.1  # for requests that name no floor and no rate of their own
     max_waiting: PositiveInt = 1024  # more are shed
     max_waiting_per_key: PositiveInt = 256  # of one API key, where there are several
@@ -215,6 +216,33 @@ class AppConfig(Strict):
     slo: SloConfig | None = None  # None: as many replicas as the deployments say
     scaling: ScalingConfig = ScalingConfig()
     quality: QualityConfig = QualityConfig()
+
+    @model_validator(mode="after")
+    def _one_slo(self) -> Self:
+        """Pools are sized and requests admitted for the same SLO, so one key names it."""
+        admission = self.gateway.admission
+        if admission is None:
+            return self
+        if self.slo is None and admission.ttft_s is None:
+            raise ValueError(
+                "gateway.admission: needs an SLO: slo.ttft_s, or gateway.admission.ttft_s "
+                "where the pools have fixed sizes"
+            )
+        if self.slo is not None and admission.ttft_s is not None:
+            raise ValueError(
+                f"gateway.admission.ttft_s is {admission.ttft_s:g} and slo.ttft_s is "
+                f"{self.slo.ttft_s:g}: slo.ttft_s names the SLO for both, drop the other"
+            )
+        return self
+
+    def for_gateways(self) -> AppConfig:
+        """What gateways need to know: their admission names the SLO itself."""
+        admission = self.gateway.admission
+        if self.slo is None or admission is None:
+            return self.model_copy(update={"slo": None})
+        named = admission.model_copy(update={"ttft_s": self.slo.ttft_s})
+        gateway = self.gateway.model_copy(update={"admission": named})
+        return self.model_copy(update={"gateway": gateway, "slo": None})
 
 
 def local_path(path: str) -> str:

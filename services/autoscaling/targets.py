@@ -9,7 +9,7 @@ from ..gain import TYPICAL_KEEP
 from ..scaling.values import Pool, PoolLimits, ScalingPolicy, Slo
 
 REPORT_S = 1.0  # replicas push their signals so often
-KEEP_FLOOR = 0.1  # a burst bends the keep rate no further
+KEEP_FLOOR = 0.1  # a burst bends the keep rate no further, where there is no admission
 
 
 def scaling_policy(config: AppConfig) -> ScalingPolicy:
@@ -18,6 +18,8 @@ def scaling_policy(config: AppConfig) -> ScalingPolicy:
         raise ValueError("args.slo: needed by the autoscaling policy")
     scaling, asked = config.scaling, config.selection.keep
     keep = TYPICAL_KEEP if asked == "auto" else asked
+    admission = config.gateway.admission
+    floor = KEEP_FLOOR if admission is None else admission.keep_floor
     return ScalingPolicy(
         slo=Slo(config.slo.ttft_s, config.slo.percentile / 100.0, config.slo.gap_s),
         pools={
@@ -26,7 +28,7 @@ def scaling_policy(config: AppConfig) -> ScalingPolicy:
             Pool.DECODE: _limits(scaling.decode),
         },
         keep=keep,
-        keep_floor=min(KEEP_FLOOR, keep),
+        keep_floor=min(floor, keep),
         settle_s=scaling.settle_s,
         idle_s=scaling.idle_s,
         window_s=scaling.window_s,

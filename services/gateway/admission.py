@@ -46,7 +46,7 @@ def behind_gate(
 ) -> Pipeline | AdmittingPipeline:
     """The pipeline, behind a gate if the configuration has one."""
     admission = config.admission
-    if admission is None:
+    if admission is None or admission.ttft_s is None:
         return pipeline
     policy = AdmissionPolicy(
         admission.ttft_s,

@@ -90,3 +90,31 @@ def test_the_keep_rate_may_be_automatic_between_bounds():
 def test_net_gain_can_be_switched_off():
     config = AppConfig.model_validate({**LEAST, "selection": {"min_gain": None}})
     assert planner(config.selection, net_gain(config)).gain is None
+
+
+ADMITTING = {**LEAST, "gateway": {"admission": {}}}
+
+
+def test_the_slo_of_the_pools_is_the_slo_of_admission():
+    config = AppConfig.model_validate({**ADMITTING, "slo": {"ttft_s": 1.5}})
+    told = config.for_gateways()
+    assert told.gateway.admission.ttft_s == 1.5
+    assert AppConfig.model_validate_json(told.model_dump_json(exclude={"slo"})) == told
+
+
+def test_admission_names_its_slo_where_pools_have_fixed_sizes():
+    fixed = {**LEAST, "gateway": {"admission": {"ttft_s": 2.5}}}
+    assert AppConfig.model_validate(fixed).for_gateways().gateway.admission.ttft_s == 2.5
+
+
+@pytest.mark.parametrize(
+    ("admission", "slo", "said"),
+    [
+        ({}, None, r"needs an SLO: slo\.ttft_s, or gateway\.admission\.ttft_s"),
+        ({"ttft_s": 2.0}, {"ttft_s": 2.0}, r"slo\.ttft_s names the SLO for both"),
+    ],
+)
+def test_exactly_one_key_names_the_slo(admission, slo, said):
+    content = {**LEAST, "gateway": {"admission": admission}, "slo": slo}
+    with pytest.raises(ValidationError, match=said):
+        AppConfig.model_validate(content)
