@@ -2,7 +2,8 @@
 
 Requests queue for the first free engine of each pool, as if the router knew every queue. A prompt
 is pruned by a speculator and then prefilled, or is prefilled dense; its first token leaves the
-prefill engine; then it takes a slot of the decode pool until it is answered.
+prefill engine; then it takes a slot of the decode pool until it is answered. All of them may share
+one machine, and prompts the steps of an engine, where the world says so.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import numpy as np
 from ..scaling.admission import AdmissionPolicy, Ask, Backlog, Shed, judge
 from ..scaling.sizing import stage_times
 from ..scaling.values import Arrivals, Observation, Pool, PoolState
+from .machine import Cores
 from .station import Station
+from .steps import Batch, Prompt
 from .trace import Trace
 from .world import Controller, Moments, Outcome, Telemetry, World
 
-SPECULATED, PREFILLED, DECODED, TICK, READY, FAILURE = range(6)
+SPECULATED, PREFILLED, DECODED, TICK, READY, FAILURE, ENTERED = range(7)
 POOLS = (Pool.SPECULATOR, Pool.PREFILL, Pool.DECODE)
 LOOK_BACK_S = 600.0  # of the arrivals that controllers see
 SHORT_LOOK_BACK_S = 60.0  # of the latencies
@@ -64,15 +67,24 @@ class _Run:
         slots = (1, 1, world.engines.decode_slots)
         self.stations = [Station(initial[p], n) for p, n in zip(POOLS, slots, strict=True)]
         self.speculators, self.prefills, self.decodes = self.stations
+        self.kept: list[float] = self.arrivals.kept_tokens.tolist()
+        self.batches: dict[int, Batch] = {}  # by the oldest request in it
+        self.cores = None
+        if world.machine is not None:  # a decode engine's sequences are one thread's work
+            self.cores = Cores(world.machine, {DECODED: lambda: max(1, self.decodes.ready)})
         count = len(trace)
         self.ttft_s, self.gap_s = [nan] * count, [nan] * count
-        self.keep = np.where(times.speculate_s > 0, world.keep, 1.0).tolist()
+        nominal = np.full(count, world.keep)
+        if trace.kept_tokens is not None:
+            nominal = trace.kept_tokens / trace.prompt_tokens
+        self.keep = np.where(times.speculate_s > 0, nominal, 1.0).tolist()
         self.late = bytearray(count)
         self.shed: list[int] = []
         self.first_tokens, self.waited_s = array("d"), array("d")  # when, and after how long
         self.second_tokens, self.gaps_s = array("d"), array("d")
         self.completed = 0
         self.keep_limit = world.keep
+        self.entering = 0  # requests at the front
         self.virtual_s = 0.0  # fair-share tag of the prefill in service
         self.events: list[Event] = []
         self.serial = 0
@@ -85,10 +97,15 @@ class _Run:
         events, times, arrived = self.events, self.time_s, 0
         count, now_s = len(times), 0.0
         while arrived < count or self._open():
-            if arrived < count and times[arrived] <= events[0][0]:
+            next_s = events[0][0] if self.cores is None else min(events[0][0], self.cores.due_s())
+            if arrived < count and times[arrived] <= next_s:
                 now_s = times[arrived]
                 self._arrive(arrived, now_s)
                 arrived += 1
+                continue
+            if self.cores is not None and self.cores.due_s() <= events[0][0]:
+                now_s, (kind, subject, run) = self.cores.end()
+                self._happen(kind, subject, run, now_s)
                 continue
             now_s, _, kind, subject, run = heappop(events)
             if kind == TICK:
@@ -108,8 +125,16 @@ class _Run:
         self.serial += 1
         heappush(self.events, (time_s, self.serial, kind, subject, run))
 
+    def _begin(self, now_s: float, kind: int, request: int, run: int, work_s: float) -> None:
+        """Work that ends after `work_s`, or later on a shared machine."""
+        if self.cores is None:
+            self._push(now_s + work_s, kind, request, run)
+        else:
+            self.cores.begin(now_s, kind, request, run, work_s)
+
     def _open(self) -> bool:
-        return any(station.running or station.waiting for station in self.stations)
+        busy = any(station.running or station.waiting for station in self.stations)
+        return busy or self.entering > 0
 
     def _happen(self, kind: int, subject: int, run: int, now_s: float) -> None:
         if kind == SPECULATED:
@@ -117,20 +142,37 @@ class _Run:
                 self._to_prefill(subject, now_s)
                 self._speculate(now_s)
         elif kind == PREFILLED:
-            if self.prefills.ended(subject, run):
+            if subject in self.batches:
+                self._stepped(subject, run, now_s)
+            elif self.prefills.ended(subject, run):
                 self._first_token(subject, now_s)
                 self._prefill(now_s)
         elif kind == DECODED:
             if self.decodes.ended(subject, run):
                 self.completed += 1
                 self._decode(now_s)
-        elif kind == READY:
-            if self.stations[subject].arrived(run, now_s):
-                self._go_on(now_s)
+        elif kind == ENTERED:
+            self.entering -= 1
+            self._enter(subject, now_s)
         else:
-            self._fail(subject, run, now_s)
+            self._change(kind, subject, run, now_s)
+
+    def _change(self, kind: int, pool: int, number: int, now_s: float) -> None:
+        """A replica that was started is ready, or some have died."""
+        if kind == FAILURE:
+            self._fail(pool, number, now_s)
+        elif self.stations[pool].arrived(number, now_s):
+            self._go_on(now_s)
 
     def _arrive(self, request: int, now_s: float) -> None:
+        front = self.world.front
+        if front is None:
+            self._enter(request, now_s)
+        else:
+            self.entering += 1
+            self._begin(now_s, ENTERED, request, 0, front.seconds(self.prompt[request]))
+
+    def _enter(self, request: int, now_s: float) -> None:
         if self.admission is not None and not self._admitted(request):
             return
         if self.speculate_s[request] > 0.0:
@@ -152,6 +194,8 @@ class _Run:
             self.shed.append(request)
             return False
         self.late[request] = verdict.late
+        if verdict.keep < keep:
+            self.kept[request] = verdict.keep * self.prompt[request]
         self.keep[request] = verdict.keep
         self.prefill_s[request] = verdict.prefill_s
         return True
@@ -180,16 +224,64 @@ class _Run:
             _, request = station.next(self.speculate_s)
             if now_s - self.time_s[request] < self.world.timeout_s:
                 run = station.started(request)
-                self._push(now_s + self.speculate_s[request], SPECULATED, request, run)
+                self._begin(now_s, SPECULATED, request, run, self.speculate_s[request])
 
     def _prefill(self, now_s: float) -> None:
         station = self.prefills
-        while station.free > 0 and station.waiting:
+        while station.free > 0:
+            request = self._next_prefill(now_s)
+            if request is None:
+                return
+            run = station.started(request)
+            if self.world.steps is None:
+                self._begin(now_s, PREFILLED, request, run, self.prefill_s[request])
+            else:
+                self.batches[request] = Batch([self._prompt(request)])
+                self._step(request, run, now_s)
+
+    def _next_prefill(self, now_s: float) -> int | None:
+        """Who has waited longest and still waits for an answer."""
+        station = self.prefills
+        while station.waiting:
             tag, request = station.next(self.prefill_s)
             self.virtual_s = max(self.virtual_s, tag)
             if now_s - self.time_s[request] < self.world.timeout_s:
-                run = station.started(request)
-                self._push(now_s + self.prefill_s[request], PREFILLED, request, run)
+                return request
+        return None
+
+    def _prompt(self, request: int) -> Prompt:
+        cached = self.kept[request] * self.world.engines.cached_share
+        return Prompt(request, self.kept[request] - cached, cached)
+
+    def _step(self, leader: int, run: int, now_s: float) -> None:
+        """An engine fills its next step, with prompts that wait if there is room."""
+        limits, curve = self.world.steps, self.world.engines.curves.prefill
+        assert limits is not None
+
+        def joining() -> Prompt | None:
+            request = self._next_prefill(now_s)
+            return None if request is None else self._prompt(request)
+
+        work_s = self.batches[leader].begin(limits, curve, joining)
+        self._begin(now_s, PREFILLED, leader, run, work_s)
+
+    def _stepped(self, leader: int, run: int, now_s: float) -> None:
+        """A step has ended. Those that it completed have their first token."""
+        station = self.prefills
+        if station.running.get(leader) != run:
+            return
+        batch = self.batches.pop(leader)
+        completed = batch.end()
+        if batch.prompts:
+            if batch.leader != leader:
+                station.handed(leader, batch.leader)
+            self.batches[batch.leader] = batch
+            self._step(batch.leader, run, now_s)
+        else:
+            station.ended(leader, run)
+        for request in completed:
+            self._first_token(request, now_s)
+        self._prefill(now_s)
 
     def _first_token(self, request: int, now_s: float) -> None:
         waited_s = now_s - self.time_s[request]
@@ -213,7 +305,7 @@ class _Run:
             self.second_tokens.append(now_s)
             self.gaps_s.append(gap_s)
             run = station.started(request)
-            self._push(now_s + self.decode_s[request], DECODED, request, run)
+            self._begin(now_s, DECODED, request, run, self.decode_s[request])
 
     def _go_on(self, now_s: float) -> None:
         self._speculate(now_s)
@@ -223,11 +315,15 @@ class _Run:
     def _fail(self, pool: int, replicas: int, now_s: float) -> None:
         """What ran on the dead engines runs again, from its stage on, ahead of the others."""
         station = self.stations[pool]
-        for request in list(station.die(replicas, now_s)):
-            work_s = (self.speculate_s, self.prefill_s, self.decode_s)[pool][request]
-            station.wait(request, 0.0, 0, work_s)
-            if pool == POOLS.index(Pool.PREFILL):
-                self.late[request] = 0
+        for request, run in list(station.die(replicas, now_s)):
+            if self.cores is not None:
+                self.cores.drop(now_s, pool, request, run)
+            batch = self.batches.pop(request, None) if pool == PREFILLED else None
+            for lost in (request,) if batch is None else batch.requests:
+                work_s = (self.speculate_s, self.prefill_s, self.decode_s)[pool][lost]
+                station.wait(lost, 0.0, 0, work_s)
+                if pool == PREFILLED:
+                    self.late[lost] = 0
         self._go_on(now_s)
 
     def _tick(self, now_s: float, arrived: int) -> None:

@@ -65,6 +65,10 @@ class Station:
         self.running[request] = self.serial
         return self.serial
 
+    def handed(self, old: int, new: int) -> None:
+        """The server of `old` goes on with `new`, in the same run."""
+        self.running[new] = self.running.pop(old)
+
     def ended(self, request: int, serial: int) -> bool:
         """A server is done, or retires. False if it died before."""
         if self.running.get(request) != serial:
@@ -102,16 +106,15 @@ class Station:
         self.free += self.slots
         return True
 
-    def die(self, replicas: int, now_s: float) -> Iterator[int]:
-        """Lose replicas with an even share of what runs; yields the requests that were lost."""
+    def die(self, replicas: int, now_s: float) -> Iterator[tuple[int, int]]:
+        """Lose replicas with an even share of what runs; yields lost requests with their runs."""
         self.bill(now_s)
         lost = min(replicas, self.ready)
         busy = round(len(self.running) * lost / self.ready) if self.ready > 0 else 0
         self.ready -= lost
         self.free -= max(0, lost * self.slots - busy)
         for request in list(self.running)[:busy]:
-            del self.running[request]
-            yield request
+            yield request, self.running.pop(request)
 
     def _retire(self, replicas: int) -> None:
         self.ready -= replicas

@@ -22,6 +22,7 @@ class Trace:
     time_s: Floats
     prompt_tokens: Floats
     output_tokens: Floats
+    kept_tokens: Floats | None = None  # recorded ones; None: as the keep rate says
 
     def __len__(self) -> int:
         return len(self.time_s)
@@ -33,6 +34,8 @@ class Trace:
 
     def arrivals(self, keep: float, min_prompt_tokens: int = 0) -> Arrivals:
         """As the autoscaler sees them. Prompts shorter than `min_prompt_tokens` go dense."""
+        if self.kept_tokens is not None:
+            return Arrivals(self.time_s, self.prompt_tokens, self.kept_tokens, self.output_tokens)
         pruned = self.prompt_tokens >= min_prompt_tokens
         kept = np.where(pruned, np.maximum(1.0, self.prompt_tokens * keep), self.prompt_tokens)
         return Arrivals(self.time_s, self.prompt_tokens, kept, self.output_tokens)

@@ -9,6 +9,9 @@ from typing import Protocol
 import numpy as np
 
 from ..scaling.values import Engines, Floats, Observation, Pool, Slo
+from ..stages import Curve
+from .machine import Machine
+from .steps import StepLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,9 @@ class World:
     timeout_s: float = 60.0  # a client gives up when it has no first token by then
     tick_s: float = 5.0  # how often the controller is asked
     failures: tuple[Failure, ...] = ()
+    front: Curve | None = None  # HTTP, tokenising and hops before the pools, by prompt tokens
+    steps: StepLimits | None = None  # None: a prefill engine computes one prompt after the other
+    machine: Machine | None = None  # None: every engine has an accelerator of its own
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -17,9 +17,11 @@ from specprefill.simulation.controllers import (
     SloController,
     ThroughputPlanner,
 )
+from specprefill.simulation.machine import Machine
 from specprefill.simulation.optimum import optimum
 from specprefill.simulation.run import simulate
 from specprefill.simulation.scenarios import scenario
+from specprefill.simulation.steps import StepLimits
 from specprefill.simulation.trace import (
     Lengths,
     Trace,
@@ -223,3 +225,71 @@ def test_the_plan_tells_what_a_lower_keep_rate_saves(capsys):
 def test_a_misused_command_says_so(arguments, capsys):
     assert main(arguments) == 2
     assert capsys.readouterr().err
+
+
+SHARED = replace(WORLD, machine=Machine(cores=1.0))
+
+
+def test_stages_of_a_shared_machine_slow_each_other():
+    # One core. The first request is prefilled while the second is speculated: half as fast.
+    assert run(requests(0.0), SHARED).ttft_s.tolist() == [3.0]
+    first, second = run(requests(0.0, 1.0), SHARED, decode=1).ttft_s.tolist()
+    assert first == pytest.approx(1.0 + 2.0 + 1.0)  # 1 s of its 2 s took twice as long
+    assert second > 3.0 + 1.0  # then the first one's decoding took half of the core
+    assert run(requests(0.0, 1.0), replace(WORLD, machine=Machine(9.0))).ttft_s.tolist() == (
+        run(requests(0.0, 1.0)).ttft_s.tolist()
+    )
+
+
+def test_a_machine_with_enough_cores_is_as_fast_as_its_threads_are_together():
+    machine = Machine(cores=2.0, together=0.8)
+    assert [machine.speed(threads) for threads in (1, 2, 4)] == [1.0, 0.8, 0.4]
+    assert Machine(cores=3.0, together=0.8).speed(2) == pytest.approx(0.9)
+
+
+def test_the_sequences_of_a_decode_engine_are_one_thread():
+    # Both decode together from 6 s on; a third request is prefilled beside one thread of theirs.
+    trace = Trace(np.array([0.0, 0.0, 7.0]), np.full(3, 500.0), np.full(3, 41.0), np.full(3, 500.0))
+    outcome = run(trace, replace(SHARED, engines=replace(SECOND_EACH, decode_slots=2)), decode=1)
+    assert outcome.ttft_s[2] == pytest.approx(4.0, abs=1e-6)
+
+
+def test_what_the_front_takes_comes_before_the_pools():
+    world = replace(WORLD, front=Curve(base_s=0.5, token_s=1e-4))
+    assert run(requests(0.0), world).ttft_s.tolist() == [pytest.approx(0.5 + 0.4 + 3.0)]
+
+
+TOKENWISE = replace(SECOND_EACH, curves=replace(SECOND_EACH.curves, prefill=Curve(0.0, 0.001)))
+STEPWISE = replace(WORLD, engines=TOKENWISE, steps=StepLimits(tokens=500, prompts=4))
+
+
+def test_prompts_share_an_engines_steps():
+    # Dense prompts of 400, 400 and 200 tokens; the first runs alone, the others come meanwhile.
+    trace = Trace(np.array([0.0, 0.1, 0.2]), np.array([400.0, 400.0, 200.0]), np.ones(3))
+    ends_s = run(trace, STEPWISE).ttft_s + trace.time_s
+    # Second step: 400 + 100 tokens; third: the last 100.
+    assert ends_s.tolist() == pytest.approx([0.4, 0.9, 1.0])
+
+
+def test_a_prompt_alone_takes_what_its_curve_says_in_any_number_of_steps():
+    curve = Curve(0.5, 0.001, 1e-7)
+    engines = replace(SECOND_EACH, curves=replace(SECOND_EACH.curves, prefill=curve))
+    trace = Trace(np.zeros(1), np.full(1, 1700.0), np.ones(1), np.full(1, 1700.0))
+    for steps in (None, StepLimits(500, 4), StepLimits(5000, 4)):
+        ttft_s = run(trace, replace(WORLD, engines=engines, steps=steps)).ttft_s
+        assert ttft_s.tolist() == pytest.approx([curve.seconds(1700.0)])
+
+
+@pytest.mark.parametrize("machine", [None, Machine(2.0)])
+def test_prompts_of_a_dead_engine_are_prefilled_again(machine):
+    failures = (Failure(0.6, Pool.PREFILL),)
+    world = replace(STEPWISE, failures=failures, machine=machine)
+    trace = Trace(np.array([0.0, 0.1, 0.2]), np.array([400.0, 400.0, 200.0]), np.ones(3))
+    outcome = simulate(trace, world, Fixed(sizes()), sizes(prefill=2))
+    assert not np.isnan(outcome.ttft_s).any()
+
+
+def test_recorded_kept_tokens_are_what_is_prefilled():
+    trace = Trace(np.zeros(1), np.full(1, 4000.0), np.ones(1), np.full(1, 1000.0))
+    assert run(trace, STEPWISE).ttft_s.tolist() == pytest.approx([1.0 + 1.0])
+    assert run(trace, STEPWISE).keep.tolist() == [0.25]
