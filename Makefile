@@ -137,6 +137,14 @@ test-faults: $(INSTALLED) ## Kill engines, cut streams, cancel requests; print w
 bench-scaling: $(INSTALLED) ## Autoscalers compared on simulated traces (SEEDS="1 2 3")
 	@$(PY) -m specprefill.bench.scaling --seeds $(SEEDS)
 
+.PHONY: bench-validation
+bench-validation: $(INSTALLED) ## The simulator beside the real local app, on the same trace
+	@$(PY) -m specprefill.bench.validation
+
+.PHONY: bench-burst
+bench-burst: $(INSTALLED) ## Ten times the load for a minute on the real app, keep rate bent or not
+	@$(PY) -m specprefill.bench.burst
+
 .PHONY: clean
 clean: ## Remove what was built (.venv and models/ stay)
 	rm -rf out build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

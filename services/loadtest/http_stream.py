@@ -14,6 +14,7 @@ from .outcome import Ending
 from .recorder import Prompt, Recorder, Refused
 
 _DATA = b"data:"
+_SHED_REASON = "x-specprefill-shed-reason"
 _MESSAGE_CHARS = 200
 _LINE_BYTES = 8 << 20  # the longest line of a stream: logprobs make long ones
 _ENDINGS = {
@@ -52,7 +53,8 @@ class HttpCaller:
                 self._url, json=self._body(prompt), headers=self._headers(timeout_s)
             ) as reply:
                 if reply.status != HTTPStatus.OK:
-                    raise _refusal(reply.status, await reply.read())
+                    reason = reply.headers.get(_SHED_REASON)
+                    raise _refusal(reply.status, reason, await reply.read())
                 async for line in reply.content:
                     if line.startswith(_DATA):
                         _record(line[len(_DATA) :].strip(), recorder)
@@ -108,12 +110,13 @@ def _text(delta: dict[str, Any]) -> str:
     return (delta.get("content") or "") + (delta.get("reasoning") or "") + "".join(said)
 
 
-def _refusal(status: int, body: bytes) -> Refused:
+def _refusal(status: int, reason: str | None, body: bytes) -> Refused:
     try:
         said = _said(json.loads(body))
     except ValueError:
         said = body[:_MESSAGE_CHARS].decode(errors="replace")
-    return Refused(_ENDINGS.get(HTTPStatus(status), Ending.FAILED), f"{status}: {said}")
+    place = str(status) if reason is None else f"{status} {reason}"
+    return Refused(_ENDINGS.get(HTTPStatus(status), Ending.FAILED), f"{place}: {said}")
 
 
 def _said(event: Any) -> str:

@@ -117,6 +117,16 @@ async def test_each_refusal_has_its_ending(protocol, error, after, ending, addre
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
+async def test_what_is_shed_says_why(protocol, addresses, pipeline):
+    pipeline.fails = Overloaded("too late", 3.0, "deadline")
+    asked = caller(protocol, addresses)
+    async with asked.open():
+        stream = await runner.stream(prompt(), asked, PATIENCE_S)
+    assert stream.ending is Ending.SHED
+    assert "deadline" in stream.error
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
 async def test_a_client_that_leaves_is_no_failure_and_ends_the_work(protocol, addresses, pipeline):
     pipeline.pause_s = 60.0
     asked = caller(protocol, addresses)

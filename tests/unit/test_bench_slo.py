@@ -1,0 +1,137 @@
+"""What the SLO benches make of answers: calibration, comparison, and what became of a burst."""
+
+import numpy as np
+import pytest
+
+from specprefill.bench import burst, calibration, validation
+from specprefill.config import AppConfig
+from specprefill.loadtest.outcome import Ending, Outcome, Stream
+from specprefill.loadtest.session import Run
+from specprefill.loadtest.statistics import Slo, summarise
+from specprefill.scaling.values import Engines
+from specprefill.simulation.machine import Machine
+from specprefill.simulation.trace import Trace, poisson
+from specprefill.stages import Curve, StageCurves
+
+FRONT_S, TOKEN_S = 0.03, 0.02
+
+
+def answer(prompt, kept, *, output=5, wait_s=0.0):
+    """A question alone: 10 us per prompt token, 100 us per kept one, 20 ms per output token."""
+    speculate_s, prefill_s = 1e-5 * prompt, 1e-4 * kept
+    first_s = FRONT_S + speculate_s + prefill_s + wait_s
+    arrivals = tuple(first_s + 0.01 * (n > 0) + TOKEN_S * n for n in range(output))
+    report = {
+        "prompt_tokens": prompt, "kept_tokens": kept, "keep_rate": kept / prompt,
+        "queue_s": wait_s, "speculate_s": speculate_s, "prefill_s": prefill_s,
+        "transfer_s": 0.004, "first_decode_s": 0.006, "plan": "prune", "reason": "default",
+    }  # fmt: skip
+    return Stream(Ending.ANSWERED, "x", arrivals, arrivals[-1], output, prompt, report)
+
+
+def refused(ending, error):
+    return Stream(ending, "", (), 0.1, error=error)
+
+
+def outcomes(*streams):
+    return [
+        Outcome(place, "needles", "default", float(place), 0.0, stream, None)
+        for place, stream in enumerate(streams)
+    ]
+
+
+def test_single_questions_tell_every_stage():
+    streams = [answer(n, n // 3) for n in (600, 1200, 2400, 4800) for _ in range(5)]
+    engines, front = calibration.learnt(streams, decode_slots=16)
+    assert engines.curves.speculate.seconds(2000) == pytest.approx(0.02, rel=0.06)
+    assert engines.curves.prefill.seconds(1000) == pytest.approx(0.1, rel=0.06)
+    assert engines.output_token_s == pytest.approx(TOKEN_S)
+    assert engines.decode_slots == 16
+    assert front.seconds(1000) == pytest.approx(FRONT_S, rel=0.1)
+
+
+def test_a_question_without_an_answer_is_no_calibration():
+    with pytest.raises(RuntimeError, match="timed_out: 504: late"):
+        calibration.learnt([refused(Ending.TIMED_OUT, "504: late")], 16)
+
+
+CALIBRATED = calibration.Calibrated(
+    Engines(StageCurves(Curve(0.1), Curve(0.2), Curve(0.0), Curve(0.0)), output_token_s=0.1),
+    front=Curve(0.1),
+    machine=Machine(cores=2.0, together=0.5),
+)
+
+
+def test_the_rate_that_is_borne_is_the_machines_or_the_busiest_pools():
+    few = Trace(np.zeros(3), np.full(3, 3000.0), np.full(3, 7.0))  # 0.6 s of decoding each
+    assert validation.bearable_qps(few, CALIBRATED, 0.3) == pytest.approx(1.0)  # 1 s of one core
+    single = Trace(np.zeros(3), np.full(3, 3000.0), np.ones(3))
+    roomy = calibration.Calibrated(CALIBRATED.engines, CALIBRATED.front, Machine(cores=8.0))
+    assert validation.bearable_qps(single, roomy, 0.3) == pytest.approx(5.0)  # prefill: 0.2 s
+
+
+def test_a_trace_has_lengths_within_bounds_and_a_seed():
+    trace = validation.drawn(poisson(5.0), 100.0, seed=3)
+    assert trace.prompt_tokens.min() >= validation.SHORTEST
+    assert trace.prompt_tokens.max() <= validation.LONGEST
+    again = validation.drawn(poisson(5.0), 100.0, seed=3)
+    assert trace.time_s.tolist() == again.time_s.tolist()
+
+
+def test_the_simulator_is_given_what_was_really_asked():
+    trace = validation.replayed(outcomes(answer(1000, 300), answer(2000, 700, output=3)))
+    assert trace.time_s.tolist() == [0.0, 1.0]
+    assert trace.prompt_tokens.tolist() == [1000.0, 2000.0]
+    assert trace.output_tokens.tolist() == [5.0, 3.0]
+    assert trace.arrivals(keep=0.9).kept_tokens.tolist() == [300.0, 700.0]
+    with pytest.raises(RuntimeError, match="request 1: failed: 500: broken"):
+        validation.replayed(outcomes(answer(1000, 300), refused(Ending.FAILED, "500: broken")))
+
+
+def test_percentiles_are_compared():
+    half, most = validation.compared(np.array([1.0, 2.0, 3.0]), np.array([1.0, 3.0, 3.0]))
+    assert (half.measured_s, half.simulated_s, half.ratio) == (2.0, 3.0, 1.5)
+    assert most.ratio == pytest.approx(3.0 / 2.9)
+    assert "| p50 TTFT | 2.000 s  | 3.000 s   | 1.500" in validation.table("all", [half, most])
+
+
+def arm(*streams):
+    found = outcomes(*streams)
+    return burst.Arm(burst.BENDING, Run(tuple(found), summarise("all", found, Slo(ttft_s=1.0))))
+
+
+def test_a_burst_in_numbers():
+    full = refused(Ending.SHED, "429 deadline: the first token would come too late")
+    late = refused(Ending.TIMED_OUT, "504: timeout_s: used up waiting for a turn")
+    one = arm(answer(1000, 300), answer(1000, 100, wait_s=2.0), full, full, late)
+    assert one.shed == {"deadline": 2}
+    assert one.queued == 1
+    assert burst.unexplained(one.run.outcomes) == []
+    (line,) = burst.table([one]).splitlines()[2:]
+    assert "0.200" in line
+    assert "2 (deadline 2)" in line
+    assert "timed_out 1" in line
+
+
+def test_a_request_without_a_status_is_lost():
+    gone = refused(Ending.TIMED_OUT, "client: not answered within 60 s")
+    cut = refused(Ending.FAILED, "ServerDisconnectedError: Server disconnected")
+    told = refused(Ending.FAILED, "in the stream: timeout_s: used up")
+    lost = burst.unexplained(outcomes(answer(1000, 300), gone, cut, told))
+    assert [line.split(":")[0] for line in lost] == ["request 1", "request 2"]
+
+
+def test_a_burst_asks_ten_times_as_much_for_a_minute():
+    trace = burst.burst(10.0, share=0.15, seed=1)
+    quiet = (trace.time_s < burst.BEFORE_S).sum() / burst.BEFORE_S
+    loud = (abs(trace.time_s - burst.BEFORE_S - burst.BURST_S / 2) < burst.BURST_S / 2).sum()
+    assert quiet == pytest.approx(1.5, rel=0.5)
+    assert loud / burst.BURST_S == pytest.approx(15.0, rel=0.1)
+
+
+def test_the_burst_is_served_with_admission():
+    plain = AppConfig.model_validate({"model": {"path": "m"}, "speculator": {"path": "s"}})
+    config = burst.configured(plain, ttft_s=2.0, deadline_s=10.0)
+    assert AppConfig.model_validate_json(config.model_dump_json()) == config
+    assert config.gateway.admission is not None
+    assert config.gateway.request_timeout_s == 10.0
