@@ -28,6 +28,7 @@ from ..loadtest.session import Run
 from ..loadtest.statistics import Slo, Summary
 from ..simulation.trace import Trace, bursty, poisson, write_trace
 from .calibration import calibrate
+from .processes import Watch
 from .report import markdown, provenance, write_json
 from .servers import Served, ours
 from .validation import BASE, KEEP, LENGTHS, OUT, bearable_qps, drawn
@@ -49,6 +50,7 @@ class Arm:
 
     name: str
     run: Run
+    others: float  # cores that other programs took meanwhile
 
     @property
     def summary(self) -> Summary:
@@ -108,7 +110,9 @@ async def ask(
         slo=Slo(ttft_s=args.slo),
         seed=args.seed,
     )
-    return Arm(name, await session.measure(scenario, source, lambda _progress: None))
+    watch = Watch()
+    run = await session.measure(scenario, source, lambda _progress: watch.look())
+    return Arm(name, run, watch.mean_others())
 
 
 async def measure(
@@ -139,7 +143,7 @@ async def measure(
 
 HEADERS = (
     "arm", "attainment", "goodput /s", "keep rate", "TTFT p50", "TTFT p95", "answered", "queued",
-    "shed", "other", "score",
+    "shed", "other", "score", "others' cores",
 )  # fmt: skip
 
 
@@ -164,6 +168,7 @@ def _cells(arm: Arm) -> list[str]:
         f"{shed} ({reasons})" if shed else "0",
         ", ".join(f"{ending} {count}" for ending, count in endings.items()) or "0",
         f"{told.score:.3f}",
+        f"{arm.others:.2f}",
     ]
 
 
@@ -214,7 +219,7 @@ def _told(arm: Arm) -> dict[str, Any]:
          "error": one.stream.error, **(one.stream.report or {})}
         for one in arm.run.outcomes
     ]  # fmt: skip
-    counts = {"queued": arm.queued, "shed": arm.shed}
+    counts = {"queued": arm.queued, "shed": arm.shed, "others_cores": arm.others}
     return {"name": arm.name, "summary": asdict(arm.summary), **counts, "each": each}
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import nan
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ from ..simulation.steps import StepLimits
 from ..simulation.trace import Lengths, Rate, Trace, generate, poisson, write_trace
 from ..simulation.world import World
 from .calibration import Calibrated, calibrate
+from .processes import Watch
 from .report import markdown, provenance, write_json
 from .servers import Served, ours
 
@@ -44,6 +45,7 @@ LENGTHS = Lengths(prompt_tokens=2400.0, prompt_spread=0.7, output_tokens=12.0, o
 SHORTEST, LONGEST = 512, 7600
 TIMEOUT_S = 120.0
 KEEP = 0.3
+FULL = "simulator"
 SIZES = dict.fromkeys(Pool, 1)
 PERCENTILES = (50, 95)
 
@@ -62,8 +64,11 @@ class Compared:
         return self.simulated_s / self.measured_s
 
 
-def world(found: Calibrated, config: AppConfig) -> World:
-    """The local app as the simulator sees it: its stages, its steps, one machine under all."""
+def world(found: Calibrated, config: AppConfig, others: tuple[tuple[float, float], ...]) -> World:
+    """The local app as the simulator sees it: its stages, its steps, one machine under all.
+
+    `others`: from when on, how many cores other programs were seen to take.
+    """
     engine = config.prefill
     if engine.max_num_batched_tokens is None or engine.max_num_seqs is None:
         raise ValueError("prefill: max_num_batched_tokens and max_num_seqs must be given")
@@ -75,16 +80,22 @@ def world(found: Calibrated, config: AppConfig) -> World:
         front=found.front,
         steps=StepLimits(engine.max_num_batched_tokens, engine.max_num_seqs),
         machine=found.machine,
+        aside=found.aside,
+        others=others,
     )
 
 
 def bearable_qps(trace: Trace, found: Calibrated, keep: float) -> float:
     """Requests like these per second at which the busiest pool, or the machine, is always busy."""
     times = stage_times(trace.arrivals(keep), found.engines)
-    front_s = float(np.mean([found.front.seconds(n) for n in trace.prompt_tokens.tolist()]))
+    outside_s = float(
+        np.mean(
+            [found.front.seconds(n) + found.aside.seconds(n) for n in trace.prompt_tokens.tolist()]
+        )
+    )
     pools_s = (float(times.speculate_s.mean()), float(times.prefill_s.mean()))
     together = found.machine.cores * found.machine.together
-    machine_s = (front_s + sum(pools_s) + float(times.decode_s.mean())) / together
+    machine_s = (outside_s + sum(pools_s) + float(times.decode_s.mean())) / together
     return 1.0 / max(*pools_s, machine_s)
 
 
@@ -129,16 +140,19 @@ def table(name: str, found: Sequence[Compared]) -> str:
 def variants(full: World) -> Mapping[str, World]:
     """The simulator, and the same without one of the things that a shared machine adds."""
     return {
-        "all": full,
-        "an accelerator per engine": replace(full, machine=None),
+        FULL: full,
+        "without what others took": replace(full, others=()),
+        "without work beside the stages": replace(full, aside=None),
         "one prompt at a time": replace(full, steps=None),
-        "no front": replace(full, front=None),
-        "none of the three": replace(full, machine=None, steps=None, front=None),
+        "an accelerator per engine": replace(full, machine=None),
+        "stages alone": replace(full, machine=None, steps=None, front=None),
     }
 
 
-async def replay(served: Served, path: Path, requests: int, source: Source, seed: int) -> Run:
-    """Send the trace in `path` with the load tester."""
+async def replay(
+    served: Served, path: Path, requests: int, source: Source, seed: int
+) -> tuple[Run, Watch]:
+    """Send the trace in `path` with the load tester, and watch the machine meanwhile."""
     scenario = Scenario(
         target=Target(address=served.url, model=served.model),
         tokenizer=local_path("models/demo-main"),
@@ -146,14 +160,17 @@ async def replay(served: Served, path: Path, requests: int, source: Source, seed
         arrivals=TraceArrivals(kind="trace", path=str(path)),
         length={"requests": requests},
         timeout_s=TIMEOUT_S,
+        warm_up=0,  # the calibration was one
         seed=seed,
     )
-    return await session.measure(scenario, source, lambda _progress: None)
+    watch = Watch()
+    run = await session.measure(scenario, source, lambda _progress: watch.look())
+    return run, watch
 
 
 async def measure(
     args: argparse.Namespace, served: Served, config: AppConfig
-) -> tuple[Calibrated, Run]:
+) -> tuple[Calibrated, Run, Watch]:
     """Calibrate, choose the rate, replay."""
     source = Source.load(local_path("models/demo-main"), args.seed)
     caller = session.caller_of(Target(address=served.url, model=served.model))
@@ -168,7 +185,7 @@ async def measure(
           f"in {args.seconds:g} s", flush=True)  # fmt: skip
     path = args.out.parent / "validation" / "trace.jsonl"
     write_trace(path, trace)
-    return found, await replay(served, path, len(trace), source, args.seed)
+    return found, *await replay(served, path, len(trace), source, args.seed)
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -190,23 +207,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     base = Path(local_path(BASE))
     config = load(base).file.applications[0].args
-    load_before = os.getloadavg()
     with ours(base, folder) as served:
-        found, run = asyncio.run(measure(args, served, config))
+        found, run, watch = asyncio.run(measure(args, served, config))
     trace = replayed(run.outcomes)
     measured_s = _column(one.ttft_s for one in run.outcomes)
     rows: dict[str, Any] = {}
-    for name, each in variants(world(found, config)).items():
+    others = tuple((each.from_s, each.others) for each in watch.seen)
+    print(f"other programs took {watch.mean_others():.2f} cores, this one "
+          f"{fmean(each.own for each in watch.seen):.2f}")  # fmt: skip
+    for name, each in variants(world(found, config, others)).items():
         outcome = simulate(trace, each, Fixed(SIZES), SIZES)
         result = compared(measured_s, outcome.ttft_s)
         print(f"\n{table(name, result)}", flush=True)
         rows[name] = [asdict(one) | {"ratio": one.ratio} for one in result]
-        if name == "all":
+        if name == FULL:
             simulated_s = outcome.ttft_s
     results = {
         "load": args.load,
         "requests": len(trace),
-        "load_average_before": load_before[0],
+        "other_programs": [asdict(each) for each in watch.seen],
         "calibration": asdict(found),
         "compared": rows,
         "each": [

@@ -20,7 +20,7 @@ Job = tuple[int, int, int]  # kind, request, run
 class Machine:
     """Processor sharing: every busy thread gets the same part of the cores."""
 
-    cores: float  # less what other programs use all the time
+    cores: float  # less what always runs on them
     together: float = 1.0  # a thread's speed while all cores are busy; 1: as fast as alone
 
     def speed(self, threads: int) -> float:
@@ -66,6 +66,12 @@ class Cores:
         self._live.remove((kind, request, run))
         self._count(kind, -1)
 
+    def become(self, now_s: float, machine: Machine) -> None:
+        """Other programs take more or less of the machine from now on."""
+        self._advance(now_s)
+        self._machine = machine
+        self._adjust()
+
     def due_s(self) -> float:
         """When the next job ends, unless another begins before; infinity if none runs."""
         while self._ends and self._ends[0][2] not in self._live:
@@ -89,6 +95,9 @@ class Cores:
 
     def _count(self, kind: int, change: int) -> None:
         self._running[kind] += change
+        self._adjust()
+
+    def _adjust(self) -> None:
         busy = 0
         for each, jobs in self._running.items():
             most = self._threads.get(each)

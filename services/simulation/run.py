@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
+from dataclasses import replace
 from heapq import heapify, heappop, heappush
 from math import nan
 
@@ -24,10 +25,11 @@ from .steps import Batch, Prompt
 from .trace import Trace
 from .world import Controller, Moments, Outcome, Telemetry, World
 
-SPECULATED, PREFILLED, DECODED, TICK, READY, FAILURE, ENTERED = range(7)
+SPECULATED, PREFILLED, DECODED, TICK, READY, FAILURE, ENTERED, ASIDE, OTHERS = range(9)
 POOLS = (Pool.SPECULATOR, Pool.PREFILL, Pool.DECODE)
 LOOK_BACK_S = 600.0  # of the arrivals that controllers see
 SHORT_LOOK_BACK_S = 60.0  # of the latencies
+LEAST_CORES = 0.1  # of a machine, whatever others take of it
 
 Event = tuple[float, int, int, int, int]  # time, serial, kind, request or pool, run or name
 
@@ -118,6 +120,8 @@ class _Run:
         """Failures, and the first tick."""
         for failure in self.world.failures:
             self._push(failure.time_s, FAILURE, POOLS.index(failure.pool), failure.replicas)
+        for place, (time_s, _) in enumerate(self.world.others):
+            self._push(time_s, OTHERS, place, 0)
         self._push(0.0, TICK, 0, 0)
         heapify(self.events)
 
@@ -154,17 +158,25 @@ class _Run:
         elif kind == ENTERED:
             self.entering -= 1
             self._enter(subject, now_s)
-        else:
+        elif kind != ASIDE:
             self._change(kind, subject, run, now_s)
 
-    def _change(self, kind: int, pool: int, number: int, now_s: float) -> None:
-        """A replica that was started is ready, or some have died."""
+    def _change(self, kind: int, subject: int, number: int, now_s: float) -> None:
+        """A replica that was started is ready, some have died, or others use the machine."""
         if kind == FAILURE:
-            self._fail(pool, number, now_s)
-        elif self.stations[pool].arrived(number, now_s):
-            self._go_on(now_s)
+            self._fail(subject, number, now_s)
+        elif kind == READY:
+            if self.stations[subject].arrived(number, now_s):
+                self._go_on(now_s)
+        elif self.cores is not None and self.world.machine is not None:
+            machine = self.world.machine
+            left = max(LEAST_CORES, machine.cores - self.world.others[subject][1])
+            self.cores.become(now_s, replace(machine, cores=left))
 
     def _arrive(self, request: int, now_s: float) -> None:
+        aside = self.world.aside
+        if aside is not None and self.cores is not None:
+            self.cores.begin(now_s, ASIDE, request, 0, aside.seconds(self.prompt[request]))
         front = self.world.front
         if front is None:
             self._enter(request, now_s)

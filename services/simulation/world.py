@@ -39,6 +39,8 @@ class World:
     front: Curve | None = None  # HTTP, tokenising and hops before the pools, by prompt tokens
     steps: StepLimits | None = None  # None: a prefill engine computes one prompt after the other
     machine: Machine | None = None  # None: every engine has an accelerator of its own
+    aside: Curve | None = None  # on a machine: work per request that no stage waits for
+    others: tuple[tuple[float, float], ...] = ()  # on a machine: from when, cores others take
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,9 +1,12 @@
 """What the SLO benches make of answers: calibration, comparison, and what became of a burst."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from specprefill.bench import burst, calibration, validation
+from specprefill.bench.processes import Used, Watch, between, used
 from specprefill.config import AppConfig
 from specprefill.loadtest.outcome import Ending, Outcome, Stream
 from specprefill.loadtest.session import Run
@@ -41,23 +44,28 @@ def outcomes(*streams):
 
 
 def test_single_questions_tell_every_stage():
-    streams = [answer(n, n // 3) for n in (600, 1200, 2400, 4800) for _ in range(5)]
-    engines, front = calibration.learnt(streams, decode_slots=16)
+    answers = [answer(n, n // 3) for n in (600, 1200, 2400, 4800) for _ in range(5)]
+    singles = [calibration.Single(each, each.end_s + 0.04) for each in answers]
+    found = calibration.learnt(singles, decode_slots=16, machine=Machine(2.0))
+    engines = found.engines
     assert engines.curves.speculate.seconds(2000) == pytest.approx(0.02, rel=0.06)
     assert engines.curves.prefill.seconds(1000) == pytest.approx(0.1, rel=0.06)
     assert engines.output_token_s == pytest.approx(TOKEN_S)
     assert engines.decode_slots == 16
-    assert front.seconds(1000) == pytest.approx(FRONT_S, rel=0.1)
+    assert found.front.seconds(1000) == pytest.approx(FRONT_S, rel=0.1)
+    assert found.aside.seconds(1000) == pytest.approx(0.04, rel=0.1)
 
 
 def test_a_question_without_an_answer_is_no_calibration():
+    late = calibration.Single(refused(Ending.TIMED_OUT, "504: late"), 0.0)
     with pytest.raises(RuntimeError, match="timed_out: 504: late"):
-        calibration.learnt([refused(Ending.TIMED_OUT, "504: late")], 16)
+        calibration.learnt([late], 16, Machine(2.0))
 
 
 CALIBRATED = calibration.Calibrated(
     Engines(StageCurves(Curve(0.1), Curve(0.2), Curve(0.0), Curve(0.0)), output_token_s=0.1),
-    front=Curve(0.1),
+    front=Curve(0.06),
+    aside=Curve(0.04),
     machine=Machine(cores=2.0, together=0.5),
 )
 
@@ -66,7 +74,7 @@ def test_the_rate_that_is_borne_is_the_machines_or_the_busiest_pools():
     few = Trace(np.zeros(3), np.full(3, 3000.0), np.full(3, 7.0))  # 0.6 s of decoding each
     assert validation.bearable_qps(few, CALIBRATED, 0.3) == pytest.approx(1.0)  # 1 s of one core
     single = Trace(np.zeros(3), np.full(3, 3000.0), np.ones(3))
-    roomy = calibration.Calibrated(CALIBRATED.engines, CALIBRATED.front, Machine(cores=8.0))
+    roomy = replace(CALIBRATED, machine=Machine(cores=8.0))
     assert validation.bearable_qps(single, roomy, 0.3) == pytest.approx(5.0)  # prefill: 0.2 s
 
 
@@ -97,7 +105,8 @@ def test_percentiles_are_compared():
 
 def arm(*streams):
     found = outcomes(*streams)
-    return burst.Arm(burst.BENDING, Run(tuple(found), summarise("all", found, Slo(ttft_s=1.0))))
+    run = Run(tuple(found), summarise("all", found, Slo(ttft_s=1.0)))
+    return burst.Arm(burst.BENDING, run, others=0.0)
 
 
 def test_a_burst_in_numbers():
@@ -135,3 +144,21 @@ def test_the_burst_is_served_with_admission():
     assert AppConfig.model_validate_json(config.model_dump_json()) == config
     assert config.gateway.admission is not None
     assert config.gateway.request_timeout_s == 10.0
+
+
+def test_what_others_compute_is_what_this_program_does_not():
+    busy = between(Used(1.0, 10.0), Used(4.0, 16.0), from_s=7.0, seconds=2.0)
+    assert (busy.from_s, busy.own, busy.others) == (7.0, 1.5, 1.5)
+
+
+def test_this_program_is_seen_at_work():
+    clock = iter((100.0, 100.5, 102.5))
+    watch = Watch(lambda: next(clock))
+    before = used().own_s
+    watch.look()
+    watch.look()
+    while used().own_s - before < 0.1:
+        sum(range(10_000))
+    watch.look()
+    assert [each.from_s for each in watch.seen] == [0.0, 0.5]
+    assert watch.seen[-1].own >= 0.05

@@ -254,6 +254,18 @@ def test_the_sequences_of_a_decode_engine_are_one_thread():
     assert outcome.ttft_s[2] == pytest.approx(4.0, abs=1e-6)
 
 
+def test_work_that_no_stage_waits_for_takes_its_part_of_the_machine():
+    world = replace(SHARED, aside=Curve(1.0))
+    assert run(requests(0.0), world).ttft_s.tolist() == [pytest.approx(4.0)]
+    assert run(requests(0.0), replace(world, machine=Machine(2.0))).ttft_s.tolist() == [3.0]
+
+
+def test_what_others_take_of_the_machine_is_missing():
+    world = replace(WORLD, machine=Machine(cores=2.0), others=((1.0, 1.5), (3.0, 0.0)))
+    # 1 s of speculation, 1 s of the prefill at half the speed until 3 s, the rest at full speed.
+    assert run(requests(0.0), world).ttft_s.tolist() == [pytest.approx(4.0)]
+
+
 def test_what_the_front_takes_comes_before_the_pools():
     world = replace(WORLD, front=Curve(base_s=0.5, token_s=1e-4))
     assert run(requests(0.0), world).ttft_s.tolist() == [pytest.approx(0.5 + 0.4 + 3.0)]

@@ -1,0 +1,88 @@
+"""Who computes on this machine: this program with all that it started, or others (Linux)."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+_PROC = Path("/proc")
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_PARENT, _USER, _SYSTEM = 1, 11, 12  # fields of /proc/PID/stat, counted from behind the name
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """Core-seconds since the start: of this program and its descendants, and of the machine."""
+
+    own_s: float
+    all_s: float
+
+
+def used() -> Used:
+    """Until now. What ended descendants used is not in `own_s`."""
+    cpu, parents = {}, {}
+    for folder in _PROC.iterdir():
+        if folder.name.isdecimal():
+            with suppress(OSError):  # it has ended meanwhile
+                fields = (folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+                process = int(folder.name)
+                parents[process] = int(fields[_PARENT])
+                cpu[process] = int(fields[_USER]) + int(fields[_SYSTEM])
+    own = sum(ticks for process, ticks in cpu.items() if _descends(process, os.getpid(), parents))
+    first = (_PROC / "stat").read_text(encoding="utf-8").partition("\n")[0]
+    user, nice, system, _idle, _waiting, *more = map(int, first.split()[1:9])
+    return Used(own / _TICKS_PER_S, (user + nice + system + sum(more)) / _TICKS_PER_S)
+
+
+@dataclass(frozen=True, slots=True)
+class Busy:
+    """Cores at work, on average over a span that begins at `from_s`."""
+
+    from_s: float
+    own: float
+    others: float
+
+
+def between(before: Used, after: Used, from_s: float, seconds: float) -> Busy:
+    """The averages of a span."""
+    own_s = max(0.0, after.own_s - before.own_s)
+    others_s = max(0.0, after.all_s - before.all_s - own_s)
+    return Busy(from_s, own_s / seconds, others_s / seconds)
+
+
+class Watch:
+    """What is at work between one look and the next; time counts from the first look."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self.seen: list[Busy] = []
+        self._now = now
+        self._began_s = 0.0
+        self._last: tuple[float, Used] | None = None
+
+    def look(self) -> None:
+        """Note what was at work since the last look."""
+        now_s, now = self._now(), used()
+        if self._last is None:
+            self._began_s = now_s
+        else:
+            then_s, then = self._last
+            span = between(then, now, then_s - self._began_s, now_s - then_s)
+            self.seen.append(span)
+        self._last = now_s, now
+
+    def mean_others(self) -> float:
+        """Cores that other programs took. Raises StatisticsError before the second look."""
+        return fmean(each.others for each in self.seen)
+
+
+def _descends(process: int, ancestor: int, parents: dict[int, int]) -> bool:
+    while process in parents:
+        if process == ancestor:
+            return True
+        process = parents[process]
+    return False
