@@ -2,7 +2,9 @@
 
 One app with admission, one trace, asked twice: once at the deployment's keep rate, which admission
 may bend down to its floor, and once with the same rate asked for, which it may not. Everything else
-(queues, deadlines, what is shed) is the same for both, and so are the prompts.
+(queues, deadlines, what is shed) is the same for both, and so are the prompts. The models are those
+of `versus`: random, since time does not depend on weights, and of such sizes that the main model's
+prefill dominates, as it does in production.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from ..config import AdmissionConfig, AppConfig, local_path
-from ..deployment_file import load
 from ..loadtest import session
 from ..loadtest.arrivals import Trace as TraceArrivals
 from ..loadtest.outcome import Ending, Outcome
@@ -31,12 +32,14 @@ from .calibration import calibrate
 from .processes import Watch
 from .report import markdown, provenance, write_json
 from .servers import Served, ours
-from .validation import BASE, KEEP, LENGTHS, OUT, bearable_qps, drawn
+from .validation import BASE, KEEP, LENGTHS, LONGEST, OUT, bearable_qps, drawn
+from .versus import serve_config
 
 FACTOR = 10.0
 BURST_S, BEFORE_S, AFTER_S = 60.0, 20.0, 20.0
 KEEP_FLOOR = 0.1
-PATIENCE_S = 60.0  # of the client: much more than the service's deadline
+MAX_TOKENS = LONGEST + 512
+PATIENCE_S = 120.0  # of the client: much more than the service's deadline
 QUEUED_S = 0.1  # a request that waited longer is counted as queued
 BENDING, FIXED = "keep rate bends", "keep rate fixed"
 ARMS = {BENDING: None, FIXED: KEEP}
@@ -143,7 +146,7 @@ async def measure(
 
 HEADERS = (
     "arm", "attainment", "goodput /s", "keep rate", "TTFT p50", "TTFT p95", "answered", "queued",
-    "shed", "other", "score", "others' cores",
+    "shed", "other", "others' cores",
 )  # fmt: skip
 
 
@@ -167,7 +170,6 @@ def _cells(arm: Arm) -> list[str]:
         str(arm.queued),
         f"{shed} ({reasons})" if shed else "0",
         ", ".join(f"{ending} {count}" for ending, count in endings.items()) or "0",
-        f"{told.score:.3f}",
         f"{arm.others:.2f}",
     ]
 
@@ -175,8 +177,8 @@ def _cells(arm: Arm) -> list[str]:
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m specprefill.bench.burst", description=__doc__)
-    parser.add_argument("--slo", type=float, default=2.0, help="seconds to the first token")
-    parser.add_argument("--deadline", type=float, default=10.0, help="seconds of a whole answer")
+    parser.add_argument("--slo", type=float, default=6.0, help="seconds to the first token")
+    parser.add_argument("--deadline", type=float, default=30.0, help="seconds of a whole answer")
     parser.add_argument(
         "--share", type=float, default=0.15, help="base rate, of what the app bears in theory"
     )
@@ -192,8 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = args.out.parent.resolve() / "burst"
     folder.mkdir(parents=True, exist_ok=True)
     base = Path(local_path(BASE))
-    plain = load(base).file.applications[0].args
-    config = configured(plain, args.slo, args.deadline)
+    config = configured(serve_config(folder, MAX_TOKENS), args.slo, args.deadline)
     with ours(base, folder, config) as served:
         most, trace, arms = asyncio.run(measure(args, served, config))
     lost = [line for arm in arms for line in unexplained(arm.run.outcomes)]
