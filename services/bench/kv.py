@@ -12,9 +12,12 @@ import argparse
 import multiprocessing
 import statistics
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent import futures
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from ..cluster import set_auth_mode
 from ..kv.announcements import Announcements
 from ..kv.arena import Arena
 from ..kv.channels import OPTIONS
-from ..kv.frames import FRAME_BYTES, Frame, seal
+from ..kv.frames import FRAME_BYTES, Frame, SealedFrame, seal
 from ..kv.leases import LeaseStore
 from ..kv.nixl import agent_for
 from ..kv.nixl_rpc import LANDING_BYTES, NixlClient, NixlHandler
@@ -49,8 +52,8 @@ RATIOS = (("grpc", "raw grpc"), ("object_ref", "ray put"))
 def main(argv: list[str] | None = None) -> int:
     """Measure, print the table, write the JSON."""
     options = _options(argv)
-    with served(options.sizes) as address, stored():
-        seconds = measure(address, options.sizes, options.repeats)
+    with served(options.sizes) as worker, stored():
+        seconds = measure(worker, options.sizes, options.repeats)
     rows = [_row(size, seconds[size]) for size in options.sizes]
     ways = [f"{name} GB/s" for name in seconds[options.sizes[0]]]
     headers = ["MB", *ways, *(" / ".join(pair) for pair in RATIOS)]
@@ -65,18 +68,20 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def measure(address: str, sizes: Sequence[int], repeats: int) -> dict[int, dict[str, list[float]]]:
+def measure(
+    worker: Worker, sizes: Sequence[int], repeats: int
+) -> dict[int, dict[str, list[float]]]:
     """Seconds of each way to move `size` MB, by size, then way; the ways take turns."""
     client, parallel, reader = KvClient(), KvClient(streams=STREAMS), _reader()
-    objects = Objects(KvClient())
+    address, objects = worker.address, Objects(worker, KvClient())
     channel = grpc.insecure_channel(address, options=OPTIONS)
     ways: dict[str, Callable[[int], float]] = {
         "grpc": lambda size: timed(lambda: pull(client, address, size)),
         f"grpc x{STREAMS}": lambda size: timed(lambda: pull(parallel, address, size)),
         "raw grpc": lambda size: timed(lambda: raw_stream(channel, size)),
         "memcpy": copy_seconds,
-        "object_ref": lambda size: objects.seconds(address, size)[0],
-        "object_ref out": lambda size: objects.seconds(address, size)[1],
+        "object_ref": lambda size: objects.seconds(size)[0],
+        "object_ref out": lambda size: objects.seconds(size)[1],
         "ray put": lambda size: ray_seconds(size)[0],
         "ray get": lambda size: ray_seconds(size)[1],
     }
@@ -100,9 +105,9 @@ def measure(address: str, sizes: Sequence[int], repeats: int) -> dict[int, dict[
     return seconds
 
 
-def pull(client: KvClient | NixlClient, address: str, size: int) -> None:
+def pull(client: KvClient | NixlClient, address: str, size: int, lease_id: str = "") -> None:
     """Pull one lease as a decode worker does. Raises unless every byte came."""
-    ticket = {"lease_id": str(size), "secret": SECRET}
+    ticket = {"lease_id": lease_id or str(size), "secret": SECRET}
     received: list[int] = []
     client.pull(address, ticket, FINGERPRINT, 0, 60.0).into(
         lambda frame: received.append(len(frame.payload))
@@ -122,7 +127,9 @@ def raw_stream(channel: grpc.Channel, size: int) -> None:
 class Objects:
     """The carrier `object_ref`, from a worker's lease to a decode worker."""
 
-    def __init__(self, client: KvClient) -> None:
+    def __init__(self, worker: Worker, client: KvClient) -> None:
+        self._worker = worker
+        self._thread = futures.ThreadPoolExecutor(1)
         self._collector = KvCollector()
         self._relay = KvRelay("127.0.0.1")
         self._relay.start()
@@ -133,31 +140,34 @@ class Objects:
         self._collector.close()
         self._relay.stop()
 
-    def store(self, address: str, size: int) -> Any:
-        """Into the object store, as the prefill replica does. Returns the reference."""
+    def seconds(self, size: int) -> tuple[float, float]:
+        """To store one lease, and to pull it out of the store through the decode replica.
+
+        As in a prefill replica, the worker is asked for the KV before it is complete, and the
+        first time begins with its last frame.
+        """
         import ray
 
-        with self._collector.collected(self._ticket(address, size), 0, 60.0) as kv:
-            return ray.put(kv)
-
-    def seconds(self, address: str, size: int) -> tuple[float, float]:
-        """To store one lease, and to pull it out of the store through the decode replica."""
-        import ray
-
+        ticket = Ticket(self._worker.hold(size), SECRET, (self._worker.address,), FINGERPRINT, 1)
+        storing = self._thread.submit(self._store, ticket)
+        self._worker.wait_asked()
         started_s = time.perf_counter()
-        reference = self.store(address, size)
+        self._worker.finish()
+        reference = storing.result()
         store_s = time.perf_counter() - started_s
-        ticket = self._ticket(address, size)
+        self._worker.drop()
         return store_s, timed(lambda: self._fetch(ticket, ray.get(reference), size))
+
+    def _store(self, ticket: Ticket) -> Any:
+        import ray
+
+        with self._collector.collected(ticket, 0, 60.0) as kv:
+            return ray.put(kv)
 
     def _fetch(self, ticket: Ticket, kv: KvObject, size: int) -> None:
         self._relay.offer(ticket, kv)
-        pull(self._client, self._relay.address, size)
+        pull(self._client, self._relay.address, size, ticket.lease_id)
         self._relay.withdraw(ticket)
-
-    @staticmethod
-    def _ticket(address: str, size: int) -> Ticket:
-        return Ticket(str(size), SECRET, (address,), FINGERPRINT, tokens=1)
 
 
 def copy_seconds(size: int) -> float:
@@ -185,17 +195,46 @@ def timed(action: Callable[[], object]) -> float:
     return time.perf_counter() - started_s
 
 
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """The child process, and what it is told to do with one lease that is under way."""
+
+    address: str  # `host:port`
+    _pipe: Connection
+
+    def hold(self, size: int) -> str:
+        """Lay all but the last frame of a new lease into shared memory. Returns its id."""
+        return str(self._told("hold", size))
+
+    def wait_asked(self) -> None:
+        """Until somebody has asked where the lease lies."""
+        self._told("wait_asked")
+
+    def finish(self) -> None:
+        """Lay the last frame there."""
+        self._pipe.send(("finish", ()))
+
+    def drop(self) -> None:
+        """Release the lease."""
+        self._pipe.recv()  # that it was finished
+        self._told("drop")
+
+    def _told(self, what: str, *details: object) -> object:
+        self._pipe.send((what, details))
+        return self._pipe.recv()
+
+
 @contextmanager
-def served(sizes: Sequence[int]) -> Iterator[str]:
-    """A child process that holds leases of these sizes; yields its `host:port`."""
+def served(sizes: Sequence[int]) -> Iterator[Worker]:
+    """A child process that holds leases of these sizes."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     child = context.Process(target=_serve, args=(theirs, sizes), daemon=True)
     child.start()
     try:
-        yield ours.recv()
+        yield Worker(ours.recv(), ours)
     finally:
-        ours.send(None)
+        ours.send(("stop", ()))
         child.join()
 
 
@@ -239,28 +278,66 @@ def _serve(parent: Connection, sizes: Sequence[int]) -> None:
     """The child: the product's KV server and a bare stream on one port."""
     rng = np.random.default_rng(0)
     messages = [rng.bytes(FRAME_BYTES) for _ in range(max(sizes) * MB // FRAME_BYTES)]
+    lending = _Lending(messages, 2 * max(sizes) * MB)
     server = KvServer(
         _leases(messages, sizes),
         Announcements(),
         FINGERPRINT,
         "127.0.0.1",
-        more_handlers=[
-            _RawHandler(messages),
-            _mappable(messages, sizes),
-            *_readable(messages, sizes),
-        ],
+        more_handlers=[_RawHandler(messages), lending.handler, *_readable(messages, sizes)],
     )
     parent.send(server.start())
-    parent.recv()
+    while (told := parent.recv())[0] != "stop":
+        what, details = told
+        parent.send(getattr(lending, what)(*details))
     server.stop()
 
 
-def _mappable(messages: list[bytes], sizes: Sequence[int]) -> LocateHandler:
-    """The same leases for `object_ref`, in memory that the other process maps."""
-    leases = LeaseStore(max_bytes=1 << 40, lease_s=3600.0, now=time.monotonic)
-    handler = LocateHandler(leases, FINGERPRINT, SharedMemory(2 * sum(sizes) * MB))
-    _fill(leases, messages, sizes, handler.arena)
-    return handler
+class _Asked(LeaseStore):
+    """Tells when somebody has begun to read."""
+
+    def __init__(self) -> None:
+        super().__init__(max_bytes=1 << 40, lease_s=3600.0, now=time.monotonic)
+        self.asked = threading.Event()
+
+    def stream(
+        self, lease_id: str, secret: str, *, timeout_s: float
+    ) -> Generator[SealedFrame, None, None]:
+        self.asked.set()
+        return super().stream(lease_id, secret, timeout_s=timeout_s)
+
+
+class _Lending:
+    """One lease after the other for `object_ref`, in memory that the other process maps."""
+
+    def __init__(self, messages: list[bytes], room: int) -> None:
+        self._messages = messages
+        self._leases = _Asked()
+        self.handler = LocateHandler(self._leases, FINGERPRINT, SharedMemory(room))
+        self._lease_id, self._frames, self._count = "", 0, 0
+
+    def hold(self, size: int) -> str:
+        self._count += 1
+        self._lease_id, self._frames = f"lent-{self._count}", size * MB // FRAME_BYTES
+        self._leases.asked.clear()
+        self._leases.open(self._lease_id, SECRET)
+        for layer in range(self._frames - 1):
+            self._append(layer)
+        return self._lease_id
+
+    def wait_asked(self) -> bool:
+        return self._leases.asked.wait()
+
+    def finish(self) -> None:
+        self._append(self._frames - 1)
+
+    def drop(self) -> bool:
+        return self._leases.release(self._lease_id, SECRET)
+
+    def _append(self, layer: int) -> None:
+        frame = Frame(layer, 0, 1, self._messages[layer])
+        sealed = seal(frame, self._lease_id, self.handler.arena)
+        self._leases.append(self._lease_id, sealed, last=layer == self._frames - 1)
 
 
 def _readable(messages: list[bytes], sizes: Sequence[int]) -> list[NixlHandler]:
@@ -274,21 +351,15 @@ def _readable(messages: list[bytes], sizes: Sequence[int]) -> list[NixlHandler]:
 
 
 def _leases(messages: list[bytes], sizes: Sequence[int], arena: Arena | None = None) -> LeaseStore:
-    leases = LeaseStore(max_bytes=1 << 40, lease_s=3600.0, now=time.monotonic)
-    _fill(leases, messages, sizes, arena)
-    return leases
-
-
-def _fill(
-    leases: LeaseStore, messages: list[bytes], sizes: Sequence[int], arena: Arena | None
-) -> None:
     """One lease per size, named after it."""
+    leases = LeaseStore(max_bytes=1 << 40, lease_s=3600.0, now=time.monotonic)
     for size in sizes:
         leases.open(str(size), SECRET)
         frames = size * MB // FRAME_BYTES
         for layer, message in enumerate(messages[:frames]):
             frame = seal(Frame(layer, 0, 1, message), str(size), arena)
             leases.append(str(size), frame, last=layer == frames - 1)
+    return leases
 
 
 def _row(size: int, seconds: dict[str, list[float]]) -> list[str]:

@@ -7,6 +7,7 @@ and registering is slow: so it is done once, for all of an arena.
 from __future__ import annotations
 
 import bisect
+import ctypes
 import threading
 import weakref
 from collections import deque
@@ -105,5 +106,9 @@ class Arena:
 
 def address_of(payload: memoryview | bytes | Bytes) -> int:
     """Where the bytes lie in this process's memory."""
+    if isinstance(payload, memoryview) and not payload.readonly:
+        return ctypes.addressof(
+            ctypes.c_char.from_buffer(payload)
+        )  # an array takes as long to make
     address: int = np.frombuffer(payload, dtype=np.uint8).__array_interface__["data"][0]
     return address

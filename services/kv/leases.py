@@ -12,7 +12,7 @@ from __future__ import annotations
 import hmac
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
 from ..errors import LeaseNotFound
@@ -103,7 +103,9 @@ class LeaseStore:
                 self._restart_clock(lease)
             self._changed.notify_all()
 
-    def stream(self, lease_id: str, secret: str, *, timeout_s: float) -> Iterator[SealedFrame]:
+    def stream(
+        self, lease_id: str, secret: str, *, timeout_s: float
+    ) -> Generator[SealedFrame, None, None]:
         """Yield every frame in order, waiting for those still being computed.
 
         Raises LeaseNotFound when the lease is unknown, gone, or not complete within

@@ -13,6 +13,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -116,21 +117,28 @@ class LocateHandler(grpc.GenericRpcHandler):
         gone = threading.Event()
         if not context.add_callback(gone.set):
             return
+        lent: list[bytes | memoryview] = []
         try:
-            frames = self._leases.stream(query.lease_id, query.secret, timeout_s=query.timeout_s)
-            lent = [frame.message for frame in frames]
+            located = self._located(query, lent)
         except LeaseNotFound as error:
             context.abort(grpc.StatusCode.NOT_FOUND, str(error))
-        offsets = [self.arena.offset_of(message) for message in lent]
-        places = [
-            (offset, len(message))
-            for offset, message in zip(offsets, lent, strict=True)
-            if offset is not None
-        ]
-        if len(places) == len(lent):
-            end = encode(trailer(self._leases, query.lease_id, len(lent)), query.lease_id)
-            yield Located(self._shared.region, places, end).packed()
+        if located is not None:
+            yield located.packed()
             gone.wait()
+
+    def _located(self, query: PullQuery, lent: list[bytes | memoryview]) -> Located | None:
+        """Frames are looked up as they come: little is left to do after the last one."""
+        places: list[tuple[int, int]] = []
+        frames = self._leases.stream(query.lease_id, query.secret, timeout_s=query.timeout_s)
+        with closing(frames):
+            for frame in frames:
+                offset = self.arena.offset_of(frame.message)
+                if offset is None:
+                    return None
+                places.append((offset, len(frame.message)))
+                lent.append(frame.message)
+        end = encode(trailer(self._leases, query.lease_id, len(lent)), query.lease_id)
+        return Located(self._shared.region, places, end)
 
 
 def _mapped(region: Region) -> Bytes | None:

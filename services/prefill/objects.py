@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import TypeAlias
 
 import ray
 
 from ..errors import KvTransferError
+from ..kv.leases import UNCLAIMED_S
 from ..kv.objects import KvCollector
 from ..kv.tls import MutualTls
 from ..types import Ticket
@@ -28,13 +31,22 @@ class KvObjects:
         """Hang up."""
         self._collector.close()
 
+    @asynccontextmanager
+    async def storing(self) -> AsyncIterator[Storing]:
+        """For one request; what it has begun ends with it."""
+        storing = Storing(self)
+        try:
+            yield storing
+        finally:
+            storing.cancel()
+
     async def store(self, ticket: Ticket, timeout_s: float) -> list[KvReference]:
         """One object per worker. Empty when a worker did not give its KV.
 
         The objects belong to this process and die with it; the decode engine then computes the
-        prompt itself. The references in the list last as long as the task that asked: the
-        frames of a task that was cancelled may wait for the garbage collector, and would keep
-        the KV meanwhile. The lease stays as it is.
+        prompt itself. Whoever takes them refers to them by then, so the list is emptied after
+        UNCLAIMED_S: the frames of a call that was cancelled may wait for the garbage collector,
+        and would keep the KV meanwhile. The lease stays as it is.
         """
         ranks = range(len(ticket.endpoints))
         stored = (asyncio.to_thread(self._put, ticket, rank, timeout_s) for rank in ranks)
@@ -43,11 +55,32 @@ class KvObjects:
         except KvTransferError as error:
             logger.warning("lease_id=%s not stored: %s", ticket.lease_id, error)
             return []
-        asking = asyncio.current_task()
-        if asking is not None:
-            asking.add_done_callback(lambda _task: objects.clear())
+        asyncio.get_running_loop().call_later(UNCLAIMED_S, objects.clear)
         return objects
 
     def _put(self, ticket: Ticket, rank: int, timeout_s: float) -> KvReference:
         with self._collector.collected(ticket, rank, timeout_s) as kv:
             return ray.put(kv)
+
+
+class Storing:
+    """One request's KV, asked for when its end is near: the answer then waits for the KV only."""
+
+    def __init__(self, objects: KvObjects) -> None:
+        self._objects = objects
+        self._task: asyncio.Task[list[KvReference]] | None = None
+
+    def begin(self, ticket: Ticket, timeout_s: float) -> None:
+        """Ask the workers; they answer when the KV is complete."""
+        self._task = asyncio.create_task(self._objects.store(ticket, timeout_s))
+
+    async def objects(self, ticket: Ticket, timeout_s: float) -> list[KvReference]:
+        """See `KvObjects.store`."""
+        if self._task is None:
+            return await self._objects.store(ticket, timeout_s)
+        return await self._task
+
+    def cancel(self) -> None:
+        """Give up what is under way."""
+        if self._task is not None:
+            self._task.cancel()

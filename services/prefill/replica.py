@@ -19,7 +19,7 @@ from ..kv.tls import read_tls
 from ..types import Prefilled, Request, Selection
 from ..wire import pack, unpack
 from .gauges import KvGauges
-from .objects import KvObjects, KvReference
+from .objects import KvObjects, KvReference, Storing
 from .service import PrefillService
 
 logger = logging.getLogger(__name__)
@@ -61,25 +61,27 @@ class PrefillReplica:
     ) -> AsyncIterator[tuple[bytes, list[KvReference]]]:
         """`(Request, Selection, timeout_s)` -> PrefillSteps, and the KV if Ray is to carry it.
 
-        What Ray carries cannot be pulled before it is whole: no ticket comes early. `load` is
-        for the router, which chose this replica by it.
+        What Ray carries cannot be pulled before it is whole: no ticket comes early, but the
+        workers are asked for the KV. `load` is for the router, which chose this replica by it.
         """
         del load
         request, selection, timeout_s = unpack(payload, tuple[Request, Selection, float])
         with self._waiting.one():
             steps = self._service.steps(request, selection, timeout_s)
-            async with aclosing(steps) as stream:  # type: ignore[type-var]
+            async with aclosing(steps) as stream, self._objects.storing() as storing:  # type: ignore[type-var]
                 async for step in stream:
                     if isinstance(step, Prefilled):
-                        yield pack((None, step)), await self._stored(step)
-                    elif self._kv.carrier != "object_ref":
+                        yield pack((None, step)), await self._stored(step, storing)
+                    elif self._kv.carrier == "object_ref":
+                        storing.begin(step, self._kv.pull_timeout_s)
+                    else:
                         yield pack((step, None)), []
 
-    async def _stored(self, prefilled: Prefilled) -> list[KvReference]:
+    async def _stored(self, prefilled: Prefilled, storing: Storing) -> list[KvReference]:
         """The KV as Ray's objects. Empty: it stays with the worker, where decode may pull it."""
         if prefilled.ticket is None or self._kv.carrier != "object_ref":
             return []
-        objects = await self._objects.store(prefilled.ticket, self._kv.pull_timeout_s)
+        objects = await storing.objects(prefilled.ticket, self._kv.pull_timeout_s)
         if objects:
             await self._service.release(prefilled.ticket)  # the worker's copy is free at once
         return objects
