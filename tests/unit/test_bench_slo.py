@@ -154,11 +154,11 @@ def test_what_others_compute_is_what_this_program_does_not():
 def test_this_program_is_seen_at_work():
     clock = iter((100.0, 100.5, 102.5))
     watch = Watch(lambda: next(clock))
+    watch.look()
+    watch.look()
     before = used().own_s
-    watch.look()
-    watch.look()
     while used().own_s - before < 0.1:
         sum(range(10_000))
     watch.look()
     assert [each.from_s for each in watch.seen] == [0.0, 0.5]
-    assert watch.seen[-1].own >= 0.05
+    assert watch.seen[-1].own >= 0.049  # 0.1 s of work in 2 s
