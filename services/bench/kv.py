@@ -143,26 +143,25 @@ class Objects:
     def seconds(self, size: int) -> tuple[float, float]:
         """To store one lease, and to pull it out of the store through the decode replica.
 
-        As in a prefill replica, the worker is asked for the KV before it is complete, and the
-        first time begins with its last frame.
+        As in a prefill replica, the worker is asked for the KV before it is complete. The first
+        time is from then on until the object is in the store.
         """
         import ray
 
         ticket = Ticket(self._worker.hold(size), SECRET, (self._worker.address,), FINGERPRINT, 1)
         storing = self._thread.submit(self._store, ticket)
         self._worker.wait_asked()
-        started_s = time.perf_counter()
-        self._worker.finish()
-        reference = storing.result()
-        store_s = time.perf_counter() - started_s
+        complete_s = self._worker.finish()
+        reference, stored_s = storing.result()
         self._worker.drop()
-        return store_s, timed(lambda: self._fetch(ticket, ray.get(reference), size))
+        fetch_s = timed(lambda: self._fetch(ticket, ray.get(reference), size))
+        return stored_s - complete_s, fetch_s
 
-    def _store(self, ticket: Ticket) -> Any:
+    def _store(self, ticket: Ticket) -> tuple[Any, float]:
         import ray
 
         with self._collector.collected(ticket, 0, 60.0) as kv:
-            return ray.put(kv)
+            return ray.put(kv), time.monotonic()
 
     def _fetch(self, ticket: Ticket, kv: KvObject, size: int) -> None:
         self._relay.offer(ticket, kv)
@@ -210,16 +209,15 @@ class Worker:
         """Until somebody has asked where the lease lies."""
         self._told("wait_asked")
 
-    def finish(self) -> None:
-        """Lay the last frame there."""
-        self._pipe.send(("finish", ()))
+    def finish(self) -> float:
+        """Lay the last frame there. Returns when that was done, on the machine's clock."""
+        return float(self._told("finish"))
 
     def drop(self) -> None:
         """Release the lease."""
-        self._pipe.recv()  # that it was finished
         self._told("drop")
 
-    def _told(self, what: str, *details: object) -> object:
+    def _told(self, what: str, *details: object) -> Any:
         self._pipe.send((what, details))
         return self._pipe.recv()
 
@@ -328,8 +326,9 @@ class _Lending:
     def wait_asked(self) -> bool:
         return self._leases.asked.wait()
 
-    def finish(self) -> None:
+    def finish(self) -> float:
         self._append(self._frames - 1)
+        return time.monotonic()
 
     def drop(self) -> bool:
         return self._leases.release(self._lease_id, SECRET)
