@@ -16,7 +16,15 @@ from dataclasses import dataclass, field, replace
 from .errors import DeadlineExceeded, Overloaded
 from .pipeline import Pipeline
 from .plan import Planner
-from .scaling.admission import AdmissionPolicy, Ask, Backlog, Shed, ShedReason, judge
+from .scaling.admission import (
+    MIN_RETRY_AFTER_S,
+    AdmissionPolicy,
+    Ask,
+    Backlog,
+    Shed,
+    ShedReason,
+    judge,
+)
 from .scaling.fair_queue import FairQueue
 from .stages import StageCurves
 from .types import Chunk, Plan, PlanKind, Reason, Request, Selection
@@ -47,7 +55,9 @@ class Place:
     speculate_s: float
     prefill_s: float
     late: bool
+    came_s: float
     began_s: float | None = None  # None: it waits
+    too_late: bool = False  # its turn came when its time no longer sufficed
     waited_s: float = 0.0
     key: str | None = None
     left: bool = False
@@ -59,6 +69,11 @@ class Place:
             return self.prefill_s
         into_prefill_s = now_s - self.began_s - self.speculate_s
         return min(self.prefill_s, max(0.0, self.prefill_s - into_prefill_s))
+
+    def is_hopeless(self, now_s: float) -> bool:
+        """Whether its first token would come too late even if it went on at once."""
+        own_s = self.speculate_s + self.prefill_s
+        return now_s - self.came_s + own_s > self.request.timeout_s
 
     def unread_s(self, now_s: float) -> float:
         """Of its speculation."""
@@ -156,7 +171,9 @@ class Gate:
             raise Overloaded(message, verdict.retry_after_s, verdict.reason)
         speculate_s = 0.0 if plan.kind is PlanKind.DENSE else curves.speculate.seconds(tokens)
         bent = plan if verdict.keep >= ask.keep else _bent(plan, verdict.keep)
-        return Place(request, bent, speculate_s, verdict.prefill_s, verdict.late, key=key)
+        return Place(
+            request, bent, speculate_s, verdict.prefill_s, verdict.late, self._now(), key=key
+        )
 
     def _ask(self, request: Request, plan: Plan) -> Ask:
         tokens = len(request.prompt)
@@ -183,15 +200,19 @@ class Gate:
         self._let_in()
 
     async def _turn(self, place: Place) -> None:
-        came_s = self._now()
         try:
             async with asyncio.timeout(place.request.timeout_s):
                 await place.turn.wait()
         except TimeoutError as error:
             raise DeadlineExceeded("timeout_s: used up waiting for a turn") from error
-        place.waited_s = self._now() - came_s
+        if place.too_late:
+            retry_after_s = max(MIN_RETRY_AFTER_S, self.backlog().late_s)
+            message = f"{_MESSAGES[ShedReason.DEADLINE]}; try again later"
+            raise Overloaded(message, retry_after_s, ShedReason.DEADLINE)
+        place.waited_s = self._now() - place.came_s
 
     def _let_in(self) -> None:
+        """Those whose turn it is; one that can no longer be in time takes no engine from others."""
         engines = self._engines()
         most = self._per_engine * max(1, engines.speculators + engines.prefills)
         while self._waiting and len(self._running) < most:
@@ -199,8 +220,10 @@ class Gate:
             if place.left:
                 continue
             self._forget_waiting(place)
-            place.began_s = self._now()
-            self._running[id(place)] = place
+            place.too_late = place.is_hopeless(self._now())
+            if not place.too_late:
+                place.began_s = self._now()
+                self._running[id(place)] = place
             place.turn.set()
 
     def _forget_waiting(self, place: Place) -> None:

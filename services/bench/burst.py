@@ -38,6 +38,7 @@ from .versus import serve_config
 FACTOR = 10.0
 BURST_S, BEFORE_S, AFTER_S = 60.0, 20.0, 20.0
 KEEP_FLOOR = 0.1
+SHORTEST = 1200  # longer than what goes dense by default, so that the arms differ in bending alone
 MAX_TOKENS = LONGEST + 512
 PATIENCE_S = 120.0  # of the client: much more than the service's deadline
 QUEUED_S = 0.1  # a request that waited longer is counted as queued
@@ -95,7 +96,7 @@ def configured(config: AppConfig, ttft_s: float, deadline_s: float) -> AppConfig
 def burst(most_qps: float, share: float, seed: int) -> Trace:
     """Quiet, a minute of `FACTOR` times the rate, quiet."""
     rate = bursty(share * most_qps, FACTOR, BURST_S, every_s=1e9, first_s=BEFORE_S)
-    return drawn(rate, BEFORE_S + BURST_S + AFTER_S, seed)
+    return drawn(rate, BEFORE_S + BURST_S + AFTER_S, seed, SHORTEST)
 
 
 async def ask(
@@ -127,7 +128,7 @@ async def measure(
     async with caller.open():
         slots = config.decode.max_num_seqs or 1
         found = await calibrate(source, caller, KEEP, int(LENGTHS.output_tokens), slots)
-    most = bearable_qps(drawn(poisson(1.0), 1000.0, args.seed), found, KEEP)
+    most = bearable_qps(drawn(poisson(1.0), 1000.0, args.seed, SHORTEST), found, KEEP)
     trace = burst(most, args.share, args.seed)
     print(
         f"bearable at a keep rate of {KEEP:g}: {most:.2f} requests/s; "

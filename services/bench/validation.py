@@ -99,10 +99,10 @@ def bearable_qps(trace: Trace, found: Calibrated, keep: float) -> float:
     return 1.0 / max(*pools_s, machine_s)
 
 
-def drawn(rate: Rate, seconds: float, seed: int) -> Trace:
+def drawn(rate: Rate, seconds: float, seed: int, shortest: int = SHORTEST) -> Trace:
     """A trace whose lengths the local app bears."""
     trace = generate(rate, seconds, LENGTHS, seed)
-    return replace(trace, prompt_tokens=np.clip(trace.prompt_tokens, SHORTEST, LONGEST))
+    return replace(trace, prompt_tokens=np.clip(trace.prompt_tokens, shortest, LONGEST))
 
 
 def replayed(outcomes: Sequence[Outcome]) -> Trace:

@@ -257,6 +257,31 @@ async def test_who_waits_too_long_is_told_and_leaves_nothing():
     await asyncio.wait([front])
 
 
+async def test_one_whose_time_no_longer_suffices_takes_no_engine_from_others():
+    door = Door()
+    front = door.hold()
+    await settled()
+    waiting = asyncio.create_task(door.run(timeout_s=3.0))  # 0.5 s of its own, bent
+    await settled()
+    door.now_s = 2.8
+    front.cancel()
+    with pytest.raises(Overloaded, match="time is used up") as caught:
+        await waiting
+    assert caught.value.reason is ShedReason.DEADLINE
+    assert (door.gate.waiting, door.gate.running) == (0, 0)
+
+
+async def test_one_whose_time_still_suffices_goes_on():
+    door = Door()
+    front = door.hold()
+    await settled()
+    waiting = asyncio.create_task(door.run(timeout_s=3.0))
+    await settled()
+    door.now_s = 1.5
+    front.cancel()
+    assert (await waiting)[-1].report.queue_s >= 1.5
+
+
 async def test_the_next_goes_on_at_the_first_token_not_at_the_last():
     door = Door()
     request = Request("r", tuple(range(4000)), b"")

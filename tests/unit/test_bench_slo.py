@@ -135,6 +135,7 @@ def test_a_burst_asks_ten_times_as_much_for_a_minute():
     quiet = (trace.time_s < burst.BEFORE_S).sum() / burst.BEFORE_S
     loud = (abs(trace.time_s - burst.BEFORE_S - burst.BURST_S / 2) < burst.BURST_S / 2).sum()
     assert quiet == pytest.approx(1.5, rel=0.5)
+    assert trace.prompt_tokens.min() > AppConfig.model_fields["selection"].default.min_prompt_tokens
     assert loud / burst.BURST_S == pytest.approx(15.0, rel=0.1)
 
 
