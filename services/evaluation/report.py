@@ -14,7 +14,7 @@ from .arms import CONTROLS, Arm, Chooser
 from .intervals import Interval
 from .outcomes import Cell
 from .suite import Measured, Suite
-from .summary import ENOUGH, Choice, Row, choices, pooled, rows_of, smallest_enough
+from .summary import ENOUGH, Choice, Row, choices, choices_of_all, pooled, rows_of, smallest_enough
 
 TITLE = "Quality by keep rate"
 NAME = "eval"
@@ -53,6 +53,7 @@ class Report:
                 self._gold(length),
                 self._automatic(length),
                 self._chosen(length),
+                self._chosen_of_all(length),
             )
         ]
         return [table for table in [*made, self._kept(), self._verdicts()] if table.rows]
@@ -139,23 +140,18 @@ class Report:
         )
 
     def _chosen(self, length: int) -> Table:
-        found = choices(self.rows, self.suite, length)
-        least = smallest_enough(found)
-        return Table(
-            heading=f"Smallest rate that is enough at {length} tokens",
-            about=f"Enough: every answered family retains {ENOUGH:.0%}. {_beside(found, least)}",
-            headers=("rate", "mean kept", "kept tokens", "worst family", "retains", "enough"),
-            rows=tuple(
-                (
-                    each.arm.name,
-                    f"{each.kept:.1%}",
-                    f"{each.kept_tokens:.0f}",
-                    each.worst_family,
-                    f"{each.worst_retained:.0%}",
-                    "yes" if each.is_enough else "no",
-                )
-                for each in found
-            ),
+        return _choice_table(
+            f"Smallest rate that is enough at {length} tokens",
+            f"Enough: every answered family retains {ENOUGH:.0%}.",
+            choices(self.rows, self.suite, length),
+        )
+
+    def _chosen_of_all(self, length: int) -> Table:
+        return _choice_table(
+            f"Smallest rate that is enough for all families at {length} tokens",
+            f"Enough: every answered family retains {ENOUGH:.0%}, and of every other one as much "
+            "of its gold survives; where nothing is gold, the answer needs all of the prompt.",
+            choices_of_all(self.rows, self.suite, length),
         )
 
     def _kept(self) -> Table:
@@ -300,6 +296,25 @@ def _control_bars(report: Report, rows: Sequence[Row], length: int) -> list[str]
     }
     families = [row.family for row in answered]
     return [bar_chart(f"Controls, {length} tokens", families, bars, y_label="answers retained")]
+
+
+def _choice_table(heading: str, about: str, found: Sequence[Choice]) -> Table:
+    return Table(
+        heading=heading,
+        about=f"{about} {_beside(found, smallest_enough(found))}",
+        headers=("rate", "mean kept", "kept tokens", "worst family", "retains", "enough"),
+        rows=tuple(
+            (
+                each.arm.name,
+                f"{each.kept:.1%}",
+                f"{each.kept_tokens:.0f}",
+                each.worst_family,
+                f"{each.worst_retained:.0%}",
+                "yes" if each.is_enough else "no",
+            )
+            for each in found
+        ),
+    )
 
 
 def _beside(found: Sequence[Choice], least: Choice | None) -> str:

@@ -21,10 +21,15 @@ class Row:
     cells: tuple[Cell, ...]
     answered: bool  # False: beyond the model, or not asked for answers
 
+    @property
+    def has_answers(self) -> bool:
+        """Whether there is something to retain: any right answer to the dense prompts."""
+        return self.answered and self.cells[0].retained is not None
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """An arm over all answered families at one length."""
+    """An arm over several families at one length."""
 
     arm: Arm
     kept: float  # mean share of the prompt
@@ -59,20 +64,20 @@ def pooled(outcomes: Sequence[Outcome], suite: Suite) -> list[Cell]:
 
 
 def choices(rows: Sequence[Row], suite: Suite, length: int) -> list[Choice]:
-    """Every keep rate and the automatic one, each by its worst family.
+    """Every keep rate and the automatic one, each by its worst answered family.
 
     Empty where no family is answered at all.
     """
-    answered = [
-        row for row in rows
-        if row.length == length and row.answered and row.cells[0].retained is not None
-    ]  # fmt: skip
-    chosen = (Chooser.SPECULATOR, Chooser.AUTOMATIC)
-    return [
-        _choice(arm, [(row.family, row.cells[place]) for row in answered])
-        for place, arm in enumerate(suite.arms)
-        if arm.chooser in chosen and answered
-    ]
+    return _chosen([row for row in rows if row.length == length and row.has_answers], suite)
+
+
+def choices_of_all(rows: Sequence[Row], suite: Suite, length: int) -> list[Choice]:
+    """The same over all families: those without answers by what is left of their gold.
+
+    Empty where that would add nothing.
+    """
+    found = [row for row in rows if row.length == length]
+    return [] if all(row.has_answers for row in found) else _chosen(found, suite)
 
 
 def smallest_enough(found: Sequence[Choice]) -> Choice | None:
@@ -81,15 +86,28 @@ def smallest_enough(found: Sequence[Choice]) -> Choice | None:
     return min(fixed, key=lambda each: each.kept_tokens, default=None)
 
 
-def _choice(arm: Arm, cells: Sequence[tuple[str, Cell]]) -> Choice:
-    retained = [
-        (each.retained.value, family) for family, each in cells if each.retained is not None
+def _chosen(rows: Sequence[Row], suite: Suite) -> list[Choice]:
+    chosen = (Chooser.SPECULATOR, Chooser.AUTOMATIC)
+    return [
+        _choice(arm, [(row, row.cells[place]) for row in rows])
+        for place, arm in enumerate(suite.arms)
+        if arm.chooser in chosen and rows
     ]
-    worst, family = min(retained)
+
+
+def _choice(arm: Arm, found: Sequence[tuple[Row, Cell]]) -> Choice:
+    worst, family = min((_left(row, cell), row.family) for row, cell in found)
     return Choice(
         arm=arm,
-        kept=sum(each.kept for _, each in cells) / len(cells),
-        kept_tokens=sum(each.kept_tokens for _, each in cells) / len(cells),
+        kept=sum(cell.kept for _, cell in found) / len(found),
+        kept_tokens=sum(cell.kept_tokens for _, cell in found) / len(found),
         worst_family=family,
         worst_retained=worst,
     )
+
+
+def _left(row: Row, cell: Cell) -> float:
+    """The share of the answers; without them, of the gold; without gold, all of the prompt is."""
+    if row.has_answers and cell.retained is not None:
+        return cell.retained.value
+    return cell.kept if cell.gold_kept is None else cell.gold_kept.value

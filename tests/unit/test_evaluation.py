@@ -15,7 +15,7 @@ from specprefill.evaluation.arms import CONTROLS, DENSE, Arm, Chooser, arms_of, 
 from specprefill.evaluation.journal import Journal, OtherSettings
 from specprefill.evaluation.outcomes import Answer
 from specprefill.evaluation.suite import PROBED_ITEMS, Suite, measure
-from specprefill.evaluation.summary import choices, rows_of, smallest_enough
+from specprefill.evaluation.summary import choices, choices_of_all, rows_of, smallest_enough
 from specprefill.selection import SelectionPolicy, select
 from specprefill.types import Plan, PlanKind, Reason, Span
 
@@ -169,6 +169,20 @@ def test_the_smallest_rate_that_is_enough_holds_in_every_family(run):
     assert smallest_enough(found).arm == Arm(Chooser.SPECULATOR, 0.5)
     worst = {each.arm.name: each.worst_family for each in found if not each.is_enough}
     assert worst == {"keep 0.1": "niah_single_2"}
+
+
+def test_families_beyond_the_model_are_compared_by_their_gold(run):
+    asked = suite(("niah_single_1", "niah_single_2"))
+    measured, _ = run(asked, Told(lambda task, _arm: task.family == "niah_single_1"))
+    rows = rows_of(measured, asked)
+    assert smallest_enough(choices(rows, asked, 400)).arm == Arm(Chooser.SPECULATOR, 0.1)
+    of_all = choices_of_all(rows, asked, 400)
+    worst = {each.arm.name: (each.worst_family, each.worst_retained) for each in of_all}
+    assert worst["keep 0.5"] == ("niah_single_2", 0.5)
+    assert worst["automatic"] == ("niah_single_2", 0.3)
+    assert smallest_enough(of_all).arm == DENSE
+    text = report.text(report.report_of(measured, asked, {}))
+    assert "## Smallest rate that is enough for all families at 400 tokens" in text
 
 
 def test_a_report_is_written_as_tables_json_and_a_page(run, tmp_path):
