@@ -248,7 +248,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = [measured(variant, prompts) for variant in variants(policy)]
     shipped = next(result for result in results if result.variant == name_of(policy.auto))
     fixed = [result for result in results if result.variant in {"keep 0.1", "keep 0.3"}]
-    print(f"\n{overview([*results[: len(FIXED)], *best_of_each_rule(results[len(FIXED) :])])}")
+    compared = [*results[: len(FIXED)], *best_of_each_rule(results[len(FIXED) :])]
+    print(f"\n{overview(compared if shipped in compared else [*compared, shipped])}")
     print(f"\n{by_family([shipped, *fixed])}")
     shares = [measured(variant, prompts) for variant in next_shares(policy)]
     print(f"\n{by_family(shares)}")
