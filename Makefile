@@ -120,6 +120,10 @@ bench: $(INSTALLED) ## Time to first token beside plain `vllm serve` on the same
 bench-qps: $(INSTALLED) ## The paper's max-QPS protocol beside plain `vllm serve`
 	@$(PY) -m specprefill.bench.max_qps
 
+.PHONY: bench-concurrency
+bench-concurrency: $(INSTALLED) ## Several clients at once, beside plain `vllm serve`
+	@$(PY) -m specprefill.bench.concurrency
+
 .PHONY: bench-keep-rates
 bench-keep-rates: $(INSTALLED) ## Rules that choose the keep rate, beside fixed rates, by gold survival
 	@$(PY) -m specprefill.bench.keep_rates

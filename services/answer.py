@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from .types import Chunk, Decoded, PlanKind, Prefilled, Replay, Report, Request, Selection
+from .types import (
+    Chunk,
+    Computed,
+    Decoded,
+    PlanKind,
+    Prefilled,
+    PrefilledBy,
+    Replay,
+    Report,
+    Request,
+    Selection,
+)
 
 
 class Diverged(Exception):
@@ -52,16 +63,22 @@ class _Sample:
 
 
 class Answer:
-    """One request's samples, from the first token to the report."""
+    """One request's samples, from the first token to the report.
 
-    def __init__(self, request: Request, prefilled: Prefilled) -> None:
+    `prefilled` None: the decode engine computes the prompt, and says everything.
+    """
+
+    def __init__(self, request: Request, prefilled: Prefilled | None) -> None:
         self._request = request
         self._prefilled = prefilled
         self._samples = [_Sample() for _ in range(request.samples)]
-        self._first_told = False
         self._transfer_s = 0.0
         self._first_decode_s = 0.0
         self._recomputed = False
+        self._computed = Computed(0.0, 0.0)
+        first = None if prefilled is None else prefilled.first
+        self._cached_tokens = 0 if first is None else first.cached_tokens
+        self._prompt_logprobs = None if first is None else first.prompt_logprobs  # until told
 
     @property
     def open_samples(self) -> int:
@@ -75,6 +92,8 @@ class Answer:
 
     def early(self) -> list[Chunk]:
         """The first token, unless a stop string or half a character holds it back."""
+        if self._prefilled is None:
+            return []
         first = self._prefilled.first
         if self._prefilled.ticket is None:
             # One sample: this is its end. Several: decode computes the prompt for all.
@@ -86,7 +105,7 @@ class Answer:
     def replay(self) -> Replay:
         """What a decode engine is to repeat: everything sent, at least the first token."""
         repeated = [sample.repeat() for sample in self._samples]
-        if not repeated[0]:
+        if not repeated[0] and self._prefilled is not None:
             repeated[0] = self._prefilled.first.token_ids
         return tuple(repeated)
 
@@ -97,6 +116,9 @@ class Answer:
         if step.first_decode_s is not None:
             self._first_decode_s = step.first_decode_s
         self._recomputed |= step.recomputed
+        if self._prefilled is None:
+            self._computed = step.computed or self._computed
+            self._cached_tokens = max(self._cached_tokens, step.chunk.cached_tokens)
         sample = self._samples[step.chunk.index]
         sample.decoding = True
         if sample.finished:
@@ -107,31 +129,34 @@ class Answer:
     def report(self, selection: Selection, ttft_s: float) -> Report:
         """The whole story, once the last sample has finished."""
         kept_all = selection.kept_tokens == selection.prompt_tokens
+        by, times = (
+            (PrefilledBy.DECODE, self._computed)
+            if self._prefilled is None
+            else (PrefilledBy.PREFILL, self._prefilled)
+        )
         return Report(
             plan=PlanKind.DENSE if kept_all else PlanKind.PRUNE,
             reason=selection.plan.reason,
             prompt_tokens=selection.prompt_tokens,
             kept_tokens=selection.kept_tokens,
             keep_rate=selection.keep_rate,
-            queue_s=selection.queue_s + self._prefilled.queue_s,
+            queue_s=selection.queue_s + times.queue_s,
             speculate_s=selection.speculate_s,
-            prefill_s=self._prefilled.prefill_s,
+            prefill_s=times.prefill_s,
             transfer_s=self._transfer_s,
             first_decode_s=self._first_decode_s,
             ttft_s=ttft_s,
             recomputed=self._recomputed,
-            cached_tokens=self._prefilled.first.cached_tokens,
+            cached_tokens=self._cached_tokens,
             expected=selection.plan.expected,
             remembered_tokens=selection.remembered_tokens,
+            prefilled_by=by,
         )
 
     def _send(self, chunk: Chunk) -> list[Chunk]:
         self._samples[chunk.index].sent(chunk)
-        first = self._prefilled.first
         chunk = replace(
-            chunk,
-            cached_tokens=first.cached_tokens,
-            prompt_logprobs=None if self._first_told else first.prompt_logprobs,
+            chunk, cached_tokens=self._cached_tokens, prompt_logprobs=self._prompt_logprobs
         )
-        self._first_told = True
+        self._prompt_logprobs = None
         return [chunk]

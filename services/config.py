@@ -133,6 +133,10 @@ class KvConfig(Strict):
     overlap: bool = True  # decode begins to pull while the last of the KV is computed
     streams: Annotated[int, Field(ge=1, le=16)] = 1  # grpc's connections per pull
     on_failure: Literal["recompute", "fail"] = "recompute"
+    # Dense prompts of at most so many tokens are computed by the decode engine, without a
+    # hand-over, while their gateway has nothing else to answer, or where that holds the engine
+    # no longer than taking the KV over. 0: every prompt is handed over.
+    local_prefill_tokens: NonNegativeInt = 512
     tls: KvTls | None = None  # plaintext if absent
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from .errors import SpecPrefillError
 from .types import (
     Chunk,
+    Computed,
     Decoded,
     Plan,
     Prefilled,
@@ -157,9 +158,15 @@ class FakeDecoder:
                     chunk = Chunk(index, (token,), text_of(token))
                     if place == len(tokens) - 1:
                         chunk = _finished(chunk, "length")
-                    yield Decoded(chunk, 0.125, 0.0625, recomputed=ticket is None)
+                    yield _decoded(chunk, ticket)
         finally:
             self.closed += 1
+
+
+def _decoded(chunk: Chunk, ticket: Ticket | None) -> Decoded:
+    if ticket is None:
+        return Decoded(chunk, 0.0, 0.0, computed=Computed(queue_s=0.0, prefill_s=0.375))
+    return Decoded(chunk, 0.125, 0.0625)
 
 
 def text_of(token: int) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from .prefixes import CacheForecast
 from .selection import SelectionPolicy, expected_kept, leading_tokens
 from .stages import Curve, StageModel, StageModels
-from .types import Expected, PlanKind, Reason, Report, Request
+from .types import Expected, PlanKind, PrefilledBy, Reason, Report, Request
 
 SMOOTHING = 0.1  # weight of the newest prompt in what the scores choose
 TYPICAL_KEEP = 0.3  # what the scores choose, before any prompt has told
@@ -62,11 +62,14 @@ class NetGain:
     def learn(self, request: Request, report: Report) -> None:
         """Take what a finished request tells."""
         self.models.observe(report)
-        self._learn_overhead(report)
+        if report.prefilled_by is PrefilledBy.PREFILL:
+            self._learn_overhead(report)
         self._learn_keep(report)
         tokens = request.prompt
         if report.speculate_s > 0:
             self._draft_cache.learn(tokens, report.remembered_tokens)
+        if report.prefilled_by is PrefilledBy.DECODE:
+            return  # the prefill pool's caches know nothing of it
         if report.plan is PlanKind.PRUNE:
             tokens = tokens[: leading_tokens(request.protected)]
         self._prefill_cache.learn(tokens, report.cached_tokens)

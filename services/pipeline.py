@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import (
+    AbstractContextManager,
+    AsyncExitStack,
+    aclosing,
+    asynccontextmanager,
+    nullcontext,
+)
 from dataclasses import dataclass, field, replace
 
 from .answer import Answer, Diverged
@@ -17,6 +23,7 @@ from .errors import (
     PrefillUnavailable,
     SpeculatorUnavailable,
 )
+from .local_prefill import LocalPrefill
 from .plan import Planner
 from .ports import Decoder, Prefiller, Prefilling, Speculator
 from .types import Chunk, Decoded, PlanKind, Prefilled, Reason, Request, Selection, dense, whole
@@ -39,11 +46,14 @@ class Deadline:
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """The first token, and a decode that was begun before it was known."""
+    """The first token, and a decode that was begun before it was known.
 
-    prefilling: Prefilling
-    prefilled: Prefilled
-    steps: AsyncIterator[Decoded] | None
+    All None: the decode engine is to compute the prompt.
+    """
+
+    prefilling: Prefilling | None = None
+    prefilled: Prefilled | None = None
+    steps: AsyncIterator[Decoded] | None = None
 
 
 @dataclass(slots=True)
@@ -56,6 +66,7 @@ class Pipeline:
     planner: Planner
     speculate_timeout_s: float = 10.0
     overlap: bool = True  # decode pulls the KV while the last of it is computed
+    local: LocalPrefill | None = None  # None: every prompt is computed by the prefill pool
     attempts: int = 2  # engines per stage: a request that kills engines must not kill a pool
     now: Callable[[], float] = field(default=time.monotonic)
 
@@ -94,9 +105,8 @@ class Pipeline:
                 return
             replay = answer.replay()
             if steps is None:
-                steps = self.decoder.decode(
-                    request, selection, start.prefilled.ticket, replay, deadline.left_s()
-                )
+                ticket = None if start.prefilled is None else start.prefilled.ticket
+                steps = self.decoder.decode(request, selection, ticket, replay, deadline.left_s())
             try:
                 async with aclosing(_fed(answer, steps, start.prefilling)) as chunks:
                     async for chunk in chunks:
@@ -112,7 +122,22 @@ class Pipeline:
     async def _started(
         self, request: Request, selection: Selection, deadline: Deadline
     ) -> AsyncIterator[_Start]:
-        """The prefill, tried again elsewhere when its engine is lost: nothing was sent yet."""
+        """The prefill, or nothing where decode computes the prompt."""
+        with self._local(request, selection) as local:
+            if local:
+                yield _Start()
+                return
+            async with self._prefilled(request, selection, deadline) as start:
+                yield start
+
+    def _local(self, request: Request, selection: Selection) -> AbstractContextManager[bool]:
+        return nullcontext(False) if self.local is None else self.local.decided(request, selection)
+
+    @asynccontextmanager
+    async def _prefilled(
+        self, request: Request, selection: Selection, deadline: Deadline
+    ) -> AsyncIterator[_Start]:
+        """Tried again elsewhere when its engine is lost: nothing was sent yet."""
         for attempts_left in reversed(range(self.attempts)):
             async with AsyncExitStack() as inside:
                 try:
@@ -167,12 +192,12 @@ class Pipeline:
 
 
 async def _fed(
-    answer: Answer, steps: AsyncIterator[Decoded], prefilling: Prefilling
+    answer: Answer, steps: AsyncIterator[Decoded], prefilling: Prefilling | None
 ) -> AsyncGenerator[Chunk, None]:
     """What of a decode engine's steps is new to the client. Raises Diverged."""
     async with aclosing(steps) as stream:  # type: ignore[type-var]
         async for step in stream:
             for chunk in answer.feed(step):
                 yield chunk
-            if answer.kv_arrived:
+            if prefilling is not None and answer.kv_arrived:
                 prefilling.kv_arrived()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from .config import AppConfig, EngineConfig, SelectionConfig
+from .config import AppConfig, EngineConfig, KvConfig, SelectionConfig
 from .gain import NetGain
 from .keep_rate import AutoKeep
+from .local_prefill import LocalPrefill
 from .plan import Planner
 from .prefixes import CacheForecast, PrefixMemory
 from .selection import SelectionPolicy
@@ -42,6 +43,13 @@ def net_gain(config: AppConfig) -> NetGain:
     )
     policy = selection_policy(config.selection, block_tokens)
     return NetGain(StageModels(), prefill_cache, draft_cache, policy)
+
+
+def local_prefill(kv: KvConfig, models: StageModels) -> LocalPrefill | None:
+    """Which prompts decode computes; None: not one."""
+    if kv.local_prefill_tokens == 0:
+        return None
+    return LocalPrefill(kv.local_prefill_tokens, models.curves)
 
 
 def planner(selection: SelectionConfig, gain: NetGain) -> Planner:

@@ -15,7 +15,7 @@ from statistics import median_low
 import numpy as np
 from numpy.typing import NDArray
 
-from .types import Report
+from .types import PrefilledBy, Report
 
 WINDOW = 9  # newest samples per length that count; fewer than half of them may be outliers
 HALF_LIFE = 256  # after so many samples of other lengths, a length counts half
@@ -158,6 +158,8 @@ class StageModels:
         """Take what a request's stages took. A stage that it skipped is left alone."""
         unread = report.prompt_tokens - report.remembered_tokens
         self.speculate.observe(unread, report.speculate_s, report.remembered_tokens)
+        if report.prefilled_by is PrefilledBy.DECODE:
+            return  # another engine, beside its answers
         computed = report.kept_tokens - report.cached_tokens
         self.prefill.observe(computed, report.prefill_s, report.cached_tokens)
         if not report.recomputed:

@@ -208,6 +208,14 @@ Replay = tuple[tuple[int, ...], ...]  # per sample: output tokens to repeat befo
 
 
 @dataclass(frozen=True, slots=True)
+class Computed:
+    """A prompt that the decode engine computed, because nothing was to be handed over."""
+
+    queue_s: float
+    prefill_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Decoded:
     """One step of a decode engine's stream, and, on the last, how long the KV took."""
 
@@ -215,6 +223,14 @@ class Decoded:
     transfer_s: float | None = None  # of the pull, what was not hidden behind the prefill
     first_decode_s: float | None = None
     recomputed: bool = False  # the pull failed; the pruned prompt was prefilled here
+    computed: Computed | None = None  # on the last, where there was no ticket
+
+
+class PrefilledBy(enum.StrEnum):
+    """The pool whose engine computed the prompt."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"  # short enough to be computed where the answer is
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +249,7 @@ class Report:
     first_decode_s: float
     ttft_s: float  # until the first token left the pipeline
     recomputed: bool = False
-    cached_tokens: int = 0  # of the kept tokens: found in the prefill engine's prefix cache
+    cached_tokens: int = 0  # of the kept tokens: found in the prefix cache of who computed them
     expected: Expected | None = None  # what the plan was decided on
     remembered_tokens: int = 0  # of the prompt: the speculator had read them before
+    prefilled_by: PrefilledBy = PrefilledBy.PREFILL

@@ -17,7 +17,7 @@ from ..kv.holding import RemoteLeases
 from ..kv.prefilling import prefilling
 from ..kv.rpc import KvPeers
 from ..pipeline import Pipeline
-from ..policies import kv_block_tokens, net_gain, planner
+from ..policies import kv_block_tokens, local_prefill, net_gain, planner
 from ..ports import Prefilling
 from ..prefill.service import PrefillService
 from ..speculator.service import SpeculatorService
@@ -56,6 +56,7 @@ class LocalPrefiller:
 @asynccontextmanager
 async def local_pipeline(config: AppConfig, gain: NetGain | None = None) -> AsyncIterator[Pipeline]:
     """Start the three services, and stop them at the end. `gain` decides what pays."""
+    gain = net_gain(config) if gain is None else gain
     async with AsyncExitStack() as stack:
         peers = KvPeers()
         stack.push_async_callback(peers.close)
@@ -77,9 +78,10 @@ async def local_pipeline(config: AppConfig, gain: NetGain | None = None) -> Asyn
             speculator,
             LocalPrefiller(prefill, peers),
             decode,
-            planner(config.selection, net_gain(config) if gain is None else gain),
+            planner(config.selection, gain),
             config.speculator.timeout_s,
             config.kv.overlap,
+            local_prefill(config.kv, gain.models),
         )
 
 

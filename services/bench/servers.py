@@ -32,6 +32,7 @@ class Served:
 
     url: str  # OpenAI base URL
     model: str
+    pid: int  # of its first process
 
 
 @contextmanager
@@ -60,8 +61,8 @@ def plain_vllm(config: AppConfig, threads: int, log: Path) -> Iterator[Served]:
         "TOKENIZERS_PARALLELISM": "false",
         "SPECPREFILL_CPU_ENGINE": "0",
     }
-    with _process(command, environment, _READY_VLLM, log):
-        yield Served(f"http://127.0.0.1:{port}/v1", MODEL)
+    with _process(command, environment, _READY_VLLM, log) as pid:
+        yield Served(f"http://127.0.0.1:{port}/v1", MODEL, pid)
 
 
 @contextmanager
@@ -78,8 +79,8 @@ def ours(
     file = folder / "specprefill.yaml"
     file.write_text(yaml.safe_dump(raw), encoding="utf-8")
     command = [sys.executable, "-m", "specprefill.cli", "serve", str(file)]
-    with _process(command, {}, _READY_OURS, folder / "specprefill.log"):
-        yield Served(f"http://127.0.0.1:{port}/v1", model.served_name)
+    with _process(command, {}, _READY_OURS, folder / "specprefill.log") as pid:
+        yield Served(f"http://127.0.0.1:{port}/v1", model.served_name, pid)
 
 
 def _with_config(raw: Mapping[str, Any], config: AppConfig, threads: int) -> dict[str, Any]:
@@ -93,8 +94,11 @@ def _with_config(raw: Mapping[str, Any], config: AppConfig, threads: int) -> dic
 @contextmanager
 def _process(
     command: Sequence[str], environment: Mapping[str, str], ready: str, log: Path
-) -> Iterator[None]:
-    """Run a server while inside; its output goes to `log`. Raises RuntimeError if it ends early."""
+) -> Iterator[int]:
+    """Run a server while inside, and tell its process id; its output goes to `log`.
+
+    Raises RuntimeError if it ends early.
+    """
     server = subprocess.Popen(
         command,
         env={**os.environ, **environment, "PYTHONUNBUFFERED": "1"},
@@ -105,7 +109,7 @@ def _process(
     )
     try:
         _await_line(server, ready, log)
-        yield
+        yield server.pid
     finally:
         _stop(server)
 

@@ -239,17 +239,19 @@ def _cells(row: dict[str, Any], dense_s: float) -> list[str]:
     ]
 
 
-def flops_lines(lengths: Sequence[int]) -> list[str]:
+def flops_lines(
+    lengths: Sequence[int], draft: Shape = SPECULATOR, max_share: float = MAX_FLOPS_SHARE
+) -> list[str]:
     """The arithmetic of both models. Raises ValueError beyond the allowed share."""
     lines = [
         f"main: {MAIN.matrix_parameters() / 1e6:.1f}M matrix parameters, {asdict(MAIN)}",
-        f"speculator: {SPECULATOR.matrix_parameters() / 1e6:.2f}M, {asdict(SPECULATOR)}",
+        f"speculator: {draft.matrix_parameters() / 1e6:.2f}M, {asdict(draft)}",
         "prefill FLOPs = 2 x parameters x n + 2 x n^2 x heads x head_dim x layers",
     ]
     for tokens in lengths:
-        main, speculator = MAIN.prefill_flops(tokens), SPECULATOR.prefill_flops(tokens)
+        main, speculator = MAIN.prefill_flops(tokens), draft.prefill_flops(tokens)
         share = speculator / main
-        if share > MAX_FLOPS_SHARE:
+        if share > max_share:
             raise ValueError(f"speculator: {share:.1%} of the main model's FLOPs at {tokens}")
         lines.append(
             f"n = {tokens}: main {main / 1e9:.0f} GFLOP, speculator {speculator / 1e9:.1f} GFLOP"

@@ -14,7 +14,7 @@ import statistics
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
@@ -25,14 +25,24 @@ from ..loadtest.outcome import Ending, Stream
 from ..loadtest.recorder import Prompt
 from ..loadtest.runner import stream
 from ..synthetic.needles import ChatTokenizer, NeedlePrompt, needle_prompt
+from . import server_processes
 from .report import markdown, provenance, write_json
 from .servers import MODEL, Served, ours, plain_vllm
-from .ttft import MAIN, SPECULATOR, configuration, flops_lines, write_model
+from .ttft import (
+    MAIN,
+    MAX_FLOPS_SHARE,
+    SPECULATOR,
+    Shape,
+    configuration,
+    flops_lines,
+    write_model,
+)
 
 OUT = Path("out")
 BASE = "cluster/local.yaml"
 LENGTHS = (1024, 4096, 8192)
 SHORT_LENGTHS = (128, 512)
+WARM_UP_TOKENS = 1024  # or fewer, where all prompts are shorter
 KEEPS = (0.5, 0.3, 0.1)
 PAPER = {0.1: "6.69x", 0.3: "2.75x", 0.5: "1.82x"}  # 405B, LongBench (arXiv 2502.02789, fig. 3)
 OUTPUT_TOKENS = 4
@@ -54,11 +64,12 @@ class Variant:
     keep: float | str | None
 
 
-VARIANTS = (
-    Variant(PLAIN, PLAIN, None),
-    Variant(DENSE, OURS, DENSE),
-    *(Variant(f"keep {keep:g}", OURS, keep) for keep in KEEPS),
-)
+UNPRUNED = (Variant(PLAIN, PLAIN, None), Variant(DENSE, OURS, DENSE))
+
+
+def variants(keeps: Sequence[float]) -> tuple[Variant, ...]:
+    """Plain vLLM, this service dense, and pruned to each rate."""
+    return (*UNPRUNED, *(Variant(f"keep {keep:g}", OURS, keep) for keep in keeps))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +105,7 @@ class Client:
         self._callers = {
             name: HttpCaller(server.url, server.model, None) for name, server in servers.items()
         }
+        self._roots = [server.pid for server in servers.values()]
         self._next_seed = seed * 1_000_003
 
     @asynccontextmanager
@@ -103,6 +115,10 @@ class Client:
             for caller in self._callers.values():
                 await stack.enter_async_context(caller.open())
             yield self
+
+    async def idle(self) -> None:
+        """Until no server has anything left to do for earlier requests."""
+        await server_processes.idle(self._roots)
 
     def needle(self, prompt_tokens: int) -> NeedlePrompt:
         """The next prompt: no two have more than the template in common."""
@@ -132,14 +148,19 @@ async def measure(
     repeats: int,
     output_tokens: int,
 ) -> list[Asked]:
-    """Every length and variant `repeats` times, in turns; a round has one prompt per length."""
+    """Every length and variant `repeats` times, in turns.
+
+    No prompt is asked twice: what a cache or the speculator remembers would be no measurement.
+    """
     asked: list[Asked] = []
+    warm_up = min(*lengths, WARM_UP_TOKENS)
     for variant in variants:
-        await client.ask(variant, client.needle(min(lengths)), output_tokens, ignore_eos=True)
+        await client.ask(variant, client.needle(warm_up), output_tokens, ignore_eos=True)
     for repeat in range(repeats):
         for tokens in lengths:
-            needle = client.needle(tokens)
             for variant in variants:
+                needle = client.needle(tokens)
+                await client.idle()
                 got = await client.ask(variant, needle, output_tokens, ignore_eos=True)
                 asked.append(Asked(tokens, variant.name, got))
                 print(f"run {repeat + 1} of {repeats}: {tokens} tokens, {variant.name}: "
@@ -204,7 +225,7 @@ def _row(tokens: int, variant: str, members: Sequence[Asked], plain_s: float) ->
 
 
 HEADERS = (
-    "prompt", "variant", "kept", "TTFT", "vs vllm serve", "ceiling 1/(k+r)", "of ceiling",
+    "prompt", "variant", "kept", "TTFT", "vs vllm serve", "r", "ceiling 1/(k+r)", "of ceiling",
     "overhead", "ITL", "score", "paper, 405B",
 )  # fmt: skip
 
@@ -224,6 +245,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         str(row["kept_tokens"]) if measured else str(row["prompt_tokens"]),
         f"{row['ttft_s'] * 1e3:.0f} ms",
         f"{row['speed_up']:.2f}x",
+        f"{row['r']:.3f}" if pruned else "-",
         f"{row['ceiling']:.2f}x" if pruned else "-",
         f"{row['of_ceiling']:.2f}" if pruned else "-",
         f"{row['overhead']:.1%}" if measured else "-",
@@ -233,11 +255,11 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def serve_config(folder: Path, max_tokens: int) -> AppConfig:
+def serve_config(folder: Path, max_tokens: int, draft: Shape = SPECULATOR) -> AppConfig:
     """Both random models, written below `folder`; nothing is cached between requests."""
     tokenizer = Path(local_path("models/demo-main"))
     write_model(folder / "bench-main", MAIN, tokenizer, max_tokens)
-    write_model(folder / "bench-speculator", SPECULATOR, tokenizer, max_tokens)
+    write_model(folder / "bench-speculator", draft, tokenizer, max_tokens)
     config = configuration(folder / "bench-main", folder / "bench-speculator", max_tokens)
     named = config.model.model_copy(update={"name": MODEL})
     return config.model_copy(update={"model": named})
@@ -245,17 +267,46 @@ def serve_config(folder: Path, max_tokens: int) -> AppConfig:
 
 async def speeds(args: argparse.Namespace, servers: Mapping[str, Served]) -> list[Asked]:
     """Long prompts in every variant, then short ones dense."""
-    async with Client(_tokenizer(), servers, args.seed).open() as client:
-        asked = await measure(client, args.lengths, VARIANTS, args.repeats, OUTPUT_TOKENS)
-        return asked + await measure(
-            client, args.short_lengths, VARIANTS[:2], args.repeats, SHORT_OUTPUT_TOKENS
+    async with Client(load_tokenizer(), servers, args.seed).open() as client:
+        asked = await measure(
+            client, args.lengths, variants(args.keeps), args.repeats, OUTPUT_TOKENS
         )
+        if not args.short_lengths:
+            return asked
+        return asked + await measure(
+            client, args.short_lengths, UNPRUNED, args.repeats, SHORT_OUTPUT_TOKENS
+        )
+
+
+def memory(plain: Served, mine: Served) -> dict[str, int]:
+    """Resident bytes of plain vLLM, and of each pool, when all have been at work."""
+    running = server_processes.processes()
+    return {
+        **server_processes.resident_by_pool(running, plain.pid, PLAIN),
+        **server_processes.resident_by_pool(running, mine.pid, "Ray"),
+    }
+
+
+def memory_table(resident: Mapping[str, int], config: AppConfig) -> str:
+    """What each pool takes, and what of it is set aside for keys and values."""
+    caches = {
+        PLAIN: config.prefill.kv_cache_memory_bytes,
+        "Prefill": config.prefill.kv_cache_memory_bytes,
+        "Decode": config.decode.kv_cache_memory_bytes,
+        "Speculator": config.speculator.kv_memory_bytes,
+    }
+    rows = [[pool, _mib(taken), _mib(caches.get(pool))] for pool, taken in resident.items()]
+    return markdown(("pool", "resident", "KV set aside"), rows)
+
+
+def _mib(size: int | None) -> str:
+    return "-" if size is None else f"{size / (1 << 20):.0f} MiB"
 
 
 async def demo_scores(args: argparse.Namespace, served: Served) -> dict[str, float]:
     """The demo pair's, whose dense answers stand for plain vLLM's, too."""
-    pruned_or_not = [variant for variant in VARIANTS if variant.server == OURS]
-    async with Client(_tokenizer(), {OURS: served}, args.seed).open() as client:
+    pruned_or_not = [variant for variant in variants(args.keeps) if variant.server == OURS]
+    async with Client(load_tokenizer(), {OURS: served}, args.seed).open() as client:
         found = await scores(client, pruned_or_not, args.items)
     return {**found, PLAIN: found[DENSE]}
 
@@ -264,7 +315,12 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m specprefill.bench.versus", description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
-    parser.add_argument("--short-lengths", type=int, nargs="+", default=list(SHORT_LENGTHS))
+    parser.add_argument("--short-lengths", type=int, nargs="*", default=list(SHORT_LENGTHS))
+    parser.add_argument("--keeps", type=float, nargs="*", default=list(KEEPS), help="keep rates")
+    parser.add_argument(
+        "--draft-layers", type=int, default=SPECULATOR.layers,
+        help="of the speculator: its cost beside the main model's",
+    )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=5, help="runs of each variant")
     parser.add_argument("--threads", type=int, default=1, help="of each engine")
     parser.add_argument("--items", type=int, default=25, help="questions of each score")
@@ -278,26 +334,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = options(argv)
     folder = OUT.resolve() / "versus"
     folder.mkdir(parents=True, exist_ok=True)
-    arithmetic = flops_lines(args.lengths)
+    draft = replace(SPECULATOR, layers=args.draft_layers)
+    allowed = MAX_FLOPS_SHARE if draft == SPECULATOR else 1.0
+    arithmetic = flops_lines(args.lengths, draft, allowed)
     print("\n".join(arithmetic), flush=True)
-    config = serve_config(folder, max(args.lengths) + 128)
+    config = serve_config(folder, max(args.lengths) + 128, draft)
     base = Path(local_path(BASE))
     with (
         plain_vllm(config, args.threads, folder / "vllm.log") as plain,
         ours(base, folder, config, args.threads) as mine,
     ):
         asked = asyncio.run(speeds(args, {PLAIN: plain, OURS: mine}))
+        resident = memory(plain, mine)
     with ours(base, folder) as demo:
         answers = asyncio.run(demo_scores(args, demo))
     found = rows(asked, answers)
     print(f"\n{table(found)}\n\nmedian of {args.repeats} runs in turns; score: demo pair, "
           f"{args.items} needle questions of {SCORE_TOKENS} tokens")  # fmt: skip
-    write_json(args.out, provenance(args.seed), {"arithmetic": arithmetic, "rows": found})
+    print(f"\n{memory_table(resident, config)}")
+    results = {"arithmetic": arithmetic, "rows": found, "resident_bytes": resident}
+    write_json(args.out, provenance(args.seed), results)
     print(f"written to {args.out}")
     return 0
 
 
-def _tokenizer() -> ChatTokenizer:
+def load_tokenizer() -> ChatTokenizer:
+    """Of the demo pair, which the random models share."""
     from transformers import AutoTokenizer
 
     tokenizer: ChatTokenizer = AutoTokenizer.from_pretrained(local_path("models/demo-main"))

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Self
 
 from vllm.outputs import RequestOutput
@@ -13,11 +14,11 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from ..engine.engine import Engine, map_engine_errors
 from ..engine.handoff_scheduler import CONSUME
-from ..engine.outputs import chunk_of, sampling_params
+from ..engine.outputs import chunk_of, prefill_times, sampling_params
 from ..engine.params import KV_TRANSFER, POSITIONS, REPLAY
 from ..errors import DeadlineExceeded, DecodeUnavailable
 from ..positions import PositionMap
-from ..types import Carrier, Decoded, Replay, Request, Selection, Ticket
+from ..types import Carrier, Computed, Decoded, Replay, Request, Selection, Ticket
 
 
 class DecodeService:
@@ -85,12 +86,14 @@ class DecodeService:
         request_id = f"decode-{index}-{request.request_id}"
         started_s = time.monotonic()
         first_s: float | None = None
+        computes = KV_TRANSFER not in params.extra_args
         with map_engine_errors(DecodeUnavailable):
             outputs = self._engine.generate(prompt, params, request_id, request.priority)
             async with aclosing(outputs) as stream:  # type: ignore[type-var]
                 async for output in stream:
                     first_s = time.monotonic() - started_s if first_s is None else first_s
-                    yield _decoded(output, index, first_s)
+                    step = _decoded(output, index, first_s)
+                    yield _computed(step, output) if computes and step.chunk.finished else step
 
 
 async def _read(
@@ -155,6 +158,11 @@ def _decoded(output: RequestOutput, index: int, first_s: float) -> Decoded:
         first_decode_s=max(0.0, first_s - pulled.get("pull_s", 0.0)),
         recomputed=pulled.get("recomputed", False),
     )
+
+
+def _computed(step: Decoded, output: RequestOutput) -> Decoded:
+    """The last step of a request that came without KV."""
+    return replace(step, first_decode_s=0.0, computed=Computed(*prefill_times(output)))
 
 
 async def _next(steps: asyncio.Queue[Decoded | BaseException], give_up_s: float) -> Decoded:

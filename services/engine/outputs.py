@@ -47,6 +47,14 @@ def prompt_logprobs_of(
     )
 
 
+def prefill_times(output: RequestOutput) -> tuple[float, float]:
+    """Seconds in the engine's queue and in its prefill, on the engine's own clock."""
+    stats = output.metrics
+    if stats is None:
+        return 0.0, 0.0
+    return stats.scheduled_ts - stats.queued_ts, stats.first_token_ts - stats.scheduled_ts
+
+
 def _logprobs(
     logprobs: Sequence[Mapping[int, Logprob]] | None,
 ) -> tuple[tuple[TokenLogprob, ...], ...] | None:

@@ -118,6 +118,7 @@ def report_message(report: Report) -> pb.Report:
             expected_prune_ttft_s=None if report.expected is None else report.expected.prune_s,
         ),
         recomputed=report.recomputed,
+        prefilled_by=report.prefilled_by.value,
     )
 
 

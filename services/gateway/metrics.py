@@ -28,6 +28,9 @@ KEPT_TOKENS = Counter("specprefill_kept_tokens_total", "Prompt tokens that were 
 RECOMPUTED = Counter(
     "specprefill_recomputed_total", "Requests whose KV was computed again by decode"
 )
+PREFILLED = Counter(
+    "specprefill_prefilled_total", "Prompts by the pool that computed them", ["pool"]
+)
 TTFT = Histogram(
     "specprefill_time_to_first_token_seconds", "Until the first token", ["plan"], buckets=_SECONDS
 )
@@ -91,6 +94,7 @@ def _count(request: Request, outcome: str, report: Report | None) -> None:
     REQUESTS.labels(outcome, report.plan, report.reason).inc()
     KEPT_TOKENS.inc(report.kept_tokens)
     RECOMPUTED.inc(report.recomputed)
+    PREFILLED.labels(report.prefilled_by).inc()
     TTFT.labels(report.plan).observe(report.ttft_s)
     if report.expected is not None:
         foreseen_s = report.expected.of(report.plan)

@@ -16,7 +16,7 @@ from ..config import AppConfig
 from ..kv.rpc import KvPeers
 from ..kv.tls import read_tls
 from ..pipeline import Pipeline
-from ..policies import net_gain, planner
+from ..policies import local_prefill, net_gain, planner
 from ..rpc import specprefill_pb2 as pb
 from .admission import behind_gate
 from .app import build_client, build_http_app
@@ -57,6 +57,7 @@ class GatewayReplica:
             planner=planner(self._config.selection, gain),
             speculate_timeout_s=self._config.speculator.timeout_s,
             overlap=self._config.kv.overlap,
+            local=local_prefill(self._config.kv, gain.models),
         )
         admitting = behind_gate(pipeline, self._config.gateway, gain.models, self._health.count)
         self._traffic, self._models = GatewayTraffic(), gain.models

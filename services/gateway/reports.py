@@ -17,6 +17,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "prompt_tokens": report.prompt_tokens,
         "kept_tokens": report.kept_tokens,
         "keep_rate": round(report.keep_rate, _DECIMALS),
+        "prefilled_by": report.prefilled_by.value,
         "recomputed": report.recomputed,
         "queue_s": round(report.queue_s, _DECIMALS),
         "speculate_s": round(report.speculate_s, _DECIMALS),

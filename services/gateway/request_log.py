@@ -39,6 +39,7 @@ class RequestLog:
                 "plan": self._report.plan.value,
                 "reason": self._report.reason.value,
                 "kept_tokens": self._report.kept_tokens,
+                "prefilled_by": self._report.prefilled_by.value,
                 "ttft_s": f"{self._report.ttft_s:.4f}",
             }
         if self._error is not None:

@@ -14,7 +14,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from ..engine.engine import Engine, map_engine_errors
 from ..engine.handoff_scheduler import PRODUCE
-from ..engine.outputs import chunk_of, prompt_logprobs_of, sampling_params
+from ..engine.outputs import chunk_of, prefill_times, prompt_logprobs_of, sampling_params
 from ..engine.params import KV_TRANSFER, POSITIONS
 from ..errors import DeadlineExceeded, PrefillUnavailable
 from ..kv.announcements import Announcement
@@ -238,7 +238,7 @@ def _private(selection: Selection, lease: dict[str, Any] | None) -> dict[str, An
 def _prefilled(output: RequestOutput, carrier: Carrier) -> Prefilled:
     handed = output.kv_transfer_params
     ticket = None if handed is None else Ticket(**_ticket_fields(handed), carrier=carrier)
-    queue_s, prefill_s = _times(output)
+    queue_s, prefill_s = prefill_times(output)
     first = replace(chunk_of(output, index=0), prompt_logprobs=prompt_logprobs_of(output))
     if ticket is not None:  # one token was all that was asked of this engine: not the end
         first = replace(first, finish_reason=None, stop_reason=None)
@@ -247,11 +247,3 @@ def _prefilled(output: RequestOutput, carrier: Carrier) -> Prefilled:
 
 def _ticket_fields(handed: dict[str, Any]) -> dict[str, Any]:
     return {**handed, "endpoints": tuple(handed["endpoints"])}
-
-
-def _times(output: RequestOutput) -> tuple[float, float]:
-    """Seconds in the engine's queue and in its prefill, on the engine's own clock."""
-    stats = output.metrics
-    if stats is None:
-        return 0.0, 0.0
-    return stats.scheduled_ts - stats.queued_ts, stats.first_token_ts - stats.scheduled_ts

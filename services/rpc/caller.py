@@ -72,7 +72,8 @@ def generate_request(question: Ask) -> pb.GenerateRequest:
 def report_dict(report: pb.Report) -> dict[str, Any]:
     """The report under the names that the HTTP API uses."""
     times = {field.name: getattr(report.times, field.name) for field in pb.Times.DESCRIPTOR.fields}
-    return {**_decision(report.decision), **times, "recomputed": report.recomputed}
+    told = {"prefilled_by": report.prefilled_by, "recomputed": report.recomputed}
+    return {**_decision(report.decision), **times, **told}
 
 
 def _decision(decision: pb.Decision) -> dict[str, Any]:

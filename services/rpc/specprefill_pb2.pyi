@@ -182,14 +182,16 @@ class Decision(_message.Message):
     def __init__(self, plan: _Optional[str] = ..., reason: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., kept_tokens: _Optional[int] = ..., keep_rate: _Optional[float] = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("decision", "times", "recomputed")
+    __slots__ = ("decision", "times", "recomputed", "prefilled_by")
     DECISION_FIELD_NUMBER: _ClassVar[int]
     TIMES_FIELD_NUMBER: _ClassVar[int]
     RECOMPUTED_FIELD_NUMBER: _ClassVar[int]
+    PREFILLED_BY_FIELD_NUMBER: _ClassVar[int]
     decision: Decision
     times: Times
     recomputed: bool
-    def __init__(self, decision: _Optional[_Union[Decision, _Mapping]] = ..., times: _Optional[_Union[Times, _Mapping]] = ..., recomputed: bool = ...) -> None: ...
+    prefilled_by: str
+    def __init__(self, decision: _Optional[_Union[Decision, _Mapping]] = ..., times: _Optional[_Union[Times, _Mapping]] = ..., recomputed: bool = ..., prefilled_by: _Optional[str] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("outputs", "usage", "report")

@@ -32,6 +32,7 @@ def test_chat_tells_what_was_kept(chat, long_prompt):
     )
     assert all(report[stage] >= 0 for stage in STAGES)
     assert report["speculate_s"] > 0
+    assert report["prefilled_by"] == "prefill"
     assert not report["recomputed"]
 
 
@@ -80,6 +81,7 @@ def test_a_short_prompt_is_left_whole(client):
         model="demo", messages=[{"role": "user", "content": "Hello"}], max_tokens=4
     )
     assert answer.specprefill["reason"] == "short_prompt"
+    assert answer.specprefill["prefilled_by"] == "decode"
 
 
 @pytest.mark.parametrize("stream", [False, True])

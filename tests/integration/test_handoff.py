@@ -213,6 +213,7 @@ async def test_a_pull_that_fails_costs_time_not_tokens(engines, fault):
     steps = await engines.decoded(request, selection, replace(prefilled, ticket=ticket))
     assert answer(steps) == list(want.token_ids)
     assert steps[-1].recomputed is (fault != "no_ticket")
+    assert (steps[-1].computed is None) is (fault != "no_ticket")
     await engines.peers.release(prefilled.ticket)
 
 

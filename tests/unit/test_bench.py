@@ -42,10 +42,9 @@ def test_the_models_are_as_far_apart_as_the_benchmark_says():
         assert share <= ttft.MAX_FLOPS_SHARE
 
 
-def test_a_speculator_that_costs_too_much_is_refused(monkeypatch):
-    monkeypatch.setattr(ttft, "SPECULATOR", ttft.MAIN)
+def test_a_speculator_that_costs_too_much_is_refused():
     with pytest.raises(ValueError, match="100"):
-        ttft.flops_lines([1024])
+        ttft.flops_lines([1024], draft=ttft.MAIN)
 
 
 def test_medians_of_each_variant_dense_first():

@@ -1,8 +1,10 @@
 """The comparison's arithmetic, and what is said where nothing was measured."""
 
+from dataclasses import replace
+
 import pytest
 
-from specprefill.bench import max_qps, versus
+from specprefill.bench import concurrency, max_qps, ttft, versus
 from specprefill.loadtest.outcome import Ending, Stream
 from specprefill.loadtest.search import Trial
 from specprefill.loadtest.session import Searched
@@ -65,3 +67,29 @@ def test_max_qps_beside_a_server_that_bears_nothing():
     table = max_qps.table(nothing, [(0.1, pruned)], scores)
     assert "below the grid" in table
     assert "98%" in table
+
+
+def test_the_ceiling_of_the_rate():
+    stream = Stream(Ending.ANSWERED, "a", (1.0,), 1.0, 1, 1000, None, "")
+    told = [{"kept_tokens": 100, "prompt_tokens": 1000, "speculate_s": 0.1}] * 2
+    answers = [[replace(stream, report=report) for report in told]] * 2
+    assert max_qps.ceiling(answers, idle_s=2.0) == pytest.approx(1 / (0.1 + 0.05))
+    assert max_qps.latency_s([[stream], [replace(stream, end_s=3.0)]]) == 2.0
+
+
+def test_memory_stands_beside_what_is_set_aside_for_keys_and_values():
+    config = ttft.configuration("main", "draft", 1024)
+    lines = versus.memory_table({versus.PLAIN: 3 << 30, "Ray": 1 << 20}, config).splitlines()
+    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == [
+        "vllm serve", "3072 MiB", "512 MiB",
+    ]  # fmt: skip
+    assert [cell.strip() for cell in lines[3].split("|")[1:-1]] == ["Ray", "1 MiB", "-"]
+
+
+def test_a_crowd_beside_plain_vllms():
+    plain = concurrency.Crowd(2, versus.PLAIN, [asked(versus.PLAIN, 2.0)] * 4, took_s=8.0)
+    pruned = concurrency.Crowd(2, "keep 0.1", [asked("keep 0.1", 0.5)] * 4, took_s=2.0)
+    rows = [plain.row(1.0), pruned.row(0.9)]
+    assert [row["qps"] for row in rows] == [0.5, 2.0]
+    cells = concurrency.table(rows).splitlines()[-1].replace(" ", "").split("|")[1:-1]
+    assert cells == ["2", "keep0.1", "2.00", "4.00x", "500ms", "4.00x", "15.0ms", "90%"]

@@ -1,0 +1,123 @@
+"""Which prompts decode computes itself, and how the pipeline answers them."""
+
+from contextlib import ExitStack
+from dataclasses import replace
+
+import pytest
+
+from specprefill.errors import DecodeUnavailable
+from specprefill.fakes import FakeDecoder, FakePrefiller, FakeSpeculator
+from specprefill.local_prefill import LocalPrefill
+from specprefill.pipeline import Pipeline
+from specprefill.plan import Planner
+from specprefill.stages import Curve, StageCurves
+from specprefill.types import (
+    Controls,
+    Plan,
+    PlanKind,
+    PrefilledBy,
+    Reason,
+    Request,
+    Selection,
+    Span,
+    dense,
+)
+
+# A token takes a millisecond to compute; taking KV over takes 50.
+CURVES = StageCurves(
+    speculate=Curve(),
+    prefill=Curve(token_s=0.001),
+    transfer=Curve(base_s=0.02),
+    first_decode=Curve(base_s=0.03),
+)
+PROMPT = tuple(range(100, 200))
+
+
+def request(tokens=100, **fields):
+    return Request("r", PROMPT[:tokens], b"", **fields)
+
+
+def local(asked, selection=None, max_tokens=100, running=0):
+    rule = LocalPrefill(max_tokens, lambda: CURVES)
+    selection = selection or dense(len(asked.prompt), Reason.SHORT_PROMPT)
+    with ExitStack() as others:
+        for _ in range(running):
+            others.enter_context(rule.decided(request(1), dense(1, Reason.SHORT_PROMPT)))
+        return others.enter_context(rule.decided(asked, selection))
+
+
+def test_a_short_dense_prompt_is():
+    assert local(request())
+
+
+def test_a_longer_one_is_not():
+    assert not local(request(), max_tokens=99)
+
+
+def test_a_pruned_one_is_not():
+    plan = Plan(PlanKind.PRUNE, Reason.ASKED, 0.2)
+    assert not local(request(), Selection(100, (Span(0, 20),), plan))
+
+
+def test_several_samples_would_each_compute_it():
+    assert not local(request(samples=2))
+
+
+def test_logprobs_of_the_prompt_are_the_prefill_pools():
+    assert not local(request(prompt_logprobs=True))
+
+
+@pytest.mark.parametrize(("tokens", "decided"), [(50, True), (51, False)])
+def test_beside_other_answers_only_what_holds_them_up_no_longer_than_a_hand_over(tokens, decided):
+    assert local(request(tokens), running=1) is decided
+
+
+def test_a_request_counts_while_it_runs():
+    rule = LocalPrefill(100, lambda: CURVES)
+    whole = dense(100, Reason.SHORT_PROMPT)
+    with rule.decided(request(), whole) as first, rule.decided(request(), whole) as second:
+        assert (first, second) == (True, False)
+    with rule.decided(request(), whole) as third:
+        assert third
+
+
+class TestPipeline:
+    @staticmethod
+    async def run(asked, **decoder):
+        prefiller, decoder = FakePrefiller(), FakeDecoder(**decoder)
+        planner = Planner(enabled=True, keep=0.5, min_prompt_tokens=1000)
+        rule = LocalPrefill(100, lambda: CURVES)
+        pipeline = Pipeline(FakeSpeculator(), prefiller, decoder, planner, local=rule)
+        chunks = [chunk async for chunk in pipeline.generate(asked)]
+        return chunks, prefiller, decoder
+
+    async def test_the_prefill_pool_is_not_asked(self):
+        chunks, prefiller, decoder = await self.run(request())
+        assert [token for chunk in chunks for token in chunk.token_ids] == [100, 101, 102, 103]
+        assert prefiller.selections == []
+        assert decoder.replays == [((),)]
+
+    async def test_the_report_tells(self):
+        chunks, _, _ = await self.run(request())
+        report = chunks[-1].report
+        assert (report.prefilled_by, report.prefill_s) == (PrefilledBy.DECODE, 0.375)
+        assert (report.transfer_s, report.first_decode_s) == (0.0, 0.0)
+        assert (report.plan, report.reason) == (PlanKind.DENSE, Reason.SHORT_PROMPT)
+        assert not report.recomputed
+
+    async def test_what_decode_does_not_compute_goes_the_long_way(self):
+        chunks, prefiller, _ = await self.run(request(controls=Controls(keep=0.2)))
+        assert chunks[-1].report.prefilled_by is PrefilledBy.PREFILL
+        assert len(prefiller.selections) == 1
+
+    @pytest.mark.parametrize("place", range(4))
+    async def test_a_lost_decode_engine_is_replaced(self, place):
+        chunks, _, decoder = await self.run(
+            request(), fails=[DecodeUnavailable("gone")], fails_at=place
+        )
+        assert [token for chunk in chunks for token in chunk.token_ids] == [100, 101, 102, 103]
+        assert decoder.replays == [((),), (PROMPT[:place],)]
+
+    async def test_a_stop_string_holds_nothing_back_twice(self):
+        chunks, _, _ = await self.run(replace(request(), hold_back_chars=3))
+        assert [token for chunk in chunks for token in chunk.token_ids] == [100, 101, 102, 103]
