@@ -259,7 +259,8 @@ def _subject(args: argparse.Namespace, config: AppConfig) -> dict[str, str]:
         "dtype": config.speculator.dtype,
         "selection": f"chunks of {selection.chunk_tokens} tokens, at least "
         f"{selection.min_kept_tokens} kept, {selection.sink_tokens} first and "
-        f"{selection.tail_tokens} last protected",
+        f"{selection.tail_tokens} last protected, {selection.next_chunk_share:g} of a chunk's "
+        "score for the next one",
     }
 
 
