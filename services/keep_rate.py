@@ -38,7 +38,7 @@ class AutoKeep:
     rule: RuleName = RuleName.PEAKS  # where the draft model is sure of its look-ahead
     setting: float = 0.05
     least_certainty: float = 0.95  # of its least sure token; below, it may look at wrong places
-    unsure_share: float = 0.03  # then all chunks that reach this share of the highest; 0: all
+    unsure_share: float = 0.025  # then all chunks that reach this share of the highest; 0: all
     most_chunks: float = 0.6  # share of the open chunks; needing more, the prompt goes dense
 
 
