@@ -29,7 +29,7 @@ from .frames import Frame, Trailer, decode, encode
 from .leases import LeaseStore
 from .nixl import NixlAgent, NixlRead
 from .pull import transfer_error
-from .rpc import SERVICE, PullQuery, trailer
+from .rpc import SERVICE, PullQuery, lending, trailer
 from .tls import MutualTls
 
 READ = f"/{SERVICE}/Read"
@@ -96,12 +96,7 @@ class NixlHandler(grpc.GenericRpcHandler):
 
     def _read(self, message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         """The reader hangs up when it is done, and until then nothing it was told of moves."""
-        query = PullQuery.unpacked(message)
-        if query.fingerprint != self._fingerprint:
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "kv: layouts differ")
-        gone = threading.Event()
-        if not context.add_callback(gone.set):
-            return
+        query, gone = lending(message, self._fingerprint, context)
         lent: list[bytes | memoryview] = []
         with self._progress:
             try:

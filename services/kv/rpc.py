@@ -8,6 +8,7 @@ nothing is held, `Stats` tells what is. Messages are msgpack maps.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent import futures
 from dataclasses import asdict, dataclass
@@ -138,6 +139,22 @@ class KvServer:
     def stats(self, _message: bytes, _context: grpc.ServicerContext) -> bytes:
         """The store's gauges."""
         return _packed(asdict(self._leases.gauges()))
+
+
+def lending(
+    message: bytes, fingerprint: str, context: grpc.ServicerContext
+) -> tuple[PullQuery, threading.Event]:
+    """A query by which memory is lent, and the event that its reader has hung up.
+
+    The call is aborted where the layouts differ.
+    """
+    query = PullQuery.unpacked(message)
+    if query.fingerprint != fingerprint:
+        context.abort(grpc.StatusCode.FAILED_PRECONDITION, "kv: layouts differ")
+    gone = threading.Event()
+    if not context.add_callback(gone.set):
+        gone.set()  # it has ended before
+    return query, gone
 
 
 def trailer(leases: LeaseStore, lease_id: str, sent: int) -> Trailer:

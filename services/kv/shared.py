@@ -26,7 +26,7 @@ from ..errors import LeaseNotFound
 from .arena import Arena, Bytes
 from .frames import encode
 from .leases import LeaseStore
-from .rpc import SERVICE, PullQuery, trailer
+from .rpc import SERVICE, PullQuery, lending, trailer
 
 LOCATE = f"/{SERVICE}/Locate"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -111,12 +111,7 @@ class LocateHandler(grpc.GenericRpcHandler):
 
     def _locate(self, message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         """One item, once the lease is complete; none if a message found no room in the memory."""
-        query = PullQuery.unpacked(message)
-        if query.fingerprint != self._fingerprint:
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "kv: layouts differ")
-        gone = threading.Event()
-        if not context.add_callback(gone.set):
-            return
+        query, gone = lending(message, self._fingerprint, context)
         lent: list[bytes | memoryview] = []
         try:
             located = self._located(query, lent)
