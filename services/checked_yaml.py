@@ -53,26 +53,65 @@ def allowed_keys(location: tuple[int | str, ...], root: type[BaseModel]) -> set[
     """The keys that the mapping at `location` of a `root` may hold."""
     models = [root]
     for part in location:
-        if isinstance(part, int):
-            continue  # an item of a list: the list's own key led to its model
-        tagged = [model for model in models if _is_tagged(model, part)]
-        models = tagged or [
-            found
-            for model in models
-            if part in model.model_fields
-            for found in _models_in(model.model_fields[part].annotation)
-        ]
+        if not isinstance(part, int):  # an item of a list: the list's own key led to its model
+            models = _below(models, part)
     return {name for model in models for name in model.model_fields}
 
 
+def _below(models: list[type[BaseModel]], key: str) -> list[type[BaseModel]]:
+    """The models that `key` of one of `models` leads to."""
+    tagged = [model for model in models if _is_tagged(model, key)]
+    return tagged or [
+        found
+        for model in models
+        if key in model.model_fields
+        for found in _models_in(model.model_fields[key].annotation)
+    ]
+
+
 def _faults(error: ValidationError, root: type[BaseModel]) -> Iterator[str]:
+    """A line per place: a value that fits no member of a union is one fault, not one per member."""
+    told: dict[str, list[str]] = {}
     for fault in error.errors(include_url=False):
-        where = _path(fault["loc"])
+        where = _path(_without_member(fault["loc"], root))
         if fault["type"] == "extra_forbidden":
             allowed = ", ".join(sorted(allowed_keys(fault["loc"][:-1], root)))
             yield f"{where}: unknown key, expected one of {allowed}"
         else:
-            yield f"{where}: {fault['msg']}" + _given(fault["input"])
+            told.setdefault(where + "\0" + _given(fault["input"]), []).append(fault["msg"])
+    for place, messages in told.items():
+        where, _, given = place.partition("\0")
+        yield f"{where}: {' or '.join(messages)}{given}"
+
+
+def _without_member(
+    location: tuple[int | str, ...], root: type[BaseModel]
+) -> tuple[int | str, ...]:
+    """Pydantic ends the place of a plain value with the member of the union that it tried."""
+    models = [root]
+    for depth, part in enumerate(location[:-1]):
+        if isinstance(part, int):
+            continue
+        annotations = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+        if any(_is_plain_union(annotation) for annotation in annotations):
+            return location[: depth + 1]
+        models = _below(models, part)
+    return location
+
+
+def _is_plain_union(annotation: Any) -> bool:
+    """A choice between values that hold nothing, such as a number or a word."""
+    if get_origin(annotation) not in {Union, UnionType}:
+        return False
+    return not any(_holds(member) for member in get_args(annotation))
+
+
+def _holds(annotation: Any) -> bool:
+    """True for models, lists, and mappings, whose members have places of their own."""
+    if get_origin(annotation) is Annotated:
+        return _holds(get_args(annotation)[0])
+    kind = get_origin(annotation) or annotation
+    return isinstance(kind, type) and issubclass(kind, BaseModel | list | tuple | dict)
 
 
 def _given(value: object) -> str:

@@ -16,6 +16,16 @@ from typing import Any, Self
 DASHBOARD_URL = "http://127.0.0.1:8265"
 POLL_S = 1.0
 OBJECT_STORE_BYTES = 256 << 20  # nothing large travels through it
+# Read by every process of Serve. Clients reach a gateway through HAProxy instead of a Python
+# proxy, calls between replicas are plain gRPC, and a replica needs no second thread for them.
+SHORT_PATHS = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 << 20),  # logprobs of a long prompt
+}
+_DRAIN_S = "2"  # the one HAProxy of a local Ray hears of a stop at once
 _MAX_FAULT_LINES = 12
 
 
@@ -91,6 +101,11 @@ class LocalRay:
         set_auth_mode()
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_worker_niceness", "0")  # else any other process goes first
+        for name, value in SHORT_PATHS.items():
+            os.environ.setdefault(name, value)
+        os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", _DRAIN_S)
+        os.environ.setdefault("RAY_SERVE_HAPROXY_STATS_PORT", str(free_port()))
+        os.environ.setdefault("RAY_SERVE_HAPROXY_METRICS_PORT", str(free_port()))
         import ray
 
         context = ray.init(

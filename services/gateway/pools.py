@@ -38,6 +38,11 @@ Carried = dict[str, list[ray.ObjectRef]]  # lease id -> one object per rank; emp
 _RETRY_AFTER_S = 1.0
 
 
+def by_reference(handle: DeploymentHandle) -> DeploymentHandle:
+    """The same pool by actor calls, whose arguments and results may hold object references."""
+    return handle.options(_by_reference=True)
+
+
 @dataclass(frozen=True, slots=True)
 class ServeSpeculator:
     """The speculator pool."""

@@ -24,7 +24,7 @@ from .calibration import calibration
 from .client import Answering
 from .grpc_api import GrpcApi
 from .metrics import MeasuredPipeline
-from .pools import Carried, ServeDecoder, ServePrefiller, ServeSpeculator
+from .pools import Carried, ServeDecoder, ServePrefiller, ServeSpeculator, by_reference
 from .serve_health import ServeHealth
 from .shadowing import ShadowedPipeline
 from .traffic import CountedPipeline, GatewayTraffic
@@ -48,6 +48,8 @@ class GatewayReplica:
         }
         self._peers = KvPeers(read_tls(self._config.kv.tls))
         self._health = ServeHealth(serve.get_replica_context().app_name, pools, serve.status)
+        if self._config.kv.carrier == "object_ref":  # calls by gRPC would hold them for ever
+            prefill, decode = by_reference(prefill), by_reference(decode)
         carried: Carried = {}
         gain = net_gain(self._config)
         pipeline = Pipeline(

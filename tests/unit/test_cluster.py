@@ -1,8 +1,10 @@
 """Serve's answers, read."""
 
+import re
+
 import pytest
 
-from specprefill.cluster import DeploymentFailed, ServeApi, snapshot_of
+from specprefill.cluster import SHORT_PATHS, DeploymentFailed, ServeApi, snapshot_of
 
 
 def details(app_status="RUNNING", status="HEALTHY", states=("RUNNING",), target=1, message=""):
@@ -102,3 +104,10 @@ def test_waiting_ends_at_a_failure(api):
 def test_waiting_ends_with_its_time(api):
     with pytest.raises(DeploymentFailed, match="not healthy within 0 s: Prefill"):
         api(details(status="UPDATING")).wait_healthy(0, lambda _: None)
+
+
+def test_the_readme_names_every_setting_that_a_local_ray_gets(root):
+    readme = (root / "README.md").read_text()
+    exported = dict(re.findall(r"^export (RAY_SERVE_\w+)=(\S+)$", readme, re.MULTILINE))
+
+    assert exported == SHORT_PATHS

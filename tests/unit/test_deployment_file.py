@@ -70,6 +70,15 @@ def test_an_unknown_key_is_named_with_its_path_and_the_allowed_keys(path, named)
     assert message.count("\n") == 0
 
 
+def test_a_value_that_fits_no_choice_is_one_fault_that_names_all_of_them():
+    message = faults(edited(("applications", 0, "args", "selection"), {"keep": 7}))
+
+    assert message == (
+        "f.yaml: applications[0].args.selection.keep: Input should be less than or equal to 1 "
+        "or Input should be 'auto', not 7"
+    )
+
+
 @pytest.mark.parametrize(
     ("key", "value", "named"),
     [
