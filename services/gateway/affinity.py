@@ -13,6 +13,7 @@ from ..prefixes import DigestMemory, prefix_digests
 from ..types import Selection
 
 BLOCK_TOKENS = 128  # a multiple of most engines' block size: what matches here matches there
+_MAX_CHOICES = 64  # prompts on their way to a replica; Serve sends no more at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class PrefixAffinity:
 
     _replicas: dict[str, _Replica] = field(default_factory=dict)
     _running: dict[str, tuple[_Replica, int]] = field(default_factory=dict)  # by request id
+    _choices: dict[str, tuple[_Replica, int]] = field(default_factory=dict)  # not sent yet
     _count: int = 0
 
     def know(self, cache_tokens: Mapping[str, int]) -> None:
@@ -69,8 +71,22 @@ class PrefixAffinity:
         """Every known replica, cheapest first; among equals the one that waits longest."""
         return sorted(self._replicas, key=lambda name: self._cost(self._replicas[name], load))
 
+    def choose(self, request_id: str, load: PrefillLoad) -> Sequence[str]:
+        """As `ranked`; the first counts as asked, so that prompts that come together spread."""
+        self._settle(request_id)
+        names = self.ranked(load)
+        if names:
+            replica = self._replicas[names[0]]
+            lacking = replica.lacking(load)
+            replica.queued_tokens += lacking
+            self._choices[request_id] = (replica, lacking)
+        if len(self._choices) > _MAX_CHOICES:  # the oldest was given up before it was sent
+            self._settle(next(iter(self._choices)))
+        return names
+
     def sent(self, request_id: str, name: str, load: PrefillLoad) -> None:
         """A replica took a request."""
+        self._settle(request_id)
         replica = self._replicas.get(name)
         if replica is None or request_id in self._running:
             return
@@ -83,9 +99,16 @@ class PrefixAffinity:
 
     def answered(self, request_id: str) -> None:
         """A request ended, well or not. Idempotent."""
+        self._settle(request_id)
         running = self._running.pop(request_id, None)
         if running is not None:
             replica, lacking = running
+            replica.queued_tokens -= lacking
+
+    def _settle(self, request_id: str) -> None:
+        choice = self._choices.pop(request_id, None)
+        if choice is not None:
+            replica, lacking = choice
             replica.queued_tokens -= lacking
 
     def _cost(self, replica: _Replica, load: PrefillLoad) -> tuple[int, int]:

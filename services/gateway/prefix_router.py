@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from ..wire import unpack
@@ -31,7 +33,13 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
                 for name, replica in replicas.items()
             }
         )
-        return [[replicas[name]] for name in self._affinity.ranked(_load(pending_request))]
+        return [[replicas[name]] for name in self._names(pending_request)]
+
+    def _names(self, pending_request: PendingRequest | None) -> Sequence[str]:
+        if pending_request is None:
+            return self._affinity.ranked(_NO_LOAD)
+        request_id = pending_request.metadata.internal_request_id
+        return self._affinity.choose(request_id, _load(pending_request))
 
     def on_request_routed(
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: object
@@ -47,8 +55,6 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
         self._affinity.answered(internal_request_id)
 
 
-def _load(pending_request: PendingRequest | None) -> PrefillLoad:
-    if pending_request is None:
-        return _NO_LOAD
+def _load(pending_request: PendingRequest) -> PrefillLoad:
     _payload, load = pending_request.args
     return unpack(load, PrefillLoad)

@@ -120,3 +120,27 @@ def test_replicas_come_and_go():
     made.answered("r1")
     made.sent("r2", "a", load(4, own=0))  # raced with its end
     assert made._running == {}
+
+
+def test_prompts_that_come_together_spread():
+    made = affinity("a", "b")
+    assert [made.choose(f"r{i}", load(0, own=100))[0] for i in range(4)].count("a") == 2
+
+
+def test_a_choice_counts_once_and_no_longer_than_its_request():
+    made = affinity("a", "b")
+    made.sent("elsewhere", "b", load(0, own=50))
+    assert made.choose("r", load(0, own=100))[0] == "a"
+    assert made.choose("r", load(0, own=100))[0] == "a"  # tried again: not in its own way
+    made.sent("r", "a", load(0, own=100))
+    made.answered("r")
+    assert best(made, load(0, own=1)) == "a"
+
+
+def test_choices_that_were_never_sent_are_forgotten():
+    made = affinity("a", "b")
+    made.sent("elsewhere", "b", load(0, own=50))
+    assert made.choose("given up", load(0, own=1000))[0] == "a"
+    for i in range(64):
+        made.choose(f"r{i}", load(0, own=0))
+    assert best(made, load(0, own=1)) == "a"
