@@ -25,7 +25,6 @@ SHORT_PATHS = {
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 << 20),  # logprobs of a long prompt
 }
-_DRAIN_S = "2"  # the one HAProxy of a local Ray hears of a stop at once
 _MAX_FAULT_LINES = 12
 
 
@@ -82,6 +81,18 @@ def set_auth_mode() -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
+def _environment() -> dict[str, str]:
+    """Of a node in this process's care, where the caller's own environment says nothing."""
+    return {
+        **SHORT_PATHS,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # else any other process goes first
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # the one HAProxy hears at once
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),  # there may be another Ray here
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+    }
+
+
 class LocalRay:
     """One node in this process's care: it ends with the `with` block."""
 
@@ -99,13 +110,8 @@ class LocalRay:
     def start(self) -> None:
         """Start a head node with a dashboard on a free port."""
         set_auth_mode()
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_worker_niceness", "0")  # else any other process goes first
-        for name, value in SHORT_PATHS.items():
+        for name, value in _environment().items():
             os.environ.setdefault(name, value)
-        os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", _DRAIN_S)
-        os.environ.setdefault("RAY_SERVE_HAPROXY_STATS_PORT", str(free_port()))
-        os.environ.setdefault("RAY_SERVE_HAPROXY_METRICS_PORT", str(free_port()))
         import ray
 
         context = ray.init(

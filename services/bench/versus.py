@@ -354,7 +354,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = OUT.resolve() / "versus"
     folder.mkdir(parents=True, exist_ok=True)
     draft = replace(SPECULATOR, layers=args.draft_layers)
-    allowed = MAX_FLOPS_SHARE if draft == SPECULATOR else 1.0
+    as_shipped = draft == SPECULATOR and max(args.lengths) <= max(LENGTHS)
+    allowed = MAX_FLOPS_SHARE if as_shipped else 1.0  # beyond, attention weighs more in the draft
     arithmetic = flops_lines(args.lengths, draft, allowed)
     print("\n".join(arithmetic), flush=True)
     config = serve_config(folder, max(args.lengths) + 128, draft)

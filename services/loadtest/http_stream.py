@@ -22,6 +22,7 @@ _ENDINGS = {
     HTTPStatus.REQUEST_TIMEOUT: Ending.TIMED_OUT,
     HTTPStatus.GATEWAY_TIMEOUT: Ending.TIMED_OUT,
 }
+_LATE = "deadline_exceeded"  # the code of an error that ends a stream
 
 
 class HttpCaller:
@@ -91,7 +92,7 @@ def _record(data: bytes, recorder: Recorder) -> None:
         return
     event = json.loads(data)
     if "error" in event:
-        raise Refused(Ending.FAILED, f"in the stream: {_said(event)}")
+        raise Refused(_ending_of(event["error"]), f"in the stream: {_said(event)}")
     for choice in event.get("choices") or ():
         piece = _text(choice.get("delta") or {})
         if piece:
@@ -101,6 +102,11 @@ def _record(data: bytes, recorder: Recorder) -> None:
         recorder.usage(usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0))
     if "specprefill" in event:
         recorder.report(event["specprefill"])
+
+
+def _ending_of(error: Any) -> Ending:
+    late = isinstance(error, dict) and error.get("code") == _LATE
+    return Ending.TIMED_OUT if late else Ending.FAILED
 
 
 def _text(delta: dict[str, Any]) -> str:

@@ -8,11 +8,8 @@ one machine, and prompts the steps of an engine, where the world says so.
 
 from __future__ import annotations
 
-from array import array
-from bisect import bisect_left
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
-from math import nan
 
 import numpy as np
 
@@ -20,15 +17,14 @@ from ..scaling.admission import AdmissionPolicy, Ask, Backlog, Shed, judge
 from ..scaling.sizing import stage_times
 from ..scaling.values import Arrivals, Observation, Pool, PoolState
 from .machine import Cores
+from .records import POOLS, Records
 from .station import Station
 from .steps import Batch, Prompt
 from .trace import Trace
-from .world import Controller, Moments, Outcome, Telemetry, World
+from .world import Controller, Outcome, Telemetry, World
 
 SPECULATED, PREFILLED, DECODED, TICK, READY, FAILURE, ENTERED, ASIDE, OTHERS = range(9)
-POOLS = (Pool.SPECULATOR, Pool.PREFILL, Pool.DECODE)
 LOOK_BACK_S = 600.0  # of the arrivals that controllers see
-SHORT_LOOK_BACK_S = 60.0  # of the latencies
 LEAST_CORES = 0.1  # of a machine, whatever others take of it
 
 Event = tuple[float, int, int, int, int]  # time, serial, kind, request or pool, run or name
@@ -75,22 +71,17 @@ class _Run:
         if world.machine is not None:  # a decode engine's sequences are one thread's work
             self.cores = Cores(world.machine, {DECODED: lambda: max(1, self.decodes.ready)})
         count = len(trace)
-        self.ttft_s, self.gap_s = [nan] * count, [nan] * count
+        self.records = Records(count)
         nominal = np.full(count, world.keep)
         if trace.kept_tokens is not None:
             nominal = trace.kept_tokens / trace.prompt_tokens
         self.keep = np.where(times.speculate_s > 0, nominal, 1.0).tolist()
         self.late = bytearray(count)
-        self.shed: list[int] = []
-        self.first_tokens, self.waited_s = array("d"), array("d")  # when, and after how long
-        self.second_tokens, self.gaps_s = array("d"), array("d")
-        self.completed = 0
         self.keep_limit = world.keep
         self.entering = 0  # requests at the front
         self.virtual_s = 0.0  # fair-share tag of the prefill in service
         self.events: list[Event] = []
         self.serial = 0
-        self.moments: list[tuple[float, ...]] = []
         self.seen = 0  # requests that had arrived at the last tick
 
     def run(self) -> Outcome:
@@ -114,7 +105,7 @@ class _Run:
                 self._tick(now_s, arrived)
             else:
                 self._happen(kind, subject, run, now_s)
-        return self._outcome(now_s)
+        return self.records.outcome(now_s, self.stations, self.keep)
 
     def _schedule(self) -> None:
         """Failures, and the first tick."""
@@ -153,7 +144,7 @@ class _Run:
                 self._prefill(now_s)
         elif kind == DECODED:
             if self.decodes.ended(subject, run):
-                self.completed += 1
+                self.records.completed += 1
                 self._decode(now_s)
         elif kind == ENTERED:
             self.entering -= 1
@@ -203,7 +194,7 @@ class _Run:
         ask = Ask(int(self.prompt[request]), keep, floor, world.timeout_s)
         verdict = judge(ask, self._backlog(), world.engines.curves, policy)
         if isinstance(verdict, Shed):
-            self.shed.append(request)
+            self.records.shed.append(request)
             return False
         self.late[request] = verdict.late
         if verdict.keep < keep:
@@ -296,12 +287,9 @@ class _Run:
         self._prefill(now_s)
 
     def _first_token(self, request: int, now_s: float) -> None:
-        waited_s = now_s - self.time_s[request]
-        self.ttft_s[request] = waited_s
-        self.first_tokens.append(now_s)
-        self.waited_s.append(waited_s)
+        self.records.first_token(request, now_s, now_s - self.time_s[request])
         if self.decode_s[request] == 0.0:
-            self.completed += 1
+            self.records.completed += 1
             return
         self.decodes.wait(request, now_s, self.late[request], self.decode_s[request])
         self._decode(now_s)
@@ -313,9 +301,7 @@ class _Run:
             kept = self.keep[request] * self.prompt[request]
             gap_s = now_s - came_s + curves.transfer.seconds(kept)
             gap_s += curves.first_decode.seconds(kept)
-            self.gap_s[request] = gap_s
-            self.second_tokens.append(now_s)
-            self.gaps_s.append(gap_s)
+            self.records.second_token(request, now_s, gap_s)
             run = station.started(request)
             self._begin(now_s, DECODED, request, run, self.decode_s[request])
 
@@ -340,7 +326,8 @@ class _Run:
 
     def _tick(self, now_s: float, arrived: int) -> None:
         target = self.controller.target(self._telemetry(now_s, arrived))
-        self._record(now_s, arrived)
+        self.records.moment(now_s, self.stations, self.keep[self.seen : arrived])
+        self.seen = arrived
         for place, pool in enumerate(POOLS):
             cold_s = self.world.cold_start_s[pool]
             for name in self.stations[place].resize(target.replicas[pool], now_s):
@@ -366,58 +353,19 @@ class _Run:
             pool: len(station.waiting) + len(station.running)
             for pool, station in zip(POOLS, self.stations, strict=True)
         }
-        newest = bisect_left(self.first_tokens, now_s - SHORT_LOOK_BACK_S)
-        second = bisect_left(self.second_tokens, now_s - SHORT_LOOK_BACK_S)
         observation = Observation(now_s, start_s, seen, pools, self.world.engines)
         return Telemetry(
             observation,
             ongoing,
-            np.array(self.first_tokens[newest:]),
-            np.array(self.waited_s[newest:]),
-            np.array(self.gaps_s[second:]),
-            self.completed,
-            len(self.first_tokens),
+            *self.records.lately(now_s),
+            self.records.completed,
+            self.records.first_tokens,
         )
 
     def _queue_age_s(self, station: Station, now_s: float) -> float:
         """Of the oldest request that is not late."""
         waiting = (self.time_s[request] for late, _, _, request in station.waiting if not late)
         return now_s - min(waiting, default=now_s)
-
-    def _record(self, now_s: float, arrived: int) -> None:
-        keeps = [keep for keep in self.keep[self.seen : arrived] if keep < 1.0]
-        self.seen = arrived
-        self.moments.append(
-            (
-                now_s,
-                *(float(station.provisioned) for station in self.stations),
-                *(float(station.ready) for station in self.stations),
-                float(len(self.speculators.waiting) + len(self.prefills.waiting)),
-                sum(keeps) / len(keeps) if keeps else nan,
-            )
-        )
-
-    def _outcome(self, now_s: float) -> Outcome:
-        for station in self.stations:
-            station.bill(max(now_s, station.updated_s))
-        shed = np.zeros(len(self.time_s))
-        shed[self.shed] = 1.0
-        columns = np.array(self.moments).T
-        return Outcome(
-            np.array(self.ttft_s),
-            np.array(self.gap_s),
-            np.array(self.keep),
-            shed,
-            {pool: each.billed_s for pool, each in zip(POOLS, self.stations, strict=True)},
-            Moments(
-                columns[0],
-                dict(zip(POOLS, columns[1:4], strict=True)),
-                dict(zip(POOLS, columns[4:7], strict=True)),
-                columns[7],
-                columns[8],
-            ),
-            now_s,
-        )
 
 
 def _waits_s(station: Station) -> tuple[float, float]:

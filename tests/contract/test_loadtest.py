@@ -104,6 +104,7 @@ async def test_an_answer_is_recorded_with_its_report(protocol, addresses, pipeli
         (DeadlineExceeded("late"), 0, Ending.TIMED_OUT),
         (Unavailable("gone"), 0, Ending.FAILED),
         (Unavailable("gone"), 1, Ending.FAILED),
+        (DeadlineExceeded("late"), 1, Ending.TIMED_OUT),
     ],
 )
 async def test_each_refusal_has_its_ending(protocol, error, after, ending, addresses, pipeline):

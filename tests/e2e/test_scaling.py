@@ -29,6 +29,12 @@ ARGS = {
         "window_s": 6.0,
     },
 }
+LONG_PATHS = {  # Serve's defaults: the tests of the app have what a local Ray sets
+    "RAY_SERVE_ENABLE_HA_PROXY": "0",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "1",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",
+}
 
 
 class Cluster:
@@ -105,6 +111,8 @@ def cluster():
     paths = (str(Path(__file__).parent), os.environ.get("PYTHONPATH", ""))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
+        for name, value in LONG_PATHS.items():
+            patch.setenv(name, value)
         with LocalRay(num_cpus=2) as ray:
             made = Cluster(ServeApi(ray.dashboard_url), free_port())
             made.deploy()

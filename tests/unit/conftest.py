@@ -29,3 +29,14 @@ def _alone(monkeypatch):
     monkeypatch.setattr(socket, "socket", NoInternet)
     if "ray" in sys.modules:
         monkeypatch.setattr(sys.modules["ray"], "init", forbidden)
+
+
+@pytest.fixture
+def one_thread():
+    """Torch on one thread: the same sums in the same order."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

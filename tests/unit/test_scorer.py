@@ -4,111 +4,44 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GptOssConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MambaConfig,
-    MistralConfig,
-    PreTrainedConfig,
     PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
-from specprefill.config import SpeculatorConfig
-from specprefill.errors import UnsupportedModel
-from specprefill.selection import Scores, SelectionPolicy, select
+from specprefill.selection import Scores
 from specprefill.speculator.attention import causal_attention
 from specprefill.speculator.draft import (
-    Draft,
     as_draft,
     look,
     read_chunk,
-    refuse_unsupported_cache,
 )
 from specprefill.speculator.llama import Llama
 from specprefill.speculator.reading import Reading
-from specprefill.speculator.scorer import Scorer, average_pool, load_scorer
-from specprefill.types import Plan, PlanKind, Reason, Selection
+from specprefill.speculator.scorer import Scorer, average_pool
 
-VOCABULARY = 97
-POLICY = SelectionPolicy(chunk_tokens=8, min_kept_tokens=8, sink_tokens=2, tail_tokens=4)
-PLAN = Plan(PlanKind.PRUNE, Reason.ASKED, 0.3)
-POOL = 13
+from .tiny_models import (
+    POOL,
+    SHAPES,
+    chosen,
+    prompt_of,
+    scorer_of,
+    tiny_config,
+    tiny_model,
+)
 
-SHAPES = {
-    "llama-mha": (LlamaConfig, LlamaForCausalLM, {"heads": 4, "kv_heads": 4, "head_dim": 16}),
-    "llama-gqa2": (LlamaConfig, LlamaForCausalLM, {"heads": 4, "kv_heads": 2, "head_dim": 8}),
-    "qwen2-gqa4": (Qwen2Config, Qwen2ForCausalLM, {"heads": 4, "kv_heads": 1, "head_dim": 8}),
-    "qwen3-gqa2": (Qwen3Config, Qwen3ForCausalLM, {"heads": 4, "kv_heads": 2, "head_dim": 32}),
-}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def tiny_config(kind: type[PreTrainedConfig], **more: Any) -> PreTrainedConfig:
-    heads = more.pop("heads", 4)
-    settings = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 8 * heads,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": heads,
-        "num_key_value_heads": more.pop("kv_heads", 2),
-        "head_dim": 8,
-        "initializer_range": 0.3,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": False,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }
-    return kind(**(settings | more))
-
-
-def tiny_model(name: str) -> PreTrainedModel:
-    kind, model, shape = SHAPES[name]
-    if kind is Qwen2Config:  # it knows no head_dim of its own
-        shape = {key: value for key, value in shape.items() if key != "head_dim"}
-    torch.manual_seed(1)
-    return model(tiny_config(kind, **shape)).eval()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def llama() -> PreTrainedModel:
     return tiny_model("llama-gqa2")
-
-
-def prompt_of(tokens: int, seed: int = 0) -> tuple[int, ...]:
-    return tuple(np.random.default_rng(seed).integers(0, VOCABULARY, tokens).tolist())
-
-
-def scorer_of(draft: Draft, chunk: int = 64, look_ahead: int = 8) -> Scorer:
-    return Scorer(draft, look_ahead, chunk, POOL)
-
-
-def chosen(scores: Scores) -> Selection:
-    return select(scores, PLAN, (), POLICY)
 
 
 @torch.inference_mode()
@@ -338,111 +271,6 @@ def test_the_scoring_buffer_does_not_change_scores(
     np.testing.assert_allclose(by_head, whole, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        (tiny_config(MistralConfig, sliding_window=64), "DynamicSlidingWindowLayer"),
-        (tiny_config(GptOssConfig), "DynamicSlidingWindowLayer"),
-        (
-            tiny_config(
-                LlamaConfig,
-                rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
-            ),
-            "dynamic",
-        ),
-    ],
-)
-def test_models_that_do_not_keep_every_key_are_refused(
-    config: PreTrainedConfig, reason: str
-) -> None:
-    with pytest.raises(UnsupportedModel, match=reason):
-        refuse_unsupported_cache(config)
-
-
-def test_recurrent_models_are_refused() -> None:
-    with pytest.raises(UnsupportedModel, match="mamba"):
-        refuse_unsupported_cache(MambaConfig(num_hidden_layers=2))
-
-
-def test_attention_with_a_soft_cap_is_refused() -> None:
-    config = tiny_config(
-        Gemma2Config, attn_logit_softcapping=0.5, layer_types=["full_attention"] * 3
-    )
-    with pytest.raises(UnsupportedModel, match="gemma2"):
-        as_draft(Gemma2ForCausalLM(config).eval())
-
-
-def test_random_weights_are_built_from_the_configuration_alone(tmp_path: Path) -> None:
-    tiny_config(LlamaConfig, eos_token_id=[7, 9]).save_pretrained(tmp_path)
-    config = SpeculatorConfig(
-        path=str(tmp_path), random_weights=True, dtype="bfloat16", device="cpu"
-    )
-    first, second = load_scorer(config, POOL), load_scorer(config, POOL)
-    assert first.draft.eos_ids == {7, 9}
-    assert first.max_prompt_tokens == 2048 - 7
-    assert first.vocabulary_size == VOCABULARY
-    assert first.draft.model.dtype is torch.bfloat16
-    (scores,) = first.score([prompt_of(80)])
-    assert np.array_equal(scores, second.score([prompt_of(80)])[0])
-
-
-def remembering(llama: PreTrainedModel, memory_bytes: int = 1 << 30) -> Scorer:
-    return Scorer(as_draft(llama), 8, 64, POOL, memory_bytes)
-
-
-def score_and_remember(scorer: Scorer, prompt: tuple[int, ...]) -> tuple[Scores, int]:
-    """The scores, and how many tokens were not computed for them."""
-    with scorer.opened([prompt]) as readings:
-        scorer.read(readings)
-        scorer.look_ahead(readings)
-        scorer.remember(readings)
-        return scorer.rate(readings[0]), readings[0].cached_tokens
-
-
-@pytest.mark.parametrize("shared", [0, 63, 64, 200, 256])
-def test_scores_do_not_depend_on_what_is_remembered(llama: PreTrainedModel, shared: int) -> None:
-    scorer = remembering(llama)
-    document = prompt_of(256)
-    score_and_remember(scorer, document)
-    prompt = document[:shared] + prompt_of(70, seed=5)
-    (fresh,) = remembering(llama).score([prompt])
-    scores, cached = score_and_remember(scorer, prompt)
-    assert cached == shared // 64 * 64
-    np.testing.assert_allclose(scores, fresh, rtol=1e-4, atol=1e-7)
-    assert chosen(scores) == chosen(fresh)
-
-
-def test_eviction_changes_no_scores(llama: PreTrainedModel) -> None:
-    per_token = remembering(llama).kv_bytes(1000) // 1007
-    scorer = remembering(llama, memory_bytes=900 * per_token)  # about three prompts
-    prompts = [prompt_of(256, seed=seed) + prompt_of(30, seed=9) for seed in range(4)]
-    expected = [remembering(llama).score([prompt])[0] for prompt in prompts]
-    cached_tokens = []
-    for index in (0, 1, 0, 2, 3, 0, 1):
-        scores, cached = score_and_remember(scorer, prompts[index])
-        cached_tokens.append(cached)
-        np.testing.assert_allclose(scores, expected[index], rtol=1e-4, atol=1e-7)
-        assert chosen(scores) == chosen(expected[index])
-    assert cached_tokens[:3] == [0, 0, 256]
-    assert cached_tokens[-1] < 256
-
-
-def test_memory_stays_within_its_budget_over_many_prompts(llama: PreTrainedModel) -> None:
-    scorer = remembering(llama, memory_bytes=300_000)
-    rng = np.random.default_rng(0)
-    for seed in range(60):
-        prompt = prompt_of(int(rng.integers(1, 300)), seed=seed)
-        with scorer.opened([prompt]) as readings:
-            in_use = sum(each.keys.nbytes + each.values.nbytes for each in readings)
-            assert in_use == scorer.kv_bytes(len(prompt))
-            assert in_use + scorer.prefix.bytes_held <= scorer.memory_bytes
-            scorer.read(readings)
-            scorer.look_ahead(readings)
-            scorer.remember(readings)
-            assert in_use + scorer.prefix.bytes_held <= scorer.memory_bytes
-    assert scorer.prefix.bytes_held > 0
-
-
 @torch.inference_mode()
 def test_the_certainty_is_the_probability_of_the_least_sure_generated_token(
     llama: PreTrainedModel,
@@ -479,16 +307,3 @@ def test_named_heads_alone_count(llama: PreTrainedModel) -> None:
     ]
     assert all((single <= expected + 1e-6).all() for single in singles)
     assert len({single.tobytes() for single in singles}) == len(singles)
-
-
-@pytest.mark.parametrize(
-    ("heads", "message"),
-    [({99: (0,)}, "no layer 99"), ({0: (99,)}, "heads 0 to"), ({0: ()}, "heads 0 to")],
-)
-def test_heads_that_the_draft_lacks_are_refused(
-    tmp_path: Path, llama: PreTrainedModel, heads: dict[int, tuple[int, ...]], message: str
-) -> None:
-    llama.save_pretrained(tmp_path)
-    config = SpeculatorConfig(path=str(tmp_path), dtype="float32", score_heads=heads)
-    with pytest.raises(UnsupportedModel, match=message):
-        load_scorer(config, POOL)
