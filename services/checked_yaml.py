@@ -71,16 +71,15 @@ def _below(models: list[type[BaseModel]], key: str) -> list[type[BaseModel]]:
 
 def _faults(error: ValidationError, root: type[BaseModel]) -> Iterator[str]:
     """A line per place: a value that fits no member of a union is one fault, not one per member."""
-    told: dict[str, list[str]] = {}
+    told: dict[tuple[str, str], list[str]] = {}
     for fault in error.errors(include_url=False):
         where = _path(_without_member(fault["loc"], root))
         if fault["type"] == "extra_forbidden":
             allowed = ", ".join(sorted(allowed_keys(fault["loc"][:-1], root)))
             yield f"{where}: unknown key, expected one of {allowed}"
         else:
-            told.setdefault(where + "\0" + _given(fault["input"]), []).append(fault["msg"])
-    for place, messages in told.items():
-        where, _, given = place.partition("\0")
+            told.setdefault((where, _given(fault["input"])), []).append(fault["msg"])
+    for (where, given), messages in told.items():
         yield f"{where}: {' or '.join(messages)}{given}"
 
 

@@ -40,3 +40,27 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    """A tiny Llama with grouped queries."""
+    from .tiny_models import tiny_model
+
+    return tiny_model("llama-gqa2")
+
+
+@pytest.fixture(scope="module")
+def draft():
+    """A draft model for the speculator service."""
+    from .gated_scorer import tiny_draft
+
+    return tiny_draft()
+
+
+@pytest.fixture
+def scorer(draft):
+    """A scorer that a test can hold between two chunks."""
+    from .gated_scorer import GatedScorer
+
+    return GatedScorer(draft)

@@ -39,11 +39,6 @@ from .tiny_models import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def llama() -> PreTrainedModel:
-    return tiny_model("llama-gqa2")
-
-
 @torch.inference_mode()
 def reference_scores(
     model: PreTrainedModel, prompt: tuple[int, ...], look_ahead: int, eos: frozenset[int]

@@ -18,15 +18,9 @@ from .tiny_models import (
     POOL,
     chosen,
     prompt_of,
-    tiny_model,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def llama() -> PreTrainedModel:
-    return tiny_model("llama-gqa2")
 
 
 def remembering(llama: PreTrainedModel, memory_bytes: int = 1 << 30) -> Scorer:

@@ -31,15 +31,9 @@ from .tiny_models import (
     VOCABULARY,
     prompt_of,
     tiny_config,
-    tiny_model,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def llama() -> PreTrainedModel:
-    return tiny_model("llama-gqa2")
 
 
 @pytest.mark.parametrize(

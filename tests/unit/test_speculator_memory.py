@@ -26,18 +26,7 @@ from .gated_scorer import (
     GatedScorer,
     request_of,
     serving,
-    tiny_draft,
 )
-
-
-@pytest.fixture(scope="module")
-def draft() -> Draft:
-    return tiny_draft()
-
-
-@pytest.fixture
-def scorer(draft: Draft) -> GatedScorer:
-    return GatedScorer(draft)
 
 
 @pytest.mark.asyncio

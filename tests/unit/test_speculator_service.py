@@ -15,7 +15,6 @@ from specprefill.errors import (
     UnsupportedModel,
 )
 from specprefill.selection import select
-from specprefill.speculator.draft import Draft
 from specprefill.speculator.scorer import Scorer
 from specprefill.speculator.service import Batching, Pace, SpeculatorService
 from specprefill.types import Plan, PlanKind, Reason, Request, Span
@@ -28,18 +27,7 @@ from .gated_scorer import (
     GatedScorer,
     request_of,
     serving,
-    tiny_draft,
 )
-
-
-@pytest.fixture(scope="module")
-def draft() -> Draft:
-    return tiny_draft()
-
-
-@pytest.fixture
-def scorer(draft: Draft) -> GatedScorer:
-    return GatedScorer(draft)
 
 
 @pytest.mark.asyncio
