@@ -9,6 +9,7 @@ import hypothesis
 import pytest
 
 os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it once, when it is imported
+os.environ["HF_HUB_OFFLINE"] = "1"  # so does huggingface_hub: the models are in the checkout
 
 # How long an example takes says more about a busy machine than about the code.
 hypothesis.settings.register_profile("untimed", deadline=None)

@@ -70,7 +70,7 @@ def command(argv, *, code=0) -> subprocess.CompletedProcess:
     return outcome
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def app(root, tmp_path_factory):
     """`specprefill serve` of the shipped file on free ports; stopped by SIGTERM at the end."""
     set_auth_mode()
@@ -112,7 +112,7 @@ def _dashboard_url(server: subprocess.Popen) -> str:
     raise AssertionError("not ready:\n" + "".join(lines))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def client(app):
     """The openai package's client, as any user would have it."""
     with openai.OpenAI(

@@ -19,13 +19,14 @@ from .conftest import POOLS, pruned
 pytestmark = pytest.mark.timeout(600)
 
 KV_BYTES = 1 << 15
+PAUSE_S = 0.5  # of each client: the new replicas start on the same two cores
 
 
 class Load:
-    """Requests one after the other from a few threads, until told to stop."""
+    """Requests of a few clients, each one after the other, until told to stop."""
 
-    def __init__(self, ask, threads=3):
-        self._ask = ask
+    def __init__(self, ask, *, pause_s, threads=3):
+        self._ask, self._pause_s = ask, pause_s
         self._stop = threading.Event()
         self.answers, self.failures = [], []
         self._threads = [threading.Thread(target=self._run) for _ in range(threads)]
@@ -47,7 +48,7 @@ class Load:
             time.sleep(0.1)
 
     def _run(self):
-        while not self._stop.is_set():
+        while not self._stop.wait(self._pause_s):
             try:
                 self.answers.append(self._ask())
             except openai.OpenAIError as error:
@@ -62,7 +63,7 @@ def scaled(app, chat, count):
             if deployment["name"] in POOLS:
                 deployment["num_replicas"] = count
 
-    with Load(chat) as load:
+    with Load(chat, pause_s=PAUSE_S) as load:
         app.redeploy(change)
         snapshot = app.wait_healthy()
         assert {p.name: p.running for p in snapshot.pools if p.name in POOLS} == dict.fromkeys(
@@ -153,7 +154,7 @@ def test_a_rolling_update_loses_no_request(app, chat):
             deployment["max_surge_percent"] = 100  # the new replica first, then the old one goes
 
     before = {pool: app.replica_pids(pool) for pool in POOLS}
-    with Load(chat) as load:
+    with Load(chat, pause_s=PAUSE_S) as load:
         app.redeploy(change)
         app.wait_healthy()
         load.wait_for(6)
@@ -209,7 +210,7 @@ def test_an_slo_sizes_the_pools(app, chat):
     app.redeploy(change)
     app.wait_healthy()
     give_up_s = time.monotonic() + 240
-    with Load(chat) as load:
+    with Load(chat, pause_s=0) as load:
         running = {}
         # Which pool is short depends on what the stages take: test_scaling sees each of them grow.
         while 2 not in map(running.get, POOLS) and time.monotonic() < give_up_s:

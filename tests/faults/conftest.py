@@ -219,7 +219,7 @@ def table(request):
     reporter.write_line(table.text())
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
+@pytest_asyncio.fixture(scope="package", loop_scope="session")
 async def pools(model_dir) -> AsyncIterator[Pools]:  # noqa: F811
     from specprefill.config import EngineConfig, KvConfig, MainModel
     from specprefill.decode.service import DecodeService
@@ -247,6 +247,8 @@ async def pools(model_dir) -> AsyncIterator[Pools]:  # noqa: F811
     yield Pools(prefills, decodes, peers)
     await peers.close()
     for one in (*prefills, *decodes):
+        if one.lives():
+            one.kill()  # a friendly end takes vLLM seconds
         await one.service.close()
 
 

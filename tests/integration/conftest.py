@@ -17,7 +17,6 @@ os.environ.update(
     VLLM_CPU_OMP_THREADS_BIND="nobind",
     VLLM_NO_USAGE_STATS="1",
     VLLM_LOGGING_LEVEL="ERROR",
-    HF_HUB_OFFLINE="1",
 )
 os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
 
@@ -140,7 +139,7 @@ def text(steps, index: int = 0) -> str:
     return "".join(step.chunk.text for step in steps if step.chunk.index == index)
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
+@pytest_asyncio.fixture(scope="package", loop_scope="session")
 async def engines(model_dir, tmp_path_factory) -> AsyncIterator[Engines]:
     from vllm.engine.arg_utils import AsyncEngineArgs
 
