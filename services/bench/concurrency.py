@@ -1,8 +1,9 @@
 """Several clients at once, beside plain `vllm serve`: `make bench-concurrency`.
 
 Each of N clients asks its next question when its last one is answered. Both servers have the same
-main model on the same cores; they are asked one after the other, at each N. Weights are random; the
-score is the demo pair's, see `versus`.
+main model and may use the same cores: plain vLLM's engine with a thread for each, this service with
+a prefill replica of one thread for each. They are asked one after the other, at each N. Weights are
+random; the score is the demo pair's, see `versus`.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ KEEPS = (0.1,)
 PROMPT_TOKENS = 2048
 OUTPUT_TOKENS = 16
 ROUNDS = 3  # questions of each client
+CORES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,10 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--keeps", type=float, nargs="*", default=list(KEEPS), help="keep rates")
     parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="questions of each client")
-    parser.add_argument("--threads", type=int, default=1, help="of each engine")
+    parser.add_argument(
+        "--cores", type=int, default=CORES,
+        help="threads of plain vLLM's engine, prefill replicas of this service",
+    )  # fmt: skip
     parser.add_argument("--items", type=int, default=10, help="questions of each score")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT / "bench-concurrency.json")
@@ -156,8 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = _for_all(serve_config(folder, args.prompt_tokens + 128), max(args.clients))
     base = Path(local_path(BASE))
     with (
-        plain_vllm(config, args.threads, folder / "vllm.log") as plain,
-        ours(base, folder, config, args.threads) as mine,
+        plain_vllm(config, args.cores, folder / "vllm.log") as plain,
+        ours(base, folder, config, prefill_replicas=args.cores) as mine,
     ):
         found = asyncio.run(crowds(args, {PLAIN: plain, OURS: mine}))
     with ours(base, folder) as demo:

@@ -1,10 +1,12 @@
 """The paper's max-QPS protocol against plain `vllm serve` and this service: `make bench-qps`.
 
-Requests of LongBench-like length come at a constant rate, which is raised until more than a few
-of them miss an end-to-end time-out (arXiv 2502.02789, section 5.2). Rates are multiples of what
-plain vLLM bears in theory, 1 / (its latency when idle), and the time-out is twice that latency:
-the paper's own proportions. Weights are random; the score is
-the demo pair's, see `versus`.
+Requests of LongBench-like lengths come at a constant rate, which is raised until one of them
+misses an end-to-end time-out (arXiv 2502.02789, section 5.2). The time-out is twice plain vLLM's
+latency when idle, the paper's own proportion, and every rate is held for the same number of
+time-outs: a queue that grows must have the time to show. Plain vLLM's rates are multiples of one
+request per idle latency, this service's of `1 / (k + r)` times what plain vLLM bore. Both may use
+the same cores: plain vLLM's engine with a thread for each, this service with a prefill replica of
+one thread for each. Weights are random; the score is the demo pair's, see `versus`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..config import local_path
 from ..loadtest import runner, session
@@ -32,14 +36,15 @@ from .servers import Served, ours, plain_vllm
 from .ttft import flops_lines
 from .versus import BASE, OUT, PLAIN, demo_scores, serve_config
 
-# What ten minutes of two cores allow. LongBench-like: lengths 4096 to 10240, 128 requests.
-LENGTHS = (1024, 2048)
+LENGTHS = (4096, 6144, 8192, 10240)  # about what LongBench's prompts are
 KEEPS = (0.1, 0.3)
-REQUESTS = 16
-STEPS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0)
+PLAIN_STEPS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
+STEPS = (0.7, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 2.5, 3.0)
+HOLD = 6.0  # time-outs; the paper's 128 requests last 9 of them at its highest rate
+CORES = 2
 OUTPUT_TOKENS = 8
 TIMEOUT_FACTOR = 2.0  # the paper: 10 s, where its 405B takes 5 s at its highest rate
-FAILURES_SHARE = 4 / 128  # the paper: more than 4 of 128
+MAX_FAILURES = 0  # the paper: 4 of 128, but here the slower server is asked far fewer
 PAPER = {0.1: "7x", 0.3: "5x", 0.5: "-"}  # 405B; at 0.5 its baseline bears no rate at all
 IDLE_RUNS = 3  # after one that warms up
 IDLE_TIMEOUT_S = 600.0
@@ -60,8 +65,8 @@ def scenario(
     keep: float | None,
     lengths: Sequence[int],
     args: argparse.Namespace,
-    idle_s: float,
-    steps: Sequence[float],
+    timeout_s: float,
+    grid: Sequence[float],
 ) -> Scenario:
     """The protocol against one server at one keep rate."""
     return Scenario(
@@ -71,13 +76,11 @@ def scenario(
             Prompts(prompt_tokens=tokens, keep=keep, max_tokens=OUTPUT_TOKENS) for tokens in lengths
         ),
         arrivals={"kind": "constant", "qps": 1.0},
-        length={"requests": args.requests},
-        timeout_s=TIMEOUT_FACTOR * idle_s,
+        length={"seconds": args.hold * timeout_s},
+        timeout_s=timeout_s,
+        warm_up=0,  # see `alone`
         search=PaperProtocol(
-            kind="paper",
-            grid=tuple(step / idle_s for step in steps),
-            max_failures=int(FAILURES_SHARE * args.requests),
-            pause_s=args.pause,
+            kind="paper", grid=tuple(grid), max_failures=MAX_FAILURES, pause_s=args.pause
         ),
         seed=args.seed,
     )
@@ -92,10 +95,8 @@ async def alone(
     async with caller.open():
         for tokens in lengths:
             kind = Prompts(prompt_tokens=tokens, keep=keep, max_tokens=OUTPUT_TOKENS)
-            runs = [
-                await runner.stream(source.warm_up(kind, run), caller, IDLE_TIMEOUT_S)
-                for run in range(IDLE_RUNS + 1)
-            ]
+            prompts = source.draw((kind,), IDLE_RUNS + 1, np.random.default_rng(0))
+            runs = [await runner.stream(prompt, caller, IDLE_TIMEOUT_S) for prompt in prompts]
             if any(one.ending is not Ending.ANSWERED for one in runs):
                 raise RuntimeError(f"{served.url}: {runs[0].error}")
             answers.append(runs[1:])
@@ -143,21 +144,27 @@ async def measure(
     """Idle latency of plain vLLM, what it bears, and what this service bears at each keep rate."""
     source = Source.load(local_path("models/demo-main"), args.seed)
     idle_s = latency_s(await alone(plain, source, args.lengths, None))
-    print(f"vllm serve, idle: {idle_s:.2f} s; time-out {TIMEOUT_FACTOR * idle_s:.2f} s", flush=True)
+    timeout_s = TIMEOUT_FACTOR * idle_s
+    print(f"vllm serve, idle: {idle_s:.2f} s; time-out {timeout_s:.2f} s", flush=True)
 
-    async def search(served: Served, keep: float | None) -> Borne:
-        name = PLAIN if keep is None else f"keep {keep:g}"
-        bound = None
-        if keep is not None:
-            bound = ceiling(await alone(served, source, args.lengths, keep), idle_s)
+    async def search(
+        served: Served, keep: float | None, grid: Sequence[float], bound: float | None = None
+    ) -> Borne:
         await server_processes.idle([plain.pid, mine.pid])
-        asked = scenario(served, keep, args.lengths, args, idle_s, args.steps)
+        name = PLAIN if keep is None else f"keep {keep:g}"
+        asked = scenario(served, keep, args.lengths, args, timeout_s, grid)
         found = borne(name, await session.find(asked, source, lambda _progress: None), bound)
         print(f"\n{name}\n{trial_table(found.searched.trials)}", flush=True)
         return found
 
-    first = await search(plain, None)
-    return idle_s, first, [(keep, await search(mine, keep)) for keep in args.keeps]
+    first = await search(plain, None, [step / idle_s for step in args.plain_steps])
+    pruned = []
+    for keep in args.keeps:
+        bound = ceiling(await alone(mine, source, args.lengths, keep), idle_s)
+        reference = bound * (first.qps or 1.0 / idle_s)
+        grid = [step * reference for step in args.steps]
+        pruned.append((keep, await search(mine, keep, grid, bound)))
+    return idle_s, first, pruned
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -167,13 +174,22 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     parser.add_argument("--keeps", type=float, nargs="+", default=list(KEEPS))
-    parser.add_argument("--requests", type=int, default=REQUESTS, help="at each rate")
+    parser.add_argument(
+        "--hold", type=float, default=HOLD, help="how long each rate is held, in time-outs"
+    )
+    parser.add_argument(
+        "--plain-steps", type=float, nargs="+", default=list(PLAIN_STEPS),
+        help="plain vLLM's rates, in multiples of one request per its idle latency",
+    )  # fmt: skip
     parser.add_argument(
         "--steps", type=float, nargs="+", default=list(STEPS),
-        help="rates, in multiples of one request per idle latency of plain vLLM",
+        help="this service's rates, in multiples of 1/(k+r) times what plain vLLM bore",
     )  # fmt: skip
     parser.add_argument("--pause", type=float, default=2.0, help="seconds between two rates")
-    parser.add_argument("--threads", type=int, default=1, help="of each engine")
+    parser.add_argument(
+        "--cores", type=int, default=CORES,
+        help="threads of plain vLLM's engine, prefill replicas of this service",
+    )  # fmt: skip
     parser.add_argument("--items", type=int, default=10, help="questions of each score")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT / "bench-max-qps.json")
@@ -188,8 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arithmetic = flops_lines(args.lengths)
     config = serve_config(folder, max(args.lengths) + 128)
     with (
-        plain_vllm(config, args.threads, folder / "vllm.log") as plain,
-        ours(Path(local_path(BASE)), folder, config, args.threads) as mine,
+        plain_vllm(config, args.cores, folder / "vllm.log") as plain,
+        ours(Path(local_path(BASE)), folder, config, prefill_replicas=args.cores) as mine,
     ):
         idle_s, first, pruned = asyncio.run(measure(args, plain, mine))
     with ours(Path(local_path(BASE)), folder) as demo:
@@ -199,7 +215,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "arithmetic": arithmetic,
         "idle_s": idle_s,
         "timeout_s": TIMEOUT_FACTOR * idle_s,
-        "requests": args.requests,
+        "hold_s": args.hold * TIMEOUT_FACTOR * idle_s,
+        "cores": args.cores,
         "scores": scores,
         "rows": [_written(one) for one in (first, *(one for _, one in pruned))],
     }

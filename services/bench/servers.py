@@ -67,7 +67,11 @@ def plain_vllm(config: AppConfig, threads: int, log: Path) -> Iterator[Served]:
 
 @contextmanager
 def ours(
-    base: Path, folder: Path, config: AppConfig | None = None, threads: int = 1
+    base: Path,
+    folder: Path,
+    config: AppConfig | None = None,
+    threads: int = 1,
+    prefill_replicas: int | None = None,
 ) -> Iterator[Served]:
     """`specprefill serve` of the file `base`, with `config` in place of its arguments."""
     port = free_port()
@@ -76,6 +80,8 @@ def ours(
     model = loaded.file.applications[0].args.model
     if config is not None:
         raw, model = _with_config(raw, config, threads), config.model
+    if prefill_replicas is not None:
+        _prefill_deployment(raw)["num_replicas"] = prefill_replicas
     file = folder / "specprefill.yaml"
     file.write_text(yaml.safe_dump(raw), encoding="utf-8")
     command = [sys.executable, "-m", "specprefill.cli", "serve", str(file)]
@@ -89,6 +95,12 @@ def _with_config(raw: Mapping[str, Any], config: AppConfig, threads: int) -> dic
     environment = application["runtime_env"]["env_vars"] | {"OMP_NUM_THREADS": str(threads)}
     application["runtime_env"] = {"env_vars": environment}
     return {**raw, "applications": [application]}
+
+
+def _prefill_deployment(raw: Mapping[str, Any]) -> dict[str, Any]:
+    deployments: list[dict[str, Any]] = raw["applications"][0]["deployments"]
+    (found,) = (one for one in deployments if one["name"] == "Prefill")
+    return found
 
 
 @contextmanager

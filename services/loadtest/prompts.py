@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Self
@@ -16,7 +17,8 @@ from .recorder import Prompt
 from .scenario import Prompts
 from .trace import TraceLine
 
-_WARM_UP = 1 << 40  # a range of seeds that no counted request has
+_WARM_UP = 1 << 60  # a range of seeds that no counted request has
+_SEEDS_OF_A_RUN = 1 << 24  # so that two runs of different seeds share no prompt
 
 
 class UnknownTokenizer(Exception):
@@ -24,11 +26,15 @@ class UnknownTokenizer(Exception):
 
 
 class Source:
-    """Makes prompts; one seed is one sequence of prompts, whatever is asked of the service."""
+    """Makes prompts; one seed is one sequence of prompts, whatever is asked of the service.
+
+    No prompt comes twice: a search would find it in the service's caches at its second rate.
+    """
 
     def __init__(self, tokenizer: TaskTokenizer, seed: int) -> None:
         self._tokenizer = tokenizer
         self._seed = seed
+        self._seeds = itertools.count(seed * _SEEDS_OF_A_RUN)
 
     @classmethod
     def load(cls, path: str, seed: int) -> Self:
@@ -42,20 +48,15 @@ class Source:
 
     def draw(self, kinds: Sequence[Prompts], count: int, rng: np.random.Generator) -> list[Prompt]:
         """`count` prompts, their kinds drawn by weight."""
-        return [
-            self._make(kind, self._seed + index)
-            for index, kind in enumerate(_drawn(kinds, count, rng))
-        ]
+        return [self._make(kind, next(self._seeds)) for kind in _drawn(kinds, count, rng)]
 
     def like(
         self, kinds: Sequence[Prompts], lines: Sequence[TraceLine], rng: np.random.Generator
     ) -> list[Prompt]:
         """One prompt per recorded request, of its length where it tells one."""
         return [
-            self._make(_resized(kind, line), self._seed + index)
-            for index, (kind, line) in enumerate(
-                zip(_drawn(kinds, len(lines), rng), lines, strict=True)
-            )
+            self._make(_resized(kind, line), next(self._seeds))
+            for kind, line in zip(_drawn(kinds, len(lines), rng), lines, strict=True)
         ]
 
     def warm_up(self, kind: Prompts, number: int) -> Prompt:

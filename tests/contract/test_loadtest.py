@@ -222,7 +222,7 @@ async def test_a_scenario_runs_and_is_written_down(
     assert "keep 0.5" in report.run_table(report.summaries(run, scenario))
 
 
-async def test_prompts_depend_on_the_seed_alone(demo_tokenizer):
+async def test_prompts_depend_on_the_seed_alone_and_none_comes_twice(demo_tokenizer):
     kinds = Scenario.model_validate(
         {
             "target": {"model": "m"},
@@ -242,6 +242,11 @@ async def test_prompts_depend_on_the_seed_alone(demo_tokenizer):
     assert [p.messages for p in one] == [p.messages for p in same]
     assert all(a.messages != b.messages for a, b in zip(one, other, strict=True))
     assert sum(p.keep == "dense" for p in one) > 20
+    source = Source(demo_tokenizer, 1)
+    drawn = [p for seed in (1, 1) for p in source.draw(kinds, 40, np.random.default_rng(seed))]
+    both = {str(p.messages) for p in (*drawn, *other)}
+    assert len(both) == 120
+    assert [p.messages for p in drawn[:40]] == [p.messages for p in one]
 
 
 async def test_a_warm_up_that_fails_stops_the_run(demo_tokenizer, addresses, pipeline, monkeypatch):

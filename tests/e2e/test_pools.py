@@ -212,7 +212,7 @@ def test_an_slo_sizes_the_pools(app, chat):
     give_up_s = time.monotonic() + 240
     with Load(chat, pause_s=0) as load:
         running = {}
-        # Which pool is short depends on what the stages take: test_scaling sees each of them grow.
+        # Which pool is short depends on what the stages take: test_autoscaling sees each one grow.
         while 2 not in map(running.get, POOLS) and time.monotonic() < give_up_s:
             time.sleep(0.5)
             running = {pool.name: pool.running for pool in app.api.snapshot().pools}
