@@ -20,7 +20,7 @@ from typing import Any
 
 from ..config import AppConfig, local_path
 from .report import markdown, provenance, write_json
-from .servers import Served, ours, plain_vllm
+from .servers import Served, cores_option, ours, plain_vllm
 from .ttft import flops_lines
 from .versus import (
     BASE,
@@ -42,7 +42,6 @@ KEEPS = (0.1,)
 PROMPT_TOKENS = 2048
 OUTPUT_TOKENS = 16
 ROUNDS = 3  # questions of each client
-CORES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +130,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--keeps", type=float, nargs="*", default=list(KEEPS), help="keep rates")
     parser.add_argument("--prompt-tokens", type=int, default=PROMPT_TOKENS)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="questions of each client")
-    parser.add_argument(
-        "--cores", type=int, default=CORES,
-        help="threads of plain vLLM's engine, prefill replicas of this service",
-    )  # fmt: skip
+    cores_option(parser)
     parser.add_argument("--items", type=int, default=10, help="questions of each score")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT / "bench-concurrency.json")

@@ -32,7 +32,7 @@ from ..loadtest.search import highest
 from ..loadtest.session import Searched
 from . import server_processes
 from .report import markdown, provenance, write_json
-from .servers import Served, ours, plain_vllm
+from .servers import Served, cores_option, ours, plain_vllm
 from .ttft import flops_lines
 from .versus import BASE, OUT, PLAIN, demo_scores, serve_config
 
@@ -41,7 +41,6 @@ KEEPS = (0.1, 0.3)
 PLAIN_STEPS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
 STEPS = (0.7, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2, 2.5, 3.0)
 HOLD = 6.0  # time-outs; the paper's 128 requests last 9 of them at its highest rate
-CORES = 2
 OUTPUT_TOKENS = 8
 TIMEOUT_FACTOR = 2.0  # the paper: 10 s, where its 405B takes 5 s at its highest rate
 MAX_FAILURES = 0  # the paper: 4 of 128, but here the slower server is asked far fewer
@@ -97,8 +96,9 @@ async def alone(
             kind = Prompts(prompt_tokens=tokens, keep=keep, max_tokens=OUTPUT_TOKENS)
             prompts = source.draw((kind,), IDLE_RUNS + 1, np.random.default_rng(0))
             runs = [await runner.stream(prompt, caller, IDLE_TIMEOUT_S) for prompt in prompts]
-            if any(one.ending is not Ending.ANSWERED for one in runs):
-                raise RuntimeError(f"{served.url}: {runs[0].error}")
+            for one in runs:
+                if one.ending is not Ending.ANSWERED:
+                    raise RuntimeError(f"{served.url}: {one.error}")
             answers.append(runs[1:])
     return answers
 
@@ -186,10 +186,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
         help="this service's rates, in multiples of 1/(k+r) times what plain vLLM bore",
     )  # fmt: skip
     parser.add_argument("--pause", type=float, default=2.0, help="seconds between two rates")
-    parser.add_argument(
-        "--cores", type=int, default=CORES,
-        help="threads of plain vLLM's engine, prefill replicas of this service",
-    )  # fmt: skip
+    cores_option(parser)
     parser.add_argument("--items", type=int, default=10, help="questions of each score")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT / "bench-max-qps.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from ..deployment_file import load, with_ports
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 120.0
 MODEL = "bench"
+CORES = 2
 _READY_VLLM = "Application startup complete"
 _READY_OURS = "ready"
 
@@ -33,6 +35,14 @@ class Served:
     url: str  # OpenAI base URL
     model: str
     pid: int  # of its first process
+
+
+def cores_option(parser: argparse.ArgumentParser) -> None:
+    """`--cores`: what both servers may use, each in its own way."""
+    parser.add_argument(
+        "--cores", type=int, default=CORES,
+        help="threads of plain vLLM's engine, prefill replicas of this service",
+    )  # fmt: skip
 
 
 @contextmanager
