@@ -76,8 +76,8 @@ _.wake_up
 _.Generate
 _.choose_replicas
 _.initialize_state
-_.on_request_completed
 _.on_request_routed
+_.should_backoff
 _.record_autoscaling_stats
 _.record_replica_metadata
 SloPolicy
