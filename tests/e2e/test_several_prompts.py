@@ -6,8 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from .conftest import KEEP
-
 pytestmark = pytest.mark.timeout(600)
 
 HEALTH_TIMEOUT_S = 10.0
