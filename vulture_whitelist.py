@@ -56,6 +56,7 @@ _.reset_running_requests
 _.resume_generation
 _.save_kv_layer
 _.session_id
+_.skip_special_tokens
 _.set_xfer_handshake_metadata_pp_aware
 _.should_exit
 _.stages_layers
