@@ -8,7 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 Rate = Annotated[float, Field(gt=0.0, le=1.0)]
 Seconds = Annotated[float, Field(gt=0.0)]
@@ -200,6 +208,13 @@ class GatewayConfig(Strict):
     # Answered without a key. `/metrics` tells how much each key asks for.
     open_paths: tuple[str, ...] = ("/health", "/ping")
     vllm_args: tuple[str, ...] = ()  # more arguments of `vllm serve`'s front, e.g. a tool parser
+
+    @field_validator("vllm_args")
+    @classmethod
+    def _no_second_list_of_keys(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if any(each.partition("=")[0] in ("--api-key", "--api_key") for each in value):
+            raise ValueError("--api-key guards some of the paths only; use gateway.api_keys")
+        return value
 
 
 class SloConfig(Strict):

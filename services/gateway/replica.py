@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -18,12 +19,14 @@ from ..kv.tls import read_tls
 from ..pipeline import Pipeline
 from ..policies import local_prefill, net_gain, planner
 from ..rpc import specprefill_pb2 as pb
+from .access import RequestLimit
 from .admission import behind_gate
 from .app import build_client, build_http_app
 from .calibration import calibration
 from .client import Answering
 from .grpc_api import GrpcApi
-from .metrics import MeasuredPipeline
+from .keys import read_keys
+from .metrics import MeasuredPipeline, count_shed
 from .pools import Carried, ServeDecoder, ServePrefiller, ServeSpeculator, by_reference
 from .serve_health import ServeHealth
 from .shadowing import ShadowedPipeline
@@ -41,6 +44,8 @@ class GatewayReplica:
         decode: DeploymentHandle,
     ) -> None:
         self._config = AppConfig.model_validate_json(config_json)
+        self._keys = read_keys(self._config.gateway.api_keys, os.environ)
+        self._limit = RequestLimit(self._config.gateway.max_concurrent_requests, count_shed)
         pools = {
             "speculator": speculator.deployment_name,
             "prefill": prefill.deployment_name,
@@ -78,7 +83,8 @@ class GatewayReplica:
         self._grpc = GrpcApi(
             self._client,
             self._config.model.served_name,
-            self._config.gateway.api_keys,
+            self._keys,
+            self._limit,
             self._health.count,
         )
         heap.freeze()
@@ -91,7 +97,9 @@ class GatewayReplica:
 
     async def __serve_build_asgi_app__(self) -> Any:
         """Serve calls this after the constructor."""
-        return await build_http_app(self._config, self._client, self._health.count)
+        return await build_http_app(
+            self._config, self._client, self._health.count, self._keys, self._limit
+        )
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What the autoscaling policy is told of this gateway's requests."""
