@@ -56,17 +56,17 @@ class RequestLimit:
     def __init__(self, most: int, on_shed: Callable[[str], None]) -> None:
         self.most = most
         self._on_shed = on_shed
-        self._draining = False
+        self.draining = False
         self.held = 0
 
     def drain(self) -> None:
         """Take no new requests from now on."""
-        self._draining = True
+        self.draining = True
 
     @contextmanager
     def slot(self) -> Iterator[None]:
         """Hold a slot. Raises Overloaded if there is none, Unavailable while draining."""
-        if self._draining:
+        if self.draining:
             raise Unavailable("the service is stopping; try again")
         if self.held >= self.most:
             self._on_shed("gateway_full")

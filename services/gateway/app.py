@@ -23,7 +23,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from ..config import AppConfig, local_path
 from .access import AccessMiddleware, LimitMiddleware, RequestLimit
 from .bodies import BodyReader
-from .client import Answering, PipelineClient
+from .client import Answering, CountTokens, PipelineClient
 from .health import PoolCounts, health_route
 from .keys import KeyRing
 from .metrics import count_shed
@@ -38,7 +38,9 @@ class _NoServer:
     should_exit: bool = False
 
 
-def build_client(config: AppConfig, pipeline: Answering) -> PipelineClient:
+def build_client(
+    config: AppConfig, pipeline: Answering, count_tokens: CountTokens | None = None
+) -> PipelineClient:
     """The engine client: loads the model's config and tokenizer, no weights."""
     args = server_args(config)
     return PipelineClient(
@@ -48,6 +50,7 @@ def build_client(config: AppConfig, pipeline: Answering) -> PipelineClient:
         timeout_s=config.gateway.request_timeout_s,
         tail_tokens=config.selection.tail_tokens,
         protect_fences=config.selection.protect_fences,
+        count_tokens=count_tokens,
     )
 
 
@@ -63,7 +66,7 @@ async def build_http_app(
     app: FastAPI = build_app(args, TASKS, client.model_config)
     await init_app_state(client, app.state, args, TASKS)
     app.state.server = _NoServer()
-    app.router.routes.insert(0, health_route(count))  # before vLLM's own
+    app.router.routes.insert(0, health_route(count, limit))  # before vLLM's own
     gateway = config.gateway
     # Outermost first: strangers meet nothing else, and a slot is held by complete requests alone.
     app.user_middleware.insert(
