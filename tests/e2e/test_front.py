@@ -6,6 +6,7 @@ import asyncio
 import json
 import ssl
 import time
+from pathlib import Path
 
 import grpc
 import httpx
@@ -168,10 +169,9 @@ def https(app, closed):
 
 @pytest.fixture
 def secure_channel(app, closed):
-    read = [open(path, "rb").read() for path in (closed.authority, closed.key, closed.certificate)]  # noqa: SIM115
-    with grpc.secure_channel(
-        f"localhost:{app.grpc_port}", grpc.ssl_channel_credentials(*read)
-    ) as channel:
+    paths = (closed.authority, closed.key, closed.certificate)
+    credentials = grpc.ssl_channel_credentials(*(Path(path).read_bytes() for path in paths))
+    with grpc.secure_channel(f"localhost:{app.grpc_port}", credentials) as channel:
         yield channel
 
 
@@ -218,8 +218,8 @@ def test_a_grpc_call_without_a_key_is_unauthenticated_but_for_health(secure_chan
 def test_neither_plaintext_nor_a_stranger_gets_in(app, closed):
     with pytest.raises(httpx.HTTPError):
         httpx.get(f"{app.http_url}/health", timeout=10)
+    context = ssl.create_default_context(cafile=closed.authority)
     with pytest.raises((httpx.HTTPError, ssl.SSLError)):
-        context = ssl.create_default_context(cafile=closed.authority)
         httpx.get(f"https://localhost:{app.http_port}/health", verify=context, timeout=10)
 
 
