@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,7 @@ def run_serve(args: argparse.Namespace) -> int:
         print(how_to_call(loaded.file, ray.dashboard_url), flush=True)
         stop.wait()
         stop.clear()
-        _drain(ray, api, loaded, args.drain, stop, tell)
+        _drain(ray, api, args.drain, stop, tell)
         tell("stopping")
     tell("stopped")
     return 0
@@ -141,21 +141,16 @@ def _local_ray(file: Path) -> Iterator[LocalRay]:
         ray.start()
     except StartFailed as error:
         raise Failed(str(error)) from error
-    with ray:
+    with closing(ray):
         yield ray
 
 
 def _drain(
-    ray: LocalRay,
-    api: ServeApi,
-    loaded: Loaded,
-    timeout_s: float,
-    stop: threading.Event,
-    tell: Progress,
+    ray: LocalRay, api: ServeApi, timeout_s: float, stop: threading.Event, tell: Progress
 ) -> None:
     """Take no new requests, and give those that run time to end; a second signal cuts it short."""
     tell(f"taking no new requests; those that run get up to {timeout_s:g} s")
-    api.deploy(draining(loaded.raw))
+    api.deploy(draining(api.deployed()))
     give_up_s = time.monotonic() + timeout_s
     while not stop.is_set() and time.monotonic() < give_up_s:
         held = ray.requests_held(api.replica_actors(GATEWAY))

@@ -248,6 +248,11 @@ class ServeApi:
         """What runs now."""
         return snapshot_of(self.details())
 
+    def deployed(self) -> dict[str, Any]:
+        """The applications that run, as they were deployed."""
+        applications = self.details().get("applications", {}).values()
+        return {"applications": [each["deployed_app_config"] for each in applications]}
+
     def details(self) -> dict[str, Any]:
         """All that Serve tells of itself."""
         details: dict[str, Any] = self._client.get_serve_details()
