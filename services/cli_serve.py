@@ -27,6 +27,8 @@ from .cluster import (
     port_in_use,
 )
 from .deployment_file import GATEWAY, DeploymentFile, Loaded, draining, load
+from .errors import InvalidConfiguration
+from .front import check_tls
 
 START_TIMEOUT_S = 600.0
 DRAIN_TIMEOUT_S = 30.0
@@ -115,6 +117,7 @@ def run_serve(args: argparse.Namespace) -> int:
     """A local Ray, the application, and a wait for the signal to stop."""
     loaded = _load(args.file)
     _warn(open_cluster(os.environ))
+    _refuse_unusable_files(loaded.file)
     _refuse_taken_ports(loaded.file)
     tell = Progress()
     tell("starting Ray on this machine")
@@ -232,6 +235,14 @@ def _load(path: Path) -> Loaded:
         return load(path)
     except InvalidFile as error:
         raise Misused(str(error)) from error
+
+
+def _refuse_unusable_files(file: DeploymentFile) -> None:
+    for application in file.applications:
+        try:
+            check_tls(application.args.gateway.front.tls)
+        except InvalidConfiguration as error:
+            raise Misused(str(error)) from error
 
 
 def _refuse_taken_ports(file: DeploymentFile) -> None:

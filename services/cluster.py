@@ -35,6 +35,8 @@ SHORT_PATHS = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 << 20),  # logprobs of a long prompt
+    # When gateways come or go HAProxy is started anew; the old one ends what it streams.
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "660",
     # gRPC listens where HTTP does, in Serve's own proxies, too.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "specprefill.gateway.serve_ports:setup",
 }

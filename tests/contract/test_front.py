@@ -335,25 +335,32 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize("stream", [False, True])
-async def test_a_gateway_that_dies_ends_its_grpc_calls(tmp_path, stream):
-    """HAProxy can still say UNAVAILABLE before the first message; later it only resets."""
+@pytest.fixture
+def grpc_gateway():
     with subprocess.Popen(
         [sys.executable, "-c", GRPC_SERVER], stdout=subprocess.PIPE, text=True
     ) as gateway:
-        port = int(gateway.stdout.readline())
-        with running(serve_config(tmp_path, [1], [port]), {}) as front:
-            async with grpc.aio.insecure_channel(f"{HOST}:{front.grpc_port}") as channel:
-                if stream:
-                    call = channel.unary_stream("/test.T/Stream")(b"x", timeout=30)
-                    assert await call.read() == b"x"
-                else:
-                    call = channel.unary_unary("/test.T/Wait")(b"x", timeout=30)
-                    await asyncio.wait([asyncio.ensure_future(call.initial_metadata())], timeout=0)
-                    await asyncio.to_thread(gateway.stdout.readline)
-                gateway.kill()
-                with pytest.raises(grpc.aio.AioRpcError) as caught:
-                    await (call.read() if stream else call)
+        yield gateway
+        gateway.kill()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_gateway_that_dies_ends_its_grpc_calls(tmp_path, grpc_gateway, stream):
+    """HAProxy can still say UNAVAILABLE before the first message; later it only resets."""
+    port = int(grpc_gateway.stdout.readline())
+    with running(serve_config(tmp_path, [1], [port]), {}) as front:
+        async with grpc.aio.insecure_channel(f"{HOST}:{front.grpc_port}") as channel:
+            if stream:
+                call = channel.unary_stream("/test.T/Stream")(b"x", timeout=30)
+                assert await call.read() == b"x"
+                ending = asyncio.create_task(call.read())
+            else:
+                call = channel.unary_unary("/test.T/Wait")(b"x", timeout=30)
+                ending = asyncio.ensure_future(call)
+                await asyncio.to_thread(grpc_gateway.stdout.readline)
+            grpc_gateway.kill()
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await ending
     expected = grpc.StatusCode.CANCELLED if stream else grpc.StatusCode.UNAVAILABLE
     assert caught.value.code() is expected
 
