@@ -116,7 +116,8 @@ VALUES = [
 ]  # fmt: skip
 FIELDS = [
     "model", "max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens",
-    "temperature", "top_p", "top_k", "min_p", "n", "seed", "stop", "stop_token_ids", "logprobs", "top_logprobs",
+    "temperature", "top_p", "top_k", "min_p", "n", "seed", "stop", "stop_token_ids", "logprobs",
+    "top_logprobs",
     "prompt_logprobs", "logit_bias", "presence_penalty", "repetition_penalty", "priority",
     "truncate_prompt_tokens", "response_format", "structured_outputs", "tools", "tool_choice",
     "stream", "stream_options", "messages", "prompt", "input", "system", "instructions", "user",
