@@ -23,7 +23,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from ..config import AppConfig, local_path
 from .access import AccessMiddleware, LimitMiddleware, RequestLimit
 from .bodies import BodyReader
-from .client import Answering, CountTokens, PipelineClient
+from .client import Answering, CountTokens, PipelineClient, log_no_refusals
 from .health import PoolCounts, health_route
 from .keys import KeyRing
 from .metrics import count_shed
@@ -68,6 +68,7 @@ async def build_http_app(
     app: FastAPI = build_app(args, TASKS, client.model_config)
     await init_app_state(client, app.state, args, TASKS)
     app.state.server = _NoServer()
+    log_no_refusals()
     serve_only_known(app)
     app.router.routes.insert(0, health_route(count, limit))  # before vLLM's own
     gateway = config.gateway
