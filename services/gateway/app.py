@@ -25,6 +25,7 @@ from .access import AccessMiddleware, LimitMiddleware, RequestLimit
 from .bodies import BodyReader
 from .client import Answering, CountTokens, PipelineClient, log_no_refusals
 from .health import PoolCounts, health_route
+from .input_items import check_input_items
 from .keys import KeyRing
 from .metrics import count_shed
 from .middleware import RequestMiddleware
@@ -80,7 +81,12 @@ async def build_http_app(
         gateway.max_body_bytes, gateway.body_timeout_s, gateway.max_buffered_bytes, count_shed
     )
     app.user_middleware.append(
-        Middleware(RequestMiddleware, bodies=bodies, limits=JsonLimits(gateway.max_request_items))
+        Middleware(
+            RequestMiddleware,
+            bodies=bodies,
+            limits=JsonLimits(gateway.max_request_items),
+            checks={"/v1/responses": check_input_items},
+        )
     )
     app.user_middleware.append(
         Middleware(LimitMiddleware, limit=limit, free_paths=gateway.open_paths)

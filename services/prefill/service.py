@@ -13,6 +13,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from ..engine.engine import Engine, map_engine_errors
+from ..engine.half_characters import Leak, leak_of
 from ..engine.handoff.scheduler import PRODUCE
 from ..engine.outputs import (
     check_ended_well,
@@ -155,7 +156,8 @@ class PrefillService:
         except TimeoutError as error:
             raise DeadlineExceeded("timeout_s: used up during prefill") from error
         else:
-            prefilled = _prefilled(output, self._carrier)
+            leak = leak_of(output.prompt_token_ids or (), params, self._engine.tokenizer)
+            prefilled = _prefilled(output, self._carrier, leak)
             return prefilled
         finally:
             if lease is not None:
@@ -243,11 +245,12 @@ def _private(selection: Selection, lease: dict[str, Any] | None) -> dict[str, An
     return private
 
 
-def _prefilled(output: RequestOutput, carrier: Carrier) -> Prefilled:
+def _prefilled(output: RequestOutput, carrier: Carrier, leak: Leak) -> Prefilled:
     handed = output.kv_transfer_params
     ticket = None if handed is None else Ticket(**_ticket_fields(handed), carrier=carrier)
     queue_s, prefill_s = prefill_times(output)
     first = replace(chunk_of(output, index=0), prompt_logprobs=prompt_logprobs_of(output))
+    first = replace(first, text=leak.cut(first.text))
     if ticket is not None:  # one token was all that was asked of this engine: not the end
         first = replace(first, finish_reason=None, stop_reason=None)
     return Prefilled(first=first, ticket=ticket, queue_s=queue_s, prefill_s=prefill_s)
