@@ -40,7 +40,7 @@ from .keys import read_keys
 from .metrics import MeasuredPipeline, count_shed
 from .pools import Carried, ServeDecoder, ServePrefiller, ServeSpeculator, by_reference
 from .serve_health import ServeHealth
-from .serve_ports import bind_grpc_as_http
+from .serve_ports import bind_grpc_as_http, limit_grpc_messages
 from .shadowing import ShadowedPipeline
 from .traffic import CountedPipeline, GatewayTraffic
 
@@ -59,6 +59,7 @@ class GatewayReplica:
         log_refusals_in_one_line()
         bind_grpc_as_http()
         self._config = AppConfig.model_validate_json(config_json)
+        limit_grpc_messages(self._config.gateway.max_body_bytes)
         self._keys = read_keys(self._config.gateway.api_keys, os.environ)
         self._limit = RequestLimit(self._config.gateway.max_concurrent_requests, count_shed)
         pools = {

@@ -124,6 +124,15 @@ def test_a_callers_mistakes_leave_no_traceback(app):
     assert "RpcFailed" not in log
 
 
+def test_a_grpc_message_over_the_limit_is_refused_unread(app):
+    with grpc.insecure_channel(
+        app.grpc_address, options=[("grpc.max_send_message_length", -1)]
+    ) as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            SpecPrefillStub(channel).Generate(pb.GenerateRequest(text="x" * (33 << 20)), timeout=60)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
 # --- closed: API keys and mutual TLS, deployed onto the running service ---------------------
 
 
