@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -123,27 +124,29 @@ def app(root, tmp_path_factory):
 
 
 STREAM = {
-    "model": "demo", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 400,
-    "ignore_eos": True, "stream": True,
+    "model": "demo", "messages": [{"role": "user", "content": "Hello"}], "ignore_eos": True,
+    "stream": True,
 }  # fmt: skip
 
 
 @contextlib.contextmanager
-def streams_that_end(app: App, count: int = 4):
+def streams_that_end(app: App, count: int = 4, max_tokens: int = 400):
     """Answers that are streamed while the `with` block runs, and end as they should after it."""
-    url = f"{app.http_url}/v1/chat/completions"
-    with contextlib.ExitStack() as open_streams:
-        lines = [
-            open_streams.enter_context(
-                httpx.stream("POST", url, json=STREAM, timeout=60)
-            ).iter_lines()
-            for _ in range(count)
-        ]
-        for each in lines:
-            assert next(each).startswith("data: {")
+    begun = threading.Barrier(count + 1, timeout=60)
+
+    def last_line(_):
+        url, body = f"{app.http_url}/v1/chat/completions", {**STREAM, "max_tokens": max_tokens}
+        with httpx.stream("POST", url, json=body, timeout=60) as reply:
+            lines = (line for line in reply.iter_lines() if line)
+            assert next(lines).startswith("data: {")
+            begun.wait()
+            return list(lines)[-1]
+
+    with ThreadPoolExecutor(count) as threads:
+        ends = threads.map(last_line, range(count))
+        begun.wait()
         yield
-        for each in lines:
-            assert [line for line in each if line][-1] == "data: [DONE]"
+        assert list(ends) == ["data: [DONE]"] * count
 
 
 def _stop_in_mid_stream(app: App, server: subprocess.Popen) -> None:
