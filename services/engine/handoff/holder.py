@@ -1,0 +1,83 @@
+"""The prefill side of a worker: copies KV out, into memory from which its keeper serves it."""
+
+from __future__ import annotations
+
+import torch
+from vllm.utils.network_utils import get_ip
+
+from ...kv.keeper_link import KeeperLink
+from .caches import Caches
+from .device import Device
+from .orders import Endpoint, HandoffConfig, Orders, Stage
+from .staging import Stager
+
+
+class Holder:
+    """Complete when it is made: its keeper listens, and it stages what its orders say."""
+
+    def __init__(
+        self, config: HandoffConfig, caches: Caches, device: Device, *, readers: int
+    ) -> None:
+        """Raises InvalidConfiguration or KvTransferError when nothing can be served."""
+        self._caches = caches
+        self._readers = readers
+        self._keeper = KeeperLink(
+            max_bytes=config.max_held_bytes,
+            carrier=config.carrier,
+            host=get_ip() if config.host is None else config.host,
+            tls=None if config.tls is None else config.tls.model_dump(),
+            lease_s=config.lease_s,
+            fingerprint=caches.fingerprint,
+        )
+        device.page_lock(torch.from_numpy(self._keeper.memory))
+        self._stager = Stager(device, caches, self._keeper, config.staging_bytes)
+        self._endpoint = Endpoint(self._keeper.address, caches.fingerprint)
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """The address of this worker's KV port, and the layout of what it serves."""
+        return self._endpoint
+
+    @property
+    def carrier(self) -> str:
+        """The best carrier that the keeper has."""
+        return self._keeper.carrier
+
+    def stage(self, layer_name: str, cache: torch.Tensor, orders: Orders) -> None:
+        """Copy one layer's new tokens of every staged request."""
+        if self._readers == 0:
+            return
+        layer = self._caches.layers[layer_name]
+        last_layer = max(self._caches.by_layer)
+        for order in orders.stages:
+            self._keeper.ask("open", order.lease_id, order.secret)
+            self._stager.stage(order, layer, cache, last_layer=layer == last_layer)
+            if order.stop == order.tokens and layer == self._announced_layer(order):
+                self._keeper.ask("announce", order.lease_id, order.tokens)
+
+    def finish_step(self, orders: Orders) -> None:
+        """After the last layer: drop what was aborted, let handed-out leases age.
+
+        Nothing is waited for: every gather runs before later writes, on their stream. Raises
+        KvTransferError when the keeper is dead: the engine must not go on handing out tickets.
+        """
+        self._keeper.check()
+        for order in orders.stages:
+            self._caches.forget(order.lease_id)
+        for lease_id, secret in orders.drops:
+            self._keeper.ask("release", lease_id, secret)
+        for lease_id in orders.issued:
+            self._keeper.ask("issue", lease_id)
+
+    def stop(self) -> None:
+        """Stop serving."""
+        self._keeper.close()
+
+    def _announced_layer(self, order: Stage) -> int:
+        """Where in the last chunk the decode side may begin to pull.
+
+        It polls while it waits. So it waits for half a chunk only, unless the KV of chunks
+        before the last one is there to be moved meanwhile.
+        """
+        layers: list[int] = sorted(self._caches.by_layer)
+        return layers[0 if order.start > 0 else len(layers) // 2]
