@@ -27,13 +27,14 @@ import resource
 import shutil
 import ssl
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from pathlib import Path
 
 from .config import FrontConfig, FrontTls, GatewayConfig
 from .errors import InvalidConfiguration
 
+PROGRAM = "specprefill-front"
 FILE_VARIABLE = "SPECPREFILL_DEPLOYMENT_FILE"
 TIMEOUT_HEADER = "x-specprefill-timeout-seconds"
 RETRY_AFTER_S = 1
@@ -219,6 +220,22 @@ def _pem_file(folder: Path) -> Path:
     return folder / "front.pem"
 
 
+def require_front(gateway: GatewayConfig, environ: Mapping[str, str]) -> None:
+    """Raise InvalidConfiguration if TLS is configured and nobody here would speak it."""
+    if gateway.front.tls is None:
+        return
+    needed = {"RAY_SERVE_ENABLE_HA_PROXY": "1", _BINARY_VARIABLE: PROGRAM, FILE_VARIABLE: ""}
+    missing = [
+        name for name, end in needed.items()
+        if not environ.get(name) or not environ[name].endswith(end)
+    ]  # fmt: skip
+    if missing:
+        raise InvalidConfiguration(
+            f"gateway.front.tls: needs {', '.join(missing)} where Ray starts, on every node; "
+            "without, requests would travel in plaintext"
+        )
+
+
 def check_tls(tls: FrontTls | None) -> None:
     """Raise InvalidConfiguration, naming the field, unless the files can be used."""
     if tls is None:
@@ -317,5 +334,5 @@ def main() -> None:
         if "-f" in arguments:
             rewrite_file(Path(arguments[arguments.index("-f") + 1]), _configured())
     except (UnknownTemplate, InvalidConfiguration, InvalidFile, OSError) as error:
-        sys.exit(f"specprefill-front: {error}")
+        sys.exit(f"{PROGRAM}: {error}")
     os.execv(program, [program, *arguments])
