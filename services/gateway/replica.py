@@ -21,6 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from .. import heap
 from ..config import AppConfig
 from ..deployment_file import DRAINING
+from ..front import require_front
 from ..kv.rpc import KvPeers
 from ..kv.tls import read_tls
 from ..pipeline import Pipeline
@@ -41,7 +42,7 @@ from .metrics import MeasuredPipeline, count_shed
 from .pools import Carried, ServeDecoder, ServePrefiller, ServeSpeculator, by_reference
 from .request_json import JsonLimits
 from .serve_health import ServeHealth
-from .serve_ports import bind_grpc_as_http
+from .serve_ports import bind_grpc_as_http, limit_grpc_messages
 from .shadowing import ShadowedPipeline
 from .traffic import CountedPipeline, GatewayTraffic
 
@@ -60,6 +61,8 @@ class GatewayReplica:
         log_refusals_in_one_line()
         bind_grpc_as_http()
         self._config = AppConfig.model_validate_json(config_json)
+        require_front(self._config.gateway, os.environ)
+        limit_grpc_messages(self._config.gateway.max_body_bytes)
         self._keys = read_keys(self._config.gateway.api_keys, os.environ)
         self._limit = RequestLimit(self._config.gateway.max_concurrent_requests, count_shed)
         pools = {
