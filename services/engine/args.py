@@ -82,6 +82,7 @@ def _transfer(kv: KvConfig, role: Role, peer: EngineConfig) -> KVTransferConfig:
         kv_load_failure_policy=kv.on_failure,
         kv_connector_extra_config={
             "carrier": kv.carrier,
+            "memory": kv.memory,
             "host": kv.host,
             "lease_s": kv.lease_s,
             "max_held_bytes": kv.max_held_bytes,
