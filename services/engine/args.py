@@ -103,6 +103,6 @@ def _worker() -> str:
 
 def _replay(args: AsyncEngineArgs) -> str:
     """The replay processor for the model runner that vLLM will choose."""
-    v2 = not current_platform.is_cpu() and args.create_engine_config().use_v2_model_runner
+    v2 = args.create_engine_config().use_v2_model_runner
     module = "replay_v2" if v2 else "replay"
     return f"{_MODULE}.{module}:ReplayTokens"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import enum
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +32,36 @@ from ..certificates import Authority
 
 BLOCK_SIZE = 32
 MODELS = Path(__file__).resolve().parents[2] / "models"
+INTERPRETER = Path(__file__).resolve().parent / "interpreter"
+
+
+class Runner(enum.StrEnum):
+    """vLLM's model runners. V2, the default on GPUs, runs here under Triton's interpreter."""
+
+    V1 = "v1"
+    V2 = "v2"
+
+
+def pytest_generate_tests(metafunc):
+    """Tests that use `engines` run on the runners that their module names in RUNNERS."""
+    if "engines" in metafunc.fixturenames:
+        runners = getattr(metafunc.module, "RUNNERS", (Runner.V1,))
+        metafunc.parametrize("engines", runners, indirect=True, scope="package")
+
+
+@contextmanager
+def starting(runner: Runner) -> Iterator[None]:
+    """Engine processes started inside run `runner`.
+
+    A running engine keeps its runner: only its start looks at the environment.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(runner is Runner.V2)))
+        if runner is Runner.V2:
+            patch.setenv("TRITON_INTERPRET", "1")
+            patch.setenv("PYTHONPATH", str(INTERPRETER), prepend=os.pathsep)
+            patch.setattr("vllm.config.vllm.HAS_TRITON", True)  # in the engine's process it is
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -140,7 +172,17 @@ def text(steps, index: int = 0) -> str:
 
 
 @pytest_asyncio.fixture(scope="package", loop_scope="session")
-async def engines(model_dir, tmp_path_factory) -> AsyncIterator[Engines]:
+async def engines(request, model_dir, tmp_path_factory) -> AsyncIterator[Engines]:
+    """The three engines on the runner `request.param`."""
+    files = Authority(tmp_path_factory.mktemp("authority")).files()
+    with starting(request.param):
+        async with started(model_dir, files) as all_of_them:
+            yield all_of_them
+
+
+@asynccontextmanager
+async def started(model_dir, files) -> AsyncIterator[Engines]:
+    """A prefill, a decode and a plain engine, on the runner that the environment asks for."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     from specprefill.decode.service import DecodeService
@@ -155,7 +197,6 @@ async def engines(model_dir, tmp_path_factory) -> AsyncIterator[Engines]:
         enforce_eager=True,
         max_num_batched_tokens=512,  # prompts beyond it are prefilled in chunks
     )
-    files = Authority(tmp_path_factory.mktemp("authority")).files()
     kv = KvConfig(host="127.0.0.1", pull_timeout_s=5.0, carrier="nixl", tls=files)
     tls = read_tls(files)
     producer = Engine(engine_args(model, config, kv, Role.PREFILL))

@@ -9,7 +9,9 @@ import pytest
 from specprefill.errors import DeadlineExceeded, InvalidRequest
 from specprefill.types import Carrier, Prefilled, Span, Ticket
 
-from .conftest import BLOCK_SIZE, answer, kept, text
+from .conftest import BLOCK_SIZE, Runner, answer, kept, text
+
+RUNNERS = tuple(Runner)
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="session")]
 

@@ -7,7 +7,9 @@ import pytest
 
 from specprefill.types import Span
 
-from .conftest import answer, kept
+from .conftest import Runner, answer, kept
+
+RUNNERS = tuple(Runner)
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="session")]
 
