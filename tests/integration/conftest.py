@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import enum
 import os
+import random
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -96,6 +97,7 @@ def model_dir(tmp_path_factory) -> str:
 class Engines:
     """A prefill and a decode engine that hand KV over, and a plain vLLM one beside them."""
 
+    runner: Runner
     prefill: object
     decode: object
     plain: object
@@ -161,6 +163,12 @@ def kept(prompt_tokens: int, *runs: Span) -> Selection:
     return Selection(prompt_tokens, runs, Plan(PlanKind.PRUNE, Reason.ASKED, 0.3))
 
 
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    """A prompt of random tokens."""
+    rng = random.Random(seed)
+    return [rng.randrange(10, 1000) for _ in range(length)]
+
+
 def answer(steps, index: int = 0) -> list[int]:
     """One sample's tokens."""
     return [token for step in steps if step.chunk.index == index for token in step.chunk.token_ids]
@@ -171,17 +179,24 @@ def text(steps, index: int = 0) -> str:
     return "".join(step.chunk.text for step in steps if step.chunk.index == index)
 
 
+@pytest.fixture(scope="package")
+def kv_tls(tmp_path_factory):
+    """Certificates for the KV ports of every engine that hands over to another."""
+    return Authority(tmp_path_factory.mktemp("authority")).files()
+
+
 @pytest_asyncio.fixture(scope="package", loop_scope="session")
-async def engines(request, model_dir, tmp_path_factory) -> AsyncIterator[Engines]:
+async def engines(request, model_dir, kv_tls) -> AsyncIterator[Engines]:
     """The three engines on the runner `request.param`."""
-    files = Authority(tmp_path_factory.mktemp("authority")).files()
-    with starting(request.param):
-        async with started(model_dir, files) as all_of_them:
-            yield all_of_them
+    async with AsyncExitStack() as stack:
+        with starting(request.param):
+            started = running(request.param, model_dir, kv_tls)
+            engines = await stack.enter_async_context(started)
+        yield engines
 
 
 @asynccontextmanager
-async def started(model_dir, files) -> AsyncIterator[Engines]:
+async def running(runner: Runner, model_dir, files) -> AsyncIterator[Engines]:
     """A prefill, a decode and a plain engine, on the runner that the environment asks for."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
@@ -214,5 +229,5 @@ async def started(model_dir, files) -> AsyncIterator[Engines]:
     )
     async with PrefillService(producer, tls) as prefill, DecodeService(consumer) as decode, plain:
         peers = KvPeers(tls)
-        yield Engines(prefill, decode, plain, producer, peers)
+        yield Engines(runner, prefill, decode, plain, producer, peers)
         await peers.close()

@@ -1,7 +1,6 @@
 """Prefill -> decode equals one aggregated engine, for every way to sample."""
 
 import asyncio
-import random
 from dataclasses import replace
 
 import pytest
@@ -9,7 +8,7 @@ import pytest
 from specprefill.errors import DeadlineExceeded, InvalidRequest
 from specprefill.types import Carrier, Prefilled, Span, Ticket
 
-from .conftest import BLOCK_SIZE, Runner, answer, kept, text
+from .conftest import BLOCK_SIZE, Runner, answer, kept, prompt_of, text
 
 RUNNERS = tuple(Runner)
 
@@ -35,11 +34,6 @@ SAMPLING = {
     "one_token": {"max_tokens": 1},
     "two_tokens": {"max_tokens": 2},
 }
-
-
-def prompt_of(length, seed):
-    rng = random.Random(seed)
-    return [rng.randrange(10, 1000) for _ in range(length)]
 
 
 def pruned(length):

@@ -1,13 +1,12 @@
 """Sparse positions in vLLM equal transformers with explicit `position_ids`, token for token."""
 
 import asyncio
-import random
 
 import pytest
 
 from specprefill.types import Span
 
-from .conftest import Runner, answer, kept
+from .conftest import Runner, answer, kept, prompt_of
 
 RUNNERS = tuple(Runner)
 
@@ -51,11 +50,6 @@ def reference(model_dir):
         return tokens
 
     return generate
-
-
-def prompt_of(length, seed=0):
-    rng = random.Random(seed)
-    return [rng.randrange(10, 1000) for _ in range(length)]
 
 
 @pytest.mark.parametrize("case", CASES)
