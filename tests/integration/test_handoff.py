@@ -25,7 +25,9 @@ def structured(**kinds):
 
 SAMPLING = {
     "greedy": {},
-    "seeded": {"temperature": 0.9, "seed": 7, "top_p": 0.9, "top_k": 50},
+    "seeded": {"temperature": 0.9, "seed": 7},
+    # Few tokens: a step of this kernel takes half a second in Triton's interpreter.
+    "top_p_top_k": {"temperature": 0.9, "seed": 7, "top_p": 0.9, "top_k": 50, "max_tokens": 5},
     "penalties": {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.2},
     "seeded_penalties": {"temperature": 0.8, "seed": 3, "repetition_penalty": 1.2},
     "min_tokens": {"min_tokens": 20},
