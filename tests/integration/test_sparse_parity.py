@@ -52,6 +52,13 @@ def reference(model_dir):
     return generate
 
 
+async def test_engines_have_the_replay_of_their_runner(engines):
+    """vLLM loads no logits processor that is not made for the runner of the engine."""
+    module = {Runner.V1: "replay", Runner.V2: "replay_v2"}[engines.runner]
+    (processor,) = engines.prefill_engine._args.logits_processors
+    assert processor == f"specprefill.engine.{module}:ReplayTokens"
+
+
 @pytest.mark.parametrize("case", CASES)
 async def test_one_engine_equals_transformers(engines, reference, case):
     length, runs = CASES[case]
