@@ -19,7 +19,7 @@ class Prefill:
     """A prompt's way through an engine, as its scheduler reports it to the connector."""
 
     def __init__(self, runner, tokens):
-        from specprefill.engine.handoff_scheduler import SchedulerHalf
+        from specprefill.engine.handoff.scheduler import SchedulerHalf
 
         self._runner = runner
         self._half = SchedulerHalf("sha256", producer=True)
@@ -60,7 +60,7 @@ class Prefill:
         from vllm import SamplingParams
         from vllm.v1.core.sched.output import NewRequestData
 
-        from specprefill.engine.handoff_scheduler import PRODUCE
+        from specprefill.engine.handoff.scheduler import PRODUCE
         from specprefill.engine.params import KV_TRANSFER
 
         return NewRequestData(
