@@ -50,7 +50,9 @@ class ReplayingV2:
     def __init__(self, replays):
         from specprefill.engine.replay_v2 import ReplayTokens
 
-        states = SimpleNamespace(prompt_len=SimpleNamespace(np=np.full(len(replays), PROMPT)))
+        lengths = torch.full((len(replays),), PROMPT, dtype=torch.int32)
+        prompt_len = SimpleNamespace(np=lengths.numpy(), gpu=lengths)
+        states = SimpleNamespace(device=CPU, vocab_size=VOCABULARY, prompt_len=prompt_len)
         self._processor = ReplayTokens(None, states)
         for slot, replay in enumerate(replays):
             self._processor.add_request(slot, replay_params(replay))
@@ -60,14 +62,26 @@ class ReplayingV2:
     def step(self):
         """Elements that one step touches, and the logits that it leaves."""
         logits = torch.zeros(self._rows, VOCABULARY)
-        context = SimpleNamespace(
-            idx_mapping_np=np.arange(self._rows),
-            seq_lens_upper_bound_np=np.full(self._rows, PROMPT + self._output),
-        )
+        context = self._context()
         self._output += 1
         with Touched() as touched:
             self._processor.apply(logits, context)
         return touched.elements, logits
+
+    def _context(self):
+        from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext
+
+        slots = torch.arange(self._rows)
+        visible = torch.full((self._rows,), PROMPT + self._output)
+        return LogitsContext(
+            expanded_idx_mapping=slots,
+            idx_mapping=slots,
+            idx_mapping_np=slots.numpy(),
+            expanded_local_pos=torch.zeros_like(slots),
+            input_ids=torch.zeros_like(slots),
+            pos=visible - 1,
+            seq_lens_upper_bound_np=visible.numpy(),
+        )
 
 
 class ReplayingV1:
