@@ -47,7 +47,7 @@ PROGRAM = textwrap.dedent("""
 def imported():
     """What a fresh process has after importing our engine modules, without and with the CPU's."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=240
     )
     return json.loads(done.stdout.splitlines()[-1])
 

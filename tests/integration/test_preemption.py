@@ -77,3 +77,17 @@ async def test_preempted_prefills_hand_over_without_recomputation(engines, tight
         assert answer(steps) == list(want.token_ids)
     assert [any(step.recomputed for step in steps) for _, steps in results] == [False] * 4
     assert [gauges.leases for gauges in await tight.prefill.gauges()] == [0]
+
+
+async def test_answers_that_are_preempted_go_on_at_their_positions(engines, tight):
+    """Four prompts fill the cache but for a few blocks; the answers need more."""
+    selection = kept(PROMPT, Span(0, 240), Span(400, 640), Span(880, PROMPT))
+    requests = [
+        tight.request(prompt_of(PROMPT, seed), max_tokens=16, ignore_eos=True)
+        for seed in range(10, 14)
+    ]
+    wanted = [await engines.aggregated(request, selection) for request in requests]
+    before = preemptions()
+    got = await asyncio.gather(*(tight.aggregated(request, selection) for request in requests))
+    assert preemptions() > before
+    assert [list(one.token_ids) for one in got] == [list(want.token_ids) for want in wanted]
