@@ -105,13 +105,19 @@ class Engines:
     peers: KvPeers  # as a gateway talks to the prefill engine's KV port
     count: int = field(default=0)
 
+    @property
+    def answer_tokens(self) -> int:
+        """How long answers may be; an interpreted step takes tens of milliseconds."""
+        return 12 if self.runner is Runner.V2 else 24
+
     def request(self, prompt, **sampling) -> Request:
         """A request for `prompt` with vLLM sampling parameters."""
         from vllm import SamplingParams
 
         self.count += 1
         samples = sampling.pop("samples", 1)
-        params = SamplingParams(**{"temperature": 0.0, "max_tokens": 24, **sampling})
+        given = {"temperature": 0.0, "max_tokens": self.answer_tokens, **sampling}
+        params = SamplingParams(**given)
         wire = msgspec.msgpack.encode(params)
         return Request(f"r{self.count}", tuple(prompt), wire, samples=samples, timeout_s=60.0)
 

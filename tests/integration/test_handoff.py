@@ -30,7 +30,7 @@ SAMPLING = {
     "top_p_top_k": {"temperature": 0.9, "seed": 7, "top_p": 0.9, "top_k": 50, "max_tokens": 5},
     "penalties": {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.2},
     "seeded_penalties": {"temperature": 0.8, "seed": 3, "repetition_penalty": 1.2},
-    "min_tokens": {"min_tokens": 20},
+    "min_tokens": {"min_tokens": 10},
     "json_schema": lambda: structured(json=SCHEMA),
     "regex": lambda: structured(regex=r"[ab]{4,9}!"),
     "one_token": {"max_tokens": 1},
