@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from copy import copy
 from typing import Any
 
 from vllm.config import KVTransferConfig
@@ -104,7 +105,10 @@ def _worker() -> str:
 
 
 def _replay(args: AsyncEngineArgs) -> str:
-    """The replay processor for the model runner that vLLM will choose."""
-    v2 = not current_platform.is_cpu() and args.create_engine_config().use_v2_model_runner
+    """The replay processor for the model runner that vLLM will choose.
+
+    Asked of a copy: creating a configuration fills in the sizes that `args` leaves open.
+    """
+    v2 = copy(args).create_engine_config().use_v2_model_runner
     module = "replay_v2" if v2 else "replay"
     return f"{_MODULE}.{module}:ReplayTokens"
