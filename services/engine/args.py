@@ -5,9 +5,10 @@ from __future__ import annotations
 import enum
 from typing import Any
 
-from vllm.config import KVTransferConfig
+from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
 
 from ..config import EngineConfig, KvConfig, MainModel, local_path
 
@@ -29,20 +30,34 @@ def engine_args(
     peer: EngineConfig | None = None,
 ) -> AsyncEngineArgs:
     """Arguments of one engine. `peer` is the other end's, split as this one if absent."""
-    args = AsyncEngineArgs(
+    args = plain_args(model, engine)
+    args.distributed_executor_backend = _executor(engine)
+    args.kv_transfer_config = _transfer(kv, role, engine if peer is None else peer)
+    args.worker_cls = f"{_MODULE}.{_worker()}"
+    args.logits_processors = [_replay(args), *(args.logits_processors or [])]
+    return args
+
+
+def plain_args(model: MainModel, engine: EngineConfig) -> AsyncEngineArgs:
+    """The arguments without anything of ours: enough to look at the model, on any machine."""
+    return AsyncEngineArgs(
         **_model_args(model),
         **_sizes(engine),
         tensor_parallel_size=engine.tensor_parallel_size,
         pipeline_parallel_size=engine.pipeline_parallel_size,
-        distributed_executor_backend=_executor(engine),
         enforce_eager=engine.enforce_eager,
         enable_prefix_caching=engine.enable_prefix_caching,
-        kv_transfer_config=_transfer(kv, role, engine if peer is None else peer),
-        worker_cls=f"{_MODULE}.{_worker()}",
         **engine.engine_args,
     )
-    args.logits_processors = [_replay(args), *(args.logits_processors or [])]
-    return args
+
+
+def vllm_config(args: AsyncEngineArgs) -> VllmConfig:
+    """vLLM's configuration, with the defaults that `vllm serve` takes for the device.
+
+    Every other usage context has sizes that do not depend on the device. vLLM writes the sizes
+    that it chooses into `args`, so whoever asks first decides.
+    """
+    return args.create_engine_config(UsageContext.OPENAI_API_SERVER)
 
 
 def _model_args(model: MainModel) -> dict[str, Any]:
@@ -103,6 +118,6 @@ def _worker() -> str:
 
 def _replay(args: AsyncEngineArgs) -> str:
     """The replay processor for the model runner that vLLM will choose."""
-    v2 = not current_platform.is_cpu() and args.create_engine_config().use_v2_model_runner
+    v2 = not current_platform.is_cpu() and vllm_config(args).use_v2_model_runner
     module = "replay_v2" if v2 else "replay"
     return f"{_MODULE}.{module}:ReplayTokens"

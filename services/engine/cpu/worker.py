@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from ..guard import refuse_unsupported
+from ..guard import refuse_unreadable_caches, refuse_unsupported
 from ..positions_v1 import POSITIONS_FIELD, rewrite_positions
 from ..sparse import SparseBatch
 from ..worker_rpc import KvRpc
@@ -81,6 +82,11 @@ class SparseCPUWorker(KvRpc, CPUWorker):  # type: ignore[misc]
         super().init_device()
         if not self.use_v2_model_runner:
             self.model_runner = SparseCPUModelRunner(self.vllm_config, torch.device("cpu"))
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Allocate the KV caches, whose format is known by now."""
+        refuse_unreadable_caches(self.vllm_config, kv_cache_config)
+        super().initialize_from_config(kv_cache_config)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the weights; the V2 runner's model state is replaced by the sparse one."""

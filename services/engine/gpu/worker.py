@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from ..guard import refuse_unsupported
+from ..guard import refuse_unreadable_caches, refuse_unsupported
 from ..model_state import sparse_model_state
 from ..positions_v1 import POSITIONS_FIELD, rewrite_positions
 from ..sparse import SparseBatch
@@ -42,6 +43,11 @@ class SparseGPUWorker(KvRpc, Worker):  # type: ignore[misc]
         super().init_device()
         if not self.use_v2_model_runner:
             self.model_runner = SparseGPUModelRunner(self.vllm_config, self.device)
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Allocate the KV caches, whose format is known by now."""
+        refuse_unreadable_caches(self.vllm_config, kv_cache_config)
+        super().initialize_from_config(kv_cache_config)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the weights; the V2 runner's model state is replaced by the sparse one."""
