@@ -30,16 +30,19 @@ def engine_args(
     peer: EngineConfig | None = None,
 ) -> AsyncEngineArgs:
     """Arguments of one engine. `peer` is the other end's, split as this one if absent."""
-    args = plain_args(model, engine)
-    args.distributed_executor_backend = _executor(engine)
-    args.kv_transfer_config = _transfer(kv, role, engine if peer is None else peer)
-    args.worker_cls = f"{_MODULE}.{_worker()}"
+    args = plain_args(
+        model,
+        engine,
+        distributed_executor_backend=_executor(engine),
+        kv_transfer_config=_transfer(kv, role, engine if peer is None else peer),
+        worker_cls=f"{_MODULE}.{_worker()}",
+    )
     args.logits_processors = [_replay(args), *(args.logits_processors or [])]
     return args
 
 
-def plain_args(model: MainModel, engine: EngineConfig) -> AsyncEngineArgs:
-    """The arguments without anything of ours: enough to look at the model, on any machine."""
+def plain_args(model: MainModel, engine: EngineConfig, **ours: Any) -> AsyncEngineArgs:
+    """The deployment's own arguments: enough to look at the model, on any machine."""
     return AsyncEngineArgs(
         **_model_args(model),
         **_sizes(engine),
@@ -47,6 +50,7 @@ def plain_args(model: MainModel, engine: EngineConfig) -> AsyncEngineArgs:
         pipeline_parallel_size=engine.pipeline_parallel_size,
         enforce_eager=engine.enforce_eager,
         enable_prefix_caching=engine.enable_prefix_caching,
+        **ours,
         **engine.engine_args,
     )
 

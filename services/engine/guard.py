@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import transformers
+from pydantic import ValidationError
 from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
@@ -24,12 +25,13 @@ from vllm.v1.kv_cache_interface import (
     UniformTypeKVCacheSpecs,
 )
 
+from ..config import EngineConfig, MainModel
 from ..errors import UnsupportedModel
+from .args import plain_args
 
 # Key and value side by side, a number each, of this very type.
 _PLAIN_CACHES = ("auto", "float16", "bfloat16")
 _FP8_CACHES = ("fp8", "fp8_e4m3", "fp8_e5m2")
-_READABLE_MODES = (KVQuantMode.NONE, KVQuantMode.FP8_PER_TENSOR)
 _ATTENTION_LAYERS = ("attention", "full_attention", "sliding_attention", "chunked_attention")
 
 
@@ -79,6 +81,22 @@ def refuse_unsupported(config: VllmConfig) -> None:
 def refusal(model: str, reasons: tuple[str, ...]) -> str:
     """The sentence that an engine, `check` and `doctor` print."""
     return f"{model}: {'; '.join(reasons)}"
+
+
+def engine_reasons(model: MainModel, engine: EngineConfig) -> tuple[str, ...]:
+    """Why this deployment's engine would refuse to start; empty when it would not.
+
+    From the model's folder alone: no weights are read and no GPU is needed. A folder that vLLM
+    cannot make a model of is a reason in vLLM's words.
+    """
+    try:
+        args = plain_args(model, engine)
+        found = args.create_model_config()
+    except ValidationError as error:
+        return tuple(f"vLLM refuses it: {each['msg']}" for each in error.errors())
+    except (ValueError, OSError) as error:
+        return (f"vLLM refuses it: {error}",)
+    return unsupported_reasons(found, EngineOptions.of_arguments(args, found))
 
 
 def unsupported_reasons(model: ModelConfig, options: EngineOptions) -> tuple[str, ...]:
@@ -201,7 +219,10 @@ def _layer_reasons(spec: KVCacheSpec, length: int) -> Iterator[str]:
     if type(spec) not in (FullAttentionSpec, SlidingWindowSpec):
         yield f"KV caches of kind {type(spec).__name__} cannot be handed over"
         return
-    if spec.kv_quant_mode not in _READABLE_MODES:
+    fp8_is_bytes = (
+        spec.kv_quant_mode is KVQuantMode.FP8_PER_TENSOR and not current_platform.is_cpu()
+    )
+    if spec.kv_quant_mode is not KVQuantMode.NONE and not fp8_is_bytes:
         yield f"KV caches quantised as {spec.kv_quant_mode.name} cannot be handed over"
     width = 2 * spec.head_size * spec.dtype.itemsize
     if spec.state_content_size_bytes != width or spec.num_heads != spec.num_kv_heads:

@@ -139,9 +139,7 @@ def _shared_differences() -> Iterator[Difference]:
     yield from _parameters(hash_block_tokens, *tokens)
 
 
-def _signature(
-    owner: Any, name: str, *wanted: str, exactly: bool = False
-) -> Iterator[Difference]:
+def _signature(owner: Any, name: str, *wanted: str, exactly: bool = False) -> Iterator[Difference]:
     """`owner.name` is a function whose first, or only, parameters are `wanted`."""
     function = getattr(owner, name, None)
     if function is None:
@@ -165,11 +163,12 @@ def _fields(owner: type, *wanted: str) -> Iterator[Difference]:
 
 
 def _nodes(owner: type, method: str) -> Iterator[ast.AST]:
-    """The syntax of `owner.method`; nothing where there is no such method."""
-    function = getattr(owner, method, None)
-    if function is not None:
-        source = textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
-        yield from ast.walk(ast.parse(source))
+    """The syntax of `owner.method` and of those that it overrides; else nothing."""
+    for ancestor in owner.__mro__:
+        function = vars(ancestor).get(method)
+        if inspect.isfunction(function):
+            source = textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
+            yield from ast.walk(ast.parse(source))
 
 
 def _calls(owner: type, method: str, callee: str) -> bool:
@@ -181,8 +180,10 @@ def _calls(owner: type, method: str, callee: str) -> bool:
 
 def _assigns(owner: type, method: str, target: str) -> bool:
     for node in _nodes(owner, method):
-        targets = node.targets if isinstance(node, ast.Assign) else ()
-        if isinstance(node, ast.AnnAssign):
+        targets: Sequence[ast.expr] = ()
+        if isinstance(node, ast.Assign):
+            targets = node.targets
+        elif isinstance(node, ast.AnnAssign):
             targets = (node.target,)
         if any(ast.unparse(each) == target for each in targets):
             return True
