@@ -96,7 +96,7 @@ def _executor(engine: EngineConfig) -> str | None:
 def _transfer(kv: KvConfig, role: Role, peer: EngineConfig) -> KVTransferConfig:
     return KVTransferConfig(
         kv_connector="SpecPrefillConnector",
-        kv_connector_module_path=f"{_MODULE}.connector",
+        kv_connector_module_path=f"{_MODULE}.handoff.connector",
         kv_role=role.value,
         kv_load_failure_policy=kv.on_failure,
         kv_connector_extra_config={
@@ -104,6 +104,7 @@ def _transfer(kv: KvConfig, role: Role, peer: EngineConfig) -> KVTransferConfig:
             "host": kv.host,
             "lease_s": kv.lease_s,
             "max_held_bytes": kv.max_held_bytes,
+            "staging_bytes": kv.staging,
             "pull_timeout_s": kv.pull_timeout_s,
             "tls": None if kv.tls is None else kv.tls.model_dump(),
             "streams": kv.streams,
@@ -122,6 +123,9 @@ def _worker() -> str:
 
 def _replay(args: AsyncEngineArgs) -> str:
     """The replay processor for the model runner that vLLM will choose."""
-    v2 = not current_platform.is_cpu() and vllm_config(args).use_v2_model_runner
-    module = "replay_v2" if v2 else "replay"
+    module = "replay_v2" if _runs_v2(args) else "replay"
     return f"{_MODULE}.{module}:ReplayTokens"
+
+
+def _runs_v2(args: AsyncEngineArgs) -> bool:
+    return not current_platform.is_cpu() and bool(vllm_config(args).use_v2_model_runner)
