@@ -102,11 +102,14 @@ def engine_reasons(model: MainModel, engine: EngineConfig) -> tuple[str, ...]:
 def unsupported_reasons(model: ModelConfig, options: EngineOptions) -> tuple[str, ...]:
     """Why an engine cannot serve `model` at sparse positions; empty when it can."""
     return (
-        *_position_reasons(model),
-        *_window_reasons(model),
-        *_model_reasons(model),
+        *model_reasons(model),
         *_option_reasons(options),
     )
+
+
+def model_reasons(model: ModelConfig) -> tuple[str, ...]:
+    """The same for the model alone, whatever an engine's options."""
+    return (*_position_reasons(model), *_window_reasons(model), *_class_reasons(model))
 
 
 def _position_reasons(model: ModelConfig) -> Iterator[str]:
@@ -141,7 +144,7 @@ def _window_reasons(model: ModelConfig) -> Iterator[str]:
         yield "a reference sliding window counts cache slots, not positions"
 
 
-def _model_reasons(model: ModelConfig) -> Iterator[str]:
+def _class_reasons(model: ModelConfig) -> Iterator[str]:
     if model.runner_type != "generate":
         yield "the model writes no text"
     elif model.is_diffusion:

@@ -64,9 +64,9 @@ class SparseModelState(DefaultModelState):  # type: ignore[misc]
         return {**inputs, "positions": self._positions[:num_tokens]}
 
 
-def check_runner(runner: Any) -> None:
-    """Raise IncompatibleVllm unless vLLM's V2 runner is as it is used here."""
-    check_v2_runner(type(runner), DefaultModelState, InputBatch, LogitsContext)
+def check_runner_class(runner: type) -> None:
+    """Raise IncompatibleVllm unless `runner`, vLLM's V2 runner, is as it is used here."""
+    check_v2_runner(runner, DefaultModelState, InputBatch, LogitsContext)
 
 
 def sparse_model_state(state: Any) -> SparseModelState:

@@ -87,9 +87,9 @@ class SparseCPUWorker(KvRpc, CPUWorker):  # type: ignore[misc]
             self.model_runner = SparseCPUModelRunner(self.vllm_config, torch.device("cpu"))
         else:
             # Needs Triton's interpreter, which an engine with the V1 runner does without.
-            from ..model_state import check_runner
+            from ..model_state import check_runner_class
 
-            check_runner(self.model_runner)
+            check_runner_class(type(self.model_runner))
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the KV caches, whose format is known by now."""

@@ -15,7 +15,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from ..guard import refuse_unreadable_caches, refuse_unsupported
-from ..model_state import check_runner, sparse_model_state
+from ..model_state import check_runner_class, sparse_model_state
 from ..positions_v1 import rewrite_positions
 from ..sparse import SparseBatch
 from ..vllm_internals import check_v1_runner, step_positions
@@ -46,7 +46,7 @@ class SparseGPUWorker(KvRpc, Worker):  # type: ignore[misc]
             check_v1_runner(GPUModelRunner)
             self.model_runner = SparseGPUModelRunner(self.vllm_config, self.device)
         else:
-            check_runner(self.model_runner)
+            check_runner_class(type(self.model_runner))
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the KV caches, whose format is known by now."""
