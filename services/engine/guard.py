@@ -92,6 +92,8 @@ def engine_reasons(model: MainModel, engine: EngineConfig) -> tuple[str, ...]:
     try:
         args = plain_args(model, engine)
         found = args.create_model_config()
+    except TypeError as error:  # a name that AsyncEngineArgs does not have
+        return (f"engine_args: {str(error).rpartition('__init__() ')[2]}",)
     except ValidationError as error:
         return tuple(f"vLLM refuses it: {each['msg']}" for each in error.errors())
     except (ValueError, OSError) as error:

@@ -100,12 +100,12 @@ def engine_facts(
 def _choices(pool: str, config: VllmConfig) -> Iterator[Fact]:
     scheduler = config.scheduler_config
     v2 = bool(config.use_v2_model_runner)
-    yield Fact(f"{pool}: model runner", "V2" if v2 else "V1")
+    yield Fact(f"{pool} model runner", "V2" if v2 else "V1")
     if v2:
-        yield _checked(f"{pool}: V2's private names", "as the engines use them", _check_v2_names)
+        yield _checked(f"{pool} V2's private names", "as the engines use them", _check_v2_names)
     yield _attention_backend(pool, config)
     yield Fact(
-        f"{pool}: sizes",
+        f"{pool} sizes",
         f"{scheduler.max_num_batched_tokens} tokens and {scheduler.max_num_seqs} requests a step, "
         f"{config.model_config.max_model_len} tokens a request",
     )
@@ -113,7 +113,7 @@ def _choices(pool: str, config: VllmConfig) -> Iterator[Fact]:
 
 def _attention_backend(pool: str, config: VllmConfig) -> Fact:
     model = config.model_config
-    name = f"{pool}: attention backend"
+    name = f"{pool} attention backend"
     try:
         with set_current_vllm_config(config):
             backend = get_attn_backend(
