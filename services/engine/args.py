@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from typing import Any
 
-from vllm.config import KVTransferConfig, VllmConfig
+from vllm.config import KVTransferConfig, ModelConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
@@ -60,8 +60,22 @@ def vllm_config(args: AsyncEngineArgs) -> VllmConfig:
 
     Every other usage context has sizes that do not depend on the device. vLLM writes the sizes
     that it chooses into `args`, so whoever asks first decides.
+
+    A window of every layer that no prompt outgrows is dropped: vLLM would page its KV in blocks
+    of another size, for nothing.
     """
-    return args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+    config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+    if _has_idle_window(config.model_config):
+        args.disable_sliding_window = True
+        config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+    return config
+
+
+def _has_idle_window(model: ModelConfig) -> bool:
+    window = model.get_sliding_window()
+    layers = getattr(model.hf_text_config, "layer_types", None) or ()
+    everywhere = all(layer == "sliding_attention" for layer in layers)
+    return window is not None and everywhere and window >= model.max_model_len
 
 
 def _model_args(model: MainModel) -> dict[str, Any]:

@@ -31,6 +31,28 @@ def args_of(tmp_path, monkeypatch):
     return build
 
 
+@pytest.mark.parametrize(
+    ("name", "longest", "window"),
+    [
+        ("phi3-far-window", None, None),
+        ("mistral-window", 64, None),
+        ("mistral-window", 65, 64),
+        ("gemma2", 64, 64),  # layers of two kinds: vLLM pages them alike
+    ],
+)
+def test_a_window_that_never_binds_is_dropped(name, longest, window, tmp_path, monkeypatch):
+    from vllm.model_executor.models import registry
+
+    from specprefill.engine.args import plain_args, vllm_config
+
+    monkeypatch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
+    path = str(model_folders.write(name, tmp_path))
+    model = MainModel(path=path, dtype="float32", max_model_len=longest)
+    found = vllm_config(plain_args(model, EngineConfig(enforce_eager=True))).model_config
+    assert found.get_sliding_window() == window
+    assert found.max_model_len == (longest or model_folders.LENGTH)
+
+
 @pytest.fixture
 def on_device(monkeypatch):
     """Make vLLM choose its sizes for a device that is not here."""
