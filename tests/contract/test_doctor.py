@@ -96,12 +96,14 @@ def test_a_model_that_the_engines_would_refuse(capsys, deployment, tmp_path):
     assert lines[-1] == "2 would fail at start"
 
 
-def test_an_engine_argument_that_only_one_engine_has(capsys, deployment):
-    file = deployment(decode={"engine_args": {"kv_cache_dtype": "nvfp4"}})
+def test_an_option_that_one_engine_alone_has(capsys, deployment):
+    file = deployment(decode={"engine_args": {"speculative_config": {"method": "ngram"}}})
     code, lines = report(capsys, file)
     assert code == 1
     assert starting(lines, "prefill").startswith("ok ")
-    assert starting(lines, "decode").startswith("FAIL  decode: models/demo-main: KV caches of")
+    assert starting(lines, "decode") == (
+        "FAIL  decode: models/demo-main: speculative decoding does not know sparse positions"
+    )
 
 
 def test_an_engine_argument_that_vllm_does_not_have(capsys, deployment):
