@@ -247,6 +247,18 @@ class AppConfig(Strict):
     quality: QualityConfig = QualityConfig()
 
     @model_validator(mode="after")
+    def _same_caches(self) -> Self:
+        """Decode refuses KV of another format than its own, whatever the prompt."""
+        for name in ("kv_cache_dtype", "quantization"):
+            prefill, decode = (pool.engine_args.get(name) for pool in (self.prefill, self.decode))
+            if prefill != decode:
+                raise ValueError(
+                    f"decode.engine_args.{name} is {decode!r} and prefill.engine_args.{name} is "
+                    f"{prefill!r}: must be the same, or no KV can be handed over"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _one_slo(self) -> Self:
         """Pools are sized and requests admitted for the same SLO, so one key names it."""
         admission = self.gateway.admission

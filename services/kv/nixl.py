@@ -129,6 +129,16 @@ class NixlAgent:
         """The same in no other process, nor in this one after a restart."""
         return self._name
 
+    @property
+    def transports(self) -> tuple[str, ...]:
+        """Those that it uses. Known once started."""
+        return tuple(self._agent.backends)
+
+    @property
+    def plugins(self) -> tuple[str, ...]:
+        """Those that are installed here. Known once started."""
+        return tuple(self._agent.get_plugin_list())
+
     def register(self, arena: Arena) -> None:
         """Let peers who are told an address in `arena` read there, and read into it."""
         memory = arena.memory
