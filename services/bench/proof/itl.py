@@ -9,16 +9,18 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 from ...config import EngineConfig
-from ...decode.service import DecodeService
-from ...engine.args import Role, engine_args
-from ...engine.engine import Engine
 from .findings import Sheet
 from .jobs import PLAIN
 from .machine import Machine, alone, links, main_model
 from .models import MODELS, kv_bytes_per_token, model_folder
 from .prompts import Job, every_other, prompt, sampling
+
+if TYPE_CHECKING:
+    from ...decode.service import DecodeService
+    from ...engine.engine import Engine
 
 RUN = 32  # tokens kept and dropped in turn
 MAX_TOKENS = 2048
@@ -75,6 +77,10 @@ def prove(sheet: Sheet, machine: Machine, name: str, out: Path) -> None:
 
 
 async def _measure(sheet: Sheet, machine: Machine, name: str, out: Path) -> None:
+    from ...decode.service import DecodeService
+    from ...engine.args import Role, engine_args
+    from ...engine.engine import Engine
+
     sizes = CPU if machine.cpu else GPU
     folder = model_folder(sizes.model, machine.dtype, MAX_TOKENS, weights=False)
     model = main_model(folder, machine.dtype, MAX_TOKENS, weights=False)
@@ -96,7 +102,7 @@ async def _measure(sheet: Sheet, machine: Machine, name: str, out: Path) -> None
 
 def _engine(machine: Machine, sizes: Sizes) -> EngineConfig:
     most = max(sizes.batches)
-    tokens = most * (sizes.kept_tokens + sizes.output_tokens + 64)
+    tokens = max(MAX_TOKENS, most * (sizes.kept_tokens + sizes.output_tokens)) + 64 * most
     return machine.engine(
         {
             "kv_cache_memory_bytes": kv_bytes_per_token(sizes.model, machine.dtype) * tokens,
