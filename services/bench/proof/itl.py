@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 RUN = 32  # tokens kept and dropped in turn
 MAX_TOKENS = 2048
+ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +95,13 @@ async def _measure(sheet: Sheet, machine: Machine, name: str, out: Path) -> None
         sheet.measure("engine started", start_s=time.monotonic() - started_s)
         answering = Plain(engine) if name == PLAIN else Ours(DecodeService(engine))
         with alone(out):
-            for batch in (sizes.batches[-1], *sizes.batches):  # the first warms up
-                times = await _batch(answering, sizes, batch, f"{started_s}")
-                itl_s = steady_itl_s(times)
-                sheet.measure(f"batch {batch}", batch=batch, itl_ms=itl_s * 1e3)
+            await _batch(answering, sizes, sizes.batches[-1], "warm-up")
+            for batch in sizes.batches:
+                rounds = [
+                    await _batch(answering, sizes, batch, f"{turn}") for turn in range(ROUNDS)
+                ]
+                itl_s = median(steady_itl_s(times) for times in rounds)
+                sheet.measure(f"batch {batch}", batch=batch, rounds=ROUNDS, itl_ms=itl_s * 1e3)
 
 
 def _engine(machine: Machine, sizes: Sizes) -> EngineConfig:
