@@ -26,7 +26,7 @@ PLANS = {"dense": _DENSE} | {
 }
 STAGES = ("queue_s", "speculate_s", "prefill_s", "transfer_s", "first_decode_s")
 BEFORE_FIRST = STAGES[:3]  # what the first token waits for
-GROWTH = 6.0  # a length of four times as many tokens takes at most so many times as long
+GROWTH = 1.5  # a round takes its tokens to this power: linear hand-overs, quadratic attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Sizes:
     @property
     def max_tokens(self) -> int:
         """Of a prompt and its answer."""
-        return self.lengths[-1] + 4096
+        return self.lengths[-1] + 1024
 
 
 GPU = Sizes("8b", "1b", 8192, (8192, 32768, 65536), (3, 2, 1))
@@ -120,9 +120,9 @@ async def _measure(
 
 async def _every_length(sheet: Sheet, bench: Bench, left_s: Callable[[], float]) -> None:
     """Rounds as long as there is time; the first of a length is known to fit, or left out."""
-    took_s = 0.0
+    took_s, before = 0.0, bench.sizes.lengths[0]
     for length, rounds in zip(bench.sizes.lengths, bench.sizes.rounds, strict=True):
-        if left_s() < took_s * GROWTH:
+        if left_s() < took_s * (length / before) ** GROWTH:
             sheet.check(f"{length} tokens: left out, no time", ok=False, left_s=left_s())
             continue
         found = Round()
@@ -133,6 +133,7 @@ async def _every_length(sheet: Sheet, bench: Bench, left_s: Callable[[], float])
             await bench.run(length, turn, found)
             took_s = time.monotonic() - started_s
         report(sheet, bench, length, found)
+        before = length
 
 
 def report(sheet: Sheet, bench: Bench, length: int, found: Round) -> None:
@@ -195,7 +196,7 @@ def configuration(machine: Machine, sizes: Sizes) -> AppConfig:
     dtype, most = machine.dtype, sizes.max_tokens
     engine = machine.engine(
         {
-            "kv_cache_memory_bytes": kv_bytes_per_token(sizes.main, dtype) * (most + 4096),
+            "kv_cache_memory_bytes": kv_bytes_per_token(sizes.main, dtype) * (most + 1024),
             "max_num_batched_tokens": sizes.chunk_tokens,
             "max_num_seqs": 8,
             "enforce_eager": True,
@@ -215,7 +216,7 @@ def configuration(machine: Machine, sizes: Sizes) -> AppConfig:
                 "device": machine.device,
                 "random_weights": True,
                 "prefill_chunk_tokens": sizes.chunk_tokens,
-                "kv_memory_bytes": (512 << 20) if machine.cpu else (6 << 30),
+                "kv_memory_bytes": (512 << 20) if machine.cpu else (4 << 30),
                 "score_cache_bytes": 0,
                 "timeout_s": 60.0,
             },
