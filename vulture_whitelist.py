@@ -117,3 +117,13 @@ bar_chart
 _.samples_seen
 _.p90  # read by dataclasses.asdict
 _.output_tokens_per_s
+
+# Serve calls these by name; logging reads these.
+_.Check
+_.List
+_.reconfigure
+setup
+_.exc_text
+_.levelname
+_.levelno
+_.msg

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,18 @@ from .cluster import (
     LocalRay,
     ServeApi,
     Snapshot,
+    StartFailed,
+    answers_strangers,
+    open_cluster,
     port_in_use,
 )
-from .deployment_file import DeploymentFile, Loaded, load
+from .deployment_file import GATEWAY, DeploymentFile, Loaded, draining, load, without_keys
+from .errors import InvalidConfiguration
+from .front import check_tls
 
 START_TIMEOUT_S = 600.0
+DRAIN_TIMEOUT_S = 30.0
+DRAIN_POLL_S = 0.2
 
 
 def add_commands(commands: Any) -> None:
@@ -56,6 +66,10 @@ def _add_serve(commands: Any) -> None:
     serve.add_argument(
         "--timeout", type=float, default=START_TIMEOUT_S, metavar="S",
         help="seconds to wait until all pools are healthy (default: %(default)g)",
+    )  # fmt: skip
+    serve.add_argument(
+        "--drain", type=float, default=DRAIN_TIMEOUT_S, metavar="S",
+        help="seconds that running requests get after the signal (default: %(default)g)",
     )  # fmt: skip
     serve.set_defaults(run=run_serve)
 
@@ -93,6 +107,7 @@ def _add_dashboard(command: argparse.ArgumentParser) -> None:
 def run_check(args: argparse.Namespace) -> int:
     """Say that a file is right, or every fault in it."""
     loaded = _load(args.file)
+    _warn(open_cluster(os.environ))
     names = ", ".join(application.name for application in loaded.file.applications)
     print(f"{args.file}: fine ({names})")
     return 0
@@ -101,11 +116,13 @@ def run_check(args: argparse.Namespace) -> int:
 def run_serve(args: argparse.Namespace) -> int:
     """A local Ray, the application, and a wait for the signal to stop."""
     loaded = _load(args.file)
+    _warn(open_cluster(os.environ))
+    _refuse_unusable_files(loaded.file)
     _refuse_taken_ports(loaded.file)
     tell = Progress()
     tell("starting Ray on this machine")
     stop = threading.Event()
-    with LocalRay() as ray:
+    with _local_ray(args.file) as ray:
         _stop_on_signals(stop)
         api = ServeApi(ray.dashboard_url)
         tell(f"deploying {args.file} (dashboard {ray.dashboard_url})")
@@ -113,14 +130,43 @@ def run_serve(args: argparse.Namespace) -> int:
         tell("ready")
         print(how_to_call(loaded.file, ray.dashboard_url), flush=True)
         stop.wait()
+        stop.clear()
+        _drain(ray, api, args.drain, stop, tell)
         tell("stopping")
     tell("stopped")
     return 0
 
 
+@contextmanager
+def _local_ray(file: Path) -> Iterator[LocalRay]:
+    ray = LocalRay(file=file)
+    try:
+        ray.start()
+    except StartFailed as error:
+        raise Failed(str(error)) from error
+    with closing(ray):
+        yield ray
+
+
+def _drain(
+    ray: LocalRay, api: ServeApi, timeout_s: float, stop: threading.Event, tell: Progress
+) -> None:
+    """Take no new requests, and give those that run time to end; a second signal cuts it short."""
+    tell(f"taking no new requests; those that run get up to {timeout_s:g} s")
+    api.deploy(draining(api.deployed()))
+    give_up_s = time.monotonic() + timeout_s
+    while not stop.is_set() and time.monotonic() < give_up_s:
+        held = ray.requests_held(api.replica_actors(GATEWAY))
+        if api.snapshot().healthy and held == 0:
+            return
+        stop.wait(DRAIN_POLL_S)
+    tell("requests are cut off")
+
+
 def run_deploy(args: argparse.Namespace) -> int:
     """Deploy onto a cluster that runs already."""
     loaded = _load(args.file)
+    _warn(open_cluster(os.environ) or answers_strangers(args.address))
     tell = Progress()
     tell(f"deploying {args.file} to {args.address}")
     _deploy(_api(args.address), loaded, args.timeout, tell)
@@ -162,18 +208,26 @@ class Progress:
 def how_to_call(file: DeploymentFile, dashboard_url: str) -> str:
     """The endpoints, and a first call to each."""
     http, grpc = file.http_options, file.grpc_options
-    base = f"http://{http.host}:{http.port}"
-    model = file.applications[0].args.model.served_name
+    args = file.applications[0].args
+    scheme = "http" if args.gateway.front.tls is None else "https"
+    base = f"{scheme}://{http.host}:{http.port}"
+    model = args.model.served_name
+    key = "-H 'authorization: Bearer KEY' " if args.gateway.api_keys else ""
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     return f"""
   HTTP (OpenAI API)  {base}/v1
-  gRPC               127.0.0.1:{grpc.port}  service specprefill.v1.SpecPrefill
+  gRPC               {http.host}:{grpc.port}  service specprefill.v1.SpecPrefill
   dashboard          {dashboard_url}
 
   specprefill ask --http {base} --prompt-file FILE "QUESTION"
-  curl {base}/v1/chat/completions -H 'content-type: application/json' -d '{body}'
+  curl {base}/v1/chat/completions {key}-H 'content-type: application/json' -d '{body}'
   RAY_AUTH_MODE=token specprefill status --address {dashboard_url}
 """
+
+
+def _warn(warning: str | None) -> None:
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def _load(path: Path) -> Loaded:
@@ -181,6 +235,14 @@ def _load(path: Path) -> Loaded:
         return load(path)
     except InvalidFile as error:
         raise Misused(str(error)) from error
+
+
+def _refuse_unusable_files(file: DeploymentFile) -> None:
+    for application in file.applications:
+        try:
+            check_tls(application.args.gateway.front.tls)
+        except InvalidConfiguration as error:
+            raise Misused(str(error)) from error
 
 
 def _refuse_taken_ports(file: DeploymentFile) -> None:
@@ -194,7 +256,7 @@ def _refuse_taken_ports(file: DeploymentFile) -> None:
 
 def _deploy(api: ServeApi, loaded: Loaded, timeout_s: float, tell: Progress) -> None:
     try:
-        api.deploy(loaded.raw)
+        api.deploy(without_keys(loaded.raw))
         api.wait_healthy(timeout_s, tell)
     except (DeploymentFailed, RuntimeError) as error:  # RuntimeError: the REST API's refusal
         raise Failed(str(error)) from error

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from http import HTTPStatus
@@ -42,6 +42,7 @@ from .surface import TASKS, RemoteEngineClient
 logger = logging.getLogger(__name__)
 
 _SEED_BITS = 31
+CountTokens = Callable[[str, int, int], None]  # the key's name, prompt and output tokens
 
 
 class Answering(Protocol):
@@ -70,6 +71,7 @@ class PipelineClient(RemoteEngineClient):
         timeout_s: float,
         tail_tokens: int,
         protect_fences: bool,
+        count_tokens: CountTokens | None = None,
     ) -> None:
         self.vllm_config = vllm_config
         self.model_config = vllm_config.model_config
@@ -80,6 +82,7 @@ class PipelineClient(RemoteEngineClient):
         self._timeout_s = timeout_s
         self._tail_tokens = tail_tokens
         self._protect_fences = protect_fences
+        self._count_tokens = count_tokens
         self._offsets = PromptOffsets(self.renderer.tokenizer)
 
     @override
@@ -144,6 +147,8 @@ class PipelineClient(RemoteEngineClient):
             raise
         finally:
             logger.info(story.line())
+            if self._count_tokens is not None and request.key is not None:
+                self._count_tokens(request.key, len(request.prompt), story.output_tokens)
 
     async def select(self, request: Request) -> Selection:
         """Which tokens of the prompt would be kept."""
