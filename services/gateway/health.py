@@ -11,6 +11,7 @@ from starlette.routing import Route
 
 PoolCounts = Callable[[], Awaitable[Mapping[str, int]]]
 
+GATEWAY = "gateway"
 SPECULATOR = "speculator"
 PREFILL = "prefill"
 DECODE = "decode"

@@ -23,6 +23,7 @@ from .app import build_client, build_http_app
 from .calibration import calibration
 from .client import Answering
 from .grpc_api import GrpcApi
+from .health import GATEWAY
 from .metrics import MeasuredPipeline
 from .pools import Carried, ServeDecoder, ServePrefiller, ServeSpeculator, by_reference
 from .serve_health import ServeHealth
@@ -41,13 +42,15 @@ class GatewayReplica:
         decode: DeploymentHandle,
     ) -> None:
         self._config = AppConfig.model_validate_json(config_json)
+        context = serve.get_replica_context()
         pools = {
+            GATEWAY: context.deployment,
             "speculator": speculator.deployment_name,
             "prefill": prefill.deployment_name,
             "decode": decode.deployment_name,
         }
         self._peers = KvPeers(read_tls(self._config.kv.tls))
-        self._health = ServeHealth(serve.get_replica_context().app_name, pools, serve.status)
+        self._health = ServeHealth(context.app_name, pools, serve.status)
         if self._config.kv.carrier == "object_ref":  # calls by gRPC would hold them for ever
             prefill, decode = by_reference(prefill), by_reference(decode)
         carried: Carried = {}
