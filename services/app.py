@@ -77,9 +77,9 @@ def build(args: AppConfig) -> serve.Application:
     config_json = args.model_dump_json(exclude={"slo": True, "scaling": True, "gateway": True})
     gateway_json = args.for_gateways().model_dump_json(exclude={"slo", "scaling"})
 
-    def scaled(bounds: PoolScaling) -> dict[str, Any]:
+    def scaled(name: str, bounds: PoolScaling) -> dict[str, Any]:
         if args.slo is None:
-            return {}
+            return {"num_replicas": args.scaling.gateway_replicas} if name == "Gateway" else {}
         bounded = autoscaling_config(bounds.min_replicas, bounds.max_replicas)
         return {"autoscaling_config": bounded}
 
@@ -96,7 +96,7 @@ def build(args: AppConfig) -> serve.Application:
             health_check_period_s=HEALTH_CHECK_PERIOD_S,
             health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
             **place.options(),
-            **scaled(bounds),
+            **scaled(name, bounds),
         )
 
     speculator = pool(

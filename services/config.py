@@ -146,6 +146,7 @@ class AdmissionConfig(Strict):
     # The SLO of first tokens that keep rates are bent for. Where `slo` names it, nothing here.
     ttft_s: Seconds | None = None
     keep_floor: Rate = 0.1  # for requests that name no floor and no rate of their own
+    # The bounds hold for all gateways together: each takes an equal part of them.
     max_waiting: PositiveInt = 1024  # more are shed
     max_waiting_per_key: PositiveInt = 256  # of one API key, where there are several
     per_engine: PositiveInt = 2  # requests let in for each speculator and prefill replica
@@ -192,7 +193,9 @@ class ScalingConfig(Strict):
     speculator: PoolScaling = PoolScaling()
     prefill: PoolScaling = PoolScaling()
     decode: PoolScaling = PoolScaling()
-    gateway_replicas: PositiveInt = 1  # always so many
+    # Always this many, unless `deployments` names another number. One that dies takes its streams
+    # with it, so one alone is an outage.
+    gateway_replicas: PositiveInt = 2
     settle_s: Seconds = 90.0  # a smaller size must have been enough for so long
     idle_s: Seconds = 600.0  # without arrivals for so long, a pool of minimum 0 sleeps
     window_s: Seconds = 600.0  # of arrivals that are looked at

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from specprefill.errors import Overloaded
+from specprefill.errors import DeadlineExceeded, Overloaded
 from specprefill.gate import Engines, Gate
 from specprefill.scaling.admission import AdmissionPolicy
 from specprefill.stages import Curve, StageCurves
@@ -113,7 +113,7 @@ async def served(pool: Pool, load: float, gateways: int, known: Engines) -> Outc
                 gate.answered(place)
                 outcome.ttfts_s.append(loop.time() - came_s)
                 outcome.keeps.append(place.plan.keep)
-        except Overloaded:
+        except (Overloaded, DeadlineExceeded):
             outcome.shed += 1
 
     times = enumerate(arrivals(load * pool.sustained_per_s))
