@@ -25,7 +25,6 @@ DRAIN_MARGIN_S = 10.0  # beyond the longest request
 HEALTH_CHECK_PERIOD_S = 3.0
 HEALTH_CHECK_TIMEOUT_S = 30.0  # a step of a long prefill may hold the engine that long
 GATEWAY_ONGOING, GATEWAY_QUEUED = 512, 512
-SPECULATOR_ONGOING, SPECULATOR_QUEUED = 64, 256
 ENGINE_ONGOING, ENGINE_QUEUED = 256, 512
 
 
@@ -102,8 +101,8 @@ def build(args: AppConfig) -> serve.Application:
     speculator = pool(
         SpeculatorReplica,
         "Speculator",
-        SPECULATOR_ONGOING,
-        SPECULATOR_QUEUED,
+        args.speculator.max_queued + args.speculator.max_batch,  # its own queue is the bound
+        args.speculator.max_queued,
         speculator_placement(args.speculator, gpus=gpus),
         args.scaling.speculator,
     )

@@ -56,7 +56,14 @@ class SpeculatorConfig(Strict):
     # Layer -> its query heads whose attention counts; absent: all heads of all layers.
     score_heads: dict[NonNegativeInt, tuple[NonNegativeInt, ...]] | None = Field(None, min_length=1)
     look_ahead: PositiveInt = 8  # the last prompt token's query plus look_ahead - 1 generated
-    timeout_s: Seconds = 10.0  # later, the prompt is prefilled dense
+    # A prompt is given up after `timeout_s` and `timeout_token_s` for each of its tokens.
+    timeout_s: Seconds = 10.0
+    timeout_token_s: Annotated[float, Field(ge=0.0)] = 2e-4
+    max_queued: PositiveInt = 64  # prompts that wait in one replica; more are overload
+    # What becomes of a prompt that finds the queue full, or is given up. shed: 429 with a time to
+    # try again. static: pruned at the nominal rate, by the words of the query alone, which may
+    # lose what the answer needs. dense: the whole prompt, which multiplies the prefill pool's load.
+    on_overload: Literal["shed", "static", "dense"] = "shed"
 
 
 class SelectionConfig(Strict):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .config import AppConfig, EngineConfig, KvConfig, SelectionConfig
+from .config import AppConfig, EngineConfig, KvConfig, SelectionConfig, SpeculatorConfig
+from .fallback import Fallback, OnOverload, Patience
 from .gain import NetGain
 from .keep_rate import AutoKeep
 from .local_prefill import LocalPrefill
@@ -43,6 +44,17 @@ def net_gain(config: AppConfig) -> NetGain:
     )
     policy = selection_policy(config.selection, block_tokens)
     return NetGain(StageModels(), prefill_cache, draft_cache, policy)
+
+
+def patience(speculator: SpeculatorConfig) -> Patience:
+    """How long the speculator may take."""
+    return Patience(speculator.timeout_s, speculator.timeout_token_s)
+
+
+def fallback(config: AppConfig) -> Fallback:
+    """What becomes of prompts that cannot be scored in time."""
+    policy = selection_policy(config.selection, kv_block_tokens(config.prefill))
+    return Fallback(OnOverload(config.speculator.on_overload), policy)
 
 
 def local_prefill(kv: KvConfig, models: StageModels) -> LocalPrefill | None:

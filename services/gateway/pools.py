@@ -30,12 +30,14 @@ from ..kv.prefilling import prefilling
 from ..ports import Prefilling
 from ..types import Decoded, Plan, Prefilled, Replay, Request, Selection, Ticket
 from .affinity import load_of
+from .health import SPECULATOR, PoolCounts
 
 logger = logging.getLogger(__name__)
 
 Carried = dict[str, list[ray.ObjectRef]]  # lease id -> one object per rank; empty: gRPC carries
 
 _RETRY_AFTER_S = 1.0
+_GRACE_S = 0.5  # for a replica's answer that says that the time was used up
 
 
 def by_reference(handle: DeploymentHandle) -> DeploymentHandle:
@@ -45,16 +47,27 @@ def by_reference(handle: DeploymentHandle) -> DeploymentHandle:
 
 @dataclass(frozen=True, slots=True)
 class ServeSpeculator:
-    """The speculator pool."""
+    """The speculator pool. `count` is asked whether it has any replica, where none answers."""
 
     handle: DeploymentHandle
+    count: PoolCounts | None = None
 
     async def select(self, request: Request, plan: Plan, timeout_s: float) -> Selection:
         """See `ports.Speculator`."""
         with mapped_errors("speculator", SpeculatorUnavailable, broken=SpeculatorUnavailable):
             payload = wire.pack((request, plan, timeout_s))
-            reply = await _call(self.handle, "select", timeout_s, payload)
+            # The replica's own word comes first: it knows what the time went into.
+            try:
+                reply = await _call(self.handle, "select", timeout_s + _GRACE_S, payload)
+            except TimeoutError:
+                if await self._is_empty():
+                    raise SpeculatorUnavailable("no speculator replica runs") from None
+                raise
         return wire.unpack(reply, Selection)
+
+    async def _is_empty(self) -> bool:
+        """Calls to a pool without replicas wait for one: nobody is slow, nobody is there."""
+        return self.count is not None and (await self.count())[SPECULATOR] == 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from ..config import AppConfig
 from ..kv.rpc import KvPeers
 from ..kv.tls import read_tls
 from ..pipeline import Pipeline
-from ..policies import local_prefill, net_gain, planner
+from ..policies import fallback, local_prefill, net_gain, patience, planner
 from ..rpc import specprefill_pb2 as pb
 from .admission import behind_gate
 from .app import build_client, build_http_app
@@ -56,11 +56,13 @@ class GatewayReplica:
         carried: Carried = {}
         gain = net_gain(self._config)
         pipeline = Pipeline(
-            speculator=ServeSpeculator(speculator),
+            speculator=ServeSpeculator(speculator, self._health.count),
             prefiller=ServePrefiller(prefill, self._peers, carried),
             decoder=ServeDecoder(decode, carried),
             planner=planner(self._config.selection, gain),
-            speculate_timeout_s=self._config.speculator.timeout_s,
+            patience=patience(self._config.speculator),
+            fallback=fallback(self._config),
+            on_unscored=gain.learn_unscored,
             overlap=self._config.kv.overlap,
             local=local_prefill(self._config.kv, gain.models),
         )

@@ -17,7 +17,7 @@ from functools import partial
 from types import TracebackType
 
 from ..config import SelectionConfig, SpeculatorConfig
-from ..errors import DeadlineExceeded, InvalidRequest, Overloaded, SpeculatorUnavailable
+from ..errors import InvalidRequest, Overloaded, ScoringTimeout, SpeculatorUnavailable
 from ..policies import selection_policy
 from ..selection import Scores, SelectionPolicy, select, settle
 from ..types import Plan, Request, Selection, dense
@@ -81,6 +81,7 @@ class Job:
     arrived_s: float
     answer: asyncio.Future[Selection]
     abandoned: threading.Event = field(default_factory=threading.Event)
+    started_s: float | None = None  # None: it waits
 
 
 class SpeculatorService:
@@ -122,7 +123,10 @@ class SpeculatorService:
             load=partial(load_scorer, config, selection.pool_tokens, main_path),
             policy=selection_policy(selection, block_tokens),
             batching=Batching(
-                config.max_batch, config.max_wait_s, score_cache_bytes=config.score_cache_bytes
+                config.max_batch,
+                config.max_wait_s,
+                max_queued=config.max_queued,
+                score_cache_bytes=config.score_cache_bytes,
             ),
         )
 
@@ -160,20 +164,27 @@ class SpeculatorService:
     async def select(self, request: Request, plan: Plan, timeout_s: float) -> Selection:
         """Score the prompt and keep about `plan.keep` of it.
 
-        Raises DeadlineExceeded, Overloaded, InvalidRequest, or SpeculatorUnavailable when the
+        Raises ScoringTimeout, Overloaded, InvalidRequest, or SpeculatorUnavailable when the
         service is not running.
         """
         scorer = self._running_scorer()
         unscored = self._without_scores(scorer, request, plan) or self._from_scores(request, plan)
         if unscored is not None:
             return unscored
+        arrived_s, jobs = self._now(), list[Job]()
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._scored(scorer, request, plan)
+                return await self._scored(scorer, request, plan, jobs)
         except TimeoutError as error:
-            raise DeadlineExceeded(f"speculator: no selection within {timeout_s:g} s") from error
+            given_up_s = self._now()
+            started_s = jobs[0].started_s if jobs else None
+            queue_s = (given_up_s if started_s is None else started_s) - arrived_s
+            message = f"speculator: no selection within {timeout_s:g} s"
+            raise ScoringTimeout(message, queue_s, given_up_s - arrived_s - queue_s) from error
 
-    async def _scored(self, scorer: Scorer, request: Request, plan: Plan) -> Selection:
+    async def _scored(
+        self, scorer: Scorer, request: Request, plan: Plan, jobs: list[Job]
+    ) -> Selection:
         arrived_s = self._now()
         if scorer.translator is None:
             read_as = scorer.translated(request.prompt)
@@ -183,6 +194,7 @@ class SpeculatorService:
         if refusal is not None:
             return dense(len(request.prompt), refusal)
         job = self._enqueue(request, read_as, plan, arrived_s)
+        jobs.append(job)
         try:
             return await job.answer
         finally:
@@ -282,6 +294,8 @@ class SpeculatorService:
     def _score(self, scorer: Scorer, jobs: Sequence[Job], loop: asyncio.AbstractEventLoop) -> None:
         """On the thread: read the prompts, look ahead together, answer each, remember them."""
         started_s = self._now()
+        for job in jobs:
+            job.started_s = started_s
         with scorer.opened([job.read_as.prompt for job in jobs]) as readings:
             of = dict(zip(readings, jobs, strict=True))
             read = scorer.read(readings, lambda reading: of[reading].abandoned.is_set())

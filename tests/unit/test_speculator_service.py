@@ -11,6 +11,7 @@ from specprefill.errors import (
     DeadlineExceeded,
     InvalidRequest,
     Overloaded,
+    ScoringTimeout,
     SpeculatorUnavailable,
     UnsupportedModel,
 )
@@ -126,6 +127,22 @@ async def test_a_deadline_ends_the_wait_and_the_work(scorer: GatedScorer) -> Non
         scorer.gate.set()
         await service.select(request_of(80), PLAN, WAIT_S)
     assert scorer.finished == [80]
+
+
+@pytest.mark.asyncio
+async def test_a_time_out_says_whether_the_time_was_waited_or_scored(scorer: GatedScorer) -> None:
+    scorer.gate.clear()
+    async with serving(scorer, Batching(max_batch=1)) as service:
+        first = asyncio.create_task(service.select(request_of(90), PLAN, 0.2))
+        await scorer.held()
+        behind = asyncio.create_task(service.select(request_of(70), PLAN, 0.2))
+        scored, waited = await asyncio.gather(first, behind, return_exceptions=True)
+        scorer.gate.set()
+    assert isinstance(scored, ScoringTimeout)
+    assert isinstance(waited, ScoringTimeout)
+    assert scored.speculate_s > 0.1 > scored.queue_s
+    assert waited.queue_s >= 0.2
+    assert waited.speculate_s == 0.0
 
 
 @pytest.mark.asyncio
