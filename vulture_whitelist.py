@@ -114,5 +114,6 @@ _.traceback
 _.versions
 bar_chart
 _.samples_seen
+_.timeouts  # read by name
 _.p90  # read by dataclasses.asdict
 _.output_tokens_per_s

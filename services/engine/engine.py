@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Self
 
@@ -13,6 +13,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+from vllm.v1.metrics.loggers import StatLoggerFactory
 
 from ..errors import InvalidRequest, Unavailable
 from ..types import Carrier
@@ -21,8 +22,15 @@ from ..types import Carrier
 class Engine:
     """`async with Engine(args) as engine: ...`; the engine core is a process of its own."""
 
-    def __init__(self, args: AsyncEngineArgs, *, cpu_threads: int = 1) -> None:
+    def __init__(
+        self,
+        args: AsyncEngineArgs,
+        *,
+        cpu_threads: int = 1,
+        stat_loggers: Sequence[StatLoggerFactory] = (),  # none: vLLM's own, in this process
+    ) -> None:
         self._args = args
+        self._stat_loggers = list(stat_loggers)
         self._cpu_threads = cpu_threads
         self._llm: AsyncLLM | None = None
 
@@ -36,7 +44,7 @@ class Engine:
     def start(self) -> None:
         """Load the model. Raises UnsupportedModel's reason from the engine process."""
         os.environ.setdefault("OMP_NUM_THREADS", str(self._cpu_threads))
-        self._llm = AsyncLLM.from_engine_args(self._args)
+        self._llm = AsyncLLM.from_engine_args(self._args, stat_loggers=self._stat_loggers or None)
 
     def close(self) -> None:
         """Stop the engine process. Idempotent."""

@@ -24,6 +24,7 @@ from ..config import AppConfig, local_path
 from .client import Answering, PipelineClient
 from .health import PoolCounts, health_route
 from .middleware import RequestMiddleware
+from .scrape import MetricsText, metrics_route
 from .surface import TASKS
 
 
@@ -47,13 +48,19 @@ def build_client(config: AppConfig, pipeline: Answering) -> PipelineClient:
     )
 
 
-async def build_http_app(config: AppConfig, client: PipelineClient, count: PoolCounts) -> FastAPI:
-    """vLLM's OpenAI app on `client`. `count` tells each pool's healthy replicas."""
+async def build_http_app(
+    config: AppConfig, client: PipelineClient, count: PoolCounts, metrics: MetricsText
+) -> FastAPI:
+    """vLLM's OpenAI app on `client`.
+
+    `count` returns each pool's healthy replicas, `metrics` those of the whole service.
+    """
     args = server_args(config)
     app: FastAPI = build_app(args, TASKS, client.model_config)
     await init_app_state(client, app.state, args, TASKS)
     app.state.server = _NoServer()
-    app.router.routes.insert(0, health_route(count))  # before vLLM's own
+    # Before vLLM's own.
+    app.router.routes[:0] = [health_route(count), metrics_route(metrics)]
     # Innermost: behind authentication, so that no stranger's body is read.
     app.user_middleware.append(
         Middleware(RequestMiddleware, max_body_bytes=config.gateway.max_body_bytes)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
@@ -24,10 +25,11 @@ from .calibration import calibration
 from .client import Answering
 from .grpc_api import GrpcApi
 from .health import GATEWAY
-from .metrics import MeasuredPipeline
+from .metrics import MeasuredPipeline, PipelineMetrics
 from .pools import Carried, ServeDecoder, ServePrefiller, ServeSpeculator, by_reference
+from .scrape import ServiceMetrics
 from .serve_health import ServeHealth
-from .shadowing import ShadowedPipeline
+from .shadowing import ShadowedPipeline, ShadowMetrics
 from .traffic import CountedPipeline, GatewayTraffic
 
 
@@ -69,14 +71,16 @@ class GatewayReplica:
         admitting = behind_gate(pipeline, self._config.gateway, gain.models, self._health.count)
         self._traffic, self._models = GatewayTraffic(), gain.models
         live: Answering = CountedPipeline(
-            MeasuredPipeline(admitting, gain.learn),
+            MeasuredPipeline(admitting, PipelineMetrics(), gain.learn),
             self._config.selection.min_kept_tokens,
             self._traffic,
             time.monotonic,
         )
         self._shadowed: ShadowedPipeline | None = None
         if self._config.quality.shadow_share > 0:
-            live = self._shadowed = ShadowedPipeline(live, pipeline, self._config.quality)
+            live = self._shadowed = ShadowedPipeline(
+                live, pipeline, self._config.quality, ShadowMetrics()
+            )
         self._client = build_client(self._config, live)
         self._calibration = calibration(pipeline, gain.models, self._client.model_config)
         self._calibration.start()
@@ -96,7 +100,9 @@ class GatewayReplica:
 
     async def __serve_build_asgi_app__(self) -> Any:
         """Serve calls this after the constructor."""
-        return await build_http_app(self._config, self._client, self._health.count)
+        return await build_http_app(
+            self._config, self._client, self._health.count, ServiceMetrics(ray.nodes).text
+        )
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What the autoscaling policy is told of this gateway's requests."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from .. import heap
@@ -12,6 +13,7 @@ from ..errors import SpeculatorUnavailable
 from ..policies import kv_block_tokens
 from ..types import Plan, Request
 from ..wire import pack, unpack
+from .gauges import SpeculatorGauges
 from .service import SpeculatorService
 
 
@@ -29,8 +31,10 @@ class SpeculatorReplica:
         self._waiting = Waiting(time.monotonic)
         await self._service.start()
         heap.freeze()
+        self._gauges = asyncio.create_task(SpeculatorGauges(self._service).run())
 
     async def __del__(self) -> None:
+        self._gauges.cancel()
         await self._service.close()
 
     async def select(self, payload: bytes) -> bytes:

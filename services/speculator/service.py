@@ -63,6 +63,23 @@ class Pace:
         return joined * prompt_tokens * self.token_s <= self.look_ahead_s
 
 
+@dataclass(slots=True)
+class Counts:
+    """What the service did so far. Written by the event loop and the thread, one field by one."""
+
+    prompts: int = 0  # scored; repeats that were remembered count apart
+    batches: int = 0
+    tokens: int = 0  # of scored prompts, as the draft model counts them
+    cached_tokens: int = 0  # of them: their keys and values were remembered
+    repeats: int = 0  # prompts whose scores were remembered
+    read_s: float = 0.0
+    look_ahead_s: float = 0.0
+    queue_s: float = 0.0  # of scored prompts
+    timeouts: int = 0
+    shed: int = 0
+    failures: int = 0
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Rating:
     """What the draft model says about a prompt, whatever plan it comes with."""
@@ -106,6 +123,7 @@ class SpeculatorService:
         self._scorer: Scorer | None = None
         self._scoring: Sequence[Job] = ()
         self._loop_task: asyncio.Task[None] | None = None
+        self.counts = Counts()
 
     @classmethod
     def from_config(
@@ -129,6 +147,16 @@ class SpeculatorService:
                 score_cache_bytes=config.score_cache_bytes,
             ),
         )
+
+    @property
+    def queued(self) -> int:
+        """Prompts that wait."""
+        return len(self._queue)
+
+    @property
+    def scoring(self) -> int:
+        """Prompts of the batch that is being scored."""
+        return len(self._scoring)
 
     @property
     def is_running(self) -> bool:
@@ -177,6 +205,7 @@ class SpeculatorService:
                 return await self._scored(scorer, request, plan, jobs)
         except TimeoutError as error:
             given_up_s = self._now()
+            self.counts.timeouts += 1
             started_s = jobs[0].started_s if jobs else None
             queue_s = (given_up_s if started_s is None else started_s) - arrived_s
             message = f"speculator: no selection within {timeout_s:g} s"
@@ -222,12 +251,14 @@ class SpeculatorService:
         rating = self._ratings.get(prompt_digest(request.prompt))
         if rating is None:
             return None
+        self.counts.repeats += 1
         chosen = self._chosen(rating, request, plan)
         remembered = len(request.prompt)
         return replace(chosen, speculate_s=self._now() - started_s, remembered_tokens=remembered)
 
     def _enqueue(self, request: Request, read_as: Prompt, plan: Plan, arrived_s: float) -> Job:
         if len(self._queue) >= self._batching.max_queued:
+            self.counts.shed += 1
             raise Overloaded("speculator: the queue is full", self._backlog_s())
         answer: asyncio.Future[Selection] = asyncio.get_running_loop().create_future()
         job = Job(request, read_as, plan, arrived_s, answer)
@@ -251,11 +282,13 @@ class SpeculatorService:
         try:
             while True:
                 self._scoring = await self._next_batch(scorer)
+                self.counts.batches += 1
                 try:
                     await loop.run_in_executor(
                         self._thread, self._score, scorer, self._scoring, loop
                     )
                 except RuntimeError as error:  # torch's own: out of memory, a device lost
+                    self.counts.failures += 1
                     self._fail(self._scoring, f"speculator: {error}")
                 self._scoring = ()
         finally:
@@ -310,7 +343,13 @@ class SpeculatorService:
             scorer.remember(read)
 
     def _measure(self, read: Sequence[Reading], read_s: float, look_ahead_s: float) -> None:
-        tokens = sum(len(reading.prompt) - reading.cached_tokens for reading in read)
+        cached = sum(reading.cached_tokens for reading in read)
+        tokens = sum(len(reading.prompt) for reading in read) - cached
+        counts = self.counts
+        counts.tokens += tokens + cached
+        counts.cached_tokens += cached
+        counts.read_s += read_s
+        counts.look_ahead_s += look_ahead_s
         if tokens > 0:
             self._pace = self._pace.measured(read_s / tokens, look_ahead_s)
 
@@ -319,6 +358,8 @@ class SpeculatorService:
         self._ratings.put(prompt_digest(job.request.prompt), rating, rating.scores.nbytes)
         if job.answer.done():
             return
+        self.counts.prompts += 1
+        self.counts.queue_s += started_s - job.arrived_s
         chosen = self._chosen(rating, job.request, job.plan)
         timed = replace(
             chosen,

@@ -98,6 +98,11 @@ class ScriptedHealth:
         return self.counts
 
 
+async def metrics_text() -> str:
+    """What the whole service counts."""
+    return "ray_specprefill_requests_total 3.0\n"
+
+
 def _position(token: int, word: str) -> tuple[TokenLogprob, ...]:
     return TokenLogprob(token, -0.25, 1, word), TokenLogprob(token + 1, -1.5, 2, " other")
 
@@ -141,7 +146,7 @@ def gateway() -> Iterator[Any]:
         pipeline, health = ScriptedPipeline(), ScriptedHealth()
         config = configuration(api_keys=[API_KEY])
         client = build_client(config, pipeline)
-        app = asyncio.run(build_http_app(config, client, health))
+        app = asyncio.run(build_http_app(config, client, health, metrics_text))
     yield client, app, pipeline, health
     client.renderer.shutdown()
 
