@@ -80,6 +80,7 @@ _.on_request_completed
 _.on_request_routed
 _.record_autoscaling_stats
 _.record_replica_metadata
+_.self_test  # called by the gateway
 SloPolicy
 build
 

@@ -60,6 +60,9 @@ class SpeculatorConfig(Strict):
     timeout_s: Seconds = 10.0
     timeout_token_s: Annotated[float, Field(ge=0.0)] = 2e-4
     max_queued: PositiveInt = 64  # prompts that wait in one replica; more are overload
+    # At the start, generated facts tell whether the model can choose. Where it cannot, prompts are
+    # pruned only on request. Random weights are not tested.
+    self_test: bool = True
     # What becomes of a prompt that finds the queue full, or is given up. shed: 429 with a time to
     # try again. static: pruned at the nominal rate, by the words of the query alone, which may
     # lose what the answer needs. dense: the whole prompt, which multiplies the prefill pool's load.

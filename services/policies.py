@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from .config import AppConfig, EngineConfig, KvConfig, SelectionConfig, SpeculatorConfig
 from .fallback import Fallback, OnOverload, Patience
 from .gain import NetGain
@@ -64,8 +66,10 @@ def local_prefill(kv: KvConfig, models: StageModels) -> LocalPrefill | None:
     return LocalPrefill(kv.local_prefill_tokens, models.curves)
 
 
-def planner(selection: SelectionConfig, gain: NetGain) -> Planner:
-    """The deployment's planner."""
+def planner(
+    selection: SelectionConfig, gain: NetGain, unfit: Callable[[], bool] | None = None
+) -> Planner:
+    """The deployment's planner; `unfit` tells whether the draft is known to choose badly."""
     return Planner(
         enabled=selection.enabled,
         keep=None if selection.keep == "auto" else selection.keep,
@@ -73,5 +77,6 @@ def planner(selection: SelectionConfig, gain: NetGain) -> Planner:
         floor=selection.floor,
         ceiling=selection.ceiling,
         gain=None if selection.min_gain is None else gain,
+        unfit=unfit,
         min_gain=selection.min_gain or 0.0,
     )

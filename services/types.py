@@ -46,6 +46,7 @@ class Reason(enum.StrEnum):
     SPECULATOR_UNAVAILABLE = "speculator_unavailable"
     SPECULATOR_TIMEOUT = "speculator_timeout"
     SPECULATOR_OVERLOADED = "speculator_overloaded"
+    SPECULATOR_UNFIT = "speculator_unfit"  # its self-test failed: it drops what answers need
 
 
 # The prompt was sent to the speculator and came back without scores.

@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 Carried = dict[str, list[ray.ObjectRef]]  # lease id -> one object per rank; empty: gRPC carries
 
 _RETRY_AFTER_S = 1.0
+_SELF_TEST_S = 10.0  # to ask for its result
 _GRACE_S = 0.5  # for a replica's answer that says that the time was used up
 
 
@@ -64,6 +65,12 @@ class ServeSpeculator:
                     raise SpeculatorUnavailable("no speculator replica runs") from None
                 raise
         return wire.unpack(reply, Selection)
+
+    async def self_test(self) -> float | None:
+        """The share of generated facts that the draft keeps; None: not known."""
+        with mapped_errors("speculator", SpeculatorUnavailable, broken=SpeculatorUnavailable):
+            facts_kept: float | None = await _call(self.handle, "self_test", _SELF_TEST_S)
+        return facts_kept
 
     async def _is_empty(self) -> bool:
         """Calls to a pool without replicas wait for one: nobody is slow, nobody is there."""

@@ -28,6 +28,7 @@ from .health import GATEWAY
 from .metrics import MeasuredPipeline, PipelineMetrics
 from .pools import Carried, ServeDecoder, ServePrefiller, ServeSpeculator, by_reference
 from .scrape import ServiceMetrics
+from .self_test import SelfTestWatch
 from .serve_health import ServeHealth
 from .shadowing import ShadowedPipeline, ShadowMetrics
 from .traffic import CountedPipeline, GatewayTraffic
@@ -56,12 +57,14 @@ class GatewayReplica:
         if self._config.kv.carrier == "object_ref":  # calls by gRPC would hold them for ever
             prefill, decode = by_reference(prefill), by_reference(decode)
         carried: Carried = {}
+        pool = ServeSpeculator(speculator, self._health.count)
+        self._self_test = SelfTestWatch(pool.self_test)
         gain = net_gain(self._config)
         pipeline = Pipeline(
-            speculator=ServeSpeculator(speculator, self._health.count),
+            speculator=pool,
             prefiller=ServePrefiller(prefill, self._peers, carried),
             decoder=ServeDecoder(decode, carried),
-            planner=planner(self._config.selection, gain),
+            planner=planner(self._config.selection, gain, self._self_test.is_unfit),
             patience=patience(self._config.speculator),
             fallback=fallback(self._config),
             on_unscored=gain.learn_unscored,
@@ -84,6 +87,8 @@ class GatewayReplica:
         self._client = build_client(self._config, live)
         self._calibration = calibration(pipeline, gain.models, self._client.model_config)
         self._calibration.start()
+        if self._config.speculator.self_test:
+            self._self_test.start()
         self._grpc = GrpcApi(
             self._client,
             self._config.model.served_name,
@@ -96,6 +101,7 @@ class GatewayReplica:
         if self._shadowed is not None:
             await self._shadowed.close()
         await self._calibration.close()
+        await self._self_test.close()
         await self._peers.close()
 
     async def __serve_build_asgi_app__(self) -> Any:

@@ -35,6 +35,7 @@ class SpeculatorGauges:
         self._service = service
         self._queued = gauge("queued", "Prompts that wait")
         self._scoring = gauge("scoring", "Prompts of the batch that is being scored")
+        self._self_test = gauge("self_test", "Share of generated facts that the draft model keeps")
         self._totals = {field: gauge(*named) for field, named in _TOTALS.items()}
 
     async def run(self) -> None:
@@ -42,6 +43,10 @@ class SpeculatorGauges:
         while True:
             self.update()
             await asyncio.sleep(_PERIOD_S)
+
+    def tested(self, facts_kept: float) -> None:
+        """The self-test has ended."""
+        self._self_test.set(facts_kept)
 
     def update(self) -> None:
         """Set every gauge to what the service says now."""

@@ -10,10 +10,12 @@ from ..autoscaling.signals import QUEUE_AGE_S
 from ..autoscaling.waiting import Waiting
 from ..config import AppConfig
 from ..errors import SpeculatorUnavailable
+from ..plan import can_choose, is_asked
 from ..policies import kv_block_tokens
-from ..types import Plan, Request
+from ..types import Plan, Reason, Request, dense
 from ..wire import pack, unpack
 from .gauges import SpeculatorGauges
+from .self_test import self_test
 from .service import SpeculatorService
 
 
@@ -31,17 +33,28 @@ class SpeculatorReplica:
         self._waiting = Waiting(time.monotonic)
         await self._service.start()
         heap.freeze()
-        self._gauges = asyncio.create_task(SpeculatorGauges(self._service).run())
+        self._gauges = SpeculatorGauges(self._service)
+        self._tasks = [asyncio.create_task(self._gauges.run())]
+        self._facts_kept: float | None = None  # of the self-test; None: not known
+        if config.speculator.self_test and not config.speculator.random_weights:
+            self._tasks.append(asyncio.create_task(self._test(config.model.path)))
 
     async def __del__(self) -> None:
-        self._gauges.cancel()
+        for task in self._tasks:
+            task.cancel()
         await self._service.close()
 
     async def select(self, payload: bytes) -> bytes:
         """`(Request, Plan, timeout_s)` -> Selection."""
         request, plan, timeout_s = unpack(payload, tuple[Request, Plan, float])
+        if not can_choose(self._facts_kept) and not is_asked(request.controls):
+            return pack(dense(len(request.prompt), Reason.SPECULATOR_UNFIT))
         with self._waiting.one():
             return pack(await self._service.select(request, plan, timeout_s))
+
+    async def self_test(self) -> float | None:
+        """The share of generated facts that the draft keeps; None: not known."""
+        return self._facts_kept
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What the autoscaling policy is told of this replica."""
@@ -51,3 +64,9 @@ class SpeculatorReplica:
         """Raises SpeculatorUnavailable when the serving loop has ended."""
         if not self._service.is_running:
             raise SpeculatorUnavailable("speculator: not running")
+
+    async def _test(self, main_path: str) -> None:
+        """In the background: the replica serves meanwhile."""
+        self._facts_kept = await self_test(self._service, main_path)
+        if self._facts_kept is not None:
+            self._gauges.tested(self._facts_kept)

@@ -25,7 +25,7 @@ from .lru import ByteLru
 from .prefix import prompt_digest
 from .reading import Reading
 from .scorer import Scorer, load_scorer
-from .translation import Prompt
+from .translation import Prompt, SamePrompt
 
 SMOOTHING = 0.2  # weight of the newest measurement in `Pace`
 MIN_RETRY_AFTER_S = 0.1
@@ -90,15 +90,21 @@ class Rating:
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One request in the queue or on the thread."""
+    """One request, from its arrival to its answer."""
 
     request: Request
-    read_as: Prompt
     plan: Plan
+    policy: SelectionPolicy
     arrived_s: float
     answer: asyncio.Future[Selection]
-    abandoned: threading.Event = field(default_factory=threading.Event)
+    read_as: Prompt = field(default_factory=lambda: SamePrompt(()))  # known when it is queued
     started_s: float | None = None  # None: it waits
+    abandoned: threading.Event = field(default_factory=threading.Event)
+
+    def spent_s(self, now_s: float) -> tuple[float, float]:
+        """Seconds in the queue, and on the thread."""
+        started_s = now_s if self.started_s is None else self.started_s
+        return started_s - self.arrived_s, now_s - started_s
 
 
 class SpeculatorService:
@@ -189,41 +195,40 @@ class SpeculatorService:
     ) -> None:
         await self.close()
 
-    async def select(self, request: Request, plan: Plan, timeout_s: float) -> Selection:
+    async def select(
+        self, request: Request, plan: Plan, timeout_s: float, policy: SelectionPolicy | None = None
+    ) -> Selection:
         """Score the prompt and keep about `plan.keep` of it.
+
+        `policy` None: the deployment's.
 
         Raises ScoringTimeout, Overloaded, InvalidRequest, or SpeculatorUnavailable when the
         service is not running.
         """
         scorer = self._running_scorer()
-        unscored = self._without_scores(scorer, request, plan) or self._from_scores(request, plan)
+        answer: asyncio.Future[Selection] = asyncio.get_running_loop().create_future()
+        job = Job(request, plan, policy or self._policy, self._now(), answer)
+        unscored = self._without_scores(scorer, job) or self._from_scores(job)
         if unscored is not None:
             return unscored
-        arrived_s, jobs = self._now(), list[Job]()
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._scored(scorer, request, plan, jobs)
+                return await self._scored(scorer, job)
         except TimeoutError as error:
-            given_up_s = self._now()
             self.counts.timeouts += 1
-            started_s = jobs[0].started_s if jobs else None
-            queue_s = (given_up_s if started_s is None else started_s) - arrived_s
             message = f"speculator: no selection within {timeout_s:g} s"
-            raise ScoringTimeout(message, queue_s, given_up_s - arrived_s - queue_s) from error
+            raise ScoringTimeout(message, *job.spent_s(self._now())) from error
 
-    async def _scored(
-        self, scorer: Scorer, request: Request, plan: Plan, jobs: list[Job]
-    ) -> Selection:
-        arrived_s = self._now()
+    async def _scored(self, scorer: Scorer, job: Job) -> Selection:
+        prompt = job.request.prompt
         if scorer.translator is None:
-            read_as = scorer.translated(request.prompt)
+            job.read_as = scorer.translated(prompt)
         else:
-            read_as = await asyncio.to_thread(scorer.translated, request.prompt)
-        refusal = scorer.refusal(len(read_as.prompt))
+            job.read_as = await asyncio.to_thread(scorer.translated, prompt)
+        refusal = scorer.refusal(len(job.read_as.prompt))
         if refusal is not None:
-            return dense(len(request.prompt), refusal)
-        job = self._enqueue(request, read_as, plan, arrived_s)
-        jobs.append(job)
+            return dense(len(prompt), refusal)
+        self._enqueue(job)
         try:
             return await job.answer
         finally:
@@ -234,37 +239,34 @@ class SpeculatorService:
             raise SpeculatorUnavailable("speculator: not running")
         return self._scorer
 
-    def _without_scores(self, scorer: Scorer, request: Request, plan: Plan) -> Selection | None:
+    def _without_scores(self, scorer: Scorer, job: Job) -> Selection | None:
         """The dense selection of a prompt that need not be scored."""
-        if len(request.prompt) == 0:
+        prompt = job.request.prompt
+        if len(prompt) == 0:
             raise InvalidRequest("the prompt is empty", field="prompt")
-        settled = settle(len(request.prompt), plan, request.protected, self._policy)
+        settled = settle(len(prompt), job.plan, job.request.protected, job.policy)
         if settled is not None:
             return settled
-        if min(request.prompt) < 0 or max(request.prompt) >= scorer.vocabulary_size:
+        if min(prompt) < 0 or max(prompt) >= scorer.vocabulary_size:
             raise InvalidRequest("a token id is outside the vocabulary", field="prompt")
         return None
 
-    def _from_scores(self, request: Request, plan: Plan) -> Selection | None:
+    def _from_scores(self, job: Job) -> Selection | None:
         """A prompt that was scored lately is not read again, whatever plan it comes with."""
-        started_s = self._now()
-        rating = self._ratings.get(prompt_digest(request.prompt))
+        rating = self._ratings.get(prompt_digest(job.request.prompt))
         if rating is None:
             return None
         self.counts.repeats += 1
-        chosen = self._chosen(rating, request, plan)
-        remembered = len(request.prompt)
-        return replace(chosen, speculate_s=self._now() - started_s, remembered_tokens=remembered)
+        chosen = _chosen(rating, job)
+        speculate_s = self._now() - job.arrived_s
+        return replace(chosen, speculate_s=speculate_s, remembered_tokens=len(job.request.prompt))
 
-    def _enqueue(self, request: Request, read_as: Prompt, plan: Plan, arrived_s: float) -> Job:
+    def _enqueue(self, job: Job) -> None:
         if len(self._queue) >= self._batching.max_queued:
             self.counts.shed += 1
             raise Overloaded("speculator: the queue is full", self._backlog_s())
-        answer: asyncio.Future[Selection] = asyncio.get_running_loop().create_future()
-        job = Job(request, read_as, plan, arrived_s, answer)
         self._queue.append(job)
         self._arrival.set()
-        return job
 
     def _backlog_s(self) -> float:
         """About how long the queue takes."""
@@ -360,7 +362,7 @@ class SpeculatorService:
             return
         self.counts.prompts += 1
         self.counts.queue_s += started_s - job.arrived_s
-        chosen = self._chosen(rating, job.request, job.plan)
+        chosen = _chosen(rating, job)
         timed = replace(
             chosen,
             queue_s=started_s - job.arrived_s,
@@ -369,8 +371,9 @@ class SpeculatorService:
         )
         job.answer.set_result(timed)
 
-    def _chosen(self, rating: Rating, request: Request, plan: Plan) -> Selection:
-        return select(rating.scores, plan, request.protected, self._policy, rating.certainty)
+
+def _chosen(rating: Rating, job: Job) -> Selection:
+    return select(rating.scores, job.plan, job.request.protected, job.policy, rating.certainty)
 
 
 def _share(reading: Reading, prompt_tokens: int) -> int:
