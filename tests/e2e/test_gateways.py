@@ -69,7 +69,7 @@ def test_metrics_count_the_requests_of_every_gateway(app, long_prompt):
 @pytest.mark.parametrize(
     ("name", "replicas"),
     [
-        ("ray_vllm_prompt_tokens_total", 2),  # prefill and decode
+        ("ray_vllm_generation_tokens_total", 2),  # prefill and decode
         ("ray_specprefill_speculator_prompts_total", 1),
         ("ray_specprefill_speculator_tokens_total", 1),
         ("ray_specprefill_kv_bytes_held", 1),
@@ -96,7 +96,10 @@ def timed(gateways: int, runtime_env: dict) -> dict:
             "speculator": {"path": "models/demo-speculator"},
             "selection": {"keep": KEEP, "min_gain": None},
             "kv": {"local_prefill_tokens": 0},
-            "gateway": {"admission": {"ttft_s": SLO_S, "keep_floor": FLOOR}},
+            "gateway": {
+                "request_timeout_s": DEADLINE_S,
+                "admission": {"ttft_s": SLO_S, "keep_floor": FLOOR},
+            },
             "scaling": {"gateway_replicas": gateways},
         },
     }
@@ -126,13 +129,12 @@ async def storm(url: str) -> list[tuple[int, float, httpx.Headers]]:
     """Status, seconds and headers of every request; Poisson arrivals, the same every time."""
     rng, at_s, asked = random.Random(3), 0.0, []
     body = {"model": "demo", "prompt": list(range(300, 300 + PROMPT_TOKENS)), "max_tokens": 1}
-    headers = {"x-request-timeout-seconds": str(DEADLINE_S)}
 
     async def ask(after_s: float) -> tuple[int, float, httpx.Headers]:
         await asyncio.sleep(after_s)
         started_s = time.monotonic()
         async with httpx.AsyncClient(timeout=60) as client:
-            answer = await client.post(f"{url}/v1/completions", json=body, headers=headers)
+            answer = await client.post(f"{url}/v1/completions", json=body)
         return answer.status_code, time.monotonic() - started_s, answer.headers
 
     while at_s < STORM_S:

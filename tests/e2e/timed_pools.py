@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator
 from ray import serve
 
 from specprefill.config import AppConfig
-from specprefill.gateway.replica import GatewayReplica
 from specprefill.types import Chunk, Plan, Prefilled, Request, Selection, Span
 from specprefill.wire import pack, unpack
 
@@ -69,6 +68,8 @@ class Decode:
 
 def build(args: AppConfig) -> serve.Application:
     """As `specprefill.app:build`."""
+    from specprefill.gateway.replica import GatewayReplica  # brings vLLM: not for the pools
+
     config_json = args.for_gateways().model_dump_json(exclude={"slo", "scaling"})
     options = {"ray_actor_options": {"num_cpus": 0}, "graceful_shutdown_timeout_s": 1.0}
 
