@@ -137,7 +137,8 @@ class KvConfig(Strict):
     carrier: Literal["auto", "grpc", "nixl", "object_ref"] = "auto"
     host: str | None = None  # address KV ports listen on; their own node's if absent
     lease_s: Seconds = 30.0  # a lease that its holder does not renew is dropped after this time
-    # Per worker; a prefill beyond it hands nothing over. With nixl it is set aside at the start.
+    # Per worker. A prefill waits, within its deadline, until its KV has room; one whose KV alone
+    # is more hands nothing over. With nixl it is set aside at the start.
     max_held_bytes: PositiveInt = 4 << 30
     pull_timeout_s: Seconds = 20.0
     overlap: bool = True  # decode begins to pull while the last of the KV is computed

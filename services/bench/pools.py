@@ -69,7 +69,9 @@ async def local_pipeline(config: AppConfig, gain: NetGain | None = None) -> Asyn
             )
         )
         prefill_args = engine_args(config.model, config.prefill, config.kv, Role.PREFILL)
-        prefill = await stack.enter_async_context(PrefillService(Engine(prefill_args)))
+        prefill = await stack.enter_async_context(
+            PrefillService(Engine(prefill_args), max_held_bytes=config.kv.max_held_bytes)
+        )
         decode_args = engine_args(config.model, config.decode, config.kv, Role.DECODE)
         decode = await stack.enter_async_context(DecodeService(Engine(decode_args)))
         heap.freeze()

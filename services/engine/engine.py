@@ -11,6 +11,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerFactory
@@ -69,6 +70,19 @@ class Engine:
         if not cache.enable_prefix_caching:
             return 0
         return int(cache.num_gpu_blocks * cache.block_size)
+
+    def max_model_len(self) -> int:
+        """The most tokens of a prompt and its answer."""
+        return int(self._running().vllm_config.model_config.max_model_len)
+
+    def kv_bytes_per_token(self) -> int:
+        """What one token's keys and values take in the worker that holds the most of them."""
+        config = self._running().vllm_config
+        model, parallel = config.model_config, config.parallel_config
+        layers = -(-model.get_total_num_hidden_layers() // parallel.pipeline_parallel_size)
+        heads, dim = model.get_num_kv_heads(parallel), model.get_head_size()
+        dtype = kv_cache_dtype_str_to_dtype(config.cache_config.cache_dtype, model)
+        return int(2 * layers * heads * dim * dtype.itemsize)
 
     async def kv_carrier(self) -> Carrier:
         """The best carrier that every worker has."""

@@ -39,7 +39,7 @@ class PrefillReplica:
         engine = Engine(
             args, cpu_threads=config.prefill.cpu_threads, stat_loggers=ray_stat_loggers()
         )
-        self._service = PrefillService(engine, tls)
+        self._service = PrefillService(engine, tls, config.kv.max_held_bytes)
         self._objects = KvObjects(tls)
         self._kv = config.kv
         self._waiting = Waiting(time.monotonic)
