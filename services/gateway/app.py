@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastapi import FastAPI
@@ -21,8 +22,11 @@ from vllm.renderers.chat_utils import load_chat_template
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from ..config import AppConfig, local_path
-from .client import Answering, PipelineClient
-from .health import PoolCounts, health_route
+from .access import AccessMiddleware, LimitMiddleware, RequestLimit
+from .bodies import BodyReader
+from .client import Answering, CountTokens, PipelineClient
+from .health import PoolCounts, health_route, not_tested
+from .keys import KeyRing
 from .middleware import RequestMiddleware
 from .scrape import MetricsText, metrics_route
 from .surface import TASKS
@@ -35,7 +39,9 @@ class _NoServer:
     should_exit: bool = False
 
 
-def build_client(config: AppConfig, pipeline: Answering) -> PipelineClient:
+def build_client(
+    config: AppConfig, pipeline: Answering, count_tokens: CountTokens | None = None
+) -> PipelineClient:
     """The engine client: loads the model's config and tokenizer, no weights."""
     args = server_args(config)
     return PipelineClient(
@@ -45,25 +51,41 @@ def build_client(config: AppConfig, pipeline: Answering) -> PipelineClient:
         timeout_s=config.gateway.request_timeout_s,
         tail_tokens=config.selection.tail_tokens,
         protect_fences=config.selection.protect_fences,
+        count_tokens=count_tokens,
     )
 
 
 async def build_http_app(
-    config: AppConfig, client: PipelineClient, count: PoolCounts, metrics: MetricsText
+    config: AppConfig,
+    client: PipelineClient,
+    count: PoolCounts,
+    keys: KeyRing,
+    limit: RequestLimit,
+    metrics: MetricsText,
+    facts_kept: Callable[[], float | None] = not_tested,
 ) -> FastAPI:
     """vLLM's OpenAI app on `client`.
 
-    `count` returns each pool's healthy replicas, `metrics` those of the whole service.
+    `count` returns each pool's healthy replicas, `metrics` those of the whole service,
+    `facts_kept` the result of the draft's self-test.
     """
     args = server_args(config)
     app: FastAPI = build_app(args, TASKS, client.model_config)
     await init_app_state(client, app.state, args, TASKS)
     app.state.server = _NoServer()
     # Before vLLM's own.
-    app.router.routes[:0] = [health_route(count), metrics_route(metrics)]
-    # Innermost: behind authentication, so that no stranger's body is read.
+    app.router.routes[:0] = [health_route(count, limit, facts_kept), metrics_route(metrics)]
+    gateway = config.gateway
+    # Outermost first: strangers meet nothing else, and a slot is held by complete requests alone.
+    app.user_middleware.insert(
+        0, Middleware(AccessMiddleware, keys=keys, open_paths=gateway.open_paths)
+    )
+    bodies = BodyReader(
+        gateway.max_body_bytes, gateway.body_timeout_s, gateway.max_buffered_bytes, limit.on_shed
+    )
+    app.user_middleware.append(Middleware(RequestMiddleware, bodies=bodies))
     app.user_middleware.append(
-        Middleware(RequestMiddleware, max_body_bytes=config.gateway.max_body_bytes)
+        Middleware(LimitMiddleware, limit=limit, free_paths=gateway.open_paths)
     )
     app.middleware_stack = app.build_middleware_stack()  # vLLM has built it already
     return app
@@ -81,8 +103,6 @@ def server_args(config: AppConfig) -> Namespace:
         argv += ["--max-model-len", str(model.max_model_len)]
     if model.trust_remote_code:
         argv.append("--trust-remote-code")
-    if config.gateway.api_keys:
-        argv += ["--api-key", *config.gateway.api_keys]
     args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(
         [*argv, *config.gateway.vllm_args]
     )

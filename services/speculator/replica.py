@@ -12,6 +12,7 @@ from ..config import AppConfig
 from ..errors import SpeculatorUnavailable
 from ..plan import can_choose, is_asked
 from ..policies import kv_block_tokens
+from ..replica_logging import log_with_serve
 from ..types import Plan, Reason, Request, dense
 from ..wire import pack, unpack
 from .gauges import SpeculatorGauges
@@ -23,6 +24,7 @@ class SpeculatorReplica:
     """Serve awaits the constructor, checks the health, and calls `__del__` after draining."""
 
     async def __init__(self, config_json: str) -> None:  # type: ignore[misc]
+        log_with_serve()
         config = AppConfig.model_validate_json(config_json)
         self._service = SpeculatorService.from_config(
             config.speculator,

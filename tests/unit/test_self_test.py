@@ -10,6 +10,7 @@ import pytest
 
 from specprefill.config import SelectionConfig, SpeculatorConfig
 from specprefill.errors import ScoringTimeout, SpeculatorUnavailable
+from specprefill.gateway.health import judge
 from specprefill.gateway.self_test import SelfTestWatch
 from specprefill.plan import LEAST_FACTS_KEPT, Planner, can_choose
 from specprefill.speculator.self_test import KEEP, POLICY, PROMPTS, questions, self_test
@@ -168,3 +169,13 @@ async def test_a_gateway_asks_until_it_knows(monkeypatch):
     await asyncio.sleep(0)
     assert watch.is_unfit()
     await watch.close()
+
+
+@pytest.mark.parametrize(
+    ("facts_kept", "status"), [(None, "ok"), (1.0, "ok"), (LEAST_FACTS_KEPT - 0.1, "degraded")]
+)
+def test_health_tells_of_a_draft_that_cannot_choose(facts_kept, status):
+    pools = {"gateway": 2, "speculator": 1, "prefill": 1, "decode": 1}
+    health = judge(pools, facts_kept)
+    assert (health.serving, health.status) == (True, status)
+    assert ("generated facts" in health.reason) is (status == "degraded")
