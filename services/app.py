@@ -99,6 +99,7 @@ def build(args: AppConfig) -> serve.Application:
             **scaled(name, bounds),
         )
 
+    by_prefix = RequestRouterConfig(request_router_class=PrefixRouter)
     speculator = pool(
         SpeculatorReplica,
         "Speculator",
@@ -106,7 +107,7 @@ def build(args: AppConfig) -> serve.Application:
         args.speculator.max_queued,
         speculator_placement(args.speculator, gpus=gpus),
         args.scaling.speculator,
-    )
+    ).options(request_router_config=by_prefix)
     prefill = pool(
         PrefillReplica,
         "Prefill",
@@ -114,7 +115,7 @@ def build(args: AppConfig) -> serve.Application:
         ENGINE_QUEUED,
         engine_placement(args.prefill, gpus=gpus),
         args.scaling.prefill,
-    ).options(request_router_config=RequestRouterConfig(request_router_class=PrefixRouter))
+    ).options(request_router_config=by_prefix)
     decode = pool(
         DecodeReplica,
         "Decode",

@@ -29,7 +29,7 @@ from ..kv.holding import RemoteLeases
 from ..kv.prefilling import prefilling
 from ..ports import Prefilling
 from ..types import Decoded, Plan, Prefilled, Replay, Request, Selection, Ticket
-from .affinity import load_of
+from .affinity import load_of, whole_load_of
 from .health import SPECULATOR, PoolCounts
 from .serve_calls import call_alone
 
@@ -58,9 +58,10 @@ class ServeSpeculator:
         """See `ports.Speculator`."""
         with mapped_errors("speculator", SpeculatorUnavailable, broken=SpeculatorUnavailable):
             payload = wire.pack((request, plan, timeout_s))
+            load = wire.pack(whole_load_of(request.prompt))
             # The replica's own word comes first: it knows what the time went into.
             try:
-                reply = await _call(self.handle, "select", timeout_s + _GRACE_S, payload)
+                reply = await _call(self.handle, "select", timeout_s + _GRACE_S, payload, load)
             except TimeoutError:
                 if await self._is_empty():
                     raise SpeculatorUnavailable("no speculator replica runs") from None

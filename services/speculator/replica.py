@@ -46,8 +46,16 @@ class SpeculatorReplica:
             task.cancel()
         await self._service.close()
 
-    async def select(self, payload: bytes) -> bytes:
-        """`(Request, Plan, timeout_s)` -> Selection."""
+    def record_replica_metadata(self) -> dict[str, int]:
+        """What the gateways' routers know of this replica."""
+        return {"prefix_cache_tokens": self._service.prefix_cache_tokens}
+
+    async def select(self, payload: bytes, load: bytes = b"") -> bytes:
+        """`(Request, Plan, timeout_s)` -> Selection.
+
+        `load` is for the router, which chose this replica by it.
+        """
+        del load
         request, plan, timeout_s = unpack(payload, tuple[Request, Plan, float])
         if not can_choose(self._facts_kept) and not is_asked(request.controls):
             return pack(dense(len(request.prompt), Reason.SPECULATOR_UNFIT))

@@ -155,6 +155,13 @@ class SpeculatorService:
         )
 
     @property
+    def prefix_cache_tokens(self) -> int:
+        """How many tokens' keys and values can be remembered; 0 before `start`."""
+        if self._scorer is None:
+            return 0
+        return self._scorer.memory_bytes // self._scorer.draft.layout.bytes_per_token
+
+    @property
     def queued(self) -> int:
         """Prompts that wait."""
         return len(self._queue)

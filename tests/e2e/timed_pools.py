@@ -35,7 +35,7 @@ class Timed:
 class Speculator(Timed):
     """Keeps the beginning of a prompt."""
 
-    async def select(self, payload: bytes) -> bytes:
+    async def select(self, payload: bytes, _load: bytes) -> bytes:
         """As the real one."""
         request, plan, _timeout_s = unpack(payload, tuple[Request, Plan, float])
         queue_s = await self._work(SPECULATE_S)
