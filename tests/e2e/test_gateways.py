@@ -10,6 +10,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from specprefill.plan import LEAST_FACTS_KEPT
+
 from .conftest import pruned
 from .timed_pools import PREFILL_TOKEN_S
 
@@ -77,6 +79,20 @@ def test_metrics_count_the_requests_of_every_gateway(app, long_prompt):
 )
 def test_metrics_of_the_pools_are_there_too(app, name, replicas):
     wait_for(app, name, lambda found: len(found) == replicas)
+
+
+def test_health_tells_whether_the_draft_can_choose(app):
+    give_up_s = time.monotonic() + METRICS_PATIENCE_S
+    while True:
+        health = httpx.get(f"{app.http_url}/health", timeout=30).json()
+        if health["speculator_self_test"] is not None:
+            break
+        assert time.monotonic() < give_up_s
+        time.sleep(1.0)
+    assert health["speculator_self_test"] > LEAST_FACTS_KEPT
+    assert (health["status"], health["pools"]["gateway"]) == ("ok", 2)
+    found = wait_for(app, "ray_specprefill_speculator_self_test", bool)
+    assert set(found.values()) == {health["speculator_self_test"]}
 
 
 # --- admission ------------------------------------------------------------------------------

@@ -2,12 +2,17 @@
 
 import pytest
 
-from specprefill.errors import DecodeUnavailable, Overloaded
+from specprefill.errors import DecodeUnavailable, Overloaded, ScoringTimeout
 from specprefill.fakes import FakeDecoder, FakePrefiller, FakeSpeculator
+from specprefill.fallback import Fallback, OnOverload
+from specprefill.gain import NetGain
 from specprefill.gateway.metrics import MeasuredPipeline, PipelineMetrics
 from specprefill.pipeline import Pipeline
 from specprefill.plan import Planner
-from specprefill.types import Controls, Request
+from specprefill.prefixes import CacheForecast, PrefixMemory
+from specprefill.selection import SelectionPolicy
+from specprefill.stages import StageModels
+from specprefill.types import Controls, PlanKind, Reason, Request
 
 from ..instruments import Instruments
 
@@ -77,3 +82,56 @@ async def test_who_learns_is_told_of_finished_requests_only():
     with pytest.raises(DecodeUnavailable):
         await rig.run()
     assert told == [("r", 20)]
+
+
+class SlowDraft:
+    """A gateway whose draft never ends in time: every scoring costs ten seconds and its request."""
+
+    def __init__(self, on_overload):
+        self.gain = NetGain(
+            StageModels(),
+            *(CacheForecast(PrefixMemory(64, 1000)) for _ in range(2)),
+            SelectionPolicy(min_kept_tokens=64),
+        )
+        planner = Planner(enabled=True, keep=0.2, min_prompt_tokens=64, gain=self.gain)
+        speculator = FakeSpeculator(fails=ScoringTimeout("slow", 0.0, 10.0))
+        pipeline = Pipeline(
+            speculator,
+            FakePrefiller(),
+            FakeDecoder(),
+            planner,
+            fallback=Fallback(on_overload),
+            on_unscored=self.gain.learn_unscored,
+        )
+        counted = PipelineMetrics(Instruments())
+        self.pipeline = MeasuredPipeline(pipeline, counted, self.gain.learn)
+        self.asked = 0
+
+    async def ask(self, **controls):
+        self.asked += 1
+        prompt = tuple((self.asked * 7919 + place) % 50_000 for place in range(4000))
+        request = Request(f"{self.asked}", prompt, b"", controls=Controls(**controls))
+        return [chunk async for chunk in self.pipeline.generate(request)][-1].report
+
+
+@pytest.mark.parametrize("on_overload", list(OnOverload))
+async def test_a_draft_that_is_too_slow_is_not_waited_for_by_every_request(on_overload):
+    gateway = SlowDraft(on_overload)
+    tried, reasons = 0, []
+    for _ in range(8):
+        try:
+            reasons.append((await gateway.ask()).reason)
+        except Overloaded as error:
+            reasons.append(Reason(error.reason))
+        tried += reasons[-1] is Reason.SPECULATOR_TIMEOUT
+    assert 1 <= tried <= 2
+    assert reasons[tried:] == [Reason.NO_GAIN] * (8 - tried)
+
+
+async def test_who_asks_for_pruning_is_still_obeyed_where_the_draft_is_slow():
+    gateway = SlowDraft(OnOverload.STATIC)
+    for _ in range(4):
+        await gateway.ask()
+    report = await gateway.ask(keep=0.3)
+    assert (report.plan, report.reason) == (PlanKind.PRUNE, Reason.SPECULATOR_TIMEOUT)
+    assert report.speculate_s == 10.0
