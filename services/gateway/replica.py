@@ -78,7 +78,7 @@ class GatewayReplica:
         if self._config.kv.carrier == "object_ref":  # calls by gRPC would hold them for ever
             prefill, decode = by_reference(prefill), by_reference(decode)
         carried: Carried = {}
-        pool = ServeSpeculator(speculator, self._health.count)
+        pool = ServeSpeculator(speculator, self._health.newest)
         self._self_test = SelfTestWatch(pool.self_test)
         gain = net_gain(self._config)
         pipeline = Pipeline(

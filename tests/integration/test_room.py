@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+import pytest_asyncio
 
 from specprefill.config import EngineConfig, KvConfig, MainModel
 from specprefill.errors import DeadlineExceeded
@@ -18,7 +19,7 @@ PROMPTS = 8
 TIMEOUT_S = 60.0
 
 
-@pytest.fixture(scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def small_store(model_dir):
     """Engines whose prefill worker may hold two prompts, and the service in front of it."""
     from specprefill.decode.service import DecodeService
@@ -41,7 +42,7 @@ async def small_store(model_dir):
         await peers.close()
 
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
 async def test_the_size_of_kv_is_known(small_store):

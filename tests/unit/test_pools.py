@@ -321,6 +321,21 @@ async def test_health_is_told_at_once_while_the_controller_is_slow() -> None:
     answers.set()
 
 
+async def test_the_newest_counts_are_not_remembered_ones() -> None:
+    running = [1]
+
+    def status() -> Any:
+        deployment = SimpleNamespace(replica_states={"RUNNING": running[0]})
+        application = SimpleNamespace(deployments={"Speculator": deployment})
+        return SimpleNamespace(applications={"app": application})
+
+    health = ServeHealth("app", {"speculator": "Speculator"}, status, lambda: 0.0)
+    assert await health.count() == {"speculator": 1}
+    running[0] = 0
+    assert await health.count() == {"speculator": 1}
+    assert await health.newest() == {"speculator": 0}
+
+
 async def test_kv_that_ray_carries_goes_along_and_is_dropped_at_the_end() -> None:
     carried: Carried = {}
     handle = Handle(Decoded(Chunk(0, (1,), "x", finish_reason="stop")))
