@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,13 @@ from .cluster import (
     ServeApi,
     Snapshot,
     StartFailed,
+    answers_strangers,
+    open_cluster,
     port_in_use,
 )
 from .deployment_file import GATEWAY, DeploymentFile, Loaded, draining, load
+from .errors import InvalidConfiguration
+from .front import check_tls
 
 START_TIMEOUT_S = 600.0
 DRAIN_TIMEOUT_S = 30.0
@@ -102,6 +107,7 @@ def _add_dashboard(command: argparse.ArgumentParser) -> None:
 def run_check(args: argparse.Namespace) -> int:
     """Say that a file is right, or every fault in it."""
     loaded = _load(args.file)
+    _warn(open_cluster(os.environ))
     names = ", ".join(application.name for application in loaded.file.applications)
     print(f"{args.file}: fine ({names})")
     return 0
@@ -110,6 +116,8 @@ def run_check(args: argparse.Namespace) -> int:
 def run_serve(args: argparse.Namespace) -> int:
     """A local Ray, the application, and a wait for the signal to stop."""
     loaded = _load(args.file)
+    _warn(open_cluster(os.environ))
+    _refuse_unusable_files(loaded.file)
     _refuse_taken_ports(loaded.file)
     tell = Progress()
     tell("starting Ray on this machine")
@@ -123,7 +131,7 @@ def run_serve(args: argparse.Namespace) -> int:
         print(how_to_call(loaded.file, ray.dashboard_url), flush=True)
         stop.wait()
         stop.clear()
-        _drain(ray, api, loaded, args.drain, stop, tell)
+        _drain(ray, api, args.drain, stop, tell)
         tell("stopping")
     tell("stopped")
     return 0
@@ -136,21 +144,16 @@ def _local_ray(file: Path) -> Iterator[LocalRay]:
         ray.start()
     except StartFailed as error:
         raise Failed(str(error)) from error
-    with ray:
+    with closing(ray):
         yield ray
 
 
 def _drain(
-    ray: LocalRay,
-    api: ServeApi,
-    loaded: Loaded,
-    timeout_s: float,
-    stop: threading.Event,
-    tell: Progress,
+    ray: LocalRay, api: ServeApi, timeout_s: float, stop: threading.Event, tell: Progress
 ) -> None:
     """Take no new requests, and give those that run time to end; a second signal cuts it short."""
     tell(f"taking no new requests; those that run get up to {timeout_s:g} s")
-    api.deploy(draining(loaded.raw))
+    api.deploy(draining(api.deployed()))
     give_up_s = time.monotonic() + timeout_s
     while not stop.is_set() and time.monotonic() < give_up_s:
         held = ray.requests_held(api.replica_actors(GATEWAY))
@@ -163,6 +166,7 @@ def _drain(
 def run_deploy(args: argparse.Namespace) -> int:
     """Deploy onto a cluster that runs already."""
     loaded = _load(args.file)
+    _warn(open_cluster(os.environ) or answers_strangers(args.address))
     tell = Progress()
     tell(f"deploying {args.file} to {args.address}")
     _deploy(_api(args.address), loaded, args.timeout, tell)
@@ -221,11 +225,24 @@ def how_to_call(file: DeploymentFile, dashboard_url: str) -> str:
 """
 
 
+def _warn(warning: str | None) -> None:
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+
 def _load(path: Path) -> Loaded:
     try:
         return load(path)
     except InvalidFile as error:
         raise Misused(str(error)) from error
+
+
+def _refuse_unusable_files(file: DeploymentFile) -> None:
+    for application in file.applications:
+        try:
+            check_tls(application.args.gateway.front.tls)
+        except InvalidConfiguration as error:
+            raise Misused(str(error)) from error
 
 
 def _refuse_taken_ports(file: DeploymentFile) -> None:

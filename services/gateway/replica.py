@@ -44,7 +44,7 @@ from .pools import Carried, ServeDecoder, ServePrefiller, ServeSpeculator, by_re
 from .scrape import ServiceMetrics
 from .self_test import SelfTestWatch
 from .serve_health import ServeHealth
-from .serve_ports import bind_grpc_as_http
+from .serve_ports import bind_grpc_as_http, limit_grpc_messages
 from .shadowing import ShadowedPipeline, ShadowMetrics
 from .traffic import CountedPipeline, GatewayTraffic
 
@@ -63,6 +63,7 @@ class GatewayReplica:
         log_refusals_in_one_line()
         bind_grpc_as_http()
         self._config = AppConfig.model_validate_json(config_json)
+        limit_grpc_messages(self._config.gateway.max_body_bytes)
         counted = PipelineMetrics()
         self._keys = read_keys(self._config.gateway.api_keys, os.environ)
         self._limit = RequestLimit(self._config.gateway.max_concurrent_requests, counted.shed)
