@@ -11,6 +11,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
+from vllm.usage.usage_lib import UsageContext
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -18,6 +19,8 @@ from vllm.v1.metrics.loggers import StatLoggerFactory
 
 from ..errors import InvalidRequest, Unavailable
 from ..types import Carrier
+from .args import vllm_config
+from .guard import refuse_unsupported
 
 
 class Engine:
@@ -43,9 +46,18 @@ class Engine:
         self.close()
 
     def start(self) -> None:
-        """Load the model. Raises UnsupportedModel's reason from the engine process."""
+        """Load the model. Raises UnsupportedModel, before any process starts, with the reason."""
         os.environ.setdefault("OMP_NUM_THREADS", str(self._cpu_threads))
-        self._llm = AsyncLLM.from_engine_args(self._args, stat_loggers=self._stat_loggers or None)
+        config = vllm_config(self._args)
+        if config.kv_transfer_config is not None:  # else a plain vLLM engine
+            refuse_unsupported(config)
+        self._llm = AsyncLLM.from_vllm_config(
+            config,
+            stat_loggers=self._stat_loggers or None,
+            usage_context=UsageContext.OPENAI_API_SERVER,
+            enable_log_requests=self._args.enable_log_requests,
+            disable_log_stats=self._args.disable_log_stats,
+        )
 
     def close(self) -> None:
         """Stop the engine process. Idempotent."""
