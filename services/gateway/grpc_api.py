@@ -17,6 +17,7 @@ from ..types import Request
 from .access import RequestLimit
 from .client import PipelineClient
 from .context import RequestContext, fair_key
+from .controls import shortened
 from .failures import RpcFailed, rpc_failure
 from .grpc_messages import (
     Answer,
@@ -107,12 +108,13 @@ class GrpcApi:
         self, message: pb.GenerateRequest | pb.ScoreRequest, call: CallContext
     ) -> Request:
         if message.HasField("model") and message.model != self._model_name:
-            raise UnknownModel(f"model: {message.model!r} is not served here", "model")
+            raise UnknownModel(f"model: {shortened(message.model)} is not served here", "model")
         sampling, priority = pb.Sampling(max_tokens=1), 0
         if isinstance(message, pb.GenerateRequest):
             sampling, priority = message.sampling, message.priority
         context = RequestContext(
             controls=prune_controls(message.prune),
+            protect_field="prune.protect",
             timeout_s=timeout_s(message),
             key=self._key_name(call) or fair_key(_metadata(call).get("authorization")),
         )

@@ -25,7 +25,7 @@ from specprefill.front import FILE_VARIABLE
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 90.0
-SPECULATOR_TIMEOUT_S = 3.0
+SPECULATOR_TIMEOUT_S = 5.0  # longer than a dead replica is taken for a living one
 BIN = Path(sys.executable).parent
 KEEP = 0.2
 POOLS = ("Speculator", "Prefill", "Decode")
