@@ -16,6 +16,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from ..errors import InvalidRequest, Unavailable
 from ..types import Carrier
+from .failed_start import engine_errors_shown
 
 
 class Engine:
@@ -34,9 +35,10 @@ class Engine:
         self.close()
 
     def start(self) -> None:
-        """Load the model. Raises UnsupportedModel's reason from the engine process."""
+        """Load the model. Raises EngineStartFailed with the engine process's own error."""
         os.environ.setdefault("OMP_NUM_THREADS", str(self._cpu_threads))
-        self._llm = AsyncLLM.from_engine_args(self._args)
+        with engine_errors_shown():
+            self._llm = AsyncLLM.from_engine_args(self._args)
 
     def close(self) -> None:
         """Stop the engine process. Idempotent."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 
 from ..errors import UnsupportedModel
 
@@ -17,7 +17,15 @@ def refuse_unsupported(config: VllmConfig) -> None:
 
 
 def _reasons(config: VllmConfig) -> Iterator[str]:
-    model = config.model_config
+    yield from model_reasons(config.model_config)
+    if config.speculative_config is not None:
+        yield "speculative decoding does not know sparse positions"
+    if config.parallel_config.decode_context_parallel_size > 1:
+        yield "decode context parallelism splits the cache by slot"
+
+
+def model_reasons(model: ModelConfig) -> Iterator[str]:
+    """Yield why a model cannot run at sparse positions, from its configuration alone."""
     if model.uses_mrope:
         yield "multimodal rope has several positions per token"
     if model.use_mla:
@@ -30,7 +38,3 @@ def _reasons(config: VllmConfig) -> Iterator[str]:
         yield "a sliding window counts cache slots, not positions"
     if getattr(model.hf_text_config, "alibi", False):
         yield "ALiBi biases count cache slots, not positions"
-    if config.speculative_config is not None:
-        yield "speculative decoding does not know sparse positions"
-    if config.parallel_config.decode_context_parallel_size > 1:
-        yield "decode context parallelism splits the cache by slot"
