@@ -137,6 +137,10 @@ bench-kv: $(INSTALLED) ## The KV hand-off: throughput beside raw gRPC, memcpy an
 test-faults: $(INSTALLED) ## Kill engines, cut streams, cancel requests; print what became of each
 	@$(PY) -m pytest tests/faults
 
+.PHONY: fuzz
+fuzz: $(INSTALLED) ## Send the running service 20,000 requests that nobody should, and more with keys on
+	@$(PY) -m tests.fuzz
+
 .PHONY: bench-scaling
 bench-scaling: $(INSTALLED) ## Autoscalers compared on simulated traces (SEEDS="1 2 3")
 	@$(PY) -m specprefill.bench.scaling --seeds $(SEEDS)
