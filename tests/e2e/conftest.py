@@ -35,6 +35,7 @@ class App:
     http_port: int
     grpc_port: int
     dashboard_url: str
+    pid: int  # of the command; everything else runs below it
     api: ServeApi = field(repr=False)
 
     @property
@@ -88,7 +89,8 @@ def app(root, tmp_path_factory):
     )
     try:
         dashboard_url = _dashboard_url(server)
-        yield App(file, http_port, grpc_port, dashboard_url, ServeApi(dashboard_url))
+        api = ServeApi(dashboard_url)
+        yield App(file, http_port, grpc_port, dashboard_url, server.pid, api)
         server.send_signal(signal.SIGTERM)
         assert server.wait(STOP_TIMEOUT_S) == 0
     finally:
