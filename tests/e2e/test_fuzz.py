@@ -1,4 +1,4 @@
-"""A few hundred of the fuzzer's requests against the running application; `make fuzz` sends more."""
+"""Some of the fuzzer's requests against the running application; `make fuzz` sends more."""
 
 from __future__ import annotations
 
