@@ -137,6 +137,10 @@ bench-kv: $(INSTALLED) ## The KV hand-off: throughput beside raw gRPC, memcpy an
 test-faults: $(INSTALLED) ## Kill engines, cut streams, cancel requests; print what became of each
 	@$(PY) -m pytest tests/faults
 
+.PHONY: chaos
+chaos: $(INSTALLED) ## 200 streams, 30 % of the clients leave, a replica of each pool is killed
+	@$(PY) -m tests.faults.chaos
+
 .PHONY: fuzz
 fuzz: $(INSTALLED) ## Send the running service 20,000 requests that nobody should, and more with keys on
 	@$(PY) -m tests.fuzz

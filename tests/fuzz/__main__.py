@@ -9,13 +9,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
-import signal
-import subprocess
 import sys
-import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,32 +18,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from specprefill.cluster import free_port
-from specprefill.deployment_file import load, with_ports
+from specprefill.deployment_file import load
 
 from . import grpc_cases, http_cases
 from .attack import Tally, exchange, open_routes, openapi_document, over_grpc, over_http
 from .grpc_cases import GrpcCase
 from .http_cases import HttpCase, request
-from .watch import Watch, totals
+from .served import HOST, Served, serving
+from .watch import totals
 
-HOST = "127.0.0.1"
 KEY = "a-key-of-the-fuzzer"
-START_TIMEOUT_S = 300.0
-STOP_TIMEOUT_S = 90.0
 SHARES = {"openapi": 0.25, "hypothesis": 0.25}  # of the HTTP requests; the rest are mutated bytes
 SHOWN = 12  # faults of one kind
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """A service that this program started."""
-
-    http_port: int
-    grpc_port: int
-    watch: Watch
 
 
 @dataclass(slots=True)
@@ -105,38 +86,11 @@ def with_key(case: HttpCase) -> HttpCase:
 @contextmanager
 def service(file: Path, keys: tuple[str, ...]) -> Iterator[Served]:
     """`specprefill serve` of the file on free ports, with these API keys."""
-    http_port, grpc_port = free_port(), free_port()
-    raw = with_ports(load(file).raw, http_port, grpc_port)
+    raw = load(file).raw
     gateway = raw["applications"][0]["args"].setdefault("gateway", {})
     gateway["api_keys"] = list(keys)
-    with tempfile.TemporaryDirectory() as folder:
-        changed = Path(folder) / "fuzz.yaml"
-        changed.write_text(yaml.safe_dump(raw), encoding="utf-8")
-        log = Path(folder) / "serve.log"
-        with log.open("w") as output:
-            server = subprocess.Popen(
-                [sys.executable, "-m", "specprefill.cli", "serve", str(changed)],
-                stdout=output, stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            )  # fmt: skip
-        try:
-            _await_ready(server, log)
-            yield Served(http_port, grpc_port, Watch(server.pid))
-        finally:
-            server.send_signal(signal.SIGTERM)
-            try:
-                server.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                server.kill()
-                server.wait()
-
-
-def _await_ready(server: subprocess.Popen[bytes], log: Path) -> None:
-    give_up_s = time.monotonic() + START_TIMEOUT_S
-    while "] ready" not in log.read_text():
-        if server.poll() is not None or time.monotonic() > give_up_s:
-            raise RuntimeError("the service did not start:\n" + log.read_text())
-        time.sleep(0.5)
+    with serving(raw) as served:
+        yield served
 
 
 def description(port: int, keys: tuple[str, ...]) -> dict[str, Any]:
