@@ -117,13 +117,17 @@ NASTY_BYTES = (
 
 
 def tamed(path: str, body: Any) -> Any:
-    """Return a body whose answer is short: generated limits are mostly absent or very large."""
+    """Return a body whose answer is short: a large limit is right, and takes minutes."""
     if not isinstance(body, dict) or "tokenize" in path or "count_tokens" in path:
         return body
     name = "max_output_tokens" if path.endswith("/responses") else "max_tokens"
-    limit = body.get(name)
-    long = isinstance(limit, int) and MOST_TOKENS < limit <= 1 << 20
-    return {**body, name: MOST_TOKENS} if limit is None or long else body
+    short = {name: MOST_TOKENS} if body.get(name) is None else {}
+    short |= {
+        key: MOST_TOKENS
+        for key in ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens")
+        if isinstance(body.get(key), int) and body[key] > MOST_TOKENS
+    }
+    return {**body, **short}
 
 
 def encoded(body: Any) -> bytes:
