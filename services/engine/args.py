@@ -38,7 +38,7 @@ def engine_args(
         enforce_eager=engine.enforce_eager,
         enable_prefix_caching=engine.enable_prefix_caching,
         kv_transfer_config=_transfer(kv, role, engine if peer is None else peer),
-        worker_cls=f"{_MODULE}.worker.{_worker()}",
+        worker_cls=f"{_MODULE}.{_worker()}",
         **engine.engine_args,
     )
     args.logits_processors = [_replay(args), *(args.logits_processors or [])]
@@ -96,7 +96,9 @@ def _transfer(kv: KvConfig, role: Role, peer: EngineConfig) -> KVTransferConfig:
 
 
 def _worker() -> str:
-    return "SparseCPUWorker" if current_platform.is_cpu() else "SparseGPUWorker"
+    if current_platform.is_cpu():
+        return "cpu.worker.SparseCPUWorker"
+    return "gpu.worker.SparseGPUWorker"
 
 
 def _replay(args: AsyncEngineArgs) -> str:

@@ -20,6 +20,7 @@ class _Produced:
     lease: dict[str, Any]
     blocks: list[int]
     tokens: int
+    staged: int = 0  # tokens that are with the lease already, or on their way to it
 
 
 @dataclass(slots=True)
@@ -130,11 +131,15 @@ class SchedulerHalf:
             lease = extra.get("kv_transfer_params", {}).get(PRODUCE)
             if lease is None:
                 continue
-            produced = _Produced(lease, list(new.block_ids[0]), len(new.prompt_token_ids))
-            self._produced[new.req_id] = produced
-            # Tokens found in the prefix cache are handed over too, hence from 0.
+            blocks = list(new.block_ids[0])
+            produced = self._produced.get(new.req_id)
+            if produced is None:
+                produced = _Produced(lease, blocks, len(new.prompt_token_ids))
+                self._produced[new.req_id] = produced
+            else:  # preempted before: the V2 runner gets it as a new one
+                produced.blocks = blocks
             stop = new.num_computed_tokens + step.num_scheduled_tokens[new.req_id]
-            _stage(orders, produced, 0, stop)
+            _stage(orders, produced, stop)
 
     def _stage_running(self, step: Any, orders: Orders) -> None:
         cached = step.scheduled_cached_reqs
@@ -147,13 +152,19 @@ class SchedulerHalf:
                 produced.blocks = list(new_blocks[0])
             elif new_blocks:
                 produced.blocks.extend(new_blocks[0])
-            start = cached.num_computed_tokens[row]
-            _stage(orders, produced, start, start + step.num_scheduled_tokens[request_id])
+            computed = cached.num_computed_tokens[row]
+            _stage(orders, produced, computed + step.num_scheduled_tokens[request_id])
 
 
-def _stage(orders: Orders, produced: _Produced, start: int, stop: int) -> None:
-    stop = min(stop, produced.tokens)
+def _stage(orders: Orders, produced: _Produced, stop: int) -> None:
+    """Order the tokens up to `stop` that no earlier step has staged.
+
+    From the first one, also where the prefix cache had them; each once, however often a
+    preemption makes the engine compute them.
+    """
+    start, stop = produced.staged, min(stop, produced.tokens)
     if start < stop:
+        produced.staged = stop
         lease = produced.lease
         orders.stages.append(
             Stage(

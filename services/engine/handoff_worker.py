@@ -61,6 +61,7 @@ class WorkerHalf:
         self._results = KVConnectorTransferResults()
         self._running: dict[str, KvPulling] = {}
         self._exposed_s: dict[str, float] = {}
+        self._block_tensors: dict[str, torch.Tensor] = {}  # of orders under way
         self._stopping = threading.Event()
 
     def start(self, caches: dict[str, torch.Tensor]) -> None:
@@ -106,7 +107,9 @@ class WorkerHalf:
             return
         layer = self._layers[layer_name]
         for order in orders.stages:
-            kv = self._layout.read(cache, self._block_tensor(order.blocks), order.start, order.stop)
+            kv = self._layout.read(
+                cache, self._block_tensor(order.lease_id, order.blocks), order.start, order.stop
+            )
             self._stager.take(order, layer, kv)
             if order.stop == order.tokens and layer == self._announced_layer(order):
                 self._announcements.tell(
@@ -127,6 +130,8 @@ class WorkerHalf:
         if not self._producer:
             return
         self._stager.flush()
+        for order in orders.stages:
+            self._block_tensors.pop(order.lease_id, None)
         for lease_id, secret in orders.drops:
             self._leases.release(lease_id, secret)
 
@@ -209,6 +214,7 @@ class WorkerHalf:
         started_s = time.monotonic()
         try:
             complete_s = self._fetch(order)
+            self._await_writes()
             exposed_s = min(complete_s, time.monotonic() - started_s)
             with self._lock:
                 self._exposed_s[order.request_id] = exposed_s
@@ -218,9 +224,15 @@ class WorkerHalf:
         finally:
             with self._lock:
                 self._running.pop(order.request_id, None)
+                self._block_tensors.pop(order.request_id, None)
                 self._results.finished_recving.add(order.request_id)
                 if failed:
                     self._results.failed_recving.add(order.request_id)
+
+    def _await_writes(self) -> None:
+        """Return when the writes of this pull are done: the model runs on another stream."""
+        if self._device.type != "cpu":
+            torch.cuda.current_stream(self._device).synchronize()
 
     def _fetch(self, order: Pull) -> float:
         """Returns for how many seconds the KV was complete at the peer when all was here."""
@@ -265,14 +277,17 @@ class WorkerHalf:
         kv = _tensor(frame.payload, cache.dtype, shape)
         self._layout.write(
             cache[:, _within(mine, source.heads)],
-            self._block_tensor(order.blocks),
+            self._block_tensor(order.request_id, order.blocks),
             frame.start,
             kv[:, :, _within(held, source.heads)],
         )
         arrived[frame.layer] = frame.stop
 
-    def _block_tensor(self, blocks: list[int]) -> torch.Tensor:
-        return torch.tensor(blocks, device=self._device)
+    def _block_tensor(self, order_id: str, blocks: list[int]) -> torch.Tensor:
+        """`blocks` on the device, `[blocks]` int64, made once an order."""
+        if order_id not in self._block_tensors:
+            self._block_tensors[order_id] = torch.tensor(blocks, device=self._device)
+        return self._block_tensors[order_id]
 
 
 def _within(held: Span, part: Span) -> slice:

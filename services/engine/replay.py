@@ -43,7 +43,7 @@ class ReplayTokens(LogitsProcessor):  # type: ignore[misc]
         """Mask everything but the next replayed token, in place. `logits` is `[rows, vocab]`."""
         for row, (replay, output) in self._rows.items():
             if len(output) < len(replay):
-                _force(logits[row], replay[len(output)])
+                force_token(logits[row], replay[len(output)])
         return logits
 
 
@@ -54,8 +54,11 @@ def _replayed(
     return (replay, output) if replay else None
 
 
-def _force(row: torch.Tensor, token: int) -> None:
-    """Keep the token's own logit for its log-probability, unless a grammar masked it."""
+def force_token(row: torch.Tensor, token: int) -> None:
+    """Mask every logit of `row`, `[vocab]`, but the token's, in place.
+
+    The token's own logit stays, for its log-probability, unless a grammar masked it.
+    """
     kept = torch.nan_to_num(row[token], neginf=0.0)
     row.fill_(float("-inf"))
     row[token] = kept

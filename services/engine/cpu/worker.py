@@ -1,7 +1,7 @@
-"""vLLM workers whose models see sparse positions: `worker_cls` of both engines.
+"""vLLM's CPU worker at sparse positions: `worker_cls` of an engine on CPUs.
 
-The V1 model runner is replaced by a subclass that rewrites the positions after
-preprocessing; with the V2 runner the model state provides them (see `model_state`).
+The V1 model runner is replaced by a subclass that rewrites the positions after preprocessing;
+the V2 runner, which runs here under Triton's interpreter, gets them from its model state.
 """
 
 from __future__ import annotations
@@ -9,18 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-from vllm.v1.worker.gpu_worker import Worker
 
-from .guard import refuse_unsupported
-from .sparse import SparseBatch
-
-POSITIONS_FIELD = 2  # of what GPUModelRunner._preprocess returns
+from ..guard import refuse_unsupported
+from ..positions_v1 import POSITIONS_FIELD, rewrite_positions
+from ..sparse import SparseBatch
+from ..worker_rpc import KvRpc
 
 
 class SparseCPUModelRunner(CPUModelRunner):  # type: ignore[misc]
@@ -32,7 +29,7 @@ class SparseCPUModelRunner(CPUModelRunner):  # type: ignore[misc]
 
     def _preprocess(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         fields = super()._preprocess(scheduler_output, *args, **kwargs)
-        _rewrite_positions(self, scheduler_output, fields[POSITIONS_FIELD])
+        rewrite_positions(self, scheduler_output, fields[POSITIONS_FIELD])
         return fields
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -75,83 +72,21 @@ class SparseCPUModelRunner(CPUModelRunner):  # type: ignore[misc]
         return {row: one for row, one in generators.items() if partial[row]}
 
 
-class SparseGPUModelRunner(GPUModelRunner):  # type: ignore[misc]
-    """vLLM's V1 GPU runner at sparse positions."""
-
-    def __init__(self, vllm_config: Any, device: torch.device) -> None:
-        super().__init__(vllm_config, device)
-        self.sparse_batch = SparseBatch(device)
-
-    def _preprocess(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
-        fields = super()._preprocess(scheduler_output, *args, **kwargs)
-        _rewrite_positions(self, scheduler_output, fields[POSITIONS_FIELD])
-        return fields
-
-
-class SparseCPUWorker(CPUWorker):  # type: ignore[misc]
-    """`worker_cls` of an engine on CPUs."""
-
-    def init_device(self) -> None:
-        """Set the device up as vLLM does, then run the sparse model runner on it."""
-        refuse_unsupported(self.vllm_config)
-        super().init_device()
-        self.model_runner = SparseCPUModelRunner(self.vllm_config, torch.device("cpu"))
-
-    def kv_address(self) -> str | None:
-        """Where this worker's KV port listens; called over `collective_rpc`."""
-        return _kv_address()
-
-    def kv_carrier(self) -> str:
-        """By what this worker hands KV over or takes it, beside gRPC."""
-        return _kv_carrier()
-
-
-class SparseGPUWorker(Worker):  # type: ignore[misc]
-    """`worker_cls` of an engine on GPUs, for either model runner."""
+class SparseCPUWorker(KvRpc, CPUWorker):  # type: ignore[misc]
+    """`worker_cls` of an engine on CPUs, for either model runner."""
 
     def init_device(self) -> None:
         """Set the device up as vLLM does; the V1 runner is replaced by the sparse one."""
         refuse_unsupported(self.vllm_config)
         super().init_device()
         if not self.use_v2_model_runner:
-            self.model_runner = SparseGPUModelRunner(self.vllm_config, self.device)
+            self.model_runner = SparseCPUModelRunner(self.vllm_config, torch.device("cpu"))
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the weights; the V2 runner's model state is replaced by the sparse one."""
         super().load_model(*args, **kwargs)
         if self.use_v2_model_runner:
-            from .model_state import sparse_model_state
+            # Needs Triton's interpreter, which an engine with the V1 runner does without.
+            from ..model_state import sparse_model_state
 
             self.model_runner.model_state = sparse_model_state(self.model_runner.model_state)
-
-    def kv_address(self) -> str | None:
-        """Where this worker's KV port listens; called over `collective_rpc`."""
-        return _kv_address()
-
-    def kv_carrier(self) -> str:
-        """By what this worker hands KV over or takes it, beside gRPC."""
-        return _kv_carrier()
-
-
-def _kv_address() -> str | None:
-    address: str | None = get_kv_transfer_group().kv_address
-    return address
-
-
-def _kv_carrier() -> str:
-    carrier: str = get_kv_transfer_group().kv_carrier
-    return carrier
-
-
-def _rewrite_positions(
-    runner: SparseCPUModelRunner | SparseGPUModelRunner,
-    scheduler_output: SchedulerOutput,
-    positions: torch.Tensor,
-) -> None:
-    runner.sparse_batch.forget(scheduler_output.finished_req_ids)
-    runner.sparse_batch.rewrite(
-        positions,
-        runner.input_batch.req_ids,
-        scheduler_output.num_scheduled_tokens,
-        runner.requests,
-    )

@@ -1,0 +1,50 @@
+"""vLLM's GPU worker at sparse positions: `worker_cls` of an engine on GPUs.
+
+The V1 model runner is replaced by a subclass that rewrites the positions after preprocessing;
+the V2 runner's model state provides them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
+
+from ..guard import refuse_unsupported
+from ..model_state import sparse_model_state
+from ..positions_v1 import POSITIONS_FIELD, rewrite_positions
+from ..sparse import SparseBatch
+from ..worker_rpc import KvRpc
+
+
+class SparseGPUModelRunner(GPUModelRunner):  # type: ignore[misc]
+    """vLLM's V1 GPU runner at sparse positions."""
+
+    def __init__(self, vllm_config: Any, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        self.sparse_batch = SparseBatch(device)
+
+    def _preprocess(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        fields = super()._preprocess(scheduler_output, *args, **kwargs)
+        rewrite_positions(self, scheduler_output, fields[POSITIONS_FIELD])
+        return fields
+
+
+class SparseGPUWorker(KvRpc, Worker):  # type: ignore[misc]
+    """`worker_cls` of an engine on GPUs, for either model runner."""
+
+    def init_device(self) -> None:
+        """Set the device up as vLLM does; the V1 runner is replaced by the sparse one."""
+        refuse_unsupported(self.vllm_config)
+        super().init_device()
+        if not self.use_v2_model_runner:
+            self.model_runner = SparseGPUModelRunner(self.vllm_config, self.device)
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the weights; the V2 runner's model state is replaced by the sparse one."""
+        super().load_model(*args, **kwargs)
+        if self.use_v2_model_runner:
+            self.model_runner.model_state = sparse_model_state(self.model_runner.model_state)

@@ -1,0 +1,19 @@
+"""What the services ask of an engine's workers over vLLM's `collective_rpc`."""
+
+from __future__ import annotations
+
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+
+class KvRpc:
+    """Methods of every worker class, on either device."""
+
+    def kv_address(self) -> str | None:
+        """Return where this worker's KV port listens; None on the decode side."""
+        address: str | None = get_kv_transfer_group().kv_address
+        return address
+
+    def kv_carrier(self) -> str:
+        """Return the best carrier that this worker has."""
+        carrier: str = get_kv_transfer_group().kv_carrier
+        return carrier
