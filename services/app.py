@@ -24,7 +24,8 @@ from .speculator.replica import SpeculatorReplica
 DRAIN_MARGIN_S = 10.0  # beyond the longest request
 HEALTH_CHECK_PERIOD_S = 3.0
 HEALTH_CHECK_TIMEOUT_S = 30.0  # a step of a long prefill may hold the engine that long
-GATEWAY_ONGOING, GATEWAY_QUEUED = 512, 512
+# No limit of Serve's: a gateway limits itself, answers in the right form, and stays healthy.
+GATEWAY_ONGOING, GATEWAY_QUEUED = 1_000_000, -1
 SPECULATOR_ONGOING, SPECULATOR_QUEUED = 64, 256
 ENGINE_ONGOING, ENGINE_QUEUED = 256, 512
 

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,15 @@ from .cluster import (
     LocalRay,
     ServeApi,
     Snapshot,
+    StartFailed,
     port_in_use,
 )
-from .deployment_file import DeploymentFile, Loaded, load
+from .deployment_file import GATEWAY, DeploymentFile, Loaded, draining, load
 from .findings import Severity
 
 START_TIMEOUT_S = 600.0
+DRAIN_TIMEOUT_S = 30.0
+DRAIN_POLL_S = 0.2
 _FINDING = re.compile(rf": ({'|'.join(Severity)}): ")
 _SILENT = {"VLLM_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
 
@@ -67,6 +72,10 @@ def _add_serve(commands: Any) -> None:
     serve.add_argument(
         "--timeout", type=float, default=START_TIMEOUT_S, metavar="S",
         help="seconds to wait until all pools are healthy (default: %(default)g)",
+    )  # fmt: skip
+    serve.add_argument(
+        "--drain", type=float, default=DRAIN_TIMEOUT_S, metavar="S",
+        help="seconds that running requests get after the signal (default: %(default)g)",
     )  # fmt: skip
     serve.set_defaults(run=run_serve)
 
@@ -149,7 +158,7 @@ def run_serve(args: argparse.Namespace) -> int:
     tell = Progress()
     tell("starting Ray on this machine")
     stop = threading.Event()
-    with _check_beside(args.file) as checking, LocalRay() as ray:
+    with _check_beside(args.file) as checking, _local_ray(args.file) as ray:
         _stop_on_signals(stop)
         _await_check(checking, tell)
         api = ServeApi(ray.dashboard_url)
@@ -158,9 +167,42 @@ def run_serve(args: argparse.Namespace) -> int:
         tell("ready")
         print(how_to_call(loaded.file, ray.dashboard_url), flush=True)
         stop.wait()
+        stop.clear()
+        _drain(ray, api, loaded, args.drain, stop, tell)
         tell("stopping")
     tell("stopped")
     return 0
+
+
+@contextmanager
+def _local_ray(file: Path) -> Iterator[LocalRay]:
+    ray = LocalRay(file=file)
+    try:
+        ray.start()
+    except StartFailed as error:
+        raise Failed(str(error)) from error
+    with ray:
+        yield ray
+
+
+def _drain(
+    ray: LocalRay,
+    api: ServeApi,
+    loaded: Loaded,
+    timeout_s: float,
+    stop: threading.Event,
+    tell: Progress,
+) -> None:
+    """Take no new requests, and give those that run time to end; a second signal cuts it short."""
+    tell(f"taking no new requests; those that run get up to {timeout_s:g} s")
+    api.deploy(draining(loaded.raw))
+    give_up_s = time.monotonic() + timeout_s
+    while not stop.is_set() and time.monotonic() < give_up_s:
+        held = ray.requests_held(api.replica_actors(GATEWAY))
+        if api.snapshot().healthy and held == 0:
+            return
+        stop.wait(DRAIN_POLL_S)
+    tell("requests are cut off")
 
 
 def run_deploy(args: argparse.Namespace) -> int:
@@ -208,16 +250,19 @@ class Progress:
 def how_to_call(file: DeploymentFile, dashboard_url: str) -> str:
     """The endpoints, and a first call to each."""
     http, grpc = file.http_options, file.grpc_options
-    base = f"http://{http.host}:{http.port}"
-    model = file.applications[0].args.model.served_name
+    args = file.applications[0].args
+    scheme = "http" if args.gateway.front.tls is None else "https"
+    base = f"{scheme}://{http.host}:{http.port}"
+    model = args.model.served_name
+    key = "-H 'authorization: Bearer KEY' " if args.gateway.api_keys else ""
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     return f"""
   HTTP (OpenAI API)  {base}/v1
-  gRPC               127.0.0.1:{grpc.port}  service specprefill.v1.SpecPrefill
+  gRPC               {http.host}:{grpc.port}  service specprefill.v1.SpecPrefill
   dashboard          {dashboard_url}
 
   specprefill ask --http {base} --prompt-file FILE "QUESTION"
-  curl {base}/v1/chat/completions -H 'content-type: application/json' -d '{body}'
+  curl {base}/v1/chat/completions {key}-H 'content-type: application/json' -d '{body}'
   RAY_AUTH_MODE=token specprefill status --address {dashboard_url}
 """
 

@@ -8,7 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 Rate = Annotated[float, Field(gt=0.0, le=1.0)]
 Seconds = Annotated[float, Field(gt=0.0)]
@@ -151,14 +159,62 @@ class AdmissionConfig(Strict):
     per_engine: PositiveInt = 2  # requests let in for each speculator and prefill replica
 
 
+class ApiKey(Strict):
+    """One client's key, under a name that logs and metrics may show."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+    # Exactly one source. `key` stands in the file, and Ray's dashboard shows it to its readers.
+    key: str | None = Field(None, min_length=1, repr=False)
+    env: str | None = None  # an environment variable of the gateways' nodes
+    file: str | None = None  # a file on the gateways' nodes that holds the key alone
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if [self.key, self.env, self.file].count(None) != 2:
+            raise ValueError("give exactly one of key, env and file")
+        return self
+
+
+class FrontTls(Strict):
+    """TLS between clients and the service: PEM files, at these paths on every node."""
+
+    certificate: str  # with its chain
+    key: str  # of the certificate; without a password
+    client_authority: str | None = None  # clients must show a certificate that it signed
+
+
+class FrontConfig(Strict):
+    """HAProxy, which Ray Serve starts before the gateways on every node that serves."""
+
+    tls: FrontTls | None = None  # plaintext if absent; HTTP and gRPC alike
+    max_connections: PositiveInt = 8192  # at once; fewer where the process may open fewer files
+    header_timeout_s: Seconds = 10.0  # for a request's headers, and a small body
+    metrics_host: str | None = "127.0.0.1"  # where its metrics listen; null: nowhere
+    stats_host: str | None = None  # where its statistics page listens; null: nowhere
+
+
 class GatewayConfig(Strict):
     """The OpenAI-compatible and gRPC front."""
 
     request_timeout_s: Seconds = 300.0
     max_body_bytes: PositiveInt = 32 << 20
+    body_timeout_s: Seconds = 10.0  # for a request's body, and more as its bytes arrive
+    max_buffered_bytes: PositiveInt = 1 << 30  # of bodies that are not complete yet, per gateway
+    max_concurrent_requests: PositiveInt = 1024  # per gateway, waiting ones too; more get 429
+    front: FrontConfig = FrontConfig()
     admission: AdmissionConfig | None = None  # None: first come, first served, at the planned rate
-    api_keys: tuple[str, ...] = ()  # any of them is accepted; none: no authentication
+    # Any of them is accepted; none: no authentication. A string alone is a key in the file.
+    api_keys: tuple[ApiKey | Annotated[str, Field(min_length=1)], ...] = ()
+    # Answered without a key. `/metrics` tells how much each key asks for.
+    open_paths: tuple[str, ...] = ("/health", "/ping")
     vllm_args: tuple[str, ...] = ()  # more arguments of `vllm serve`'s front, e.g. a tool parser
+
+    @field_validator("vllm_args")
+    @classmethod
+    def _no_second_list_of_keys(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if any(each.partition("=")[0] in ("--api-key", "--api_key") for each in value):
+            raise ValueError("--api-key guards some of the paths only; use gateway.api_keys")
+        return value
 
 
 class SloConfig(Strict):

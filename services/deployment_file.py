@@ -25,6 +25,8 @@ from .config import AppConfig, Strict
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 SLO_POLICY = "specprefill.autoscaling.policy:SloPolicy"
+GATEWAY = "Gateway"
+DRAINING = "draining"
 DeploymentName = Literal["Gateway", "Speculator", "Prefill", "Decode"]
 
 
@@ -141,7 +143,11 @@ class GrpcOptions(Strict):
 
     port: Port = 9000
     grpc_servicer_functions: tuple[
-        Literal["specprefill.rpc.specprefill_pb2_grpc.add_SpecPrefillServicer_to_server"], ...
+        Literal[
+            "specprefill.rpc.specprefill_pb2_grpc.add_SpecPrefillServicer_to_server",
+            "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
+        ],
+        ...,
     ] = ()
     request_timeout_s: PositiveFloat | None = None
     enable_reflection: bool = True
@@ -256,3 +262,16 @@ def with_ports(raw: Mapping[str, Any], http_port: int, grpc_port: int) -> dict[s
         "http_options": {**raw.get("http_options", {}), "port": http_port},
         "grpc_options": {**raw.get("grpc_options", {}), "port": grpc_port},
     }
+
+
+def draining(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a file's content whose gateways take no new requests. Serve restarts none."""
+    return {**raw, "applications": [_draining(each) for each in raw["applications"]]}
+
+
+def _draining(application: Mapping[str, Any]) -> dict[str, Any]:
+    given = list(application.get("deployments", []))
+    others = [each for each in given if each["name"] != GATEWAY]
+    gateway = next((each for each in given if each["name"] == GATEWAY), {"name": GATEWAY})
+    told = {**gateway, "user_config": {DRAINING: True}}
+    return {**application, "deployments": [*others, told]}

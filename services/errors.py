@@ -3,6 +3,7 @@
 SpecPrefillError
 ├── InvalidRequest        the caller's fault: 400, INVALID_ARGUMENT
 │   └── UnknownModel      404, NOT_FOUND
+├── Unauthenticated       no API key, or an unknown one: 401, UNAUTHENTICATED
 ├── DeadlineExceeded      504, DEADLINE_EXCEEDED
 ├── Overloaded            429, RESOURCE_EXHAUSTED
 ├── Unavailable           503, UNAVAILABLE
@@ -39,6 +40,13 @@ class InvalidRequest(SpecPrefillError):
 
 class UnknownModel(InvalidRequest):
     """The request names a model that is not served here."""
+
+
+class Unauthenticated(SpecPrefillError):
+    """The request shows no API key that this deployment knows."""
+
+    def __init__(self) -> None:
+        super().__init__("authorization: a valid API key is required, as 'Bearer KEY'")
 
 
 class DeadlineExceeded(SpecPrefillError):

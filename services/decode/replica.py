@@ -15,6 +15,7 @@ from ..engine.args import Role, engine_args
 from ..engine.engine import Engine
 from ..kv.nixl import require
 from ..kv.tls import read_tls
+from ..replica_logging import log_with_serve
 from ..types import Replay, Request, Selection, Ticket
 from ..wire import pack, unpack
 from .objects import KvReference, ObjectTickets
@@ -30,6 +31,7 @@ class DecodeReplica:
     """Serve awaits the constructor, checks the health, and calls `__del__` after draining."""
 
     async def __init__(self, config_json: str) -> None:  # type: ignore[misc]
+        log_with_serve()
         config = AppConfig.model_validate_json(config_json)
         require(config.kv.carrier)
         tls = read_tls(config.kv.tls)

@@ -21,8 +21,12 @@ from vllm.renderers.chat_utils import load_chat_template
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from ..config import AppConfig, local_path
-from .client import Answering, PipelineClient
+from .access import AccessMiddleware, LimitMiddleware, RequestLimit
+from .bodies import BodyReader
+from .client import Answering, CountTokens, PipelineClient
 from .health import PoolCounts, health_route
+from .keys import KeyRing
+from .metrics import count_shed
 from .middleware import RequestMiddleware
 from .surface import TASKS
 
@@ -34,7 +38,9 @@ class _NoServer:
     should_exit: bool = False
 
 
-def build_client(config: AppConfig, pipeline: Answering) -> PipelineClient:
+def build_client(
+    config: AppConfig, pipeline: Answering, count_tokens: CountTokens | None = None
+) -> PipelineClient:
     """The engine client: loads the model's config and tokenizer, no weights."""
     args = server_args(config)
     return PipelineClient(
@@ -44,19 +50,34 @@ def build_client(config: AppConfig, pipeline: Answering) -> PipelineClient:
         timeout_s=config.gateway.request_timeout_s,
         tail_tokens=config.selection.tail_tokens,
         protect_fences=config.selection.protect_fences,
+        count_tokens=count_tokens,
     )
 
 
-async def build_http_app(config: AppConfig, client: PipelineClient, count: PoolCounts) -> FastAPI:
-    """vLLM's OpenAI app on `client`. `count` tells each pool's healthy replicas."""
+async def build_http_app(
+    config: AppConfig,
+    client: PipelineClient,
+    count: PoolCounts,
+    keys: KeyRing,
+    limit: RequestLimit,
+) -> FastAPI:
+    """vLLM's OpenAI app on `client`. `count` returns each pool's healthy replicas."""
     args = server_args(config)
     app: FastAPI = build_app(args, TASKS, client.model_config)
     await init_app_state(client, app.state, args, TASKS)
     app.state.server = _NoServer()
-    app.router.routes.insert(0, health_route(count))  # before vLLM's own
-    # Innermost: behind authentication, so that no stranger's body is read.
+    app.router.routes.insert(0, health_route(count, limit))  # before vLLM's own
+    gateway = config.gateway
+    # Outermost first: strangers meet nothing else, and a slot is held by complete requests alone.
+    app.user_middleware.insert(
+        0, Middleware(AccessMiddleware, keys=keys, open_paths=gateway.open_paths)
+    )
+    bodies = BodyReader(
+        gateway.max_body_bytes, gateway.body_timeout_s, gateway.max_buffered_bytes, count_shed
+    )
+    app.user_middleware.append(Middleware(RequestMiddleware, bodies=bodies))
     app.user_middleware.append(
-        Middleware(RequestMiddleware, max_body_bytes=config.gateway.max_body_bytes)
+        Middleware(LimitMiddleware, limit=limit, free_paths=gateway.open_paths)
     )
     app.middleware_stack = app.build_middleware_stack()  # vLLM has built it already
     return app
@@ -74,8 +95,6 @@ def server_args(config: AppConfig) -> Namespace:
         argv += ["--max-model-len", str(model.max_model_len)]
     if model.trust_remote_code:
         argv.append("--trust-remote-code")
-    if config.gateway.api_keys:
-        argv += ["--api-key", *config.gateway.api_keys]
     args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(
         [*argv, *config.gateway.vllm_args]
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import threading
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from http import HTTPStatus
@@ -32,16 +33,18 @@ from ..errors import InvalidRequest, SpecPrefillError, Unavailable
 from ..plan import Planner
 from ..types import Chunk, Controls, PlanKind, Request, Selection, Span
 from .context import CURRENT, Messages, RequestContext
+from .controls import shortened
 from .failures import http_failure
 from .offsets import PromptOffsets
 from .outputs import OutputAssembler
 from .request_log import RequestLog
-from .spans import merged, protected_spans, special_spans
+from .spans import altered_piece, merged, protected_spans, special_spans
 from .surface import TASKS, RemoteEngineClient
 
 logger = logging.getLogger(__name__)
 
 _SEED_BITS = 31
+CountTokens = Callable[[str, int, int], None]  # the key's name, prompt and output tokens
 
 
 class Answering(Protocol):
@@ -70,6 +73,7 @@ class PipelineClient(RemoteEngineClient):
         timeout_s: float,
         tail_tokens: int,
         protect_fences: bool,
+        count_tokens: CountTokens | None = None,
     ) -> None:
         self.vllm_config = vllm_config
         self.model_config = vllm_config.model_config
@@ -80,6 +84,7 @@ class PipelineClient(RemoteEngineClient):
         self._timeout_s = timeout_s
         self._tail_tokens = tail_tokens
         self._protect_fences = protect_fences
+        self._count_tokens = count_tokens
         self._offsets = PromptOffsets(self.renderer.tokenizer)
 
     @override
@@ -144,6 +149,8 @@ class PipelineClient(RemoteEngineClient):
             raise
         finally:
             logger.info(story.line())
+            if self._count_tokens is not None and request.key is not None:
+                self._count_tokens(request.key, len(request.prompt), story.output_tokens)
 
     async def select(self, request: Request) -> Selection:
         """Which tokens of the prompt would be kept."""
@@ -189,8 +196,9 @@ class PipelineClient(RemoteEngineClient):
 
         Raises InvalidRequest.
         """
-        admitted = self._admit(prompt, sampling_params, request_id, priority)
+        admitted = await self._admit(prompt, sampling_params, request_id, priority)
         params = admitted.sampling_params
+        _limit_tokens(params, self.model_config.max_model_len - len(admitted.prompt_token_ids))
         params.extra_args = _caller_args(params.extra_args)
         if params.seed is None and params.temperature > 0:  # both engines must draw alike
             params.seed = secrets.randbits(_SEED_BITS)
@@ -211,35 +219,63 @@ class PipelineClient(RemoteEngineClient):
         plan = self._pipeline.planner.plan(request)
         if plan.kind is PlanKind.DENSE:
             return replace(request, plan=plan)
-        text = prompt.get("prompt")
-        spans = await asyncio.to_thread(self._protected, request, text, context.messages)
-        return replace(request, protected=spans)
+        return replace(request, protected=await self._protected(request, prompt, context))
 
     def _limit(self, asked_s: float | None) -> float:
         return self._timeout_s if asked_s is None else min(asked_s, self._timeout_s)
 
-    def _admit(
+    async def _admit(
         self, prompt: EngineInput, params: SamplingParams, request_id: str, priority: int
     ) -> EngineCoreRequest:
         if not isinstance(prompt, dict) or prompt.get("type") != "token":
             raise InvalidRequest("prompt: only text and token prompts are supported", "prompt")
         try:
-            return self.input_processor.process_inputs(
+            return await self.input_processor.process_inputs_async(
                 request_id, prompt, params, supported_tasks=TASKS, priority=priority
             )
         except (VLLMClientError, ValueError) as error:
             raise as_invalid(error) from error
 
-    def _protected(
-        self, request: Request, text: str | None, messages: Messages | None
+    async def _protected(
+        self, request: Request, prompt: EngineInput, context: RequestContext
+    ) -> tuple[Span, ...]:
+        """Found off the event loop; the search ends soon after the request is cancelled."""
+        cancelled = threading.Event()
+        text = prompt.get("prompt")
+        try:
+            return await asyncio.to_thread(
+                self._find_protected, request, text, context, cancelled.is_set
+            )
+        finally:
+            cancelled.set()
+
+    def _find_protected(
+        self,
+        request: Request,
+        text: str | None,
+        context: RequestContext,
+        is_cancelled: Callable[[], bool],
     ) -> tuple[Span, ...]:
         special = special_spans(request.prompt, self._offsets.special_ids)
-        offsets = None if text is None else self._offsets.find(text, request.prompt)
-        if text is None or offsets is None:
-            return special
         protect = request.controls.protect
+        if context.messages is None and not protect and not self._protect_fences:
+            return special
+        placed = self._offsets.place(text, request.prompt, is_cancelled)
+        altered = altered_piece(placed.text, context.messages or (), protect)
+        if altered is not None:
+            raise InvalidRequest(
+                f"{context.protect_field}: {shortened(altered)} stands in a message, but the chat "
+                "template changes it; name a part that it leaves as it is",
+                context.protect_field,
+            )
         spans = protected_spans(
-            text, offsets, messages, protect, self._tail_tokens, fences=self._protect_fences
+            placed.text,
+            placed.offsets,
+            context.messages,
+            protect,
+            self._tail_tokens,
+            fences=self._protect_fences,
+            is_cancelled=is_cancelled,
         )
         return merged(special + spans)
 
@@ -248,6 +284,15 @@ def as_invalid(error: Exception) -> InvalidRequest:
     """vLLM's validation errors as ours."""
     field = error.parameter if isinstance(error, VLLMValidationError) else None
     return InvalidRequest(str(error), field)
+
+
+def _limit_tokens(params: SamplingParams, most: int) -> None:
+    """No output token past the model's last position.
+
+    Engines count slots, and a pruned prompt leaves slots free that have no positions.
+    """
+    params.max_tokens = min(params.max_tokens, most)
+    params.min_tokens = min(params.min_tokens, params.max_tokens)
 
 
 def hold_back_chars(params: SamplingParams) -> int:

@@ -15,15 +15,18 @@ from ..errors import (
     InvalidRequest,
     Overloaded,
     SpecPrefillError,
+    Unauthenticated,
     Unavailable,
     UnknownModel,
 )
 
+UNAVAILABLE_RETRY_S = 1.0
 INTERNAL_MESSAGE = "The server failed to answer this request."
 
 _GRPC_CODES: tuple[tuple[type[SpecPrefillError], grpc.StatusCode], ...] = (
     (UnknownModel, grpc.StatusCode.NOT_FOUND),
     (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
+    (Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
     (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
     (Unavailable, grpc.StatusCode.UNAVAILABLE),
 )
@@ -63,6 +66,8 @@ def http_failure(error: SpecPrefillError) -> Failure:
             return Failure(
                 400, "invalid_request_error", "invalid_value", error.message, error.field
             )
+        case Unauthenticated():
+            return Failure(401, "invalid_request_error", "invalid_api_key", str(error))
         case DeadlineExceeded():
             return Failure(504, "timeout_error", "deadline_exceeded", str(error))
         case Overloaded():
@@ -75,7 +80,13 @@ def http_failure(error: SpecPrefillError) -> Failure:
                 shed_reason=error.reason,
             )
         case Unavailable():
-            return Failure(503, "service_unavailable_error", "unavailable", str(error))
+            return Failure(
+                503,
+                "service_unavailable_error",
+                "unavailable",
+                str(error),
+                retry_after_s=UNAVAILABLE_RETRY_S,
+            )
         case _:
             return Failure(500, "server_error", "internal_error", INTERNAL_MESSAGE)
 
@@ -84,6 +95,11 @@ def too_large(max_body_bytes: int) -> Failure:
     """The request body exceeds the deployment's limit."""
     message = f"The request body must be at most {max_body_bytes} bytes."
     return Failure(413, "invalid_request_error", "body_too_large", message)
+
+
+def too_slow() -> Failure:
+    """The request body stopped arriving."""
+    return Failure(408, "timeout_error", "request_timeout", "The request did not arrive in time.")
 
 
 class RpcFailed(Exception):

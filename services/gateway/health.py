@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -39,11 +40,19 @@ def judge(pools: Mapping[str, int]) -> Health:
     return Health(PREFILL not in empty and DECODE not in empty, reason, dict(pools))
 
 
-def health_route(count: PoolCounts) -> Route:
+class Drainable(Protocol):
+    """What may stop to take new requests."""
+
+    draining: bool
+
+
+def health_route(count: PoolCounts, limit: Drainable) -> Route:
     """`GET /health`: 200 or 503, with the reason and the pools."""
 
     async def answer(_: Request) -> JSONResponse:
         health = judge(await count())
+        if limit.draining:
+            health = replace(health, serving=False, reason="the service is stopping")
         content = {"status": health.status, "reason": health.reason, "pools": dict(health.pools)}
         return JSONResponse(content, status_code=200 if health.serving else 503)
 

@@ -86,6 +86,11 @@ class MeasuredPipeline:
         return await self._pipeline.select(request)
 
 
+def count_shed(reason: str) -> None:
+    """Count a request that was refused before it came to the pipeline."""
+    SHED.labels(reason).inc()
+
+
 def _count(request: Request, outcome: str, report: Report | None) -> None:
     PROMPT_TOKENS.inc(len(request.prompt))
     if report is None:

@@ -14,10 +14,13 @@ import msgspec
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, Overloaded
+from ..front import TIMEOUT_HEADER as FRONT_TIMEOUT_HEADER
+from .bodies import BodyReader, BodyTooLarge, BodyTooSlow, Disconnected
 from .context import CURRENT, RequestContext, fair_key
 from .controls import FIELD, conversation, pop_controls, timeout
-from .failures import Failure, http_failure, too_large
+from .failures import Failure, http_failure, too_large, too_slow
+from .keys import KEY_NAME
 from .reports import story_json
 
 TIMEOUT_HEADER = "x-request-timeout-seconds"
@@ -31,9 +34,9 @@ _AHEAD_OF_PROXY_S = 0.25
 class RequestMiddleware:
     """Pure ASGI middleware; it never buffers a stream."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, bodies: BodyReader) -> None:
         self._app = app
-        self._max_body_bytes = max_body_bytes
+        self._bodies = bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -41,15 +44,18 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         try:
-            body = await _read_body(Headers(scope=scope), receive, self._max_body_bytes)
+            body = await self._bodies.read(Headers(scope=scope), receive)
             context, body = _admit(scope, body)
-        except _TooLarge:
-            await _send_failure(send, too_large(self._max_body_bytes))
+        except BodyTooLarge:
+            await send_failure(send, too_large(self._bodies.max_bytes))
             return
-        except _Disconnected:
+        except BodyTooSlow:
+            await send_failure(send, too_slow())
             return
-        except InvalidRequest as error:
-            await _send_failure(send, http_failure(error))
+        except Disconnected:
+            return
+        except (InvalidRequest, Overloaded) as error:
+            await send_failure(send, http_failure(error))
             return
         reply = _Reply(send, context)
         token = CURRENT.set(context)
@@ -57,30 +63,6 @@ class RequestMiddleware:
             await self._app(scope, _replay(body, receive), reply.send)
         finally:
             CURRENT.reset(token)
-
-
-class _TooLarge(Exception):
-    """The body exceeds the limit."""
-
-
-class _Disconnected(Exception):
-    """The client left before its body was complete."""
-
-
-async def _read_body(headers: Headers, receive: Receive, limit: int) -> bytes:
-    declared = headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > limit:
-        raise _TooLarge
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise _Disconnected
-        body += message.get("body", b"")
-        if len(body) > limit:
-            raise _TooLarge
-        if not message.get("more_body", False):
-            return bytes(body)
 
 
 def _replay(body: bytes, receive: Receive) -> Callable[[], Awaitable[Message]]:
@@ -97,7 +79,8 @@ def _admit(scope: Scope, body: bytes) -> tuple[RequestContext, bytes]:
     """The request's context, and the body as vLLM's own handlers shall see it."""
     headers = Headers(scope=scope)
     context = RequestContext(
-        timeout_s=_timeout_s(headers), key=fair_key(headers.get("authorization"))
+        timeout_s=_timeout_s(headers),
+        key=scope.get(KEY_NAME) or fair_key(headers.get("authorization")),
     )
     path = scope["path"].removeprefix(scope.get("root_path", ""))
     if path not in _PATHS:
@@ -117,6 +100,10 @@ def _admit(scope: Scope, body: bytes) -> tuple[RequestContext, bytes]:
 
 
 def _timeout_s(headers: Headers) -> float | None:
+    """The time that the caller gives. The front hides it from Serve, whose proxies cut off."""
+    hidden = headers.get(FRONT_TIMEOUT_HEADER)
+    if hidden is not None:
+        return timeout(TIMEOUT_HEADER, hidden)
     asked_s = timeout(TIMEOUT_HEADER, headers.get(TIMEOUT_HEADER))
     return None if asked_s is None else max(asked_s / 2, asked_s - _AHEAD_OF_PROXY_S)
 
@@ -181,7 +168,7 @@ class _Reply:
         """Answer with the recorded failure in place of what vLLM made of it."""
         self._replaced = True
         if self._context.error is not None:
-            await _send_failure(
+            await send_failure(
                 self._send, http_failure(self._context.error), Headers(raw=start["headers"])
             )
 
@@ -225,7 +212,7 @@ def _dumps(value: object) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-async def _send_failure(send: Send, failure: Failure, inherited: Headers | None = None) -> None:
+async def send_failure(send: Send, failure: Failure, inherited: Headers | None = None) -> None:
     body = failure.body()
     headers = MutableHeaders(raw=[] if inherited is None else list(inherited.raw))
     headers["content-type"] = "application/json"

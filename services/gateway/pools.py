@@ -30,6 +30,7 @@ from ..kv.prefilling import prefilling
 from ..ports import Prefilling
 from ..types import Decoded, Plan, Prefilled, Replay, Request, Selection, Ticket
 from .affinity import load_of
+from .serve_calls import call_alone
 
 logger = logging.getLogger(__name__)
 
@@ -74,12 +75,10 @@ class ServePrefiller:
     ) -> AsyncIterator[Prefilling]:
         """See `ports.Prefiller`."""
         payload = wire.pack((request, selection, timeout_s))
-        with mapped_errors("prefill", PrefillUnavailable):
-            load = wire.pack(load_of(request.prompt, selection))
-            call = self.handle.options(method_name="prefill", stream=True)
-            stream = call.remote(payload, load)
-        items = _items(stream, "prefill", PrefillUnavailable, timeout_s)
+        load = wire.pack(load_of(request.prompt, selection))
+        call = self.handle.options(method_name="prefill", stream=True)
         async with (
+            _streamed(call, "prefill", PrefillUnavailable, timeout_s, payload, load) as items,
             aclosing(self._said(items)) as said,
             prefilling(said, self.leases) as one,
         ):
@@ -120,31 +119,44 @@ class ServeDecoder:
     ) -> AsyncIterator[Decoded]:
         """See `ports.Decoder`."""
         payload = wire.pack((request, selection, ticket, replay, timeout_s))
-        with mapped_errors("decode", DecodeUnavailable):
-            objects = [] if ticket is None else self.carried.get(ticket.lease_id, [])
-            call = self.handle.options(method_name="decode", stream=True)
-            stream = call.remote(payload, objects)
-        async with aclosing(_items(stream, "decode", DecodeUnavailable, timeout_s)) as items:
+        objects = [] if ticket is None else self.carried.get(ticket.lease_id, [])
+        call = self.handle.options(method_name="decode", stream=True)
+        decoding = _streamed(call, "decode", DecodeUnavailable, timeout_s, payload, objects)
+        async with decoding as items:
             async for item in items:
                 yield wire.unpack(item, Decoded)
+
+
+@asynccontextmanager
+async def _streamed(
+    handle: DeploymentHandle,
+    pool: str,
+    unavailable: type[Unavailable],
+    timeout_s: float,
+    *messages: object,
+) -> AsyncIterator[AsyncGenerator[Any]]:
+    """What a replica streams, until `timeout_s` have passed. Leaving cancels the call."""
+    with mapped_errors(pool, unavailable):
+        stream = call_alone(handle, *messages)
+    try:
+        async with aclosing(_items(stream, pool, unavailable, timeout_s)) as items:
+            yield items
+    finally:
+        stream.cancel()  # otherwise the replica works on for nobody
 
 
 async def _items(
     stream: Any, pool: str, unavailable: type[Unavailable], timeout_s: float
 ) -> AsyncGenerator[Any]:
-    """What a replica streams, until `timeout_s` have passed."""
     deadline = asyncio.get_running_loop().time() + timeout_s
-    try:
-        while True:
-            with mapped_errors(pool, unavailable):
-                try:
-                    async with asyncio.timeout_at(deadline):
-                        item = await anext(stream)
-                except StopAsyncIteration:
-                    return
-            yield item
-    finally:
-        stream.cancel()  # otherwise a cancelled caller may leave the replica working
+    while True:
+        with mapped_errors(pool, unavailable):
+            try:
+                async with asyncio.timeout_at(deadline):
+                    item = await anext(stream)
+            except StopAsyncIteration:
+                return
+        yield item
 
 
 @contextmanager
@@ -179,7 +191,7 @@ def mapped_errors(
 
 
 async def _call(handle: DeploymentHandle, method: str, timeout_s: float, *messages: bytes) -> Any:
-    response = handle.options(method_name=method).remote(*messages)
+    response = call_alone(handle.options(method_name=method), *messages)
     try:
         async with asyncio.timeout(timeout_s):
             reply = await response

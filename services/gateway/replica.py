@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
+from grpc_health.v1.health_pb2 import (
+    HealthCheckRequest,
+    HealthCheckResponse,
+    HealthListRequest,
+    HealthListResponse,
+)
 from ray import serve
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
 from .. import heap
 from ..config import AppConfig
+from ..deployment_file import DRAINING
 from ..kv.rpc import KvPeers
 from ..kv.tls import read_tls
 from ..pipeline import Pipeline
 from ..policies import local_prefill, net_gain, planner
+from ..replica_logging import log_with_serve
 from ..rpc import specprefill_pb2 as pb
+from .access import RequestLimit
 from .admission import behind_gate
 from .app import build_client, build_http_app
 from .calibration import calibration
 from .client import Answering
 from .grpc_api import GrpcApi
-from .metrics import MeasuredPipeline
+from .grpc_health import GrpcHealth
+from .grpc_log import log_refusals_in_one_line
+from .key_usage import KeyUsage
+from .keys import read_keys
+from .metrics import MeasuredPipeline, count_shed
 from .pools import Carried, ServeDecoder, ServePrefiller, ServeSpeculator, by_reference
 from .serve_health import ServeHealth
+from .serve_ports import bind_grpc_as_http
 from .shadowing import ShadowedPipeline
 from .traffic import CountedPipeline, GatewayTraffic
 
@@ -40,7 +55,12 @@ class GatewayReplica:
         prefill: DeploymentHandle,
         decode: DeploymentHandle,
     ) -> None:
+        log_with_serve()
+        log_refusals_in_one_line()
+        bind_grpc_as_http()
         self._config = AppConfig.model_validate_json(config_json)
+        self._keys = read_keys(self._config.gateway.api_keys, os.environ)
+        self._limit = RequestLimit(self._config.gateway.max_concurrent_requests, count_shed)
         pools = {
             "speculator": speculator.deployment_name,
             "prefill": prefill.deployment_name,
@@ -72,16 +92,24 @@ class GatewayReplica:
         self._shadowed: ShadowedPipeline | None = None
         if self._config.quality.shadow_share > 0:
             live = self._shadowed = ShadowedPipeline(live, pipeline, self._config.quality)
-        self._client = build_client(self._config, live)
+        usage = KeyUsage().count if self._keys else None
+        self._client = build_client(self._config, live, usage)
         self._calibration = calibration(pipeline, gain.models, self._client.model_config)
         self._calibration.start()
         self._grpc = GrpcApi(
             self._client,
             self._config.model.served_name,
-            self._config.gateway.api_keys,
+            self._keys,
+            self._limit,
             self._health.count,
         )
+        self._grpc_health = GrpcHealth(self._health.count, self._limit)
         heap.freeze()
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve calls this in every gateway when the deployment's `user_config` changes."""
+        if user_config.get(DRAINING):
+            self._limit.drain()
 
     async def __del__(self) -> None:
         if self._shadowed is not None:
@@ -91,7 +119,9 @@ class GatewayReplica:
 
     async def __serve_build_asgi_app__(self) -> Any:
         """Serve calls this after the constructor."""
-        return await build_http_app(self._config, self._client, self._health.count)
+        return await build_http_app(
+            self._config, self._client, self._health.count, self._keys, self._limit
+        )
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What the autoscaling policy is told of this gateway's requests."""
@@ -122,3 +152,18 @@ class GatewayReplica:
     ) -> pb.HealthResponse:
         """See the proto."""
         return await self._grpc.health(request, grpc_context)
+
+    async def Check(self, request: HealthCheckRequest) -> HealthCheckResponse:
+        """`grpc.health.v1.Health`."""
+        return await self._grpc_health.check(request)
+
+    async def Watch(self, request: HealthCheckRequest) -> AsyncIterator[HealthCheckResponse]:
+        """`grpc.health.v1.Health`."""
+        async with aclosing(self._grpc_health.watch(request)) as changes:
+            async for change in changes:
+                yield change
+
+    async def List(self, request: HealthListRequest) -> HealthListResponse:
+        """`grpc.health.v1.Health`."""
+        del request
+        return await self._grpc_health.list()

@@ -14,7 +14,13 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from ..engine.engine import Engine, map_engine_errors
 from ..engine.handoff_scheduler import PRODUCE
-from ..engine.outputs import chunk_of, prefill_times, prompt_logprobs_of, sampling_params
+from ..engine.outputs import (
+    check_ended_well,
+    chunk_of,
+    prefill_times,
+    prompt_logprobs_of,
+    sampling_params,
+)
 from ..engine.params import KV_TRANSFER, POSITIONS
 from ..errors import DeadlineExceeded, PrefillUnavailable
 from ..kv.announcements import Announcement
@@ -165,8 +171,10 @@ class PrefillService:
         last = None
         async for output in self._engine.generate(prompt, params, request_id, request.priority):
             last = output
-        if last is None or last.outputs[0].finish_reason in {"abort", "error"}:
-            raise PrefillUnavailable("prefill: the engine gave no token")
+        lost = PrefillUnavailable("prefill: the engine gave no token")
+        if last is None:
+            raise lost
+        check_ended_well(params, last.outputs[0].finish_reason, lost)
         return last
 
     async def _watch(self) -> None:

@@ -10,6 +10,7 @@ from ..autoscaling.waiting import Waiting
 from ..config import AppConfig
 from ..errors import SpeculatorUnavailable
 from ..policies import kv_block_tokens
+from ..replica_logging import log_with_serve
 from ..types import Plan, Request
 from ..wire import pack, unpack
 from .service import SpeculatorService
@@ -19,6 +20,7 @@ class SpeculatorReplica:
     """Serve awaits the constructor, checks the health, and calls `__del__` after draining."""
 
     async def __init__(self, config_json: str) -> None:  # type: ignore[misc]
+        log_with_serve()
         config = AppConfig.model_validate_json(config_json)
         self._service = SpeculatorService.from_config(
             config.speculator,

@@ -12,6 +12,8 @@ import msgspec
 import pytest
 
 from specprefill.config import AppConfig
+from specprefill.gateway.access import RequestLimit
+from specprefill.gateway.keys import KeyRing
 from specprefill.plan import Planner
 from specprefill.types import (
     Chunk,
@@ -27,6 +29,9 @@ from specprefill.types import (
 
 WORDS = (" alpha", " bravo", " charlie")
 API_KEY = "test-key"
+KEYS = KeyRing({"tests": API_KEY, "others": "other-key"})
+SHED: list[str] = []  # reasons
+LIMIT = RequestLimit(64, SHED.append)
 
 
 class ScriptedPipeline:
@@ -139,9 +144,9 @@ def gateway() -> Iterator[Any]:
         from specprefill.gateway.app import build_client, build_http_app
 
         pipeline, health = ScriptedPipeline(), ScriptedHealth()
-        config = configuration(api_keys=[API_KEY])
+        config = configuration()
         client = build_client(config, pipeline)
-        app = asyncio.run(build_http_app(config, client, health))
+        app = asyncio.run(build_http_app(config, client, health, KEYS, LIMIT))
     yield client, app, pipeline, health
     client.renderer.shutdown()
 

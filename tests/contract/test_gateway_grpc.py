@@ -16,6 +16,8 @@ from specprefill.rpc import specprefill_pb2 as pb
 from specprefill.rpc import specprefill_pb2_grpc as stubs
 from specprefill.types import Controls
 
+from .conftest import KEYS, LIMIT
+
 TEXT = " alpha bravo charlie"
 KEY = (("authorization", "Bearer test-key"),)
 
@@ -58,7 +60,7 @@ async def stub(gateway: Any, pipeline: Any, health: Any) -> AsyncIterator[Any]:
     from specprefill.gateway.grpc_api import GrpcApi
 
     server = grpc.aio.server()
-    api = GrpcApi(gateway[0], "demo", ["test-key", "other-key"], health)
+    api = GrpcApi(gateway[0], "demo", KEYS, LIMIT, health)
     stubs.add_SpecPrefillServicer_to_server(Servicer(api), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
@@ -303,3 +305,13 @@ async def test_a_client_that_cancels_closes_the_pipeline(stub: Any, pipeline: An
     async with asyncio.timeout(10):
         await pipeline.ended.wait()
     assert pipeline.closed == 1
+
+
+async def test_more_calls_than_the_gateway_holds_are_resource_exhausted(
+    stub: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(LIMIT, "most", 0)
+    refused = await failure(stub.Generate(text_request(), metadata=KEY))
+    assert refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "gateway_full" in refused.details()
+    assert (await stub.Health(pb.HealthRequest())).serving

@@ -30,7 +30,7 @@ from specprefill.loadtest.runner import Planned, Progress
 from specprefill.loadtest.scenario import Kill, Scenario
 from specprefill.rpc import specprefill_pb2_grpc as stubs
 
-from .conftest import API_KEY, WORDS
+from .conftest import API_KEY, KEYS, LIMIT, WORDS
 from .test_gateway_grpc import Servicer
 
 ANSWER = "".join(WORDS)
@@ -63,7 +63,7 @@ async def addresses(gateway: Any, pipeline: Any, health: Any) -> AsyncIterator[d
         web = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
         serving = asyncio.create_task(web.serve(sockets=[listening]))
         server = grpc.aio.server()
-        api = GrpcApi(client, "demo", [API_KEY], health)
+        api = GrpcApi(client, "demo", KEYS, LIMIT, health)
         stubs.add_SpecPrefillServicer_to_server(Servicer(api), server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import openai
+import psutil
 import pytest
 import yaml
 
@@ -56,6 +57,16 @@ class App:
         change(raw)
         self.file.write_text(yaml.safe_dump(raw))
         command([BIN / "serve", "deploy", self.file, "-a", self.dashboard_url])
+
+    def log(self, deployment: str) -> str:
+        """What the running replicas of one pool have logged, one after the other."""
+        paths = {
+            file.path
+            for pid in self.replica_pids(deployment)
+            for file in psutil.Process(pid).open_files()
+            if Path(file.path).name.startswith("replica_")
+        }
+        return "".join(Path(path).read_text() for path in sorted(paths))
 
     def replica_pids(self, deployment: str) -> list[int]:
         """The processes of one pool."""

@@ -16,6 +16,7 @@ from specprefill.errors import (
     Unavailable,
     UnknownModel,
 )
+from specprefill.gateway.bodies import BodyReader
 from specprefill.gateway.context import CURRENT, RequestContext
 from specprefill.gateway.controls import conversation, pop_controls, timeout
 from specprefill.gateway.failures import http_failure
@@ -200,7 +201,8 @@ async def post(
 
     raw = [(key.encode(), value.encode()) for key, value in (headers or {}).items()]
     scope = {"type": "http", "method": "POST", "path": path, "headers": raw}
-    await RequestMiddleware(app, limit)(scope, receive, answer)
+    bodies = BodyReader(limit, 10.0, 10 * limit, lambda _reason: None)
+    await RequestMiddleware(app, bodies)(scope, receive, answer)
     return answer
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle  # noqa: TID251 - Ray pickles what replicas raise
+import threading
 from collections.abc import AsyncIterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -273,6 +274,25 @@ async def test_health_counts_running_replicas_and_asks_seldom() -> None:
     clock[0] += 0.6
     await health.count()
     assert asked == [100.0, 101.1]
+
+
+async def test_health_is_told_at_once_while_the_controller_is_slow() -> None:
+    clock, answers = [0.0], threading.Event()
+
+    def status() -> Any:
+        if clock[0] > 0:
+            answers.wait(10)
+        running = SimpleNamespace(replica_states={"RUNNING": 1})
+        application = SimpleNamespace(deployments={"Decode": running})
+        return SimpleNamespace(applications={"app": application})
+
+    health = ServeHealth("app", {"decode": "Decode"}, status, lambda: clock[0], patience_s=0.01)
+    assert await health.count() == {"decode": 1}
+    clock[0] = 5.0
+    for _ in range(3):
+        async with asyncio.timeout(1):
+            assert await health.count() == {"decode": 1}
+    answers.set()
 
 
 async def test_kv_that_ray_carries_goes_along_and_is_dropped_at_the_end() -> None:
