@@ -122,6 +122,7 @@ _.output_tokens_per_s
 _.Check
 _.List
 _.reconfigure
+setup
 _.exc_text
 _.levelname
 _.levelno

@@ -24,6 +24,8 @@ from .cluster import (
     ServeApi,
     Snapshot,
     StartFailed,
+    answers_strangers,
+    open_cluster,
     port_in_use,
 )
 from .deployment_file import GATEWAY, DeploymentFile, Loaded, draining, load
@@ -115,6 +117,7 @@ def run_check(args: argparse.Namespace) -> int:
     loaded = _load(args.file)
     if not args.no_models:
         _report(args.file, loaded.file, served_here=True)
+    _warn(open_cluster(os.environ))
     names = ", ".join(application.name for application in loaded.file.applications)
     print(f"{args.file}: fine ({names})")
     return 0
@@ -154,6 +157,7 @@ def _await_check(checking: subprocess.Popen[str], tell: Progress) -> None:
 def run_serve(args: argparse.Namespace) -> int:
     """A local Ray, the application, and a wait for the signal to stop."""
     loaded = _load(args.file)
+    _warn(open_cluster(os.environ))
     _refuse_taken_ports(loaded.file)
     tell = Progress()
     tell("starting Ray on this machine")
@@ -209,6 +213,7 @@ def run_deploy(args: argparse.Namespace) -> int:
     """Deploy onto a cluster that runs already."""
     loaded = _load(args.file)
     _report(args.file, loaded.file, served_here=False)
+    _warn(open_cluster(os.environ) or answers_strangers(args.address))
     tell = Progress()
     tell(f"deploying {args.file} to {args.address}")
     _deploy(_api(args.address), loaded, args.timeout, tell)
@@ -265,6 +270,11 @@ def how_to_call(file: DeploymentFile, dashboard_url: str) -> str:
   curl {base}/v1/chat/completions {key}-H 'content-type: application/json' -d '{body}'
   RAY_AUTH_MODE=token specprefill status --address {dashboard_url}
 """
+
+
+def _warn(warning: str | None) -> None:
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def _load(path: Path) -> Loaded:

@@ -14,6 +14,7 @@ import socket
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +36,12 @@ SHORT_PATHS = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 << 20),  # logprobs of a long prompt
+    # gRPC listens where HTTP does, in Serve's own proxies, too.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "specprefill.gateway.serve_ports:setup",
 }
 _MAX_FAULT_LINES = 12
 _ERROR = re.compile(r"[A-Za-z_][\w.]*: \S")  # how a traceback's last line begins
+_AUTH_MODE = "token"
 
 
 class StartFailed(Exception):
@@ -92,9 +96,33 @@ class Snapshot:
         return None
 
 
+def open_cluster(environ: Mapping[str, str]) -> str | None:
+    """A warning, if the environment switches Ray's authentication off."""
+    mode = environ.get("RAY_AUTH_MODE", _AUTH_MODE)
+    if mode == _AUTH_MODE:
+        return None
+    return (
+        f"RAY_AUTH_MODE is {mode}: whoever reaches the cluster's network can run code on it; "
+        f"set RAY_AUTH_MODE={_AUTH_MODE} and RAY_AUTH_TOKEN where Ray starts"
+    )
+
+
+def answers_strangers(dashboard_url: str) -> str | None:
+    """A warning, if a running cluster answers without a token."""
+    try:
+        with urllib.request.urlopen(f"{dashboard_url}/api/version", timeout=ASK_TIMEOUT_S):
+            pass
+    except OSError:  # refused, which is right, or not reachable, which the deployment will say
+        return None
+    return (
+        f"{dashboard_url} answers without a token: whoever reaches the cluster's network can run "
+        f"code on it; set RAY_AUTH_MODE={_AUTH_MODE} and RAY_AUTH_TOKEN where Ray starts"
+    )
+
+
 def set_auth_mode() -> None:
     """Token authentication unless the environment says otherwise; before Ray is imported."""
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_MODE", _AUTH_MODE)
 
 
 def front_program() -> str:
@@ -220,7 +248,12 @@ class ServeApi:
 
     def snapshot(self) -> Snapshot:
         """What runs now."""
-        return snapshot_of(self._client.get_serve_details())
+        return snapshot_of(self.details())
+
+    def details(self) -> dict[str, Any]:
+        """All that Serve tells of itself."""
+        details: dict[str, Any] = self._client.get_serve_details()
+        return details
 
     def replica_pids(self, pool: str) -> list[int]:
         """The processes of a pool's running replicas, of whichever application has it."""
@@ -231,7 +264,7 @@ class ServeApi:
         return [replica["actor_name"] for replica in self._replicas(pool)]
 
     def _replicas(self, pool: str) -> list[dict[str, Any]]:
-        applications = self._client.get_serve_details().get("applications", {})
+        applications = self.details().get("applications", {})
         return [
             replica
             for application in applications.values()

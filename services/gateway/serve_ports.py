@@ -30,6 +30,12 @@ def bind_grpc_as_http() -> None:
     default_impl.add_grpc_address = add_grpc_address
 
 
+def setup() -> list[Any]:
+    """For `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`: Serve's own proxies, too. No middleware."""
+    bind_grpc_as_http()
+    return []
+
+
 def claim(host: str, port: int) -> None:
     """Make sure that nobody else listens there, now or later. Raises RuntimeError.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
 import openai
 import psutil
 import pytest
@@ -100,15 +102,42 @@ def app(root, tmp_path_factory):
     )
     try:
         dashboard_url = _dashboard_url(server)
-        api = ServeApi(dashboard_url)
-        yield App(file, http_port, grpc_port, dashboard_url, server.pid, api)
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(STOP_TIMEOUT_S) == 0
+        app = App(file, http_port, grpc_port, dashboard_url, server.pid, ServeApi(dashboard_url))
+        yield app
+        _stop_in_mid_stream(app, server)
     finally:
         if server.poll() is None:
             server.kill()
             server.wait()
         server.stdout.close()
+
+
+def _stop_in_mid_stream(app: App, server: subprocess.Popen) -> None:
+    """SIGTERM while answers are streamed: they end as they should, and nothing new begins."""
+    body = {
+        "model": "demo", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 400,
+        "ignore_eos": True, "stream": True,
+    }  # fmt: skip
+    url = f"{app.http_url}/v1/chat/completions"
+    with contextlib.ExitStack() as streams:
+        replies = [
+            streams.enter_context(httpx.stream("POST", url, json=body, timeout=60))
+            for _ in range(4)
+        ]
+        lines = [reply.iter_lines() for reply in replies]
+        for each in lines:
+            assert next(each).startswith("data: {")
+        server.send_signal(signal.SIGTERM)
+        refused = None
+        while refused is None:  # until the gateways have heard of it
+            reply = httpx.post(url, json={**body, "stream": False, "max_tokens": 1}, timeout=60)
+            refused = None if reply.status_code == 200 else reply
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"] == "1"
+        assert refused.json()["error"]["code"] == "unavailable"
+        for each in lines:
+            assert [line for line in each if line][-1] == "data: [DONE]"
+    assert server.wait(STOP_TIMEOUT_S) == 0
 
 
 def _dashboard_url(server: subprocess.Popen) -> str:

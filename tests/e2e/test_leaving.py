@@ -169,13 +169,21 @@ async def test_a_grpc_client_that_leaves_is_noticed(app, long_prompt, stream, ho
     method = stub.GenerateStream if stream else stub.Generate
     before = app.log("Gateway").count("outcome=closed")
     call = method(request, timeout=1.5 if how == "deadline" else 60)
-    with pytest.raises((grpc.aio.AioRpcError, asyncio.CancelledError)):
-        if how == "deadline":
-            _ = [chunk async for chunk in call] if stream else await call
+    started = asyncio.Event()
+
+    async def answer():
+        if stream:
+            async for _ in call:
+                started.set()
         else:
-            await call.read() if stream else await asyncio.sleep(1.0)
-            call.cancel() if how == "cancel" else await channel.close()
-            _ = [chunk async for chunk in call] if stream else await call
+            await call
+
+    answering = asyncio.create_task(answer())
+    if how != "deadline":
+        await (started.wait() if stream else asyncio.sleep(1.0))
+        _ = call.cancel() if how == "cancel" else await channel.close()
+    with pytest.raises((grpc.aio.AioRpcError, asyncio.CancelledError)):
+        await answering
     give_up_s = time.monotonic() + NOTICED_S + 0.5
     while app.log("Gateway").count("outcome=closed") == before:
         assert time.monotonic() < give_up_s, "nobody noticed"

@@ -4,7 +4,15 @@ import re
 
 import pytest
 
-from specprefill.cluster import SHORT_PATHS, DeploymentFailed, ServeApi, snapshot_of
+from specprefill.cluster import (
+    SHORT_PATHS,
+    DeploymentFailed,
+    ServeApi,
+    open_cluster,
+    port_range,
+    snapshot_of,
+)
+from specprefill.front import FILE_VARIABLE
 
 
 def details(app_status="RUNNING", status="HEALTHY", states=("RUNNING",), target=1, message=""):
@@ -121,6 +129,21 @@ def test_waiting_ends_with_its_time(api):
 
 def test_the_readme_names_every_setting_that_a_local_ray_gets(root):
     readme = (root / "README.md").read_text()
-    exported = dict(re.findall(r"^export (RAY_SERVE_\w+)=(\S+)$", readme, re.MULTILINE))
-
+    exported = dict(re.findall(r"^export (\w+)=(\S+)$", readme, re.MULTILINE))
+    assert "export RAY_SERVE_HAPROXY_BINARY_PATH=$(command -v specprefill-front)\n" in readme
+    assert exported.pop(FILE_VARIABLE).endswith(".yaml")
+    assert exported.pop("RAY_AUTH_MODE") == "token"
     assert exported == SHORT_PATHS
+
+
+@pytest.mark.parametrize(("mode", "warned"), [("token", False), (None, False), ("disabled", True)])
+def test_an_environment_without_authentication_is_warned_of(mode, warned):
+    environ = {} if mode is None else {"RAY_AUTH_MODE": mode}
+    assert (open_cluster(environ) is not None) == warned
+
+
+def test_two_services_draw_ports_that_the_system_gives_to_no_client(monkeypatch):
+    monkeypatch.setattr("specprefill.cluster.port_in_use", lambda _host, _port: False)
+    for drawn in (port_range(), port_range()):
+        assert len(drawn) == 100
+        assert 12_000 <= drawn.start < drawn.stop <= 30_000

@@ -231,3 +231,18 @@ class TestSlo:
     def test_one_without_the_other_is_refused(self, change, said):
         with pytest.raises(InvalidFile, match=said):
             self.parse(self.application(**change))
+
+
+@pytest.mark.parametrize("deployments", [[], [{"name": "Gateway", "num_replicas": 2}]])
+def test_a_file_that_drains_differs_in_the_gateways_user_config_alone(deployments):
+    raw = df.parse(LEAST, "f.yaml").raw
+    raw["applications"][0]["deployments"] = deployments
+    before = copy.deepcopy(raw)
+    drained = df.draining(raw)
+    (gateway,) = drained["applications"][0].pop("deployments")
+    given = deployments[0] if deployments else {"name": "Gateway"}
+    assert gateway == {**given, "user_config": {"draining": True}}
+    assert raw == before
+    del before["applications"][0]["deployments"]
+    assert drained == before
+    df.parse(yaml.safe_dump(df.draining(raw)), "f.yaml")  # still a file that passes
