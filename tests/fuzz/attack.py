@@ -85,6 +85,8 @@ async def exchange(host: str, port: int, wire: bytes) -> Answer:
     finally:
         writer.close()
     head, _, body = data.partition(b"\r\n\r\n")
+    while head.startswith((b"HTTP/1.1 1", b"HTTP/1.0 1")):  # an interim answer
+        head, _, body = body.partition(b"\r\n\r\n")
     words = head.split(b" ", 2)
     status = int(words[1]) if len(words) > 1 and words[1].isdigit() else 0
     return Answer(status, body)
