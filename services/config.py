@@ -137,6 +137,10 @@ class KvConfig(Strict):
     lease_s: Seconds = 30.0  # a lease that its holder does not renew is dropped after this time
     # Per worker; a prefill beyond it hands nothing over. With nixl it is set aside at the start.
     max_held_bytes: PositiveInt = 4 << 30
+    # Per worker: host buffers for copies between an engine's caches and leases; a prefill waits
+    # for the oldest copy when all are full. Part of max_held_bytes. Absent: an eighth of it, at
+    # most 128 MiB.
+    staging_bytes: PositiveInt | None = None
     pull_timeout_s: Seconds = 20.0
     overlap: bool = True  # decode begins to pull while the last of the KV is computed
     streams: Annotated[int, Field(ge=1, le=16)] = 1  # grpc's connections per pull
@@ -146,6 +150,21 @@ class KvConfig(Strict):
     # no longer than taking the KV over. 0: every prompt is handed over.
     local_prefill_tokens: NonNegativeInt = 512
     tls: KvTls | None = None  # plaintext if absent
+
+    @property
+    def staging(self) -> int:
+        """Bytes for copies under way."""
+        most = min(self.max_held_bytes // 8, 128 << 20)
+        return most if self.staging_bytes is None else self.staging_bytes
+
+    @model_validator(mode="after")
+    def _staging_within_held(self) -> Self:
+        if self.staging > self.max_held_bytes // 2:
+            raise ValueError(
+                f"staging_bytes ({self.staging}) must be at most half of max_held_bytes "
+                f"({self.max_held_bytes})"
+            )
+        return self
 
 
 class AdmissionConfig(Strict):

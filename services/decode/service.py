@@ -13,7 +13,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from ..engine.engine import Engine, map_engine_errors
-from ..engine.handoff_scheduler import CONSUME
+from ..engine.handoff.scheduler import CONSUME
 from ..engine.outputs import check_ended_well, chunk_of, prefill_times, sampling_params
 from ..engine.params import KV_TRANSFER, POSITIONS, REPLAY
 from ..errors import DeadlineExceeded, DecodeUnavailable

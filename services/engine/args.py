@@ -77,7 +77,7 @@ def _executor(engine: EngineConfig) -> str | None:
 def _transfer(kv: KvConfig, role: Role, peer: EngineConfig) -> KVTransferConfig:
     return KVTransferConfig(
         kv_connector="SpecPrefillConnector",
-        kv_connector_module_path=f"{_MODULE}.connector",
+        kv_connector_module_path=f"{_MODULE}.handoff.connector",
         kv_role=role.value,
         kv_load_failure_policy=kv.on_failure,
         kv_connector_extra_config={
@@ -85,6 +85,7 @@ def _transfer(kv: KvConfig, role: Role, peer: EngineConfig) -> KVTransferConfig:
             "host": kv.host,
             "lease_s": kv.lease_s,
             "max_held_bytes": kv.max_held_bytes,
+            "staging_bytes": kv.staging,
             "pull_timeout_s": kv.pull_timeout_s,
             "tls": None if kv.tls is None else kv.tls.model_dump(),
             "streams": kv.streams,

@@ -3,8 +3,10 @@
 Pure and thread-safe: the engine's worker appends frames while gRPC threads stream them.
 Time is handed in (`now`), so that expiry is testable without waiting.
 
-A lease lasts while its holder (whoever got the ticket) renews it. Until anybody has shown to
-know it, by a pull or a renewal, it lasts `unclaimed_s` only: the ticket may have been lost.
+A lease lasts while its holder (whoever got the ticket) renews it. Its time begins when its ticket
+is issued, or when somebody has shown to know it, by a pull or a renewal. Until then it is the
+prefill's own; after the ticket was issued, and until somebody has claimed it, it lasts
+`unclaimed_s` only: the ticket may have been lost.
 """
 
 from __future__ import annotations
@@ -25,10 +27,12 @@ _TOMBSTONES = 4096
 @dataclass(slots=True)
 class _Lease:
     secret: str
+    changed: threading.Condition  # of the store's lock: a frame came, or the lease is gone
     frames_expected: int | None = None  # known once the last layer of the last chunk is in
     complete_s: float | None = None  # when that was
     readers: int = 0
     claimed: bool = False  # somebody has pulled or renewed it
+    issued: bool = False  # its ticket is on its way to somebody
     expires_s: float | None = None  # the clock starts when the KV is complete
     frames: list[SealedFrame] = field(default_factory=list)
     bytes_held: int = 0
@@ -67,7 +71,8 @@ class LeaseStore:
         self._lease_s = lease_s
         self._unclaimed_s = min(unclaimed_s, lease_s)
         self._now = now
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._emptied = threading.Condition(self._lock)
         self._leases: dict[str, _Lease] = {}
         self._gone: OrderedDict[str, str] = OrderedDict()  # lease id -> why it is gone
         self._bytes_held = 0
@@ -76,9 +81,9 @@ class LeaseStore:
 
     def open(self, lease_id: str, secret: str) -> None:
         """Begin to hold KV. Idempotent."""
-        with self._changed:
+        with self._lock:
             if lease_id not in self._leases and lease_id not in self._gone:
-                self._leases[lease_id] = _Lease(secret)
+                self._leases[lease_id] = _Lease(secret, threading.Condition(self._lock))
                 self._totals["opened"] += 1
 
     def append(self, lease_id: str, frame: SealedFrame, *, last: bool) -> None:
@@ -86,7 +91,7 @@ class LeaseStore:
 
         Over the byte cap the lease is dropped: the decode engine recomputes its prompt.
         """
-        with self._changed:
+        with self._lock:
             lease = self._leases.get(lease_id)
             if lease is None:
                 return
@@ -101,7 +106,15 @@ class LeaseStore:
                 lease.frames_expected = len(lease.frames)
                 lease.complete_s = self._now()
                 self._restart_clock(lease)
-            self._changed.notify_all()
+            lease.changed.notify_all()
+
+    def issue(self, lease_id: str) -> None:
+        """Note that the lease's ticket was given away: from now on it ends if nobody claims it."""
+        with self._lock:
+            lease = self._leases.get(lease_id)
+            if lease is not None:
+                lease.issued = True
+                self._restart_clock(lease)
 
     def stream(
         self, lease_id: str, secret: str, *, timeout_s: float
@@ -125,7 +138,7 @@ class LeaseStore:
 
     def renew(self, lease_id: str, secret: str) -> bool:
         """Somebody still wants the KV: start the lease's time again. False if it is gone."""
-        with self._changed:
+        with self._lock:
             lease = self._leases.get(lease_id)
             if lease is None or not hmac.compare_digest(lease.secret, secret):
                 return False
@@ -135,7 +148,7 @@ class LeaseStore:
 
     def complete_for_s(self, lease_id: str) -> float | None:
         """Seconds since the last frame came. None if it has not, or the lease is gone."""
-        with self._changed:
+        with self._lock:
             lease = self._leases.get(lease_id)
             if lease is None or lease.complete_s is None:
                 return None
@@ -143,7 +156,7 @@ class LeaseStore:
 
     def release(self, lease_id: str, secret: str) -> bool:
         """Drop the lease, whatever its state. False if it was gone before (idempotent)."""
-        with self._changed:
+        with self._lock:
             lease = self._leases.get(lease_id)
             if lease is None:
                 self._bury(lease_id, "released")
@@ -155,7 +168,7 @@ class LeaseStore:
 
     def sweep(self) -> int:
         """Drop complete leases past their time that nobody is reading. Returns how many."""
-        with self._changed:
+        with self._lock:
             now = self._now()
             late = [
                 lease_id
@@ -169,7 +182,7 @@ class LeaseStore:
 
     def gauges(self) -> LeaseGauges:
         """A consistent snapshot."""
-        with self._changed:
+        with self._lock:
             totals = {f"{name}_total": count for name, count in self._totals.items()}
             return LeaseGauges(
                 len(self._leases),
@@ -181,16 +194,16 @@ class LeaseStore:
     def wait_empty(self, timeout_s: float) -> bool:
         """Wait until nothing is held. False if `timeout_s` passed first."""
         give_up_s = self._now() + timeout_s
-        with self._changed:
+        with self._lock:
             while self._leases:
                 left_s = give_up_s - self._now()
                 if left_s <= 0:
                     return False
-                self._changed.wait(left_s)
+                self._emptied.wait(left_s)
             return True
 
     def _enter(self, lease_id: str, secret: str) -> _Lease:
-        with self._changed:
+        with self._lock:
             lease = self._leases.get(lease_id)
             if lease is None or not hmac.compare_digest(lease.secret, secret):
                 raise LeaseNotFound(f"lease {lease_id}: {self._gone.get(lease_id, 'unknown')}")
@@ -201,7 +214,7 @@ class LeaseStore:
     def _next(
         self, lease_id: str, lease: _Lease, sent: int, give_up_s: float
     ) -> tuple[list[SealedFrame], bool]:
-        with self._changed:
+        with self._lock:
             while self._leases.get(lease_id) is lease:
                 if len(lease.frames) > sent or lease.complete:
                     frames = lease.frames[sent:]
@@ -209,19 +222,19 @@ class LeaseStore:
                 left_s = give_up_s - self._now()
                 if left_s <= 0:
                     raise LeaseNotFound(f"lease {lease_id}: not complete in time")
-                self._changed.wait(left_s)
+                lease.changed.wait(left_s)
             raise LeaseNotFound(f"lease {lease_id}: {self._gone.get(lease_id, 'gone')}")
 
     def _leave(self, lease_id: str, lease: _Lease, *, whole: bool) -> None:
-        with self._changed:
+        with self._lock:
             lease.readers -= 1
             self._totals["pulled"] += whole
             if self._leases.get(lease_id) is lease:
                 self._restart_clock(lease)
 
     def _restart_clock(self, lease: _Lease) -> None:
-        """A lease whose KV is still being computed has no clock."""
-        if lease.complete:
+        """A lease whose KV is still being computed, or whose ticket nobody has, has no clock."""
+        if lease.complete and (lease.claimed or lease.issued):
             lasts_s = self._lease_s if lease.claimed else self._unclaimed_s
             lease.expires_s = self._now() + lasts_s
 
@@ -230,7 +243,9 @@ class LeaseStore:
         self._bytes_held -= lease.bytes_held
         self._totals[why] += 1
         self._bury(lease_id, why)
-        self._changed.notify_all()
+        lease.changed.notify_all()
+        if not self._leases:
+            self._emptied.notify_all()
 
     def _bury(self, lease_id: str, why: str) -> None:
         """Remember a gone lease, so that a late pull or frame is told at once."""

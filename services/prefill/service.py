@@ -13,7 +13,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from ..engine.engine import Engine, map_engine_errors
-from ..engine.handoff_scheduler import PRODUCE
+from ..engine.handoff.scheduler import PRODUCE
 from ..engine.outputs import (
     check_ended_well,
     chunk_of,

@@ -9,7 +9,7 @@ HEADS, DIM = 2, 32
 
 
 def cpu_cache(dtype, block_size, blocks=8):
-    from specprefill.engine.layout import CpuLayout
+    from specprefill.engine.handoff.layout import CpuLayout
 
     cache = torch.zeros(blocks, HEADS, block_size, 2 * DIM, dtype=dtype)
     return cache, CpuLayout(cache)
@@ -58,7 +58,7 @@ def test_a_cache_moves_between_block_sizes():
 
 
 def test_the_gpu_page_order_reads_back_what_it_writes():
-    from specprefill.engine.layout import GpuLayout
+    from specprefill.engine.handoff.layout import GpuLayout
 
     cache = torch.zeros(4, HEADS, 16, 2 * DIM)
     layout, blocks = GpuLayout(cache), torch.tensor([3, 1, 2])

@@ -85,6 +85,7 @@ def test_a_release_before_the_first_frame_is_remembered(store):
 def test_a_lease_that_nobody_claims_expires_early(store, clock):
     """Its ticket was lost on the way: the gateway was cancelled, or died."""
     hold(store)
+    store.issue("a")
     clock.now_s += UNCLAIMED_S - 0.1
     assert store.sweep() == 0
     clock.now_s += 0.1
@@ -93,6 +94,30 @@ def test_a_lease_that_nobody_claims_expires_early(store, clock):
     assert (gauges.bytes_held, gauges.expired_total, gauges.stranded_bytes_total) == (0, 1, 200)
     with pytest.raises(LeaseNotFound, match="expired"):
         list(store.stream("a", "secret", timeout_s=1))
+
+
+def test_a_lease_does_not_age_before_its_ticket_is_issued(store, clock):
+    """The engine may take seconds over the step that samples the first token."""
+    hold(store)
+    clock.now_s += 10 * UNCLAIMED_S
+    assert store.sweep() == 0
+    store.issue("a")
+    clock.now_s += UNCLAIMED_S - 0.1
+    assert store.sweep() == 0
+    assert len(list(store.stream("a", "secret", timeout_s=1))) == 2
+
+
+def test_a_frame_wakes_the_readers_of_its_own_lease_only(store):
+    """With 64 readers of other leases, each frame once cost a millisecond of wake-ups."""
+    for lease_id in ("a", "b"):
+        store.open(lease_id, "secret")
+    woken = []
+    other = store._leases["b"].changed
+    other.notify_all = lambda: woken.append("b")
+    store.append("a", frame(0), last=False)
+    assert woken == []
+    store.append("b", frame(0), last=False)
+    assert woken == ["b"]
 
 
 @pytest.mark.parametrize("claim", ["pull", "renew", "renew_early"])

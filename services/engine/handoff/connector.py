@@ -18,9 +18,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorTransferResults,
 )
 
-from .handoff import HandoffConfig, PullTimes
-from .handoff_scheduler import SchedulerHalf
-from .handoff_worker import WorkerHalf
+from .orders import HandoffConfig, PullTimes
+from .scheduler import SchedulerHalf
+from .worker import WorkerHalf
 
 _CONFIG = TypeAdapter(HandoffConfig)
 

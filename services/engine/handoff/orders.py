@@ -1,4 +1,4 @@
-"""What the two halves of the connector say to each other, and to the services."""
+"""Values that pass between the connector's halves, and to the services."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from ..config import KvTls
+from ...config import KvTls
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,7 @@ class HandoffConfig:
     host: str | None  # address to listen on; the worker's own node's if absent
     lease_s: float
     max_held_bytes: int
+    staging_bytes: int  # of them, in host buffers for copies under way
     pull_timeout_s: float
     tls: KvTls | None
     streams: int
@@ -68,6 +69,7 @@ class Orders(KVConnectorMetadata):  # type: ignore[misc]
     stages: list[Stage] = field(default_factory=list)
     pulls: list[Pull] = field(default_factory=list)
     drops: list[tuple[str, str]] = field(default_factory=list)  # (lease id, secret)
+    issued: list[str] = field(default_factory=list)  # leases whose ticket is on its way
 
 
 @dataclass

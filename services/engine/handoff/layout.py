@@ -13,11 +13,15 @@ import torch
 from vllm.config import VllmConfig
 from vllm.version import __version__ as vllm_version
 
-from ..kv.shards import Split
+from ...kv.shards import Split
 
 
 class KvLayout(Protocol):
     """One engine's page layout. A layer's cache is vLLM's view `[block, head, slot, 2*dim]`."""
+
+    def token_bytes(self, cache: torch.Tensor) -> int:
+        """Return the bytes of one token's KV in one layer."""
+        ...
 
     def read(
         self, cache: torch.Tensor, blocks: torch.Tensor, start: int, stop: int
@@ -28,7 +32,7 @@ class KvLayout(Protocol):
     def write(
         self, cache: torch.Tensor, blocks: torch.Tensor, start: int, kv: torch.Tensor
     ) -> None:
-        """Put `kv`, `[n, 2, heads, dim]`, at tokens `[start, start + n)`."""
+        """Put `kv`, `[n, 2, heads, dim]` on the cache's device, at tokens `[start, start + n)`."""
         ...
 
 
@@ -37,6 +41,10 @@ class GpuLayout:
 
     def __init__(self, cache: torch.Tensor) -> None:
         self._block_size = cache.shape[2]
+
+    def token_bytes(self, cache: torch.Tensor) -> int:
+        """See KvLayout."""
+        return int(cache.shape[1] * cache.shape[3] * cache.itemsize)
 
     def read(
         self, cache: torch.Tensor, blocks: torch.Tensor, start: int, stop: int
@@ -51,7 +59,7 @@ class GpuLayout:
     ) -> None:
         """See KvLayout."""
         block, slot = self._place(blocks, start, start + kv.shape[0])
-        cache[block, :, slot] = kv.transpose(1, 2).flatten(-2).to(cache.device)
+        cache[block, :, slot] = kv.transpose(1, 2).flatten(-2)
 
     def _place(
         self, blocks: torch.Tensor, start: int, stop: int
@@ -76,6 +84,10 @@ class CpuLayout:
         key_index, value_index = self._learn(cache.dtype)
         self._index = (key_index, value_index)
         self._strides = (_affine(key_index), _affine(value_index))
+
+    def token_bytes(self, cache: torch.Tensor) -> int:
+        """See KvLayout."""
+        return int(cache.shape[1] * cache.shape[3] * cache.itemsize)
 
     def read(
         self, cache: torch.Tensor, blocks: torch.Tensor, start: int, stop: int

@@ -8,8 +8,8 @@ from typing import Any
 
 from vllm.v1.request import Request, RequestStatus
 
-from .handoff import Endpoint, Orders, Pull, PullTimes, Stage
-from .prefix import PositionHasher
+from .block_hashes import PositionHasher
+from .orders import Endpoint, Orders, Pull, PullTimes, Stage
 
 PRODUCE = "produce"  # in kv_transfer_params: stage this request under the lease it names
 CONSUME = "consume"  # in kv_transfer_params: pull the ticket it holds
@@ -43,6 +43,7 @@ class SchedulerHalf:
         self._consumed: dict[str, _Consumed] = {}
         self._pulls: dict[str, Pull] = {}
         self._drops: list[tuple[str, str]] = []
+        self._issued: list[str] = []
 
     def peers(self, endpoints: list[Endpoint]) -> None:
         """The addresses of this engine's workers, by rank."""
@@ -84,16 +85,16 @@ class SchedulerHalf:
 
     def orders(self, step: Any) -> Orders:
         """Everything the workers are to do in this step."""
-        orders = Orders(pulls=list(self._pulls.values()), drops=self._drops)
-        self._pulls, self._drops = {}, []
+        orders = Orders(pulls=list(self._pulls.values()), drops=self._drops, issued=self._issued)
+        self._pulls, self._drops, self._issued = {}, [], []
         if self._producer:
             self._stage_new(step, orders)
             self._stage_running(step, orders)
         return orders
 
     def has_orders(self) -> bool:
-        """True while something waits to be told to the workers."""
-        return bool(self._pulls or self._drops)
+        """Return whether orders wait for the next step."""
+        return bool(self._pulls or self._drops or self._issued)
 
     def finished(self, request: Request) -> dict[str, Any] | None:
         """What the engine's last output tells the service: a ticket, or how the pull went."""
@@ -117,6 +118,7 @@ class SchedulerHalf:
         if produced is None or not whole or request.status != RequestStatus.FINISHED_LENGTH_CAPPED:
             self._drops.append((lease["lease_id"], lease["secret"]))
             return None
+        self._issued.append(lease["lease_id"])
         return {
             "lease_id": lease["lease_id"],
             "secret": lease["secret"],

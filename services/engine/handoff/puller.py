@@ -1,0 +1,236 @@
+"""The decode side of a worker: pulls KV in the background, into blocks that wait for it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+
+from ...errors import CorruptFrame, KvTransferError, LayoutMismatch
+from ...kv.arena import Arena
+from ...kv.carriers import KvPuller, KvPulling
+from ...kv.frames import FRAME_BYTES, Frame, from_token
+from ...kv.nixl import NixlAgent
+from ...kv.nixl_rpc import LANDING_BYTES, NixlClient
+from ...kv.pull import KvClient
+from ...kv.shards import Source, Split, sources
+from ...kv.tls import MutualTls
+from ...types import Span
+from .caches import Caches
+from .device import CopyEvent, CopyStream, Device
+from .orders import HandoffConfig, Orders, Pull, PullTimes
+from .ring import ring_of
+
+logger = logging.getLogger("vllm.specprefill.handoff")
+
+_PULL_THREADS = 8
+
+Store = Callable[[torch.Tensor], None]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPlace:
+    """Which part of the model this worker has, and how the peers share the model."""
+
+    rank: int
+    own: Split
+    peers: Split
+
+
+@dataclass(slots=True)
+class _Arrival:
+    """One lease's KV on its way into a request's blocks."""
+
+    order: Pull
+    source: Source
+    stream: CopyStream
+    blocks: torch.Tensor
+    stops: dict[int, int] = field(default_factory=dict)  # by layer: tokens before it are there
+
+
+class Puller:
+    """Complete when it is made. Pulls have threads of their own."""
+
+    def __init__(
+        self,
+        config: HandoffConfig,
+        caches: Caches,
+        device: Device,
+        place: WorkerPlace,
+        *,
+        nixl: NixlAgent | None,
+        tls: MutualTls | None,
+    ) -> None:
+        self._caches = caches
+        self._device = device
+        self._place = place
+        self._pull_timeout_s = config.pull_timeout_s
+        # A frame holds at least one token, of all heads that its holder has.
+        frame_bytes = max(FRAME_BYTES, _token_bytes(caches, place.peers))
+        self._ring = ring_of(device, config.staging_bytes, frame_bytes)
+        self._lock = threading.Lock()
+        self._results = KVConnectorTransferResults()
+        self._running: dict[str, list[KvPulling]] = {}
+        self._exposed_s: dict[str, float] = {}
+        self._threads = ThreadPoolExecutor(_PULL_THREADS, thread_name_prefix="kv-pull")
+        self._client = KvPuller(KvClient(tls, streams=config.streams), _nixl_client(nixl, tls))
+
+    def begin(self, orders: Orders) -> None:
+        """Start this step's pulls. Called before the step is launched.
+
+        A block's last owner may still be read or written by steps that were launched before.
+        """
+        if orders.pulls:
+            computed = self._device.computed()
+            for order in orders.pulls:
+                self._threads.submit(self._pull, order, computed)
+
+    def results(self, aborted: set[str]) -> KVConnectorTransferResults:
+        """Take what has ended. An aborted request's pull is cancelled, then reported."""
+        with self._lock:
+            for request_id in aborted & self._running.keys():
+                for pull in self._running[request_id]:
+                    pull.cancel()
+            results, self._results = self._results, KVConnectorTransferResults()
+            return results
+
+    def pull_times(self) -> PullTimes | None:
+        """Take the times of the pulls that have ended."""
+        with self._lock:
+            times, self._exposed_s = self._exposed_s, {}
+            return PullTimes(times) if times else None
+
+    def stop(self) -> None:
+        """End all pulls."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._client.close()
+
+    def _pull(self, order: Pull, computed: CopyEvent) -> None:
+        """One pull, start to end. It has failed unless all of its KV is known to be in place."""
+        exposed_s: float | None = None
+        started_s = time.monotonic()
+        try:
+            complete_s = self._fetch(order, computed)
+            exposed_s = min(complete_s, time.monotonic() - started_s)
+        except KvTransferError as error:
+            logger.warning("pull failed: request=%s error=%s", order.request_id, error)
+        except Exception:  # the boundary of a thread: the request is told, whatever it was
+            logger.exception("pull failed: request=%s", order.request_id)
+        finally:
+            self._report(order, exposed_s)
+
+    def _report(self, order: Pull, exposed_s: float | None) -> None:
+        """Tell the scheduler in the next step; `exposed_s` None: the KV is not there."""
+        self._caches.forget(order.request_id)
+        with self._lock:
+            self._running.pop(order.request_id, None)
+            self._results.finished_recving.add(order.request_id)
+            if exposed_s is None:
+                self._results.failed_recving.add(order.request_id)
+            else:
+                self._exposed_s[order.request_id] = exposed_s
+
+    def _fetch(self, order: Pull, computed: CopyEvent) -> float:
+        """Return for how many seconds the KV was complete at the peer when all was here."""
+        if order.ticket["fingerprint"] != self._caches.fingerprint:
+            raise LayoutMismatch("kv: the ticket's layout is not this engine's")
+        blocks = self._caches.block_tensor(order.request_id, order.blocks)
+        stream = self._device.stream()
+        stream.after(computed)
+        stream.after(self._device.computed())  # `blocks`, by this thread
+        found = sources(self._place.rank, self._place.own, self._place.peers)
+        try:
+            arrivals = [_Arrival(order, source, stream, blocks) for source in found]
+            complete_s = max([self._fetch_from(arrival) for arrival in arrivals])
+        finally:
+            stream.wait()  # a block is free for others only when nothing writes it any more
+        return complete_s
+
+    def _fetch_from(self, arrival: _Arrival) -> float:
+        order, source = arrival.order, arrival.source
+        pull = self._client.pull(
+            order.ticket["endpoints"][source.rank],
+            order.ticket,
+            self._caches.fingerprint,
+            order.start,
+            self._pull_timeout_s,
+        )
+        with self._lock:
+            self._running.setdefault(order.request_id, []).append(pull)
+        arrival.stops = dict.fromkeys(range(source.layers.start, source.layers.stop), order.start)
+        complete_s = pull.into(lambda frame: self._store(arrival, frame))
+        if any(stop != order.stop for stop in arrival.stops.values()):
+            raise CorruptFrame("stream: some layers are not complete")
+        return complete_s
+
+    def _store(self, arrival: _Arrival, frame: Frame) -> None:
+        """Write a frame into the blocks, if this worker needs it.
+
+        Its peer may hold more layers, and a relay streams the whole prompt.
+        """
+        lacking = from_token(frame, arrival.order.start)
+        if lacking is not None and lacking.layer in arrival.stops:
+            self._write(arrival, lacking)
+
+    def _write(self, arrival: _Arrival, frame: Frame) -> None:
+        """Frames of a layer come in token order, gapless."""
+        if arrival.stops[frame.layer] != frame.start or frame.stop > arrival.order.stop:
+            raise CorruptFrame(f"stream: layer {frame.layer} tokens {frame.start}:{frame.stop}")
+        held = self._place.peers.heads_of(arrival.source.rank)
+        mine = self._place.own.heads_of(self._place.rank)
+        cache = self._caches.by_layer[frame.layer]
+        shape = (frame.stop - frame.start, 2, len(held), cache.shape[3] // 2)
+        wanted = arrival.source.heads
+
+        def store(raw: torch.Tensor) -> None:
+            kv = raw.view(cache.dtype).view(shape)
+            self._caches.layout.write(
+                cache[:, _within(mine, wanted)],
+                arrival.blocks,
+                frame.start,
+                kv[:, :, _within(held, wanted)],
+            )
+
+        self._land(arrival.stream, frame, torch.Size(shape).numel() * cache.itemsize, store)
+        arrival.stops[frame.layer] = frame.stop
+
+    def _land(self, stream: CopyStream, frame: Frame, size: int, store: Store) -> None:
+        """Copy a frame's bytes into a buffer of the ring, and on into the cache."""
+        if len(frame.payload) != size:
+            raise CorruptFrame(f"frame: {len(frame.payload)} bytes, {size} are expected")
+        buffer = self._ring.take()
+        try:
+            landed = buffer[:size]
+            landed.numpy()[:] = memoryview(frame.payload)
+            copied = stream.write(landed, store)
+        except BaseException:
+            stream.wait()
+            self._ring.give(buffer)
+            raise
+        self._ring.give_after(copied, buffer)
+
+
+def _token_bytes(caches: Caches, peers: Split) -> int:
+    """Bytes of one token of one layer as a peer holds it."""
+    cache = next(iter(caches.by_layer.values()))
+    heads = max(len(peers.heads_of(rank)) for rank in range(peers.tensor))
+    return int(heads * cache.shape[3] * cache.itemsize)
+
+
+def _nixl_client(nixl: NixlAgent | None, tls: MutualTls | None) -> NixlClient | None:
+    if nixl is None:
+        return None
+    client = NixlClient(nixl, Arena(LANDING_BYTES), tls)
+    client.start()
+    return client
+
+
+def _within(held: Span, part: Span) -> slice:
+    """Where `part` of the model's heads lies in a tensor of the heads `held`."""
+    return slice(part.start - held.start, part.stop - held.start)

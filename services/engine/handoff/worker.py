@@ -1,0 +1,119 @@
+"""The connector's half in a worker: a holder on the prefill side, a puller on the decode side."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+
+from ...kv.nixl import agent_for
+from ...kv.shards import readers
+from ...kv.tls import read_tls
+from ...types import Carrier
+from .caches import Caches
+from .device import device_of
+from .holder import Holder
+from .layout import fingerprint, layout_of
+from .orders import Endpoint, HandoffConfig, Orders, PullTimes
+from .puller import Puller, WorkerPlace
+from .split import own_split, peer_split, worker_rank
+
+logger = logging.getLogger("vllm.specprefill.handoff")
+
+
+class WorkerHalf:
+    """Made before the caches exist; `start` makes the side that this engine is on."""
+
+    def __init__(self, vllm_config: VllmConfig, config: HandoffConfig, *, producer: bool) -> None:
+        self._vllm_config = vllm_config
+        self._config = config
+        self._producer = producer
+        self._tls = read_tls(config.tls)
+        own = own_split(vllm_config)
+        self._place = WorkerPlace(worker_rank(own), own, peer_split(vllm_config, config))
+        self._carrier = Carrier.GRPC
+        self._holder: Holder | None = None
+        self._puller: Puller | None = None
+
+    def start(self, caches: dict[str, torch.Tensor]) -> None:
+        """Learn the layout; listen for pulls, or get ready to pull."""
+        one = next(iter(caches.values()))
+        device = device_of(one)
+        place = self._place
+        layout_id = fingerprint(
+            self._vllm_config, place.own if self._producer else place.peers, one
+        )
+        block_size = self._vllm_config.cache_config.block_size
+        known = Caches(caches, layout_of(one), device, block_size, layout_id)
+        with _any_core():  # threads inherit the affinity of the one that makes them
+            nixl = agent_for(self._config.carrier, encrypted=self._tls is not None)
+            self._carrier = Carrier.GRPC if nixl is None else Carrier.NIXL
+            if self._producer:
+                count = readers(place.rank, place.own, place.peers)
+                self._holder = Holder(
+                    self._config, known, device, readers=count, nixl=nixl, tls=self._tls
+                )
+            else:
+                self._puller = Puller(self._config, known, device, place, nixl=nixl, tls=self._tls)
+        logger.info("kv carrier: %s", self._carrier)
+
+    def endpoint(self) -> Endpoint | None:
+        """Return where this worker's leases can be pulled; None on the decode side."""
+        return None if self._holder is None else self._holder.endpoint
+
+    @property
+    def address(self) -> str | None:
+        """`host:port` of this worker's KV port; None on the decode side."""
+        return None if self._holder is None else self._holder.endpoint.address
+
+    @property
+    def carrier(self) -> Carrier:
+        """The best carrier that this worker has."""
+        return self._carrier
+
+    def begin(self, orders: Orders) -> None:
+        """Start this step's pulls."""
+        if self._puller is not None:
+            self._puller.begin(orders)
+
+    def stage(self, layer_name: str, cache: torch.Tensor, orders: Orders) -> None:
+        """Copy one layer's new tokens of every staged request."""
+        if self._holder is not None:
+            self._holder.stage(layer_name, cache, orders)
+
+    def finish_step(self, orders: Orders) -> None:
+        """Take note of what ended. Waits for nothing."""
+        if self._holder is not None:
+            self._holder.finish_step(orders)
+
+    def results(self, aborted: set[str]) -> KVConnectorTransferResults:
+        """Take the pulls that have ended; cancel those of aborted requests."""
+        if self._puller is None:
+            return KVConnectorTransferResults()
+        return self._puller.results(aborted)
+
+    def pull_times(self) -> PullTimes | None:
+        """Take the times of the pulls that have ended."""
+        return None if self._puller is None else self._puller.pull_times()
+
+    def stop(self) -> None:
+        """Stop serving and pulling."""
+        for side in (self._holder, self._puller):
+            if side is not None:
+                side.stop()
+
+
+@contextmanager
+def _any_core() -> Iterator[None]:
+    """Let threads made inside run on any core, not on the worker's compute core."""
+    bound = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, bound)
