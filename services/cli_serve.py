@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,9 @@ from .cluster import (
     port_in_use,
 )
 from .deployment_file import GATEWAY, DeploymentFile, Loaded, draining, load
+from .errors import InvalidConfiguration
 from .findings import Severity
+from .front import check_tls
 
 START_TIMEOUT_S = 600.0
 DRAIN_TIMEOUT_S = 30.0
@@ -158,6 +160,7 @@ def run_serve(args: argparse.Namespace) -> int:
     """A local Ray, the application, and a wait for the signal to stop."""
     loaded = _load(args.file)
     _warn(open_cluster(os.environ))
+    _refuse_unusable_files(loaded.file)
     _refuse_taken_ports(loaded.file)
     tell = Progress()
     tell("starting Ray on this machine")
@@ -172,7 +175,7 @@ def run_serve(args: argparse.Namespace) -> int:
         print(how_to_call(loaded.file, ray.dashboard_url), flush=True)
         stop.wait()
         stop.clear()
-        _drain(ray, api, loaded, args.drain, stop, tell)
+        _drain(ray, api, args.drain, stop, tell)
         tell("stopping")
     tell("stopped")
     return 0
@@ -185,21 +188,16 @@ def _local_ray(file: Path) -> Iterator[LocalRay]:
         ray.start()
     except StartFailed as error:
         raise Failed(str(error)) from error
-    with ray:
+    with closing(ray):
         yield ray
 
 
 def _drain(
-    ray: LocalRay,
-    api: ServeApi,
-    loaded: Loaded,
-    timeout_s: float,
-    stop: threading.Event,
-    tell: Progress,
+    ray: LocalRay, api: ServeApi, timeout_s: float, stop: threading.Event, tell: Progress
 ) -> None:
     """Take no new requests, and give those that run time to end; a second signal cuts it short."""
     tell(f"taking no new requests; those that run get up to {timeout_s:g} s")
-    api.deploy(draining(loaded.raw))
+    api.deploy(draining(api.deployed()))
     give_up_s = time.monotonic() + timeout_s
     while not stop.is_set() and time.monotonic() < give_up_s:
         held = ray.requests_held(api.replica_actors(GATEWAY))
@@ -282,6 +280,14 @@ def _load(path: Path) -> Loaded:
         return load(path)
     except InvalidFile as error:
         raise Misused(str(error)) from error
+
+
+def _refuse_unusable_files(file: DeploymentFile) -> None:
+    for application in file.applications:
+        try:
+            check_tls(application.args.gateway.front.tls)
+        except InvalidConfiguration as error:
+            raise Misused(str(error)) from error
 
 
 def _refuse_taken_ports(file: DeploymentFile) -> None:

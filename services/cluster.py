@@ -36,6 +36,8 @@ SHORT_PATHS = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 << 20),  # logprobs of a long prompt
+    # When gateways come or go HAProxy is started anew; the old one ends what it streams.
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "660",
     # gRPC listens where HTTP does, in Serve's own proxies, too.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "specprefill.gateway.serve_ports:setup",
 }
@@ -249,6 +251,11 @@ class ServeApi:
     def snapshot(self) -> Snapshot:
         """What runs now."""
         return snapshot_of(self.details())
+
+    def deployed(self) -> dict[str, Any]:
+        """The applications that run, as they were deployed."""
+        applications = self.details().get("applications", {}).values()
+        return {"applications": [each["deployed_app_config"] for each in applications]}
 
     def details(self) -> dict[str, Any]:
         """All that Serve tells of itself."""

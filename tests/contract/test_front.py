@@ -7,6 +7,7 @@ import json
 import ssl
 import stat
 import subprocess
+import sys
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -310,6 +311,58 @@ async def test_without_a_gateway_a_grpc_call_is_unavailable(tmp_path):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await channel.unary_unary("/specprefill.v1.SpecPrefill/Health")(b"", timeout=30)
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+GRPC_SERVER = """
+import asyncio, sys, grpc
+async def main():
+    async def stream(message, context):
+        yield message
+        await asyncio.Event().wait()
+    async def wait(message, context):
+        print("came", flush=True)
+        await asyncio.Event().wait()
+    server = grpc.aio.server()
+    handlers = {
+        "Stream": grpc.unary_stream_rpc_method_handler(stream),
+        "Wait": grpc.unary_unary_rpc_method_handler(wait),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.T", handlers),))
+    print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+    await server.start()
+    await server.wait_for_termination()
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def grpc_gateway():
+    with subprocess.Popen(
+        [sys.executable, "-c", GRPC_SERVER], stdout=subprocess.PIPE, text=True
+    ) as gateway:
+        yield gateway
+        gateway.kill()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_gateway_that_dies_ends_its_grpc_calls(tmp_path, grpc_gateway, stream):
+    """HAProxy can still say UNAVAILABLE before the first message; later it only resets."""
+    port = int(grpc_gateway.stdout.readline())
+    with running(serve_config(tmp_path, [1], [port]), {}) as front:
+        async with grpc.aio.insecure_channel(f"{HOST}:{front.grpc_port}") as channel:
+            if stream:
+                call = channel.unary_stream("/test.T/Stream")(b"x", timeout=30)
+                assert await call.read() == b"x"
+                ending = asyncio.create_task(call.read())
+            else:
+                call = channel.unary_unary("/test.T/Wait")(b"x", timeout=30)
+                ending = asyncio.ensure_future(call)
+                await asyncio.to_thread(grpc_gateway.stdout.readline)
+            grpc_gateway.kill()
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await ending
+    expected = grpc.StatusCode.CANCELLED if stream else grpc.StatusCode.UNAVAILABLE
+    assert caught.value.code() is expected
 
 
 # --- the change itself ----------------------------------------------------------------------

@@ -20,6 +20,7 @@ import yaml
 
 from specprefill.cluster import ServeApi, Snapshot, free_port, set_auth_mode
 from specprefill.deployment_file import load, with_ports
+from specprefill.front import FILE_VARIABLE
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 90.0
@@ -59,6 +60,16 @@ class App:
         change(raw)
         self.file.write_text(yaml.safe_dump(raw))
         command([BIN / "serve", "deploy", self.file, "-a", self.dashboard_url])
+
+    def front_config(self) -> str:
+        """The configuration that HAProxy runs with."""
+        for process in psutil.process_iter(["name", "cmdline"]):
+            if process.info["name"] == "haproxy" and process.environ().get(FILE_VARIABLE) == str(
+                self.file
+            ):
+                arguments = process.info["cmdline"]
+                return Path(arguments[arguments.index("-f") + 1]).read_text()
+        raise AssertionError("HAProxy does not run")
 
     def log(self, deployment: str) -> str:
         """What the running replicas of one pool have logged, one after the other."""
