@@ -28,6 +28,8 @@ from .health import PoolCounts, health_route
 from .keys import KeyRing
 from .metrics import count_shed
 from .middleware import RequestMiddleware
+from .request_json import JsonLimits
+from .routes import serve_only_known
 from .surface import TASKS
 
 
@@ -66,6 +68,7 @@ async def build_http_app(
     app: FastAPI = build_app(args, TASKS, client.model_config)
     await init_app_state(client, app.state, args, TASKS)
     app.state.server = _NoServer()
+    serve_only_known(app)
     app.router.routes.insert(0, health_route(count, limit))  # before vLLM's own
     gateway = config.gateway
     # Outermost first: strangers meet nothing else, and a slot is held by complete requests alone.
@@ -75,7 +78,9 @@ async def build_http_app(
     bodies = BodyReader(
         gateway.max_body_bytes, gateway.body_timeout_s, gateway.max_buffered_bytes, count_shed
     )
-    app.user_middleware.append(Middleware(RequestMiddleware, bodies=bodies))
+    app.user_middleware.append(
+        Middleware(RequestMiddleware, bodies=bodies, limits=JsonLimits(gateway.max_request_items))
+    )
     app.user_middleware.append(
         Middleware(LimitMiddleware, limit=limit, free_paths=gateway.open_paths)
     )

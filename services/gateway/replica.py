@@ -39,6 +39,7 @@ from .key_usage import KeyUsage
 from .keys import read_keys
 from .metrics import MeasuredPipeline, count_shed
 from .pools import Carried, ServeDecoder, ServePrefiller, ServeSpeculator, by_reference
+from .request_json import JsonLimits
 from .serve_health import ServeHealth
 from .serve_ports import bind_grpc_as_http
 from .shadowing import ShadowedPipeline
@@ -102,6 +103,8 @@ class GatewayReplica:
             self._keys,
             self._limit,
             self._health.count,
+            max_message_bytes=self._config.gateway.max_body_bytes,
+            json_limits=JsonLimits(self._config.gateway.max_request_items),
         )
         self._grpc_health = GrpcHealth(self._health.count, self._limit)
         heap.freeze()

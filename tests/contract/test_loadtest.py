@@ -30,7 +30,7 @@ from specprefill.loadtest.runner import Planned, Progress
 from specprefill.loadtest.scenario import Kill, Scenario
 from specprefill.rpc import specprefill_pb2_grpc as stubs
 
-from .conftest import API_KEY, KEYS, LIMIT, WORDS
+from .conftest import API_KEY, JSON_LIMITS, KEYS, LIMIT, MAX_MESSAGE_BYTES, WORDS
 from .test_gateway_grpc import Servicer
 
 ANSWER = "".join(WORDS)
@@ -63,7 +63,15 @@ async def addresses(gateway: Any, pipeline: Any, health: Any) -> AsyncIterator[d
         web = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
         serving = asyncio.create_task(web.serve(sockets=[listening]))
         server = grpc.aio.server()
-        api = GrpcApi(client, "demo", KEYS, LIMIT, health)
+        api = GrpcApi(
+            client,
+            "demo",
+            KEYS,
+            LIMIT,
+            health,
+            max_message_bytes=MAX_MESSAGE_BYTES,
+            json_limits=JSON_LIMITS,
+        )
         stubs.add_SpecPrefillServicer_to_server(Servicer(api), server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
