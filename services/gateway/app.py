@@ -26,6 +26,7 @@ from .bodies import BodyReader
 from .client import Answering, CountTokens, PipelineClient
 from .health import PoolCounts, health_route
 from .keys import KeyRing
+from .messages_log import log_messages_refused_in_one_line
 from .metrics import count_shed
 from .middleware import RequestMiddleware
 from .request_json import JsonLimits
@@ -65,6 +66,7 @@ async def build_http_app(
 ) -> FastAPI:
     """vLLM's OpenAI app on `client`. `count` returns each pool's healthy replicas."""
     args = server_args(config)
+    log_messages_refused_in_one_line()
     app: FastAPI = build_app(args, TASKS, client.model_config)
     await init_app_state(client, app.state, args, TASKS)
     app.state.server = _NoServer()

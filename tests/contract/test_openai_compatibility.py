@@ -8,6 +8,7 @@ listed, with the reason, in `docs/openai-compatibility.md`.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -555,6 +556,20 @@ async def test_tokens_of_a_message_are_counted(claude: anthropic.AsyncAnthropic)
     answer = await claude.messages.create(**ASKED)
     usage = answer.usage  # what a cache had is counted apart
     assert counted.input_tokens == usage.input_tokens + usage.cache_read_input_tokens
+
+
+async def test_a_refused_message_is_no_error_of_the_servers(
+    claude: anthropic.AsyncAnthropic, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    logger = logging.getLogger("vllm.entrypoints.anthropic.api_router")
+    logger.addHandler(caplog.handler)  # vLLM's loggers do not propagate
+    with pytest.raises(anthropic.BadRequestError):
+        await claude.messages.create(**ASKED, extra_body={"temperature": -1})
+    logger.removeHandler(caplog.handler)
+    (record,) = [one for one in caplog.records if one.name == logger.name]
+    assert (record.levelname, record.exc_info) == ("INFO", None)
+    assert "temperature must be non-negative" in record.getMessage()
 
 
 # --- what clients cannot reach --------------------------------------------------------------

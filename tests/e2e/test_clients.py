@@ -45,8 +45,8 @@ def test_litellm(app, long_prompt):
 
 def test_anthropics_client(app, long_prompt):
     asked = {
-        "model": "demo", "max_tokens": 12, "messages": long_prompt.messages, "temperature": 0,
-        "extra_body": {"specprefill": {"keep": KEEP}},
+        "model": "demo", "max_tokens": 12, "messages": long_prompt.messages,
+        "extra_body": {"specprefill": {"keep": KEEP}, "temperature": 0},
     }  # fmt: skip
     with anthropic.Anthropic(base_url=app.http_url, auth_token="none", max_retries=0) as client:
         answer = client.messages.create(**asked)
