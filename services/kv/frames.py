@@ -20,6 +20,7 @@ from ..errors import CorruptFrame
 from .arena import Arena
 
 FRAME_BYTES = 512 << 10  # messages much larger or smaller than this move slower
+HEADER_ROOM = 64  # bytes: more than a length field and a header need, and a cache line
 TRAILER_LAYER = -1
 _UNKNOWN = -1
 _LENGTH = struct.Struct("!I")
@@ -72,6 +73,17 @@ def seal(frame: Frame, lease_id: str, arena: Arena | None = None) -> SealedFrame
     return SealedFrame(
         frame.layer, frame.start, frame.stop, b"".join(parts) if message is None else message
     )
+
+
+def seal_in_place(frame: Frame, lease_id: str, room: memoryview) -> memoryview:
+    """Return a frame's message, whose payload stays where it is.
+
+    `room` is `HEADER_ROOM` bytes and the payload behind them; the header ends at the payload.
+    """
+    length, header, _ = _parts([frame.layer, frame.start, frame.stop], frame.payload, lease_id)
+    start = HEADER_ROOM - len(length) - len(header)
+    room[start:HEADER_ROOM] = bytes(length) + bytes(header)
+    return room[start:]
 
 
 def pieces(frame: Frame, max_bytes: int) -> Iterator[Frame]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from ..errors import LeaseNotFound
 from .frames import SealedFrame
 
-UNCLAIMED_S = 2.0
+UNCLAIMED_S = 5.0
 _TOMBSTONES = 4096
 
 
@@ -165,6 +165,14 @@ class LeaseStore:
                 return False
             self._drop(lease_id, "released")
             return True
+
+    def drop(self, lease_id: str) -> None:
+        """End a lease that cannot become complete: its readers learn it at once. Idempotent."""
+        with self._lock:
+            if lease_id in self._leases:
+                self._drop(lease_id, "dropped")
+            else:
+                self._bury(lease_id, "dropped")
 
     def sweep(self) -> int:
         """Drop complete leases past their time that nobody is reading. Returns how many."""

@@ -66,10 +66,12 @@ class Located:
 class SharedMemory:
     """Memory of this process that has no name, and is gone with the last process that maps it."""
 
-    def __init__(self, size: int) -> None:
-        descriptor = os.memfd_create("specprefill-kv")
+    def __init__(self, size: int, descriptor: int | None = None) -> None:
+        """`descriptor`: of such memory that another process has made, inherited from it."""
+        if descriptor is None:
+            descriptor = os.memfd_create("specprefill-kv")
+            os.ftruncate(descriptor, size)
         weakref.finalize(self, os.close, descriptor)
-        os.ftruncate(descriptor, size)
         self.memory: Bytes = np.frombuffer(mmap.mmap(descriptor, size), dtype=np.uint8)
         inode = os.fstat(descriptor).st_ino
         self.region = Region(_boot_id(), os.getpid(), descriptor, inode, size)

@@ -92,6 +92,9 @@ class StrictDevice:
     def host_buffer(self, size):
         return torch.full((size,), POISON, dtype=torch.uint8)
 
+    def page_lock(self, memory):
+        pass
+
     def upload(self, values):
         return values
 
@@ -111,3 +114,24 @@ class UnorderedDevice(StrictDevice):
 
     def computed(self):
         return StrictEvent(self.compute, 0)
+
+
+class BrokenStream(StrictStream):
+    """Its copies out fail."""
+
+    def copy_out(self, source, into):
+        def fail():
+            raise self.device.error("unforeseen")
+
+        return self.launch(fail)
+
+
+class BrokenDevice(StrictDevice):
+    """No copy from it arrives."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def stream(self):
+        return BrokenStream(self)

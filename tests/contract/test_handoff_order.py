@@ -15,13 +15,13 @@ from specprefill.engine.handoff.holder import Holder
 from specprefill.engine.handoff.layout import GpuLayout
 from specprefill.engine.handoff.orders import HandoffConfig, Orders, Pull, Stage
 from specprefill.engine.handoff.puller import Puller, WorkerPlace
-from specprefill.engine.handoff.ring import BufferRing, ring_of
+from specprefill.engine.handoff.ring import BufferRing
 from specprefill.engine.handoff.staging import Stager
-from specprefill.errors import UnsupportedModel
+from specprefill.errors import KvTransferError, UnsupportedModel
 from specprefill.kv.shards import Split
 from specprefill.types import Carrier, Span
 
-from .strict_device import POISON, StrictDevice, UnorderedDevice
+from .strict_device import POISON, BrokenDevice, StrictDevice, UnorderedDevice
 
 LAYERS, HEADS, DIM, PAGE, PAGES = 3, 2, 8, 16, 16
 TOKENS = 150
@@ -59,12 +59,22 @@ def kv_of(layer):
     return torch.randn(TOKENS, 2, HEADS, DIM)
 
 
+def wait_for(found, timeout_s=20.0):
+    """Return what `found` returns once it is not None."""
+    give_up_s = time.monotonic() + timeout_s
+    while time.monotonic() < give_up_s:
+        if (value := found()) is not None:
+            return value
+        threading.Event().wait(0.01)
+    return pytest.fail("it did not happen in time")
+
+
 class Pair:
     """A prefill worker that has staged one prompt, and a decode worker."""
 
     def __init__(self, holder_device, puller_device, **changes):
         held, self.prefill_tensors = empty_caches(holder_device)
-        self.holder = Holder(config(**changes), held, holder_device, readers=1, nixl=None, tls=None)
+        self.holder = Holder(config(**changes), held, holder_device, readers=1)
         self.pulled, self.decode_tensors = empty_caches(puller_device, 7.0)
         self.puller = Puller(
             config(**changes), self.pulled, puller_device, PLACE, nixl=None, tls=None
@@ -93,13 +103,12 @@ class Pair:
         }
         order = Pull("request", ticket, 0, TOKENS, DECODE_BLOCKS)
         self.puller.begin(Orders(pulls=[order]))
-        give_up_s = time.monotonic() + 20
-        while time.monotonic() < give_up_s:
+
+        def reported():
             results = self.puller.results(set())
-            if results.finished_recving:
-                return "request" in (results.failed_recving or set())
-            threading.Event().wait(0.01)
-        pytest.fail("the pull was never reported")
+            return results if results.finished_recving else None
+
+        return "request" in (wait_for(reported).failed_recving or set())
 
     def arrived(self):
         """Whether the decode worker's pages hold the prompt's KV."""
@@ -178,43 +187,67 @@ def test_no_exception_in_a_pull_counts_as_arrived(pair, monkeypatch, caplog, err
 @pytest.mark.parametrize("error", [RuntimeError, MemoryError, ValueError])
 def test_a_copy_that_fails_ends_its_lease_at_once(pair, monkeypatch, caplog, error):
     """The decode side does not wait `pull_timeout_s` for KV that cannot come."""
-
-    def broken(*_args):
-        raise error("unforeseen")
-
-    monkeypatch.setattr("specprefill.engine.handoff.holder.seal", broken)
-    both = pair(HostDevice(), HostDevice(), pull_timeout_s=30.0)
+    both = pair(BrokenDevice(error), HostDevice(), pull_timeout_s=30.0, staging_bytes=8 << 20)
     with caplog.at_level(logging.ERROR, logger="vllm.specprefill.handoff"):
         monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
         both.prefill()
         started_s = time.monotonic()
         assert both.pull() is True
-    assert time.monotonic() - started_s < 5
+    assert time.monotonic() - started_s < 10
     assert any("kv staging failed: lease=lease" in record.message for record in caplog.records)
 
 
-def test_staging_is_bounded_by_its_ring():
+def test_a_prompt_beyond_the_memory_is_recomputed_and_the_memory_comes_back(pair):
+    both = pair(HostDevice(), HostDevice(), max_held_bytes=32 << 10, staging_bytes=8 << 10)
+    both.prefill()
+    assert both.pull() is True
+    first, view = wait_for(lambda: both.holder._keeper.take(30 << 10))
+    assert first == 0
+    assert len(view) == 30 << 10
+
+
+def test_a_dead_keeper_ends_the_engine(pair):
+    """Else it would go on handing out tickets that nobody can pull."""
+    both = pair(HostDevice(), HostDevice())
+    both.holder._keeper._process.kill()
+
+    def is_known():
+        try:
+            both.holder.finish_step(Orders())
+        except KvTransferError:
+            return True
+        return None
+
+    assert wait_for(is_known)
+
+
+class RecordingKeeper:
+    """Room for everything; a copy is waited for only at the end."""
+
+    def __init__(self):
+        self.pieces, self.waits = [], []
+
+    def take(self, size):
+        return len(self.pieces), memoryview(bytearray(size))
+
+    def append(self, piece, copied):
+        self.pieces.append(piece)
+        self.waits.append(copied)
+
+
+def test_staging_is_bounded_by_configuration():
     """100,000 cached tokens in one step: a GPU's memory for them is outside vLLM's budget."""
-    tokens, ring_bytes = 100_000, 64 << 20
-    cache = torch.zeros(tokens // PAGE, HEADS, PAGE, 2 * 64, dtype=torch.bfloat16)
-    cache += torch.arange(tokens // PAGE)[:, None, None, None] % 97
-    layout, device = GpuLayout(cache), StrictDevice()
-    ring, sums = ring_of(device, ring_bytes, 4 << 20), []
-    assert ring.size == ring_bytes
-    assert tokens * layout.token_bytes(cache) < ring_bytes  # one layer fits, two do not
-
-    def sink(piece):
-        values = torch.frombuffer(piece.payload, dtype=torch.bfloat16)
-        sums.append(float(values.double().sum()))
-
-    stager = Stager(device, ring, layout, sink, pytest.fail)
-    blocks = list(range(tokens // PAGE))
-    order = Stage("lease", "secret", 0, tokens, tokens, blocks)
+    tokens, most_bytes = 100_000, 64 << 20
+    device, keeper = StrictDevice(), RecordingKeeper()
+    pages = tokens // PAGE
+    cache = torch.zeros(pages, HEADS, PAGE, 2 * 64, dtype=torch.bfloat16)
+    known = Caches({NAMES[0]: cache}, GpuLayout(cache), device, PAGE, "layout")
+    stager = Stager(device, known, keeper, most_bytes)
+    order = Stage("lease", "secret", 0, tokens, tokens, list(range(pages)))
     for layer in range(4):
-        stager.stage(order, layer, cache, torch.tensor(blocks))
-    stager.close()
-    assert device.peak <= ring_bytes
-    assert sum(sums) == 4 * float(cache.double().sum())
+        stager.stage(order, layer, cache, last_layer=layer == 3)
+    assert sum(piece.size for piece in keeper.pieces) > 3 * most_bytes
+    assert 0 < device.peak <= most_bytes
 
 
 def test_a_ring_waits_for_its_oldest_copy_before_a_buffer_is_used_again():

@@ -12,6 +12,8 @@ from typing import Protocol
 
 import torch
 
+from ...errors import InvalidConfiguration
+
 
 class CopyEvent(Protocol):
     """A point in the work of a stream."""
@@ -63,6 +65,10 @@ class Device(Protocol):
         """Allocate `[size]` uint8 in host memory that the device copies from and to by itself."""
         ...
 
+    def page_lock(self, memory: torch.Tensor) -> None:
+        """Let the device copy to and from `memory`, `[n]` uint8 of this process, by itself."""
+        ...
+
     def upload(self, values: torch.Tensor) -> torch.Tensor:
         """Copy `values` to the device, on the calling thread's stream, without waiting."""
         ...
@@ -87,6 +93,9 @@ class HostDevice:
     def host_buffer(self, size: int) -> torch.Tensor:
         """See Device."""
         return torch.empty(size, dtype=torch.uint8)
+
+    def page_lock(self, memory: torch.Tensor) -> None:
+        """See Device."""
 
     def upload(self, values: torch.Tensor) -> torch.Tensor:
         """See Device."""
@@ -126,6 +135,15 @@ class CudaDevice:
     def host_buffer(self, size: int) -> torch.Tensor:
         """See Device."""
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def page_lock(self, memory: torch.Tensor) -> None:
+        """See Device. Raises InvalidConfiguration where the node has no room for it."""
+        status = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+        if int(status) != 0:
+            raise InvalidConfiguration(
+                f"kv.max_held_bytes: {memory.nbytes} bytes cannot be page-locked on this node "
+                f"(CUDA error {int(status)})"
+            )
 
     def upload(self, values: torch.Tensor) -> torch.Tensor:
         """See Device."""

@@ -1,123 +1,77 @@
-"""The prefill side of a worker: copies KV out under leases and serves it on its KV port."""
+"""The prefill side of a worker: copies KV out, into memory from which its keeper serves it."""
 
 from __future__ import annotations
-
-import logging
-import threading
-import time
 
 import torch
 from vllm.utils.network_utils import get_ip
 
-from ...kv.announcements import Announcement, Announcements
-from ...kv.arena import Arena
-from ...kv.frames import FRAME_BYTES, Frame, pieces, seal
-from ...kv.leases import LeaseStore
-from ...kv.nixl import NixlAgent
-from ...kv.nixl_rpc import NixlHandler
-from ...kv.rpc import KvServer
-from ...kv.shared import LocateHandler, SharedMemory
-from ...kv.tls import MutualTls
+from ...kv.keeper_link import KeeperLink
 from .caches import Caches
 from .device import Device
 from .orders import Endpoint, HandoffConfig, Orders, Stage
-from .ring import ring_of
-from .staging import StagedPiece, Stager
-
-logger = logging.getLogger("vllm.specprefill.handoff")
-
-_SLOT_BYTES = 4 << 20  # large enough for the bus, small enough to overlap
-_SWEEP_S = 0.5
+from .staging import Stager
 
 
 class Holder:
-    """Complete when it is made: it listens, and stages what its orders say."""
+    """Complete when it is made: its keeper listens, and it stages what its orders say."""
 
     def __init__(
-        self,
-        config: HandoffConfig,
-        caches: Caches,
-        device: Device,
-        *,
-        readers: int,
-        nixl: NixlAgent | None,
-        tls: MutualTls | None,
+        self, config: HandoffConfig, caches: Caches, device: Device, *, readers: int
     ) -> None:
+        """Raises InvalidConfiguration or KvTransferError when nothing can be served."""
         self._caches = caches
         self._readers = readers
-        slot_bytes = max(caches.token_bytes, min(_SLOT_BYTES, config.staging_bytes // 2))
-        ring = ring_of(device, config.staging_bytes, slot_bytes)
-        self._leases = LeaseStore(
-            max_bytes=max(0, config.max_held_bytes - ring.size),
+        self._keeper = KeeperLink(
+            max_bytes=config.max_held_bytes,
+            carrier=config.carrier,
+            host=get_ip() if config.host is None else config.host,
+            tls=None if config.tls is None else config.tls.model_dump(),
             lease_s=config.lease_s,
-            now=time.monotonic,
+            fingerprint=caches.fingerprint,
         )
-        self._announcements = Announcements()
-        self._stager = Stager(device, ring, caches.layout, self._append, self._fail)
-        self._arena: Arena | None = None
-        self._stopping = threading.Event()
-        self._server = KvServer(
-            self._leases,
-            self._announcements,
-            caches.fingerprint,
-            get_ip() if config.host is None else config.host,
-            tls=tls,
-            more_handlers=self._memory_handlers(config, nixl),
-        )
-        self._endpoint = Endpoint(self._server.start(), caches.fingerprint)
-        threading.Thread(target=self._sweep, name="kv-sweep", daemon=True).start()
+        device.page_lock(torch.from_numpy(self._keeper.memory))
+        self._stager = Stager(device, caches, self._keeper, config.staging_bytes)
+        self._endpoint = Endpoint(self._keeper.address, caches.fingerprint)
 
     @property
     def endpoint(self) -> Endpoint:
         """The address of this worker's KV port, and the layout of what it serves."""
         return self._endpoint
 
+    @property
+    def carrier(self) -> str:
+        """The best carrier that the keeper has."""
+        return self._keeper.carrier
+
     def stage(self, layer_name: str, cache: torch.Tensor, orders: Orders) -> None:
         """Copy one layer's new tokens of every staged request."""
         if self._readers == 0:
             return
         layer = self._caches.layers[layer_name]
+        last_layer = max(self._caches.by_layer)
         for order in orders.stages:
-            self._leases.open(order.lease_id, order.secret)
-            blocks = self._caches.block_tensor(order.lease_id, order.blocks)
-            self._stager.stage(order, layer, cache, blocks)
+            self._keeper.ask("open", order.lease_id, order.secret)
+            self._stager.stage(order, layer, cache, last_layer=layer == last_layer)
             if order.stop == order.tokens and layer == self._announced_layer(order):
-                self._announcements.tell(
-                    Announcement(order.lease_id, order.tokens, self._caches.fingerprint)
-                )
+                self._keeper.ask("announce", order.lease_id, order.tokens)
 
     def finish_step(self, orders: Orders) -> None:
         """After the last layer: drop what was aborted, let handed-out leases age.
 
-        Nothing is waited for: every gather runs before later writes, on their stream.
+        Nothing is waited for: every gather runs before later writes, on their stream. Raises
+        KvTransferError when the keeper is dead: the engine must not go on handing out tickets.
         """
+        self._keeper.check()
         for order in orders.stages:
             self._caches.forget(order.lease_id)
         for lease_id, secret in orders.drops:
-            self._leases.release(lease_id, secret)
+            self._keeper.ask("release", lease_id, secret)
         for lease_id in orders.issued:
-            self._leases.issue(lease_id)
+            self._keeper.ask("issue", lease_id)
 
     def stop(self) -> None:
         """Stop serving."""
-        self._stopping.set()
-        self._server.stop()
-        self._stager.close()
-
-    def _memory_handlers(
-        self, config: HandoffConfig, nixl: NixlAgent | None
-    ) -> list[NixlHandler | LocateHandler]:
-        """Lay leases where others can read them: peers with NIXL, or this node's processes."""
-        if nixl is not None:
-            self._arena = Arena(config.max_held_bytes)
-            nixl.register(self._arena)
-            return [NixlHandler(self._leases, self._caches.fingerprint, nixl, self._arena)]
-        if config.carrier == "object_ref":
-            shared = SharedMemory(config.max_held_bytes)
-            locate = LocateHandler(self._leases, self._caches.fingerprint, shared)
-            self._arena = locate.arena
-            return [locate]
-        return []
+        self._keeper.close()
 
     def _announced_layer(self, order: Stage) -> int:
         """Where in the last chunk the decode side may begin to pull.
@@ -127,24 +81,3 @@ class Holder:
         """
         layers: list[int] = sorted(self._caches.by_layer)
         return layers[0 if order.start > 0 else len(layers) // 2]
-
-    def _append(self, piece: StagedPiece) -> None:
-        """Hold a piece; the last one of the prompt completes its lease."""
-        order = piece.order
-        ends = piece.ends_chunk and order.stop == order.tokens
-        whole = ends and piece.layer == max(self._caches.by_layer)
-        frame = Frame(piece.layer, piece.start, piece.stop, piece.payload)
-        for part in pieces(frame, FRAME_BYTES):
-            sealed = seal(part, order.lease_id, self._arena)
-            self._leases.append(order.lease_id, sealed, last=whole and part.stop == piece.stop)
-
-    def _fail(self, order: Stage) -> None:
-        """A lease that can not become complete ends at once: its reader need not wait."""
-        self._leases.release(order.lease_id, order.secret)
-
-    def _sweep(self) -> None:
-        """Nothing steps an idle engine, so expiry has a thread of its own."""
-        while not self._stopping.wait(_SWEEP_S):
-            expired = self._leases.sweep()
-            if expired:
-                logger.warning("leases expired unpulled: count=%d", expired)

@@ -1,90 +1,101 @@
-"""Copies KV from the cache to the leases, while later layers compute."""
+"""Copies KV from the cache to where it is served from, while later layers compute."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import deque
 
 import torch
 
+from ...kv.frames import FRAME_BYTES, HEADER_ROOM
+from ...kv.keeper import Piece, piece_bytes
+from ...kv.keeper_link import KeeperLink
+from ...types import Span
+from .caches import Caches
 from .device import CopyEvent, Device
-from .layout import KvLayout
 from .orders import Stage
-from .ring import BufferRing
 
-logger = logging.getLogger("vllm.specprefill.handoff")
-
-
-@dataclass(frozen=True, slots=True)
-class StagedPiece:
-    """KV of tokens `[start, stop)` of one layer in the canonical order, raw.
-
-    `payload` is valid until the sink returns.
-    """
-
-    order: Stage
-    layer: int
-    start: int
-    stop: int
-    payload: memoryview
-
-    @property
-    def ends_chunk(self) -> bool:
-        """Whether this is the last piece of the order's chunk in its layer."""
-        return self.stop == self.order.stop
+_PIECE_BYTES = 8 << 20  # large enough for the bus, small enough to overlap
 
 
 class Stager:
-    """Gathers KV on the compute stream, copies it out on another, gives it to a sink.
+    """Gathers KV on the compute stream and copies it out on another.
 
-    What is under way never exceeds the ring: a step that stages more waits for the oldest copy
-    to reach its lease. The sink runs on a thread of the stager, in order. A copy whose sink fails
-    is logged once, and `on_failure` is given its order; the others are not affected.
+    Copies under way hold at most `most_bytes` of the device's memory, or one piece: a step that
+    stages more waits for the oldest of them.
     """
 
-    def __init__(
-        self,
-        device: Device,
-        ring: BufferRing,
-        layout: KvLayout,
-        sink: Callable[[StagedPiece], None],
-        on_failure: Callable[[Stage], None],
-    ) -> None:
+    def __init__(self, device: Device, caches: Caches, keeper: KeeperLink, most_bytes: int) -> None:
         self._stream = device.stream()
-        self._ring = ring
-        self._layout = layout
-        self._sink = sink
-        self._on_failure = on_failure
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kv-seal")  # keeps the order
+        self._caches = caches
+        self._keeper = keeper
+        self._most_bytes = most_bytes
+        self._copying: deque[tuple[CopyEvent, int]] = deque()  # oldest first, with its bytes
+        self._copying_bytes = 0
+        self._frame_tokens = max(1, FRAME_BYTES // caches.token_bytes)
+        frames = min(_PIECE_BYTES, most_bytes // 2) // FRAME_BYTES
+        self._piece_tokens = max(1, frames) * self._frame_tokens
 
-    def stage(self, order: Stage, layer: int, cache: torch.Tensor, blocks: torch.Tensor) -> None:
+    def stage(self, order: Stage, layer: int, cache: torch.Tensor, *, last_layer: bool) -> None:
         """Copy the order's tokens of one layer. Called after the layer was launched.
 
         The cache may be overwritten by later launches at once: the gather runs before them, on
-        the same stream.
+        the same stream. Where the shared memory is full, the lease ends, and the decode engine
+        computes the prompt.
         """
-        step = max(1, self._ring.slot_bytes // self._layout.token_bytes(cache))
-        for start in range(order.start, order.stop, step):
-            stop = min(start + step, order.stop)
-            buffer = self._ring.take()
-            kv = self._layout.read(cache, blocks, start, stop).view(torch.uint8).flatten()
-            into = buffer[: len(kv)]
-            copied = self._stream.copy_out(kv, into)
-            piece = StagedPiece(order, layer, start, stop, memoryview(into.numpy()))
-            self._thread.submit(self._hand_over, copied, piece, buffer)
+        for start in range(order.start, order.stop, self._piece_tokens):
+            stop = min(start + self._piece_tokens, order.stop)
+            last = last_layer and stop == order.tokens
+            if not self._copy(order, layer, cache, Span(start, stop), last=last):
+                self._keeper.ask("drop", order.lease_id)
+                return
 
-    def close(self) -> None:
-        """Hand over what is under way, then stop."""
-        self._thread.shutdown(wait=True)
+    def _copy(
+        self, order: Stage, layer: int, cache: torch.Tensor, tokens: Span, *, last: bool
+    ) -> bool:
+        """Return whether there was room."""
+        token_bytes = self._caches.token_bytes
+        size = piece_bytes(len(tokens), token_bytes, self._frame_tokens)
+        room = self._keeper.take(size)
+        if room is None:
+            return False
+        offset, view = room
+        self._wait_for(size)
+        blocks = self._caches.block_tensor(order.lease_id, order.blocks)
+        kv = self._caches.layout.read(cache, blocks, tokens.start, tokens.stop)
+        source = _framed(kv, self._frame_tokens * token_bytes, size)
+        copied = self._stream.copy_out(source, torch.frombuffer(view, dtype=torch.uint8))
+        self._copying.append((copied, size))
+        self._copying_bytes += size
+        piece = Piece(
+            order.lease_id,
+            layer,
+            tokens.start,
+            tokens.stop,
+            offset,
+            token_bytes,
+            self._frame_tokens,
+            last,
+        )
+        self._keeper.append(piece, copied.wait)
+        return True
 
-    def _hand_over(self, copied: CopyEvent, piece: StagedPiece, buffer: torch.Tensor) -> None:
-        try:
+    def _wait_for(self, size: int) -> None:
+        """Wait until `size` bytes more may be under way."""
+        while self._copying and self._copying_bytes + size > self._most_bytes:
+            copied, its_size = self._copying.popleft()
             copied.wait()
-            self._sink(piece)
-        except Exception:  # the boundary of a thread: the lease fails, its reader is told
-            logger.exception("kv staging failed: lease=%s", piece.order.lease_id)
-            self._on_failure(piece.order)
-        finally:
-            self._ring.give(buffer)
+            self._copying_bytes -= its_size
+
+
+def _framed(kv: torch.Tensor, frame_bytes: int, size: int) -> torch.Tensor:
+    """Lay `kv`, contiguous, out as a piece's `size` bytes: header room before every frame."""
+    raw = kv.view(torch.uint8).flatten()
+    framed = torch.empty(size, dtype=torch.uint8, device=kv.device)
+    whole, rest = divmod(len(raw), frame_bytes)
+    stride = HEADER_ROOM + frame_bytes
+    if whole:
+        rows = framed[: whole * stride].view(whole, stride)
+        rows[:, HEADER_ROOM:] = raw[: whole * frame_bytes].view(whole, frame_bytes)
+    if rest:
+        framed[size - rest :] = raw[whole * frame_bytes :]
+    return framed

@@ -51,14 +51,13 @@ class WorkerHalf:
         block_size = self._vllm_config.cache_config.block_size
         known = Caches(caches, layout_of(one), device, block_size, layout_id)
         with _any_core():  # threads inherit the affinity of the one that makes them
-            nixl = agent_for(self._config.carrier, encrypted=self._tls is not None)
-            self._carrier = Carrier.GRPC if nixl is None else Carrier.NIXL
             if self._producer:
                 count = readers(place.rank, place.own, place.peers)
-                self._holder = Holder(
-                    self._config, known, device, readers=count, nixl=nixl, tls=self._tls
-                )
+                self._holder = Holder(self._config, known, device, readers=count)
+                self._carrier = Carrier(self._holder.carrier)
             else:
+                nixl = agent_for(self._config.carrier, encrypted=self._tls is not None)
+                self._carrier = Carrier.GRPC if nixl is None else Carrier.NIXL
                 self._puller = Puller(self._config, known, device, place, nixl=nixl, tls=self._tls)
         logger.info("kv carrier: %s", self._carrier)
 

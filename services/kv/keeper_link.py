@@ -1,0 +1,164 @@
+"""A worker's end of its keeper: shared memory, and what is asked of the other process."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import astuple
+from multiprocessing.connection import Connection
+from typing import Any
+
+import msgpack
+
+from ..errors import InvalidConfiguration, KvTransferError
+from .arena import Arena, Bytes
+from .keeper import KeeperConfig, Piece, packed
+from .shared import SharedMemory
+
+logger = logging.getLogger("vllm.specprefill.handoff")
+
+_START_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 5.0
+
+
+class KeeperLink:
+    """Starts a keeper. Requests go out in order, from a thread of their own: none of them waits."""
+
+    def __init__(
+        self,
+        *,
+        max_bytes: int,
+        carrier: str,
+        host: str,
+        tls: dict[str, Any] | None,
+        lease_s: float,
+        fingerprint: str,
+    ) -> None:
+        """Raises InvalidConfiguration or KvTransferError when the keeper cannot serve."""
+        self._shared = SharedMemory(max_bytes)
+        self._arena = Arena(max_bytes, self._shared.memory)
+        self._lock = threading.Lock()
+        self._regions: dict[int, memoryview] = {}  # by offset: what the keeper still refers to
+        self._gone = threading.Event()
+        config = KeeperConfig(
+            self._shared.region.descriptor, max_bytes, carrier, host, tls, lease_s, fingerprint
+        )
+        self._process, self._link = _started(config)
+        self.address, self.carrier = self._ready()
+        self._outbox: queue.SimpleQueue[tuple[bytes, Callable[[], None] | None] | None] = (
+            queue.SimpleQueue()
+        )
+        self._threads = [
+            threading.Thread(target=work, name=f"kv-keeper-{name}", daemon=True)
+            for name, work in (("out", self._send_all), ("in", self._receive_all))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def memory(self) -> Bytes:
+        """All of the shared memory, to page-lock."""
+        return self._shared.memory
+
+    def check(self) -> None:
+        """Raise KvTransferError when the keeper is dead: no ticket of this worker can be pulled."""
+        if self._gone.is_set():
+            raise KvTransferError(f"kv keeper: its process ended ({self._process.poll()})")
+
+    def take(self, size: int) -> tuple[int, memoryview] | None:
+        """Return room for a piece, and its offset; None when the memory is full."""
+        view = self._arena.take(size)
+        if view is None:
+            return None
+        offset = self._arena.offset_of(view)
+        assert offset is not None
+        with self._lock:
+            self._regions[offset] = view
+        return offset, view
+
+    def append(self, piece: Piece, copied: Callable[[], None]) -> None:
+        """Add a piece to its lease once `copied` has returned: then its bytes are in place.
+
+        When `copied` raises, the lease ends.
+        """
+        self._outbox.put((msgpack.packb(["append", *astuple(piece)]), copied))
+
+    def ask(self, verb: str, *values: str | int) -> None:
+        """Queue a request: open, announce, issue, release or drop."""
+        self._outbox.put((msgpack.packb([verb, *values]), None))
+
+    def close(self) -> None:
+        """Hang up; the keeper ends with all that it holds. Idempotent."""
+        self._outbox.put(None)
+        self._threads[0].join(_STOP_TIMEOUT_S)
+        self._link.close()
+        try:
+            self._process.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _ready(self) -> tuple[str, str]:
+        try:
+            if not self._link.poll(_START_TIMEOUT_S):
+                self._process.kill()
+                raise KvTransferError(f"kv keeper: not ready within {_START_TIMEOUT_S:g} s")
+            verb, *values = msgpack.unpackb(self._link.recv_bytes())
+        except EOFError as error:
+            raise KvTransferError("kv keeper: its process ended at its start") from error
+        if verb == "failed":
+            raise InvalidConfiguration(*values)
+        address, carrier = values
+        return address, carrier
+
+    def _send_all(self) -> None:
+        while (item := self._outbox.get()) is not None:
+            message, copied = item
+            try:
+                if copied is not None:
+                    copied()
+            except Exception:  # the boundary of a thread: the lease it belongs to fails
+                piece = Piece(*msgpack.unpackb(message)[1:])
+                logger.exception("kv staging failed: lease=%s", piece.lease_id)
+                self._free([piece.offset])
+                message = msgpack.packb(["drop", piece.lease_id])
+            try:
+                self._link.send_bytes(message)
+            except OSError:  # the keeper is gone: `check` tells the engine
+                self._gone.set()
+                return
+
+    def _receive_all(self) -> None:
+        while True:
+            try:
+                _verb, offsets = msgpack.unpackb(self._link.recv_bytes())
+            except (EOFError, OSError):
+                self._gone.set()
+                return
+            self._free(offsets)
+
+    def _free(self, offsets: list[int]) -> None:
+        with self._lock:
+            for offset in offsets:
+                self._regions.pop(offset, None)
+
+
+def _started(config: KeeperConfig) -> tuple[subprocess.Popen[bytes], Connection]:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "specprefill.kv.keeper", str(theirs.fileno())],
+            pass_fds=(theirs.fileno(), config.memory_fd),
+            stdin=subprocess.DEVNULL,
+        )
+    link = Connection(ours.detach())
+    try:
+        link.send_bytes(packed(config))
+    except OSError as error:
+        raise KvTransferError("kv keeper: its process ended at its start") from error
+    return process, link
