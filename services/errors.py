@@ -5,6 +5,7 @@ SpecPrefillError
 │   └── UnknownModel      404, NOT_FOUND
 ├── Unauthenticated       no API key, or an unknown one: 401, UNAUTHENTICATED
 ├── DeadlineExceeded      504, DEADLINE_EXCEEDED
+│   └── ScoringTimeout    handled inside: speculator.on_overload decides
 ├── Overloaded            429, RESOURCE_EXHAUSTED
 ├── Unavailable           503, UNAVAILABLE
 │   ├── SpeculatorUnavailable
@@ -51,6 +52,15 @@ class Unauthenticated(SpecPrefillError):
 
 class DeadlineExceeded(SpecPrefillError):
     """The request's time was used up before its answer was complete."""
+
+
+class ScoringTimeout(DeadlineExceeded):
+    """The speculator used up its own time; `queue_s` and `speculate_s` are where it was spent."""
+
+    def __init__(self, message: str, queue_s: float = 0.0, speculate_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.queue_s = queue_s
+        self.speculate_s = speculate_s
 
 
 class Overloaded(SpecPrefillError):

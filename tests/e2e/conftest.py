@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from specprefill.front import FILE_VARIABLE
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 90.0
-SPECULATOR_TIMEOUT_S = 3.0
+SPECULATOR_TIMEOUT_S = 5.0  # longer than a dead replica is taken for a living one
 BIN = Path(sys.executable).parent
 KEEP = 0.2
 POOLS = ("Speculator", "Prefill", "Decode")
@@ -123,31 +124,43 @@ def app(root, tmp_path_factory):
         server.stdout.close()
 
 
+STREAM = {
+    "model": "demo", "messages": [{"role": "user", "content": "Hello"}], "ignore_eos": True,
+    "stream": True,
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def streams_that_end(app: App, count: int = 4, max_tokens: int = 400):
+    """Answers that are streamed while the `with` block runs, and end as they should after it."""
+    begun = threading.Barrier(count + 1, timeout=60)
+
+    def last_line(_):
+        url, body = f"{app.http_url}/v1/chat/completions", {**STREAM, "max_tokens": max_tokens}
+        with httpx.stream("POST", url, json=body, timeout=60) as reply:
+            lines = (line for line in reply.iter_lines() if line)
+            assert next(lines).startswith("data: {")
+            begun.wait()
+            return list(lines)[-1]
+
+    with ThreadPoolExecutor(count) as threads:
+        ends = threads.map(last_line, range(count))
+        begun.wait()
+        yield
+        assert list(ends) == ["data: [DONE]"] * count
+
+
 def _stop_in_mid_stream(app: App, server: subprocess.Popen) -> None:
     """SIGTERM while answers are streamed: they end as they should, and nothing new begins."""
-    body = {
-        "model": "demo", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 400,
-        "ignore_eos": True, "stream": True,
-    }  # fmt: skip
     url = f"{app.http_url}/v1/chat/completions"
-    with contextlib.ExitStack() as streams:
-        replies = [
-            streams.enter_context(httpx.stream("POST", url, json=body, timeout=60))
-            for _ in range(4)
-        ]
-        lines = [reply.iter_lines() for reply in replies]
-        for each in lines:
-            assert next(each).startswith("data: {")
+    short = {**STREAM, "stream": False, "max_tokens": 1}
+    with streams_that_end(app):
         server.send_signal(signal.SIGTERM)
-        refused = None
-        while refused is None:  # until the gateways have heard of it
-            reply = httpx.post(url, json={**body, "stream": False, "max_tokens": 1}, timeout=60)
-            refused = None if reply.status_code == 200 else reply
-        assert refused.status_code == 503
-        assert refused.headers["retry-after"] == "1"
-        assert refused.json()["error"]["code"] == "unavailable"
-        for each in lines:
-            assert [line for line in each if line][-1] == "data: [DONE]"
+        while (reply := httpx.post(url, json=short, timeout=60)).status_code == 200:
+            continue  # the gateways have not heard of it yet
+        assert reply.status_code == 503
+        assert reply.headers["retry-after"] == "1"
+        assert reply.json()["error"]["code"] == "unavailable"
     assert server.wait(STOP_TIMEOUT_S) == 0
 
 

@@ -20,6 +20,7 @@ from specprefill.rpc import specprefill_pb2 as pb
 from specprefill.rpc.specprefill_pb2_grpc import SpecPrefillStub
 
 from ..certificates import Authority
+from .conftest import streams_that_end
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -124,6 +125,17 @@ def test_a_callers_mistakes_leave_no_traceback(app):
     assert "RpcFailed" not in log
 
 
+def test_a_grpc_message_over_the_limit_is_refused_unread(app):
+    with (
+        grpc.insecure_channel(
+            app.grpc_address, options=[("grpc.max_send_message_length", -1)]
+        ) as channel,
+        pytest.raises(grpc.RpcError) as caught,
+    ):
+        SpecPrefillStub(channel).Generate(pb.GenerateRequest(text="x" * (33 << 20)), timeout=60)
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
 # --- closed: API keys and mutual TLS, deployed onto the running service ---------------------
 
 
@@ -151,8 +163,9 @@ def closed(app, tmp_path_factory):
 
     context = ssl.create_default_context(cafile=files.authority)
     context.load_cert_chain(files.certificate, files.key)
-    app.redeploy(close)
-    app.wait_healthy()
+    with streams_that_end(app, max_tokens=2000):  # though their gateways are replaced
+        app.redeploy(close)
+        app.wait_healthy()
     wait_answered(f"https://localhost:{app.http_port}/health", context)
     yield files
     app.redeploy(reopen)

@@ -11,10 +11,12 @@ from specprefill.errors import (
     DeadlineExceeded,
     InvalidRequest,
     Overloaded,
+    ScoringTimeout,
     SpeculatorUnavailable,
     UnsupportedModel,
 )
 from specprefill.selection import select
+from specprefill.speculator.gauges import SpeculatorGauges
 from specprefill.speculator.scorer import Scorer
 from specprefill.speculator.service import (
     MAX_FAILURES_IN_A_ROW,
@@ -24,6 +26,7 @@ from specprefill.speculator.service import (
 )
 from specprefill.types import Plan, PlanKind, Reason, Request, Span
 
+from ..instruments import Instruments
 from .gated_scorer import (
     PLAN,
     POLICY,
@@ -33,6 +36,8 @@ from .gated_scorer import (
     request_of,
     serving,
 )
+
+NAME = "specprefill_speculator"
 
 
 @pytest.mark.asyncio
@@ -131,6 +136,22 @@ async def test_a_deadline_ends_the_wait_and_the_work(scorer: GatedScorer) -> Non
         scorer.gate.set()
         await service.select(request_of(80), PLAN, WAIT_S)
     assert scorer.finished == [80]
+
+
+@pytest.mark.asyncio
+async def test_a_time_out_says_whether_the_time_was_waited_or_scored(scorer: GatedScorer) -> None:
+    scorer.gate.clear()
+    async with serving(scorer, Batching(max_batch=1)) as service:
+        first = asyncio.create_task(service.select(request_of(90), PLAN, 0.2))
+        await scorer.held()
+        behind = asyncio.create_task(service.select(request_of(70), PLAN, 0.2))
+        scored, waited = await asyncio.gather(first, behind, return_exceptions=True)
+        scorer.gate.set()
+    assert isinstance(scored, ScoringTimeout)
+    assert isinstance(waited, ScoringTimeout)
+    assert scored.speculate_s > 0.1 > scored.queue_s
+    assert waited.queue_s >= 0.2
+    assert waited.speculate_s == 0.0
 
 
 @pytest.mark.asyncio
@@ -254,3 +275,38 @@ async def test_start_refuses_a_model_that_cannot_score() -> None:
         await service.start()
     await service.close()
     assert not service.is_running
+
+
+@pytest.mark.asyncio
+async def test_what_it_does_is_counted(scorer: GatedScorer) -> None:
+    made = Instruments()
+    batching = Batching(max_batch=2, max_wait_s=0.05, max_queued=1)
+    async with serving(scorer, batching) as service:
+        gauges = SpeculatorGauges(service, made)
+        await service.select(request_of(100), PLAN, WAIT_S)
+        await service.select(request_of(100), PLAN, WAIT_S)  # remembered
+        scorer.gate.clear()
+        scorer.entered.clear()
+        lost = asyncio.create_task(service.select(request_of(90), PLAN, 0.3))
+        await scorer.held()
+        queued = asyncio.create_task(service.select(request_of(70), PLAN, WAIT_S))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await service.select(request_of(80), PLAN, WAIT_S)
+        gauges.update()
+        assert (made.total(f"{NAME}_queued"), made.total(f"{NAME}_scoring")) == (1, 1)
+        with pytest.raises(ScoringTimeout):
+            await lost
+        scorer.gate.set()
+        await queued
+        gauges.update()
+    counted = {
+        name: made.total(f"{NAME}_{name}_total")
+        for name in ("prompts", "repeated_prompts", "batches", "timeouts", "shed", "failures")
+    }
+    assert counted == {
+        "prompts": 2, "repeated_prompts": 1, "batches": 3, "timeouts": 1, "shed": 1, "failures": 0,
+    }  # fmt: skip
+    assert made.total(f"{NAME}_tokens_total") == 170
+    assert made.total(f"{NAME}_read_seconds_total") > 0
+    assert made.total(f"{NAME}_queue_seconds_total") > 0
