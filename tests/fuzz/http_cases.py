@@ -82,7 +82,6 @@ VALID: tuple[tuple[str, dict[str, Any]], ...] = (
     ("/tokenize", {"model": MODEL, "prompt": "hello"}),
     ("/tokenize", {"model": MODEL, "messages": CHAT["messages"]}),
     ("/detokenize", {"model": MODEL, "tokens": [5, 6, 7]}),
-    ("/invocations", CHAT),
 )
 PATHS = tuple(dict.fromkeys(path for path, _ in VALID))
 METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD", "TRACE", "get", "BREW")
