@@ -200,7 +200,8 @@ OPEN = ("/health", "/ping")
 # What vLLM, FastAPI and Serve are known to answer, beside the description's own routes.
 HIDDEN = (
     "/invocations", "/v1/chat/completions/batch", "/generative_scoring", "/v1/systemone",
-    "/scale_elastic_ep", "/is_scaling_elastic_ep", "/kv_event_sources", "/docs", "/redoc", "/openapi.json", "/docs/oauth2-redirect", "/metrics", "/metrics/",
+    "/scale_elastic_ep", "/is_scaling_elastic_ep", "/kv_event_sources", "/docs", "/redoc",
+    "/openapi.json", "/docs/oauth2-redirect", "/metrics", "/metrics/",
     "/server_info", "/sleep", "/wake_up", "/is_sleeping", "/pause", "/resume", "/collective_rpc",
     "/reset_prefix_cache", "/start_profile", "/stop_profile", "/v1/embeddings", "/rerank", "/score",
     "/pooling", "/classify", "/inference/v1/generate", "/v1/load_lora_adapter", "/tokenizer_info",
