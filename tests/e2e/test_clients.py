@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import anthropic
 import grpc
@@ -12,7 +13,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
 
-from .conftest import BIN, KEEP, command
+from .conftest import KEEP, command
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -29,7 +30,9 @@ def test_langchain(app, long_prompt):
     assert "".join(piece.content for piece in model.stream(messages)) == answer.content
 
 
-def test_litellm(app, long_prompt):
+@pytest.mark.filterwarnings("ignore")  # its own, at import
+def test_litellm(app, long_prompt, monkeypatch):
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it asks the network
     litellm = pytest.importorskip("litellm", reason="pip install '.[clients]'")
     asked = {
         "model": "openai/demo", "api_base": f"{app.http_url}/v1", "api_key": "none",
@@ -80,9 +83,10 @@ def test_a_client_that_knows_only_grpcs_reflection(app, long_prompt):
 
 
 def test_vllms_benchmark_client(app, root, tmp_path):
+    """`vllm bench serve`, by the program that starts it in the CPU build, too."""
     result = tmp_path / "result.json"
     command(
-        [BIN / "vllm", "bench", "serve", "--backend", "openai-chat", "--base-url", app.http_url,
+        [sys.executable, root / "loadtest" / "bench_serve.py", "--backend", "openai-chat", "--base-url", app.http_url,
          "--endpoint", "/v1/chat/completions", "--model", "demo", "--tokenizer",
          root / "models" / "demo-main", "--dataset-name", "random", "--random-input-len", 64,
          "--random-output-len", 4, "--num-prompts", 4, "--ignore-eos", "--save-result",

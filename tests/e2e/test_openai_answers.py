@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 
-import openai
 import pytest
 
 from .conftest import pruned
@@ -54,8 +53,8 @@ def test_the_prompts_length_is_the_callers_whatever_was_kept(complete, extra, de
 def test_token_ids_and_text_agree(complete, extra, demo_tokenizer):
     answer = complete({**extra, "return_token_ids": True}, logprobs=0)
     ids = answer.choices[0].model_extra["token_ids"]
-    assert demo_tokenizer.decode(ids) == answer.choices[0].text
-    assert "".join(answer.choices[0].logprobs.tokens) == answer.choices[0].text
+    assert demo_tokenizer.decode(ids, skip_special_tokens=True) == answer.choices[0].text
+    assert "".join(answer.choices[0].logprobs.tokens) == demo_tokenizer.decode(ids)
 
 
 @WHETHER_PRUNED
@@ -169,11 +168,21 @@ PARAMETERS = {
 }
 
 
+@pytest.fixture
+def no_blanks(demo_tokenizer):
+    """A grammar allows blanks anywhere, and a small model may like nothing better."""
+    tokens = range(len(demo_tokenizer))
+    return {str(token): -100 for token in tokens if not demo_tokenizer.decode([token]).strip()}
+
+
 @WHETHER_PRUNED
-def test_a_streamed_tool_call_adds_up_to_the_whole_one(chat, extra):
+def test_a_streamed_tool_call_adds_up_to_the_whole_one(chat, extra, no_blanks):
     tool = {"type": "function", "function": {"name": "decide", "parameters": PARAMETERS}}
     choice = {"type": "function", "function": {"name": "decide"}}
-    options = {"tools": [tool], "tool_choice": choice, "max_tokens": 48, "extra_body": extra}
+    options = {
+        "tools": [tool], "tool_choice": choice, "max_tokens": 64, "logit_bias": no_blanks,
+        "extra_body": extra,
+    }  # fmt: skip
     whole = chat(**options)
     (call,) = whole.choices[0].message.tool_calls
     arguments, names = "", set()
@@ -183,9 +192,3 @@ def test_a_streamed_tool_call_adds_up_to_the_whole_one(chat, extra):
             names |= {piece.function.name} - {None}
     assert names == {call.function.name} == {"decide"}
     assert json.loads(arguments) == json.loads(call.function.arguments)
-
-
-def test_a_prompt_and_its_limit_must_fit_the_context(complete):
-    with pytest.raises(openai.BadRequestError) as caught:
-        complete({}, prompt=[20] * 8000, max_tokens=200)
-    assert "8192" in str(caught.value)

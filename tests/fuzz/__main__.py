@@ -28,6 +28,7 @@ from .served import HOST, Served, serving
 from .watch import totals
 
 KEY = "a-key-of-the-fuzzer"
+SHORT_ANSWERS = ("--override-generation-config", '{"max_new_tokens": 8}')  # whatever is asked
 SHARES = {"openapi": 0.25, "hypothesis": 0.25}  # of the HTTP requests; the rest are mutated bytes
 SHOWN = 12  # faults of one kind
 
@@ -89,6 +90,7 @@ def service(file: Path, keys: tuple[str, ...]) -> Iterator[Served]:
     raw = load(file).raw
     gateway = raw["applications"][0]["args"].setdefault("gateway", {})
     gateway["api_keys"] = list(keys)
+    gateway["vllm_args"] = [*gateway.get("vllm_args", ()), *SHORT_ANSWERS]
     with serving(raw) as served:
         yield served
 

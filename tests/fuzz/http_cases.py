@@ -129,6 +129,16 @@ def tamed(path: str, body: Any) -> Any:
     return {**body, **short}
 
 
+def _tamed_bytes(path: str, data: bytes) -> bytes:
+    """Return the bytes as they are, unless they still ask for an answer and say no limit."""
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError):
+        return data
+    short = tamed(path, body)
+    return data if short == body else encoded(short)
+
+
 def encoded(body: Any) -> bytes:
     """Return JSON; what JSON cannot say is sent as Python would write it."""
     return json.dumps(body).encode("utf-8", "surrogatepass")
@@ -202,7 +212,7 @@ def from_mutation(count: int, seed: int) -> Iterator[HttpCase]:
     rng = random.Random(seed)
     for _ in range(count):
         path, valid = rng.choice(VALID)
-        body = mutated(json.dumps(valid).encode(), rng)
+        body = _tamed_bytes(path, mutated(json.dumps(valid).encode(), rng))
         kind = rng.random()
         if kind < 0.7:
             yield HttpCase("bytes", f"POST {path}", request("POST", path, body))
