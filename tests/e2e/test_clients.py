@@ -86,8 +86,8 @@ def test_vllms_benchmark_client(app, root, tmp_path):
     """`vllm bench serve`, by the program that starts it in the CPU build, too."""
     result = tmp_path / "result.json"
     command(
-        [sys.executable, root / "loadtest" / "bench_serve.py", "--backend", "openai-chat", "--base-url", app.http_url,
-         "--endpoint", "/v1/chat/completions", "--model", "demo", "--tokenizer",
+        [sys.executable, root / "loadtest" / "bench_serve.py", "--backend", "openai-chat",
+         "--base-url", app.http_url, "--endpoint", "/v1/chat/completions", "--model", "demo", "--tokenizer",
          root / "models" / "demo-main", "--dataset-name", "random", "--random-input-len", 64,
          "--random-output-len", 4, "--num-prompts", 4, "--ignore-eos", "--save-result",
          "--result-filename", result]

@@ -134,7 +134,9 @@ def _code(reply: httpx.Response) -> str:
         return "without a code"
 
 
-async def storm(served: Served, seed: int, found: Outcome) -> dict[int, Holding]:
+async def storm(
+    served: Served, seed: int, found: Outcome, headers: Mapping[str, str] | None = None
+) -> dict[int, Holding]:
     """Learn the right answers, then ask all at once while replicas are killed.
 
     Returns what the processes held before the storm.
@@ -144,7 +146,9 @@ async def storm(served: Served, seed: int, found: Outcome) -> dict[int, Holding]
     prompts = [needle_prompt(seed + n, PROMPT_TOKENS, tokenizer).messages for n in range(PROMPTS)]
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     base = f"http://{HOST}:{served.http_port}"
-    async with httpx.AsyncClient(base_url=base, timeout=PATIENCE_S, limits=limits) as client:
+    async with httpx.AsyncClient(
+        base_url=base, timeout=PATIENCE_S, limits=limits, headers=headers
+    ) as client:
         right: dict[tuple[int, str], str] = {}
         for number, messages in enumerate(prompts):
             for pruned in (True, False):
