@@ -36,7 +36,6 @@ POOLS = ("Speculator", "Prefill", "Decode")
 KILL_EVERY_S = 3.0
 SETTLED_S = 90.0
 PATIENCE_S = 240.0
-TARGETS = Path("/tmp/ray/prom_metrics_service_discovery.json")
 HELD = re.compile(r"^ray_specprefill_kv_(bytes_held|leases_held)\{[^}]*\} (\S+)$", re.MULTILINE)
 
 
@@ -185,18 +184,20 @@ async def kill(served: Served, rng: random.Random, found: Outcome) -> None:
         found.killed.append(pool)
 
 
-def held() -> float:
+def held(served: Served, headers: Mapping[str, str] | None = None) -> float:
     """Return the sum of KV bytes and leases that any prefill replica reports."""
-    targets = json.loads(TARGETS.read_text())[0]["targets"]
-    pages = (httpx.get(f"http://{target}/metrics", timeout=10).text for target in targets)
-    return sum(float(value) for page in pages for _, value in HELD.findall(page))
+    url = f"http://{HOST}:{served.http_port}/metrics"
+    samples = HELD.findall(httpx.get(url, headers=headers, timeout=30).text)
+    if not samples:
+        raise RuntimeError(f"{url} has no metric of what is held")
+    return sum(float(value) for _, value in samples)
 
 
-def settle(served: Served, found: Outcome) -> None:
+def settle(served: Served, found: Outcome, headers: Mapping[str, str] | None = None) -> None:
     """Wait until all replicas are back and nothing is held, or note what still is."""
     ServeApi(served.dashboard_url).wait_healthy(SETTLED_S * 2, lambda _line: None)
     give_up_s = time.monotonic() + SETTLED_S
-    while (now := held()) and time.monotonic() < give_up_s:
+    while (now := held(served, headers)) and time.monotonic() < give_up_s:
         time.sleep(1.0)
     found.held_after = now
     found.after = totals(served.watch.holdings())
