@@ -88,8 +88,9 @@ def test_vllms_benchmark_client(app, root, tmp_path):
     command(
         [sys.executable, root / "loadtest" / "bench_serve.py", "--backend", "openai-chat",
          "--base-url", app.http_url, "--endpoint", "/v1/chat/completions",
-         "--model", "demo", "--tokenizer", root / "models" / "demo-main", "--dataset-name", "random", "--random-input-len", 64,
-         "--random-output-len", 4, "--num-prompts", 4, "--ignore-eos", "--save-result",
+         "--model", "demo", "--tokenizer", root / "models" / "demo-main",
+         "--dataset-name", "random", "--random-input-len", 64, "--random-output-len", 4,
+         "--num-prompts", 4, "--ignore-eos", "--save-result",
          "--result-filename", result]
     )  # fmt: skip
     measured = json.loads(result.read_text())
