@@ -213,7 +213,7 @@ HIDDEN = (
 async def open_routes(host: str, port: int, document: dict[str, Any], wire: Any) -> list[str]:
     """Return every route that answers a stranger; `wire` builds a request.
 
-    A path that does not exist may be 404 or 401, and a preflight tells nothing.
+    A path that is not served may be 404 or, at the front, 403.
     """
     found = []
     for path in dict.fromkeys((*document["paths"], *HIDDEN)):
@@ -224,7 +224,7 @@ async def open_routes(host: str, port: int, document: dict[str, Any], wire: Any)
             for headers in _STRANGERS:
                 sent = wire(method, path.replace("{response_id}", "x"), body, headers)
                 answer = await asyncio.wait_for(exchange(host, port, sent), PATIENCE_S)
-                refused = answer.status in ({401, 404} if path in HIDDEN else {401})
+                refused = answer.status in ({401, 403, 404} if path in HIDDEN else {401})
                 if not refused:
                     found.append(f"{method} {path} {dict(headers)}: {answer.status}")
     return found
