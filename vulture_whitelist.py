@@ -17,6 +17,7 @@ _.clear_cache
 _.data_parallel_rank
 _.dead_error
 _.delay_iterations
+_.disable_sliding_window
 _.do_log_stats
 _.errored
 _.get_handshake_metadata

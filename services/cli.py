@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import __version__, cli_ask, cli_eval, cli_load, cli_serve, cli_simulate
+from . import __version__, cli_ask, cli_doctor, cli_eval, cli_load, cli_serve, cli_simulate
 from .cli_exit import FAILED, MISUSED, Failed, Misused
 
 _EXAMPLES = """\
@@ -14,6 +14,7 @@ examples:
   specprefill serve cluster/local.yaml              serve the demo pair on this machine
   specprefill ask --prompt-file report.txt "Who signed the contract?"
   specprefill score --keep 0.1 --prompt-file report.txt "Who signed the contract?"
+  specprefill doctor cluster/local.yaml
   specprefill status
   specprefill eval --quick
   specprefill loadtest loadtest/smoke.yaml --qps 2
@@ -36,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--version", action="version", version=f"specprefill {__version__}")
     commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
     cli_serve.add_commands(commands)
+    cli_doctor.add_commands(commands)
     cli_ask.add_commands(commands)
     cli_eval.add_commands(commands)
     cli_load.add_commands(commands)

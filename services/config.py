@@ -143,6 +143,10 @@ class KvConfig(Strict):
     # worker's memory, over RDMA, shared memory or TCP. object_ref: through Ray's object store.
     # auto: nixl between workers that both have it, unless `tls` is set; else grpc.
     carrier: Literal["auto", "grpc", "nixl", "object_ref"] = "auto"
+    # Where a prefill worker holds KV until it is pulled. device: in its GPU, from where the decode
+    # worker's GPU reads it (carrier nixl only); max_held_bytes of it are set aside, beside what
+    # vLLM takes. Nothing crosses the host then, and no digest is checked.
+    memory: Literal["host", "device"] = "host"
     host: str | None = None  # address KV ports listen on; their own node's if absent
     lease_s: Seconds = 30.0  # a lease that its holder does not renew is dropped after this time
     # Per worker. A prefill waits, within its deadline, until its KV has room; one whose KV alone
@@ -170,6 +174,8 @@ class KvConfig(Strict):
 
     @model_validator(mode="after")
     def _staging_within_held(self) -> Self:
+        if self.memory == "device" and self.carrier != "nixl":
+            raise ValueError(f"memory: device needs carrier: nixl (given: {self.carrier})")
         if self.staging > self.max_held_bytes // 2:
             raise ValueError(
                 f"staging_bytes ({self.staging}) must be at most half of max_held_bytes "
@@ -312,6 +318,18 @@ class AppConfig(Strict):
     slo: SloConfig | None = None  # None: as many replicas as the deployments say
     scaling: ScalingConfig = ScalingConfig()
     quality: QualityConfig = QualityConfig()
+
+    @model_validator(mode="after")
+    def _same_caches(self) -> Self:
+        """Decode refuses KV of another format than its own, whatever the prompt."""
+        for name in ("kv_cache_dtype", "quantization"):
+            prefill, decode = (pool.engine_args.get(name) for pool in (self.prefill, self.decode))
+            if prefill != decode:
+                raise ValueError(
+                    f"decode.engine_args.{name} is {decode!r} and prefill.engine_args.{name} is "
+                    f"{prefill!r}: must be the same, or no KV can be handed over"
+                )
+        return self
 
     @model_validator(mode="after")
     def _one_slo(self) -> Self:

@@ -17,6 +17,7 @@ SpecPrefillError
 │   └── CorruptFrame
 ├── EngineStartFailed     an engine process ended before it served: its replica does not start
 ├── InvalidConfiguration  a replica cannot run as configured: it refuses to start
+├── IncompatibleVllm      vLLM is not as the engine uses it: it refuses to start
 └── UnsupportedModel      the engine would compute wrong positions: it refuses to start
 
 Foreign errors (gRPC, Ray, vLLM) become one of these at the seam where they enter; the
@@ -110,6 +111,10 @@ class EngineStartFailed(SpecPrefillError):
 
 class InvalidConfiguration(SpecPrefillError):
     """The deployment cannot run as configured here; the message names the field."""
+
+
+class IncompatibleVllm(SpecPrefillError):
+    """The installed vLLM differs in a private name that the engine depends on."""
 
 
 class UnsupportedModel(SpecPrefillError):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import enum
+from copy import copy
 from typing import Any
 
-from vllm.config import KVTransferConfig
+from vllm.config import KVTransferConfig, ModelConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
 
 from ..config import EngineConfig, KvConfig, MainModel, local_path
 
@@ -29,20 +31,52 @@ def engine_args(
     peer: EngineConfig | None = None,
 ) -> AsyncEngineArgs:
     """Arguments of one engine. `peer` is the other end's, split as this one if absent."""
-    args = AsyncEngineArgs(
+    args = plain_args(
+        model,
+        engine,
+        distributed_executor_backend=_executor(engine),
+        kv_transfer_config=_transfer(kv, role, engine if peer is None else peer),
+        worker_cls=f"{_MODULE}.{_worker()}",
+    )
+    args.logits_processors = [_replay(args), *(args.logits_processors or [])]
+    return args
+
+
+def plain_args(model: MainModel, engine: EngineConfig, **ours: Any) -> AsyncEngineArgs:
+    """The deployment's own arguments: enough to look at the model, on any machine."""
+    return AsyncEngineArgs(
         **_model_args(model),
         **_sizes(engine),
         tensor_parallel_size=engine.tensor_parallel_size,
         pipeline_parallel_size=engine.pipeline_parallel_size,
-        distributed_executor_backend=_executor(engine),
         enforce_eager=engine.enforce_eager,
         enable_prefix_caching=engine.enable_prefix_caching,
-        kv_transfer_config=_transfer(kv, role, engine if peer is None else peer),
-        worker_cls=f"{_MODULE}.{_worker()}",
+        **ours,
         **engine.engine_args,
     )
-    args.logits_processors = [_replay(args), *(args.logits_processors or [])]
-    return args
+
+
+def vllm_config(args: AsyncEngineArgs) -> VllmConfig:
+    """vLLM's configuration, with the defaults that `vllm serve` takes for the device.
+
+    Every other usage context has sizes that do not depend on the device. vLLM writes the sizes
+    that it chooses into `args`, so whoever asks first decides.
+
+    A window of every layer that no prompt outgrows is dropped: vLLM would page its KV in blocks
+    of another size, for nothing.
+    """
+    config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+    if _has_idle_window(config.model_config):
+        args.disable_sliding_window = True
+        config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+    return config
+
+
+def _has_idle_window(model: ModelConfig) -> bool:
+    window = model.get_sliding_window()
+    layers = getattr(model.hf_text_config, "layer_types", None) or ()
+    everywhere = all(layer == "sliding_attention" for layer in layers)
+    return window is not None and everywhere and window >= model.max_model_len
 
 
 def _model_args(model: MainModel) -> dict[str, Any]:
@@ -82,6 +116,7 @@ def _transfer(kv: KvConfig, role: Role, peer: EngineConfig) -> KVTransferConfig:
         kv_load_failure_policy=kv.on_failure,
         kv_connector_extra_config={
             "carrier": kv.carrier,
+            "memory": kv.memory,
             "host": kv.host,
             "lease_s": kv.lease_s,
             "max_held_bytes": kv.max_held_bytes,
@@ -103,7 +138,10 @@ def _worker() -> str:
 
 
 def _replay(args: AsyncEngineArgs) -> str:
-    """The replay processor for the model runner that vLLM will choose."""
-    v2 = not current_platform.is_cpu() and args.create_engine_config().use_v2_model_runner
+    """The replay processor for the model runner that vLLM will choose.
+
+    Asked of a copy: creating a configuration fills in the sizes that `args` leaves open.
+    """
+    v2 = vllm_config(copy(args)).use_v2_model_runner
     module = "replay_v2" if v2 else "replay"
     return f"{_MODULE}.{module}:ReplayTokens"

@@ -11,6 +11,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
+from vllm.usage.usage_lib import UsageContext
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -18,7 +19,9 @@ from vllm.v1.metrics.loggers import StatLoggerFactory
 
 from ..errors import InvalidRequest, Unavailable
 from ..types import Carrier
+from .args import vllm_config
 from .failed_start import engine_errors_shown
+from .guard import refuse_unsupported
 
 
 class Engine:
@@ -44,11 +47,23 @@ class Engine:
         self.close()
 
     def start(self) -> None:
-        """Load the model. Raises EngineStartFailed with the engine process's own error."""
+        """Load the model.
+
+        Raises UnsupportedModel, before any process starts, with the reason; EngineStartFailed with
+        an engine process's own error.
+        """
         os.environ.setdefault("OMP_NUM_THREADS", str(self._cpu_threads))
+        config = vllm_config(self._args)
+        if config.kv_transfer_config is not None:  # else a plain vLLM engine
+            refuse_unsupported(config)
         with engine_errors_shown():
-            loggers = self._stat_loggers or None
-            self._llm = AsyncLLM.from_engine_args(self._args, stat_loggers=loggers)
+            self._llm = AsyncLLM.from_vllm_config(
+                config,
+                usage_context=UsageContext.OPENAI_API_SERVER,
+                stat_loggers=self._stat_loggers or None,
+                enable_log_requests=self._args.enable_log_requests,
+                disable_log_stats=self._args.disable_log_stats,
+            )
 
     def close(self) -> None:
         """Stop the engine process. Idempotent."""

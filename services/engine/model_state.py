@@ -12,11 +12,13 @@ import torch
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
 from vllm.v1.worker.gpu.states import RequestState
 
 from ..errors import UnsupportedModel
 from .params import positions_of
 from .sparse import SparseSlots
+from .vllm_internals import check_v2_runner
 
 
 class SparseModelState(DefaultModelState):  # type: ignore[misc]
@@ -60,6 +62,11 @@ class SparseModelState(DefaultModelState):  # type: ignore[misc]
         """Views of the same buffer, so that graphs are captured on it."""
         inputs: dict[str, Any] = super().prepare_dummy_inputs(num_reqs, num_tokens)
         return {**inputs, "positions": self._positions[:num_tokens]}
+
+
+def check_runner_class(runner: type) -> None:
+    """Raise IncompatibleVllm unless `runner`, vLLM's V2 runner, is as it is used here."""
+    check_v2_runner(runner, DefaultModelState, InputBatch, LogitsContext)
 
 
 def sparse_model_state(state: Any) -> SparseModelState:

@@ -9,8 +9,6 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from .sparse import SparseBatch
 
-POSITIONS_FIELD = 2  # of what GPUModelRunner._preprocess returns
-
 
 class SparseRunner(Protocol):
     """A V1 model runner that remembers its sparse requests."""

@@ -12,10 +12,10 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 
 from ..config import AppConfig, EngineConfig
 from ..findings import Finding, error, warning
-from .args import Role, engine_args
-from .guard import model_reasons
+from .args import plain_args
+from .guard import EngineOptions, unsupported_reasons
 
-_POOLS = {"prefill": Role.PREFILL, "decode": Role.DECODE}
+_POOLS = ("prefill", "decode")
 
 
 @dataclass(slots=True)
@@ -28,8 +28,9 @@ class MainModelCheck:
 
     def findings(self) -> Iterator[Finding]:
         """Yield what keeps each engine from starting, or makes it serve worse than configured."""
-        for pool, role in _POOLS.items():
-            args = self._args(pool, role)
+        reasons: dict[str, None] = {}  # each once, in order
+        for pool in _POOLS:
+            args = self._args(pool)
             if isinstance(args, Finding):
                 yield args
                 continue
@@ -39,14 +40,15 @@ class MainModelCheck:
                 yield error("model", _message(refused))
                 return
             yield from self._sizes(pool, self.model)
-        if self.model is not None:
-            for reason in model_reasons(self.model):
-                yield error("model.path", f"{self.config.model.path}: {reason}")
+            options = EngineOptions.of_arguments(args, self.model)
+            reasons.update(dict.fromkeys(unsupported_reasons(self.model, options)))
+        for reason in reasons:
+            yield error("model.path", f"{self.config.model.path}: {reason}")
 
-    def _args(self, pool: str, role: Role) -> AsyncEngineArgs | Finding:
+    def _args(self, pool: str) -> AsyncEngineArgs | Finding:
         model = self.config.model.model_copy(update={"path": str(self.folder)})
         try:
-            return engine_args(model, self._engine(pool), self.config.kv, role)
+            return plain_args(model, self._engine(pool))
         except TypeError as unknown:  # a key that AsyncEngineArgs does not have
             return error(f"{pool}.engine_args", str(unknown).rpartition("__init__() ")[2])
         except (ValidationError, ValueError) as refused:

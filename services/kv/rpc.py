@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent import futures
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import grpc
 import msgpack
 
-from ..errors import LeaseNotFound
+from ..errors import InvalidRequest, LeaseNotFound
 from ..types import Ticket
 from .announcements import Announcement, Announcements
 from .channels import OPTIONS, aio_channel, listen
@@ -33,7 +35,16 @@ WATCH = f"/{SERVICE}/Watch"
 DRAIN = f"/{SERVICE}/Drain"
 STATS = f"/{SERVICE}/Stats"
 _CALL_TIMEOUT_S = 2.0
-_THREADS = 64  # each pull under way and each drain holds one
+_THREADS = 192
+# Each of these holds a thread for as long as it lasts; more are refused, so that renewals and
+# releases always find one.
+_MOST_AT_ONCE = {PULL: 128, WATCH: 16, DRAIN: 8}
+_LONGEST_DRAIN_S = 600.0
+_HANG_UP_S = 0.5  # how long a drain may outlast its caller
+_Kinds = dict[str, type | tuple[type, ...]]
+_LEASE: _Kinds = {"lease_id": str, "secret": str}
+_PULL: _Kinds = {**_LEASE, "fingerprint": str, "start": int, "timeout_s": (int, float)}
+_PULL |= {"part": int, "parts": int}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +65,11 @@ class PullQuery:
 
     @classmethod
     def unpacked(cls, message: bytes) -> PullQuery:
-        """Inverse of `packed`."""
-        return cls(**msgpack.unpackb(message))
+        """Inverse of `packed`. Raises InvalidRequest."""
+        fields = _fields(message, _PULL)
+        if fields["start"] < 0 or not 0 <= fields["part"] < fields["parts"]:
+            raise InvalidRequest("kv: start, part and parts must be in range")
+        return cls(**fields)
 
     def wants(self, layer: int) -> bool:
         """Whether the layer is in this query's part."""
@@ -75,11 +89,14 @@ class KvServer:
         port: int = 0,
         tls: MutualTls | None = None,
         threads: int = _THREADS,
+        sends_bytes: bool = True,
         more_handlers: Sequence[grpc.GenericRpcHandler] = (),
     ) -> None:
+        """`sends_bytes` False: leases lie where only other handlers reach them."""
         self._leases = leases
         self._announcements = announcements
         self._fingerprint = fingerprint
+        self._sends_bytes = sends_bytes
         self._host = host
         self._port = port
         self._tls = tls
@@ -101,9 +118,9 @@ class KvServer:
 
     def pull(self, message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Stream a lease's frames and the trailer. gRPC takes the next one when it has room."""
-        query = PullQuery.unpacked(message)
-        if query.fingerprint != self._fingerprint:
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "kv: layouts differ")
+        query = _pull_query(message, self._fingerprint, context)
+        if not self._sends_bytes:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "kv: leases are in device memory")
         frames = self._leases.stream(query.lease_id, query.secret, timeout_s=query.timeout_s)
         sent = 0
         try:
@@ -119,12 +136,12 @@ class KvServer:
 
     def renew(self, message: bytes, _context: grpc.ServicerContext) -> bytes:
         """Start a lease's time again; tell whether it is still there."""
-        query = msgpack.unpackb(message)
+        query = _fields(message, _LEASE)
         return _packed(self._leases.renew(query["lease_id"], query["secret"]))
 
     def release(self, message: bytes, _context: grpc.ServicerContext) -> bytes:
         """Drop a lease. Idempotent."""
-        query = msgpack.unpackb(message)
+        query = _fields(message, _LEASE)
         return _packed(self._leases.release(query["lease_id"], query["secret"]))
 
     def watch(self, _message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -132,9 +149,20 @@ class KvServer:
         for announcement in self._announcements.listen(context.add_callback):
             yield _packed(asdict(announcement))
 
-    def drain(self, message: bytes, _context: grpc.ServicerContext) -> bytes:
-        """Wait, at most the query's `timeout_s`, until every lease is gone; tell whether."""
-        return _packed(self._leases.wait_empty(msgpack.unpackb(message)["timeout_s"]))
+    def drain(self, message: bytes, context: grpc.ServicerContext) -> bytes:
+        """Wait, at most the query's `timeout_s`, until every lease is gone; return whether.
+
+        It ends when the caller hangs up.
+        """
+        timeout_s = _fields(message, {"timeout_s": (int, float)})["timeout_s"]
+        give_up_s = time.monotonic() + min(timeout_s, _LONGEST_DRAIN_S)
+        while context.is_active():
+            left_s = give_up_s - time.monotonic()
+            if self._leases.wait_empty(min(max(left_s, 0.0), _HANG_UP_S)):
+                return _packed(True)
+            if left_s <= 0:
+                break
+        return _packed(False)
 
     def stats(self, _message: bytes, _context: grpc.ServicerContext) -> bytes:
         """The store's gauges."""
@@ -148,9 +176,7 @@ def lending(
 
     The call is aborted where the layouts differ.
     """
-    query = PullQuery.unpacked(message)
-    if query.fingerprint != fingerprint:
-        context.abort(grpc.StatusCode.FAILED_PRECONDITION, "kv: layouts differ")
+    query = _pull_query(message, fingerprint, context)
     gone = threading.Event()
     if not context.add_callback(gone.set):
         gone.set()  # it has ended before
@@ -165,20 +191,95 @@ def trailer(leases: LeaseStore, lease_id: str, sent: int) -> Trailer:
 
 class _Handler(grpc.GenericRpcHandler):
     def __init__(self, server: KvServer) -> None:
-        self._server = server
+        self._methods = {
+            PULL: grpc.unary_stream_rpc_method_handler(_few_streams(PULL, server.pull)),
+            WATCH: grpc.unary_stream_rpc_method_handler(_few_streams(WATCH, server.watch)),
+            RENEW: _unary(server.renew),
+            RELEASE: _unary(server.release),
+            DRAIN: _unary(_few(DRAIN, server.drain)),
+            STATS: _unary(server.stats),
+        }
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
-        if details.method == PULL:
-            return grpc.unary_stream_rpc_method_handler(self._server.pull)
-        if details.method == WATCH:
-            return grpc.unary_stream_rpc_method_handler(self._server.watch)
-        unary = {
-            RENEW: self._server.renew,
-            RELEASE: self._server.release,
-            DRAIN: self._server.drain,
-            STATS: self._server.stats,
-        }.get(details.method)
-        return None if unary is None else grpc.unary_unary_rpc_method_handler(unary)
+        return self._methods.get(details.method)
+
+
+Unary = Callable[[bytes, grpc.ServicerContext], bytes]
+Streaming = Callable[[bytes, grpc.ServicerContext], Iterator[bytes]]
+
+
+def _unary(call: Unary) -> grpc.RpcMethodHandler[Any, Any]:
+    """A handler that refuses a malformed message, whatever is wrong with it."""
+
+    def checked(message: bytes, context: grpc.ServicerContext) -> bytes:
+        try:
+            return call(message, context)
+        except InvalidRequest as error:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+
+    return grpc.unary_unary_rpc_method_handler(checked)
+
+
+def _few(method: str, call: Unary) -> Unary:
+    """Refuse more calls at once than `_MOST_AT_ONCE` allows."""
+    places = threading.BoundedSemaphore(_MOST_AT_ONCE[method])
+
+    def bounded(message: bytes, context: grpc.ServicerContext) -> bytes:
+        with _place(places, method, context):
+            return call(message, context)
+
+    return bounded
+
+
+def _few_streams(method: str, call: Streaming) -> Streaming:
+    """The same for a stream, which holds its place until it ends."""
+    places = threading.BoundedSemaphore(_MOST_AT_ONCE[method])
+
+    def bounded(message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        with _place(places, method, context):
+            yield from call(message, context)
+
+    return bounded
+
+
+@contextmanager
+def _place(
+    places: threading.BoundedSemaphore, method: str, context: grpc.ServicerContext
+) -> Iterator[None]:
+    if not places.acquire(blocking=False):
+        most = _MOST_AT_ONCE[method]
+        context.abort(
+            grpc.StatusCode.RESOURCE_EXHAUSTED, f"kv: at most {most} calls of {method} at once"
+        )
+    try:
+        yield
+    finally:
+        places.release()
+
+
+def _pull_query(message: bytes, fingerprint: str, context: grpc.ServicerContext) -> PullQuery:
+    """The query of a pull; the call is aborted where it is malformed or the layouts differ."""
+    try:
+        query = PullQuery.unpacked(message)
+    except InvalidRequest as error:
+        context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+    if query.fingerprint != fingerprint:
+        context.abort(grpc.StatusCode.FAILED_PRECONDITION, "kv: layouts differ")
+    return query
+
+
+def _fields(message: bytes, kinds: _Kinds) -> dict[str, Any]:
+    """Unpack a map of exactly these fields. Raises InvalidRequest."""
+    try:
+        fields = msgpack.unpackb(message)
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        raise InvalidRequest("kv: the message is not msgpack") from error
+    if not isinstance(fields, dict) or fields.keys() != kinds.keys():
+        raise InvalidRequest(f"kv: the message must be a map of {', '.join(kinds)}")
+    for name, kind in kinds.items():
+        if not isinstance(fields[name], kind) or isinstance(fields[name], bool):
+            raise InvalidRequest(f"kv: {name} has the wrong type")
+    return fields
 
 
 def _packed(value: object) -> bytes:

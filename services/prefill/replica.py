@@ -47,7 +47,8 @@ class PrefillReplica:
         self._waiting = Waiting(time.monotonic)
         await self._service.start()
         heap.freeze()
-        logger.info("kv carrier: %s", self._service.carrier)
+        ports = ", ".join(self._service.kv_addresses)
+        logger.info("kv carrier: %s; kv ports: %s", self._service.carrier, ports)
         self._gauges = asyncio.create_task(KvGauges(self._service).run())
 
     async def __del__(self) -> None:

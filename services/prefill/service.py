@@ -101,6 +101,11 @@ class PrefillService:
         """The best carrier that every worker of the engine has. Known once started."""
         return self._carrier
 
+    @property
+    def kv_addresses(self) -> tuple[str, ...]:
+        """Where the workers' KV can be pulled, `host:port` by rank. Known once started."""
+        return tuple(self._kv_addresses)
+
     async def drain(self, timeout_s: float) -> bool:
         """Wait until every lease is released or has ended. False if `timeout_s` passed first."""
         drained = (self._peers.drain(address, timeout_s) for address in self._kv_addresses)

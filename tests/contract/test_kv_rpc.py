@@ -7,6 +7,7 @@ import threading
 import time
 
 import grpc
+import msgpack
 import pytest
 
 from specprefill.errors import CorruptFrame, KvTransferError, LayoutMismatch, LeaseNotFound
@@ -14,7 +15,7 @@ from specprefill.kv.announcements import Announcement, Announcements
 from specprefill.kv.frames import Frame, Trailer, encode, seal
 from specprefill.kv.leases import LeaseStore
 from specprefill.kv.pull import KvClient
-from specprefill.kv.rpc import PULL, KvPeers, KvServer
+from specprefill.kv.rpc import DRAIN, PULL, RELEASE, RENEW, WATCH, KvPeers, KvServer
 from specprefill.types import Ticket
 
 TICKET = {"lease_id": "lease", "secret": "secret"}
@@ -240,3 +241,49 @@ def test_a_stream_that_is_not_whole_is_refused(alone, messages):
             frames_of(pull(alone, f"127.0.0.1:{port}"))
     finally:
         server.stop(grace=0).wait()
+
+
+@pytest.mark.parametrize("method", [PULL, RENEW, RELEASE, DRAIN])
+@pytest.mark.parametrize(
+    "message",
+    [b"", b"\xc1", msgpack.packb(7), msgpack.packb({"lease_id": 1}), b"\x91" * 5000],
+    ids=["empty", "not_msgpack", "not_a_map", "wrong_fields", "deep"],
+)
+def test_a_malformed_message_is_the_callers_mistake(address, method, message):
+    with grpc.insecure_channel(address) as channel:
+        call = channel.unary_stream if method == PULL else channel.unary_unary
+        with pytest.raises(grpc.RpcError) as refused:
+            list(call(method)(message, timeout=5))
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_calls_that_wait_leave_room_for_those_that_do_not(leases, address):
+    """Without a secret, 64 drains once held every thread of the port."""
+    leases.open("lease", "secret")
+    drain = msgpack.packb({"timeout_s": 1e9})
+    renew = msgpack.packb({"lease_id": "lease", "secret": "secret"})
+    with grpc.insecure_channel(address) as channel:
+        waiting = [channel.unary_unary(DRAIN).future(drain, timeout=30) for _ in range(100)]
+        waiting += [channel.unary_stream(WATCH)(b"", timeout=30) for _ in range(100)]
+        waiting += [channel.unary_stream(PULL)(pull_message(), timeout=30) for _ in range(200)]
+        assert msgpack.unpackb(channel.unary_unary(RENEW)(renew, timeout=5)) is True
+        refused = [call for call in waiting if call.done()]
+        assert {call.code() for call in refused} <= {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        for call in waiting:
+            call.cancel()
+
+
+def test_a_drain_ends_with_its_caller(leases, address):
+    leases.open("lease", "secret")
+    drain = msgpack.packb({"timeout_s": 1e9})
+    with grpc.insecure_channel(address) as channel:
+        for _ in range(40):  # several times as many as may wait at once
+            with pytest.raises(grpc.RpcError) as ended:
+                channel.unary_unary(DRAIN)(drain, timeout=0.3)
+            if ended.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                pytest.fail("drains whose callers have hung up still hold their places")
+
+
+def pull_message():
+    query = {"lease_id": "lease", "secret": "secret", "fingerprint": "layout", "start": 0}
+    return msgpack.packb({**query, "timeout_s": 60.0, "part": 0, "parts": 1})

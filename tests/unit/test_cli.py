@@ -19,7 +19,7 @@ REPORT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["serve", "deploy", "check", "status", "ask", "score"])
+@pytest.mark.parametrize("name", ["serve", "deploy", "check", "doctor", "status", "ask", "score"])
 def test_every_command_has_help(capsys, name):
     with pytest.raises(SystemExit) as ended:
         cli.main([name, "--help"])

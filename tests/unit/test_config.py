@@ -118,3 +118,19 @@ def test_exactly_one_key_names_the_slo(admission, slo, said):
     content = {**LEAST, "gateway": {"admission": admission}, "slo": slo}
     with pytest.raises(ValidationError, match=said):
         AppConfig.model_validate(content)
+
+
+@pytest.mark.parametrize("name", ["kv_cache_dtype", "quantization"])
+def test_engines_with_kv_of_two_formats_are_refused(name):
+    engines = {
+        "prefill": {"engine_args": {name: "fp8"}},
+        "decode": {"engine_args": {name: "auto"}},
+    }
+    with pytest.raises(ValidationError) as refused:
+        AppConfig.model_validate({**LEAST, **engines})
+    assert (
+        f"decode.engine_args.{name} is 'auto' and prefill.engine_args.{name} is 'fp8': must be the "
+        "same" in str(refused.value)
+    )
+    engines["decode"] = engines["prefill"]
+    AppConfig.model_validate({**LEAST, **engines})

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from ..guard import refuse_unsupported
-from ..positions_v1 import POSITIONS_FIELD, rewrite_positions
+from ..guard import refuse_unreadable_caches, refuse_unsupported
+from ..positions_v1 import rewrite_positions
 from ..sparse import SparseBatch
+from ..vllm_internals import check_cpu_caches, check_v1_runner, step_positions
 from ..worker_rpc import KvRpc
 
 
@@ -29,7 +31,7 @@ class SparseCPUModelRunner(CPUModelRunner):  # type: ignore[misc]
 
     def _preprocess(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         fields = super()._preprocess(scheduler_output, *args, **kwargs)
-        rewrite_positions(self, scheduler_output, fields[POSITIONS_FIELD])
+        rewrite_positions(self, scheduler_output, step_positions(fields))
         return fields
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -78,15 +80,26 @@ class SparseCPUWorker(KvRpc, CPUWorker):  # type: ignore[misc]
     def init_device(self) -> None:
         """Set the device up as vLLM does; the V1 runner is replaced by the sparse one."""
         refuse_unsupported(self.vllm_config)
+        check_cpu_caches()
         super().init_device()
         if not self.use_v2_model_runner:
+            check_v1_runner(CPUModelRunner)
             self.model_runner = SparseCPUModelRunner(self.vllm_config, torch.device("cpu"))
+        else:
+            # Needs Triton's interpreter, which an engine with the V1 runner does without.
+            from ..model_state import check_runner_class
+
+            check_runner_class(type(self.model_runner))
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Allocate the KV caches, whose format is known by now."""
+        refuse_unreadable_caches(self.vllm_config, kv_cache_config)
+        super().initialize_from_config(kv_cache_config)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the weights; the V2 runner's model state is replaced by the sparse one."""
         super().load_model(*args, **kwargs)
         if self.use_v2_model_runner:
-            # Needs Triton's interpreter, which an engine with the V1 runner does without.
-            from ..model_state import sparse_model_state
+            from ..model_state import sparse_model_state  # see init_device
 
             self.model_runner.model_state = sparse_model_state(self.model_runner.model_state)

@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
-from ..guard import refuse_unsupported
-from ..model_state import sparse_model_state
-from ..positions_v1 import POSITIONS_FIELD, rewrite_positions
+from ..guard import refuse_unreadable_caches, refuse_unsupported
+from ..model_state import check_runner_class, sparse_model_state
+from ..positions_v1 import rewrite_positions
 from ..sparse import SparseBatch
+from ..vllm_internals import check_v1_runner, step_positions
 from ..worker_rpc import KvRpc
 
 
@@ -29,7 +31,7 @@ class SparseGPUModelRunner(GPUModelRunner):  # type: ignore[misc]
 
     def _preprocess(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         fields = super()._preprocess(scheduler_output, *args, **kwargs)
-        rewrite_positions(self, scheduler_output, fields[POSITIONS_FIELD])
+        rewrite_positions(self, scheduler_output, step_positions(fields))
         return fields
 
 
@@ -41,7 +43,15 @@ class SparseGPUWorker(KvRpc, Worker):  # type: ignore[misc]
         refuse_unsupported(self.vllm_config)
         super().init_device()
         if not self.use_v2_model_runner:
+            check_v1_runner(GPUModelRunner)
             self.model_runner = SparseGPUModelRunner(self.vllm_config, self.device)
+        else:
+            check_runner_class(type(self.model_runner))
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Allocate the KV caches, whose format is known by now."""
+        refuse_unreadable_caches(self.vllm_config, kv_cache_config)
+        super().initialize_from_config(kv_cache_config)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the weights; the V2 runner's model state is replaced by the sparse one."""

@@ -16,6 +16,7 @@ from vllm.v1.request import Request
 
 from ...positions import PositionMap
 from ..params import positions_of
+from ..vllm_internals import block_hasher, replace_block_hasher
 
 
 class PositionHasher:
@@ -28,10 +29,10 @@ class PositionHasher:
     def rehash(self, request: Request) -> None:
         """Replace the hashes from the first gap on, and hash future blocks alike."""
         mapping = positions_of(request.sampling_params)
-        if request._block_hasher is None or mapping is None or mapping.is_identity:
+        if block_hasher(request) is None or mapping is None or mapping.is_identity:
             return
         del request.block_hashes[mapping.dense_slots // self._block_size :]
-        request._block_hasher = _RequestHasher(self._block_size, self._hash, mapping)
+        replace_block_hasher(request, _RequestHasher(self._block_size, self._hash, mapping))
         request.update_block_hashes()
 
 

@@ -14,6 +14,7 @@ from vllm.config import VllmConfig
 from vllm.version import __version__ as vllm_version
 
 from ...kv.shards import Split
+from ..vllm_internals import cpu_attention_isa
 
 
 class KvLayout(Protocol):
@@ -76,11 +77,9 @@ class CpuLayout:
     """
 
     def __init__(self, cache: torch.Tensor) -> None:
-        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
-
         _, self._heads, self._block_size, width = cache.shape
         self._dim = width // 2
-        self._isa = _get_attn_isa(cache.dtype, self._block_size, self._dim)
+        self._isa = cpu_attention_isa(cache.dtype, self._block_size, self._dim)
         key_index, value_index = self._learn(cache.dtype)
         self._index = (key_index, value_index)
         self._strides = (_affine(key_index), _affine(value_index))

@@ -1,0 +1,223 @@
+"""vLLM's private names that the engines depend on, each with what is expected of it.
+
+vLLM may change them in any release without notice, and some changes would go unseen: a method
+that is overridden here and no longer called there means wrong positions, not an error. A worker
+therefore checks them all before it uses one (`check_v1_runner`, `check_v2_runner`), from vLLM's
+source as it is installed, and refuses to start with what differs.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from vllm import _custom_ops as custom_ops
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys, hash_block_tokens
+from vllm.v1.request import Request
+from vllm.version import __version__ as vllm_version
+
+from ..errors import IncompatibleVllm
+
+Difference = str
+_POSITIONS_FIELD = 2  # of what the V1 runner's _preprocess returns
+
+
+def step_positions(preprocessed: Sequence[Any]) -> torch.Tensor:
+    """The buffer of a step's positions, `[tokens]`, in what V1's `_preprocess` returned."""
+    positions: torch.Tensor = preprocessed[_POSITIONS_FIELD]
+    return positions
+
+
+def cpu_attention_isa(dtype: torch.dtype, block_size: int, head_size: int) -> str:
+    """The instruction set that vLLM's CPU attention packs keys for."""
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    isa: str = _get_attn_isa(dtype, block_size, head_size)
+    return isa
+
+
+def block_hasher(request: Request) -> Callable[[Request], list[Any]] | None:
+    """What hashes the request's full blocks; None without a prefix cache."""
+    hasher: Callable[[Request], list[Any]] | None = request._block_hasher
+    return hasher
+
+
+def replace_block_hasher(request: Request, hasher: Callable[[Request], list[Any]]) -> None:
+    """Hash the request's blocks from now on with `hasher`."""
+    request._block_hasher = hasher
+
+
+def check_v1_runner(runner: type) -> None:
+    """Raise IncompatibleVllm unless `runner`, a V1 model runner, is as it is used here."""
+    _refuse([*_v1_differences(runner), *_shared_differences()])
+
+
+def check_v2_runner(runner: type, model_state: type, batch: type, context: type) -> None:
+    """The same for the V2 runner, its default model state, its batch and its logits context."""
+    _refuse([*_v2_differences(runner, model_state, batch, context), *_shared_differences()])
+
+
+def check_cpu_caches() -> None:
+    """Raise IncompatibleVllm unless CPU pages are written as they are here."""
+    from vllm.v1.attention.backends import cpu_attn
+
+    write = ("key", "value", "key_cache", "value_cache", "slot_mapping", "isa")
+    _refuse(
+        [
+            *_signature(cpu_attn, "_get_attn_isa", "dtype", "block_size", "head_size"),
+            *_signature(custom_ops, "cpu_attn_reshape_and_cache", *write),
+        ]
+    )
+
+
+def _refuse(differences: Sequence[Difference]) -> None:
+    if differences:
+        raise IncompatibleVllm(
+            f"vLLM {vllm_version} differs from what the engines are written for: "
+            f"{'; '.join(differences)}"
+        )
+
+
+def _v1_differences(runner: type) -> Iterator[Difference]:
+    wanted = ("self", "scheduler_output", "num_input_tokens", "intermediate_tensors")
+    yield from _signature(runner, "_preprocess", *wanted)
+    yield from _signature(runner, "_sample", "self", "logits", "spec_decode_metadata")
+    yield from _signature(runner, "_bookkeeping_sync", "self", "scheduler_output")
+    if not _calls(runner, "execute_model", "self._preprocess"):
+        yield f"{runner.__name__}.execute_model does not call _preprocess"
+    for method in ("_sample", "_bookkeeping_sync"):
+        if not _calls(runner, "sample_tokens", f"self.{method}"):
+            yield f"{runner.__name__}.sample_tokens does not call {method}"
+    returned = _returned_names(runner, "_preprocess")
+    if not returned or any(names[_POSITIONS_FIELD : _POSITIONS_FIELD + 1] != ["positions"]
+                           for names in returned):  # fmt: skip
+        yield f"{runner.__name__}._preprocess does not return positions in the third place"
+    if not _takes_view(runner, "_preprocess", "positions", "self.positions"):
+        yield f"{runner.__name__}._preprocess does not return a view of its positions buffer"
+
+
+def _v2_differences(
+    runner: type, model_state: type, batch: type, context: type
+) -> Iterator[Difference]:
+    methods = {
+        "__init__": ("vllm_config", "model", "encoder_cache", "device"),
+        "add_request": ("req_index", "new_req_data"),
+        "prepare_inputs": ("input_batch", "req_states"),
+        "prepare_dummy_inputs": ("num_reqs", "num_tokens"),
+    }
+    for method, parameters in methods.items():
+        yield from _signature(model_state, method, "self", *parameters, exactly=True)
+    if not _assigns(runner, "load_model", "self.model_state"):
+        yield f"{runner.__name__}.load_model does not make a model_state"
+    if not _overrides_positions(runner):
+        yield f"{runner.__name__}.execute_model does not take positions from its model_state"
+    yield from _fields(
+        batch,
+        *("num_tokens_after_padding", "num_tokens", "num_reqs", "positions", "idx_mapping"),
+        *("idx_mapping_np", "query_start_loc", "query_start_loc_np", "num_computed_tokens_np"),
+    )
+    yield from _fields(context, "idx_mapping_np", "seq_lens_upper_bound_np")
+
+
+def _shared_differences() -> Iterator[Difference]:
+    """In what the scheduler's side of the hand-off and the prefix cache use."""
+    if not _assigns(Request, "__init__", "self._block_hasher"):
+        yield "Request has no _block_hasher"
+    if not _calls(Request, "update_block_hashes", "self._block_hasher"):
+        yield "Request.update_block_hashes does not call _block_hasher"
+    for name in ("_kv_transfer_config", "_kv_cache_manager"):
+        if not _assigns(KVConnectorBase_V1, "__init__", f"self.{name}"):
+            yield f"KVConnectorBase_V1 has no {name}"
+    keys = ("request", "start_token_idx", "end_token_idx", "start_mm_idx")
+    yield from _parameters(generate_block_hash_extra_keys, *keys)
+    tokens = ("hash_function", "parent_block_hash", "curr_block_token_ids", "extra_keys")
+    yield from _parameters(hash_block_tokens, *tokens)
+
+
+def _signature(owner: Any, name: str, *wanted: str, exactly: bool = False) -> Iterator[Difference]:
+    """`owner.name` is a function whose first, or only, parameters are `wanted`."""
+    function = getattr(owner, name, None)
+    if function is None:
+        yield f"{owner.__name__} has no {name}"
+    else:
+        yield from _parameters(function, *wanted, exactly=exactly)
+
+
+def _parameters(function: Any, *wanted: str, exactly: bool = False) -> Iterator[Difference]:
+    found = tuple(inspect.signature(function).parameters)
+    if found[: None if exactly else len(wanted)] != wanted:
+        yield (
+            f"{function.__qualname__} takes ({', '.join(found)}) instead of ({', '.join(wanted)})"
+        )
+
+
+def _fields(owner: type, *wanted: str) -> Iterator[Difference]:
+    missing = [name for name in wanted if name not in inspect.get_annotations(owner)]
+    if missing:
+        yield f"{owner.__name__} has no {', '.join(missing)}"
+
+
+def _nodes(owner: type, method: str) -> Iterator[ast.AST]:
+    """The syntax of `owner.method`, and of what it overrides if it calls that."""
+    for ancestor in owner.__mro__:
+        function = vars(ancestor).get(method)
+        if inspect.isfunction(function):
+            source = textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
+            yield from ast.walk(ast.parse(source))
+            if f"super().{method}(" not in source:
+                return
+
+
+def _calls(owner: type, method: str, callee: str) -> bool:
+    return any(
+        isinstance(node, ast.Call) and ast.unparse(node.func) == callee
+        for node in _nodes(owner, method)
+    )
+
+
+def _assigns(owner: type, method: str, target: str) -> bool:
+    for node in _nodes(owner, method):
+        targets: Sequence[ast.expr] = ()
+        if isinstance(node, ast.Assign):
+            targets = node.targets
+        elif isinstance(node, ast.AnnAssign):
+            targets = (node.target,)
+        if any(ast.unparse(each) == target for each in targets):
+            return True
+    return False
+
+
+def _takes_view(owner: type, method: str, target: str, buffer: str) -> bool:
+    """Whether `target` is assigned a slice of `buffer`, not a copy."""
+    return any(
+        isinstance(node, ast.Assign)
+        and ast.unparse(node.targets[0]) == target
+        and isinstance(node.value, ast.Subscript)
+        and ast.unparse(node.value.value) == buffer
+        for node in _nodes(owner, method)
+    )
+
+
+def _returned_names(owner: type, method: str) -> list[list[str]]:
+    """What each `return` of the method returns, part by part."""
+    return [
+        [ast.unparse(part) for part in node.value.elts]
+        for node in _nodes(owner, method)
+        if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple)
+    ]
+
+
+def _overrides_positions(runner: type) -> bool:
+    """Whether the model's inputs hold `positions`, then whatever `prepare_inputs` returned."""
+    for node in _nodes(runner, "execute_model"):
+        if isinstance(node, ast.Dict):
+            parts = ["**" if key is None else ast.unparse(key) for key in node.keys]
+            calls = [ast.unparse(value).partition("(")[0] for value in node.values]
+            if "'positions'" in parts and "self.model_state.prepare_inputs" in calls:
+                return calls.index("self.model_state.prepare_inputs") > parts.index("'positions'")
+    return False

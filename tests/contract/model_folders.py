@@ -1,0 +1,133 @@
+"""Folders of models that hold a configuration and nothing else, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import transformers as hf
+
+LENGTH = 8192
+_SHAPE = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": LENGTH,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+_GPT = {"vocab_size": 512, "bos_token_id": 1, "eos_token_id": 1}
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
+
+
+def _llama(**more: Any) -> hf.PreTrainedConfig:
+    return hf.LlamaConfig(**{**_SHAPE, "head_dim": 32, **more})
+
+
+def _of(kind: type[hf.PreTrainedConfig], **more: Any) -> Callable[[], hf.PreTrainedConfig]:
+    return lambda: kind(**{**_SHAPE, **more})
+
+
+def _falcon(**more: Any) -> hf.PreTrainedConfig:
+    shape = {key: _SHAPE[key] for key in ("hidden_size", "num_hidden_layers")}
+    return hf.FalconConfig(**{**_GPT, **shape, "num_attention_heads": 4, **more})
+
+
+CONFIGS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
+    "llama": _llama,
+    "llama-yarn": lambda: _llama(
+        rope_parameters={**_YARN, "original_max_position_embeddings": 2048}
+    ),
+    "qwen2": _of(hf.Qwen2Config),
+    "qwen3": _of(hf.Qwen3Config, head_dim=32),
+    "qwen3-moe": _of(
+        hf.Qwen3MoeConfig, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64
+    ),
+    "mistral": _of(hf.MistralConfig, sliding_window=None),
+    "mistral-window": _of(hf.MistralConfig, sliding_window=64),
+    "mistral-window-of-its-length": _of(hf.MistralConfig, sliding_window=LENGTH),
+    "gemma": _of(hf.GemmaConfig, head_dim=32),
+    "gemma2": _of(hf.Gemma2Config, head_dim=32, sliding_window=64),
+    "gemma3": _of(hf.Gemma3TextConfig, head_dim=32, sliding_window=64),
+    "phi3": _of(hf.Phi3Config, sliding_window=None),
+    "phi3-far-window": _of(hf.Phi3Config, sliding_window=262144),
+    "gpt-oss": _of(
+        hf.GptOssConfig, head_dim=32, num_local_experts=4, num_experts_per_tok=2, sliding_window=64
+    ),
+    "granite": _of(hf.GraniteConfig),
+    "cohere": _of(hf.CohereConfig, logit_scale=0.5),
+    "glm4": _of(hf.Glm4Config, head_dim=32, partial_rotary_factor=0.5),
+    "gpt2": lambda: hf.GPT2Config(**_GPT, n_positions=LENGTH, n_embd=128, n_layer=3, n_head=4),
+    "opt": lambda: hf.OPTConfig(
+        **_GPT, hidden_size=128, ffn_dim=256, num_hidden_layers=3, num_attention_heads=4
+    ),
+    # Served by vLLM's backend for transformers' models.
+    "gpt-neox": lambda: hf.GPTNeoXConfig(
+        **{key: value for key, value in _SHAPE.items() if key != "num_key_value_heads"}
+    ),
+    "olmo2": _of(hf.Olmo2Config),
+    "phi": _of(hf.PhiConfig, num_key_value_heads=4),
+    "starcoder2": _of(hf.Starcoder2Config, sliding_window=None),
+    "smollm3": _of(hf.SmolLM3Config),
+    "bamba": _of(
+        hf.BambaConfig, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=32, mamba_d_state=16
+    ),
+    "jamba": _of(hf.JambaConfig, attn_layer_period=2, attn_layer_offset=1, num_experts=2),
+    "mamba": lambda: hf.MambaConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2),
+    "falcon": lambda: _falcon(new_decoder_architecture=True, num_kv_heads=2),
+    "falcon-alibi": lambda: _falcon(alibi=True, multi_query=False),
+    "bloom": lambda: hf.BloomConfig(**_GPT, hidden_size=128, n_layer=3, n_head=4),
+    "mpt": lambda: hf.MptConfig(
+        vocab_size=512, d_model=128, n_heads=4, n_layers=3, attn_config={"alibi": True}
+    ),
+    "llama4": _of(
+        hf.Llama4TextConfig,
+        head_dim=32,
+        num_local_experts=2,
+        intermediate_size_mlp=256,
+        attention_chunk_size=64,
+    ),
+    "llama4-chunk-of-its-length": _of(
+        hf.Llama4TextConfig,
+        head_dim=32,
+        num_local_experts=2,
+        intermediate_size_mlp=256,
+        attention_chunk_size=LENGTH,
+    ),
+    "deepseek2": _of(
+        hf.DeepseekV2Config,
+        num_key_value_heads=4,
+        kv_lora_rank=64,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=32,
+        v_head_dim=32,
+        n_routed_experts=4,
+        moe_intermediate_size=64,
+    ),
+    "dual-chunk": lambda: _llama(
+        dual_chunk_attention_config={
+            "chunk_size": 64,
+            "local_size": 8,
+            "original_max_position_embeddings": LENGTH,
+        }
+    ),
+    "nvfp4-cache": lambda: _llama(
+        quantization_config={"quant_method": "modelopt", "kv_cache_quant_algo": "NVFP4"}
+    ),
+}
+_ARCHITECTURES = {"mpt": "MPTForCausalLM"}
+
+
+def write(name: str, folder: Path) -> Path:
+    """Write the model's configuration below `folder`; return its folder."""
+    config = CONFIGS[name]()
+    if not config.architectures:
+        names = hf.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        config.architectures = [_ARCHITECTURES.get(name, names[config.model_type])]
+    config.save_pretrained(folder / name)
+    return folder / name
