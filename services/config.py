@@ -246,7 +246,10 @@ class GatewayConfig(Strict):
     """The OpenAI-compatible and gRPC front."""
 
     request_timeout_s: Seconds = 300.0
-    max_body_bytes: PositiveInt = 32 << 20  # and of a gRPC message
+    max_body_bytes: PositiveInt = 32 << 20  # of an HTTP body, and of a gRPC message
+    # Objects, lists and texts in lists (messages, parts, tools, prompts) of one request: each
+    # costs the event loop about 0.1 ms.
+    max_request_items: PositiveInt = 10_000
     body_timeout_s: Seconds = 10.0  # for a request's body, and more as its bytes arrive
     max_buffered_bytes: PositiveInt = 1 << 30  # of bodies that are not complete yet, per gateway
     max_concurrent_requests: PositiveInt = 1024  # per gateway, waiting ones too; more get 429

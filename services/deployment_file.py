@@ -144,6 +144,7 @@ class GrpcOptions(Strict):
     port: Port = 9000
     grpc_servicer_functions: tuple[
         Literal[
+            "specprefill.rpc.serving.add_SpecPrefillServicer_to_server",
             "specprefill.rpc.specprefill_pb2_grpc.add_SpecPrefillServicer_to_server",
             "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
         ],

@@ -15,6 +15,7 @@ SpecPrefillError
 │   ├── LeaseNotFound
 │   ├── LayoutMismatch
 │   └── CorruptFrame
+├── EngineStartFailed     an engine process ended before it served: its replica does not start
 ├── InvalidConfiguration  a replica cannot run as configured: it refuses to start
 ├── IncompatibleVllm      vLLM is not as the engine uses it: it refuses to start
 └── UnsupportedModel      the engine would compute wrong positions: it refuses to start
@@ -102,6 +103,10 @@ class LayoutMismatch(KvTransferError):
 
 class CorruptFrame(KvTransferError):
     """A frame's digest, length or header is wrong."""
+
+
+class EngineStartFailed(SpecPrefillError):
+    """An engine process ended while it started; the message holds the process's own error."""
 
 
 class InvalidConfiguration(SpecPrefillError):

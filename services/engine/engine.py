@@ -20,6 +20,7 @@ from vllm.v1.metrics.loggers import StatLoggerFactory
 from ..errors import InvalidRequest, Unavailable
 from ..types import Carrier
 from .args import vllm_config
+from .failed_start import engine_errors_shown
 from .guard import refuse_unsupported
 
 
@@ -46,18 +47,23 @@ class Engine:
         self.close()
 
     def start(self) -> None:
-        """Load the model. Raises UnsupportedModel, before any process starts, with the reason."""
+        """Load the model.
+
+        Raises UnsupportedModel, before any process starts, with the reason; EngineStartFailed with
+        an engine process's own error.
+        """
         os.environ.setdefault("OMP_NUM_THREADS", str(self._cpu_threads))
         config = vllm_config(self._args)
         if config.kv_transfer_config is not None:  # else a plain vLLM engine
             refuse_unsupported(config)
-        self._llm = AsyncLLM.from_vllm_config(
-            config,
-            stat_loggers=self._stat_loggers or None,
-            usage_context=UsageContext.OPENAI_API_SERVER,
-            enable_log_requests=self._args.enable_log_requests,
-            disable_log_stats=self._args.disable_log_stats,
-        )
+        with engine_errors_shown():
+            self._llm = AsyncLLM.from_vllm_config(
+                config,
+                usage_context=UsageContext.OPENAI_API_SERVER,
+                stat_loggers=self._stat_loggers or None,
+                enable_log_requests=self._args.enable_log_requests,
+                disable_log_stats=self._args.disable_log_stats,
+            )
 
     def close(self) -> None:
         """Stop the engine process. Idempotent."""

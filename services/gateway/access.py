@@ -35,7 +35,7 @@ class AccessMiddleware:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
-            await send_failure(send, http_failure(Unauthenticated()))
+            await send_failure(scope, send, http_failure(Unauthenticated()))
 
     def _is_open(self, scope: Scope) -> bool:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
@@ -101,6 +101,6 @@ class LimitMiddleware:
             try:
                 held.enter_context(self._limit.slot())
             except (Overloaded, Unavailable) as error:
-                await send_failure(send, http_failure(error))
+                await send_failure(scope, send, http_failure(error))
                 return
             await self._app(scope, receive, send)

@@ -27,7 +27,10 @@ from .bodies import BodyReader
 from .client import Answering, CountTokens, PipelineClient
 from .health import PoolCounts, health_route, not_tested
 from .keys import KeyRing
+from .messages_log import log_messages_refused_in_one_line
 from .middleware import RequestMiddleware
+from .request_json import JsonLimits
+from .routes import serve_only_known
 from .scrape import MetricsText, metrics_route
 from .surface import TASKS
 
@@ -70,9 +73,11 @@ async def build_http_app(
     `facts_kept` the result of the draft's self-test.
     """
     args = server_args(config)
+    log_messages_refused_in_one_line()
     app: FastAPI = build_app(args, TASKS, client.model_config)
     await init_app_state(client, app.state, args, TASKS)
     app.state.server = _NoServer()
+    serve_only_known(app)
     # Before vLLM's own.
     app.router.routes[:0] = [health_route(count, limit, facts_kept), metrics_route(metrics)]
     gateway = config.gateway
@@ -83,7 +88,9 @@ async def build_http_app(
     bodies = BodyReader(
         gateway.max_body_bytes, gateway.body_timeout_s, gateway.max_buffered_bytes, limit.on_shed
     )
-    app.user_middleware.append(Middleware(RequestMiddleware, bodies=bodies))
+    app.user_middleware.append(
+        Middleware(RequestMiddleware, bodies=bodies, limits=JsonLimits(gateway.max_request_items))
+    )
     app.user_middleware.append(
         Middleware(LimitMiddleware, limit=limit, free_paths=gateway.open_paths)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import secrets
 import threading
 import uuid
@@ -28,7 +29,7 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.kv_hints import KvHintsEnvelope
 
-from ..engine.params import PRIVATE
+from ..engine.params import is_private
 from ..errors import InvalidRequest, SpecPrefillError, Unavailable
 from ..plan import Planner
 from ..types import Chunk, Controls, PlanKind, Request, Selection, Span
@@ -44,6 +45,14 @@ from .surface import TASKS, RemoteEngineClient
 logger = logging.getLogger(__name__)
 
 _SEED_BITS = 31
+_MAX_PRIORITY = 2**31
+_MAX_ID = 256  # characters of a request id in logs
+_NO_ID_CHARACTER = re.compile(r"[^\x21-\x7e]")  # it would break a log line's `key=value`
+
+# What vLLM, and a chat template, raise over values that a client chose.
+CLIENT_ERRORS = (
+    VLLMClientError, ValueError, TypeError, OverflowError, RecursionError, TemplateError,
+)  # fmt: skip
 CountTokens = Callable[[str, int, int], None]  # the key's name, prompt and output tokens
 
 
@@ -160,7 +169,7 @@ class PipelineClient(RemoteEngineClient):
         """Tokenise a plain prompt. Raises InvalidRequest."""
         try:
             (prompt,) = await self.renderer.render_cmpl_async([{"prompt": text}])
-        except (VLLMClientError, ValueError) as error:
+        except CLIENT_ERRORS as error:
             raise as_invalid(error) from error
         return prompt
 
@@ -180,7 +189,7 @@ class PipelineClient(RemoteEngineClient):
         ).with_defaults(self._chat.chat_template_kwargs)
         try:
             _, (prompt,) = await self.renderer.render_chat_async([list(messages)], params)
-        except (VLLMClientError, ValueError, TemplateError) as error:
+        except CLIENT_ERRORS as error:
             raise as_invalid(error) from error
         return prompt
 
@@ -196,6 +205,11 @@ class PipelineClient(RemoteEngineClient):
 
         Raises InvalidRequest.
         """
+        if not -_MAX_PRIORITY <= priority <= _MAX_PRIORITY:
+            raise InvalidRequest(
+                f"priority: must be within {_MAX_PRIORITY} of 0, not {shortened(priority)}",
+                "priority",
+            )
         admitted = await self._admit(prompt, sampling_params, request_id, priority)
         params = admitted.sampling_params
         _limit_tokens(params, self.model_config.max_model_len - len(admitted.prompt_token_ids))
@@ -205,9 +219,9 @@ class PipelineClient(RemoteEngineClient):
         controls = context.controls
         _refuse_unsupported(admitted, controls)
         request = Request(
-            request_id=f"{request_id}-{uuid.uuid4().hex[:8]}",  # clients repeat their ids
+            request_id=_own_id(request_id),
             prompt=tuple(admitted.prompt_token_ids),
-            sampling=msgspec.msgpack.encode(params),
+            sampling=_packed(params),
             samples=params.n,
             controls=controls,
             prompt_logprobs=params.prompt_logprobs is not None,
@@ -233,7 +247,7 @@ class PipelineClient(RemoteEngineClient):
             return await self.input_processor.process_inputs_async(
                 request_id, prompt, params, supported_tasks=TASKS, priority=priority
             )
-        except (VLLMClientError, ValueError) as error:
+        except CLIENT_ERRORS as error:
             raise as_invalid(error) from error
 
     async def _protected(
@@ -286,6 +300,18 @@ def as_invalid(error: Exception) -> InvalidRequest:
     return InvalidRequest(str(error), field)
 
 
+def _own_id(request_id: str) -> str:
+    """Clients repeat their ids, and choose them freely; this one stands in every log line."""
+    return f"{_NO_ID_CHARACTER.sub('_', request_id[:_MAX_ID])}-{uuid.uuid4().hex[:8]}"
+
+
+def _packed(params: SamplingParams) -> bytes:
+    try:
+        return msgspec.msgpack.encode(params)
+    except OverflowError as error:  # beyond 64 bits
+        raise InvalidRequest(f"a sampling parameter is out of range: {error}") from error
+
+
 def _limit_tokens(params: SamplingParams, most: int) -> None:
     """No output token past the model's last position.
 
@@ -303,7 +329,7 @@ def hold_back_chars(params: SamplingParams) -> int:
 
 
 def _caller_args(extra_args: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    kept = {key: value for key, value in (extra_args or {}).items() if key not in PRIVATE}
+    kept = {key: value for key, value in (extra_args or {}).items() if not is_private(key)}
     return kept or None
 
 

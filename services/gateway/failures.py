@@ -32,6 +32,18 @@ _GRPC_CODES: tuple[tuple[type[SpecPrefillError], grpc.StatusCode], ...] = (
 )
 
 
+_ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """A status and the body that explains it."""
@@ -44,8 +56,10 @@ class Failure:
     retry_after_s: float | None = None
     shed_reason: str | None = None
 
-    def body(self) -> bytes:
-        """`{"error": {...}}` as JSON."""
+    def body(self, *, anthropic: bool = False) -> bytes:
+        """OpenAI's `{"error": {...}}`, or Anthropic's form of it."""
+        if anthropic:
+            return anthropic_error(self.status, self.message)
         error = {
             "message": self.message,
             "type": self.kind,
@@ -53,6 +67,14 @@ class Failure:
             "code": self.code,
         }
         return json.dumps({"error": error}, ensure_ascii=False).encode()
+
+
+def anthropic_error(status: int, message: str) -> bytes:
+    """An error as Anthropic's API states it."""
+    kind = _ANTHROPIC_KINDS.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return json.dumps(
+        {"type": "error", "error": {"type": kind, "message": message}}, ensure_ascii=False
+    ).encode()
 
 
 def http_failure(error: SpecPrefillError) -> Failure:

@@ -13,6 +13,7 @@ from vllm.inputs import EngineInput, tokens_input
 
 from ..errors import InvalidRequest, SpecPrefillError, Unauthenticated, UnknownModel
 from ..rpc import specprefill_pb2 as pb
+from ..rpc.serving import Unparsable
 from ..types import Request
 from .access import RequestLimit
 from .client import PipelineClient
@@ -32,6 +33,7 @@ from .grpc_messages import (
 )
 from .health import PoolCounts, judge
 from .keys import KeyRing
+from .request_json import JsonLimits
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +58,17 @@ class GrpcApi:
         keys: KeyRing,
         limit: RequestLimit,
         count: PoolCounts,
+        *,
+        max_message_bytes: int,
+        json_limits: JsonLimits,
     ) -> None:
         self._client = client
         self._model_name = model_name
         self._keys = keys
         self._limit = limit
         self._count = count
+        self._max_message_bytes = max_message_bytes
+        self._json_limits = json_limits
 
     async def generate(
         self, message: pb.GenerateRequest, context: CallContext
@@ -107,6 +114,7 @@ class GrpcApi:
     async def _request(
         self, message: pb.GenerateRequest | pb.ScoreRequest, call: CallContext
     ) -> Request:
+        self._check(message)
         if message.HasField("model") and message.model != self._model_name:
             raise UnknownModel(f"model: {shortened(message.model)} is not served here", "model")
         sampling, priority = pb.Sampling(max_tokens=1), 0
@@ -119,10 +127,18 @@ class GrpcApi:
             key=self._key_name(call) or fair_key(_metadata(call).get("authorization")),
         )
         prompt = await self._prompt(message, context)
-        params = sampling_params(sampling, self._client.model_config.get_diff_sampling_param())
+        params = sampling_params(
+            sampling, self._client.model_config.get_diff_sampling_param(), self._json_limits
+        )
         return await self._client.prepare(
             prompt, params, f"grpc-{uuid.uuid4().hex[:16]}", context, priority
         )
+
+    def _check(self, message: pb.GenerateRequest | pb.ScoreRequest | Unparsable) -> None:
+        if isinstance(message, Unparsable):
+            raise InvalidRequest(f"the message cannot be parsed: {message.error}")
+        if message.ByteSize() > self._max_message_bytes:
+            raise InvalidRequest(f"the message must be at most {self._max_message_bytes} bytes")
 
     async def _prompt(
         self, message: pb.GenerateRequest | pb.ScoreRequest, context: RequestContext
@@ -135,8 +151,9 @@ class GrpcApi:
             return tokens_input(list(message.token_ids.ids))
         if kind == "text":
             return await self._client.render_text(message.text)
-        context.messages = chat_messages(message.conversation)
-        return await self._client.render_chat(context.messages, tools(message.conversation))
+        context.messages = chat_messages(message.conversation, self._json_limits)
+        listed = tools(message.conversation, self._json_limits)
+        return await self._client.render_chat(context.messages, listed)
 
     @contextmanager
     def _status(self, context: CallContext) -> Iterator[None]:

@@ -42,6 +42,7 @@ from .key_usage import KeyUsage
 from .keys import read_keys
 from .metrics import MeasuredPipeline, PipelineMetrics
 from .pools import Carried, ServeDecoder, ServePrefiller, ServeSpeculator, by_reference
+from .request_json import JsonLimits
 from .scrape import ServiceMetrics
 from .self_test import SelfTestWatch
 from .serve_health import ServeHealth
@@ -120,6 +121,8 @@ class GatewayReplica:
             self._keys,
             self._limit,
             self._health.count,
+            max_message_bytes=self._config.gateway.max_body_bytes,
+            json_limits=JsonLimits(self._config.gateway.max_request_items),
         )
         self._grpc_health = GrpcHealth(self._health.count, self._limit)
         heap.freeze()

@@ -7,6 +7,7 @@ cancelled or ran out of time is marked, and the thread drops it between two pref
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
@@ -27,8 +28,11 @@ from .reading import Reading
 from .scorer import Scorer, load_scorer
 from .translation import Prompt, SamePrompt
 
+logger = logging.getLogger(__name__)
+
 SMOOTHING = 0.2  # weight of the newest measurement in `Pace`
 MIN_RETRY_AFTER_S = 0.1
+MAX_FAILURES_IN_A_ROW = 3  # more than a bad prompt: the model or its device is broken
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,17 +291,25 @@ class SpeculatorService:
             self._queue.remove(job)
 
     async def _serve(self, scorer: Scorer) -> None:
+        """Score batch after batch. A batch that fails fails its own requests.
+
+        Several in a row end the service, so that its replica is replaced.
+        """
         loop = asyncio.get_running_loop()
+        failures = 0
         try:
-            while True:
+            while failures < MAX_FAILURES_IN_A_ROW:
                 self._scoring = await self._next_batch(scorer)
                 self.counts.batches += 1
                 try:
                     await loop.run_in_executor(
                         self._thread, self._score, scorer, self._scoring, loop
                     )
-                except RuntimeError as error:  # torch's own: out of memory, a device lost
+                    failures = 0
+                except Exception as error:
+                    failures += 1
                     self.counts.failures += 1
+                    logger.exception("speculator: a batch of %d failed", len(self._scoring))
                     self._fail(self._scoring, f"speculator: {error}")
                 self._scoring = ()
         finally:

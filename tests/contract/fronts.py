@@ -23,7 +23,7 @@ from specprefill.cluster import free_port
 from specprefill.front import FILE_VARIABLE
 
 HOST = "127.0.0.1"
-SERVICER = "specprefill.rpc.specprefill_pb2_grpc.add_SpecPrefillServicer_to_server"
+SERVICER = "specprefill.rpc.serving.add_SpecPrefillServicer_to_server"
 START_TIMEOUT_S = 20.0
 
 

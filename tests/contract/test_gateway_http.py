@@ -332,7 +332,7 @@ async def test_without_a_key_every_route_is_closed_but_the_open_ones(
     http: httpx.AsyncClient, gateway: Any, pipeline: Any
 ) -> None:
     routes = every_route(gateway[1])
-    assert {"/invocations", "/metrics", "/openapi.json", "/tokenize"} <= {
+    assert {"/v1/messages", "/metrics", "/openapi.json", "/tokenize"} <= {
         path for _, path in routes
     }
     for headers in ({"authorization": ""}, {"authorization": "Bearer wrong"}, {"x-api-key": "no"}):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -15,22 +14,12 @@ from specprefill.gateway.context import RequestContext
 from specprefill.rpc import specprefill_pb2 as pb
 from specprefill.types import Controls
 
-from .test_gateway_grpc import KEY, stub
+from .test_gateway_grpc import KEY, channel, stub
 
-__all__ = ["stub"]  # the fixture
+__all__ = ["channel", "stub"]  # the fixtures
 
 MODEL_LEN = 2048
-HTTP_KEY = {"authorization": "Bearer test-key"}
 PROMPT = "The password of the vault is swordfish. " + "Nothing to see here. " * 60
-
-
-@pytest.fixture
-async def http(gateway: Any, pipeline: Any) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(gateway[1])
-    async with httpx.AsyncClient(
-        transport=transport, base_url="http://x", headers=HTTP_KEY
-    ) as client:
-        yield client
 
 
 def sampling(pipeline: Any) -> dict[str, Any]:

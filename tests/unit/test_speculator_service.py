@@ -18,7 +18,12 @@ from specprefill.errors import (
 from specprefill.selection import select
 from specprefill.speculator.gauges import SpeculatorGauges
 from specprefill.speculator.scorer import Scorer
-from specprefill.speculator.service import Batching, Pace, SpeculatorService
+from specprefill.speculator.service import (
+    MAX_FAILURES_IN_A_ROW,
+    Batching,
+    Pace,
+    SpeculatorService,
+)
 from specprefill.types import Plan, PlanKind, Reason, Request, Span
 
 from ..instruments import Instruments
@@ -209,22 +214,31 @@ async def test_foreign_token_ids_are_the_callers_fault(scorer: GatedScorer, toke
 
 
 @pytest.mark.asyncio
-async def test_a_failed_batch_fails_its_requests_and_not_the_service(scorer: GatedScorer) -> None:
+@pytest.mark.parametrize(
+    "failure", [torch.OutOfMemoryError("no memory"), IndexError("position 9"), KeyError("a bug")]
+)
+async def test_a_failed_batch_fails_its_requests_and_not_the_service(
+    scorer: GatedScorer, failure: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
     async with serving(scorer) as service:
-        scorer.failure = torch.OutOfMemoryError("no memory")
-        with pytest.raises(SpeculatorUnavailable, match="no memory"):
+        scorer.failure = failure
+        with pytest.raises(SpeculatorUnavailable, match=failure.args[0]):
             await service.select(request_of(100), PLAN, WAIT_S)
+        assert [record.exc_info[1] for record in caplog.records if record.exc_info] == [failure]
         scorer.failure = None
         assert service.is_running
         assert (await service.select(request_of(100), PLAN, WAIT_S)).prompt_tokens == 100
 
 
 @pytest.mark.asyncio
-async def test_an_unknown_failure_stops_the_service_and_hangs_nobody(scorer: GatedScorer) -> None:
+async def test_failures_in_a_row_stop_the_service_and_hang_nobody(scorer: GatedScorer) -> None:
     async with serving(scorer) as service:
-        scorer.failure = KeyError("a bug")
-        with pytest.raises(SpeculatorUnavailable):
-            await service.select(request_of(100), PLAN, WAIT_S)
+        scorer.failure = KeyError("a broken device")
+        for tokens in range(100, 100 + MAX_FAILURES_IN_A_ROW):
+            assert service.is_running
+            with pytest.raises(SpeculatorUnavailable):
+                await service.select(request_of(tokens), PLAN, WAIT_S)
+        await asyncio.sleep(0)  # the loop's task ends behind its last answer
         assert not service.is_running
         with pytest.raises(SpeculatorUnavailable, match="not running"):
             await service.select(request_of(100), PLAN, WAIT_S)
