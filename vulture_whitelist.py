@@ -82,6 +82,7 @@ _.on_request_routed
 _.should_backoff
 _.record_autoscaling_stats
 _.record_replica_metadata
+_.self_test  # called by the gateway
 SloPolicy
 build
 
@@ -116,6 +117,7 @@ _.traceback
 _.versions
 bar_chart
 _.samples_seen
+_.timeouts  # read by name
 _.p90  # read by dataclasses.asdict
 _.output_tokens_per_s
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .checked_yaml import InvalidFile
-from .cli_exit import Failed, Misused
+from .cli_exit import MISUSED, OK, Failed, Misused
 from .cluster import (
     DASHBOARD_URL,
     DeploymentFailed,
@@ -28,11 +30,14 @@ from .cluster import (
 )
 from .deployment_file import GATEWAY, DeploymentFile, Loaded, draining, load, without_keys
 from .errors import InvalidConfiguration
+from .findings import Severity
 from .front import check_tls
 
 START_TIMEOUT_S = 600.0
 DRAIN_TIMEOUT_S = 30.0
 DRAIN_POLL_S = 0.2
+_FINDING = re.compile(rf": ({'|'.join(Severity)}): ")
+_SILENT = {"VLLM_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
 
 
 def add_commands(commands: Any) -> None:
@@ -41,10 +46,15 @@ def add_commands(commands: Any) -> None:
     _add_deploy(commands)
     check = commands.add_parser(
         "check",
-        help="check a deployment file",
-        description="Check a deployment file: every key, every value. Deploys nothing.",
+        help="check a deployment file and its models",
+        description="Check a deployment file: every key, every value, and, where the models are "
+        "on this machine, whether they are supported and what would not fit. Deploys nothing, "
+        "loads no weights.",
     )
     _add_file(check)
+    check.add_argument(
+        "--no-models", action="store_true", help="do not open the models: the file alone"
+    )
     check.set_defaults(run=run_check)
     status = commands.add_parser(
         "status",
@@ -105,12 +115,45 @@ def _add_dashboard(command: argparse.ArgumentParser) -> None:
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """Say that a file is right, or every fault in it."""
+    """Print that a file is right, or every fault in it and in its models."""
     loaded = _load(args.file)
+    if not args.no_models:
+        _report(args.file, loaded.file, served_here=True)
     _warn(open_cluster(os.environ))
     names = ", ".join(application.name for application in loaded.file.applications)
     print(f"{args.file}: fine ({names})")
     return 0
+
+
+def _report(path: Path, file: DeploymentFile, *, served_here: bool) -> None:
+    """Print what is found about the models. Raises Misused where the deployment cannot start."""
+    for name, value in _SILENT.items():  # what vLLM and transformers would log is reported here
+        os.environ.setdefault(name, value)
+    from .preflight import check
+
+    findings = list(check(file, served_here=served_here))
+    for finding in findings:
+        print(f"{path}: {finding.line()}")
+    if any(finding.severity is Severity.ERROR for finding in findings):
+        raise Misused(f"{path}: would not start as it is")
+
+
+def _check_beside(path: Path) -> subprocess.Popen[str]:
+    """Start `specprefill check` in a process of its own, whose memory ends with it."""
+    command = [sys.executable, "-m", "specprefill.cli", "check", str(path)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _await_check(checking: subprocess.Popen[str], tell: Progress) -> None:
+    """Show what the check prints. Raises Misused where it refuses the file."""
+    output = checking.communicate()[0]
+    findings = [line for line in output.splitlines() if _FINDING.search(line)]
+    if checking.returncode == MISUSED:
+        raise Misused("\n".join(findings))
+    for finding in findings:
+        tell(finding)
+    if checking.returncode != OK:
+        tell(f"the models were not checked: {output.strip().rpartition(chr(10))[2]}")
 
 
 def run_serve(args: argparse.Namespace) -> int:
@@ -122,8 +165,9 @@ def run_serve(args: argparse.Namespace) -> int:
     tell = Progress()
     tell("starting Ray on this machine")
     stop = threading.Event()
-    with _local_ray(args.file) as ray:
+    with _check_beside(args.file) as checking, _local_ray(args.file) as ray:
         _stop_on_signals(stop)
+        _await_check(checking, tell)
         api = ServeApi(ray.dashboard_url)
         tell(f"deploying {args.file} (dashboard {ray.dashboard_url})")
         _deploy(api, loaded, args.timeout, tell)
@@ -166,6 +210,7 @@ def _drain(
 def run_deploy(args: argparse.Namespace) -> int:
     """Deploy onto a cluster that runs already."""
     loaded = _load(args.file)
+    _report(args.file, loaded.file, served_here=False)
     _warn(open_cluster(os.environ) or answers_strangers(args.address))
     tell = Progress()
     tell(f"deploying {args.file} to {args.address}")

@@ -7,6 +7,7 @@ local cluster and off for whoever talks to it from another shell.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -40,6 +41,7 @@ SHORT_PATHS = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "specprefill.gateway.serve_ports:setup",
 }
 _MAX_FAULT_LINES = 12
+_ERROR = re.compile(r"[A-Za-z_][\w.]*: \S")  # how a traceback's last line begins
 _AUTH_MODE = "token"
 
 
@@ -347,9 +349,11 @@ def port_in_use(host: str, port: int) -> bool:
 
 
 def _last_lines(message: str) -> str:
-    """A traceback's end, which is where the reason stands."""
+    """Return a traceback's last error, which is the reason; the end of the text without one."""
     lines = [line for line in message.splitlines() if line.strip()]
-    return "\n".join(lines[-_MAX_FAULT_LINES:])
+    errors = [place for place, line in enumerate(lines) if _ERROR.match(line)]
+    shown = lines[errors[-1] :] if errors else lines[-_MAX_FAULT_LINES:]
+    return "\n".join(shown[:_MAX_FAULT_LINES])
 
 
 def _first_line(error: Exception) -> str:

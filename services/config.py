@@ -65,7 +65,17 @@ class SpeculatorConfig(Strict):
     # Layer -> its query heads whose attention counts; absent: all heads of all layers.
     score_heads: dict[NonNegativeInt, tuple[NonNegativeInt, ...]] | None = Field(None, min_length=1)
     look_ahead: PositiveInt = 8  # the last prompt token's query plus look_ahead - 1 generated
-    timeout_s: Seconds = 10.0  # later, the prompt is prefilled dense
+    # A prompt is given up after `timeout_s` and `timeout_token_s` for each of its tokens.
+    timeout_s: Seconds = 10.0
+    timeout_token_s: Annotated[float, Field(ge=0.0)] = 2e-4
+    max_queued: PositiveInt = 64  # prompts that wait in one replica; more are overload
+    # At the start, generated facts tell whether the model can choose. Where it cannot, prompts are
+    # pruned only on request. Random weights are not tested.
+    self_test: bool = True
+    # What becomes of a prompt that finds the queue full, or is given up. shed: 429 with a time to
+    # try again. static: pruned at the nominal rate, by the words of the query alone, which may
+    # lose what the answer needs. dense: the whole prompt, which multiplies the prefill pool's load.
+    on_overload: Literal["shed", "static", "dense"] = "shed"
 
 
 class SelectionConfig(Strict):
@@ -140,7 +150,8 @@ class KvConfig(Strict):
     memory: Literal["host", "device"] = "host"
     host: str | None = None  # address KV ports listen on; their own node's if absent
     lease_s: Seconds = 30.0  # a lease that its holder does not renew is dropped after this time
-    # Per worker; a prefill beyond it hands nothing over. With nixl it is set aside at the start.
+    # Per worker. A prefill waits, within its deadline, until its KV has room; one whose KV alone
+    # is more hands nothing over. With nixl it is set aside at the start.
     max_held_bytes: PositiveInt = 4 << 30
     # Per worker: host buffers for copies between an engine's caches and leases; a prefill waits
     # for the oldest copy when all are full. Part of max_held_bytes. Absent: an eighth of it, at
@@ -180,6 +191,7 @@ class AdmissionConfig(Strict):
     # The SLO of first tokens that keep rates are bent for. Where `slo` names it, nothing here.
     ttft_s: Seconds | None = None
     keep_floor: Rate = 0.1  # for requests that name no floor and no rate of their own
+    # The bounds hold for all gateways together: each takes an equal part of them.
     max_waiting: PositiveInt = 1024  # more are shed
     max_waiting_per_key: PositiveInt = 256  # of one API key, where there are several
     per_engine: PositiveInt = 2  # requests let in for each speculator and prefill replica
@@ -288,7 +300,9 @@ class ScalingConfig(Strict):
     speculator: PoolScaling = PoolScaling()
     prefill: PoolScaling = PoolScaling()
     decode: PoolScaling = PoolScaling()
-    gateway_replicas: PositiveInt = 1  # always so many
+    # Always this many, unless `deployments` names another number. One that dies takes its streams
+    # with it, so one alone is an outage.
+    gateway_replicas: PositiveInt = 2
     settle_s: Seconds = 90.0  # a smaller size must have been enough for so long
     idle_s: Seconds = 600.0  # without arrivals for so long, a pool of minimum 0 sleeps
     window_s: Seconds = 600.0  # of arrivals that are looked at

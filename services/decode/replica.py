@@ -13,6 +13,7 @@ from .. import heap
 from ..config import AppConfig
 from ..engine.args import Role, engine_args
 from ..engine.engine import Engine
+from ..engine.ray_metrics import ray_stat_loggers
 from ..kv.nixl import require
 from ..kv.tls import read_tls
 from ..replica_logging import log_with_serve
@@ -36,7 +37,10 @@ class DecodeReplica:
         require(config.kv.carrier)
         tls = read_tls(config.kv.tls)
         args = engine_args(config.model, config.decode, config.kv, Role.DECODE, peer=config.prefill)
-        self._service = DecodeService(Engine(args, cpu_threads=config.decode.cpu_threads))
+        engine = Engine(
+            args, cpu_threads=config.decode.cpu_threads, stat_loggers=ray_stat_loggers()
+        )
+        self._service = DecodeService(engine)
         await self._service.start()
         logger.info("kv carrier: %s", await self._service.carrier())
         host = get_node_ip_address() if config.kv.host is None else config.kv.host

@@ -55,7 +55,7 @@ class RequestLimit:
 
     def __init__(self, most: int, on_shed: Callable[[str], None]) -> None:
         self.most = most
-        self._on_shed = on_shed
+        self.on_shed = on_shed
         self.draining = False
         self.held = 0
 
@@ -69,7 +69,7 @@ class RequestLimit:
         if self.draining:
             raise Unavailable("the service is stopping; try again")
         if self.held >= self.most:
-            self._on_shed("gateway_full")
+            self.on_shed("gateway_full")
             raise Overloaded(
                 f"this gateway holds {self.most} requests already "
                 "(gateway.max_concurrent_requests); try again later",

@@ -1,7 +1,8 @@
-"""Which prefill replica has most of a prompt in its prefix cache, and whether to go there.
+"""Which replica of a pool has most of a prompt in its prefix cache, and whether to go there.
 
-Pure. A gateway knows only what it sent to each replica itself: it never knows too much, so
-several gateways choose less well together, but no choice is ever wrong.
+Pure. A gateway knows only what it sent to each replica itself. What other gateways may have sent it
+hopes for at the prefix's home, which they all compute alike (`homes`): a hope may be in vain, but
+no choice is ever wrong.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from dataclasses import dataclass, field
 
 from ..prefixes import DigestMemory, prefix_digests
 from ..types import Selection
+from .homes import Homes
 
 BLOCK_TOKENS = 128  # a multiple of most engines' block size: what matches here matches there
+HOPE = 0.5  # of a prefix at its home, how much is counted on where none is known
 _MAX_CHOICES = 64  # prompts on their way to a replica; Serve sends no more at once
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillLoad:
-    """What one prompt asks of a prefill engine.
+    """What one prompt asks of an engine.
 
     `prefix` has a digest per whole block of the prompt's dense prefix, each chained to the
     one before: equal digests mean equal prefixes.
@@ -27,6 +30,11 @@ class PrefillLoad:
 
     tokens: int  # k
     prefix: tuple[int, ...]
+
+
+def whole_load_of(prompt: tuple[int, ...]) -> PrefillLoad:
+    """The load of a prompt `[N]` that is read from its first token to its last."""
+    return PrefillLoad(len(prompt), tuple(prefix_digests(prompt, BLOCK_TOKENS)))
 
 
 def load_of(prompt: tuple[int, ...], selection: Selection) -> PrefillLoad:
@@ -39,6 +47,7 @@ def load_of(prompt: tuple[int, ...], selection: Selection) -> PrefillLoad:
 @dataclass(slots=True)
 class _Replica:
     place: int  # its bit in the map of blocks
+    cache_tokens: int
     seen: DigestMemory
     queued_tokens: int = 0  # sent there, to be computed, not answered yet
     last_used: int = 0
@@ -94,22 +103,28 @@ class PrefixAffinity:
     one prompt's way to one replica: prompts of one request, and attempts, are calls of their own.
     """
 
+    hope: float = HOPE
     _replicas: dict[str, _Replica] = field(default_factory=dict)
     _blocks: _BlockMap = field(default_factory=_BlockMap)
     _running: dict[str, tuple[_Replica, int]] = field(default_factory=dict)  # by call id
     _choices: dict[str, tuple[_Replica, int]] = field(default_factory=dict)  # not sent yet
     _count: int = 0
+    _homes: Homes = field(default_factory=Homes)
 
     def know(self, cache_tokens: Mapping[str, int]) -> None:
         """The replicas that exist, and how many tokens each one's prefix cache holds."""
         for name in self._replicas.keys() - cache_tokens.keys():
             gone = self._replicas.pop(name)
             self._blocks.remove(gone.place, gone.seen)
+        if self._replicas.keys() != cache_tokens.keys():
+            self._homes = Homes(cache_tokens)
         taken = {replica.place for replica in self._replicas.values()}
         free = (place for place in itertools.count() if place not in taken)
         for name, tokens in cache_tokens.items():
             if name not in self._replicas:
-                self._replicas[name] = _Replica(next(free), DigestMemory(tokens // BLOCK_TOKENS))
+                self._replicas[name] = _Replica(
+                    next(free), tokens, DigestMemory(tokens // BLOCK_TOKENS)
+                )
 
     def ranked(self, load: PrefillLoad) -> Sequence[str]:
         """Every known replica, cheapest first; among equals the one that waits longest."""
@@ -158,9 +173,16 @@ class PrefixAffinity:
             replica.queued_tokens -= lacking
 
     def _ranked(self, load: PrefillLoad, matches: Mapping[int, int]) -> list[str]:
-        def cost(name: str) -> tuple[int, int]:
+        home = self._homes.of(load.prefix)
+        hoped = self.hope * BLOCK_TOKENS * len(load.prefix)
+
+        def cost(name: str) -> tuple[float, int]:
             replica = self._replicas[name]
-            return replica.queued_tokens + _lacking(replica, load, matches), replica.last_used
+            known = BLOCK_TOKENS * matches.get(replica.place, 0)
+            cached = float(known)
+            if name == home:
+                cached = max(known, min(hoped, replica.cache_tokens))
+            return replica.queued_tokens + load.tokens - cached, replica.last_used
 
         return sorted(self._replicas, key=cost)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastapi import FastAPI
@@ -23,14 +24,15 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from ..config import AppConfig, local_path
 from .access import AccessMiddleware, LimitMiddleware, RequestLimit
 from .bodies import BodyReader
-from .client import Answering, CountTokens, PipelineClient, log_no_refusals
-from .health import PoolCounts, health_route
+from .client import Answering, CountTokens, PipelineClient
+from .health import PoolCounts, health_route, not_tested
 from .input_items import check_input_items
 from .keys import KeyRing
-from .metrics import count_shed
+from .messages_log import log_messages_refused_in_one_line
 from .middleware import RequestMiddleware
 from .request_json import JsonLimits
 from .routes import serve_only_known
+from .scrape import MetricsText, metrics_route
 from .surface import TASKS
 
 
@@ -63,22 +65,29 @@ async def build_http_app(
     count: PoolCounts,
     keys: KeyRing,
     limit: RequestLimit,
+    metrics: MetricsText,
+    facts_kept: Callable[[], float | None] = not_tested,
 ) -> FastAPI:
-    """vLLM's OpenAI app on `client`. `count` returns each pool's healthy replicas."""
+    """vLLM's OpenAI app on `client`.
+
+    `count` returns each pool's healthy replicas, `metrics` those of the whole service,
+    `facts_kept` the result of the draft's self-test.
+    """
     args = server_args(config)
+    log_messages_refused_in_one_line()
     app: FastAPI = build_app(args, TASKS, client.model_config)
     await init_app_state(client, app.state, args, TASKS)
     app.state.server = _NoServer()
-    log_no_refusals()
     serve_only_known(app)
-    app.router.routes.insert(0, health_route(count, limit))  # before vLLM's own
+    # Before vLLM's own.
+    app.router.routes[:0] = [health_route(count, limit, facts_kept), metrics_route(metrics)]
     gateway = config.gateway
     # Outermost first: strangers meet nothing else, and a slot is held by complete requests alone.
     app.user_middleware.insert(
         0, Middleware(AccessMiddleware, keys=keys, open_paths=gateway.open_paths)
     )
     bodies = BodyReader(
-        gateway.max_body_bytes, gateway.body_timeout_s, gateway.max_buffered_bytes, count_shed
+        gateway.max_body_bytes, gateway.body_timeout_s, gateway.max_buffered_bytes, limit.on_shed
     )
     app.user_middleware.append(
         Middleware(

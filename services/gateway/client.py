@@ -46,7 +46,6 @@ from .surface import TASKS, RemoteEngineClient
 logger = logging.getLogger(__name__)
 
 _SEED_BITS = 31
-_MESSAGES_LOGGER = "vllm.entrypoints.anthropic.api_router"
 _MAX_PRIORITY = 2**31
 _MAX_ID = 256  # characters of a request id in logs
 _NO_ID_CHARACTER = re.compile(r"[^\x21-\x7e]")  # it would break a log line's `key=value`
@@ -354,16 +353,6 @@ class _Refused(GenerationError):  # type: ignore[misc]
         failure = http_failure(error)
         super().__init__(failure.message)
         self.status_code = HTTPStatus(failure.status)
-
-
-def log_no_refusals() -> None:
-    """Keep refusals out of the log of vLLM's Messages API, which prints each with a traceback."""
-    logging.getLogger(_MESSAGES_LOGGER).addFilter(_is_no_refusal)
-
-
-def _is_no_refusal(record: logging.LogRecord) -> bool:
-    error = record.exc_info[1] if record.exc_info else None
-    return not isinstance(error, _Refused)
 
 
 def _told(context: RequestContext, error: SpecPrefillError) -> _Refused:

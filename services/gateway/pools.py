@@ -29,7 +29,8 @@ from ..kv.holding import RemoteLeases
 from ..kv.prefilling import prefilling
 from ..ports import Prefilling
 from ..types import Decoded, Plan, Prefilled, Replay, Request, Selection, Ticket
-from .affinity import load_of
+from .affinity import load_of, whole_load_of
+from .health import SPECULATOR, PoolCounts
 from .serve_calls import call_alone
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 Carried = dict[str, list[ray.ObjectRef]]  # lease id -> one object per rank; empty: gRPC carries
 
 _RETRY_AFTER_S = 1.0
+_SELF_TEST_S = 10.0  # to ask for its result
+_GRACE_S = 0.5  # for a replica's answer that says that the time was used up
 
 
 def by_reference(handle: DeploymentHandle) -> DeploymentHandle:
@@ -46,16 +49,34 @@ def by_reference(handle: DeploymentHandle) -> DeploymentHandle:
 
 @dataclass(frozen=True, slots=True)
 class ServeSpeculator:
-    """The speculator pool."""
+    """The speculator pool. `count` is asked whether it has any replica, where none answers."""
 
     handle: DeploymentHandle
+    count: PoolCounts | None = None
 
     async def select(self, request: Request, plan: Plan, timeout_s: float) -> Selection:
         """See `ports.Speculator`."""
         with mapped_errors("speculator", SpeculatorUnavailable, broken=SpeculatorUnavailable):
             payload = wire.pack((request, plan, timeout_s))
-            reply = await _call(self.handle, "select", timeout_s, payload)
+            load = wire.pack(whole_load_of(request.prompt))
+            # The replica's own word comes first: it knows what the time went into.
+            try:
+                reply = await _call(self.handle, "select", timeout_s + _GRACE_S, payload, load)
+            except TimeoutError:
+                if await self._is_empty():
+                    raise SpeculatorUnavailable("no speculator replica runs") from None
+                raise
         return wire.unpack(reply, Selection)
+
+    async def self_test(self) -> float | None:
+        """The share of generated facts that the draft keeps; None: not known."""
+        with mapped_errors("speculator", SpeculatorUnavailable, broken=SpeculatorUnavailable):
+            facts_kept: float | None = await _call(self.handle, "self_test", _SELF_TEST_S)
+        return facts_kept
+
+    async def _is_empty(self) -> bool:
+        """Calls to a pool without replicas wait for one: nobody is slow, nobody is there."""
+        return self.count is not None and (await self.count())[SPECULATOR] == 0
 
 
 @dataclass(frozen=True, slots=True)

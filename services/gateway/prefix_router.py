@@ -1,4 +1,4 @@
-"""Serve's request router for the prefill pool: it goes where a prompt's prefix is cached."""
+"""Serve's request router for pools with a prefix cache: it goes where a prompt's prefix is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 from ..wire import unpack
 from .affinity import PrefillLoad, PrefixAffinity
 
-CACHE_TOKENS = "prefix_cache_tokens"  # in a prefill replica's metadata
+CACHE_TOKENS = "prefix_cache_tokens"  # in a replica's metadata
 _NO_LOAD = PrefillLoad(0, ())
 
 
@@ -84,5 +84,8 @@ def _call_id(pending_request: PendingRequest) -> str:
 
 
 def _load(pending_request: PendingRequest) -> PrefillLoad:
+    """A call without a prompt, say for a replica's state, asks nothing of its engine."""
+    if len(pending_request.args) < 2:
+        return _NO_LOAD
     _payload, load = pending_request.args
     return unpack(load, PrefillLoad)

@@ -40,16 +40,28 @@ class ServeHealth:
 
     async def count(self) -> Mapping[str, int]:
         """Running replicas by pool. A controller that is slow to answer delays only the first."""
-        idle = self._reading is None or self._reading.done()
-        if idle and self._now() - self._asked_s >= _MAX_AGE_S:
-            self._asked_s = self._now()
-            self._reading = asyncio.create_task(self._refresh())
+        if self._now() - self._asked_s >= _MAX_AGE_S:
+            self._start_reading()
         if self._reading is not None:
             known = self._counts is not None
             await asyncio.wait([self._reading], timeout=self._patience_s if known else None)
             if self._counts is None:
                 self._reading.result()  # raises why
         return self._counts or dict.fromkeys(self._pools, 0)
+
+    async def newest(self) -> Mapping[str, int]:
+        """As `count`, from an answer of the controller that was not asked for before."""
+        if self._reading is not None:
+            await asyncio.wait([self._reading])
+        await asyncio.wait([self._start_reading()])
+        return self._counts or dict.fromkeys(self._pools, 0)
+
+    def _start_reading(self) -> asyncio.Task[None]:
+        """Ask the controller, unless it is being asked."""
+        if self._reading is None or self._reading.done():
+            self._asked_s = self._now()
+            self._reading = asyncio.create_task(self._refresh())
+        return self._reading
 
     async def _refresh(self) -> None:
         loop = asyncio.get_running_loop()

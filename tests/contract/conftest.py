@@ -107,6 +107,11 @@ class ScriptedHealth:
         return self.counts
 
 
+async def metrics_text() -> str:
+    """What the whole service counts."""
+    return "ray_specprefill_requests_total 3.0\n"
+
+
 def _position(token: int, word: str) -> tuple[TokenLogprob, ...]:
     return TokenLogprob(token, -0.25, 1, word), TokenLogprob(token + 1, -1.5, 2, " other")
 
@@ -155,7 +160,7 @@ def gateway() -> Iterator[Any]:
         pipeline, health = ScriptedPipeline(), ScriptedHealth()
         config = configuration()
         client = build_client(config, pipeline)
-        app = asyncio.run(build_http_app(config, client, health, KEYS, LIMIT))
+        app = asyncio.run(build_http_app(config, client, health, KEYS, LIMIT, metrics_text))
     yield client, app, pipeline, health
     client.renderer.shutdown()
 

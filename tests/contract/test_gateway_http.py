@@ -421,8 +421,15 @@ async def test_health_tells_which_pool_is_empty(http: httpx.AsyncClient, health:
     assert answer.json()["reason"] == "no healthy replica in: speculator, decode"
 
 
-async def test_metrics_models_and_tokenize_are_served(http: httpx.AsyncClient) -> None:
-    assert "python_info" in (await http.get("/metrics")).text
+async def test_metrics_are_those_of_the_service_not_of_this_process(
+    http: httpx.AsyncClient,
+) -> None:
+    answer = await http.get("/metrics")
+    assert answer.text == "ray_specprefill_requests_total 3.0\n"
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+
+
+async def test_models_and_tokenize_are_served(http: httpx.AsyncClient) -> None:
     assert (await http.get("/v1/models")).json()["data"][0]["id"] == "demo"
     tokens = (await http.post("/tokenize", json={"model": "demo", "prompt": "hello"})).json()
     assert tokens["count"] > 0

@@ -25,7 +25,7 @@ from specprefill.front import FILE_VARIABLE
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 90.0
-SPECULATOR_TIMEOUT_S = 3.0
+SPECULATOR_TIMEOUT_S = 5.0  # longer than a dead replica is taken for a living one
 BIN = Path(sys.executable).parent
 KEEP = 0.2
 POOLS = ("Speculator", "Prefill", "Decode")
@@ -40,6 +40,7 @@ class App:
     http_port: int
     grpc_port: int
     dashboard_url: str
+    pid: int  # of the command; everything else runs below it
     api: ServeApi = field(repr=False)
 
     @property
@@ -113,7 +114,7 @@ def app(root, tmp_path_factory):
     )
     try:
         dashboard_url = _dashboard_url(server)
-        app = App(file, http_port, grpc_port, dashboard_url, ServeApi(dashboard_url))
+        app = App(file, http_port, grpc_port, dashboard_url, server.pid, ServeApi(dashboard_url))
         yield app
         _stop_in_mid_stream(app, server)
     finally:

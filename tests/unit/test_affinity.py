@@ -19,7 +19,7 @@ def load(blocks, *, own, name="system"):
 
 
 def affinity(*names, room=ROOM):
-    made = PrefixAffinity()
+    made = PrefixAffinity(hope=0.0)  # nobody else sends anything
     made.know(dict.fromkeys(names, room))
     return made
 

@@ -84,12 +84,25 @@ def test_a_deployment_that_cannot_be_built_fails_with_the_reason():
     assert failed.failure() == "specprefill: app: ValueError: no such model"
 
 
-def test_a_replica_that_cannot_start_fails_with_the_end_of_its_traceback():
-    lines = "\n".join(f"frame {n}" for n in range(50))
-    message = f"The deployment failed to start 1 times.\n{lines}\nOSError: no weights"
+@pytest.mark.parametrize(
+    "error", ["OSError: no weights", "specprefill.errors.EngineStartFailed: engine: why\nand how"]
+)
+def test_a_replica_that_cannot_start_fails_with_the_last_error_of_its_traceback(error):
+    frames = "\n".join(f'  File "a.py", line {n}, in f\n    call: {n}' for n in range(50))
+    first = "RuntimeError: See root cause above."
+    chained = "The above exception was the direct cause of the following exception:"
+    message = (
+        f"The deployment failed to start 1 times. Error:\nTraceback:\n{frames}\n{first}\n\n"
+        f"{chained}\n\nTraceback (most recent call last):\n{frames}\n{error}\n"
+    )
     failure = snapshot_of(details(status="UPDATING", message=message)).failure()
-    assert failure.startswith("Prefill: frame ")
-    assert failure.endswith("OSError: no weights")
+    assert failure == f"Prefill: {error}"
+
+
+def test_a_message_without_an_error_is_shown_by_its_end():
+    message = "failed to start\n" + "\n".join(f"frame {n}" for n in range(50))
+    failure = snapshot_of(details(status="UPDATING", message=message)).failure()
+    assert failure.splitlines()[-1] == "frame 49"
     assert len(failure.splitlines()) == 12
 
 
