@@ -133,6 +133,10 @@ bench-kv: $(INSTALLED) ## The KV hand-off: throughput beside raw gRPC, memcpy an
 	@$(PY) -m specprefill.bench.kv
 	@$(PY) -m specprefill.bench.gap
 
+.PHONY: prove-gpu
+prove-gpu: $(INSTALLED) ## The proof on one GPU, in under 8 minutes; ARGS=--cpu: small, on this CPU
+	@$(PY) -m specprefill.bench.proof $(ARGS)
+
 .PHONY: test-faults
 test-faults: $(INSTALLED) ## Kill engines, cut streams, cancel requests; print what became of each
 	@$(PY) -m pytest tests/faults

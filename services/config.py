@@ -125,6 +125,10 @@ class KvConfig(Strict):
     # worker's memory, over RDMA, shared memory or TCP. object_ref: through Ray's object store.
     # auto: nixl between workers that both have it, unless `tls` is set; else grpc.
     carrier: Literal["auto", "grpc", "nixl", "object_ref"] = "auto"
+    # Where a prefill worker holds KV until it is pulled. device: in its GPU, from where the decode
+    # worker's GPU reads it (carrier nixl only); max_held_bytes of it are set aside, beside what
+    # vLLM takes. Nothing crosses the host then, and no digest is checked.
+    memory: Literal["host", "device"] = "host"
     host: str | None = None  # address KV ports listen on; their own node's if absent
     lease_s: Seconds = 30.0  # a lease that its holder does not renew is dropped after this time
     # Per worker; a prefill beyond it hands nothing over. With nixl it is set aside at the start.
@@ -151,6 +155,8 @@ class KvConfig(Strict):
 
     @model_validator(mode="after")
     def _staging_within_held(self) -> Self:
+        if self.memory == "device" and self.carrier != "nixl":
+            raise ValueError(f"memory: device needs carrier: nixl (given: {self.carrier})")
         if self.staging > self.max_held_bytes // 2:
             raise ValueError(
                 f"staging_bytes ({self.staging}) must be at most half of max_held_bytes "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from copy import copy
 from typing import Any
 
 from vllm.config import KVTransferConfig, ModelConfig, VllmConfig
@@ -115,6 +116,7 @@ def _transfer(kv: KvConfig, role: Role, peer: EngineConfig) -> KVTransferConfig:
         kv_load_failure_policy=kv.on_failure,
         kv_connector_extra_config={
             "carrier": kv.carrier,
+            "memory": kv.memory,
             "host": kv.host,
             "lease_s": kv.lease_s,
             "max_held_bytes": kv.max_held_bytes,
@@ -136,10 +138,10 @@ def _worker() -> str:
 
 
 def _replay(args: AsyncEngineArgs) -> str:
-    """The replay processor for the model runner that vLLM will choose."""
-    module = "replay_v2" if _runs_v2(args) else "replay"
+    """The replay processor for the model runner that vLLM will choose.
+
+    Asked of a copy: creating a configuration fills in the sizes that `args` leaves open.
+    """
+    v2 = vllm_config(copy(args)).use_v2_model_runner
+    module = "replay_v2" if v2 else "replay"
     return f"{_MODULE}.{module}:ReplayTokens"
-
-
-def _runs_v2(args: AsyncEngineArgs) -> bool:
-    return not current_platform.is_cpu() and bool(vllm_config(args).use_v2_model_runner)

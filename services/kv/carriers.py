@@ -27,6 +27,20 @@ class KvPulling(Protocol):
         ...
 
 
+class Pulls(Protocol):
+    """Begins pulls."""
+
+    def pull(
+        self, endpoint: str, ticket: dict[str, Any], fingerprint: str, start: int, timeout_s: float
+    ) -> KvPulling:
+        """Begin to pull the tokens from `start` on."""
+        ...
+
+    def close(self) -> None:
+        """Close every connection; pulls under way fail."""
+        ...
+
+
 class KvPuller:
     """Pulls by NIXL where both sides have it, and over gRPC from everybody else."""
 

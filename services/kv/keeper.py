@@ -33,7 +33,8 @@ from .arena import Arena, Bytes
 from .frames import HEADER_ROOM, Frame, SealedFrame, seal_in_place
 from .leases import LeaseStore
 from .nixl import NixlAgent, agent_for
-from .nixl_rpc import NixlHandler
+from .nixl_device import DeviceReadHandler
+from .nixl_rpc import Introduction, NixlHandler
 from .rpc import KvServer
 from .shared import LocateHandler, SharedMemory
 from .tls import read_tls
@@ -45,7 +46,11 @@ _SWEEP_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class KeeperConfig:
-    """The first message to a keeper."""
+    """The first message to a keeper.
+
+    With `device` (the agent's name, its metadata, and the address of the device memory), the
+    shared memory is a shadow: the worker puts the KV at the same offsets of device memory.
+    """
 
     memory_fd: int
     memory_bytes: int
@@ -54,6 +59,7 @@ class KeeperConfig:
     tls: dict[str, Any] | None  # a KvTls
     lease_s: float
     fingerprint: str
+    device: tuple[str, bytes, int] | None  # the worker's agent, if KV stays in device memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +102,7 @@ class Keeper:
     def __init__(self, config: KeeperConfig, link: Connection) -> None:
         """Listen. Raises InvalidConfiguration."""
         self._link = link
+        self._sending = threading.Lock()
         shared = SharedMemory(config.memory_bytes, config.memory_fd)
         self._memory: Bytes = shared.memory
         self._leases = LeaseStore(
@@ -103,16 +110,19 @@ class Keeper:
         )
         self._announcements = Announcements()
         self._fingerprint = config.fingerprint
+        self._in_device = config.device is not None
         self._freed: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # offsets of regions
         tls = read_tls(None if config.tls is None else KvTls(**config.tls))
-        nixl = agent_for(config.carrier, encrypted=tls is not None)
-        self._carrier = "grpc" if nixl is None else "nixl"
+        in_worker = config.device is not None
+        nixl = None if in_worker else agent_for(config.carrier, encrypted=tls is not None)
+        self._carrier = "nixl" if in_worker or nixl is not None else "grpc"
         self._server = KvServer(
             self._leases,
             self._announcements,
             config.fingerprint,
             config.host,
             tls=tls,
+            sends_bytes=not in_worker,
             more_handlers=self._memory_handlers(config, shared, nixl),
         )
         self._address = self._server.start()
@@ -156,13 +166,17 @@ class Keeper:
                     frame.layer,
                     frame.start,
                     frame.stop,
-                    seal_in_place(frame, piece.lease_id, room),
+                    self._message(frame, piece.lease_id, room),
                 )
                 last = piece.last and frame.stop == piece.stop
                 self._leases.append(piece.lease_id, sealed, last=last)
         except Exception:  # the boundary of the loop: the other leases live on
             logger.exception("kv piece refused: lease=%s", piece.lease_id)
             self._leases.drop(piece.lease_id)
+
+    def _message(self, frame: Frame, lease_id: str, room: memoryview) -> bytes | memoryview:
+        """What a reader fetches: a sealed message, or the payload's shadow."""
+        return frame.payload if self._in_device else seal_in_place(frame, lease_id, room)
 
     def _region(self, piece: Piece) -> memoryview:
         """A piece's bytes; the worker may use them again once nothing here refers to them."""
@@ -172,8 +186,20 @@ class Keeper:
 
     def _memory_handlers(
         self, config: KeeperConfig, shared: SharedMemory, nixl: NixlAgent | None
-    ) -> list[NixlHandler | LocateHandler]:
+    ) -> list[NixlHandler | LocateHandler | DeviceReadHandler]:
         """Let others read the memory itself: peers with NIXL, or this node's processes."""
+        if config.device is not None:
+            name, metadata, address = config.device
+            return [
+                DeviceReadHandler(
+                    self._leases,
+                    config.fingerprint,
+                    Introduction(name, metadata),
+                    Arena(config.memory_bytes, shared.memory),
+                    address,
+                    lambda readers: self._send("readers", readers),
+                )
+            ]
         if nixl is not None:
             arena = Arena(config.memory_bytes, shared.memory)
             nixl.register(arena)
@@ -202,7 +228,8 @@ class Keeper:
                 return
 
     def _send(self, *message: Any) -> None:
-        self._link.send_bytes(msgpack.packb(message))
+        with self._sending:
+            self._link.send_bytes(msgpack.packb(message))
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import astuple
 from multiprocessing.connection import Connection
 from typing import Any
@@ -18,6 +19,8 @@ import msgpack
 from ..errors import InvalidConfiguration, KvTransferError
 from .arena import Arena, Bytes
 from .keeper import KeeperConfig, Piece, packed
+from .nixl import NixlAgent, NixlMemory
+from .nixl_rpc import Progress
 from .shared import SharedMemory
 
 logger = logging.getLogger("vllm.specprefill.handoff")
@@ -38,15 +41,28 @@ class KeeperLink:
         tls: dict[str, Any] | None,
         lease_s: float,
         fingerprint: str,
+        device: tuple[NixlAgent, NixlMemory] | None = None,
     ) -> None:
-        """Raises InvalidConfiguration or KvTransferError when the keeper cannot serve."""
+        """With `device`, memory of `max_bytes` that the agent has registered, KV lies there.
+
+        Raises InvalidConfiguration or KvTransferError when the keeper cannot serve."""
         self._shared = SharedMemory(max_bytes)
         self._arena = Arena(max_bytes, self._shared.memory)
         self._lock = threading.Lock()
         self._regions: dict[int, memoryview] = {}  # by offset: what the keeper still refers to
         self._gone = threading.Event()
+        self._progress = None if device is None else Progress(device[0])
+        self._advancing = ExitStack()
+        self._readers = 0
         config = KeeperConfig(
-            self._shared.region.descriptor, max_bytes, carrier, host, tls, lease_s, fingerprint
+            self._shared.region.descriptor,
+            max_bytes,
+            carrier,
+            host,
+            tls,
+            lease_s,
+            fingerprint,
+            None if device is None else (*_introduction(device[0]), device[1].address),
         )
         self._process, self._link = _started(config)
         self.address, self.carrier = self._ready()
@@ -136,16 +152,32 @@ class KeeperLink:
     def _receive_all(self) -> None:
         while True:
             try:
-                _verb, offsets = msgpack.unpackb(self._link.recv_bytes())
+                verb, value = msgpack.unpackb(self._link.recv_bytes())
             except (EOFError, OSError):
                 self._gone.set()
                 return
-            self._free(offsets)
+            if verb == "freed":
+                self._free(value)
+            else:
+                self._serve_readers(value)
+
+    def _serve_readers(self, readers: int) -> None:
+        """Advance the agent while anybody reads from this process's device memory."""
+        if self._progress is not None:
+            if readers and not self._readers:
+                self._advancing.enter_context(self._progress)
+            elif self._readers and not readers:
+                self._advancing.close()
+        self._readers = readers
 
     def _free(self, offsets: list[int]) -> None:
         with self._lock:
             for offset in offsets:
                 self._regions.pop(offset, None)
+
+
+def _introduction(agent: NixlAgent) -> tuple[str, bytes]:
+    return agent.name, agent.metadata()
 
 
 def _started(config: KeeperConfig) -> tuple[subprocess.Popen[bytes], Connection]:

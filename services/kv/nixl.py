@@ -14,6 +14,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import InvalidConfiguration, KvTransferError
@@ -54,6 +55,29 @@ def _started() -> NixlAgent:
     agent = NixlAgent(f"specprefill-{os.getpid()}-{uuid.uuid4().hex}")
     agent.start()
     return agent
+
+
+@dataclass(frozen=True, slots=True)
+class NixlMemory:
+    """Memory of this process that an agent reads into or is read from."""
+
+    address: int
+    size: int
+    device: int | None = None  # a GPU's index; None: the host's
+
+    @property
+    def kind(self) -> str:
+        """NIXL's name of its kind."""
+        return "DRAM" if self.device is None else "VRAM"
+
+    @property
+    def descriptor(self) -> tuple[int, int, int]:
+        """NIXL's description of it."""
+        return self.address, self.size, self.device or 0
+
+    def part(self, offset: int, size: int) -> NixlMemory:
+        """Return `size` bytes of it from `offset` on."""
+        return replace(self, address=self.address + offset, size=size)
 
 
 class NixlAgent:
@@ -118,7 +142,12 @@ class NixlAgent:
     def register(self, arena: Arena) -> None:
         """Let peers who are told an address in `arena` read there, and read into it."""
         memory = arena.memory
-        self._agent.register_memory([(address_of(memory), memory.nbytes, 0, "")], "DRAM")
+        self.register_memory(NixlMemory(address_of(memory), memory.nbytes))
+
+    def register_memory(self, memory: NixlMemory) -> None:
+        """The same for memory of either kind. Raises KvTransferError."""
+        with self._mapped_errors():
+            self._agent.register_memory([(*memory.descriptor, "")], memory.kind)
 
     def metadata(self) -> bytes:
         """What a peer needs to read from the memory registered so far."""
@@ -143,14 +172,19 @@ class NixlAgent:
 
     def read(self, peer: str, address: int, into: memoryview) -> NixlRead:
         """Begin to read `len(into)` bytes at `address` of the agent `peer`."""
+        local = NixlMemory(address_of(into), len(into))
+        return self.read_memory(peer, replace(local, address=address), local, into)
+
+    def read_memory(
+        self, peer: str, remote: NixlMemory, local: NixlMemory, into: memoryview
+    ) -> NixlRead:
+        """Begin to read `remote` of the agent `peer` into `local`, which `into` keeps in place."""
         self._sweep()
-        local = [(address_of(into), len(into), 0)]
-        remote = [(address, len(into), 0)]
         with self._mapped_errors():
             handle = self._agent.initialize_xfer(
                 "READ",
-                self._agent.get_xfer_descs(local, "DRAM"),
-                self._agent.get_xfer_descs(remote, "DRAM"),
+                self._agent.get_xfer_descs([local.descriptor], local.kind),
+                self._agent.get_xfer_descs([remote.descriptor], remote.kind),
                 peer,
             )
             self._agent.transfer(handle)

@@ -34,7 +34,7 @@ from .tls import MutualTls
 
 READ = f"/{SERVICE}/Read"
 LANDING_BYTES = 64 << 20  # enough for every pull that a worker runs at once
-_AHEAD = 4  # reads under way per pull
+AHEAD = 4  # reads under way per pull
 _POLL_S = 50e-6
 _PROGRESS_S = 500e-6
 
@@ -74,6 +74,15 @@ def unpack(item: bytes) -> Introduction | Place:
     if kinds == [int, int, bytes]:
         return Place(*fields)
     raise CorruptFrame("read: an item is neither an introduction nor a place")
+
+
+def await_read(agent: NixlAgent, read: NixlRead, call: Any) -> None:
+    """Return when the read has ended. Raises KvTransferError, also when `call` has."""
+    while not read.ended():
+        if not call.is_active():  # cancelled, out of time, or the peer has died
+            agent.abandon(read)
+            raise KvTransferError("nixl: the peer hung up during a read")
+        time.sleep(_POLL_S)
 
 
 class NixlHandler(grpc.GenericRpcHandler):
@@ -235,7 +244,7 @@ class NixlPull:
                 peer = item.agent
                 continue
             self._reads.append(self._begin(peer, item))
-            while len(self._reads) > (_AHEAD if item.size else 0):
+            while len(self._reads) > (AHEAD if item.size else 0):
                 yield decode(self._finished(self._reads.popleft()), self._lease_id)
         # The trailer is inline, so nothing is under way behind it.
 
@@ -251,16 +260,9 @@ class NixlPull:
     def _finished(self, read: NixlRead | bytes) -> bytes | memoryview:
         if isinstance(read, bytes):
             return read
-        while not self._ended(read):
-            if not self._call.is_active():  # cancelled, out of time, or the peer has died
-                self._agent.abandon(read)
-                raise KvTransferError("nixl: the peer hung up during a read")
-            time.sleep(_POLL_S)
-        return read.payload
-
-    def _ended(self, read: NixlRead) -> bool:
         with self._forgetting():
-            return read.ended()
+            await_read(self._agent, read, self._call)
+        return read.payload
 
     @contextmanager
     def _forgetting(self) -> Iterator[None]:

@@ -89,11 +89,14 @@ class KvServer:
         port: int = 0,
         tls: MutualTls | None = None,
         threads: int = _THREADS,
+        sends_bytes: bool = True,
         more_handlers: Sequence[grpc.GenericRpcHandler] = (),
     ) -> None:
+        """`sends_bytes` False: leases lie where only other handlers reach them."""
         self._leases = leases
         self._announcements = announcements
         self._fingerprint = fingerprint
+        self._sends_bytes = sends_bytes
         self._host = host
         self._port = port
         self._tls = tls
@@ -116,6 +119,8 @@ class KvServer:
     def pull(self, message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Stream a lease's frames and the trailer. gRPC takes the next one when it has room."""
         query = _pull_query(message, self._fingerprint, context)
+        if not self._sends_bytes:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "kv: leases are in device memory")
         frames = self._leases.stream(query.lease_id, query.secret, timeout_s=query.timeout_s)
         sent = 0
         try:

@@ -63,6 +63,9 @@ class StrictStream:
     def write(self, source, store):
         return self.launch(lambda: store(source.clone()))
 
+    def run(self, work):
+        return self.launch(work)
+
     def wait(self):
         self.run_to(self.queued)
 
@@ -90,6 +93,9 @@ class StrictDevice:
         return StrictEvent(self.compute, self.compute.queued)
 
     def host_buffer(self, size):
+        return torch.full((size,), POISON, dtype=torch.uint8)
+
+    def device_buffer(self, size):
         return torch.full((size,), POISON, dtype=torch.uint8)
 
     def page_lock(self, memory):

@@ -17,7 +17,8 @@ from specprefill.engine.handoff.orders import HandoffConfig, Orders, Pull, Stage
 from specprefill.engine.handoff.puller import Puller, WorkerPlace
 from specprefill.engine.handoff.ring import BufferRing
 from specprefill.engine.handoff.staging import Stager
-from specprefill.errors import KvTransferError, UnsupportedModel
+from specprefill.errors import KvTransferError, LayoutMismatch, UnsupportedModel
+from specprefill.kv.pull import KvClient
 from specprefill.kv.shards import Split
 from specprefill.types import Carrier, Span
 
@@ -35,6 +36,7 @@ PLACE = WorkerPlace(0, *[Split(HEADS, 1, (Span(0, LAYERS),))] * 2)
 def config(**changes):
     values = {
         "carrier": "grpc",
+        "memory": "host",
         "host": "127.0.0.1",
         "lease_s": 30.0,
         "max_held_bytes": 64 << 20,
@@ -164,6 +166,35 @@ def test_what_is_reported_pulled_is_in_the_cache(pair, device, streams):
     assert both.arrived()
 
 
+@pytest.mark.parametrize("device", [HostDevice, StrictDevice])
+def test_kv_in_device_memory_is_read_from_there(pair, device):
+    """On CPUs the device's memory is the host's: the same descriptors, reads and order."""
+    both = pair(device(), device(), carrier="nixl", memory="device")
+    both.prefill()
+    assert both.pull() is False
+    assert both.arrived()
+
+
+def test_a_landing_place_is_not_used_again_before_the_device_has_read_it(pair):
+    """Without the wait for its event, a later frame would land on an earlier one."""
+    both = pair(HostDevice(), UnorderedDevice(), carrier="nixl", memory="device")
+    both.prefill()
+    both.pull()
+    assert not both.arrived()
+
+
+def test_kv_in_device_memory_is_not_sent_as_bytes(pair):
+    """What the keeper maps is only the shadow of it."""
+    both = pair(HostDevice(), HostDevice(), carrier="nixl", memory="device")
+    both.prefill()
+    client = KvClient()
+    ticket = {"lease_id": "lease", "secret": "secret"}
+    pull = client.pull(both.holder.endpoint.address, ticket, "layout", 0, 5.0)
+    with pytest.raises(LayoutMismatch, match="device memory"):
+        pull.into(lambda _frame: None)
+    client.close()
+
+
 def test_a_pull_that_is_reported_before_its_writes_are_done_would_be_seen(pair):
     """The order that is tested above, left out: this device's waits do nothing."""
     both = pair(StrictDevice(), UnorderedDevice())
@@ -236,10 +267,11 @@ class RecordingKeeper:
     """Room for everything; a copy is waited for only at the end."""
 
     def __init__(self):
-        self.pieces, self.waits = [], []
+        self.pieces, self.waits, self.taken = [], [], 0
 
     def take(self, size):
-        return len(self.pieces), memoryview(bytearray(size))
+        self.taken += size
+        return self.taken - size, memoryview(b"")
 
     def append(self, piece, copied):
         self.pieces.append(piece)
@@ -253,7 +285,8 @@ def test_staging_is_bounded_by_configuration():
     pages = tokens // PAGE
     cache = torch.zeros(pages, HEADS, PAGE, 2 * 64, dtype=torch.bfloat16)
     known = Caches({NAMES[0]: cache}, GpuLayout(cache), device, PAGE, "layout")
-    stager = Stager(device, known, keeper, most_bytes)
+    memory = torch.empty(1 << 28, dtype=torch.uint8)
+    stager = Stager(device, known, keeper, most_bytes, memory)
     order = Stage("lease", "secret", 0, tokens, tokens, list(range(pages)))
     for layer in range(4):
         stager.stage(order, layer, cache, last_layer=layer == 3)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import enum
 import os
-from collections.abc import AsyncIterator
+import random
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +33,36 @@ from ..certificates import Authority
 
 BLOCK_SIZE = 32
 MODELS = Path(__file__).resolve().parents[2] / "models"
+INTERPRETER = Path(__file__).resolve().parent / "interpreter"
+
+
+class Runner(enum.StrEnum):
+    """vLLM's model runners. V2, the default on GPUs, runs here under Triton's interpreter."""
+
+    V1 = "v1"
+    V2 = "v2"
+
+
+def pytest_generate_tests(metafunc):
+    """Tests that use `engines` run on the runners that their module names in RUNNERS."""
+    if "engines" in metafunc.fixturenames:
+        runners = getattr(metafunc.module, "RUNNERS", (Runner.V1,))
+        metafunc.parametrize("engines", runners, indirect=True, scope="package")
+
+
+@contextmanager
+def starting(runner: Runner) -> Iterator[None]:
+    """Engine processes started inside run `runner`.
+
+    A running engine keeps its runner: only its start looks at the environment.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(runner is Runner.V2)))
+        if runner is Runner.V2:
+            patch.setenv("TRITON_INTERPRET", "1")
+            patch.setenv("PYTHONPATH", str(INTERPRETER), prepend=os.pathsep)
+            patch.setattr("vllm.config.vllm.HAS_TRITON", True)  # in the engine's process it is
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +97,7 @@ def model_dir(tmp_path_factory) -> str:
 class Engines:
     """A prefill and a decode engine that hand KV over, and a plain vLLM one beside them."""
 
+    runner: Runner
     prefill: object
     decode: object
     plain: object
@@ -71,13 +105,19 @@ class Engines:
     peers: KvPeers  # as a gateway talks to the prefill engine's KV port
     count: int = field(default=0)
 
+    @property
+    def answer_tokens(self) -> int:
+        """How long answers may be; an interpreted step takes tens of milliseconds."""
+        return 12 if self.runner is Runner.V2 else 24
+
     def request(self, prompt, **sampling) -> Request:
         """A request for `prompt` with vLLM sampling parameters."""
         from vllm import SamplingParams
 
         self.count += 1
         samples = sampling.pop("samples", 1)
-        params = SamplingParams(**{"temperature": 0.0, "max_tokens": 24, **sampling})
+        given = {"temperature": 0.0, "max_tokens": self.answer_tokens, **sampling}
+        params = SamplingParams(**given)
         wire = msgspec.msgpack.encode(params)
         return Request(f"r{self.count}", tuple(prompt), wire, samples=samples, timeout_s=60.0)
 
@@ -129,6 +169,12 @@ def kept(prompt_tokens: int, *runs: Span) -> Selection:
     return Selection(prompt_tokens, runs, Plan(PlanKind.PRUNE, Reason.ASKED, 0.3))
 
 
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    """A prompt of random tokens."""
+    rng = random.Random(seed)
+    return [rng.randrange(10, 1000) for _ in range(length)]
+
+
 def answer(steps, index: int = 0) -> list[int]:
     """One sample's tokens."""
     return [token for step in steps if step.chunk.index == index for token in step.chunk.token_ids]
@@ -139,8 +185,25 @@ def text(steps, index: int = 0) -> str:
     return "".join(step.chunk.text for step in steps if step.chunk.index == index)
 
 
+@pytest.fixture(scope="package")
+def kv_tls(tmp_path_factory):
+    """Certificates for the KV ports of every engine that hands over to another."""
+    return Authority(tmp_path_factory.mktemp("authority")).files()
+
+
 @pytest_asyncio.fixture(scope="package", loop_scope="session")
-async def engines(model_dir, tmp_path_factory) -> AsyncIterator[Engines]:
+async def engines(request, model_dir, kv_tls) -> AsyncIterator[Engines]:
+    """The three engines on the runner `request.param`."""
+    async with AsyncExitStack() as stack:
+        with starting(request.param):
+            started = running(request.param, model_dir, kv_tls)
+            engines = await stack.enter_async_context(started)
+        yield engines
+
+
+@asynccontextmanager
+async def running(runner: Runner, model_dir, files) -> AsyncIterator[Engines]:
+    """A prefill, a decode and a plain engine, on the runner that the environment asks for."""
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     from specprefill.decode.service import DecodeService
@@ -155,7 +218,6 @@ async def engines(model_dir, tmp_path_factory) -> AsyncIterator[Engines]:
         enforce_eager=True,
         max_num_batched_tokens=512,  # prompts beyond it are prefilled in chunks
     )
-    files = Authority(tmp_path_factory.mktemp("authority")).files()
     kv = KvConfig(host="127.0.0.1", pull_timeout_s=5.0, carrier="nixl", tls=files)
     tls = read_tls(files)
     producer = Engine(engine_args(model, config, kv, Role.PREFILL))
@@ -173,5 +235,5 @@ async def engines(model_dir, tmp_path_factory) -> AsyncIterator[Engines]:
     )
     async with PrefillService(producer, tls) as prefill, DecodeService(consumer) as decode, plain:
         peers = KvPeers(tls)
-        yield Engines(prefill, decode, plain, producer, peers)
+        yield Engines(runner, prefill, decode, plain, producer, peers)
         await peers.close()

@@ -1,13 +1,14 @@
 """Sparse positions in vLLM equal transformers with explicit `position_ids`, token for token."""
 
 import asyncio
-import random
 
 import pytest
 
 from specprefill.types import Span
 
-from .conftest import answer, kept
+from .conftest import Runner, answer, kept, prompt_of
+
+RUNNERS = tuple(Runner)
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="session")]
 
@@ -33,7 +34,7 @@ def reference(model_dir):
 
     model = LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
 
-    def generate(prompt, selection, steps=24):
+    def generate(prompt, selection, steps):
         positions = [p for run in selection.runs for p in range(run.start, run.stop)]
         ids, tokens, cache = [prompt[p] for p in positions], [], DynamicCache()
         with torch.inference_mode():
@@ -51,9 +52,11 @@ def reference(model_dir):
     return generate
 
 
-def prompt_of(length, seed=0):
-    rng = random.Random(seed)
-    return [rng.randrange(10, 1000) for _ in range(length)]
+async def test_engines_have_the_replay_of_their_runner(engines):
+    """vLLM loads no logits processor that is not made for the runner of the engine."""
+    module = {Runner.V1: "replay", Runner.V2: "replay_v2"}[engines.runner]
+    (processor,) = engines.prefill_engine._args.logits_processors
+    assert processor == f"specprefill.engine.{module}:ReplayTokens"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -62,7 +65,7 @@ async def test_one_engine_equals_transformers(engines, reference, case):
     prompt, selection = prompt_of(length), kept(length, *runs)
     request = engines.request(prompt, ignore_eos=True)
     got = await engines.aggregated(request, selection)
-    assert list(got.token_ids) == reference(prompt, selection)
+    assert list(got.token_ids) == reference(prompt, selection, engines.answer_tokens)
 
 
 async def test_a_mixed_batch_through_the_hand_off_equals_transformers(engines, reference):
@@ -78,7 +81,7 @@ async def test_a_mixed_batch_through_the_hand_off_equals_transformers(engines, r
         )
     )
     for (prompt, selection), (_, steps) in zip(jobs, answers, strict=True):
-        assert answer(steps) == reference(prompt, selection)
+        assert answer(steps) == reference(prompt, selection, engines.answer_tokens)
         assert not any(step.recomputed for step in steps)
 
 
@@ -87,5 +90,5 @@ async def test_the_positions_are_what_makes_the_difference(engines, reference):
     length, runs = CASES["gaps"]
     prompt, selection = prompt_of(length), kept(length, *runs)
     packed = selection.kept(tuple(prompt))
-    contiguous = reference(packed, kept(len(packed), Span(0, len(packed))))
-    assert contiguous != reference(prompt, selection)
+    contiguous = reference(packed, kept(len(packed), Span(0, len(packed))), 12)
+    assert contiguous != reference(prompt, selection, 12)

@@ -45,6 +45,10 @@ class CopyStream(Protocol):
         """
         ...
 
+    def run(self, work: Callable[[], None]) -> CopyEvent:
+        """Queue `work`, which launches on the device. The event is behind it."""
+        ...
+
     def wait(self) -> None:
         """Block this thread until everything queued is done."""
         ...
@@ -63,6 +67,10 @@ class Device(Protocol):
 
     def host_buffer(self, size: int) -> torch.Tensor:
         """Allocate `[size]` uint8 in host memory that the device copies from and to by itself."""
+        ...
+
+    def device_buffer(self, size: int) -> torch.Tensor:
+        """Allocate `[size]` uint8 on the device."""
         ...
 
     def page_lock(self, memory: torch.Tensor) -> None:
@@ -94,6 +102,10 @@ class HostDevice:
         """See Device."""
         return torch.empty(size, dtype=torch.uint8)
 
+    def device_buffer(self, size: int) -> torch.Tensor:
+        """See Device."""
+        return torch.empty(size, dtype=torch.uint8)
+
     def page_lock(self, memory: torch.Tensor) -> None:
         """See Device."""
 
@@ -112,6 +124,11 @@ class HostDevice:
     def write(self, source: torch.Tensor, store: Callable[[torch.Tensor], None]) -> CopyEvent:
         """See CopyStream."""
         store(source)
+        return _Done()
+
+    def run(self, work: Callable[[], None]) -> CopyEvent:
+        """See CopyStream."""
+        work()
         return _Done()
 
     def wait(self) -> None:
@@ -135,6 +152,10 @@ class CudaDevice:
     def host_buffer(self, size: int) -> torch.Tensor:
         """See Device."""
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def device_buffer(self, size: int) -> torch.Tensor:
+        """See Device."""
+        return torch.empty(size, dtype=torch.uint8, device=self._device)
 
     def page_lock(self, memory: torch.Tensor) -> None:
         """See Device. Raises InvalidConfiguration where the node has no room for it."""
@@ -186,6 +207,11 @@ class _CudaStream:
             copied = _CudaEvent.recorded(self._stream)
             store(there)
         return copied
+
+    def run(self, work: Callable[[], None]) -> CopyEvent:
+        with torch.cuda.stream(self._stream):
+            work()
+        return _CudaEvent.recorded(self._stream)
 
     def wait(self) -> None:
         self._stream.synchronize()

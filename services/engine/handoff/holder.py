@@ -8,6 +8,7 @@ from vllm.utils.network_utils import get_ip
 from ...kv.keeper_link import KeeperLink
 from .caches import Caches
 from .device import Device
+from .device_memory import registered
 from .orders import Endpoint, HandoffConfig, Orders, Stage
 from .staging import Stager
 
@@ -21,6 +22,8 @@ class Holder:
         """Raises InvalidConfiguration or KvTransferError when nothing can be served."""
         self._caches = caches
         self._readers = readers
+        in_device = config.memory == "device"
+        memory = device.device_buffer(config.max_held_bytes) if in_device else None
         self._keeper = KeeperLink(
             max_bytes=config.max_held_bytes,
             carrier=config.carrier,
@@ -28,9 +31,12 @@ class Holder:
             tls=None if config.tls is None else config.tls.model_dump(),
             lease_s=config.lease_s,
             fingerprint=caches.fingerprint,
+            device=None if memory is None else registered(memory),
         )
-        device.page_lock(torch.from_numpy(self._keeper.memory))
-        self._stager = Stager(device, caches, self._keeper, config.staging_bytes)
+        if memory is None:
+            memory = torch.from_numpy(self._keeper.memory)
+            device.page_lock(memory)
+        self._stager = Stager(device, caches, self._keeper, config.staging_bytes, memory)
         self._endpoint = Endpoint(self._keeper.address, caches.fingerprint)
 
     @property

@@ -19,6 +19,7 @@ class HandoffConfig:
     """The connector's `kv_connector_extra_config`."""
 
     carrier: str  # as in KvConfig
+    memory: str  # as in KvConfig
     host: str | None  # address to listen on; the worker's own node's if absent
     lease_s: float
     max_held_bytes: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 
 from ...errors import CorruptFrame, KvTransferError, LayoutMismatch
 from ...kv.arena import Arena
-from ...kv.carriers import KvPuller, KvPulling
+from ...kv.carriers import KvPuller, KvPulling, Pulls
 from ...kv.frames import FRAME_BYTES, Frame, from_token
 from ...kv.nixl import NixlAgent
 from ...kv.nixl_rpc import LANDING_BYTES, NixlClient
@@ -24,12 +25,14 @@ from ...kv.tls import MutualTls
 from ...types import Span
 from .caches import Caches
 from .device import CopyEvent, CopyStream, Device
+from .device_memory import Landing
 from .orders import HandoffConfig, Orders, Pull, PullTimes
 from .ring import ring_of
 
 logger = logging.getLogger("vllm.specprefill.handoff")
 
 _PULL_THREADS = 8
+_LANDED_AHEAD = 4  # frames per pull that the device may still be reading
 
 Store = Callable[[torch.Tensor], None]
 
@@ -52,6 +55,7 @@ class _Arrival:
     stream: CopyStream
     blocks: torch.Tensor
     stops: dict[int, int] = field(default_factory=dict)  # by layer: tokens before it are there
+    landed: deque[tuple[CopyEvent, bytes | memoryview]] = field(default_factory=deque)
 
 
 class Puller:
@@ -79,7 +83,12 @@ class Puller:
         self._running: dict[str, list[KvPulling]] = {}
         self._exposed_s: dict[str, float] = {}
         self._threads = ThreadPoolExecutor(_PULL_THREADS, thread_name_prefix="kv-pull")
-        self._client = KvPuller(KvClient(tls, streams=config.streams), _nixl_client(nixl, tls))
+        self._landing = Landing(device, tls) if config.memory == "device" else None
+        self._client: Pulls
+        if self._landing is None:
+            self._client = KvPuller(KvClient(tls, streams=config.streams), _nixl_client(nixl, tls))
+        else:
+            self._client = self._landing.client
 
     def begin(self, orders: Orders) -> None:
         """Start this step's pulls. Called before the step is launched.
@@ -197,13 +206,24 @@ class Puller:
                 kv[:, :, _within(held, wanted)],
             )
 
-        self._land(arrival.stream, frame, torch.Size(shape).numel() * cache.itemsize, store)
+        self._land(arrival, frame, torch.Size(shape).numel() * cache.itemsize, store)
         arrival.stops[frame.layer] = frame.stop
 
-    def _land(self, stream: CopyStream, frame: Frame, size: int, store: Store) -> None:
-        """Copy a frame's bytes into a buffer of the ring, and on into the cache."""
+    def _land(self, arrival: _Arrival, frame: Frame, size: int, store: Store) -> None:
+        """Write a frame's bytes, wherever they are, into the cache."""
         if len(frame.payload) != size:
             raise CorruptFrame(f"frame: {len(frame.payload)} bytes, {size} are expected")
+        if self._landing is None:
+            self._copy_in(arrival.stream, frame, size, store)
+            return
+        there = self._landing.landed(memoryview(frame.payload))
+        arrival.landed.append((arrival.stream.run(lambda: store(there)), frame.payload))
+        while len(arrival.landed) > _LANDED_AHEAD:
+            arrival.landed[0][0].wait()  # only then may its place be used again
+            arrival.landed.popleft()
+
+    def _copy_in(self, stream: CopyStream, frame: Frame, size: int, store: Store) -> None:
+        """Copy a frame's bytes into a buffer of the ring, and on into the cache."""
         buffer = self._ring.take()
         try:
             landed = buffer[:size]

@@ -24,7 +24,16 @@ class Stager:
     stages more waits for the oldest of them.
     """
 
-    def __init__(self, device: Device, caches: Caches, keeper: KeeperLink, most_bytes: int) -> None:
+    def __init__(
+        self,
+        device: Device,
+        caches: Caches,
+        keeper: KeeperLink,
+        most_bytes: int,
+        memory: torch.Tensor,
+    ) -> None:
+        """`memory`, `[n]` uint8, is where the keeper's readers find the KV, by its offsets."""
+        self._memory = memory
         self._stream = device.stream()
         self._caches = caches
         self._keeper = keeper
@@ -58,12 +67,12 @@ class Stager:
         room = self._keeper.take(size)
         if room is None:
             return False
-        offset, view = room
+        offset, _ = room  # the link keeps it taken
         self._wait_for(size)
         blocks = self._caches.block_tensor(order.lease_id, order.blocks)
         kv = self._caches.layout.read(cache, blocks, tokens.start, tokens.stop)
         source = _framed(kv, self._frame_tokens * token_bytes, size)
-        copied = self._stream.copy_out(source, torch.frombuffer(view, dtype=torch.uint8))
+        copied = self._stream.copy_out(source, self._memory[offset : offset + size])
         self._copying.append((copied, size))
         self._copying_bytes += size
         piece = Piece(

@@ -11,7 +11,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
-from ...kv.nixl import agent_for
+from ...kv.nixl import NixlAgent, agent_for
 from ...kv.shards import readers
 from ...kv.tls import read_tls
 from ...types import Carrier
@@ -48,6 +48,8 @@ class WorkerHalf:
         layout_id = fingerprint(
             self._vllm_config, place.own if self._producer else place.peers, one
         )
+        if self._config.memory == "device":
+            layout_id += "-device"  # engines that hold KV elsewhere cannot take it over
         block_size = self._vllm_config.cache_config.block_size
         known = Caches(caches, layout_of(one), device, block_size, layout_id)
         with _any_core():  # threads inherit the affinity of the one that makes them
@@ -56,10 +58,17 @@ class WorkerHalf:
                 self._holder = Holder(self._config, known, device, readers=count)
                 self._carrier = Carrier(self._holder.carrier)
             else:
-                nixl = agent_for(self._config.carrier, encrypted=self._tls is not None)
-                self._carrier = Carrier.GRPC if nixl is None else Carrier.NIXL
+                nixl = self._agent()
+                in_device = self._config.memory == "device"
+                self._carrier = Carrier.NIXL if nixl or in_device else Carrier.GRPC
                 self._puller = Puller(self._config, known, device, place, nixl=nixl, tls=self._tls)
         logger.info("kv carrier: %s", self._carrier)
+
+    def _agent(self) -> NixlAgent | None:
+        """The agent for KV in host memory; device memory has one of its own."""
+        if self._config.memory == "device":
+            return None
+        return agent_for(self._config.carrier, encrypted=self._tls is not None)
 
     def endpoint(self) -> Endpoint | None:
         """Return where this worker's leases can be pulled; None on the decode side."""

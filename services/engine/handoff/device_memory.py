@@ -1,0 +1,43 @@
+"""Device memory beside an engine's caches that NIXL reads and writes: leases, landing places."""
+
+from __future__ import annotations
+
+import torch
+
+from ...errors import InvalidConfiguration
+from ...kv.arena import Arena
+from ...kv.nixl import NixlAgent, NixlMemory, agent_for
+from ...kv.nixl_device import DeviceClient
+from ...kv.nixl_rpc import LANDING_BYTES
+from ...kv.tls import MutualTls
+from .device import Device
+
+
+def registered(memory: torch.Tensor) -> tuple[NixlAgent, NixlMemory]:
+    """Start an agent of this process and register `memory`, `[n]` uint8, with it.
+
+    Raises InvalidConfiguration where NIXL is missing, or KvTransferError where it refuses.
+    """
+    agent = agent_for("nixl", encrypted=False)
+    if agent is None:
+        raise InvalidConfiguration("kv.memory: device needs the carrier nixl")
+    index = None if memory.device.type == "cpu" else memory.device.index
+    place = NixlMemory(memory.data_ptr(), memory.nbytes, index)
+    agent.register_memory(place)
+    return agent, place
+
+
+class Landing:
+    """Where frames from other workers' device memory land, and the client that reads them."""
+
+    def __init__(self, device: Device, tls: MutualTls | None) -> None:
+        self._memory = device.device_buffer(LANDING_BYTES)
+        self._shadow = Arena(LANDING_BYTES)
+        agent, place = registered(self._memory)
+        self.client = DeviceClient(agent, self._shadow, place, tls)
+
+    def landed(self, payload: memoryview) -> torch.Tensor:
+        """Return the bytes, `[n]` uint8 on the device, whose shadow is `payload`."""
+        offset = self._shadow.offset_of(payload)
+        assert offset is not None
+        return self._memory[offset : offset + len(payload)]
