@@ -141,6 +141,14 @@ prove-gpu: $(INSTALLED) ## The proof on one GPU, in under 8 minutes; ARGS=--cpu:
 test-faults: $(INSTALLED) ## Kill engines, cut streams, cancel requests; print what became of each
 	@$(PY) -m pytest tests/faults
 
+.PHONY: chaos
+chaos: $(INSTALLED) ## 200 streams, 30 % of the clients leave, a replica of each pool is killed
+	@$(PY) -m tests.faults.chaos
+
+.PHONY: fuzz
+fuzz: $(INSTALLED) ## Send the running service 20,000 requests that nobody should, and more with keys on
+	@$(PY) -m tests.fuzz
+
 .PHONY: bench-scaling
 bench-scaling: $(INSTALLED) ## Autoscalers compared on simulated traces (SEEDS="1 2 3")
 	@$(PY) -m specprefill.bench.scaling --seeds $(SEEDS)

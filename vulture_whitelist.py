@@ -57,6 +57,7 @@ _.reset_running_requests
 _.resume_generation
 _.save_kv_layer
 _.session_id
+_.skip_special_tokens
 _.set_xfer_handshake_metadata_pp_aware
 _.should_exit
 _.stages_layers
@@ -77,10 +78,11 @@ _.wake_up
 _.Generate
 _.choose_replicas
 _.initialize_state
-_.on_request_completed
 _.on_request_routed
+_.should_backoff
 _.record_autoscaling_stats
 _.record_replica_metadata
+_.self_test  # called by the gateway
 SloPolicy
 build
 
@@ -115,5 +117,16 @@ _.traceback
 _.versions
 bar_chart
 _.samples_seen
+_.timeouts  # read by name
 _.p90  # read by dataclasses.asdict
 _.output_tokens_per_s
+
+# Serve calls these by name; logging reads these.
+_.Check
+_.List
+_.reconfigure
+setup
+_.exc_text
+_.levelname
+_.levelno
+_.msg

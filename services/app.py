@@ -24,8 +24,8 @@ from .speculator.replica import SpeculatorReplica
 DRAIN_MARGIN_S = 10.0  # beyond the longest request
 HEALTH_CHECK_PERIOD_S = 3.0
 HEALTH_CHECK_TIMEOUT_S = 30.0  # a step of a long prefill may hold the engine that long
-GATEWAY_ONGOING, GATEWAY_QUEUED = 512, 512
-SPECULATOR_ONGOING, SPECULATOR_QUEUED = 64, 256
+# No limit of Serve's: a gateway limits itself, answers in the right form, and stays healthy.
+GATEWAY_ONGOING, GATEWAY_QUEUED = 1_000_000, -1
 ENGINE_ONGOING, ENGINE_QUEUED = 256, 512
 
 
@@ -77,9 +77,9 @@ def build(args: AppConfig) -> serve.Application:
     config_json = args.model_dump_json(exclude={"slo": True, "scaling": True, "gateway": True})
     gateway_json = args.for_gateways().model_dump_json(exclude={"slo", "scaling"})
 
-    def scaled(bounds: PoolScaling) -> dict[str, Any]:
+    def scaled(name: str, bounds: PoolScaling) -> dict[str, Any]:
         if args.slo is None:
-            return {}
+            return {"num_replicas": args.scaling.gateway_replicas} if name == "Gateway" else {}
         bounded = autoscaling_config(bounds.min_replicas, bounds.max_replicas)
         return {"autoscaling_config": bounded}
 
@@ -96,17 +96,18 @@ def build(args: AppConfig) -> serve.Application:
             health_check_period_s=HEALTH_CHECK_PERIOD_S,
             health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
             **place.options(),
-            **scaled(bounds),
+            **scaled(name, bounds),
         )
 
+    by_prefix = RequestRouterConfig(request_router_class=PrefixRouter)
     speculator = pool(
         SpeculatorReplica,
         "Speculator",
-        SPECULATOR_ONGOING,
-        SPECULATOR_QUEUED,
+        args.speculator.max_queued + args.speculator.max_batch,  # its own queue is the bound
+        args.speculator.max_queued,
         speculator_placement(args.speculator, gpus=gpus),
         args.scaling.speculator,
-    )
+    ).options(request_router_config=by_prefix)
     prefill = pool(
         PrefillReplica,
         "Prefill",
@@ -114,7 +115,7 @@ def build(args: AppConfig) -> serve.Application:
         ENGINE_QUEUED,
         engine_placement(args.prefill, gpus=gpus),
         args.scaling.prefill,
-    ).options(request_router_config=RequestRouterConfig(request_router_class=PrefixRouter))
+    ).options(request_router_config=by_prefix)
     decode = pool(
         DecodeReplica,
         "Decode",

@@ -7,9 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__, cli_ask, cli_doctor, cli_eval, cli_load, cli_serve, cli_simulate
-from .cli_exit import Failed, Misused
-
-OK, FAILED, MISUSED = 0, 1, 2
+from .cli_exit import FAILED, MISUSED, Failed, Misused
 
 _EXAMPLES = """\
 examples:

@@ -1,4 +1,6 @@
-"""How a command ends badly."""
+"""How a command ends."""
+
+OK, FAILED, MISUSED = 0, 1, 2  # exit codes
 
 
 class Failed(Exception):

@@ -4,25 +4,40 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 from .checked_yaml import InvalidFile
-from .cli_exit import Failed, Misused
+from .cli_exit import MISUSED, OK, Failed, Misused
 from .cluster import (
     DASHBOARD_URL,
     DeploymentFailed,
     LocalRay,
     ServeApi,
     Snapshot,
+    StartFailed,
+    answers_strangers,
+    open_cluster,
     port_in_use,
 )
-from .deployment_file import DeploymentFile, Loaded, load
+from .deployment_file import GATEWAY, DeploymentFile, Loaded, draining, load, without_keys
+from .errors import InvalidConfiguration
+from .findings import Severity
+from .front import check_tls
 
 START_TIMEOUT_S = 600.0
+DRAIN_TIMEOUT_S = 30.0
+DRAIN_POLL_S = 0.2
+_FINDING = re.compile(rf": ({'|'.join(Severity)}): ")
+_SILENT = {"VLLM_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
 
 
 def add_commands(commands: Any) -> None:
@@ -31,10 +46,15 @@ def add_commands(commands: Any) -> None:
     _add_deploy(commands)
     check = commands.add_parser(
         "check",
-        help="check a deployment file",
-        description="Check a deployment file: every key, every value. Deploys nothing.",
+        help="check a deployment file and its models",
+        description="Check a deployment file: every key, every value, and, where the models are "
+        "on this machine, whether they are supported and what would not fit. Deploys nothing, "
+        "loads no weights.",
     )
     _add_file(check)
+    check.add_argument(
+        "--no-models", action="store_true", help="do not open the models: the file alone"
+    )
     check.set_defaults(run=run_check)
     status = commands.add_parser(
         "status",
@@ -56,6 +76,10 @@ def _add_serve(commands: Any) -> None:
     serve.add_argument(
         "--timeout", type=float, default=START_TIMEOUT_S, metavar="S",
         help="seconds to wait until all pools are healthy (default: %(default)g)",
+    )  # fmt: skip
+    serve.add_argument(
+        "--drain", type=float, default=DRAIN_TIMEOUT_S, metavar="S",
+        help="seconds that running requests get after the signal (default: %(default)g)",
     )  # fmt: skip
     serve.set_defaults(run=run_serve)
 
@@ -91,36 +115,103 @@ def _add_dashboard(command: argparse.ArgumentParser) -> None:
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """Say that a file is right, or every fault in it."""
+    """Print that a file is right, or every fault in it and in its models."""
     loaded = _load(args.file)
+    if not args.no_models:
+        _report(args.file, loaded.file, served_here=True)
+    _warn(open_cluster(os.environ))
     names = ", ".join(application.name for application in loaded.file.applications)
     print(f"{args.file}: fine ({names})")
     return 0
 
 
+def _report(path: Path, file: DeploymentFile, *, served_here: bool) -> None:
+    """Print what is found about the models. Raises Misused where the deployment cannot start."""
+    for name, value in _SILENT.items():  # what vLLM and transformers would log is reported here
+        os.environ.setdefault(name, value)
+    from .preflight import check
+
+    findings = list(check(file, served_here=served_here))
+    for finding in findings:
+        print(f"{path}: {finding.line()}")
+    if any(finding.severity is Severity.ERROR for finding in findings):
+        raise Misused(f"{path}: would not start as it is")
+
+
+def _check_beside(path: Path) -> subprocess.Popen[str]:
+    """Start `specprefill check` in a process of its own, whose memory ends with it."""
+    command = [sys.executable, "-m", "specprefill.cli", "check", str(path)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _await_check(checking: subprocess.Popen[str], tell: Progress) -> None:
+    """Show what the check prints. Raises Misused where it refuses the file."""
+    output = checking.communicate()[0]
+    findings = [line for line in output.splitlines() if _FINDING.search(line)]
+    if checking.returncode == MISUSED:
+        raise Misused("\n".join(findings))
+    for finding in findings:
+        tell(finding)
+    if checking.returncode != OK:
+        tell(f"the models were not checked: {output.strip().rpartition(chr(10))[2]}")
+
+
 def run_serve(args: argparse.Namespace) -> int:
     """A local Ray, the application, and a wait for the signal to stop."""
     loaded = _load(args.file)
+    _warn(open_cluster(os.environ))
+    _refuse_unusable_files(loaded.file)
     _refuse_taken_ports(loaded.file)
     tell = Progress()
     tell("starting Ray on this machine")
     stop = threading.Event()
-    with LocalRay() as ray:
+    with _check_beside(args.file) as checking, _local_ray(args.file) as ray:
         _stop_on_signals(stop)
+        _await_check(checking, tell)
         api = ServeApi(ray.dashboard_url)
         tell(f"deploying {args.file} (dashboard {ray.dashboard_url})")
         _deploy(api, loaded, args.timeout, tell)
         tell("ready")
         print(how_to_call(loaded.file, ray.dashboard_url), flush=True)
         stop.wait()
+        stop.clear()
+        _drain(ray, api, args.drain, stop, tell)
         tell("stopping")
     tell("stopped")
     return 0
 
 
+@contextmanager
+def _local_ray(file: Path) -> Iterator[LocalRay]:
+    ray = LocalRay(file=file)
+    try:
+        ray.start()
+    except StartFailed as error:
+        raise Failed(str(error)) from error
+    with closing(ray):
+        yield ray
+
+
+def _drain(
+    ray: LocalRay, api: ServeApi, timeout_s: float, stop: threading.Event, tell: Progress
+) -> None:
+    """Take no new requests, and give those that run time to end; a second signal cuts it short."""
+    tell(f"taking no new requests; those that run get up to {timeout_s:g} s")
+    api.deploy(draining(api.deployed()))
+    give_up_s = time.monotonic() + timeout_s
+    while not stop.is_set() and time.monotonic() < give_up_s:
+        held = ray.requests_held(api.replica_actors(GATEWAY))
+        if api.snapshot().healthy and held == 0:
+            return
+        stop.wait(DRAIN_POLL_S)
+    tell("requests are cut off")
+
+
 def run_deploy(args: argparse.Namespace) -> int:
     """Deploy onto a cluster that runs already."""
     loaded = _load(args.file)
+    _report(args.file, loaded.file, served_here=False)
+    _warn(open_cluster(os.environ) or answers_strangers(args.address))
     tell = Progress()
     tell(f"deploying {args.file} to {args.address}")
     _deploy(_api(args.address), loaded, args.timeout, tell)
@@ -162,18 +253,26 @@ class Progress:
 def how_to_call(file: DeploymentFile, dashboard_url: str) -> str:
     """The endpoints, and a first call to each."""
     http, grpc = file.http_options, file.grpc_options
-    base = f"http://{http.host}:{http.port}"
-    model = file.applications[0].args.model.served_name
+    args = file.applications[0].args
+    scheme = "http" if args.gateway.front.tls is None else "https"
+    base = f"{scheme}://{http.host}:{http.port}"
+    model = args.model.served_name
+    key = "-H 'authorization: Bearer KEY' " if args.gateway.api_keys else ""
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     return f"""
   HTTP (OpenAI API)  {base}/v1
-  gRPC               127.0.0.1:{grpc.port}  service specprefill.v1.SpecPrefill
+  gRPC               {http.host}:{grpc.port}  service specprefill.v1.SpecPrefill
   dashboard          {dashboard_url}
 
   specprefill ask --http {base} --prompt-file FILE "QUESTION"
-  curl {base}/v1/chat/completions -H 'content-type: application/json' -d '{body}'
+  curl {base}/v1/chat/completions {key}-H 'content-type: application/json' -d '{body}'
   RAY_AUTH_MODE=token specprefill status --address {dashboard_url}
 """
+
+
+def _warn(warning: str | None) -> None:
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def _load(path: Path) -> Loaded:
@@ -181,6 +280,14 @@ def _load(path: Path) -> Loaded:
         return load(path)
     except InvalidFile as error:
         raise Misused(str(error)) from error
+
+
+def _refuse_unusable_files(file: DeploymentFile) -> None:
+    for application in file.applications:
+        try:
+            check_tls(application.args.gateway.front.tls)
+        except InvalidConfiguration as error:
+            raise Misused(str(error)) from error
 
 
 def _refuse_taken_ports(file: DeploymentFile) -> None:
@@ -194,7 +301,7 @@ def _refuse_taken_ports(file: DeploymentFile) -> None:
 
 def _deploy(api: ServeApi, loaded: Loaded, timeout_s: float, tell: Progress) -> None:
     try:
-        api.deploy(loaded.raw)
+        api.deploy(without_keys(loaded.raw))
         api.wait_healthy(timeout_s, tell)
     except (DeploymentFailed, RuntimeError) as error:  # RuntimeError: the REST API's refusal
         raise Failed(str(error)) from error

@@ -7,14 +7,25 @@ local cluster and off for whoever talks to it from another shell.
 from __future__ import annotations
 
 import os
+import re
+import secrets
+import shutil
 import socket
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
+
+from .front import FILE_VARIABLE, PROGRAM
 
 DASHBOARD_URL = "http://127.0.0.1:8265"
 POLL_S = 1.0
+ASK_TIMEOUT_S = 10.0
+REPLICA_PORTS = (12_000, 30_000)
 OBJECT_STORE_BYTES = 256 << 20  # nothing large travels through it
 # Read by every process of Serve. Clients reach a gateway through HAProxy instead of a Python
 # proxy, calls between replicas are plain gRPC, and a replica needs no second thread for them.
@@ -24,8 +35,18 @@ SHORT_PATHS = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 << 20),  # logprobs of a long prompt
+    # When gateways come or go HAProxy is started anew; the old one ends what it streams.
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "660",
+    # gRPC listens where HTTP does, in Serve's own proxies, too.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "specprefill.gateway.serve_ports:setup",
 }
 _MAX_FAULT_LINES = 12
+_ERROR = re.compile(r"[A-Za-z_][\w.]*: \S")  # how a traceback's last line begins
+_AUTH_MODE = "token"
+
+
+class StartFailed(Exception):
+    """Ray did not start here; the message says why."""
 
 
 class DeploymentFailed(Exception):
@@ -76,15 +97,59 @@ class Snapshot:
         return None
 
 
+def open_cluster(environ: Mapping[str, str]) -> str | None:
+    """A warning, if the environment switches Ray's authentication off."""
+    mode = environ.get("RAY_AUTH_MODE", _AUTH_MODE)
+    if mode == _AUTH_MODE:
+        return None
+    return (
+        f"RAY_AUTH_MODE is {mode}: whoever reaches the cluster's network can run code on it; "
+        f"set RAY_AUTH_MODE={_AUTH_MODE} and RAY_AUTH_TOKEN where Ray starts"
+    )
+
+
+def answers_strangers(dashboard_url: str) -> str | None:
+    """A warning, if a running cluster answers without a token."""
+    try:
+        with urllib.request.urlopen(f"{dashboard_url}/api/version", timeout=ASK_TIMEOUT_S):
+            pass
+    except OSError:  # refused, which is right, or not reachable, which the deployment will say
+        return None
+    return (
+        f"{dashboard_url} answers without a token: whoever reaches the cluster's network can run "
+        f"code on it; set RAY_AUTH_MODE={_AUTH_MODE} and RAY_AUTH_TOKEN where Ray starts"
+    )
+
+
 def set_auth_mode() -> None:
     """Token authentication unless the environment says otherwise; before Ray is imported."""
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_MODE", _AUTH_MODE)
 
 
-def _environment() -> dict[str, str]:
-    """Of a node in this process's care, where the caller's own environment says nothing."""
+def front_program() -> str:
+    """`specprefill-front`, which Serve runs in place of HAProxy. Raises StartFailed."""
+    folder = Path(sys.executable).parent
+    found = shutil.which(PROGRAM, path=os.pathsep.join([str(folder), os.environ["PATH"]]))
+    if found is None:
+        raise StartFailed(f"{PROGRAM} is not installed beside {sys.executable}")
+    return found
+
+
+def _environment(folder: Path, file: Path | None) -> dict[str, str]:
+    """Of a node in this process's care, where the caller's own environment is silent.
+
+    `folder` is this process's own, for what the front writes; `file` is the deployment file.
+    """
+    http, grpc = port_range(), port_range()
     return {
         **SHORT_PATHS,
+        "RAY_SERVE_HAPROXY_BINARY_PATH": front_program(),
+        FILE_VARIABLE: "" if file is None else str(file.resolve()),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",  # else any other process goes first
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # the one HAProxy hears at once
@@ -93,14 +158,20 @@ def _environment() -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(http.start),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(http.stop),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(grpc.start),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(grpc.stop),
     }
 
 
 class LocalRay:
     """One node in this process's care: it ends with the `with` block."""
 
-    def __init__(self, num_cpus: int | None = None) -> None:
+    def __init__(self, num_cpus: int | None = None, file: Path | None = None) -> None:
         self._num_cpus = num_cpus
+        self._file = file
+        self._folder: Path | None = None
         self.dashboard_url = ""
 
     def __enter__(self) -> Self:
@@ -111,22 +182,45 @@ class LocalRay:
         self.close()
 
     def start(self) -> None:
-        """Start a head node with a dashboard on a free port."""
+        """Start a head node with a dashboard on a free port. Raises StartFailed."""
         set_auth_mode()
-        for name, value in _environment().items():
+        # Short, since paths of sockets are; only its owner may look inside.
+        self._folder = Path(tempfile.mkdtemp(prefix="sp-", dir="/tmp"))
+        for name, value in _environment(self._folder, self._file).items():
             os.environ.setdefault(name, value)
         import ray
 
-        context = ray.init(
-            address="local",
-            num_cpus=self._num_cpus,
-            include_dashboard=True,
-            dashboard_host="127.0.0.1",
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
+        try:
+            context = ray.init(
+                address="local",
+                num_cpus=self._num_cpus,
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+        except Exception as error:  # Ray raises whatever its parts raise
+            self.close()
+            raise StartFailed(
+                f"Ray did not start on this machine: {_first_line(error)}; "
+                "its logs are in /tmp/ray/session_latest/logs"
+            ) from error
         self.dashboard_url = f"http://{context.dashboard_url}"
+
+    def requests_held(self, replica_actors: Sequence[str]) -> int:
+        """How many requests these replicas hold together; one that is gone holds none."""
+        import ray
+        from ray.exceptions import RayActorError
+
+        held = 0
+        for name in replica_actors:
+            try:
+                actor = ray.get_actor(name, namespace="serve")
+                held += ray.get(actor.get_num_ongoing_requests.remote(), timeout=ASK_TIMEOUT_S)
+            except (RayActorError, ValueError):  # ValueError: no actor of this name any more
+                continue
+        return held
 
     def close(self) -> None:
         """Drain the replicas, then stop the node. Idempotent."""
@@ -136,6 +230,8 @@ class LocalRay:
         if ray.is_initialized():
             serve.shutdown()
             ray.shutdown()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class ServeApi:
@@ -153,13 +249,30 @@ class ServeApi:
 
     def snapshot(self) -> Snapshot:
         """What runs now."""
-        return snapshot_of(self._client.get_serve_details())
+        return snapshot_of(self.details())
+
+    def deployed(self) -> dict[str, Any]:
+        """The applications that run, as they were deployed."""
+        applications = self.details().get("applications", {}).values()
+        return {"applications": [each["deployed_app_config"] for each in applications]}
+
+    def details(self) -> dict[str, Any]:
+        """All that Serve tells of itself."""
+        details: dict[str, Any] = self._client.get_serve_details()
+        return details
 
     def replica_pids(self, pool: str) -> list[int]:
         """The processes of a pool's running replicas, of whichever application has it."""
-        applications = self._client.get_serve_details().get("applications", {})
+        return [replica["pid"] for replica in self._replicas(pool)]
+
+    def replica_actors(self, pool: str) -> list[str]:
+        """The names of their actors."""
+        return [replica["actor_name"] for replica in self._replicas(pool)]
+
+    def _replicas(self, pool: str) -> list[dict[str, Any]]:
+        applications = self.details().get("applications", {})
         return [
-            replica["pid"]
+            replica
             for application in applications.values()
             for name, deployment in application["deployments"].items()
             for replica in deployment["replicas"]
@@ -216,6 +329,18 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def port_range(width: int = 100) -> range:
+    """Ports for the replicas of one service here, below those that the system gives to clients.
+
+    Drawn at random, and nobody listens on the first few. Replicas take their port alone in any
+    case, and try the next one where it is taken: two ranges that overlap do no harm.
+    """
+    while True:
+        start = secrets.choice(range(*REPLICA_PORTS, width))
+        if not any(port_in_use("127.0.0.1", port) for port in range(start, start + 4)):
+            return range(start, start + width)
+
+
 def port_in_use(host: str, port: int) -> bool:
     """True when somebody listens there."""
     with socket.socket() as probe:
@@ -224,6 +349,12 @@ def port_in_use(host: str, port: int) -> bool:
 
 
 def _last_lines(message: str) -> str:
-    """A traceback's end, which is where the reason stands."""
+    """Return a traceback's last error, which is the reason; the end of the text without one."""
     lines = [line for line in message.splitlines() if line.strip()]
-    return "\n".join(lines[-_MAX_FAULT_LINES:])
+    errors = [place for place, line in enumerate(lines) if _ERROR.match(line)]
+    shown = lines[errors[-1] :] if errors else lines[-_MAX_FAULT_LINES:]
+    return "\n".join(shown[:_MAX_FAULT_LINES])
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -5,10 +5,19 @@ Serve ignores unknown YAML keys in silence; these models refuse them.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 Rate = Annotated[float, Field(gt=0.0, le=1.0)]
 Seconds = Annotated[float, Field(gt=0.0)]
@@ -56,7 +65,17 @@ class SpeculatorConfig(Strict):
     # Layer -> its query heads whose attention counts; absent: all heads of all layers.
     score_heads: dict[NonNegativeInt, tuple[NonNegativeInt, ...]] | None = Field(None, min_length=1)
     look_ahead: PositiveInt = 8  # the last prompt token's query plus look_ahead - 1 generated
-    timeout_s: Seconds = 10.0  # later, the prompt is prefilled dense
+    # A prompt is given up after `timeout_s` and `timeout_token_s` for each of its tokens.
+    timeout_s: Seconds = 10.0
+    timeout_token_s: Annotated[float, Field(ge=0.0)] = 2e-4
+    max_queued: PositiveInt = 64  # prompts that wait in one replica; more are overload
+    # At the start, generated facts tell whether the model can choose. Where it cannot, prompts are
+    # pruned only on request. Random weights are not tested.
+    self_test: bool = True
+    # What becomes of a prompt that finds the queue full, or is given up. shed: 429 with a time to
+    # try again. static: pruned at the nominal rate, by the words of the query alone, which may
+    # lose what the answer needs. dense: the whole prompt, which multiplies the prefill pool's load.
+    on_overload: Literal["shed", "static", "dense"] = "shed"
 
 
 class SelectionConfig(Strict):
@@ -131,7 +150,8 @@ class KvConfig(Strict):
     memory: Literal["host", "device"] = "host"
     host: str | None = None  # address KV ports listen on; their own node's if absent
     lease_s: Seconds = 30.0  # a lease that its holder does not renew is dropped after this time
-    # Per worker; a prefill beyond it hands nothing over. With nixl it is set aside at the start.
+    # Per worker. A prefill waits, within its deadline, until its KV has room; one whose KV alone
+    # is more hands nothing over. With nixl it is set aside at the start.
     max_held_bytes: PositiveInt = 4 << 30
     # Per worker: host buffers for copies between an engine's caches and leases; a prefill waits
     # for the oldest copy when all are full. Part of max_held_bytes. Absent: an eighth of it, at
@@ -171,19 +191,82 @@ class AdmissionConfig(Strict):
     # The SLO of first tokens that keep rates are bent for. Where `slo` names it, nothing here.
     ttft_s: Seconds | None = None
     keep_floor: Rate = 0.1  # for requests that name no floor and no rate of their own
+    # The bounds hold for all gateways together: each takes an equal part of them.
     max_waiting: PositiveInt = 1024  # more are shed
     max_waiting_per_key: PositiveInt = 256  # of one API key, where there are several
     per_engine: PositiveInt = 2  # requests let in for each speculator and prefill replica
+
+
+def key_digest(key: str) -> str:
+    """What is kept of an API key."""
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def default_name(place: int) -> str:
+    """The name of a key that has none, by its place in the list."""
+    return f"key-{place + 1}"
+
+
+class ApiKey(Strict):
+    """One client's key, under a name that logs and metrics may show."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+    # Exactly one source. `key` is replaced by its digest before the file is deployed.
+    key: str | None = Field(None, min_length=1, repr=False)
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None  # of the key, in hex
+    env: str | None = None  # an environment variable of the gateways' nodes
+    file: str | None = None  # a file on the gateways' nodes that holds the key alone
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if [self.key, self.sha256, self.env, self.file].count(None) != 3:
+            raise ValueError("give exactly one of key, sha256, env and file")
+        return self
+
+
+class FrontTls(Strict):
+    """TLS between clients and the service: PEM files, at these paths on every node."""
+
+    certificate: str  # with its chain
+    key: str  # of the certificate; without a password
+    client_authority: str | None = None  # clients must show a certificate that it signed
+
+
+class FrontConfig(Strict):
+    """HAProxy, which Ray Serve starts before the gateways on every node that serves."""
+
+    tls: FrontTls | None = None  # plaintext if absent; HTTP and gRPC alike
+    max_connections: PositiveInt = 8192  # at once; fewer where the process may open fewer files
+    header_timeout_s: Seconds = 10.0  # for a request's headers, and a small body
+    metrics_host: str | None = "127.0.0.1"  # where its metrics listen; null: nowhere
+    stats_host: str | None = None  # where its statistics page listens; null: nowhere
 
 
 class GatewayConfig(Strict):
     """The OpenAI-compatible and gRPC front."""
 
     request_timeout_s: Seconds = 300.0
-    max_body_bytes: PositiveInt = 32 << 20
+    max_body_bytes: PositiveInt = 32 << 20  # of an HTTP body, and of a gRPC message
+    # Objects, lists and texts in lists (messages, parts, tools, prompts) of one request: each
+    # costs the event loop about 0.1 ms.
+    max_request_items: PositiveInt = 10_000
+    body_timeout_s: Seconds = 10.0  # for a request's body, and more as its bytes arrive
+    max_buffered_bytes: PositiveInt = 1 << 30  # of bodies that are not complete yet, per gateway
+    max_concurrent_requests: PositiveInt = 1024  # per gateway, waiting ones too; more get 429
+    front: FrontConfig = FrontConfig()
     admission: AdmissionConfig | None = None  # None: first come, first served, at the planned rate
-    api_keys: tuple[str, ...] = ()  # any of them is accepted; none: no authentication
+    # Any of them is accepted; none: no authentication. A string alone is a key in the file.
+    api_keys: tuple[ApiKey | Annotated[str, Field(min_length=1)], ...] = ()
+    # Answered without a key. `/metrics` tells how much each key asks for.
+    open_paths: tuple[str, ...] = ("/health", "/ping")
     vllm_args: tuple[str, ...] = ()  # more arguments of `vllm serve`'s front, e.g. a tool parser
+
+    @field_validator("vllm_args")
+    @classmethod
+    def _no_second_list_of_keys(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if any(each.partition("=")[0] in ("--api-key", "--api_key") for each in value):
+            raise ValueError("--api-key guards some of the paths only; use gateway.api_keys")
+        return value
 
 
 class SloConfig(Strict):
@@ -217,7 +300,9 @@ class ScalingConfig(Strict):
     speculator: PoolScaling = PoolScaling()
     prefill: PoolScaling = PoolScaling()
     decode: PoolScaling = PoolScaling()
-    gateway_replicas: PositiveInt = 1  # always so many
+    # Always this many, unless `deployments` names another number. One that dies takes its streams
+    # with it, so one alone is an outage.
+    gateway_replicas: PositiveInt = 2
     settle_s: Seconds = 90.0  # a smaller size must have been enough for so long
     idle_s: Seconds = 600.0  # without arrivals for so long, a pool of minimum 0 sleeps
     window_s: Seconds = 600.0  # of arrivals that are looked at

@@ -125,7 +125,7 @@ def run(file: Path, seed: int, tell: Callable[[str], None]) -> list[Asked]:
     http_port, grpc_port = free_port(), free_port()
     warm_up, first, second = needles(loaded, seed)
     tell("starting Ray on this machine")
-    with LocalRay() as ray:
+    with LocalRay(file=file) as ray:
         api = ServeApi(ray.dashboard_url)
         tell(f"deploying {file}: gateway, speculator, prefill and decode")
         api.deploy(with_ports(loaded.raw, http_port, grpc_port))

@@ -3,7 +3,9 @@
 SpecPrefillError
 ├── InvalidRequest        the caller's fault: 400, INVALID_ARGUMENT
 │   └── UnknownModel      404, NOT_FOUND
+├── Unauthenticated       no API key, or an unknown one: 401, UNAUTHENTICATED
 ├── DeadlineExceeded      504, DEADLINE_EXCEEDED
+│   └── ScoringTimeout    handled inside: speculator.on_overload decides
 ├── Overloaded            429, RESOURCE_EXHAUSTED
 ├── Unavailable           503, UNAVAILABLE
 │   ├── SpeculatorUnavailable
@@ -13,6 +15,7 @@ SpecPrefillError
 │   ├── LeaseNotFound
 │   ├── LayoutMismatch
 │   └── CorruptFrame
+├── EngineStartFailed     an engine process ended before it served: its replica does not start
 ├── InvalidConfiguration  a replica cannot run as configured: it refuses to start
 ├── IncompatibleVllm      vLLM is not as the engine uses it: it refuses to start
 └── UnsupportedModel      the engine would compute wrong positions: it refuses to start
@@ -41,8 +44,24 @@ class UnknownModel(InvalidRequest):
     """The request names a model that is not served here."""
 
 
+class Unauthenticated(SpecPrefillError):
+    """The request shows no API key that this deployment knows."""
+
+    def __init__(self) -> None:
+        super().__init__("authorization: a valid API key is required, as 'Bearer KEY'")
+
+
 class DeadlineExceeded(SpecPrefillError):
     """The request's time was used up before its answer was complete."""
+
+
+class ScoringTimeout(DeadlineExceeded):
+    """The speculator used up its own time; `queue_s` and `speculate_s` are where it was spent."""
+
+    def __init__(self, message: str, queue_s: float = 0.0, speculate_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.queue_s = queue_s
+        self.speculate_s = speculate_s
 
 
 class Overloaded(SpecPrefillError):
@@ -84,6 +103,10 @@ class LayoutMismatch(KvTransferError):
 
 class CorruptFrame(KvTransferError):
     """A frame's digest, length or header is wrong."""
+
+
+class EngineStartFailed(SpecPrefillError):
+    """An engine process ended while it started; the message holds the process's own error."""
 
 
 class InvalidConfiguration(SpecPrefillError):

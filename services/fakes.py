@@ -33,11 +33,12 @@ class FakeSpeculator:
 
     fails: SpecPrefillError | None = None
     calls: int = 0
+    timeouts_s: list[float] = field(default_factory=list)  # of the calls
 
     async def select(self, request: Request, plan: Plan, timeout_s: float) -> Selection:
         """See the port."""
-        del timeout_s
         self.calls += 1
+        self.timeouts_s.append(timeout_s)
         await asyncio.sleep(0)
         if self.fails is not None:
             raise self.fails

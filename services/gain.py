@@ -10,11 +10,12 @@ from __future__ import annotations
 from .prefixes import CacheForecast
 from .selection import SelectionPolicy, expected_kept, leading_tokens
 from .stages import Curve, StageModel, StageModels
-from .types import Expected, PlanKind, PrefilledBy, Reason, Report, Request
+from .types import UNSCORED, Expected, PlanKind, PrefilledBy, Reason, Report, Request
 
 SMOOTHING = 0.1  # weight of the newest prompt in what the scores choose
 TYPICAL_KEEP = 0.3  # what the scores choose, before any prompt has told
 FORGETTING = 0.02  # per prompt that was not scored: how fast a bad name of pruning is forgotten
+RETRY_AFTER, RETRY_AFTER_MOST = 16, 1024  # prompts until a speculator that was slow is tried again
 SCORED = (Reason.AUTO, Reason.UNCERTAIN, Reason.SPREAD_SCORES)
 OVERHEAD = Curve(base_s=0.002)  # before the first report: calls between the pools
 DRIFT = 1e-7  # seconds a token that overheads may grow with, before anything is known
@@ -35,6 +36,8 @@ class NetGain:
         self._draft_cache = draft_cache
         self._policy = policy
         self._typical_keep = TYPICAL_KEEP
+        self._retry_after = RETRY_AFTER
+        self._dense_since = 0  # prompts that went dense since the speculator was last tried
         self._overhead = {
             kind: StageModel(Curve(base_s=OVERHEAD.base_s * calls, token_s=DRIFT))
             for kind, calls in ((PlanKind.DENSE, 1), (PlanKind.PRUNE, 2))
@@ -66,13 +69,32 @@ class NetGain:
             self._learn_overhead(report)
         self._learn_keep(report)
         tokens = request.prompt
-        if report.speculate_s > 0:
+        self._recover(report)
+        if report.speculate_s > 0 and report.reason not in UNSCORED:
             self._draft_cache.learn(tokens, report.remembered_tokens)
         if report.prefilled_by is PrefilledBy.DECODE:
             return  # the prefill pool's caches know nothing of it
         if report.plan is PlanKind.PRUNE:
             tokens = tokens[: leading_tokens(request.protected)]
         self._prefill_cache.learn(tokens, report.cached_tokens)
+
+    def learn_unscored(self, request: Request, speculate_s: float) -> None:
+        """Take that a prompt was given up after it had been scored for so long, and shed."""
+        self.models.speculate.observe_at_least(len(request.prompt), speculate_s)
+
+    def _recover(self, report: Report) -> None:
+        """After enough prompts that went dense for a slow speculator, try it again.
+
+        Each time in vain doubles the number of prompts until the next try.
+        """
+        if report.speculate_s > 0 and report.reason not in UNSCORED:
+            self._retry_after = RETRY_AFTER
+        elif report.reason is Reason.NO_GAIN and self.models.speculate.has_given_up:
+            self._dense_since += 1
+            if self._dense_since >= self._retry_after:
+                self._dense_since = 0
+                self._retry_after = min(2 * self._retry_after, RETRY_AFTER_MOST)
+                self.models.speculate.forget_given_up()
 
     def _prefill_s(self, tokens: int, cached: int) -> float:
         return self._prefill_cache.seconds(self.models.prefill.curve, tokens, cached)

@@ -21,12 +21,25 @@ from .errors import (
     InvalidRequest,
     Overloaded,
     PrefillUnavailable,
+    ScoringTimeout,
     SpeculatorUnavailable,
 )
+from .fallback import Fallback, Patience
 from .local_prefill import LocalPrefill
 from .plan import Planner
 from .ports import Decoder, Prefiller, Prefilling, Speculator
-from .types import Chunk, Decoded, PlanKind, Prefilled, Reason, Request, Selection, dense, whole
+from .types import (
+    Chunk,
+    Decoded,
+    Plan,
+    PlanKind,
+    Prefilled,
+    Reason,
+    Request,
+    Selection,
+    dense,
+    whole,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +77,10 @@ class Pipeline:
     prefiller: Prefiller
     decoder: Decoder
     planner: Planner
-    speculate_timeout_s: float = 10.0
+    patience: Patience = field(default_factory=Patience)  # with the speculator
+    fallback: Fallback = field(default_factory=Fallback)  # where that runs out
+    # Called with a request that was shed, and the seconds its scoring had taken: it has no report.
+    on_unscored: Callable[[Request, float], None] | None = None
     overlap: bool = True  # decode pulls the KV while the last of it is computed
     local: LocalPrefill | None = None  # None: every prompt is computed by the prefill pool
     attempts: int = 2  # engines per stage: a request that kills engines must not kill a pool
@@ -172,23 +188,48 @@ class Pipeline:
         return await self._select(request, Deadline(self.now() + request.timeout_s, self.now))
 
     async def _select(self, request: Request, deadline: Deadline) -> Selection:
-        """Losing the speculator costs time, never the answer: the prompt goes dense."""
+        """Losing the speculator costs time, never the answer; a full or slow one is overload."""
         if not request.prompt:
             raise InvalidRequest("prompt: must hold at least one token", "prompt")
         plan = self.planner.plan(request) if request.plan is None else request.plan
         if plan.kind is PlanKind.DENSE:
             return whole(len(request.prompt), plan)
-        left_s = deadline.left_s()
+        left_s, asked_s = deadline.left_s(), self.now()
+        timeout_s = min(left_s, self.patience.seconds(len(request.prompt)))
         try:
-            return await self.speculator.select(
-                request, plan, min(left_s, self.speculate_timeout_s)
-            )
-        except (SpeculatorUnavailable, Overloaded):
-            return dense(len(request.prompt), Reason.SPECULATOR_UNAVAILABLE)
-        except DeadlineExceeded:
-            if left_s <= self.speculate_timeout_s:
+            return await self.speculator.select(request, plan, timeout_s)
+        except SpeculatorUnavailable:
+            selection = dense(len(request.prompt), Reason.SPECULATOR_UNAVAILABLE)
+            return replace(selection, queue_s=self.now() - asked_s)
+        except Overloaded as error:
+            reason, retry_after_s = Reason.SPECULATOR_OVERLOADED, error.retry_after_s
+            queue_s, speculate_s = self.now() - asked_s, 0.0
+        except DeadlineExceeded as error:
+            if left_s <= timeout_s:
                 raise
-            return dense(len(request.prompt), Reason.SPECULATOR_TIMEOUT)
+            reason, retry_after_s = Reason.SPECULATOR_TIMEOUT, timeout_s
+            # Where nobody reports what the time went into, it was waited.
+            speculate_s = error.speculate_s if isinstance(error, ScoringTimeout) else 0.0
+            queue_s = max(0.0, self.now() - asked_s - speculate_s)
+        return self._unscored(request, plan, reason, retry_after_s, (queue_s, speculate_s))
+
+    def _unscored(
+        self,
+        request: Request,
+        plan: Plan,
+        reason: Reason,
+        retry_after_s: float,
+        spent_s: tuple[float, float],  # in the speculator's queue, and scoring
+    ) -> Selection:
+        """The selection without scores. Raises Overloaded where the policy is to shed."""
+        queue_s, speculate_s = spent_s
+        try:
+            selection = self.fallback.selection(request, plan, reason, retry_after_s)
+        except Overloaded:
+            if self.on_unscored is not None:
+                self.on_unscored(request, speculate_s)
+            raise
+        return replace(selection, queue_s=queue_s, speculate_s=speculate_s)
 
 
 async def _fed(

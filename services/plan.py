@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from .types import Controls, Expected, Plan, PlanKind, Reason, Request
+
+# Of the facts of a draft's self-test, what it must keep. By chance one in seven is: five or more of
+# eight, once in 500.
+LEAST_FACTS_KEPT = 0.6
 
 
 class Gain(Protocol):
@@ -26,6 +31,7 @@ class Planner:
     floor: float = 0.05
     ceiling: float = 1.0
     gain: Gain | None = None  # None: prune whether it pays or not
+    unfit: Callable[[], bool] | None = None  # whether the draft is known to choose badly
     min_gain: float = 0.0  # least share of the dense time to first token that pruning must save
 
     def plan(self, request: Request) -> Plan:
@@ -38,7 +44,7 @@ class Planner:
             return plan
         keep = plan.keep if plan.floor is None else None
         expected = self.gain.expected(request, keep)
-        if not _asked(request.controls) and not self._pays(expected):
+        if not is_asked(request.controls) and not self._pays(expected):
             return Plan(PlanKind.DENSE, Reason.NO_GAIN, expected=expected)
         return replace(plan, expected=expected)
 
@@ -57,7 +63,7 @@ class Planner:
             keep = max(keep, controls.floor)
         if keep >= 1.0:
             return Plan(PlanKind.DENSE, Reason.KEEP_IS_ONE)
-        return Plan(PlanKind.PRUNE, Reason.ASKED if _asked(controls) else Reason.DEFAULT, keep)
+        return Plan(PlanKind.PRUNE, Reason.ASKED if is_asked(controls) else Reason.DEFAULT, keep)
 
     def _pays(self, expected: Expected) -> bool:
         return expected.prune_s < expected.dense_s * (1.0 - self.min_gain)
@@ -68,13 +74,21 @@ class Planner:
             return Reason.ASKED_OFF
         if request.prompt_logprobs:
             return Reason.PROMPT_LOGPROBS
-        if not self.enabled and not (_asked(controls) or controls.auto):
+        if not self.enabled and not (is_asked(controls) or controls.auto):
             return Reason.DISABLED
         # Asking for pruning does not make a short prompt worth it; asking for a rate does.
         if controls.keep is None and len(request.prompt) < self.min_prompt_tokens:
             return Reason.SHORT_PROMPT
+        if self.unfit is not None and self.unfit() and not is_asked(controls):
+            return Reason.SPECULATOR_UNFIT
         return None
 
 
-def _asked(controls: Controls) -> bool:
+def is_asked(controls: Controls) -> bool:
+    """Whether the caller asked for pruning, and so gets it whatever the service thinks of it."""
     return controls.prune is True or controls.keep is not None
+
+
+def can_choose(facts_kept: float | None) -> bool:
+    """Whether a draft with this result of its self-test may choose; None: it was not tested."""
+    return facts_kept is None or facts_kept >= LEAST_FACTS_KEPT

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from .config import AppConfig, EngineConfig, KvConfig, SelectionConfig
+from collections.abc import Callable
+
+from .config import AppConfig, EngineConfig, KvConfig, SelectionConfig, SpeculatorConfig
+from .fallback import Fallback, OnOverload, Patience
 from .gain import NetGain
 from .keep_rate import AutoKeep
 from .local_prefill import LocalPrefill
@@ -45,6 +48,17 @@ def net_gain(config: AppConfig) -> NetGain:
     return NetGain(StageModels(), prefill_cache, draft_cache, policy)
 
 
+def patience(speculator: SpeculatorConfig) -> Patience:
+    """How long the speculator may take."""
+    return Patience(speculator.timeout_s, speculator.timeout_token_s)
+
+
+def fallback(config: AppConfig) -> Fallback:
+    """What becomes of prompts that cannot be scored in time."""
+    policy = selection_policy(config.selection, kv_block_tokens(config.prefill))
+    return Fallback(OnOverload(config.speculator.on_overload), policy)
+
+
 def local_prefill(kv: KvConfig, models: StageModels) -> LocalPrefill | None:
     """Which prompts decode computes; None: not one."""
     if kv.local_prefill_tokens == 0:
@@ -52,8 +66,10 @@ def local_prefill(kv: KvConfig, models: StageModels) -> LocalPrefill | None:
     return LocalPrefill(kv.local_prefill_tokens, models.curves)
 
 
-def planner(selection: SelectionConfig, gain: NetGain) -> Planner:
-    """The deployment's planner."""
+def planner(
+    selection: SelectionConfig, gain: NetGain, unfit: Callable[[], bool] | None = None
+) -> Planner:
+    """The deployment's planner; `unfit` tells whether the draft is known to choose badly."""
     return Planner(
         enabled=selection.enabled,
         keep=None if selection.keep == "auto" else selection.keep,
@@ -61,5 +77,6 @@ def planner(selection: SelectionConfig, gain: NetGain) -> Planner:
         floor=selection.floor,
         ceiling=selection.ceiling,
         gain=None if selection.min_gain is None else gain,
+        unfit=unfit,
         min_gain=selection.min_gain or 0.0,
     )

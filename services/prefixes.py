@@ -27,13 +27,16 @@ class DigestMemory:
     def __len__(self) -> int:
         return len(self._blocks)
 
-    def remember(self, digests: Sequence[int]) -> None:
-        """A prefix was just computed or used."""
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._blocks)
+
+    def remember(self, digests: Sequence[int]) -> list[int]:
+        """A prefix was just computed or used; returns the digests that were forgotten for it."""
         for digest in reversed(digests):
             self._blocks[digest] = None  # its end first: that is what engines evict first, too
             self._blocks.move_to_end(digest)
-        while len(self._blocks) > self._max_blocks:
-            self._blocks.popitem(last=False)
+        surplus = max(0, len(self._blocks) - self._max_blocks)
+        return [self._blocks.popitem(last=False)[0] for _ in range(surplus)]
 
     def longest(self, digests: Iterable[int]) -> int:
         """How many leading blocks are remembered."""

@@ -15,7 +15,7 @@ from statistics import median_low
 import numpy as np
 from numpy.typing import NDArray
 
-from .types import PrefilledBy, Report
+from .types import UNSCORED, PrefilledBy, Report
 
 WINDOW = 9  # newest samples per length that count; fewer than half of them may be outliers
 HALF_LIFE = 256  # after so many samples of other lengths, a length counts half
@@ -71,6 +71,7 @@ class Sample:
     tokens: int
     seconds: float
     cached: int = 0
+    at_least: bool = False  # it was given up: the whole would have taken longer
 
 
 @dataclass(slots=True)
@@ -106,6 +107,40 @@ class StageModel:
         window = self._windows.setdefault(length, _Window())
         window.samples.append(Sample(tokens, seconds, cached))
         window.seen_at = self._seen
+
+    def observe_at_least(self, tokens: int, seconds: float, cached: int = 0) -> None:
+        """Take a measurement that was given up after `seconds`.
+
+        It teaches nothing where as much was expected. Otherwise it counts for more than what was
+        measured before: the second in a row is believed, whatever the window holds.
+        """
+        if tokens < 1 or not self.seconds(tokens, cached) < seconds < float("inf"):
+            return
+        length = (tokens.bit_length(), cached.bit_length())
+        window = self._windows.setdefault(length, _Window())
+        while len(window.samples) > 1:
+            window.samples.popleft()
+        self._seen += 1
+        self._curve = None
+        window.samples.append(Sample(tokens, seconds, cached, at_least=True))
+        window.seen_at = self._seen
+
+    def forget_given_up(self) -> None:
+        """Drop what `observe_at_least` took: it is to be tried again."""
+        for length, window in list(self._windows.items()):
+            kept = [sample for sample in window.samples if not sample.at_least]
+            if len(kept) < len(window.samples):
+                self._curve = None
+                window.samples = deque(kept, maxlen=WINDOW)
+            if not kept:
+                del self._windows[length]
+
+    @property
+    def has_given_up(self) -> bool:
+        """Whether any measurement was given up and not forgotten."""
+        return any(
+            sample.at_least for window in self._windows.values() for sample in window.samples
+        )
 
     def seconds(self, tokens: float, cached: float = 0) -> float:
         """Expected time of `tokens` after `cached` ones."""
@@ -157,7 +192,10 @@ class StageModels:
     def observe(self, report: Report) -> None:
         """Take what a request's stages took. A stage that it skipped is left alone."""
         unread = report.prompt_tokens - report.remembered_tokens
-        self.speculate.observe(unread, report.speculate_s, report.remembered_tokens)
+        if report.reason in UNSCORED:
+            self.speculate.observe_at_least(unread, report.speculate_s)
+        else:
+            self.speculate.observe(unread, report.speculate_s, report.remembered_tokens)
         if report.prefilled_by is PrefilledBy.DECODE:
             return  # another engine, beside its answers
         computed = report.kept_tokens - report.cached_tokens

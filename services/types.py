@@ -45,6 +45,16 @@ class Reason(enum.StrEnum):
     PROMPT_TOO_LARGE_FOR_SPECULATOR = "prompt_too_large_for_speculator"  # beyond its KV memory
     SPECULATOR_UNAVAILABLE = "speculator_unavailable"
     SPECULATOR_TIMEOUT = "speculator_timeout"
+    SPECULATOR_OVERLOADED = "speculator_overloaded"
+    SPECULATOR_UNFIT = "speculator_unfit"  # its self-test failed: it drops what answers need
+
+
+# The prompt was sent to the speculator and came back without scores.
+UNSCORED = (
+    Reason.SPECULATOR_UNAVAILABLE,
+    Reason.SPECULATOR_TIMEOUT,
+    Reason.SPECULATOR_OVERLOADED,
+)
 
 
 @dataclass(frozen=True, slots=True)

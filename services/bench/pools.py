@@ -17,7 +17,7 @@ from ..kv.holding import RemoteLeases
 from ..kv.prefilling import prefilling
 from ..kv.rpc import KvPeers
 from ..pipeline import Pipeline
-from ..policies import kv_block_tokens, local_prefill, net_gain, planner
+from ..policies import fallback, kv_block_tokens, local_prefill, net_gain, patience, planner
 from ..ports import Prefilling
 from ..prefill.service import PrefillService
 from ..speculator.service import SpeculatorService
@@ -60,7 +60,9 @@ async def local_pipeline(config: AppConfig, gain: NetGain | None = None) -> Asyn
             )
         )
         prefill_args = engine_args(config.model, config.prefill, config.kv, Role.PREFILL)
-        prefill = await stack.enter_async_context(PrefillService(Engine(prefill_args)))
+        prefill = await stack.enter_async_context(
+            PrefillService(Engine(prefill_args), max_held_bytes=config.kv.max_held_bytes)
+        )
         decode_args = engine_args(config.model, config.decode, config.kv, Role.DECODE)
         decode = await stack.enter_async_context(DecodeService(Engine(decode_args)))
         heap.freeze()
@@ -70,9 +72,10 @@ async def local_pipeline(config: AppConfig, gain: NetGain | None = None) -> Asyn
             LocalPrefiller(prefill, peers),
             decode,
             planner(config.selection, gain),
-            config.speculator.timeout_s,
-            config.kv.overlap,
-            local_prefill(config.kv, gain.models),
+            patience(config.speculator),
+            fallback(config),
+            overlap=config.kv.overlap,
+            local=local_prefill(config.kv, gain.models),
         )
 
 

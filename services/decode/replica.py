@@ -13,8 +13,10 @@ from .. import heap
 from ..config import AppConfig
 from ..engine.args import Role, engine_args
 from ..engine.engine import Engine
+from ..engine.ray_metrics import ray_stat_loggers
 from ..kv.nixl import require
 from ..kv.tls import read_tls
+from ..replica_logging import log_with_serve
 from ..types import Replay, Request, Selection, Ticket
 from ..wire import pack, unpack
 from .objects import KvReference, ObjectTickets
@@ -30,11 +32,15 @@ class DecodeReplica:
     """Serve awaits the constructor, checks the health, and calls `__del__` after draining."""
 
     async def __init__(self, config_json: str) -> None:  # type: ignore[misc]
+        log_with_serve()
         config = AppConfig.model_validate_json(config_json)
         require(config.kv.carrier)
         tls = read_tls(config.kv.tls)
         args = engine_args(config.model, config.decode, config.kv, Role.DECODE, peer=config.prefill)
-        self._service = DecodeService(Engine(args, cpu_threads=config.decode.cpu_threads))
+        engine = Engine(
+            args, cpu_threads=config.decode.cpu_threads, stat_loggers=ray_stat_loggers()
+        )
+        self._service = DecodeService(engine)
         await self._service.start()
         logger.info("kv carrier: %s", await self._service.carrier())
         host = get_node_ip_address() if config.kv.host is None else config.kv.host

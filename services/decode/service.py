@@ -14,7 +14,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from ..engine.engine import Engine, map_engine_errors
 from ..engine.handoff.scheduler import CONSUME
-from ..engine.outputs import chunk_of, prefill_times, sampling_params
+from ..engine.outputs import check_ended_well, chunk_of, prefill_times, sampling_params
 from ..engine.params import KV_TRANSFER, POSITIONS, REPLAY
 from ..errors import DeadlineExceeded, DecodeUnavailable
 from ..positions import PositionMap
@@ -92,6 +92,8 @@ class DecodeService:
             async with aclosing(outputs) as stream:  # type: ignore[type-var]
                 async for output in stream:
                     first_s = time.monotonic() - started_s if first_s is None else first_s
+                    lost = DecodeUnavailable("decode: the engine ended the request")
+                    check_ended_well(params, output.outputs[0].finish_reason, lost)
                     step = _decoded(output, index, first_s)
                     yield _computed(step, output) if computes and step.chunk.finished else step
 
@@ -147,8 +149,6 @@ def _ticket_fields(ticket: Ticket) -> dict[str, Any]:
 def _decoded(output: RequestOutput, index: int, first_s: float) -> Decoded:
     """The last output also tells how the pull went."""
     chunk = chunk_of(output, index)
-    if chunk.finish_reason in {"abort", "error"}:
-        raise DecodeUnavailable("decode: the engine ended the request")
     if not chunk.finished:
         return Decoded(chunk)
     pulled = output.kv_transfer_params or {}

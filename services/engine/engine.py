@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Self
 
@@ -12,20 +12,30 @@ from vllm.exceptions import VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+from vllm.v1.metrics.loggers import StatLoggerFactory
 
 from ..errors import InvalidRequest, Unavailable
 from ..types import Carrier
 from .args import vllm_config
+from .failed_start import engine_errors_shown
 from .guard import refuse_unsupported
 
 
 class Engine:
     """`async with Engine(args) as engine: ...`; the engine core is a process of its own."""
 
-    def __init__(self, args: AsyncEngineArgs, *, cpu_threads: int = 1) -> None:
+    def __init__(
+        self,
+        args: AsyncEngineArgs,
+        *,
+        cpu_threads: int = 1,
+        stat_loggers: Sequence[StatLoggerFactory] = (),  # none: vLLM's own, in this process
+    ) -> None:
         self._args = args
+        self._stat_loggers = list(stat_loggers)
         self._cpu_threads = cpu_threads
         self._llm: AsyncLLM | None = None
 
@@ -37,17 +47,23 @@ class Engine:
         self.close()
 
     def start(self) -> None:
-        """Load the model. Raises UnsupportedModel, before any process starts, with the reason."""
+        """Load the model.
+
+        Raises UnsupportedModel, before any process starts, with the reason; EngineStartFailed with
+        an engine process's own error.
+        """
         os.environ.setdefault("OMP_NUM_THREADS", str(self._cpu_threads))
         config = vllm_config(self._args)
         if config.kv_transfer_config is not None:  # else a plain vLLM engine
             refuse_unsupported(config)
-        self._llm = AsyncLLM.from_vllm_config(
-            config,
-            usage_context=UsageContext.OPENAI_API_SERVER,
-            enable_log_requests=self._args.enable_log_requests,
-            disable_log_stats=self._args.disable_log_stats,
-        )
+        with engine_errors_shown():
+            self._llm = AsyncLLM.from_vllm_config(
+                config,
+                usage_context=UsageContext.OPENAI_API_SERVER,
+                stat_loggers=self._stat_loggers or None,
+                enable_log_requests=self._args.enable_log_requests,
+                disable_log_stats=self._args.disable_log_stats,
+            )
 
     def close(self) -> None:
         """Stop the engine process. Idempotent."""
@@ -72,6 +88,19 @@ class Engine:
         if not cache.enable_prefix_caching:
             return 0
         return int(cache.num_gpu_blocks * cache.block_size)
+
+    def max_model_len(self) -> int:
+        """The most tokens of a prompt and its answer."""
+        return int(self._running().vllm_config.model_config.max_model_len)
+
+    def kv_bytes_per_token(self) -> int:
+        """What one token's keys and values take in the worker that holds the most of them."""
+        config = self._running().vllm_config
+        model, parallel = config.model_config, config.parallel_config
+        layers = -(-model.get_total_num_hidden_layers() // parallel.pipeline_parallel_size)
+        heads, dim = model.get_num_kv_heads(parallel), model.get_head_size()
+        dtype = kv_cache_dtype_str_to_dtype(config.cache_config.cache_dtype, model)
+        return int(2 * layers * heads * dim * dtype.itemsize)
 
     async def kv_carrier(self) -> Carrier:
         """The best carrier that every worker has."""

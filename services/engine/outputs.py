@@ -9,7 +9,7 @@ from vllm.logprobs import Logprob
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, Unavailable
 from ..types import Chunk, TokenLogprob
 
 
@@ -33,6 +33,22 @@ def chunk_of(output: RequestOutput, index: int) -> Chunk:
         stop_reason=completion.stop_reason,
         cached_tokens=output.num_cached_tokens or 0,
     )
+
+
+def check_ended_well(params: SamplingParams, finish_reason: str | None, lost: Unavailable) -> None:
+    """Raises `lost` where the engine gave a request up; InvalidRequest where its grammar did.
+
+    The engine ends a request with an error when no token satisfies its grammar: nothing to
+    generate (`{"$ref": "#"}`), or a grammar that does not compile. That fails everywhere again.
+    """
+    if finish_reason == "error" and params.structured_outputs is not None:
+        raise InvalidRequest(
+            "structured_outputs: no token satisfies the constraint of response_format, tools or "
+            "structured_outputs; check the schema or grammar",
+            "structured_outputs",
+        )
+    if finish_reason in {"abort", "error"}:
+        raise lost
 
 
 def prompt_logprobs_of(

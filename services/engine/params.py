@@ -15,7 +15,12 @@ from ..positions import PositionMap
 POSITIONS = "specprefill_positions"  # PositionMap.to_wire()
 REPLAY = "specprefill_replay"  # list of int: the first output tokens, forced one by one
 KV_TRANSFER = "kv_transfer_params"  # vLLM's own key: read by the scheduler
-PRIVATE = frozenset({POSITIONS, REPLAY, KV_TRANSFER})
+_PRIVATE_PREFIX, _PRIVATE_SUFFIX = "specprefill", "_transfer_params"
+
+
+def is_private(key: str) -> bool:
+    """Whether only the service may set a key of `extra_args`: ours, and vLLM's connectors'."""
+    return key.startswith(_PRIVATE_PREFIX) or key.endswith(_PRIVATE_SUFFIX)
 
 
 def positions_of(params: SamplingParams | None) -> PositionMap | None:

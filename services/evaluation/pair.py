@@ -62,7 +62,7 @@ class Pair:
         prompt = self.renderer.prompt(task)
         selections = [dense(len(prompt.ids), Reason.KEEP_IS_ONE)] * len(arms)
         if not all(arm.is_dense for arm in arms):
-            rating = _rated(self.speculator, prompt)
+            rating = rated(self.speculator, prompt.ids)
             selections = [self._selection(arm, prompt, rating, rng) for arm in arms]
         texts: dict[tuple[Span, ...], str] = {}
         if with_text and self.answerer is not None:
@@ -79,8 +79,13 @@ class Pair:
             for selection in selections
         ]
 
-    def _selection(self, arm: Arm, prompt: Prompt, rating: Rating, rng: random.Random) -> Selection:
-        """Raises ValueError for a ceiling without a scorer of its own."""
+    def _selection(
+        self, arm: Arm, prompt: Prompt, rating: Rating | Reason, rng: random.Random
+    ) -> Selection:
+        """Return what the arm keeps: all of a prompt that its speculator refuses, as the service.
+
+        Raises ValueError for a ceiling without a scorer of its own.
+        """
         if arm.is_dense:
             return dense(len(prompt.ids), Reason.KEEP_IS_ONE)
         plan = Plan(PlanKind.PRUNE, Reason.ASKED, arm.keep)
@@ -92,15 +97,23 @@ class Pair:
         elif arm.chooser is Chooser.MAIN_MODEL:
             if self.own_scorer is None:
                 raise ValueError("the ceiling needs the main model as a scorer")
-            rating = _rated(self.own_scorer, prompt)
+            rating = rated(self.own_scorer, prompt.ids)
+        if isinstance(rating, Reason):
+            return dense(len(prompt.ids), rating)
         return select(rating.scores, plan, prompt.protected, self.policy, rating.certainty)
 
 
-def _rated(scorer: Scorer, prompt: Prompt) -> Rating:
-    with scorer.opened([prompt.ids]) as readings:
+def rated(scorer: Scorer, prompt: tuple[int, ...]) -> Rating | Reason:
+    """Score a prompt in the main model's tokens, or return why the draft cannot."""
+    read_as = scorer.translated(prompt)
+    refusal = scorer.refusal(len(read_as.prompt))
+    if refusal is not None:
+        return refusal
+    with scorer.opened([read_as.prompt]) as readings:
         scorer.read(readings)
         scorer.look_ahead(readings)
-        return Rating(scorer.rate(readings[0]), readings[0].certainty)
+        scores = read_as.scores(scorer.rate(readings[0]))
+        return Rating(scores, readings[0].certainty)
 
 
 def load_pair(

@@ -1,4 +1,4 @@
-"""The gate of a gateway: its configuration, and how many engines there are."""
+"""The gate of a gateway: its configuration, and its part of the engines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..gate import AdmittingPipeline, Engines, Gate
 from ..pipeline import Pipeline
 from ..scaling.admission import AdmissionPolicy
 from ..stages import StageModels
-from .health import PoolCounts
+from .health import GATEWAY, PREFILL, SPECULATOR, PoolCounts
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class EngineCounts:
         except (RayError, RayServeException) as error:  # the controller is away: keep what we know
             logger.info("replica counts: %s", error)
             return
-        self._known = Engines(counts["speculator"], counts["prefill"])
+        self._known = Engines(counts[SPECULATOR], counts[PREFILL], counts[GATEWAY])
 
 
 def behind_gate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastapi import FastAPI
@@ -21,9 +22,16 @@ from vllm.renderers.chat_utils import load_chat_template
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from ..config import AppConfig, local_path
-from .client import Answering, PipelineClient
-from .health import PoolCounts, health_route
+from .access import AccessMiddleware, LimitMiddleware, RequestLimit
+from .bodies import BodyReader
+from .client import Answering, CountTokens, PipelineClient
+from .health import PoolCounts, health_route, not_tested
+from .keys import KeyRing
+from .messages_log import log_messages_refused_in_one_line
 from .middleware import RequestMiddleware
+from .request_json import JsonLimits
+from .routes import serve_only_known
+from .scrape import MetricsText, metrics_route
 from .surface import TASKS
 
 
@@ -34,7 +42,9 @@ class _NoServer:
     should_exit: bool = False
 
 
-def build_client(config: AppConfig, pipeline: Answering) -> PipelineClient:
+def build_client(
+    config: AppConfig, pipeline: Answering, count_tokens: CountTokens | None = None
+) -> PipelineClient:
     """The engine client: loads the model's config and tokenizer, no weights."""
     args = server_args(config)
     return PipelineClient(
@@ -44,19 +54,45 @@ def build_client(config: AppConfig, pipeline: Answering) -> PipelineClient:
         timeout_s=config.gateway.request_timeout_s,
         tail_tokens=config.selection.tail_tokens,
         protect_fences=config.selection.protect_fences,
+        count_tokens=count_tokens,
     )
 
 
-async def build_http_app(config: AppConfig, client: PipelineClient, count: PoolCounts) -> FastAPI:
-    """vLLM's OpenAI app on `client`. `count` tells each pool's healthy replicas."""
+async def build_http_app(
+    config: AppConfig,
+    client: PipelineClient,
+    count: PoolCounts,
+    keys: KeyRing,
+    limit: RequestLimit,
+    metrics: MetricsText,
+    facts_kept: Callable[[], float | None] = not_tested,
+) -> FastAPI:
+    """vLLM's OpenAI app on `client`.
+
+    `count` returns each pool's healthy replicas, `metrics` those of the whole service,
+    `facts_kept` the result of the draft's self-test.
+    """
     args = server_args(config)
+    log_messages_refused_in_one_line()
     app: FastAPI = build_app(args, TASKS, client.model_config)
     await init_app_state(client, app.state, args, TASKS)
     app.state.server = _NoServer()
-    app.router.routes.insert(0, health_route(count))  # before vLLM's own
-    # Innermost: behind authentication, so that no stranger's body is read.
+    serve_only_known(app)
+    # Before vLLM's own.
+    app.router.routes[:0] = [health_route(count, limit, facts_kept), metrics_route(metrics)]
+    gateway = config.gateway
+    # Outermost first: strangers meet nothing else, and a slot is held by complete requests alone.
+    app.user_middleware.insert(
+        0, Middleware(AccessMiddleware, keys=keys, open_paths=gateway.open_paths)
+    )
+    bodies = BodyReader(
+        gateway.max_body_bytes, gateway.body_timeout_s, gateway.max_buffered_bytes, limit.on_shed
+    )
     app.user_middleware.append(
-        Middleware(RequestMiddleware, max_body_bytes=config.gateway.max_body_bytes)
+        Middleware(RequestMiddleware, bodies=bodies, limits=JsonLimits(gateway.max_request_items))
+    )
+    app.user_middleware.append(
+        Middleware(LimitMiddleware, limit=limit, free_paths=gateway.open_paths)
     )
     app.middleware_stack = app.build_middleware_stack()  # vLLM has built it already
     return app
@@ -74,8 +110,6 @@ def server_args(config: AppConfig) -> Namespace:
         argv += ["--max-model-len", str(model.max_model_len)]
     if model.trust_remote_code:
         argv.append("--trust-remote-code")
-    if config.gateway.api_keys:
-        argv += ["--api-key", *config.gateway.api_keys]
     args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(
         [*argv, *config.gateway.vllm_args]
     )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import secrets
+import threading
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from http import HTTPStatus
@@ -27,21 +29,31 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.kv_hints import KvHintsEnvelope
 
-from ..engine.params import PRIVATE
+from ..engine.params import is_private
 from ..errors import InvalidRequest, SpecPrefillError, Unavailable
 from ..plan import Planner
 from ..types import Chunk, Controls, PlanKind, Request, Selection, Span
 from .context import CURRENT, Messages, RequestContext
+from .controls import shortened
 from .failures import http_failure
 from .offsets import PromptOffsets
 from .outputs import OutputAssembler
 from .request_log import RequestLog
-from .spans import merged, protected_spans, special_spans
+from .spans import altered_piece, merged, protected_spans, special_spans
 from .surface import TASKS, RemoteEngineClient
 
 logger = logging.getLogger(__name__)
 
 _SEED_BITS = 31
+_MAX_PRIORITY = 2**31
+_MAX_ID = 256  # characters of a request id in logs
+_NO_ID_CHARACTER = re.compile(r"[^\x21-\x7e]")  # it would break a log line's `key=value`
+
+# What vLLM, and a chat template, raise over values that a client chose.
+CLIENT_ERRORS = (
+    VLLMClientError, ValueError, TypeError, OverflowError, RecursionError, TemplateError,
+)  # fmt: skip
+CountTokens = Callable[[str, int, int], None]  # the key's name, prompt and output tokens
 
 
 class Answering(Protocol):
@@ -70,6 +82,7 @@ class PipelineClient(RemoteEngineClient):
         timeout_s: float,
         tail_tokens: int,
         protect_fences: bool,
+        count_tokens: CountTokens | None = None,
     ) -> None:
         self.vllm_config = vllm_config
         self.model_config = vllm_config.model_config
@@ -80,6 +93,7 @@ class PipelineClient(RemoteEngineClient):
         self._timeout_s = timeout_s
         self._tail_tokens = tail_tokens
         self._protect_fences = protect_fences
+        self._count_tokens = count_tokens
         self._offsets = PromptOffsets(self.renderer.tokenizer)
 
     @override
@@ -144,6 +158,8 @@ class PipelineClient(RemoteEngineClient):
             raise
         finally:
             logger.info(story.line())
+            if self._count_tokens is not None and request.key is not None:
+                self._count_tokens(request.key, len(request.prompt), story.output_tokens)
 
     async def select(self, request: Request) -> Selection:
         """Which tokens of the prompt would be kept."""
@@ -153,7 +169,7 @@ class PipelineClient(RemoteEngineClient):
         """Tokenise a plain prompt. Raises InvalidRequest."""
         try:
             (prompt,) = await self.renderer.render_cmpl_async([{"prompt": text}])
-        except (VLLMClientError, ValueError) as error:
+        except CLIENT_ERRORS as error:
             raise as_invalid(error) from error
         return prompt
 
@@ -173,7 +189,7 @@ class PipelineClient(RemoteEngineClient):
         ).with_defaults(self._chat.chat_template_kwargs)
         try:
             _, (prompt,) = await self.renderer.render_chat_async([list(messages)], params)
-        except (VLLMClientError, ValueError, TemplateError) as error:
+        except CLIENT_ERRORS as error:
             raise as_invalid(error) from error
         return prompt
 
@@ -189,17 +205,23 @@ class PipelineClient(RemoteEngineClient):
 
         Raises InvalidRequest.
         """
-        admitted = self._admit(prompt, sampling_params, request_id, priority)
+        if not -_MAX_PRIORITY <= priority <= _MAX_PRIORITY:
+            raise InvalidRequest(
+                f"priority: must be within {_MAX_PRIORITY} of 0, not {shortened(priority)}",
+                "priority",
+            )
+        admitted = await self._admit(prompt, sampling_params, request_id, priority)
         params = admitted.sampling_params
+        _limit_tokens(params, self.model_config.max_model_len - len(admitted.prompt_token_ids))
         params.extra_args = _caller_args(params.extra_args)
         if params.seed is None and params.temperature > 0:  # both engines must draw alike
             params.seed = secrets.randbits(_SEED_BITS)
         controls = context.controls
         _refuse_unsupported(admitted, controls)
         request = Request(
-            request_id=f"{request_id}-{uuid.uuid4().hex[:8]}",  # clients repeat their ids
+            request_id=_own_id(request_id),
             prompt=tuple(admitted.prompt_token_ids),
-            sampling=msgspec.msgpack.encode(params),
+            sampling=_packed(params),
             samples=params.n,
             controls=controls,
             prompt_logprobs=params.prompt_logprobs is not None,
@@ -211,35 +233,63 @@ class PipelineClient(RemoteEngineClient):
         plan = self._pipeline.planner.plan(request)
         if plan.kind is PlanKind.DENSE:
             return replace(request, plan=plan)
-        text = prompt.get("prompt")
-        spans = await asyncio.to_thread(self._protected, request, text, context.messages)
-        return replace(request, protected=spans)
+        return replace(request, protected=await self._protected(request, prompt, context))
 
     def _limit(self, asked_s: float | None) -> float:
         return self._timeout_s if asked_s is None else min(asked_s, self._timeout_s)
 
-    def _admit(
+    async def _admit(
         self, prompt: EngineInput, params: SamplingParams, request_id: str, priority: int
     ) -> EngineCoreRequest:
         if not isinstance(prompt, dict) or prompt.get("type") != "token":
             raise InvalidRequest("prompt: only text and token prompts are supported", "prompt")
         try:
-            return self.input_processor.process_inputs(
+            return await self.input_processor.process_inputs_async(
                 request_id, prompt, params, supported_tasks=TASKS, priority=priority
             )
-        except (VLLMClientError, ValueError) as error:
+        except CLIENT_ERRORS as error:
             raise as_invalid(error) from error
 
-    def _protected(
-        self, request: Request, text: str | None, messages: Messages | None
+    async def _protected(
+        self, request: Request, prompt: EngineInput, context: RequestContext
+    ) -> tuple[Span, ...]:
+        """Found off the event loop; the search ends soon after the request is cancelled."""
+        cancelled = threading.Event()
+        text = prompt.get("prompt")
+        try:
+            return await asyncio.to_thread(
+                self._find_protected, request, text, context, cancelled.is_set
+            )
+        finally:
+            cancelled.set()
+
+    def _find_protected(
+        self,
+        request: Request,
+        text: str | None,
+        context: RequestContext,
+        is_cancelled: Callable[[], bool],
     ) -> tuple[Span, ...]:
         special = special_spans(request.prompt, self._offsets.special_ids)
-        offsets = None if text is None else self._offsets.find(text, request.prompt)
-        if text is None or offsets is None:
-            return special
         protect = request.controls.protect
+        if context.messages is None and not protect and not self._protect_fences:
+            return special
+        placed = self._offsets.place(text, request.prompt, is_cancelled)
+        altered = altered_piece(placed.text, context.messages or (), protect)
+        if altered is not None:
+            raise InvalidRequest(
+                f"{context.protect_field}: {shortened(altered)} stands in a message, but the chat "
+                "template changes it; name a part that it leaves as it is",
+                context.protect_field,
+            )
         spans = protected_spans(
-            text, offsets, messages, protect, self._tail_tokens, fences=self._protect_fences
+            placed.text,
+            placed.offsets,
+            context.messages,
+            protect,
+            self._tail_tokens,
+            fences=self._protect_fences,
+            is_cancelled=is_cancelled,
         )
         return merged(special + spans)
 
@@ -250,6 +300,27 @@ def as_invalid(error: Exception) -> InvalidRequest:
     return InvalidRequest(str(error), field)
 
 
+def _own_id(request_id: str) -> str:
+    """Clients repeat their ids, and choose them freely; this one stands in every log line."""
+    return f"{_NO_ID_CHARACTER.sub('_', request_id[:_MAX_ID])}-{uuid.uuid4().hex[:8]}"
+
+
+def _packed(params: SamplingParams) -> bytes:
+    try:
+        return msgspec.msgpack.encode(params)
+    except OverflowError as error:  # beyond 64 bits
+        raise InvalidRequest(f"a sampling parameter is out of range: {error}") from error
+
+
+def _limit_tokens(params: SamplingParams, most: int) -> None:
+    """No output token past the model's last position.
+
+    Engines count slots, and a pruned prompt leaves slots free that have no positions.
+    """
+    params.max_tokens = min(params.max_tokens, most)
+    params.min_tokens = min(params.min_tokens, params.max_tokens)
+
+
 def hold_back_chars(params: SamplingParams) -> int:
     """How much text a stop string may still take back: vLLM's detokenizer holds as much."""
     if not params.stop or params.include_stop_str_in_output:
@@ -258,7 +329,7 @@ def hold_back_chars(params: SamplingParams) -> int:
 
 
 def _caller_args(extra_args: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    kept = {key: value for key, value in (extra_args or {}).items() if key not in PRIVATE}
+    kept = {key: value for key, value in (extra_args or {}).items() if not is_private(key)}
     return kept or None
 
 

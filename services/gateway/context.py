@@ -25,6 +25,8 @@ class RequestContext:
     messages: Messages | None = None  # as the caller sent them; None: not a conversation
     timeout_s: float | None = None  # None: the deployment's limit
     key: str | None = None  # whose fair share of the service the request takes
+    anthropic: bool = False  # errors are stated in Anthropic's form
+    protect_field: str = "specprefill.protect"  # what the caller's API calls it
     prompts_started: int = 0
     reports: dict[str, Report] = field(default_factory=dict)  # by the server's request id
     error: SpecPrefillError | None = None

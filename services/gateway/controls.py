@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NoReturn, TypeVar
@@ -18,6 +19,7 @@ _KEEP_SPELLINGS = ("specprefill_keep_pct", "speculative_prefill_keep_pct")
 _OBJECT_FIELDS = ("enabled", "keep", "floor", "ceiling", "protect")
 _AUTO = "auto"
 _MAX_PROTECT = 64  # each one is searched for in the whole prompt
+_SHOWN = 80  # characters of a refused value in the error's message
 
 
 def pop_controls(body: dict[str, Any]) -> Controls:
@@ -136,9 +138,9 @@ def _switch(field: str, value: object) -> bool | None:
 def _refuse_unknown(value: Mapping[str, Any]) -> None:
     for name in value:
         if name not in _OBJECT_FIELDS:
+            field = f"{FIELD}.{name[:_SHOWN]}"
             raise InvalidRequest(
-                f"{FIELD}.{name}: unknown field, expected one of {', '.join(_OBJECT_FIELDS)}",
-                f"{FIELD}.{name}",
+                f"{field}: unknown field, expected one of {', '.join(_OBJECT_FIELDS)}", field
             )
 
 
@@ -152,6 +154,10 @@ def _agreed(spellings: Mapping[str, T | None]) -> T | None:
 
 
 def _refuse(field: str, allowed: str, value: object) -> NoReturn:
-    shown = repr(value)
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    raise InvalidRequest(f"{field}: must be {allowed}, not {shown}", field)
+    raise InvalidRequest(f"{field}: must be {allowed}, not {shortened(value)}", field)
+
+
+def shortened(value: object) -> str:
+    """A value as error messages show it: its beginning, whatever its size and depth."""
+    shown = repr(value[:_SHOWN]) if isinstance(value, str) else reprlib.repr(value)
+    return shown if len(shown) <= _SHOWN else shown[: _SHOWN - 3] + "..."

@@ -15,18 +15,33 @@ from ..errors import (
     InvalidRequest,
     Overloaded,
     SpecPrefillError,
+    Unauthenticated,
     Unavailable,
     UnknownModel,
 )
 
+UNAVAILABLE_RETRY_S = 1.0
 INTERNAL_MESSAGE = "The server failed to answer this request."
 
 _GRPC_CODES: tuple[tuple[type[SpecPrefillError], grpc.StatusCode], ...] = (
     (UnknownModel, grpc.StatusCode.NOT_FOUND),
     (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
+    (Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
     (DeadlineExceeded, grpc.StatusCode.DEADLINE_EXCEEDED),
     (Unavailable, grpc.StatusCode.UNAVAILABLE),
 )
+
+
+_ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +56,10 @@ class Failure:
     retry_after_s: float | None = None
     shed_reason: str | None = None
 
-    def body(self) -> bytes:
-        """`{"error": {...}}` as JSON."""
+    def body(self, *, anthropic: bool = False) -> bytes:
+        """OpenAI's `{"error": {...}}`, or Anthropic's form of it."""
+        if anthropic:
+            return anthropic_error(self.status, self.message)
         error = {
             "message": self.message,
             "type": self.kind,
@@ -50,6 +67,14 @@ class Failure:
             "code": self.code,
         }
         return json.dumps({"error": error}, ensure_ascii=False).encode()
+
+
+def anthropic_error(status: int, message: str) -> bytes:
+    """An error as Anthropic's API states it."""
+    kind = _ANTHROPIC_KINDS.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return json.dumps(
+        {"type": "error", "error": {"type": kind, "message": message}}, ensure_ascii=False
+    ).encode()
 
 
 def http_failure(error: SpecPrefillError) -> Failure:
@@ -63,6 +88,8 @@ def http_failure(error: SpecPrefillError) -> Failure:
             return Failure(
                 400, "invalid_request_error", "invalid_value", error.message, error.field
             )
+        case Unauthenticated():
+            return Failure(401, "invalid_request_error", "invalid_api_key", str(error))
         case DeadlineExceeded():
             return Failure(504, "timeout_error", "deadline_exceeded", str(error))
         case Overloaded():
@@ -75,7 +102,13 @@ def http_failure(error: SpecPrefillError) -> Failure:
                 shed_reason=error.reason,
             )
         case Unavailable():
-            return Failure(503, "service_unavailable_error", "unavailable", str(error))
+            return Failure(
+                503,
+                "service_unavailable_error",
+                "unavailable",
+                str(error),
+                retry_after_s=UNAVAILABLE_RETRY_S,
+            )
         case _:
             return Failure(500, "server_error", "internal_error", INTERNAL_MESSAGE)
 
@@ -84,6 +117,11 @@ def too_large(max_body_bytes: int) -> Failure:
     """The request body exceeds the deployment's limit."""
     message = f"The request body must be at most {max_body_bytes} bytes."
     return Failure(413, "invalid_request_error", "body_too_large", message)
+
+
+def too_slow() -> Failure:
+    """The request body stopped arriving."""
+    return Failure(408, "timeout_error", "request_timeout", "The request did not arrive in time.")
 
 
 class RpcFailed(Exception):

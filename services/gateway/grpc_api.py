@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import secrets
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
@@ -13,11 +11,14 @@ from typing import Protocol
 import grpc
 from vllm.inputs import EngineInput, tokens_input
 
-from ..errors import InvalidRequest, SpecPrefillError, UnknownModel
+from ..errors import InvalidRequest, SpecPrefillError, Unauthenticated, UnknownModel
 from ..rpc import specprefill_pb2 as pb
+from ..rpc.serving import Unparsable
 from ..types import Request
+from .access import RequestLimit
 from .client import PipelineClient
 from .context import RequestContext, fair_key
+from .controls import shortened
 from .failures import RpcFailed, rpc_failure
 from .grpc_messages import (
     Answer,
@@ -31,10 +32,10 @@ from .grpc_messages import (
     tools,
 )
 from .health import PoolCounts, judge
+from .keys import KeyRing
+from .request_json import JsonLimits
 
 logger = logging.getLogger(__name__)
-
-_NO_KEY = RpcFailed(grpc.StatusCode.UNAUTHENTICATED, "authorization: a valid API key is required")
 
 
 class CallContext(Protocol):
@@ -47,20 +48,27 @@ class CallContext(Protocol):
     def set_details(self, details: str) -> None: ...
 
 
-class _Unauthenticated(Exception):
-    """No API key, or a wrong one."""
-
-
 class GrpcApi:
     """One method per RPC of `specprefill.v1.SpecPrefill`."""
 
     def __init__(
-        self, client: PipelineClient, model_name: str, api_keys: Sequence[str], count: PoolCounts
+        self,
+        client: PipelineClient,
+        model_name: str,
+        keys: KeyRing,
+        limit: RequestLimit,
+        count: PoolCounts,
+        *,
+        max_message_bytes: int,
+        json_limits: JsonLimits,
     ) -> None:
         self._client = client
         self._model_name = model_name
-        self._keys = [_digest(key) for key in api_keys]
+        self._keys = keys
+        self._limit = limit
         self._count = count
+        self._max_message_bytes = max_message_bytes
+        self._json_limits = json_limits
 
     async def generate(
         self, message: pb.GenerateRequest, context: CallContext
@@ -106,21 +114,31 @@ class GrpcApi:
     async def _request(
         self, message: pb.GenerateRequest | pb.ScoreRequest, call: CallContext
     ) -> Request:
+        self._check(message)
         if message.HasField("model") and message.model != self._model_name:
-            raise UnknownModel(f"model: {message.model!r} is not served here", "model")
+            raise UnknownModel(f"model: {shortened(message.model)} is not served here", "model")
         sampling, priority = pb.Sampling(max_tokens=1), 0
         if isinstance(message, pb.GenerateRequest):
             sampling, priority = message.sampling, message.priority
         context = RequestContext(
             controls=prune_controls(message.prune),
+            protect_field="prune.protect",
             timeout_s=timeout_s(message),
-            key=fair_key(_authorization(call)),
+            key=self._key_name(call) or fair_key(_metadata(call).get("authorization")),
         )
         prompt = await self._prompt(message, context)
-        params = sampling_params(sampling, self._client.model_config.get_diff_sampling_param())
+        params = sampling_params(
+            sampling, self._client.model_config.get_diff_sampling_param(), self._json_limits
+        )
         return await self._client.prepare(
             prompt, params, f"grpc-{uuid.uuid4().hex[:16]}", context, priority
         )
+
+    def _check(self, message: pb.GenerateRequest | pb.ScoreRequest | Unparsable) -> None:
+        if isinstance(message, Unparsable):
+            raise InvalidRequest(f"the message cannot be parsed: {message.error}")
+        if message.ByteSize() > self._max_message_bytes:
+            raise InvalidRequest(f"the message must be at most {self._max_message_bytes} bytes")
 
     async def _prompt(
         self, message: pb.GenerateRequest | pb.ScoreRequest, context: RequestContext
@@ -133,43 +151,33 @@ class GrpcApi:
             return tokens_input(list(message.token_ids.ids))
         if kind == "text":
             return await self._client.render_text(message.text)
-        context.messages = chat_messages(message.conversation)
-        return await self._client.render_chat(context.messages, tools(message.conversation))
+        context.messages = chat_messages(message.conversation, self._json_limits)
+        listed = tools(message.conversation, self._json_limits)
+        return await self._client.render_chat(context.messages, listed)
 
     @contextmanager
     def _status(self, context: CallContext) -> Iterator[None]:
-        """Authenticate, and turn failures into the call's status."""
+        """Authenticate, hold a slot, and turn failures into the call's status."""
         try:
-            self._authenticate(context)
-            yield
-        except _Unauthenticated:
-            raise _failed(context, _NO_KEY) from None
+            if self._keys and self._key_name(context) is None:
+                raise Unauthenticated
+            with self._limit.slot():
+                yield
         except SpecPrefillError as error:
             raise _failed(context, rpc_failure(error)) from error
         except Exception as error:  # the edge: what nobody named becomes INTERNAL
             logger.exception("gRPC call failed")
             raise _failed(context, rpc_failure(SpecPrefillError())) from error
 
-    def _authenticate(self, context: CallContext) -> None:
-        if not self._keys:
-            return
-        scheme, _, key = (_authorization(context) or "").partition(" ")
-        known = [secrets.compare_digest(_digest(key), each) for each in self._keys]
-        if scheme.lower() != "bearer" or not any(known):
-            raise _Unauthenticated
+    def _key_name(self, context: CallContext) -> str | None:
+        return self._keys.name_of(_metadata(context))
 
 
-def _authorization(context: CallContext) -> str | None:
-    metadata = dict(context.invocation_metadata() or ())
-    value = metadata.get("authorization")
-    return None if value is None else str(value)
+def _metadata(context: CallContext) -> dict[str, str]:
+    return {name: str(value) for name, value in context.invocation_metadata() or ()}
 
 
 def _failed(context: CallContext, failure: RpcFailed) -> RpcFailed:
     context.set_code(failure.code)
     context.set_details(failure.details)
     return failure
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()

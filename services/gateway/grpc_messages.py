@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import math
 from typing import Any
 
 from google.protobuf.message import Message
-from vllm.exceptions import VLLMClientError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from ..errors import InvalidRequest
 from ..rpc import specprefill_pb2 as pb
 from ..types import Chunk, Controls, Report, Selection, TokenLogprob
-from .client import as_invalid
+from .client import CLIENT_ERRORS, as_invalid
 from .controls import checked, rate, strings, timeout
+from .request_json import JsonLimits, parse_json
 
 _PLAIN_SAMPLING = (
     "max_tokens",
@@ -32,17 +32,22 @@ _PLAIN_SAMPLING = (
 )
 
 
-def sampling_params(sampling: pb.Sampling, defaults: dict[str, Any]) -> SamplingParams:
+def sampling_params(
+    sampling: pb.Sampling, defaults: dict[str, Any], limits: JsonLimits
+) -> SamplingParams:
     """vLLM's parameters; an absent field takes the model's default.
 
-    Raises InvalidRequest, naming the field, on what vLLM refuses.
+    Raises InvalidRequest, naming the field, on what vLLM refuses, and on what is no number.
     """
     given = {name: getattr(sampling, name) for name in _PLAIN_SAMPLING if sampling.HasField(name)}
+    for name, value in given.items():
+        if not math.isfinite(value):
+            raise InvalidRequest(f"sampling.{name}: must be finite, not {value}", name)
     lists = {"stop": list(sampling.stop), "stop_token_ids": list(sampling.stop_token_ids)}
     fields: dict[str, Any] = {"max_tokens": None, **defaults, **lists, **given}
     try:
-        return SamplingParams(structured_outputs=_constraint(sampling), **fields)
-    except (VLLMClientError, ValueError) as error:
+        return SamplingParams(structured_outputs=_constraint(sampling, limits), **fields)
+    except CLIENT_ERRORS as error:
         raise as_invalid(error) from error
 
 
@@ -66,24 +71,26 @@ def timeout_s(message: pb.GenerateRequest | pb.ScoreRequest) -> float | None:
     return timeout("timeout_s", None if value is None else str(value))
 
 
-def chat_messages(conversation: pb.Conversation) -> list[dict[str, Any]]:
-    """OpenAI's message list."""
+def chat_messages(conversation: pb.Conversation, limits: JsonLimits) -> list[dict[str, Any]]:
+    """OpenAI's message list. Raises InvalidRequest unless there are some, and not too many."""
     if not conversation.messages:
         raise InvalidRequest(
             "conversation.messages: must hold at least one message", "conversation.messages"
         )
+    if len(conversation.messages) > limits.items:
+        raise InvalidRequest(
+            f"conversation.messages: must hold at most {limits.items} messages",
+            "conversation.messages",
+        )
     return [{"role": each.role, "content": each.content} for each in conversation.messages]
 
 
-def tools(conversation: pb.Conversation) -> list[dict[str, Any]] | None:
+def tools(conversation: pb.Conversation, limits: JsonLimits) -> list[dict[str, Any]] | None:
     """The template's tools. Raises InvalidRequest unless a JSON list of objects."""
     if not conversation.HasField("tools_json"):
         return None
     field = "conversation.tools_json"
-    try:
-        value = json.loads(conversation.tools_json)
-    except json.JSONDecodeError as error:
-        raise InvalidRequest(f"{field}: is not valid JSON: {error}", field) from error
+    value = parse_json(conversation.tools_json, limits, field, field)
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
         raise InvalidRequest(f"{field}: must be a JSON list of tool objects", field)
     return value
@@ -203,12 +210,13 @@ def _candidate(each: TokenLogprob) -> pb.TokenLogprob:
     )
 
 
-def _constraint(sampling: pb.Sampling) -> StructuredOutputsParams | None:
+def _constraint(sampling: pb.Sampling, limits: JsonLimits) -> StructuredOutputsParams | None:
     kind = sampling.WhichOneof("constraint")
     if kind is None:
         return None
     if kind == "regex":
         return StructuredOutputsParams(regex=sampling.regex)
+    parse_json(sampling.json_schema, limits, "sampling.json_schema", "json_schema")
     return StructuredOutputsParams(json=sampling.json_schema)
 
 

@@ -1,14 +1,15 @@
-"""Prometheus metrics of the pipeline, around it: the pipeline itself knows none of this.
+"""Metrics of the pipeline, around it: the pipeline itself knows none of this.
 
-They stand beside the HTTP metrics of vLLM's server on `/metrics`; names end in their unit.
+They are Ray's (`ray_specprefill_*`), so that one scrape sees every gateway.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from typing import Any
 
-from prometheus_client import Counter, Histogram
+from ray.serve import metrics
 
 from ..errors import Overloaded, SpecPrefillError
 from ..gate import AdmittingPipeline
@@ -19,31 +20,78 @@ from ..types import Chunk, Report, Request, Selection
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)
 _RATIOS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2, 4, 8)
 _RATES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-
-REQUESTS = Counter(
-    "specprefill_requests_total", "Requests by how they ended", ["outcome", "plan", "reason"]
-)
-PROMPT_TOKENS = Counter("specprefill_prompt_tokens_total", "Prompt tokens that callers sent")
-KEPT_TOKENS = Counter("specprefill_kept_tokens_total", "Prompt tokens that were prefilled")
-RECOMPUTED = Counter(
-    "specprefill_recomputed_total", "Requests whose KV was computed again by decode"
-)
-PREFILLED = Counter(
-    "specprefill_prefilled_total", "Prompts by the pool that computed them", ["pool"]
-)
-TTFT = Histogram(
-    "specprefill_time_to_first_token_seconds", "Until the first token", ["plan"], buckets=_SECONDS
-)
-STAGE = Histogram("specprefill_stage_seconds", "Time in a stage", ["stage"], buckets=_SECONDS)
-KEEP_RATE = Histogram("specprefill_keep_rate", "Kept share of pruned prompts", buckets=_RATES)
-TTFT_FORESEEN = Histogram(
-    "specprefill_time_to_first_token_ratio",
-    "Time to first token over what the plan was decided on",
-    ["plan"],
-    buckets=_RATIOS,
-)
-SHED = Counter("specprefill_shed_total", "Requests refused under load", ["reason"])
 ENDED, CLOSED = "answered", "client_closed"
+
+
+class PipelineMetrics:
+    """One gateway's counters. `make` has `Counter` and `Histogram`, as `ray.serve.metrics` has."""
+
+    def __init__(self, make: Any = metrics) -> None:
+        def counter(name: str, description: str, *tags: str) -> Any:
+            return make.Counter(f"specprefill_{name}", description=description, tag_keys=tags)
+
+        def histogram(name: str, description: str, bounds: tuple[float, ...], *tags: str) -> Any:
+            return make.Histogram(
+                f"specprefill_{name}", description=description, boundaries=bounds, tag_keys=tags
+            )
+
+        self._requests = counter(
+            "requests_total", "Requests by how they ended", "outcome", "plan", "reason"
+        )
+        self._prompt_tokens = counter("prompt_tokens_total", "Prompt tokens that callers sent")
+        self._kept_tokens = counter("kept_tokens_total", "Prompt tokens that were prefilled")
+        self._recomputed = counter(
+            "recomputed_total", "Requests whose KV was computed again by decode"
+        )
+        self._prefilled = counter(
+            "prefilled_total", "Prompts by the pool that computed them", "pool"
+        )
+        self._shed = counter("shed_total", "Requests refused under load", "reason")
+        self._ttft = histogram(
+            "time_to_first_token_seconds", "Until the first token", _SECONDS, "plan"
+        )
+        self._stage = histogram("stage_seconds", "Time in a stage", _SECONDS, "stage")
+        self._keep_rate = histogram("keep_rate", "Kept share of pruned prompts", _RATES)
+        self._ttft_foreseen = histogram(
+            "time_to_first_token_ratio",
+            "Time to first token over what the plan was decided on",
+            _RATIOS,
+            "plan",
+        )
+
+    def shed(self, reason: str) -> None:
+        """Count a request that was refused under load."""
+        self._shed.inc(1, {"reason": reason})
+
+    def ended(self, request: Request, outcome: str, report: Report | None) -> None:
+        """Count a request; `report` None: it has no answer."""
+        self._prompt_tokens.inc(max(1, len(request.prompt)))
+        if report is None:
+            self._requests.inc(1, {"outcome": outcome, "plan": "", "reason": ""})
+            return
+        plan, reason = report.plan.value, report.reason.value
+        self._requests.inc(1, {"outcome": outcome, "plan": plan, "reason": reason})
+        self._kept_tokens.inc(report.kept_tokens)
+        if report.recomputed:
+            self._recomputed.inc(1)
+        self._prefilled.inc(1, {"pool": report.prefilled_by.value})
+        self._observe_times(report)
+        if report.kept_tokens < report.prompt_tokens:
+            self._keep_rate.observe(report.keep_rate)
+
+    def _observe_times(self, report: Report) -> None:
+        plan = {"plan": report.plan.value}
+        self._ttft.observe(report.ttft_s, plan)
+        if report.expected is not None:
+            self._ttft_foreseen.observe(report.ttft_s / report.expected.of(report.plan), plan)
+        for stage, seconds in (
+            ("queue", report.queue_s),
+            ("speculate", report.speculate_s),
+            ("prefill", report.prefill_s),
+            ("transfer", report.transfer_s),
+            ("first_decode", report.first_decode_s),
+        ):
+            self._stage.observe(seconds, {"stage": stage})
 
 
 Learn = Callable[[Request, Report], None]
@@ -55,8 +103,14 @@ class MeasuredPipeline:
     `learn` is told of every finished request.
     """
 
-    def __init__(self, pipeline: Pipeline | AdmittingPipeline, learn: Learn | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline | AdmittingPipeline,
+        counted: PipelineMetrics,
+        learn: Learn | None = None,
+    ) -> None:
         self._pipeline = pipeline
+        self._metrics = counted
         self._learn = learn
         self.planner: Planner = pipeline.planner
 
@@ -73,39 +127,14 @@ class MeasuredPipeline:
         except SpecPrefillError as error:
             outcome = type(error).__name__
             if isinstance(error, Overloaded):
-                SHED.labels(error.reason).inc()
+                self._metrics.shed(error.reason)
             raise
         finally:
             # The consumer may close the stream right after the last chunk: that is no abort.
-            _count(request, ENDED if report is not None else outcome, report)
+            self._metrics.ended(request, ENDED if report is not None else outcome, report)
             if report is not None and self._learn is not None:
                 self._learn(request, report)
 
     async def select(self, request: Request) -> Selection:
         """See Pipeline.select."""
         return await self._pipeline.select(request)
-
-
-def _count(request: Request, outcome: str, report: Report | None) -> None:
-    PROMPT_TOKENS.inc(len(request.prompt))
-    if report is None:
-        REQUESTS.labels(outcome, "", "").inc()
-        return
-    REQUESTS.labels(outcome, report.plan, report.reason).inc()
-    KEPT_TOKENS.inc(report.kept_tokens)
-    RECOMPUTED.inc(report.recomputed)
-    PREFILLED.labels(report.prefilled_by).inc()
-    TTFT.labels(report.plan).observe(report.ttft_s)
-    if report.expected is not None:
-        foreseen_s = report.expected.of(report.plan)
-        TTFT_FORESEEN.labels(report.plan).observe(report.ttft_s / foreseen_s)
-    if report.kept_tokens < report.prompt_tokens:
-        KEEP_RATE.observe(report.keep_rate)
-    for stage, seconds in (
-        ("queue", report.queue_s),
-        ("speculate", report.speculate_s),
-        ("prefill", report.prefill_s),
-        ("transfer", report.transfer_s),
-        ("first_decode", report.first_decode_s),
-    ):
-        STAGE.labels(stage).observe(seconds)

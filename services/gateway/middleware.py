@@ -7,6 +7,7 @@ engine client, and the client's report or failure back.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -14,15 +15,25 @@ import msgspec
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, Overloaded, SpecPrefillError
+from ..front import TIMEOUT_HEADER as FRONT_TIMEOUT_HEADER
+from .bodies import BodyReader, BodyTooLarge, BodyTooSlow, Disconnected
 from .context import CURRENT, RequestContext, fair_key
-from .controls import FIELD, conversation, pop_controls, timeout
-from .failures import Failure, http_failure, too_large
+from .controls import FIELD, conversation, pop_controls, shortened, timeout
+from .failures import Failure, anthropic_error, http_failure, too_large, too_slow
+from .keys import KEY_NAME
 from .reports import story_json
+from .request_json import JsonLimits, parse_json
+from .routes import ANTHROPIC, GENERATING
+
+logger = logging.getLogger(__name__)
 
 TIMEOUT_HEADER = "x-request-timeout-seconds"
 SHED_REASON_HEADER = "x-specprefill-shed-reason"
-_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+REQUEST_ID_HEADER = "x-request-id"
+_MAX_ID = 256  # characters of a request id: it stands in every log line
+# What reading a value of an unexpected type raises, in validators that expect the usual one.
+_OVER_VALUES = (AttributeError, LookupError, RecursionError, AssertionError)
 _DATA = b"data: "
 # Serve's proxy enforces the same header with a bare 408 or a cut stream: be a little earlier.
 _AHEAD_OF_PROXY_S = 0.25
@@ -31,9 +42,10 @@ _AHEAD_OF_PROXY_S = 0.25
 class RequestMiddleware:
     """Pure ASGI middleware; it never buffers a stream."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, bodies: BodyReader, limits: JsonLimits) -> None:
         self._app = app
-        self._max_body_bytes = max_body_bytes
+        self._bodies = bodies
+        self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -41,46 +53,38 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         try:
-            body = await _read_body(Headers(scope=scope), receive, self._max_body_bytes)
-            context, body = _admit(scope, body)
-        except _TooLarge:
-            await _send_failure(send, too_large(self._max_body_bytes))
+            body = await self._bodies.read(Headers(scope=scope), receive)
+            context, body = _admit(scope, body, self._limits)
+        except BodyTooLarge:
+            await send_failure(scope, send, too_large(self._bodies.max_bytes))
             return
-        except _Disconnected:
+        except BodyTooSlow:
+            await send_failure(scope, send, too_slow())
             return
-        except InvalidRequest as error:
-            await _send_failure(send, http_failure(error))
+        except Disconnected:
             return
-        reply = _Reply(send, context)
+        except (InvalidRequest, Overloaded) as error:
+            await send_failure(scope, send, http_failure(error))
+            return
+        reply = _Reply(scope, send, context)
         token = CURRENT.set(context)
         try:
             await self._app(scope, _replay(body, receive), reply.send)
+        except Exception as error:
+            if reply.started:
+                raise
+            await send_failure(scope, send, http_failure(_unforeseen(error, context)))
         finally:
             CURRENT.reset(token)
 
 
-class _TooLarge(Exception):
-    """The body exceeds the limit."""
-
-
-class _Disconnected(Exception):
-    """The client left before its body was complete."""
-
-
-async def _read_body(headers: Headers, receive: Receive, limit: int) -> bytes:
-    declared = headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > limit:
-        raise _TooLarge
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise _Disconnected
-        body += message.get("body", b"")
-        if len(body) > limit:
-            raise _TooLarge
-        if not message.get("more_body", False):
-            return bytes(body)
+def _unforeseen(error: Exception, context: RequestContext) -> SpecPrefillError:
+    """What an error is that no handler named: the caller's, while its values were being read."""
+    if context.prompts_started == 0 and isinstance(error, _OVER_VALUES):
+        logger.warning("request refused: %s: %s", type(error).__name__, error)
+        return InvalidRequest(f"The request cannot be read: {type(error).__name__}")
+    logger.exception("request failed")
+    return SpecPrefillError(str(error))
 
 
 def _replay(body: bytes, receive: Receive) -> Callable[[], Awaitable[Message]]:
@@ -93,30 +97,56 @@ def _replay(body: bytes, receive: Receive) -> Callable[[], Awaitable[Message]]:
     return replay
 
 
-def _admit(scope: Scope, body: bytes) -> tuple[RequestContext, bytes]:
-    """The request's context, and the body as vLLM's own handlers shall see it."""
+def _admit(scope: Scope, body: bytes, limits: JsonLimits) -> tuple[RequestContext, bytes]:
+    """The request's context, and the body as vLLM's own handlers shall see it.
+
+    Raises InvalidRequest.
+    """
     headers = Headers(scope=scope)
     context = RequestContext(
-        timeout_s=_timeout_s(headers), key=fair_key(headers.get("authorization"))
+        timeout_s=_timeout_s(headers),
+        key=scope.get(KEY_NAME) or fair_key(headers.get("authorization")),
+        anthropic=_path(scope) in ANTHROPIC,
     )
-    path = scope["path"].removeprefix(scope.get("root_path", ""))
-    if path not in _PATHS:
-        return context, body
-    try:
-        fields = msgspec.json.decode(body)
-    except msgspec.DecodeError as error:
-        raise InvalidRequest(f"The request body is not valid JSON: {error}") from error
-    if not isinstance(fields, dict):
+    _check_id(REQUEST_ID_HEADER, headers.get(REQUEST_ID_HEADER))
+    if not body or not _may_be_json(headers):
+        return context, body  # vLLM's handlers refuse it
+    fields = parse_json(body, limits, "The request body")
+    if _path(scope) not in GENERATING or not isinstance(fields, dict):
         return context, body
     if fields.get("use_beam_search"):
         raise InvalidRequest("use_beam_search: beam search is not supported", "use_beam_search")
+    _check_id("request_id", fields.get("request_id"))
     sent = len(fields)
     context.controls = pop_controls(fields)
-    context.messages = conversation(path, fields)
+    context.messages = conversation(_path(scope), fields)
     return context, body if len(fields) == sent else msgspec.json.encode(fields)
 
 
+def _path(scope: Scope) -> str:
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
+
+
+def _may_be_json(headers: Headers) -> bool:
+    """Whether the body would be read as JSON by whoever reads it."""
+    kind = headers.get("content-type", "").lower()
+    return not kind or "json" in kind
+
+
+def _check_id(field: str, value: object) -> None:
+    """Refuse an id that would break log lines; the server behind refuses what is no text."""
+    if isinstance(value, str) and not (len(value) <= _MAX_ID and value.isprintable()):
+        raise InvalidRequest(
+            f"{field}: must be at most {_MAX_ID} printable characters, not {shortened(value)}",
+            field,
+        )
+
+
 def _timeout_s(headers: Headers) -> float | None:
+    """The time that the caller gives. The front hides it from Serve, whose proxies cut off."""
+    hidden = headers.get(FRONT_TIMEOUT_HEADER)
+    if hidden is not None:
+        return timeout(TIMEOUT_HEADER, hidden)
     asked_s = timeout(TIMEOUT_HEADER, headers.get(TIMEOUT_HEADER))
     return None if asked_s is None else max(asked_s / 2, asked_s - _AHEAD_OF_PROXY_S)
 
@@ -128,13 +158,15 @@ class _Reply:
     the status it deserves.
     """
 
-    def __init__(self, send: Send, context: RequestContext) -> None:
-        self._send = send
+    def __init__(self, scope: Scope, send: Send, context: RequestContext) -> None:
+        self._scope = scope
+        self._to_client = send
         self._context = context
         self._start: Message | None = None  # held back until the first body message
         self._streaming = False
         self._body = bytearray()
         self._replaced = False
+        self.started = False  # the client has got something
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -147,6 +179,10 @@ class _Reply:
             await self._send_event(message)
         elif not self._replaced:
             await self._send_whole(message)
+
+    async def _send(self, message: Message) -> None:
+        self.started = True
+        await self._to_client(message)
 
     async def _send_event(self, message: Message) -> None:
         if self._replaced:
@@ -173,6 +209,9 @@ class _Reply:
         body = bytes(self._body)
         if start["status"] == 200:
             body = _amend_json(body, self._context)
+        elif self._context.anthropic:
+            body = _in_anthropic_form(body, start["status"])
+        if len(body) != len(self._body):
             MutableHeaders(raw=start["headers"])["content-length"] = str(len(body))
         await self._send(start)
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
@@ -181,9 +220,8 @@ class _Reply:
         """Answer with the recorded failure in place of what vLLM made of it."""
         self._replaced = True
         if self._context.error is not None:
-            await _send_failure(
-                self._send, http_failure(self._context.error), Headers(raw=start["headers"])
-            )
+            headers = Headers(raw=start["headers"])
+            await send_failure(self._scope, self._send, http_failure(self._context.error), headers)
 
 
 def _amend_json(body: bytes, context: RequestContext) -> bytes:
@@ -206,7 +244,8 @@ def _amend_line(line: bytes, context: RequestContext) -> bytes:
         return line
     event = json.loads(line[len(_DATA) :])
     if context.error is not None:
-        return _DATA + http_failure(context.error).body() if "error" in event else line
+        failure = http_failure(context.error).body(anthropic=context.anthropic)
+        return _DATA + failure if "error" in event else line
     story = context.story()
     if story is None or not _ends_answer(event):
         return line
@@ -225,8 +264,23 @@ def _dumps(value: object) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-async def _send_failure(send: Send, failure: Failure, inherited: Headers | None = None) -> None:
-    body = failure.body()
+def _in_anthropic_form(body: bytes, status: int) -> bytes:
+    """vLLM states what its handlers refuse in Anthropic's form, and what FastAPI refuses not."""
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        return body
+    error = answer.get("error") if isinstance(answer, dict) else None
+    if not isinstance(error, dict) or answer.get("type") == "error":
+        return body
+    return anthropic_error(status, str(error.get("message")))
+
+
+async def send_failure(
+    scope: Scope, send: Send, failure: Failure, inherited: Headers | None = None
+) -> None:
+    """Answer a request of `scope` with `failure`, in the form of the API that it is for."""
+    body = failure.body(anthropic=_path(scope) in ANTHROPIC)
     headers = MutableHeaders(raw=[] if inherited is None else list(inherited.raw))
     headers["content-type"] = "application/json"
     headers["content-length"] = str(len(body))

@@ -29,13 +29,17 @@ from ..kv.holding import RemoteLeases
 from ..kv.prefilling import prefilling
 from ..ports import Prefilling
 from ..types import Decoded, Plan, Prefilled, Replay, Request, Selection, Ticket
-from .affinity import load_of
+from .affinity import load_of, whole_load_of
+from .health import SPECULATOR, PoolCounts
+from .serve_calls import call_alone
 
 logger = logging.getLogger(__name__)
 
 Carried = dict[str, list[ray.ObjectRef]]  # lease id -> one object per rank; empty: gRPC carries
 
 _RETRY_AFTER_S = 1.0
+_SELF_TEST_S = 10.0  # to ask for its result
+_GRACE_S = 0.5  # for a replica's answer that says that the time was used up
 
 
 def by_reference(handle: DeploymentHandle) -> DeploymentHandle:
@@ -45,16 +49,34 @@ def by_reference(handle: DeploymentHandle) -> DeploymentHandle:
 
 @dataclass(frozen=True, slots=True)
 class ServeSpeculator:
-    """The speculator pool."""
+    """The speculator pool. `count` is asked whether it has any replica, where none answers."""
 
     handle: DeploymentHandle
+    count: PoolCounts | None = None
 
     async def select(self, request: Request, plan: Plan, timeout_s: float) -> Selection:
         """See `ports.Speculator`."""
         with mapped_errors("speculator", SpeculatorUnavailable, broken=SpeculatorUnavailable):
             payload = wire.pack((request, plan, timeout_s))
-            reply = await _call(self.handle, "select", timeout_s, payload)
+            load = wire.pack(whole_load_of(request.prompt))
+            # The replica's own word comes first: it knows what the time went into.
+            try:
+                reply = await _call(self.handle, "select", timeout_s + _GRACE_S, payload, load)
+            except TimeoutError:
+                if await self._is_empty():
+                    raise SpeculatorUnavailable("no speculator replica runs") from None
+                raise
         return wire.unpack(reply, Selection)
+
+    async def self_test(self) -> float | None:
+        """The share of generated facts that the draft keeps; None: not known."""
+        with mapped_errors("speculator", SpeculatorUnavailable, broken=SpeculatorUnavailable):
+            facts_kept: float | None = await _call(self.handle, "self_test", _SELF_TEST_S)
+        return facts_kept
+
+    async def _is_empty(self) -> bool:
+        """Calls to a pool without replicas wait for one: nobody is slow, nobody is there."""
+        return self.count is not None and (await self.count())[SPECULATOR] == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +96,10 @@ class ServePrefiller:
     ) -> AsyncIterator[Prefilling]:
         """See `ports.Prefiller`."""
         payload = wire.pack((request, selection, timeout_s))
-        with mapped_errors("prefill", PrefillUnavailable):
-            load = wire.pack(load_of(request.prompt, selection))
-            call = self.handle.options(method_name="prefill", stream=True)
-            stream = call.remote(payload, load)
-        items = _items(stream, "prefill", PrefillUnavailable, timeout_s)
+        load = wire.pack(load_of(request.prompt, selection))
+        call = self.handle.options(method_name="prefill", stream=True)
         async with (
+            _streamed(call, "prefill", PrefillUnavailable, timeout_s, payload, load) as items,
             aclosing(self._said(items)) as said,
             prefilling(said, self.leases) as one,
         ):
@@ -120,31 +140,44 @@ class ServeDecoder:
     ) -> AsyncIterator[Decoded]:
         """See `ports.Decoder`."""
         payload = wire.pack((request, selection, ticket, replay, timeout_s))
-        with mapped_errors("decode", DecodeUnavailable):
-            objects = [] if ticket is None else self.carried.get(ticket.lease_id, [])
-            call = self.handle.options(method_name="decode", stream=True)
-            stream = call.remote(payload, objects)
-        async with aclosing(_items(stream, "decode", DecodeUnavailable, timeout_s)) as items:
+        objects = [] if ticket is None else self.carried.get(ticket.lease_id, [])
+        call = self.handle.options(method_name="decode", stream=True)
+        decoding = _streamed(call, "decode", DecodeUnavailable, timeout_s, payload, objects)
+        async with decoding as items:
             async for item in items:
                 yield wire.unpack(item, Decoded)
+
+
+@asynccontextmanager
+async def _streamed(
+    handle: DeploymentHandle,
+    pool: str,
+    unavailable: type[Unavailable],
+    timeout_s: float,
+    *messages: object,
+) -> AsyncIterator[AsyncGenerator[Any]]:
+    """What a replica streams, until `timeout_s` have passed. Leaving cancels the call."""
+    with mapped_errors(pool, unavailable):
+        stream = call_alone(handle, *messages)
+    try:
+        async with aclosing(_items(stream, pool, unavailable, timeout_s)) as items:
+            yield items
+    finally:
+        stream.cancel()  # otherwise the replica works on for nobody
 
 
 async def _items(
     stream: Any, pool: str, unavailable: type[Unavailable], timeout_s: float
 ) -> AsyncGenerator[Any]:
-    """What a replica streams, until `timeout_s` have passed."""
     deadline = asyncio.get_running_loop().time() + timeout_s
-    try:
-        while True:
-            with mapped_errors(pool, unavailable):
-                try:
-                    async with asyncio.timeout_at(deadline):
-                        item = await anext(stream)
-                except StopAsyncIteration:
-                    return
-            yield item
-    finally:
-        stream.cancel()  # otherwise a cancelled caller may leave the replica working
+    while True:
+        with mapped_errors(pool, unavailable):
+            try:
+                async with asyncio.timeout_at(deadline):
+                    item = await anext(stream)
+            except StopAsyncIteration:
+                return
+        yield item
 
 
 @contextmanager
@@ -179,7 +212,7 @@ def mapped_errors(
 
 
 async def _call(handle: DeploymentHandle, method: str, timeout_s: float, *messages: bytes) -> Any:
-    response = handle.options(method_name=method).remote(*messages)
+    response = call_alone(handle.options(method_name=method), *messages)
     try:
         async with asyncio.timeout(timeout_s):
             reply = await response

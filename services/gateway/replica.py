@@ -2,31 +2,52 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
+import ray
+from grpc_health.v1.health_pb2 import (
+    HealthCheckRequest,
+    HealthCheckResponse,
+    HealthListRequest,
+    HealthListResponse,
+)
 from ray import serve
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
 from .. import heap
 from ..config import AppConfig
+from ..deployment_file import DRAINING
+from ..front import require_front
 from ..kv.rpc import KvPeers
 from ..kv.tls import read_tls
 from ..pipeline import Pipeline
-from ..policies import local_prefill, net_gain, planner
+from ..policies import fallback, local_prefill, net_gain, patience, planner
+from ..replica_logging import log_with_serve
 from ..rpc import specprefill_pb2 as pb
+from .access import RequestLimit
 from .admission import behind_gate
 from .app import build_client, build_http_app
 from .calibration import calibration
 from .client import Answering
 from .grpc_api import GrpcApi
-from .metrics import MeasuredPipeline
+from .grpc_health import GrpcHealth
+from .grpc_log import log_refusals_in_one_line
+from .health import GATEWAY
+from .key_usage import KeyUsage
+from .keys import read_keys
+from .metrics import MeasuredPipeline, PipelineMetrics
 from .pools import Carried, ServeDecoder, ServePrefiller, ServeSpeculator, by_reference
+from .request_json import JsonLimits
+from .scrape import ServiceMetrics
+from .self_test import SelfTestWatch
 from .serve_health import ServeHealth
-from .shadowing import ShadowedPipeline
+from .serve_ports import bind_grpc_as_http, limit_grpc_messages
+from .shadowing import ShadowedPipeline, ShadowMetrics
 from .traffic import CountedPipeline, GatewayTraffic
 
 
@@ -40,58 +61,95 @@ class GatewayReplica:
         prefill: DeploymentHandle,
         decode: DeploymentHandle,
     ) -> None:
+        log_with_serve()
+        log_refusals_in_one_line()
+        bind_grpc_as_http()
         self._config = AppConfig.model_validate_json(config_json)
+        require_front(self._config.gateway, os.environ)
+        limit_grpc_messages(self._config.gateway.max_body_bytes)
+        counted = PipelineMetrics()
+        self._keys = read_keys(self._config.gateway.api_keys, os.environ)
+        self._limit = RequestLimit(self._config.gateway.max_concurrent_requests, counted.shed)
+        context = serve.get_replica_context()
         pools = {
+            GATEWAY: context.deployment,
             "speculator": speculator.deployment_name,
             "prefill": prefill.deployment_name,
             "decode": decode.deployment_name,
         }
         self._peers = KvPeers(read_tls(self._config.kv.tls))
-        self._health = ServeHealth(serve.get_replica_context().app_name, pools, serve.status)
+        self._health = ServeHealth(context.app_name, pools, serve.status)
         if self._config.kv.carrier == "object_ref":  # calls by gRPC would hold them for ever
             prefill, decode = by_reference(prefill), by_reference(decode)
         carried: Carried = {}
+        pool = ServeSpeculator(speculator, self._health.newest)
+        self._self_test = SelfTestWatch(pool.self_test)
         gain = net_gain(self._config)
         pipeline = Pipeline(
-            speculator=ServeSpeculator(speculator),
+            speculator=pool,
             prefiller=ServePrefiller(prefill, self._peers, carried),
             decoder=ServeDecoder(decode, carried),
-            planner=planner(self._config.selection, gain),
-            speculate_timeout_s=self._config.speculator.timeout_s,
+            planner=planner(self._config.selection, gain, self._self_test.is_unfit),
+            patience=patience(self._config.speculator),
+            fallback=fallback(self._config),
+            on_unscored=gain.learn_unscored,
             overlap=self._config.kv.overlap,
             local=local_prefill(self._config.kv, gain.models),
         )
         admitting = behind_gate(pipeline, self._config.gateway, gain.models, self._health.count)
         self._traffic, self._models = GatewayTraffic(), gain.models
         live: Answering = CountedPipeline(
-            MeasuredPipeline(admitting, gain.learn),
+            MeasuredPipeline(admitting, counted, gain.learn),
             self._config.selection.min_kept_tokens,
             self._traffic,
             time.monotonic,
         )
         self._shadowed: ShadowedPipeline | None = None
         if self._config.quality.shadow_share > 0:
-            live = self._shadowed = ShadowedPipeline(live, pipeline, self._config.quality)
-        self._client = build_client(self._config, live)
+            live = self._shadowed = ShadowedPipeline(
+                live, pipeline, self._config.quality, ShadowMetrics()
+            )
+        usage = KeyUsage().count if self._keys else None
+        self._client = build_client(self._config, live, usage)
         self._calibration = calibration(pipeline, gain.models, self._client.model_config)
         self._calibration.start()
+        if self._config.speculator.self_test:
+            self._self_test.start()
         self._grpc = GrpcApi(
             self._client,
             self._config.model.served_name,
-            self._config.gateway.api_keys,
+            self._keys,
+            self._limit,
             self._health.count,
+            max_message_bytes=self._config.gateway.max_body_bytes,
+            json_limits=JsonLimits(self._config.gateway.max_request_items),
         )
+        self._grpc_health = GrpcHealth(self._health.count, self._limit)
         heap.freeze()
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve calls this in every gateway when the deployment's `user_config` changes."""
+        if user_config.get(DRAINING):
+            self._limit.drain()
 
     async def __del__(self) -> None:
         if self._shadowed is not None:
             await self._shadowed.close()
         await self._calibration.close()
+        await self._self_test.close()
         await self._peers.close()
 
     async def __serve_build_asgi_app__(self) -> Any:
         """Serve calls this after the constructor."""
-        return await build_http_app(self._config, self._client, self._health.count)
+        return await build_http_app(
+            self._config,
+            self._client,
+            self._health.count,
+            self._keys,
+            self._limit,
+            ServiceMetrics(ray.nodes).text,
+            lambda: self._self_test.facts_kept,
+        )
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What the autoscaling policy is told of this gateway's requests."""
@@ -122,3 +180,18 @@ class GatewayReplica:
     ) -> pb.HealthResponse:
         """See the proto."""
         return await self._grpc.health(request, grpc_context)
+
+    async def Check(self, request: HealthCheckRequest) -> HealthCheckResponse:
+        """`grpc.health.v1.Health`."""
+        return await self._grpc_health.check(request)
+
+    async def Watch(self, request: HealthCheckRequest) -> AsyncIterator[HealthCheckResponse]:
+        """`grpc.health.v1.Health`."""
+        async with aclosing(self._grpc_health.watch(request)) as changes:
+            async for change in changes:
+                yield change
+
+    async def List(self, request: HealthListRequest) -> HealthListResponse:
+        """`grpc.health.v1.Health`."""
+        del request
+        return await self._grpc_health.list()

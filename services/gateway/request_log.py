@@ -10,14 +10,14 @@ class RequestLog:
 
     def __init__(self, request: Request) -> None:
         self._request = request
-        self._tokens = 0
+        self.output_tokens = 0
         self._report: Report | None = None
         self._error: Exception | None = None
         self.open_samples = request.samples
 
     def add(self, chunk: Chunk) -> None:
         """Count a chunk."""
-        self._tokens += len(chunk.token_ids)
+        self.output_tokens += len(chunk.token_ids)
         self.open_samples -= chunk.finished
         if chunk.report is not None:
             self._report = chunk.report
@@ -32,8 +32,10 @@ class RequestLog:
             "request_id": self._request.request_id,
             "outcome": self._outcome(),
             "prompt_tokens": len(self._request.prompt),
-            "output_tokens": self._tokens,
+            "output_tokens": self.output_tokens,
         }
+        if self._request.key is not None:
+            pairs["key"] = self._request.key
         if self._report is not None:
             pairs |= {
                 "plan": self._report.plan.value,

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ServeStatus
+
+logger = logging.getLogger(__name__)
 
 _MAX_AGE_S = 1.0  # asking the controller more often tells nothing new
 
@@ -20,20 +26,53 @@ class ServeHealth:
         pools: Mapping[str, str],  # pool -> deployment
         status: Callable[[], ServeStatus],
         now: Callable[[], float] = time.monotonic,
+        patience_s: float = 0.25,
     ) -> None:
         self._app_name = app_name
         self._pools = pools
         self._status = status
         self._now = now
-        self._counts: Mapping[str, int] = {}
+        self._patience_s = patience_s
+        self._counts: Mapping[str, int] | None = None
         self._asked_s = -float("inf")
+        self._reading: asyncio.Task[None] | None = None
+        self._thread = ThreadPoolExecutor(1)  # never behind the work of requests
 
     async def count(self) -> Mapping[str, int]:
-        """Running replicas by pool."""
+        """Running replicas by pool. A controller that is slow to answer delays only the first."""
         if self._now() - self._asked_s >= _MAX_AGE_S:
+            self._start_reading()
+        if self._reading is not None:
+            known = self._counts is not None
+            await asyncio.wait([self._reading], timeout=self._patience_s if known else None)
+            if self._counts is None:
+                self._reading.result()  # raises why
+        return self._counts or dict.fromkeys(self._pools, 0)
+
+    async def newest(self) -> Mapping[str, int]:
+        """As `count`, from an answer of the controller that was not asked for before."""
+        if self._reading is not None:
+            await asyncio.wait([self._reading])
+        await asyncio.wait([self._start_reading()])
+        return self._counts or dict.fromkeys(self._pools, 0)
+
+    def _start_reading(self) -> asyncio.Task[None]:
+        """Ask the controller, unless it is being asked."""
+        if self._reading is None or self._reading.done():
             self._asked_s = self._now()
-            self._counts = self._read(await asyncio.to_thread(self._status))
-        return self._counts
+            self._reading = asyncio.create_task(self._refresh())
+        return self._reading
+
+    async def _refresh(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            status = await loop.run_in_executor(self._thread, self._status)
+        except (RayError, RayServeException) as error:
+            if self._counts is None:
+                raise
+            logger.info("replica counts: %s", error)  # the controller is away: keep what we know
+            return
+        self._counts = self._read(status)
 
     def _read(self, status: ServeStatus) -> Mapping[str, int]:
         application = status.applications.get(self._app_name)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import Any
 
 import msgspec
-from prometheus_client import Counter, Histogram
+from ray.serve import metrics
 
 from ..config import QualityConfig
 from ..engine.outputs import sampling_params
@@ -19,39 +20,65 @@ from .client import Answering
 CANDIDATES = 5  # of each token of the dense copy, to tell how far off the pruned token is
 
 _RATES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
-_SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
-_TOKENS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_SHARES = (0.001, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+_TOKENS = (0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _NATS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16)
 
-COPIES = Counter(
-    "specprefill_shadow_total",
-    "Pruned answers sampled for a dense copy, by what came of it",
-    ["outcome", "keep_rate"],  # the rate is the upper end of its bucket
-)
-AGREEMENT_SHARE = Histogram(
-    "specprefill_shadow_agreement_ratio",
-    "Equal tokens before the first difference, as a share of the longer answer",
-    ["keep_rate"],
-    buckets=_SHARES,
-)
-AGREEMENT_TOKENS = Histogram(
-    "specprefill_shadow_first_difference_tokens",
-    "Equal tokens before the first difference",
-    ["keep_rate"],
-    buckets=_TOKENS,
-)
-LOGPROB_GAP = Histogram(
-    "specprefill_shadow_logprob_gap_nats",
-    "At the first difference: log-probability of the dense token less that of the pruned one",
-    ["keep_rate"],
-    buckets=_NATS,
-)
+
+class ShadowMetrics:
+    """How the copies of one gateway compare. `make` is as for `PipelineMetrics`."""
+
+    def __init__(self, make: Any = metrics) -> None:
+        def histogram(name: str, description: str, bounds: tuple[float, ...]) -> Any:
+            return make.Histogram(
+                f"specprefill_shadow_{name}",
+                description=description,
+                boundaries=bounds,
+                tag_keys=("keep_rate",),
+            )
+
+        self._copies = make.Counter(
+            "specprefill_shadow_total",
+            description="Pruned answers sampled for a dense copy, by what came of it",
+            tag_keys=("outcome", "keep_rate"),  # the rate is the upper end of its bucket
+        )
+        self._agreement_share = histogram(
+            "agreement_ratio",
+            "Equal tokens before the first difference, as a share of the longer answer",
+            _SHARES,
+        )
+        self._agreement_tokens = histogram(
+            "first_difference_tokens", "Equal tokens before the first difference", _TOKENS
+        )
+        self._logprob_gap = histogram(
+            "logprob_gap_nats",
+            "At the first difference: log-probability of the dense token less that of the pruned "
+            "one",
+            _NATS,
+        )
+
+    def record(self, outcome: Outcome, keep_rate: float, found: Divergence | None) -> None:
+        """Count one copy."""
+        rate = {"keep_rate": f"{_RATES[min(bisect_left(_RATES, keep_rate), len(_RATES) - 1)]:g}"}
+        self._copies.inc(1, {"outcome": outcome.value, **rate})
+        if found is None:
+            return
+        self._agreement_share.observe(found.agreement_share, rate)
+        self._agreement_tokens.observe(found.agreement_tokens, rate)
+        if found.logprob_gap is not None:
+            self._logprob_gap.observe(found.logprob_gap, rate)
 
 
 class ShadowedPipeline:
     """A pipeline, some of whose pruned answers are compared with dense ones."""
 
-    def __init__(self, live: Answering, pipeline: Pipeline, quality: QualityConfig) -> None:
+    def __init__(
+        self,
+        live: Answering,
+        pipeline: Pipeline,
+        quality: QualityConfig,
+        compared: ShadowMetrics,
+    ) -> None:
         self._live = live
         self._most_live = quality.shadow_most_live
         self._answering = 0
@@ -62,7 +89,7 @@ class ShadowedPipeline:
             quality.shadow_running,
             dense_copy,
             self._is_busy,
-            record,
+            compared.record,
         )
 
     async def close(self) -> None:
@@ -102,15 +129,3 @@ def dense_copy(request: Request) -> Request | None:
         return None
     sampling.logprobs = max(CANDIDATES, sampling.logprobs or 0)
     return dense_request(request, msgspec.msgpack.encode(sampling))
-
-
-def record(outcome: Outcome, keep_rate: float, found: Divergence | None) -> None:
-    """Count one copy."""
-    bucket = f"{_RATES[min(bisect_left(_RATES, keep_rate), len(_RATES) - 1)]:g}"
-    COPIES.labels(outcome.value, bucket).inc()
-    if found is None:
-        return
-    AGREEMENT_SHARE.labels(bucket).observe(found.agreement_share)
-    AGREEMENT_TOKENS.labels(bucket).observe(found.agreement_tokens)
-    if found.logprob_gap is not None:
-        LOGPROB_GAP.labels(bucket).observe(found.logprob_gap)

@@ -8,19 +8,26 @@ own substrings, and special tokens. The contents of other messages may be pruned
 from __future__ import annotations
 
 import re
-from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..types import Span
+from .occurrences import Ranges, covered, runs
 
 _KEPT_ROLES = ("system", "developer")
 
 # A fence opens at the start of a line and is closed by one as long; one left open ends the text.
 _FENCED = re.compile(r"^(`{3,}|~{3,}).*?(?:^\1|\Z)", re.DOTALL | re.MULTILINE)
 
-Offsets = Sequence[tuple[int, int]]  # per token: [start, stop) in characters, both ascending
+# A content that the template altered is searched for up to the text's end, in vain: so many times
+# the text's length is read, then the rest of the conversation is protected as a whole.
+_MOST_READ = 512
+
+Offsets = NDArray[np.int64]  # [N, 2], per token: [start, stop) in characters, both ascending
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,22 +46,36 @@ def protected_spans(
     tail_tokens: int,
     *,
     fences: bool = False,
+    is_cancelled: Callable[[], bool] = lambda: False,
 ) -> tuple[Span, ...]:
     """Token spans that must survive: sorted, disjoint, not adjacent. `fences`: fenced code, too.
 
     `messages` is an OpenAI list, or None for a plain completion, where only `protect` counts.
     A content that the template altered is found nowhere; the region where it must lie is then
-    not protected.
+    not protected. Raises `occurrences.Cancelled` soon after `is_cancelled()`.
     """
     index = _TokenIndex(offsets)
-    spans = [index.span(*place) for place in _occurrences(text, protect)]
+    places: list[tuple[int, int]] = []
+    query: list[Span] = []
     if fences:
-        spans += [index.span(*match.span()) for match in _FENCED.finditer(text)]
+        places += [match.span() for match in _FENCED.finditer(text)]
     if messages:
         contents = _locate(text, messages)
-        spans += [index.span(*place) for place in _template_text(text, contents)]
-        spans += _query(contents, index, tail_tokens)
-    return merged(spans)
+        places += _template_text(text, contents)
+        query = _query(contents, index, tail_tokens)
+    ranges = np.array(places, dtype=np.int64).reshape(-1, 2)
+    return index.spans(np.concatenate((ranges, covered(text, protect, is_cancelled))), query)
+
+
+def altered_piece(
+    text: str, messages: Sequence[Mapping[str, Any]], protect: Sequence[str]
+) -> str | None:
+    """The first piece that stands in a message but nowhere in the rendered text."""
+    missing = [piece for piece in dict.fromkeys(protect) if piece not in text]
+    if not missing:
+        return None
+    sent = [part for message in messages for part in content_texts(message.get("content"))]
+    return next((piece for piece in missing if any(piece in part for part in sent)), None)
 
 
 def special_spans(token_ids: Sequence[int], special: Collection[int]) -> tuple[Span, ...]:
@@ -87,19 +108,34 @@ class _TokenIndex:
     """Character ranges to token spans."""
 
     def __init__(self, offsets: Offsets) -> None:
-        self._starts = [start for start, _ in offsets]
-        self._stops = [stop for _, stop in offsets]
+        self._starts, self._stops = offsets[:, 0], offsets[:, 1]
 
     def span(self, start: int, stop: int) -> Span:
         """The tokens that overlap the characters `[start, stop)`."""
-        first = bisect_right(self._stops, start)
-        return Span(first, max(first, bisect_left(self._starts, stop)))
+        ((first, last),) = self._tokens(np.array([(start, stop)])).tolist()
+        return Span(first, last)
+
+    def spans(self, ranges: Ranges, more: Sequence[Span]) -> tuple[Span, ...]:
+        """The union of the tokens that overlap any of the ranges, and of `more`."""
+        found = self._tokens(ranges)
+        edges = np.zeros(len(self._starts) + 1, dtype=np.int64)
+        np.add.at(edges, found[:, 0], 1)
+        np.add.at(edges, found[:, 1], -1)
+        kept = np.cumsum(edges[:-1]) > 0
+        for span in more:
+            kept[span.start : span.stop] = True
+        return tuple(Span(start, stop) for start, stop in runs(kept).tolist())
+
+    def _tokens(self, ranges: Ranges) -> NDArray[np.int64]:
+        first = np.searchsorted(self._stops, ranges[:, 0], side="right")
+        last = np.searchsorted(self._starts, ranges[:, 1], side="left")
+        return np.stack((first, np.maximum(first, last)), axis=1)
 
 
 def _locate(text: str, messages: Sequence[Mapping[str, Any]]) -> list[_Content]:
     """Find each content after the one before it; templates keep the order but trim the ends."""
-    contents = []
-    cursor = 0
+    contents: list[_Content] = []
+    cursor, unread = 0, _MOST_READ * len(text)
     for message in messages:
         role = str(message.get("role"))
         for part in content_texts(message.get("content")):
@@ -107,6 +143,9 @@ def _locate(text: str, messages: Sequence[Mapping[str, Any]]) -> list[_Content]:
             if not wanted:
                 continue
             start = text.find(wanted, cursor)
+            unread -= (len(text) if start < 0 else start) - cursor
+            if unread < 0:
+                return [*contents, _Content(_KEPT_ROLES[0], (cursor, len(text)))]
             if start < 0:
                 contents.append(_Content(role, None))
                 continue
@@ -139,12 +178,3 @@ def _query(contents: Sequence[_Content], index: _TokenIndex, tail_tokens: int) -
         return []
     turn = index.span(*asked[-1])
     return [Span(max(turn.start, turn.stop - tail_tokens), turn.stop)]
-
-
-def _occurrences(text: str, wanted: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Every occurrence of every string, overlapping ones too."""
-    for piece in wanted:
-        start = text.find(piece) if piece else -1
-        while start >= 0:
-            yield start, start + len(piece)
-            start = text.find(piece, start + 1)

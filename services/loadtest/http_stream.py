@@ -26,7 +26,10 @@ _LATE = "deadline_exceeded"  # the code of an error that ends a stream
 
 
 class HttpCaller:
-    """`POST {base_url}/chat/completions`, one connection per request in flight."""
+    """`POST {base_url}/chat/completions`, each request on a connection of its own.
+
+    A kept connection may be closed by its server at the moment when it is used again.
+    """
 
     def __init__(self, base_url: str, model: str, api_key: str | None) -> None:
         self._url = f"{base_url.rstrip('/')}/chat/completions"
@@ -37,7 +40,8 @@ class HttpCaller:
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
         """See Caller."""
-        connector = aiohttp.TCPConnector(limit=0)  # open loop: never wait for a free connection
+        # Open loop: never wait for a free connection, never use one again.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(
             connector=connector,
             timeout=aiohttp.ClientTimeout(total=None),

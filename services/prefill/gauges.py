@@ -18,6 +18,7 @@ class KvGauges:
     def __init__(self, service: PrefillService) -> None:
         self._service = service
         self._bytes_held = _gauge("bytes_held", "KV bytes waiting to be pulled")
+        self._waiting = _gauge("waiting_for_room", "Prefills that wait until their KV has room")
         self._leases = _gauge("leases_held", "Leases waiting to be pulled")
         self._expired = _gauge("lease_expired_total", "Leases that nobody pulled in time")
         self._dropped = _gauge("lease_dropped_total", "Leases dropped over the byte cap")
@@ -30,12 +31,13 @@ class KvGauges:
 
     async def run(self) -> None:
         """Keep the metrics up to date. A dead engine is the health check's to report."""
-        self._carrier.set(1.0, tags={"carrier": self._service.carrier})
-        while True:
+        while True:  # Ray forgets a gauge that is not set again
+            self._carrier.set(1.0, tags={"carrier": self._service.carrier})
             self._set(await self._service.gauges())
             await asyncio.sleep(_PERIOD_S)
 
     def _set(self, ranks: list[LeaseGauges]) -> None:
+        self._waiting.set(self._service.waiting_for_room)
         self._bytes_held.set(sum(rank.bytes_held for rank in ranks))
         self._leases.set(sum(rank.leases for rank in ranks))
         self._expired.set(sum(rank.expired_total for rank in ranks))

@@ -14,8 +14,10 @@ from ..autoscaling.waiting import Waiting
 from ..config import AppConfig
 from ..engine.args import Role, engine_args
 from ..engine.engine import Engine
+from ..engine.ray_metrics import ray_stat_loggers
 from ..kv.nixl import require
 from ..kv.tls import read_tls
+from ..replica_logging import log_with_serve
 from ..types import Prefilled, Request, Selection
 from ..wire import pack, unpack
 from .gauges import KvGauges
@@ -29,14 +31,17 @@ class PrefillReplica:
     """Serve awaits the constructor, checks the health, and calls `__del__` after draining."""
 
     async def __init__(self, config_json: str) -> None:  # type: ignore[misc]
+        log_with_serve()
         config = AppConfig.model_validate_json(config_json)
         require(config.kv.carrier)
         tls = read_tls(config.kv.tls)
         args = engine_args(
             config.model, config.prefill, config.kv, Role.PREFILL, peer=config.decode
         )
-        engine = Engine(args, cpu_threads=config.prefill.cpu_threads)
-        self._service = PrefillService(engine, tls)
+        engine = Engine(
+            args, cpu_threads=config.prefill.cpu_threads, stat_loggers=ray_stat_loggers()
+        )
+        self._service = PrefillService(engine, tls, config.kv.max_held_bytes)
         self._objects = KvObjects(tls)
         self._kv = config.kv
         self._waiting = Waiting(time.monotonic)

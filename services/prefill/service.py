@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -14,7 +15,13 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from ..engine.engine import Engine, map_engine_errors
 from ..engine.handoff.scheduler import PRODUCE
-from ..engine.outputs import chunk_of, prefill_times, prompt_logprobs_of, sampling_params
+from ..engine.outputs import (
+    check_ended_well,
+    chunk_of,
+    prefill_times,
+    prompt_logprobs_of,
+    sampling_params,
+)
 from ..engine.params import KV_TRANSFER, POSITIONS
 from ..errors import DeadlineExceeded, PrefillUnavailable
 from ..kv.announcements import Announcement
@@ -23,6 +30,9 @@ from ..kv.rpc import KvPeers
 from ..kv.tls import MutualTls
 from ..positions import PositionMap
 from ..types import Carrier, Prefilled, Request, Selection, Ticket
+from .room import Room
+
+logger = logging.getLogger(__name__)
 
 _WATCH_AGAIN_S = 1.0
 
@@ -38,8 +48,14 @@ class _Expected:
 class PrefillService:
     """Owns one engine."""
 
-    def __init__(self, engine: Engine, tls: MutualTls | None = None) -> None:
+    def __init__(
+        self, engine: Engine, tls: MutualTls | None = None, max_held_bytes: int = 4 << 30
+    ) -> None:
+        """`max_held_bytes`: the cap of each of the engine's workers."""
         self._engine = engine
+        self._max_held_bytes = max_held_bytes
+        self._room = Room(max_held_bytes, self._held_bytes)
+        self._token_bytes = 0  # known once started
         self._peers = KvPeers(tls)
         self._kv_addresses: list[str] = []
         self._carrier = Carrier.GRPC
@@ -59,7 +75,17 @@ class PrefillService:
         self._engine.start()
         self._kv_addresses = await self._engine.kv_addresses()
         self._carrier = await self._engine.kv_carrier()
+        self._token_bytes = self._engine.kv_bytes_per_token()
         self._watching = asyncio.create_task(self._watch())
+        fitting = self._max_held_bytes // self._token_bytes
+        if fitting < self._engine.max_model_len():
+            logger.warning(
+                "kv.max_held_bytes (%d) holds the KV of %d tokens, fewer than the model's %d: "
+                "the decode engine computes longer prompts again",
+                self._max_held_bytes,
+                fitting,
+                self._engine.max_model_len(),
+            )
 
     async def close(self) -> None:
         """Stop the engine. Idempotent."""
@@ -97,6 +123,11 @@ class PrefillService:
         """What the engine's workers hold, by rank; those that do not answer are left out."""
         found = await asyncio.gather(*(self._peers.gauges(peer) for peer in self._kv_addresses))
         return [gauges for gauges in found if gauges is not None]
+
+    @property
+    def waiting_for_room(self) -> int:
+        """Prefills that wait until their KV has room."""
+        return self._room.waiting
 
     async def check_health(self) -> None:
         """Raises Unavailable when the engine is dead."""
@@ -147,14 +178,15 @@ class PrefillService:
         prefilled: Prefilled | None = None
         if lease is not None and on_announced is not None:
             self._expected[lease["lease_id"]] = _Expected(lease["secret"], on_announced)
+        kv_bytes = 0 if lease is None else selection.kept_tokens * self._token_bytes
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(timeout_s), self._room.reserved(kv_bytes) as waited_s:
                 with map_engine_errors(PrefillUnavailable):
                     output = await self._run(request, selection, params)
         except TimeoutError as error:
             raise DeadlineExceeded("timeout_s: used up during prefill") from error
         else:
-            prefilled = _prefilled(output, self._carrier)
+            prefilled = _prefilled(output, self._carrier, waited_s)
             return prefilled
         finally:
             if lease is not None:
@@ -170,9 +202,18 @@ class PrefillService:
         last = None
         async for output in self._engine.generate(prompt, params, request_id, request.priority):
             last = output
-        if last is None or last.outputs[0].finish_reason in {"abort", "error"}:
-            raise PrefillUnavailable("prefill: the engine gave no token")
+        lost = PrefillUnavailable("prefill: the engine gave no token")
+        if last is None:
+            raise lost
+        check_ended_well(params, last.outputs[0].finish_reason, lost)
         return last
+
+    async def _held_bytes(self) -> int | None:
+        """What the fullest worker holds; None while any does not answer."""
+        ranks = await self.gauges()
+        if len(ranks) < len(self._kv_addresses):
+            return None
+        return max((rank.bytes_held for rank in ranks), default=0)
 
     async def _watch(self) -> None:
         """Hand on what the engine's last worker announces.
@@ -240,14 +281,14 @@ def _private(selection: Selection, lease: dict[str, Any] | None) -> dict[str, An
     return private
 
 
-def _prefilled(output: RequestOutput, carrier: Carrier) -> Prefilled:
+def _prefilled(output: RequestOutput, carrier: Carrier, waited_s: float) -> Prefilled:
     handed = output.kv_transfer_params
     ticket = None if handed is None else Ticket(**_ticket_fields(handed), carrier=carrier)
     queue_s, prefill_s = prefill_times(output)
     first = replace(chunk_of(output, index=0), prompt_logprobs=prompt_logprobs_of(output))
     if ticket is not None:  # one token was all that was asked of this engine: not the end
         first = replace(first, finish_reason=None, stop_reason=None)
-    return Prefilled(first=first, ticket=ticket, queue_s=queue_s, prefill_s=prefill_s)
+    return Prefilled(first, ticket, queue_s=waited_s + queue_s, prefill_s=prefill_s)
 
 
 def _ticket_fields(handed: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from ..types import Span
 from . import specprefill_pb2 as pb
 from .specprefill_pb2_grpc import SpecPrefillStub
 
+_TLS_SCHEME = "https://"
 GRACE_S = 5.0  # the service's own deadline comes first, with a better message
 
 
@@ -95,9 +96,17 @@ def metadata(question: Ask) -> tuple[tuple[str, str], ...]:
 
 @contextmanager
 def _stub(address: str) -> Iterator[SpecPrefillStub]:
-    """A stub for one call, its failures as ours."""
-    with grpc.insecure_channel(address) as channel:
+    """A stub for one call, its failures as ours. `https://HOST:PORT` means TLS."""
+    with _channel(address) as channel:
         try:
             yield SpecPrefillStub(channel)
         except grpc.RpcError as error:
             raise CallFailed(f"{error.code().name}: {error.details()}") from error
+
+
+def _channel(address: str) -> grpc.Channel:
+    """Over TLS the authorities are gRPC's own, or those of GRPC_DEFAULT_SSL_ROOTS_FILE_PATH."""
+    if address.startswith(_TLS_SCHEME):
+        credentials = grpc.ssl_channel_credentials()
+        return grpc.secure_channel(address.removeprefix(_TLS_SCHEME), credentials)
+    return grpc.insecure_channel(address)

@@ -8,8 +8,8 @@ even meet its own deadline, or finds the queue full, is shed, with a reason and 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
-from math import sqrt
+from dataclasses import dataclass, replace
+from math import ceil, sqrt
 
 from ..stages import Curve, StageCurves
 
@@ -34,6 +34,16 @@ class AdmissionPolicy:
     headroom: float = 0.9  # of it, that predictions may use: waits are means
     max_waiting: int = 1024  # late ones find room only beside those in time, never before them
     max_waiting_per_key: int = 256
+
+    def divided(self, gateways: int) -> AdmissionPolicy:
+        """One gateway's part of the bounds that hold for all of them together."""
+        if gateways <= 1:
+            return self
+        return replace(
+            self,
+            max_waiting=ceil(self.max_waiting / gateways),
+            max_waiting_per_key=ceil(self.max_waiting_per_key / gateways),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,8 @@ from .llama import Llama
 from .reading import KvLayout, Reading
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # a chunk's keys would depend on what follows
+# The names of a model's number of positions.
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "model_max_length")
 PROBE_TOKENS = 24
 PROBE_CHUNK = 16
 
@@ -62,9 +64,20 @@ def as_draft(model: PreTrainedModel) -> Draft:
         layout=layout,
         eos_ids=_eos_ids(model),
         vocabulary_size=text.vocab_size,
-        max_positions=text.to_dict().get("max_position_embeddings"),
+        max_positions=max_positions(text),
         quick=Llama.of(model),
     )
+
+
+def max_positions(text: PreTrainedConfig) -> int | None:
+    """Return how many positions a text model has, under whichever name; None: no limit is named.
+
+    transformers maps most names to `max_position_embeddings`; some models have one of their own.
+    """
+    settings = text.to_dict()
+    names = [text.attribute_map.get(_POSITIONS[0], _POSITIONS[0]), *_POSITIONS]
+    found = (settings.get(name) for name in names)
+    return next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
 
 
 def refuse_unsupported_cache(config: PreTrainedConfig) -> None:

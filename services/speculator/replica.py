@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from .. import heap
@@ -9,9 +10,13 @@ from ..autoscaling.signals import QUEUE_AGE_S
 from ..autoscaling.waiting import Waiting
 from ..config import AppConfig
 from ..errors import SpeculatorUnavailable
+from ..plan import can_choose, is_asked
 from ..policies import kv_block_tokens
-from ..types import Plan, Request
+from ..replica_logging import log_with_serve
+from ..types import Plan, Reason, Request, dense
 from ..wire import pack, unpack
+from .gauges import SpeculatorGauges
+from .self_test import self_test
 from .service import SpeculatorService
 
 
@@ -19,6 +24,7 @@ class SpeculatorReplica:
     """Serve awaits the constructor, checks the health, and calls `__del__` after draining."""
 
     async def __init__(self, config_json: str) -> None:  # type: ignore[misc]
+        log_with_serve()
         config = AppConfig.model_validate_json(config_json)
         self._service = SpeculatorService.from_config(
             config.speculator,
@@ -29,15 +35,36 @@ class SpeculatorReplica:
         self._waiting = Waiting(time.monotonic)
         await self._service.start()
         heap.freeze()
+        self._gauges = SpeculatorGauges(self._service)
+        self._tasks = [asyncio.create_task(self._gauges.run())]
+        self._facts_kept: float | None = None  # of the self-test; None: not known
+        if config.speculator.self_test and not config.speculator.random_weights:
+            self._tasks.append(asyncio.create_task(self._test(config.model.path)))
 
     async def __del__(self) -> None:
+        for task in self._tasks:
+            task.cancel()
         await self._service.close()
 
-    async def select(self, payload: bytes) -> bytes:
-        """`(Request, Plan, timeout_s)` -> Selection."""
+    def record_replica_metadata(self) -> dict[str, int]:
+        """What the gateways' routers know of this replica."""
+        return {"prefix_cache_tokens": self._service.prefix_cache_tokens}
+
+    async def select(self, payload: bytes, load: bytes = b"") -> bytes:
+        """`(Request, Plan, timeout_s)` -> Selection.
+
+        `load` is for the router, which chose this replica by it.
+        """
+        del load
         request, plan, timeout_s = unpack(payload, tuple[Request, Plan, float])
+        if not can_choose(self._facts_kept) and not is_asked(request.controls):
+            return pack(dense(len(request.prompt), Reason.SPECULATOR_UNFIT))
         with self._waiting.one():
             return pack(await self._service.select(request, plan, timeout_s))
+
+    async def self_test(self) -> float | None:
+        """The share of generated facts that the draft keeps; None: not known."""
+        return self._facts_kept
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What the autoscaling policy is told of this replica."""
@@ -47,3 +74,9 @@ class SpeculatorReplica:
         """Raises SpeculatorUnavailable when the serving loop has ended."""
         if not self._service.is_running:
             raise SpeculatorUnavailable("speculator: not running")
+
+    async def _test(self, main_path: str) -> None:
+        """In the background: the replica serves meanwhile."""
+        self._facts_kept = await self_test(self._service, main_path)
+        if self._facts_kept is not None:
+            self._gauges.tested(self._facts_kept)

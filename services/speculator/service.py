@@ -7,6 +7,7 @@ cancelled or ran out of time is marked, and the thread drops it between two pref
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
@@ -17,7 +18,7 @@ from functools import partial
 from types import TracebackType
 
 from ..config import SelectionConfig, SpeculatorConfig
-from ..errors import DeadlineExceeded, InvalidRequest, Overloaded, SpeculatorUnavailable
+from ..errors import InvalidRequest, Overloaded, ScoringTimeout, SpeculatorUnavailable
 from ..policies import selection_policy
 from ..selection import Scores, SelectionPolicy, select, settle
 from ..types import Plan, Request, Selection, dense
@@ -25,10 +26,13 @@ from .lru import ByteLru
 from .prefix import prompt_digest
 from .reading import Reading
 from .scorer import Scorer, load_scorer
-from .translation import Prompt
+from .translation import Prompt, SamePrompt
+
+logger = logging.getLogger(__name__)
 
 SMOOTHING = 0.2  # weight of the newest measurement in `Pace`
 MIN_RETRY_AFTER_S = 0.1
+MAX_FAILURES_IN_A_ROW = 3  # more than a bad prompt: the model or its device is broken
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,23 @@ class Pace:
         return joined * prompt_tokens * self.token_s <= self.look_ahead_s
 
 
+@dataclass(slots=True)
+class Counts:
+    """What the service did so far. Written by the event loop and the thread, one field by one."""
+
+    prompts: int = 0  # scored; repeats that were remembered count apart
+    batches: int = 0
+    tokens: int = 0  # of scored prompts, as the draft model counts them
+    cached_tokens: int = 0  # of them: their keys and values were remembered
+    repeats: int = 0  # prompts whose scores were remembered
+    read_s: float = 0.0
+    look_ahead_s: float = 0.0
+    queue_s: float = 0.0  # of scored prompts
+    timeouts: int = 0
+    shed: int = 0
+    failures: int = 0
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Rating:
     """What the draft model says about a prompt, whatever plan it comes with."""
@@ -73,14 +94,21 @@ class Rating:
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One request in the queue or on the thread."""
+    """One request, from its arrival to its answer."""
 
     request: Request
-    read_as: Prompt
     plan: Plan
+    policy: SelectionPolicy
     arrived_s: float
     answer: asyncio.Future[Selection]
+    read_as: Prompt = field(default_factory=lambda: SamePrompt(()))  # known when it is queued
+    started_s: float | None = None  # None: it waits
     abandoned: threading.Event = field(default_factory=threading.Event)
+
+    def spent_s(self, now_s: float) -> tuple[float, float]:
+        """Seconds in the queue, and on the thread."""
+        started_s = now_s if self.started_s is None else self.started_s
+        return started_s - self.arrived_s, now_s - started_s
 
 
 class SpeculatorService:
@@ -105,6 +133,7 @@ class SpeculatorService:
         self._scorer: Scorer | None = None
         self._scoring: Sequence[Job] = ()
         self._loop_task: asyncio.Task[None] | None = None
+        self.counts = Counts()
 
     @classmethod
     def from_config(
@@ -122,9 +151,29 @@ class SpeculatorService:
             load=partial(load_scorer, config, selection.pool_tokens, main_path),
             policy=selection_policy(selection, block_tokens),
             batching=Batching(
-                config.max_batch, config.max_wait_s, score_cache_bytes=config.score_cache_bytes
+                config.max_batch,
+                config.max_wait_s,
+                max_queued=config.max_queued,
+                score_cache_bytes=config.score_cache_bytes,
             ),
         )
+
+    @property
+    def prefix_cache_tokens(self) -> int:
+        """How many tokens' keys and values can be remembered; 0 before `start`."""
+        if self._scorer is None:
+            return 0
+        return self._scorer.memory_bytes // self._scorer.draft.layout.bytes_per_token
+
+    @property
+    def queued(self) -> int:
+        """Prompts that wait."""
+        return len(self._queue)
+
+    @property
+    def scoring(self) -> int:
+        """Prompts of the batch that is being scored."""
+        return len(self._scoring)
 
     @property
     def is_running(self) -> bool:
@@ -157,32 +206,40 @@ class SpeculatorService:
     ) -> None:
         await self.close()
 
-    async def select(self, request: Request, plan: Plan, timeout_s: float) -> Selection:
+    async def select(
+        self, request: Request, plan: Plan, timeout_s: float, policy: SelectionPolicy | None = None
+    ) -> Selection:
         """Score the prompt and keep about `plan.keep` of it.
 
-        Raises DeadlineExceeded, Overloaded, InvalidRequest, or SpeculatorUnavailable when the
+        `policy` None: the deployment's.
+
+        Raises ScoringTimeout, Overloaded, InvalidRequest, or SpeculatorUnavailable when the
         service is not running.
         """
         scorer = self._running_scorer()
-        unscored = self._without_scores(scorer, request, plan) or self._from_scores(request, plan)
+        answer: asyncio.Future[Selection] = asyncio.get_running_loop().create_future()
+        job = Job(request, plan, policy or self._policy, self._now(), answer)
+        unscored = self._without_scores(scorer, job) or self._from_scores(job)
         if unscored is not None:
             return unscored
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._scored(scorer, request, plan)
+                return await self._scored(scorer, job)
         except TimeoutError as error:
-            raise DeadlineExceeded(f"speculator: no selection within {timeout_s:g} s") from error
+            self.counts.timeouts += 1
+            message = f"speculator: no selection within {timeout_s:g} s"
+            raise ScoringTimeout(message, *job.spent_s(self._now())) from error
 
-    async def _scored(self, scorer: Scorer, request: Request, plan: Plan) -> Selection:
-        arrived_s = self._now()
+    async def _scored(self, scorer: Scorer, job: Job) -> Selection:
+        prompt = job.request.prompt
         if scorer.translator is None:
-            read_as = scorer.translated(request.prompt)
+            job.read_as = scorer.translated(prompt)
         else:
-            read_as = await asyncio.to_thread(scorer.translated, request.prompt)
-        refusal = scorer.refusal(len(read_as.prompt))
+            job.read_as = await asyncio.to_thread(scorer.translated, prompt)
+        refusal = scorer.refusal(len(job.read_as.prompt))
         if refusal is not None:
-            return dense(len(request.prompt), refusal)
-        job = self._enqueue(request, read_as, plan, arrived_s)
+            return dense(len(prompt), refusal)
+        self._enqueue(job)
         try:
             return await job.answer
         finally:
@@ -193,35 +250,34 @@ class SpeculatorService:
             raise SpeculatorUnavailable("speculator: not running")
         return self._scorer
 
-    def _without_scores(self, scorer: Scorer, request: Request, plan: Plan) -> Selection | None:
+    def _without_scores(self, scorer: Scorer, job: Job) -> Selection | None:
         """The dense selection of a prompt that need not be scored."""
-        if len(request.prompt) == 0:
+        prompt = job.request.prompt
+        if len(prompt) == 0:
             raise InvalidRequest("the prompt is empty", field="prompt")
-        settled = settle(len(request.prompt), plan, request.protected, self._policy)
+        settled = settle(len(prompt), job.plan, job.request.protected, job.policy)
         if settled is not None:
             return settled
-        if min(request.prompt) < 0 or max(request.prompt) >= scorer.vocabulary_size:
+        if min(prompt) < 0 or max(prompt) >= scorer.vocabulary_size:
             raise InvalidRequest("a token id is outside the vocabulary", field="prompt")
         return None
 
-    def _from_scores(self, request: Request, plan: Plan) -> Selection | None:
+    def _from_scores(self, job: Job) -> Selection | None:
         """A prompt that was scored lately is not read again, whatever plan it comes with."""
-        started_s = self._now()
-        rating = self._ratings.get(prompt_digest(request.prompt))
+        rating = self._ratings.get(prompt_digest(job.request.prompt))
         if rating is None:
             return None
-        chosen = self._chosen(rating, request, plan)
-        remembered = len(request.prompt)
-        return replace(chosen, speculate_s=self._now() - started_s, remembered_tokens=remembered)
+        self.counts.repeats += 1
+        chosen = _chosen(rating, job)
+        speculate_s = self._now() - job.arrived_s
+        return replace(chosen, speculate_s=speculate_s, remembered_tokens=len(job.request.prompt))
 
-    def _enqueue(self, request: Request, read_as: Prompt, plan: Plan, arrived_s: float) -> Job:
+    def _enqueue(self, job: Job) -> None:
         if len(self._queue) >= self._batching.max_queued:
+            self.counts.shed += 1
             raise Overloaded("speculator: the queue is full", self._backlog_s())
-        answer: asyncio.Future[Selection] = asyncio.get_running_loop().create_future()
-        job = Job(request, read_as, plan, arrived_s, answer)
         self._queue.append(job)
         self._arrival.set()
-        return job
 
     def _backlog_s(self) -> float:
         """About how long the queue takes."""
@@ -235,15 +291,25 @@ class SpeculatorService:
             self._queue.remove(job)
 
     async def _serve(self, scorer: Scorer) -> None:
+        """Score batch after batch. A batch that fails fails its own requests.
+
+        Several in a row end the service, so that its replica is replaced.
+        """
         loop = asyncio.get_running_loop()
+        failures = 0
         try:
-            while True:
+            while failures < MAX_FAILURES_IN_A_ROW:
                 self._scoring = await self._next_batch(scorer)
+                self.counts.batches += 1
                 try:
                     await loop.run_in_executor(
                         self._thread, self._score, scorer, self._scoring, loop
                     )
-                except RuntimeError as error:  # torch's own: out of memory, a device lost
+                    failures = 0
+                except Exception as error:
+                    failures += 1
+                    self.counts.failures += 1
+                    logger.exception("speculator: a batch of %d failed", len(self._scoring))
                     self._fail(self._scoring, f"speculator: {error}")
                 self._scoring = ()
         finally:
@@ -282,6 +348,8 @@ class SpeculatorService:
     def _score(self, scorer: Scorer, jobs: Sequence[Job], loop: asyncio.AbstractEventLoop) -> None:
         """On the thread: read the prompts, look ahead together, answer each, remember them."""
         started_s = self._now()
+        for job in jobs:
+            job.started_s = started_s
         with scorer.opened([job.read_as.prompt for job in jobs]) as readings:
             of = dict(zip(readings, jobs, strict=True))
             read = scorer.read(readings, lambda reading: of[reading].abandoned.is_set())
@@ -296,7 +364,13 @@ class SpeculatorService:
             scorer.remember(read)
 
     def _measure(self, read: Sequence[Reading], read_s: float, look_ahead_s: float) -> None:
-        tokens = sum(len(reading.prompt) - reading.cached_tokens for reading in read)
+        cached = sum(reading.cached_tokens for reading in read)
+        tokens = sum(len(reading.prompt) for reading in read) - cached
+        counts = self.counts
+        counts.tokens += tokens + cached
+        counts.cached_tokens += cached
+        counts.read_s += read_s
+        counts.look_ahead_s += look_ahead_s
         if tokens > 0:
             self._pace = self._pace.measured(read_s / tokens, look_ahead_s)
 
@@ -305,7 +379,9 @@ class SpeculatorService:
         self._ratings.put(prompt_digest(job.request.prompt), rating, rating.scores.nbytes)
         if job.answer.done():
             return
-        chosen = self._chosen(rating, job.request, job.plan)
+        self.counts.prompts += 1
+        self.counts.queue_s += started_s - job.arrived_s
+        chosen = _chosen(rating, job)
         timed = replace(
             chosen,
             queue_s=started_s - job.arrived_s,
@@ -314,8 +390,9 @@ class SpeculatorService:
         )
         job.answer.set_result(timed)
 
-    def _chosen(self, rating: Rating, request: Request, plan: Plan) -> Selection:
-        return select(rating.scores, plan, request.protected, self._policy, rating.certainty)
+
+def _chosen(rating: Rating, job: Job) -> Selection:
+    return select(rating.scores, job.plan, job.request.protected, job.policy, rating.certainty)
 
 
 def _share(reading: Reading, prompt_tokens: int) -> int:

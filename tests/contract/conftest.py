@@ -8,10 +8,14 @@ import warnings
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 
-from specprefill.config import AppConfig
+from specprefill.config import AppConfig, key_digest
+from specprefill.gateway.access import RequestLimit
+from specprefill.gateway.keys import KeyRing
+from specprefill.gateway.request_json import JsonLimits
 from specprefill.plan import Planner
 from specprefill.types import (
     Chunk,
@@ -27,6 +31,11 @@ from specprefill.types import (
 
 WORDS = (" alpha", " bravo", " charlie")
 API_KEY = "test-key"
+KEYS = KeyRing({"tests": key_digest(API_KEY), "others": key_digest("other-key")})
+SHED: list[str] = []  # reasons
+LIMIT = RequestLimit(64, SHED.append)
+JSON_LIMITS = JsonLimits(items=2000)
+MAX_MESSAGE_BYTES = 100_000
 
 
 class ScriptedPipeline:
@@ -98,6 +107,11 @@ class ScriptedHealth:
         return self.counts
 
 
+async def metrics_text() -> str:
+    """What the whole service counts."""
+    return "ray_specprefill_requests_total 3.0\n"
+
+
 def _position(token: int, word: str) -> tuple[TokenLogprob, ...]:
     return TokenLogprob(token, -0.25, 1, word), TokenLogprob(token + 1, -1.5, 2, " other")
 
@@ -125,7 +139,12 @@ def configuration(**gateway: Any) -> AppConfig:
             "model": {"path": "models/demo-main", "name": "demo", "max_model_len": 2048},
             "speculator": {"path": "models/demo-speculator"},
             "selection": {"tail_tokens": 4},
-            "gateway": {"request_timeout_s": 60.0, "max_body_bytes": 100_000, **gateway},
+            "gateway": {
+                "request_timeout_s": 60.0,
+                "max_body_bytes": MAX_MESSAGE_BYTES,
+                "max_request_items": JSON_LIMITS.items,
+                **gateway,
+            },
         }
     )
 
@@ -139,9 +158,9 @@ def gateway() -> Iterator[Any]:
         from specprefill.gateway.app import build_client, build_http_app
 
         pipeline, health = ScriptedPipeline(), ScriptedHealth()
-        config = configuration(api_keys=[API_KEY])
+        config = configuration()
         client = build_client(config, pipeline)
-        app = asyncio.run(build_http_app(config, client, health))
+        app = asyncio.run(build_http_app(config, client, health, KEYS, LIMIT, metrics_text))
     yield client, app, pipeline, health
     client.renderer.shutdown()
 
@@ -156,3 +175,12 @@ def pipeline(gateway: Any) -> ScriptedPipeline:
 def health(gateway: Any) -> ScriptedHealth:
     gateway[3].reset()
     return gateway[3]
+
+
+@pytest.fixture
+async def http(gateway: Any, pipeline: ScriptedPipeline) -> AsyncIterator[httpx.AsyncClient]:
+    """A client with a key."""
+    transport = httpx.ASGITransport(gateway[1])
+    key = {"authorization": f"Bearer {API_KEY}"}
+    async with httpx.AsyncClient(transport=transport, base_url="http://x", headers=key) as client:
+        yield client

@@ -61,9 +61,10 @@ def test_the_application_is_a_gateway_over_three_pools(monkeypatch):
 
 
 def test_queues_are_bounded_and_draining_outlives_the_longest_request(monkeypatch):
-    for deployment in deployments(monkeypatch).values():
+    for name, deployment in deployments(monkeypatch).items():
         config = deployment._deployment_config
-        assert config.max_queued_requests > 0
+        # A gateway limits itself: what Serve refuses has no form, and would hit probes as well.
+        assert (config.max_queued_requests > 0) == (name != "Gateway")
         assert config.graceful_shutdown_timeout_s > CONFIG.gateway.request_timeout_s
         assert 2 <= config.health_check_period_s <= 5
 
@@ -74,7 +75,7 @@ def test_an_slo_lets_serve_scale_every_pool_within_its_bounds(monkeypatch):
     bound = deployments(monkeypatch, config)
     scaled = {name: each._deployment_config.autoscaling_config for name, each in bound.items()}
     bounds = {name: (each.min_replicas, each.max_replicas) for name, each in scaled.items()}
-    assert bounds == {"Gateway": (1, 1), "Speculator": (1, 1), "Prefill": (2, 5), "Decode": (1, 1)}
+    assert bounds == {"Gateway": (2, 2), "Speculator": (1, 1), "Prefill": (2, 5), "Decode": (1, 1)}
     assert {each.metrics_interval_s for each in scaled.values()} == {1.0}
     for each in bound.values():  # another SLO restarts no replica
         assert AppConfig.model_validate_json(each.init_args[0]) == CONFIG
@@ -94,6 +95,17 @@ def test_gateways_that_admit_requests_are_told_the_slo_and_pools_are_not(monkeyp
 def test_without_an_slo_replicas_are_as_many_as_the_file_says(monkeypatch):
     for each in deployments(monkeypatch).values():
         assert each._deployment_config.autoscaling_config is None
+
+
+@pytest.mark.parametrize("slo", [None, {"ttft_s": 1.0}])
+@pytest.mark.parametrize("gateways", [None, 1, 3])
+def test_gateways_are_as_many_as_configured_with_and_without_an_slo(monkeypatch, slo, gateways):
+    scaling = {} if gateways is None else {"scaling": {"gateway_replicas": gateways}}
+    config = AppConfig.model_validate({**CONFIG.model_dump(), "slo": slo, **scaling})
+    gateway = deployments(monkeypatch, config)["Gateway"]
+    bounded = gateway._deployment_config.autoscaling_config
+    replicas = gateway.num_replicas if bounded is None else bounded.min_replicas
+    assert replicas == (2 if gateways is None else gateways)
 
 
 def test_the_builder_is_typed_so_that_serve_validates():

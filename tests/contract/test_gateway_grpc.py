@@ -14,7 +14,10 @@ import pytest
 from specprefill.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
 from specprefill.rpc import specprefill_pb2 as pb
 from specprefill.rpc import specprefill_pb2_grpc as stubs
+from specprefill.rpc.serving import add_SpecPrefillServicer_to_server
 from specprefill.types import Controls
+
+from .conftest import JSON_LIMITS, KEYS, LIMIT, MAX_MESSAGE_BYTES
 
 TEXT = " alpha bravo charlie"
 KEY = (("authorization", "Bearer test-key"),)
@@ -54,17 +57,30 @@ class Servicer(stubs.SpecPrefillServicer):
 
 
 @pytest.fixture
-async def stub(gateway: Any, pipeline: Any, health: Any) -> AsyncIterator[Any]:
+async def channel(gateway: Any, pipeline: Any, health: Any) -> AsyncIterator[grpc.aio.Channel]:
     from specprefill.gateway.grpc_api import GrpcApi
 
     server = grpc.aio.server()
-    api = GrpcApi(gateway[0], "demo", ["test-key", "other-key"], health)
-    stubs.add_SpecPrefillServicer_to_server(Servicer(api), server)
+    api = GrpcApi(
+        gateway[0],
+        "demo",
+        KEYS,
+        LIMIT,
+        health,
+        max_message_bytes=MAX_MESSAGE_BYTES,
+        json_limits=JSON_LIMITS,
+    )
+    add_SpecPrefillServicer_to_server(Servicer(api), server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        yield stubs.SpecPrefillStub(channel)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as opened:
+        yield opened
     await server.stop(grace=0)
+
+
+@pytest.fixture
+async def stub(channel: grpc.aio.Channel) -> Any:
+    return stubs.SpecPrefillStub(channel)
 
 
 def text_request(text: str = "hello", **fields: Any) -> pb.GenerateRequest:
@@ -303,3 +319,13 @@ async def test_a_client_that_cancels_closes_the_pipeline(stub: Any, pipeline: An
     async with asyncio.timeout(10):
         await pipeline.ended.wait()
     assert pipeline.closed == 1
+
+
+async def test_more_calls_than_the_gateway_holds_are_resource_exhausted(
+    stub: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(LIMIT, "most", 0)
+    refused = await failure(stub.Generate(text_request(), metadata=KEY))
+    assert refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "gateway_full" in refused.details()
+    assert (await stub.Health(pb.HealthRequest())).serving

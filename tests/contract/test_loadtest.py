@@ -30,7 +30,7 @@ from specprefill.loadtest.runner import Planned, Progress
 from specprefill.loadtest.scenario import Kill, Scenario
 from specprefill.rpc import specprefill_pb2_grpc as stubs
 
-from .conftest import API_KEY, WORDS
+from .conftest import API_KEY, JSON_LIMITS, KEYS, LIMIT, MAX_MESSAGE_BYTES, WORDS
 from .test_gateway_grpc import Servicer
 
 ANSWER = "".join(WORDS)
@@ -63,7 +63,15 @@ async def addresses(gateway: Any, pipeline: Any, health: Any) -> AsyncIterator[d
         web = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
         serving = asyncio.create_task(web.serve(sockets=[listening]))
         server = grpc.aio.server()
-        api = GrpcApi(client, "demo", [API_KEY], health)
+        api = GrpcApi(
+            client,
+            "demo",
+            KEYS,
+            LIMIT,
+            health,
+            max_message_bytes=MAX_MESSAGE_BYTES,
+            json_limits=JSON_LIMITS,
+        )
         stubs.add_SpecPrefillServicer_to_server(Servicer(api), server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
@@ -94,6 +102,26 @@ async def test_an_answer_is_recorded_with_its_report(protocol, addresses, pipeli
     assert 0 < stream.ttft_s <= stream.end_s
     assert stream.report["keep_rate"] == 0.5
     assert pipeline.requests[-1].controls.keep == 0.5
+
+
+async def test_no_connection_is_used_again():
+    """The server keeps connections open, and closes each when a second request comes over it."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        body = b'data: {"choices": [{"delta": {"content": "hello"}}]}\n\ndata: [DONE]\n\n'
+        head = f"HTTP/1.1 200 OK\r\ncontent-length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        while b"POST" not in await reader.read(1 << 16) and not reader.at_eof():
+            pass  # the rest of the first request's body
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    asked = HttpCaller(f"http://127.0.0.1:{port}/v1", "demo", None)
+    async with server, asked.open():
+        streams = [await runner.stream(prompt(), asked, PATIENCE_S) for _ in range(3)]
+    assert [stream.text for stream in streams] == ["hello"] * 3, streams[-1].error
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

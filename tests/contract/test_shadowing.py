@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from prometheus_client import REGISTRY
 from vllm.sampling_params import SamplingParams
 
 from specprefill.config import QualityConfig
 from specprefill.fakes import FakeDecoder, FakePrefiller, FakeSpeculator
 from specprefill.gateway import shadowing
-from specprefill.gateway.metrics import MeasuredPipeline
+from specprefill.gateway.metrics import MeasuredPipeline, PipelineMetrics
 from specprefill.pipeline import Pipeline
 from specprefill.plan import Planner
 from specprefill.shadow import Divergence, Outcome
 from specprefill.types import Controls, Request
+
+from ..instruments import Instruments
 
 
 def request(temperature: float = 0.0, **controls) -> Request:
@@ -29,7 +30,10 @@ class Rig:
         planner = Planner(enabled=True, keep=0.5, min_prompt_tokens=50)
         pipeline = Pipeline(FakeSpeculator(), self.prefiller, FakeDecoder(), planner)
         config = QualityConfig(**{"shadow_share": 1.0, **quality})
-        self.shadowed = shadowing.ShadowedPipeline(MeasuredPipeline(pipeline), pipeline, config)
+        self.counted = Instruments()
+        live = MeasuredPipeline(pipeline, PipelineMetrics(Instruments()))
+        compared = shadowing.ShadowMetrics(self.counted)
+        self.shadowed = shadowing.ShadowedPipeline(live, pipeline, config, compared)
 
     async def run(self, asked: Request) -> list[float]:
         """The keep rates of all prefills: the live one, and that of the copy."""
@@ -39,15 +43,10 @@ class Rig:
         return [selection.keep_rate for selection in self.prefiller.selections]
 
 
-def value(name: str, **labels: str) -> float:
-    return REGISTRY.get_sample_value(name, labels) or 0.0
-
-
 async def test_a_pruned_answer_gets_a_dense_copy():
-    before = value("specprefill_shadow_total", outcome="equal", keep_rate="0.2")
-    assert await Rig().run(request()) == [0.2, 1.0]
-    after = value("specprefill_shadow_total", outcome="equal", keep_rate="0.2")
-    assert after - before == 1
+    rig = Rig()
+    assert await rig.run(request()) == [0.2, 1.0]
+    assert rig.counted.total("specprefill_shadow_total", "equal", "0.2") == 1
 
 
 @pytest.mark.parametrize(
@@ -68,10 +67,9 @@ async def test_a_busy_gateway_drops_copies():
     second = rig.shadowed.generate(request())
     await anext(first)
     await anext(second)
-    before = value("specprefill_shadow_total", outcome="dropped", keep_rate="0.2")
     third = rig.shadowed.generate(request())
     assert [chunk async for chunk in third]
-    assert value("specprefill_shadow_total", outcome="dropped", keep_rate="0.2") - before == 1
+    assert rig.counted.total("specprefill_shadow_total", "dropped", "0.2") == 1
     await first.aclose()
     await second.aclose()
 
@@ -85,9 +83,10 @@ def test_the_copy_asks_for_candidates():
 
 def test_differences_are_counted_by_keep_rate():
     names = ("agreement_ratio", "first_difference_tokens", "logprob_gap_nats")
-    before = [value(f"specprefill_shadow_{name}_sum", keep_rate="0.3") for name in names]
-    shadowing.record(Outcome.DIFFERENT, 0.21, Divergence(8, 4, 2, 1.5))
-    shadowing.record(Outcome.FAILED, 0.3, None)
-    after = [value(f"specprefill_shadow_{name}_sum", keep_rate="0.3") for name in names]
-    assert [b - a for a, b in zip(before, after, strict=True)] == [0.25, 2.0, 1.5]
-    assert value("specprefill_shadow_total", outcome="failed", keep_rate="0.3") >= 1
+    counted = Instruments()
+    compared = shadowing.ShadowMetrics(counted)
+    compared.record(Outcome.DIFFERENT, 0.21, Divergence(8, 4, 2, 1.5))
+    compared.record(Outcome.FAILED, 0.3, None)
+    sums = [counted.total(f"specprefill_shadow_{name}", "0.3") for name in names]
+    assert sums == [0.25, 2.0, 1.5]
+    assert counted.total("specprefill_shadow_total", "failed", "0.3") == 1

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
 import openai
+import psutil
 import pytest
 import yaml
 
 from specprefill.cluster import ServeApi, Snapshot, free_port, set_auth_mode
 from specprefill.deployment_file import load, with_ports
+from specprefill.front import FILE_VARIABLE
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 90.0
-SPECULATOR_TIMEOUT_S = 3.0
+SPECULATOR_TIMEOUT_S = 5.0  # longer than a dead replica is taken for a living one
 BIN = Path(sys.executable).parent
 KEEP = 0.2
 POOLS = ("Speculator", "Prefill", "Decode")
@@ -35,6 +40,7 @@ class App:
     http_port: int
     grpc_port: int
     dashboard_url: str
+    pid: int  # of the command; everything else runs below it
     api: ServeApi = field(repr=False)
 
     @property
@@ -55,6 +61,26 @@ class App:
         change(raw)
         self.file.write_text(yaml.safe_dump(raw))
         command([BIN / "serve", "deploy", self.file, "-a", self.dashboard_url])
+
+    def front_config(self) -> str:
+        """The configuration that HAProxy runs with."""
+        for process in psutil.process_iter(["name", "cmdline"]):
+            if process.info["name"] == "haproxy" and process.environ().get(FILE_VARIABLE) == str(
+                self.file
+            ):
+                arguments = process.info["cmdline"]
+                return Path(arguments[arguments.index("-f") + 1]).read_text()
+        raise AssertionError("HAProxy does not run")
+
+    def log(self, deployment: str) -> str:
+        """What the running replicas of one pool have logged, one after the other."""
+        paths = {
+            file.path
+            for pid in self.replica_pids(deployment)
+            for file in psutil.Process(pid).open_files()
+            if Path(file.path).name.startswith("replica_")
+        }
+        return "".join(Path(path).read_text() for path in sorted(paths))
 
     def replica_pids(self, deployment: str) -> list[int]:
         """The processes of one pool."""
@@ -88,14 +114,54 @@ def app(root, tmp_path_factory):
     )
     try:
         dashboard_url = _dashboard_url(server)
-        yield App(file, http_port, grpc_port, dashboard_url, ServeApi(dashboard_url))
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(STOP_TIMEOUT_S) == 0
+        app = App(file, http_port, grpc_port, dashboard_url, server.pid, ServeApi(dashboard_url))
+        yield app
+        _stop_in_mid_stream(app, server)
     finally:
         if server.poll() is None:
             server.kill()
             server.wait()
         server.stdout.close()
+
+
+STREAM = {
+    "model": "demo", "messages": [{"role": "user", "content": "Hello"}], "ignore_eos": True,
+    "stream": True,
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def streams_that_end(app: App, count: int = 4, max_tokens: int = 400):
+    """Answers that are streamed while the `with` block runs, and end as they should after it."""
+    begun = threading.Barrier(count + 1, timeout=60)
+
+    def last_line(_):
+        url, body = f"{app.http_url}/v1/chat/completions", {**STREAM, "max_tokens": max_tokens}
+        with httpx.stream("POST", url, json=body, timeout=60) as reply:
+            lines = (line for line in reply.iter_lines() if line)
+            assert next(lines).startswith("data: {")
+            begun.wait()
+            return list(lines)[-1]
+
+    with ThreadPoolExecutor(count) as threads:
+        ends = threads.map(last_line, range(count))
+        begun.wait()
+        yield
+        assert list(ends) == ["data: [DONE]"] * count
+
+
+def _stop_in_mid_stream(app: App, server: subprocess.Popen) -> None:
+    """SIGTERM while answers are streamed: they end as they should, and nothing new begins."""
+    url = f"{app.http_url}/v1/chat/completions"
+    short = {**STREAM, "stream": False, "max_tokens": 1}
+    with streams_that_end(app):
+        server.send_signal(signal.SIGTERM)
+        while (reply := httpx.post(url, json=short, timeout=60)).status_code == 200:
+            continue  # the gateways have not heard of it yet
+        assert reply.status_code == 503
+        assert reply.headers["retry-after"] == "1"
+        assert reply.json()["error"]["code"] == "unavailable"
+    assert server.wait(STOP_TIMEOUT_S) == 0
 
 
 def _dashboard_url(server: subprocess.Popen) -> str:

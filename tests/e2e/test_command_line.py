@@ -13,7 +13,8 @@ def test_ray_and_our_own_status_say_healthy(app):
     ours = command([BIN / "specprefill", "status", "--address", app.dashboard_url]).stdout
     rays = command([BIN / "serve", "status", "-a", app.dashboard_url]).stdout
     assert "specprefill: running" in ours
-    assert ours.count("1 of 1 replicas") == 4
+    assert ours.count("1 of 1 replicas") == 3
+    assert ours.count("2 of 2 replicas") == 1  # gateways
     assert "status: RUNNING" in rays
     assert rays.count("status: HEALTHY") == 4
 

@@ -59,7 +59,7 @@ def test_health_counts_the_pools(stub):
     health = stub.Health(pb.HealthRequest(), timeout=30)
     assert health.serving
     assert {pool.name: pool.healthy_replicas for pool in health.pools} == {
-        "speculator": 1, "prefill": 1, "decode": 1,
+        "gateway": 2, "speculator": 1, "prefill": 1, "decode": 1,
     }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import openai
 import pytest
 from ray.util.state import list_objects
@@ -19,6 +20,7 @@ from .conftest import POOLS, pruned
 pytestmark = pytest.mark.timeout(600)
 
 KV_BYTES = 1 << 15
+MAX_QUEUED, STORM = 3, 24  # prompts that may wait for the speculator, and clients that ask at once
 PAUSE_S = 0.5  # of each client: the new replicas start on the same two cores
 
 
@@ -150,6 +152,7 @@ def test_a_rolling_update_loses_no_request(app, chat):
     def change(raw):
         (application,) = raw["applications"]
         application["args"]["kv"]["carrier"] = "object_ref"
+        application["args"]["speculator"]["max_queued"] = MAX_QUEUED  # for the test below
         for deployment in application["deployments"]:
             deployment["max_surge_percent"] = 100  # the new replica first, then the old one goes
 
@@ -167,6 +170,28 @@ def test_a_rolling_update_loses_no_request(app, chat):
     assert [choice.message.content for choice in answer.choices] == wanted
     assert not answer.specprefill["recomputed"]
     assert answer.specprefill["transfer_s"] > 0
+
+
+def test_a_full_speculator_sheds_with_a_reason_and_makes_nothing_dense(app, long_prompt):
+    """Its queue is short since the test before."""
+
+    def ask(number):
+        (first, *rest) = long_prompt.messages
+        new = {**first, "content": f"{uuid.uuid4().hex} {first['content']}"}  # nobody has asked it
+        body = {"model": "demo", "messages": [new, *rest], "max_tokens": 1, **pruned()}
+        return httpx.post(f"{app.http_url}/v1/chat/completions", json=body, timeout=60)
+
+    with ThreadPoolExecutor(STORM) as clients:
+        answers = list(clients.map(ask, range(STORM)))
+    served = [answer.json()["specprefill"] for answer in answers if answer.is_success]
+    shed = [answer for answer in answers if not answer.is_success]
+    assert {report["plan"] for report in served} == {"prune"}
+    assert {answer.status_code for answer in shed} == {429}
+    assert {answer.headers["x-specprefill-shed-reason"] for answer in shed} <= {
+        "speculator_overloaded",
+        "speculator_timeout",
+    }
+    assert all(float(answer.headers["retry-after"]) > 0 for answer in shed)
 
 
 def test_no_ray_object_outlives_the_request_whose_kv_it_held(app, chat):
@@ -217,5 +242,5 @@ def test_an_slo_sizes_the_pools(app, chat):
             time.sleep(0.5)
             running = {pool.name: pool.running for pool in app.api.snapshot().pools}
     assert 2 in map(running.get, POOLS)
-    assert running["Gateway"] == 1
+    assert running["Gateway"] == 2
     assert load.failures == []

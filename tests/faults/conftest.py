@@ -16,7 +16,8 @@ import pytest
 import pytest_asyncio
 
 from specprefill.bench.report import markdown, provenance, write_json
-from specprefill.errors import PrefillUnavailable, Unavailable
+from specprefill.errors import Overloaded, PrefillUnavailable, Unavailable
+from specprefill.fallback import Fallback, OnOverload
 from specprefill.kv.prefilling import HeldPrefill, prefilling
 from specprefill.kv.rpc import KvPeers
 from specprefill.pipeline import Pipeline
@@ -271,12 +272,26 @@ class FixedSpeculator:
         return self.selection
 
 
+@dataclass(frozen=True)
+class FullSpeculator:
+    """Takes no prompt."""
+
+    async def select(self, _request, _plan, _timeout_s) -> Selection:
+        raise Overloaded("the queue is full", 2.0)
+
+
 async def ask(
-    pools: Pools, request: Request, selection: Selection
+    pools: Pools, request: Request, selection: Selection, on_overload: OnOverload | None = None
 ) -> tuple[list[int], float, Report]:
-    """The product's pipeline over the pools: the answer's tokens, seconds, and report."""
+    """The product's pipeline over the pools: the answer's tokens, seconds, and report.
+
+    With `on_overload` the speculator is full, and `selection` is not asked for.
+    """
     planner = Planner(enabled=True, keep=0.5, min_prompt_tokens=1)
-    pipeline = Pipeline(FixedSpeculator(selection), pools, pools, planner, overlap=pools.overlap)
+    speculator, fallback = FixedSpeculator(selection), Fallback()
+    if on_overload is not None:
+        speculator, fallback = FullSpeculator(), Fallback(on_overload)
+    pipeline = Pipeline(speculator, pools, pools, planner, fallback=fallback, overlap=pools.overlap)
     started_s = time.monotonic()
     async with asyncio.timeout(90):
         chunks = [chunk async for chunk in pipeline.generate(request)]

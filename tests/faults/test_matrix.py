@@ -14,10 +14,12 @@ import grpc
 import msgspec
 import pytest
 
-from specprefill.errors import DeadlineExceeded
+from specprefill.errors import DeadlineExceeded, Overloaded
+from specprefill.fallback import OnOverload, static_selection
 from specprefill.kv.announcements import Announcements
 from specprefill.kv.leases import UNCLAIMED_S, LeaseStore
 from specprefill.kv.rpc import KvServer, _Handler
+from specprefill.selection import SelectionPolicy
 from specprefill.types import (
     Carrier,
     Controls,
@@ -366,6 +368,46 @@ async def test_the_client_leaves(asking, stage):
     asking.table.add(asking.name, "released", seconds, None, held)
     assert held == 0
     assert seconds < 1.0
+
+
+async def test_the_speculator_is_full_and_the_prompt_is_shed(asking):
+    started_s = time.monotonic()
+    with pytest.raises(Overloaded) as refused:
+        await ask(asking.pools, request(asking.name), selection(), OnOverload.SHED)
+    seconds = time.monotonic() - started_s
+    held = await asking.pools.bytes_held()
+    asking.table.add(asking.name, "refused, to be tried again", seconds, None, held)
+    assert (refused.value.reason, refused.value.retry_after_s) == ("speculator_overloaded", 2.0)
+    assert held == 0
+
+
+async def test_the_speculator_is_full_and_the_prompt_is_pruned_by_its_words(asking):
+    """The answer is that of the same kept tokens, had a speculator chosen them."""
+    asked = request(asking.name)
+    got, seconds, report = await ask(asking.pools, asked, selection(), OnOverload.STATIC)
+    held = await asking.pools.bytes_held()
+    plan = Plan(PlanKind.PRUNE, Reason.ASKED, 0.5)
+    chosen = static_selection(asked.prompt, plan, (), SelectionPolicy())
+    again = replace(asked, request_id=f"{asked.request_id}-undisturbed")
+    wanted, _, _ = await ask(asking.pools, again, chosen)
+    asking.table.add(asking.name, "pruned without scores", seconds, got == wanted, held)
+    assert got == wanted
+    assert (report.reason, report.kept_tokens) == ("speculator_overloaded", chosen.kept_tokens)
+    assert held == 0
+
+
+async def test_the_kv_store_is_full(asking):
+    """The prefill waits for room instead of computing what would be dropped."""
+    room = asking.pools.prefills[0].service._room
+    async with room.reserved(1 << 40):  # all that there is
+        asked = asyncio.create_task(asking.and_expect_the_same("waited for room"))
+        for _ in range(1000):
+            if room.waiting > 0:
+                break
+            await asyncio.sleep(0.01)
+        assert room.waiting == 1
+        assert not asked.done()
+    await asked
 
 
 async def test_the_deadline_passes(asking):

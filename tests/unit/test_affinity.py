@@ -1,9 +1,13 @@
 """Prompts go where their prefix is cached, until the queue there costs more than it saves."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from specprefill.gateway.affinity import BLOCK_TOKENS, PrefillLoad, PrefixAffinity, load_of
 from specprefill.types import Plan, PlanKind, Reason, Selection, Span, dense
+
+from ..linear_cost import assert_linear
 
 ROOM = 1_000 * BLOCK_TOKENS
 PROMPT = tuple(range(10 * BLOCK_TOKENS))
@@ -15,7 +19,7 @@ def load(blocks, *, own, name="system"):
 
 
 def affinity(*names, room=ROOM):
-    made = PrefixAffinity()
+    made = PrefixAffinity(hope=0.0)  # nobody else sends anything
     made.know(dict.fromkeys(names, room))
     return made
 
@@ -144,3 +148,46 @@ def test_choices_that_were_never_sent_are_forgotten():
     for i in range(64):
         made.choose(f"r{i}", load(0, own=0))
     assert best(made, load(0, own=1)) == "a"
+
+
+def test_a_replica_that_comes_back_knows_nothing():
+    made = affinity("a", "b")
+    made.sent("r1", "a", load(4, own=0))
+    made.answered("r1")
+    made.know({"b": ROOM})
+    made.know({"a": ROOM, "b": ROOM})
+    made.sent("r2", "b", load(2, own=0))
+    made.answered("r2")
+    assert best(made, load(4, own=0)) == "b"
+    made.know({})
+    assert made._blocks._holders == {}
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3), st.integers(1, 6)), max_size=30))
+def test_the_map_finds_what_each_replicas_memory_holds(calls):
+    names = [str(name) for name in range(5)]
+    made = affinity(*names, room=7 * BLOCK_TOKENS)
+    for number, (place, kind, blocks) in enumerate(calls):
+        made.sent(str(number), names[place], load(blocks, own=0, name=kind))
+    for kind in range(4):
+        prefix = load(6, own=0, name=kind).prefix
+        found = made._blocks.matches(prefix)
+        for replica in made._replicas.values():
+            assert found.get(replica.place, 0) == replica.seen.longest(prefix)
+
+
+def _choosing(replicas, blocks):
+    """A step that chooses for a prefix that every replica remembers to a depth of its own."""
+    made = affinity(*map(str, range(replicas)), room=2 * blocks * BLOCK_TOKENS)
+    for place in range(replicas):
+        made.sent(str(place), str(place), load(blocks * (place + 1) // replicas, own=0))
+    prompt = load(blocks, own=5)
+    return lambda: [made.choose("r", prompt) for _ in range(20)]
+
+
+def test_choosing_costs_one_walk_of_the_prompt_whatever_its_length():
+    assert_linear(lambda blocks: _choosing(replicas=8, blocks=blocks), 1000)
+
+
+def test_choosing_costs_one_step_per_replica():
+    assert_linear(lambda replicas: _choosing(replicas=replicas, blocks=200), 200)

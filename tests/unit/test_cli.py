@@ -64,7 +64,7 @@ def test_a_prompt_file_must_be_readable(capsys, tmp_path):
 
 
 def test_check_accepts_a_good_file(capsys, root):
-    assert cli.main(["check", str(root / "cluster" / "local.yaml")]) == 0
+    assert cli.main(["check", "--no-models", str(root / "cluster" / "local.yaml")]) == 0
     assert "fine (specprefill)" in capsys.readouterr().out
 
 
@@ -113,3 +113,19 @@ def test_kept_text_is_marked():
     pieces = [("a", True), ("b", False)]
     assert highlighted(pieces, colours=False) == "[[a]]b"
     assert highlighted(pieces, colours=True) == "\033[1ma\033[0m\033[2mb\033[0m"
+
+
+def test_the_first_call_shows_a_key_and_tls_where_they_are_needed(root):
+    file = load(root / "cluster" / "local.yaml").file
+    front = {"tls": {"certificate": "c", "key": "k"}}
+    (application,) = file.applications
+    gateway = application.args.gateway.model_validate({"api_keys": ["secret"], "front": front})
+    args = application.args.model_copy(update={"gateway": gateway})
+    closed = file.model_copy(
+        update={"applications": (application.model_copy(update={"args": args}),)}
+    )
+    text = how_to_call(closed, "http://127.0.0.1:8265")
+    assert "curl https://127.0.0.1:8000" in text
+    assert "-H 'authorization: Bearer KEY'" in text
+    assert "secret" not in text
+    assert "Bearer" not in how_to_call(file, "http://127.0.0.1:8265")

@@ -4,7 +4,15 @@ import re
 
 import pytest
 
-from specprefill.cluster import SHORT_PATHS, DeploymentFailed, ServeApi, snapshot_of
+from specprefill.cluster import (
+    SHORT_PATHS,
+    DeploymentFailed,
+    ServeApi,
+    open_cluster,
+    port_range,
+    snapshot_of,
+)
+from specprefill.front import FILE_VARIABLE
 
 
 def details(app_status="RUNNING", status="HEALTHY", states=("RUNNING",), target=1, message=""):
@@ -76,12 +84,25 @@ def test_a_deployment_that_cannot_be_built_fails_with_the_reason():
     assert failed.failure() == "specprefill: app: ValueError: no such model"
 
 
-def test_a_replica_that_cannot_start_fails_with_the_end_of_its_traceback():
-    lines = "\n".join(f"frame {n}" for n in range(50))
-    message = f"The deployment failed to start 1 times.\n{lines}\nOSError: no weights"
+@pytest.mark.parametrize(
+    "error", ["OSError: no weights", "specprefill.errors.EngineStartFailed: engine: why\nand how"]
+)
+def test_a_replica_that_cannot_start_fails_with_the_last_error_of_its_traceback(error):
+    frames = "\n".join(f'  File "a.py", line {n}, in f\n    call: {n}' for n in range(50))
+    first = "RuntimeError: See root cause above."
+    chained = "The above exception was the direct cause of the following exception:"
+    message = (
+        f"The deployment failed to start 1 times. Error:\nTraceback:\n{frames}\n{first}\n\n"
+        f"{chained}\n\nTraceback (most recent call last):\n{frames}\n{error}\n"
+    )
     failure = snapshot_of(details(status="UPDATING", message=message)).failure()
-    assert failure.startswith("Prefill: frame ")
-    assert failure.endswith("OSError: no weights")
+    assert failure == f"Prefill: {error}"
+
+
+def test_a_message_without_an_error_is_shown_by_its_end():
+    message = "failed to start\n" + "\n".join(f"frame {n}" for n in range(50))
+    failure = snapshot_of(details(status="UPDATING", message=message)).failure()
+    assert failure.splitlines()[-1] == "frame 49"
     assert len(failure.splitlines()) == 12
 
 
@@ -108,6 +129,21 @@ def test_waiting_ends_with_its_time(api):
 
 def test_the_readme_names_every_setting_that_a_local_ray_gets(root):
     readme = (root / "README.md").read_text()
-    exported = dict(re.findall(r"^export (RAY_SERVE_\w+)=(\S+)$", readme, re.MULTILINE))
-
+    exported = dict(re.findall(r"^export (\w+)=(\S+)$", readme, re.MULTILINE))
+    assert "export RAY_SERVE_HAPROXY_BINARY_PATH=$(command -v specprefill-front)\n" in readme
+    assert exported.pop(FILE_VARIABLE).endswith(".yaml")
+    assert exported.pop("RAY_AUTH_MODE") == "token"
     assert exported == SHORT_PATHS
+
+
+@pytest.mark.parametrize(("mode", "warned"), [("token", False), (None, False), ("disabled", True)])
+def test_an_environment_without_authentication_is_warned_of(mode, warned):
+    environ = {} if mode is None else {"RAY_AUTH_MODE": mode}
+    assert (open_cluster(environ) is not None) == warned
+
+
+def test_two_services_draw_ports_that_the_system_gives_to_no_client(monkeypatch):
+    monkeypatch.setattr("specprefill.cluster.port_in_use", lambda _host, _port: False)
+    for drawn in (port_range(), port_range()):
+        assert len(drawn) == 100
+        assert 12_000 <= drawn.start < drawn.stop <= 30_000

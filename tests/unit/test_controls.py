@@ -16,10 +16,12 @@ from specprefill.errors import (
     Unavailable,
     UnknownModel,
 )
+from specprefill.gateway.bodies import BodyReader
 from specprefill.gateway.context import CURRENT, RequestContext
 from specprefill.gateway.controls import conversation, pop_controls, timeout
 from specprefill.gateway.failures import http_failure
 from specprefill.gateway.middleware import RequestMiddleware
+from specprefill.gateway.request_json import JsonLimits
 from specprefill.types import Controls, PlanKind, Reason, Report
 
 REPORT = Report(PlanKind.PRUNE, Reason.ASKED, 100, 30, 0.3, 0.0, 0.1, 0.2, 0.0, 0.0, 0.3)
@@ -200,7 +202,8 @@ async def post(
 
     raw = [(key.encode(), value.encode()) for key, value in (headers or {}).items()]
     scope = {"type": "http", "method": "POST", "path": path, "headers": raw}
-    await RequestMiddleware(app, limit)(scope, receive, answer)
+    bodies = BodyReader(limit, 10.0, 10 * limit, lambda _reason: None)
+    await RequestMiddleware(app, bodies, JsonLimits(items=1000))(scope, receive, answer)
     return answer
 
 

@@ -11,7 +11,7 @@ from specprefill.plan import Planner
 from specprefill.prefixes import CacheForecast, PrefixMemory
 from specprefill.selection import SelectionPolicy
 from specprefill.stages import Curve, StageCurves, StageModels
-from specprefill.types import Controls, Plan, PlanKind, Reason, Report, Request, Span
+from specprefill.types import UNSCORED, Controls, Plan, PlanKind, Reason, Report, Request, Span
 
 CURVES = StageCurves(
     speculate=Curve(base_s=0.05, token_s=1e-5),
@@ -158,3 +158,80 @@ def test_a_saving_below_the_least_is_none():
 def test_without_a_gain_every_prompt_is_pruned():
     plan = Planner(enabled=True, keep=0.2, min_prompt_tokens=1).plan(request(400))
     assert plan == Plan(PlanKind.PRUNE, Reason.DEFAULT, 0.2)
+
+
+GIVEN_UP = report(
+    reason=Reason.SPECULATOR_TIMEOUT, queue_s=0.5, speculate_s=10.0, prefill_s=1.0, ttft_s=11.52
+)
+
+
+def test_scoring_in_vain_is_learnt_as_scoring_not_as_an_overhead_of_dense():
+    known = gain()
+    for _ in range(3):
+        known.learn(request(10_000), GIVEN_UP)
+    expected = known.expected(request(10_000, seed=9), 0.2)
+    assert expected.dense_s == pytest.approx(1.02, rel=0.05)
+    assert expected.prune_s > 10.0
+
+
+@pytest.mark.parametrize("scored_before", [0, 50])
+def test_two_prompts_given_up_in_a_row_are_the_last_to_be_tried(scored_before: int):
+    known = gain()
+    scored = report(PlanKind.PRUNE, kept_tokens=2000, speculate_s=0.15, prefill_s=0.21, ttft_s=0.37)
+    for seed in range(scored_before):
+        known.learn(request(10_000, seed), scored)
+    for seed in range(100, 102):
+        known.learn(request(10_000, seed), GIVEN_UP)
+    assert planner(known).plan(request(10_000, seed=103)).reason is Reason.NO_GAIN
+
+
+def test_a_request_that_was_shed_teaches_the_same():
+    known = gain()
+    for seed in range(2):
+        known.learn_unscored(request(10_000, seed), 10.0)
+    assert planner(known).plan(request(10_000, seed=3)).reason is Reason.NO_GAIN
+
+
+@pytest.mark.parametrize("waited_only", [report(reason=reason, queue_s=10.0, ttft_s=11.0)
+                                         for reason in UNSCORED])  # fmt: skip
+def test_a_full_queue_says_nothing_about_the_speed_of_scoring(waited_only: Report):
+    known = gain()
+    before = known.expected(request(10_000, seed=9), 0.2)
+    for seed in range(5):
+        known.learn(request(10_000, seed), replace(waited_only, prefill_s=1.0))
+        known.learn_unscored(request(10_000, seed), 0.0)
+    after = known.expected(request(10_000, seed=9), 0.2)
+    assert after.prune_s == pytest.approx(before.prune_s, rel=0.1)
+    assert after.dense_s == pytest.approx(before.dense_s, rel=0.1)
+
+
+def test_one_outlier_is_not_believed():
+    known = gain()
+    scored = report(PlanKind.PRUNE, kept_tokens=2000, speculate_s=0.15, prefill_s=0.21, ttft_s=0.37)
+    for seed in range(20):
+        known.learn(request(10_000, seed), scored)
+    known.learn(request(10_000, 21), GIVEN_UP)
+    assert planner(known).plan(request(10_000, seed=22)).kind is PlanKind.PRUNE
+
+
+def dense_until_pruned(known: NetGain, most: int = 5000) -> int:
+    """How many prompts go dense until one is tried again."""
+    for seed in range(most):
+        asked = request(10_000, seed=1000 + seed)
+        if planner(known).plan(asked).kind is PlanKind.PRUNE:
+            return seed
+        known.learn(asked, report(reason=Reason.NO_GAIN, prefill_s=1.0, ttft_s=1.01))
+    raise AssertionError("never tried again")
+
+
+def test_a_speculator_that_was_slow_is_tried_again_ever_more_seldom_and_recovers():
+    known = gain()
+    pauses = []
+    for _ in range(3):
+        while planner(known).plan(request(10_000, seed=7)).kind is PlanKind.PRUNE:
+            known.learn_unscored(request(10_000, seed=7), 10.0)
+        pauses.append(dense_until_pruned(known))
+    assert pauses[1:] == [2 * pauses[0], 4 * pauses[0]]
+    scored = report(PlanKind.PRUNE, kept_tokens=2000, speculate_s=0.15, prefill_s=0.21, ttft_s=0.37)
+    known.learn(request(10_000), scored)
+    assert planner(known).plan(request(10_000, seed=8)).kind is PlanKind.PRUNE

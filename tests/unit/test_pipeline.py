@@ -8,11 +8,14 @@ from specprefill.errors import (
     InvalidRequest,
     Overloaded,
     PrefillUnavailable,
+    ScoringTimeout,
     SpeculatorUnavailable,
 )
 from specprefill.fakes import FakeDecoder, FakePrefiller, FakeSpeculator, text_of
+from specprefill.fallback import Fallback, OnOverload, Patience
 from specprefill.pipeline import Pipeline
 from specprefill.plan import Planner
+from specprefill.selection import SelectionPolicy
 from specprefill.types import Controls, PlanKind, Reason, Request
 
 PROMPT = tuple(range(100, 200))
@@ -85,17 +88,72 @@ async def test_several_samples_go_on_when_one_first_token_ends_an_answer():
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (SpeculatorUnavailable("down"), Reason.SPECULATOR_UNAVAILABLE),
-        (Overloaded("full"), Reason.SPECULATOR_UNAVAILABLE),
-        (DeadlineExceeded("slow"), Reason.SPECULATOR_TIMEOUT),
+        (Overloaded("full", 3.0), Reason.SPECULATOR_OVERLOADED),
+        (DeadlineExceeded("nobody answered"), Reason.SPECULATOR_TIMEOUT),
+        (ScoringTimeout("slow", 2.0, 8.0), Reason.SPECULATOR_TIMEOUT),
     ],
 )
-async def test_losing_the_speculator_costs_time_not_the_answer(error, reason):
+class TestUnscored:
+    """A full or slow speculator is overload: nothing becomes dense unless configured."""
+
+    @staticmethod
+    def pools(error, on_overload):
+        pools = Pools()
+        pools.speculator.fails = error
+        policy = SelectionPolicy(chunk_tokens=10, min_kept_tokens=10, sink_tokens=1, tail_tokens=5)
+        pools.pipeline.fallback = Fallback(on_overload, policy)
+        pools.lost = []
+        pools.pipeline.on_unscored = lambda _request, seconds: pools.lost.append(seconds)
+        return pools
+
+    async def test_it_is_shed_with_the_reason_and_a_time(self, error, reason):
+        pools = self.pools(error, OnOverload.SHED)
+        with pytest.raises(Overloaded) as caught:
+            await pools.run()
+        assert caught.value.reason == reason
+        assert caught.value.retry_after_s >= 3.0
+        assert pools.prefiller.selections == []
+        assert pools.lost == [getattr(error, "speculate_s", 0.0)]
+
+    async def test_or_pruned_without_scores_at_the_nominal_rate(self, error, reason):
+        pools = self.pools(error, OnOverload.STATIC)
+        report = (await pools.run())[-1].report
+        assert (report.plan, report.reason) == (PlanKind.PRUNE, reason)
+        assert 20 <= report.kept_tokens <= 30
+        assert pools.lost == []  # the report says it
+
+    async def test_or_dense(self, error, reason):
+        report = (await self.pools(error, OnOverload.DENSE).run())[-1].report
+        assert (report.plan, report.reason, report.kept_tokens) == (PlanKind.DENSE, reason, 100)
+
+    @pytest.mark.parametrize("policy", [OnOverload.STATIC, OnOverload.DENSE])
+    async def test_what_was_waited_for_in_vain_stands_in_the_report(self, error, reason, policy):
+        report = (await self.pools(error, policy).run())[-1].report
+        assert report.speculate_s == getattr(error, "speculate_s", 0.0)
+
+
+async def test_losing_the_speculator_costs_time_not_the_answer():
     pools = Pools()
-    pools.speculator.fails = error
-    chunks = await pools.run()
-    report = chunks[-1].report
-    assert (report.plan, report.reason, report.kept_tokens) == (PlanKind.DENSE, reason, 100)
+    pools.speculator.fails = SpeculatorUnavailable("down")
+    report = (await pools.run())[-1].report
+    assert (report.plan, report.reason) == (PlanKind.DENSE, Reason.SPECULATOR_UNAVAILABLE)
+    assert report.kept_tokens == 100
+
+
+async def test_long_prompts_may_take_longer_to_be_scored():
+    pools = Pools()
+    pools.pipeline.patience = Patience(1.0, 0.25)
+    await pools.run()
+    assert pools.speculator.timeouts_s == [1.0 + 0.25 * len(PROMPT)]
+
+
+async def test_waiting_for_nobody_is_waiting_not_scoring():
+    clock = iter([0.0, 0.0, 0.0, 11.0, *[12.0] * 20])
+    pools = Pools(now=lambda: next(clock))
+    pools.pipeline.fallback = Fallback(OnOverload.DENSE)
+    pools.speculator.fails = DeadlineExceeded("nobody answered")
+    report = (await pools.run())[-1].report
+    assert (report.queue_s, report.speculate_s) == (11.0, 0.0)
 
 
 async def test_the_requests_own_deadline_is_not_blamed_on_the_speculator():

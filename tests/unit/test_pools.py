@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle  # noqa: TID251 - Ray pickles what replicas raise
+import threading
 from collections.abc import AsyncIterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from specprefill.errors import (
     InvalidRequest,
     Overloaded,
     PrefillUnavailable,
+    ScoringTimeout,
     SpecPrefillError,
     SpeculatorUnavailable,
     Unavailable,
@@ -146,7 +148,12 @@ def test_what_ray_raises_comes_out_as_ours(
 
 @pytest.mark.parametrize(
     "error",
-    [InvalidRequest("no", "n"), Overloaded("full", 3.0), Unavailable("gone")],
+    [
+        InvalidRequest("no", "n"),
+        Overloaded("full", 3.0),
+        Unavailable("gone"),
+        ScoringTimeout("slow", 1.0, 2.0),
+    ],
 )
 def test_our_errors_survive_rays_pickling(error: SpecPrefillError) -> None:
     again = pickle.loads(pickle.dumps(error))
@@ -172,6 +179,26 @@ async def test_a_call_past_its_deadline_is_cancelled() -> None:
     with pytest.raises(DeadlineExceeded):
         await ServeSpeculator(handle).select(REQUEST, PLAN, 0.01)
     assert handle.response.cancelled is True
+
+
+@pytest.mark.parametrize(("replicas", "kind"), [(0, SpeculatorUnavailable), (1, DeadlineExceeded)])
+async def test_waiting_for_a_pool_without_replicas_is_not_slowness(
+    replicas: int, kind: type[SpecPrefillError]
+) -> None:
+    async def count() -> dict[str, int]:
+        return {"speculator": replicas}
+
+    handle = Handle(SELECTION, pause_s=5.0)
+    with pytest.raises(kind):
+        await ServeSpeculator(handle, count).select(REQUEST, PLAN, 0.01)
+    assert handle.response.cancelled is True
+
+
+async def test_the_replicas_own_word_on_a_time_out_is_waited_for() -> None:
+    handle = Handle(ScoringTimeout("slow", 0.25, 0.75), pause_s=0.1)
+    with pytest.raises(ScoringTimeout) as caught:
+        await ServeSpeculator(handle).select(REQUEST, PLAN, 0.05)
+    assert (caught.value.queue_s, caught.value.speculate_s) == (0.25, 0.75)
 
 
 async def test_a_cancelled_caller_cancels_the_call() -> None:
@@ -273,6 +300,40 @@ async def test_health_counts_running_replicas_and_asks_seldom() -> None:
     clock[0] += 0.6
     await health.count()
     assert asked == [100.0, 101.1]
+
+
+async def test_health_is_told_at_once_while_the_controller_is_slow() -> None:
+    clock, answers = [0.0], threading.Event()
+
+    def status() -> Any:
+        if clock[0] > 0:
+            answers.wait(10)
+        running = SimpleNamespace(replica_states={"RUNNING": 1})
+        application = SimpleNamespace(deployments={"Decode": running})
+        return SimpleNamespace(applications={"app": application})
+
+    health = ServeHealth("app", {"decode": "Decode"}, status, lambda: clock[0], patience_s=0.01)
+    assert await health.count() == {"decode": 1}
+    clock[0] = 5.0
+    for _ in range(3):
+        async with asyncio.timeout(1):
+            assert await health.count() == {"decode": 1}
+    answers.set()
+
+
+async def test_the_newest_counts_are_not_remembered_ones() -> None:
+    running = [1]
+
+    def status() -> Any:
+        deployment = SimpleNamespace(replica_states={"RUNNING": running[0]})
+        application = SimpleNamespace(deployments={"Speculator": deployment})
+        return SimpleNamespace(applications={"app": application})
+
+    health = ServeHealth("app", {"speculator": "Speculator"}, status, lambda: 0.0)
+    assert await health.count() == {"speculator": 1}
+    running[0] = 0
+    assert await health.count() == {"speculator": 1}
+    assert await health.newest() == {"speculator": 0}
 
 
 async def test_kv_that_ray_carries_goes_along_and_is_dropped_at_the_end() -> None:

@@ -67,7 +67,9 @@ def test_no_budget_length_or_mix_lets_go_of_what_must_stay(
     marked = (user_text,) if user_text else ()
     protected = merged(
         special_spans(range(len(tokens)), special)
-        + protected_spans(text, offsets, messages, marked, policy.tail_tokens)
+        + protected_spans(
+            text, np.array(offsets).reshape(-1, 2), messages, marked, policy.tail_tokens
+        )
     )
     scores = np.random.default_rng(seed).random(len(tokens), dtype=np.float32)
 

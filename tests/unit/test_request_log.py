@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from specprefill.errors import Overloaded
 from specprefill.gateway.request_log import RequestLog
 from specprefill.types import Chunk, PlanKind, Reason, Report, Request
@@ -26,6 +28,11 @@ def test_a_failed_request_names_its_error() -> None:
     assert log.line() == (
         "request_id=r1 outcome=Overloaded prompt_tokens=3 output_tokens=0 error='the pool is full'"
     )
+
+
+def test_the_key_is_shown_by_its_name() -> None:
+    log = RequestLog(replace(REQUEST, key="team-a"))
+    assert log.line().endswith("output_tokens=0 key=team-a")
 
 
 def test_an_answer_nobody_waited_for_is_closed() -> None:

@@ -10,6 +10,8 @@ import torch
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GptOssConfig,
     LlamaConfig,
     MambaConfig,
@@ -22,14 +24,17 @@ from specprefill.config import SpeculatorConfig
 from specprefill.errors import UnsupportedModel
 from specprefill.speculator.draft import (
     as_draft,
+    max_positions,
     refuse_unsupported_cache,
 )
 from specprefill.speculator.scorer import load_scorer
+from specprefill.types import Reason
 
 from .tiny_models import (
     POOL,
     VOCABULARY,
     prompt_of,
+    scorer_of,
     tiny_config,
 )
 
@@ -68,6 +73,29 @@ def test_attention_with_a_soft_cap_is_refused() -> None:
     )
     with pytest.raises(UnsupportedModel, match="gemma2"):
         as_draft(Gemma2ForCausalLM(config).eval())
+
+
+def test_the_longest_prompt_of_a_draft_with_learned_positions_is_known() -> None:
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_positions=64, n_embd=16, n_layer=2, n_head=2,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    scorer = scorer_of(as_draft(GPT2LMHeadModel(config).eval()), look_ahead=8)
+    assert scorer.max_prompt_tokens == 64 - 7
+    assert scorer.refusal(57) is None
+    assert scorer.refusal(58) is Reason.PROMPT_TOO_LONG_FOR_SPECULATOR
+    (scores,) = scorer.score([prompt_of(57)])
+    assert len(scores) == 57
+
+
+@pytest.mark.parametrize("name", ["n_positions", "max_seq_len", "model_max_length"])
+def test_the_number_of_positions_is_read_under_every_name(name: str) -> None:
+    class Other(PreTrainedConfig):
+        pass
+
+    assert max_positions(Other(**{name: 77})) == 77
+    assert max_positions(Other()) is None
+    assert max_positions(LlamaConfig(max_position_embeddings=99)) == 99
 
 
 def test_random_weights_are_built_from_the_configuration_alone(tmp_path: Path) -> None:

@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specprefill.gateway.spans import merged, protected_spans, special_spans
+from specprefill.gateway.occurrences import Cancelled, covered
+from specprefill.gateway.spans import (
+    Offsets,
+    altered_piece,
+    merged,
+    protected_spans,
+    special_spans,
+)
 from specprefill.types import Span
+
+from ..linear_cost import assert_linear
 
 DOCUMENT = "alpha bravo charlie delta echo foxtrot golf hotel india juliet"
 
 
-def words(text: str) -> list[tuple[int, int]]:
+def words(text: str) -> Offsets:
     """Markers are tokens, and so are words with their leading space, as in a byte-level BPE."""
-    return [match.span() for match in re.finditer(r"<[^<>]*>| ?[^ <]+|.", text, re.DOTALL)]
+    return pairs(match.span() for match in re.finditer(r"<[^<>]*>| ?[^ <]+|.", text, re.DOTALL))
+
+
+def pairs(spans: Iterable[tuple[int, int]]) -> Offsets:
+    return np.array(list(spans), dtype=np.int64).reshape(-1, 2)
+
+
+def characters(text: str) -> Offsets:
+    return pairs((i, i + 1) for i in range(len(text)))
 
 
 def rendered(*turns: tuple[str, str]) -> str:
@@ -161,7 +180,7 @@ def test_spans_are_sorted_disjoint_and_inside(
 
 @given(st.text("ab \n<>é", max_size=40), st.text("ab é", min_size=1, max_size=3))
 def test_no_token_of_a_protected_substring_is_lost(text: str, wanted: str) -> None:
-    offsets = [(i, i + 1) for i in range(len(text))]
+    offsets = characters(text)
     kept = {i for s in protected_spans(text, offsets, None, (wanted,), 1) for i in range(*_ends(s))}
     lost = [i for i in range(len(text)) if text.startswith(wanted, i) and i not in kept]
     assert lost == []
@@ -172,7 +191,7 @@ def test_system_messages_that_the_template_keeps_are_never_pruned(
     messages: list[dict[str, str]],
 ) -> None:
     text = rendered(*((each["role"], each["content"]) for each in messages))
-    offsets = [(i, i + 1) for i in range(len(text))]
+    offsets = characters(text)
     only_system = [each for each in messages if each["role"] == "system"]
     kept = {i for s in protected_spans(text, offsets, only_system, (), 1) for i in range(*_ends(s))}
     if only_system:
@@ -202,3 +221,78 @@ def test_a_fence_left_open_protects_to_the_end() -> None:
     spans = protected_spans(text, words(text), None, (), 1, fences=True)
     assert protected_text(text, spans).endswith("alpha bravo charlie")
     assert not protected_text(text, spans).startswith("look")
+
+
+def test_a_piece_that_the_template_changes_is_named() -> None:
+    messages = [{"role": "user", "content": "alpha  bravo"}]
+    assert altered_piece("<user>alpha bravo", messages, ("alpha", "a  b")) == "a  b"
+    assert altered_piece("<user>alpha bravo", messages, ("alpha", "absent")) is None
+
+
+@given(st.text("ab", max_size=60), st.lists(st.text("ab", min_size=1, max_size=9), max_size=4))
+def test_every_character_of_every_occurrence_is_covered(text: str, pieces: list[str]) -> None:
+    wanted = {
+        i
+        for piece in pieces
+        for start in range(len(text))
+        if text.startswith(piece, start)
+        for i in range(start, start + len(piece))
+    }
+    ranges = covered(text, pieces, lambda: False).tolist()
+    assert [i for start, stop in ranges for i in range(start, stop)] == sorted(wanted)
+    assert all(left[1] < right[0] for left, right in pairwise(ranges))
+
+
+def test_occurrences_over_the_edge_of_a_window_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specprefill.gateway.occurrences._WINDOW", 8)
+    text = "....abcdefghij.....abcdefghij"
+    assert covered(text, ["fghij", "abcdefghij", "zz"], lambda: False).tolist() == [
+        [4, 14],
+        [19, 29],
+    ]
+
+
+def test_a_search_that_nobody_waits_for_ends() -> None:
+    with pytest.raises(Cancelled):
+        covered("a" * 100, ["a", "b"], lambda: True)
+
+
+def _protecting(text: Callable[[int], str], piece: Callable[[int], str]) -> Callable[[int], object]:
+    def make(size: int) -> Callable[[], object]:
+        whole = text(size)
+        offsets = characters(whole)
+        return lambda: protected_spans(whole, offsets, None, (piece(size),) * 64, 4)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("text", "piece"),
+    [
+        (lambda size: "a" * size, lambda _: "a"),
+        (lambda size: "ab" * (size // 2), lambda _: "a"),  # as many spans as there can be
+        (lambda size: "a" * size, lambda size: "a" * (size // 2)),  # as many comparisons
+        (lambda size: "a" * size, lambda size: "a" * (size // 2) + "b"),
+    ],
+)
+def test_protecting_costs_one_walk_of_the_text(
+    text: Callable[[int], str], piece: Callable[[int], str]
+) -> None:
+    assert_linear(_protecting(text, piece), 100_000)
+
+
+@pytest.mark.parametrize("content", ["alpha", "never in the text"])
+def test_finding_messages_costs_one_walk_of_the_text(content: str) -> None:
+    def make(count: int) -> Callable[[], object]:
+        text = "<user>alpha</>" * count
+        offsets = characters(text)
+        messages = [{"role": "user", "content": content}] * count
+        return lambda: protected_spans(text, offsets, messages, (), 4)
+
+    assert_linear(make, 4000)
+
+
+def test_a_conversation_that_is_nowhere_in_the_text_is_protected_whole() -> None:
+    text = "<user>" + "x" * 100
+    messages = [{"role": "user", "content": "never in the text"}] * 1000
+    assert protected_spans(text, characters(text), messages, (), 4) == (Span(0, len(text)),)

@@ -11,14 +11,22 @@ from specprefill.errors import (
     DeadlineExceeded,
     InvalidRequest,
     Overloaded,
+    ScoringTimeout,
     SpeculatorUnavailable,
     UnsupportedModel,
 )
 from specprefill.selection import select
+from specprefill.speculator.gauges import SpeculatorGauges
 from specprefill.speculator.scorer import Scorer
-from specprefill.speculator.service import Batching, Pace, SpeculatorService
+from specprefill.speculator.service import (
+    MAX_FAILURES_IN_A_ROW,
+    Batching,
+    Pace,
+    SpeculatorService,
+)
 from specprefill.types import Plan, PlanKind, Reason, Request, Span
 
+from ..instruments import Instruments
 from .gated_scorer import (
     PLAN,
     POLICY,
@@ -28,6 +36,8 @@ from .gated_scorer import (
     request_of,
     serving,
 )
+
+NAME = "specprefill_speculator"
 
 
 @pytest.mark.asyncio
@@ -129,6 +139,22 @@ async def test_a_deadline_ends_the_wait_and_the_work(scorer: GatedScorer) -> Non
 
 
 @pytest.mark.asyncio
+async def test_a_time_out_says_whether_the_time_was_waited_or_scored(scorer: GatedScorer) -> None:
+    scorer.gate.clear()
+    async with serving(scorer, Batching(max_batch=1)) as service:
+        first = asyncio.create_task(service.select(request_of(90), PLAN, 0.2))
+        await scorer.held()
+        behind = asyncio.create_task(service.select(request_of(70), PLAN, 0.2))
+        scored, waited = await asyncio.gather(first, behind, return_exceptions=True)
+        scorer.gate.set()
+    assert isinstance(scored, ScoringTimeout)
+    assert isinstance(waited, ScoringTimeout)
+    assert scored.speculate_s > 0.1 > scored.queue_s
+    assert waited.queue_s >= 0.2
+    assert waited.speculate_s == 0.0
+
+
+@pytest.mark.asyncio
 async def test_a_full_queue_sheds_and_recovers(scorer: GatedScorer) -> None:
     scorer.gate.clear()
     batching = Batching(max_batch=1, max_wait_s=0.0, max_queued=2)
@@ -188,22 +214,31 @@ async def test_foreign_token_ids_are_the_callers_fault(scorer: GatedScorer, toke
 
 
 @pytest.mark.asyncio
-async def test_a_failed_batch_fails_its_requests_and_not_the_service(scorer: GatedScorer) -> None:
+@pytest.mark.parametrize(
+    "failure", [torch.OutOfMemoryError("no memory"), IndexError("position 9"), KeyError("a bug")]
+)
+async def test_a_failed_batch_fails_its_requests_and_not_the_service(
+    scorer: GatedScorer, failure: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
     async with serving(scorer) as service:
-        scorer.failure = torch.OutOfMemoryError("no memory")
-        with pytest.raises(SpeculatorUnavailable, match="no memory"):
+        scorer.failure = failure
+        with pytest.raises(SpeculatorUnavailable, match=failure.args[0]):
             await service.select(request_of(100), PLAN, WAIT_S)
+        assert [record.exc_info[1] for record in caplog.records if record.exc_info] == [failure]
         scorer.failure = None
         assert service.is_running
         assert (await service.select(request_of(100), PLAN, WAIT_S)).prompt_tokens == 100
 
 
 @pytest.mark.asyncio
-async def test_an_unknown_failure_stops_the_service_and_hangs_nobody(scorer: GatedScorer) -> None:
+async def test_failures_in_a_row_stop_the_service_and_hang_nobody(scorer: GatedScorer) -> None:
     async with serving(scorer) as service:
-        scorer.failure = KeyError("a bug")
-        with pytest.raises(SpeculatorUnavailable):
-            await service.select(request_of(100), PLAN, WAIT_S)
+        scorer.failure = KeyError("a broken device")
+        for tokens in range(100, 100 + MAX_FAILURES_IN_A_ROW):
+            assert service.is_running
+            with pytest.raises(SpeculatorUnavailable):
+                await service.select(request_of(tokens), PLAN, WAIT_S)
+        await asyncio.sleep(0)  # the loop's task ends behind its last answer
         assert not service.is_running
         with pytest.raises(SpeculatorUnavailable, match="not running"):
             await service.select(request_of(100), PLAN, WAIT_S)
@@ -240,3 +275,41 @@ async def test_start_refuses_a_model_that_cannot_score() -> None:
         await service.start()
     await service.close()
     assert not service.is_running
+
+
+@pytest.mark.asyncio
+async def test_what_it_does_is_counted(scorer: GatedScorer) -> None:
+    made = Instruments()
+    batching = Batching(max_batch=2, max_wait_s=0.05, max_queued=1)
+    async with serving(scorer, batching) as service:
+        gauges = SpeculatorGauges(service, made)
+        await service.select(request_of(100), PLAN, WAIT_S)
+        await service.select(request_of(100), PLAN, WAIT_S)  # remembered
+        scorer.gate.clear()
+        scorer.entered.clear()
+        lost = asyncio.create_task(service.select(request_of(90), PLAN, 0.3))
+        await scorer.held()
+        queued = asyncio.create_task(service.select(request_of(70), PLAN, WAIT_S))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await service.select(request_of(80), PLAN, WAIT_S)
+        gauges.update()
+        assert (made.total(f"{NAME}_queued"), made.total(f"{NAME}_scoring")) == (1, 1)
+        with pytest.raises(ScoringTimeout):
+            await lost
+        scorer.gate.set()
+        await queued
+        gauges.tested(0.875)
+        gauges.update()
+        gauges.update()
+    counted = {
+        name: made.total(f"{NAME}_{name}_total")
+        for name in ("prompts", "repeated_prompts", "batches", "timeouts", "shed", "failures")
+    }
+    assert counted == {
+        "prompts": 2, "repeated_prompts": 1, "batches": 3, "timeouts": 1, "shed": 1, "failures": 0,
+    }  # fmt: skip
+    assert made.observed(f"{NAME}_self_test") == [0.875, 0.875]  # again and again
+    assert made.total(f"{NAME}_tokens_total") == 170
+    assert made.total(f"{NAME}_read_seconds_total") > 0
+    assert made.total(f"{NAME}_queue_seconds_total") > 0

@@ -176,3 +176,24 @@ def test_a_recomputed_answer_teaches_nothing_about_the_transfer():
 def test_curves_are_plain_data():
     curves = StageModels().curves()
     assert msgspec.json.decode(msgspec.json.encode(curves), type=StageCurves) == curves
+
+
+def test_a_measurement_that_was_given_up_raises_what_is_expected_and_never_lowers_it():
+    model = StageModel(Curve(token_s=1e-3))
+    model.observe_at_least(1000, 0.5)
+    assert model.samples_seen == 0
+    assert not model.has_given_up
+    model.observe_at_least(1000, 10.0)
+    assert model.has_given_up
+    assert model.seconds(1000) == pytest.approx(10.0, rel=0.05)
+    model.forget_given_up()
+    assert model.seconds(1000) == pytest.approx(1.0)
+    assert not model.has_given_up
+
+
+def test_forgetting_what_was_given_up_keeps_what_was_measured():
+    model = StageModel(Curve(token_s=1e-3))
+    model.observe(1000, 2.0)
+    model.observe_at_least(1000, 10.0)
+    model.forget_given_up()
+    assert model.seconds(1000) == pytest.approx(2.0, rel=0.05)

@@ -15,14 +15,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specprefill.config import SpeculatorConfig
+from specprefill.evaluation.pair import rated
 from specprefill.speculator.draft import Draft, as_draft
 from specprefill.speculator.scorer import Scorer, load_scorer
+from specprefill.speculator.service import Rating
 from specprefill.speculator.translation import (
     Translated,
     Translator,
     decode,
     load_translator,
 )
+from specprefill.types import Reason
 
 TEXT = "The gate code of amber fox is 48213. Ärger über 日本語 and 😀 emoji, don't panic!\n\n  Ok. "
 
@@ -174,6 +177,19 @@ def test_a_scorer_gives_one_score_per_main_token() -> None:
         assert len(scores) == len(prompt)
         np.testing.assert_allclose(scores, translator.translate(prompt).scores(by_byte), rtol=1e-4)
     assert scorer.vocabulary_size == MAIN.get_vocab_size()
+
+
+def test_the_evaluation_rates_a_pair_of_two_tokenizers_as_the_service_does() -> None:
+    translator = Translator(MAIN, BYTES, draft_bos=None)
+    scorer = Scorer(
+        tiny_draft(BYTES.get_vocab_size()), 4, 64, pool_tokens=13, translator=translator
+    )
+    prompt = tuple(MAIN.encode(TEXT).ids)
+    assert max(prompt) >= scorer.draft.vocabulary_size  # the draft has no such token
+    rating = rated(scorer, prompt)
+    assert isinstance(rating, Rating)
+    np.testing.assert_allclose(rating.scores, scorer.score([prompt])[0], rtol=1e-5)
+    assert rated(scorer, prompt * 500) is Reason.PROMPT_TOO_LONG_FOR_SPECULATOR
 
 
 def test_a_scorer_is_loaded_with_the_translation_it_needs(tmp_path: Path) -> None:

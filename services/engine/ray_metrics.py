@@ -1,0 +1,11 @@
+"""vLLM's engine metrics as Ray's (`ray_vllm_*`), so that they leave the replica."""
+
+from __future__ import annotations
+
+from vllm.v1.metrics.loggers import StatLoggerFactory
+from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
+
+
+def ray_stat_loggers() -> tuple[StatLoggerFactory, ...]:
+    """For an engine inside a Serve replica: its series carry the replica's id."""
+    return (RayPrometheusStatLogger,)

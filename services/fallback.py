@@ -1,0 +1,139 @@
+"""What becomes of a prompt that the speculator could not score in time.
+
+Not a dense prefill, unless a deployment asks for it: a dense prompt is 1 / keep times the work of a
+pruned one, for a pool that was sized for pruned ones, at the very moment when there is too much to
+do. Pure: no clock, no I/O.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import Overloaded
+from .selection import Scores, SelectionPolicy, select
+from .types import Plan, Reason, Request, Selection, Span, dense
+
+NOMINAL_KEEP = 0.3  # of a plan whose rate the scores would have chosen
+QUERY_TOKENS = 256  # of the last protected span, that other chunks are compared with
+SATURATION, LENGTH_SHARE = 1.2, 0.75  # k1 and b of BM25
+SPACING_SHARE = 1e-2  # of the best chunk's score: spreads chunks that share no word of the query
+_MESSAGES = {
+    Reason.SPECULATOR_OVERLOADED: "the speculator pool is full",
+    Reason.SPECULATOR_TIMEOUT: "the prompt could not be scored in time",
+}
+
+
+class OnOverload(enum.StrEnum):
+    """The policies."""
+
+    SHED = "shed"  # 429, with a time to try again
+    STATIC = "static"  # pruned at the nominal rate, chosen by the query's words
+    DENSE = "dense"
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a prompt may take to be scored, queueing included."""
+
+    base_s: float = 10.0
+    token_s: float = 0.0
+
+    def seconds(self, tokens: int) -> float:
+        """For a prompt of this length."""
+        return self.base_s + self.token_s * tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Fallback:
+    """A deployment's policy."""
+
+    on_overload: OnOverload = OnOverload.SHED
+    policy: SelectionPolicy = field(default_factory=SelectionPolicy)
+
+    def selection(
+        self, request: Request, plan: Plan, reason: Reason, retry_after_s: float
+    ) -> Selection:
+        """The selection without scores. Raises Overloaded where the request is to be shed."""
+        match self.on_overload:
+            case OnOverload.DENSE:
+                return dense(len(request.prompt), reason)
+            case OnOverload.STATIC:
+                static = replace(plan, reason=reason, keep=_nominal(plan), floor=None)
+                return static_selection(request.prompt, static, request.protected, self.policy)
+            case OnOverload.SHED:
+                message = f"{_MESSAGES[reason]}; try again later"
+                raise Overloaded(message, retry_after_s, reason.value)
+
+
+def static_selection(
+    prompt: Sequence[int], plan: Plan, protected: Sequence[Span], policy: SelectionPolicy
+) -> Selection:
+    """Keep what is always kept, and the chunks that share most words with the query.
+
+    The query is the prompt's end. Chunks are rated by BM25 over token ids; those that share
+    nothing with it are taken evenly spaced. It reads no model, and takes milliseconds.
+    """
+    scores = _static_scores(np.asarray(prompt, dtype=np.int64), protected, policy)
+    return select(scores, plan, protected, policy)
+
+
+def _nominal(plan: Plan) -> float:
+    return plan.keep if plan.floor is None else min(plan.keep, max(plan.floor, NOMINAL_KEEP))
+
+
+def _static_scores(
+    prompt: NDArray[np.int64], protected: Sequence[Span], policy: SelectionPolicy
+) -> Scores:
+    """[N] -> [N]: each token has its chunk's score."""
+    starts = np.arange(0, len(prompt), policy.chunk_tokens)
+    sizes = np.diff(starts, append=len(prompt))
+    rated = _bm25(prompt, _query(prompt, protected, policy), sizes)
+    best = float(rated.max())
+    spaced = _spacing(len(sizes)) * (SPACING_SHARE * best if best > 0.0 else 1.0)
+    return np.repeat(rated + spaced, sizes).astype(np.float32)
+
+
+def _query(
+    prompt: NDArray[np.int64], protected: Sequence[Span], policy: SelectionPolicy
+) -> NDArray[np.int64]:
+    """The distinct tokens of the prompt's end: its tail, and the last span that is protected."""
+    tail = [prompt[max(0, len(prompt) - policy.tail_tokens) :]]
+    if protected:
+        last = protected[-1]
+        tail.append(prompt[max(last.start, last.stop - QUERY_TOKENS) : last.stop])
+    return np.unique(np.concatenate(tail))
+
+
+def _bm25(
+    prompt: NDArray[np.int64], query: NDArray[np.int64], sizes: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """[chunks]: how well each chunk matches (Robertson and Zaragoza, 2009, section 3)."""
+    chunks = len(sizes)
+    place = np.minimum(np.searchsorted(query, prompt), len(query) - 1)
+    asked = query[place] == prompt
+    cells = np.repeat(np.arange(chunks), sizes)[asked] * len(query) + place[asked]
+    counts = np.bincount(cells, minlength=chunks * len(query)).reshape(chunks, len(query))
+    found_in = (counts > 0).sum(axis=0)
+    rarity = np.log1p((chunks - found_in + 0.5) / (found_in + 0.5))
+    length = 1.0 - LENGTH_SHARE + LENGTH_SHARE * sizes / sizes.mean()
+    matches = counts * (SATURATION + 1.0) / (counts + SATURATION * length[:, None])
+    rated: NDArray[np.float64] = matches @ rarity
+    return rated
+
+
+def _spacing(chunks: int) -> NDArray[np.float64]:
+    """[chunks] in (0, 1]: whatever number of the highest is taken, they lie evenly spaced.
+
+    The order is van der Corput's: the binary digits of a chunk's number, mirrored.
+    """
+    order = np.zeros(chunks)
+    numbers, half = np.arange(chunks), 0.5
+    while numbers.any():
+        order += half * (numbers & 1)
+        numbers, half = numbers >> 1, half / 2
+    return 1.0 - order

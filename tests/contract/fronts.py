@@ -1,0 +1,132 @@
+"""HAProxy as Serve runs it, before servers of a test: Serve's own configuration, our changes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+import yaml
+from ray.serve._private.common import RequestProtocol
+from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
+from ray.serve.config import HTTPOptions, gRPCOptions
+
+from specprefill.cluster import free_port
+from specprefill.front import FILE_VARIABLE
+
+HOST = "127.0.0.1"
+SERVICER = "specprefill.rpc.serving.add_SpecPrefillServicer_to_server"
+START_TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True)
+class Front:
+    """A running HAProxy."""
+
+    http_port: int
+    grpc_port: int
+    metrics_port: int
+    stats_port: int
+    config: Path
+    socket: Path
+    pid: int
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.http_port}"
+
+
+def serve_config(folder: Path, http_servers: list[int], grpc_servers: list[int] = ()) -> Front:
+    """Write what Serve would write; nothing runs yet."""
+    ports = [free_port() for _ in range(4)]
+    config = HAProxyConfig(
+        http_options=HTTPOptions(host=HOST, port=ports[0]),
+        grpc_options=gRPCOptions(port=ports[1], grpc_servicer_functions=[SERVICER]),
+        metrics_port=ports[2],
+        stats_port=ports[3],
+        socket_path=str(folder / "admin.sock"),
+        server_state_base=str(folder),
+        server_state_file=str(folder / "server-state"),
+        metrics_socket_path=str(folder / "metrics.sock"),
+        is_head=True,
+        has_received_routes=True,
+        has_received_servers=True,
+        nbthread=1,
+    )
+    protocols = {RequestProtocol.HTTP: http_servers, RequestProtocol.GRPC: grpc_servers}
+    backends = [
+        BackendConfig(
+            name=f"{protocol.value.lower()}-app",
+            path_prefix="/",
+            app_name="app",
+            protocol=protocol,
+            servers=[ServerConfig(f"s{port}", HOST, port) for port in servers],
+        )
+        for protocol, servers in protocols.items()
+    ]
+    path = folder / "haproxy.cfg"
+    api = HAProxyApi(config, {each.name: each for each in backends}, str(path))
+    api._generate_config_file_internal()
+    return Front(*ports, path, folder / "admin.sock", 0)
+
+
+@contextlib.contextmanager
+def running(front: Front, gateway: dict) -> Iterator[Front]:
+    """The front with `gateway` of a deployment file, until the `with` block ends."""
+    deployment = front.config.parent / "deployment.yaml"
+    args = {"model": {"path": "m"}, "speculator": {"path": "s"}, "gateway": gateway}
+    application = {"name": "app", "import_path": "specprefill.app:build", "args": args}
+    deployment.write_text(yaml.safe_dump({"applications": [application]}))
+    command = [sys.executable, "-c", "from specprefill.front import main; main()"]
+    with subprocess.Popen(
+        [*command, "-db", "-f", str(front.config)],
+        # As Serve's: whoever asks where HAProxy is would find the front itself.
+        env={
+            **os.environ,
+            FILE_VARIABLE: str(deployment),
+            "RAY_SERVE_HAPROXY_BINARY_PATH": sys.executable,
+        },
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            wait_listening(process, front.http_port)
+            yield Front(**{**vars(front), "pid": process.pid})
+        finally:
+            process.kill()
+
+
+def wait_listening(process: subprocess.Popen, port: int) -> None:
+    """Until the front accepts connections. Raises AssertionError with its own words."""
+    give_up_s = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < give_up_s:
+        if process.poll() is not None:
+            raise AssertionError(process.stderr.read())
+        with socket.socket() as probe:
+            if probe.connect_ex((HOST, port)) == 0:
+                return
+        time.sleep(0.02)
+    raise AssertionError("the front does not listen")
+
+
+@contextlib.asynccontextmanager
+async def serving(app) -> AsyncIterator[int]:
+    """An ASGI app on a free port."""
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="critical"))
+    with contextlib.closing(socket.socket()) as listener:
+        listener.bind((HOST, 0))
+        listener.listen()  # connections wait from here on
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = server.force_exit = True
+            await task

@@ -1,0 +1,107 @@
+"""`specprefill check` opens both models, and says in the file's own keys what would go wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from specprefill import cli
+
+
+@pytest.fixture
+def check(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Check the shipped file with some of its `args` changed: exit code and printed lines."""
+
+    def run(**changed: Any) -> tuple[int, str]:
+        raw = yaml.safe_load((root / "cluster" / "local.yaml").read_text())
+        args = raw["applications"][0]["args"]
+        for section, values in changed.items():
+            args[section] = {**args[section], **values}
+        file = tmp_path / "changed.yaml"
+        file.write_text(yaml.safe_dump(raw))
+        code = cli.main(["check", str(file)])
+        return code, capsys.readouterr().out.replace(f"{file}: ", "")
+
+    return run
+
+
+def test_the_shipped_file_is_fine(check: Callable[..., Any]) -> None:
+    assert check() == (0, "fine (specprefill)\n")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"speculator": {"path": "models/none"}}, "speculator.path: models/none does not exist"),
+        ({"model": {"path": "/none"}}, "model.path: /none does not exist"),
+        (
+            {"prefill": {"kv_cache_memory_bytes": 4 << 20}},
+            "prefill.kv_cache_memory_bytes: 4194304 bytes hold the KV of 672 tokens; one request "
+            "of model.max_model_len (8192) needs 50331648",
+        ),
+        (
+            {"decode": {"kv_cache_memory_bytes": 50331647}},
+            "decode.kv_cache_memory_bytes: 50331647 bytes hold the KV of 8160 tokens",
+        ),
+        ({"model": {"max_model_len": 99_999}}, "model: User-specified max_model_len (99999)"),
+        ({"prefill": {"engine_args": {"max_sequences": 3}}}, "prefill.engine_args: "),
+        ({"gateway": {"vllm_args": ["--no-such-thing"]}}, "gateway.vllm_args: "),
+        ({"speculator": {"score_heads": {99: [0]}}}, "score_heads: there is no layer 99"),
+    ],
+)
+def test_what_would_not_start_is_an_error_that_names_its_key(
+    check: Callable[..., Any], changed: dict[str, Any], said: str
+) -> None:
+    code, printed = check(**changed)
+    assert code == 2
+    (line,) = printed.splitlines()
+    assert line.startswith("error: applications[0].args.")
+    assert said in line
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            {"speculator": {"kv_memory_bytes": 1 << 20}},
+            "speculator.kv_memory_bytes: 1048576 bytes hold",
+        ),
+        ({"kv": {"max_held_bytes": 1 << 20}}, "kv.max_held_bytes: 1048576 bytes hold the KV of"),
+    ],
+)
+def test_what_starts_and_serves_worse_is_a_warning(
+    check: Callable[..., Any], changed: dict[str, Any], said: str
+) -> None:
+    code, printed = check(**changed)
+    assert code == 0
+    warning, fine = printed.splitlines()
+    assert warning.startswith("warning: applications[0].args.")
+    assert said in warning
+    assert fine == "fine (specprefill)"
+
+
+def test_a_model_that_is_not_supported_is_refused_with_the_engines_own_words(
+    check: Callable[..., Any], tmp_path: Path, root: Path
+) -> None:
+    folder = tmp_path / "recurrent"
+    folder.mkdir()
+    for file in (root / "models" / "demo-main").glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "config.json").write_text(
+        '{"model_type": "mamba", "architectures": ["MambaForCausalLM"], "hidden_size": 64, '
+        '"num_hidden_layers": 2, "state_size": 16, "vocab_size": 2533}'
+    )
+    code, printed = check(model={"path": str(folder)})
+    assert code == 2
+    assert f"error: applications[0].args.model.path: {folder}: " in printed
+    assert "recurrent" in printed
+
+
+def test_a_model_that_is_elsewhere_is_no_fault(root: Path, capsys: Any) -> None:
+    assert cli.main(["check", str(root / "cluster" / "gpu-8b-70b.yaml")]) == 0
+    notes = capsys.readouterr().out.splitlines()[:-1]
+    assert [line.partition(": ")[2][:6] for line in notes] == ["note: ", "note: "]

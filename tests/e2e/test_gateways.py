@@ -1,0 +1,176 @@
+"""What holds over all gateways, not for each of them."""
+
+import asyncio
+import os
+import random
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from specprefill.plan import LEAST_FACTS_KEPT
+
+from .conftest import pruned
+from .timed_pools import PREFILL_TOKEN_S
+
+pytestmark = pytest.mark.timeout(600)
+
+METRICS_PATIENCE_S = 60.0  # Ray exports every ten seconds
+PROMPT_TOKENS, KEEP, FLOOR = 1100, 0.3, 0.1
+SLO_S, DEADLINE_S = 3.0, 8.0
+STORM_S = 10.0
+SUSTAINED_PER_S = 1.0 / (PREFILL_TOKEN_S * KEEP * PROMPT_TOKENS)
+GATEWAYS = (1, 2)
+
+
+# --- metrics --------------------------------------------------------------------------------
+
+
+def metrics(app) -> dict:
+    """Every metric of the service, as any gateway tells them: name -> samples."""
+    text = httpx.get(f"{app.http_url}/metrics", timeout=30).text
+    return {
+        sample.name: family.samples
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def values(app, name) -> dict[str, float]:
+    """By replica."""
+    found = {}
+    for sample in metrics(app).get(name, ()):
+        if sample.name == name:
+            replica = sample.labels.get("replica") or sample.labels["ReplicaId"]
+            found[replica] = found.get(replica, 0.0) + sample.value
+    return found
+
+
+def wait_for(app, name, is_there):
+    give_up_s = time.monotonic() + METRICS_PATIENCE_S
+    while not is_there(found := values(app, name)):
+        assert time.monotonic() < give_up_s, (name, found)
+        time.sleep(1.0)
+    return found
+
+
+def test_metrics_count_the_requests_of_every_gateway(app, long_prompt):
+    """Asked on fresh connections, which the balancer spreads; read through one gateway."""
+    name, asked = "ray_specprefill_requests_total", 6
+    before = sum(values(app, name).values())
+    body = {"model": "demo", "messages": long_prompt.messages, "max_tokens": 4, **pruned()}
+    for _ in range(asked):
+        assert httpx.post(f"{app.http_url}/v1/chat/completions", json=body, timeout=60).is_success
+    found = wait_for(app, name, lambda found: sum(found.values()) >= before + asked)
+    assert sum(found.values()) == before + asked
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "replicas"),
+    [
+        ("ray_vllm_generation_tokens_total", 2),  # prefill and decode
+        ("ray_specprefill_speculator_prompts_total", 1),
+        ("ray_specprefill_speculator_tokens_total", 1),
+        ("ray_specprefill_kv_bytes_held", 1),
+    ],
+)
+def test_metrics_of_the_pools_are_there_too(app, name, replicas):
+    wait_for(app, name, lambda found: len(found) == replicas)
+
+
+def test_health_tells_whether_the_draft_can_choose(app):
+    give_up_s = time.monotonic() + METRICS_PATIENCE_S
+    while True:
+        health = httpx.get(f"{app.http_url}/health", timeout=30).json()
+        if health["speculator_self_test"] is not None:
+            break
+        assert time.monotonic() < give_up_s
+        time.sleep(1.0)
+    assert health["speculator_self_test"] > LEAST_FACTS_KEPT
+    assert (health["status"], health["pools"]["gateway"]) == ("ok", 2)
+    found = wait_for(app, "ray_specprefill_speculator_self_test", bool)
+    assert set(found.values()) == {health["speculator_self_test"]}
+
+
+# --- admission ------------------------------------------------------------------------------
+
+
+def timed(gateways: int, runtime_env: dict) -> dict:
+    """An application of real gateways over `timed_pools`."""
+    paths = (str(Path(__file__).parent), os.environ.get("PYTHONPATH", ""))
+    env_vars = {**runtime_env["env_vars"], "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return {
+        "name": f"gateways-{gateways}",
+        "route_prefix": f"/{gateways}",
+        "import_path": "timed_pools:build",
+        "runtime_env": {"env_vars": env_vars},
+        "args": {
+            "model": {"path": "models/demo-main", "name": "demo", "max_model_len": 8192},
+            "speculator": {"path": "models/demo-speculator"},
+            "selection": {"keep": KEEP, "min_gain": None},
+            "kv": {"local_prefill_tokens": 0},
+            "gateway": {
+                "request_timeout_s": DEADLINE_S,
+                "admission": {"ttft_s": SLO_S, "keep_floor": FLOOR},
+            },
+            "scaling": {"gateway_replicas": gateways},
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def storms(app):
+    """The same storm on one gateway and on two: ten times what the prefill engine sustains."""
+
+    raw = yaml.safe_load(app.file.read_text())  # the file itself stays what the front reads
+    (application,) = raw["applications"]
+    more = [timed(each, application["runtime_env"]) for each in GATEWAYS]
+    app.api.deploy({**raw, "applications": [application, *more]})
+    app.wait_healthy()
+    try:
+        yield {each: asyncio.run(storm(f"{app.http_url}/{each}")) for each in GATEWAYS}
+    finally:
+        app.api.deploy(raw)
+        app.wait_healthy()
+
+
+async def storm(url: str) -> list[tuple[int, float, httpx.Headers]]:
+    """Status, seconds and headers of every request; Poisson arrivals, the same every time."""
+    rng, at_s, asked = random.Random(3), 0.0, []
+    body = {"model": "demo", "prompt": list(range(300, 300 + PROMPT_TOKENS)), "max_tokens": 1}
+
+    async def ask(after_s: float) -> tuple[int, float, httpx.Headers]:
+        await asyncio.sleep(after_s)
+        started_s = time.monotonic()
+        async with httpx.AsyncClient(timeout=60) as client:
+            answer = await client.post(f"{url}/v1/completions", json=body)
+        return answer.status_code, time.monotonic() - started_s, answer.headers
+
+    while at_s < STORM_S:
+        asked.append(ask(at_s))
+        at_s += rng.expovariate(10 * SUSTAINED_PER_S)
+    return await asyncio.gather(*asked)
+
+
+def attainment(outcomes) -> float:
+    return sum(code == 200 and seconds <= SLO_S for code, seconds, _ in outcomes) / len(outcomes)
+
+
+def test_two_gateways_serve_a_storm_as_well_as_one(storms):
+    assert attainment(storms[2]) > attainment(storms[1]) - 0.05
+    assert attainment(storms[2]) > 0.1
+
+
+@pytest.mark.parametrize("gateways", GATEWAYS)
+def test_what_a_storm_does_not_get_is_shed_with_a_reason(storms, gateways):
+    refused = [(code, headers) for code, _, headers in storms[gateways] if code != 200]
+    assert refused
+    assert {code for code, _ in refused} <= {429, 504}
+    shed = [headers for code, headers in refused if code == 429]
+    assert len(shed) > len(refused) / 2
+    assert {headers["x-specprefill-shed-reason"] for headers in shed} == {"deadline"}
+    assert all(float(headers["retry-after"]) > 0 for headers in shed)

@@ -1,0 +1,28 @@
+"""How the cost of a step grows with the size of what it is given."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+_TRIES = 5
+_MOST = 3.0  # twice the size: 2 where the cost is linear, 4 where it is quadratic
+
+
+def cpu_s(step: Callable[[], object]) -> float:
+    """The least CPU time of this thread that `step` took in a few tries."""
+    taken = []
+    for _ in range(_TRIES):
+        started = time.thread_time()
+        step()
+        taken.append(time.thread_time() - started)
+    return min(taken)
+
+
+def assert_linear(make: Callable[[int], Callable[[], object]], size: int) -> None:
+    """`make(n)` prepares a step of size n. Twice the size must not cost much more than twice.
+
+    `size` must be large enough that the fixed part of the cost does not hide its growth.
+    """
+    small, large = cpu_s(make(size)), cpu_s(make(2 * size))
+    assert large < _MOST * small, f"{size}: {small:.4f} s, {2 * size}: {large:.4f} s"

@@ -1,0 +1,143 @@
+"""Several gateways send the turns of a conversation to one replica, without talking."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+
+from specprefill.gateway.affinity import BLOCK_TOKENS, HOPE, PrefillLoad, PrefixAffinity
+from specprefill.gateway.homes import Homes
+from specprefill.prefixes import DigestMemory
+
+NAMES = [f"replica-{number}" for number in range(8)]
+ROOM = 10**7
+
+
+def digests(seed, blocks):
+    rng = random.Random(seed)
+    return [rng.getrandbits(64) for _ in range(blocks)]
+
+
+def test_every_gateway_computes_the_same_home():
+    for seed in range(50):
+        prefix = digests(seed, 20)
+        assert Homes(NAMES).of(prefix) == Homes(reversed(NAMES)).of(prefix)
+
+
+def test_a_home_holds_until_the_prefix_is_four_times_as_long():
+    homes = Homes(NAMES)
+    for seed in range(50):
+        prefix = digests(seed, 63)
+        assert len({homes.of(prefix[:blocks]) for blocks in range(16, 64)}) == 1
+
+
+def test_prefixes_spread_evenly():
+    homes = Homes(NAMES)
+    counted = Counter(homes.of(digests(seed, 5)) for seed in range(4000))
+    assert set(counted) == set(NAMES)
+    assert max(counted.values()) < 1.5 * 4000 / len(NAMES)
+
+
+def test_only_what_was_at_home_there_moves_when_a_replica_goes():
+    before, after = Homes(NAMES), Homes(NAMES[1:])
+    for seed in range(200):
+        prefix = digests(seed, 5)
+        if before.of(prefix) != NAMES[0]:
+            assert after.of(prefix) == before.of(prefix)
+
+
+@pytest.mark.parametrize(("names", "blocks"), [([], 5), (NAMES, 0)])
+def test_without_replicas_or_prefix_there_is_no_home(names, blocks):
+    assert Homes(names).of(digests(0, blocks)) is None
+
+
+class Service:
+    """Gateways that know what they sent, and replicas that remember what they computed."""
+
+    def __init__(self, gateways, hope=HOPE):
+        self.rng = random.Random(1)
+        self.fronts = [PrefixAffinity(hope) for _ in range(gateways)]
+        for front in self.fronts:
+            front.know(dict.fromkeys(NAMES, ROOM))
+        self.caches = {name: DigestMemory(ROOM // BLOCK_TOKENS) for name in NAMES}
+        self.computed = Counter()
+        self.hits = self.asked = self.calls = 0
+
+    def ask(self, prefix):
+        """One prompt, through any gateway."""
+        front, load = self.rng.choice(self.fronts), PrefillLoad(BLOCK_TOKENS * len(prefix), prefix)
+        self.calls += 1
+        name = front.choose(str(self.calls), load)[0]
+        front.sent(str(self.calls), name, load)
+        front.answered(str(self.calls))
+        cached = self.caches[name].longest(prefix)
+        self.caches[name].remember(prefix)
+        self.hits += cached
+        self.asked += len(prefix)
+        self.computed[name] += len(prefix) - cached
+
+    def converse(self, conversations=200, turns=8, shared_blocks=0):
+        """Conversations whose turns come in any order, each through any gateway."""
+        shared = digests(0, shared_blocks)
+        told = [list(shared) for _ in range(conversations)]
+        order = [number for number in range(conversations) for _ in range(turns)]
+        self.rng.shuffle(order)
+        for number in order:
+            told[number] += [self.rng.getrandbits(64) for _ in range(self.rng.randint(2, 12))]
+            self.ask(tuple(told[number]))
+        return self.hits / self.asked
+
+    @property
+    def imbalance(self):
+        return max(self.computed.values()) * len(NAMES) / sum(self.computed.values())
+
+
+@pytest.mark.parametrize("gateways", [2, 4, 16])
+def test_conversations_find_their_cache_through_any_gateway(gateways):
+    one = Service(1).converse()
+    several = Service(gateways).converse()
+    alone = Service(gateways, hope=0.0).converse()
+    assert several > alone + 0.05
+    assert several > 0.85 * one
+
+
+def test_one_gateway_loses_next_to_nothing():
+    assert Service(1).converse() > Service(1, hope=0.0).converse() - 0.02
+
+
+@pytest.mark.parametrize("gateways", [1, 2])
+def test_what_all_prompts_share_does_not_bring_them_to_one_replica(gateways):
+    service = Service(gateways)
+    service.converse(shared_blocks=8)
+    assert service.imbalance < 1.6
+
+
+def test_a_queue_at_home_sends_prompts_elsewhere():
+    made = PrefixAffinity()
+    made.know(dict.fromkeys(NAMES, ROOM))
+    load = PrefillLoad(10 * BLOCK_TOKENS, tuple(digests(3, 10)))
+    home = made.ranked(load)[0]
+    made.sent("r", home, PrefillLoad(int(HOPE * 10 * BLOCK_TOKENS) + 1, ()))
+    assert made.ranked(load)[0] != home
+
+
+def test_a_replica_without_a_cache_is_nobodys_home():
+    made = PrefixAffinity()
+    made.know(dict.fromkeys(NAMES, 0))
+    load = PrefillLoad(10 * BLOCK_TOKENS, tuple(digests(3, 10)))
+    first = made.ranked(load)[0]
+    made.sent("r", first, PrefillLoad(1, ()))
+    made.answered("r")
+    assert made.ranked(load)[0] != first
+
+
+def test_what_is_known_counts_more_than_what_is_hoped_for():
+    made = PrefixAffinity()
+    made.know(dict.fromkeys(NAMES, ROOM))
+    load = PrefillLoad(10 * BLOCK_TOKENS, tuple(digests(3, 10)))
+    other = made.ranked(load)[-1]
+    made.sent("r", other, load)
+    made.answered("r")
+    assert made.ranked(load)[0] == other
