@@ -28,7 +28,7 @@ from .cluster import (
     open_cluster,
     port_in_use,
 )
-from .deployment_file import GATEWAY, DeploymentFile, Loaded, draining, load
+from .deployment_file import GATEWAY, DeploymentFile, Loaded, draining, load, without_keys
 from .errors import InvalidConfiguration
 from .findings import Severity
 from .front import check_tls
@@ -301,7 +301,7 @@ def _refuse_taken_ports(file: DeploymentFile) -> None:
 
 def _deploy(api: ServeApi, loaded: Loaded, timeout_s: float, tell: Progress) -> None:
     try:
-        api.deploy(loaded.raw)
+        api.deploy(without_keys(loaded.raw))
         api.wait_healthy(timeout_s, tell)
     except (DeploymentFailed, RuntimeError) as error:  # RuntimeError: the REST API's refusal
         raise Failed(str(error)) from error

@@ -20,12 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from .front import FILE_VARIABLE
+from .front import FILE_VARIABLE, PROGRAM
 
 DASHBOARD_URL = "http://127.0.0.1:8265"
 POLL_S = 1.0
 ASK_TIMEOUT_S = 10.0
-FRONT_PROGRAM = "specprefill-front"
 REPLICA_PORTS = (12_000, 30_000)
 OBJECT_STORE_BYTES = 256 << 20  # nothing large travels through it
 # Read by every process of Serve. Clients reach a gateway through HAProxy instead of a Python
@@ -130,9 +129,9 @@ def set_auth_mode() -> None:
 def front_program() -> str:
     """`specprefill-front`, which Serve runs in place of HAProxy. Raises StartFailed."""
     folder = Path(sys.executable).parent
-    found = shutil.which(FRONT_PROGRAM, path=os.pathsep.join([str(folder), os.environ["PATH"]]))
+    found = shutil.which(PROGRAM, path=os.pathsep.join([str(folder), os.environ["PATH"]]))
     if found is None:
-        raise StartFailed(f"{FRONT_PROGRAM} is not installed beside {sys.executable}")
+        raise StartFailed(f"{PROGRAM} is not installed beside {sys.executable}")
     return found
 
 

@@ -5,6 +5,7 @@ Serve ignores unknown YAML keys in silence; these models refuse them.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -196,19 +197,30 @@ class AdmissionConfig(Strict):
     per_engine: PositiveInt = 2  # requests let in for each speculator and prefill replica
 
 
+def key_digest(key: str) -> str:
+    """What is kept of an API key."""
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def default_name(place: int) -> str:
+    """The name of a key that has none, by its place in the list."""
+    return f"key-{place + 1}"
+
+
 class ApiKey(Strict):
     """One client's key, under a name that logs and metrics may show."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
-    # Exactly one source. `key` stands in the file, and Ray's dashboard shows it to its readers.
+    # Exactly one source. `key` is replaced by its digest before the file is deployed.
     key: str | None = Field(None, min_length=1, repr=False)
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None  # of the key, in hex
     env: str | None = None  # an environment variable of the gateways' nodes
     file: str | None = None  # a file on the gateways' nodes that holds the key alone
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if [self.key, self.env, self.file].count(None) != 2:
-            raise ValueError("give exactly one of key, env and file")
+        if [self.key, self.sha256, self.env, self.file].count(None) != 3:
+            raise ValueError("give exactly one of key, sha256, env and file")
         return self
 
 

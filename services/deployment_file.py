@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from . import checked_yaml
-from .config import AppConfig, Strict
+from .config import AppConfig, Strict, default_name, key_digest
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 SLO_POLICY = "specprefill.autoscaling.policy:SloPolicy"
@@ -263,6 +263,35 @@ def with_ports(raw: Mapping[str, Any], http_port: int, grpc_port: int) -> dict[s
         "http_options": {**raw.get("http_options", {}), "port": http_port},
         "grpc_options": {**raw.get("grpc_options", {}), "port": grpc_port},
     }
+
+
+def without_keys(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a file's content with digests in place of API keys: Serve logs and shows it all."""
+    return {**raw, "applications": [_without_keys(each) for each in raw["applications"]]}
+
+
+def _without_keys(application: Mapping[str, Any]) -> dict[str, Any]:
+    out = {**application, "args": _digested(application["args"])}
+    policy = application.get("autoscaling_policy") or {}
+    given = policy.get("policy_kwargs", {})
+    if "args" in given:
+        digested = {**given, "args": _digested(given["args"])}
+        out["autoscaling_policy"] = {**policy, "policy_kwargs": digested}
+    return out
+
+
+def _digested(args: Mapping[str, Any]) -> dict[str, Any]:
+    gateway = args.get("gateway") or {}
+    keys = [_digested_key(each, place) for place, each in enumerate(gateway.get("api_keys", ()))]
+    return {**args, "gateway": {**gateway, "api_keys": keys}} if keys else dict(args)
+
+
+def _digested_key(entry: str | Mapping[str, Any], place: int) -> dict[str, Any]:
+    if isinstance(entry, str):
+        return {"name": default_name(place), "sha256": key_digest(entry)}
+    if entry.get("key") is None:
+        return dict(entry)
+    return {"name": entry["name"], "sha256": key_digest(entry["key"])}
 
 
 def draining(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,13 +27,14 @@ import resource
 import shutil
 import ssl
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from pathlib import Path
 
 from .config import FrontConfig, FrontTls, GatewayConfig
 from .errors import InvalidConfiguration
 
+PROGRAM = "specprefill-front"
 FILE_VARIABLE = "SPECPREFILL_DEPLOYMENT_FILE"
 TIMEOUT_HEADER = "x-specprefill-timeout-seconds"
 RETRY_AFTER_S = 1
@@ -72,13 +73,15 @@ def rewritten(text: str, gateway: GatewayConfig, folder: Path, most_connections:
     sections, front = _sections(text), gateway.front
     answer_timeout_s = gateway.request_timeout_s + _ANSWER_GRACE_S
     limit = min(front.max_connections, most_connections)
-    tls = _tls_parameters(front.tls, folder)
+    tls, share = _tls_parameters(front.tls, folder), limit - limit // 4  # never all for one
     changes: dict[str, Callable[[list[str]], list[str]]] = {
         "global": lambda lines: _global(lines, limit),
         "defaults": lambda lines: _defaults(lines, front, answer_timeout_s, folder),
         "frontend prometheus": lambda lines: _bound(lines, front.metrics_host),
-        "frontend http_frontend": lambda lines: _http(lines, limit, tls),
-        "frontend grpc_frontend": lambda lines: _grpc(lines, tls, closed=bool(gateway.api_keys)),
+        "frontend http_frontend": lambda lines: _http(lines, share, tls),
+        "frontend grpc_frontend": lambda lines: _grpc(
+            lines, share, tls, closed=bool(gateway.api_keys)
+        ),
         "listen stats": lambda lines: _bound(lines, front.stats_host),
     }
     for required in changes.keys() - {"frontend grpc_frontend"} - sections.keys():
@@ -168,12 +171,12 @@ def _bound(lines: list[str], host: str | None) -> list[str]:
     return [] if host is None else _replaced(lines, r"bind \*?:(\d+)", rf"bind {host}:\1")
 
 
-def _http(lines: list[str], limit: int, tls: str) -> list[str]:
+def _http(lines: list[str], share: int, tls: str) -> list[str]:
     lines = _replaced(
         lines,
         r"bind (\S+:\d+)$",
         rf"bind \1{tls}{' alpn http/1.1' if tls else ''}",
-        f"maxconn {limit}",
+        f"maxconn {share}",
         "option http-buffer-request",  # a small body that stops half-way meets no gateway
         f"http-request set-var-fmt(txn.error_opening) '{_OPENAI}'",
         f"http-request set-var-fmt(txn.error_opening) '{_ANTHROPIC}' if {{ path /v1/messages }}",
@@ -188,7 +191,7 @@ def _http(lines: list[str], limit: int, tls: str) -> list[str]:
     )
 
 
-def _grpc(lines: list[str], tls: str, *, closed: bool) -> list[str]:
+def _grpc(lines: list[str], share: int, tls: str, *, closed: bool) -> list[str]:
     refusals = [
         "http-request return status 200 content-type application/grpc hdr grpc-status 16 "
         f'hdr grpc-message "closed where API keys are set" if {{ path_beg {path} }}'
@@ -198,6 +201,7 @@ def _grpc(lines: list[str], tls: str, *, closed: bool) -> list[str]:
         lines,
         r"bind (\S+:\d+) proto h2$",
         rf"bind \1{tls}{' alpn h2' if tls else ' proto h2'}",
+        f"maxconn {share}",
         f"http-request set-var-fmt(txn.error_opening) '{_OPENAI}'",
         *(refusals if closed else []),
     )
@@ -206,14 +210,30 @@ def _grpc(lines: list[str], tls: str, *, closed: bool) -> list[str]:
 def _tls_parameters(tls: FrontTls | None, folder: Path) -> str:
     if tls is None:
         return ""
-    shown = f" ssl crt {_pem_file(folder)}"
+    shown = f' ssl crt "{_pem_file(folder)}"'
     if tls.client_authority is None:
         return shown
-    return f"{shown} ca-file {tls.client_authority} verify required"
+    return f'{shown} ca-file "{tls.client_authority}" verify required'
 
 
 def _pem_file(folder: Path) -> Path:
     return folder / "front.pem"
+
+
+def require_front(gateway: GatewayConfig, environ: Mapping[str, str]) -> None:
+    """Raise InvalidConfiguration if TLS is configured and nobody here would speak it."""
+    if gateway.front.tls is None:
+        return
+    needed = {"RAY_SERVE_ENABLE_HA_PROXY": "1", _BINARY_VARIABLE: PROGRAM, FILE_VARIABLE: ""}
+    missing = [
+        name for name, end in needed.items()
+        if not environ.get(name) or not environ[name].endswith(end)
+    ]  # fmt: skip
+    if missing:
+        raise InvalidConfiguration(
+            f"gateway.front.tls: needs {', '.join(missing)} where Ray starts, on every node; "
+            "without, requests would travel in plaintext"
+        )
 
 
 def check_tls(tls: FrontTls | None) -> None:
@@ -314,5 +334,5 @@ def main() -> None:
         if "-f" in arguments:
             rewrite_file(Path(arguments[arguments.index("-f") + 1]), _configured())
     except (UnknownTemplate, InvalidConfiguration, InvalidFile, OSError) as error:
-        sys.exit(f"specprefill-front: {error}")
+        sys.exit(f"{PROGRAM}: {error}")
     os.execv(program, [program, *arguments])

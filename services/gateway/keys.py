@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..config import ApiKey
+from ..config import ApiKey, default_name, key_digest
 from ..errors import InvalidConfiguration
 
 KEY_NAME = "specprefill.key_name"  # in the scope of a request with a key
@@ -15,10 +14,10 @@ _BEARER = "bearer"
 
 
 class KeyRing:
-    """The keys that a deployment accepts. An empty ring accepts everybody."""
+    """The keys that a deployment accepts, as digests. An empty ring accepts everybody."""
 
-    def __init__(self, named: Mapping[str, str]) -> None:
-        self._digests = {name: _digest(key) for name, key in named.items()}
+    def __init__(self, digests: Mapping[str, str]) -> None:
+        self._digests = dict(digests)
 
     def __len__(self) -> int:
         return len(self._digests)
@@ -28,7 +27,7 @@ class KeyRing:
 
         Takes as long for a wrong key as for a right one.
         """
-        given = _digest(_given(headers))
+        given = key_digest(_given(headers))
         known = [
             name for name, each in self._digests.items() if secrets.compare_digest(given, each)
         ]
@@ -40,14 +39,14 @@ def read_keys(keys: Sequence[ApiKey | str], environ: Mapping[str, str]) -> KeyRi
 
     Raises InvalidConfiguration, which names the field and never shows a key.
     """
-    named: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for place, each in enumerate(keys):
         field = f"gateway.api_keys[{place}]"
-        entry = ApiKey(name=f"key-{place + 1}", key=each) if isinstance(each, str) else each
-        if entry.name in named:
+        entry = ApiKey(name=default_name(place), key=each) if isinstance(each, str) else each
+        if entry.name in digests:
             raise InvalidConfiguration(f"{field}.name: {entry.name} is the name of another key")
-        named[entry.name] = _read(entry, field, environ)
-    return KeyRing(named)
+        digests[entry.name] = entry.sha256 or key_digest(_read(entry, field, environ))
+    return KeyRing(digests)
 
 
 def _read(entry: ApiKey, field: str, environ: Mapping[str, str]) -> str:
@@ -73,7 +72,3 @@ def _given(headers: Mapping[str, str]) -> str:
     """OpenAI's clients send a bearer token, Anthropic's an `x-api-key`."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
     return token.strip() if scheme.lower() == _BEARER else headers.get("x-api-key", "")
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

@@ -22,6 +22,7 @@ from ray.serve.handle import DeploymentHandle
 from .. import heap
 from ..config import AppConfig
 from ..deployment_file import DRAINING
+from ..front import require_front
 from ..kv.rpc import KvPeers
 from ..kv.tls import read_tls
 from ..pipeline import Pipeline
@@ -64,6 +65,7 @@ class GatewayReplica:
         log_refusals_in_one_line()
         bind_grpc_as_http()
         self._config = AppConfig.model_validate_json(config_json)
+        require_front(self._config.gateway, os.environ)
         limit_grpc_messages(self._config.gateway.max_body_bytes)
         counted = PipelineMetrics()
         self._keys = read_keys(self._config.gateway.api_keys, os.environ)

@@ -1,9 +1,9 @@
 """Holds an engine worker's leases and serves them, in a process of its own.
 
-KV travels while the engine computes. In the engine's process, the Python threads that digest and
-send it share the interpreter's lock with the step loop, and the first token waits for them
-(measured on an H200: 1.4 s at 8,192 tokens of an 8B model). So the worker only copies KV into
-memory that both processes map; everything else happens here: `python -m specprefill.kv.keeper FD`.
+KV travels while the engine computes. In the engine's own process, the Python threads that digest
+and send it would share the interpreter's lock with the step loop. So the worker only copies KV
+into memory that both processes map, without another copy there; everything else happens here:
+`python -m specprefill.kv.keeper FD`.
 
 The worker lays each piece out as `n` equal frames (the last may be shorter), each behind
 `HEADER_ROOM` bytes; a frame is sealed in place, without a copy: its header ends where its

@@ -31,8 +31,8 @@ class KvGauges:
 
     async def run(self) -> None:
         """Keep the metrics up to date. A dead engine is the health check's to report."""
-        self._carrier.set(1.0, tags={"carrier": self._service.carrier})
-        while True:
+        while True:  # Ray forgets a gauge that is not set again
+            self._carrier.set(1.0, tags={"carrier": self._service.carrier})
             self._set(await self._service.gauges())
             await asyncio.sleep(_PERIOD_S)
 

@@ -36,6 +36,7 @@ class SpeculatorGauges:
         self._queued = gauge("queued", "Prompts that wait")
         self._scoring = gauge("scoring", "Prompts of the batch that is being scored")
         self._self_test = gauge("self_test", "Share of generated facts that the draft model keeps")
+        self._facts_kept: float | None = None
         self._totals = {field: gauge(*named) for field, named in _TOTALS.items()}
 
     async def run(self) -> None:
@@ -46,10 +47,12 @@ class SpeculatorGauges:
 
     def tested(self, facts_kept: float) -> None:
         """The self-test has ended."""
-        self._self_test.set(facts_kept)
+        self._facts_kept = facts_kept
 
     def update(self) -> None:
         """Set every gauge to what the service says now."""
+        if self._facts_kept is not None:  # Ray forgets a gauge that is not set again
+            self._self_test.set(self._facts_kept)
         self._queued.set(self._service.queued)
         self._scoring.set(self._service.scoring)
         for field, gauge in self._totals.items():

@@ -12,7 +12,7 @@ import httpx
 import msgspec
 import pytest
 
-from specprefill.config import AppConfig
+from specprefill.config import AppConfig, key_digest
 from specprefill.gateway.access import RequestLimit
 from specprefill.gateway.keys import KeyRing
 from specprefill.gateway.request_json import JsonLimits
@@ -31,7 +31,7 @@ from specprefill.types import (
 
 WORDS = (" alpha", " bravo", " charlie")
 API_KEY = "test-key"
-KEYS = KeyRing({"tests": API_KEY, "others": "other-key"})
+KEYS = KeyRing({"tests": key_digest(API_KEY), "others": key_digest("other-key")})
 SHED: list[str] = []  # reasons
 LIMIT = RequestLimit(64, SHED.append)
 JSON_LIMITS = JsonLimits(items=2000)

@@ -291,17 +291,20 @@ def test_files_that_do_not_fit_stop_the_start_and_name_the_field(tmp_path, files
 # --- gRPC -----------------------------------------------------------------------------------
 
 
-async def test_reflection_is_closed_where_keys_are_set(tmp_path):
+def test_reflection_is_closed_where_keys_are_set(tmp_path):
+    """Asked in the blocking way: grpc.aio may trip over its own write to an ended call."""
     from grpc_reflection.v1alpha.reflection_pb2 import ServerReflectionRequest
     from grpc_reflection.v1alpha.reflection_pb2_grpc import ServerReflectionStub
 
-    with running(serve_config(tmp_path, [1], [2]), {"api_keys": ["secret"]}) as front:
-        async with grpc.aio.insecure_channel(f"{HOST}:{front.grpc_port}") as channel:
-            call = ServerReflectionStub(channel).ServerReflectionInfo(
-                iter([ServerReflectionRequest(list_services="")]), timeout=10
-            )
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await call.read()
+    with (
+        running(serve_config(tmp_path, [1], [2]), {"api_keys": ["secret"]}) as front,
+        grpc.insecure_channel(f"{HOST}:{front.grpc_port}") as channel,
+    ):
+        answers = ServerReflectionStub(channel).ServerReflectionInfo(
+            iter([ServerReflectionRequest(list_services="")]), timeout=10
+        )
+        with pytest.raises(grpc.RpcError) as caught:
+            next(answers)
     assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 

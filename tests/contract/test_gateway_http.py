@@ -360,6 +360,15 @@ async def test_the_pipeline_knows_a_key_by_its_name(
     assert pipeline.requests[-1].key == "others"
 
 
+async def test_tokens_are_counted_by_the_name_of_the_key(
+    http: httpx.AsyncClient, gateway: Any, pipeline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[Any] = []
+    monkeypatch.setattr(gateway[0], "_count_tokens", lambda *tokens: counted.append(tokens))
+    await http.post("/v1/chat/completions", json={**CHAT, "stream": True})
+    assert counted == [("tests", len(pipeline.requests[0].prompt), 3)]
+
+
 async def test_a_websocket_without_a_key_is_closed(gateway: Any) -> None:
     sent: list[Any] = []
 

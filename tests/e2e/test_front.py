@@ -8,6 +8,7 @@ import re
 import ssl
 import time
 from pathlib import Path
+from statistics import median
 
 import grpc
 import httpx
@@ -24,12 +25,12 @@ from .conftest import streams_that_end
 
 pytestmark = pytest.mark.timeout(600)
 
-PROBE_S = 2.0  # what a probe may take on two busy cores
+PROBE_S, SLOWEST_PROBE_S = 1.0, 5.0  # the middle one, and the worst on two busy cores
 HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
 
 
-async def slowest_probe_s(client, paths, times=5):
-    """The slowest of several probes; each must say that all is well."""
+async def probe_s(client, paths, times):
+    """The middle and the slowest time of several probes; each must say that all is well."""
     taken = []
     for _ in range(times):
         for path in paths:
@@ -37,7 +38,7 @@ async def slowest_probe_s(client, paths, times=5):
             assert (await client.get(path)).status_code == 200
             taken.append(time.monotonic() - started_s)
         await asyncio.sleep(0.1)
-    return max(taken)
+    return median(taken), max(taken)
 
 
 async def test_probes_are_answered_at_once_while_hundreds_of_requests_wait(app):
@@ -51,15 +52,16 @@ async def test_probes_are_answered_at_once_while_hundreds_of_requests_wait(app):
         streams = [
             asyncio.create_task(load.post("/v1/chat/completions", json=body)) for _ in range(300)
         ]
-        done, _ = await asyncio.wait(streams, timeout=3)
+        done, _ = await asyncio.wait(streams, timeout=5)
         assert not done  # all of them wait or are answered
-        slowest_s = await slowest_probe_s(prober, ["/-/healthz", "/health", "/ping"])
-        health = await HealthStub(channel).Check(HealthCheckRequest(), timeout=PROBE_S)
+        middle_s, slowest_s = await probe_s(prober, ["/-/healthz", "/health", "/ping"], times=5)
+        health = await HealthStub(channel).Check(HealthCheckRequest(), timeout=SLOWEST_PROBE_S)
         for stream in streams:
             stream.cancel()
         await asyncio.gather(*streams, return_exceptions=True)
     assert health.status == HealthCheckResponse.SERVING
-    assert slowest_s < PROBE_S
+    assert middle_s < PROBE_S
+    assert slowest_s < SLOWEST_PROBE_S
 
 
 async def test_half_sent_requests_take_no_place_of_others(app):
@@ -74,9 +76,9 @@ async def test_half_sent_requests_take_no_place_of_others(app):
 
     idle = await asyncio.gather(*(half() for _ in range(600)))
     async with httpx.AsyncClient(base_url=app.http_url, timeout=60) as client:
-        assert await slowest_probe_s(client, ["/health"], times=2) < PROBE_S
+        assert (await probe_s(client, ["/health"], times=3))[0] < PROBE_S
         assert (await client.post("/v1/chat/completions", json=HELLO)).status_code == 200
-    answers = await asyncio.gather(*(reader.read(4096) for reader, _ in idle))
+    answers = await asyncio.gather(*(reader.readuntil(b"}}") for reader, _ in idle))
     for _, writer in idle:
         writer.close()
     assert {answer.split(b" ")[1] for answer in answers} == {b"408"}
@@ -101,7 +103,7 @@ def test_a_gateways_own_ports_are_bound_as_configured(app):
         int(port) for port in re.findall(r"server \S+Gateway\S+ \S+:(\d+) ", app.front_config())
     }
     bound = {
-        (each.laddr.ip, each.laddr.port)
+        (each.laddr.ip.removeprefix("::ffff:"), each.laddr.port)
         for pid in app.replica_pids("Gateway")
         for each in psutil.Process(pid).net_connections("tcp")
         if each.status == psutil.CONN_LISTEN and each.laddr.port in ports

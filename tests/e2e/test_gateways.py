@@ -8,6 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from specprefill.plan import LEAST_FACTS_KEPT
@@ -60,7 +61,7 @@ def test_metrics_count_the_requests_of_every_gateway(app, long_prompt):
     """Asked on fresh connections, which the balancer spreads; read through one gateway."""
     name, asked = "ray_specprefill_requests_total", 6
     before = sum(values(app, name).values())
-    body = {"model": "demo", "messages": long_prompt.messages, "max_tokens": 1, **pruned()}
+    body = {"model": "demo", "messages": long_prompt.messages, "max_tokens": 4, **pruned()}
     for _ in range(asked):
         assert httpx.post(f"{app.http_url}/v1/chat/completions", json=body, timeout=60).is_success
     found = wait_for(app, name, lambda found: sum(found.values()) >= before + asked)
@@ -125,19 +126,15 @@ def timed(gateways: int, runtime_env: dict) -> dict:
 def storms(app):
     """The same storm on one gateway and on two: ten times what the prefill engine sustains."""
 
-    def add(raw):
-        (application,) = raw["applications"]
-        raw["applications"] += [timed(each, application["runtime_env"]) for each in GATEWAYS]
-
-    def drop(raw):
-        del raw["applications"][1:]
-
-    app.redeploy(add)
+    raw = yaml.safe_load(app.file.read_text())  # the file itself stays what the front reads
+    (application,) = raw["applications"]
+    more = [timed(each, application["runtime_env"]) for each in GATEWAYS]
+    app.api.deploy({**raw, "applications": [application, *more]})
     app.wait_healthy()
     try:
         yield {each: asyncio.run(storm(f"{app.http_url}/{each}")) for each in GATEWAYS}
     finally:
-        app.redeploy(drop)
+        app.api.deploy(raw)
         app.wait_healthy()
 
 

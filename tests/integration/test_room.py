@@ -62,8 +62,7 @@ async def test_nothing_is_dropped_nor_computed_again(small_store):
             await asyncio.sleep(0.02)
 
     async def ask(number):
-        prompt = [number * 1000 + place for place in range(TOKENS)]
-        prompt = [token % 3000 + 300 for token in prompt]
+        prompt = [300 + (number * 37 + place) % TOKENS for place in range(TOKENS)]
         request = small_store.request(prompt, max_tokens=4, ignore_eos=True)
         prefilled = await small_store.prefill.prefill(request, whole, TIMEOUT_S)
         async with decoding:

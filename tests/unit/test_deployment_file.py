@@ -8,6 +8,7 @@ import yaml
 
 from specprefill import deployment_file as df
 from specprefill.checked_yaml import InvalidFile
+from specprefill.gateway.keys import read_keys
 
 LEAST = """
 applications:
@@ -246,3 +247,19 @@ def test_a_file_that_drains_differs_in_the_gateways_user_config_alone(deployment
     del before["applications"][0]["deployments"]
     assert drained == before
     df.parse(yaml.safe_dump(df.draining(raw)), "f.yaml")  # still a file that passes
+
+
+def test_what_is_deployed_holds_digests_in_place_of_keys(root):
+    raw = df.load(root / "cluster" / "local-slo.yaml").raw
+    (application,) = raw["applications"]
+    keys = ["secret-1", {"name": "a", "key": "secret-2"}, {"name": "b", "env": "KEY_B"}]
+    application["args"]["gateway"]["api_keys"] = keys  # the policy's args are the same object
+    deployed = df.without_keys(raw)
+    text = yaml.safe_dump(deployed)
+    assert "secret" not in text
+    args = df.parse(text, "f.yaml").file.applications[0].args
+    ring = read_keys(args.gateway.api_keys, {"KEY_B": "secret-3"})
+    names = [ring.name_of({"x-api-key": f"secret-{n}"}) for n in (1, 2, 3)]
+    assert names == ["key-1", "a", "b"]
+    assert application["args"]["gateway"]["api_keys"] == keys
+    assert df.without_keys(df.parse(LEAST, "f.yaml").raw) == yaml.safe_load(LEAST)

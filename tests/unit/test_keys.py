@@ -2,7 +2,7 @@
 
 import pytest
 
-from specprefill.config import ApiKey, GatewayConfig
+from specprefill.config import ApiKey, GatewayConfig, key_digest
 from specprefill.errors import InvalidConfiguration
 from specprefill.gateway.keys import read_keys
 
@@ -17,15 +17,16 @@ def test_keys_come_from_the_file_the_environment_and_other_files(tmp_path):
                 {"name": "team-a", "key": "in-yaml"},
                 {"name": "team-b", "env": "TEAM_B"},
                 {"name": "team-c", "file": str(path)},
+                {"name": "team-d", "sha256": key_digest("hashed")},
             ]
         }
     )
     ring = read_keys(config.api_keys, {"TEAM_B": "from-env"})
     names = [
         ring.name_of({"authorization": f"Bearer {key}"})
-        for key in ("plain", "in-yaml", "from-env", "from-file", "unknown", "")
+        for key in ("plain", "in-yaml", "from-env", "from-file", "hashed", "unknown", "")
     ]
-    assert names == ["key-1", "team-a", "team-b", "team-c", None, None]
+    assert names == ["key-1", "team-a", "team-b", "team-c", "team-d", None, None]
 
 
 @pytest.mark.parametrize(

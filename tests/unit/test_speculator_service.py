@@ -299,6 +299,8 @@ async def test_what_it_does_is_counted(scorer: GatedScorer) -> None:
             await lost
         scorer.gate.set()
         await queued
+        gauges.tested(0.875)
+        gauges.update()
         gauges.update()
     counted = {
         name: made.total(f"{NAME}_{name}_total")
@@ -307,6 +309,7 @@ async def test_what_it_does_is_counted(scorer: GatedScorer) -> None:
     assert counted == {
         "prompts": 2, "repeated_prompts": 1, "batches": 3, "timeouts": 1, "shed": 1, "failures": 0,
     }  # fmt: skip
+    assert made.observed(f"{NAME}_self_test") == [0.875, 0.875]  # again and again
     assert made.total(f"{NAME}_tokens_total") == 170
     assert made.total(f"{NAME}_read_seconds_total") > 0
     assert made.total(f"{NAME}_queue_seconds_total") > 0
