@@ -24,6 +24,8 @@ from . import grpc_cases, http_cases
 from .attack import Tally, exchange, open_routes, openapi_document, over_grpc, over_http
 from .grpc_cases import GrpcCase
 from .http_cases import HttpCase, request
+from .scripted import KEY as SCRIPTED_KEY
+from .scripted import scripted
 from .served import HOST, Served, serving
 from .watch import totals
 
@@ -77,10 +79,10 @@ def grpc_requests(count: int, seed: int) -> list[GrpcCase]:
     return cases
 
 
-def with_key(case: HttpCase) -> HttpCase:
-    """Return the case as somebody with a key would send it."""
+def with_key(case: HttpCase, key: str) -> HttpCase:
+    """Return the case as somebody with this key would send it."""
     line, end, rest = case.wire.partition(b"\r\n")
-    header = f"authorization: Bearer {KEY}\r\n".encode()
+    header = f"authorization: Bearer {key}\r\n".encode()
     return replace(case, wire=line + end + header + rest)
 
 
@@ -113,7 +115,7 @@ def attack(
     calls = grpc_requests(sizes[1], seed)
     metadata = tuple(("authorization", f"Bearer {key}") for key in keys)
     if keys:
-        requests = [with_key(case) for case in requests]
+        requests = [with_key(case, keys[0]) for case in requests]
     # Whatever is allocated once is no leak.
     for warm_up in (requests[: sizes[0] // 10], requests[: sizes[0] // 10]):
         asyncio.run(over_http(HOST, served.http_port, warm_up))
@@ -168,8 +170,17 @@ def main(argv: list[str] | None = None) -> int:
         help="as many again with keys on, as a share (default: %(default)g)",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--scripted", action="store_true",
+        help="only a gateway behind HAProxy, over scripted pools, with a key: no engines",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     found, figures = Findings(), {}
+    if args.scripted:
+        with scripted() as served:
+            sizes = (args.http, args.grpc)
+            figures["scripted"] = attack(served, (SCRIPTED_KEY,), sizes, args.seed, found)
+        return report(args.seed, figures, found)
     rounds = {"open": ((), 1.0), "keys": ((KEY,), args.with_key)}
     for name, (keys, share) in rounds.items():
         sizes = (round(args.http * share), round(args.grpc * share))
@@ -177,10 +188,15 @@ def main(argv: list[str] | None = None) -> int:
             continue
         with service(args.file, keys) as served:
             figures[name] = attack(served, keys, sizes, args.seed, found)
+    return report(args.seed, figures, found)
+
+
+def report(seed: int, figures: dict[str, Any], found: Findings) -> int:
+    """Write the figures and print the faults. Returns the exit code."""
     out = Path("out")
     out.mkdir(exist_ok=True)
-    report = {"seed": args.seed, "rounds": figures, "faults": found.by_kind}
-    (out / "fuzz.json").write_text(json.dumps(report, indent=1))
+    written = {"seed": seed, "rounds": figures, "faults": found.by_kind}
+    (out / "fuzz.json").write_text(json.dumps(written, indent=1))
     print(found.text())
     return 1 if found.total else 0
 

@@ -29,15 +29,21 @@ class Holding:
 
 @dataclass(slots=True)
 class Watch:
-    """The processes below the service's own, and the log files of their Ray session."""
+    """The processes below the service's own, and the log files of their Ray session.
+
+    With a `folder` of logs, the process itself is watched, too: it has no session.
+    """
 
     pid: int
+    folder: Path | None = None
     _lengths: dict[Path, int] = field(default_factory=dict)
 
     def holdings(self) -> dict[int, Holding]:
         """Return what each process holds now, by process id."""
         found = {}
-        for process in psutil.Process(self.pid).children(recursive=True):
+        service = psutil.Process(self.pid)
+        own = [] if self.folder is None else [service]
+        for process in [*own, *service.children(recursive=True)]:
             try:
                 name = _name(process)
                 found[process.pid] = Holding(name, process.memory_info().rss, process.num_fds())
@@ -87,7 +93,7 @@ class Watch:
             return file.read().decode(errors="replace")
 
     def _logs(self) -> list[Path]:
-        folder = self._session() / "logs"
+        folder = self._session() / "logs" if self.folder is None else self.folder
         files = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
         return sorted(path for path in files if path.suffix in {".log", ".err", ".out"})
 
