@@ -2,6 +2,7 @@
 
 SpecPrefillError
 ├── InvalidRequest        the caller's fault: 400, INVALID_ARGUMENT
+│   ├── RefusedByVllm     vLLM's own validation: the same, in vLLM's words and form
 │   └── UnknownModel      404, NOT_FOUND
 ├── Unauthenticated       no API key, or an unknown one: 401, UNAUTHENTICATED
 ├── DeadlineExceeded      504, DEADLINE_EXCEEDED
@@ -38,6 +39,10 @@ class InvalidRequest(SpecPrefillError):
         super().__init__(message)
         self.message = message
         self.field = field
+
+
+class RefusedByVllm(InvalidRequest):
+    """vLLM's validation refused the request, as `vllm serve` would have."""
 
 
 class UnknownModel(InvalidRequest):

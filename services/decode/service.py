@@ -13,6 +13,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from ..engine.engine import Engine, map_engine_errors
+from ..engine.half_characters import Leak, leak_of
 from ..engine.handoff.scheduler import CONSUME
 from ..engine.outputs import check_ended_well, chunk_of, prefill_times, sampling_params
 from ..engine.params import KV_TRANSFER, POSITIONS, REPLAY
@@ -87,6 +88,7 @@ class DecodeService:
         started_s = time.monotonic()
         first_s: float | None = None
         computes = KV_TRANSFER not in params.extra_args
+        leak = leak_of(prompt, params, self._engine.tokenizer)
         with map_engine_errors(DecodeUnavailable):
             outputs = self._engine.generate(prompt, params, request_id, request.priority)
             async with aclosing(outputs) as stream:  # type: ignore[type-var]
@@ -94,7 +96,7 @@ class DecodeService:
                     first_s = time.monotonic() - started_s if first_s is None else first_s
                     lost = DecodeUnavailable("decode: the engine ended the request")
                     check_ended_well(params, output.outputs[0].finish_reason, lost)
-                    step = _decoded(output, index, first_s)
+                    step = _decoded(output, index, first_s, leak)
                     yield _computed(step, output) if computes and step.chunk.finished else step
 
 
@@ -146,9 +148,10 @@ def _ticket_fields(ticket: Ticket) -> dict[str, Any]:
     }
 
 
-def _decoded(output: RequestOutput, index: int, first_s: float) -> Decoded:
+def _decoded(output: RequestOutput, index: int, first_s: float, leak: Leak) -> Decoded:
     """The last output also tells how the pull went."""
     chunk = chunk_of(output, index)
+    chunk = replace(chunk, text=leak.cut(chunk.text)) if leak.chars else chunk
     if not chunk.finished:
         return Decoded(chunk)
     pulled = output.kv_transfer_params or {}

@@ -11,6 +11,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
+from vllm.tokenizers import TokenizerLike
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -81,6 +82,11 @@ class Engine:
         with map_engine_errors(Unavailable):
             addresses = await self._running().collective_rpc("kv_address")
         return [address for address in addresses if address is not None]
+
+    @property
+    def tokenizer(self) -> TokenizerLike | None:
+        """The one that the engine's answers are detokenized with."""
+        return self._running().tokenizer
 
     def prefix_cache_tokens(self) -> int:
         """How many tokens the prefix cache can hold; 0 when it is off."""

@@ -24,8 +24,9 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from ..config import AppConfig, local_path
 from .access import AccessMiddleware, LimitMiddleware, RequestLimit
 from .bodies import BodyReader
-from .client import Answering, CountTokens, PipelineClient
+from .client import Answering, CountTokens, PipelineClient, log_no_refusals
 from .health import PoolCounts, health_route, not_tested
+from .input_items import check_input_items
 from .keys import KeyRing
 from .messages_log import log_messages_refused_in_one_line
 from .middleware import RequestMiddleware
@@ -77,6 +78,7 @@ async def build_http_app(
     app: FastAPI = build_app(args, TASKS, client.model_config)
     await init_app_state(client, app.state, args, TASKS)
     app.state.server = _NoServer()
+    log_no_refusals()
     serve_only_known(app)
     # Before vLLM's own.
     app.router.routes[:0] = [health_route(count, limit, facts_kept), metrics_route(metrics)]
@@ -89,7 +91,12 @@ async def build_http_app(
         gateway.max_body_bytes, gateway.body_timeout_s, gateway.max_buffered_bytes, limit.on_shed
     )
     app.user_middleware.append(
-        Middleware(RequestMiddleware, bodies=bodies, limits=JsonLimits(gateway.max_request_items))
+        Middleware(
+            RequestMiddleware,
+            bodies=bodies,
+            limits=JsonLimits(gateway.max_request_items),
+            checks={"/v1/responses": check_input_items},
+        )
     )
     app.user_middleware.append(
         Middleware(LimitMiddleware, limit=limit, free_paths=gateway.open_paths)

@@ -18,6 +18,7 @@ import msgspec
 from jinja2 import TemplateError
 from typing_extensions import override
 from vllm.config import VllmConfig
+from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
 from vllm.exceptions import GenerationError, VLLMClientError, VLLMValidationError
 from vllm.inputs import EngineInput
 from vllm.lora.request import LoRARequest
@@ -30,7 +31,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.kv_hints import KvHintsEnvelope
 
 from ..engine.params import is_private
-from ..errors import InvalidRequest, SpecPrefillError, Unavailable
+from ..errors import InvalidRequest, RefusedByVllm, SpecPrefillError, Unavailable
 from ..plan import Planner
 from ..types import Chunk, Controls, PlanKind, Request, Selection, Span
 from .context import CURRENT, Messages, RequestContext
@@ -45,6 +46,7 @@ from .surface import TASKS, RemoteEngineClient
 logger = logging.getLogger(__name__)
 
 _SEED_BITS = 31
+_MESSAGES_LOGGER = "vllm.entrypoints.anthropic.api_router"
 _MAX_PRIORITY = 2**31
 _MAX_ID = 256  # characters of a request id in logs
 _NO_ID_CHARACTER = re.compile(r"[^\x21-\x7e]")  # it would break a log line's `key=value`
@@ -297,7 +299,7 @@ class PipelineClient(RemoteEngineClient):
 def as_invalid(error: Exception) -> InvalidRequest:
     """vLLM's validation errors as ours."""
     field = error.parameter if isinstance(error, VLLMValidationError) else None
-    return InvalidRequest(str(error), field)
+    return RefusedByVllm(sanitize_message(str(error)), field)
 
 
 def _own_id(request_id: str) -> str:
@@ -352,6 +354,16 @@ class _Refused(GenerationError):  # type: ignore[misc]
         failure = http_failure(error)
         super().__init__(failure.message)
         self.status_code = HTTPStatus(failure.status)
+
+
+def log_no_refusals() -> None:
+    """Keep refusals out of the log of vLLM's Messages API, which prints each with a traceback."""
+    logging.getLogger(_MESSAGES_LOGGER).addFilter(_is_no_refusal)
+
+
+def _is_no_refusal(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, _Refused)
 
 
 def _told(context: RequestContext, error: SpecPrefillError) -> _Refused:

@@ -14,6 +14,7 @@ from ..errors import (
     DeadlineExceeded,
     InvalidRequest,
     Overloaded,
+    RefusedByVllm,
     SpecPrefillError,
     Unauthenticated,
     Unavailable,
@@ -50,7 +51,7 @@ class Failure:
 
     status: int
     kind: str  # OpenAI's `type`
-    code: str
+    code: str | int  # vLLM states the status here
     message: str
     field: str | None = None
     retry_after_s: float | None = None
@@ -84,6 +85,8 @@ def http_failure(error: SpecPrefillError) -> Failure:
             return Failure(
                 404, "invalid_request_error", "model_not_found", error.message, error.field
             )
+        case RefusedByVllm():
+            return Failure(400, "BadRequestError", 400, error.message, error.field)
         case InvalidRequest():
             return Failure(
                 400, "invalid_request_error", "invalid_value", error.message, error.field

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -28,6 +28,8 @@ from .routes import ANTHROPIC, GENERATING
 
 logger = logging.getLogger(__name__)
 
+CheckFields = Callable[[Mapping[str, Any]], Awaitable[None]]  # raises InvalidRequest
+
 TIMEOUT_HEADER = "x-request-timeout-seconds"
 SHED_REASON_HEADER = "x-specprefill-shed-reason"
 REQUEST_ID_HEADER = "x-request-id"
@@ -42,8 +44,15 @@ _AHEAD_OF_PROXY_S = 0.25
 class RequestMiddleware:
     """Pure ASGI middleware; it never buffers a stream."""
 
-    def __init__(self, app: ASGIApp, bodies: BodyReader, limits: JsonLimits) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        bodies: BodyReader,
+        limits: JsonLimits,
+        checks: Mapping[str, CheckFields] | None = None,
+    ) -> None:
         self._app = app
+        self._checks = checks or {}  # by path
         self._bodies = bodies
         self._limits = limits
 
@@ -54,7 +63,10 @@ class RequestMiddleware:
             return
         try:
             body = await self._bodies.read(Headers(scope=scope), receive)
-            context, body = _admit(scope, body, self._limits)
+            context, body, fields = _admit(scope, body, self._limits)
+            check = self._checks.get(_path(scope))
+            if check is not None and fields is not None:
+                await check(fields)
         except BodyTooLarge:
             await send_failure(scope, send, too_large(self._bodies.max_bytes))
             return
@@ -97,8 +109,10 @@ def _replay(body: bytes, receive: Receive) -> Callable[[], Awaitable[Message]]:
     return replay
 
 
-def _admit(scope: Scope, body: bytes, limits: JsonLimits) -> tuple[RequestContext, bytes]:
-    """The request's context, and the body as vLLM's own handlers shall see it.
+def _admit(
+    scope: Scope, body: bytes, limits: JsonLimits
+) -> tuple[RequestContext, bytes, dict[str, Any] | None]:
+    """The request's context, and the body and its fields as vLLM's own handlers shall see them.
 
     Raises InvalidRequest.
     """
@@ -110,17 +124,17 @@ def _admit(scope: Scope, body: bytes, limits: JsonLimits) -> tuple[RequestContex
     )
     _check_id(REQUEST_ID_HEADER, headers.get(REQUEST_ID_HEADER))
     if not body or not _may_be_json(headers):
-        return context, body  # vLLM's handlers refuse it
+        return context, body, None  # vLLM's handlers refuse it
     fields = parse_json(body, limits, "The request body")
     if _path(scope) not in GENERATING or not isinstance(fields, dict):
-        return context, body
+        return context, body, None
     if fields.get("use_beam_search"):
         raise InvalidRequest("use_beam_search: beam search is not supported", "use_beam_search")
     _check_id("request_id", fields.get("request_id"))
     sent = len(fields)
     context.controls = pop_controls(fields)
     context.messages = conversation(_path(scope), fields)
-    return context, body if len(fields) == sent else msgspec.json.encode(fields)
+    return context, body if len(fields) == sent else msgspec.json.encode(fields), fields
 
 
 def _path(scope: Scope) -> str:

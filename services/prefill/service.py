@@ -14,6 +14,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from ..engine.engine import Engine, map_engine_errors
+from ..engine.half_characters import Leak, leak_of
 from ..engine.handoff.scheduler import PRODUCE
 from ..engine.outputs import (
     check_ended_well,
@@ -186,7 +187,8 @@ class PrefillService:
         except TimeoutError as error:
             raise DeadlineExceeded("timeout_s: used up during prefill") from error
         else:
-            prefilled = _prefilled(output, self._carrier, waited_s)
+            leak = leak_of(output.prompt_token_ids or (), params, self._engine.tokenizer)
+            prefilled = _prefilled(output, self._carrier, leak, waited_s)
             return prefilled
         finally:
             if lease is not None:
@@ -281,11 +283,12 @@ def _private(selection: Selection, lease: dict[str, Any] | None) -> dict[str, An
     return private
 
 
-def _prefilled(output: RequestOutput, carrier: Carrier, waited_s: float) -> Prefilled:
+def _prefilled(output: RequestOutput, carrier: Carrier, leak: Leak, waited_s: float) -> Prefilled:
     handed = output.kv_transfer_params
     ticket = None if handed is None else Ticket(**_ticket_fields(handed), carrier=carrier)
     queue_s, prefill_s = prefill_times(output)
     first = replace(chunk_of(output, index=0), prompt_logprobs=prompt_logprobs_of(output))
+    first = replace(first, text=leak.cut(first.text))
     if ticket is not None:  # one token was all that was asked of this engine: not the end
         first = replace(first, finish_reason=None, stop_reason=None)
     return Prefilled(first, ticket, queue_s=waited_s + queue_s, prefill_s=prefill_s)

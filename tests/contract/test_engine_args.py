@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from specprefill.config import EngineConfig, KvConfig, MainModel
@@ -100,15 +102,22 @@ def test_an_engine_on_a_cpu_has_the_sizes_it_had(args_of):
     assert sizes(args_of()) == (2048, 128)
 
 
+def _only_when_asked_by_us(_config) -> bool:
+    """Whether the question comes from outside vLLM, which would look for Triton."""
+    return sys._getframe(1).f_globals["__name__"].startswith("specprefill")
+
+
 def test_choosing_the_replay_for_the_v2_runner_does_not_decide_the_sizes(
     args_of, on_device, monkeypatch
 ):
     """It asks vLLM for a configuration first, and vLLM writes its sizes into the arguments."""
-    from specprefill.engine import args as module
+    from vllm.config import VllmConfig
 
-    monkeypatch.setattr(module, "_runs_v2", lambda args: bool(module.vllm_config(args)))
     on_device(*H100)
-    args = args_of()
+    with monkeypatch.context() as patch:  # Triton, which the V2 runner needs, is not here
+        patch.setattr(VllmConfig, "use_v2_model_runner", property(_only_when_asked_by_us))
+        args = args_of()
+    assert args.max_num_seqs is None
     assert args.logits_processors == ["specprefill.engine.replay_v2:ReplayTokens"]
     assert sizes(args) == (8192, 1024)
 

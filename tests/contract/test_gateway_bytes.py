@@ -211,6 +211,18 @@ async def test_a_request_of_very_many_parts_is_refused_at_once(
     assert pipeline.requests == []
 
 
+@pytest.mark.parametrize("bad", [{}, {"role": "user", "content": 3}, "text", 5])
+async def test_a_long_input_ends_at_its_first_bad_item(
+    http: httpx.AsyncClient, pipeline: Any, bad: Any
+) -> None:
+    good = {"role": "user", "content": "a"}
+    started_s = time.thread_time()
+    answer = await http.post("/v1/responses", json={"input": [good] * 40 + [bad] * 1500})
+    assert time.thread_time() - started_s < 1.0
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input[40]")
+    assert (await http.post("/v1/responses", json={"input": [good] * 40})).status_code == 200
+
+
 async def test_token_ids_are_no_parts(http: httpx.AsyncClient, pipeline: Any) -> None:
     body = {"model": "demo", "prompt": [[20] * 1900] * 2, "max_tokens": 1}
     assert (await http.post("/v1/completions", json=body)).status_code == 200

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+import time
 from typing import Any
 
 import httpx
@@ -134,3 +137,27 @@ async def test_what_the_template_changes_cannot_be_protected(
         await client.prepare(prompt, SamplingParams(), "r", context)
     assert refused.value.field == field
     assert "'swordfish'" in refused.value.message
+
+
+async def test_a_search_ends_with_its_request(
+    gateway: Any, pipeline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searching, ended = threading.Event(), threading.Event()
+
+    def search(*_args: Any, is_cancelled: Any, **_more: Any) -> tuple[()]:
+        searching.set()
+        while not is_cancelled():  # as a long search does between two steps
+            time.sleep(0.001)
+        ended.set()
+        return ()
+
+    monkeypatch.setattr("specprefill.gateway.client.protected_spans", search)
+    client = gateway[0]
+    context = RequestContext(controls=Controls(prune=True, protect=("vault",)))
+    prompt = await client.render_text(PROMPT)
+    preparing = asyncio.create_task(client.prepare(prompt, SamplingParams(), "r", context))
+    assert await asyncio.to_thread(searching.wait, 10)
+    preparing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await preparing
+    assert await asyncio.to_thread(ended.wait, 10)

@@ -99,3 +99,34 @@ def test_reflection_lists_the_service(app):
         assert "specprefill.v1.SpecPrefill" in database.get_services()
         service = DescriptorPool(database).FindServiceByName("specprefill.v1.SpecPrefill")
     assert {"Generate", "GenerateStream", "Score", "Health"} == set(service.methods_by_name)
+
+
+def test_a_pruned_answer_ends_at_the_models_last_position(stub):
+    """As many slots are free as were pruned, but no positions."""
+    request = pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=[20 + i % 200 for i in range(8191)]),
+        sampling=pb.Sampling(max_tokens=150, ignore_eos=True, temperature=0),
+        prune=pb.Prune(keep=0.1),
+    )
+    answer = stub.Generate(request, timeout=200)
+    assert answer.report.decision.kept_tokens < 4000
+    assert answer.usage.completion_tokens == 1
+    assert answer.outputs[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("text", ["hello", "hello " * 800])
+def test_a_schema_that_nothing_satisfies_is_the_callers_fault(stub, text):
+    request = pb.GenerateRequest(text=text, sampling=pb.Sampling(json_schema='{"$ref": "#"}'))
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Generate(request, timeout=60)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "structured_outputs" in caught.value.details()
+
+
+@pytest.mark.parametrize("payload", [b"\xff\xff\xff", b"\x1a\x02\xff\xfe"])
+def test_bytes_that_are_no_message_are_an_invalid_argument(app, payload):
+    with grpc.insecure_channel(app.grpc_address) as channel:
+        call = channel.unary_unary("/specprefill.v1.SpecPrefill/Generate")
+        with pytest.raises(grpc.RpcError) as caught:
+            call(payload, timeout=30)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT

@@ -249,3 +249,54 @@ def test_clients_that_leave_free_the_engines(app, chat, long_prompt):
     started_s = time.monotonic()
     assert chat().choices[0].finish_reason
     assert time.monotonic() - started_s < 30
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 20_000,
+        b'{"model": "\xff"}',
+        b'{"temperature": NaN}',
+        b'{"prompt": "a", "top_k": 1e999}',
+    ],
+    ids=["deep", "not UTF-8", "NaN", "infinite"],
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/tokenize"])
+def test_bytes_that_are_no_request_are_400(app, path, body):
+    headers = {"content-type": "application/json"}
+    reply = httpx.post(f"{app.http_url}{path}", content=body, headers=headers, timeout=30)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/invocations", "/v1/chat/completions/batch"])
+def test_routes_that_do_not_know_our_field_are_not_served(app, path):
+    assert httpx.post(f"{app.http_url}{path}", json={}, timeout=30).status_code == 404
+
+
+def test_a_schema_that_nothing_satisfies_is_400(chat):
+    schema = {"name": "s", "schema": {"$ref": "#"}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat(response_format={"type": "json_schema", "json_schema": schema})
+    assert caught.value.param == "structured_outputs"
+
+
+def test_a_flood_of_messages_stops_nobody(app):
+    """Refused before they are validated one by one in the event loop."""
+    body = {"model": "demo", "messages": [{"role": "user", "content": "a"}] * 100_000}
+    started_s = time.monotonic()
+    reply = httpx.post(f"{app.http_url}/v1/chat/completions", json=body, timeout=60)
+    assert reply.status_code == 400
+    assert time.monotonic() - started_s < 5
+
+
+def test_a_costly_protect_is_answered_like_any_other(app):
+    body = {
+        "model": "demo", "prompt": "a" * 8000, "max_tokens": 1,
+        "specprefill": {"keep": 0.5, "protect": ["a"] * 64},
+    }  # fmt: skip
+    started_s = time.monotonic()
+    reply = httpx.post(f"{app.http_url}/v1/completions", json=body, timeout=120)
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["specprefill"]["reason"] == "protected_spans"
+    assert time.monotonic() - started_s < 60  # most of it is the dense prefill

@@ -66,3 +66,22 @@ def test_the_gateway_answers_others_meanwhile(app, complete, prompts):
             assert httpx.get(f"{app.http_url}/health", timeout=HEALTH_TIMEOUT_S).status_code == 200
             assert time.monotonic() - started_s < HEALTH_TIMEOUT_S
         assert len(many.result()["choices"]) == 8 * len(prompts)
+
+
+def test_a_prompt_that_ends_inside_a_character_stays_out_of_the_answer(complete, demo_tokenizer):
+    secret = "The vault's word is swordfish. "
+    ids = demo_tokenizer.encode(f"{secret * 200}\U0001f642", add_special_tokens=False)[:-1]
+    for specprefill in ({"enabled": True}, False):
+        answer = complete(ids, max_tokens=8, specprefill=specprefill)
+        assert "swordfish. The vault" not in texts(answer)[0]
+        assert len(texts(answer)[0]) < 100
+
+
+def test_a_protected_text_survives_in_token_ids(complete, demo_tokenizer, prompts):
+    ids = demo_tokenizer.encode(prompts[0], add_special_tokens=False)
+    pieces = {"protect": [prompts[0][: len(prompts[0]) // 2]]}
+    plain, *protected = (
+        complete(prompt, specprefill={"keep": 0.2, **more})["specprefill"]["kept_tokens"]
+        for prompt, more in ((ids, {}), (ids, pieces), (prompts[0], pieces))
+    )
+    assert protected[0] == protected[1] > plain

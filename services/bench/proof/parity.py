@@ -99,7 +99,7 @@ async def _answers(sheet: Sheet, machine: Machine, variant: Variant, folder: str
 
 
 def _engine(sheet: Sheet, machine: Machine, variant: Variant, folder: str) -> Engine:
-    from ...engine.args import Role, engine_args
+    from ...engine.args import Role, engine_args, vllm_config
     from ...engine.engine import Engine
 
     graphs: dict[str, Any] = {"compilation_config": _FULL} if variant.graphs == "full" else {}
@@ -111,7 +111,7 @@ def _engine(sheet: Sheet, machine: Machine, variant: Variant, folder: str) -> En
     )
     model = main_model(folder, variant.dtype, MAX_TOKENS, weights=True)
     args = engine_args(model, sizes, links(), Role[variant.role])
-    chosen = args.create_engine_config()
+    chosen = vllm_config(args)
     sheet.check(
         "model runner",
         bool(chosen.use_v2_model_runner) is variant.v2,
