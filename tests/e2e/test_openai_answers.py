@@ -177,7 +177,8 @@ def no_blanks(demo_tokenizer):
 
 @WHETHER_PRUNED
 def test_a_streamed_tool_call_adds_up_to_the_whole_one(chat, extra, no_blanks):
-    tool = {"type": "function", "function": {"name": "decide", "parameters": PARAMETERS}}
+    function = {"name": "decide", "parameters": PARAMETERS, "strict": True}
+    tool = {"type": "function", "function": function}
     choice = {"type": "function", "function": {"name": "decide"}}
     options = {
         "tools": [tool], "tool_choice": choice, "max_tokens": 64, "logit_bias": no_blanks,
