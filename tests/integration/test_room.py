@@ -10,7 +10,7 @@ from specprefill.errors import DeadlineExceeded
 from specprefill.kv.rpc import KvPeers
 from specprefill.types import Span
 
-from .conftest import BLOCK_SIZE, Engines, answer, kept
+from .conftest import BLOCK_SIZE, Engines, Runner, answer, kept
 
 TOKENS = 1000
 TOKEN_BYTES = 2 * 3 * 2 * 32 * 4  # k and v, of 3 layers, 2 heads, 32 dimensions, float32
@@ -38,7 +38,7 @@ async def small_store(model_dir):
         DecodeService(consumer) as decode,
     ):
         peers = KvPeers()
-        yield Engines(prefill, decode, None, producer, peers)
+        yield Engines(Runner.V1, prefill, decode, None, producer, peers)
         await peers.close()
 
 
