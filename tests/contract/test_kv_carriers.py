@@ -97,6 +97,7 @@ def test_who_may_not_pull_is_told(carrier, asked, error):
 
 def test_a_lease_that_has_expired_is_told_at_once(carrier):
     carrier.stage(*CHUNKS)
+    carrier.leases.issue(LEASE)
     carrier.clock.ahead_s = 60.0
     assert carrier.leases.sweep() == 1
     started_s = time.monotonic()
