@@ -31,7 +31,7 @@ from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from pathlib import Path
 
-from .config import FrontConfig, FrontTls, GatewayConfig
+from .config import ApiKey, FrontConfig, FrontTls, GatewayConfig
 from .errors import InvalidConfiguration
 
 PROGRAM = "specprefill-front"
@@ -301,14 +301,36 @@ def _most_connections() -> int:
     return max(64, (files - _FILES_BESIDE_CONNECTIONS) // 2)
 
 
-def _configured() -> GatewayConfig:
-    """Of the deployment file that the environment names; without one, the defaults."""
-    name = os.environ.get(FILE_VARIABLE)
+def configured(folder: Path, name: str | None) -> GatewayConfig:
+    """Settings of the deployment file `name`; without one, the defaults.
+
+    Serve starts HAProxy again and again. While an edit of the file is invalid, the settings stay
+    what they were when it was last read, which `folder` remembers. Raises InvalidFile or OSError
+    where nothing is remembered.
+    """
     if not name:
         return GatewayConfig()
+    from .checked_yaml import InvalidFile
     from .deployment_file import load
 
-    return load(Path(name)).file.applications[0].args.gateway
+    snapshot = folder / "specprefill-front.json"
+    try:
+        gateway = load(Path(name)).file.applications[0].args.gateway
+    except (InvalidFile, OSError) as error:
+        if not snapshot.exists():
+            raise
+        sys.stderr.write(f"{PROGRAM}: {error}; the settings stay as they were\n")
+        return GatewayConfig.model_validate_json(snapshot.read_text())
+    snapshot.write_text(_without_keys(gateway).model_dump_json())
+    return gateway
+
+
+def _without_keys(gateway: GatewayConfig) -> GatewayConfig:
+    """What the front needs to know: of keys, only whether there are any."""
+    keys = (ApiKey(name="any", sha256="0" * 64),) if gateway.api_keys else ()
+    return GatewayConfig(
+        request_timeout_s=gateway.request_timeout_s, front=gateway.front, api_keys=keys
+    )
 
 
 def _haproxy() -> str:
@@ -332,7 +354,8 @@ def main() -> None:
     try:
         program = _haproxy()
         if "-f" in arguments:
-            rewrite_file(Path(arguments[arguments.index("-f") + 1]), _configured())
+            path = Path(arguments[arguments.index("-f") + 1])
+            rewrite_file(path, configured(path.parent, os.environ.get(FILE_VARIABLE)))
     except (UnknownTemplate, InvalidConfiguration, InvalidFile, OSError) as error:
         sys.exit(f"{PROGRAM}: {error}")
     os.execv(program, [program, *arguments])

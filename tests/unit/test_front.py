@@ -2,9 +2,10 @@
 
 import pytest
 
+from specprefill.checked_yaml import InvalidFile
 from specprefill.config import GatewayConfig
 from specprefill.errors import InvalidConfiguration
-from specprefill.front import require_front
+from specprefill.front import configured, require_front
 
 TLS = GatewayConfig.model_validate({"front": {"tls": {"certificate": "c", "key": "k"}}})
 ALL = {
@@ -30,3 +31,22 @@ def test_a_gateway_starts_behind_a_front_that_speaks_tls():
 def test_a_gateway_whose_front_would_speak_plaintext_does_not_start(change):
     with pytest.raises(InvalidConfiguration, match=next(iter(change))):
         require_front(TLS, {**ALL, **change})
+
+
+def test_an_invalid_edit_of_the_file_leaves_the_front_as_it_was(tmp_path, root, capsys):
+    """Serve starts HAProxy again at every change of its replicas: it must not stop then."""
+    deployment = tmp_path / "deployment.yaml"
+    good = (root / "cluster" / "local.yaml").read_text()
+    deployment.write_text(good)
+    before = configured(tmp_path, str(deployment))
+    deployment.write_text(good + "\nnot: [valid")
+    after = configured(tmp_path, str(deployment))
+    assert (after.front, after.request_timeout_s) == (before.front, before.request_timeout_s)
+    assert bool(after.api_keys) == bool(before.api_keys)
+    assert "the settings stay as they were" in capsys.readouterr().err
+
+
+def test_an_invalid_file_stops_a_front_that_never_knew_a_better_one(tmp_path):
+    (tmp_path / "deployment.yaml").write_text("not: [valid")
+    with pytest.raises(InvalidFile):
+        configured(tmp_path, str(tmp_path / "deployment.yaml"))
