@@ -177,7 +177,7 @@ class _CudaEvent:
 
     @classmethod
     def recorded(cls, stream: torch.cuda.Stream) -> _CudaEvent:
-        event = torch.cuda.Event()
+        event = torch.cuda.Event(blocking=True)  # threads that wait for it leave the core
         event.record(stream)
         return cls(event)
 
