@@ -151,7 +151,7 @@ class KvConfig(Strict):
     host: str | None = None  # address KV ports listen on; their own node's if absent
     lease_s: Seconds = 30.0  # a lease that its holder does not renew is dropped after this time
     # Per worker. A prefill waits, within its deadline, until its KV has room; one whose KV alone
-    # is more hands nothing over. With nixl it is set aside at the start.
+    # is more hands nothing over. With nixl, and on GPUs (page-locked), it is set aside at the start.
     max_held_bytes: PositiveInt = 4 << 30
     # Per worker: host buffers for copies between an engine's caches and leases; a prefill waits
     # for the oldest copy when all are full. Part of max_held_bytes. Absent: an eighth of it, at
