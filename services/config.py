@@ -153,9 +153,9 @@ class KvConfig(Strict):
     # Per worker. A prefill waits, within its deadline, until its KV has room; one whose KV alone
     # is more hands nothing over. With nixl, and on GPUs (page-locked), it is set aside at the start.
     max_held_bytes: PositiveInt = 4 << 30
-    # Per worker: host buffers for copies between an engine's caches and leases; a prefill waits
-    # for the oldest copy when all are full. Part of max_held_bytes. Absent: an eighth of it, at
-    # most 128 MiB.
+    # Per worker, for copies under way between an engine's caches and the KV's carrier: device memory
+    # in prefill workers, host buffers in decode workers. Who needs more waits for the oldest copy.
+    # Absent: an eighth of max_held_bytes, at most 128 MiB.
     staging_bytes: PositiveInt | None = None
     pull_timeout_s: Seconds = 20.0
     overlap: bool = True  # decode begins to pull while the last of the KV is computed
