@@ -107,7 +107,10 @@ async def test_an_answer_is_recorded_with_its_report(protocol, addresses, pipeli
 async def test_no_connection_is_used_again():
     """The server keeps connections open, and closes each when a second request comes over it."""
 
+    serving: list[asyncio.Task[None] | None] = []
+
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        serving.append(asyncio.current_task())
         await reader.readuntil(b"\r\n\r\n")
         body = b'data: {"choices": [{"delta": {"content": "hello"}}]}\n\ndata: [DONE]\n\n'
         head = f"HTTP/1.1 200 OK\r\ncontent-length: {len(body)}\r\n\r\n"
@@ -115,12 +118,14 @@ async def test_no_connection_is_used_again():
         while b"POST" not in await reader.read(1 << 16) and not reader.at_eof():
             pass  # the rest of the first request's body
         writer.close()
+        await writer.wait_closed()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     asked = HttpCaller(f"http://127.0.0.1:{port}/v1", "demo", None)
     async with server, asked.open():
         streams = [await runner.stream(prompt(), asked, PATIENCE_S) for _ in range(3)]
+    await asyncio.gather(*(task for task in serving if task is not None))
     assert [stream.text for stream in streams] == ["hello"] * 3, streams[-1].error
 
 
