@@ -151,10 +151,10 @@ class KvConfig(Strict):
     host: str | None = None  # address KV ports listen on; their own node's if absent
     lease_s: Seconds = 30.0  # a lease that its holder does not renew is dropped after this time
     # Per worker. A prefill waits, within its deadline, until its KV has room; one whose KV alone
-    # is more hands nothing over. With nixl, and on GPUs (page-locked), it is set aside at the start.
+    # is more hands nothing over. Set aside at the start with nixl, and on GPUs (page-locked).
     max_held_bytes: PositiveInt = 4 << 30
-    # Per worker, for copies under way between an engine's caches and the KV's carrier: device memory
-    # in prefill workers, host buffers in decode workers. Who needs more waits for the oldest copy.
+    # Per worker, for copies under way between an engine's caches and the KV's carrier: device
+    # memory in prefill workers, host buffers in decode workers; more wait for the oldest copy.
     # Absent: an eighth of max_held_bytes, at most 128 MiB.
     staging_bytes: PositiveInt | None = None
     pull_timeout_s: Seconds = 20.0
