@@ -6,6 +6,7 @@ engine client, and the client's report or failure back.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping
@@ -39,6 +40,7 @@ _OVER_VALUES = (AttributeError, LookupError, RecursionError, AssertionError)
 _DATA = b"data: "
 # Serve's proxy enforces the same header with a bare 408 or a cut stream: be a little earlier.
 _AHEAD_OF_PROXY_S = 0.25
+_LEAVING_S = 5.0  # for a handler to end what it does for a client that has left
 
 
 class RequestMiddleware:
@@ -81,13 +83,30 @@ class RequestMiddleware:
         reply = _Reply(scope, send, context)
         token = CURRENT.set(context)
         try:
-            await self._app(scope, _replay(body, receive), reply.send)
+            await self._answer(scope, body, receive, reply)
         except Exception as error:
             if reply.started:
                 raise
             await send_failure(scope, send, http_failure(_unforeseen(error, context)))
         finally:
             CURRENT.reset(token)
+
+    async def _answer(self, scope: Scope, body: bytes, receive: Receive, reply: _Reply) -> None:
+        """Run the app; a cancellation reaches it as its client's disconnect.
+
+        Serve cancels the task of a request whose client has left. vLLM's handlers run in tasks of
+        their own, which end at a disconnect and know nothing of the cancellation.
+        """
+        left = asyncio.Event()
+        app = asyncio.ensure_future(self._app(scope, _replay(body, receive, left), reply.send))
+        try:
+            await asyncio.shield(app)
+        except asyncio.CancelledError:
+            left.set()
+            await asyncio.wait({app}, timeout=_LEAVING_S)
+            app.cancel()
+            await asyncio.gather(app, return_exceptions=True)
+            raise
 
 
 def _unforeseen(error: Exception, context: RequestContext) -> SpecPrefillError:
@@ -99,12 +118,20 @@ def _unforeseen(error: Exception, context: RequestContext) -> SpecPrefillError:
     return SpecPrefillError(str(error))
 
 
-def _replay(body: bytes, receive: Receive) -> Callable[[], Awaitable[Message]]:
-    """The body once more, then what the client still sends: its disconnect."""
+def _replay(body: bytes, receive: Receive, left: asyncio.Event) -> Callable[[], Awaitable[Message]]:
+    """The body once more, then what the client still sends: its disconnect, also when `left`."""
     pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
-        return pending.pop() if pending else await receive()
+        if pending:
+            return pending.pop()
+        message, gone = asyncio.ensure_future(receive()), asyncio.ensure_future(left.wait())
+        try:
+            await asyncio.wait({message, gone}, return_when=asyncio.FIRST_COMPLETED)
+            return {"type": "http.disconnect"} if gone.done() else message.result()
+        finally:
+            message.cancel()
+            gone.cancel()
 
     return replay
 

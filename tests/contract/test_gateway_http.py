@@ -477,3 +477,45 @@ async def test_a_client_that_leaves_closes_the_pipeline(
         await pipeline.ended.wait()
         await call
     assert pipeline.closed == 1
+
+
+async def test_a_cancelled_request_ends_its_handler():
+    """Serve cancels the request's task; vLLM's handlers run in tasks that do not know of it."""
+    from specprefill.gateway.bodies import BodyReader
+    from specprefill.gateway.middleware import RequestMiddleware
+    from specprefill.gateway.request_json import JsonLimits
+
+    started, ended = asyncio.Event(), asyncio.Event()
+
+    async def handler():
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    async def like_vllm(scope, receive, send):
+        await receive()  # the body
+        working = asyncio.create_task(handler())
+        leaving = asyncio.create_task(receive())
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        working.cancel()
+        await asyncio.gather(working, return_exceptions=True)
+
+    bodies = [{"type": "http.request", "body": b"{}", "more_body": False}]
+
+    async def receive():
+        return bodies.pop() if bodies else await asyncio.Event().wait()
+
+    async def send(message):
+        pass
+
+    reader = BodyReader(1 << 20, 5.0, 1 << 20, lambda _reason: None)
+    app = RequestMiddleware(like_vllm, reader, JsonLimits(100))
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+    request = asyncio.create_task(app(scope, receive, send))
+    await asyncio.wait_for(started.wait(), 5)
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+    assert ended.is_set()
