@@ -131,7 +131,7 @@ class Keeper:
         """Do what the worker asks until it hangs up or dies."""
         for work in (self._sweep, self._report_freed):
             threading.Thread(target=work, daemon=True).start()
-        self._send("ready", self._address, self._carrier)
+        self._send("ready", self._address, self._carrier, os.getpid())
         while True:
             try:
                 verb, *values = msgpack.unpackb(self._link.recv_bytes())
@@ -233,7 +233,13 @@ class Keeper:
 
 
 def main() -> None:
-    """Serve the worker at the other end of the descriptor that the argument names."""
+    """Serve the worker at the other end of the descriptor that the argument names.
+
+    In a process that is nobody's child: vLLM kills an engine's tree of processes one by one, and
+    stops at one that has ended by itself, as a keeper does when its worker is gone.
+    """
+    if os.fork():
+        os._exit(0)
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )

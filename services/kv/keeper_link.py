@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import socket
 import subprocess
@@ -64,8 +65,8 @@ class KeeperLink:
             fingerprint,
             None if device is None else (*_introduction(device[0]), device[1].address),
         )
-        self._process, self._link = _started(config)
-        self.address, self.carrier = self._ready()
+        self._link = _started(config)
+        self.address, self.carrier, self.pid = self._ready()
         self._outbox: queue.SimpleQueue[tuple[bytes, Callable[[], None] | None] | None] = (
             queue.SimpleQueue()
         )
@@ -84,7 +85,7 @@ class KeeperLink:
     def check(self) -> None:
         """Raise KvTransferError when the keeper is dead: no ticket of this worker can be pulled."""
         if self._gone.is_set():
-            raise KvTransferError(f"kv keeper: its process ended ({self._process.poll()})")
+            raise KvTransferError("kv keeper: its process ended")
 
     def take(self, size: int) -> tuple[int, memoryview] | None:
         """Return room for a piece, and its offset; None when the memory is full."""
@@ -112,25 +113,22 @@ class KeeperLink:
         """Hang up; the keeper ends with all that it holds. Idempotent."""
         self._outbox.put(None)
         self._threads[0].join(_STOP_TIMEOUT_S)
-        self._link.close()
-        try:
-            self._process.wait(_STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        if not self._link.closed:
+            with socket.socket(fileno=os.dup(self._link.fileno())) as link:
+                link.shutdown(socket.SHUT_RDWR)  # closing alone would not wake who reads from it
+            self._link.close()
 
-    def _ready(self) -> tuple[str, str]:
+    def _ready(self) -> tuple[str, str, int]:
         try:
             if not self._link.poll(_START_TIMEOUT_S):
-                self._process.kill()
                 raise KvTransferError(f"kv keeper: not ready within {_START_TIMEOUT_S:g} s")
             verb, *values = msgpack.unpackb(self._link.recv_bytes())
         except EOFError as error:
             raise KvTransferError("kv keeper: its process ended at its start") from error
         if verb == "failed":
             raise InvalidConfiguration(*values)
-        address, carrier = values
-        return address, carrier
+        address, carrier, pid = values
+        return address, carrier, pid
 
     def _send_all(self) -> None:
         while (item := self._outbox.get()) is not None:
@@ -180,17 +178,19 @@ def _introduction(agent: NixlAgent) -> tuple[str, bytes]:
     return agent.name, agent.metadata()
 
 
-def _started(config: KeeperConfig) -> tuple[subprocess.Popen[bytes], Connection]:
+def _started(config: KeeperConfig) -> Connection:
+    """Start a keeper, which leaves this process's tree at once; it ends when the link does."""
     ours, theirs = socket.socketpair()
     with theirs:
-        process = subprocess.Popen(
+        subprocess.run(
             [sys.executable, "-m", "specprefill.kv.keeper", str(theirs.fileno())],
             pass_fds=(theirs.fileno(), config.memory_fd),
             stdin=subprocess.DEVNULL,
+            check=False,  # what went wrong shows on the link
         )
     link = Connection(ours.detach())
     try:
         link.send_bytes(packed(config))
     except OSError as error:
         raise KvTransferError("kv keeper: its process ended at its start") from error
-    return process, link
+    return link

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import threading
 import time
 
+import psutil
 import pytest
 import torch
 
@@ -248,10 +251,18 @@ def test_a_prompt_beyond_the_memory_is_recomputed_and_the_memory_comes_back(pair
     assert len(view) == 30 << 10
 
 
+def test_a_keeper_ends_with_its_worker_and_is_nobodys_child(pair):
+    both = pair(HostDevice(), HostDevice())
+    keeper = psutil.Process(both.holder._keeper.pid)
+    assert keeper not in psutil.Process().children(recursive=True)
+    both.holder.stop()
+    keeper.wait(10)
+
+
 def test_a_dead_keeper_ends_the_engine(pair):
     """Else it would go on handing out tickets that nobody can pull."""
     both = pair(HostDevice(), HostDevice())
-    both.holder._keeper._process.kill()
+    os.kill(both.holder._keeper.pid, signal.SIGKILL)
 
     def is_known():
         try:
