@@ -26,6 +26,7 @@ from .shared import SharedMemory
 
 logger = logging.getLogger("vllm.specprefill.handoff")
 
+KEEPER = "specprefill.kv.keeper"
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 5.0
 
@@ -183,7 +184,8 @@ def _started(config: KeeperConfig) -> Connection:
     ours, theirs = socket.socketpair()
     with theirs:
         subprocess.run(
-            [sys.executable, "-m", "specprefill.kv.keeper", str(theirs.fileno())],
+            # The last argument tells whose keeper it is, for `ps`.
+            [sys.executable, "-m", KEEPER, str(theirs.fileno()), str(os.getpid())],
             pass_fds=(theirs.fileno(), config.memory_fd),
             stdin=subprocess.DEVNULL,
             check=False,  # what went wrong shows on the link

@@ -18,6 +18,7 @@ import pytest_asyncio
 from specprefill.bench.report import markdown, provenance, write_json
 from specprefill.errors import Overloaded, PrefillUnavailable, Unavailable
 from specprefill.fallback import Fallback, OnOverload
+from specprefill.kv.keeper_link import KEEPER
 from specprefill.kv.prefilling import HeldPrefill, prefilling
 from specprefill.kv.rpc import KvPeers
 from specprefill.pipeline import Pipeline
@@ -43,7 +44,11 @@ class Member:
         self.alive = True
 
     def signal(self, number: int) -> None:
-        """Send a signal to the engine process."""
+        """Send a signal to the engine process, and to the one that serves its KV."""
+        for process in psutil.process_iter(["cmdline"]):
+            command = process.info["cmdline"] or []
+            if KEEPER in command and command[-1] == str(self.process.pid):
+                process.send_signal(number)
         os.kill(self.process.pid, number)
 
     def kill(self) -> None:
