@@ -123,7 +123,7 @@ def _pools(application: Application) -> Iterator[Fact]:
 
 
 def _speculator(application: Application) -> Fact:
-    """What the speculator would say to its model's configuration."""
+    """Check the speculator's model by its configuration."""
     from transformers import AutoConfig
 
     from .config import local_path

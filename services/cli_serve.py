@@ -144,16 +144,16 @@ def _check_beside(path: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def _await_check(checking: subprocess.Popen[str], tell: Progress) -> None:
+def _await_check(checking: subprocess.Popen[str], show: Progress) -> None:
     """Show what the check prints. Raises Misused where it refuses the file."""
     output = checking.communicate()[0]
     findings = [line for line in output.splitlines() if _FINDING.search(line)]
     if checking.returncode == MISUSED:
         raise Misused("\n".join(findings))
     for finding in findings:
-        tell(finding)
+        show(finding)
     if checking.returncode != OK:
-        tell(f"the models were not checked: {output.strip().rpartition(chr(10))[2]}")
+        show(f"the models were not checked: {output.strip().rpartition(chr(10))[2]}")
 
 
 def run_serve(args: argparse.Namespace) -> int:
@@ -162,22 +162,22 @@ def run_serve(args: argparse.Namespace) -> int:
     _warn(open_cluster(os.environ))
     _refuse_unusable_files(loaded.file)
     _refuse_taken_ports(loaded.file)
-    tell = Progress()
-    tell("starting Ray on this machine")
+    show = Progress()
+    show("starting Ray on this machine")
     stop = threading.Event()
     with _check_beside(args.file) as checking, _local_ray(args.file) as ray:
         _stop_on_signals(stop)
-        _await_check(checking, tell)
+        _await_check(checking, show)
         api = ServeApi(ray.dashboard_url)
-        tell(f"deploying {args.file} (dashboard {ray.dashboard_url})")
-        _deploy(api, loaded, args.timeout, tell)
-        tell("ready")
+        show(f"deploying {args.file} (dashboard {ray.dashboard_url})")
+        _deploy(api, loaded, args.timeout, show)
+        show("ready")
         print(how_to_call(loaded.file, ray.dashboard_url), flush=True)
         stop.wait()
         stop.clear()
-        _drain(ray, api, args.drain, stop, tell)
-        tell("stopping")
-    tell("stopped")
+        _drain(ray, api, args.drain, stop, show)
+        show("stopping")
+    show("stopped")
     return 0
 
 
@@ -193,10 +193,10 @@ def _local_ray(file: Path) -> Iterator[LocalRay]:
 
 
 def _drain(
-    ray: LocalRay, api: ServeApi, timeout_s: float, stop: threading.Event, tell: Progress
+    ray: LocalRay, api: ServeApi, timeout_s: float, stop: threading.Event, show: Progress
 ) -> None:
     """Take no new requests, and give those that run time to end; a second signal cuts it short."""
-    tell(f"taking no new requests; those that run get up to {timeout_s:g} s")
+    show(f"taking no new requests; those that run get up to {timeout_s:g} s")
     api.deploy(draining(api.deployed()))
     give_up_s = time.monotonic() + timeout_s
     while not stop.is_set() and time.monotonic() < give_up_s:
@@ -204,7 +204,7 @@ def _drain(
         if api.snapshot().healthy and held == 0:
             return
         stop.wait(DRAIN_POLL_S)
-    tell("requests are cut off")
+    show("requests are cut off")
 
 
 def run_deploy(args: argparse.Namespace) -> int:
@@ -212,10 +212,10 @@ def run_deploy(args: argparse.Namespace) -> int:
     loaded = _load(args.file)
     _report(args.file, loaded.file, served_here=False)
     _warn(open_cluster(os.environ) or answers_strangers(args.address))
-    tell = Progress()
-    tell(f"deploying {args.file} to {args.address}")
-    _deploy(_api(args.address), loaded, args.timeout, tell)
-    tell("ready")
+    show = Progress()
+    show(f"deploying {args.file} to {args.address}")
+    _deploy(_api(args.address), loaded, args.timeout, show)
+    show("ready")
     print(how_to_call(loaded.file, args.address))
     return 0
 
@@ -299,10 +299,10 @@ def _refuse_taken_ports(file: DeploymentFile) -> None:
             raise Failed(f"{key}.port: {port} is in use; stop what listens there or choose another")
 
 
-def _deploy(api: ServeApi, loaded: Loaded, timeout_s: float, tell: Progress) -> None:
+def _deploy(api: ServeApi, loaded: Loaded, timeout_s: float, show: Progress) -> None:
     try:
         api.deploy(without_keys(loaded.raw))
-        api.wait_healthy(timeout_s, tell)
+        api.wait_healthy(timeout_s, show)
     except (DeploymentFailed, RuntimeError) as error:  # RuntimeError: the REST API's refusal
         raise Failed(str(error)) from error
 

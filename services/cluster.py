@@ -46,7 +46,7 @@ _AUTH_MODE = "token"
 
 
 class StartFailed(Exception):
-    """Ray did not start here; the message says why."""
+    """Ray did not start here; the message holds the reason."""
 
 
 class DeploymentFailed(Exception):
@@ -113,7 +113,7 @@ def answers_strangers(dashboard_url: str) -> str | None:
     try:
         with urllib.request.urlopen(f"{dashboard_url}/api/version", timeout=ASK_TIMEOUT_S):
             pass
-    except OSError:  # refused, which is right, or not reachable, which the deployment will say
+    except OSError:  # refused, which is right, or not reachable, which the deployment will report
         return None
     return (
         f"{dashboard_url} answers without a token: whoever reaches the cluster's network can run "
@@ -257,7 +257,7 @@ class ServeApi:
         return {"applications": [each["deployed_app_config"] for each in applications]}
 
     def details(self) -> dict[str, Any]:
-        """All that Serve tells of itself."""
+        """Everything that Serve reports of its state."""
         details: dict[str, Any] = self._client.get_serve_details()
         return details
 

@@ -69,7 +69,7 @@ class SpeculatorConfig(Strict):
     timeout_s: Seconds = 10.0
     timeout_token_s: Annotated[float, Field(ge=0.0)] = 2e-4
     max_queued: PositiveInt = 64  # prompts that wait in one replica; more are overload
-    # At the start, generated facts tell whether the model can choose. Where it cannot, prompts are
+    # At the start, generated facts show whether the model can choose. Where it cannot, prompts are
     # pruned only on request. Random weights are not tested.
     self_test: bool = True
     # What becomes of a prompt that finds the queue full, or is given up. shed: 429 with a time to
@@ -257,7 +257,7 @@ class GatewayConfig(Strict):
     admission: AdmissionConfig | None = None  # None: first come, first served, at the planned rate
     # Any of them is accepted; none: no authentication. A string alone is a key in the file.
     api_keys: tuple[ApiKey | Annotated[str, Field(min_length=1)], ...] = ()
-    # Answered without a key. `/metrics` tells how much each key asks for.
+    # Answered without a key. `/metrics` shows how much each key asks for.
     open_paths: tuple[str, ...] = ("/health", "/ping")
     vllm_args: tuple[str, ...] = ()  # more arguments of `vllm serve`'s front, e.g. a tool parser
 

@@ -303,5 +303,5 @@ def _draining(application: Mapping[str, Any]) -> dict[str, Any]:
     given = list(application.get("deployments", []))
     others = [each for each in given if each["name"] != GATEWAY]
     gateway = next((each for each in given if each["name"] == GATEWAY), {"name": GATEWAY})
-    told = {**gateway, "user_config": {DRAINING: True}}
-    return {**application, "deployments": [*others, told]}
+    draining = {**gateway, "user_config": {DRAINING: True}}
+    return {**application, "deployments": [*others, draining]}

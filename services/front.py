@@ -157,7 +157,7 @@ def _unanswered(status: int, kind: str, code: str, message: str) -> str:
 
 
 def _error_fields(kind: str, code: str, message: str) -> str:
-    """The rest of an error's JSON after the opening that tells the APIs apart."""
+    """The rest of an error's JSON after the opening, which differs between the APIs."""
     fields = {"message": message, "type": kind, "param": None, "code": code}
     return json.dumps(fields, separators=(",", ":"))[1:] + "}"
 

@@ -67,7 +67,7 @@ class Engines:
     def prefill_speed(self) -> float:
         """Server-seconds a second that one prompt of this gateway gets, once it is computed.
 
-        Of less than one engine nobody can say when it is this gateway's turn: 0, the prompt
+        With less than one engine it is not known when this gateway's turn comes: 0, the prompt
         counts as a whole until it is answered.
         """
         share = self.prefill_share

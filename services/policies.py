@@ -69,7 +69,7 @@ def local_prefill(kv: KvConfig, models: StageModels) -> LocalPrefill | None:
 def planner(
     selection: SelectionConfig, gain: NetGain, unfit: Callable[[], bool] | None = None
 ) -> Planner:
-    """The deployment's planner; `unfit` tells whether the draft is known to choose badly."""
+    """The deployment's planner; `unfit` returns whether the draft is known to choose badly."""
     return Planner(
         enabled=selection.enabled,
         keep=None if selection.keep == "auto" else selection.keep,

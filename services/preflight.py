@@ -50,15 +50,15 @@ def _check_application(application: Application, *, served_here: bool) -> Iterat
 
 
 def _gateway(config: AppConfig, folder: Path) -> Iterator[Finding]:
-    """Yield what vLLM's server says of its arguments; its parser would end the process."""
+    """Yield what vLLM's server reports of its arguments; its parser would end the process."""
     from .gateway.app import server_args
 
-    said = io.StringIO()
+    printed = io.StringIO()
     model = config.model.model_copy(update={"path": str(folder)})
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(printed):
             server_args(config.model_copy(update={"model": model}))
     except SystemExit:
-        yield error("gateway.vllm_args", said.getvalue().strip().rpartition("error: ")[2])
+        yield error("gateway.vllm_args", printed.getvalue().strip().rpartition("error: ")[2])
     except (ValueError, TypeError) as refused:
         yield error("gateway.vllm_args", str(refused))

@@ -22,7 +22,7 @@ _MOST_CHARACTERS = 2000
 # `(EngineCore pid=7) ERROR 11-28 06:30:00 [core.py:1510] ` before what was logged.
 _PREFIX = re.compile(r"^(?:\([^()]*pid=\d+\) ?)?(?:[A-Z]+ \d\d-\d\d [\d:]+ \[[^\]]*\] ?)?")
 _ERROR = re.compile(r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Model|Configuration)\b: \S")
-# An error that only says where the cause stands.
+# An error that only points to where the cause stands.
 _POINTERS = ("root cause", "EngineDeadError")
 
 

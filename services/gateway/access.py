@@ -92,7 +92,7 @@ class LimitMiddleware:
         self._free_paths = frozenset(free_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, or say that it is one too many."""
+        """Serve one request, or refuse it when there are too many."""
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
         if scope["type"] != "http" or scope["method"] != "POST" or path in self._free_paths:
             await self._app(scope, receive, send)

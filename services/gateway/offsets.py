@@ -27,7 +27,7 @@ _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {
 # An undecodable byte stands in a decoded text as one of these characters.
 _FIRST_ESCAPE, _LAST_ESCAPE = 0xDC80, 0xDCFF
 _REPLACEMENT = "\ufffd"  # where a decoder lacks the rest of a character
-_CHARACTER_TOKENS = 4  # a character has at most so many bytes, hence tokens
+_CHARACTER_TOKENS = 4  # a character has at most this many bytes, hence tokens
 _CANCEL_EVERY = 256  # tokens
 
 

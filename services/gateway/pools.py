@@ -39,7 +39,7 @@ Carried = dict[str, list[ray.ObjectRef]]  # lease id -> one object per rank; emp
 
 _RETRY_AFTER_S = 1.0
 _SELF_TEST_S = 10.0  # to ask for its result
-_GRACE_S = 0.5  # for a replica's answer that says that the time was used up
+_GRACE_S = 0.5  # for a replica's answer that the time was used up
 
 
 def by_reference(handle: DeploymentHandle) -> DeploymentHandle:

@@ -84,7 +84,7 @@ def _call_id(pending_request: PendingRequest) -> str:
 
 
 def _load(pending_request: PendingRequest) -> PrefillLoad:
-    """A call without a prompt, say for a replica's state, asks nothing of its engine."""
+    """A call without a prompt, such as for a replica's state, asks nothing of its engine."""
     if len(pending_request.args) < 2:
         return _NO_LOAD
     _payload, load = pending_request.args

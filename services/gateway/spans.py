@@ -23,7 +23,7 @@ _KEPT_ROLES = ("system", "developer")
 # A fence opens at the start of a line and is closed by one as long; one left open ends the text.
 _FENCED = re.compile(r"^(`{3,}|~{3,}).*?(?:^\1|\Z)", re.DOTALL | re.MULTILINE)
 
-# A content that the template altered is searched for up to the text's end, in vain: so many times
+# A content that the template altered is searched for up to the text's end, in vain: this many times
 # the text's length is read, then the rest of the conversation is protected as a whole.
 _MOST_READ = 512
 

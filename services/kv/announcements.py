@@ -1,4 +1,4 @@
-"""Tells whoever listens which leases' KV will soon be complete."""
+"""Announces to listeners which leases' KV will soon be complete."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Announcements:
         self._lock = threading.Lock()
         self._listeners: set[queue.SimpleQueue[Announcement | None]] = set()
 
-    def tell(self, announcement: Announcement) -> None:
-        """Tell everybody who listens now. Never waits."""
+    def announce(self, announcement: Announcement) -> None:
+        """Send to every listener of this moment. Never waits."""
         with self._lock:
             for listener in self._listeners:
                 listener.put(announcement)
 
     def listen(self, on_end: Callable[[Callable[[], None]], object]) -> Iterator[Announcement]:
-        """Yield what is told from now on.
+        """Yield announcements from now on.
 
         `on_end` is given a function that ends the iteration from another thread.
         """

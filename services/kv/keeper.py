@@ -92,7 +92,7 @@ class Piece:
 
 
 def piece_bytes(tokens: int, token_bytes: int, frame_tokens: int) -> int:
-    """Bytes of a piece of so many tokens, header room included."""
+    """Bytes of a piece of `tokens` tokens, header room included."""
     return tokens * token_bytes + -(-tokens // frame_tokens) * HEADER_ROOM
 
 
@@ -147,7 +147,7 @@ class Keeper:
                 self._append(Piece(*values))
             case "announce":
                 lease_id, tokens = values
-                self._announcements.tell(Announcement(lease_id, tokens, self._fingerprint))
+                self._announcements.announce(Announcement(lease_id, tokens, self._fingerprint))
             case "issue":
                 self._leases.issue(*values)
             case "release":

@@ -144,7 +144,7 @@ class KeeperLink:
                 message = msgpack.packb(["drop", piece.lease_id])
             try:
                 self._link.send_bytes(message)
-            except OSError:  # the keeper is gone: `check` tells the engine
+            except OSError:  # the keeper is gone: `check` raises in the engine
                 self._gone.set()
                 return
 
@@ -184,7 +184,7 @@ def _started(config: KeeperConfig) -> Connection:
     ours, theirs = socket.socketpair()
     with theirs:
         subprocess.run(
-            # The last argument tells whose keeper it is, for `ps`.
+            # The last argument names the worker, for `ps`.
             [sys.executable, "-m", KEEPER, str(theirs.fileno()), str(os.getpid())],
             pass_fds=(theirs.fileno(), config.memory_fd),
             stdin=subprocess.DEVNULL,

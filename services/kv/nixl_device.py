@@ -105,7 +105,7 @@ class DeviceReadHandler(grpc.GenericRpcHandler):
         return grpc.unary_stream_rpc_method_handler(self._read)
 
     def _read(self, message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-        """The reader hangs up when it is done, and until then nothing it was told of moves."""
+        """Nothing that was sent moves until the reader hangs up."""
         query, gone = lending(message, self._fingerprint, context)
         lent: list[bytes | memoryview] = []
         self._count(1)

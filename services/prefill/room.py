@@ -31,7 +31,7 @@ class Room:
 
     A reservation counts until its prefill has ended; from then on what the workers really hold
     counts, which they are asked for only when there seems to be no room. So never too little is
-    counted. `held` returns what the fullest worker holds now; None: it cannot be said.
+    counted. `held` returns what the fullest worker holds now; None: not known.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Room:
             reservation.ended_s = self._now()
 
     async def _wait(self, size: int) -> None:
-        """A worker's store tells nobody when a lease ends: it is looked at again and again."""
+        """Poll: a worker's store does not report when a lease ends."""
         while True:
             if await self._fits(size):
                 return

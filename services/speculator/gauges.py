@@ -50,7 +50,7 @@ class SpeculatorGauges:
         self._facts_kept = facts_kept
 
     def update(self) -> None:
-        """Set every gauge to what the service says now."""
+        """Set every gauge to the service's current value."""
         if self._facts_kept is not None:  # Ray forgets a gauge that is not set again
             self._self_test.set(self._facts_kept)
         self._queued.set(self._service.queued)

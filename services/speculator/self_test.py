@@ -1,6 +1,6 @@
 """Whether the draft model can choose at all: generated facts that it must keep.
 
-A draft that is truncated, wrongly converted or of another kind than it says scores like any other,
+A draft that is truncated, wrongly converted or mislabelled scores like any other,
 and every answer that needed what it dropped is lost in silence. So each replica asks itself a few
 questions when it starts. The prompts are the same every time.
 """
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 PROMPTS, PROMPT_TOKENS, RECORDS = 8, 640, 6
 KEEP = 0.2
 POLICY = SelectionPolicy(chunk_tokens=32, min_kept_tokens=1, sink_tokens=4, tail_tokens=64)
-LEAST_PROMPTS = 4  # fewer tell nothing
+LEAST_PROMPTS = 4  # fewer prove nothing
 TIMEOUT_S = 120.0  # for all of them
 _PLAN = Plan(PlanKind.PRUNE, Reason.ASKED, KEEP)
 

@@ -1,4 +1,4 @@
-"""What a Ray cluster says of itself: that it is open to strangers, or why it does not start."""
+"""What a Ray cluster reports: that it is open to strangers, or why it does not start."""
 
 import os
 import threading
@@ -27,7 +27,7 @@ def test_a_cluster_that_answers_without_a_token_is_warned_of():
         Dashboard.status = 401
         assert answers_strangers(url) is None
         server.shutdown()
-    assert answers_strangers(url) is None  # nobody is there: the deployment will say so
+    assert answers_strangers(url) is None  # nobody is there: the deployment will report it
 
 
 def test_a_ray_that_does_not_start_is_one_clear_sentence(monkeypatch):

@@ -30,7 +30,7 @@ NOTICED_S = 1.0
 
 @dataclass
 class Gateway:
-    """An ASGI app that answers, waits or streams as the path says, and notes who left."""
+    """An ASGI app that answers, waits or streams as the path asks, and notes who left."""
 
     left: asyncio.Queue = field(default_factory=asyncio.Queue)
     came: asyncio.Queue = field(default_factory=asyncio.Queue)
@@ -349,7 +349,7 @@ def grpc_gateway():
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_gateway_that_dies_ends_its_grpc_calls(tmp_path, grpc_gateway, stream):
-    """HAProxy can still say UNAVAILABLE before the first message; later it only resets."""
+    """HAProxy can still answer UNAVAILABLE before the first message; later it only resets."""
     port = int(grpc_gateway.stdout.readline())
     with running(serve_config(tmp_path, [1], [port]), {}) as front:
         async with grpc.aio.insecure_channel(f"{HOST}:{front.grpc_port}") as channel:

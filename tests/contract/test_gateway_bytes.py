@@ -381,7 +381,7 @@ def conversation(**fields: Any) -> pb.GenerateRequest:
 
 
 @pytest.mark.parametrize(
-    ("message", "said"),
+    ("message", "details"),
     [
         (conversation(tools_json="[" * DEEP), "conversation.tools_json"),
         (conversation(tools_json="[{]"), "conversation.tools_json"),
@@ -404,12 +404,12 @@ def conversation(**fields: Any) -> pb.GenerateRequest:
     ],
 )
 async def test_a_bad_message_is_an_invalid_argument(
-    stub: Any, pipeline: Any, message: pb.GenerateRequest, said: str
+    stub: Any, pipeline: Any, message: pb.GenerateRequest, details: str
 ) -> None:
     for call in (stub.Generate, stub.GenerateStream):
         refused = await failure(_first(call(message, metadata=KEY)))
         assert refused.code() in {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND}
-        assert said in refused.details()
+        assert details in refused.details()
         assert len(refused.details()) < 2000
     assert pipeline.requests == []
 

@@ -47,8 +47,8 @@ def test_the_prompt_is_no_part_of_the_answer(
 ) -> None:
     text, face = parts
     after = demo_tokenizer.encode(" and more", add_special_tokens=False)
-    said = answered(demo_tokenizer, [*text * length, *face[:-1]], [face[-1], *after])
-    assert said == f"{FACE} and more"
+    text_out = answered(demo_tokenizer, [*text * length, *face[:-1]], [face[-1], *after])
+    assert text_out == f"{FACE} and more"
 
 
 def test_neither_where_the_character_is_never_completed(
@@ -56,17 +56,17 @@ def test_neither_where_the_character_is_never_completed(
 ) -> None:
     text, face = parts
     after = demo_tokenizer.encode(" and more", add_special_tokens=False)
-    said = answered(demo_tokenizer, [*text, *face[:-1]], after)
-    assert said.endswith(" and more")
-    assert "swordfish" not in said
+    text_out = answered(demo_tokenizer, [*text, *face[:-1]], after)
+    assert text_out.endswith(" and more")
+    assert "swordfish" not in text_out
 
 
 def test_a_whole_prompt_loses_nothing(
     demo_tokenizer: Any, parts: tuple[list[int], list[int]]
 ) -> None:
     text, face = parts
-    said = answered(demo_tokenizer, [*text, *face], [*face, *text], stop=["never said"])
-    assert said.startswith(FACE)
+    text_out = answered(demo_tokenizer, [*text, *face], [*face, *text], stop=["never written"])
+    assert text_out.startswith(FACE)
     special = [demo_tokenizer.bos_token_id] * 40
     assert answered(demo_tokenizer, [*text, *special], text) == SECRET
 

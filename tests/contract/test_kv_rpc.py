@@ -177,7 +177,7 @@ async def test_what_may_be_pulled_is_announced(announcements, address):
     peers, told = KvPeers(), Announcement("lease", TOKENS, "layout")
     heard = asyncio.ensure_future(anext(peers.announcements(address)))
     while not heard.done():  # whoever is not yet listening is told nothing
-        announcements.tell(told)
+        announcements.announce(told)
         await asyncio.wait([heard], timeout=0.01)
     assert heard.result() == told
     await peers.close()

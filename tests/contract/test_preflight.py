@@ -1,4 +1,4 @@
-"""`specprefill check` opens both models, and says in the file's own keys what would go wrong."""
+"""`specprefill check` opens both models, and reports in the file's own keys what would go wrong."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_the_shipped_file_is_fine(check: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "finding"),
     [
         ({"speculator": {"path": "models/none"}}, "speculator.path: models/none does not exist"),
         ({"model": {"path": "/none"}}, "model.path: /none does not exist"),
@@ -54,17 +54,17 @@ def test_the_shipped_file_is_fine(check: Callable[..., Any]) -> None:
     ],
 )
 def test_what_would_not_start_is_an_error_that_names_its_key(
-    check: Callable[..., Any], changed: dict[str, Any], said: str
+    check: Callable[..., Any], changed: dict[str, Any], finding: str
 ) -> None:
     code, printed = check(**changed)
     assert code == 2
     (line,) = printed.splitlines()
     assert line.startswith("error: applications[0].args.")
-    assert said in line
+    assert finding in line
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "finding"),
     [
         (
             {"speculator": {"kv_memory_bytes": 1 << 20}},
@@ -74,13 +74,13 @@ def test_what_would_not_start_is_an_error_that_names_its_key(
     ],
 )
 def test_what_starts_and_serves_worse_is_a_warning(
-    check: Callable[..., Any], changed: dict[str, Any], said: str
+    check: Callable[..., Any], changed: dict[str, Any], finding: str
 ) -> None:
     code, printed = check(**changed)
     assert code == 0
     warning, fine = printed.splitlines()
     assert warning.startswith("warning: applications[0].args.")
-    assert said in warning
+    assert finding in warning
     assert fine == "fine (specprefill)"
 
 

@@ -2,7 +2,7 @@
 
 Both are vLLM's OpenAI app in this process. One is built as `vllm serve` builds it, over an engine
 that admits requests as vLLM's does and answers the scripted pipeline's words; the other is the
-gateway. Whatever differs must be named in `EXPLAINED`; docs/compatibility.md says why.
+gateway. Whatever differs must be named in `EXPLAINED`; docs/compatibility.md explains why.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class Got:
-    """What of an answer a client can tell."""
+    """The parts of an answer that a client depends on."""
 
     status: int
     headers: frozenset[tuple[str, str]]
@@ -169,7 +169,7 @@ def _choice(event: Any) -> int:
 
 
 def _settled(value: Any) -> Any:
-    """Without what is drawn or told by the clock, and without our report."""
+    """Without random values, times and our report."""
     if isinstance(value, dict):
         return {
             name: 0 if name in _CLOCK else _settled(each)
@@ -307,9 +307,9 @@ def _message(answer: Got) -> str:
 
 def _is_no_json(sent: Sent, vllm: Got, ours: Got) -> bool:
     """Both refuse; here before anything is read of it, with one text for every route."""
-    said = ("is not valid JSON", "nested too deeply")
+    messages = ("is not valid JSON", "nested too deeply")
     return 400 <= vllm.status < 500 and ours.status == 400 and any(
-        each in _message(ours) for each in said
+        each in _message(ours) for each in messages
     )  # fmt: skip
 
 

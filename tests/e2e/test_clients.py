@@ -51,8 +51,8 @@ def test_litellm(app, long_prompt, monkeypatch):
         "messages": long_prompt.messages, "temperature": 0, "max_tokens": 12,
         "extra_body": {"specprefill": {"keep": KEEP}},
     }  # fmt: skip
-    said = command([sys.executable, "-c", LITELLM, json.dumps(asked)])
-    prompt_tokens, whole, streamed = json.loads(said.stdout.splitlines()[-1])
+    printed = command([sys.executable, "-c", LITELLM, json.dumps(asked)])
+    prompt_tokens, whole, streamed = json.loads(printed.stdout.splitlines()[-1])
     assert prompt_tokens == long_prompt.prompt_tokens
     assert streamed == whole != ""
 

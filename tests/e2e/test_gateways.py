@@ -30,7 +30,7 @@ GATEWAYS = (1, 2)
 
 
 def metrics(app) -> dict:
-    """Every metric of the service, as any gateway tells them: name -> samples."""
+    """Every metric of the service, as any gateway reports them: name -> samples."""
     text = httpx.get(f"{app.http_url}/metrics", timeout=30).text
     return {
         sample.name: family.samples

@@ -26,7 +26,7 @@ STEP_S = 4.0  # an engine ends the step that it computes
 
 
 class Client:
-    """One HTTP connection, used again and again, and closed when the test says so."""
+    """One HTTP connection, used again and again, and closed by the test."""
 
     @classmethod
     async def connect(cls, app):

@@ -30,7 +30,7 @@ HELLO = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
 
 
 async def probe_s(client, paths, times):
-    """The middle and the slowest time of several probes; each must say that all is well."""
+    """The middle and the slowest time of several probes; each must report a healthy service."""
     taken = []
     for _ in range(times):
         for path in paths:

@@ -130,7 +130,7 @@ def tamed(path: str, body: Any) -> Any:
 
 
 def _tamed_bytes(path: str, data: bytes) -> bytes:
-    """Return the bytes as they are, unless they still ask for an answer and say no limit."""
+    """Return the bytes as they are, unless they still ask for an answer without a limit."""
     try:
         body = json.loads(data)
     except (ValueError, RecursionError):
@@ -140,7 +140,7 @@ def _tamed_bytes(path: str, data: bytes) -> bytes:
 
 
 def encoded(body: Any) -> bytes:
-    """Return JSON; what JSON cannot say is sent as Python would write it."""
+    """Return JSON; what JSON cannot express is sent as Python would write it."""
     return json.dumps(body).encode("utf-8", "surrogatepass")
 
 

@@ -1,4 +1,4 @@
-"""An engine that cannot start says why, and not that somebody else knows."""
+"""An engine that cannot start reports its own error."""
 
 import pytest
 

@@ -33,7 +33,7 @@ class Listener:
 def tell_until_heard(announcements: Announcements, listener: Listener) -> None:
     """A listener hears nothing before it listens."""
     while not listener.listening.wait(0.001):
-        announcements.tell(FIRST)
+        announcements.announce(FIRST)
 
 
 def test_everybody_who_listens_is_told():
@@ -41,7 +41,7 @@ def test_everybody_who_listens_is_told():
     listeners = [Listener(announcements) for _ in range(2)]
     for listener in listeners:
         tell_until_heard(announcements, listener)
-    announcements.tell(SECOND)
+    announcements.announce(SECOND)
     for listener in listeners:
         listener.join()
         assert listener.heard[-1] == SECOND
@@ -53,5 +53,5 @@ def test_a_listener_that_has_ended_is_told_nothing_more():
     listener = Listener(announcements)
     tell_until_heard(announcements, listener)
     listener.join()
-    announcements.tell(SECOND)
+    announcements.announce(SECOND)
     assert SECOND not in listener.heard

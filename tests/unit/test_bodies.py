@@ -17,7 +17,7 @@ def reader(shed=None, **more):
 
 
 def sends(*parts, ends=True):
-    """An ASGI receive that gives these parts, then ends the body or says nothing more."""
+    """An ASGI receive that gives these parts, then ends the body or sends nothing more."""
     pending = list(parts)
 
     async def receive():

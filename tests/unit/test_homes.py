@@ -81,12 +81,12 @@ class Service:
     def converse(self, conversations=200, turns=8, shared_blocks=0):
         """Conversations whose turns come in any order, each through any gateway."""
         shared = digests(0, shared_blocks)
-        told = [list(shared) for _ in range(conversations)]
+        histories = [list(shared) for _ in range(conversations)]
         order = [number for number in range(conversations) for _ in range(turns)]
         self.rng.shuffle(order)
         for number in order:
-            told[number] += [self.rng.getrandbits(64) for _ in range(self.rng.randint(2, 12))]
-            self.ask(tuple(told[number]))
+            histories[number] += [self.rng.getrandbits(64) for _ in range(self.rng.randint(2, 12))]
+            self.ask(tuple(histories[number]))
         return self.hits / self.asked
 
     @property

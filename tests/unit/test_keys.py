@@ -30,14 +30,14 @@ def test_keys_come_from_the_file_the_environment_and_other_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("entry", "said"),
+    ("entry", "message"),
     [
         ({"name": "a", "env": "NOT_SET"}, r"api_keys\[0\]\.env: NOT_SET is not set"),
         ({"name": "a", "file": "/no/such/file"}, r"api_keys\[0\]\.file: /no/such/file: No such"),
     ],
 )
-def test_a_key_that_cannot_be_read_stops_the_start_and_names_its_field(entry, said):
-    with pytest.raises(InvalidConfiguration, match=said):
+def test_a_key_that_cannot_be_read_stops_the_start_and_names_its_field(entry, message):
+    with pytest.raises(InvalidConfiguration, match=message):
         read_keys([ApiKey.model_validate(entry)], {})
 
 

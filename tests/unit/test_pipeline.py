@@ -120,7 +120,7 @@ class TestUnscored:
         report = (await pools.run())[-1].report
         assert (report.plan, report.reason) == (PlanKind.PRUNE, reason)
         assert 20 <= report.kept_tokens <= 30
-        assert pools.lost == []  # the report says it
+        assert pools.lost == []  # the report holds it
 
     async def test_or_dense(self, error, reason):
         report = (await self.pools(error, OnOverload.DENSE).run())[-1].report

@@ -33,7 +33,7 @@ def asked(root):
 
 
 class Chooses:
-    """A service that keeps what it is told to."""
+    """A service that keeps what the test asks for."""
 
     def __init__(self, root, runs_of, fails_from=PROMPTS):
         self.main = str(root / "models" / "demo-main")

@@ -1,4 +1,4 @@
-"""What a check says of a draft model is what loading it would say."""
+"""A check reports of a draft model what loading it would raise."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def test_a_draft_that_fits_needs_no_words(tmp_path: Path) -> None:
 
 
 def test_a_draft_with_too_few_positions_sends_long_prompts_dense(tmp_path: Path) -> None:
-    (said,) = findings(tiny_config(LlamaConfig), tmp_path, 2042)
-    assert said.startswith("warning: speculator.path: the model has 2048 positions")
-    assert "more than 2041 tokens, of 2042, are prefilled dense" in said
+    (finding,) = findings(tiny_config(LlamaConfig), tmp_path, 2042)
+    assert finding.startswith("warning: speculator.path: the model has 2048 positions")
+    assert "more than 2041 tokens, of 2042, are prefilled dense" in finding
 
 
 def test_too_little_memory_for_the_longest_prompt_is_counted_in_tokens(tmp_path: Path) -> None:
-    (said,) = findings(tiny_config(LlamaConfig), tmp_path, 1000, kv_memory_bytes=100 * 384)
-    assert said.startswith("warning: speculator.kv_memory_bytes: 38400 bytes hold")
-    assert "of 100 tokens" in said
-    assert f"1000 tokens need {1007 * 384}" in said
+    (finding,) = findings(tiny_config(LlamaConfig), tmp_path, 1000, kv_memory_bytes=100 * 384)
+    assert finding.startswith("warning: speculator.kv_memory_bytes: 38400 bytes hold")
+    assert "of 100 tokens" in finding
+    assert f"1000 tokens need {1007 * 384}" in finding
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,8 @@ def test_memory_is_counted_as_the_loaded_model_counts_it(
 
 
 def test_a_draft_that_does_not_keep_every_key_is_refused(tmp_path: Path) -> None:
-    (said,) = findings(tiny_config(MistralConfig, sliding_window=64), tmp_path, 100)
-    assert said.startswith("error: speculator.path: layer 0 of mistral keeps a ")
+    (finding,) = findings(tiny_config(MistralConfig, sliding_window=64), tmp_path, 100)
+    assert finding.startswith("error: speculator.path: layer 0 of mistral keeps a ")
 
 
 @pytest.mark.parametrize(
@@ -65,9 +65,9 @@ def test_a_draft_that_does_not_keep_every_key_is_refused(tmp_path: Path) -> None
 def test_heads_that_the_draft_lacks_are_errors(
     tmp_path: Path, heads: dict[int, tuple[int, ...]], message: str
 ) -> None:
-    (said,) = findings(tiny_config(LlamaConfig), tmp_path, 100, score_heads=heads)
-    assert said.startswith("error: speculator.score_heads: ")
-    assert message in said
+    (finding,) = findings(tiny_config(LlamaConfig), tmp_path, 100, score_heads=heads)
+    assert finding.startswith("error: speculator.score_heads: ")
+    assert message in finding
 
 
 def test_a_configuration_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 The order that a GPU needs, and a CPU does not, is part of the interface, so that both devices run
 the same code: a copy out starts after what the calling thread has launched; a write starts after
-its stream was told to; nothing may touch a host buffer before the event of its copy.
+the event that its stream waits for; nothing may touch a host buffer before the event of its copy.
 """
 
 from __future__ import annotations

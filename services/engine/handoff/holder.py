@@ -14,7 +14,7 @@ from .staging import Stager
 
 
 class Holder:
-    """Complete when it is made: its keeper listens, and it stages what its orders say."""
+    """Complete when it is made: its keeper listens, and it stages what it is ordered to."""
 
     def __init__(
         self, config: HandoffConfig, caches: Caches, device: Device, *, readers: int

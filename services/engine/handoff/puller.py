@@ -129,7 +129,7 @@ class Puller:
             exposed_s = min(complete_s, time.monotonic() - started_s)
         except KvTransferError as error:
             logger.warning("pull failed: request=%s error=%s", order.request_id, error)
-        except Exception:  # the boundary of a thread: the request is told, whatever it was
+        except Exception:  # the boundary of a thread: the request fails, whatever it was
             logger.exception("pull failed: request=%s", order.request_id)
         finally:
             self._report(order, exposed_s)
