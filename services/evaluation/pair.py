@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from ..config import SelectionConfig, SpeculatorConfig, local_path
 from ..policies import selection_policy
 from ..selection import SelectionPolicy, select
+from ..speculator.jobs import Rating
 from ..speculator.scorer import Scorer, load_scorer
-from ..speculator.service import Rating
 from ..synthetic.families.task import Task
 from ..types import Plan, PlanKind, Reason, Selection, Span, dense
 from .arms import CONTROLS, Arm, Chooser, control_scores

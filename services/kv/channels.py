@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import grpc
 
 from .tls import MutualTls
@@ -12,6 +14,29 @@ OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.so_reuseport", 0),  # a stale peer on the same port must be an error
     ("grpc.use_local_subchannel_pool", 1),  # a channel is a connection: streams run in parallel
 ]
+
+
+class Channels:
+    """Channels to peers, opened when first asked for and kept. Thread-safe."""
+
+    def __init__(self, tls: MutualTls | None) -> None:
+        self._tls = tls
+        self._opened: dict[tuple[str, int], grpc.Channel] = {}
+        self._lock = threading.Lock()
+
+    def to(self, peer: str, part: int = 0) -> grpc.Channel:
+        """Return the channel to `peer`, `host:port`; each `part` is a connection of its own."""
+        with self._lock:
+            if (peer, part) not in self._opened:
+                self._opened[peer, part] = channel(peer, self._tls)
+            return self._opened[peer, part]
+
+    def close(self) -> None:
+        """Close every channel; calls under way fail."""
+        with self._lock:
+            for opened in self._opened.values():
+                opened.close()
+            self._opened.clear()
 
 
 def listen(server: grpc.Server, host: str, tls: MutualTls | None, port: int = 0) -> str:

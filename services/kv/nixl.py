@@ -170,6 +170,15 @@ class NixlAgent:
             if endpoint in self._peers:
                 self._forget(endpoint)
 
+    @contextmanager
+    def forgetting(self, endpoint: str) -> Iterator[None]:
+        """Forget a peer whose memory cannot be read: the next pull meets it anew."""
+        try:
+            yield
+        except KvTransferError:
+            self.forget(endpoint)
+            raise
+
     def read(self, peer: str, address: int, into: memoryview) -> NixlRead:
         """Begin to read `len(into)` bytes at `address` of the agent `peer`."""
         local = NixlMemory(address_of(into), len(into))

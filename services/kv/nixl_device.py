@@ -14,7 +14,6 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -23,7 +22,7 @@ import msgpack
 
 from ..errors import CorruptFrame, KvTransferError, LeaseNotFound
 from .arena import Arena
-from .channels import channel
+from .channels import Channels
 from .frames import Frame, Trailer, decode, encode
 from .leases import LeaseStore
 from .nixl import NixlAgent, NixlMemory, NixlRead
@@ -154,16 +153,14 @@ class DeviceClient:
         self._agent = agent
         self._landing = landing
         self._memory = memory
-        self._tls = tls
-        self._channels: dict[str, grpc.Channel] = {}
-        self._lock = threading.Lock()
+        self._channels = Channels(tls)
 
     def pull(
         self, endpoint: str, ticket: dict[str, Any], fingerprint: str, start: int, timeout_s: float
     ) -> DevicePull:
         """Begin to read the tokens from `start` on. See `KvClient.pull`."""
         query = PullQuery(ticket["lease_id"], ticket["secret"], fingerprint, start, timeout_s)
-        call: Any = self._channel(endpoint).unary_stream(READ_DEVICE)
+        call: Any = self._channels.to(endpoint).unary_stream(READ_DEVICE)
         stream = call(query.packed(), timeout=timeout_s)
         return DevicePull(
             self._agent, self._landing, self._memory, endpoint, stream, query.lease_id
@@ -171,16 +168,7 @@ class DeviceClient:
 
     def close(self) -> None:
         """Close every channel; reads under way fail."""
-        with self._lock:
-            for opened in self._channels.values():
-                opened.close()
-            self._channels.clear()
-
-    def _channel(self, endpoint: str) -> grpc.Channel:
-        with self._lock:
-            if endpoint not in self._channels:
-                self._channels[endpoint] = channel(endpoint, self._tls)
-            return self._channels[endpoint]
+        self._channels.close()
 
 
 class DevicePull:
@@ -245,7 +233,7 @@ class DevicePull:
             raise KvTransferError(f"nixl: no room for {frame.size} bytes to land")
         remote = NixlMemory(frame.address, frame.size, self._memory.device)
         local = self._memory.part(offset, frame.size)
-        with self._forgetting():
+        with self._agent.forgetting(self._endpoint):
             return self._agent.read_memory(self._peer, remote, local, into)
 
     def _store_landed(self, store: Callable[[Frame], None], ahead: int) -> None:
@@ -255,18 +243,9 @@ class DevicePull:
 
     def _landed(self) -> Frame:
         frame, read = self._reads.popleft()
-        with self._forgetting():
+        with self._agent.forgetting(self._endpoint):
             await_read(self._agent, read, self._call)
         return Frame(frame.layer, frame.start, frame.stop, read.payload)
-
-    @contextmanager
-    def _forgetting(self) -> Iterator[None]:
-        """A peer whose memory cannot be read is met anew by the next pull."""
-        try:
-            yield
-        except KvTransferError:
-            self._agent.forget(self._endpoint)
-            raise
 
     def _end(self) -> None:
         """Hang up: the peer may have its memory back."""

@@ -14,7 +14,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from types import TracebackType
 from typing import Any
@@ -24,7 +23,7 @@ import msgpack
 
 from ..errors import CorruptFrame, KvTransferError, LeaseNotFound
 from .arena import Arena, address_of
-from .channels import channel
+from .channels import Channels
 from .frames import Frame, Trailer, decode, encode
 from .leases import LeaseStore
 from .nixl import NixlAgent, NixlRead
@@ -168,9 +167,7 @@ class NixlClient:
     def __init__(self, agent: NixlAgent, landing: Arena, tls: MutualTls | None = None) -> None:
         self._agent = agent
         self._landing = landing  # where all reads under way go
-        self._tls = tls
-        self._channels: dict[str, grpc.Channel] = {}
-        self._lock = threading.Lock()
+        self._channels = Channels(tls)
 
     def start(self) -> None:
         """Register the memory that reads go to."""
@@ -181,22 +178,13 @@ class NixlClient:
     ) -> NixlPull:
         """Begin to read the tokens from `start` on. See `KvClient.pull`."""
         query = PullQuery(ticket["lease_id"], ticket["secret"], fingerprint, start, timeout_s)
-        call: Any = self._channel(endpoint).unary_stream(READ)
+        call: Any = self._channels.to(endpoint).unary_stream(READ)
         stream = call(query.packed(), timeout=timeout_s)
         return NixlPull(self._agent, self._landing, endpoint, stream, query.lease_id)
 
     def close(self) -> None:
         """Close every channel; reads under way fail."""
-        with self._lock:
-            for opened in self._channels.values():
-                opened.close()
-            self._channels.clear()
-
-    def _channel(self, endpoint: str) -> grpc.Channel:
-        with self._lock:
-            if endpoint not in self._channels:
-                self._channels[endpoint] = channel(endpoint, self._tls)
-            return self._channels[endpoint]
+        self._channels.close()
 
 
 class NixlPull:
@@ -254,24 +242,15 @@ class NixlPull:
         into = self._landing.take(place.size)
         if into is None:
             raise KvTransferError(f"nixl: no room for {place.size} bytes to land")
-        with self._forgetting():
+        with self._agent.forgetting(self._endpoint):
             return self._agent.read(peer, place.address, into)
 
     def _finished(self, read: NixlRead | bytes) -> bytes | memoryview:
         if isinstance(read, bytes):
             return read
-        with self._forgetting():
+        with self._agent.forgetting(self._endpoint):
             await_read(self._agent, read, self._call)
         return read.payload
-
-    @contextmanager
-    def _forgetting(self) -> Iterator[None]:
-        """A peer whose memory cannot be read is met anew by the next pull."""
-        try:
-            yield
-        except KvTransferError:
-            self._agent.forget(self._endpoint)
-            raise
 
     def _end(self) -> None:
         """Hang up: the peer may have its memory back."""

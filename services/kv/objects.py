@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from ..errors import CorruptFrame, KvTransferError
 from ..types import Ticket
-from .channels import OPTIONS, channel, listen
+from .channels import OPTIONS, Channels, listen
 from .frames import TRAILER_LAYER, Trailer, decode, encode, layer_of
 from .pull import transfer_error
 from .rpc import PULL, PullQuery
@@ -40,17 +40,12 @@ class KvCollector:
     """Takes KV from prefill workers; connections and mappings are kept. Thread-safe."""
 
     def __init__(self, tls: MutualTls | None = None) -> None:
-        self._tls = tls
         self._mappings = Mappings()
-        self._channels: dict[str, grpc.Channel] = {}
-        self._lock = threading.Lock()
+        self._channels = Channels(tls)
 
     def close(self) -> None:
         """Close every connection."""
-        with self._lock:
-            for opened in self._channels.values():
-                opened.close()
-            self._channels.clear()
+        self._channels.close()
 
     @contextmanager
     def collected(self, ticket: Ticket, rank: int, timeout_s: float) -> Iterator[KvObject]:
@@ -60,7 +55,7 @@ class KvCollector:
         """
         peer = ticket.endpoints[rank]
         query = PullQuery(ticket.lease_id, ticket.secret, ticket.fingerprint, 0, timeout_s)
-        map_call: Any = self._channel(peer).unary_stream(LOCATE)
+        map_call: Any = self._channels.to(peer).unary_stream(LOCATE)
         lending = map_call(query.packed(), timeout=timeout_s)
         try:
             lent = self._lent(peer, lending)
@@ -84,7 +79,7 @@ class KvCollector:
 
     def _sent(self, peer: str, query: PullQuery) -> KvObject:
         """The messages, through the socket: an array each."""
-        stream: Any = self._channel(peer).unary_stream(PULL)
+        stream: Any = self._channels.to(peer).unary_stream(PULL)
         try:
             came = list(stream(query.packed(), timeout=query.timeout_s))
         except grpc.RpcError as error:
@@ -92,12 +87,6 @@ class KvCollector:
         if not came:
             raise KvTransferError("kv: the worker sent nothing")
         return as_object(came)
-
-    def _channel(self, peer: str) -> grpc.Channel:
-        with self._lock:
-            if peer not in self._channels:
-                self._channels[peer] = channel(peer, self._tls)
-            return self._channels[peer]
 
 
 def as_object(came: Sequence[bytes]) -> KvObject:

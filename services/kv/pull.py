@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import grpc
 
 from ..errors import CorruptFrame, KvTransferError, LayoutMismatch, LeaseNotFound
-from .channels import channel
+from .channels import Channels
 from .frames import Frame, Trailer, decode
 from .rpc import PULL, PullQuery
 from .tls import MutualTls
@@ -21,10 +20,8 @@ class KvClient:
     """One connection per peer and stream, kept open."""
 
     def __init__(self, tls: MutualTls | None = None, *, streams: int = 1) -> None:
-        self._tls = tls
         self._streams = streams
-        self._channels: dict[tuple[str, int], grpc.Channel] = {}
-        self._lock = threading.Lock()
+        self._channels = Channels(tls)
 
     def pull(
         self, endpoint: str, ticket: dict[str, Any], fingerprint: str, start: int, timeout_s: float
@@ -50,21 +47,11 @@ class KvClient:
 
     def close(self) -> None:
         """Close every channel; pulls under way fail."""
-        with self._lock:
-            for opened in self._channels.values():
-                opened.close()
-            self._channels.clear()
+        self._channels.close()
 
     def _stream(self, endpoint: str, query: PullQuery) -> KvStream:
-        call: Any = self._channel(endpoint, query.part).unary_stream(PULL)
+        call: Any = self._channels.to(endpoint, query.part).unary_stream(PULL)
         return KvStream(call(query.packed(), timeout=query.timeout_s), query.lease_id)
-
-    def _channel(self, endpoint: str, part: int) -> grpc.Channel:
-        place = (endpoint, part)
-        with self._lock:
-            if place not in self._channels:
-                self._channels[place] = channel(endpoint, self._tls)
-            return self._channels[place]
 
 
 class KvPull:

@@ -8,107 +8,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 
 from ..config import SelectionConfig, SpeculatorConfig
 from ..errors import InvalidRequest, Overloaded, ScoringTimeout, SpeculatorUnavailable
 from ..policies import selection_policy
-from ..selection import Scores, SelectionPolicy, select, settle
+from ..selection import SelectionPolicy, select, settle
 from ..types import Plan, Request, Selection, dense
+from .jobs import Batching, Counts, Job, Pace, Rating
 from .lru import ByteLru
 from .prefix import prompt_digest
 from .reading import Reading
 from .scorer import Scorer, load_scorer
-from .translation import Prompt, SamePrompt
 
 logger = logging.getLogger(__name__)
 
-SMOOTHING = 0.2  # weight of the newest measurement in `Pace`
 MIN_RETRY_AFTER_S = 0.1
 MAX_FAILURES_IN_A_ROW = 3  # more than a bad prompt: the model or its device is broken
-
-
-@dataclass(frozen=True, slots=True)
-class Batching:
-    """How requests are put together, and how many may wait."""
-
-    max_batch: int = 8
-    max_wait_s: float = 0.0  # to fill a batch
-    max_queued: int = 64  # more are shed
-    score_cache_bytes: int = 64 << 20  # of recent prompts' scores
-
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """Measured cost of the two phases, smoothed; None before the first measurement."""
-
-    token_s: float | None = None  # prefill, per prompt token
-    look_ahead_s: float | None = None  # look-ahead of one batch
-
-    def measured(self, token_s: float, look_ahead_s: float) -> Pace:
-        """This pace, moved toward a new measurement."""
-        return Pace(_smooth(self.token_s, token_s), _smooth(self.look_ahead_s, look_ahead_s))
-
-    def pays_to_join(self, joined: int, prompt_tokens: int) -> bool:
-        """Whether a batch of `joined` requests should take one more prompt.
-
-        Every request in the batch waits for the prefill of the new one; the new one saves a
-        look-ahead of its own. Long prompts are thus scored alone, short ones together.
-        """
-        if self.token_s is None or self.look_ahead_s is None:
-            return True
-        return joined * prompt_tokens * self.token_s <= self.look_ahead_s
-
-
-@dataclass(slots=True)
-class Counts:
-    """What the service did so far. Written by the event loop and the thread, one field by one."""
-
-    prompts: int = 0  # scored; repeats that were remembered count apart
-    batches: int = 0
-    tokens: int = 0  # of scored prompts, as the draft model counts them
-    cached_tokens: int = 0  # of them: their keys and values were remembered
-    repeats: int = 0  # prompts whose scores were remembered
-    read_s: float = 0.0
-    look_ahead_s: float = 0.0
-    queue_s: float = 0.0  # of scored prompts
-    timeouts: int = 0
-    shed: int = 0
-    failures: int = 0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Rating:
-    """What the draft model says about a prompt, whatever plan it comes with."""
-
-    scores: Scores
-    certainty: float  # how sure it was of its least sure look-ahead token, in [0, 1]
-
-
-@dataclass(eq=False, slots=True)
-class Job:
-    """One request, from its arrival to its answer."""
-
-    request: Request
-    plan: Plan
-    policy: SelectionPolicy
-    arrived_s: float
-    answer: asyncio.Future[Selection]
-    read_as: Prompt = field(default_factory=lambda: SamePrompt(()))  # known when it is queued
-    started_s: float | None = None  # None: it waits
-    abandoned: threading.Event = field(default_factory=threading.Event)
-
-    def spent_s(self, now_s: float) -> tuple[float, float]:
-        """Seconds in the queue, and on the thread."""
-        started_s = now_s if self.started_s is None else self.started_s
-        return started_s - self.arrived_s, now_s - started_s
 
 
 class SpeculatorService:
@@ -398,7 +320,3 @@ def _chosen(rating: Rating, job: Job) -> Selection:
 def _share(reading: Reading, prompt_tokens: int) -> int:
     """The prompt tokens that were not read again; the draft may count other tokens."""
     return reading.cached_tokens * prompt_tokens // len(reading.prompt)
-
-
-def _smooth(old: float | None, new: float) -> float:
-    return new if old is None else old + SMOOTHING * (new - old)

@@ -13,9 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from specprefill.selection import SelectionPolicy
 from specprefill.speculator.draft import Draft, as_draft
+from specprefill.speculator.jobs import Batching
 from specprefill.speculator.reading import Reading
 from specprefill.speculator.scorer import Scorer, never
-from specprefill.speculator.service import Batching, SpeculatorService
+from specprefill.speculator.service import SpeculatorService
 from specprefill.types import Plan, PlanKind, Reason, Request, Span
 
 VOCABULARY = 61

@@ -14,8 +14,8 @@ from specprefill.errors import (
 )
 from specprefill.selection import select
 from specprefill.speculator.draft import Draft
+from specprefill.speculator.jobs import Batching
 from specprefill.speculator.scorer import Scorer
-from specprefill.speculator.service import Batching
 from specprefill.speculator.translation import Translator
 from specprefill.types import Plan, PlanKind, Reason, Request, Span
 

@@ -17,13 +17,9 @@ from specprefill.errors import (
 )
 from specprefill.selection import select
 from specprefill.speculator.gauges import SpeculatorGauges
+from specprefill.speculator.jobs import Batching, Pace
 from specprefill.speculator.scorer import Scorer
-from specprefill.speculator.service import (
-    MAX_FAILURES_IN_A_ROW,
-    Batching,
-    Pace,
-    SpeculatorService,
-)
+from specprefill.speculator.service import MAX_FAILURES_IN_A_ROW, SpeculatorService
 from specprefill.types import Plan, PlanKind, Reason, Request, Span
 
 from ..instruments import Instruments

@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from specprefill.config import SpeculatorConfig
 from specprefill.evaluation.pair import rated
 from specprefill.speculator.draft import Draft, as_draft
+from specprefill.speculator.jobs import Rating
 from specprefill.speculator.scorer import Scorer, load_scorer
-from specprefill.speculator.service import Rating
 from specprefill.speculator.translation import (
     Translated,
     Translator,

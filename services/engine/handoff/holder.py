@@ -22,6 +22,7 @@ class Holder:
         """Raises InvalidConfiguration or KvTransferError when nothing can be served."""
         self._caches = caches
         self._readers = readers
+        self._layers: list[int] = sorted(caches.by_layer)
         in_device = config.memory == "device"
         memory = device.device_buffer(config.max_held_bytes) if in_device else None
         self._keeper = KeeperLink(
@@ -54,10 +55,10 @@ class Holder:
         if self._readers == 0:
             return
         layer = self._caches.layers[layer_name]
-        last_layer = max(self._caches.by_layer)
         for order in orders.stages:
-            self._keeper.ask("open", order.lease_id, order.secret)
-            self._stager.stage(order, layer, cache, last_layer=layer == last_layer)
+            if order.start == 0 and layer == self._layers[0]:
+                self._keeper.ask("open", order.lease_id, order.secret)
+            self._stager.stage(order, layer, cache, last_layer=layer == self._layers[-1])
             if order.stop == order.tokens and layer == self._announced_layer(order):
                 self._keeper.ask("announce", order.lease_id, order.tokens)
 
@@ -85,5 +86,4 @@ class Holder:
         It polls while it waits. So it waits for half a chunk only, unless the KV of chunks
         before the last one is there to be moved meanwhile.
         """
-        layers: list[int] = sorted(self._caches.by_layer)
-        return layers[0 if order.start > 0 else len(layers) // 2]
+        return self._layers[0 if order.start > 0 else len(self._layers) // 2]
