@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import warnings
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 import httpx
 import msgspec
+import openai
 import pytest
 
 from specprefill.config import AppConfig, key_digest
@@ -30,6 +32,8 @@ from specprefill.types import (
 )
 
 WORDS = (" alpha", " bravo", " charlie")
+TEXT = "".join(WORDS)  # what every scripted answer holds
+CHAT = {"model": "demo", "messages": [{"role": "user", "content": "hello"}]}
 API_KEY = "test-key"
 KEYS = KeyRing({"tests": key_digest(API_KEY), "others": key_digest("other-key")})
 SHED: list[str] = []  # reasons
@@ -184,3 +188,32 @@ async def http(gateway: Any, pipeline: ScriptedPipeline) -> AsyncIterator[httpx.
     key = {"authorization": f"Bearer {API_KEY}"}
     async with httpx.AsyncClient(transport=transport, base_url="http://x", headers=key) as client:
         yield client
+
+
+@pytest.fixture
+async def client(gateway: Any) -> AsyncIterator[openai.AsyncOpenAI]:
+    """The official client, with a key."""
+    http = httpx.AsyncClient(transport=httpx.ASGITransport(gateway[1]))
+    async with openai.AsyncOpenAI(
+        api_key=API_KEY, base_url="http://x/v1", http_client=http, max_retries=0
+    ) as client:
+        yield client
+
+
+def sampling(pipeline: Any) -> dict[str, Any]:
+    """The sampling parameters of the last request that reached the pipeline."""
+    return msgspec.msgpack.decode(pipeline.requests[-1].sampling)
+
+
+async def chat(client: openai.AsyncOpenAI, **fields: Any) -> Any:
+    """Ask for a chat answer."""
+    messages = fields.pop("messages", CHAT["messages"])
+    return await client.chat.completions.create(model="demo", messages=messages, **fields)
+
+
+@pytest.fixture
+def quiet(caplog: pytest.LogCaptureFixture) -> Any:
+    """No record of an error, from anybody, is left by a test."""
+    yield
+    loud = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert loud == []

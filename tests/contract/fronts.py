@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import uvicorn
@@ -130,3 +130,40 @@ async def serving(app) -> AsyncIterator[int]:
         finally:
             server.should_exit = server.force_exit = True
             await task
+
+
+@dataclass
+class Gateway:
+    """An ASGI app that answers, waits or streams as the path asks, and notes who left."""
+
+    left: asyncio.Queue = field(default_factory=asyncio.Queue)
+    came: asyncio.Queue = field(default_factory=asyncio.Queue)
+
+    async def __call__(self, scope, receive, send):
+        while (await receive()).get("more_body"):
+            pass
+        if scope["path"] == "/-/healthz":
+            await self._start(send)
+            await send({"type": "http.response.body", "body": b"healthy"})
+            return
+        self.came.put_nowait(dict(scope["headers"]))
+        if scope["path"] == "/answer":
+            await self._start(send)
+            await send({"type": "http.response.body", "body": b"ok"})
+            return
+        if scope["path"] == "/stream":
+            await self._start(send)
+            await send({"type": "http.response.body", "body": b"data", "more_body": True})
+        assert (await receive())["type"] == "http.disconnect"
+        self.left.put_nowait(scope["path"])
+
+    async def _start(self, send):
+        headers = [(b"content-type", b"text/plain")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+
+@contextlib.asynccontextmanager
+async def fronted(folder, gateway, config):
+    async with serving(gateway) as port:
+        with running(serve_config(folder, [port]), config) as front:
+            yield front

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
-import logging
 import time
 from typing import Any
 
-import grpc
 import httpx
 import msgspec
 import pytest
@@ -19,15 +16,14 @@ from hypothesis import strategies as st
 from specprefill.errors import InvalidRequest
 from specprefill.gateway.request_json import MAX_DEPTH, JsonLimits, parse_json
 from specprefill.gateway.routes import GENERATING, SERVED
-from specprefill.rpc import specprefill_pb2 as pb
 
 from ..linear_cost import assert_linear
-from .conftest import JSON_LIMITS, MAX_MESSAGE_BYTES
-from .test_gateway_grpc import KEY, channel, failure, stub
+from .conftest import JSON_LIMITS
 
-__all__ = ["channel", "stub"]  # the fixtures
-
-pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:max_tokens is deprecated:DeprecationWarning"),
+    pytest.mark.usefixtures("quiet"),
+]
 
 JSON = {"content-type": "application/json"}
 DEEP = 20_000
@@ -40,14 +36,6 @@ PRIVATE = {
     "position_ids": [1],
     "replay": [3],
 }
-
-
-@pytest.fixture(autouse=True)
-def quiet(caplog: pytest.LogCaptureFixture) -> Any:
-    """No record of an error, from anybody, is left by a test."""
-    yield
-    loud = [record for record in caplog.records if record.levelno >= logging.ERROR]
-    assert loud == []
 
 
 # --- JSON -------------------------------------------------------------------------------------
@@ -310,137 +298,3 @@ async def test_beam_search_is_refused_everywhere(
     assert answer.status_code == 400
     assert "use_beam_search" in answer.json()["error"]["message"]
     assert pipeline.requests == []
-
-
-# --- Anthropic's errors -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("body", "status", "kind"),
-    [
-        (b"[" * DEEP, 400, "invalid_request_error"),
-        (b'{"model": "demo", "specprefill": {"keep": 2}}', 400, "invalid_request_error"),
-        (b'{"model": "demo", "max_tokens": 3}', 400, "invalid_request_error"),
-        (b'{"model": "demo", "max_tokens": 3, "x": "' + b"x" * 10**5 + b'"}', 413,
-         "request_too_large"),
-    ],
-)  # fmt: skip
-async def test_messages_are_refused_in_anthropics_form(
-    http: httpx.AsyncClient, body: bytes, status: int, kind: str
-) -> None:
-    answer = await http.post("/v1/messages", content=body, headers=JSON)
-    assert (answer.status_code, answer.json()["type"]) == (status, "error")
-    assert answer.json()["error"].keys() == {"type", "message"}
-    assert answer.json()["error"]["type"] == kind
-
-
-@pytest.mark.parametrize("stream", [False, True])
-async def test_messages_fail_in_anthropics_form(
-    http: httpx.AsyncClient, pipeline: Any, stream: bool
-) -> None:
-    from specprefill.errors import Overloaded
-
-    pipeline.fails = Overloaded("full", 4.0, "queue_full")
-    body = {"model": "demo", **BODIES["/v1/messages"], "stream": stream}
-    answer = await http.post("/v1/messages", json=body)
-    assert (answer.status_code, answer.headers["retry-after"]) == (429, "4")
-    assert answer.json() == {
-        "type": "error", "error": {"type": "rate_limit_error", "message": "full"},
-    }  # fmt: skip
-
-
-async def test_a_stranger_is_refused_in_anthropics_form(http: httpx.AsyncClient) -> None:
-    answer = await http.post("/v1/messages", json={}, headers={"authorization": "Bearer no"})
-    assert (answer.status_code, answer.json()["error"]["type"]) == (401, "authentication_error")
-
-
-async def test_a_failing_stream_ends_in_anthropics_form(
-    http: httpx.AsyncClient, pipeline: Any
-) -> None:
-    from specprefill.errors import Unavailable
-
-    pipeline.fails, pipeline.fails_after = Unavailable("gone"), 1
-    body = {"model": "demo", **BODIES["/v1/messages"], "stream": True}
-    answer = await http.post("/v1/messages", json=body)
-    events = [
-        json.loads(line[6:]) for line in answer.text.split("\n") if line.startswith("data: {")
-    ]
-    assert events[-1] == {"type": "error", "error": {"type": "overloaded_error", "message": "gone"}}
-
-
-# --- gRPC -------------------------------------------------------------------------------------
-
-
-def sampled(**fields: Any) -> pb.GenerateRequest:
-    return pb.GenerateRequest(text="hello", sampling=pb.Sampling(**fields))
-
-
-def conversation(**fields: Any) -> pb.GenerateRequest:
-    fields = {"messages": [pb.Message(role="user", content="a")], **fields}
-    return pb.GenerateRequest(conversation=pb.Conversation(**fields))
-
-
-@pytest.mark.parametrize(
-    ("message", "details"),
-    [
-        (conversation(tools_json="[" * DEEP), "conversation.tools_json"),
-        (conversation(tools_json="[{]"), "conversation.tools_json"),
-        (conversation(tools_json="[NaN]"), "conversation.tools_json"),
-        (conversation(tools_json='["a"]'), "conversation.tools_json"),
-        (conversation(messages=[pb.Message(role="user", content="a")] * 2001), "2000 messages"),
-        (sampled(temperature=float("nan")), "sampling.temperature"),
-        (sampled(temperature=float("inf")), "sampling.temperature"),
-        (sampled(top_p=float("nan")), "sampling.top_p"),
-        (sampled(repetition_penalty=float("-inf")), "sampling.repetition_penalty"),
-        (sampled(json_schema="[" * DEEP), "sampling.json_schema"),
-        (sampled(json_schema="{"), "sampling.json_schema"),
-        (sampled(n=2**32 - 1), "n"),
-        (sampled(logprobs=2**32 - 1), "logprobs"),
-        (sampled(stop_token_ids=[2**32 - 1]), "stop_token_ids"),
-        (sampled(stop=[""]), "stop"),
-        (pb.GenerateRequest(text="x" * MAX_MESSAGE_BYTES), "bytes"),
-        (pb.GenerateRequest(token_ids=pb.TokenIds()), ""),
-        (pb.GenerateRequest(model="x" * 50_000, text="a"), ""),
-    ],
-)
-async def test_a_bad_message_is_an_invalid_argument(
-    stub: Any, pipeline: Any, message: pb.GenerateRequest, details: str
-) -> None:
-    for call in (stub.Generate, stub.GenerateStream):
-        refused = await failure(_first(call(message, metadata=KEY)))
-        assert refused.code() in {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND}
-        assert details in refused.details()
-        assert len(refused.details()) < 2000
-    assert pipeline.requests == []
-
-
-async def _first(call: Any) -> Any:
-    return await (call.read() if hasattr(call, "read") else call)
-
-
-@pytest.mark.parametrize("method", ["Generate", "GenerateStream", "Score"])
-@pytest.mark.parametrize("payload", [b"\xff\xff\xff", b"\x1a\x02\xff\xfe", b"\x08"])
-async def test_bytes_that_are_no_message_are_an_invalid_argument(
-    stub: Any, channel: grpc.aio.Channel, pipeline: Any, method: str, payload: bytes
-) -> None:
-    path = f"/specprefill.v1.SpecPrefill/{method}"
-    kind = channel.unary_stream if method == "GenerateStream" else channel.unary_unary
-    call = kind(path, request_serializer=bytes, response_deserializer=bytes)
-    refused = await failure(_first(call(payload, metadata=KEY)))
-    assert refused.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert pipeline.requests == []
-
-
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(payload=st.binary(max_size=40))
-async def test_any_bytes_have_an_answer(
-    stub: Any, channel: grpc.aio.Channel, payload: bytes
-) -> None:
-    path = "/specprefill.v1.SpecPrefill/Generate"
-    call = channel.unary_unary(path, request_serializer=bytes, response_deserializer=bytes)
-    answer = call(payload, metadata=KEY)
-    async with asyncio.timeout(10):
-        code = await answer.code()
-    assert code in {
-        grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND,
-    }  # fmt: skip

@@ -7,19 +7,13 @@ listed, with the reason, in `docs/openai-compatibility.md`.
 
 from __future__ import annotations
 
-import json
-import logging
-from collections.abc import AsyncIterator
 from typing import Any
 
-import anthropic
 import httpx
-import httpx2
 import openai
 import pytest
 
-from .conftest import WORDS
-from .test_gateway_http import CHAT, TEXT, client, http, sampling  # noqa: F401
+from .conftest import CHAT, TEXT, WORDS, sampling
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated:DeprecationWarning")
 
@@ -42,19 +36,19 @@ async def refused(call: Any, status: int = 400) -> openai.APIStatusError:
 # --- models, health, version ----------------------------------------------------------------
 
 
-async def test_models_lists_the_served_one(client: openai.AsyncOpenAI) -> None:  # noqa: F811
+async def test_models_lists_the_served_one(client: openai.AsyncOpenAI) -> None:
     (model,) = (await client.models.list()).data
     assert (model.id, model.object, model.owned_by) == ("demo", "model", "vllm")
     assert model.model_extra["max_model_len"] == 2048
 
 
-async def test_the_version_is_vllms(http: httpx.AsyncClient) -> None:  # noqa: F811
+async def test_the_version_is_vllms(http: httpx.AsyncClient) -> None:
     import vllm
 
     assert (await http.get("/version")).json() == {"version": vllm.__version__}
 
 
-async def test_a_request_id_comes_back(http: httpx.AsyncClient) -> None:  # noqa: F811
+async def test_a_request_id_comes_back(http: httpx.AsyncClient) -> None:
     headers = {"x-request-id": "my-own-id"}
     answer = await http.post("/v1/chat/completions", json=CHAT, headers=headers)
     assert answer.headers["x-request-id"] == "my-own-id"
@@ -66,7 +60,7 @@ async def test_a_request_id_comes_back(http: httpx.AsyncClient) -> None:  # noqa
 # --- chat -----------------------------------------------------------------------------------
 
 
-async def test_a_session_of_several_turns(client: openai.AsyncOpenAI, pipeline: Any) -> None:  # noqa: F811
+async def test_a_session_of_several_turns(client: openai.AsyncOpenAI, pipeline: Any) -> None:
     first = await client.chat.completions.create(model="demo", messages=MESSAGES)
     message = first.choices[0].message
     assert (message.role, first.object) == ("assistant", "chat.completion")
@@ -81,7 +75,7 @@ async def test_a_session_of_several_turns(client: openai.AsyncOpenAI, pipeline: 
     assert len(pipeline.requests[1].prompt) > len(pipeline.requests[0].prompt)
 
 
-async def test_the_roles_of_a_stream(client: openai.AsyncOpenAI) -> None:  # noqa: F811
+async def test_the_roles_of_a_stream(client: openai.AsyncOpenAI) -> None:
     stream = await client.chat.completions.create(model="demo", messages=MESSAGES, stream=True)
     events = [event async for event in stream]
     assert {event.object for event in events} == {"chat.completion.chunk"}
@@ -91,7 +85,7 @@ async def test_the_roles_of_a_stream(client: openai.AsyncOpenAI) -> None:  # noq
     assert reasons == [None] * (len(events) - 1) + ["stop"]
 
 
-async def test_a_stream_ends_with_done(http: httpx.AsyncClient) -> None:  # noqa: F811
+async def test_a_stream_ends_with_done(http: httpx.AsyncClient) -> None:
     answer = await http.post("/v1/chat/completions", json={**CHAT, "stream": True})
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert answer.text.endswith("data: [DONE]\n\n")
@@ -99,7 +93,7 @@ async def test_a_stream_ends_with_done(http: httpx.AsyncClient) -> None:  # noqa
 
 @pytest.mark.parametrize("options", [None, {}, {"include_usage": False}])
 async def test_a_stream_has_no_usage_unless_asked(
-    client: openai.AsyncOpenAI,  # noqa: F811
+    client: openai.AsyncOpenAI,
     options: Any,
 ) -> None:
     more = {} if options is None else {"stream_options": options}
@@ -109,7 +103,7 @@ async def test_a_stream_has_no_usage_unless_asked(
     assert [event.usage async for event in stream if event.usage is not None] == []
 
 
-async def test_usage_goes_along_with_every_chunk(client: openai.AsyncOpenAI) -> None:  # noqa: F811
+async def test_usage_goes_along_with_every_chunk(client: openai.AsyncOpenAI) -> None:
     stream = await client.chat.completions.create(
         model="demo", messages=MESSAGES, stream=True,
         stream_options={"include_usage": True, "continuous_usage_stats": True},
@@ -127,7 +121,7 @@ async def test_usage_goes_along_with_every_chunk(client: openai.AsyncOpenAI) -> 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 @pytest.mark.parametrize("options", [{"include_usage": True}, {"include_usage": None}])
 async def test_stream_options_without_a_stream_are_refused(
-    http: httpx.AsyncClient,  # noqa: F811
+    http: httpx.AsyncClient,
     path: str,
     options: dict[str, Any],
 ) -> None:
@@ -138,7 +132,7 @@ async def test_stream_options_without_a_stream_are_refused(
 
 
 @pytest.mark.parametrize(("asked", "got"), [(0, 0), (1, 1), (2, 2)])
-async def test_so_many_top_logprobs(client: openai.AsyncOpenAI, asked: int, got: int) -> None:  # noqa: F811
+async def test_so_many_top_logprobs(client: openai.AsyncOpenAI, asked: int, got: int) -> None:
     answer = await client.chat.completions.create(
         model="demo", messages=MESSAGES, logprobs=True, top_logprobs=asked
     )
@@ -147,14 +141,14 @@ async def test_so_many_top_logprobs(client: openai.AsyncOpenAI, asked: int, got:
     assert {len(entry.top_logprobs) for entry in content} == {got}
 
 
-async def test_no_logprobs_unless_asked(client: openai.AsyncOpenAI) -> None:  # noqa: F811
+async def test_no_logprobs_unless_asked(client: openai.AsyncOpenAI) -> None:
     answer = await client.chat.completions.create(model="demo", messages=MESSAGES, logprobs=False)
     assert answer.choices[0].logprobs is None
 
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_too_many_logprobs_are_refused_and_the_next_request_is_served(
-    client: openai.AsyncOpenAI,  # noqa: F811
+    client: openai.AsyncOpenAI,
     stream: bool,
 ) -> None:
     error = await refused(
@@ -170,11 +164,11 @@ async def test_too_many_logprobs_are_refused_and_the_next_request_is_served(
     assert answer.choices[0].message.content == TEXT
 
 
-async def test_top_logprobs_need_logprobs(client: openai.AsyncOpenAI) -> None:  # noqa: F811
+async def test_top_logprobs_need_logprobs(client: openai.AsyncOpenAI) -> None:
     await refused(client.chat.completions.create(model="demo", messages=MESSAGES, top_logprobs=2))
 
 
-async def test_unknown_fields_are_ignored(client: openai.AsyncOpenAI) -> None:  # noqa: F811
+async def test_unknown_fields_are_ignored(client: openai.AsyncOpenAI) -> None:
     extra = {"extra_field": "0"}
     answer = await client.chat.completions.create(
         model="demo", messages=[{**MESSAGES[1], **extra}], extra_body=extra
@@ -191,7 +185,7 @@ async def test_unknown_fields_are_ignored(client: openai.AsyncOpenAI) -> None:  
     ],
 )
 async def test_content_may_come_in_parts(
-    client: openai.AsyncOpenAI,  # noqa: F811
+    client: openai.AsyncOpenAI,
     pipeline: Any,
     gateway: Any,
     content: Any,
@@ -204,7 +198,7 @@ async def test_content_may_come_in_parts(
     assert "1+1?" in text
 
 
-async def test_images_are_refused(client: openai.AsyncOpenAI) -> None:  # noqa: F811
+async def test_images_are_refused(client: openai.AsyncOpenAI) -> None:
     part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     await refused(
         client.chat.completions.create(model="demo", messages=[{"role": "user", "content": [part]}])
@@ -213,7 +207,7 @@ async def test_images_are_refused(client: openai.AsyncOpenAI) -> None:  # noqa: 
 
 @pytest.mark.parametrize("tokens", ["max_tokens", "max_completion_tokens"])
 async def test_both_names_of_the_limit(
-    client: openai.AsyncOpenAI,  # noqa: F811
+    client: openai.AsyncOpenAI,
     pipeline: Any,
     tokens: str,
 ) -> None:
@@ -222,7 +216,7 @@ async def test_both_names_of_the_limit(
 
 
 async def test_without_a_limit_the_rest_of_the_context_is_the_limit(
-    client: openai.AsyncOpenAI,  # noqa: F811
+    client: openai.AsyncOpenAI,
     pipeline: Any,
 ) -> None:
     await client.chat.completions.create(model="demo", messages=MESSAGES)
@@ -276,7 +270,7 @@ async def test_without_a_limit_the_rest_of_the_context_is_the_limit(
 )
 @pytest.mark.parametrize("stream", [False, True])
 async def test_what_vllm_refuses_is_refused_with_400_before_the_pipeline(
-    http: httpx.AsyncClient,  # noqa: F811
+    http: httpx.AsyncClient,
     pipeline: Any,
     fields: dict[str, Any],
     stream: bool,
@@ -294,7 +288,7 @@ async def test_what_vllm_refuses_is_refused_with_400_before_the_pipeline(
     "path", ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize"]
 )
 async def test_a_body_that_is_no_object_is_400(
-    http: httpx.AsyncClient,  # noqa: F811
+    http: httpx.AsyncClient,
     path: str,
     body: str,
 ) -> None:
@@ -305,7 +299,7 @@ async def test_a_body_that_is_no_object_is_400(
 
 
 async def test_tool_choice_null_means_its_default(
-    client: openai.AsyncOpenAI,  # noqa: F811
+    client: openai.AsyncOpenAI,
     pipeline: Any,
 ) -> None:
     answer = await client.chat.completions.create(
@@ -333,7 +327,7 @@ async def test_tool_choice_null_means_its_default(
     ],
 )
 async def test_a_format_reaches_the_engine(
-    http: httpx.AsyncClient,  # noqa: F811
+    http: httpx.AsyncClient,
     pipeline: Any,
     fields: dict[str, Any],
     kind: str,
@@ -343,7 +337,7 @@ async def test_a_format_reaches_the_engine(
     assert sampling(pipeline)["structured_outputs"][kind] is not None
 
 
-async def test_an_unknown_model_is_404_everywhere(http: httpx.AsyncClient) -> None:  # noqa: F811
+async def test_an_unknown_model_is_404_everywhere(http: httpx.AsyncClient) -> None:
     bodies = {
         "/v1/chat/completions": {"messages": MESSAGES},
         "/v1/completions": {"prompt": "x"},
@@ -355,235 +349,3 @@ async def test_an_unknown_model_is_404_everywhere(http: httpx.AsyncClient) -> No
         answer = await http.post(path, json={**body, "model": "none"})
         assert (path, answer.status_code) == (path, 404)
         assert "none" in answer.json()["error"]["message"]
-
-
-# --- completions ----------------------------------------------------------------------------
-
-
-async def test_a_completion_of_token_ids(client: openai.AsyncOpenAI, pipeline: Any) -> None:  # noqa: F811
-    answer = await client.completions.create(model="demo", prompt=[5, 6, 7], max_tokens=5)
-    assert (answer.object, answer.choices[0].text) == ("text_completion", TEXT)
-    assert answer.usage.prompt_tokens == 3
-    assert pipeline.requests[0].prompt == (5, 6, 7)
-
-
-async def test_a_batch_of_token_id_prompts(client: openai.AsyncOpenAI, pipeline: Any) -> None:  # noqa: F811
-    answer = await client.completions.create(model="demo", prompt=[[5, 6], [7, 8, 9]], n=2)
-    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
-    assert {request.prompt for request in pipeline.requests} == {(5, 6), (7, 8, 9)}
-    assert answer.usage.prompt_tokens == 5
-
-
-async def test_a_streamed_batch_labels_its_choices(client: openai.AsyncOpenAI) -> None:  # noqa: F811
-    texts: dict[int, str] = {}
-    stream = await client.completions.create(model="demo", prompt=["a", "b"], stream=True)
-    async for event in stream:
-        (choice,) = event.choices
-        texts[choice.index] = texts.get(choice.index, "") + choice.text
-    assert texts == {0: TEXT, 1: TEXT}
-
-
-@pytest.mark.parametrize("stream", [False, True])
-async def test_echo_puts_the_prompt_before_the_answer(
-    client: openai.AsyncOpenAI,  # noqa: F811
-    stream: bool,
-) -> None:
-    answer = await client.completions.create(model="demo", prompt="hello", echo=True, stream=stream)
-    events = [event async for event in answer] if stream else [answer]
-    assert "".join(event.choices[0].text for event in events) == "hello" + TEXT
-
-
-@pytest.mark.parametrize(("asked", "got"), [(0, {1}), (2, {2})])
-async def test_so_many_logprobs_of_a_completion(
-    client: openai.AsyncOpenAI,  # noqa: F811
-    asked: int,
-    got: set[int],
-) -> None:
-    answer = await client.completions.create(model="demo", prompt=[5], logprobs=asked)
-    logprobs = answer.choices[0].logprobs
-    assert {len(each) for each in logprobs.top_logprobs} == got
-    assert logprobs.token_logprobs == [-0.25] * 3
-    assert logprobs.text_offset == [0, len(WORDS[0]), len(WORDS[0] + WORDS[1])]
-
-
-@pytest.mark.parametrize("prompt", ["", [], None, [[]], [99_999], [-1]])
-async def test_a_prompt_that_is_none_is_400(
-    http: httpx.AsyncClient,  # noqa: F811
-    pipeline: Any,
-    prompt: Any,
-) -> None:
-    answer = await http.post("/v1/completions", json={"model": "demo", "prompt": prompt})
-    assert answer.status_code == 400, answer.text
-    assert pipeline.requests == []
-
-
-async def test_truncation_takes_the_side_that_is_asked_for(
-    client: openai.AsyncOpenAI,  # noqa: F811
-    pipeline: Any,
-) -> None:
-    for side, kept in (("left", (9, 10, 11, 12)), ("right", (5, 6, 7, 8))):
-        extra = {"truncate_prompt_tokens": 4, "truncation_side": side}
-        await client.completions.create(
-            model="demo", prompt=list(range(5, 13)), max_tokens=1, extra_body=extra
-        )
-        assert pipeline.requests[-1].prompt == kept
-
-
-async def test_token_ids_come_back_where_asked(client: openai.AsyncOpenAI) -> None:  # noqa: F811
-    extra = {"return_token_ids": True}
-    answer = await client.completions.create(model="demo", prompt=[5, 6], extra_body=extra)
-    assert answer.choices[0].model_extra["token_ids"] == [300, 301, 302]
-    assert answer.choices[0].model_extra["prompt_token_ids"] == [5, 6]
-    without = await client.completions.create(model="demo", prompt=[5, 6])
-    assert without.choices[0].model_extra.get("token_ids") is None
-
-
-async def test_a_suffix_is_refused(client: openai.AsyncOpenAI) -> None:  # noqa: F811
-    await refused(client.completions.create(model="demo", prompt="a", suffix="b"))
-
-
-# --- tokenize and detokenize ----------------------------------------------------------------
-
-
-async def test_tokens_of_a_prompt_and_back(http: httpx.AsyncClient, demo_tokenizer: Any) -> None:  # noqa: F811
-    body = {"model": "demo", "prompt": "vllm test prompt", "return_token_strs": True}
-    answer = (await http.post("/tokenize", json=body)).json()
-    assert answer["tokens"] == demo_tokenizer.encode("vllm test prompt")
-    assert (answer["count"], answer["max_model_len"]) == (len(answer["tokens"]), 2048)
-    assert answer["token_strs"] == demo_tokenizer.convert_ids_to_tokens(answer["tokens"])
-    body = {"model": "demo", "tokens": answer["tokens"]}
-    assert (await http.post("/detokenize", json=body)).json() == {"prompt": "vllm test prompt"}
-
-
-@pytest.mark.parametrize("generation", [True, False])
-async def test_tokens_of_a_conversation(
-    http: httpx.AsyncClient,  # noqa: F811
-    demo_tokenizer: Any,
-    generation: bool,
-) -> None:
-    body = {"model": "demo", "messages": MESSAGES, "add_generation_prompt": generation}
-    answer = (await http.post("/tokenize", json=body)).json()
-    expected = demo_tokenizer.apply_chat_template(
-        MESSAGES, add_generation_prompt=generation, return_dict=False
-    )
-    assert answer["tokens"] == expected
-
-
-async def test_a_final_message_is_continued(http: httpx.AsyncClient) -> None:  # noqa: F811
-    messages = [*MESSAGES, {"role": "assistant", "content": "It is"}]
-    body = {
-        "model": "demo", "messages": messages,
-        "add_generation_prompt": False, "continue_final_message": True,
-    }  # fmt: skip
-    tokens = (await http.post("/tokenize", json=body)).json()["tokens"]
-    text = (await http.post("/detokenize", json={"model": "demo", "tokens": tokens})).json()
-    assert text["prompt"].endswith("It is")
-
-
-# --- responses ------------------------------------------------------------------------------
-
-
-async def test_a_response(client: openai.AsyncOpenAI, pipeline: Any) -> None:  # noqa: F811
-    answer = await client.responses.create(
-        model="demo", input="what is 1+1?", instructions="be brief", max_output_tokens=9
-    )
-    assert (answer.status, answer.object, answer.output_text) == ("completed", "response", TEXT)
-    assert answer.usage.output_tokens == len(WORDS)
-    assert sampling(pipeline)["max_tokens"] == 9
-
-
-async def test_the_events_of_a_streamed_response(client: openai.AsyncOpenAI) -> None:  # noqa: F811
-    stream = await client.responses.create(model="demo", input="hello", stream=True)
-    events = [event async for event in stream]
-    kinds = [event.type for event in events]
-    assert kinds[:2] == ["response.created", "response.in_progress"]
-    assert kinds[-1] == "response.completed"
-    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
-    assert "".join(deltas) == TEXT
-    numbers = [event.sequence_number for event in events]
-    assert numbers == sorted(set(numbers))
-
-
-async def test_a_conversation_as_input(client: openai.AsyncOpenAI, pipeline: Any) -> None:  # noqa: F811
-    await client.responses.create(model="demo", input=MESSAGES)
-    prompt = pipeline.requests[0].prompt
-    await client.chat.completions.create(model="demo", messages=MESSAGES)
-    assert pipeline.requests[1].prompt == prompt
-
-
-async def test_a_response_that_nobody_stored_is_404(client: openai.AsyncOpenAI) -> None:  # noqa: F811
-    await refused(client.responses.retrieve("resp_none"), 404)
-    await refused(client.responses.cancel("resp_none"), 404)
-
-
-# --- messages -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-async def claude(gateway: Any, pipeline: Any) -> AsyncIterator[anthropic.AsyncAnthropic]:
-    transport = httpx2.ASGITransport(gateway[1])
-    async with anthropic.AsyncAnthropic(
-        auth_token="test-key", base_url="http://x", max_retries=0,
-        http_client=httpx2.AsyncClient(transport=transport),
-    ) as made:  # fmt: skip
-        yield made
-
-
-ASKED: dict[str, Any] = {
-    "model": "demo", "max_tokens": 8, "messages": [{"role": "user", "content": "how are you?"}],
-}  # fmt: skip
-
-
-async def test_a_message(claude: anthropic.AsyncAnthropic, pipeline: Any) -> None:
-    answer = await claude.messages.create(**ASKED, system="be brief")
-    assert (answer.role, answer.type, answer.stop_reason) == ("assistant", "message", "end_turn")
-    assert answer.content[0].text == TEXT
-    assert answer.usage.input_tokens > 0
-    assert answer.usage.output_tokens == len(WORDS)
-    assert sampling(pipeline)["max_tokens"] == 8
-
-
-async def test_the_events_of_a_streamed_message(claude: anthropic.AsyncAnthropic) -> None:
-    async with claude.messages.stream(**ASKED) as stream:
-        text = "".join([piece async for piece in stream.text_stream])
-        final = await stream.get_final_message()
-    assert text == TEXT
-    assert final.stop_reason == "end_turn"
-
-
-async def test_tokens_of_a_message_are_counted(claude: anthropic.AsyncAnthropic) -> None:
-    counted = await claude.messages.count_tokens(model="demo", messages=ASKED["messages"])
-    answer = await claude.messages.create(**ASKED)
-    usage = answer.usage  # what a cache had is counted apart
-    assert counted.input_tokens == usage.input_tokens + usage.cache_read_input_tokens
-
-
-async def test_a_refused_message_is_no_error_of_the_servers(
-    claude: anthropic.AsyncAnthropic,
-) -> None:
-    records: list[logging.LogRecord] = []
-    handler = logging.Handler()
-    handler.emit = records.append  # type: ignore[method-assign]
-    logger = logging.getLogger("vllm.entrypoints.anthropic.api_router")
-    logger.addHandler(handler)
-    with pytest.raises(anthropic.BadRequestError):
-        await claude.messages.create(**ASKED, extra_body={"temperature": -1})
-    logger.removeHandler(handler)
-    (record,) = records
-    assert (record.levelname, record.exc_info) == ("INFO", None)
-    assert "temperature must be non-negative" in record.getMessage()
-
-
-# --- what clients cannot reach --------------------------------------------------------------
-
-
-async def test_no_route_of_another_task_is_there(http: httpx.AsyncClient) -> None:  # noqa: F811
-    for path in ("/v1/embeddings", "/pooling", "/classify", "/score", "/rerank", "/v1/rerank"):
-        assert (path, (await http.post(path, json={})).status_code) == (path, 404)
-
-
-async def test_errors_are_json_on_every_route(http: httpx.AsyncClient) -> None:  # noqa: F811
-    for path in ("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"):
-        answer = await http.post(path, json={"model": "demo"})
-        assert answer.status_code == 400, path
-        assert json.loads(answer.text)["error"]["code"] is not None
