@@ -23,21 +23,13 @@ _RUN_AGAIN = {"e2e", "faults"}
 
 
 def pytest_collection_modifyitems(items):
-    """The folder is the marker; GPU tests wait for a GPU."""
+    """The folder is the marker."""
     for item in items:
         folder = item.path.relative_to(ROOT / "tests").parts[0]
         if folder in _MARKERS:
             item.add_marker(_MARKERS[folder])
         if folder in _RUN_AGAIN:
             item.add_marker(pytest.mark.flaky(reruns=1))
-        if item.get_closest_marker("gpu") is not None and not _has_gpu():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 @pytest.fixture(scope="session")
