@@ -136,15 +136,14 @@ def front_program() -> str:
 
 
 def _environment(folder: Path, file: Path | None) -> dict[str, str]:
-    """Of a node in this process's care, where the caller's own environment is silent.
+    """Of a node in this process's care: the caller's own settings, where there are any, win.
 
     `folder` is this process's own, for what the front writes; `file` is the deployment file.
     """
     http, grpc = port_range(), port_range()
-    return {
+    defaults = {
         **SHORT_PATHS,
         "RAY_SERVE_HAPROXY_BINARY_PATH": front_program(),
-        FILE_VARIABLE: "" if file is None else str(file.resolve()),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
@@ -163,6 +162,8 @@ def _environment(folder: Path, file: Path | None) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(grpc.start),
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(grpc.stop),
     }
+    deployed = "" if file is None else str(file.resolve())  # whatever another node here serves
+    return {**defaults, **os.environ, FILE_VARIABLE: deployed}
 
 
 class LocalRay:
@@ -172,6 +173,7 @@ class LocalRay:
         self._num_cpus = num_cpus
         self._file = file
         self._folder: Path | None = None
+        self._environ_before: dict[str, str] | None = None
         self.dashboard_url = ""
 
     def __enter__(self) -> Self:
@@ -186,8 +188,8 @@ class LocalRay:
         set_auth_mode()
         # Short, since paths of sockets are; only its owner may look inside.
         self._folder = Path(tempfile.mkdtemp(prefix="sp-", dir="/tmp"))
-        for name, value in _environment(self._folder, self._file).items():
-            os.environ.setdefault(name, value)
+        self._environ_before = dict(os.environ)
+        os.environ.update(_environment(self._folder, self._file))
         import ray
 
         try:
@@ -223,13 +225,17 @@ class LocalRay:
         return held
 
     def close(self) -> None:
-        """Drain the replicas, then stop the node. Idempotent."""
+        """Drain the replicas, stop the node, and leave the environment as it was. Idempotent."""
         import ray
         from ray import serve
 
         if ray.is_initialized():
             serve.shutdown()
             ray.shutdown()
+        if self._environ_before is not None:
+            os.environ.clear()
+            os.environ.update(self._environ_before)
+            self._environ_before = None
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 

@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from specprefill.cluster import SHORT_PATHS, LocalRay, StartFailed, answers_strangers
+from specprefill.front import FILE_VARIABLE
 
 
 def test_a_cluster_that_answers_without_a_token_is_warned_of():
@@ -39,6 +40,29 @@ def test_a_ray_that_does_not_start_is_one_clear_sentence(monkeypatch):
     monkeypatch.setattr(ray, "init", init)
     for name in ("RAY_AUTH_MODE", *SHORT_PATHS):
         monkeypatch.setenv(name, "token" if name == "RAY_AUTH_MODE" else "1")
-    monkeypatch.setattr(os, "environ", dict(os.environ))
+    before = dict(os.environ)
     with pytest.raises(StartFailed, match=r"did not start on this machine: The node was not"):
         LocalRay().start()
+    assert dict(os.environ) == before
+
+
+def test_a_node_serves_its_own_file_whatever_the_environment_names(monkeypatch, tmp_path):
+    """Two services of one process or shell: each front reads the file it was started with."""
+    import ray
+
+    seen = []
+
+    def init(**_options):
+        seen.append((os.environ[FILE_VARIABLE], os.environ["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"]))
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setenv(FILE_VARIABLE, "/another/service.yaml")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    for file in (tmp_path / "a.yaml", tmp_path / "b.yaml", None):
+        with pytest.raises(StartFailed):
+            LocalRay(file=file).start()
+    files, configurations = zip(*seen, strict=True)
+    assert files == (str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml"), "")
+    assert len(set(configurations)) == 3
+    assert os.environ[FILE_VARIABLE] == "/another/service.yaml"

@@ -240,7 +240,7 @@ async def pools(model_dir) -> AsyncIterator[Pools]:  # noqa: F811
         enforce_eager=True,
         max_num_batched_tokens=128,  # a step is not interrupted: what a cancelled one costs
     )
-    kv = KvConfig(host="127.0.0.1", pull_timeout_s=5.0, lease_s=4.0)
+    kv = KvConfig(host="127.0.0.1", pull_timeout_s=5.0, lease_s=6.0)
 
     def member(service, role):
         return Member(lambda: service(Engine(engine_args(model, config, kv, role))))
