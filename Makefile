@@ -35,7 +35,7 @@ setup: $(INSTALLED) ## Create .venv and install everything (EXTRA=gpu for the CU
 
 .PHONY: demo
 demo: $(INSTALLED) ## Ask long questions over HTTP and gRPC, pruned and dense
-	@$(PY) -m specprefill.demo
+	@$(PY) -m specprefill.cli.demo
 
 .PHONY: serve
 serve: $(INSTALLED) ## Serve the demo pair on this machine until Ctrl-C
@@ -98,15 +98,15 @@ models: $(INSTALLED) ## Train the demo pair again (an hour or two on a CPU, minu
 
 .PHONY: bench-speculator
 bench-speculator: $(INSTALLED) ## Scoring beside a plain forward pass, second questions, memory
-	@$(PY) -m specprefill.bench.speculator
+	@$(PY) -m loadtest.bench.speculator
 
 .PHONY: bench-ttft
 bench-ttft: $(INSTALLED) ## Time to first token, dense and pruned, at 1k, 4k and 8k tokens
-	@$(PY) -m specprefill.bench.ttft
+	@$(PY) -m loadtest.bench.ttft
 
 .PHONY: bench-netgain
 bench-netgain: $(INSTALLED) ## Pruning where it pays, beside pruning always and never
-	@$(PY) -m specprefill.bench.netgain
+	@$(PY) -m loadtest.bench.netgain
 
 .PHONY: eval
 eval: $(INSTALLED) ## How good the demo pair's answers stay at every keep rate (docs/quality.md)
@@ -114,28 +114,28 @@ eval: $(INSTALLED) ## How good the demo pair's answers stay at every keep rate (
 
 .PHONY: bench
 bench: $(INSTALLED) ## Time to first token beside plain `vllm serve` on the same cores
-	@$(PY) -m specprefill.bench.versus
+	@$(PY) -m loadtest.bench.versus
 
 .PHONY: bench-qps
 bench-qps: $(INSTALLED) ## The paper's max-QPS protocol beside plain `vllm serve`
-	@$(PY) -m specprefill.bench.max_qps
+	@$(PY) -m loadtest.bench.max_qps
 
 .PHONY: bench-concurrency
 bench-concurrency: $(INSTALLED) ## Several clients at once, beside plain `vllm serve`
-	@$(PY) -m specprefill.bench.concurrency
+	@$(PY) -m loadtest.bench.concurrency
 
 .PHONY: bench-keep-rates
 bench-keep-rates: $(INSTALLED) ## Rules that choose the keep rate, beside fixed rates, by gold survival
-	@$(PY) -m specprefill.bench.keep_rates
+	@$(PY) -m loadtest.bench.keep_rates
 
 .PHONY: bench-kv
 bench-kv: $(INSTALLED) ## The KV hand-off: throughput beside raw gRPC, memcpy and Ray; what of it shows
-	@$(PY) -m specprefill.bench.kv
-	@$(PY) -m specprefill.bench.gap
+	@$(PY) -m loadtest.bench.kv
+	@$(PY) -m loadtest.bench.gap
 
 .PHONY: prove-gpu
 prove-gpu: $(INSTALLED) ## The proof on one GPU, in under 8 minutes; ARGS=--cpu: small, on this CPU
-	@$(PY) -m specprefill.bench.proof $(ARGS)
+	@$(PY) -m loadtest.bench.proof $(ARGS)
 
 .PHONY: test-faults
 test-faults: $(INSTALLED) ## Kill engines, cut streams, cancel requests; print what became of each
@@ -151,15 +151,15 @@ fuzz: $(INSTALLED) ## Send the running service 20,000 requests that nobody shoul
 
 .PHONY: bench-scaling
 bench-scaling: $(INSTALLED) ## Autoscalers compared on simulated traces (SEEDS="1 2 3")
-	@$(PY) -m specprefill.bench.scaling --seeds $(SEEDS)
+	@$(PY) -m loadtest.bench.scaling --seeds $(SEEDS)
 
 .PHONY: bench-validation
 bench-validation: $(INSTALLED) ## The simulator beside the real local app, on the same trace
-	@$(PY) -m specprefill.bench.validation
+	@$(PY) -m loadtest.bench.validation
 
 .PHONY: bench-burst
 bench-burst: $(INSTALLED) ## Ten times the load for a minute on the real app, keep rate bent or not
-	@$(PY) -m specprefill.bench.burst
+	@$(PY) -m loadtest.bench.burst
 
 .PHONY: clean
 clean: ## Remove what was built (.venv and models/ stay)

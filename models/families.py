@@ -12,9 +12,17 @@ import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from specprefill.lab.families import (
+    copying,
+    dialogue,
+    lookup,
+    niah,
+    notices,
+    tracking,
+    words,
+)
+from specprefill.lab.families.task import Draft, Order
 from specprefill.synthetic import corpus
-from specprefill.synthetic.families import copying, dialogue, lookup, niah, notices, tracking, words
-from specprefill.synthetic.families.task import Draft, Order
 
 # About how long things are, in tokens.
 NOISE, SENTENCE, NOTICE, CODE_LINE, PAIR = 26, 12, 17, 13, 35

@@ -15,8 +15,8 @@ from ray.serve.config import RequestRouterConfig
 from .autoscaling.targets import autoscaling_config
 from .config import AppConfig, EngineConfig, PoolScaling, SpeculatorConfig
 from .decode.replica import DecodeReplica
-from .engine.platform import ENV_SWITCH
-from .gateway.prefix_router import PrefixRouter
+from .engine.cpu_plugin import ENV_SWITCH
+from .gateway.pools.prefix_router import PrefixRouter
 from .gateway.replica import GatewayReplica
 from .prefill.replica import PrefillReplica
 from .speculator.replica import SpeculatorReplica

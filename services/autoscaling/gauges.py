@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ray.util.metrics import Counter, Gauge
 
-from ..scaling.values import Decision
+from ..control.scaling.values import Decision
 
 
 class PolicyGauges:

@@ -9,8 +9,9 @@ from typing import Any, Self
 
 from ray.serve.config import AutoscalingContext
 
-from ..scaling.values import Engines, Observation, Pool, PoolState
-from ..stages import DEFAULT_CURVES, StageCurves
+from ..control.scaling.values import Engines, Observation, Pool, PoolState
+from ..control.stages import DEFAULT_CURVES, StageCurves
+from .arrival_rates import Traffic
 from .signals import (
     CACHED_SHARE,
     OUTPUT_TOKEN_S,
@@ -19,7 +20,6 @@ from .signals import (
     arrivals_in,
     curves_in,
 )
-from .traffic import Traffic
 
 GATEWAY = "Gateway"
 POOLS = {"Speculator": Pool.SPECULATOR, "Prefill": Pool.PREFILL, "Decode": Pool.DECODE}

@@ -14,8 +14,8 @@ from typing import Any
 from ray.serve.config import AutoscalingContext
 
 from ..config import AppConfig
-from ..scaling.core import decide
-from ..scaling.values import Decision, Memory, Observation, Pool, ScalingPolicy
+from ..control.scaling.decide import decide
+from ..control.scaling.values import Decision, Memory, Observation, Pool, ScalingPolicy
 from .gauges import PolicyGauges
 from .observing import Latest, Observer, PoolView, pool_views
 from .targets import scaling_policy

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
-from ..stages import Curve, StageCurves
+from ..control.stages import Curve, StageCurves
 
 Signals = Mapping[str, float]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import AppConfig, PoolScaling
-from ..gain import TYPICAL_KEEP
-from ..scaling.values import Pool, PoolLimits, ScalingPolicy, Slo
+from ..control.gain import TYPICAL_KEEP
+from ..control.scaling.values import Pool, PoolLimits, ScalingPolicy, Slo
 
 REPORT_S = 1.0  # replicas push their signals so often
 KEEP_FLOOR = 0.1  # a burst bends the keep rate no further, where there is no admission

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import cast
 
 from ray.util import get_node_ip_address
 
-from .. import heap
 from ..config import AppConfig
+from ..core import heap
+from ..core.replica_logging import log_with_serve
+from ..core.types import Replay, Request, Selection, Ticket
+from ..core.wire import pack, unpack
 from ..engine.args import Role, engine_args
 from ..engine.engine import Engine
 from ..engine.ray_metrics import ray_stat_loggers
-from ..kv.nixl import require
+from ..kv.nixl.agent import require
 from ..kv.tls import read_tls
-from ..replica_logging import log_with_serve
-from ..types import Replay, Request, Selection, Ticket
-from ..wire import pack, unpack
-from .objects import KvReference, ObjectTickets
+from .object_reader import KvReference, ObjectTickets
 from .service import DecodeService
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class DecodeReplica:
         self._tickets.close()
         await self._service.close()
 
-    async def decode(self, payload: bytes, objects: list[KvReference]) -> AsyncIterator[bytes]:
+    async def decode(self, payload: bytes, objects: list[KvReference]) -> AsyncGenerator[bytes]:
         """`(Request, Selection, Ticket | None, Replay, timeout_s)` -> a stream of Decoded.
 
         `objects` hold the ticket's KV, one per rank, if Ray carries it.
@@ -59,7 +59,7 @@ class DecodeReplica:
         request, selection, ticket, replay, timeout_s = unpack(payload, _KIND)
         async with self._tickets.local(ticket, objects) as local:
             steps = self._service.decode(request, selection, local, replay, timeout_s)
-            async with aclosing(steps) as stream:  # type: ignore[type-var]
+            async with aclosing(steps) as stream:
                 async for step in stream:
                     yield pack(step)
 

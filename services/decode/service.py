@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, Self
@@ -12,14 +12,14 @@ from typing import Any, Self
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from ..core.errors import DeadlineExceeded, DecodeUnavailable
+from ..core.positions import PositionMap
+from ..core.types import Carrier, Computed, Decoded, Replay, Request, Selection, Ticket
 from ..engine.engine import Engine, map_engine_errors
 from ..engine.half_characters import Leak, leak_of
 from ..engine.handoff.scheduler import CONSUME
 from ..engine.outputs import check_ended_well, chunk_of, prefill_times, sampling_params
 from ..engine.params import KV_TRANSFER, POSITIONS, REPLAY
-from ..errors import DeadlineExceeded, DecodeUnavailable
-from ..positions import PositionMap
-from ..types import Carrier, Computed, Decoded, Replay, Request, Selection, Ticket
 
 
 class DecodeService:
@@ -58,7 +58,7 @@ class DecodeService:
         ticket: Ticket | None,
         replay: Replay,
         timeout_s: float,
-    ) -> AsyncIterator[Decoded]:
+    ) -> AsyncGenerator[Decoded]:
         """Stream every sample, each from its first token on; see the port `Decoder`."""
         samples = [
             self._sample(
@@ -82,7 +82,7 @@ class DecodeService:
 
     async def _sample(
         self, request: Request, selection: Selection, params: SamplingParams, index: int
-    ) -> AsyncIterator[Decoded]:
+    ) -> AsyncGenerator[Decoded]:
         prompt = selection.kept(request.prompt)
         request_id = f"decode-{index}-{request.request_id}"
         started_s = time.monotonic()
@@ -91,7 +91,7 @@ class DecodeService:
         leak = leak_of(prompt, params, self._engine.tokenizer)
         with map_engine_errors(DecodeUnavailable):
             outputs = self._engine.generate(prompt, params, request_id, request.priority)
-            async with aclosing(outputs) as stream:  # type: ignore[type-var]
+            async with aclosing(outputs) as stream:
                 async for output in stream:
                     first_s = time.monotonic() - started_s if first_s is None else first_s
                     lost = DecodeUnavailable("decode: the engine ended the request")
@@ -101,11 +101,11 @@ class DecodeService:
 
 
 async def _read(
-    sample: AsyncIterator[Decoded], steps: asyncio.Queue[Decoded | BaseException]
+    sample: AsyncGenerator[Decoded], steps: asyncio.Queue[Decoded | BaseException]
 ) -> None:
     """One sample's stream into the queue; its failure goes there too."""
     try:
-        async with aclosing(sample) as stream:  # type: ignore[type-var]
+        async with aclosing(sample) as stream:
             async for step in stream:
                 steps.put_nowait(step)
     except Exception as error:  # noqa: BLE001  # raised again by the queue's reader

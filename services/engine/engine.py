@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Self
 
@@ -18,11 +18,11 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerFactory
 
-from ..errors import InvalidRequest, Unavailable
-from ..types import Carrier
+from ..core.errors import InvalidRequest, Unavailable
+from ..core.types import Carrier
 from .args import vllm_config
 from .failed_start import engine_errors_shown
-from .guard import refuse_unsupported
+from .sparse.guard import refuse_unsupported
 
 
 class Engine:
@@ -116,7 +116,7 @@ class Engine:
 
     async def generate(
         self, prompt: list[int], params: SamplingParams, request_id: str, priority: int = 0
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput]:
         """Stream the engine's outputs. Closing the iterator aborts the request."""
         outputs = self._running().generate(
             {"prompt_token_ids": prompt}, params, request_id, priority=priority

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ..errors import EngineStartFailed
+from ..core.errors import EngineStartFailed
 
 _OUTPUTS = (1, 2)  # file descriptors: vLLM logs to the first, Python's tracebacks go to the second
 _MOST_BYTES = 1 << 20  # of each, from its end

@@ -14,7 +14,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.tokenizers import TokenizerLike
 from vllm.v1.engine.detokenizer import uses_fast_detokenizer
 
-from ..errors import InvalidRequest
+from ..core.errors import InvalidRequest
 
 _REPLACEMENT = "\ufffd"  # where a decoder lacks the rest of a character
 _TAIL_TOKENS = 16  # more than a character has bytes

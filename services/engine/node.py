@@ -16,10 +16,10 @@ from vllm.v1.attention.selector import get_attn_backend
 from vllm.version import __version__ as vllm_version
 
 from ..config import EngineConfig, KvConfig, MainModel
-from ..errors import IncompatibleVllm, InvalidConfiguration
-from ..kv.nixl import agent_for
+from ..core.errors import IncompatibleVllm, InvalidConfiguration
+from ..kv.nixl.agent import agent_for
 from .args import Role, engine_args, vllm_config
-from .guard import engine_reasons
+from .sparse.guard import engine_reasons
 from .vllm_internals import check_cpu_caches, check_v1_runner
 
 _GIB = 1 << 30
@@ -143,6 +143,6 @@ def _check_private_names() -> None:
 def _check_v2_names() -> None:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-    from .model_state import check_runner_class
+    from .sparse.model_state import check_runner_class
 
     check_runner_class(GPUModelRunner)

@@ -9,8 +9,8 @@ from vllm.logprobs import Logprob
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 
-from ..errors import InvalidRequest, Unavailable
-from ..types import Chunk, TokenLogprob
+from ..core.errors import InvalidRequest, Unavailable
+from ..core.types import Chunk, TokenLogprob
 
 
 def sampling_params(wire: bytes) -> SamplingParams:

@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm.sampling_params import SamplingParams
 
-from ..positions import PositionMap
+from ..core.positions import PositionMap
 
 POSITIONS = "specprefill_positions"  # PositionMap.to_wire()
 REPLAY = "specprefill_replay"  # list of int: the first output tokens, forced one by one

@@ -21,7 +21,7 @@ from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys, hash_blo
 from vllm.v1.request import Request
 from vllm.version import __version__ as vllm_version
 
-from ..errors import IncompatibleVllm
+from ..core.errors import IncompatibleVllm
 
 Difference = str
 _POSITIONS_FIELD = 2  # of what the V1 runner's _preprocess returns

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -19,36 +19,36 @@ from ray import serve
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
-from .. import heap
 from ..config import AppConfig
-from ..deployment_file import DRAINING
-from ..front import require_front
+from ..control.from_config import fallback, local_prefill, net_gain, patience, planner
+from ..core import heap
+from ..core.pipeline import Pipeline
+from ..core.ports import Answerer
+from ..core.replica_logging import log_with_serve
+from ..deployment.file import DRAINING
+from ..deployment.front import require_front
 from ..kv.rpc import KvPeers
 from ..kv.tls import read_tls
-from ..pipeline import Pipeline
-from ..policies import fallback, local_prefill, net_gain, patience, planner
-from ..replica_logging import log_with_serve
 from ..rpc import specprefill_pb2 as pb
-from .access import RequestLimit
-from .admission import behind_gate
-from .app import build_client, build_http_app
-from .calibration import calibration
-from .client import Answering
-from .grpc_api import GrpcApi
-from .grpc_health import GrpcHealth
-from .grpc_log import log_refusals_in_one_line
-from .health import GATEWAY
-from .key_usage import KeyUsage
-from .keys import read_keys
-from .metrics import MeasuredPipeline, PipelineMetrics
-from .pools import Carried, ServeDecoder, ServePrefiller, ServeSpeculator, by_reference
-from .request_json import JsonLimits
-from .scrape import ServiceMetrics
-from .self_test import SelfTestWatch
-from .serve_health import ServeHealth
-from .serve_ports import bind_grpc_as_http, limit_grpc_messages
-from .shadowing import ShadowedPipeline, ShadowMetrics
-from .traffic import CountedPipeline, GatewayTraffic
+from .grpc.api import GrpcApi
+from .grpc.failed_calls import log_refusals_in_one_line
+from .grpc.health_service import GrpcHealth
+from .grpc.serve_ports import bind_grpc_as_http, limit_grpc_messages
+from .observe.calibration import calibration
+from .observe.gate_metrics import behind_gate
+from .observe.key_usage import KeyUsage
+from .observe.metrics import MeasuredPipeline, PipelineMetrics
+from .observe.scrape import ServiceMetrics
+from .observe.shadowing import ShadowedPipeline, ShadowMetrics
+from .observe.traffic import CountedPipeline, GatewayTraffic
+from .openai.access import RequestLimit
+from .openai.keys import read_keys
+from .openai.request_json import JsonLimits
+from .openai.server import build_client, build_http_app
+from .pools.draft_state import SelfTestWatch
+from .pools.handles import Carried, ServeDecoder, ServePrefiller, ServeSpeculator, by_reference
+from .pools.health import GATEWAY
+from .pools.replica_counts import ServeHealth
 
 
 class GatewayReplica:
@@ -98,7 +98,7 @@ class GatewayReplica:
         )
         admitting = behind_gate(pipeline, self._config.gateway, gain.models, self._health.count)
         self._traffic, self._models = GatewayTraffic(), gain.models
-        live: Answering = CountedPipeline(
+        live: Answerer = CountedPipeline(
             MeasuredPipeline(admitting, counted, gain.learn),
             self._config.selection.min_kept_tokens,
             self._traffic,
@@ -163,7 +163,7 @@ class GatewayReplica:
 
     async def GenerateStream(
         self, request: pb.GenerateRequest, grpc_context: RayServegRPCContext
-    ) -> AsyncIterator[pb.GenerateChunk]:
+    ) -> AsyncGenerator[pb.GenerateChunk]:
         """See the proto."""
         async with aclosing(self._grpc.generate_stream(request, grpc_context)) as chunks:
             async for chunk in chunks:
@@ -185,7 +185,7 @@ class GatewayReplica:
         """`grpc.health.v1.Health`."""
         return await self._grpc_health.check(request)
 
-    async def Watch(self, request: HealthCheckRequest) -> AsyncIterator[HealthCheckResponse]:
+    async def Watch(self, request: HealthCheckRequest) -> AsyncGenerator[HealthCheckResponse]:
         """`grpc.health.v1.Health`."""
         async with aclosing(self._grpc_health.watch(request)) as changes:
             async for change in changes:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from ..types import Carrier
+from ..core.types import Carrier
 from .frames import Frame
-from .nixl_rpc import NixlClient
+from .nixl.reads import NixlClient
 from .pull import KvClient
 
 

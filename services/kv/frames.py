@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import msgpack
 from xxhash import xxh3_64_intdigest
 
-from ..errors import CorruptFrame
-from .arena import Arena
+from ..core.errors import CorruptFrame
+from .nixl.arena import Arena
 
 FRAME_BYTES = 512 << 10  # messages much larger or smaller than this move slower
 HEADER_ROOM = 64  # bytes: more than a length field and a header need, and a cache line

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Protocol
 
-from ..errors import SpecPrefillError
-from ..types import Ticket
+from ..core.errors import SpecPrefillError
+from ..core.types import Ticket
 from .leases import UNCLAIMED_S
 
 logger = logging.getLogger(__name__)

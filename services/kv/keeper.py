@@ -27,16 +27,16 @@ from typing import Any
 import msgpack
 
 from ..config import KvTls
-from ..errors import InvalidConfiguration
+from ..core.errors import InvalidConfiguration
 from .announcements import Announcement, Announcements
-from .arena import Arena, Bytes
 from .frames import HEADER_ROOM, Frame, SealedFrame, seal_in_place
 from .leases import LeaseStore
-from .nixl import NixlAgent, agent_for
-from .nixl_device import DeviceReadHandler
-from .nixl_rpc import Introduction, NixlHandler
+from .nixl.agent import NixlAgent, agent_for
+from .nixl.arena import Arena, Bytes
+from .nixl.device_reads import DeviceReadHandler
+from .nixl.reads import Introduction, NixlHandler
+from .object_ref.shared_memory import LocateHandler, SharedMemory
 from .rpc import KvServer
-from .shared import LocateHandler, SharedMemory
 from .tls import read_tls
 
 logger = logging.getLogger("specprefill.kv.keeper")

@@ -17,12 +17,12 @@ from typing import Any
 
 import msgpack
 
-from ..errors import InvalidConfiguration, KvTransferError
-from .arena import Arena, Bytes
+from ..core.errors import InvalidConfiguration, KvTransferError
 from .keeper import KeeperConfig, Piece, packed
-from .nixl import NixlAgent, NixlMemory
-from .nixl_rpc import Progress
-from .shared import SharedMemory
+from .nixl.agent import NixlAgent, NixlMemory
+from .nixl.arena import Arena, Bytes
+from .nixl.reads import Progress
+from .object_ref.shared_memory import SharedMemory
 
 logger = logging.getLogger("vllm.specprefill.handoff")
 

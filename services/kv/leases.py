@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
-from ..errors import LeaseNotFound
+from ..core.errors import LeaseNotFound
 from .frames import SealedFrame
 
 UNCLAIMED_S = 5.0

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
-from ..types import Prefilled, Ticket
+from ..core.types import Prefilled, Ticket
 from .holding import RemoteLeases, held
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from ..errors import CorruptFrame, KvTransferError, LayoutMismatch, LeaseNotFound
+from ..core.errors import CorruptFrame, KvTransferError, LayoutMismatch, LeaseNotFound
 from .channels import Channels
 from .frames import Frame, Trailer, decode
 from .rpc import PULL, PullQuery

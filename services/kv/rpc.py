@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,8 +19,8 @@ from typing import Any
 import grpc
 import msgpack
 
-from ..errors import InvalidRequest, LeaseNotFound
-from ..types import Ticket
+from ..core.errors import InvalidRequest, LeaseNotFound
+from ..core.types import Ticket
 from .announcements import Announcement, Announcements
 from .channels import OPTIONS, aio_channel, listen
 from .frames import Trailer, encode
@@ -302,7 +302,7 @@ class KvPeers:
         """Start the lease's time again at every rank. False if it is gone at one of them."""
         return all(await self._at_every_rank(RENEW, ticket))
 
-    async def announcements(self, peer: str) -> AsyncIterator[Announcement]:
+    async def announcements(self, peer: str) -> AsyncGenerator[Announcement]:
         """What `peer` announces from now on; ends when it is gone."""
         watch: Any = self._channel(peer).unary_stream(WATCH)
         try:

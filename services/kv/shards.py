@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..types import Span
+from ..core.types import Span
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import KvTls
-from ..errors import InvalidConfiguration
+from ..core.errors import InvalidConfiguration
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,23 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from .. import heap
 from ..autoscaling.signals import QUEUE_AGE_S
 from ..autoscaling.waiting import Waiting
 from ..config import AppConfig
+from ..core import heap
+from ..core.replica_logging import log_with_serve
+from ..core.types import Prefilled, Request, Selection
+from ..core.wire import pack, unpack
 from ..engine.args import Role, engine_args
 from ..engine.engine import Engine
 from ..engine.ray_metrics import ray_stat_loggers
-from ..kv.nixl import require
+from ..kv.nixl.agent import require
 from ..kv.tls import read_tls
-from ..replica_logging import log_with_serve
-from ..types import Prefilled, Request, Selection
-from ..wire import pack, unpack
-from .gauges import KvGauges
-from .objects import KvObjects, KvReference, Storing
+from .kv_gauges import KvGauges
+from .object_writer import KvObjects, KvReference, Storing
 from .service import PrefillService
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class PrefillReplica:
 
     async def prefill(
         self, payload: bytes, load: bytes = b""
-    ) -> AsyncIterator[tuple[bytes, list[KvReference]]]:
+    ) -> AsyncGenerator[tuple[bytes, list[KvReference]]]:
         """`(Request, Selection, timeout_s)` -> PrefillSteps, and the KV if Ray is to carry it.
 
         What Ray carries cannot be pulled before it is whole: no ticket comes early, but the
@@ -74,7 +74,7 @@ class PrefillReplica:
         request, selection, timeout_s = unpack(payload, tuple[Request, Selection, float])
         with self._waiting.one():
             steps = self._service.steps(request, selection, timeout_s)
-            async with aclosing(steps) as stream, self._objects.storing() as storing:  # type: ignore[type-var]
+            async with aclosing(steps) as stream, self._objects.storing() as storing:
                 async for step in stream:
                     if isinstance(step, Prefilled):
                         yield pack((None, step)), await self._stored(step, storing)

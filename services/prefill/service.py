@@ -6,13 +6,16 @@ import asyncio
 import logging
 import secrets
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from ..core.errors import DeadlineExceeded, PrefillUnavailable
+from ..core.positions import PositionMap
+from ..core.types import Carrier, Prefilled, Request, Selection, Ticket
 from ..engine.engine import Engine, map_engine_errors
 from ..engine.half_characters import Leak, leak_of
 from ..engine.handoff.scheduler import PRODUCE
@@ -24,13 +27,10 @@ from ..engine.outputs import (
     sampling_params,
 )
 from ..engine.params import KV_TRANSFER, POSITIONS
-from ..errors import DeadlineExceeded, PrefillUnavailable
 from ..kv.announcements import Announcement
 from ..kv.leases import LeaseGauges
 from ..kv.rpc import KvPeers
 from ..kv.tls import MutualTls
-from ..positions import PositionMap
-from ..types import Carrier, Prefilled, Request, Selection, Ticket
 from .room import Room
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class PrefillService:
 
     async def steps(
         self, request: Request, selection: Selection, timeout_s: float
-    ) -> AsyncIterator[Ticket | Prefilled]:
+    ) -> AsyncGenerator[Ticket | Prefilled]:
         """The ticket as soon as a pull may begin, if that is before the end; then the result.
 
         See `prefill`. Closing the iterator before the result was taken releases the KV.

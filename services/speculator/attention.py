@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
-from ..errors import UnsupportedModel
+from ..core.errors import UnsupportedModel
 from .reading import KvLayout, Reading
 
 NAME = "specprefill"

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from ..config import SpeculatorConfig, local_path
-from ..errors import UnsupportedModel
+from ..core.errors import UnsupportedModel
 from . import attention
 from .llama import Llama
 from .reading import KvLayout, Reading

@@ -6,8 +6,8 @@ import asyncio
 import threading
 from dataclasses import dataclass, field
 
-from ..selection import Scores, SelectionPolicy
-from ..types import Plan, Request, Selection
+from ..core.selection import Scores, SelectionPolicy
+from ..core.types import Plan, Request, Selection
 from .translation import Prompt, SamePrompt
 
 SMOOTHING = 0.2  # weight of the newest measurement in `Pace`

@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 
-from .. import heap
 from ..autoscaling.signals import QUEUE_AGE_S
 from ..autoscaling.waiting import Waiting
 from ..config import AppConfig
-from ..errors import SpeculatorUnavailable
-from ..plan import can_choose, is_asked
-from ..policies import kv_block_tokens
-from ..replica_logging import log_with_serve
-from ..types import Plan, Reason, Request, dense
-from ..wire import pack, unpack
-from .gauges import SpeculatorGauges
+from ..control.from_config import kv_block_tokens
+from ..core import heap
+from ..core.errors import SpeculatorUnavailable
+from ..core.plan import can_choose, is_asked
+from ..core.replica_logging import log_with_serve
+from ..core.types import Plan, Reason, Request, dense
+from ..core.wire import pack, unpack
+from .scoring_gauges import SpeculatorGauges
 from .self_test import self_test
 from .service import SpeculatorService
 

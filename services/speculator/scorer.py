@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..config import SpeculatorConfig
-from ..errors import UnsupportedModel
-from ..selection import Scores
-from ..types import Reason
+from ..core.errors import UnsupportedModel
+from ..core.selection import Scores
+from ..core.types import Reason
 from .draft import Draft, load_draft, look, read_chunk
-from .prefix import PrefixCache
+from .prefix_memory import PrefixCache
 from .reading import Block, Reading
 from .translation import Prompt, SamePrompt, Translator, load_translator
 

@@ -16,11 +16,11 @@ from typing import Any, Protocol
 from transformers import AutoTokenizer
 
 from ..config import local_path
-from ..errors import SpecPrefillError
-from ..plan import can_choose
-from ..selection import SelectionPolicy
+from ..core.errors import SpecPrefillError
+from ..core.plan import can_choose
+from ..core.selection import SelectionPolicy
+from ..core.types import Plan, PlanKind, Reason, Request, Selection, Span
 from ..synthetic.needles import DEFAULT_SYSTEM, NeedlePrompt, needle_prompt, render
-from ..types import Plan, PlanKind, Reason, Request, Selection, Span
 
 logger = logging.getLogger(__name__)
 

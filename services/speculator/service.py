@@ -17,13 +17,13 @@ from functools import partial
 from types import TracebackType
 
 from ..config import SelectionConfig, SpeculatorConfig
-from ..errors import InvalidRequest, Overloaded, ScoringTimeout, SpeculatorUnavailable
-from ..policies import selection_policy
-from ..selection import SelectionPolicy, select, settle
-from ..types import Plan, Request, Selection, dense
+from ..control.from_config import selection_policy
+from ..core.errors import InvalidRequest, Overloaded, ScoringTimeout, SpeculatorUnavailable
+from ..core.selection import SelectionPolicy, select, settle
+from ..core.types import Plan, Request, Selection, dense
 from .jobs import Batching, Counts, Job, Pace, Rating
 from .lru import ByteLru
-from .prefix import prompt_digest
+from .prefix_memory import prompt_digest
 from .reading import Reading
 from .scorer import Scorer, load_scorer
 

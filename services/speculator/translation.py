@@ -17,8 +17,8 @@ from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ..config import local_path
-from ..errors import UnsupportedModel
-from ..selection import Scores
+from ..core.errors import UnsupportedModel
+from ..core.selection import Scores
 
 Offsets = NDArray[np.int64]  # [tokens, 2]: first character, and the one after the last
 

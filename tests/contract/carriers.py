@@ -12,13 +12,14 @@ from typing import Any
 import grpc
 import numpy as np
 
+from specprefill.core.types import Ticket
 from specprefill.kv.announcements import Announcements
-from specprefill.kv.arena import Arena, address_of
 from specprefill.kv.channels import listen
 from specprefill.kv.frames import Frame, from_token, seal
 from specprefill.kv.leases import LeaseStore
-from specprefill.kv.nixl import NixlAgent, agent_for
-from specprefill.kv.nixl_rpc import (
+from specprefill.kv.nixl.agent import NixlAgent, agent_for
+from specprefill.kv.nixl.arena import Arena, address_of
+from specprefill.kv.nixl.reads import (
     LANDING_BYTES,
     READ,
     Introduction,
@@ -28,12 +29,11 @@ from specprefill.kv.nixl_rpc import (
     Progress,
     pack,
 )
-from specprefill.kv.objects import KvCollector, KvRelay, as_object
+from specprefill.kv.object_ref.shared_memory import LocateHandler, SharedMemory
+from specprefill.kv.object_ref.stream import KvCollector, KvRelay, as_object
 from specprefill.kv.pull import KvClient
 from specprefill.kv.rpc import PULL, KvServer
-from specprefill.kv.shared import LocateHandler, SharedMemory
 from specprefill.kv.tls import MutualTls
-from specprefill.types import Ticket
 
 FINGERPRINT = "layout"
 LEASE, SECRET = "lease", "secret"

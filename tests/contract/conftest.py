@@ -15,11 +15,8 @@ import openai
 import pytest
 
 from specprefill.config import AppConfig, key_digest
-from specprefill.gateway.access import RequestLimit
-from specprefill.gateway.keys import KeyRing
-from specprefill.gateway.request_json import JsonLimits
-from specprefill.plan import Planner
-from specprefill.types import (
+from specprefill.core.plan import Planner
+from specprefill.core.types import (
     Chunk,
     Plan,
     PlanKind,
@@ -30,6 +27,9 @@ from specprefill.types import (
     Span,
     TokenLogprob,
 )
+from specprefill.gateway.openai.access import RequestLimit
+from specprefill.gateway.openai.keys import KeyRing
+from specprefill.gateway.openai.request_json import JsonLimits
 
 WORDS = (" alpha", " bravo", " charlie")
 TEXT = "".join(WORDS)  # what every scripted answer holds
@@ -159,7 +159,7 @@ def gateway() -> Iterator[Any]:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of third parties, while they are imported
-        from specprefill.gateway.app import build_client, build_http_app
+        from specprefill.gateway.openai.server import build_client, build_http_app
 
         pipeline, health = ScriptedPipeline(), ScriptedHealth()
         config = configuration()

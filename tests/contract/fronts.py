@@ -19,11 +19,11 @@ from ray.serve._private.common import RequestProtocol
 from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
 from ray.serve.config import HTTPOptions, gRPCOptions
 
-from specprefill.cluster import free_port
-from specprefill.front import FILE_VARIABLE
+from specprefill.deployment.front import FILE_VARIABLE
+from specprefill.deployment.local_ray import free_port
 
 HOST = "127.0.0.1"
-SERVICER = "specprefill.rpc.serving.add_SpecPrefillServicer_to_server"
+SERVICER = "specprefill.gateway.grpc.serving.add_SpecPrefillServicer_to_server"
 START_TIMEOUT_S = 20.0
 
 
@@ -85,7 +85,7 @@ def running(front: Front, gateway: dict) -> Iterator[Front]:
     args = {"model": {"path": "m"}, "speculator": {"path": "s"}, "gateway": gateway}
     application = {"name": "app", "import_path": "specprefill.app:build", "args": args}
     deployment.write_text(yaml.safe_dump({"applications": [application]}))
-    command = [sys.executable, "-c", "from specprefill.front import main; main()"]
+    command = [sys.executable, "-c", "from specprefill.deployment.front import main; main()"]
     with subprocess.Popen(
         [*command, "-db", "-f", str(front.config)],
         # As Serve's: whoever asks where HAProxy is would find the front itself.

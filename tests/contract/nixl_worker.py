@@ -10,11 +10,11 @@ import sys
 import time
 
 from specprefill.kv.announcements import Announcements
-from specprefill.kv.arena import Arena
 from specprefill.kv.frames import FRAME_BYTES, Frame, seal
 from specprefill.kv.leases import LeaseStore
-from specprefill.kv.nixl import agent_for
-from specprefill.kv.nixl_rpc import NixlHandler
+from specprefill.kv.nixl.agent import agent_for
+from specprefill.kv.nixl.arena import Arena
+from specprefill.kv.nixl.reads import NixlHandler
 from specprefill.kv.rpc import KvServer
 
 LEASE, SECRET, FINGERPRINT = "lease", "secret", "layout"

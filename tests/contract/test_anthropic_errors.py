@@ -41,7 +41,7 @@ async def test_messages_are_refused_in_anthropics_form(
 async def test_messages_fail_in_anthropics_form(
     http: httpx.AsyncClient, pipeline: Any, stream: bool
 ) -> None:
-    from specprefill.errors import Overloaded
+    from specprefill.core.errors import Overloaded
 
     pipeline.fails = Overloaded("full", 4.0, "queue_full")
     body = {"model": "demo", **BODIES["/v1/messages"], "stream": stream}
@@ -60,7 +60,7 @@ async def test_a_stranger_is_refused_in_anthropics_form(http: httpx.AsyncClient)
 async def test_a_failing_stream_ends_in_anthropics_form(
     http: httpx.AsyncClient, pipeline: Any
 ) -> None:
-    from specprefill.errors import Unavailable
+    from specprefill.core.errors import Unavailable
 
     pipeline.fails, pipeline.fails_after = Unavailable("gone"), 1
     body = {"model": "demo", **BODIES["/v1/messages"], "stream": True}

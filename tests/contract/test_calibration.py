@@ -8,11 +8,11 @@ import random
 import msgspec
 import pytest
 
-from specprefill.errors import PrefillUnavailable
-from specprefill.fakes import FakePrefiller, FakeSpeculator
-from specprefill.gateway import calibration
-from specprefill.probe import Probe
-from specprefill.stages import StageModels
+from specprefill.control.probe import Probe
+from specprefill.control.stages import StageModels
+from specprefill.core.errors import PrefillUnavailable
+from specprefill.core.fakes import FakePrefiller, FakeSpeculator
+from specprefill.gateway.observe import calibration
 
 
 def of(prefiller: FakePrefiller) -> tuple[calibration.Calibration, StageModels]:

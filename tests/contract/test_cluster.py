@@ -6,8 +6,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from specprefill.cluster import SHORT_PATHS, LocalRay, StartFailed, answers_strangers
-from specprefill.front import FILE_VARIABLE
+from specprefill.deployment.front import FILE_VARIABLE
+from specprefill.deployment.local_ray import SHORT_PATHS, LocalRay, StartFailed, answers_strangers
 
 
 def test_a_cluster_that_answers_without_a_token_is_warned_of():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from specprefill import cli
+from specprefill.cli import main as cli
 from specprefill.kv.announcements import Announcements
 from specprefill.kv.leases import LeaseStore
 from specprefill.kv.rpc import KvServer
@@ -85,7 +85,7 @@ def test_a_deployment_that_can_run(capsys):
 
 def test_a_model_that_the_engines_would_refuse(capsys, deployment, tmp_path):
     from specprefill.config import EngineConfig, MainModel
-    from specprefill.engine.guard import engine_reasons
+    from specprefill.engine.sparse.guard import engine_reasons
 
     folder = str(model_folders.write("bloom", tmp_path))
     code, lines = report(capsys, deployment(model={"path": folder, "max_model_len": 2048}))

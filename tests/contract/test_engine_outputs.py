@@ -3,8 +3,8 @@
 import pytest
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
+from specprefill.core.errors import InvalidRequest, PrefillUnavailable
 from specprefill.engine.outputs import check_ended_well
-from specprefill.errors import InvalidRequest, PrefillUnavailable
 
 FREE = SamplingParams()
 CONSTRAINED = SamplingParams(structured_outputs=StructuredOutputsParams(json='{"$ref": "#"}'))

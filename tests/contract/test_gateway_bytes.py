@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from specprefill.errors import InvalidRequest
-from specprefill.gateway.request_json import MAX_DEPTH, JsonLimits, parse_json
-from specprefill.gateway.routes import GENERATING, SERVED
+from specprefill.core.errors import InvalidRequest
+from specprefill.gateway.openai.request_json import MAX_DEPTH, JsonLimits, parse_json
+from specprefill.gateway.openai.routes import GENERATING, SERVED
 
 from ..linear_cost import assert_linear
 from .conftest import JSON_LIMITS

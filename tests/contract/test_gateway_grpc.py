@@ -11,11 +11,11 @@ import grpc
 import msgspec
 import pytest
 
-from specprefill.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
+from specprefill.core.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
+from specprefill.core.types import Controls
+from specprefill.gateway.grpc.serving import add_SpecPrefillServicer_to_server
 from specprefill.rpc import specprefill_pb2 as pb
 from specprefill.rpc import specprefill_pb2_grpc as stubs
-from specprefill.rpc.serving import add_SpecPrefillServicer_to_server
-from specprefill.types import Controls
 
 from .conftest import JSON_LIMITS, KEYS, LIMIT, MAX_MESSAGE_BYTES
 
@@ -39,7 +39,7 @@ class Servicer(stubs.SpecPrefillServicer):
         return await self._unary(self._api.health, request, context)
 
     async def GenerateStream(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        from specprefill.gateway.failures import RpcFailed
+        from specprefill.gateway.openai.failures import RpcFailed
 
         try:
             async for chunk in self._api.generate_stream(request, context):
@@ -48,7 +48,7 @@ class Servicer(stubs.SpecPrefillServicer):
             await context.abort(failed.code, failed.details)
 
     async def _unary(self, method: Any, request: Any, context: Any) -> Any:
-        from specprefill.gateway.failures import RpcFailed
+        from specprefill.gateway.openai.failures import RpcFailed
 
         try:
             return await method(request, context)
@@ -58,7 +58,7 @@ class Servicer(stubs.SpecPrefillServicer):
 
 @pytest.fixture
 async def channel(gateway: Any, pipeline: Any, health: Any) -> AsyncIterator[grpc.aio.Channel]:
-    from specprefill.gateway.grpc_api import GrpcApi
+    from specprefill.gateway.grpc.api import GrpcApi
 
     server = grpc.aio.server()
     api = GrpcApi(

@@ -11,8 +11,8 @@ import httpx
 import openai
 import pytest
 
-from specprefill.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
-from specprefill.types import Controls
+from specprefill.core.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
+from specprefill.core.types import Controls
 
 from .conftest import CHAT, TEXT, chat, sampling
 
@@ -331,9 +331,9 @@ async def test_a_client_that_leaves_closes_the_pipeline(
 
 async def test_a_cancelled_request_ends_its_handler():
     """Serve cancels the request's task; vLLM's handlers run in tasks that do not know of it."""
-    from specprefill.gateway.bodies import BodyReader
-    from specprefill.gateway.middleware import RequestMiddleware
-    from specprefill.gateway.request_json import JsonLimits
+    from specprefill.gateway.openai.bodies import BodyReader
+    from specprefill.gateway.openai.middleware import RequestMiddleware
+    from specprefill.gateway.openai.request_json import JsonLimits
 
     started, ended = asyncio.Event(), asyncio.Event()
 

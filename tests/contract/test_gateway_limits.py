@@ -12,10 +12,10 @@ import msgspec
 import pytest
 from vllm.sampling_params import SamplingParams
 
-from specprefill.errors import InvalidRequest
-from specprefill.gateway.context import RequestContext
+from specprefill.core.errors import InvalidRequest
+from specprefill.core.types import Controls
+from specprefill.gateway.openai.context import RequestContext
 from specprefill.rpc import specprefill_pb2 as pb
-from specprefill.types import Controls
 
 from .test_gateway_grpc import KEY, channel, stub
 
@@ -151,7 +151,7 @@ async def test_a_search_ends_with_its_request(
         ended.set()
         return ()
 
-    monkeypatch.setattr("specprefill.gateway.client.protected_spans", search)
+    monkeypatch.setattr("specprefill.gateway.openai.client.protected_spans", search)
     client = gateway[0]
     context = RequestContext(controls=Controls(prune=True, protect=("vault",)))
     prompt = await client.render_text(PROMPT)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from specprefill.types import Chunk, TokenLogprob
+from specprefill.core.types import Chunk, TokenLogprob
 
 CHUNKS = (
     Chunk(0, (1,), "a", prompt_logprobs=(None, (TokenLogprob(9, -2.0, 1, "x"),))),
@@ -20,7 +20,7 @@ def outputs(gateway: Any, kind: str) -> list[Any]:
     del gateway  # vLLM has been imported
     from vllm.sampling_params import RequestOutputKind
 
-    from specprefill.gateway.outputs import OutputAssembler
+    from specprefill.gateway.openai.request_outputs import OutputAssembler
 
     assembler = OutputAssembler("r", "text", [7, 9], 2, RequestOutputKind[kind])
     return [output for chunk in CHUNKS if (output := assembler.add(chunk)) is not None]

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
-from specprefill.gateway import grpc_health
-from specprefill.gateway.grpc_health import SERVICE, GrpcHealth
+from specprefill.gateway.grpc import health_service as grpc_health
+from specprefill.gateway.grpc.health_service import SERVICE, GrpcHealth
 
 Status = HealthCheckResponse
 

@@ -7,12 +7,12 @@ import sys
 import grpc
 import pytest
 
-from specprefill.gateway.serve_ports import claim
+from specprefill.gateway.grpc.serve_ports import claim
 
 HOST = "127.0.0.1"
 ELSEWHERE = """
 import sys
-from specprefill.gateway.serve_ports import claim
+from specprefill.gateway.grpc.serve_ports import claim
 try:
     claim("127.0.0.1", int(sys.argv[1]))
 except RuntimeError as error:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from specprefill.config import EngineConfig, MainModel
-from specprefill.errors import UnsupportedModel
+from specprefill.core.errors import UnsupportedModel
 
 from . import model_folders
 
@@ -45,7 +45,7 @@ def _in_this_process(monkeypatch):
 
 
 def reasons(folder, engine=None, **model) -> tuple[str, ...]:
-    from specprefill.engine.guard import engine_reasons
+    from specprefill.engine.sparse.guard import engine_reasons
 
     return engine_reasons(MainModel(path=str(folder), **model), EngineConfig(**(engine or {})))
 
@@ -77,7 +77,7 @@ def test_plain_caches_are_handed_over(dtype, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["fp8", "fp8_e4m3", "fp8_e5m2"])
 def test_fp8_caches_pass_as_bytes_but_on_a_cpu(dtype, tmp_path, monkeypatch):
-    from specprefill.engine import guard
+    from specprefill.engine.sparse import guard
 
     folder = model_folders.write("llama", tmp_path)
     engine = {"engine_args": {"kv_cache_dtype": dtype}}
@@ -91,7 +91,7 @@ def test_fp8_caches_pass_as_bytes_but_on_a_cpu(dtype, tmp_path, monkeypatch):
     ["nvfp4", "nvfp4_4over6", "int8_per_token_head", "fp8_per_token_head", "ultraquant_4bit"],
 )
 def test_caches_with_scales_inside_are_refused_on_every_device(dtype, tmp_path, monkeypatch):
-    from specprefill.engine import guard
+    from specprefill.engine.sparse import guard
 
     monkeypatch.setattr(guard.current_platform, "is_cpu", lambda: False)
     folder = model_folders.write("llama", tmp_path)
@@ -176,7 +176,7 @@ class TestCaches:
 
     @staticmethod
     def check(*specs) -> None:
-        from specprefill.engine.guard import refuse_unreadable_caches
+        from specprefill.engine.sparse.guard import refuse_unreadable_caches
 
         groups = [SimpleNamespace(kv_cache_spec=spec) for spec in specs]
         model = SimpleNamespace(model="m", max_model_len=4096)
@@ -215,7 +215,7 @@ class TestCaches:
     def test_fp8_caches_are_bytes_but_on_a_cpu(self, monkeypatch):
         from vllm.v1.kv_cache_interface import KVQuantMode
 
-        from specprefill.engine import guard
+        from specprefill.engine.sparse import guard
 
         fp8 = self.spec(kv_quant_mode=KVQuantMode.FP8_PER_TENSOR)
         with pytest.raises(UnsupportedModel, match="quantised as FP8_PER_TENSOR"):

@@ -90,7 +90,7 @@ def caches_of(one_worker, tmp_path, monkeypatch):
     ],
 )
 def test_what_the_guard_lets_pass_has_caches_that_are_read(caches_of, name, longest):
-    from specprefill.engine.guard import refuse_unreadable_caches, refuse_unsupported
+    from specprefill.engine.sparse.guard import refuse_unreadable_caches, refuse_unsupported
 
     config, caches = caches_of(name, longest)
     refuse_unsupported(config)
@@ -102,8 +102,8 @@ def test_what_the_guard_lets_pass_has_caches_that_are_read(caches_of, name, long
 
 @pytest.mark.parametrize("name", ["mistral-window", "gemma2"])
 def test_a_window_that_binds_is_found_in_the_caches_too(caches_of, name):
-    from specprefill.engine.guard import refuse_unreadable_caches
-    from specprefill.errors import UnsupportedModel
+    from specprefill.core.errors import UnsupportedModel
+    from specprefill.engine.sparse.guard import refuse_unreadable_caches
 
     with pytest.raises(UnsupportedModel, match="attends to 64 cache slots of at most 8192"):
         refuse_unreadable_caches(*caches_of(name))

@@ -9,8 +9,8 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
+from specprefill.core.errors import InvalidRequest
 from specprefill.engine.half_characters import leak_of
-from specprefill.errors import InvalidRequest
 
 SECRET = "The secret is swordfish. "
 FACE = "\U0001f642"

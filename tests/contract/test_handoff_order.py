@@ -12,6 +12,8 @@ import psutil
 import pytest
 import torch
 
+from specprefill.core.errors import KvTransferError, LayoutMismatch, UnsupportedModel
+from specprefill.core.types import Carrier, Span
 from specprefill.engine.handoff.caches import Caches, kernel_blocks
 from specprefill.engine.handoff.device import HostDevice
 from specprefill.engine.handoff.holder import Holder
@@ -20,10 +22,8 @@ from specprefill.engine.handoff.orders import HandoffConfig, Orders, Pull, Stage
 from specprefill.engine.handoff.puller import Puller, WorkerPlace
 from specprefill.engine.handoff.ring import BufferRing
 from specprefill.engine.handoff.staging import Stager
-from specprefill.errors import KvTransferError, LayoutMismatch, UnsupportedModel
 from specprefill.kv.pull import KvClient
 from specprefill.kv.shards import Split
-from specprefill.types import Carrier, Span
 
 from .strict_device import POISON, BrokenDevice, StrictDevice, UnorderedDevice
 

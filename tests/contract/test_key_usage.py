@@ -1,6 +1,6 @@
 """Tokens by the name of the key, as the metric gets them."""
 
-from specprefill.gateway import key_usage
+from specprefill.gateway.observe import key_usage
 
 
 class Counter:

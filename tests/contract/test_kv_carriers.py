@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from specprefill.errors import KvTransferError, LayoutMismatch, LeaseNotFound
+from specprefill.core.errors import KvTransferError, LayoutMismatch, LeaseNotFound
 from specprefill.kv.frames import Frame, Trailer, encode
 from specprefill.kv.tls import read_tls
 

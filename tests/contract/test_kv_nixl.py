@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from specprefill.errors import CorruptFrame, InvalidConfiguration, KvTransferError
-from specprefill.kv.arena import Arena
+from specprefill.core.errors import CorruptFrame, InvalidConfiguration, KvTransferError
 from specprefill.kv.frames import Trailer, encode
-from specprefill.kv.nixl import agent_for, require
-from specprefill.kv.nixl_rpc import LANDING_BYTES, NixlClient
+from specprefill.kv.nixl.agent import agent_for, require
+from specprefill.kv.nixl.arena import Arena
+from specprefill.kv.nixl.reads import LANDING_BYTES, NixlClient
 
 from .carriers import CHUNKS, LAYERS, LEASE, Nixl, reader
 from .nixl_worker import FINGERPRINT, FRAMES, SECRET, Worker, payload

@@ -6,15 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from specprefill.errors import CorruptFrame, KvTransferError, LayoutMismatch, LeaseNotFound
+from specprefill.core.errors import CorruptFrame, KvTransferError, LayoutMismatch, LeaseNotFound
+from specprefill.core.types import Ticket
 from specprefill.kv.announcements import Announcements
 from specprefill.kv.frames import Frame, decode, from_token, seal
 from specprefill.kv.leases import LeaseStore
-from specprefill.kv.objects import KvCollector, KvRelay, as_object, messages
+from specprefill.kv.object_ref.shared_memory import LocateHandler, Mappings, SharedMemory
+from specprefill.kv.object_ref.stream import KvCollector, KvRelay, as_object, messages
 from specprefill.kv.pull import KvClient
 from specprefill.kv.rpc import KvServer
-from specprefill.kv.shared import LocateHandler, Mappings, SharedMemory
-from specprefill.types import Ticket
 
 TOKENS, TOKEN_BYTES = 96, 16
 PAYLOAD_BYTES = TOKENS * TOKEN_BYTES

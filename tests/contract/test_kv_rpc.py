@@ -10,13 +10,13 @@ import grpc
 import msgpack
 import pytest
 
-from specprefill.errors import CorruptFrame, KvTransferError, LayoutMismatch, LeaseNotFound
+from specprefill.core.errors import CorruptFrame, KvTransferError, LayoutMismatch, LeaseNotFound
+from specprefill.core.types import Ticket
 from specprefill.kv.announcements import Announcement, Announcements
 from specprefill.kv.frames import Frame, Trailer, encode, seal
 from specprefill.kv.leases import LeaseStore
 from specprefill.kv.pull import KvClient
 from specprefill.kv.rpc import DRAIN, PULL, RELEASE, RENEW, WATCH, KvPeers, KvServer
-from specprefill.types import Ticket
 
 TICKET = {"lease_id": "lease", "secret": "secret"}
 LAYERS, TOKENS, TOKEN_BYTES = 3, 64, 16

@@ -8,15 +8,15 @@ from dataclasses import replace
 import grpc
 import pytest
 
-from specprefill.errors import KvTransferError
+from specprefill.core.errors import KvTransferError
+from specprefill.core.types import Ticket
 from specprefill.kv.announcements import Announcements
 from specprefill.kv.frames import Frame, seal
 from specprefill.kv.leases import LeaseStore
-from specprefill.kv.objects import KvCollector, KvRelay
+from specprefill.kv.object_ref.stream import KvCollector, KvRelay
 from specprefill.kv.pull import KvClient
 from specprefill.kv.rpc import PULL, KvPeers, KvServer
 from specprefill.kv.tls import MutualTls, read_tls
-from specprefill.types import Ticket
 
 from ..certificates import Authority
 

@@ -18,16 +18,17 @@ import numpy as np
 import pytest
 import uvicorn
 
-from specprefill.errors import DeadlineExceeded, Overloaded, Unavailable
-from specprefill.loadtest import report, runner, session
-from specprefill.loadtest.chaos import inject
-from specprefill.loadtest.grpc_stream import GrpcCaller
-from specprefill.loadtest.http_stream import HttpCaller
-from specprefill.loadtest.outcome import Ending
-from specprefill.loadtest.prompts import Source
-from specprefill.loadtest.recorder import Prompt
-from specprefill.loadtest.runner import Planned, Progress
-from specprefill.loadtest.scenario import Kill, Scenario
+from specprefill.core.errors import DeadlineExceeded, Overloaded, Unavailable
+from specprefill.lab.loadtest import results as report
+from specprefill.lab.loadtest import runner, session
+from specprefill.lab.loadtest.chaos import inject
+from specprefill.lab.loadtest.grpc_stream import GrpcCaller
+from specprefill.lab.loadtest.http_stream import HttpCaller
+from specprefill.lab.loadtest.outcome import Ending
+from specprefill.lab.loadtest.prompt_source import Source
+from specprefill.lab.loadtest.recorder import Prompt
+from specprefill.lab.loadtest.runner import Planned, Progress
+from specprefill.lab.loadtest.scenario import Kill, Scenario
 from specprefill.rpc import specprefill_pb2_grpc as stubs
 
 from .conftest import API_KEY, JSON_LIMITS, KEYS, LIMIT, MAX_MESSAGE_BYTES, WORDS
@@ -54,7 +55,7 @@ def prompt(**changes: Any) -> Prompt:
 @pytest.fixture
 async def addresses(gateway: Any, pipeline: Any, health: Any) -> AsyncIterator[dict[str, str]]:
     """The gateway on real ports."""
-    from specprefill.gateway.grpc_api import GrpcApi
+    from specprefill.gateway.grpc.api import GrpcApi
 
     client, app, _, _ = gateway
     with socket.socket() as listening:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from specprefill import cli
+from specprefill.cli import main as cli
 
 
 @pytest.fixture

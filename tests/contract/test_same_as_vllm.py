@@ -18,8 +18,8 @@ from typing import Any
 import httpx
 import pytest
 
-from specprefill.gateway.routes import SERVED
-from specprefill.types import Request
+from specprefill.core.types import Request
+from specprefill.gateway.openai.routes import SERVED
 
 from .conftest import API_KEY, ScriptedPipeline, configuration
 from .test_gateway_bytes import BODIES, FIELDS, NO_JSON
@@ -77,9 +77,9 @@ def plain(gateway: Any) -> Iterator[Any]:
     from vllm.renderers import renderer_from_config
     from vllm.v1.engine.input_processor import InputProcessor
 
-    from specprefill.gateway.app import server_args
-    from specprefill.gateway.outputs import OutputAssembler
-    from specprefill.gateway.surface import TASKS, RemoteEngineClient
+    from specprefill.gateway.openai.request_outputs import OutputAssembler
+    from specprefill.gateway.openai.server import server_args
+    from specprefill.gateway.openai.surface import TASKS, RemoteEngineClient
 
     class PlainEngine(RemoteEngineClient):
         def __init__(self, vllm_config: VllmConfig) -> None:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 from aiohttp import web
 
-from specprefill.gateway.scrape import ServiceMetrics, merged
+from specprefill.gateway.observe.scrape import ServiceMetrics, merged
 
 GATEWAY = """# HELP ray_specprefill_requests_total Requests
 # TYPE ray_specprefill_requests_total counter

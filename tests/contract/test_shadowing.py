@@ -7,13 +7,13 @@ import pytest
 from vllm.sampling_params import SamplingParams
 
 from specprefill.config import QualityConfig
-from specprefill.fakes import FakeDecoder, FakePrefiller, FakeSpeculator
-from specprefill.gateway import shadowing
-from specprefill.gateway.metrics import MeasuredPipeline, PipelineMetrics
-from specprefill.pipeline import Pipeline
-from specprefill.plan import Planner
-from specprefill.shadow import Divergence, Outcome
-from specprefill.types import Controls, Request
+from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator
+from specprefill.core.pipeline import Pipeline
+from specprefill.core.plan import Planner
+from specprefill.core.types import Controls, Request
+from specprefill.gateway.observe import shadowing
+from specprefill.gateway.observe.metrics import MeasuredPipeline, PipelineMetrics
+from specprefill.gateway.observe.shadow import Divergence, Outcome
 
 from ..instruments import Instruments
 

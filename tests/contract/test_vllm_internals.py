@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from specprefill.errors import IncompatibleVllm
+from specprefill.core.errors import IncompatibleVllm
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -19,9 +19,9 @@ import psutil
 import pytest
 import yaml
 
-from specprefill.cluster import ServeApi, Snapshot, free_port, set_auth_mode
-from specprefill.deployment_file import load, with_ports
-from specprefill.front import FILE_VARIABLE
+from specprefill.deployment.file import load, with_ports
+from specprefill.deployment.front import FILE_VARIABLE
+from specprefill.deployment.local_ray import ServeApi, Snapshot, free_port, set_auth_mode
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 90.0

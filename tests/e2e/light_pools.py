@@ -12,8 +12,8 @@ from specprefill.autoscaling.policy import SloPolicy
 from specprefill.autoscaling.signals import QUEUE_AGE_S
 from specprefill.autoscaling.targets import autoscaling_config
 from specprefill.config import AppConfig
-from specprefill.gateway.traffic import GatewayTraffic
-from specprefill.stages import Curve, StageCurves
+from specprefill.control.stages import Curve, StageCurves
+from specprefill.gateway.observe.traffic import GatewayTraffic
 
 SLOW = StageCurves(Curve(base_s=0.1), Curve(base_s=0.1), Curve(base_s=0.001), Curve(base_s=0.1))
 PROMPT_TOKENS, KEPT_TOKENS = 8000, 2000

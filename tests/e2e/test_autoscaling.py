@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from specprefill.cluster import LocalRay, ServeApi, free_port, set_auth_mode
+from specprefill.deployment.local_ray import LocalRay, ServeApi, free_port, set_auth_mode
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from specprefill.plan import LEAST_FACTS_KEPT
+from specprefill.core.plan import LEAST_FACTS_KEPT
 
 from .conftest import pruned
 from .timed_pools import PREFILL_TOKEN_S

@@ -13,7 +13,7 @@ import openai
 import pytest
 from ray.util.state import list_objects
 
-from specprefill.deployment_file import SLO_POLICY
+from specprefill.deployment.file import SLO_POLICY
 
 from .conftest import POOLS, pruned
 

@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator
 from ray import serve
 
 from specprefill.config import AppConfig
-from specprefill.types import Chunk, Plan, Prefilled, Request, Selection, Span
-from specprefill.wire import pack, unpack
+from specprefill.core.types import Chunk, Plan, Prefilled, Request, Selection, Span
+from specprefill.core.wire import pack, unpack
 
 SPECULATE_S = 0.02
 PREFILL_TOKEN_S = 3e-3  # by one engine, one prompt after the other

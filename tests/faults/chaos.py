@@ -25,8 +25,8 @@ from typing import Any
 import httpx
 from transformers import AutoTokenizer
 
-from specprefill.cluster import ServeApi
-from specprefill.deployment_file import load
+from specprefill.deployment.file import load
+from specprefill.deployment.local_ray import ServeApi
 from specprefill.synthetic.needles import needle_prompt
 from tests.fuzz.served import HOST, Served, serving
 from tests.fuzz.watch import Holding, totals

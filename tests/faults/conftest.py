@@ -15,15 +15,15 @@ import psutil
 import pytest
 import pytest_asyncio
 
-from specprefill.bench.report import markdown, provenance, write_json
-from specprefill.errors import Overloaded, PrefillUnavailable, Unavailable
-from specprefill.fallback import Fallback, OnOverload
+from specprefill.core.errors import Overloaded, PrefillUnavailable, Unavailable
+from specprefill.core.fallback import Fallback, OnOverload
+from specprefill.core.pipeline import Pipeline
+from specprefill.core.plan import Planner
+from specprefill.core.types import Carrier, Report, Request, Selection, Ticket
 from specprefill.kv.keeper_link import KEEPER
 from specprefill.kv.prefilling import HeldPrefill, prefilling
 from specprefill.kv.rpc import KvPeers
-from specprefill.pipeline import Pipeline
-from specprefill.plan import Planner
-from specprefill.types import Carrier, Report, Request, Selection, Ticket
+from specprefill.lab.reporting.tables import markdown, provenance, write_json
 
 # The tiny random model and the environment of engines on CPUs.
 from tests.integration.conftest import BLOCK_SIZE, model_dir  # noqa: F401

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import psutil
 import pytest
 
-from specprefill.types import Plan, PlanKind, Reason, Selection, Span
+from specprefill.core.types import Plan, PlanKind, Reason, Selection, Span
 
 from .conftest import Pools, ask
 from .test_matrix import request

@@ -14,13 +14,10 @@ import grpc
 import msgspec
 import pytest
 
-from specprefill.errors import DeadlineExceeded, Overloaded
-from specprefill.fallback import OnOverload, static_selection
-from specprefill.kv.announcements import Announcements
-from specprefill.kv.leases import UNCLAIMED_S, LeaseStore
-from specprefill.kv.rpc import KvServer, _Handler
-from specprefill.selection import SelectionPolicy
-from specprefill.types import (
+from specprefill.core.errors import DeadlineExceeded, Overloaded
+from specprefill.core.fallback import OnOverload, static_selection
+from specprefill.core.selection import SelectionPolicy
+from specprefill.core.types import (
     Carrier,
     Controls,
     Decoded,
@@ -33,6 +30,9 @@ from specprefill.types import (
     Span,
     Ticket,
 )
+from specprefill.kv.announcements import Announcements
+from specprefill.kv.leases import UNCLAIMED_S, LeaseStore
+from specprefill.kv.rpc import KvServer, _Handler
 
 from .conftest import ask
 from .relay import cut_after, flip_at, relay

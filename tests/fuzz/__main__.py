@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from specprefill.deployment_file import load
+from specprefill.deployment.file import load
 
 from . import grpc_cases, http_cases
 from .attack import Tally, exchange, open_routes, openapi_document, over_grpc, over_http

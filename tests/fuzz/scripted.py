@@ -21,7 +21,7 @@ from typing import Any
 
 import grpc
 
-from specprefill.cluster import free_port
+from specprefill.deployment.local_ray import free_port
 
 from .served import START_TIMEOUT_S, STOP_TIMEOUT_S, Served
 from .watch import Watch
@@ -58,9 +58,9 @@ def scripted() -> Iterator[Served]:
 
 async def serve(grpc_port: int, folder: Path) -> None:
     """Serve until cancelled."""
-    from specprefill.gateway.app import build_client, build_http_app
-    from specprefill.gateway.grpc_api import GrpcApi
-    from specprefill.rpc.serving import add_SpecPrefillServicer_to_server
+    from specprefill.gateway.grpc.api import GrpcApi
+    from specprefill.gateway.grpc.serving import add_SpecPrefillServicer_to_server
+    from specprefill.gateway.openai.server import build_client, build_http_app
     from tests.contract import conftest as contract
     from tests.contract.fronts import running, serve_config, serving
     from tests.contract.test_gateway_grpc import JSON_LIMITS, MAX_MESSAGE_BYTES, Servicer

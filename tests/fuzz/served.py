@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from specprefill.cluster import free_port
-from specprefill.deployment_file import with_ports
+from specprefill.deployment.file import with_ports
+from specprefill.deployment.local_ray import free_port
 
 from .watch import Watch
 

@@ -24,10 +24,10 @@ os.environ.update(
 os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
 
 from specprefill.config import EngineConfig, KvConfig, MainModel
+from specprefill.core.positions import PositionMap
+from specprefill.core.types import Plan, PlanKind, Prefilled, Reason, Request, Selection, Span
 from specprefill.kv.rpc import KvPeers
 from specprefill.kv.tls import read_tls
-from specprefill.positions import PositionMap
-from specprefill.types import Plan, PlanKind, Prefilled, Reason, Request, Selection, Span
 
 from ..certificates import Authority
 

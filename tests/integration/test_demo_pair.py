@@ -15,12 +15,12 @@ from specprefill.config import (
     SelectionConfig,
     SpeculatorConfig,
 )
-from specprefill.evaluation.arms import DENSE, Arm, Chooser
-from specprefill.selection import SelectionPolicy, select
-from specprefill.synthetic.families.catalog import generate
-from specprefill.synthetic.families.judging import score
+from specprefill.core.selection import SelectionPolicy, select
+from specprefill.core.types import Plan, PlanKind, Reason, Selection, Span
+from specprefill.lab.evaluation.arms import DENSE, Arm, Chooser
+from specprefill.lab.families.catalog import generate
+from specprefill.lab.families.judging import score
 from specprefill.synthetic.needles import needle_prompt, render
-from specprefill.types import Plan, PlanKind, Reason, Selection, Span
 
 from .conftest import MODELS, kept
 
@@ -133,8 +133,8 @@ async def main_engine():
 async def answered(engine, needle, selection, name) -> bool:
     from vllm import SamplingParams
 
+    from specprefill.core.positions import PositionMap
     from specprefill.engine.params import POSITIONS
-    from specprefill.positions import PositionMap
 
     mapping = PositionMap.from_runs(selection.runs, selection.prompt_tokens)
     extra = None if mapping.is_identity else {POSITIONS: mapping.to_wire()}
@@ -188,7 +188,7 @@ FAMILY_PROMPTS, FAMILY_TOKENS = 4, 1536
 
 @pytest.fixture(scope="module")
 def pair(tokenizer):
-    from specprefill.evaluation.pair import load_pair
+    from specprefill.lab.evaluation.pair import load_pair
 
     speculator = SpeculatorConfig(path=str(MODELS / "demo-speculator"), dtype="float32")
     main = str(MODELS / "demo-main")

@@ -7,8 +7,8 @@ descriptors, the reads, the order of copies.
 from __future__ import annotations
 
 from specprefill.config import EngineConfig, KvConfig, MainModel
+from specprefill.core.types import Span
 from specprefill.kv.rpc import KvPeers
-from specprefill.types import Span
 
 from .conftest import BLOCK_SIZE, Engines, Runner, answer, kept, prompt_of
 

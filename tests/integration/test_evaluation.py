@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from specprefill.cli import main
-from specprefill.synthetic.families.catalog import generate
+from specprefill.cli.main import main
+from specprefill.lab.families.catalog import generate
 
 from .conftest import MODELS
 
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.integration
 
 def test_answers_of_one_batch_are_those_of_each_alone(demo_tokenizer):
     from specprefill.config import SpeculatorConfig
-    from specprefill.evaluation.greedy import greedy
-    from specprefill.evaluation.pair import load_answerer
+    from specprefill.lab.evaluation.greedy import greedy
+    from specprefill.lab.evaluation.pair import load_answerer
 
     path = str(MODELS / "demo-main")
     answerer = load_answerer(path, SpeculatorConfig(path=path, dtype="float32"), demo_tokenizer)

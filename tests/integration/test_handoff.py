@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from specprefill.errors import DeadlineExceeded, InvalidRequest
-from specprefill.types import Carrier, Prefilled, Span, Ticket
+from specprefill.core.errors import DeadlineExceeded, InvalidRequest
+from specprefill.core.types import Carrier, Prefilled, Span, Ticket
 
 from .conftest import BLOCK_SIZE, Runner, answer, kept, prompt_of, text
 

@@ -12,11 +12,11 @@ import pytest
 import pytest_asyncio
 
 from specprefill.app import engine_placement
-from specprefill.cluster import free_port, set_auth_mode
 from specprefill.config import AppConfig
-from specprefill.gateway.pools import ServeDecoder, ServePrefiller
+from specprefill.core.types import Span
+from specprefill.deployment.local_ray import free_port, set_auth_mode
+from specprefill.gateway.pools.handles import ServeDecoder, ServePrefiller
 from specprefill.kv.rpc import KvPeers
-from specprefill.types import Span
 
 from .conftest import BLOCK_SIZE, answer, kept
 

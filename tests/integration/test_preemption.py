@@ -13,11 +13,11 @@ import pytest_asyncio
 from prometheus_client import REGISTRY
 
 from specprefill.config import EngineConfig, KvConfig, MainModel
+from specprefill.core.types import Span
 from specprefill.engine.args import Role, engine_args
 from specprefill.engine.engine import Engine
 from specprefill.kv.tls import read_tls
 from specprefill.prefill.service import PrefillService
-from specprefill.types import Span
 
 from .conftest import BLOCK_SIZE, Runner, answer, kept, prompt_of, starting
 

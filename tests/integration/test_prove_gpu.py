@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from specprefill.bench.proof.latency import PLANS
+from loadtest.bench.proof.latency import PLANS
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
@@ -34,7 +34,7 @@ def findings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("proof")
     (folder / "sitecustomize.py").write_text(BLOCK)
     path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "specprefill.bench.proof", "--short", "--out", str(folder)]
+    command = [sys.executable, "-m", "loadtest.bench.proof", "--short", "--out", str(folder)]
     done = subprocess.run(
         command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
     )

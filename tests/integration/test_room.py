@@ -6,9 +6,9 @@ import pytest
 import pytest_asyncio
 
 from specprefill.config import EngineConfig, KvConfig, MainModel
-from specprefill.errors import DeadlineExceeded
+from specprefill.core.errors import DeadlineExceeded
+from specprefill.core.types import Span
 from specprefill.kv.rpc import KvPeers
-from specprefill.types import Span
 
 from .conftest import BLOCK_SIZE, Engines, Runner, answer, kept
 

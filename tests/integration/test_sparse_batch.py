@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from specprefill.positions import PositionMap
+from specprefill.core.positions import PositionMap
 
 pytestmark = pytest.mark.integration
 
@@ -49,7 +49,7 @@ def batch_positions(rows):
 @pytest.mark.parametrize("seed", range(20))
 def test_v1_batches(seed):
     from specprefill.engine.params import POSITIONS
-    from specprefill.engine.sparse import SparseBatch
+    from specprefill.engine.sparse.batch import SparseBatch
 
     rng = random.Random(seed)
     rows = random_rows(rng, requests=6)
@@ -66,7 +66,7 @@ def test_v1_batches(seed):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_v2_batches(seed):
-    from specprefill.engine.sparse import SparseSlots
+    from specprefill.engine.sparse.batch import SparseSlots
 
     rng = random.Random(seed)
     state = SparseSlots(max_requests=16, device=CPU)

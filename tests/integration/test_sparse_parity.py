@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from specprefill.types import Span
+from specprefill.core.types import Span
 
 from .conftest import Runner, answer, kept, prompt_of
 

@@ -7,11 +7,11 @@ import pytest
 import pytest_asyncio
 
 from specprefill.config import EngineConfig, KvConfig, MainModel
+from specprefill.core.types import Span
 from specprefill.decode.service import DecodeService
 from specprefill.engine.args import Role, engine_args
 from specprefill.engine.engine import Engine
 from specprefill.prefill.service import PrefillService
-from specprefill.types import Span
 
 from .conftest import BLOCK_SIZE, answer, kept
 

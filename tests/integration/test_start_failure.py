@@ -3,7 +3,7 @@
 import pytest
 
 from specprefill.config import EngineConfig, KvConfig, MainModel
-from specprefill.errors import EngineStartFailed
+from specprefill.core.errors import EngineStartFailed
 
 pytestmark = pytest.mark.integration
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from specprefill.positions import PositionMap
+from specprefill.core.positions import PositionMap
 
 pytestmark = pytest.mark.integration
 
@@ -48,7 +48,7 @@ class ReplayingV2:
     """A batch of decoding requests on the V2 runner, each in the slot of its row."""
 
     def __init__(self, replays):
-        from specprefill.engine.replay_v2 import ReplayTokens
+        from specprefill.engine.sparse.replay_v2 import ReplayTokens
 
         lengths = torch.full((len(replays),), PROMPT, dtype=torch.int32)
         prompt_len = SimpleNamespace(np=lengths.numpy(), gpu=lengths)
@@ -90,7 +90,7 @@ class ReplayingV1:
     def __init__(self, replays):
         from vllm.v1.sample.logits_processor import BatchUpdate
 
-        from specprefill.engine.replay import ReplayTokens
+        from specprefill.engine.sparse.replay import ReplayTokens
 
         self._processor = ReplayTokens(None, CPU, is_pin_memory=False)
         self._outputs = [[] for _ in replays]
@@ -140,7 +140,7 @@ def test_replays_of_different_lengths_end_one_by_one(batch):
 
 def decode_step(rows, prompt):
     """Elements that a V2 step touches to rewrite `rows` sparse requests' one position each."""
-    from specprefill.engine.sparse import SparseSlots
+    from specprefill.engine.sparse.batch import SparseSlots
 
     slots = SparseSlots(max_requests=256, device=CPU)
     kept = np.arange(0, 2 * prompt, 2, dtype=np.int64)

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specprefill.selection import SelectionPolicy
+from specprefill.core.selection import SelectionPolicy
+from specprefill.core.types import Plan, PlanKind, Reason, Request, Span
 from specprefill.speculator.draft import Draft, as_draft
 from specprefill.speculator.jobs import Batching
 from specprefill.speculator.reading import Reading
 from specprefill.speculator.scorer import Scorer, never
 from specprefill.speculator.service import SpeculatorService
-from specprefill.types import Plan, PlanKind, Reason, Request, Span
 
 VOCABULARY = 61
 POLICY = SelectionPolicy(chunk_tokens=8, min_kept_tokens=8, sink_tokens=2, tail_tokens=4)

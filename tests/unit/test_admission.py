@@ -7,12 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specprefill.errors import DeadlineExceeded, Overloaded
-from specprefill.fakes import FakeDecoder, FakePrefiller, FakeSpeculator
-from specprefill.gate import AdmittingPipeline, Engines, Gate
-from specprefill.pipeline import Pipeline
-from specprefill.plan import Planner
-from specprefill.scaling.admission import (
+from specprefill.control.admission import (
     AdmissionPolicy,
     Admitted,
     Ask,
@@ -22,9 +17,14 @@ from specprefill.scaling.admission import (
     judge,
     tokens_within,
 )
-from specprefill.scaling.fair_queue import FairQueue
-from specprefill.stages import Curve, StageCurves
-from specprefill.types import Controls, Reason, Request
+from specprefill.control.fair_queue import FairQueue
+from specprefill.control.gate import AdmittingPipeline, Engines, Gate
+from specprefill.control.stages import Curve, StageCurves
+from specprefill.core.errors import DeadlineExceeded, Overloaded
+from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator
+from specprefill.core.pipeline import Pipeline
+from specprefill.core.plan import Planner
+from specprefill.core.types import Controls, Reason, Request
 
 CURVES = StageCurves(Curve(0.1), Curve(0.0, 1e-3), Curve(), Curve())
 POLICY = AdmissionPolicy(ttft_s=2.0, headroom=1.0, max_waiting=10, max_waiting_per_key=4)

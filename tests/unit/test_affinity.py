@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specprefill.gateway.affinity import BLOCK_TOKENS, PrefillLoad, PrefixAffinity, load_of
-from specprefill.types import Plan, PlanKind, Reason, Selection, Span, dense
+from specprefill.core.types import Plan, PlanKind, Reason, Selection, Span, dense
+from specprefill.gateway.pools.affinity import BLOCK_TOKENS, PrefillLoad, PrefixAffinity, load_of
 
 from ..linear_cost import assert_linear
 

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specprefill.kv.arena import Arena, address_of
+from specprefill.kv.nixl.arena import Arena, address_of
 
 ROOM = 1 << 13
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from specprefill.autoscaling.arrival_rates import Traffic
 from specprefill.autoscaling.signals import (
     Size,
     arrival_signals,
@@ -15,8 +16,7 @@ from specprefill.autoscaling.signals import (
     curves_in,
     size,
 )
-from specprefill.autoscaling.traffic import Traffic
-from specprefill.stages import DEFAULT_CURVES
+from specprefill.control.stages import DEFAULT_CURVES
 
 SHORT, LONG = size(100, 100, 20), size(8000, 2400, 200)
 

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from specprefill.begun import begun
+from specprefill.core.begun import begun
 
 
 class Source:

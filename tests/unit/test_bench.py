@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from specprefill.bench import gap, report, ttft
-from specprefill.types import PlanKind, Reason, Report
+from loadtest.bench import gap, ttft
+from specprefill.core.types import PlanKind, Reason, Report
+from specprefill.lab.reporting import tables as report
 
 
 def run(tokens, keep, ttft_s):

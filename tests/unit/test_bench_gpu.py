@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from specprefill.bench import gpu
+from loadtest.bench import gpu
 
 CPU = torch.device("cpu")
 

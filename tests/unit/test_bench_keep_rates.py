@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from specprefill.bench import keep_rates
-from specprefill.bench.keep_rates import FamilyResult, Result, Scored
-from specprefill.selection import SelectionPolicy
-from specprefill.types import Plan, PlanKind, Reason, Selection, Span
+from loadtest.bench import keep_rates
+from loadtest.bench.keep_rates import FamilyResult, Result, Scored
+from specprefill.core.selection import SelectionPolicy
+from specprefill.core.types import Plan, PlanKind, Reason, Selection, Span
 
 POLICY = SelectionPolicy(min_kept_tokens=32, sink_tokens=0, tail_tokens=0)
 

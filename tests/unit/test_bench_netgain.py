@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from specprefill.bench import netgain
-from specprefill.types import Expected, PlanKind, Reason, Report
+from loadtest.bench import netgain
+from specprefill.core.types import Expected, PlanKind, Reason, Report
 
 
 def run(kind, way, ttft_s, plan=PlanKind.PRUNE, reason=Reason.DEFAULT, expected=None):

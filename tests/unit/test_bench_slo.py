@@ -5,16 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from specprefill.bench import burst, calibration, validation
-from specprefill.bench.processes import Used, Watch, between, used
+from loadtest.bench import burst, calibration, validation
+from loadtest.bench.processes import Used, Watch, between, used
 from specprefill.config import AppConfig
-from specprefill.loadtest.outcome import Ending, Outcome, Stream
-from specprefill.loadtest.session import Run
-from specprefill.loadtest.statistics import Slo, summarise
-from specprefill.scaling.values import Engines
-from specprefill.simulation.machine import Machine
-from specprefill.simulation.trace import Trace, poisson
-from specprefill.stages import Curve, StageCurves
+from specprefill.control.scaling.values import Engines
+from specprefill.control.stages import Curve, StageCurves
+from specprefill.lab.loadtest.outcome import Ending, Outcome, Stream
+from specprefill.lab.loadtest.session import Run
+from specprefill.lab.loadtest.statistics import Slo, summarise
+from specprefill.lab.simulation.machine import Machine
+from specprefill.lab.simulation.trace import Trace, poisson
 
 FRONT_S, TOKEN_S = 0.03, 0.02
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specprefill.bench import speculator as bench
+from loadtest.bench import speculator as bench
 from specprefill.config import SpeculatorConfig
 from specprefill.speculator.draft import as_draft
 from specprefill.speculator.scorer import Scorer

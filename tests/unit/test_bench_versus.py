@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from specprefill.bench import concurrency, max_qps, ttft, versus
-from specprefill.loadtest.outcome import Ending, Stream
-from specprefill.loadtest.search import Trial
-from specprefill.loadtest.session import Searched
-from specprefill.loadtest.statistics import Slo, summarise
+from loadtest.bench import concurrency, max_qps, ttft, versus
+from specprefill.lab.loadtest.outcome import Ending, Stream
+from specprefill.lab.loadtest.search import Trial
+from specprefill.lab.loadtest.session import Searched
+from specprefill.lab.loadtest.statistics import Slo, summarise
 
 from .test_load_numbers import outcome
 

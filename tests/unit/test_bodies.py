@@ -5,8 +5,8 @@ import asyncio
 import pytest
 from starlette.datastructures import Headers
 
-from specprefill.errors import Overloaded
-from specprefill.gateway.bodies import BodyReader, BodyTooLarge, BodyTooSlow, Disconnected
+from specprefill.core.errors import Overloaded
+from specprefill.gateway.openai.bodies import BodyReader, BodyTooLarge, BodyTooSlow, Disconnected
 
 NO_HEADERS = Headers()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 
-from specprefill.bench.charts import Line, bar_chart, line_chart, table, write_page
+from specprefill.lab.reporting.charts import Line, bar_chart, line_chart, table, write_page
 
 
 class _Tags(HTMLParser):

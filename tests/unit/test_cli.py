@@ -2,13 +2,13 @@
 
 import pytest
 
-from specprefill import cli
-from specprefill.asking import report_line
-from specprefill.cli_ask import highlighted, split
-from specprefill.cli_serve import how_to_call, status_text
-from specprefill.cluster import snapshot_of
-from specprefill.deployment_file import load
-from specprefill.types import Span
+from specprefill.cli import main as cli
+from specprefill.cli.ask import highlighted, split
+from specprefill.cli.serve import how_to_call, status_text
+from specprefill.client.question import report_line
+from specprefill.core.types import Span
+from specprefill.deployment.file import load
+from specprefill.deployment.local_ray import snapshot_of
 
 from .test_cluster import details
 

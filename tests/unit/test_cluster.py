@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from specprefill.cluster import (
+from specprefill.deployment.front import FILE_VARIABLE
+from specprefill.deployment.local_ray import (
     SHORT_PATHS,
     DeploymentFailed,
     ServeApi,
@@ -12,7 +13,6 @@ from specprefill.cluster import (
     port_range,
     snapshot_of,
 )
-from specprefill.front import FILE_VARIABLE
 
 
 def details(app_status="RUNNING", status="HEALTHY", states=("RUNNING",), target=1, message=""):
@@ -51,7 +51,7 @@ def api(monkeypatch):
         made._client = Client(*answers)
         return made
 
-    monkeypatch.setattr("specprefill.cluster.POLL_S", 0.0)
+    monkeypatch.setattr("specprefill.deployment.local_ray.POLL_S", 0.0)
     return make
 
 
@@ -85,7 +85,8 @@ def test_a_deployment_that_cannot_be_built_fails_with_the_reason():
 
 
 @pytest.mark.parametrize(
-    "error", ["OSError: no weights", "specprefill.errors.EngineStartFailed: engine: why\nand how"]
+    "error",
+    ["OSError: no weights", "specprefill.core.errors.EngineStartFailed: engine: why\nand how"],
 )
 def test_a_replica_that_cannot_start_fails_with_the_last_error_of_its_traceback(error):
     frames = "\n".join(f'  File "a.py", line {n}, in f\n    call: {n}' for n in range(50))
@@ -143,7 +144,7 @@ def test_an_environment_without_authentication_is_warned_of(mode, warned):
 
 
 def test_two_services_draw_ports_that_the_system_gives_to_no_client(monkeypatch):
-    monkeypatch.setattr("specprefill.cluster.port_in_use", lambda _host, _port: False)
+    monkeypatch.setattr("specprefill.deployment.local_ray.port_in_use", lambda _host, _port: False)
     for drawn in (port_range(), port_range()):
         assert len(drawn) == 100
         assert 12_000 <= drawn.start < drawn.stop <= 30_000

@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from specprefill.config import AppConfig, MainModel, local_path
-from specprefill.policies import net_gain, planner
+from specprefill.control.from_config import net_gain, planner
 
 LEAST = {"model": {"path": "main"}, "speculator": {"path": "small"}}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from specprefill.errors import (
+from specprefill.core.errors import (
     DeadlineExceeded,
     InvalidRequest,
     Overloaded,
@@ -16,13 +16,13 @@ from specprefill.errors import (
     Unavailable,
     UnknownModel,
 )
-from specprefill.gateway.bodies import BodyReader
-from specprefill.gateway.context import CURRENT, RequestContext
-from specprefill.gateway.controls import conversation, pop_controls, timeout
-from specprefill.gateway.failures import http_failure
-from specprefill.gateway.middleware import RequestMiddleware
-from specprefill.gateway.request_json import JsonLimits
-from specprefill.types import Controls, PlanKind, Reason, Report
+from specprefill.core.types import Controls, PlanKind, Reason, Report
+from specprefill.gateway.openai.bodies import BodyReader
+from specprefill.gateway.openai.context import CURRENT, RequestContext
+from specprefill.gateway.openai.controls import conversation, pop_controls, timeout
+from specprefill.gateway.openai.failures import http_failure
+from specprefill.gateway.openai.middleware import RequestMiddleware
+from specprefill.gateway.openai.request_json import JsonLimits
 
 REPORT = Report(PlanKind.PRUNE, Reason.ASKED, 100, 30, 0.3, 0.0, 0.1, 0.2, 0.0, 0.0, 0.3)
 

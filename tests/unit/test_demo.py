@@ -1,7 +1,7 @@
 """The demo fails when an answer is wrong or a plan was not the one asked for."""
 
-from specprefill import demo
-from specprefill.asking import Answered
+from specprefill.cli import demo
+from specprefill.client.question import Answered
 from specprefill.synthetic.needles import needle_prompt
 
 from .test_cli import REPORT

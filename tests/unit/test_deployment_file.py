@@ -6,9 +6,9 @@ import re
 import pytest
 import yaml
 
-from specprefill import deployment_file as df
-from specprefill.checked_yaml import InvalidFile
-from specprefill.gateway.keys import read_keys
+from specprefill.deployment import file as df
+from specprefill.deployment.checked_yaml import InvalidFile
+from specprefill.gateway.openai.keys import read_keys
 
 LEAST = """
 applications:

@@ -9,15 +9,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from specprefill.bench.report import provenance
-from specprefill.evaluation import report
-from specprefill.evaluation.arms import CONTROLS, DENSE, Arm, Chooser, arms_of, control_scores
-from specprefill.evaluation.journal import Journal, OtherSettings
-from specprefill.evaluation.outcomes import Answer
-from specprefill.evaluation.suite import PROBED_ITEMS, Suite, measure
-from specprefill.evaluation.summary import choices, choices_of_all, rows_of, smallest_enough
-from specprefill.selection import SelectionPolicy, select
-from specprefill.types import Plan, PlanKind, Reason, Span
+from specprefill.core.selection import SelectionPolicy, select
+from specprefill.core.types import Plan, PlanKind, Reason, Span
+from specprefill.lab.evaluation import report
+from specprefill.lab.evaluation.arms import CONTROLS, DENSE, Arm, Chooser, arms_of, control_scores
+from specprefill.lab.evaluation.journal import Journal, OtherSettings
+from specprefill.lab.evaluation.outcomes import Answer
+from specprefill.lab.evaluation.suite import PROBED_ITEMS, Suite, measure
+from specprefill.lab.evaluation.summary import choices, choices_of_all, rows_of, smallest_enough
+from specprefill.lab.reporting.tables import provenance
 
 HALF = Arm(Chooser.SPECULATOR, 0.5)
 ARMS = arms_of((1.0, 0.5, 0.1), 0.1, automatic=True, ceiling=True)

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specprefill.fallback import NOMINAL_KEEP, Fallback, OnOverload, static_selection
-from specprefill.selection import SelectionPolicy
-from specprefill.types import Plan, PlanKind, Reason, Request, Span
+from specprefill.core.fallback import NOMINAL_KEEP, Fallback, OnOverload, static_selection
+from specprefill.core.selection import SelectionPolicy
+from specprefill.core.types import Plan, PlanKind, Reason, Request, Span
 
 POLICY = SelectionPolicy(chunk_tokens=32, min_kept_tokens=64, sink_tokens=4, tail_tokens=16)
 PLAN = Plan(PlanKind.PRUNE, Reason.SPECULATOR_OVERLOADED, keep=0.2)

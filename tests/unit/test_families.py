@@ -9,9 +9,9 @@ from itertools import pairwise
 
 import pytest
 
-from specprefill.synthetic.families import niah
-from specprefill.synthetic.families.catalog import FAMILIES, generate
-from specprefill.synthetic.families.fitting import render
+from specprefill.lab.families import niah
+from specprefill.lab.families.catalog import FAMILIES, generate
+from specprefill.lab.families.fitting import render
 
 TOKENS = 3000
 WHOLE_PROMPT = {"cwe", "fwe", "passage_count"}  # aggregation: nothing is gold, because all is

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specprefill.errors import CorruptFrame
+from specprefill.core.errors import CorruptFrame
 from specprefill.kv.frames import Frame, Trailer, decode, encode, from_token, pieces, seal
 
 FRAME = Frame(layer=3, start=32, stop=64, payload=bytes(range(256)) * 2)

@@ -2,10 +2,10 @@
 
 import pytest
 
-from specprefill.checked_yaml import InvalidFile
 from specprefill.config import GatewayConfig
-from specprefill.errors import InvalidConfiguration
-from specprefill.front import configured, require_front
+from specprefill.core.errors import InvalidConfiguration
+from specprefill.deployment.checked_yaml import InvalidFile
+from specprefill.deployment.front import configured, require_front
 
 TLS = GatewayConfig.model_validate({"front": {"tls": {"certificate": "c", "key": "k"}}})
 ALL = {

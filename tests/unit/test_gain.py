@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from specprefill.gain import NetGain
-from specprefill.plan import Planner
-from specprefill.prefixes import CacheForecast, PrefixMemory
-from specprefill.selection import SelectionPolicy
-from specprefill.stages import Curve, StageCurves, StageModels
-from specprefill.types import UNSCORED, Controls, Plan, PlanKind, Reason, Report, Request, Span
+from specprefill.control.gain import NetGain
+from specprefill.control.prefixes import CacheForecast, PrefixMemory
+from specprefill.control.stages import Curve, StageCurves, StageModels
+from specprefill.core.plan import Planner
+from specprefill.core.selection import SelectionPolicy
+from specprefill.core.types import UNSCORED, Controls, Plan, PlanKind, Reason, Report, Request, Span
 
 CURVES = StageCurves(
     speculate=Curve(base_s=0.05, token_s=1e-5),

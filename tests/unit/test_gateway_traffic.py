@@ -12,10 +12,10 @@ from specprefill.autoscaling.signals import (
     size,
 )
 from specprefill.autoscaling.waiting import Waiting
-from specprefill.gateway.traffic import CountedPipeline, GatewayTraffic
-from specprefill.plan import Planner
-from specprefill.stages import DEFAULT_CURVES
-from specprefill.types import Chunk, PlanKind, Reason, Report, Request
+from specprefill.control.stages import DEFAULT_CURVES
+from specprefill.core.plan import Planner
+from specprefill.core.types import Chunk, PlanKind, Reason, Report, Request
+from specprefill.gateway.observe.traffic import CountedPipeline, GatewayTraffic
 
 REPORT = Report(PlanKind.PRUNE, Reason.DEFAULT, 4000, 1000, 0.25, 0, 0, 0, 0, 0, 0.1, False, 500)
 

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from specprefill import heap
+from specprefill.core import heap
 
 
 @pytest.fixture

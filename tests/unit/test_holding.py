@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from specprefill.errors import Unavailable
+from specprefill.core.errors import Unavailable
+from specprefill.core.types import Ticket
 from specprefill.kv.holding import held
-from specprefill.types import Ticket
 
 TICKET = Ticket("lease", "secret", ("peer:1",), "layout", 3)
 

@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 
-from specprefill.gateway.affinity import BLOCK_TOKENS, HOPE, PrefillLoad, PrefixAffinity
-from specprefill.gateway.homes import Homes
-from specprefill.prefixes import DigestMemory
+from specprefill.control.prefixes import DigestMemory
+from specprefill.gateway.pools.affinity import BLOCK_TOKENS, HOPE, PrefillLoad, PrefixAffinity
+from specprefill.gateway.pools.homes import Homes
 
 NAMES = [f"replica-{number}" for number in range(8)]
 ROOM = 10**7

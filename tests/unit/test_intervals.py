@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from specprefill.evaluation.intervals import mean_interval, retained_interval
+from specprefill.lab.evaluation.intervals import mean_interval, retained_interval
 
 
 def test_a_mean_of_equal_values_has_no_width():

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from specprefill.synthetic.families.judging import Verdict, loops, score, verdict
-from specprefill.synthetic.families.task import Scoring, Task
+from specprefill.lab.families.judging import Verdict, loops, score, verdict
+from specprefill.lab.families.task import Scoring, Task
 
 
 def task(*references, scoring=Scoring.ALL_REFERENCES):

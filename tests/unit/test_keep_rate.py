@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from specprefill.keep_rate import RULES, AutoKeep, RuleName, needed
+from specprefill.core.keep_rate import RULES, AutoKeep, RuleName, needed
 
 SETTING = {
     RuleName.MASS: 0.5,

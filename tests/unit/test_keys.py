@@ -3,8 +3,8 @@
 import pytest
 
 from specprefill.config import ApiKey, GatewayConfig, key_digest
-from specprefill.errors import InvalidConfiguration
-from specprefill.gateway.keys import read_keys
+from specprefill.core.errors import InvalidConfiguration
+from specprefill.gateway.openai.keys import read_keys
 
 
 def test_keys_come_from_the_file_the_environment_and_other_files(tmp_path):

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from specprefill.errors import LeaseNotFound
+from specprefill.core.errors import LeaseNotFound
 from specprefill.kv.frames import SealedFrame
 from specprefill.kv.leases import UNCLAIMED_S, LeaseStore
 

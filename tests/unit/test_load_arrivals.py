@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from specprefill.checked_yaml import InvalidFile
-from specprefill.loadtest import trace
-from specprefill.loadtest.arrivals import Burst, Bursty, Constant, Length, Poisson, Ramp, times
+from specprefill.deployment.checked_yaml import InvalidFile
+from specprefill.lab.loadtest import recorded_trace as trace
+from specprefill.lab.loadtest.arrivals import Burst, Bursty, Constant, Length, Poisson, Ramp, times
 
 PROCESSES = [
     Constant(kind="constant", qps=5.0),

@@ -4,10 +4,11 @@ import math
 
 import pytest
 
-from specprefill.loadtest import report, search
-from specprefill.loadtest.outcome import Ending, Outcome, Stream
-from specprefill.loadtest.scenario import Gate, MaxQps, PaperProtocol
-from specprefill.loadtest.statistics import Distribution, Slo, grouped, summarise
+from specprefill.lab.loadtest import results as report
+from specprefill.lab.loadtest import search
+from specprefill.lab.loadtest.outcome import Ending, Outcome, Stream
+from specprefill.lab.loadtest.scenario import Gate, MaxQps, PaperProtocol
+from specprefill.lab.loadtest.statistics import Distribution, Slo, grouped, summarise
 
 
 def outcome(index, ttft_s=0.5, *, ending=Ending.ANSWERED, lag_s=0.0, variant="dense", score=1.0):

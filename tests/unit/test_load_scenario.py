@@ -5,9 +5,9 @@ import copy
 import pytest
 import yaml
 
-from specprefill.checked_yaml import InvalidFile, checked
-from specprefill.cli import main
-from specprefill.loadtest.scenario import Scenario
+from specprefill.cli.main import main
+from specprefill.deployment.checked_yaml import InvalidFile, checked
+from specprefill.lab.loadtest.scenario import Scenario
 
 LEAST = {
     "target": {"model": "m"},

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from specprefill.errors import DecodeUnavailable
-from specprefill.fakes import FakeDecoder, FakePrefiller, FakeSpeculator
-from specprefill.local_prefill import LocalPrefill
-from specprefill.pipeline import Pipeline
-from specprefill.plan import Planner
-from specprefill.stages import Curve, StageCurves
-from specprefill.types import (
+from specprefill.control.local_prefill import LocalPrefill
+from specprefill.control.stages import Curve, StageCurves
+from specprefill.core.errors import DecodeUnavailable
+from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator
+from specprefill.core.pipeline import Pipeline
+from specprefill.core.plan import Planner
+from specprefill.core.types import (
     Controls,
     Plan,
     PlanKind,

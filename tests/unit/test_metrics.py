@@ -2,17 +2,17 @@
 
 import pytest
 
-from specprefill.errors import DecodeUnavailable, Overloaded, ScoringTimeout
-from specprefill.fakes import FakeDecoder, FakePrefiller, FakeSpeculator
-from specprefill.fallback import Fallback, OnOverload
-from specprefill.gain import NetGain
-from specprefill.gateway.metrics import MeasuredPipeline, PipelineMetrics
-from specprefill.pipeline import Pipeline
-from specprefill.plan import Planner
-from specprefill.prefixes import CacheForecast, PrefixMemory
-from specprefill.selection import SelectionPolicy
-from specprefill.stages import StageModels
-from specprefill.types import Controls, PlanKind, Reason, Request
+from specprefill.control.gain import NetGain
+from specprefill.control.prefixes import CacheForecast, PrefixMemory
+from specprefill.control.stages import StageModels
+from specprefill.core.errors import DecodeUnavailable, Overloaded, ScoringTimeout
+from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator
+from specprefill.core.fallback import Fallback, OnOverload
+from specprefill.core.pipeline import Pipeline
+from specprefill.core.plan import Planner
+from specprefill.core.selection import SelectionPolicy
+from specprefill.core.types import Controls, PlanKind, Reason, Request
+from specprefill.gateway.observe.metrics import MeasuredPipeline, PipelineMetrics
 
 from ..instruments import Instruments
 

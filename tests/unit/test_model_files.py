@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from specprefill.findings import Finding, Severity
-from specprefill.model_files import located
+from specprefill.core.findings import Finding, Severity
+from specprefill.deployment.model_files import located
 
 
 def found(path: str, *, offline: bool = False) -> Path | Finding:

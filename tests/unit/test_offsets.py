@@ -2,9 +2,9 @@
 
 import pytest
 
-from specprefill.gateway import offsets
-from specprefill.gateway.occurrences import Cancelled
-from specprefill.gateway.offsets import PromptOffsets
+from specprefill.core import offsets
+from specprefill.core.occurrences import Cancelled
+from specprefill.gateway.openai.offsets import PromptOffsets
 
 from ..linear_cost import assert_linear
 

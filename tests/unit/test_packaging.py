@@ -48,7 +48,7 @@ def test_the_vllm_plug_in_is_inert_unless_switched_on(project, monkeypatch):
     monkeypatch.delenv("SPECPREFILL_CPU_ENGINE", raising=False)
     assert register() is None
     monkeypatch.setenv("SPECPREFILL_CPU_ENGINE", "1")
-    assert register() == "specprefill.engine.cpu_platform.CpuEnginePlatform"
+    assert register() == "specprefill.engine.cpu.platform.CpuEnginePlatform"
 
 
 def test_the_proto_folder_is_no_package(root):

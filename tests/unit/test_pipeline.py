@@ -2,7 +2,7 @@
 
 import pytest
 
-from specprefill.errors import (
+from specprefill.core.errors import (
     DeadlineExceeded,
     DecodeUnavailable,
     InvalidRequest,
@@ -11,12 +11,12 @@ from specprefill.errors import (
     ScoringTimeout,
     SpeculatorUnavailable,
 )
-from specprefill.fakes import FakeDecoder, FakePrefiller, FakeSpeculator, text_of
-from specprefill.fallback import Fallback, OnOverload, Patience
-from specprefill.pipeline import Pipeline
-from specprefill.plan import Planner
-from specprefill.selection import SelectionPolicy
-from specprefill.types import Controls, PlanKind, Reason, Request
+from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator, text_of
+from specprefill.core.fallback import Fallback, OnOverload, Patience
+from specprefill.core.pipeline import Pipeline
+from specprefill.core.plan import Planner
+from specprefill.core.selection import SelectionPolicy
+from specprefill.core.types import Controls, PlanKind, Reason, Request
 
 PROMPT = tuple(range(100, 200))
 

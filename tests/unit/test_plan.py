@@ -2,8 +2,8 @@
 
 import pytest
 
-from specprefill.plan import Planner
-from specprefill.types import Controls, PlanKind, Reason, Request
+from specprefill.core.plan import Planner
+from specprefill.core.types import Controls, PlanKind, Reason, Request
 
 PLANNER = Planner(enabled=True, keep=0.3, min_prompt_tokens=1000)
 

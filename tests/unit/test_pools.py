@@ -13,8 +13,8 @@ import pytest
 from ray.exceptions import ActorUnavailableError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 
-from specprefill import wire
-from specprefill.errors import (
+from specprefill.core import wire
+from specprefill.core.errors import (
     DeadlineExceeded,
     InvalidRequest,
     Overloaded,
@@ -24,16 +24,7 @@ from specprefill.errors import (
     SpeculatorUnavailable,
     Unavailable,
 )
-from specprefill.gateway.failures import RpcFailed, rpc_failure
-from specprefill.gateway.pools import (
-    Carried,
-    ServeDecoder,
-    ServePrefiller,
-    ServeSpeculator,
-    mapped_errors,
-)
-from specprefill.gateway.serve_health import ServeHealth
-from specprefill.types import (
+from specprefill.core.types import (
     Chunk,
     Decoded,
     Plan,
@@ -45,6 +36,15 @@ from specprefill.types import (
     Ticket,
     dense,
 )
+from specprefill.gateway.openai.failures import RpcFailed, rpc_failure
+from specprefill.gateway.pools.handles import (
+    Carried,
+    ServeDecoder,
+    ServePrefiller,
+    ServeSpeculator,
+    mapped_errors,
+)
+from specprefill.gateway.pools.replica_counts import ServeHealth
 
 REQUEST = Request("r", (1, 2, 3), b"")
 PLAN = Plan(PlanKind.PRUNE, Reason.ASKED, 0.5)

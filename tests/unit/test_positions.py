@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specprefill.positions import PositionMap
-from specprefill.types import Span
+from specprefill.core.positions import PositionMap
+from specprefill.core.types import Span
 
 
 @st.composite

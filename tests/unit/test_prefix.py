@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specprefill.speculator.lru import ByteLru
-from specprefill.speculator.prefix import PrefixCache, block_digests, prompt_digest
+from specprefill.speculator.prefix_memory import PrefixCache, block_digests, prompt_digest
 
 BLOCK_BYTES = 10
 Prompt = list[int]

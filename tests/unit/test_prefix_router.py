@@ -12,10 +12,10 @@ from ray.serve._private.default_impl import get_request_metadata
 from ray.serve.context import _set_request_context
 from ray.serve.request_router import PendingRequest
 
-from specprefill.gateway.affinity import BLOCK_TOKENS, PrefillLoad
-from specprefill.gateway.prefix_router import CACHE_TOKENS, PrefixRouter
-from specprefill.gateway.serve_calls import call_alone
-from specprefill.wire import pack
+from specprefill.core.wire import pack
+from specprefill.gateway.pools.affinity import BLOCK_TOKENS, PrefillLoad
+from specprefill.gateway.pools.prefix_router import CACHE_TOKENS, PrefixRouter
+from specprefill.gateway.pools.serve_calls import call_alone
 
 POOL = DeploymentID("Prefill", "app")
 LOAD = PrefillLoad(4 * BLOCK_TOKENS, (1, 2, 3, 4))

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specprefill.prefixes import PrefixMemory
+from specprefill.control.prefixes import PrefixMemory
 
 tokens = st.lists(st.integers(0, 3), max_size=40)
 

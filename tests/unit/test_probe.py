@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from specprefill.errors import PrefillUnavailable
-from specprefill.fakes import FakePrefiller, FakePrefilling, FakeSpeculator
-from specprefill.probe import Probe
-from specprefill.stages import Curve, StageModels
-from specprefill.types import Chunk, PlanKind, Prefilled, Request, Selection, Span
+from specprefill.control.probe import Probe
+from specprefill.control.stages import Curve, StageModels
+from specprefill.core.errors import PrefillUnavailable
+from specprefill.core.fakes import FakePrefiller, FakePrefilling, FakeSpeculator
+from specprefill.core.types import Chunk, PlanKind, Prefilled, Request, Selection, Span
 
 SPECULATE = Curve(base_s=0.01, token_s=1e-5)
 PREFILL = Curve(base_s=0.02, token_s=2e-4)

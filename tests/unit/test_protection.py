@@ -8,9 +8,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specprefill.gateway.spans import merged, protected_spans, special_spans
-from specprefill.selection import SelectionPolicy, select
-from specprefill.types import Plan, PlanKind, Reason
+from specprefill.core.protection import merged, protected_spans, special_spans
+from specprefill.core.selection import SelectionPolicy, select
+from specprefill.core.types import Plan, PlanKind, Reason
 
 BOS = "<s>"
 TOKEN = re.compile(r"<[^<>]*>| ?[^ <]+|.", re.DOTALL)

@@ -11,19 +11,19 @@ import time
 import pytest
 import torch
 
-from specprefill.bench import gap
-from specprefill.bench.proof import latency, summary
-from specprefill.bench.proof.__main__ import main
-from specprefill.bench.proof.findings import Finding, Sheet, read
-from specprefill.bench.proof.itl import steady_itl_s
-from specprefill.bench.proof.jobs import CPU_PLAN, GPU_PLAN, SHORT_PLAN, Job, named
-from specprefill.bench.proof.machine import Machine, alone, lock_file
-from specprefill.bench.proof.models import MODELS, model_folder
-from specprefill.bench.proof.parity import VARIANTS
-from specprefill.bench.proof.prompts import CASES, every_other, jobs
-from specprefill.bench.proof.reference import Answered, Reference, compare
-from specprefill.bench.proof.running import Runner, Running
-from specprefill.types import PlanKind, Reason, Report
+from loadtest.bench import gap
+from loadtest.bench.proof import latency, summary
+from loadtest.bench.proof.__main__ import main
+from loadtest.bench.proof.findings import Finding, Sheet, read
+from loadtest.bench.proof.itl import steady_itl_s
+from loadtest.bench.proof.jobs import CPU_PLAN, GPU_PLAN, SHORT_PLAN, Job, named
+from loadtest.bench.proof.machine import Machine, alone, lock_file
+from loadtest.bench.proof.models import MODELS, model_folder
+from loadtest.bench.proof.parity import VARIANTS
+from loadtest.bench.proof.prompts import CASES, every_other, jobs
+from loadtest.bench.proof.reference import Answered, Reference, compare
+from loadtest.bench.proof.running import Runner, Running
+from specprefill.core.types import PlanKind, Reason, Report
 
 
 def test_findings_are_on_disk_at_once(tmp_path):
@@ -98,7 +98,7 @@ def test_a_timed_part_waits_for_those_beside_it(tmp_path):
 
 
 def test_a_part_that_cannot_run_exits_with_its_error(tmp_path):
-    command = [sys.executable, "-m", "specprefill.bench.proof", "--cpu", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "loadtest.bench.proof", "--cpu", "--out", str(tmp_path)]
     done = subprocess.run(
         [*command, "--part", "parity", "--variant", "none"], capture_output=True, check=False
     )
@@ -125,7 +125,7 @@ def test_steady_time_is_while_every_request_decodes():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("specprefill.bench.proof.models._FOLDER", tmp_path_factory.mktemp("models"))
+        patch.setattr("loadtest.bench.proof.models._FOLDER", tmp_path_factory.mktemp("models"))
         return model_folder("tiny", "float32", 8192, weights=True)
 
 

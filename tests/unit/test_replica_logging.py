@@ -5,9 +5,9 @@ import logging
 import grpc
 import pytest
 
-from specprefill.gateway.failures import RpcFailed
-from specprefill.gateway.grpc_log import log_refusals_in_one_line
-from specprefill.replica_logging import OURS, SERVES, log_with_serve
+from specprefill.core.replica_logging import OURS, SERVES, log_with_serve
+from specprefill.gateway.grpc.failed_calls import log_refusals_in_one_line
+from specprefill.gateway.openai.failures import RpcFailed
 
 
 class Lines(logging.Handler):
@@ -37,7 +37,7 @@ def lines():
 
 def test_our_lines_are_written_where_serve_writes(lines):
     log_with_serve()
-    logging.getLogger("specprefill.gateway.client").info("request_id=1 outcome=finished")
+    logging.getLogger("specprefill.gateway.openai.client").info("request_id=1 outcome=finished")
     assert lines == ["INFO request_id=1 outcome=finished"]
 
 

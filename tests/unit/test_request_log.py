@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from specprefill.errors import Overloaded
-from specprefill.gateway.request_log import RequestLog
-from specprefill.types import Chunk, PlanKind, Reason, Report, Request
+from specprefill.core.errors import Overloaded
+from specprefill.core.types import Chunk, PlanKind, Reason, Report, Request
+from specprefill.gateway.observe.request_log import RequestLog
 
 REPORT = Report(PlanKind.PRUNE, Reason.ASKED, 3, 2, 0.66, 0.0, 0.1, 0.2, 0.0, 0.0, 0.25)
 REQUEST = Request("r1", (1, 2, 3), b"", samples=1)

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specprefill.scaling.core import decide
-from specprefill.scaling.demand import demand
-from specprefill.scaling.queueing import Load, attainment, waits
-from specprefill.scaling.sizing import cheapest, expected_share, stage_times, workload
-from specprefill.scaling.values import (
+from specprefill.control.scaling.decide import decide
+from specprefill.control.scaling.demand import demand
+from specprefill.control.scaling.queueing import Load, attainment, waits
+from specprefill.control.scaling.sizing import cheapest, expected_share, stage_times, workload
+from specprefill.control.scaling.values import (
     Arrival,
     Arrivals,
     Decision,
@@ -28,7 +28,7 @@ from specprefill.scaling.values import (
     ScalingPolicy,
     Slo,
 )
-from specprefill.stages import Curve, StageCurves
+from specprefill.control.stages import Curve, StageCurves
 
 ENGINES = Engines(
     StageCurves(

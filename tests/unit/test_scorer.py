@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from specprefill.selection import Scores
+from specprefill.core.selection import Scores
 from specprefill.speculator.attention import causal_attention
 from specprefill.speculator.draft import (
     as_draft,

@@ -8,7 +8,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from specprefill.selection import Scores
+from specprefill.core.selection import Scores
 from specprefill.speculator.draft import (
     as_draft,
 )

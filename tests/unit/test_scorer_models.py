@@ -21,14 +21,14 @@ from transformers import (
 )
 
 from specprefill.config import SpeculatorConfig
-from specprefill.errors import UnsupportedModel
+from specprefill.core.errors import UnsupportedModel
+from specprefill.core.types import Reason
 from specprefill.speculator.draft import (
     as_draft,
     max_positions,
     refuse_unsupported_cache,
 )
 from specprefill.speculator.scorer import load_scorer
-from specprefill.types import Reason
 
 from .tiny_models import (
     POOL,

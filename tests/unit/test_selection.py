@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specprefill.keep_rate import AutoKeep, RuleName
-from specprefill.selection import Scores, SelectionPolicy, budget_chunks, select, settle
-from specprefill.types import Plan, PlanKind, Reason, Selection, Span
+from specprefill.core.keep_rate import AutoKeep, RuleName
+from specprefill.core.selection import Scores, SelectionPolicy, budget_chunks, select, settle
+from specprefill.core.types import Plan, PlanKind, Reason, Selection, Span
 
 BARE = SelectionPolicy(chunk_tokens=32, min_kept_tokens=1, sink_tokens=0, tail_tokens=0)
 

@@ -9,13 +9,9 @@ import shutil
 import pytest
 
 from specprefill.config import SelectionConfig, SpeculatorConfig
-from specprefill.errors import ScoringTimeout, SpeculatorUnavailable
-from specprefill.gateway.health import judge
-from specprefill.gateway.self_test import SelfTestWatch
-from specprefill.plan import LEAST_FACTS_KEPT, Planner, can_choose
-from specprefill.speculator.self_test import KEEP, POLICY, PROMPTS, questions, self_test
-from specprefill.speculator.service import SpeculatorService
-from specprefill.types import (
+from specprefill.core.errors import ScoringTimeout, SpeculatorUnavailable
+from specprefill.core.plan import LEAST_FACTS_KEPT, Planner, can_choose
+from specprefill.core.types import (
     Controls,
     Plan,
     PlanKind,
@@ -25,6 +21,10 @@ from specprefill.types import (
     Span,
     dense,
 )
+from specprefill.gateway.pools.draft_state import SelfTestWatch
+from specprefill.gateway.pools.health import judge
+from specprefill.speculator.self_test import KEEP, POLICY, PROMPTS, questions, self_test
+from specprefill.speculator.service import SpeculatorService
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_a_fit_or_untested_draft_prunes():
 
 
 async def test_a_gateway_asks_until_it_knows(monkeypatch):
-    monkeypatch.setattr("specprefill.gateway.self_test._PERIOD_S", 0.0)
+    monkeypatch.setattr("specprefill.gateway.pools.draft_state._PERIOD_S", 0.0)
     answers = iter([SpeculatorUnavailable("starting"), None, 0.25])
     known = asyncio.Event()
 

@@ -5,7 +5,7 @@ import os
 import sys
 from asyncio.subprocess import PIPE
 
-from specprefill.bench.server_processes import Process, idle, processes, resident_by_pool
+from loadtest.bench.server_processes import Process, idle, processes, resident_by_pool
 
 REPLICA = "ray::ServeReplica:specprefill:"
 TABLE = [

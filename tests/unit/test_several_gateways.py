@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from specprefill.errors import DeadlineExceeded, Overloaded
-from specprefill.gate import Engines, Gate
-from specprefill.scaling.admission import AdmissionPolicy
-from specprefill.stages import Curve, StageCurves
-from specprefill.types import Plan, PlanKind, Reason, Request
+from specprefill.control.admission import AdmissionPolicy
+from specprefill.control.gate import Engines, Gate
+from specprefill.control.stages import Curve, StageCurves
+from specprefill.core.errors import DeadlineExceeded, Overloaded
+from specprefill.core.types import Plan, PlanKind, Reason, Request
 
 from .virtual_time import run_in_virtual_time
 

@@ -6,12 +6,12 @@ import asyncio
 
 import pytest
 
-from specprefill.errors import PrefillUnavailable
-from specprefill.fakes import FakeDecoder, FakePrefiller, FakeSpeculator
-from specprefill.pipeline import Pipeline
-from specprefill.plan import Planner
-from specprefill.shadow import Divergence, Outcome, Shadow, compare, dense_request
-from specprefill.types import Chunk, Controls, PlanKind, Reason, Report, Request, TokenLogprob
+from specprefill.core.errors import PrefillUnavailable
+from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator
+from specprefill.core.pipeline import Pipeline
+from specprefill.core.plan import Planner
+from specprefill.core.types import Chunk, Controls, PlanKind, Reason, Report, Request, TokenLogprob
+from specprefill.gateway.observe.shadow import Divergence, Outcome, Shadow, compare, dense_request
 
 PROMPT = tuple(range(100, 200))
 REPORT = Report(PlanKind.PRUNE, Reason.ASKED, 100, 20, 0.2, 0.0, 0.1, 0.2, 0.0, 0.0, 0.3)

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from specprefill.core.types import Span
 from specprefill.kv.shards import Source, Split, readers, sources
-from specprefill.types import Span
 
 LAYERS = 12
 HEADS = 4

@@ -7,22 +7,23 @@ from time import process_time
 import numpy as np
 import pytest
 
-from specprefill.cli import main
-from specprefill.scaling.admission import AdmissionPolicy
-from specprefill.scaling.values import Engines, Pool, Slo
-from specprefill.simulation.controllers import (
+from specprefill.cli.main import main
+from specprefill.control.admission import AdmissionPolicy
+from specprefill.control.scaling.values import Engines, Pool, Slo
+from specprefill.control.stages import Curve, StageCurves
+from specprefill.lab.simulation.controllers import (
     Fixed,
     LatencyBand,
     OngoingRequests,
     SloController,
     ThroughputPlanner,
 )
-from specprefill.simulation.machine import Machine
-from specprefill.simulation.optimum import optimum
-from specprefill.simulation.run import simulate
-from specprefill.simulation.scenarios import OURS, compare, scenario
-from specprefill.simulation.steps import StepLimits
-from specprefill.simulation.trace import (
+from specprefill.lab.simulation.machine import Machine
+from specprefill.lab.simulation.optimum import optimum
+from specprefill.lab.simulation.run import simulate
+from specprefill.lab.simulation.scenarios import OURS, compare, scenario
+from specprefill.lab.simulation.steps import StepLimits
+from specprefill.lab.simulation.trace import (
     Lengths,
     Trace,
     bursty,
@@ -31,8 +32,7 @@ from specprefill.simulation.trace import (
     read_trace,
     write_trace,
 )
-from specprefill.simulation.world import Failure, World
-from specprefill.stages import Curve, StageCurves
+from specprefill.lab.simulation.world import Failure, World
 
 SECOND_EACH = Engines(
     StageCurves(Curve(1.0), Curve(2.0), Curve(0.25), Curve(0.25)), 0.5, decode_slots=1
@@ -89,7 +89,7 @@ def test_replicas_are_billed_while_they_start_and_help_when_they_are_ready():
 def test_a_replica_that_is_not_wanted_any_more_never_becomes_ready():
     class UpAndDown:
         def target(self, now):
-            from specprefill.simulation.world import Target
+            from specprefill.lab.simulation.world import Target
 
             return Target(sizes(prefill=5 if now.seen.now_s < 5.0 else 1))
 

@@ -15,9 +15,16 @@ from specprefill.autoscaling.signals import (
     curve_signals,
     size,
 )
-from specprefill.scaling.core import decide
-from specprefill.scaling.values import Decision, KeepBounds, KeepReason, Pool, PoolDecision, Reason
-from specprefill.stages import DEFAULT_CURVES
+from specprefill.control.scaling.decide import decide
+from specprefill.control.scaling.values import (
+    Decision,
+    KeepBounds,
+    KeepReason,
+    Pool,
+    PoolDecision,
+    Reason,
+)
+from specprefill.control.stages import DEFAULT_CURVES
 
 ARGS = {
     "model": {"path": "main"},

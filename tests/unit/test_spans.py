@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specprefill.gateway.occurrences import Cancelled, covered
-from specprefill.gateway.spans import (
+from specprefill.core.occurrences import Cancelled, covered
+from specprefill.core.protection import (
     Offsets,
     altered_piece,
     merged,
     protected_spans,
     special_spans,
 )
-from specprefill.types import Span
+from specprefill.core.types import Span
 
 from ..linear_cost import assert_linear
 
@@ -244,7 +244,7 @@ def test_every_character_of_every_occurrence_is_covered(text: str, pieces: list[
 
 
 def test_occurrences_over_the_edge_of_a_window_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specprefill.gateway.occurrences._WINDOW", 8)
+    monkeypatch.setattr("specprefill.core.occurrences._WINDOW", 8)
     text = "....abcdefghij.....abcdefghij"
     assert covered(text, ["fghij", "abcdefghij", "zz"], lambda: False).tolist() == [
         [4, 14],

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from specprefill.errors import (
+from specprefill.core.errors import (
     InvalidRequest,
 )
-from specprefill.selection import select
+from specprefill.core.selection import select
+from specprefill.core.types import Plan, PlanKind, Reason, Request, Span
 from specprefill.speculator.draft import Draft
 from specprefill.speculator.jobs import Batching
 from specprefill.speculator.scorer import Scorer
 from specprefill.speculator.translation import Translator
-from specprefill.types import Plan, PlanKind, Reason, Request, Span
 
 from .gated_scorer import (
     PLAN,

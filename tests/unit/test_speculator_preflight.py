@@ -9,7 +9,7 @@ import pytest
 from transformers import GPT2Config, LlamaConfig, MistralConfig, PreTrainedConfig
 
 from specprefill.config import SpeculatorConfig
-from specprefill.speculator.preflight import DraftKv, check_speculator
+from specprefill.speculator.draft_check import DraftKv, check_speculator
 from specprefill.speculator.scorer import load_scorer
 
 from .tiny_models import POOL, tiny_config

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 import torch
 
-from specprefill.errors import (
+from specprefill.core.errors import (
     DeadlineExceeded,
     InvalidRequest,
     Overloaded,
@@ -15,12 +15,12 @@ from specprefill.errors import (
     SpeculatorUnavailable,
     UnsupportedModel,
 )
-from specprefill.selection import select
-from specprefill.speculator.gauges import SpeculatorGauges
+from specprefill.core.selection import select
+from specprefill.core.types import Plan, PlanKind, Reason, Request, Span
 from specprefill.speculator.jobs import Batching, Pace
 from specprefill.speculator.scorer import Scorer
+from specprefill.speculator.scoring_gauges import SpeculatorGauges
 from specprefill.speculator.service import MAX_FAILURES_IN_A_ROW, SpeculatorService
-from specprefill.types import Plan, PlanKind, Reason, Request, Span
 
 from ..instruments import Instruments
 from .gated_scorer import (

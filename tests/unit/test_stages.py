@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specprefill.stages import (
+from specprefill.control.stages import (
     DEFAULT_CURVES,
     WINDOW,
     Curve,
@@ -19,7 +19,7 @@ from specprefill.stages import (
     StageModels,
     fit,
 )
-from specprefill.types import PlanKind, Reason, Report
+from specprefill.core.types import PlanKind, Reason, Report
 
 TRUTH = Curve(base_s=0.02, token_s=2e-4, pair_s=3e-9)
 LENGTHS = (100, 300, 700, 1500, 3000, 6000, 12000)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from specprefill.errors import InvalidConfiguration
+from specprefill.core.errors import InvalidConfiguration
 from specprefill.kv.tls import read_tls
 
 from ..certificates import Authority

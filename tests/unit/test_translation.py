@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specprefill.config import SpeculatorConfig
-from specprefill.evaluation.pair import rated
+from specprefill.core.types import Reason
+from specprefill.lab.evaluation.pair import rated
 from specprefill.speculator.draft import Draft, as_draft
 from specprefill.speculator.jobs import Rating
 from specprefill.speculator.scorer import Scorer, load_scorer
@@ -25,7 +26,6 @@ from specprefill.speculator.translation import (
     decode,
     load_translator,
 )
-from specprefill.types import Reason
 
 TEXT = "The gate code of amber fox is 48213. Ärger über 日本語 and 😀 emoji, don't panic!\n\n  Ok. "
 

@@ -17,12 +17,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from specprefill.selection import Scores, SelectionPolicy, select
+from specprefill.core.selection import Scores, SelectionPolicy, select
+from specprefill.core.types import Plan, PlanKind, Reason, Selection
 from specprefill.speculator.draft import (
     Draft,
 )
 from specprefill.speculator.scorer import Scorer
-from specprefill.types import Plan, PlanKind, Reason, Selection
 
 VOCABULARY = 97
 POLICY = SelectionPolicy(chunk_tokens=8, min_kept_tokens=8, sink_tokens=2, tail_tokens=4)

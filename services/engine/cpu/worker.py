@@ -15,9 +15,9 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from ..guard import refuse_unreadable_caches, refuse_unsupported
-from ..positions_v1 import rewrite_positions
-from ..sparse import SparseBatch
+from ..sparse.batch import SparseBatch
+from ..sparse.guard import refuse_unreadable_caches, refuse_unsupported
+from ..sparse.positions_v1 import rewrite_positions
 from ..vllm_internals import check_cpu_caches, check_v1_runner, step_positions
 from ..worker_rpc import KvRpc
 
@@ -87,7 +87,7 @@ class SparseCPUWorker(KvRpc, CPUWorker):  # type: ignore[misc]
             self.model_runner = SparseCPUModelRunner(self.vllm_config, torch.device("cpu"))
         else:
             # Needs Triton's interpreter, which an engine with the V1 runner does without.
-            from ..model_state import check_runner_class
+            from ..sparse.model_state import check_runner_class
 
             check_runner_class(type(self.model_runner))
 
@@ -100,6 +100,6 @@ class SparseCPUWorker(KvRpc, CPUWorker):  # type: ignore[misc]
         """Load the weights; the V2 runner's model state is replaced by the sparse one."""
         super().load_model(*args, **kwargs)
         if self.use_v2_model_runner:
-            from ..model_state import sparse_model_state  # see init_device
+            from ..sparse.model_state import sparse_model_state  # see init_device
 
             self.model_runner.model_state = sparse_model_state(self.model_runner.model_state)

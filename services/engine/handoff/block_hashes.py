@@ -14,7 +14,7 @@ from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys, hash_block_tokens
 from vllm.v1.request import Request
 
-from ...positions import PositionMap
+from ...core.positions import PositionMap
 from ..params import positions_of
 from ..vllm_internals import block_hasher, replace_block_hasher
 

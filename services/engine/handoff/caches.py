@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from vllm.model_executor.models.utils import extract_layer_index
 
-from ...errors import UnsupportedModel
+from ...core.errors import UnsupportedModel
 from .device import Device
 from .layout import KvLayout
 

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from ...errors import InvalidConfiguration
+from ...core.errors import InvalidConfiguration
 
 
 class CopyEvent(Protocol):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from ...errors import InvalidConfiguration
-from ...kv.arena import Arena
-from ...kv.nixl import NixlAgent, NixlMemory, agent_for
-from ...kv.nixl_device import DeviceClient
-from ...kv.nixl_rpc import LANDING_BYTES
+from ...core.errors import InvalidConfiguration
+from ...kv.nixl.agent import NixlAgent, NixlMemory, agent_for
+from ...kv.nixl.arena import Arena
+from ...kv.nixl.device_reads import DeviceClient
+from ...kv.nixl.reads import LANDING_BYTES
 from ...kv.tls import MutualTls
 from .device import Device
 

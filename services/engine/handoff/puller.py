@@ -13,16 +13,16 @@ from dataclasses import dataclass, field
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
-from ...errors import CorruptFrame, KvTransferError, LayoutMismatch
-from ...kv.arena import Arena
+from ...core.errors import CorruptFrame, KvTransferError, LayoutMismatch
+from ...core.types import Span
 from ...kv.carriers import KvPuller, KvPulling, Pulls
 from ...kv.frames import FRAME_BYTES, Frame, from_token
-from ...kv.nixl import NixlAgent
-from ...kv.nixl_rpc import LANDING_BYTES, NixlClient
+from ...kv.nixl.agent import NixlAgent
+from ...kv.nixl.arena import Arena
+from ...kv.nixl.reads import LANDING_BYTES, NixlClient
 from ...kv.pull import KvClient
 from ...kv.shards import Source, Split, sources
 from ...kv.tls import MutualTls
-from ...types import Span
 from .caches import Caches
 from .device import CopyEvent, CopyStream, Device
 from .device_memory import Landing

@@ -6,8 +6,8 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.distributed.parallel_state import get_pp_group, get_tensor_model_parallel_rank
 from vllm.distributed.utils import get_pp_indices
 
+from ...core.types import Span
 from ...kv.shards import Split
-from ...types import Span
 from .orders import HandoffConfig
 
 

@@ -6,10 +6,10 @@ from collections import deque
 
 import torch
 
+from ...core.types import Span
 from ...kv.frames import FRAME_BYTES, HEADER_ROOM
 from ...kv.keeper import Piece, piece_bytes
 from ...kv.keeper_link import KeeperLink
-from ...types import Span
 from .caches import Caches
 from .device import CopyEvent, Device
 from .orders import Stage

@@ -11,10 +11,10 @@ import torch
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
-from ...kv.nixl import NixlAgent, agent_for
+from ...core.types import Carrier
+from ...kv.nixl.agent import NixlAgent, agent_for
 from ...kv.shards import readers
 from ...kv.tls import read_tls
-from ...types import Carrier
 from .caches import Caches
 from .device import device_of
 from .holder import Holder

@@ -1,0 +1,1 @@
+"""Scenarios and benchmarks: what a person runs against the service."""

@@ -1,0 +1,93 @@
+"""The pipeline with one real engine per pool, all in this process's care and without Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass
+
+from specprefill.config import AppConfig
+from specprefill.control.from_config import (
+    fallback,
+    kv_block_tokens,
+    local_prefill,
+    net_gain,
+    patience,
+    planner,
+)
+from specprefill.control.gain import NetGain
+from specprefill.core import heap
+from specprefill.core.pipeline import Pipeline
+from specprefill.core.ports import Prefilling
+from specprefill.core.types import Request, Selection
+from specprefill.decode.service import DecodeService
+from specprefill.engine.args import Role, engine_args
+from specprefill.engine.engine import Engine
+from specprefill.kv.holding import RemoteLeases
+from specprefill.kv.prefilling import prefilling
+from specprefill.kv.rpc import KvPeers
+from specprefill.prefill.service import PrefillService
+from specprefill.speculator.service import SpeculatorService
+
+from .cpu_environment import CPU_ENVIRONMENT
+
+
+@dataclass(frozen=True, slots=True)
+class LocalPrefiller:
+    """The `Prefiller` port over a service in this process."""
+
+    service: PrefillService
+    leases: RemoteLeases
+
+    @asynccontextmanager
+    async def prefill(
+        self, request: Request, selection: Selection, timeout_s: float
+    ) -> AsyncIterator[Prefilling]:
+        """See `ports.Prefiller`."""
+        async with (
+            aclosing(self.service.steps(request, selection, timeout_s)) as said,
+            prefilling(said, self.leases) as one,
+        ):
+            yield one
+
+
+@asynccontextmanager
+async def local_pipeline(config: AppConfig, gain: NetGain | None = None) -> AsyncIterator[Pipeline]:
+    """Start the three services, and stop them at the end. `gain` decides what pays."""
+    gain = net_gain(config) if gain is None else gain
+    async with AsyncExitStack() as stack:
+        peers = KvPeers()
+        stack.push_async_callback(peers.close)
+        speculator = await stack.enter_async_context(
+            SpeculatorService.from_config(
+                config.speculator,
+                config.selection,
+                config.model.path,
+                kv_block_tokens(config.prefill),
+            )
+        )
+        prefill_args = engine_args(config.model, config.prefill, config.kv, Role.PREFILL)
+        prefill = await stack.enter_async_context(
+            PrefillService(Engine(prefill_args), max_held_bytes=config.kv.max_held_bytes)
+        )
+        decode_args = engine_args(config.model, config.decode, config.kv, Role.DECODE)
+        decode = await stack.enter_async_context(DecodeService(Engine(decode_args)))
+        heap.freeze()
+        stack.callback(heap.thaw)
+        yield Pipeline(
+            speculator,
+            LocalPrefiller(prefill, peers),
+            decode,
+            planner(config.selection, gain),
+            patience(config.speculator),
+            fallback(config),
+            overlap=config.kv.overlap,
+            local=local_prefill(config.kv, gain.models),
+        )
+
+
+def set_cpu_environment() -> None:
+    """Before vLLM is imported: engines on CPUs share the cores one thread each."""
+    os.environ.update(CPU_ENVIRONMENT)
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override kv_cache_memory_bytes

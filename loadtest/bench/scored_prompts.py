@@ -1,0 +1,63 @@
+"""Generated tasks as the selection sees them: scores, what is protected, and where the gold is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from specprefill.config import SelectionConfig, SpeculatorConfig, local_path
+from specprefill.core.protection import Offsets, merged, protected_spans, special_spans
+from specprefill.core.types import Span
+from specprefill.gateway.openai.offsets import PromptOffsets
+from specprefill.lab.families.fitting import render
+from specprefill.lab.families.task import Task
+from specprefill.speculator.scorer import Scorer, load_scorer
+
+from .keep_rates import Scored
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """The speculator and its tokenizer."""
+
+    scorer: Scorer
+    tokenizer: PreTrainedTokenizerFast
+    offsets: PromptOffsets
+    tail_tokens: int
+
+    @classmethod
+    def load(cls, config: SpeculatorConfig) -> Self:
+        """With the selection's defaults."""
+        selection = SelectionConfig()
+        tokenizer = AutoTokenizer.from_pretrained(local_path(config.path))
+        scorer = load_scorer(config, selection.pool_tokens)
+        return cls(scorer, tokenizer, PromptOffsets(tokenizer), selection.tail_tokens)
+
+    def scored(self, task: Task) -> Scored:
+        """Render, tokenise, mark and score one task."""
+        text = render(task.messages, task.tools, self.tokenizer)
+        prompt = tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        offsets = self.offsets.find(text, prompt)
+        if offsets is None:
+            raise ValueError(f"{task.family}: the tokenizer gives no offsets")
+        special = special_spans(prompt, self.offsets.special_ids)
+        spans = protected_spans(text, offsets, task.messages, (), self.tail_tokens)
+        with self.scorer.opened([prompt]) as (reading,):
+            self.scorer.read([reading])
+            self.scorer.look_ahead([reading])
+            scores = self.scorer.rate(reading)
+        return Scored(
+            family=task.family,
+            scores=scores,
+            certainty=reading.certainty,
+            protected=merged(special + spans),
+            gold=tuple(_tokens(text.find(gold), len(gold), offsets) for gold in task.gold),
+        )
+
+
+def _tokens(start: int, length: int, offsets: Offsets) -> Span:
+    """The tokens that overlap `length` characters from `start`."""
+    inside = [i for i, (a, b) in enumerate(offsets) if a < start + length and b > start]
+    return Span(inside[0], inside[-1] + 1)

@@ -1,0 +1,248 @@
+"""The simulator beside the app that it simulates: `make bench-validation`.
+
+A short calibration asks the local app single questions and learns its stage times. Then the load
+tester sends one seeded trace (Poisson arrivals, mixed lengths), and the simulator is given the same
+arrivals, lengths and kept tokens. Nothing is fitted to the trace itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import nan
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from specprefill.config import AppConfig, local_path
+from specprefill.control.scaling.sizing import stage_times
+from specprefill.control.scaling.values import Floats, Pool, Slo
+from specprefill.deployment.file import load
+from specprefill.lab.loadtest import session
+from specprefill.lab.loadtest.arrivals import Trace as TraceArrivals
+from specprefill.lab.loadtest.outcome import Ending, Outcome
+from specprefill.lab.loadtest.prompt_source import Source
+from specprefill.lab.loadtest.scenario import Prompts, Scenario, Target
+from specprefill.lab.loadtest.session import Run
+from specprefill.lab.reporting.tables import markdown, provenance, write_json
+from specprefill.lab.simulation.controllers import Fixed
+from specprefill.lab.simulation.run import simulate
+from specprefill.lab.simulation.steps import StepLimits
+from specprefill.lab.simulation.trace import Lengths, Rate, Trace, generate, poisson, write_trace
+from specprefill.lab.simulation.world import World
+
+from .calibration import Calibrated, calibrate
+from .processes import Watch
+from .servers import Served, ours
+
+OUT = Path("out")
+BASE = "cluster/local.yaml"
+LENGTHS = Lengths(prompt_tokens=2400.0, prompt_spread=0.7, output_tokens=12.0, output_spread=0.3)
+SHORTEST, LONGEST = 512, 7600
+TIMEOUT_S = 120.0
+KEEP = 0.3
+FULL = "simulator"
+SIZES = dict.fromkeys(Pool, 1)
+PERCENTILES = (50, 95)
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One percentile of the time to first token."""
+
+    percentile: int
+    measured_s: float
+    simulated_s: float
+
+    @property
+    def ratio(self) -> float:
+        """Above 1: the simulator is too slow."""
+        return self.simulated_s / self.measured_s
+
+
+def world(found: Calibrated, config: AppConfig, others: tuple[tuple[float, float], ...]) -> World:
+    """The local app as the simulator sees it: its stages, its steps, one machine under all.
+
+    `others`: from when on, how many cores other programs were seen to take.
+    """
+    engine = config.prefill
+    if engine.max_num_batched_tokens is None or engine.max_num_seqs is None:
+        raise ValueError("prefill: max_num_batched_tokens and max_num_seqs must be given")
+    return World(
+        found.engines,
+        Slo(ttft_s=TIMEOUT_S),
+        dict.fromkeys(Pool, 1.0),
+        timeout_s=TIMEOUT_S,
+        front=found.front,
+        steps=StepLimits(engine.max_num_batched_tokens, engine.max_num_seqs),
+        machine=found.machine,
+        aside=found.aside,
+        others=others,
+    )
+
+
+def bearable_qps(trace: Trace, found: Calibrated, keep: float) -> float:
+    """Requests like these per second at which the busiest pool, or the machine, is always busy."""
+    times = stage_times(trace.arrivals(keep), found.engines)
+    outside_s = float(
+        np.mean(
+            [found.front.seconds(n) + found.aside.seconds(n) for n in trace.prompt_tokens.tolist()]
+        )
+    )
+    pools_s = (float(times.speculate_s.mean()), float(times.prefill_s.mean()))
+    together = found.machine.cores * found.machine.together
+    machine_s = (outside_s + sum(pools_s) + float(times.decode_s.mean())) / together
+    return 1.0 / max(*pools_s, machine_s)
+
+
+def drawn(rate: Rate, seconds: float, seed: int, shortest: int = SHORTEST) -> Trace:
+    """A trace whose lengths the local app bears."""
+    trace = generate(rate, seconds, LENGTHS, seed)
+    return replace(trace, prompt_tokens=np.clip(trace.prompt_tokens, shortest, LONGEST))
+
+
+def replayed(outcomes: Sequence[Outcome]) -> Trace:
+    """What was really asked, for the simulator. Raises RuntimeError if any got no answer."""
+    for one in outcomes:
+        if one.stream.ending is not Ending.ANSWERED or one.stream.report is None:
+            raise RuntimeError(f"request {one.index}: {one.stream.ending}: {one.stream.error}")
+    return Trace(
+        _column(one.scheduled_s for one in outcomes),
+        _column(one.reported("prompt_tokens") for one in outcomes),
+        _column(max(1, one.stream.output_tokens) for one in outcomes),
+        _column(one.reported("kept_tokens") for one in outcomes),
+    )
+
+
+def compared(measured_s: Floats, simulated_s: Floats) -> list[Compared]:
+    """Each percentile of both."""
+    return [
+        Compared(each, *(float(np.percentile(times, each)) for times in (measured_s, simulated_s)))
+        for each in PERCENTILES
+    ]
+
+
+def table(name: str, found: Sequence[Compared]) -> str:
+    """One line per percentile."""
+    headers = (name, "measured", "simulated", "simulated / measured")
+    rows = [
+        [f"p{each.percentile} TTFT", f"{each.measured_s:.3f} s", f"{each.simulated_s:.3f} s",
+         f"{each.ratio:.3f}"]
+        for each in found
+    ]  # fmt: skip
+    return markdown(headers, rows)
+
+
+def variants(full: World) -> Mapping[str, World]:
+    """The simulator, and the same without one of the things that a shared machine adds."""
+    return {
+        FULL: full,
+        "without what others took": replace(full, others=()),
+        "without work beside the stages": replace(full, aside=None),
+        "one prompt at a time": replace(full, steps=None),
+        "an accelerator per engine": replace(full, machine=None),
+        "stages alone": replace(full, machine=None, steps=None, front=None),
+    }
+
+
+async def replay(
+    served: Served, path: Path, requests: int, source: Source, seed: int
+) -> tuple[Run, Watch]:
+    """Send the trace in `path` with the load tester, and watch the machine meanwhile."""
+    scenario = Scenario(
+        target=Target(address=served.url, model=served.model),
+        tokenizer=local_path("models/demo-main"),
+        prompts=(Prompts(keep=KEEP, max_tokens=int(LENGTHS.output_tokens)),),
+        arrivals=TraceArrivals(kind="trace", path=str(path)),
+        length={"requests": requests},
+        timeout_s=TIMEOUT_S,
+        warm_up=0,  # the calibration was one
+        seed=seed,
+    )
+    watch = Watch()
+    run = await session.measure(scenario, source, lambda _progress: watch.look())
+    return run, watch
+
+
+async def measure(
+    args: argparse.Namespace, served: Served, config: AppConfig
+) -> tuple[Calibrated, Run, Watch]:
+    """Calibrate, choose the rate, replay."""
+    source = Source.load(local_path("models/demo-main"), args.seed)
+    caller = session.caller_of(Target(address=served.url, model=served.model))
+    async with caller.open():
+        slots = config.decode.max_num_seqs or 1
+        output_tokens = int(LENGTHS.output_tokens)
+        found = await calibrate(source, caller, KEEP, output_tokens, slots)
+    print(f"calibrated: {found}", flush=True)
+    most = bearable_qps(drawn(poisson(1.0), 1000.0, args.seed), found, KEEP)
+    trace = drawn(poisson(args.load * most), args.seconds, args.seed)
+    print(f"bearable: {most:.2f} requests/s; asked: {args.load:.0%} of it, {len(trace)} requests "
+          f"in {args.seconds:g} s", flush=True)  # fmt: skip
+    path = args.out.parent / "validation" / "trace.jsonl"
+    write_trace(path, trace)
+    return found, *await replay(served, path, len(trace), source, args.seed)
+
+
+def options(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.bench.validation", description=__doc__
+    )
+    parser.add_argument("--load", type=float, default=0.6, help="of what the app bears in theory")
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=OUT / "bench-validation.json")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, simulate, print, write."""
+    args = options(argv)
+    folder = args.out.parent.resolve() / "validation"
+    folder.mkdir(parents=True, exist_ok=True)
+    base = Path(local_path(BASE))
+    config = load(base).file.applications[0].args
+    with ours(base, folder) as served:
+        found, run, watch = asyncio.run(measure(args, served, config))
+    trace = replayed(run.outcomes)
+    measured_s = _column(one.ttft_s for one in run.outcomes)
+    rows: dict[str, Any] = {}
+    others = tuple((each.from_s, each.others) for each in watch.seen)
+    print(f"other programs took {watch.mean_others():.2f} cores, this one "
+          f"{fmean(each.own for each in watch.seen):.2f}")  # fmt: skip
+    for name, each in variants(world(found, config, others)).items():
+        outcome = simulate(trace, each, Fixed(SIZES), SIZES)
+        result = compared(measured_s, outcome.ttft_s)
+        print(f"\n{table(name, result)}", flush=True)
+        rows[name] = [asdict(one) | {"ratio": one.ratio} for one in result]
+        if name == FULL:
+            simulated_s = outcome.ttft_s
+    results = {
+        "load": args.load,
+        "requests": len(trace),
+        "other_programs": [asdict(each) for each in watch.seen],
+        "calibration": asdict(found),
+        "compared": rows,
+        "each": [
+            {"time_s": one.scheduled_s, "output_tokens": one.stream.output_tokens,
+             "measured_s": one.ttft_s, "simulated_s": float(foreseen), **(one.stream.report or {})}
+            for one, foreseen in zip(run.outcomes, simulated_s, strict=True)
+        ],
+    }  # fmt: skip
+    write_json(args.out, provenance(args.seed), results)
+    print(f"\nwritten to {args.out}")
+    return 0
+
+
+def _column(values: Iterable[float | None]) -> Floats:
+    return np.array([nan if value is None else value for value in values], dtype=np.float64)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

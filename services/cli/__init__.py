@@ -1,0 +1,1 @@
+"""The `specprefill` command: one module per subcommand, and the demo."""

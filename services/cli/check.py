@@ -1,0 +1,64 @@
+"""Opens both models of a deployment where they are at hand, and reports what would go wrong.
+
+Loads no weights and asks no network. Importing vLLM takes seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..config import AppConfig
+from ..core.findings import Finding, error, note
+from ..deployment.file import Application, DeploymentFile
+from ..deployment.model_files import located
+
+
+def check(file: DeploymentFile, *, served_here: bool = True) -> Iterator[Finding]:
+    """Yield what the replicas of every application would report.
+
+    With `served_here` False, a model that is missing here may still be on the cluster's nodes.
+    """
+    for number, application in enumerate(file.applications):
+        for finding in _check_application(application, served_here=served_here):
+            yield finding.below(f"applications[{number}].args")
+
+
+def _check_application(application: Application, *, served_here: bool) -> Iterator[Finding]:
+    config = application.args
+    offline = application.runtime_env.env_vars.get("HF_HUB_OFFLINE") == "1"
+    model, speculator = config.model, config.speculator
+    main = located("model.path", model.path, model.revision, offline=offline)
+    draft = located("speculator.path", speculator.path, speculator.revision, offline=offline)
+    missing = [found for found in (main, draft) if isinstance(found, Finding)]
+    yield from (found if served_here else note(found.key, found.message) for found in missing)
+    longest = model.max_model_len
+    if isinstance(main, Path):
+        from ..engine.model_check import MainModelCheck
+
+        checked = MainModelCheck(config, main)
+        yield from checked.findings()
+        yield from _gateway(config, main)
+        longest = None if checked.model is None else checked.model.max_model_len
+    if isinstance(draft, Path):
+        from ..speculator.draft_check import check_speculator
+
+        main_folder = main if isinstance(main, Path) else None
+        yield from check_speculator(speculator, draft, main_folder, longest)
+
+
+def _gateway(config: AppConfig, folder: Path) -> Iterator[Finding]:
+    """Yield what vLLM's server reports of its arguments; its parser would end the process."""
+    from ..gateway.openai.server import server_args
+
+    printed = io.StringIO()
+    model = config.model.model_copy(update={"path": str(folder)})
+    try:
+        with contextlib.redirect_stderr(printed):
+            server_args(config.model_copy(update={"model": model}))
+    except SystemExit:
+        yield error("gateway.vllm_args", printed.getvalue().strip().rpartition("error: ")[2])
+    except (ValueError, TypeError) as refused:
+        yield error("gateway.vllm_args", str(refused))

@@ -1,0 +1,165 @@
+"""`specprefill doctor`: what the engines will find on this node."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import KvConfig
+from ..core.errors import SpecPrefillError
+from ..deployment.checked_yaml import InvalidFile
+from ..deployment.file import Application, load
+from .exit_codes import Misused
+
+if TYPE_CHECKING:  # importing vLLM takes seconds, and its platform follows the environment
+    from ..engine.node import Fact
+
+_CONNECT_TIMEOUT_S = 3.0
+_GPU_POOLS = ("Prefill", "Decode")
+
+
+def add_commands(commands: Any) -> None:
+    """Register this module's commands with the parser."""
+    doctor = commands.add_parser(
+        "doctor",
+        help="show what the engines will find on this node",
+        description="Show this node's versions, devices and KV carriers; with FILE, also what "
+        "each engine of the deployment would be here (model runner, attention backend, sizes) "
+        "or why it would not start; with --peer, whether that KV port answers. Starts nothing. "
+        "Exits 1 if something would fail at start.",
+    )
+    doctor.add_argument(
+        "file", type=Path, nargs="?", metavar="FILE", help="a deployment file, if there is one"
+    )
+    doctor.add_argument(
+        "--application", metavar="NAME", help="of FILE's applications (default: the only one)"
+    )
+    doctor.add_argument(
+        "--peer", action="append", default=[], type=_address, metavar="HOST:PORT",
+        help="a KV port of another node, as a prefill replica logs it; may be repeated",
+    )  # fmt: skip
+    doctor.set_defaults(run=run_doctor)
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """Print a line for each fact as it is found."""
+    application = _application(args.file, args.application)
+    if application is not None:
+        os.environ.update(application.runtime_env.env_vars)
+    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"  # what vLLM would log stands in the report
+    wrong = 0
+    for fact in _facts(application, args.peer):
+        print(line(fact), flush=True)
+        wrong += fact.wrong
+    print(f"{wrong} would fail at start" if wrong else "nothing found that would fail at start")
+    return 1 if wrong else 0
+
+
+def line(fact: Fact) -> str:
+    """One line of the report."""
+    return f"{'FAIL' if fact.wrong else 'ok':4}  {fact.name}: {fact.value}"
+
+
+def _application(file: Path | None, name: str | None) -> Application | None:
+    if file is None:
+        if name is not None:
+            raise Misused("specprefill: --application needs a FILE")
+        return None
+    try:
+        applications = load(file).file.applications
+    except InvalidFile as error:
+        raise Misused(str(error)) from error
+    names = ", ".join(each.name for each in applications)
+    if name is None and len(applications) > 1:
+        raise Misused(f"specprefill: {file} has several applications: --application {names}")
+    for application in applications:
+        if name in (None, application.name):
+            return application
+    raise Misused(f"specprefill: {file} has no application {name}; it has {names}")
+
+
+def _facts(application: Application | None, peers: Iterable[tuple[str, int]]) -> Iterator[Fact]:
+    from ..engine import node
+
+    kv = KvConfig() if application is None else application.args.kv
+    yield from node.node_facts(0.0 if application is None else _gpus(application))
+    yield from node.carrier_facts(kv)
+    if application is not None:
+        yield from _pools(application)
+    for host, port in peers:
+        yield asyncio.run(_peer(host, port, kv))
+
+
+def _gpus(application: Application) -> float:
+    """The most GPUs that a replica with an engine takes of one node."""
+    asked = [
+        pool.ray_actor_options.num_gpus or 0.0
+        for pool in application.deployments
+        if pool.name in _GPU_POOLS and pool.ray_actor_options is not None
+    ]
+    return max(asked, default=0.0)
+
+
+def _pools(application: Application) -> Iterator[Fact]:
+    from ..engine.args import Role
+    from ..engine.node import engine_facts
+
+    args = application.args
+    yield from engine_facts(Role.PREFILL, args.model, args.prefill, args.kv)
+    yield from engine_facts(Role.DECODE, args.model, args.decode, args.kv)
+    yield _speculator(application)
+
+
+def _speculator(application: Application) -> Fact:
+    """Check the speculator's model by its configuration."""
+    from transformers import AutoConfig
+
+    from ..config import local_path
+    from ..engine.node import Fact
+    from ..speculator.draft import refuse_unsupported_cache
+
+    speculator = application.args.speculator
+    try:
+        found = AutoConfig.from_pretrained(
+            local_path(speculator.path), revision=speculator.revision
+        )
+        refuse_unsupported_cache(found)
+    except (SpecPrefillError, ValueError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        return Fact("speculator", f"{speculator.path}: {reason}", wrong=True)
+    return Fact("speculator", f"{speculator.path}: can score")
+
+
+async def _peer(host: str, port: int, kv: KvConfig) -> Fact:
+    """Whether a KV port is open, and answers as one."""
+    from ..engine.node import Fact
+    from ..kv.rpc import KvPeers
+    from ..kv.tls import read_tls
+
+    name, address = f"peer {host}:{port}", f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        with socket.create_connection((host, port), timeout=_CONNECT_TIMEOUT_S):
+            pass
+    except OSError as error:
+        return Fact(name, f"not reachable from here: {error}", wrong=True)
+    try:
+        peers = KvPeers(read_tls(kv.tls))
+    except SpecPrefillError as error:
+        return Fact(name, str(error), wrong=True)
+    gauges = await peers.gauges(address)
+    await peers.close()
+    if gauges is None:
+        return Fact(name, "open, but it does not answer as a KV port", wrong=True)
+    return Fact(name, f"answers, {gauges.leases} leases held")

@@ -1,0 +1,282 @@
+"""`specprefill eval`: how good answers stay at every keep rate."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..client.question import CallFailed
+from ..core.errors import SpecPrefillError
+from ..deployment.checked_yaml import InvalidFile
+from ..deployment.file import load
+from ..lab.evaluation.arms import Arm, arms_of
+from ..lab.families.catalog import FAMILIES
+from .arguments import API_KEY_VARIABLE, rate
+from .exit_codes import Failed, Misused
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..config import AppConfig
+    from ..lab.evaluation.journal import Journal
+    from ..lab.evaluation.suite import Backend, Suite
+
+CONFIG = Path("cluster/local.yaml")
+OUT = Path("out")
+JOURNAL = "eval-journal.jsonl"
+LENGTHS = (1024, 4096)
+KEEPS = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05)
+CONTROL_KEEP = 0.1
+ITEMS, LEAST_DENSE = 8, 0.2
+QUICK_FAMILIES, QUICK_LENGTHS, QUICK_KEEPS, QUICK_ITEMS = ("needles", "vt"), (768,), (1.0, 0.1), 2
+BAR_WIDTH = 30
+
+
+def add_commands(commands: Any) -> None:
+    """Register this module's command with the parser."""
+    command = commands.add_parser(
+        "eval",
+        help="measure how good answers stay at every keep rate",
+        description="Ask generated tasks with known answers at every keep rate. Without "
+        "--endpoint, the models of --config run in this process, beside controls that choose by "
+        "lot and the main model as its own speculator. With --endpoint, any OpenAI-compatible "
+        "service is asked. Writes JSON and an HTML page.",
+        epilog=f"families: {', '.join(FAMILIES)}",
+    )
+    _add_subject(command)
+    _add_size(command)
+    command.add_argument(
+        "--out", type=Path, default=OUT, metavar="DIR",
+        help="folder of the reports (default: %(default)s)",
+    )  # fmt: skip
+    command.add_argument("--document", type=Path, metavar="FILE", help="write the tables here too")
+    command.add_argument(
+        "--resume", action="store_true",
+        help="do not ask again what an earlier run with these settings, cut off or of fewer "
+        "families, lengths or prompts, has left in the folder of the reports",
+    )  # fmt: skip
+    command.set_defaults(run=run_eval)
+
+
+def _add_subject(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--config", type=Path, default=CONFIG, metavar="FILE",
+        help="the deployment whose models and selection are measured (default: %(default)s)",
+    )  # fmt: skip
+    command.add_argument("--model", help="in place of the deployment's model or model name")
+    command.add_argument("--speculator", metavar="PATH", help="in place of the deployment's")
+    command.add_argument("--endpoint", metavar="URL", help="ask this service over HTTP instead")
+    command.add_argument(
+        "--tokenizer", metavar="PATH",
+        help="counts prompt tokens (default: the model's; needed where --model is only a name)",
+    )  # fmt: skip
+    command.add_argument(
+        "--plain", action="store_true", help="the endpoint cannot prune: dense answers only"
+    )
+    command.add_argument("--timeout", type=float, default=300.0, metavar="S", help="per request")
+    command.add_argument("--workers", type=int, default=1, metavar="N", help="requests at a time")
+    command.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
+        help="of both models in this process (default: %(default)s)",
+    )  # fmt: skip
+
+
+def _add_size(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--families", nargs="+", choices=FAMILIES, default=FAMILIES, metavar="FAMILY",
+        help="default: all",
+    )  # fmt: skip
+    command.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, metavar="TOKENS")
+    command.add_argument("--keeps", nargs="+", type=rate, default=KEEPS, metavar="R")
+    command.add_argument(
+        "--control-keep", type=rate, default=CONTROL_KEEP, metavar="R",
+        help="rate of the controls and the ceiling (default: %(default)s)",
+    )  # fmt: skip
+    command.add_argument("--no-controls", action="store_true", help="no controls, no ceiling")
+    command.add_argument("--no-ceiling", action="store_true", help="does not load the model twice")
+    command.add_argument(
+        "--gold-only", action="store_true", help="the speculator alone; no answers"
+    )
+    command.add_argument(
+        "--items", type=int, default=ITEMS, metavar="N",
+        help="prompts of each family and length (default: %(default)s)",
+    )  # fmt: skip
+    command.add_argument("--seed", type=int, default=1)
+    command.add_argument(
+        "--least-dense", type=float, default=LEAST_DENSE, metavar="SCORE",
+        help="a family that the dense prompt does not answer as well is beyond the model: only "
+        "its gold survival is measured on (default: %(default)s)",
+    )  # fmt: skip
+    command.add_argument("--quick", action="store_true", help="two families, two short prompts")
+
+
+def run_eval(args: argparse.Namespace) -> int:
+    """Measure, print the tables, write the files."""
+    from ..lab.evaluation import report
+    from ..lab.evaluation.suite import measure
+    from ..lab.reporting.tables import provenance
+
+    config = _config(args)
+    suite = _suite(args)
+    subject = _subject(args, config)
+    tokenizer = _tokenizer(args, config)
+    journal = _journal(args, suite, {**subject, **provenance(args.seed).versions})
+    try:
+        backend = _backend(args, config, tokenizer, suite)
+        bar = _Bar(suite.prompts, time.monotonic)
+        measured = measure(suite, backend, tokenizer, args.workers, bar.tell, journal)
+    except (CallFailed, SpecPrefillError) as error:
+        raise Failed(f"{error}; {_left(journal)}") from error
+    except KeyboardInterrupt:
+        raise Failed(f"interrupted; {_left(journal)}") from None
+    finally:
+        print(file=sys.stderr)
+    found = report.report_of(measured, suite, subject)
+    origin = provenance(args.seed)
+    print(report.text(found))
+    paths = report.write(found, origin, args.out)
+    if args.document is not None:
+        report.write_document(found, origin, args.document)
+    print("written to " + ", ".join(map(str, paths)))
+    return 0
+
+
+def _journal(args: argparse.Namespace, suite: Suite, settings: dict[str, str]) -> Journal:
+    """Where what is found is kept at once. Raises Misused where another run's would be mixed in."""
+    from ..lab.evaluation.journal import Journal, OtherSettings
+
+    begun = Journal.resumed if args.resume else Journal.begun
+    arms = ", ".join(arm.name for arm in suite.arms)
+    asked = {"seed": str(suite.seed), "arms": arms, "answered": str(suite.answered)}
+    try:
+        return begun(args.out / JOURNAL, {**settings, **asked})
+    except OtherSettings as error:
+        raise Misused(f"specprefill: --resume: {error}") from error
+
+
+def _left(journal: Journal) -> str:
+    """How an evaluation that stopped can go on."""
+    return f"{len(journal)} prompts are in {journal.path}: the same command with --resume goes on"
+
+
+def _config(args: argparse.Namespace) -> AppConfig:
+    """The deployment's application, with the command line's models. Raises Misused."""
+    try:
+        config = load(args.config).file.applications[0].args
+    except InvalidFile as error:
+        raise Misused(str(error)) from error
+    threads = {"threads": args.threads}
+    path = {} if args.speculator is None else {"path": args.speculator, "revision": None}
+    speculator = config.speculator.model_copy(update={**threads, **path})
+    model = config.model
+    if args.model is not None and args.endpoint is None:
+        model = model.model_copy(update={"path": args.model, "revision": None})
+    return config.model_copy(update={"speculator": speculator, "model": model})
+
+
+def _suite(args: argparse.Namespace) -> Suite:
+    """Raises Misused for sizes that cannot be."""
+    from ..lab.evaluation.suite import Suite
+
+    if args.items < 1 or args.workers < 1 or min(args.lengths) < 1:
+        raise Misused("specprefill: --items, --workers and --lengths must be at least 1")
+    quick = args.quick
+    return Suite(
+        families=QUICK_FAMILIES if quick else tuple(args.families),
+        lengths=QUICK_LENGTHS if quick else tuple(args.lengths),
+        items=QUICK_ITEMS if quick else args.items,
+        arms=_arms(args),
+        seed=args.seed,
+        least_dense=args.least_dense,
+        answered=not args.gold_only,
+    )
+
+
+def _arms(args: argparse.Namespace) -> tuple[Arm, ...]:
+    """Endpoints take no positions, so they have neither controls nor a ceiling."""
+    if args.plain:
+        return arms_of((), None, automatic=False, ceiling=False)
+    remote = args.endpoint is not None
+    return arms_of(
+        QUICK_KEEPS if args.quick else args.keeps,
+        None if remote or args.no_controls else args.control_keep,
+        automatic=True,
+        ceiling=not (args.no_ceiling or args.gold_only),
+    )
+
+
+def _tokenizer(args: argparse.Namespace, config: AppConfig) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    from ..config import local_path
+
+    disable_progress_bar()
+    path = config.model.path if args.tokenizer is None else args.tokenizer
+    return AutoTokenizer.from_pretrained(local_path(path))
+
+
+def _backend(
+    args: argparse.Namespace, config: AppConfig, tokenizer: PreTrainedTokenizerBase, suite: Suite
+) -> Backend:
+    """The endpoint, or both models loaded here."""
+    if args.endpoint is not None:
+        from ..lab.evaluation.endpoint import Endpoint
+
+        return Endpoint(
+            base_url=args.endpoint,
+            model=args.model,
+            api_key=os.environ.get(API_KEY_VARIABLE),
+            timeout_s=args.timeout,
+            understands_pruning=not args.plain,
+            fresh=random.Random(),
+        )
+    from ..lab.evaluation.arms import Chooser
+    from ..lab.evaluation.pair import load_pair
+
+    return load_pair(
+        config.model.path,
+        config.speculator,
+        config.selection,
+        tokenizer,
+        answered=suite.answered,
+        ceiling=any(arm.chooser is Chooser.MAIN_MODEL for arm in suite.arms),
+    )
+
+
+def _subject(args: argparse.Namespace, config: AppConfig) -> dict[str, str]:
+    if args.endpoint is not None:
+        return {"endpoint": args.endpoint, "model": args.model or "the only one"}
+    selection = config.selection
+    return {
+        "main model": config.model.path,
+        "speculator": config.speculator.path,
+        "dtype": config.speculator.dtype,
+        "selection": f"chunks of {selection.chunk_tokens} tokens, at least "
+        f"{selection.min_kept_tokens} kept, {selection.sink_tokens} first and "
+        f"{selection.tail_tokens} last protected, {selection.next_chunk_share:g} of a chunk's "
+        "score for the next one",
+    }
+
+
+class _Bar:
+    """A progress bar on standard error."""
+
+    def __init__(self, total: int, now: Any) -> None:
+        self._total = total
+        self._now = now
+        self._started_s = now()
+
+    def tell(self, done: int, what: str) -> None:
+        """Draw it again."""
+        share = done / self._total
+        left_s = (self._now() - self._started_s) / max(share, 1e-9) * (1.0 - share)
+        filled = round(share * BAR_WIDTH)
+        bar = "#" * filled + "." * (BAR_WIDTH - filled)
+        line = f"\r[{bar}] {done}/{self._total} {what}, {left_s // 60:.0f}:{left_s % 60:02.0f} left"
+        print(f"{line:<90}", end="", file=sys.stderr, flush=True)

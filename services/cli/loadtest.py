@@ -1,0 +1,122 @@
+"""`specprefill loadtest`: a load at a target rate against a running endpoint."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..deployment.checked_yaml import InvalidFile, checked, mapping, read_text
+from .exit_codes import Failed, Misused
+
+if TYPE_CHECKING:
+    from ..lab.loadtest.runner import Progress
+    from ..lab.loadtest.scenario import Scenario
+    from ..lab.loadtest.session import Searched
+
+OUT = Path("out")
+
+
+def add_commands(commands: Any) -> None:
+    """Register this module's command with the parser."""
+    load = commands.add_parser(
+        "loadtest",
+        help="load an endpoint; report latency, goodput and the answers' score",
+        description="Send the requests of SCENARIO at their times, whatever becomes of those "
+        "before, to any OpenAI-compatible endpoint or to this service's gRPC API. Writes JSON, "
+        "CSV and an HTML page. Exits 1 when the scenario's gate is not reached.",
+    )
+    load.add_argument("scenario", type=Path, metavar="SCENARIO", help="e.g. loadtest/smoke.yaml")
+    load.add_argument("--address", metavar="URL", help="in place of target.address")
+    load.add_argument("--model", metavar="NAME", help="in place of target.model")
+    load.add_argument("--qps", type=float, metavar="R", help="in place of arrivals.qps")
+    load.add_argument("--requests", type=int, metavar="N", help="in place of length")
+    load.add_argument("--seed", type=int, metavar="N", help="in place of seed")
+    load.add_argument(
+        "--out", type=Path, default=OUT, metavar="DIR",
+        help="folder of the reports (default: %(default)s)",
+    )  # fmt: skip
+    load.set_defaults(run=run_load)
+
+
+def run_load(args: argparse.Namespace) -> int:
+    """Run the scenario, print its table, write its files, judge it by its gate."""
+    from ..lab.loadtest import results as report
+    from ..lab.loadtest.search import highest
+    from ..lab.reporting.tables import provenance
+
+    scenario = _scenario(args)
+    found = _searched(scenario)
+    name = f"loadtest-{args.scenario.stem}"
+    origin = provenance(scenario.seed)
+    paths = report.write(args.out, name, origin, scenario, found.runs, found.trials)
+    if found.trials:
+        print(report.trial_table(found.trials))
+        print(f"\nhighest rate that held: {highest(found.trials) or 'none'}")
+    else:
+        print(report.run_table(report.summaries(found.runs[0], scenario)))
+        print(report.remarks(found.runs[0]), end="")
+    print("\nwritten to " + ", ".join(map(str, paths)))
+    missed = [] if found.trials else report.missed(scenario.gate, found.runs[0].summary)
+    for line in missed:
+        print(f"gate: {line}", file=sys.stderr)
+    return 1 if missed else 0
+
+
+def _scenario(args: argparse.Namespace) -> Scenario:
+    """The file with the command line's changes. Raises Misused."""
+    from ..lab.loadtest.scenario import Scenario
+
+    origin = str(args.scenario)
+    try:
+        raw = mapping(read_text(args.scenario), origin, "target")
+        return checked(_overridden(raw, args), origin, Scenario)
+    except InvalidFile as error:
+        raise Misused(str(error)) from error
+
+
+def _overridden(raw: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    changes = {
+        "target": {"address": args.address, "model": args.model},
+        "arrivals": {"qps": args.qps},
+    }
+    changed = dict(raw)
+    for section, values in changes.items():
+        given = {key: value for key, value in values.items() if value is not None}
+        if given:
+            changed[section] = {**(raw.get(section) or {}), **given}
+    if args.requests is not None:
+        changed["length"] = {"requests": args.requests}
+    if args.seed is not None:
+        changed["seed"] = args.seed
+    return changed
+
+
+def _searched(scenario: Scenario) -> Searched:
+    """Make the prompts and run. Raises Misused or Failed."""
+    from ..lab.loadtest import session
+    from ..lab.loadtest.prompt_source import Source, UnknownTokenizer
+
+    try:
+        source = Source.load(scenario.tokenizer, scenario.seed)
+        if scenario.search is not None:
+            return asyncio.run(session.find(scenario, source, _tell))
+        run = asyncio.run(session.measure(scenario, source, _tell))
+    except (InvalidFile, UnknownTokenizer) as error:
+        raise Misused(str(error)) from error
+    except session.NotReady as error:
+        raise Failed(str(error)) from error
+    return session.Searched((), (run,))
+
+
+def _tell(progress: Progress) -> None:
+    """One line that rewrites itself on a terminal, and stays away from files."""
+    if sys.stderr.isatty():
+        line = (
+            f"\r{progress.sent} of {progress.total} sent, {progress.in_flight} in flight, "
+            f"{progress.answered} answered, {progress.other} not "
+        )
+        print(line, end="", file=sys.stderr, flush=True)

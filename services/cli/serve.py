@@ -1,0 +1,319 @@
+"""`specprefill serve | deploy | check | status`: deployment files and clusters."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import InvalidConfiguration
+from ..core.findings import Severity
+from ..deployment.checked_yaml import InvalidFile
+from ..deployment.file import GATEWAY, DeploymentFile, Loaded, draining, load, without_keys
+from ..deployment.front import check_tls
+from ..deployment.local_ray import (
+    DASHBOARD_URL,
+    DeploymentFailed,
+    LocalRay,
+    ServeApi,
+    Snapshot,
+    StartFailed,
+    answers_strangers,
+    open_cluster,
+    port_in_use,
+)
+from .exit_codes import MISUSED, OK, Failed, Misused
+
+START_TIMEOUT_S = 600.0
+DRAIN_TIMEOUT_S = 30.0
+DRAIN_POLL_S = 0.2
+_FINDING = re.compile(rf": ({'|'.join(Severity)}): ")
+_SILENT = {"VLLM_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+def add_commands(commands: Any) -> None:
+    """Register this module's commands with the parser."""
+    _add_serve(commands)
+    _add_deploy(commands)
+    check = commands.add_parser(
+        "check",
+        help="check a deployment file and its models",
+        description="Check a deployment file: every key, every value, and, where the models are "
+        "on this machine, whether they are supported and what would not fit. Deploys nothing, "
+        "loads no weights.",
+    )
+    _add_file(check)
+    check.add_argument(
+        "--no-models", action="store_true", help="do not open the models: the file alone"
+    )
+    check.set_defaults(run=run_check)
+    status = commands.add_parser(
+        "status",
+        help="show the pools and their replicas",
+        description="Show every pool of a running cluster. Exits 1 unless all are healthy.",
+    )
+    _add_dashboard(status)
+    status.set_defaults(run=run_status)
+
+
+def _add_serve(commands: Any) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="serve a deployment file on this machine",
+        description="Start a Ray of its own on this machine, deploy FILE on it, wait until "
+        "every pool is healthy, and serve until Ctrl-C or SIGTERM; then stop everything.",
+    )
+    _add_file(serve)
+    serve.add_argument(
+        "--timeout", type=float, default=START_TIMEOUT_S, metavar="S",
+        help="seconds to wait until all pools are healthy (default: %(default)g)",
+    )  # fmt: skip
+    serve.add_argument(
+        "--drain", type=float, default=DRAIN_TIMEOUT_S, metavar="S",
+        help="seconds that running requests get after the signal (default: %(default)g)",
+    )  # fmt: skip
+    serve.set_defaults(run=run_serve)
+
+
+def _add_deploy(commands: Any) -> None:
+    deploy = commands.add_parser(
+        "deploy",
+        help="deploy a file onto a running Ray cluster",
+        description="Check FILE, deploy it through a running cluster's dashboard, and wait "
+        "until every pool is healthy. The cluster goes on serving.",
+    )
+    _add_file(deploy)
+    _add_dashboard(deploy)
+    deploy.add_argument(
+        "--timeout", type=float, default=START_TIMEOUT_S, metavar="S",
+        help="seconds to wait until all pools are healthy (default: %(default)g)",
+    )  # fmt: skip
+    deploy.set_defaults(run=run_deploy)
+
+
+def _add_file(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "file", type=Path, metavar="FILE", help="a deployment file, e.g. cluster/local.yaml"
+    )
+
+
+def _add_dashboard(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--address", metavar="URL",
+        default=os.environ.get("RAY_DASHBOARD_ADDRESS", DASHBOARD_URL),
+        help="the cluster's dashboard (default: RAY_DASHBOARD_ADDRESS, or %(default)s)",
+    )  # fmt: skip
+
+
+def run_check(args: argparse.Namespace) -> int:
+    """Print that a file is right, or every fault in it and in its models."""
+    loaded = _load(args.file)
+    if not args.no_models:
+        _report(args.file, loaded.file, served_here=True)
+    _warn(open_cluster(os.environ))
+    names = ", ".join(application.name for application in loaded.file.applications)
+    print(f"{args.file}: fine ({names})")
+    return 0
+
+
+def _report(path: Path, file: DeploymentFile, *, served_here: bool) -> None:
+    """Print what is found about the models. Raises Misused where the deployment cannot start."""
+    for name, value in _SILENT.items():  # what vLLM and transformers would log is reported here
+        os.environ.setdefault(name, value)
+    from .check import check
+
+    findings = list(check(file, served_here=served_here))
+    for finding in findings:
+        print(f"{path}: {finding.line()}")
+    if any(finding.severity is Severity.ERROR for finding in findings):
+        raise Misused(f"{path}: would not start as it is")
+
+
+def _check_beside(path: Path) -> subprocess.Popen[str]:
+    """Start `specprefill check` in a process of its own, whose memory ends with it."""
+    command = [sys.executable, "-m", "specprefill.cli", "check", str(path)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _await_check(checking: subprocess.Popen[str], show: Progress) -> None:
+    """Show what the check prints. Raises Misused where it refuses the file."""
+    output = checking.communicate()[0]
+    findings = [line for line in output.splitlines() if _FINDING.search(line)]
+    if checking.returncode == MISUSED:
+        raise Misused("\n".join(findings))
+    for finding in findings:
+        show(finding)
+    if checking.returncode != OK:
+        show(f"the models were not checked: {output.strip().rpartition(chr(10))[2]}")
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    """A local Ray, the application, and a wait for the signal to stop."""
+    loaded = _load(args.file)
+    _warn(open_cluster(os.environ))
+    _refuse_unusable_files(loaded.file)
+    _refuse_taken_ports(loaded.file)
+    show = Progress()
+    show("starting Ray on this machine")
+    stop = threading.Event()
+    with _check_beside(args.file) as checking, _local_ray(args.file) as ray:
+        _stop_on_signals(stop)
+        _await_check(checking, show)
+        api = ServeApi(ray.dashboard_url)
+        show(f"deploying {args.file} (dashboard {ray.dashboard_url})")
+        _deploy(api, loaded, args.timeout, show)
+        show("ready")
+        print(how_to_call(loaded.file, ray.dashboard_url), flush=True)
+        stop.wait()
+        stop.clear()
+        _drain(ray, api, args.drain, stop, show)
+        show("stopping")
+    show("stopped")
+    return 0
+
+
+@contextmanager
+def _local_ray(file: Path) -> Iterator[LocalRay]:
+    ray = LocalRay(file=file)
+    try:
+        ray.start()
+    except StartFailed as error:
+        raise Failed(str(error)) from error
+    with closing(ray):
+        yield ray
+
+
+def _drain(
+    ray: LocalRay, api: ServeApi, timeout_s: float, stop: threading.Event, show: Progress
+) -> None:
+    """Take no new requests, and give those that run time to end; a second signal cuts it short."""
+    show(f"taking no new requests; those that run get up to {timeout_s:g} s")
+    api.deploy(draining(api.deployed()))
+    give_up_s = time.monotonic() + timeout_s
+    while not stop.is_set() and time.monotonic() < give_up_s:
+        held = ray.requests_held(api.replica_actors(GATEWAY))
+        if api.snapshot().healthy and held == 0:
+            return
+        stop.wait(DRAIN_POLL_S)
+    show("requests are cut off")
+
+
+def run_deploy(args: argparse.Namespace) -> int:
+    """Deploy onto a cluster that runs already."""
+    loaded = _load(args.file)
+    _report(args.file, loaded.file, served_here=False)
+    _warn(open_cluster(os.environ) or answers_strangers(args.address))
+    show = Progress()
+    show(f"deploying {args.file} to {args.address}")
+    _deploy(_api(args.address), loaded, args.timeout, show)
+    show("ready")
+    print(how_to_call(loaded.file, args.address))
+    return 0
+
+
+def run_status(args: argparse.Namespace) -> int:
+    """Print the pools."""
+    snapshot = _api(args.address).snapshot()
+    print(status_text(snapshot))
+    return 0 if snapshot.healthy else 1
+
+
+def status_text(snapshot: Snapshot) -> str:
+    """Applications and their pools, a line each."""
+    if not snapshot.applications:
+        return "nothing is deployed"
+    lines = []
+    for name, status in snapshot.applications.items():
+        lines.append(f"{name}: {status.lower()}")
+        lines += [f"  {pool.line()}" for pool in snapshot.pools if pool.application == name]
+        if snapshot.messages[name]:
+            lines.append(f"  {snapshot.messages[name]}")
+    return "\n".join(lines)
+
+
+class Progress:
+    """Lines with the seconds since the command began."""
+
+    def __init__(self) -> None:
+        self._started_s = time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        print(f"[{time.monotonic() - self._started_s:5.0f} s] {line}", flush=True)
+
+
+def how_to_call(file: DeploymentFile, dashboard_url: str) -> str:
+    """The endpoints, and a first call to each."""
+    http, grpc = file.http_options, file.grpc_options
+    args = file.applications[0].args
+    scheme = "http" if args.gateway.front.tls is None else "https"
+    base = f"{scheme}://{http.host}:{http.port}"
+    model = args.model.served_name
+    key = "-H 'authorization: Bearer KEY' " if args.gateway.api_keys else ""
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
+    return f"""
+  HTTP (OpenAI API)  {base}/v1
+  gRPC               {http.host}:{grpc.port}  service specprefill.v1.SpecPrefill
+  dashboard          {dashboard_url}
+
+  specprefill ask --http {base} --prompt-file FILE "QUESTION"
+  curl {base}/v1/chat/completions {key}-H 'content-type: application/json' -d '{body}'
+  RAY_AUTH_MODE=token specprefill status --address {dashboard_url}
+"""
+
+
+def _warn(warning: str | None) -> None:
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+
+def _load(path: Path) -> Loaded:
+    try:
+        return load(path)
+    except InvalidFile as error:
+        raise Misused(str(error)) from error
+
+
+def _refuse_unusable_files(file: DeploymentFile) -> None:
+    for application in file.applications:
+        try:
+            check_tls(application.args.gateway.front.tls)
+        except InvalidConfiguration as error:
+            raise Misused(str(error)) from error
+
+
+def _refuse_taken_ports(file: DeploymentFile) -> None:
+    for key, port in (
+        ("http_options", file.http_options.port),
+        ("grpc_options", file.grpc_options.port),
+    ):
+        if port_in_use("127.0.0.1", port):
+            raise Failed(f"{key}.port: {port} is in use; stop what listens there or choose another")
+
+
+def _deploy(api: ServeApi, loaded: Loaded, timeout_s: float, show: Progress) -> None:
+    try:
+        api.deploy(without_keys(loaded.raw))
+        api.wait_healthy(timeout_s, show)
+    except (DeploymentFailed, RuntimeError) as error:  # RuntimeError: the REST API's refusal
+        raise Failed(str(error)) from error
+
+
+def _api(address: str) -> ServeApi:
+    try:
+        return ServeApi(address)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise Failed(f"no Ray dashboard at {address}: {error}") from error
+
+
+def _stop_on_signals(stop: threading.Event) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())

@@ -1,0 +1,130 @@
+"""Asks a running service over its OpenAI-compatible HTTP API."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+
+from .question import Answered, Ask, CallFailed
+
+
+def ask(base_url: str, question: Ask, tell: Callable[[str], None]) -> Answered:
+    """Stream one chat completion; `tell` gets each piece of text. Raises CallFailed."""
+    pieces: list[str] = []
+    report: dict[str, Any] = {}
+    started_s = time.monotonic()
+    first_s = 0.0
+    for event in _events(base_url, question):
+        text = _text(event)
+        if text:
+            first_s = first_s or time.monotonic() - started_s
+            pieces.append(text)
+            tell(text)
+        report = event.get("specprefill", report)
+    return Answered("".join(pieces), report, first_s)
+
+
+def complete(base_url: str, question: Ask) -> dict[str, Any]:
+    """One chat completion in one piece, as the service returned it. Raises CallFailed."""
+    return _post(base_url, "/v1/chat/completions", _chat(question), question)
+
+
+def tokenize(base_url: str, question: Ask) -> list[int]:
+    """The token ids of a conversation. Raises CallFailed."""
+    body = {"messages": list(question.messages), **_model(question)}
+    ids: list[int] = _post(base_url, "/tokenize", body, question)["tokens"]
+    return ids
+
+
+def detokenize(base_url: str, tokens: list[int], question: Ask) -> str:
+    """The text of some token ids. Raises CallFailed."""
+    body = {"tokens": tokens, **_model(question)}
+    return str(_post(base_url, "/detokenize", body, question)["prompt"])
+
+
+def _events(base_url: str, question: Ask) -> Iterator[dict[str, Any]]:
+    body = {**_chat(question), "stream": True}
+    url = f"{base_url.rstrip('/')}/v1/chat/completions"
+    try:
+        with httpx.stream(
+            "POST", url, json=body, headers=_headers(question), timeout=question.timeout_s
+        ) as reply:
+            if reply.status_code != httpx.codes.OK:
+                reply.read()
+                raise CallFailed(_said(reply))
+            yield from _parsed(reply.iter_lines())
+    except httpx.HTTPError as error:
+        raise CallFailed(f"{url}: {type(error).__name__} {error}") from error
+
+
+def _parsed(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        data = line.removeprefix("data: ")
+        if data in (line, "[DONE]"):
+            continue
+        event = json.loads(data)
+        if "error" in event:
+            raise CallFailed(str(event["error"].get("message", event["error"])))
+        yield event
+
+
+def _post(base_url: str, path: str, body: dict[str, Any], question: Ask) -> dict[str, Any]:
+    url = f"{base_url.rstrip('/')}{path}"
+    try:
+        reply = httpx.post(url, json=body, headers=_headers(question), timeout=question.timeout_s)
+    except httpx.HTTPError as error:
+        raise CallFailed(f"{url}: {type(error).__name__} {error}") from error
+    if reply.status_code != httpx.codes.OK:
+        raise CallFailed(_said(reply))
+    answer: dict[str, Any] = reply.json()
+    return answer
+
+
+def _chat(question: Ask) -> dict[str, Any]:
+    body = {
+        "messages": list(question.messages),
+        "max_tokens": question.max_tokens,
+        "temperature": question.temperature,
+        **_model(question),
+    }
+    if not question.plain:
+        body["specprefill"] = _prune(question)
+    if question.tools:
+        body["tools"] = list(question.tools)
+    return body
+
+
+def _prune(question: Ask) -> bool | dict[str, float | str] | None:
+    if question.dense:
+        return False
+    if question.auto:
+        return {"keep": "auto"}
+    return None if question.keep is None else {"keep": question.keep}
+
+
+def _model(question: Ask) -> dict[str, str]:
+    return {} if question.model is None else {"model": question.model}
+
+
+def _headers(question: Ask) -> dict[str, str]:
+    headers = {"x-request-timeout-seconds": f"{question.timeout_s:g}"}
+    if question.api_key is not None:
+        headers["authorization"] = f"Bearer {question.api_key}"
+    return headers
+
+
+def _text(event: dict[str, Any]) -> str:
+    choices = event.get("choices") or [{}]
+    return choices[0].get("delta", {}).get("content") or ""
+
+
+def _said(reply: httpx.Response) -> str:
+    """The error's own message, where the body is in OpenAI's form."""
+    try:
+        return f"{reply.status_code}: {reply.json()['error']['message']}"
+    except (ValueError, KeyError, TypeError):
+        return f"{reply.status_code}: {reply.text[:500]}"

@@ -1,0 +1,1 @@
+"""Every decision under load. Pure: time is an argument."""

@@ -1,0 +1,82 @@
+"""From the configuration to the rules that decide about prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..config import AppConfig, EngineConfig, KvConfig, SelectionConfig, SpeculatorConfig
+from ..core.fallback import Fallback, OnOverload, Patience
+from ..core.keep_rate import AutoKeep
+from ..core.plan import Planner
+from ..core.selection import SelectionPolicy
+from .gain import NetGain
+from .local_prefill import LocalPrefill
+from .prefixes import CacheForecast, PrefixMemory
+from .stages import StageModels
+
+BLOCK_TOKENS = 128  # what vLLM chooses on a CPU, and a multiple of what it chooses elsewhere
+DRAFT_BLOCK_TOKENS = 64  # about: the speculator's own blocks are its affair
+REMEMBERED_BLOCKS = 1 << 16
+
+
+def selection_policy(selection: SelectionConfig, block_tokens: int = 1) -> SelectionPolicy:
+    """What is always kept, and in which pieces the rest is chosen."""
+    return SelectionPolicy(
+        chunk_tokens=selection.chunk_tokens,
+        min_kept_tokens=selection.min_kept_tokens,
+        sink_tokens=selection.sink_tokens,
+        tail_tokens=selection.tail_tokens,
+        block_tokens=block_tokens,
+        next_chunk_share=selection.next_chunk_share,
+        auto=AutoKeep(least_certainty=selection.least_certainty),
+    )
+
+
+def kv_block_tokens(prefill: EngineConfig) -> int:
+    """Of the prefill engine's cache; a multiple of it where the engine chooses."""
+    return prefill.block_size or BLOCK_TOKENS
+
+
+def net_gain(config: AppConfig) -> NetGain:
+    """Knows nothing yet but the shapes of the stages."""
+    block_tokens = kv_block_tokens(config.prefill)
+    prefill_cache, draft_cache = (
+        CacheForecast(PrefixMemory(size, REMEMBERED_BLOCKS))
+        for size in (block_tokens, DRAFT_BLOCK_TOKENS)
+    )
+    policy = selection_policy(config.selection, block_tokens)
+    return NetGain(StageModels(), prefill_cache, draft_cache, policy)
+
+
+def patience(speculator: SpeculatorConfig) -> Patience:
+    """How long the speculator may take."""
+    return Patience(speculator.timeout_s, speculator.timeout_token_s)
+
+
+def fallback(config: AppConfig) -> Fallback:
+    """What becomes of prompts that cannot be scored in time."""
+    policy = selection_policy(config.selection, kv_block_tokens(config.prefill))
+    return Fallback(OnOverload(config.speculator.on_overload), policy)
+
+
+def local_prefill(kv: KvConfig, models: StageModels) -> LocalPrefill | None:
+    """Which prompts decode computes; None: not one."""
+    if kv.local_prefill_tokens == 0:
+        return None
+    return LocalPrefill(kv.local_prefill_tokens, models.curves)
+
+
+def planner(
+    selection: SelectionConfig, gain: NetGain, unfit: Callable[[], bool] | None = None
+) -> Planner:
+    """The deployment's planner; `unfit` returns whether the draft is known to choose badly."""
+    return Planner(
+        enabled=selection.enabled,
+        keep=None if selection.keep == "auto" else selection.keep,
+        min_prompt_tokens=selection.min_prompt_tokens,
+        floor=selection.floor,
+        ceiling=selection.ceiling,
+        gain=None if selection.min_gain is None else gain,
+        unfit=unfit,
+        min_gain=selection.min_gain or 0.0,
+    )

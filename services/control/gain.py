@@ -1,0 +1,113 @@
+"""Whether pruning is expected to give the first token sooner. Pure: no clock, no I/O.
+
+Pruning wins when reading the prompt with the draft model and computing the kept tokens takes less
+time than computing all tokens that are not cached (Speculative Prefill, arXiv 2502.02789, names the
+ceiling 1 / (keep + ratio of the models); a warm prefix cache lowers the bar for the dense plan).
+"""
+
+from __future__ import annotations
+
+from ..core.selection import SelectionPolicy, expected_kept, leading_tokens
+from ..core.types import UNSCORED, Expected, PlanKind, PrefilledBy, Reason, Report, Request
+from .prefixes import CacheForecast
+from .stages import Curve, StageModel, StageModels
+
+SMOOTHING = 0.1  # weight of the newest prompt in what the scores choose
+TYPICAL_KEEP = 0.3  # what the scores choose, before any prompt has told
+FORGETTING = 0.02  # per prompt that was not scored: how fast a bad name of pruning is forgotten
+RETRY_AFTER, RETRY_AFTER_MOST = 16, 1024  # prompts until a speculator that was slow is tried again
+SCORED = (Reason.AUTO, Reason.UNCERTAIN, Reason.SPREAD_SCORES)
+OVERHEAD = Curve(base_s=0.002)  # before the first report: calls between the pools
+DRIFT = 1e-7  # seconds a token that overheads may grow with, before anything is known
+
+
+class NetGain:
+    """What a deployment has learnt about its speed, and what its prefix caches should hold."""
+
+    def __init__(
+        self,
+        models: StageModels,
+        prefill_cache: CacheForecast,
+        draft_cache: CacheForecast,
+        policy: SelectionPolicy,
+    ) -> None:
+        self.models = models
+        self._prefill_cache = prefill_cache
+        self._draft_cache = draft_cache
+        self._policy = policy
+        self._typical_keep = TYPICAL_KEEP
+        self._retry_after = RETRY_AFTER
+        self._dense_since = 0  # prompts that went dense since the speculator was last tried
+        self._overhead = {
+            kind: StageModel(Curve(base_s=OVERHEAD.base_s * calls, token_s=DRIFT))
+            for kind, calls in ((PlanKind.DENSE, 1), (PlanKind.PRUNE, 2))
+        }
+
+    def expected(self, request: Request, keep: float | None) -> Expected:
+        """Seconds to the first token of either plan, with nothing waiting before it.
+
+        `keep` None: as much as the scores have been choosing, counting what they sent dense.
+        """
+        tokens = len(request.prompt)
+        keep = self._typical_keep if keep is None else keep
+        kept = expected_kept(tokens, keep, request.protected, self._policy)
+        cached = self._prefill_cache.cached(request.prompt)
+        shared = min(cached, leading_tokens(request.protected), kept - 1)
+        read = self._draft_cache.cached(request.prompt)
+        speculate_s = self._draft_cache.seconds(self.models.speculate.curve, tokens, read)
+        return Expected(
+            dense_s=self._prefill_s(tokens, cached) + self._overhead_s(PlanKind.DENSE, tokens),
+            prune_s=speculate_s
+            + self._prefill_s(kept, shared)
+            + self._overhead_s(PlanKind.PRUNE, tokens),
+        )
+
+    def learn(self, request: Request, report: Report) -> None:
+        """Take what a finished request tells."""
+        self.models.observe(report)
+        if report.prefilled_by is PrefilledBy.PREFILL:
+            self._learn_overhead(report)
+        self._learn_keep(report)
+        tokens = request.prompt
+        self._recover(report)
+        if report.speculate_s > 0 and report.reason not in UNSCORED:
+            self._draft_cache.learn(tokens, report.remembered_tokens)
+        if report.prefilled_by is PrefilledBy.DECODE:
+            return  # the prefill pool's caches know nothing of it
+        if report.plan is PlanKind.PRUNE:
+            tokens = tokens[: leading_tokens(request.protected)]
+        self._prefill_cache.learn(tokens, report.cached_tokens)
+
+    def learn_unscored(self, request: Request, speculate_s: float) -> None:
+        """Take that a prompt was given up after it had been scored for so long, and shed."""
+        self.models.speculate.observe_at_least(len(request.prompt), speculate_s)
+
+    def _recover(self, report: Report) -> None:
+        """After enough prompts that went dense for a slow speculator, try it again.
+
+        Each time in vain doubles the number of prompts until the next try.
+        """
+        if report.speculate_s > 0 and report.reason not in UNSCORED:
+            self._retry_after = RETRY_AFTER
+        elif report.reason is Reason.NO_GAIN and self.models.speculate.has_given_up:
+            self._dense_since += 1
+            if self._dense_since >= self._retry_after:
+                self._dense_since = 0
+                self._retry_after = min(2 * self._retry_after, RETRY_AFTER_MOST)
+                self.models.speculate.forget_given_up()
+
+    def _prefill_s(self, tokens: int, cached: int) -> float:
+        return self._prefill_cache.seconds(self.models.prefill.curve, tokens, cached)
+
+    def _overhead_s(self, kind: PlanKind, tokens: int) -> float:
+        return self._overhead[kind].seconds(tokens)
+
+    def _learn_overhead(self, report: Report) -> None:
+        staged_s = report.queue_s + report.speculate_s + report.prefill_s
+        self._overhead[report.plan].observe(report.prompt_tokens, report.ttft_s - staged_s)
+
+    def _learn_keep(self, report: Report) -> None:
+        if report.reason in SCORED:
+            self._typical_keep += SMOOTHING * (report.keep_rate - self._typical_keep)
+        elif report.reason is Reason.NO_GAIN:
+            self._typical_keep += FORGETTING * (TYPICAL_KEEP - self._typical_keep)

@@ -1,0 +1,1 @@
+"""One request's life: values, ports, the pipeline, selection. Imports no framework."""

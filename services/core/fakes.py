@@ -1,0 +1,179 @@
+"""In-process stand-ins for the three pools: no engine, no network, real contracts.
+
+They ship with the product, so that a pipeline or a gateway can be tried and tested in
+milliseconds. The "model" answers with the kept tokens themselves, first to last, so a test
+sees exactly what reached it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from .errors import SpecPrefillError
+from .types import (
+    Chunk,
+    Computed,
+    Decoded,
+    Plan,
+    Prefilled,
+    Replay,
+    Request,
+    Selection,
+    Span,
+    Ticket,
+)
+
+
+@dataclass(slots=True)
+class FakeSpeculator:
+    """Keeps the first `plan.keep` of the prompt; `fails` is raised instead, if set."""
+
+    fails: SpecPrefillError | None = None
+    calls: int = 0
+    timeouts_s: list[float] = field(default_factory=list)  # of the calls
+
+    async def select(self, request: Request, plan: Plan, timeout_s: float) -> Selection:
+        """See the port."""
+        self.calls += 1
+        self.timeouts_s.append(timeout_s)
+        await asyncio.sleep(0)
+        if self.fails is not None:
+            raise self.fails
+        prompt_tokens = len(request.prompt)
+        kept = max(1, int(prompt_tokens * plan.keep))
+        return Selection(prompt_tokens, (Span(0, kept),), plan, speculate_s=0.25)
+
+
+@dataclass(slots=True)
+class FakePrefiller:
+    """Answers with the first kept token; counts what it holds.
+
+    With `early`, the ticket is there before the first token.
+    """
+
+    fails: list[SpecPrefillError | None] = field(default_factory=list)  # one per call
+    ends_answer: bool = False  # the first token is the last
+    early: bool = False
+    held: int = 0
+    released: int = 0
+    selections: list[Selection] = field(default_factory=list)
+
+    @asynccontextmanager
+    async def prefill(
+        self, request: Request, selection: Selection, timeout_s: float
+    ) -> AsyncIterator[FakePrefilling]:
+        """See the port."""
+        del timeout_s
+        error = self.fails.pop(0) if self.fails else None
+        self.selections.append(selection)
+        token = selection.kept(request.prompt)[0]
+        chunk = Chunk(0, (token,), text_of(token))
+        ticket = Ticket("lease", "secret", ("peer:1",), "layout", selection.kept_tokens)
+        prefilled = Prefilled(chunk, ticket, queue_s=0.0, prefill_s=0.5)
+        if self.ends_answer:
+            prefilled = Prefilled(_finished(chunk, "stop"), None, queue_s=0.0, prefill_s=0.5)
+        prefilling = FakePrefilling(self, error, ticket if self.early else None, prefilled)
+        try:
+            yield prefilling
+        finally:
+            prefilling.kv_arrived()
+
+
+@dataclass(slots=True)
+class FakePrefilling:
+    """One call of a FakePrefiller."""
+
+    prefiller: FakePrefiller
+    error: SpecPrefillError | None
+    early: Ticket | None
+    result: Prefilled
+    holds: bool = False
+
+    async def ticket(self) -> Ticket | None:
+        """See the port."""
+        if self.early is not None:
+            self._hold()
+        return self.early
+
+    async def prefilled(self) -> Prefilled:
+        """See the port."""
+        await asyncio.sleep(0)
+        if self.error is not None:
+            raise self.error
+        if self.result.ticket is not None:
+            self._hold()
+        return self.result
+
+    def kv_arrived(self) -> None:
+        """See the port."""
+        if self.holds:
+            self.holds = False
+            self.prefiller.held -= 1
+            self.prefiller.released += 1
+
+    def _hold(self) -> None:
+        if not self.holds:
+            self.holds = True
+            self.prefiller.held += 1
+
+
+@dataclass(slots=True)
+class FakeDecoder:
+    """Streams the kept tokens, `max_tokens` of them, for every sample in turn.
+
+    `fails` holds what to raise, one per call, before the token at `fails_at`; None: nothing.
+    `samples_first` is what it samples first where nothing is replayed.
+    """
+
+    max_tokens: int = 4
+    samples_first: int | None = None
+    fails: list[SpecPrefillError | None] = field(default_factory=list)
+    fails_at: int = 1
+    closed: int = 0
+    replays: list[Replay] = field(default_factory=list)
+
+    async def decode(
+        self,
+        request: Request,
+        selection: Selection,
+        ticket: Ticket | None,
+        replay: Replay,
+        timeout_s: float,
+    ) -> AsyncGenerator[Decoded]:
+        """See the port."""
+        del timeout_s
+        self.replays.append(replay)
+        error = self.fails.pop(0) if self.fails else None
+        tokens = selection.kept(request.prompt)[: self.max_tokens]
+        if self.samples_first is not None and not any(replay):
+            tokens[0] = self.samples_first
+        try:
+            for index in range(request.samples):
+                for place, token in enumerate(tokens):
+                    await asyncio.sleep(0)
+                    if error is not None and place == self.fails_at:
+                        raise error
+                    chunk = Chunk(index, (token,), text_of(token))
+                    if place == len(tokens) - 1:
+                        chunk = _finished(chunk, "length")
+                    yield _decoded(chunk, ticket)
+        finally:
+            self.closed += 1
+
+
+def _decoded(chunk: Chunk, ticket: Ticket | None) -> Decoded:
+    if ticket is None:
+        return Decoded(chunk, 0.0, 0.0, computed=Computed(queue_s=0.0, prefill_s=0.375))
+    return Decoded(chunk, 0.125, 0.0625)
+
+
+def text_of(token: int) -> str:
+    """The fake model's text for one token."""
+    return f"<{token}>"
+
+
+def _finished(chunk: Chunk, reason: str) -> Chunk:
+    return Chunk(chunk.index, chunk.token_ids, chunk.text, finish_reason=reason)

@@ -1,0 +1,243 @@
+"""One request's way through the three pools. Knows ports, not frameworks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import (
+    AbstractContextManager,
+    AsyncExitStack,
+    aclosing,
+    asynccontextmanager,
+    nullcontext,
+)
+from dataclasses import dataclass, field, replace
+
+from .answer import Answer, Diverged
+from .begun import begun
+from .errors import (
+    DeadlineExceeded,
+    DecodeUnavailable,
+    InvalidRequest,
+    Overloaded,
+    PrefillUnavailable,
+    ScoringTimeout,
+    SpeculatorUnavailable,
+)
+from .fallback import Fallback, Patience
+from .plan import Planner
+from .ports import Decoder, LocalPrefill, Prefiller, Prefilling, Speculator
+from .types import (
+    Chunk,
+    Decoded,
+    Plan,
+    PlanKind,
+    Prefilled,
+    Reason,
+    Request,
+    Selection,
+    dense,
+    whole,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """A point in time, handed on as the time that is left."""
+
+    at_s: float
+    now: Callable[[], float]
+
+    def left_s(self) -> float:
+        """Seconds left. Raises DeadlineExceeded when there are none."""
+        left = self.at_s - self.now()
+        if left <= 0:
+            raise DeadlineExceeded("timeout_s: the request's time was used up")
+        return left
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """The first token, and a decode that was begun before it was known.
+
+    All None: the decode engine is to compute the prompt.
+    """
+
+    prefilling: Prefilling | None = None
+    prefilled: Prefilled | None = None
+    steps: AsyncGenerator[Decoded] | None = None
+
+
+@dataclass(slots=True)
+class Pipeline:
+    """Keep the prompt tokens that matter, prefill them, hand the KV over, stream the answer."""
+
+    speculator: Speculator
+    prefiller: Prefiller
+    decoder: Decoder
+    planner: Planner
+    patience: Patience = field(default_factory=Patience)  # with the speculator
+    fallback: Fallback = field(default_factory=Fallback)  # where that runs out
+    # Called with a request that was shed, and the seconds its scoring had taken: it has no report.
+    on_unscored: Callable[[Request, float], None] | None = None
+    overlap: bool = True  # decode pulls the KV while the last of it is computed
+    local: LocalPrefill | None = None  # None: every prompt is computed by the prefill pool
+    attempts: int = 2  # engines per stage: a request that kills engines must not kill a pool
+    now: Callable[[], float] = field(default=time.monotonic)
+
+    async def generate(self, request: Request) -> AsyncGenerator[Chunk]:
+        """Stream the answer's chunks; the last one carries the report.
+
+        Raises InvalidRequest, DeadlineExceeded, Overloaded, PrefillUnavailable or
+        DecodeUnavailable. Closing the iterator releases all three pools.
+        """
+        started_s = self.now()
+        deadline = Deadline(started_s + request.timeout_s, self.now)
+        selection = await self._select(request, deadline)
+        async with self._started(request, selection, deadline) as start:
+            answer, ttft_s = Answer(request, start.prefilled), 0.0
+            chunks = self._chunks(request, selection, start, answer, deadline)
+            async with aclosing(chunks) as stream:
+                async for chunk in stream:
+                    ttft_s = ttft_s or self.now() - started_s
+                    done = answer.open_samples == 0
+                    yield replace(chunk, report=answer.report(selection, ttft_s)) if done else chunk
+
+    async def _chunks(
+        self,
+        request: Request,
+        selection: Selection,
+        start: _Start,
+        answer: Answer,
+        deadline: Deadline,
+    ) -> AsyncGenerator[Chunk, None]:
+        """The first token at once, then the decode engine's; a lost engine is replaced."""
+        for chunk in answer.early():  # the client has it, whether the KV has moved or not
+            yield chunk
+        steps = start.steps
+        for attempts_left in reversed(range(self.attempts)):
+            if answer.open_samples == 0:
+                return
+            replay = answer.replay()
+            if steps is None:
+                ticket = None if start.prefilled is None else start.prefilled.ticket
+                steps = self.decoder.decode(request, selection, ticket, replay, deadline.left_s())
+            try:
+                async with aclosing(_fed(answer, steps, start.prefilling)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+            except Diverged:
+                pass  # the next one is told what to repeat
+            except DecodeUnavailable:
+                if attempts_left == 0:
+                    raise
+            steps = None
+
+    @asynccontextmanager
+    async def _started(
+        self, request: Request, selection: Selection, deadline: Deadline
+    ) -> AsyncIterator[_Start]:
+        """The prefill, or nothing where decode computes the prompt."""
+        with self._local(request, selection) as local:
+            if local:
+                yield _Start()
+                return
+            async with self._prefilled(request, selection, deadline) as start:
+                yield start
+
+    def _local(self, request: Request, selection: Selection) -> AbstractContextManager[bool]:
+        return nullcontext(False) if self.local is None else self.local.decided(request, selection)
+
+    @asynccontextmanager
+    async def _prefilled(
+        self, request: Request, selection: Selection, deadline: Deadline
+    ) -> AsyncIterator[_Start]:
+        """Tried again elsewhere when its engine is lost: nothing was sent yet."""
+        for attempts_left in reversed(range(self.attempts)):
+            async with AsyncExitStack() as inside:
+                try:
+                    start = await self._start(inside, request, selection, deadline)
+                except PrefillUnavailable:
+                    if attempts_left == 0:
+                        raise
+                    continue
+                yield start
+                return
+
+    async def _start(
+        self, inside: AsyncExitStack, request: Request, selection: Selection, deadline: Deadline
+    ) -> _Start:
+        """Prefill, and begin to decode while the last of the KV is still being computed."""
+        prefill = self.prefiller.prefill(request, selection, deadline.left_s())
+        prefilling = await inside.enter_async_context(prefill)
+        ticket = await prefilling.ticket()
+        steps: AsyncGenerator[Decoded] | None = None
+        if ticket is not None and self.overlap:
+            decode = self.decoder.decode(
+                request, selection, ticket, ((),) * request.samples, deadline.left_s()
+            )
+            steps = await inside.enter_async_context(begun(decode))
+        return _Start(prefilling, await prefilling.prefilled(), steps)
+
+    async def select(self, request: Request) -> Selection:
+        """Which tokens would be kept, without answering.
+
+        Raises InvalidRequest or DeadlineExceeded.
+        """
+        return await self._select(request, Deadline(self.now() + request.timeout_s, self.now))
+
+    async def _select(self, request: Request, deadline: Deadline) -> Selection:
+        """Losing the speculator costs time, never the answer; a full or slow one is overload."""
+        if not request.prompt:
+            raise InvalidRequest("prompt: must hold at least one token", "prompt")
+        plan = self.planner.plan(request) if request.plan is None else request.plan
+        if plan.kind is PlanKind.DENSE:
+            return whole(len(request.prompt), plan)
+        left_s, asked_s = deadline.left_s(), self.now()
+        timeout_s = min(left_s, self.patience.seconds(len(request.prompt)))
+        try:
+            return await self.speculator.select(request, plan, timeout_s)
+        except SpeculatorUnavailable:
+            selection = dense(len(request.prompt), Reason.SPECULATOR_UNAVAILABLE)
+            return replace(selection, queue_s=self.now() - asked_s)
+        except Overloaded as error:
+            reason, retry_after_s = Reason.SPECULATOR_OVERLOADED, error.retry_after_s
+            queue_s, speculate_s = self.now() - asked_s, 0.0
+        except DeadlineExceeded as error:
+            if left_s <= timeout_s:
+                raise
+            reason, retry_after_s = Reason.SPECULATOR_TIMEOUT, timeout_s
+            # Where nobody reports what the time went into, it was waited.
+            speculate_s = error.speculate_s if isinstance(error, ScoringTimeout) else 0.0
+            queue_s = max(0.0, self.now() - asked_s - speculate_s)
+        return self._unscored(request, plan, reason, retry_after_s, (queue_s, speculate_s))
+
+    def _unscored(
+        self,
+        request: Request,
+        plan: Plan,
+        reason: Reason,
+        retry_after_s: float,
+        spent_s: tuple[float, float],  # in the speculator's queue, and scoring
+    ) -> Selection:
+        """The selection without scores. Raises Overloaded where the policy is to shed."""
+        queue_s, speculate_s = spent_s
+        try:
+            selection = self.fallback.selection(request, plan, reason, retry_after_s)
+        except Overloaded:
+            if self.on_unscored is not None:
+                self.on_unscored(request, speculate_s)
+            raise
+        return replace(selection, queue_s=queue_s, speculate_s=speculate_s)
+
+
+async def _fed(
+    answer: Answer, steps: AsyncGenerator[Decoded], prefilling: Prefilling | None
+) -> AsyncGenerator[Chunk, None]:
+    """What of a decode engine's steps is new to the client. Raises Diverged."""
+    async with aclosing(steps) as stream:
+        async for step in stream:
+            for chunk in answer.feed(step):
+                yield chunk
+            if prefilling is not None and answer.kv_arrived:
+                prefilling.kv_arrived()

@@ -1,0 +1,97 @@
+"""What the pipeline needs from the world. Adapters (Serve handles, engines, fakes) provide it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from typing import Protocol
+
+from .types import Chunk, Decoded, Plan, Prefilled, Replay, Request, Selection, Ticket
+
+
+class Speculator(Protocol):
+    """Chooses the prompt tokens that matter."""
+
+    async def select(self, request: Request, plan: Plan, timeout_s: float) -> Selection:
+        """Score the whole prompt and keep about `plan.keep` of it.
+
+        Raises SpeculatorUnavailable when no replica can answer, Overloaded when all are
+        full, DeadlineExceeded when `timeout_s` passes first.
+        """
+        ...
+
+
+class Prefilling(Protocol):
+    """A prefill under way.
+
+    Both questions raise PrefillUnavailable, DeadlineExceeded, Overloaded or InvalidRequest.
+    """
+
+    async def ticket(self) -> Ticket | None:
+        """Ask first: a ticket, when the KV is nearly complete and a pull may begin.
+
+        None when the ticket comes with the result only, or there is none.
+        """
+        ...
+
+    async def prefilled(self) -> Prefilled:
+        """The first token, and the ticket for the KV."""
+        ...
+
+    def kv_arrived(self) -> None:
+        """The KV need not be held any longer."""
+        ...
+
+
+class Prefiller(Protocol):
+    """Computes the kept tokens' KV and the first output token."""
+
+    def prefill(
+        self, request: Request, selection: Selection, timeout_s: float
+    ) -> AbstractAsyncContextManager[Prefilling]:
+        """Begin to prefill; on exit the engine stops, and the KV is released, always."""
+        ...
+
+
+class Decoder(Protocol):
+    """Pulls the KV and streams the answer."""
+
+    def decode(
+        self,
+        request: Request,
+        selection: Selection,
+        ticket: Ticket | None,
+        replay: Replay,
+        timeout_s: float,
+    ) -> AsyncGenerator[Decoded]:
+        """Stream every sample of the answer, from its first token on.
+
+        Each sample first repeats its tokens in `replay`: they are forced, one step each, so
+        that penalties, grammars, stop strings and seeds count them as if sampled there. The
+        pipeline drops what the client has already. Without a ticket, or when the pull fails,
+        the engine computes the prompt itself. With an empty replay it samples freely: as the
+        prefill engine did, but for numerical noise.
+
+        Raises DecodeUnavailable or DeadlineExceeded.
+        """
+        ...
+
+
+class LocalPrefill(Protocol):
+    """Decides which prompts the decode engine computes itself."""
+
+    def decided(self, request: Request, selection: Selection) -> AbstractContextManager[bool]:
+        """Enter while the request runs: True if decode computes its prompt."""
+        ...
+
+
+class Answerer(Protocol):
+    """The pipeline, bare or wrapped."""
+
+    def generate(self, request: Request) -> AsyncGenerator[Chunk]:
+        """Stream the answer's chunks; the last one carries the report."""
+        ...
+
+    async def select(self, request: Request) -> Selection:
+        """Which tokens would be kept."""
+        ...

@@ -1,0 +1,180 @@
+"""Which parts of a rendered prompt must survive pruning. Pure: text, offsets and messages in.
+
+Protected are the template's own text, system and developer messages, everything before the
+first user content (tool schemas), the end of the last user turn (the query), the caller's
+own substrings, and special tokens. The contents of other messages may be pruned.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .occurrences import Ranges, covered, runs
+from .types import Span
+
+_KEPT_ROLES = ("system", "developer")
+
+# A fence opens at the start of a line and is closed by one as long; one left open ends the text.
+_FENCED = re.compile(r"^(`{3,}|~{3,}).*?(?:^\1|\Z)", re.DOTALL | re.MULTILINE)
+
+# A content that the template altered is searched for up to the text's end, in vain: this many times
+# the text's length is read, then the rest of the conversation is protected as a whole.
+_MOST_READ = 512
+
+Offsets = NDArray[np.int64]  # [N, 2], per token: [start, stop) in characters, both ascending
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """One piece of message text and where the rendered prompt holds it (None: altered)."""
+
+    role: str
+    place: tuple[int, int] | None
+
+
+def protected_spans(
+    text: str,
+    offsets: Offsets,
+    messages: Sequence[Mapping[str, Any]] | None,
+    protect: Sequence[str],
+    tail_tokens: int,
+    *,
+    fences: bool = False,
+    is_cancelled: Callable[[], bool] = lambda: False,
+) -> tuple[Span, ...]:
+    """Token spans that must survive: sorted, disjoint, not adjacent. `fences`: fenced code, too.
+
+    `messages` is an OpenAI list, or None for a plain completion, where only `protect` counts.
+    A content that the template altered is found nowhere; the region where it must lie is then
+    not protected. Raises `occurrences.Cancelled` soon after `is_cancelled()`.
+    """
+    index = _TokenIndex(offsets)
+    places: list[tuple[int, int]] = []
+    query: list[Span] = []
+    if fences:
+        places += [match.span() for match in _FENCED.finditer(text)]
+    if messages:
+        contents = _locate(text, messages)
+        places += _template_text(text, contents)
+        query = _query(contents, index, tail_tokens)
+    ranges = np.array(places, dtype=np.int64).reshape(-1, 2)
+    return index.spans(np.concatenate((ranges, covered(text, protect, is_cancelled))), query)
+
+
+def altered_piece(
+    text: str, messages: Sequence[Mapping[str, Any]], protect: Sequence[str]
+) -> str | None:
+    """The first piece that stands in a message but nowhere in the rendered text."""
+    missing = [piece for piece in dict.fromkeys(protect) if piece not in text]
+    if not missing:
+        return None
+    sent = [part for message in messages for part in content_texts(message.get("content"))]
+    return next((piece for piece in missing if any(piece in part for part in sent)), None)
+
+
+def special_spans(token_ids: Sequence[int], special: Collection[int]) -> tuple[Span, ...]:
+    """The spans of special tokens: turn markers and the like."""
+    return merged(Span(i, i + 1) for i, token in enumerate(token_ids) if token in special)
+
+
+def merged(spans: Iterator[Span] | Sequence[Span]) -> tuple[Span, ...]:
+    """The union of `spans`: sorted, disjoint, not adjacent; empty spans vanish."""
+    union: list[Span] = []
+    for span in sorted(span for span in spans if span.start < span.stop):
+        if union and span.start <= union[-1].stop:
+            union[-1] = Span(union[-1].start, max(union[-1].stop, span.stop))
+        else:
+            union.append(span)
+    return tuple(union)
+
+
+def content_texts(content: object) -> list[str]:
+    """The texts of a message content: a string, or a list of parts of which some hold text."""
+    if isinstance(content, str):
+        return [content]
+    if not isinstance(content, list):
+        return []
+    texts = [part.get("text") for part in content if isinstance(part, Mapping)]
+    return [text for text in texts if isinstance(text, str)]
+
+
+class _TokenIndex:
+    """Character ranges to token spans."""
+
+    def __init__(self, offsets: Offsets) -> None:
+        self._starts, self._stops = offsets[:, 0], offsets[:, 1]
+
+    def span(self, start: int, stop: int) -> Span:
+        """The tokens that overlap the characters `[start, stop)`."""
+        ((first, last),) = self._tokens(np.array([(start, stop)])).tolist()
+        return Span(first, last)
+
+    def spans(self, ranges: Ranges, more: Sequence[Span]) -> tuple[Span, ...]:
+        """The union of the tokens that overlap any of the ranges, and of `more`."""
+        found = self._tokens(ranges)
+        edges = np.zeros(len(self._starts) + 1, dtype=np.int64)
+        np.add.at(edges, found[:, 0], 1)
+        np.add.at(edges, found[:, 1], -1)
+        kept = np.cumsum(edges[:-1]) > 0
+        for span in more:
+            kept[span.start : span.stop] = True
+        return tuple(Span(start, stop) for start, stop in runs(kept).tolist())
+
+    def _tokens(self, ranges: Ranges) -> NDArray[np.int64]:
+        first = np.searchsorted(self._stops, ranges[:, 0], side="right")
+        last = np.searchsorted(self._starts, ranges[:, 1], side="left")
+        return np.stack((first, np.maximum(first, last)), axis=1)
+
+
+def _locate(text: str, messages: Sequence[Mapping[str, Any]]) -> list[_Content]:
+    """Find each content after the one before it; templates keep the order but trim the ends."""
+    contents: list[_Content] = []
+    cursor, unread = 0, _MOST_READ * len(text)
+    for message in messages:
+        role = str(message.get("role"))
+        for part in content_texts(message.get("content")):
+            wanted = part.strip()
+            if not wanted:
+                continue
+            start = text.find(wanted, cursor)
+            unread -= (len(text) if start < 0 else start) - cursor
+            if unread < 0:
+                return [*contents, _Content(_KEPT_ROLES[0], (cursor, len(text)))]
+            if start < 0:
+                contents.append(_Content(role, None))
+                continue
+            cursor = start + len(wanted)
+            contents.append(_Content(role, (start, cursor)))
+    return contents
+
+
+def _template_text(text: str, contents: Sequence[_Content]) -> Iterator[tuple[int, int]]:
+    """What is left of the text without the contents that may be pruned."""
+    known_until: int | None = 0  # None: an altered content lies somewhere after the last found one
+    for content in contents:
+        if content.place is None:
+            known_until = None if content.role not in _KEPT_ROLES else known_until
+            continue
+        start, stop = content.place
+        if content.role in _KEPT_ROLES:
+            yield start, stop
+        if known_until is not None:
+            yield known_until, start
+        known_until = stop
+    if known_until is not None:
+        yield known_until, len(text)
+
+
+def _query(contents: Sequence[_Content], index: _TokenIndex, tail_tokens: int) -> list[Span]:
+    """The last tokens of the last user turn."""
+    asked = [content.place for content in contents if content.role == "user"]
+    if not asked or asked[-1] is None:
+        return []
+    turn = index.span(*asked[-1])
+    return [Span(max(turn.start, turn.stop - tail_tokens), turn.stop)]

@@ -1,0 +1,307 @@
+"""The Serve deployment file (`cluster/*.yaml`), checked before Serve sees it.
+
+Serve ignores keys it does not know, so a typo would silently mean "the default". These
+models mirror Serve's schema and refuse anything else, anywhere in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from ..config import AppConfig, Strict, default_name, key_digest
+from . import checked_yaml
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+SLO_POLICY = "specprefill.autoscaling.policy:SloPolicy"
+GATEWAY = "Gateway"
+DRAINING = "draining"
+DeploymentName = Literal["Gateway", "Speculator", "Prefill", "Decode"]
+
+
+class RuntimeEnv(Strict):
+    """What a replica's processes find around them."""
+
+    env_vars: dict[str, str] = Field(default_factory=dict)
+    working_dir: str | None = None
+    py_modules: tuple[str, ...] | None = None
+    pip: tuple[str, ...] | None = None
+    image_uri: str | None = None
+
+
+class ActorOptions(Strict):
+    """What one replica takes of a node."""
+
+    num_cpus: NonNegativeFloat | None = None
+    num_gpus: NonNegativeFloat | None = None
+    memory: NonNegativeFloat | None = None
+    resources: dict[str, float] = Field(default_factory=dict)
+    accelerator_type: str | None = None
+    label_selector: dict[str, str] | None = None
+    runtime_env: RuntimeEnv = RuntimeEnv()
+
+
+class PolicyReference(Strict):
+    """An autoscaling policy by import path."""
+
+    policy_function: str
+    policy_kwargs: dict[str, Any] = Field(default_factory=dict)
+
+
+class Autoscaling(Strict):
+    """When Serve adds and removes replicas."""
+
+    min_replicas: NonNegativeInt = 1
+    initial_replicas: NonNegativeInt | None = None
+    max_replicas: PositiveInt = 1
+    target_ongoing_requests: PositiveFloat | None = None
+    metrics_interval_s: PositiveFloat | None = None
+    look_back_period_s: PositiveFloat | None = None
+    upscaling_factor: PositiveFloat | None = None
+    downscaling_factor: PositiveFloat | None = None
+    upscale_delay_s: NonNegativeFloat | None = None
+    downscale_delay_s: NonNegativeFloat | None = None
+    downscale_to_zero_delay_s: NonNegativeFloat | None = None
+    aggregation_function: Literal["mean", "max", "min"] | None = None
+    policy: PolicyReference | None = None
+
+
+class RequestRouter(Strict):
+    """How a request finds its replica."""
+
+    request_router_class: str
+    request_router_kwargs: dict[str, Any] = Field(default_factory=dict)
+    request_routing_stats_period_s: PositiveFloat | None = None
+    request_routing_stats_timeout_s: PositiveFloat | None = None
+
+
+class Backpressure(Strict):
+    """How HTTP says that the queue is full."""
+
+    status_code: Literal[429, 503] = 503
+    retry_after_s: NonNegativeInt | None = None
+
+
+class Deployment(Strict):
+    """One pool: what differs from the defaults in `app.py`."""
+
+    name: DeploymentName
+    num_replicas: PositiveInt | Literal["auto"] | None = None
+    autoscaling_config: Autoscaling | None = None
+    max_ongoing_requests: PositiveInt | None = None
+    max_queued_requests: PositiveInt | None = None
+    backpressure_config: Backpressure | None = None
+    user_config: dict[str, Any] | None = None
+    graceful_shutdown_wait_loop_s: NonNegativeFloat | None = None
+    graceful_shutdown_timeout_s: NonNegativeFloat | None = None
+    health_check_period_s: PositiveFloat | None = None
+    health_check_timeout_s: PositiveFloat | None = None
+    ray_actor_options: ActorOptions | None = None
+    placement_group_bundles: tuple[dict[str, float], ...] | None = None
+    placement_group_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] | None = (
+        None
+    )
+    max_replicas_per_node: PositiveInt | None = None
+    max_surge_percent: Annotated[int, Field(ge=0, le=100)] | None = None
+    rolling_update_percentage: Annotated[float, Field(gt=0, le=1)] | None = None
+    request_router_config: RequestRouter | None = None
+
+    @model_validator(mode="after")
+    def _one_way_to_count_replicas(self) -> Deployment:
+        if self.autoscaling_config is not None and isinstance(self.num_replicas, int):
+            raise ValueError("give num_replicas or autoscaling_config, not both")
+        return self
+
+
+class HttpOptions(Strict):
+    """Where HTTP is served."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    root_path: str = ""
+    request_timeout_s: PositiveFloat | None = None
+    keep_alive_timeout_s: PositiveInt | None = None
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+    ssl_keyfile_password: str | None = None
+    ssl_ca_certs: str | None = None
+
+
+class GrpcOptions(Strict):
+    """Where gRPC is served."""
+
+    port: Port = 9000
+    grpc_servicer_functions: tuple[
+        Literal[
+            "specprefill.gateway.grpc.serving.add_SpecPrefillServicer_to_server",
+            "specprefill.rpc.specprefill_pb2_grpc.add_SpecPrefillServicer_to_server",
+            "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
+        ],
+        ...,
+    ] = ()
+    request_timeout_s: PositiveFloat | None = None
+    enable_reflection: bool = True
+
+
+class ControllerEnv(Strict):
+    """Serve takes nothing else for its controller."""
+
+    env_vars: dict[str, str] = Field(default_factory=dict)
+
+
+class ControllerOptions(Strict):
+    """Options of Serve's controller."""
+
+    runtime_env: ControllerEnv = ControllerEnv()
+
+
+class Logging(Strict):
+    """How Serve's components log."""
+
+    encoding: Literal["TEXT", "JSON"] = "TEXT"
+    log_level: int | str = "INFO"
+    logs_dir: str | None = None
+    enable_access_log: bool = True
+
+
+class Application(Strict):
+    """One model pair with its pools."""
+
+    name: str
+    route_prefix: str | None = "/"
+    import_path: Literal["specprefill.app:build"]
+    args: AppConfig
+    runtime_env: RuntimeEnv = RuntimeEnv()
+    deployments: tuple[Deployment, ...] = ()
+    autoscaling_policy: PolicyReference | None = None
+    logging_config: Logging | None = None
+    external_scaler_enabled: bool = False
+
+    @model_validator(mode="after")
+    def _each_deployment_once(self) -> Application:
+        names = [deployment.name for deployment in self.deployments]
+        if len(set(names)) < len(names):
+            raise ValueError("deployments: each name may occur once")
+        return self
+
+    @model_validator(mode="after")
+    def _an_slo_and_its_policy(self) -> Application:
+        """Serve takes a policy over all pools from the file alone, so the file must name ours."""
+        policy = self.autoscaling_policy
+        ours = policy is not None and policy.policy_function == SLO_POLICY
+        if (self.args.slo is not None) != ours:
+            raise ValueError(
+                f"args.slo and autoscaling_policy.policy_function {SLO_POLICY} go together"
+            )
+        if policy is None or not ours:
+            return self
+        if AppConfig.model_validate(policy.policy_kwargs.get("args")) != self.args:
+            raise ValueError(
+                "autoscaling_policy.policy_kwargs.args: must be the application's args"
+            )
+        sized = [each.name for each in self.deployments if each.num_replicas is not None]
+        if sized:
+            raise ValueError(f"deployments: args.slo sizes {', '.join(sized)}; drop num_replicas")
+        return self
+
+
+class DeploymentFile(Strict):
+    """A whole file."""
+
+    proxy_location: Literal["HeadOnly", "EveryNode", "Disabled"] = "EveryNode"
+    http_options: HttpOptions = HttpOptions()
+    grpc_options: GrpcOptions = GrpcOptions()
+    controller_options: ControllerOptions | None = None
+    logging_config: Logging | None = None
+    applications: tuple[Application, ...]
+
+    @model_validator(mode="after")
+    def _each_application_once(self) -> DeploymentFile:
+        names = [application.name for application in self.applications]
+        routes = [application.route_prefix for application in self.applications]
+        if not names:
+            raise ValueError("applications: at least one is needed")
+        if len(set(names)) < len(names) or len(set(routes)) < len(routes):
+            raise ValueError("applications: each name and each route_prefix may occur once")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A file that passed: as written, which is what Serve gets, and as typed values."""
+
+    raw: dict[str, Any]
+    file: DeploymentFile
+
+
+def load(path: Path) -> Loaded:
+    """Read and check a deployment file. Raises InvalidFile."""
+    return parse(checked_yaml.read_text(path), str(path))
+
+
+def parse(text: str, origin: str) -> Loaded:
+    """Check the text of a deployment file; `origin` names it in messages. Raises InvalidFile."""
+    raw = checked_yaml.mapping(text, origin, "applications")
+    return Loaded(raw, checked_yaml.checked(raw, origin, DeploymentFile))
+
+
+def with_ports(raw: Mapping[str, Any], http_port: int, grpc_port: int) -> dict[str, Any]:
+    """A copy of a file's content that listens elsewhere."""
+    return {
+        **raw,
+        "http_options": {**raw.get("http_options", {}), "port": http_port},
+        "grpc_options": {**raw.get("grpc_options", {}), "port": grpc_port},
+    }
+
+
+def without_keys(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a file's content with digests in place of API keys: Serve logs and shows it all."""
+    return {**raw, "applications": [_without_keys(each) for each in raw["applications"]]}
+
+
+def _without_keys(application: Mapping[str, Any]) -> dict[str, Any]:
+    out = {**application, "args": _digested(application["args"])}
+    policy = application.get("autoscaling_policy") or {}
+    given = policy.get("policy_kwargs", {})
+    if "args" in given:
+        digested = {**given, "args": _digested(given["args"])}
+        out["autoscaling_policy"] = {**policy, "policy_kwargs": digested}
+    return out
+
+
+def _digested(args: Mapping[str, Any]) -> dict[str, Any]:
+    gateway = args.get("gateway") or {}
+    keys = [_digested_key(each, place) for place, each in enumerate(gateway.get("api_keys", ()))]
+    return {**args, "gateway": {**gateway, "api_keys": keys}} if keys else dict(args)
+
+
+def _digested_key(entry: str | Mapping[str, Any], place: int) -> dict[str, Any]:
+    if isinstance(entry, str):
+        return {"name": default_name(place), "sha256": key_digest(entry)}
+    if entry.get("key") is None:
+        return dict(entry)
+    return {"name": entry["name"], "sha256": key_digest(entry["key"])}
+
+
+def draining(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a file's content whose gateways take no new requests. Serve restarts none."""
+    return {**raw, "applications": [_draining(each) for each in raw["applications"]]}
+
+
+def _draining(application: Mapping[str, Any]) -> dict[str, Any]:
+    given = list(application.get("deployments", []))
+    others = [each for each in given if each["name"] != GATEWAY]
+    gateway = next((each for each in given if each["name"] == GATEWAY), {"name": GATEWAY})
+    draining = {**gateway, "user_config": {DRAINING: True}}
+    return {**application, "deployments": [*others, draining]}

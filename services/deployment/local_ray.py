@@ -1,0 +1,366 @@
+"""A local Ray for one program, and Serve's own REST API on any Ray.
+
+`RAY_AUTH_MODE` is always set here: left alone, Ray turns token authentication on for a new
+local cluster and off for whoever talks to it from another shell.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from .front import FILE_VARIABLE, PROGRAM
+
+DASHBOARD_URL = "http://127.0.0.1:8265"
+POLL_S = 1.0
+ASK_TIMEOUT_S = 10.0
+REPLICA_PORTS = (12_000, 30_000)
+OBJECT_STORE_BYTES = 256 << 20  # nothing large travels through it
+# Read by every process of Serve. Clients reach a gateway through HAProxy instead of a Python
+# proxy, calls between replicas are plain gRPC, and a replica needs no second thread for them.
+SHORT_PATHS = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 << 20),  # logprobs of a long prompt
+    # When gateways come or go HAProxy is started anew; the old one ends what it streams.
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "660",
+    # gRPC listens where HTTP does, in Serve's own proxies, too.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "specprefill.gateway.grpc.serve_ports:setup",
+}
+_MAX_FAULT_LINES = 12
+_ERROR = re.compile(r"[A-Za-z_][\w.]*: \S")  # how a traceback's last line begins
+_AUTH_MODE = "token"
+
+
+class StartFailed(Exception):
+    """Ray did not start here; the message holds the reason."""
+
+
+class DeploymentFailed(Exception):
+    """The application did not become healthy; the message says which part, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolState:
+    """One deployment as Serve sees it."""
+
+    application: str
+    name: str
+    status: str  # HEALTHY, UPDATING, UPSCALING, UNHEALTHY, ...
+    running: int
+    target: int
+    message: str
+
+    @property
+    def healthy(self) -> bool:
+        return self.status == "HEALTHY" and self.running >= self.target
+
+    def line(self) -> str:
+        """One line for a person."""
+        return f"{self.name:<11} {self.status.lower():<11} {self.running} of {self.target} replicas"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Every application on a cluster."""
+
+    pools: tuple[PoolState, ...]
+    applications: Mapping[str, str]  # name -> status
+    messages: Mapping[str, str]  # name -> why it is not running
+
+    @property
+    def healthy(self) -> bool:
+        running = all(status == "RUNNING" for status in self.applications.values())
+        return bool(self.applications) and running and all(pool.healthy for pool in self.pools)
+
+    def failure(self) -> str | None:
+        """Why this will not become healthy by waiting, or None."""
+        for name, status in self.applications.items():
+            if status == "DEPLOY_FAILED":
+                return f"{name}: {_last_lines(self.messages[name])}"
+        for pool in self.pools:
+            if "failed to start" in pool.message:
+                return f"{pool.name}: {_last_lines(pool.message)}"
+        return None
+
+
+def open_cluster(environ: Mapping[str, str]) -> str | None:
+    """A warning, if the environment switches Ray's authentication off."""
+    mode = environ.get("RAY_AUTH_MODE", _AUTH_MODE)
+    if mode == _AUTH_MODE:
+        return None
+    return (
+        f"RAY_AUTH_MODE is {mode}: whoever reaches the cluster's network can run code on it; "
+        f"set RAY_AUTH_MODE={_AUTH_MODE} and RAY_AUTH_TOKEN where Ray starts"
+    )
+
+
+def answers_strangers(dashboard_url: str) -> str | None:
+    """A warning, if a running cluster answers without a token."""
+    try:
+        with urllib.request.urlopen(f"{dashboard_url}/api/version", timeout=ASK_TIMEOUT_S):
+            pass
+    except OSError:  # refused, which is right, or not reachable, which the deployment will report
+        return None
+    return (
+        f"{dashboard_url} answers without a token: whoever reaches the cluster's network can run "
+        f"code on it; set RAY_AUTH_MODE={_AUTH_MODE} and RAY_AUTH_TOKEN where Ray starts"
+    )
+
+
+def set_auth_mode() -> None:
+    """Token authentication unless the environment says otherwise; before Ray is imported."""
+    os.environ.setdefault("RAY_AUTH_MODE", _AUTH_MODE)
+
+
+def front_program() -> str:
+    """`specprefill-front`, which Serve runs in place of HAProxy. Raises StartFailed."""
+    folder = Path(sys.executable).parent
+    found = shutil.which(PROGRAM, path=os.pathsep.join([str(folder), os.environ["PATH"]]))
+    if found is None:
+        raise StartFailed(f"{PROGRAM} is not installed beside {sys.executable}")
+    return found
+
+
+def _environment(folder: Path, file: Path | None) -> dict[str, str]:
+    """Of a node in this process's care: the caller's own settings, where there are any, win.
+
+    `folder` is this process's own, for what the front writes; `file` is the deployment file.
+    """
+    http, grpc = port_range(), port_range()
+    defaults = {
+        **SHORT_PATHS,
+        "RAY_SERVE_HAPROXY_BINARY_PATH": front_program(),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # else any other process goes first
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # the one HAProxy hears at once
+        # There may be another Ray here.
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(http.start),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(http.stop),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(grpc.start),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(grpc.stop),
+    }
+    deployed = "" if file is None else str(file.resolve())  # whatever another node here serves
+    return {**defaults, **os.environ, FILE_VARIABLE: deployed}
+
+
+class LocalRay:
+    """One node in this process's care: it ends with the `with` block."""
+
+    def __init__(self, num_cpus: int | None = None, file: Path | None = None) -> None:
+        self._num_cpus = num_cpus
+        self._file = file
+        self._folder: Path | None = None
+        self._environ_before: dict[str, str] | None = None
+        self.dashboard_url = ""
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Start a head node with a dashboard on a free port. Raises StartFailed."""
+        set_auth_mode()
+        # Short, since paths of sockets are; only its owner may look inside.
+        self._folder = Path(tempfile.mkdtemp(prefix="sp-", dir="/tmp"))
+        self._environ_before = dict(os.environ)
+        os.environ.update(_environment(self._folder, self._file))
+        import ray
+
+        try:
+            context = ray.init(
+                address="local",
+                num_cpus=self._num_cpus,
+                include_dashboard=True,
+                dashboard_host="127.0.0.1",
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+        except Exception as error:  # Ray raises whatever its parts raise
+            self.close()
+            raise StartFailed(
+                f"Ray did not start on this machine: {_first_line(error)}; "
+                "its logs are in /tmp/ray/session_latest/logs"
+            ) from error
+        self.dashboard_url = f"http://{context.dashboard_url}"
+
+    def requests_held(self, replica_actors: Sequence[str]) -> int:
+        """How many requests these replicas hold together; one that is gone holds none."""
+        import ray
+        from ray.exceptions import RayActorError
+
+        held = 0
+        for name in replica_actors:
+            try:
+                actor = ray.get_actor(name, namespace="serve")
+                held += ray.get(actor.get_num_ongoing_requests.remote(), timeout=ASK_TIMEOUT_S)
+            except (RayActorError, ValueError):  # ValueError: no actor of this name any more
+                continue
+        return held
+
+    def close(self) -> None:
+        """Drain the replicas, stop the node, and leave the environment as it was. Idempotent."""
+        import ray
+        from ray import serve
+
+        if ray.is_initialized():
+            serve.shutdown()
+            ray.shutdown()
+        if self._environ_before is not None:
+            os.environ.clear()
+            os.environ.update(self._environ_before)
+            self._environ_before = None
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class ServeApi:
+    """Serve's REST API on a running Ray."""
+
+    def __init__(self, dashboard_url: str) -> None:
+        set_auth_mode()
+        from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+        self._client = ServeSubmissionClient(dashboard_url)
+
+    def deploy(self, raw: Mapping[str, Any]) -> None:
+        """Make the cluster run exactly the applications of a deployment file."""
+        self._client.deploy_applications(dict(raw))
+
+    def snapshot(self) -> Snapshot:
+        """What runs now."""
+        return snapshot_of(self.details())
+
+    def deployed(self) -> dict[str, Any]:
+        """The applications that run, as they were deployed."""
+        applications = self.details().get("applications", {}).values()
+        return {"applications": [each["deployed_app_config"] for each in applications]}
+
+    def details(self) -> dict[str, Any]:
+        """Everything that Serve reports of its state."""
+        details: dict[str, Any] = self._client.get_serve_details()
+        return details
+
+    def replica_pids(self, pool: str) -> list[int]:
+        """The processes of a pool's running replicas, of whichever application has it."""
+        return [replica["pid"] for replica in self._replicas(pool)]
+
+    def replica_actors(self, pool: str) -> list[str]:
+        """The names of their actors."""
+        return [replica["actor_name"] for replica in self._replicas(pool)]
+
+    def _replicas(self, pool: str) -> list[dict[str, Any]]:
+        applications = self.details().get("applications", {})
+        return [
+            replica
+            for application in applications.values()
+            for name, deployment in application["deployments"].items()
+            for replica in deployment["replicas"]
+            if name == pool and replica["state"] == "RUNNING"
+        ]
+
+    def wait_healthy(self, timeout_s: float, tell: Callable[[str], None]) -> Snapshot:
+        """Poll until every pool is healthy, telling each change. Raises DeploymentFailed."""
+        give_up_s = time.monotonic() + timeout_s
+        told: set[str] = set()
+        while True:
+            now = self.snapshot()
+            lines = [pool.line() for pool in now.pools]
+            for line in lines:
+                if line not in told:
+                    tell(line)
+            told = set(lines)
+            failure = now.failure()
+            if failure is not None:
+                raise DeploymentFailed(failure)
+            if now.healthy:
+                return now
+            if time.monotonic() > give_up_s:
+                raise DeploymentFailed(f"not healthy within {timeout_s:g} s: " + "; ".join(lines))
+            time.sleep(POLL_S)
+
+
+def snapshot_of(details: Mapping[str, Any]) -> Snapshot:
+    """Serve's own answer as a snapshot."""
+    applications = details.get("applications", {})
+    pools = [
+        PoolState(
+            application=app_name,
+            name=name,
+            status=deployment["status"],
+            running=sum(replica["state"] == "RUNNING" for replica in deployment["replicas"]),
+            target=deployment["target_num_replicas"],
+            message=deployment["message"],
+        )
+        for app_name, application in applications.items()
+        for name, deployment in application["deployments"].items()
+    ]
+    return Snapshot(
+        tuple(pools),
+        {name: application["status"] for name, application in applications.items()},
+        {name: application["message"] for name, application in applications.items()},
+    )
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def port_range(width: int = 100) -> range:
+    """Ports for the replicas of one service here, below those that the system gives to clients.
+
+    Drawn at random, and nobody listens on the first few. Replicas take their port alone in any
+    case, and try the next one where it is taken: two ranges that overlap do no harm.
+    """
+    while True:
+        start = secrets.choice(range(*REPLICA_PORTS, width))
+        if not any(port_in_use("127.0.0.1", port) for port in range(start, start + 4)):
+            return range(start, start + width)
+
+
+def port_in_use(host: str, port: int) -> bool:
+    """True when somebody listens there."""
+    with socket.socket() as probe:
+        probe.settimeout(0.5)
+        return probe.connect_ex((host, port)) == 0
+
+
+def _last_lines(message: str) -> str:
+    """Return a traceback's last error, which is the reason; the end of the text without one."""
+    lines = [line for line in message.splitlines() if line.strip()]
+    errors = [place for place, line in enumerate(lines) if _ERROR.match(line)]
+    shown = lines[errors[-1] :] if errors else lines[-_MAX_FAULT_LINES:]
+    return "\n".join(shown[:_MAX_FAULT_LINES])
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,103 @@
+"""What the main model's engines would report when they start, found without starting them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+from vllm.config import ModelConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+
+from ..config import AppConfig, EngineConfig
+from ..core.findings import Finding, error, warning
+from .args import plain_args
+from .sparse.guard import EngineOptions, unsupported_reasons
+
+_POOLS = ("prefill", "decode")
+
+
+@dataclass(slots=True)
+class MainModelCheck:
+    """Reads the main model's configuration and tries the engines' arguments on it."""
+
+    config: AppConfig
+    folder: Path
+    model: ModelConfig | None = None  # once the findings have been read, if vLLM takes it
+
+    def findings(self) -> Iterator[Finding]:
+        """Yield what keeps each engine from starting, or makes it serve worse than configured."""
+        reasons: dict[str, None] = {}  # each once, in order
+        for pool in _POOLS:
+            args = self._args(pool)
+            if isinstance(args, Finding):
+                yield args
+                continue
+            try:
+                self.model = args.create_model_config()
+            except (ValidationError, ValueError, OSError) as refused:
+                yield error("model", _message(refused))
+                return
+            yield from self._sizes(pool, self.model)
+            options = EngineOptions.of_arguments(args, self.model)
+            reasons.update(dict.fromkeys(unsupported_reasons(self.model, options)))
+        for reason in reasons:
+            yield error("model.path", f"{self.config.model.path}: {reason}")
+
+    def _args(self, pool: str) -> AsyncEngineArgs | Finding:
+        model = self.config.model.model_copy(update={"path": str(self.folder)})
+        try:
+            return plain_args(model, self._engine(pool))
+        except TypeError as unknown:  # a key that AsyncEngineArgs does not have
+            return error(f"{pool}.engine_args", str(unknown).rpartition("__init__() ")[2])
+        except (ValidationError, ValueError) as refused:
+            return error(pool, _message(refused))
+
+    def _engine(self, pool: str) -> EngineConfig:
+        return self.config.prefill if pool == "prefill" else self.config.decode
+
+    def _sizes(self, pool: str, model: ModelConfig) -> Iterator[Finding]:
+        engine = self._engine(pool)
+        each = kv_bytes_per_token(model, engine)
+        if each is None:
+            return
+        longest = model.max_model_len
+        block = engine.block_size or 1
+        needed = -(-longest // block) * block * each
+        budget = engine.kv_cache_memory_bytes
+        if budget is not None and budget < needed:
+            fits = budget // (block * each) * block
+            yield error(
+                f"{pool}.kv_cache_memory_bytes",
+                f"{budget} bytes hold the KV of {fits} tokens; one request of "
+                f"model.max_model_len ({longest}) needs {needed}: raise the one to that, or lower "
+                f"the other to at most {fits}",
+            )
+        held = self.config.kv.max_held_bytes
+        if pool == "prefill" and held < longest * each:
+            yield warning(
+                "kv.max_held_bytes",
+                f"{held} bytes hold the KV of {held // each} tokens: longer prompts, up to "
+                f"model.max_model_len ({longest}), are not handed over but computed twice",
+            )
+
+
+def kv_bytes_per_token(model: ModelConfig, engine: EngineConfig) -> int | None:
+    """Return the KV of one token in one worker, None where not every layer keeps plain KV."""
+    if model.use_mla or model.is_hybrid or model.is_attention_free:
+        return None
+    if model.get_sliding_window() is not None:
+        return None
+    layers = -(-model.get_total_num_hidden_layers() // engine.pipeline_parallel_size)
+    heads = max(1, model.get_total_num_kv_heads() // engine.tensor_parallel_size)
+    cached = str(engine.engine_args.get("kv_cache_dtype", "auto"))
+    itemsize = 1 if cached.startswith("fp8") else model.dtype.itemsize
+    return int(2 * layers * heads * model.get_head_size() * itemsize)
+
+
+def _message(refused: Exception) -> str:
+    """Return vLLM's own sentence without pydantic's frame around it."""
+    if not isinstance(refused, ValidationError):
+        return str(refused)
+    return "; ".join(fault["msg"].removeprefix("Value error, ") for fault in refused.errors())

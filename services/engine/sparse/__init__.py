@@ -1,0 +1,1 @@
+"""Kept tokens at their original positions, on either of vLLM's model runners."""

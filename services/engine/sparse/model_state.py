@@ -1,0 +1,81 @@
+"""Sparse positions for vLLM's V2 model runner, the default on GPUs.
+
+The runner asks its model state for extra model inputs every step; this one returns
+`positions`. Cache slots are computed elsewhere and stay as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
+from vllm.v1.worker.gpu.states import RequestState
+
+from ...core.errors import UnsupportedModel
+from ..params import positions_of
+from ..vllm_internals import check_v2_runner
+from .batch import SparseSlots
+
+
+class SparseModelState(DefaultModelState):  # type: ignore[misc]
+    """vLLM's default model state, with positions mapped per request slot."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._sparse_slots = SparseSlots(self.max_num_reqs, self.device)
+        # Captured CUDA graphs read this very buffer.
+        self._positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=self.device)
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        """Remember the request's mapping."""
+        super().add_request(req_index, new_req_data)
+        self._sparse_slots.occupy(req_index, positions_of(new_req_data.sampling_params))
+
+    def prepare_inputs(
+        self, input_batch: InputBatch, req_states: RequestState
+    ) -> dict[str, torch.Tensor | None]:
+        """Positions of the batch's tokens, `[num_tokens_after_padding]`."""
+        inputs: dict[str, torch.Tensor | None] = super().prepare_inputs(input_batch, req_states)
+        out = self._positions[: input_batch.num_tokens_after_padding]
+        out.copy_(input_batch.positions)
+        requests = input_batch.num_reqs
+        starts = input_batch.query_start_loc_np[: requests + 1].tolist()
+        self._sparse_slots.rewrite(
+            out[: input_batch.num_tokens],
+            input_batch.idx_mapping[:requests],
+            input_batch.query_start_loc[: requests + 1],
+            zip(
+                input_batch.idx_mapping_np[:requests].tolist(),
+                starts[:-1],
+                starts[1:],
+                input_batch.num_computed_tokens_np[:requests].tolist(),
+                strict=True,
+            ),
+        )
+        return {**inputs, "positions": out}
+
+    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
+        """Views of the same buffer, so that graphs are captured on it."""
+        inputs: dict[str, Any] = super().prepare_dummy_inputs(num_reqs, num_tokens)
+        return {**inputs, "positions": self._positions[:num_tokens]}
+
+
+def check_runner_class(runner: type) -> None:
+    """Raise IncompatibleVllm unless `runner`, vLLM's V2 runner, is as it is used here."""
+    check_v2_runner(runner, DefaultModelState, InputBatch, LogitsContext)
+
+
+def sparse_model_state(state: Any) -> SparseModelState:
+    """The sparse counterpart of the model state that the runner has made.
+
+    Raises UnsupportedModel for a model that brings its own state: its extra inputs may
+    depend on positions in ways that are not known here.
+    """
+    if type(state) is not DefaultModelState:
+        raise UnsupportedModel(f"{type(state).__name__}: no sparse positions for this model")
+    encoder_cache = state.encoder_cache if state.supports_mm_inputs else None
+    return SparseModelState(state.vllm_config, state.model, encoder_cache, state.device)

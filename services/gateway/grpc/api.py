@@ -1,0 +1,183 @@
+"""The gRPC service over the engine client. Works in Serve's gRPC ingress and in a plain server."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from typing import Protocol
+
+import grpc
+from vllm.inputs import EngineInput, tokens_input
+
+from ...core.errors import InvalidRequest, SpecPrefillError, Unauthenticated, UnknownModel
+from ...core.types import Request
+from ...rpc import specprefill_pb2 as pb
+from ..openai.access import RequestLimit
+from ..openai.client import PipelineClient
+from ..openai.context import RequestContext, fair_key
+from ..openai.controls import shortened
+from ..openai.failures import RpcFailed, rpc_failure
+from ..openai.keys import KeyRing
+from ..openai.request_json import JsonLimits
+from ..pools.health import PoolCounts, judge
+from .messages import (
+    Answer,
+    chat_messages,
+    chunk_output,
+    prune_controls,
+    report_message,
+    sampling_params,
+    score_message,
+    timeout_s,
+    tools,
+)
+from .serving import Unparsable
+
+logger = logging.getLogger(__name__)
+
+
+class CallContext(Protocol):
+    """What of a gRPC servicer context is used: the part that Serve's context offers, too."""
+
+    def invocation_metadata(self) -> Sequence[tuple[str, str]] | None: ...
+
+    def set_code(self, code: grpc.StatusCode) -> None: ...
+
+    def set_details(self, details: str) -> None: ...
+
+
+class GrpcApi:
+    """One method per RPC of `specprefill.v1.SpecPrefill`."""
+
+    def __init__(
+        self,
+        client: PipelineClient,
+        model_name: str,
+        keys: KeyRing,
+        limit: RequestLimit,
+        count: PoolCounts,
+        *,
+        max_message_bytes: int,
+        json_limits: JsonLimits,
+    ) -> None:
+        self._client = client
+        self._model_name = model_name
+        self._keys = keys
+        self._limit = limit
+        self._count = count
+        self._max_message_bytes = max_message_bytes
+        self._json_limits = json_limits
+
+    async def generate(
+        self, message: pb.GenerateRequest, context: CallContext
+    ) -> pb.GenerateResponse:
+        """Answer in one message."""
+        with self._status(context):
+            request = await self._request(message, context)
+            answer = Answer(len(request.prompt), request.samples)
+            async with aclosing(self._client.chunks(request)) as chunks:
+                async for chunk in chunks:
+                    answer.add(chunk)
+            return answer.message()
+
+    async def generate_stream(
+        self, message: pb.GenerateRequest, context: CallContext
+    ) -> AsyncGenerator[pb.GenerateChunk, None]:
+        """Answer as it is generated; the last message carries usage and report."""
+        with self._status(context):
+            request = await self._request(message, context)
+            answer = Answer(len(request.prompt), request.samples)
+            async with aclosing(self._client.chunks(request)) as chunks:
+                async for chunk in chunks:
+                    answer.count(chunk)
+                    out = pb.GenerateChunk(output=chunk_output(chunk))
+                    if answer.finished and chunk.report is not None:
+                        out.usage.CopyFrom(answer.usage())
+                        out.report.CopyFrom(report_message(chunk.report))
+                    yield out
+
+    async def score(self, message: pb.ScoreRequest, context: CallContext) -> pb.ScoreResponse:
+        """Tell which prompt tokens would be kept."""
+        with self._status(context):
+            request = await self._request(message, context)
+            return score_message(await self._client.select(request))
+
+    async def health(self, message: pb.HealthRequest, context: CallContext) -> pb.HealthResponse:
+        """Tell the pools' health. Needs no API key."""
+        del message, context
+        health = judge(await self._count())
+        pools = [pb.PoolHealth(name=n, healthy_replicas=r) for n, r in health.pools.items()]
+        return pb.HealthResponse(serving=health.serving, reason=health.reason, pools=pools)
+
+    async def _request(
+        self, message: pb.GenerateRequest | pb.ScoreRequest, call: CallContext
+    ) -> Request:
+        self._check(message)
+        if message.HasField("model") and message.model != self._model_name:
+            raise UnknownModel(f"model: {shortened(message.model)} is not served here", "model")
+        sampling, priority = pb.Sampling(max_tokens=1), 0
+        if isinstance(message, pb.GenerateRequest):
+            sampling, priority = message.sampling, message.priority
+        context = RequestContext(
+            controls=prune_controls(message.prune),
+            protect_field="prune.protect",
+            timeout_s=timeout_s(message),
+            key=self._key_name(call) or fair_key(_metadata(call).get("authorization")),
+        )
+        prompt = await self._prompt(message, context)
+        params = sampling_params(
+            sampling, self._client.model_config.get_diff_sampling_param(), self._json_limits
+        )
+        return await self._client.prepare(
+            prompt, params, f"grpc-{uuid.uuid4().hex[:16]}", context, priority
+        )
+
+    def _check(self, message: pb.GenerateRequest | pb.ScoreRequest | Unparsable) -> None:
+        if isinstance(message, Unparsable):
+            raise InvalidRequest(f"the message cannot be parsed: {message.error}")
+        if message.ByteSize() > self._max_message_bytes:
+            raise InvalidRequest(f"the message must be at most {self._max_message_bytes} bytes")
+
+    async def _prompt(
+        self, message: pb.GenerateRequest | pb.ScoreRequest, context: RequestContext
+    ) -> EngineInput:
+        """The prompt as vLLM's renderer makes it."""
+        kind = message.WhichOneof("input")
+        if kind is None:
+            raise InvalidRequest("input: set one of conversation, text or token_ids", "input")
+        if kind == "token_ids":
+            return tokens_input(list(message.token_ids.ids))
+        if kind == "text":
+            return await self._client.render_text(message.text)
+        context.messages = chat_messages(message.conversation, self._json_limits)
+        listed = tools(message.conversation, self._json_limits)
+        return await self._client.render_chat(context.messages, listed)
+
+    @contextmanager
+    def _status(self, context: CallContext) -> Iterator[None]:
+        """Authenticate, hold a slot, and turn failures into the call's status."""
+        try:
+            if self._keys and self._key_name(context) is None:
+                raise Unauthenticated
+            with self._limit.slot():
+                yield
+        except SpecPrefillError as error:
+            raise _failed(context, rpc_failure(error)) from error
+        except Exception as error:  # the edge: what nobody named becomes INTERNAL
+            logger.exception("gRPC call failed")
+            raise _failed(context, rpc_failure(SpecPrefillError())) from error
+
+    def _key_name(self, context: CallContext) -> str | None:
+        return self._keys.name_of(_metadata(context))
+
+
+def _metadata(context: CallContext) -> dict[str, str]:
+    return {name: str(value) for name, value in context.invocation_metadata() or ()}
+
+
+def _failed(context: CallContext, failure: RpcFailed) -> RpcFailed:
+    context.set_code(failure.code)
+    context.set_details(failure.details)
+    return failure

@@ -1,0 +1,66 @@
+"""The gate of a gateway: its configuration, and its part of the engines."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from ...config import GatewayConfig
+from ...control.admission import AdmissionPolicy
+from ...control.gate import AdmittingPipeline, Engines, Gate
+from ...control.stages import StageModels
+from ...core.pipeline import Pipeline
+from ...core.ports import Answerer
+from ..pools.health import GATEWAY, PREFILL, SPECULATOR, PoolCounts
+
+logger = logging.getLogger(__name__)
+
+
+class EngineCounts:
+    """The newest known counts, at once; asking for them starts to read newer ones."""
+
+    def __init__(self, count: PoolCounts) -> None:
+        self._count = count
+        self._known = Engines()
+        self._reading: asyncio.Task[None] | None = None
+
+    def __call__(self) -> Engines:
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(self._read())
+        return self._known
+
+    async def _read(self) -> None:
+        try:
+            counts = await self._count()
+        except (RayError, RayServeException) as error:  # the controller is away: keep what we know
+            logger.info("replica counts: %s", error)
+            return
+        self._known = Engines(counts[SPECULATOR], counts[PREFILL], counts[GATEWAY])
+
+
+def behind_gate(
+    pipeline: Pipeline, config: GatewayConfig, models: StageModels, count: PoolCounts
+) -> Answerer:
+    """The pipeline, behind a gate if the configuration has one."""
+    admission = config.admission
+    if admission is None or admission.ttft_s is None:
+        return pipeline
+    policy = AdmissionPolicy(
+        admission.ttft_s,
+        max_waiting=admission.max_waiting,
+        max_waiting_per_key=admission.max_waiting_per_key,
+    )
+    gate = Gate(
+        policy,
+        keep_floor=admission.keep_floor,
+        per_engine=admission.per_engine,
+        fair_keys=len(config.api_keys) > 1,
+        curves=models.curves,
+        engines=EngineCounts(count),
+        now=time.monotonic,
+    )
+    return AdmittingPipeline(pipeline, gate)

@@ -1,0 +1,139 @@
+"""Metrics of the pipeline, around it: the pipeline itself knows none of this.
+
+They are Ray's (`ray_specprefill_*`), so that one scrape sees every gateway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from ray.serve import metrics
+
+from ...core.errors import Overloaded, SpecPrefillError
+from ...core.plan import Planner
+from ...core.ports import Answerer
+from ...core.types import Chunk, Report, Request, Selection
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)
+_RATIOS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2, 4, 8)
+_RATES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+ENDED, CLOSED = "answered", "client_closed"
+
+
+class PipelineMetrics:
+    """One gateway's counters. `make` has `Counter` and `Histogram`, as `ray.serve.metrics` has."""
+
+    def __init__(self, make: Any = metrics) -> None:
+        def counter(name: str, description: str, *tags: str) -> Any:
+            return make.Counter(f"specprefill_{name}", description=description, tag_keys=tags)
+
+        def histogram(name: str, description: str, bounds: tuple[float, ...], *tags: str) -> Any:
+            return make.Histogram(
+                f"specprefill_{name}", description=description, boundaries=bounds, tag_keys=tags
+            )
+
+        self._requests = counter(
+            "requests_total", "Requests by how they ended", "outcome", "plan", "reason"
+        )
+        self._prompt_tokens = counter("prompt_tokens_total", "Prompt tokens that callers sent")
+        self._kept_tokens = counter("kept_tokens_total", "Prompt tokens that were prefilled")
+        self._recomputed = counter(
+            "recomputed_total", "Requests whose KV was computed again by decode"
+        )
+        self._prefilled = counter(
+            "prefilled_total", "Prompts by the pool that computed them", "pool"
+        )
+        self._shed = counter("shed_total", "Requests refused under load", "reason")
+        self._ttft = histogram(
+            "time_to_first_token_seconds", "Until the first token", _SECONDS, "plan"
+        )
+        self._stage = histogram("stage_seconds", "Time in a stage", _SECONDS, "stage")
+        self._keep_rate = histogram("keep_rate", "Kept share of pruned prompts", _RATES)
+        self._ttft_foreseen = histogram(
+            "time_to_first_token_ratio",
+            "Time to first token over what the plan was decided on",
+            _RATIOS,
+            "plan",
+        )
+
+    def shed(self, reason: str) -> None:
+        """Count a request that was refused under load."""
+        self._shed.inc(1, {"reason": reason})
+
+    def ended(self, request: Request, outcome: str, report: Report | None) -> None:
+        """Count a request; `report` None: it has no answer."""
+        self._prompt_tokens.inc(max(1, len(request.prompt)))
+        if report is None:
+            self._requests.inc(1, {"outcome": outcome, "plan": "", "reason": ""})
+            return
+        plan, reason = report.plan.value, report.reason.value
+        self._requests.inc(1, {"outcome": outcome, "plan": plan, "reason": reason})
+        self._kept_tokens.inc(report.kept_tokens)
+        if report.recomputed:
+            self._recomputed.inc(1)
+        self._prefilled.inc(1, {"pool": report.prefilled_by.value})
+        self._observe_times(report)
+        if report.kept_tokens < report.prompt_tokens:
+            self._keep_rate.observe(report.keep_rate)
+
+    def _observe_times(self, report: Report) -> None:
+        plan = {"plan": report.plan.value}
+        self._ttft.observe(report.ttft_s, plan)
+        if report.expected is not None:
+            self._ttft_foreseen.observe(report.ttft_s / report.expected.of(report.plan), plan)
+        for stage, seconds in (
+            ("queue", report.queue_s),
+            ("speculate", report.speculate_s),
+            ("prefill", report.prefill_s),
+            ("transfer", report.transfer_s),
+            ("first_decode", report.first_decode_s),
+        ):
+            self._stage.observe(seconds, {"stage": stage})
+
+
+Learn = Callable[[Request, Report], None]
+
+
+class MeasuredPipeline:
+    """A pipeline that counts. It answers exactly what the pipeline inside answers.
+
+    `learn` is told of every finished request.
+    """
+
+    def __init__(
+        self,
+        pipeline: Answerer,
+        counted: PipelineMetrics,
+        learn: Learn | None = None,
+    ) -> None:
+        self._pipeline = pipeline
+        self._metrics = counted
+        self._learn = learn
+        self.planner: Planner = pipeline.planner
+
+    async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
+        """See Pipeline.generate."""
+        report: Report | None = None
+        outcome = CLOSED
+        try:
+            async with aclosing(self._pipeline.generate(request)) as chunks:
+                async for chunk in chunks:
+                    report = chunk.report
+                    yield chunk
+            outcome = ENDED
+        except SpecPrefillError as error:
+            outcome = type(error).__name__
+            if isinstance(error, Overloaded):
+                self._metrics.shed(error.reason)
+            raise
+        finally:
+            # The consumer may close the stream right after the last chunk: that is no abort.
+            self._metrics.ended(request, ENDED if report is not None else outcome, report)
+            if report is not None and self._learn is not None:
+                self._learn(request, report)
+
+    async def select(self, request: Request) -> Selection:
+        """See Pipeline.select."""
+        return await self._pipeline.select(request)

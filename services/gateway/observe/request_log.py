@@ -1,0 +1,54 @@
+"""One log line per finished request."""
+
+from __future__ import annotations
+
+from ...core.types import Chunk, Report, Request
+
+
+class RequestLog:
+    """What is told of one request: `key=value` pairs, never its text."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self.output_tokens = 0
+        self._report: Report | None = None
+        self._error: Exception | None = None
+        self.open_samples = request.samples
+
+    def add(self, chunk: Chunk) -> None:
+        """Count a chunk."""
+        self.output_tokens += len(chunk.token_ids)
+        self.open_samples -= chunk.finished
+        if chunk.report is not None:
+            self._report = chunk.report
+
+    def failed(self, error: Exception) -> None:
+        """Note why the answer ended early."""
+        self._error = error
+
+    def line(self) -> str:
+        """The whole line; an answer nobody waited for is `outcome=closed`."""
+        pairs: dict[str, object] = {
+            "request_id": self._request.request_id,
+            "outcome": self._outcome(),
+            "prompt_tokens": len(self._request.prompt),
+            "output_tokens": self.output_tokens,
+        }
+        if self._request.key is not None:
+            pairs["key"] = self._request.key
+        if self._report is not None:
+            pairs |= {
+                "plan": self._report.plan.value,
+                "reason": self._report.reason.value,
+                "kept_tokens": self._report.kept_tokens,
+                "prefilled_by": self._report.prefilled_by.value,
+                "ttft_s": f"{self._report.ttft_s:.4f}",
+            }
+        if self._error is not None:
+            pairs["error"] = repr(str(self._error))
+        return " ".join(f"{key}={value}" for key, value in pairs.items())
+
+    def _outcome(self) -> str:
+        if self._error is not None:
+            return type(self._error).__name__
+        return "finished" if self.open_samples <= 0 else "closed"

@@ -1,0 +1,157 @@
+"""How far pruned answers are from dense ones, measured on a share of live traffic.
+
+A sampled request is answered again, dense, in the background, while there is capacity to spare;
+nobody waits for it. Greedy answers only: sampled ones differ anyway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+import xxhash
+
+from ...core.errors import SpecPrefillError
+from ...core.ports import Answerer
+from ...core.types import Chunk, Controls, Report, Request, TokenLogprob
+
+logger = logging.getLogger(__name__)
+
+HASH_RANGE = 1 << 64
+
+
+class Outcome(enum.StrEnum):
+    """What became of a sampled request."""
+
+    EQUAL = "equal"
+    DIFFERENT = "different"
+    DROPPED = "dropped"  # no capacity to spare
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """How a pruned answer compares with the dense one, token by token."""
+
+    pruned_tokens: int
+    dense_tokens: int
+    agreement_tokens: int  # equal tokens before the first that differs
+    # At the first difference: how much more likely, in nats, the dense model holds its own token
+    # than the pruned one; a lower bound where the pruned one is not among the candidates.
+    # None: no difference, or no candidates.
+    logprob_gap: float | None
+
+    @property
+    def equal(self) -> bool:
+        """The same tokens, and as many."""
+        return self.agreement_tokens == self.pruned_tokens == self.dense_tokens
+
+    @property
+    def agreement_share(self) -> float:
+        """Of the longer answer."""
+        longer = max(self.pruned_tokens, self.dense_tokens)
+        return 1.0 if longer == 0 else self.agreement_tokens / longer
+
+
+Record = Callable[[Outcome, float, Divergence | None], None]  # with the keep rate of the pruned one
+
+
+class Shadow:
+    """Runs dense copies of sampled requests.
+
+    `dense_copy` makes the request that is sent (greedy requests only: None otherwise); `is_busy`
+    tells whether live requests need the capacity; `record` is told how each copy ended.
+    """
+
+    def __init__(
+        self,
+        pipeline: Answerer,
+        share: float,
+        max_running: int,
+        dense_copy: Callable[[Request], Request | None],
+        is_busy: Callable[[], bool],
+        record: Record,
+    ) -> None:
+        self._pipeline = pipeline
+        self._share = share
+        self._max_running = max_running
+        self._dense_copy = dense_copy
+        self._is_busy = is_busy
+        self._record = record
+        self._running: set[asyncio.Task[None]] = set()
+
+    def wants(self, request: Request) -> bool:
+        """Whether the request is in the sample: by its id, so that a repeat gets the same."""
+        if self._share <= 0.0 or request.samples != 1:
+            return False
+        return xxhash.xxh3_64_intdigest(request.request_id.encode()) < self._share * HASH_RANGE
+
+    def offer(self, request: Request, answer: Sequence[int], report: Report) -> None:
+        """Compare a pruned answer with a dense one, in the background, or drop it."""
+        copy = self._dense_copy(request)
+        if copy is None:
+            return
+        if len(self._running) >= self._max_running or self._is_busy():
+            self._record(Outcome.DROPPED, report.keep_rate, None)
+            return
+        task = asyncio.create_task(self._compare(copy, tuple(answer), report.keep_rate))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def settled(self) -> None:
+        """Wait until every copy that runs has ended."""
+        await asyncio.gather(*self._running)
+
+    async def close(self) -> None:
+        """Cancel what runs. Idempotent."""
+        for task in self._running:
+            task.cancel()
+        if self._running:
+            await asyncio.wait(self._running)
+
+    async def _compare(self, copy: Request, answer: tuple[int, ...], keep_rate: float) -> None:
+        try:
+            dense = await _collected(self._pipeline, copy)
+        except SpecPrefillError as error:
+            logger.info("request_id=%s shadow failed: %s", copy.request_id, error)
+            self._record(Outcome.FAILED, keep_rate, None)
+            return
+        found = compare(answer, dense)
+        self._record(Outcome.EQUAL if found.equal else Outcome.DIFFERENT, keep_rate, found)
+
+
+def dense_request(request: Request, sampling: bytes) -> Request:
+    """The same prompt, whole; `sampling` may ask for more candidates."""
+    return replace(
+        request,
+        request_id=f"shadow-{request.request_id}",
+        sampling=sampling,
+        controls=Controls(prune=False),
+        plan=None,
+    )
+
+
+def compare(pruned: Sequence[int], dense: Sequence[Chunk]) -> Divergence:
+    """Find the first token that differs. `dense` is one whole answer, in order."""
+    tokens = [token for chunk in dense for token in chunk.token_ids]
+    pairs = zip(pruned, tokens, strict=False)
+    agreed = next((i for i, (one, other) in enumerate(pairs) if one != other), None)
+    if agreed is None:
+        return Divergence(len(pruned), len(tokens), min(len(pruned), len(tokens)), None)
+    candidates = [each for chunk in dense for each in chunk.logprobs or ()]
+    gap = _gap(candidates[agreed], pruned[agreed], tokens[agreed]) if candidates else None
+    return Divergence(len(pruned), len(tokens), agreed, gap)
+
+
+def _gap(candidates: Sequence[TokenLogprob], pruned: int, dense: int) -> float:
+    by_token = {each.token_id: each.logprob for each in candidates}
+    return by_token[dense] - by_token.get(pruned, min(by_token.values()))
+
+
+async def _collected(pipeline: Answerer, request: Request) -> list[Chunk]:
+    async with aclosing(pipeline.generate(request)) as chunks:
+        return [chunk async for chunk in chunks]

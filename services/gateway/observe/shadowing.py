@@ -1,0 +1,131 @@
+"""Samples live requests for a dense copy in the background, and counts how the copies compare."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+from ray.serve import metrics
+
+from ...config import QualityConfig
+from ...core.pipeline import Pipeline
+from ...core.ports import Answerer
+from ...core.types import Chunk, PlanKind, Request, Selection
+from ...engine.outputs import sampling_params
+from .shadow import Divergence, Outcome, Shadow, dense_request
+
+CANDIDATES = 5  # of each token of the dense copy, to tell how far off the pruned token is
+
+_RATES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+_SHARES = (0.001, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+_TOKENS = (0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_NATS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16)
+
+
+class ShadowMetrics:
+    """How the copies of one gateway compare. `make` is as for `PipelineMetrics`."""
+
+    def __init__(self, make: Any = metrics) -> None:
+        def histogram(name: str, description: str, bounds: tuple[float, ...]) -> Any:
+            return make.Histogram(
+                f"specprefill_shadow_{name}",
+                description=description,
+                boundaries=bounds,
+                tag_keys=("keep_rate",),
+            )
+
+        self._copies = make.Counter(
+            "specprefill_shadow_total",
+            description="Pruned answers sampled for a dense copy, by what came of it",
+            tag_keys=("outcome", "keep_rate"),  # the rate is the upper end of its bucket
+        )
+        self._agreement_share = histogram(
+            "agreement_ratio",
+            "Equal tokens before the first difference, as a share of the longer answer",
+            _SHARES,
+        )
+        self._agreement_tokens = histogram(
+            "first_difference_tokens", "Equal tokens before the first difference", _TOKENS
+        )
+        self._logprob_gap = histogram(
+            "logprob_gap_nats",
+            "At the first difference: log-probability of the dense token less that of the pruned "
+            "one",
+            _NATS,
+        )
+
+    def record(self, outcome: Outcome, keep_rate: float, found: Divergence | None) -> None:
+        """Count one copy."""
+        rate = {"keep_rate": f"{_RATES[min(bisect_left(_RATES, keep_rate), len(_RATES) - 1)]:g}"}
+        self._copies.inc(1, {"outcome": outcome.value, **rate})
+        if found is None:
+            return
+        self._agreement_share.observe(found.agreement_share, rate)
+        self._agreement_tokens.observe(found.agreement_tokens, rate)
+        if found.logprob_gap is not None:
+            self._logprob_gap.observe(found.logprob_gap, rate)
+
+
+class ShadowedPipeline:
+    """A pipeline, some of whose pruned answers are compared with dense ones."""
+
+    def __init__(
+        self,
+        live: Answerer,
+        pipeline: Pipeline,
+        quality: QualityConfig,
+        compared: ShadowMetrics,
+    ) -> None:
+        self._live = live
+        self._most_live = quality.shadow_most_live
+        self._answering = 0
+        self.planner = live.planner
+        self._shadow = Shadow(
+            pipeline,
+            quality.shadow_share,
+            quality.shadow_running,
+            dense_copy,
+            self._is_busy,
+            compared.record,
+        )
+
+    async def close(self) -> None:
+        """Cancel the copies that run. Idempotent."""
+        await self._shadow.close()
+
+    async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
+        """See Pipeline.generate."""
+        sampled = self._shadow.wants(request)
+        answer: list[int] = []
+        report = None
+        self._answering += 1
+        try:
+            async with aclosing(self._live.generate(request)) as chunks:
+                async for chunk in chunks:
+                    if sampled:
+                        answer += chunk.token_ids
+                        report = chunk.report
+                    yield chunk
+        finally:
+            self._answering -= 1
+            if report is not None and report.plan is PlanKind.PRUNE:
+                self._shadow.offer(request, answer, report)
+
+    async def select(self, request: Request) -> Selection:
+        """See Pipeline.select."""
+        return await self._live.select(request)
+
+    def _is_busy(self) -> bool:
+        return self._answering > self._most_live
+
+
+def dense_copy(request: Request) -> Request | None:
+    """The dense request to compare with; None where the answer was drawn at random."""
+    sampling = sampling_params(request.sampling)
+    if sampling.temperature > 0.0:
+        return None
+    sampling.logprobs = max(CANDIDATES, sampling.logprobs or 0)
+    return dense_request(request, msgspec.msgpack.encode(sampling))

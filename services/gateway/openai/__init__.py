@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP API, on vLLM's own server."""

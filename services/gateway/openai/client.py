@@ -1,0 +1,347 @@
+"""vLLM's engine client over the pipeline: what its OpenAI server, and our gRPC API, talk to."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import secrets
+import threading
+import uuid
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import replace
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from jinja2 import TemplateError
+from typing_extensions import override
+from vllm.config import VllmConfig
+from vllm.entrypoints.serve.exception_handling.utils import sanitize_message
+from vllm.exceptions import GenerationError, VLLMClientError, VLLMValidationError
+from vllm.inputs import EngineInput
+from vllm.lora.request import LoRARequest
+from vllm.outputs import RequestOutput
+from vllm.renderers import ChatParams, renderer_from_config
+from vllm.sampling_params import SamplingParams
+from vllm.utils.mistral import is_mistral_tokenizer
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.kv_hints import KvHintsEnvelope
+
+from ...core.errors import InvalidRequest, RefusedByVllm, SpecPrefillError, Unavailable
+from ...core.ports import Answerer
+from ...core.protection import altered_piece, merged, protected_spans, special_spans
+from ...core.types import Chunk, Controls, PlanKind, Request, Selection, Span
+from ...engine.params import is_private
+from ..observe.request_log import RequestLog
+from .context import CURRENT, Messages, RequestContext
+from .controls import shortened
+from .failures import http_failure
+from .offsets import PromptOffsets
+from .request_outputs import OutputAssembler
+from .surface import TASKS, RemoteEngineClient
+
+logger = logging.getLogger(__name__)
+
+_SEED_BITS = 31
+_MAX_PRIORITY = 2**31
+_MAX_ID = 256  # characters of a request id in logs
+_NO_ID_CHARACTER = re.compile(r"[^\x21-\x7e]")  # it would break a log line's `key=value`
+
+# What vLLM, and a chat template, raise over values that a client chose.
+CLIENT_ERRORS = (
+    VLLMClientError, ValueError, TypeError, OverflowError, RecursionError, TemplateError,
+)  # fmt: skip
+CountTokens = Callable[[str, int, int], None]  # the key's name, prompt and output tokens
+
+
+class PipelineClient(RemoteEngineClient):
+    """Answers prompts with the pipeline."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        pipeline: Answerer,
+        *,
+        chat: ChatParams,
+        timeout_s: float,
+        tail_tokens: int,
+        protect_fences: bool,
+        count_tokens: CountTokens | None = None,
+    ) -> None:
+        self.vllm_config = vllm_config
+        self.model_config = vllm_config.model_config
+        self.renderer = renderer_from_config(vllm_config)
+        self.input_processor = InputProcessor(vllm_config, self.renderer)
+        self._pipeline = pipeline
+        self._chat = chat
+        self._timeout_s = timeout_s
+        self._tail_tokens = tail_tokens
+        self._protect_fences = protect_fences
+        self._count_tokens = count_tokens
+        self._offsets = PromptOffsets(self.renderer.tokenizer)
+
+    @override
+    async def generate(
+        self,
+        prompt: EngineInput,
+        sampling_params: SamplingParams,
+        request_id: str,
+        *,
+        prompt_text: str | None = None,
+        lora_request: LoRARequest | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        trace_headers: Mapping[str, str] | None = None,
+        priority: int = 0,
+        data_parallel_rank: int | None = None,
+        session_id: str | None = None,
+        kv_hints: KvHintsEnvelope | None = None,
+        reasoning_ended: bool | None = None,
+        reasoning_parser_kwargs: dict[str, Any] | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Answer a rendered prompt. A failure is left in the request's context, too."""
+        context = CURRENT.get() or RequestContext()
+        context.prompts_started += 1
+        try:
+            if lora_request is not None:
+                raise InvalidRequest("model: LoRA adapters are not supported", "model")
+            request = await self.prepare(prompt, sampling_params, request_id, context, priority)
+            assembler = OutputAssembler(
+                request_id,
+                prompt_text if prompt_text is not None else prompt.get("prompt"),
+                list(request.prompt),
+                request.samples,
+                sampling_params.output_kind,
+            )
+            async with aclosing(self.chunks(request)) as chunks:
+                async for chunk in chunks:
+                    output = assembler.add(chunk)
+                    if assembler.finished and chunk.report is not None:
+                        context.reports[request_id] = chunk.report
+                    if output is not None:
+                        yield output
+        except SpecPrefillError as error:
+            raise _told(context, error) from error
+        except Exception as error:  # the edge: what nobody named becomes a plain 500
+            logger.exception("request_id=%s failed", request_id)
+            raise _told(context, SpecPrefillError(str(error))) from error
+
+    async def chunks(self, request: Request) -> AsyncGenerator[Chunk, None]:
+        """The pipeline's chunks. Closing this generator closes the pipeline's."""
+        story = RequestLog(request)
+        try:
+            async with aclosing(self._pipeline.generate(request)) as chunks:
+                async for chunk in chunks:
+                    if chunk.finish_reason == "error":
+                        raise Unavailable("an engine could not finish the answer; try again")
+                    story.add(chunk)
+                    yield chunk
+            if story.open_samples > 0:
+                raise Unavailable("the answer ended before it was complete; try again")
+        except Exception as error:  # ours or not: told in the log, and passed on
+            story.failed(error)
+            raise
+        finally:
+            logger.info(story.line())
+            if self._count_tokens is not None and request.key is not None:
+                self._count_tokens(request.key, len(request.prompt), story.output_tokens)
+
+    async def select(self, request: Request) -> Selection:
+        """Which tokens of the prompt would be kept."""
+        return await self._pipeline.select(request)
+
+    async def render_text(self, text: str) -> EngineInput:
+        """Tokenise a plain prompt. Raises InvalidRequest."""
+        try:
+            (prompt,) = await self.renderer.render_cmpl_async([{"prompt": text}])
+        except CLIENT_ERRORS as error:
+            raise as_invalid(error) from error
+        return prompt
+
+    async def render_chat(
+        self, messages: Messages, tools: list[dict[str, Any]] | None
+    ) -> EngineInput:
+        """Apply the chat template, as vLLM's server does, and tokenise. Raises InvalidRequest."""
+        kwargs = {
+            "add_generation_prompt": True,
+            "tools": tools,
+            "tokenize": is_mistral_tokenizer(self.renderer.tokenizer),  # others: text first
+        }
+        params = ChatParams(
+            chat_template=self._chat.chat_template,
+            chat_template_content_format=self._chat.chat_template_content_format,
+            chat_template_kwargs=kwargs,
+        ).with_defaults(self._chat.chat_template_kwargs)
+        try:
+            _, (prompt,) = await self.renderer.render_chat_async([list(messages)], params)
+        except CLIENT_ERRORS as error:
+            raise as_invalid(error) from error
+        return prompt
+
+    async def prepare(
+        self,
+        prompt: EngineInput,
+        sampling_params: SamplingParams,
+        request_id: str,
+        context: RequestContext,
+        priority: int = 0,
+    ) -> Request:
+        """Validate as vLLM's own engine does, and mark what must survive pruning.
+
+        Raises InvalidRequest.
+        """
+        if not -_MAX_PRIORITY <= priority <= _MAX_PRIORITY:
+            raise InvalidRequest(
+                f"priority: must be within {_MAX_PRIORITY} of 0, not {shortened(priority)}",
+                "priority",
+            )
+        admitted = await self._admit(prompt, sampling_params, request_id, priority)
+        params = admitted.sampling_params
+        _limit_tokens(params, self.model_config.max_model_len - len(admitted.prompt_token_ids))
+        params.extra_args = _caller_args(params.extra_args)
+        if params.seed is None and params.temperature > 0:  # both engines must draw alike
+            params.seed = secrets.randbits(_SEED_BITS)
+        controls = context.controls
+        _refuse_unsupported(admitted, controls)
+        request = Request(
+            request_id=_own_id(request_id),
+            prompt=tuple(admitted.prompt_token_ids),
+            sampling=_packed(params),
+            samples=params.n,
+            controls=controls,
+            prompt_logprobs=params.prompt_logprobs is not None,
+            hold_back_chars=hold_back_chars(params),
+            timeout_s=self._limit(context.timeout_s),
+            priority=priority,
+            key=context.key,
+        )
+        plan = self._pipeline.planner.plan(request)
+        if plan.kind is PlanKind.DENSE:
+            return replace(request, plan=plan)
+        return replace(request, protected=await self._protected(request, prompt, context))
+
+    def _limit(self, asked_s: float | None) -> float:
+        return self._timeout_s if asked_s is None else min(asked_s, self._timeout_s)
+
+    async def _admit(
+        self, prompt: EngineInput, params: SamplingParams, request_id: str, priority: int
+    ) -> EngineCoreRequest:
+        if not isinstance(prompt, dict) or prompt.get("type") != "token":
+            raise InvalidRequest("prompt: only text and token prompts are supported", "prompt")
+        try:
+            return await self.input_processor.process_inputs_async(
+                request_id, prompt, params, supported_tasks=TASKS, priority=priority
+            )
+        except CLIENT_ERRORS as error:
+            raise as_invalid(error) from error
+
+    async def _protected(
+        self, request: Request, prompt: EngineInput, context: RequestContext
+    ) -> tuple[Span, ...]:
+        """Found off the event loop; the search ends soon after the request is cancelled."""
+        cancelled = threading.Event()
+        text = prompt.get("prompt")
+        try:
+            return await asyncio.to_thread(
+                self._find_protected, request, text, context, cancelled.is_set
+            )
+        finally:
+            cancelled.set()
+
+    def _find_protected(
+        self,
+        request: Request,
+        text: str | None,
+        context: RequestContext,
+        is_cancelled: Callable[[], bool],
+    ) -> tuple[Span, ...]:
+        special = special_spans(request.prompt, self._offsets.special_ids)
+        protect = request.controls.protect
+        if context.messages is None and not protect and not self._protect_fences:
+            return special
+        placed = self._offsets.place(text, request.prompt, is_cancelled)
+        altered = altered_piece(placed.text, context.messages or (), protect)
+        if altered is not None:
+            raise InvalidRequest(
+                f"{context.protect_field}: {shortened(altered)} stands in a message, but the chat "
+                "template changes it; name a part that it leaves as it is",
+                context.protect_field,
+            )
+        spans = protected_spans(
+            placed.text,
+            placed.offsets,
+            context.messages,
+            protect,
+            self._tail_tokens,
+            fences=self._protect_fences,
+            is_cancelled=is_cancelled,
+        )
+        return merged(special + spans)
+
+
+def as_invalid(error: Exception) -> InvalidRequest:
+    """vLLM's validation errors as ours."""
+    field = error.parameter if isinstance(error, VLLMValidationError) else None
+    return RefusedByVllm(sanitize_message(str(error)), field)
+
+
+def _own_id(request_id: str) -> str:
+    """Clients repeat their ids, and choose them freely; this one stands in every log line."""
+    return f"{_NO_ID_CHARACTER.sub('_', request_id[:_MAX_ID])}-{uuid.uuid4().hex[:8]}"
+
+
+def _packed(params: SamplingParams) -> bytes:
+    try:
+        return msgspec.msgpack.encode(params)
+    except OverflowError as error:  # beyond 64 bits
+        raise InvalidRequest(f"a sampling parameter is out of range: {error}") from error
+
+
+def _limit_tokens(params: SamplingParams, most: int) -> None:
+    """No output token past the model's last position.
+
+    Engines count slots, and a pruned prompt leaves slots free that have no positions.
+    """
+    params.max_tokens = min(params.max_tokens, most)
+    params.min_tokens = min(params.min_tokens, params.max_tokens)
+
+
+def hold_back_chars(params: SamplingParams) -> int:
+    """How much text a stop string may still take back: vLLM's detokenizer holds as much."""
+    if not params.stop or params.include_stop_str_in_output:
+        return 0
+    return max(len(stop) for stop in params.stop) - 1
+
+
+def _caller_args(extra_args: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    kept = {key: value for key, value in (extra_args or {}).items() if not is_private(key)}
+    return kept or None
+
+
+def _refuse_unsupported(admitted: EngineCoreRequest, controls: Controls) -> None:
+    """What would be answered wrongly is refused."""
+    asked = controls.prune is True or (controls.keep is not None and controls.keep < 1.0)
+    wants_prompt_logprobs = admitted.sampling_params.prompt_logprobs is not None
+    if wants_prompt_logprobs and asked and controls.prune is not False:
+        raise InvalidRequest(
+            "prompt_logprobs: needs the whole prompt; switch specprefill off", "prompt_logprobs"
+        )
+    if admitted.cache_salt is not None:
+        raise InvalidRequest("cache_salt: is not supported", "cache_salt")
+
+
+class _Refused(GenerationError):  # type: ignore[misc]
+    """A failure as vLLM's handlers pass it on: with its status, without a traceback in the log."""
+
+    def __init__(self, error: SpecPrefillError) -> None:
+        failure = http_failure(error)
+        super().__init__(failure.message)
+        self.status_code = HTTPStatus(failure.status)
+
+
+def _told(context: RequestContext, error: SpecPrefillError) -> _Refused:
+    """Keep the failure for the middleware, and give vLLM's handlers one they can state."""
+    context.error = error
+    return _Refused(error)

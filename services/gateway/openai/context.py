@@ -1,0 +1,53 @@
+"""What travels beside one HTTP request, between the middleware and the engine client."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...core.errors import SpecPrefillError
+from ...core.types import Controls, Report
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(slots=True)
+class RequestContext:
+    """The caller's wishes on the way in; the reports or the failure on the way out.
+
+    One HTTP request may hold several prompts (`/v1/completions`), hence several reports.
+    """
+
+    controls: Controls = field(default_factory=Controls)
+    messages: Messages | None = None  # as the caller sent them; None: not a conversation
+    timeout_s: float | None = None  # None: the deployment's limit
+    key: str | None = None  # whose fair share of the service the request takes
+    anthropic: bool = False  # errors are stated in Anthropic's form
+    protect_field: str = "specprefill.protect"  # what the caller's API calls it
+    prompts_started: int = 0
+    reports: dict[str, Report] = field(default_factory=dict)  # by the server's request id
+    error: SpecPrefillError | None = None
+
+    def story(self) -> list[Report] | None:
+        """The reports in prompt order, once every prompt has been answered."""
+        if not self.reports or len(self.reports) < self.prompts_started:
+            return None
+        return [self.reports[key] for key in sorted(self.reports, key=_prompt_order)]
+
+
+def _prompt_order(request_id: str) -> tuple[int, str]:
+    """vLLM names the prompts of one request `<id>-0`, `<id>-1`, ..."""
+    return (len(request_id), request_id)
+
+
+CURRENT: ContextVar[RequestContext | None] = ContextVar("specprefill_request", default=None)
+
+
+def fair_key(authorization: str | None) -> str | None:
+    """Who sends, by the credentials alone: what a client says about itself is not believed."""
+    if authorization is None:
+        return None
+    return hashlib.sha256(authorization.encode()).hexdigest()[:16]

@@ -1,0 +1,163 @@
+"""The `specprefill` request field and the prior art's spellings of it. Pure."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NoReturn, TypeVar
+
+from ...core.errors import InvalidRequest
+from ...core.types import Controls
+from .context import Messages
+
+T = TypeVar("T")
+
+FIELD = "specprefill"
+_ENABLED_SPELLINGS = ("speculative_prefill",)
+_KEEP_SPELLINGS = ("specprefill_keep_pct", "speculative_prefill_keep_pct")
+_OBJECT_FIELDS = ("enabled", "keep", "floor", "ceiling", "protect")
+_AUTO = "auto"
+_MAX_PROTECT = 64  # each one is searched for in the whole prompt
+_SHOWN = 80  # characters of a refused value in the error's message
+
+
+def pop_controls(body: dict[str, Any]) -> Controls:
+    """Take the pruning fields out of a request body.
+
+    Raises InvalidRequest, naming the field and what it may hold.
+    """
+    enabled: dict[str, bool | None] = {}
+    keep: dict[str, float | None] = {}
+    auto = False
+    floor: float | None = None
+    ceiling: float | None = None
+    protect: tuple[str, ...] = ()
+    value = body.pop(FIELD, None)
+    if isinstance(value, Mapping):
+        _refuse_unknown(value)
+        enabled[f"{FIELD}.enabled"] = _switch(f"{FIELD}.enabled", value.get("enabled"))
+        auto = value.get("keep") == _AUTO
+        keep[f"{FIELD}.keep"] = None if auto else _keep(f"{FIELD}.keep", value.get("keep"))
+        floor = rate(f"{FIELD}.floor", value.get("floor"))
+        ceiling = rate(f"{FIELD}.ceiling", value.get("ceiling"))
+        protect = strings(f"{FIELD}.protect", value.get("protect"))
+    elif value is None or isinstance(value, bool):
+        enabled[FIELD] = value
+    else:
+        _refuse(FIELD, "true, false or an object of " + ", ".join(_OBJECT_FIELDS), value)
+    enabled |= {name: _switch(name, body.pop(name, None)) for name in _ENABLED_SPELLINGS}
+    keep |= {name: rate(name, body.pop(name, None)) for name in _KEEP_SPELLINGS}
+    return checked(Controls(_agreed(enabled), _agreed(keep), floor, protect, ceiling, auto))
+
+
+def checked(controls: Controls) -> Controls:
+    """Refuse rates that are not in order: floor, keep, ceiling; and a rate beside `auto`."""
+    rates = {"floor": controls.floor, "keep": controls.keep, "ceiling": controls.ceiling}
+    given = [(name, value) for name, value in rates.items() if value is not None]
+    for (lower, low), (upper, high) in pairwise(given):
+        if low > high:
+            raise InvalidRequest(
+                f"{FIELD}.{lower}: must be at most {FIELD}.{upper}, which is {high}",
+                f"{FIELD}.{lower}",
+            )
+    if controls.auto and controls.keep is not None:
+        raise InvalidRequest(f"{FIELD}.keep: is auto, and {controls.keep} too", f"{FIELD}.keep")
+    return controls
+
+
+def _keep(field: str, value: object) -> float | None:
+    """A rate; a word that is not `auto` is told what it may be."""
+    if isinstance(value, str):
+        _refuse(field, 'a number above 0 and at most 1, or "auto"', value)
+    return rate(field, value)
+
+
+def rate(field: str, value: object) -> float | None:
+    """A number in (0, 1], or None where absent."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        _refuse(field, "a number above 0 and at most 1", value)
+    return float(value)
+
+
+def strings(field: str, value: object) -> tuple[str, ...]:
+    """A list of non-empty strings, or () where absent."""
+    if value is None:
+        return ()
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) > _MAX_PROTECT:
+        _refuse(field, f"a list of at most {_MAX_PROTECT} strings", value)
+    if not all(isinstance(item, str) and item for item in value):
+        _refuse(field, "a list of non-empty strings", value)
+    return tuple(value)
+
+
+def timeout(field: str, value: str | None) -> float | None:
+    """A positive number of seconds, or None where absent."""
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        _refuse(field, "a positive number of seconds", value)
+    if not 0 < seconds < float("inf"):
+        _refuse(field, "a positive number of seconds", value)
+    return seconds
+
+
+def conversation(path: str, body: Mapping[str, Any]) -> Messages | None:
+    """The messages of a request as role and content, or None where it has none.
+
+    Anything malformed is left out: the server behind refuses it with its own words.
+    """
+    if path.endswith("/responses"):
+        turns = _as_turns(body.get("input"))
+        return [{"role": "system", "content": body.get("instructions")}, *turns]
+    messages = body.get("messages")
+    if not isinstance(messages, list):
+        return None
+    head = [{"role": "system", "content": body["system"]}] if "system" in body else []
+    return head + [message for message in messages if isinstance(message, Mapping)]
+
+
+def _as_turns(items: object) -> list[Mapping[str, Any]]:
+    if isinstance(items, str):
+        return [{"role": "user", "content": items}]
+    if not isinstance(items, list):
+        return []
+    return [item for item in items if isinstance(item, Mapping)]
+
+
+def _switch(field: str, value: object) -> bool | None:
+    if value is not None and not isinstance(value, bool):
+        _refuse(field, "true or false", value)
+    return value
+
+
+def _refuse_unknown(value: Mapping[str, Any]) -> None:
+    for name in value:
+        if name not in _OBJECT_FIELDS:
+            field = f"{FIELD}.{name[:_SHOWN]}"
+            raise InvalidRequest(
+                f"{field}: unknown field, expected one of {', '.join(_OBJECT_FIELDS)}", field
+            )
+
+
+def _agreed(spellings: Mapping[str, T | None]) -> T | None:
+    """The one value that all given spellings hold."""
+    given = {name: value for name, value in spellings.items() if value is not None}
+    if len(set(given.values())) > 1:
+        named = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise InvalidRequest(f"conflicting spellings of one setting: {named}", list(given)[-1])
+    return next(iter(given.values()), None)
+
+
+def _refuse(field: str, allowed: str, value: object) -> NoReturn:
+    raise InvalidRequest(f"{field}: must be {allowed}, not {shortened(value)}", field)
+
+
+def shortened(value: object) -> str:
+    """A value as error messages show it: its beginning, whatever its size and depth."""
+    shown = repr(value[:_SHOWN]) if isinstance(value, str) else reprlib.repr(value)
+    return shown if len(shown) <= _SHOWN else shown[: _SHOWN - 3] + "..."

@@ -1,0 +1,333 @@
+"""Reads our fields out of OpenAI requests, tells the report in the answer, sets error statuses.
+
+vLLM's handlers see the request without our fields; `RequestContext` carries those to the
+engine client, and the client's report or failure back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import msgspec
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ...core.errors import InvalidRequest, Overloaded, SpecPrefillError
+from ...deployment.front import TIMEOUT_HEADER as FRONT_TIMEOUT_HEADER
+from .bodies import BodyReader, BodyTooLarge, BodyTooSlow, Disconnected
+from .context import CURRENT, RequestContext, fair_key
+from .controls import FIELD, conversation, pop_controls, shortened, timeout
+from .failures import Failure, anthropic_error, http_failure, too_large, too_slow
+from .keys import KEY_NAME
+from .reports import story_json
+from .request_json import JsonLimits, parse_json
+from .routes import ANTHROPIC, GENERATING
+
+logger = logging.getLogger(__name__)
+
+CheckFields = Callable[[Mapping[str, Any]], Awaitable[None]]  # raises InvalidRequest
+
+TIMEOUT_HEADER = "x-request-timeout-seconds"
+SHED_REASON_HEADER = "x-specprefill-shed-reason"
+REQUEST_ID_HEADER = "x-request-id"
+_MAX_ID = 256  # characters of a request id: it stands in every log line
+# What reading a value of an unexpected type raises, in validators that expect the usual one.
+_OVER_VALUES = (AttributeError, LookupError, RecursionError, AssertionError)
+_DATA = b"data: "
+# Serve's proxy enforces the same header with a bare 408 or a cut stream: be a little earlier.
+_AHEAD_OF_PROXY_S = 0.25
+_LEAVING_S = 5.0  # for a handler to end what it does for a client that has left
+
+
+class RequestMiddleware:
+    """Pure ASGI middleware; it never buffers a stream."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        bodies: BodyReader,
+        limits: JsonLimits,
+        checks: Mapping[str, CheckFields] | None = None,
+    ) -> None:
+        self._app = app
+        self._checks = checks or {}  # by path
+        self._bodies = bodies
+        self._limits = limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        try:
+            body = await self._bodies.read(Headers(scope=scope), receive)
+            context, body, fields = _admit(scope, body, self._limits)
+            check = self._checks.get(_path(scope))
+            if check is not None and fields is not None:
+                await check(fields)
+        except BodyTooLarge:
+            await send_failure(scope, send, too_large(self._bodies.max_bytes))
+            return
+        except BodyTooSlow:
+            await send_failure(scope, send, too_slow())
+            return
+        except Disconnected:
+            return
+        except (InvalidRequest, Overloaded) as error:
+            await send_failure(scope, send, http_failure(error))
+            return
+        reply = _Reply(scope, send, context)
+        token = CURRENT.set(context)
+        try:
+            await self._answer(scope, body, receive, reply)
+        except Exception as error:
+            if reply.started:
+                raise
+            await send_failure(scope, send, http_failure(_unforeseen(error, context)))
+        finally:
+            CURRENT.reset(token)
+
+    async def _answer(self, scope: Scope, body: bytes, receive: Receive, reply: _Reply) -> None:
+        """Run the app; a cancellation reaches it as its client's disconnect.
+
+        Serve cancels the task of a request whose client has left. vLLM's handlers run in tasks of
+        their own, which end at a disconnect and know nothing of the cancellation.
+        """
+        left = asyncio.Event()
+        app = asyncio.ensure_future(self._app(scope, _replay(body, receive, left), reply.send))
+        try:
+            await asyncio.shield(app)
+        except asyncio.CancelledError:
+            left.set()
+            await asyncio.wait({app}, timeout=_LEAVING_S)
+            app.cancel()
+            await asyncio.gather(app, return_exceptions=True)
+            raise
+
+
+def _unforeseen(error: Exception, context: RequestContext) -> SpecPrefillError:
+    """What an error is that no handler named: the caller's, while its values were being read."""
+    if context.prompts_started == 0 and isinstance(error, _OVER_VALUES):
+        logger.warning("request refused: %s: %s", type(error).__name__, error)
+        return InvalidRequest(f"The request cannot be read: {type(error).__name__}")
+    logger.exception("request failed")
+    return SpecPrefillError(str(error))
+
+
+def _replay(body: bytes, receive: Receive, left: asyncio.Event) -> Callable[[], Awaitable[Message]]:
+    """The body once more, then what the client still sends: its disconnect, also when `left`."""
+    pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay() -> Message:
+        if pending:
+            return pending.pop()
+        message, gone = asyncio.ensure_future(receive()), asyncio.ensure_future(left.wait())
+        try:
+            await asyncio.wait({message, gone}, return_when=asyncio.FIRST_COMPLETED)
+            return {"type": "http.disconnect"} if gone.done() else message.result()
+        finally:
+            message.cancel()
+            gone.cancel()
+
+    return replay
+
+
+def _admit(
+    scope: Scope, body: bytes, limits: JsonLimits
+) -> tuple[RequestContext, bytes, dict[str, Any] | None]:
+    """The request's context, and the body and its fields as vLLM's own handlers shall see them.
+
+    Raises InvalidRequest.
+    """
+    headers = Headers(scope=scope)
+    context = RequestContext(
+        timeout_s=_timeout_s(headers),
+        key=scope.get(KEY_NAME) or fair_key(headers.get("authorization")),
+        anthropic=_path(scope) in ANTHROPIC,
+    )
+    _check_id(REQUEST_ID_HEADER, headers.get(REQUEST_ID_HEADER))
+    if not body or not _may_be_json(headers):
+        return context, body, None  # vLLM's handlers refuse it
+    fields = parse_json(body, limits, "The request body")
+    if _path(scope) not in GENERATING or not isinstance(fields, dict):
+        return context, body, None
+    if fields.get("use_beam_search"):
+        raise InvalidRequest("use_beam_search: beam search is not supported", "use_beam_search")
+    _check_id("request_id", fields.get("request_id"))
+    sent = len(fields)
+    context.controls = pop_controls(fields)
+    context.messages = conversation(_path(scope), fields)
+    return context, body if len(fields) == sent else msgspec.json.encode(fields), fields
+
+
+def _path(scope: Scope) -> str:
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
+
+
+def _may_be_json(headers: Headers) -> bool:
+    """Whether the body would be read as JSON by whoever reads it."""
+    kind = headers.get("content-type", "").lower()
+    return not kind or "json" in kind
+
+
+def _check_id(field: str, value: object) -> None:
+    """Refuse an id that would break log lines; the server behind refuses what is no text."""
+    if isinstance(value, str) and not (len(value) <= _MAX_ID and value.isprintable()):
+        raise InvalidRequest(
+            f"{field}: must be at most {_MAX_ID} printable characters, not {shortened(value)}",
+            field,
+        )
+
+
+def _timeout_s(headers: Headers) -> float | None:
+    """The time that the caller gives. The front hides it from Serve, whose proxies cut off."""
+    hidden = headers.get(FRONT_TIMEOUT_HEADER)
+    if hidden is not None:
+        return timeout(TIMEOUT_HEADER, hidden)
+    asked_s = timeout(TIMEOUT_HEADER, headers.get(TIMEOUT_HEADER))
+    return None if asked_s is None else max(asked_s / 2, asked_s - _AHEAD_OF_PROXY_S)
+
+
+class _Reply:
+    """One response on its way to the client.
+
+    The status line waits for the first body message: until then a failure can still become
+    the status it deserves.
+    """
+
+    def __init__(self, scope: Scope, send: Send, context: RequestContext) -> None:
+        self._scope = scope
+        self._to_client = send
+        self._context = context
+        self._start: Message | None = None  # held back until the first body message
+        self._streaming = False
+        self._body = bytearray()
+        self._replaced = False
+        self.started = False  # the client has got something
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._start = message
+            kind = Headers(raw=message["headers"]).get("content-type", "")
+            self._streaming = kind.startswith("text/event-stream")
+        elif message["type"] != "http.response.body":
+            await self._send(message)
+        elif self._streaming:
+            await self._send_event(message)
+        elif not self._replaced:
+            await self._send_whole(message)
+
+    async def _send(self, message: Message) -> None:
+        self.started = True
+        await self._to_client(message)
+
+    async def _send_event(self, message: Message) -> None:
+        if self._replaced:
+            return
+        if self._start is not None:
+            start, self._start = self._start, None
+            if self._context.error is not None:
+                await self._replace(start)
+                return
+            await self._send(start)
+        body = _amend_events(message.get("body", b""), self._context)
+        await self._send({**message, "body": body})
+
+    async def _send_whole(self, message: Message) -> None:
+        self._body += message.get("body", b"")
+        if message.get("more_body", False):
+            return
+        start = self._start
+        if start is None:
+            raise RuntimeError("a response body without a response start")
+        if self._context.error is not None:
+            await self._replace(start)
+            return
+        body = bytes(self._body)
+        if start["status"] == 200:
+            body = _amend_json(body, self._context)
+        elif self._context.anthropic:
+            body = _in_anthropic_form(body, start["status"])
+        if len(body) != len(self._body):
+            MutableHeaders(raw=start["headers"])["content-length"] = str(len(body))
+        await self._send(start)
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def _replace(self, start: Message) -> None:
+        """Answer with the recorded failure in place of what vLLM made of it."""
+        self._replaced = True
+        if self._context.error is not None:
+            headers = Headers(raw=start["headers"])
+            await send_failure(self._scope, self._send, http_failure(self._context.error), headers)
+
+
+def _amend_json(body: bytes, context: RequestContext) -> bytes:
+    story = context.story()
+    if story is None:
+        return body
+    answer = json.loads(body)
+    return _dumps({**answer, FIELD: story_json(story)}) if isinstance(answer, dict) else body
+
+
+def _amend_events(body: bytes, context: RequestContext) -> bytes:
+    """Tell the report in the last event of the answer; name a failure as what it is."""
+    if context.error is None and context.story() is None:
+        return body
+    return b"\n".join(_amend_line(line, context) for line in body.split(b"\n"))
+
+
+def _amend_line(line: bytes, context: RequestContext) -> bytes:
+    if not line.startswith(_DATA + b"{"):
+        return line
+    event = json.loads(line[len(_DATA) :])
+    if context.error is not None:
+        failure = http_failure(context.error).body(anthropic=context.anthropic)
+        return _DATA + failure if "error" in event else line
+    story = context.story()
+    if story is None or not _ends_answer(event):
+        return line
+    return _DATA + _dumps({**event, FIELD: story_json(story)})
+
+
+def _ends_answer(event: dict[str, Any]) -> bool:
+    """The event that holds the last finish reason, and the usage event after it."""
+    if "choices" not in event:
+        return event.get("type") in ("response.completed", "message_stop")
+    choices = event["choices"]
+    return not choices or any(choice.get("finish_reason") for choice in choices)
+
+
+def _dumps(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _in_anthropic_form(body: bytes, status: int) -> bytes:
+    """vLLM states what its handlers refuse in Anthropic's form, and what FastAPI refuses not."""
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        return body
+    error = answer.get("error") if isinstance(answer, dict) else None
+    if not isinstance(error, dict) or answer.get("type") == "error":
+        return body
+    return anthropic_error(status, str(error.get("message")))
+
+
+async def send_failure(
+    scope: Scope, send: Send, failure: Failure, inherited: Headers | None = None
+) -> None:
+    """Answer a request of `scope` with `failure`, in the form of the API that it is for."""
+    body = failure.body(anthropic=_path(scope) in ANTHROPIC)
+    headers = MutableHeaders(raw=[] if inherited is None else list(inherited.raw))
+    headers["content-type"] = "application/json"
+    headers["content-length"] = str(len(body))
+    if failure.retry_after_s is not None:
+        headers["retry-after"] = str(max(1, round(failure.retry_after_s)))
+    if failure.shed_reason is not None:
+        headers[SHED_REASON_HEADER] = failure.shed_reason
+    await send({"type": "http.response.start", "status": failure.status, "headers": headers.raw})
+    await send({"type": "http.response.body", "body": body, "more_body": False})

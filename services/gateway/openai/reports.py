@@ -1,0 +1,38 @@
+"""A request's report as the response's `specprefill` object."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...core.types import Report
+
+_DECIMALS = 6
+
+
+def report_json(report: Report) -> dict[str, Any]:
+    """Plan, reason, token counts and stage times in seconds."""
+    told = {
+        "plan": report.plan.value,
+        "reason": report.reason.value,
+        "prompt_tokens": report.prompt_tokens,
+        "kept_tokens": report.kept_tokens,
+        "keep_rate": round(report.keep_rate, _DECIMALS),
+        "prefilled_by": report.prefilled_by.value,
+        "recomputed": report.recomputed,
+        "queue_s": round(report.queue_s, _DECIMALS),
+        "speculate_s": round(report.speculate_s, _DECIMALS),
+        "prefill_s": round(report.prefill_s, _DECIMALS),
+        "transfer_s": round(report.transfer_s, _DECIMALS),
+        "first_decode_s": round(report.first_decode_s, _DECIMALS),
+        "ttft_s": round(report.ttft_s, _DECIMALS),
+    }
+    if report.expected is not None:
+        told["expected_dense_ttft_s"] = round(report.expected.dense_s, _DECIMALS)
+        told["expected_prune_ttft_s"] = round(report.expected.prune_s, _DECIMALS)
+    return told
+
+
+def story_json(story: list[Report]) -> dict[str, Any] | list[dict[str, Any]]:
+    """One object for one prompt; a list, in prompt order, for several."""
+    reports = [report_json(report) for report in story]
+    return reports[0] if len(reports) == 1 else reports

@@ -1,0 +1,149 @@
+"""Assembles vLLM's own OpenAI server on the pipeline."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import (
+    make_arg_parser,
+    resolve_default_chat_template_kwargs,
+    validate_parsed_serve_args,
+)
+from vllm.renderers import ChatParams
+from vllm.renderers.chat_utils import load_chat_template
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from ...config import AppConfig, local_path
+from ...core.ports import Answerer
+from ..observe.scrape import MetricsText, metrics_route
+from ..pools.health import PoolCounts, health_route, not_tested
+from .access import AccessMiddleware, LimitMiddleware, RequestLimit
+from .bodies import BodyReader
+from .client import CountTokens, PipelineClient
+from .input_items import check_input_items
+from .keys import KeyRing
+from .messages_log import log_messages_refused_in_one_line
+from .middleware import RequestMiddleware
+from .request_json import JsonLimits
+from .routes import serve_only_known
+from .surface import TASKS
+
+
+@dataclass(slots=True)
+class _NoServer:
+    """What vLLM's handlers would tell to stop when an engine dies; ours never does."""
+
+    should_exit: bool = False
+
+
+def build_client(
+    config: AppConfig, pipeline: Answerer, count_tokens: CountTokens | None = None
+) -> PipelineClient:
+    """The engine client: loads the model's config and tokenizer, no weights."""
+    args = server_args(config)
+    return PipelineClient(
+        _vllm_config(args),
+        pipeline,
+        chat=_chat_defaults(args),
+        timeout_s=config.gateway.request_timeout_s,
+        tail_tokens=config.selection.tail_tokens,
+        protect_fences=config.selection.protect_fences,
+        count_tokens=count_tokens,
+    )
+
+
+async def build_http_app(
+    config: AppConfig,
+    client: PipelineClient,
+    count: PoolCounts,
+    keys: KeyRing,
+    limit: RequestLimit,
+    metrics: MetricsText,
+    facts_kept: Callable[[], float | None] = not_tested,
+) -> FastAPI:
+    """vLLM's OpenAI app on `client`.
+
+    `count` returns each pool's healthy replicas, `metrics` those of the whole service,
+    `facts_kept` the result of the draft's self-test.
+    """
+    args = server_args(config)
+    log_messages_refused_in_one_line()
+    app: FastAPI = build_app(args, TASKS, client.model_config)
+    await init_app_state(client, app.state, args, TASKS)
+    app.state.server = _NoServer()
+    serve_only_known(app)
+    # Before vLLM's own.
+    app.router.routes[:0] = [health_route(count, limit, facts_kept), metrics_route(metrics)]
+    gateway = config.gateway
+    # Outermost first: strangers meet nothing else, and a slot is held by complete requests alone.
+    app.user_middleware.insert(
+        0, Middleware(AccessMiddleware, keys=keys, open_paths=gateway.open_paths)
+    )
+    bodies = BodyReader(
+        gateway.max_body_bytes, gateway.body_timeout_s, gateway.max_buffered_bytes, limit.on_shed
+    )
+    app.user_middleware.append(
+        Middleware(
+            RequestMiddleware,
+            bodies=bodies,
+            limits=JsonLimits(gateway.max_request_items),
+            checks={"/v1/responses": check_input_items},
+        )
+    )
+    app.user_middleware.append(
+        Middleware(LimitMiddleware, limit=limit, free_paths=gateway.open_paths)
+    )
+    app.middleware_stack = app.build_middleware_stack()  # vLLM has built it already
+    return app
+
+
+def server_args(config: AppConfig) -> Namespace:
+    """The arguments `vllm serve` would get; `gateway.vllm_args` come last and win."""
+    model = config.model
+    argv = ["--model", local_path(model.path), "--served-model-name", model.served_name]
+    argv += ["--dtype", model.dtype, "--enable-request-id-headers"]
+    argv += ["--enable-prompt-tokens-details", "--disable-log-stats"]
+    if model.revision is not None:
+        argv += ["--revision", model.revision]
+    if model.max_model_len is not None:
+        argv += ["--max-model-len", str(model.max_model_len)]
+    if model.trust_remote_code:
+        argv.append("--trust-remote-code")
+    args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(
+        [*argv, *config.gateway.vllm_args]
+    )
+    validate_parsed_serve_args(args)
+    return args
+
+
+def _chat_defaults(args: Namespace) -> ChatParams:
+    """How vLLM's server renders conversations, for those that do not come through it."""
+    return ChatParams(
+        chat_template=load_chat_template(args.chat_template),
+        chat_template_content_format=args.chat_template_content_format,
+        chat_template_kwargs=resolve_default_chat_template_kwargs(args),
+    )
+
+
+def _vllm_config(args: Namespace) -> VllmConfig:
+    """A configuration without an engine, as vLLM's render server makes it.
+
+    The gateway may run where no accelerator is: quantisation and cache checks are the
+    engines' own.
+    """
+    engine_args = AsyncEngineArgs.from_cli_args(args)
+    model_config = engine_args.create_model_config()
+    model_config.quantization = None
+    return VllmConfig(
+        model_config=model_config,
+        logging_config=engine_args.create_logging_config(),
+        structured_outputs_config=engine_args.create_structured_outputs_config(),
+    )

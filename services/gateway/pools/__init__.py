@@ -1,0 +1,1 @@
+"""The pools behind the gateway: calls over Serve handles, routing, health."""

@@ -1,0 +1,192 @@
+"""Which replica of a pool has most of a prompt in its prefix cache, and whether to go there.
+
+Pure. A gateway knows only what it sent to each replica itself. What other gateways may have sent it
+hopes for at the prefix's home, which they all compute alike (`homes`): a hope may be in vain, but
+no choice is ever wrong.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ...control.prefixes import DigestMemory, prefix_digests
+from ...core.types import Selection
+from .homes import Homes
+
+BLOCK_TOKENS = 128  # a multiple of most engines' block size: what matches here matches there
+HOPE = 0.5  # of a prefix at its home, how much is counted on where none is known
+_MAX_CHOICES = 64  # prompts on their way to a replica; Serve sends no more at once
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillLoad:
+    """What one prompt asks of an engine.
+
+    `prefix` has a digest per whole block of the prompt's dense prefix, each chained to the
+    one before: equal digests mean equal prefixes.
+    """
+
+    tokens: int  # k
+    prefix: tuple[int, ...]
+
+
+def whole_load_of(prompt: tuple[int, ...]) -> PrefillLoad:
+    """The load of a prompt `[N]` that is read from its first token to its last."""
+    return PrefillLoad(len(prompt), tuple(prefix_digests(prompt, BLOCK_TOKENS)))
+
+
+def load_of(prompt: tuple[int, ...], selection: Selection) -> PrefillLoad:
+    """The load of a prompt `[N]`; blocks from the first gap on are not shared, so not here."""
+    first = selection.runs[0]
+    dense = first.stop if first.start == 0 else 0
+    return PrefillLoad(selection.kept_tokens, tuple(prefix_digests(prompt[:dense], BLOCK_TOKENS)))
+
+
+@dataclass(slots=True)
+class _Replica:
+    place: int  # its bit in the map of blocks
+    cache_tokens: int
+    seen: DigestMemory
+    queued_tokens: int = 0  # sent there, to be computed, not answered yet
+    last_used: int = 0
+
+
+class _BlockMap:
+    """Which replicas remember a block: a bit per replica, so that one walk finds every match."""
+
+    def __init__(self) -> None:
+        self._holders: dict[int, int] = {}
+
+    def add(self, place: int, digests: Iterable[int]) -> None:
+        bit = 1 << place
+        for digest in digests:
+            self._holders[digest] = self._holders.get(digest, 0) | bit
+
+    def remove(self, place: int, digests: Iterable[int]) -> None:
+        bit = 1 << place
+        for digest in digests:
+            left = self._holders.get(digest, 0) & ~bit
+            if left:
+                self._holders[digest] = left
+            else:
+                self._holders.pop(digest, None)
+
+    def matches(self, digests: Sequence[int]) -> dict[int, int]:
+        """How many leading blocks each place remembers; a place that remembers none is absent."""
+        found: dict[int, int] = {}
+        holding = self._holders.get(digests[0], 0) if digests else 0
+        for depth, digest in enumerate(digests):
+            still = holding & self._holders.get(digest, 0)
+            found.update(dict.fromkeys(_places(holding ^ still), depth))
+            holding = still
+            if not holding:
+                return found
+        found.update(dict.fromkeys(_places(holding), len(digests)))
+        return found
+
+
+def _places(bits: int) -> Iterator[int]:
+    while bits:
+        lowest = bits & -bits
+        yield lowest.bit_length() - 1
+        bits ^= lowest
+
+
+@dataclass(slots=True)
+class PrefixAffinity:
+    """Ranks replicas by the tokens to compute before a prompt's first one is there.
+
+    The cost of a replica is what is queued there plus what it lacks of the prompt: a cached
+    prefix attracts until the queue for it costs more than computing it elsewhere. A call is
+    one prompt's way to one replica: prompts of one request, and attempts, are calls of their own.
+    """
+
+    hope: float = HOPE
+    _replicas: dict[str, _Replica] = field(default_factory=dict)
+    _blocks: _BlockMap = field(default_factory=_BlockMap)
+    _running: dict[str, tuple[_Replica, int]] = field(default_factory=dict)  # by call id
+    _choices: dict[str, tuple[_Replica, int]] = field(default_factory=dict)  # not sent yet
+    _count: int = 0
+    _homes: Homes = field(default_factory=Homes)
+
+    def know(self, cache_tokens: Mapping[str, int]) -> None:
+        """The replicas that exist, and how many tokens each one's prefix cache holds."""
+        for name in self._replicas.keys() - cache_tokens.keys():
+            gone = self._replicas.pop(name)
+            self._blocks.remove(gone.place, gone.seen)
+        if self._replicas.keys() != cache_tokens.keys():
+            self._homes = Homes(cache_tokens)
+        taken = {replica.place for replica in self._replicas.values()}
+        free = (place for place in itertools.count() if place not in taken)
+        for name, tokens in cache_tokens.items():
+            if name not in self._replicas:
+                self._replicas[name] = _Replica(
+                    next(free), tokens, DigestMemory(tokens // BLOCK_TOKENS)
+                )
+
+    def ranked(self, load: PrefillLoad) -> Sequence[str]:
+        """Every known replica, cheapest first; among equals the one that waits longest."""
+        return self._ranked(load, self._blocks.matches(load.prefix))
+
+    def choose(self, call_id: str, load: PrefillLoad) -> Sequence[str]:
+        """As `ranked`; the first counts as asked, so that prompts that come together spread."""
+        self._settle(call_id)
+        matches = self._blocks.matches(load.prefix)
+        names = self._ranked(load, matches)
+        if names:
+            replica = self._replicas[names[0]]
+            lacking = _lacking(replica, load, matches)
+            replica.queued_tokens += lacking
+            self._choices[call_id] = (replica, lacking)
+        if len(self._choices) > _MAX_CHOICES:  # the oldest was given up before it was sent
+            self._settle(next(iter(self._choices)))
+        return names
+
+    def sent(self, call_id: str, name: str, load: PrefillLoad) -> None:
+        """A replica took a call."""
+        self._settle(call_id)
+        replica = self._replicas.get(name)
+        if replica is None or call_id in self._running:
+            return
+        self._count += 1
+        replica.last_used = self._count
+        lacking = load.tokens - BLOCK_TOKENS * replica.seen.longest(load.prefix)
+        replica.queued_tokens += lacking
+        self._blocks.add(replica.place, load.prefix)
+        self._blocks.remove(replica.place, replica.seen.remember(load.prefix))
+        self._running[call_id] = (replica, lacking)
+
+    def answered(self, call_id: str) -> None:
+        """A call ended, well or not. Idempotent."""
+        self._settle(call_id)
+        running = self._running.pop(call_id, None)
+        if running is not None:
+            replica, lacking = running
+            replica.queued_tokens -= lacking
+
+    def _settle(self, call_id: str) -> None:
+        choice = self._choices.pop(call_id, None)
+        if choice is not None:
+            replica, lacking = choice
+            replica.queued_tokens -= lacking
+
+    def _ranked(self, load: PrefillLoad, matches: Mapping[int, int]) -> list[str]:
+        home = self._homes.of(load.prefix)
+        hoped = self.hope * BLOCK_TOKENS * len(load.prefix)
+
+        def cost(name: str) -> tuple[float, int]:
+            replica = self._replicas[name]
+            known = BLOCK_TOKENS * matches.get(replica.place, 0)
+            cached = float(known)
+            if name == home:
+                cached = max(known, min(hoped, replica.cache_tokens))
+            return replica.queued_tokens + load.tokens - cached, replica.last_used
+
+        return sorted(self._replicas, key=cost)
+
+
+def _lacking(replica: _Replica, load: PrefillLoad, matches: Mapping[int, int]) -> int:
+    """Tokens of a prompt that a replica would have to compute."""
+    return load.tokens - BLOCK_TOKENS * matches.get(replica.place, 0)

@@ -1,0 +1,1 @@
+"""The carrier `nixl`: one-sided reads of registered memory."""

@@ -1,0 +1,267 @@
+"""The library NIXL: one-sided reads of another process's registered memory.
+
+Over RDMA where there is any, else over shared memory or TCP, on hosts with and without GPUs.
+Its agent has no thread of its own here, because that would never sleep: whoever waits for a
+read advances it, and a side that is read from has to be told when to (`progress`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...core.errors import InvalidConfiguration, KvTransferError
+from .arena import Arena, address_of
+
+logger = logging.getLogger(__name__)
+
+_BACKEND = "UCX"
+_WITHOUT = "allowed without it: auto, grpc, object_ref"
+
+
+def agent_for(carrier: str, *, encrypted: bool) -> NixlAgent | None:
+    """This process's agent, started; None where `kv.carrier` leaves the KV to gRPC.
+
+    `auto` means NIXL wherever it works, unless the channel is to be encrypted: NIXL's reads
+    are not. Raises InvalidConfiguration if the carrier is `nixl` and it does not work here.
+    """
+    if carrier == "nixl":
+        return _started()
+    if carrier != "auto" or encrypted:
+        return None
+    try:
+        return _started()
+    except InvalidConfiguration as error:
+        logger.info("gRPC carries the KV: %s", error)
+        return None
+
+
+def require(carrier: str) -> None:
+    """Raises InvalidConfiguration if the carrier is `nixl` and it is not installed here."""
+    if carrier == "nixl" and importlib.util.find_spec("nixl") is None:
+        raise InvalidConfiguration(
+            "kv.carrier: nixl is not installed here (pip install 'specprefill[nixl]'); " + _WITHOUT
+        )
+
+
+def _started() -> NixlAgent:
+    agent = NixlAgent(f"specprefill-{os.getpid()}-{uuid.uuid4().hex}")
+    agent.start()
+    return agent
+
+
+@dataclass(frozen=True, slots=True)
+class NixlMemory:
+    """Memory of this process that an agent reads into or is read from."""
+
+    address: int
+    size: int
+    device: int | None = None  # a GPU's index; None: the host's
+
+    @property
+    def kind(self) -> str:
+        """NIXL's name of its kind."""
+        return "DRAM" if self.device is None else "VRAM"
+
+    @property
+    def descriptor(self) -> tuple[int, int, int]:
+        """NIXL's description of it."""
+        return self.address, self.size, self.device or 0
+
+    def part(self, offset: int, size: int) -> NixlMemory:
+        """Return `size` bytes of it from `offset` on."""
+        return replace(self, address=self.address + offset, size=size)
+
+
+class NixlAgent:
+    """One process's end of NIXL. Thread-safe."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name  # never used twice: a restarted peer is another agent
+        self._lock = threading.Lock()
+        self._peers: dict[str, str] = {}  # endpoint -> agent name
+        self._lost: list[NixlRead] = []
+
+    def start(self) -> None:
+        """Load the library and its transports. Raises InvalidConfiguration if it cannot."""
+        try:
+            from nixl._api import nixl_agent, nixl_agent_config, nixl_thread_sync_t, nixlBind
+        except ImportError as error:
+            raise InvalidConfiguration(
+                f"kv.carrier: nixl cannot be imported here ({error}); {_WITHOUT}"
+            ) from error
+        logging.getLogger("nixl").setLevel(logging.WARNING)
+        self._errors = (
+            nixlBind.nixlBackendError,
+            nixlBind.nixlCancelledError,
+            nixlBind.nixlInvalidParamError,
+            nixlBind.nixlMismatchError,
+            nixlBind.nixlNotAllowedError,
+            nixlBind.nixlNotFoundError,
+            nixlBind.nixlRemoteDisconnectError,
+            nixlBind.nixlUnknownError,
+        )
+        config = nixl_agent_config(
+            enable_prog_thread=False,
+            backends=[_BACKEND],
+            sync_mode=nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT,
+        )
+        try:
+            self._agent: Any = nixl_agent(self._name, config)
+        except (*self._errors, RuntimeError) as error:
+            raise InvalidConfiguration(
+                f"kv.carrier: nixl does not work here ({error}); {_WITHOUT}"
+            ) from error
+        if _BACKEND not in self._agent.backends:
+            raise InvalidConfiguration(
+                f"kv.carrier: nixl has no {_BACKEND} transport here; {_WITHOUT}"
+            )
+
+    @property
+    def name(self) -> str:
+        """The same in no other process, nor in this one after a restart."""
+        return self._name
+
+    @property
+    def transports(self) -> tuple[str, ...]:
+        """Those that it uses. Known once started."""
+        return tuple(self._agent.backends)
+
+    @property
+    def plugins(self) -> tuple[str, ...]:
+        """Those that are installed here. Known once started."""
+        return tuple(self._agent.get_plugin_list())
+
+    def register(self, arena: Arena) -> None:
+        """Let peers who are told an address in `arena` read there, and read into it."""
+        memory = arena.memory
+        self.register_memory(NixlMemory(address_of(memory), memory.nbytes))
+
+    def register_memory(self, memory: NixlMemory) -> None:
+        """The same for memory of either kind. Raises KvTransferError."""
+        with self._mapped_errors():
+            self._agent.register_memory([(*memory.descriptor, "")], memory.kind)
+
+    def metadata(self) -> bytes:
+        """What a peer needs to read from the memory registered so far."""
+        metadata: bytes = self._agent.get_agent_metadata()
+        return metadata
+
+    def meet(self, endpoint: str, name: str, metadata: bytes) -> None:
+        """Get to know the agent `name` that answers at `endpoint` now, once."""
+        with self._lock, self._mapped_errors():
+            known = self._peers.get(endpoint)
+            if known not in (None, name):  # its process has died and another one answers
+                self._forget(endpoint)
+            if name not in self._peers.values():
+                self._agent.add_remote_agent(metadata)
+            self._peers[endpoint] = name
+
+    def forget(self, endpoint: str) -> None:
+        """The agent at `endpoint` is dead, or was not what it seemed. Idempotent."""
+        with self._lock, self._mapped_errors():
+            if endpoint in self._peers:
+                self._forget(endpoint)
+
+    @contextmanager
+    def forgetting(self, endpoint: str) -> Iterator[None]:
+        """Forget a peer whose memory cannot be read: the next pull meets it anew."""
+        try:
+            yield
+        except KvTransferError:
+            self.forget(endpoint)
+            raise
+
+    def read(self, peer: str, address: int, into: memoryview) -> NixlRead:
+        """Begin to read `len(into)` bytes at `address` of the agent `peer`."""
+        local = NixlMemory(address_of(into), len(into))
+        return self.read_memory(peer, replace(local, address=address), local, into)
+
+    def read_memory(
+        self, peer: str, remote: NixlMemory, local: NixlMemory, into: memoryview
+    ) -> NixlRead:
+        """Begin to read `remote` of the agent `peer` into `local`, which `into` keeps in place."""
+        self._sweep()
+        with self._mapped_errors():
+            handle = self._agent.initialize_xfer(
+                "READ",
+                self._agent.get_xfer_descs([local.descriptor], local.kind),
+                self._agent.get_xfer_descs([remote.descriptor], remote.kind),
+                peer,
+            )
+            self._agent.transfer(handle)
+        return NixlRead(self, handle, into)
+
+    def ended(self, handle: Any) -> bool:
+        """Advance a read; True when its bytes are there. Raises KvTransferError if it failed."""
+        with self._mapped_errors():
+            state = self._agent.check_xfer_state(handle)
+        if state == "ERR":
+            raise KvTransferError("nixl: the read failed")
+        return bool(state == "DONE")
+
+    def release(self, handle: Any) -> None:
+        """Forget a read that has ended."""
+        with self._mapped_errors():
+            self._agent.release_xfer_handle(handle)
+
+    def abandon(self, read: NixlRead) -> None:
+        """Nobody waits for `read` any more; its memory stays taken until it has ended."""
+        with self._lock:
+            self._lost.append(read)
+        self._sweep()
+
+    def progress(self) -> None:
+        """Answer peers who connect or read, as far as this process has to."""
+        self._agent.get_new_notifs()
+
+    def _forget(self, endpoint: str) -> None:
+        name = self._peers.pop(endpoint)
+        if name not in self._peers.values():
+            self._agent.remove_remote_agent(name)
+
+    def _sweep(self) -> None:
+        with self._lock:
+            self._lost = [read for read in self._lost if not read.over()]
+
+    @contextmanager
+    def _mapped_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except self._errors as error:
+            raise KvTransferError(f"nixl: {error}") from error
+
+
+class NixlRead:
+    """A read under way into `payload`, which it keeps in place until it has ended."""
+
+    def __init__(self, agent: NixlAgent, handle: Any, payload: memoryview) -> None:
+        self._agent = agent
+        self._handle = handle
+        self._payload = payload
+
+    @property
+    def payload(self) -> memoryview:
+        """Where the bytes are once the read has ended."""
+        return self._payload
+
+    def ended(self) -> bool:
+        """Advance it; True, once, when the bytes are there. Raises KvTransferError."""
+        ended = self._agent.ended(self._handle)
+        if ended:
+            self._agent.release(self._handle)
+        return ended
+
+    def over(self) -> bool:
+        """Advance it; True when its memory is no longer written to."""
+        try:
+            return self.ended()
+        except KvTransferError:
+            return True  # failed, so over

@@ -1,0 +1,261 @@
+"""The carrier `nixl`: the messages of the KV stream, read by the peer from registered memory.
+
+`Read` is to `Pull` what a list of addresses is to the bytes: the same leases, secret, layout
+and messages, but the stream says where each message lies, and the reader's own agent fetches
+it. The first item introduces the server's agent; the last lies nowhere: it is the trailer.
+
+The introduction opens all of the server's registered memory to the reader, so it is told only
+to who knows a lease's secret; what a reader takes for a message must pass its digest.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass
+from types import TracebackType
+from typing import Any
+
+import grpc
+import msgpack
+
+from ...core.errors import CorruptFrame, KvTransferError, LeaseNotFound
+from ..channels import Channels
+from ..frames import Frame, Trailer, decode, encode
+from ..leases import LeaseStore
+from ..pull import transfer_error
+from ..rpc import SERVICE, PullQuery, lending, trailer
+from ..tls import MutualTls
+from .agent import NixlAgent, NixlRead
+from .arena import Arena, address_of
+
+READ = f"/{SERVICE}/Read"
+LANDING_BYTES = 64 << 20  # enough for every pull that a worker runs at once
+AHEAD = 4  # reads under way per pull
+_POLL_S = 50e-6
+_PROGRESS_S = 500e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Introduction:
+    """The agent whose memory the addresses are in."""
+
+    agent: str
+    metadata: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One message: where it lies, or itself if it is not in registered memory."""
+
+    address: int
+    size: int  # 0: it is `inline`
+    inline: bytes = b""
+
+
+def pack(item: Introduction | Place) -> bytes:
+    """As an item of the stream."""
+    packed: bytes = msgpack.packb(astuple(item))
+    return packed
+
+
+def unpack(item: bytes) -> Introduction | Place:
+    """Inverse of `pack`. Raises CorruptFrame."""
+    try:
+        fields = msgpack.unpackb(item)
+    except (msgpack.UnpackException, ValueError) as error:
+        raise CorruptFrame("read: an item is not msgpack") from error
+    kinds = [type(field) for field in fields] if isinstance(fields, list) else []
+    if kinds == [str, bytes]:
+        return Introduction(*fields)
+    if kinds == [int, int, bytes]:
+        return Place(*fields)
+    raise CorruptFrame("read: an item is neither an introduction nor a place")
+
+
+def await_read(agent: NixlAgent, read: NixlRead, call: Any) -> None:
+    """Return when the read has ended. Raises KvTransferError, also when `call` has."""
+    while not read.ended():
+        if not call.is_active():  # cancelled, out of time, or the peer has died
+            agent.abandon(read)
+            raise KvTransferError("nixl: the peer hung up during a read")
+        time.sleep(_POLL_S)
+
+
+class NixlHandler(grpc.GenericRpcHandler):
+    """Serves a store's messages to readers; goes into a `KvServer`."""
+
+    def __init__(
+        self, leases: LeaseStore, fingerprint: str, agent: NixlAgent, arena: Arena
+    ) -> None:
+        self._leases = leases
+        self._fingerprint = fingerprint
+        self._agent = agent
+        self._arena = arena  # registered with the agent
+        self._progress = Progress(agent)
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """See grpc.GenericRpcHandler."""
+        if details.method != READ:
+            return None
+        return grpc.unary_stream_rpc_method_handler(self._read)
+
+    def _read(self, message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        """The reader hangs up when it is done, and until then nothing it was told of moves."""
+        query, gone = lending(message, self._fingerprint, context)
+        lent: list[bytes | memoryview] = []
+        with self._progress:
+            try:
+                yield from self._items(query, lent)
+            except LeaseNotFound as error:
+                context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+            gone.wait()
+
+    def _items(self, query: PullQuery, lent: list[bytes | memoryview]) -> Iterator[bytes]:
+        """The agent is introduced to nobody before the lease's secret has proved right."""
+        frames = self._leases.stream(query.lease_id, query.secret, timeout_s=query.timeout_s)
+        for number, frame in enumerate(frames):
+            if number == 0:
+                yield pack(Introduction(self._agent.name, self._agent.metadata()))
+            message = frame.from_token(query.start, query.lease_id)
+            if message is not None:
+                lent.append(message)
+                yield pack(self._place(message))
+        end = trailer(self._leases, query.lease_id, len(lent))
+        yield pack(Place(0, 0, encode(end, query.lease_id)))
+
+    def _place(self, message: bytes | memoryview) -> Place:
+        if self._arena.holds(message):
+            return Place(address_of(message), len(message))
+        return Place(0, 0, bytes(message))
+
+
+class Progress:
+    """Advances an agent while anybody reads from it, and costs nothing else."""
+
+    def __init__(self, agent: NixlAgent) -> None:
+        self._agent = agent
+        self._readers = 0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._readers += 1
+            if self._readers == 1:
+                threading.Thread(target=self._run, name="kv-progress", daemon=True).start()
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        with self._lock:
+            self._readers -= 1
+
+    def _run(self) -> None:
+        while self._readers:
+            self._agent.progress()
+            time.sleep(_PROGRESS_S)
+
+
+class NixlClient:
+    """Reads leases of other workers; one control channel per peer, kept open."""
+
+    def __init__(self, agent: NixlAgent, landing: Arena, tls: MutualTls | None = None) -> None:
+        self._agent = agent
+        self._landing = landing  # where all reads under way go
+        self._channels = Channels(tls)
+
+    def start(self) -> None:
+        """Register the memory that reads go to."""
+        self._agent.register(self._landing)
+
+    def pull(
+        self, endpoint: str, ticket: dict[str, Any], fingerprint: str, start: int, timeout_s: float
+    ) -> NixlPull:
+        """Begin to read the tokens from `start` on. See `KvClient.pull`."""
+        query = PullQuery(ticket["lease_id"], ticket["secret"], fingerprint, start, timeout_s)
+        call: Any = self._channels.to(endpoint).unary_stream(READ)
+        stream = call(query.packed(), timeout=timeout_s)
+        return NixlPull(self._agent, self._landing, endpoint, stream, query.lease_id)
+
+    def close(self) -> None:
+        """Close every channel; reads under way fail."""
+        self._channels.close()
+
+
+class NixlPull:
+    """One lease on its way: a few messages are read ahead of the one that is stored."""
+
+    def __init__(
+        self, agent: NixlAgent, landing: Arena, endpoint: str, call: Any, lease_id: str
+    ) -> None:
+        self._agent = agent
+        self._landing = landing
+        self._endpoint = endpoint
+        self._call = call
+        self._lease_id = lease_id
+        self._reads: deque[NixlRead | bytes] = deque()  # a message that came inline is there
+
+    def into(self, store: Callable[[Frame], None]) -> float:
+        """See `KvPull.into`; `store` is called from this thread only."""
+        frames = 0
+        try:
+            for item in self._messages():
+                if isinstance(item, Trailer):
+                    if item.frames != frames:
+                        raise CorruptFrame(f"read: {frames} of {item.frames} frames came")
+                    return item.complete_s
+                frames += 1
+                store(item)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAVAILABLE:  # its process is gone
+                self._agent.forget(self._endpoint)
+            raise transfer_error(error) from error
+        finally:
+            self._end()
+        raise CorruptFrame("read: ended without a trailer")
+
+    def cancel(self) -> None:
+        """End the pull, from any thread."""
+        self._call.cancel()
+
+    def _messages(self) -> Iterator[Frame | Trailer]:
+        """Every message, whole and in order."""
+        peer = ""
+        for item in map(unpack, self._call):
+            if isinstance(item, Introduction):
+                self._agent.meet(self._endpoint, item.agent, item.metadata)
+                peer = item.agent
+                continue
+            self._reads.append(self._begin(peer, item))
+            while len(self._reads) > (AHEAD if item.size else 0):
+                yield decode(self._finished(self._reads.popleft()), self._lease_id)
+        # The trailer is inline, so nothing is under way behind it.
+
+    def _begin(self, peer: str, place: Place) -> NixlRead | bytes:
+        if not place.size:
+            return place.inline
+        into = self._landing.take(place.size)
+        if into is None:
+            raise KvTransferError(f"nixl: no room for {place.size} bytes to land")
+        with self._agent.forgetting(self._endpoint):
+            return self._agent.read(peer, place.address, into)
+
+    def _finished(self, read: NixlRead | bytes) -> bytes | memoryview:
+        if isinstance(read, bytes):
+            return read
+        with self._agent.forgetting(self._endpoint):
+            await_read(self._agent, read, self._call)
+        return read.payload
+
+    def _end(self) -> None:
+        """Hang up: the peer may have its memory back."""
+        self._call.cancel()
+        while self._reads:
+            read = self._reads.popleft()
+            if isinstance(read, NixlRead):
+                self._agent.abandon(read)

@@ -1,0 +1,1 @@
+"""The carrier `object_ref`: KV through Ray's object store."""

@@ -1,0 +1,1 @@
+"""Measures the service: load tests, evaluation, simulation. Installed as `specprefill[lab]`."""

@@ -1,0 +1,100 @@
+"""What is compared: keep rates, the automatic one, controls that know nothing, and a ceiling."""
+
+from __future__ import annotations
+
+import enum
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...core.selection import Scores
+
+
+class Chooser(enum.StrEnum):
+    """Who says which tokens are kept."""
+
+    SPECULATOR = "speculator"
+    AUTOMATIC = "automatic"  # the speculator, and how many as well
+    RANDOM = "random"  # control: chunks by lot
+    ENDS = "ends"  # control: the first and the last tokens
+    EVEN = "even"  # control: chunks at even distances
+    MAIN_MODEL = "main_model"  # the ceiling: the model that answers scores for itself
+
+
+CONTROLS = (Chooser.RANDOM, Chooser.ENDS, Chooser.EVEN)
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One way to choose what is kept; `keep` is nominal, and 1 is dense."""
+
+    chooser: Chooser
+    keep: float  # (0, 1]; of the automatic arm: not used
+
+    @property
+    def is_dense(self) -> bool:
+        return self.chooser is Chooser.SPECULATOR and self.keep >= 1.0
+
+    @property
+    def name(self) -> str:
+        if self.chooser is Chooser.AUTOMATIC:
+            return "automatic"
+        if self.is_dense:
+            return "dense"
+        prefix = "keep" if self.chooser is Chooser.SPECULATOR else self.chooser.value
+        return f"{prefix} {self.keep:g}"
+
+
+DENSE = Arm(Chooser.SPECULATOR, 1.0)
+
+
+def arms_of(
+    keeps: Sequence[float], control_keep: float | None, *, automatic: bool, ceiling: bool
+) -> tuple[Arm, ...]:
+    """Dense first, then every keep rate from high to low, then the others."""
+    rates = sorted({keep for keep in keeps if keep < 1.0}, reverse=True)
+    arms = [DENSE, *(Arm(Chooser.SPECULATOR, keep) for keep in rates)]
+    if automatic:
+        arms.append(Arm(Chooser.AUTOMATIC, 1.0))
+    if control_keep is not None:
+        arms += [Arm(chooser, control_keep) for chooser in CONTROLS]
+    if ceiling and control_keep is not None:
+        arms.append(Arm(Chooser.MAIN_MODEL, control_keep))
+    return tuple(arms)
+
+
+def control_scores(
+    chooser: Chooser, prompt_tokens: int, chunk_tokens: int, rng: random.Random
+) -> Scores:
+    """Scores [N] that make the product's own selection choose as the control does.
+
+    So a control keeps what is protected, and as many chunks beside it as the speculator's
+    selection at the same rate. Raises ValueError for a chooser that is no control.
+    """
+    chunks = -(-prompt_tokens // chunk_tokens)
+    if chooser is Chooser.RANDOM:
+        ranks = [rng.random() for _ in range(chunks)]
+    elif chooser is Chooser.ENDS:
+        ranks = [abs(2 * chunk + 1 - chunks) / chunks for chunk in range(chunks)]
+    elif chooser is Chooser.EVEN:
+        ranks = [1.0 - _bisection_order(chunk) for chunk in _spread(chunks)]
+    else:
+        raise ValueError(f"{chooser} is no control")
+    return np.repeat(np.asarray(ranks, dtype=np.float32), chunk_tokens)[:prompt_tokens]
+
+
+def _spread(chunks: int) -> range:
+    """1..chunks: place 0 would be first in every order."""
+    return range(1, chunks + 1)
+
+
+def _bisection_order(place: int) -> float:
+    """Van der Corput's sequence: the bits of `place`, mirrored behind the point."""
+    value, share = 0.0, 0.5
+    while place > 0:
+        value += share * (place & 1)
+        place >>= 1
+        share /= 2
+    return value

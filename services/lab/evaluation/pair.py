@@ -1,0 +1,158 @@
+"""The backend in this process: a speculator and a main model on transformers.
+
+It knows every arm: controls and the ceiling need positions of their own choice, which no endpoint
+takes. Spans, selection and scoring are the product's; only the answers come from transformers.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from ...config import SelectionConfig, SpeculatorConfig, local_path
+from ...control.from_config import selection_policy
+from ...core.selection import SelectionPolicy, select
+from ...core.types import Plan, PlanKind, Reason, Selection, Span, dense
+from ...speculator.jobs import Rating
+from ...speculator.scorer import Scorer, load_scorer
+from ..families.task import Task
+from .arms import CONTROLS, Arm, Chooser, control_scores
+from .greedy import greedy
+from .outcomes import Answer
+from .prompts import Prompt, Renderer, gold_kept
+
+
+@dataclass(frozen=True, slots=True)
+class Answerer:
+    """The main model, as itself."""
+
+    model: PreTrainedModel
+    eos_ids: frozenset[int]
+    tokenizer: PreTrainedTokenizerBase
+
+    def texts(
+        self, prompt: Prompt, kept: Sequence[tuple[Span, ...]], max_tokens: int
+    ) -> dict[tuple[Span, ...], str]:
+        """What it answers to each of these parts of the prompt."""
+        parts = list(dict.fromkeys(kept))
+        positions = [_positions(runs) for runs in parts]
+        answers = greedy(self.model, prompt.ids, positions, max_tokens, self.eos_ids)
+        texts = (str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers)
+        return dict(zip(parts, texts, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A speculator and a main model; what the deployment would keep is what is answered from."""
+
+    renderer: Renderer
+    policy: SelectionPolicy
+    automatic: Plan
+    speculator: Scorer
+    answerer: Answerer | None  # None: gold survival only
+    own_scorer: Scorer | None  # the main model as its own speculator; None: no ceiling
+
+    def answers(
+        self, task: Task, arms: Sequence[Arm], rng: random.Random, *, with_text: bool
+    ) -> list[Answer]:
+        """Selections that come out equal are answered once. `before` does not matter here."""
+        prompt = self.renderer.prompt(task)
+        selections = [dense(len(prompt.ids), Reason.KEEP_IS_ONE)] * len(arms)
+        if not all(arm.is_dense for arm in arms):
+            rating = rated(self.speculator, prompt.ids)
+            selections = [self._selection(arm, prompt, rating, rng) for arm in arms]
+        texts: dict[tuple[Span, ...], str] = {}
+        if with_text and self.answerer is not None:
+            kept = [selection.runs for selection in selections]
+            texts = self.answerer.texts(prompt, kept, task.max_tokens)
+        return [
+            Answer(
+                text=texts.get(selection.runs),
+                prompt_tokens=len(prompt.ids),
+                kept_tokens=selection.kept_tokens,
+                reason=selection.plan.reason.value,
+                gold_kept=gold_kept(prompt, selection),
+            )
+            for selection in selections
+        ]
+
+    def _selection(
+        self, arm: Arm, prompt: Prompt, rating: Rating | Reason, rng: random.Random
+    ) -> Selection:
+        """Return what the arm keeps: all of a prompt that its speculator refuses, as the service.
+
+        Raises ValueError for a ceiling without a scorer of its own.
+        """
+        if arm.is_dense:
+            return dense(len(prompt.ids), Reason.KEEP_IS_ONE)
+        plan = Plan(PlanKind.PRUNE, Reason.ASKED, arm.keep)
+        if arm.chooser is Chooser.AUTOMATIC:
+            plan = self.automatic
+        elif arm.chooser in CONTROLS:
+            chunk_tokens = self.policy.chunk_tokens
+            rating = Rating(control_scores(arm.chooser, len(prompt.ids), chunk_tokens, rng), 1.0)
+        elif arm.chooser is Chooser.MAIN_MODEL:
+            if self.own_scorer is None:
+                raise ValueError("the ceiling needs the main model as a scorer")
+            rating = rated(self.own_scorer, prompt.ids)
+        if isinstance(rating, Reason):
+            return dense(len(prompt.ids), rating)
+        return select(rating.scores, plan, prompt.protected, self.policy, rating.certainty)
+
+
+def rated(scorer: Scorer, prompt: tuple[int, ...]) -> Rating | Reason:
+    """Score a prompt in the main model's tokens, or return why the draft cannot."""
+    read_as = scorer.translated(prompt)
+    refusal = scorer.refusal(len(read_as.prompt))
+    if refusal is not None:
+        return refusal
+    with scorer.opened([read_as.prompt]) as readings:
+        scorer.read(readings)
+        scorer.look_ahead(readings)
+        scores = read_as.scores(scorer.rate(readings[0]))
+        return Rating(scores, readings[0].certainty)
+
+
+def load_pair(
+    model: str,
+    speculator: SpeculatorConfig,
+    selection: SelectionConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    answered: bool,
+    ceiling: bool,
+) -> Pair:
+    """Load both models. The ceiling loads the main model once more, as a speculator.
+
+    Raises UnsupportedModel where the models cannot work together.
+    """
+    own = speculator.model_copy(update={"path": model, "revision": None})
+    scorer = load_scorer(speculator, selection.pool_tokens, model)
+    return Pair(
+        renderer=Renderer(tokenizer, selection.tail_tokens),
+        policy=selection_policy(selection),
+        automatic=Plan(PlanKind.PRUNE, Reason.AUTO, selection.ceiling, floor=selection.floor),
+        speculator=scorer,
+        answerer=load_answerer(model, speculator, tokenizer) if answered else None,
+        own_scorer=load_scorer(own, selection.pool_tokens) if ceiling else None,
+    )
+
+
+def load_answerer(
+    path: str, like: SpeculatorConfig, tokenizer: PreTrainedTokenizerBase
+) -> Answerer:
+    """The main model on the speculator's device and in its dtype."""
+    model = AutoModelForCausalLM.from_pretrained(local_path(path), dtype=like.dtype).eval()
+    if like.device == "cuda":
+        model = model.to("cuda")
+    ids = model.generation_config.eos_token_id
+    ids = model.config.eos_token_id if ids is None else ids
+    eos_ids = frozenset(() if ids is None else [ids] if isinstance(ids, int) else ids)
+    return Answerer(model, eos_ids, tokenizer)
+
+
+def _positions(runs: Sequence[Span]) -> list[int]:
+    return [position for run in runs for position in range(run.start, run.stop)]

@@ -1,0 +1,62 @@
+"""A task as the service would see it: token ids, what is protected, and where the gold is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from ...core.protection import merged, protected_spans, special_spans
+from ...core.types import Selection, Span
+from ...gateway.openai.offsets import PromptOffsets
+from ..families.fitting import render
+from ..families.task import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A rendered task."""
+
+    ids: tuple[int, ...]
+    protected: tuple[Span, ...]
+    gold: tuple[Span, ...]
+
+
+class Renderer:
+    """Renders tasks with one tokenizer, and marks spans by the gateway's own rules."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tail_tokens: int) -> None:
+        self.tokenizer = tokenizer
+        self._offsets = PromptOffsets(tokenizer)
+        self._tail_tokens = tail_tokens
+
+    def prompt(self, task: Task) -> Prompt:
+        """Raises ValueError for a tokenizer that tells no character offsets."""
+        text = render(task.messages, task.tools, self.tokenizer)
+        ids = tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        offsets = self._offsets.find(text, ids)
+        if offsets is None:
+            raise ValueError("the tokenizer tells no character offsets: a fast one is needed")
+        spans = protected_spans(text, offsets, list(task.messages), (), self._tail_tokens)
+        special = special_spans(ids, self._offsets.special_ids)
+        places = [(start := text.index(piece), start + len(piece)) for piece in task.gold]
+        gold = [
+            [i for i, (left, right) in enumerate(offsets) if left < stop and right > start]
+            for start, stop in places
+        ]
+        return Prompt(
+            ids=ids,
+            protected=merged(special + spans),
+            gold=tuple(Span(tokens[0], tokens[-1] + 1) for tokens in gold),
+        )
+
+
+def gold_kept(prompt: Prompt, selection: Selection) -> float | None:
+    """The share of the gold spans that are kept whole; None where nothing is gold."""
+    if not prompt.gold:
+        return None
+    whole = [
+        any(run.start <= span.start and span.stop <= run.stop for run in selection.runs)
+        for span in prompt.gold
+    ]
+    return sum(whole) / len(whole)

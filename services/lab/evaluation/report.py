@@ -1,0 +1,338 @@
+"""The suite's figures as Markdown, JSON and one HTML page with plots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..families.judging import Verdict
+from ..reporting.charts import Line, bar_chart, line_chart, table, write_page
+from ..reporting.tables import Provenance, markdown, write_json
+from .arms import CONTROLS, Arm, Chooser
+from .intervals import Interval
+from .outcomes import Cell
+from .suite import Measured, Suite
+from .summary import ENOUGH, Choice, Row, choices, choices_of_all, pooled, rows_of, smallest_enough
+
+TITLE = "Quality by keep rate"
+NAME = "eval"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A heading, what it shows, and its cells."""
+
+    heading: str
+    about: str
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def as_markdown(self) -> str:
+        return f"## {self.heading}\n\n{self.about}\n\n{markdown(self.headers, self.rows)}\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything that is printed and written."""
+
+    suite: Suite
+    measured: Measured
+    rows: tuple[Row, ...]
+    subject: Mapping[str, str]  # what was measured: models, endpoint, selection
+
+    def tables(self) -> list[Table]:
+        """Those that have rows."""
+        made = [
+            table
+            for length in self.suite.lengths
+            for table in (
+                self._retained(length),
+                self._controls(length),
+                self._gold(length),
+                self._automatic(length),
+                self._chosen(length),
+                self._chosen_of_all(length),
+            )
+        ]
+        return [table for table in [*made, self._kept(), self._verdicts()] if table.rows]
+
+    def notes(self) -> list[str]:
+        """What is missing from the tables, and why."""
+        lines = [
+            f"{family} at {length} tokens is beyond the model (dense score below "
+            f"{self.suite.least_dense:g}): gold survival only."
+            for family, length in self.measured.beyond_model
+        ]
+        lines += [
+            f"{family} does not fit into {length} tokens."
+            for family, length in self.measured.too_short
+        ]
+        return lines
+
+    def _retained(self, length: int) -> Table:
+        arms = self._places(lambda arm: arm.chooser in (Chooser.SPECULATOR, Chooser.AUTOMATIC))
+        rates = [place for place in arms if not self.suite.arms[place].is_dense]
+        return Table(
+            heading=f"Answers retained at {length} tokens",
+            about="Score as a share of the dense score of the same prompts, with the "
+            "95 % interval.",
+            headers=("family", "prompts", "dense score", *self._names(rates)),
+            rows=tuple(
+                (
+                    row.family,
+                    str(row.cells[0].prompts),
+                    _share(row.cells[0].score),
+                    *(_share(row.cells[place].retained) for place in rates),
+                )
+                for row in self._at(length)
+                if row.answered
+            ),
+        )
+
+    def _controls(self, length: int) -> Table:
+        compared = self._compared()
+        return Table(
+            heading=f"Beside controls and the ceiling at {length} tokens",
+            about="Answers retained by the speculator's choice, by choices that know nothing at "
+            "the same budget with the same protected tokens, and by the main model's own scores.",
+            headers=("family", *self._names(compared)),
+            rows=tuple(
+                (row.family, *(_share(row.cells[place].retained) for place in compared))
+                for row in self._at(length)
+                if row.answered and len(compared) > 1
+            ),
+        )
+
+    def _gold(self, length: int) -> Table:
+        places = self._places(lambda arm: not arm.is_dense)
+        return Table(
+            heading=f"Gold survival at {length} tokens",
+            about="Share of the spans that the answer needs which were kept whole; without "
+            "the main model.",
+            headers=("family", *self._names(places)),
+            rows=tuple(
+                (row.family, *(_percent(row.cells[place].gold_kept) for place in places))
+                for row in self._at(length)
+                if row.cells[0].gold_kept is not None
+            ),
+        )
+
+    def _automatic(self, length: int) -> Table:
+        places = self._places(lambda arm: arm.chooser is Chooser.AUTOMATIC)
+        found = [(row, row.cells[place]) for row in self._at(length) for place in places]
+        return Table(
+            heading=f"The automatic keep rate at {length} tokens",
+            about="How much the scores asked for, and why (`auto`: as many chunks as they told; "
+            "any other reason sent the prompt dense).",
+            headers=("family", "mean kept", "gold survival", "retained", "reasons"),
+            rows=tuple(
+                (
+                    row.family,
+                    f"{cell.kept:.0%}",
+                    _percent(cell.gold_kept),
+                    _share(cell.retained) if row.answered else "-",
+                    ", ".join(f"{name} {count}" for name, count in cell.reasons.items()),
+                )
+                for row, cell in found
+            ),
+        )
+
+    def _chosen(self, length: int) -> Table:
+        return _choice_table(
+            f"Smallest rate that is enough at {length} tokens",
+            f"Enough: every answered family retains {ENOUGH:.0%}.",
+            choices(self.rows, self.suite, length),
+        )
+
+    def _chosen_of_all(self, length: int) -> Table:
+        return _choice_table(
+            f"Smallest rate that is enough for all families at {length} tokens",
+            f"Enough: every answered family retains {ENOUGH:.0%}, and of every other one as much "
+            "of its gold survives; where nothing is gold, the answer needs all of the prompt.",
+            choices_of_all(self.rows, self.suite, length),
+        )
+
+    def _kept(self) -> Table:
+        """Floors and protected tokens make more of a rate than its name says."""
+        by_length = [
+            pooled([one for one in self.measured.outcomes if one.length == length], self.suite)
+            for length in self.suite.lengths
+        ]
+        return Table(
+            heading="What was kept",
+            about="Mean share of the prompt, with protected tokens and the absolute floor.",
+            headers=("arm", *(f"{length} tokens" for length in self.suite.lengths)),
+            rows=tuple(
+                (arm.name, *(f"{cells[place].kept:.1%}" for cells in by_length))
+                for place, arm in enumerate(self.suite.arms)
+            ),
+        )
+
+    def _verdicts(self) -> Table:
+        cells = pooled(self.measured.outcomes, self.suite)
+        answered = [each for each in cells if each.score is not None]
+        return Table(
+            heading="Kinds of answers",
+            about="A miss says nothing of the kind that was asked for; a degenerate answer "
+            "repeats itself, the sign of broken positions.",
+            headers=("arm", *(kind.value.replace("_", " ") for kind in Verdict)),
+            rows=tuple(
+                (each.arm.name, *(str(each.verdicts[kind.value]) for kind in Verdict))
+                for each in answered
+            ),
+        )
+
+    def _at(self, length: int) -> list[Row]:
+        return [row for row in self.rows if row.length == length]
+
+    def _places(self, wanted: Callable[[Arm], bool]) -> list[int]:
+        return [place for place, arm in enumerate(self.suite.arms) if wanted(arm)]
+
+    def _names(self, places: Sequence[int]) -> list[str]:
+        return [self.suite.arms[place].name for place in places]
+
+    def _compared(self) -> list[int]:
+        """The controls and the ceiling, after the speculator at their rate."""
+        knowing = (*CONTROLS, Chooser.MAIN_MODEL)
+        others = self._places(lambda arm: arm.chooser in knowing)
+        keeps = {self.suite.arms[place].keep for place in others}
+        ours = self._places(lambda arm: arm.chooser is Chooser.SPECULATOR and arm.keep in keeps)
+        return [*ours, *others]
+
+
+def report_of(measured: Measured, suite: Suite, subject: Mapping[str, str]) -> Report:
+    """Summarise what was measured."""
+    return Report(suite, measured, tuple(rows_of(measured, suite)), subject)
+
+
+def text(report: Report) -> str:
+    """All tables and notes in Markdown."""
+    notes = "".join(f"- {line}\n" for line in report.notes())
+    return "\n".join([each.as_markdown() for each in report.tables()] + [notes])
+
+
+def write(report: Report, origin: Provenance, folder: Path) -> tuple[Path, Path]:
+    """Write `eval.json` and `eval.html`."""
+    paths = folder / f"{NAME}.json", folder / f"{NAME}.html"
+    write_json(paths[0], origin, as_json(report))
+    facts = {"command": origin.command, "finished": origin.finished, **report.subject}
+    sections = [("Plots", plots(report))]
+    sections += [
+        (each.heading, [f"<p>{each.about}</p>", table(each.headers, each.rows)])
+        for each in report.tables()
+    ]
+    sections.append(("Notes", [f"<p>{line}</p>" for line in report.notes()]))
+    write_page(paths[1], TITLE, facts, sections)
+    return paths
+
+
+def write_document(report: Report, origin: Provenance, path: Path) -> None:
+    """Write the tables as a page of the documentation, with the command that made it."""
+    subject = "".join(f"- {name}: {value}\n" for name, value in report.subject.items())
+    versions = ", ".join(f"{name} {value}" for name, value in origin.versions.items())
+    machine = ", ".join(str(value) for value in origin.hardware.values())
+    path.write_text(
+        f"# {TITLE}\n\nMade by `{origin.command}`, finished {origin.finished}. "
+        f"How it is measured: [evaluation.md](evaluation.md).\n\n{subject}"
+        f"- seed: {origin.seed}\n- versions: {versions}\n- machine: {machine}\n\n{text(report)}",
+        encoding="utf-8",
+    )
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """Cells and every single outcome."""
+    return {
+        "subject": dict(report.subject),
+        "suite": asdict(report.suite),
+        "rows": [asdict(row) for row in report.rows],
+        "too_short": report.measured.too_short,
+        "beyond_model": report.measured.beyond_model,
+        "outcomes": [asdict(each) for each in report.measured.outcomes],
+    }
+
+
+def plots(report: Report) -> list[str]:
+    """By length: answers retained and gold survival against the keep rate, and the controls."""
+    made = []
+    for length in report.suite.lengths:
+        rows = [row for row in report.rows if row.length == length]
+        for title, value in (
+            (f"Answers retained, {length} tokens", lambda each: each.retained),
+            (f"Gold survival, {length} tokens", lambda each: each.gold_kept),
+        ):
+            curves = [line for row in rows if (line := _curve(row, value)) is not None]
+            if curves:
+                made.append(
+                    line_chart(title, curves, x_label="share of the prompt kept", y_label="share")
+                )
+        made += _control_bars(report, rows, length)
+    return made
+
+
+def _curve(row: Row, value: Callable[[Cell], Interval | None]) -> Line | None:
+    points = sorted(
+        (cell.kept, found.value, found.low, found.high)
+        for cell in row.cells
+        if cell.arm.chooser is Chooser.SPECULATOR and (found := value(cell)) is not None
+    )
+    if not points:
+        return None
+    kept, values, low, high = zip(*points, strict=True)
+    return Line(row.family, kept, values, low, high)
+
+
+def _control_bars(report: Report, rows: Sequence[Row], length: int) -> list[str]:
+    places = report._compared()
+    answered = [row for row in rows if row.answered]
+    if not answered or len(places) < 2:
+        return []
+    bars = {
+        report.suite.arms[place].name: [
+            0.0 if (found := row.cells[place].retained) is None else found.value for row in answered
+        ]
+        for place in places
+    }
+    families = [row.family for row in answered]
+    return [bar_chart(f"Controls, {length} tokens", families, bars, y_label="answers retained")]
+
+
+def _choice_table(heading: str, about: str, found: Sequence[Choice]) -> Table:
+    return Table(
+        heading=heading,
+        about=f"{about} {_beside(found, smallest_enough(found))}",
+        headers=("rate", "mean kept", "kept tokens", "worst family", "retains", "enough"),
+        rows=tuple(
+            (
+                each.arm.name,
+                f"{each.kept:.1%}",
+                f"{each.kept_tokens:.0f}",
+                each.worst_family,
+                f"{each.worst_retained:.0%}",
+                "yes" if each.is_enough else "no",
+            )
+            for each in found
+        ),
+    )
+
+
+def _beside(found: Sequence[Choice], least: Choice | None) -> str:
+    """One sentence about the automatic rate, where it was measured."""
+    automatic = next((each for each in found if each.arm.chooser is Chooser.AUTOMATIC), None)
+    if automatic is None:
+        return ""
+    if least is None:
+        return "No fixed rate is enough."
+    share = automatic.kept_tokens / least.kept_tokens
+    return f"The automatic rate keeps {share:.2f} of the tokens of {least.arm.name}."
+
+
+def _share(interval: Interval | None) -> str:
+    if interval is None:
+        return "-"
+    return f"{interval.value:.0%} [{interval.low:.0%}, {interval.high:.0%}]"
+
+
+def _percent(interval: Interval | None) -> str:
+    return "-" if interval is None else f"{interval.value:.0%}"

@@ -1,0 +1,101 @@
+"""Every family by name, and `generate`: one seed, one length, one task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ...synthetic.needles import needle_prompt
+from . import calls, copying, dialogue, frequency, lookup, notices, passages, tracking
+from .fitting import TaskTokenizer, fitted
+from .niah import Haystack, Kind, Niah
+from .task import Draft, Order, Scoring, Task
+
+NEEDLES = "needles"
+_NEEDLES_TOKENS = 16
+_NIAH_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How tasks of one name are drafted and judged."""
+
+    draft: Callable[[Order], Draft]
+    max_tokens: int
+    scoring: Scoring = Scoring.ALL_REFERENCES
+    least_units: int = 1
+
+
+def _niah(variant: Niah) -> Family:
+    return Family(variant.draft, _NIAH_TOKENS, least_units=variant.needles)
+
+
+_FITTED = {
+    "niah_single_1": _niah(Niah(Haystack.NOISE)),
+    "niah_single_2": _niah(Niah(Haystack.ESSAY)),
+    "niah_single_3": _niah(Niah(Haystack.ESSAY, value_kind=Kind.UUIDS)),
+    "niah_multikey_1": _niah(Niah(Haystack.ESSAY, keys=4)),
+    "niah_multikey_2": _niah(Niah(Haystack.NEEDLES)),
+    "niah_multikey_3": _niah(Niah(Haystack.NEEDLES, Kind.UUIDS, Kind.UUIDS)),
+    "niah_multivalue": _niah(Niah(Haystack.ESSAY, values=4)),
+    "niah_multiquery": _niah(Niah(Haystack.ESSAY, keys=4, queries=4)),
+    "vt": Family(tracking.variable_tracking, 30, least_units=tracking.LEAST_NOISE),
+    "cwe": Family(frequency.common_words, 120),
+    "fwe": Family(frequency.frequent_words, 50, least_units=frequency.LEAST_CODED_WORDS),
+    "kv_retrieval": Family(lookup.KeyValue().draft, 64, least_units=2),
+    "kv_retrieval_query_aware": Family(lookup.KeyValue(query_first=True).draft, 64, least_units=2),
+    "copy": Family(copying.copy_lines, 384, Scoring.COPY, least_units=copying.SHORT_BLOCK_LINES),
+    "scattered_sum": Family(notices.scattered_sum, 32, Scoring.NUMBER),
+    "override": Family(notices.override, 32, Scoring.NUMBER),
+    "passage_count": Family(passages.passage_count, 16, Scoring.NUMBER, least_units=2),
+    "tool_call": Family(calls.tool_call, 128, Scoring.TOOL_CALL, least_units=calls.RESULTS),
+    "system_secret": Family(dialogue.SystemSecret(warm=False).draft, 24),
+    "system_secret_warm": Family(dialogue.SystemSecret(warm=True).draft, 24),
+    "recall_5_turns": Family(dialogue.recall, 24, least_units=dialogue.TURNS),
+}
+FAMILIES = (NEEDLES, *_FITTED)
+# What the warm arm of a secret asks is what the cold one asks.
+_SEEDED_AS = {"system_secret_warm": "system_secret", "kv_retrieval_query_aware": "kv_retrieval"}
+
+
+def generate(family: str, seed: int, prompt_tokens: int, tokenizer: TaskTokenizer) -> Task:
+    """The task of this seed: the longest that renders to at most `prompt_tokens` tokens.
+
+    Raises ValueError for an unknown family, and for a length that cannot hold its facts.
+    """
+    if family == NEEDLES:
+        return _needles(seed, prompt_tokens, tokenizer)
+    if family not in _FITTED:
+        raise ValueError(f"unknown family {family!r}, expected one of {', '.join(FAMILIES)}")
+    rules = _FITTED[family]
+    name = f"{_SEEDED_AS.get(family, family)}/{seed}"
+    try:
+        draft, tokens = fitted(rules.draft, name, rules.least_units, prompt_tokens, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{family}: {error}") from error
+    return Task(
+        family=family,
+        messages=draft.messages,
+        references=draft.references,
+        gold=draft.gold,
+        max_tokens=rules.max_tokens,
+        scoring=rules.scoring,
+        prompt_tokens=tokens,
+        before=draft.before,
+        tools=draft.tools,
+        nonce=draft.nonce,
+    )
+
+
+def _needles(seed: int, prompt_tokens: int, tokenizer: TaskTokenizer) -> Task:
+    """The records of `synthetic.needles`, which fit their length themselves."""
+    prompt = needle_prompt(seed, prompt_tokens, tokenizer)
+    return Task(
+        family=NEEDLES,
+        messages=tuple(prompt.messages),
+        references=(prompt.answer,),
+        gold=(prompt.gold,),
+        max_tokens=_NEEDLES_TOKENS,
+        scoring=Scoring.ALL_REFERENCES,
+        prompt_tokens=prompt.prompt_tokens,
+    )

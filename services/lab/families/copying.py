@@ -1,0 +1,42 @@
+"""Verbatim copy: quote the lines under one comment of a long generated program."""
+
+from __future__ import annotations
+
+import random
+
+from ...synthetic import corpus
+from . import words
+from .task import Draft, Order
+
+BLOCK_LINES, SHORT_BLOCK_LINES = 20, 8
+SHORT_BELOW_TOKENS = 2048
+QUESTION = 'Quote the {lines} lines under the comment "# {key}" exactly as they are, nothing else.'
+
+
+def copy_lines(order: Order) -> Draft:
+    """A program of `order.units` lines in blocks, each under a comment; no line occurs twice."""
+    rng = order.rng
+    size = SHORT_BLOCK_LINES if order.prompt_tokens < SHORT_BELOW_TOKENS else BLOCK_LINES
+    blocks = max(1, order.units // size)
+    keys = words.distinct(
+        lambda: f"{rng.choice(corpus.KEY_ADJECTIVES)} {rng.choice(corpus.KEY_NOUNS)}", blocks + 1
+    )
+    place = rng.randrange(blocks)
+    lines = words.distinct(lambda: _line(rng), max(size, order.units))
+    wanted = lines[place * size : (place + 1) * size]
+    program = "\n".join(
+        f"# {key}\n" + "\n".join(block)
+        for index, key in enumerate(keys)
+        if (block := lines[index * size : (index + 1) * size])
+    )
+    question = QUESTION.format(lines=size, key=keys[place])
+    return Draft(
+        messages=({"role": "user", "content": f"{program}\n\n{question}"},),
+        references=("\n".join(wanted),),
+        gold=wanted,
+    )
+
+
+def _line(rng: random.Random) -> str:
+    thing, verb, place = (rng.choice(kind) for kind in (corpus.THINGS, corpus.VERBS, corpus.PLACES))
+    return f"{thing} = {verb} ( {place} , {words.number(rng, 3)} ) ;"

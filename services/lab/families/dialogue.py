@@ -1,0 +1,67 @@
+"""What a conversation's earlier parts told: a secret in the system prompt, a fact of turn one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...synthetic import corpus
+from . import words
+from .task import Conversation, Draft, Message, Order
+
+TURNS = 5
+SYSTEM = "You are a helpful assistant. Session {nonce}. The secret word is {secret}."
+SECRET_QUESTION = "What is the secret word?"
+WARM_UP = "Hello, how are you?"
+NONCE_DIGITS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class SystemSecret:
+    """Asked with a cold prefix cache, or after a request with the same system prompt."""
+
+    warm: bool
+
+    def draft(self, order: Order) -> Draft:
+        """The secret, `order.units` sentences of a user's document, and the question."""
+        rng = order.rng
+        secret, nonce = words.adjective_noun(rng), words.number(rng, NONCE_DIGITS)
+        system = {"role": "system", "content": SYSTEM.format(nonce=nonce, secret=secret)}
+        document = " ".join(words.prose(rng, order.units))
+        asked = {"role": "user", "content": f"{document}\n\n{SECRET_QUESTION}"}
+        greeting = (system, {"role": "user", "content": WARM_UP})
+        return Draft(
+            messages=(system, asked),
+            references=(secret,),
+            gold=(f"The secret word is {secret}.",),
+            before=(greeting,) if self.warm else (),
+            nonce=None if self.warm else nonce,
+        )
+
+
+def recall(order: Order) -> Draft:
+    """Five turns, each about its own share of `order.units` sentences; the last asks turn one.
+
+    The earlier replies are written into the conversation, so that every arm reads the same one.
+    """
+    rng = order.rng
+    records = corpus.records(rng, TURNS)
+    sentences = words.prose(rng, order.units)
+    share = -(-len(sentences) // (TURNS - 1))
+    wanted, others = records[0], records[1:]
+    messages: list[Message] = []
+    before: list[Conversation] = []
+    for turn, record in enumerate(others):
+        facts = (wanted.text, record.text) if turn == 0 else (record.text,)
+        part = sentences[turn * share : (turn + 1) * share]
+        document = " ".join(words.scatter(rng, part, facts))
+        question = f"{document}\n\n{corpus.question(rng, record)}"
+        messages.append({"role": "user", "content": question})
+        before.append(tuple(messages))
+        messages.append({"role": "assistant", "content": corpus.reply(record)})
+    messages.append({"role": "user", "content": corpus.question(rng, wanted)})
+    return Draft(
+        messages=tuple(messages),
+        references=(wanted.value,),
+        gold=(corpus.reply(wanted),),
+        before=tuple(before),
+    )

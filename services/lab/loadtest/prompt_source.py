@@ -1,0 +1,87 @@
+"""Requests whose answers can be checked, drawn from a scenario's kinds."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from functools import partial
+from typing import Self
+
+import numpy as np
+
+from ...config import local_path
+from ..families.catalog import generate
+from ..families.fitting import TaskTokenizer
+from ..families.judging import score
+from .recorded_trace import TraceLine
+from .recorder import Prompt
+from .scenario import Prompts
+
+_WARM_UP = 1 << 60  # a range of seeds that no counted request has
+_SEEDS_OF_A_RUN = 1 << 24  # so that two runs of different seeds share no prompt
+
+
+class UnknownTokenizer(Exception):
+    """The tokenizer cannot be loaded; the message says why."""
+
+
+class Source:
+    """Makes prompts; one seed is one sequence of prompts, whatever is asked of the service.
+
+    No prompt comes twice: a search would find it in the service's caches at its second rate.
+    """
+
+    def __init__(self, tokenizer: TaskTokenizer, seed: int) -> None:
+        self._tokenizer = tokenizer
+        self._seed = seed
+        self._seeds = itertools.count(seed * _SEEDS_OF_A_RUN)
+
+    @classmethod
+    def load(cls, path: str, seed: int) -> Self:
+        """With the tokenizer of a folder or a hub name. Raises UnknownTokenizer."""
+        from transformers import AutoTokenizer
+
+        try:
+            return cls(AutoTokenizer.from_pretrained(local_path(path)), seed)
+        except (OSError, ValueError) as error:
+            raise UnknownTokenizer(f"tokenizer: {path}: {error}") from error
+
+    def draw(self, kinds: Sequence[Prompts], count: int, rng: np.random.Generator) -> list[Prompt]:
+        """`count` prompts, their kinds drawn by weight."""
+        return [self._make(kind, next(self._seeds)) for kind in _drawn(kinds, count, rng)]
+
+    def like(
+        self, kinds: Sequence[Prompts], lines: Sequence[TraceLine], rng: np.random.Generator
+    ) -> list[Prompt]:
+        """One prompt per recorded request, of its length where it tells one."""
+        return [
+            self._make(_resized(kind, line), next(self._seeds))
+            for kind, line in zip(_drawn(kinds, len(lines), rng), lines, strict=True)
+        ]
+
+    def warm_up(self, kind: Prompts, number: int) -> Prompt:
+        """A prompt of this kind that no run counts."""
+        return self._make(kind, _WARM_UP + self._seed + number)
+
+    def _make(self, kind: Prompts, seed: int) -> Prompt:
+        task = generate(kind.family, seed, kind.prompt_tokens, self._tokenizer)
+        return Prompt(
+            messages=task.messages,
+            family=kind.family,
+            variant=kind.variant,
+            keep=kind.keep,
+            max_tokens=task.max_tokens if kind.max_tokens is None else kind.max_tokens,
+            score=partial(score, task),
+            tools=task.tools,
+        )
+
+
+def _drawn(kinds: Sequence[Prompts], count: int, rng: np.random.Generator) -> list[Prompts]:
+    weights = np.array([kind.weight for kind in kinds])
+    places = rng.choice(len(kinds), size=count, p=weights / weights.sum())
+    return [kinds[place] for place in places]
+
+
+def _resized(kind: Prompts, line: TraceLine) -> Prompts:
+    told = {"prompt_tokens": line.prompt_tokens, "max_tokens": line.max_tokens}
+    return kind.model_copy(update={name: n for name, n in told.items() if n is not None})

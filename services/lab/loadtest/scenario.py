@@ -1,0 +1,162 @@
+"""A load test as a YAML file: whom to ask, what, how often, and what counts as good."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from ...config import Rate, Seconds, Strict
+from ..families.catalog import FAMILIES, NEEDLES
+from .arrivals import Length, Process, Trace
+from .statistics import Slo
+
+DASHBOARD_URL = "http://127.0.0.1:8265"
+
+
+class Target(Strict):
+    """The endpoint under load. HTTP may be any OpenAI-compatible server; gRPC is our own API."""
+
+    protocol: Literal["http", "grpc"] = "http"
+    address: str = "http://127.0.0.1:8000/v1"  # a base URL, or host:port for gRPC
+    model: str
+    api_key_variable: str = "OPENAI_API_KEY"  # environment variable; unset means no key
+
+
+class Prompts(Strict):
+    """One kind of request; a run draws kinds by weight."""
+
+    family: str = NEEDLES  # a family of the quality suite, so that answers can be checked
+    prompt_tokens: PositiveInt = 4096
+    keep: Rate | Literal["auto", "dense"] | None = None  # None: nothing is said about pruning
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    max_tokens: PositiveInt | None = None  # None: what the family's answers need
+
+    @field_validator("family")
+    @classmethod
+    def _known(cls, family: str) -> str:
+        if family not in FAMILIES:
+            raise ValueError(f"unknown family, expected one of {', '.join(FAMILIES)}")
+        return family
+
+    @property
+    def variant(self) -> str:
+        """How tables name what was asked."""
+        if self.keep is None:
+            return "default"
+        return self.keep if isinstance(self.keep, str) else f"keep {self.keep:g}"
+
+
+class Cancel(Strict):
+    """A share of the clients leaves early, at a moment drawn evenly from a range."""
+
+    share: Rate
+    after_s: tuple[NonNegativeFloat, NonNegativeFloat] = (0.0, 1.0)
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        if self.after_s[0] > self.after_s[1]:
+            raise ValueError("after_s: the first number must not exceed the second")
+        return self
+
+
+class Kill(Strict):
+    """SIGKILL one replica of a pool, drawn by chance, `at_s` seconds into the run."""
+
+    at_s: NonNegativeFloat
+    pool: Literal["Gateway", "Speculator", "Prefill", "Decode"]
+
+
+class Chaos(Strict):
+    """Faults on schedule. Replicas are found through Ray's dashboard, on this machine only."""
+
+    dashboard: str = DASHBOARD_URL
+    kills: tuple[Kill, ...]
+
+
+class Gate(Strict):
+    """What a run must reach for exit code 0."""
+
+    attainment: Rate | None = None  # share of requests within the SLO
+    error_rate: Annotated[float, Field(ge=0.0, le=1.0)] | None = None  # at most
+    shed_rate: Annotated[float, Field(ge=0.0, le=1.0)] | None = None  # at most
+    score: Rate | None = None  # mean score of the answers
+
+
+class MaxQps(Strict):
+    """Bisect for the highest rate whose SLO attainment holds."""
+
+    kind: Literal["max_qps"]
+    low: Annotated[float, Field(gt=0.0)]
+    high: Annotated[float, Field(gt=0.0)]
+    attainment: Rate = 0.95
+    tolerance: Annotated[float, Field(gt=0.0)] = 0.1  # relative width at which the search ends
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        if self.low >= self.high:
+            raise ValueError("low must be below high")
+        return self
+
+
+class PaperProtocol(Strict):
+    """The max-QPS protocol of Speculative Prefill (arXiv 2502.02789): a constant rate, raised
+    step by step until more than `max_failures` requests exceed the end-to-end time-out.
+    """
+
+    kind: Literal["paper"]
+    grid: Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], Field(min_length=1)]
+    max_failures: NonNegativeInt = 4
+    pause_s: NonNegativeFloat = 10.0  # between two rates
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        if list(self.grid) != sorted(set(self.grid)):
+            raise ValueError("grid: rates must ascend")
+        return self
+
+
+Search = Annotated[MaxQps | PaperProtocol, Field(discriminator="kind")]
+
+
+class Scenario(Strict):
+    """A whole file."""
+
+    target: Target
+    tokenizer: str  # of the model under load, to fit prompt lengths: a folder or a hub name
+    prompts: Annotated[tuple[Prompts, ...], Field(min_length=1)]
+    arrivals: Process
+    length: Length
+    timeout_s: Seconds = 60.0  # end to end; later, the client gives up
+    warm_up: NonNegativeInt = 1  # requests of each kind before the clock starts, not counted
+    slo: Slo = Slo()
+    gate: Gate = Gate()
+    cancel: Cancel | None = None
+    chaos: Chaos | None = None
+    search: Search | None = None
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _search_varies_a_rate(self) -> Self:
+        if self.search is not None and self.arrivals.kind not in ("constant", "poisson", "bursty"):
+            raise ValueError(
+                f"search: varies one rate, so arrivals.kind must be constant, poisson or bursty, "
+                f"not {self.arrivals.kind}"
+            )
+        if isinstance(self.search, MaxQps) and self.slo == Slo():
+            raise ValueError("search: max_qps needs a bound in slo")
+        if isinstance(self.arrivals, Trace) and self.length.requests is None:
+            raise ValueError("length: a trace is bounded by length.requests")
+        return self
+
+    def at(self, qps: float) -> Scenario:
+        """The same at another rate, without its search."""
+        arrivals = self.arrivals.model_copy(update={"qps": qps})
+        return self.model_copy(update={"arrivals": arrivals, "search": None})

@@ -1,0 +1,141 @@
+"""One load test from its scenario to its numbers: prompts, warm-up, the run, faults beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ...deployment.local_ray import ServeApi
+from . import arrivals, runner, search
+from . import recorded_trace as trace
+from .chaos import Killed, inject
+from .grpc_stream import GrpcCaller
+from .http_stream import HttpCaller
+from .outcome import Ending, Outcome
+from .prompt_source import Source
+from .recorder import Caller
+from .runner import Planned, Progress
+from .scenario import Chaos, Scenario, Target
+from .statistics import Summary, summarise
+
+Tell = Callable[[Progress], None]  # called about once a second
+TELL_EVERY_S = 1.0
+
+
+class NotReady(Exception):
+    """The endpoint did not answer the warm-up; the message says what it said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One rate, measured."""
+
+    outcomes: tuple[Outcome, ...]
+    summary: Summary
+    kills: tuple[Killed, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Searched:
+    """A search's trials and the runs behind them, in the order in which they were made."""
+
+    trials: tuple[search.Trial, ...]
+    runs: tuple[Run, ...]
+
+
+async def measure(scenario: Scenario, source: Source, tell: Tell) -> Run:
+    """Warm up, then send the scenario's requests. Raises NotReady or InvalidFile."""
+    rng = np.random.default_rng(scenario.seed)
+    planned = _planned(scenario, source, rng)
+    caller = caller_of(scenario.target)
+    async with caller.open():
+        await _warm_up(scenario, source, caller)
+        return await _run(scenario, planned, caller, tell)
+
+
+async def find(scenario: Scenario, source: Source, tell: Tell) -> Searched:
+    """Run the scenario's search."""
+    if scenario.search is None:
+        raise ValueError("scenario: has no search")
+    pause_s = scenario.search.pause_s if scenario.search.kind == "paper" else 0.0
+    runs: list[Run] = []
+    trials = search.of(scenario.search)
+    qps = next(trials)
+    while True:
+        runs.append(await measure(scenario.at(qps), source, tell))
+        try:
+            qps = trials.send(runs[-1].summary)
+        except StopIteration as ended:
+            return Searched(tuple(ended.value), tuple(runs))
+        await asyncio.sleep(pause_s)
+
+
+def caller_of(target: Target) -> Caller:
+    """How to reach a scenario's target."""
+    key = os.environ.get(target.api_key_variable)
+    kind = HttpCaller if target.protocol == "http" else GrpcCaller
+    return kind(target.address, target.model, key)
+
+
+def _planned(scenario: Scenario, source: Source, rng: np.random.Generator) -> list[Planned]:
+    process = scenario.arrivals
+    if isinstance(process, arrivals.Trace):
+        lines = trace.read(Path(process.path), scenario.length.requests or 0)
+        times = np.array([line.time_s / process.speed for line in lines])
+        prompts = source.like(scenario.prompts, lines, rng)
+    else:
+        times = arrivals.times(process, scenario.length, rng)
+        prompts = source.draw(scenario.prompts, len(times), rng)
+    return runner.plan(times, prompts, scenario.cancel, rng)
+
+
+async def _warm_up(scenario: Scenario, source: Source, caller: Caller) -> None:
+    """Each kind of request, one after the other. Raises NotReady."""
+    for kind in scenario.prompts:
+        for number in range(scenario.warm_up):
+            prompt = source.warm_up(kind, number)
+            stream = await runner.stream(prompt, caller, scenario.timeout_s)
+            if stream.ending is not Ending.ANSWERED:
+                raise NotReady(f"{scenario.target.address}: {stream.error}")
+
+
+async def _run(scenario: Scenario, planned: Sequence[Planned], caller: Caller, tell: Tell) -> Run:
+    progress = Progress(len(planned))
+    kills: list[Killed] = []
+    beside = [
+        asyncio.create_task(_tick(progress, tell)),
+        asyncio.create_task(_faults(scenario.chaos, scenario.seed, kills)),
+    ]
+    try:
+        outcomes = await runner.run(planned, caller, scenario.timeout_s, progress)
+    finally:
+        await _stop(beside)
+    tell(progress)
+    return Run(tuple(outcomes), summarise("all", outcomes, scenario.slo), tuple(kills))
+
+
+async def _tick(progress: Progress, tell: Tell) -> None:
+    while True:
+        tell(progress)
+        await asyncio.sleep(TELL_EVERY_S)
+
+
+async def _faults(chaos: Chaos | None, seed: int, done: list[Killed]) -> None:
+    if chaos is not None:
+        api = await asyncio.to_thread(ServeApi, chaos.dashboard)
+        await inject(chaos.kills, api, random.Random(seed), done)
+
+
+async def _stop(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Cancel what still runs. Raises what had failed before."""
+    for task in tasks:
+        task.cancel()
+    for ended in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(ended, Exception):
+            raise ended

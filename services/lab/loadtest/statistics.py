@@ -1,0 +1,141 @@
+"""A run in numbers: percentiles, goodput under an SLO, errors by reason, answers' score.
+
+Pure. Latencies count from the scheduled send time, so that a client which falls behind shows
+as latency, not as a lower load (coordinated omission); the client's lag is reported as well.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...config import Seconds, Strict
+from .outcome import Ending, Outcome
+
+PERCENTILES = (50.0, 90.0, 95.0, 99.0)
+
+
+class Slo(Strict):
+    """What a good request is. An absent bound holds always."""
+
+    ttft_s: Seconds | None = None
+    tpot_s: Seconds | None = None
+    e2e_s: Seconds | None = None
+
+    def met(self, outcome: Outcome) -> bool:
+        """True when the request was answered within every bound."""
+        return (
+            outcome.stream.ending is Ending.ANSWERED
+            and _within(outcome.ttft_s, self.ttft_s)
+            and _within(outcome.tpot_s, self.tpot_s)
+            and _within(outcome.e2e_s, self.e2e_s)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """Seconds (or a plain number) over requests or tokens. All NaN where there are none."""
+
+    count: int
+    mean: float
+    p50: float
+    p90: float
+    p95: float
+    p99: float
+
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> Distribution:
+        """Of the values that are there."""
+        there = np.array([value for value in values if value is not None], dtype=np.float64)
+        if not len(there):
+            return cls(0, *[float("nan")] * (1 + len(PERCENTILES)))
+        return cls(len(there), float(there.mean()), *np.percentile(there, PERCENTILES).tolist())
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """One group of requests."""
+
+    name: str
+    requests: int
+    seconds: float  # from the first scheduled request to the last end
+    offered_qps: float
+    goodput_qps: float  # requests within the SLO per second
+    attainment: float  # share of the requests that were not cancelled that met the SLO
+    endings: dict[str, int]
+    errors: dict[str, int]  # by what the server said
+    ttft_s: Distribution
+    tpot_s: Distribution
+    itl_s: Distribution
+    e2e_s: Distribution
+    lag_s: Distribution
+    prompt_tokens: float  # means
+    kept_tokens: float
+    keep_rate: float
+    output_tokens_per_s: float
+    score: float  # mean over the answered requests that can be scored
+    reasons: dict[str, int]  # the service's plans, `prune: asked` and so on
+
+    @property
+    def error_rate(self) -> float:
+        """Share of requests that failed or timed out; shed ones are counted apart."""
+        bad = self.endings.get(Ending.FAILED, 0) + self.endings.get(Ending.TIMED_OUT, 0)
+        return bad / self.requests
+
+
+def summarise(name: str, outcomes: Sequence[Outcome], slo: Slo) -> Summary:
+    """Raises ValueError for an empty group."""
+    if not outcomes:
+        raise ValueError("no request was sent")
+    started_s = min(outcome.scheduled_s for outcome in outcomes)
+    seconds = max(outcome.scheduled_s + outcome.e2e_s for outcome in outcomes) - started_s
+    sent_for_s = max(outcome.scheduled_s for outcome in outcomes) - started_s
+    counted = [one for one in outcomes if one.stream.ending is not Ending.CANCELLED]
+    good = sum(slo.met(outcome) for outcome in counted)
+    streams = [outcome.stream for outcome in outcomes]
+    return Summary(
+        name=name,
+        requests=len(outcomes),
+        seconds=seconds,
+        offered_qps=(len(outcomes) - 1) / sent_for_s if sent_for_s > 0 else float("nan"),
+        goodput_qps=good / seconds,
+        attainment=good / len(counted) if counted else float("nan"),
+        endings=_counts(stream.ending.value for stream in streams),
+        errors=_counts(stream.error for stream in streams if stream.error),
+        ttft_s=Distribution.of(outcome.ttft_s for outcome in counted),
+        tpot_s=Distribution.of(outcome.tpot_s for outcome in counted),
+        itl_s=Distribution.of(gap for outcome in counted for gap in outcome.gaps_s),
+        e2e_s=Distribution.of(one.e2e_s for one in counted if one.stream.ending is Ending.ANSWERED),
+        lag_s=Distribution.of(outcome.lag_s for outcome in outcomes),
+        prompt_tokens=_mean(float(one.prompt_tokens) or None for one in streams),
+        kept_tokens=_mean(outcome.reported("kept_tokens") for outcome in outcomes),
+        keep_rate=_mean(outcome.reported("keep_rate") for outcome in outcomes),
+        output_tokens_per_s=sum(stream.output_tokens for stream in streams) / seconds,
+        score=_mean(outcome.score for outcome in counted),
+        reasons=_counts(
+            f"{one.report['plan']}: {one.report['reason']}" for one in streams if one.report
+        ),
+    )
+
+
+def grouped(outcomes: Sequence[Outcome], key: Callable[[Outcome], str], slo: Slo) -> list[Summary]:
+    """One summary per value of `key`, in order of first appearance."""
+    groups: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        groups.setdefault(key(outcome), []).append(outcome)
+    return [summarise(name, members, slo) for name, members in groups.items()]
+
+
+def _within(value: float | None, bound: float | None) -> bool:
+    return bound is None or value is None or value <= bound
+
+
+def _counts(values: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(values).most_common())
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    return Distribution.of(values).mean

@@ -1,0 +1,93 @@
+"""What became of each request of a simulation, and how its pools were, moment by moment."""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left
+from collections.abc import Sequence
+from math import nan
+
+import numpy as np
+
+from ...control.scaling.values import Pool
+from .station import Station
+from .world import Moments, Outcome
+
+POOLS = (Pool.SPECULATOR, Pool.PREFILL, Pool.DECODE)
+SHORT_LOOK_BACK_S = 60.0  # of the latencies that controllers see
+
+
+class Records:
+    """Of `count` requests. Times are seconds of the simulation."""
+
+    def __init__(self, count: int) -> None:
+        self.completed = 0
+        self.shed: list[int] = []
+        self._ttft_s, self._gap_s = [nan] * count, [nan] * count
+        self._first_tokens, self._waited_s = array("d"), array("d")  # when, and after how long
+        self._second_tokens, self._gaps_s = array("d"), array("d")
+        self._moments: list[tuple[float, ...]] = []
+
+    def first_token(self, request: int, now_s: float, waited_s: float) -> None:
+        """A request has its first token, `waited_s` after it came."""
+        self._ttft_s[request] = waited_s
+        self._first_tokens.append(now_s)
+        self._waited_s.append(waited_s)
+
+    def second_token(self, request: int, now_s: float, gap_s: float) -> None:
+        """A request begins to be decoded, `gap_s` between its first two tokens."""
+        self._gap_s[request] = gap_s
+        self._second_tokens.append(now_s)
+        self._gaps_s.append(gap_s)
+
+    @property
+    def first_tokens(self) -> int:
+        """How many there were."""
+        return len(self._first_tokens)
+
+    def lately(self, now_s: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """When the last first tokens came, after how long, and the last gaps; each `[n]`."""
+        newest = bisect_left(self._first_tokens, now_s - SHORT_LOOK_BACK_S)
+        second = bisect_left(self._second_tokens, now_s - SHORT_LOOK_BACK_S)
+        return (
+            np.array(self._first_tokens[newest:]),
+            np.array(self._waited_s[newest:]),
+            np.array(self._gaps_s[second:]),
+        )
+
+    def moment(self, now_s: float, stations: Sequence[Station], keep: Sequence[float]) -> None:
+        """How the pools are now; `keep` are the rates of the requests since the last moment."""
+        keeps = [rate for rate in keep if rate < 1.0]
+        speculators, prefills, _ = stations
+        self._moments.append(
+            (
+                now_s,
+                *(float(station.provisioned) for station in stations),
+                *(float(station.ready) for station in stations),
+                float(len(speculators.waiting) + len(prefills.waiting)),
+                sum(keeps) / len(keeps) if keeps else nan,
+            )
+        )
+
+    def outcome(self, now_s: float, stations: Sequence[Station], keep: Sequence[float]) -> Outcome:
+        """Everything, at the end. Bills the stations."""
+        for station in stations:
+            station.bill(max(now_s, station.updated_s))
+        shed = np.zeros(len(self._ttft_s))
+        shed[self.shed] = 1.0
+        columns = np.array(self._moments).T
+        return Outcome(
+            np.array(self._ttft_s),
+            np.array(self._gap_s),
+            np.array(keep),
+            shed,
+            {pool: each.billed_s for pool, each in zip(POOLS, stations, strict=True)},
+            Moments(
+                columns[0],
+                dict(zip(POOLS, columns[1:4], strict=True)),
+                dict(zip(POOLS, columns[4:7], strict=True)),
+                columns[7],
+                columns[8],
+            ),
+            now_s,
+        )

@@ -1,0 +1,378 @@
+"""The event loop: a trace, a world and a controller in, what became of each request out.
+
+Requests queue for the first free engine of each pool, as if the router knew every queue. A prompt
+is pruned by a speculator and then prefilled, or is prefilled dense; its first token leaves the
+prefill engine; then it takes a slot of the decode pool until it is answered. All of them may share
+one machine, and prompts the steps of an engine, where the world says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from heapq import heapify, heappop, heappush
+
+import numpy as np
+
+from ...control.admission import AdmissionPolicy, Ask, Backlog, Shed, judge
+from ...control.scaling.sizing import stage_times
+from ...control.scaling.values import Arrivals, Observation, Pool, PoolState
+from .machine import Cores
+from .records import POOLS, Records
+from .station import Station
+from .steps import Batch, Prompt
+from .trace import Trace
+from .world import Controller, Outcome, Telemetry, World
+
+SPECULATED, PREFILLED, DECODED, TICK, READY, FAILURE, ENTERED, ASIDE, OTHERS = range(9)
+LOOK_BACK_S = 600.0  # of the arrivals that controllers see
+LEAST_CORES = 0.1  # of a machine, whatever others take of it
+
+Event = tuple[float, int, int, int, int]  # time, serial, kind, request or pool, run or name
+
+
+def simulate(
+    trace: Trace,
+    world: World,
+    controller: Controller,
+    initial: dict[Pool, int],
+    admission: AdmissionPolicy | None = None,
+) -> Outcome:
+    """Run the whole trace. Without `admission` every request waits, at its full keep rate."""
+    return _Run(trace, world, controller, initial, admission).run()
+
+
+class _Run:
+    """The state of one simulation."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        world: World,
+        controller: Controller,
+        initial: dict[Pool, int],
+        admission: AdmissionPolicy | None,
+    ) -> None:
+        self.trace, self.world, self.controller, self.admission = (
+            trace, world, controller, admission,
+        )  # fmt: skip
+        self.arrivals = trace.arrivals(world.keep, world.min_prompt_tokens)
+        times = stage_times(self.arrivals, world.engines)
+        self.time_s: list[float] = trace.time_s.tolist()
+        self.prompt: list[float] = trace.prompt_tokens.tolist()
+        self.speculate_s: list[float] = times.speculate_s.tolist()
+        self.prefill_s: list[float] = times.prefill_s.tolist()
+        self.decode_s: list[float] = times.decode_s.tolist()
+        slots = (1, 1, world.engines.decode_slots)
+        self.stations = [Station(initial[p], n) for p, n in zip(POOLS, slots, strict=True)]
+        self.speculators, self.prefills, self.decodes = self.stations
+        self.kept: list[float] = self.arrivals.kept_tokens.tolist()
+        self.batches: dict[int, Batch] = {}  # by the oldest request in it
+        self.cores = None
+        if world.machine is not None:  # a decode engine's sequences are one thread's work
+            self.cores = Cores(world.machine, {DECODED: lambda: max(1, self.decodes.ready)})
+        count = len(trace)
+        self.records = Records(count)
+        nominal = np.full(count, world.keep)
+        if trace.kept_tokens is not None:
+            nominal = trace.kept_tokens / trace.prompt_tokens
+        self.keep = np.where(times.speculate_s > 0, nominal, 1.0).tolist()
+        self.late = bytearray(count)
+        self.keep_limit = world.keep
+        self.entering = 0  # requests at the front
+        self.virtual_s = 0.0  # fair-share tag of the prefill in service
+        self.events: list[Event] = []
+        self.serial = 0
+        self.seen = 0  # requests that had arrived at the last tick
+
+    def run(self) -> Outcome:
+        """Arrivals and events in order of time, until the last answer."""
+        self._schedule()
+        events, times, arrived = self.events, self.time_s, 0
+        count, now_s = len(times), 0.0
+        while arrived < count or self._open():
+            next_s = events[0][0] if self.cores is None else min(events[0][0], self.cores.due_s())
+            if arrived < count and times[arrived] <= next_s:
+                now_s = times[arrived]
+                self._arrive(arrived, now_s)
+                arrived += 1
+                continue
+            if self.cores is not None and self.cores.due_s() <= events[0][0]:
+                now_s, (kind, subject, run) = self.cores.end()
+                self._happen(kind, subject, run, now_s)
+                continue
+            now_s, _, kind, subject, run = heappop(events)
+            if kind == TICK:
+                self._tick(now_s, arrived)
+            else:
+                self._happen(kind, subject, run, now_s)
+        return self.records.outcome(now_s, self.stations, self.keep)
+
+    def _schedule(self) -> None:
+        """Failures, and the first tick."""
+        for failure in self.world.failures:
+            self._push(failure.time_s, FAILURE, POOLS.index(failure.pool), failure.replicas)
+        for place, (time_s, _) in enumerate(self.world.others):
+            self._push(time_s, OTHERS, place, 0)
+        self._push(0.0, TICK, 0, 0)
+        heapify(self.events)
+
+    def _push(self, time_s: float, kind: int, subject: int, run: int) -> None:
+        self.serial += 1
+        heappush(self.events, (time_s, self.serial, kind, subject, run))
+
+    def _begin(self, now_s: float, kind: int, request: int, run: int, work_s: float) -> None:
+        """Work that ends after `work_s`, or later on a shared machine."""
+        if self.cores is None:
+            self._push(now_s + work_s, kind, request, run)
+        else:
+            self.cores.begin(now_s, kind, request, run, work_s)
+
+    def _open(self) -> bool:
+        busy = any(station.running or station.waiting for station in self.stations)
+        return busy or self.entering > 0
+
+    def _happen(self, kind: int, subject: int, run: int, now_s: float) -> None:
+        if kind == SPECULATED:
+            if self.speculators.ended(subject, run):
+                self._to_prefill(subject, now_s)
+                self._speculate(now_s)
+        elif kind == PREFILLED:
+            if subject in self.batches:
+                self._stepped(subject, run, now_s)
+            elif self.prefills.ended(subject, run):
+                self._first_token(subject, now_s)
+                self._prefill(now_s)
+        elif kind == DECODED:
+            if self.decodes.ended(subject, run):
+                self.records.completed += 1
+                self._decode(now_s)
+        elif kind == ENTERED:
+            self.entering -= 1
+            self._enter(subject, now_s)
+        elif kind != ASIDE:
+            self._change(kind, subject, run, now_s)
+
+    def _change(self, kind: int, subject: int, number: int, now_s: float) -> None:
+        """A replica that was started is ready, some have died, or others use the machine."""
+        if kind == FAILURE:
+            self._fail(subject, number, now_s)
+        elif kind == READY:
+            if self.stations[subject].arrived(number, now_s):
+                self._go_on(now_s)
+        elif self.cores is not None and self.world.machine is not None:
+            machine = self.world.machine
+            left = max(LEAST_CORES, machine.cores - self.world.others[subject][1])
+            self.cores.become(now_s, replace(machine, cores=left))
+
+    def _arrive(self, request: int, now_s: float) -> None:
+        aside = self.world.aside
+        if aside is not None and self.cores is not None:
+            self.cores.begin(now_s, ASIDE, request, 0, aside.seconds(self.prompt[request]))
+        front = self.world.front
+        if front is None:
+            self._enter(request, now_s)
+        else:
+            self.entering += 1
+            self._begin(now_s, ENTERED, request, 0, front.seconds(self.prompt[request]))
+
+    def _enter(self, request: int, now_s: float) -> None:
+        if self.admission is not None and not self._admitted(request):
+            return
+        if self.speculate_s[request] > 0.0:
+            late = self.late[request]
+            self.speculators.wait(request, now_s, late, self.speculate_s[request])
+            self._speculate(now_s)
+        else:
+            self._to_prefill(request, now_s)
+
+    def _admitted(self, request: int) -> bool:
+        """Bend the keep rate, put behind, or shed, as the gateway does."""
+        world, policy = self.world, self.admission
+        assert policy is not None
+        keep = min(self.keep[request], self.keep_limit) if self.speculate_s[request] > 0.0 else 1.0
+        floor = min(keep, world.keep_floor)
+        ask = Ask(int(self.prompt[request]), keep, floor, world.timeout_s)
+        verdict = judge(ask, self._backlog(), world.engines.curves, policy)
+        if isinstance(verdict, Shed):
+            self.records.shed.append(request)
+            return False
+        self.late[request] = verdict.late
+        if verdict.keep < keep:
+            self.kept[request] = verdict.keep * self.prompt[request]
+        self.keep[request] = verdict.keep
+        self.prefill_s[request] = verdict.prefill_s
+        return True
+
+    def _backlog(self) -> Backlog:
+        first, second = self.speculators, self.prefills
+        in_time, late = _waits_s(second)
+        return Backlog(
+            _waits_s(first)[0],
+            in_time,
+            late,
+            _waits_s(self.decodes)[0] / self.decodes.slots,
+            first.count[0] + second.count[0],
+            first.count[1] + second.count[1],
+        )
+
+    def _to_prefill(self, request: int, now_s: float) -> None:
+        work_s = self.prefill_s[request]
+        tag = now_s if self.admission is None else self.virtual_s + work_s
+        self.prefills.wait(request, tag, self.late[request], work_s)
+        self._prefill(now_s)
+
+    def _speculate(self, now_s: float) -> None:
+        station = self.speculators
+        while station.free > 0 and station.waiting:
+            _, request = station.next(self.speculate_s)
+            if now_s - self.time_s[request] < self.world.timeout_s:
+                run = station.started(request)
+                self._begin(now_s, SPECULATED, request, run, self.speculate_s[request])
+
+    def _prefill(self, now_s: float) -> None:
+        station = self.prefills
+        while station.free > 0:
+            request = self._next_prefill(now_s)
+            if request is None:
+                return
+            run = station.started(request)
+            if self.world.steps is None:
+                self._begin(now_s, PREFILLED, request, run, self.prefill_s[request])
+            else:
+                self.batches[request] = Batch([self._prompt(request)])
+                self._step(request, run, now_s)
+
+    def _next_prefill(self, now_s: float) -> int | None:
+        """Who has waited longest and still waits for an answer."""
+        station = self.prefills
+        while station.waiting:
+            tag, request = station.next(self.prefill_s)
+            self.virtual_s = max(self.virtual_s, tag)
+            if now_s - self.time_s[request] < self.world.timeout_s:
+                return request
+        return None
+
+    def _prompt(self, request: int) -> Prompt:
+        cached = self.kept[request] * self.world.engines.cached_share
+        return Prompt(request, self.kept[request] - cached, cached)
+
+    def _step(self, leader: int, run: int, now_s: float) -> None:
+        """An engine fills its next step, with prompts that wait if there is room."""
+        limits, curve = self.world.steps, self.world.engines.curves.prefill
+        assert limits is not None
+
+        def joining() -> Prompt | None:
+            request = self._next_prefill(now_s)
+            return None if request is None else self._prompt(request)
+
+        work_s = self.batches[leader].begin(limits, curve, joining)
+        self._begin(now_s, PREFILLED, leader, run, work_s)
+
+    def _stepped(self, leader: int, run: int, now_s: float) -> None:
+        """A step has ended. Those that it completed have their first token."""
+        station = self.prefills
+        if station.running.get(leader) != run:
+            return
+        batch = self.batches.pop(leader)
+        completed = batch.end()
+        if batch.prompts:
+            if batch.leader != leader:
+                station.handed(leader, batch.leader)
+            self.batches[batch.leader] = batch
+            self._step(batch.leader, run, now_s)
+        else:
+            station.ended(leader, run)
+        for request in completed:
+            self._first_token(request, now_s)
+        self._prefill(now_s)
+
+    def _first_token(self, request: int, now_s: float) -> None:
+        self.records.first_token(request, now_s, now_s - self.time_s[request])
+        if self.decode_s[request] == 0.0:
+            self.records.completed += 1
+            return
+        self.decodes.wait(request, now_s, self.late[request], self.decode_s[request])
+        self._decode(now_s)
+
+    def _decode(self, now_s: float) -> None:
+        station, curves = self.decodes, self.world.engines.curves
+        while station.free > 0 and station.waiting:
+            came_s, request = station.next(self.decode_s)
+            kept = self.keep[request] * self.prompt[request]
+            gap_s = now_s - came_s + curves.transfer.seconds(kept)
+            gap_s += curves.first_decode.seconds(kept)
+            self.records.second_token(request, now_s, gap_s)
+            run = station.started(request)
+            self._begin(now_s, DECODED, request, run, self.decode_s[request])
+
+    def _go_on(self, now_s: float) -> None:
+        self._speculate(now_s)
+        self._prefill(now_s)
+        self._decode(now_s)
+
+    def _fail(self, pool: int, replicas: int, now_s: float) -> None:
+        """What ran on the dead engines runs again, from its stage on, ahead of the others."""
+        station = self.stations[pool]
+        for request, run in list(station.die(replicas, now_s)):
+            if self.cores is not None:
+                self.cores.drop(now_s, pool, request, run)
+            batch = self.batches.pop(request, None) if pool == PREFILLED else None
+            for lost in (request,) if batch is None else batch.requests:
+                work_s = (self.speculate_s, self.prefill_s, self.decode_s)[pool][lost]
+                station.wait(lost, 0.0, 0, work_s)
+                if pool == PREFILLED:
+                    self.late[lost] = 0
+        self._go_on(now_s)
+
+    def _tick(self, now_s: float, arrived: int) -> None:
+        target = self.controller.target(self._telemetry(now_s, arrived))
+        self.records.moment(now_s, self.stations, self.keep[self.seen : arrived])
+        self.seen = arrived
+        for place, pool in enumerate(POOLS):
+            cold_s = self.world.cold_start_s[pool]
+            for name in self.stations[place].resize(target.replicas[pool], now_s):
+                self._push(now_s + cold_s, READY, place, name)
+        self.keep_limit = self.world.keep if target.keep is None else target.keep
+        self._push(now_s + self.world.tick_s, TICK, 0, 0)
+
+    def _telemetry(self, now_s: float, arrived: int) -> Telemetry:
+        start_s = max(0.0, now_s - LOOK_BACK_S)
+        first = int(np.searchsorted(self.trace.time_s, start_s))
+        every, part = self.arrivals, slice(first, arrived)
+        seen = Arrivals(
+            every.time_s[part],
+            every.prompt_tokens[part],
+            every.kept_tokens[part],
+            every.output_tokens[part],
+        )
+        pools = {
+            pool: PoolState(station.ready, len(station.starts), self._queue_age_s(station, now_s))
+            for pool, station in zip(POOLS, self.stations, strict=True)
+        }
+        ongoing = {
+            pool: len(station.waiting) + len(station.running)
+            for pool, station in zip(POOLS, self.stations, strict=True)
+        }
+        observation = Observation(now_s, start_s, seen, pools, self.world.engines)
+        return Telemetry(
+            observation,
+            ongoing,
+            *self.records.lately(now_s),
+            self.records.completed,
+            self.records.first_tokens,
+        )
+
+    def _queue_age_s(self, station: Station, now_s: float) -> float:
+        """Of the oldest request that is not late."""
+        waiting = (self.time_s[request] for late, _, _, request in station.waiting if not late)
+        return now_s - min(waiting, default=now_s)
+
+
+def _waits_s(station: Station) -> tuple[float, float]:
+    """Expected wait behind those in time, and behind all: their work, shared by the engines."""
+    if station.free > 0:
+        return 0.0, 0.0
+    ready = station.ready or 1
+    running_s = station.work_s[0] / max(1, station.count[0]) / 2 / ready  # till one is free
+    in_time = running_s + station.work_s[0] / ready
+    return in_time, in_time + station.work_s[1] / ready

@@ -1,0 +1,84 @@
+"""How one prefill engine shares its steps between prompts: chunked prefill with a token budget.
+
+A step takes the oldest prompts first. One that does not fit goes on in the next step, which others
+may join; all that a step completes get their first token at its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from ...control.stages import Curve
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """What one step holds at most."""
+
+    tokens: int  # vLLM's max_num_batched_tokens
+    prompts: int  # vLLM's max_num_seqs
+
+
+@dataclass(slots=True)
+class Prompt:
+    """A prompt in an engine."""
+
+    request: int
+    left: float  # tokens to compute
+    done: float  # tokens before those: computed or cached
+    chunk: float = 0.0  # of them, in this step
+    is_new: bool = True
+
+
+@dataclass(slots=True)
+class Batch:
+    """The prompts of one engine, oldest first. One alone takes in all what its curve says."""
+
+    prompts: list[Prompt] = field(default_factory=list)
+
+    @property
+    def leader(self) -> int:
+        """The oldest request."""
+        return self.prompts[0].request
+
+    @property
+    def requests(self) -> Sequence[int]:
+        """All of them, oldest first."""
+        return [each.request for each in self.prompts]
+
+    def begin(
+        self, limits: StepLimits, curve: Curve, joining: Callable[[], Prompt | None]
+    ) -> float:
+        """Fill a step; returns its seconds. `joining` gives whoever waits, one by one."""
+        budget = float(limits.tokens)
+        for prompt in self.prompts:
+            budget -= _take(prompt, budget)
+        while budget > 0.0 and len(self.prompts) < limits.prompts:
+            joined = joining()
+            if joined is None:
+                break
+            self.prompts.append(joined)
+            budget -= _take(joined, budget)
+        return _seconds(self.prompts, curve)
+
+    def end(self) -> list[int]:
+        """The step is done; returns the requests that it completed."""
+        for prompt in self.prompts:
+            prompt.done += prompt.chunk
+            prompt.left -= prompt.chunk
+            prompt.is_new = prompt.is_new and prompt.chunk == 0.0
+        completed = [each.request for each in self.prompts if each.left <= 0.0]
+        self.prompts = [each for each in self.prompts if each.left > 0.0]
+        return completed
+
+
+def _take(prompt: Prompt, budget: float) -> float:
+    prompt.chunk = min(prompt.left, budget)
+    return prompt.chunk
+
+
+def _seconds(prompts: Sequence[Prompt], curve: Curve) -> float:
+    """The constant once for all that begin together, and every chunk's own part."""
+    base_s = curve.base_s if any(each.is_new and each.chunk > 0.0 for each in prompts) else 0.0
+    return base_s + sum(curve.seconds(each.chunk, each.done) - curve.base_s for each in prompts)

@@ -1,0 +1,86 @@
+"""The prefill side of the carrier `object_ref`: KV into Ray's object store."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TypeAlias
+
+import ray
+
+from ..core.errors import KvTransferError
+from ..core.types import Ticket
+from ..kv.leases import UNCLAIMED_S
+from ..kv.object_ref.stream import KvCollector
+from ..kv.tls import MutualTls
+
+logger = logging.getLogger(__name__)
+
+KvReference: TypeAlias = ray.ObjectRef  # of a KvObject
+
+
+class KvObjects:
+    """Makes objects of what an engine's workers hold."""
+
+    def __init__(self, tls: MutualTls | None) -> None:
+        self._collector = KvCollector(tls)
+
+    def close(self) -> None:
+        """Hang up."""
+        self._collector.close()
+
+    @asynccontextmanager
+    async def storing(self) -> AsyncIterator[Storing]:
+        """For one request; what it has begun ends with it."""
+        storing = Storing(self)
+        try:
+            yield storing
+        finally:
+            storing.cancel()
+
+    async def store(self, ticket: Ticket, timeout_s: float) -> list[KvReference]:
+        """One object per worker. Empty when a worker did not give its KV.
+
+        The objects belong to this process and die with it; the decode engine then computes the
+        prompt itself. Whoever takes them refers to them by then, so the list is emptied after
+        UNCLAIMED_S: the frames of a call that was cancelled may wait for the garbage collector,
+        and would keep the KV meanwhile. The lease stays as it is.
+        """
+        ranks = range(len(ticket.endpoints))
+        stored = (asyncio.to_thread(self._put, ticket, rank, timeout_s) for rank in ranks)
+        try:
+            objects = list(await asyncio.gather(*stored))
+        except KvTransferError as error:
+            logger.warning("lease_id=%s not stored: %s", ticket.lease_id, error)
+            return []
+        asyncio.get_running_loop().call_later(UNCLAIMED_S, objects.clear)
+        return objects
+
+    def _put(self, ticket: Ticket, rank: int, timeout_s: float) -> KvReference:
+        with self._collector.collected(ticket, rank, timeout_s) as kv:
+            return ray.put(kv)
+
+
+class Storing:
+    """One request's KV, asked for when its end is near: the answer then waits for the KV only."""
+
+    def __init__(self, objects: KvObjects) -> None:
+        self._objects = objects
+        self._task: asyncio.Task[list[KvReference]] | None = None
+
+    def begin(self, ticket: Ticket, timeout_s: float) -> None:
+        """Ask the workers; they answer when the KV is complete."""
+        self._task = asyncio.create_task(self._objects.store(ticket, timeout_s))
+
+    async def objects(self, ticket: Ticket, timeout_s: float) -> list[KvReference]:
+        """See `KvObjects.store`."""
+        if self._task is None:
+            return await self._objects.store(ticket, timeout_s)
+        return await self._task
+
+    def cancel(self) -> None:
+        """Give up what is under way."""
+        if self._task is not None:
+            self._task.cancel()

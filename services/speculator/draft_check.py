@@ -1,0 +1,120 @@
+"""What the speculator would report when it loads, from configurations and tokenizers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from ..config import SpeculatorConfig
+from ..core.errors import UnsupportedModel
+from ..core.findings import Finding, error, note, warning
+from .draft import max_positions, refuse_unsupported_cache
+from .scorer import CPU_MEMORY_BYTES
+from .translation import load_translator
+
+_PATH = "speculator.path"
+
+
+def check_speculator(
+    config: SpeculatorConfig, folder: Path, main_folder: Path | None, longest: int | None
+) -> Iterator[Finding]:
+    """Yield what speaks against the draft model in `folder`.
+
+    `longest` is the longest prompt, None where the main model does not limit it.
+    """
+    try:
+        model = AutoConfig.from_pretrained(folder)
+        refuse_unsupported_cache(model)
+    except UnsupportedModel as refused:
+        yield error(_PATH, str(refused).removeprefix("speculator: "))
+        return
+    except (OSError, ValueError, KeyError) as unreadable:
+        yield error(_PATH, f"{config.path} cannot be read: {unreadable}")
+        return
+    if main_folder is not None:
+        yield from _tokenizers(main_folder, folder)
+    text = model.get_text_config(decoder=True)
+    yield from _heads(config, text)
+    if longest is not None:
+        yield from _sizes(config, text, longest)
+
+
+def _tokenizers(main: Path, draft: Path) -> Iterator[Finding]:
+    try:
+        translator = load_translator(str(main), str(draft))
+    except UnsupportedModel as refused:
+        yield error(_PATH, str(refused).removeprefix("speculator: "))
+    except (OSError, ValueError, KeyError) as unreadable:
+        yield error(_PATH, f"the tokenizers of both models are needed: {unreadable}")
+    else:
+        if translator is not None:
+            yield note(_PATH, "its tokenizer differs from the main model's: it reads the text")
+
+
+def _heads(config: SpeculatorConfig, text: PreTrainedConfig) -> Iterator[Finding]:
+    key = "speculator.score_heads"
+    for layer, heads in (config.score_heads or {}).items():
+        if layer >= text.num_hidden_layers:
+            yield error(key, f"there is no layer {layer}, the last is {text.num_hidden_layers - 1}")
+        elif not heads or max(heads) >= text.num_attention_heads:
+            yield error(
+                key, f"layer {layer} has heads 0 to {text.num_attention_heads - 1}, not {[*heads]}"
+            )
+
+
+def _sizes(config: SpeculatorConfig, text: PreTrainedConfig, longest: int) -> Iterator[Finding]:
+    needed = longest + config.look_ahead - 1
+    positions = max_positions(text)
+    if positions is not None and positions < needed:
+        yield warning(
+            _PATH,
+            f"the model has {positions} positions: prompts of more than "
+            f"{positions - config.look_ahead + 1} tokens, of {longest}, are prefilled dense",
+        )
+    budget = _budget_bytes(config)
+    each = DraftKv.of(text, config.dtype).bytes_per_token
+    if budget is not None and each * needed > budget:
+        yield warning(
+            "speculator.kv_memory_bytes",
+            f"{budget} bytes hold the keys and values of {budget // each} tokens: longer prompts "
+            f"are prefilled dense; prompts of {longest} tokens need {each * needed}",
+        )
+
+
+def _budget_bytes(config: SpeculatorConfig) -> int | None:
+    """Return the KV budget; None where it depends on a GPU's free memory."""
+    if config.kv_memory_bytes is not None:
+        return config.kv_memory_bytes
+    return CPU_MEMORY_BYTES if config.device == "cpu" else None
+
+
+@dataclass(frozen=True, slots=True)
+class DraftKv:
+    """What one token leaves behind in a draft model, by its configuration."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    itemsize: int
+
+    @classmethod
+    def of(cls, text: PreTrainedConfig, dtype: str) -> Self:
+        """Read the sizes of a text model; transformers' names for them, or their defaults."""
+        settings = text.to_dict()
+        heads = text.num_attention_heads
+        wanted = text.dtype if dtype == "auto" else getattr(torch, dtype)
+        return cls(
+            layers=text.num_hidden_layers,
+            kv_heads=settings.get("num_key_value_heads") or heads,
+            head_dim=settings.get("head_dim") or text.hidden_size // heads,
+            itemsize=(wanted or torch.float32).itemsize,
+        )
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.itemsize
