@@ -18,6 +18,7 @@ from specprefill.control.from_config import (
 )
 from specprefill.control.gain import NetGain
 from specprefill.core import heap
+from specprefill.core.fakes import PlannedPipeline
 from specprefill.core.pipeline import Pipeline
 from specprefill.core.ports import Prefilling
 from specprefill.core.types import Request, Selection
@@ -53,7 +54,9 @@ class LocalPrefiller:
 
 
 @asynccontextmanager
-async def local_pipeline(config: AppConfig, gain: NetGain | None = None) -> AsyncIterator[Pipeline]:
+async def local_pipeline(
+    config: AppConfig, gain: NetGain | None = None
+) -> AsyncIterator[PlannedPipeline]:
     """Start the three services, and stop them at the end. `gain` decides what pays."""
     gain = net_gain(config) if gain is None else gain
     async with AsyncExitStack() as stack:
@@ -75,16 +78,16 @@ async def local_pipeline(config: AppConfig, gain: NetGain | None = None) -> Asyn
         decode = await stack.enter_async_context(DecodeService(Engine(decode_args)))
         heap.freeze()
         stack.callback(heap.thaw)
-        yield Pipeline(
+        pipeline = Pipeline(
             speculator,
             LocalPrefiller(prefill, peers),
             decode,
-            planner(config.selection, gain),
             patience(config.speculator),
             fallback(config),
             overlap=config.kv.overlap,
             local=local_prefill(config.kv, gain.models),
         )
+        yield PlannedPipeline(pipeline, planner(config.selection, gain))
 
 
 def set_cpu_environment() -> None:

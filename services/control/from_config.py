@@ -8,14 +8,13 @@ from ..config import AppConfig, EngineConfig, KvConfig, SelectionConfig, Specula
 from ..core.fallback import Fallback, OnOverload, Patience
 from ..core.keep_rate import AutoKeep
 from ..core.plan import Planner
+from ..core.prefix_digests import BLOCK_TOKENS
 from ..core.selection import SelectionPolicy
 from .gain import NetGain
 from .local_prefill import LocalPrefill
 from .prefixes import CacheForecast, PrefixMemory
 from .stages import StageModels
 
-BLOCK_TOKENS = 128  # what vLLM chooses on a CPU, and a multiple of what it chooses elsewhere
-DRAFT_BLOCK_TOKENS = 64  # about: the speculator's own blocks are its affair
 REMEMBERED_BLOCKS = 1 << 16
 
 
@@ -40,10 +39,7 @@ def kv_block_tokens(prefill: EngineConfig) -> int:
 def net_gain(config: AppConfig) -> NetGain:
     """Knows nothing yet but the shapes of the stages."""
     block_tokens = kv_block_tokens(config.prefill)
-    prefill_cache, draft_cache = (
-        CacheForecast(PrefixMemory(size, REMEMBERED_BLOCKS))
-        for size in (block_tokens, DRAFT_BLOCK_TOKENS)
-    )
+    prefill_cache, draft_cache = (CacheForecast(PrefixMemory(REMEMBERED_BLOCKS)) for _ in range(2))
     policy = selection_policy(config.selection, block_tokens)
     return NetGain(StageModels(), prefill_cache, draft_cache, policy)
 

@@ -7,6 +7,7 @@ ceiling 1 / (keep + ratio of the models); a warm prefix cache lowers the bar for
 
 from __future__ import annotations
 
+from ..core.prefix_digests import digests_of
 from ..core.selection import SelectionPolicy, expected_kept, leading_tokens
 from ..core.types import UNSCORED, Expected, PlanKind, PrefilledBy, Reason, Report, Request
 from .prefixes import CacheForecast
@@ -51,9 +52,10 @@ class NetGain:
         tokens = len(request.prompt)
         keep = self._typical_keep if keep is None else keep
         kept = expected_kept(tokens, keep, request.protected, self._policy)
-        cached = self._prefill_cache.cached(request.prompt)
+        digests = digests_of(request)
+        cached = self._prefill_cache.cached(digests, tokens)
         shared = min(cached, leading_tokens(request.protected), kept - 1)
-        read = self._draft_cache.cached(request.prompt)
+        read = self._draft_cache.cached(digests, tokens)
         speculate_s = self._draft_cache.seconds(self.models.speculate.curve, tokens, read)
         return Expected(
             dense_s=self._prefill_s(tokens, cached) + self._overhead_s(PlanKind.DENSE, tokens),
@@ -68,15 +70,15 @@ class NetGain:
         if report.prefilled_by is PrefilledBy.PREFILL:
             self._learn_overhead(report)
         self._learn_keep(report)
-        tokens = request.prompt
+        digests, tokens = digests_of(request), len(request.prompt)
         self._recover(report)
         if report.speculate_s > 0 and report.reason not in UNSCORED:
-            self._draft_cache.learn(tokens, report.remembered_tokens)
+            self._draft_cache.learn(digests, tokens, report.remembered_tokens)
         if report.prefilled_by is PrefilledBy.DECODE:
             return  # the prefill pool's caches know nothing of it
         if report.plan is PlanKind.PRUNE:
-            tokens = tokens[: leading_tokens(request.protected)]
-        self._prefill_cache.learn(tokens, report.cached_tokens)
+            tokens = leading_tokens(request.protected)
+        self._prefill_cache.learn(digests, tokens, report.cached_tokens)
 
     def learn_unscored(self, request: Request, speculate_s: float) -> None:
         """Take that a prompt was given up after it had been scored for so long, and shed."""

@@ -17,7 +17,7 @@ from math import ceil, exp, inf
 
 from ..core.errors import DeadlineExceeded, Overloaded
 from ..core.pipeline import Pipeline
-from ..core.plan import Planner
+from ..core.plan import plan_of
 from ..core.types import Chunk, Plan, PlanKind, Reason, Request, Selection
 from .admission import (
     MIN_RETRY_AFTER_S,
@@ -330,12 +330,10 @@ class AdmittingPipeline:
     def __init__(self, pipeline: Pipeline, gate: Gate) -> None:
         self._pipeline = pipeline
         self._gate = gate
-        self.planner: Planner = pipeline.planner
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
         """See Pipeline.generate. Raises Overloaded at once, when the request is shed."""
-        plan = self.planner.plan(request) if request.plan is None else request.plan
-        async with self._gate.place(request, plan) as place:
+        async with self._gate.place(request, plan_of(request)) as place:
             left_s = max(0.0, request.timeout_s - place.waited_s)
             admitted = replace(request, plan=place.plan, timeout_s=left_s)
             async with aclosing(self._pipeline.generate(admitted)) as chunks:

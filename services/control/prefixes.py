@@ -9,16 +9,14 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 
-import numpy as np
-import xxhash
-
+from ..core.prefix_digests import BLOCK_TOKENS
 from .stages import Curve
 
 SMOOTHING = 0.1  # weight of the newest prompt in how far the memory is trusted
 
 
 class DigestMemory:
-    """Chained block digests, see `prefix_digests`; the least recently used go first."""
+    """Chained block digests, see `core.prefix_digests`; the least recently used go first."""
 
     def __init__(self, max_blocks: int) -> None:
         self._max_blocks = max_blocks
@@ -46,21 +44,21 @@ class DigestMemory:
 class PrefixMemory:
     """The prefixes of token lists that end at a block boundary."""
 
-    def __init__(self, block_tokens: int, max_blocks: int) -> None:
+    def __init__(self, max_blocks: int, block_tokens: int = BLOCK_TOKENS) -> None:
         self._block_tokens = block_tokens
         self._blocks = DigestMemory(max_blocks)
 
-    def remember(self, tokens: Sequence[int]) -> None:
-        """The KV of these tokens, a prompt's beginning, was just computed or used."""
-        self._blocks.remember(list(prefix_digests(tokens, self._block_tokens)))
+    def remember(self, digests: Sequence[int], tokens: int) -> None:
+        """The KV of a prompt's first `tokens` tokens was just computed or used."""
+        self._blocks.remember(digests[: tokens // self._block_tokens])
 
-    def longest(self, tokens: Sequence[int]) -> int:
-        """How many leading tokens of `tokens` are remembered, in whole blocks.
+    def longest(self, digests: Sequence[int], tokens: int) -> int:
+        """How many of a prompt's first `tokens` tokens are remembered, in whole blocks.
 
         An engine always computes the last token of a prompt, so never all of them.
         """
-        digests = prefix_digests(tokens[: len(tokens) - 1], self._block_tokens)
-        return self._block_tokens * self._blocks.longest(digests)
+        within = digests[: max(0, tokens - 1) // self._block_tokens]
+        return self._block_tokens * self._blocks.longest(within)
 
 
 class CacheForecast:
@@ -74,28 +72,18 @@ class CacheForecast:
         self._memory = memory
         self._trust = 1.0
 
-    def cached(self, tokens: Sequence[int]) -> int:
-        """How many leading tokens should be cached."""
-        return self._memory.longest(tokens)
+    def cached(self, digests: Sequence[int], tokens: int) -> int:
+        """How many of a prompt's first `tokens` tokens should be cached."""
+        return self._memory.longest(digests, tokens)
 
     def seconds(self, curve: Curve, tokens: int, cached: int) -> float:
         """Expected time of `tokens`, of which `cached` should be cached."""
         warm_s = curve.seconds(tokens - cached, cached)
         return self._trust * warm_s + (1.0 - self._trust) * curve.seconds(tokens)
 
-    def learn(self, tokens: Sequence[int], cached: int) -> None:
-        """These tokens were computed, all but `cached` of them."""
-        foreseen = self._memory.longest(tokens)
+    def learn(self, digests: Sequence[int], tokens: int, cached: int) -> None:
+        """A prompt's first `tokens` tokens were computed, all but `cached` of them."""
+        foreseen = self._memory.longest(digests, tokens)
         if foreseen > 0:
             self._trust += SMOOTHING * (min(1.0, cached / foreseen) - self._trust)
-        self._memory.remember(tokens)
-
-
-def prefix_digests(tokens: Sequence[int], block_tokens: int) -> Iterator[int]:
-    """One digest per whole block; each stands for all tokens up to its block's end."""
-    packed = np.asarray(tokens, dtype=np.uint32)
-    digest = 0
-    for start in range(0, len(packed) - block_tokens + 1, block_tokens):
-        block = packed[start : start + block_tokens].tobytes()
-        digest = xxhash.xxh3_64_intdigest(block, seed=digest)
-        yield digest
+        self._memory.remember(digests, tokens)

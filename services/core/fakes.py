@@ -13,6 +13,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from .errors import SpecPrefillError
+from .plan import Planner
+from .ports import Answerer
 from .types import (
     Chunk,
     Computed,
@@ -177,3 +179,19 @@ def text_of(token: int) -> str:
 
 def _finished(chunk: Chunk, reason: str) -> Chunk:
     return Chunk(chunk.index, chunk.token_ids, chunk.text, finish_reason=reason)
+
+
+class PlannedPipeline:
+    """Plans each request and gives it to a pipeline, as a gateway's client does."""
+
+    def __init__(self, pipeline: Answerer, planner: Planner) -> None:
+        self._pipeline = pipeline
+        self._planner = planner
+
+    def generate(self, request: Request) -> AsyncGenerator[Chunk]:
+        """See Pipeline.generate."""
+        return self._pipeline.generate(self._planner.planned(request))
+
+    async def select(self, request: Request) -> Selection:
+        """See Pipeline.select."""
+        return await self._pipeline.select(self._planner.planned(request))

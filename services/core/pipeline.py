@@ -25,7 +25,7 @@ from .errors import (
     SpeculatorUnavailable,
 )
 from .fallback import Fallback, Patience
-from .plan import Planner
+from .plan import plan_of
 from .ports import Decoder, LocalPrefill, Prefiller, Prefilling, Speculator
 from .types import (
     Chunk,
@@ -75,7 +75,6 @@ class Pipeline:
     speculator: Speculator
     prefiller: Prefiller
     decoder: Decoder
-    planner: Planner
     patience: Patience = field(default_factory=Patience)  # with the speculator
     fallback: Fallback = field(default_factory=Fallback)  # where that runs out
     # Called with a request that was shed, and the seconds its scoring had taken: it has no report.
@@ -190,7 +189,7 @@ class Pipeline:
         """Losing the speculator costs time, never the answer; a full or slow one is overload."""
         if not request.prompt:
             raise InvalidRequest("prompt: must hold at least one token", "prompt")
-        plan = self.planner.plan(request) if request.plan is None else request.plan
+        plan = plan_of(request)
         if plan.kind is PlanKind.DENSE:
             return whole(len(request.prompt), plan)
         left_s, asked_s = deadline.left_s(), self.now()

@@ -34,9 +34,13 @@ class Planner:
     unfit: Callable[[], bool] | None = None  # whether the draft is known to choose badly
     min_gain: float = 0.0  # least share of the dense time to first token that pruning must save
 
+    def planned(self, request: Request) -> Request:
+        """The request with its plan, made now unless it has one."""
+        return request if request.plan is not None else replace(request, plan=self.plan(request))
+
     def plan(self, request: Request) -> Plan:
         """Choose prune or dense for `request`, with the reason."""
-        refusal = self._dense_reason(request)
+        refusal = self.dense_reason(request)
         if refusal is not None:
             return Plan(PlanKind.DENSE, refusal)
         plan = self._pruned(request.controls)
@@ -68,7 +72,8 @@ class Planner:
     def _pays(self, expected: Expected) -> bool:
         return expected.prune_s < expected.dense_s * (1.0 - self.min_gain)
 
-    def _dense_reason(self, request: Request) -> Reason | None:
+    def dense_reason(self, request: Request) -> Reason | None:
+        """Why the prompt is dense whatever it holds; None: it may be pruned."""
         controls = request.controls
         if controls.prune is False:
             return Reason.ASKED_OFF
@@ -92,3 +97,10 @@ def is_asked(controls: Controls) -> bool:
 def can_choose(facts_kept: float | None) -> bool:
     """Whether a draft with this result of its self-test may choose; None: it was not tested."""
     return facts_kept is None or facts_kept >= LEAST_FACTS_KEPT
+
+
+def plan_of(request: Request) -> Plan:
+    """The plan that a request carries. Raises ValueError for one that was not planned."""
+    if request.plan is None:
+        raise ValueError(f"request {request.request_id}: not planned")
+    return request.plan

@@ -107,7 +107,8 @@ class Request:
     protected: tuple[Span, ...] = ()  # token spans that must survive pruning
     controls: Controls = field(default_factory=Controls)
     prompt_logprobs: bool = False
-    plan: Plan | None = None  # decided before the pipeline; None: the pipeline decides
+    plan: Plan | None = None  # None: not planned yet, see `Planner.planned`
+    digests: tuple[int, ...] | None = None  # of the prompt, see `prefix_digests`
     hold_back_chars: int = 0  # text that stop strings may still take back (0: none)
     timeout_s: float = 300.0
     priority: int = 0

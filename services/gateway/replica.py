@@ -20,10 +20,18 @@ from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
 
 from ..config import AppConfig
-from ..control.from_config import fallback, local_prefill, net_gain, patience, planner
+from ..control.from_config import (
+    fallback,
+    kv_block_tokens,
+    local_prefill,
+    net_gain,
+    patience,
+    planner,
+    selection_policy,
+)
+from ..control.gain import NetGain
 from ..core import heap
 from ..core.pipeline import Pipeline
-from ..core.ports import Answerer
 from ..core.replica_logging import log_with_serve
 from ..deployment.file import DRAINING
 from ..deployment.front import require_front
@@ -37,10 +45,11 @@ from .grpc.serve_ports import bind_grpc_as_http, limit_grpc_messages
 from .observe.calibration import calibration
 from .observe.gate_metrics import behind_gate
 from .observe.key_usage import KeyUsage
-from .observe.metrics import MeasuredPipeline, PipelineMetrics
+from .observe.metrics import PipelineMetrics, RequestMetrics
 from .observe.scrape import ServiceMetrics
-from .observe.shadowing import ShadowedPipeline, ShadowMetrics
-from .observe.traffic import CountedPipeline, GatewayTraffic
+from .observe.shadowing import Shadowing, ShadowMetrics
+from .observe.traffic import ArrivalCounts, GatewayTraffic
+from .observe.watched import Learning, Observer, Watched
 from .openai.access import RequestLimit
 from .openai.keys import read_keys
 from .openai.request_json import JsonLimits
@@ -89,7 +98,6 @@ class GatewayReplica:
             speculator=pool,
             prefiller=ServePrefiller(prefill, self._peers, carried),
             decoder=ServeDecoder(decode, carried),
-            planner=planner(self._config.selection, gain, self._self_test.is_unfit),
             patience=patience(self._config.speculator),
             fallback=fallback(self._config),
             on_unscored=gain.learn_unscored,
@@ -98,19 +106,13 @@ class GatewayReplica:
         )
         admitting = behind_gate(pipeline, self._config.gateway, gain.models, self._health.count)
         self._traffic, self._models = GatewayTraffic(), gain.models
-        live: Answerer = CountedPipeline(
-            MeasuredPipeline(admitting, counted, gain.learn),
-            self._config.selection.min_kept_tokens,
-            self._traffic,
-            time.monotonic,
-        )
-        self._shadowed: ShadowedPipeline | None = None
+        self._shadowing: Shadowing | None = None
         if self._config.quality.shadow_share > 0:
-            live = self._shadowed = ShadowedPipeline(
-                live, pipeline, self._config.quality, ShadowMetrics()
-            )
+            self._shadowing = Shadowing(pipeline, self._config.quality, ShadowMetrics())
+        live = Watched(admitting, self._observers(counted, gain))
         usage = KeyUsage().count if self._keys else None
-        self._client = build_client(self._config, live, usage)
+        rules = planner(self._config.selection, gain, self._self_test.is_unfit)
+        self._client = build_client(self._config, live, rules, usage)
         self._calibration = calibration(pipeline, gain.models, self._client.model_config)
         self._calibration.start()
         if self._config.speculator.self_test:
@@ -127,14 +129,23 @@ class GatewayReplica:
         self._grpc_health = GrpcHealth(self._health.count, self._limit)
         heap.freeze()
 
+    def _observers(self, counted: PipelineMetrics, gain: NetGain) -> list[Observer]:
+        policy = selection_policy(self._config.selection, kv_block_tokens(self._config.prefill))
+        observers: list[Observer] = [
+            ArrivalCounts(self._traffic, policy, time.monotonic),
+            RequestMetrics(counted),
+            Learning(gain.learn),
+        ]
+        return observers if self._shadowing is None else [*observers, self._shadowing]
+
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve calls this in every gateway when the deployment's `user_config` changes."""
         if user_config.get(DRAINING):
             self._limit.drain()
 
     async def __del__(self) -> None:
-        if self._shadowed is not None:
-            await self._shadowed.close()
+        if self._shadowing is not None:
+            await self._shadowing.close()
         await self._calibration.close()
         await self._self_test.close()
         await self._peers.close()

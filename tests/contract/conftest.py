@@ -42,10 +42,11 @@ JSON_LIMITS = JsonLimits(items=2000)
 MAX_MESSAGE_BYTES = 100_000
 
 
+PLANNER = Planner(enabled=True, keep=0.3, min_prompt_tokens=48)
+
+
 class ScriptedPipeline:
     """Answers every prompt with WORDS, or fails as told."""
-
-    planner = Planner(enabled=True, keep=0.3, min_prompt_tokens=48)
 
     def __init__(self) -> None:
         self.reset()
@@ -163,7 +164,7 @@ def gateway() -> Iterator[Any]:
 
         pipeline, health = ScriptedPipeline(), ScriptedHealth()
         config = configuration()
-        client = build_client(config, pipeline)
+        client = build_client(config, pipeline, PLANNER)
         app = asyncio.run(build_http_app(config, client, health, KEYS, LIMIT, metrics_text))
     yield client, app, pipeline, health
     client.renderer.shutdown()

@@ -7,13 +7,13 @@ import pytest
 from vllm.sampling_params import SamplingParams
 
 from specprefill.config import QualityConfig
-from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator
+from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator, PlannedPipeline
 from specprefill.core.pipeline import Pipeline
 from specprefill.core.plan import Planner
 from specprefill.core.types import Controls, Request
 from specprefill.gateway.observe import shadowing
-from specprefill.gateway.observe.metrics import MeasuredPipeline, PipelineMetrics
 from specprefill.gateway.observe.shadow import Divergence, Outcome
+from specprefill.gateway.observe.watched import Watched
 
 from ..instruments import Instruments
 
@@ -28,18 +28,18 @@ class Rig:
     def __init__(self, **quality):
         self.prefiller = FakePrefiller()
         planner = Planner(enabled=True, keep=0.5, min_prompt_tokens=50)
-        pipeline = Pipeline(FakeSpeculator(), self.prefiller, FakeDecoder(), planner)
+        pipeline = Pipeline(FakeSpeculator(), self.prefiller, FakeDecoder())
         config = QualityConfig(**{"shadow_share": 1.0, **quality})
         self.counted = Instruments()
-        live = MeasuredPipeline(pipeline, PipelineMetrics(Instruments()))
         compared = shadowing.ShadowMetrics(self.counted)
-        self.shadowed = shadowing.ShadowedPipeline(live, pipeline, config, compared)
+        self.shadowing = shadowing.Shadowing(pipeline, config, compared)
+        self.shadowed = PlannedPipeline(Watched(pipeline, [self.shadowing]), planner)
 
     async def run(self, asked: Request) -> list[float]:
         """The keep rates of all prefills: the live one, and that of the copy."""
         assert [chunk async for chunk in self.shadowed.generate(asked)]
-        await self.shadowed._shadow.settled()
-        await self.shadowed.close()
+        await self.shadowing._shadow.settled()
+        await self.shadowing.close()
         return [selection.keep_rate for selection in self.prefiller.selections]
 
 

@@ -296,10 +296,10 @@ async def ask(
     speculator, fallback = FixedSpeculator(selection), Fallback()
     if on_overload is not None:
         speculator, fallback = FullSpeculator(), Fallback(on_overload)
-    pipeline = Pipeline(speculator, pools, pools, planner, fallback=fallback, overlap=pools.overlap)
+    pipeline = Pipeline(speculator, pools, pools, fallback=fallback, overlap=pools.overlap)
     started_s = time.monotonic()
     async with asyncio.timeout(90):
-        chunks = [chunk async for chunk in pipeline.generate(request)]
+        chunks = [chunk async for chunk in pipeline.generate(planner.planned(request))]
     tokens = [token for chunk in chunks for token in chunk.token_ids]
     report = chunks[-1].report
     assert report is not None

@@ -74,7 +74,7 @@ async def serve(grpc_port: int, folder: Path) -> None:
             self.requests.clear()
 
     health, config = contract.ScriptedHealth(), contract.configuration()
-    client = build_client(config, Forgetful())
+    client = build_client(config, Forgetful(), contract.PLANNER)
     app = await build_http_app(
         config, client, health, contract.KEYS, contract.LIMIT, contract.metrics_text
     )

@@ -21,7 +21,7 @@ from specprefill.control.fair_queue import FairQueue
 from specprefill.control.gate import AdmittingPipeline, Engines, Gate
 from specprefill.control.stages import Curve, StageCurves
 from specprefill.core.errors import DeadlineExceeded, Overloaded
-from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator
+from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator, PlannedPipeline
 from specprefill.core.pipeline import Pipeline
 from specprefill.core.plan import Planner
 from specprefill.core.types import Controls, Reason, Request
@@ -159,7 +159,9 @@ class Door:
             engines=lambda: Engines(speculators=0, prefills=1),
             now=lambda: self.now_s,
         )
-        self.pipeline = AdmittingPipeline(Pipeline(*pools, planner), self.gate)
+        self.planner = planner
+        admitting = AdmittingPipeline(Pipeline(*pools), self.gate)
+        self.pipeline = PlannedPipeline(admitting, planner)
 
     async def run(self, **fields):
         request = Request("r", self.prompt, b"", **fields)
@@ -170,7 +172,7 @@ class Door:
 
         async def held():
             request = Request("held", self.prompt, b"", **fields)
-            async with self.gate.place(request, self.pipeline.planner.plan(request)):
+            async with self.gate.place(request, self.planner.plan(request)):
                 await asyncio.Event().wait()
 
         return asyncio.create_task(held())

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specprefill.core.types import Plan, PlanKind, Reason, Selection, Span, dense
+from specprefill.core.types import Plan, PlanKind, Reason, Request, Selection, Span, dense
 from specprefill.gateway.pools.affinity import BLOCK_TOKENS, PrefillLoad, PrefixAffinity, load_of
 
 from ..linear_cost import assert_linear
@@ -28,28 +28,37 @@ def best(made, prompt):
     return made.ranked(prompt)[0]
 
 
+def request(prompt):
+    return Request("r", prompt, b"")
+
+
 class TestLoad:
     def test_a_dense_prompt_has_a_digest_per_whole_block(self):
         prompt = PROMPT[: 3 * BLOCK_TOKENS + 7]
-        found = load_of(prompt, dense(len(prompt), Reason.SHORT_PROMPT))
+        found = load_of(request(prompt), dense(len(prompt), Reason.SHORT_PROMPT))
         assert (found.tokens, len(found.prefix)) == (len(prompt), 3)
 
     def test_only_what_lies_before_the_first_gap_counts(self):
         runs = (Span(0, 2 * BLOCK_TOKENS + 5), Span(900, 1000))
         selection = Selection(len(PROMPT), runs, Plan(PlanKind.PRUNE, Reason.ASKED, 0.3))
-        found = load_of(PROMPT, selection)
+        found = load_of(request(PROMPT), selection)
         assert found.tokens == selection.kept_tokens
-        assert found.prefix == load_of(PROMPT, dense(len(PROMPT), Reason.ASKED_OFF)).prefix[:2]
+        assert (
+            found.prefix
+            == load_of(request(PROMPT), dense(len(PROMPT), Reason.ASKED_OFF)).prefix[:2]
+        )
 
     def test_a_prompt_that_lost_its_start_shares_nothing(self):
         runs = (Span(200, 800),)
         selection = Selection(len(PROMPT), runs, Plan(PlanKind.PRUNE, Reason.ASKED, 0.3))
-        assert load_of(PROMPT, selection).prefix == ()
+        assert load_of(request(PROMPT), selection).prefix == ()
 
     def test_a_digest_tells_all_that_came_before(self):
         changed = (PROMPT[0] + 1, *PROMPT[1:])
         whole = dense(len(PROMPT), Reason.ASKED_OFF)
-        assert not set(load_of(PROMPT, whole).prefix) & set(load_of(changed, whole).prefix)
+        assert not set(load_of(request(PROMPT), whole).prefix) & set(
+            load_of(request(changed), whole).prefix
+        )
 
 
 def test_a_prefix_draws_its_prompts():

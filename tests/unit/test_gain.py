@@ -23,7 +23,7 @@ POLICY = SelectionPolicy(min_kept_tokens=64)
 
 
 def gain() -> NetGain:
-    caches = (CacheForecast(PrefixMemory(32, 1000)) for _ in range(2))
+    caches = (CacheForecast(PrefixMemory(1000)) for _ in range(2))
     return NetGain(StageModels(CURVES), *caches, POLICY)
 
 

@@ -13,10 +13,14 @@ from specprefill.autoscaling.signals import (
 )
 from specprefill.autoscaling.waiting import Waiting
 from specprefill.control.stages import DEFAULT_CURVES
+from specprefill.core.fakes import PlannedPipeline
 from specprefill.core.plan import Planner
+from specprefill.core.selection import SelectionPolicy
 from specprefill.core.types import Chunk, PlanKind, Reason, Report, Request
-from specprefill.gateway.observe.traffic import CountedPipeline, GatewayTraffic
+from specprefill.gateway.observe.traffic import ArrivalCounts, GatewayTraffic
+from specprefill.gateway.observe.watched import Watched
 
+POLICY = SelectionPolicy(chunk_tokens=1, min_kept_tokens=300, sink_tokens=0, tail_tokens=0)
 REPORT = Report(PlanKind.PRUNE, Reason.DEFAULT, 4000, 1000, 0.25, 0, 0, 0, 0, 0, 0.1, False, 500)
 
 
@@ -31,9 +35,8 @@ class Clock:
 class Pipeline:
     """Answers three tokens, a second each; or fails after the first."""
 
-    def __init__(self, clock, failure=None, keep=0.25):
+    def __init__(self, clock, failure=None):
         self._clock, self._failure = clock, failure
-        self.planner = Planner(enabled=True, keep=keep, min_prompt_tokens=1000)
 
     async def generate(self, request):
         yield Chunk(0, (1,), "a")
@@ -48,7 +51,9 @@ class Pipeline:
 
 def counted(failure=None, keep=0.25):
     clock, traffic = Clock(), GatewayTraffic()
-    return CountedPipeline(Pipeline(clock, failure, keep), 300, traffic, clock), traffic
+    planner = Planner(enabled=True, keep=keep, min_prompt_tokens=1000)
+    watched = Watched(Pipeline(clock, failure), [ArrivalCounts(traffic, POLICY, clock)])
+    return PlannedPipeline(watched, planner), traffic
 
 
 def arrivals(traffic):
@@ -97,11 +102,9 @@ async def test_a_failed_request_was_an_arrival_too():
     assert arrivals(traffic).total() == 1
 
 
-async def test_what_is_inside_stays_visible():
-    pipeline, _ = counted()
+async def test_selecting_asks_the_pipeline_inside():
     request = SimpleNamespace()
-    assert pipeline.planner.keep == 0.25
-    assert await pipeline.select(request) is request
+    assert await Watched(Pipeline(Clock()), []).select(request) is request
 
 
 def test_waiting_is_being_behind_another_request():

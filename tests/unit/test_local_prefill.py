@@ -87,8 +87,8 @@ class TestPipeline:
         prefiller, decoder = FakePrefiller(), FakeDecoder(**decoder)
         planner = Planner(enabled=True, keep=0.5, min_prompt_tokens=1000)
         rule = LocalPrefill(100, lambda: CURVES)
-        pipeline = Pipeline(FakeSpeculator(), prefiller, decoder, planner, local=rule)
-        chunks = [chunk async for chunk in pipeline.generate(asked)]
+        pipeline = Pipeline(FakeSpeculator(), prefiller, decoder, local=rule)
+        chunks = [chunk async for chunk in pipeline.generate(planner.planned(asked))]
         return chunks, prefiller, decoder
 
     async def test_the_prefill_pool_is_not_asked(self):

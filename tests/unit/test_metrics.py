@@ -6,17 +6,22 @@ from specprefill.control.gain import NetGain
 from specprefill.control.prefixes import CacheForecast, PrefixMemory
 from specprefill.control.stages import StageModels
 from specprefill.core.errors import DecodeUnavailable, Overloaded, ScoringTimeout
-from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator
+from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator, PlannedPipeline
 from specprefill.core.fallback import Fallback, OnOverload
 from specprefill.core.pipeline import Pipeline
 from specprefill.core.plan import Planner
 from specprefill.core.selection import SelectionPolicy
 from specprefill.core.types import Controls, PlanKind, Reason, Request
-from specprefill.gateway.observe.metrics import MeasuredPipeline, PipelineMetrics
+from specprefill.gateway.observe.metrics import PipelineMetrics, RequestMetrics
+from specprefill.gateway.observe.watched import Learning, Watched
 
 from ..instruments import Instruments
 
 REQUEST = Request("r", tuple(range(100, 200)), b"", controls=Controls(keep=0.2))
+
+
+def ignore(_request, _report):
+    """Learn nothing."""
 
 
 class Rig:
@@ -24,8 +29,9 @@ class Rig:
         self.counted = Instruments()
         self.speculator = FakeSpeculator()
         planner = Planner(enabled=True, keep=0.5, min_prompt_tokens=50)
-        pipeline = Pipeline(self.speculator, FakePrefiller(), FakeDecoder(**decoder), planner)
-        self.pipeline = MeasuredPipeline(pipeline, PipelineMetrics(self.counted), learn)
+        pipeline = Pipeline(self.speculator, FakePrefiller(), FakeDecoder(**decoder))
+        observers = [RequestMetrics(PipelineMetrics(self.counted)), Learning(learn or ignore)]
+        self.pipeline = PlannedPipeline(Watched(pipeline, observers), planner)
 
     async def run(self):
         return [chunk async for chunk in self.pipeline.generate(REQUEST)]
@@ -90,7 +96,7 @@ class SlowDraft:
     def __init__(self, on_overload):
         self.gain = NetGain(
             StageModels(),
-            *(CacheForecast(PrefixMemory(64, 1000)) for _ in range(2)),
+            *(CacheForecast(PrefixMemory(1000)) for _ in range(2)),
             SelectionPolicy(min_kept_tokens=64),
         )
         planner = Planner(enabled=True, keep=0.2, min_prompt_tokens=64, gain=self.gain)
@@ -99,12 +105,10 @@ class SlowDraft:
             speculator,
             FakePrefiller(),
             FakeDecoder(),
-            planner,
             fallback=Fallback(on_overload),
             on_unscored=self.gain.learn_unscored,
         )
-        counted = PipelineMetrics(Instruments())
-        self.pipeline = MeasuredPipeline(pipeline, counted, self.gain.learn)
+        self.pipeline = PlannedPipeline(Watched(pipeline, [Learning(self.gain.learn)]), planner)
         self.asked = 0
 
     async def ask(self, **controls):

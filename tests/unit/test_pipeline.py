@@ -11,7 +11,13 @@ from specprefill.core.errors import (
     ScoringTimeout,
     SpeculatorUnavailable,
 )
-from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator, text_of
+from specprefill.core.fakes import (
+    FakeDecoder,
+    FakePrefiller,
+    FakeSpeculator,
+    PlannedPipeline,
+    text_of,
+)
 from specprefill.core.fallback import Fallback, OnOverload, Patience
 from specprefill.core.pipeline import Pipeline
 from specprefill.core.plan import Planner
@@ -31,10 +37,12 @@ class Pools:
         self.prefiller = FakePrefiller()
         self.decoder = FakeDecoder(**decoder)
         planner = Planner(enabled=True, keep=0.5, min_prompt_tokens=50)
-        self.pipeline = Pipeline(self.speculator, self.prefiller, self.decoder, planner, now=now)
+        pipeline = Pipeline(self.speculator, self.prefiller, self.decoder, now=now)
+        self.pipeline = pipeline
+        self.planned = PlannedPipeline(pipeline, planner)
 
     async def run(self, **fields):
-        return [chunk async for chunk in self.pipeline.generate(request(**fields))]
+        return [chunk async for chunk in self.planned.generate(request(**fields))]
 
 
 def tokens(chunks, index=0):
@@ -188,7 +196,7 @@ class TestOverlap:
 
     async def test_decode_has_begun_when_the_first_token_comes(self):
         pools = self.pools()
-        stream = pools.pipeline.generate(request())
+        stream = pools.planned.generate(request())
         await anext(stream)
         assert pools.decoder.replays == [((),)]
         await stream.aclose()
@@ -232,7 +240,7 @@ class TestOverlap:
         pools = self.pools()
         held = [
             (chunk.index, pools.prefiller.held)
-            async for chunk in pools.pipeline.generate(request(samples=2))
+            async for chunk in pools.planned.generate(request(samples=2))
         ]
         assert held[0] == (0, 1)
         assert held[-1] == (1, 0)
@@ -241,7 +249,7 @@ class TestOverlap:
 async def test_an_empty_prompt_is_refused():
     pools = Pools()
     with pytest.raises(InvalidRequest, match="prompt"):
-        async for _ in pools.pipeline.generate(Request("r", (), b"")):
+        async for _ in pools.planned.generate(Request("r", (), b"")):
             pass
 
 
@@ -254,7 +262,7 @@ async def test_the_kv_is_released_whatever_happens():
 
 async def test_closing_the_stream_releases_the_pools():
     pools = Pools()
-    stream = pools.pipeline.generate(request())
+    stream = pools.planned.generate(request())
     await anext(stream)
     assert pools.prefiller.held == 1
     await anext(stream)

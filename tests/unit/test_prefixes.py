@@ -4,12 +4,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specprefill.control.prefixes import PrefixMemory
+from specprefill.core.prefix_digests import prefix_digests
 
+BLOCK = 4
 tokens = st.lists(st.integers(0, 3), max_size=40)
 
 
-def memory(max_blocks: int = 100) -> PrefixMemory:
-    return PrefixMemory(block_tokens=4, max_blocks=max_blocks)
+class Memory:
+    """A PrefixMemory of blocks of four tokens, asked with tokens instead of digests."""
+
+    def __init__(self, max_blocks: int) -> None:
+        self._memory = PrefixMemory(max_blocks, block_tokens=BLOCK)
+
+    def remember(self, tokens) -> None:
+        self._memory.remember(list(prefix_digests(list(tokens), BLOCK)), len(tokens))
+
+    def longest(self, tokens) -> int:
+        return self._memory.longest(list(prefix_digests(list(tokens), BLOCK)), len(tokens))
+
+
+def memory(max_blocks: int = 100) -> Memory:
+    return Memory(max_blocks)
 
 
 def test_a_prompt_is_found_again_in_whole_blocks():

@@ -9,7 +9,6 @@ import pytest
 from specprefill.core.errors import PrefillUnavailable
 from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator
 from specprefill.core.pipeline import Pipeline
-from specprefill.core.plan import Planner
 from specprefill.core.types import Chunk, Controls, PlanKind, Reason, Report, Request, TokenLogprob
 from specprefill.gateway.observe.shadow import Divergence, Outcome, Shadow, compare, dense_request
 
@@ -26,8 +25,7 @@ class Rig:
         self.busy = False
         self.records: list[tuple[Outcome, float, Divergence | None]] = []
         self.prefiller = FakePrefiller(**prefiller)
-        planner = Planner(enabled=True, keep=0.5, min_prompt_tokens=50)
-        pipeline = Pipeline(FakeSpeculator(), self.prefiller, FakeDecoder(), planner)
+        pipeline = Pipeline(FakeSpeculator(), self.prefiller, FakeDecoder())
         self.shadow = Shadow(
             pipeline,
             share,

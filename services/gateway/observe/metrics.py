@@ -5,16 +5,13 @@ They are Ray's (`ray_specprefill_*`), so that one scrape sees every gateway.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
 from typing import Any
 
 from ray.serve import metrics
 
-from ...core.errors import Overloaded, SpecPrefillError
-from ...core.plan import Planner
-from ...core.ports import Answerer
-from ...core.types import Chunk, Report, Request, Selection
+from ...core.errors import Overloaded
+from ...core.types import Report, Request
+from .watched import Ending, RequestObserver
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)
 _RATIOS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2, 4, 8)
@@ -93,47 +90,29 @@ class PipelineMetrics:
             self._stage.observe(seconds, {"stage": stage})
 
 
-Learn = Callable[[Request, Report], None]
+class RequestMetrics:
+    """Counts every request of a gateway."""
+
+    def __init__(self, metrics: PipelineMetrics) -> None:
+        self._metrics = metrics
+
+    def arrived(self, request: Request) -> RequestObserver:
+        """See Observer."""
+        return _RequestMetrics(request, self._metrics)
 
 
-class MeasuredPipeline:
-    """A pipeline that counts. It answers exactly what the pipeline inside answers.
+class _RequestMetrics(RequestObserver):
+    def __init__(self, request: Request, metrics: PipelineMetrics) -> None:
+        self._request = request
+        self._metrics = metrics
 
-    `learn` is told of every finished request.
-    """
+    def ended(self, ending: Ending) -> None:
+        if isinstance(ending.error, Overloaded):
+            self._metrics.shed(ending.error.reason)
+        self._metrics.ended(self._request, _outcome(ending), ending.report)
 
-    def __init__(
-        self,
-        pipeline: Answerer,
-        counted: PipelineMetrics,
-        learn: Learn | None = None,
-    ) -> None:
-        self._pipeline = pipeline
-        self._metrics = counted
-        self._learn = learn
-        self.planner: Planner = pipeline.planner
 
-    async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
-        """See Pipeline.generate."""
-        report: Report | None = None
-        outcome = CLOSED
-        try:
-            async with aclosing(self._pipeline.generate(request)) as chunks:
-                async for chunk in chunks:
-                    report = chunk.report
-                    yield chunk
-            outcome = ENDED
-        except SpecPrefillError as error:
-            outcome = type(error).__name__
-            if isinstance(error, Overloaded):
-                self._metrics.shed(error.reason)
-            raise
-        finally:
-            # The consumer may close the stream right after the last chunk: that is no abort.
-            self._metrics.ended(request, ENDED if report is not None else outcome, report)
-            if report is not None and self._learn is not None:
-                self._learn(request, report)
-
-    async def select(self, request: Request) -> Selection:
-        """See Pipeline.select."""
-        return await self._pipeline.select(request)
+def _outcome(ending: Ending) -> str:
+    if ending.report is not None or ending.is_exhausted:
+        return ENDED
+    return CLOSED if ending.error is None else type(ending.error).__name__

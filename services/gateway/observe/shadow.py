@@ -17,7 +17,7 @@ import xxhash
 
 from ...core.errors import SpecPrefillError
 from ...core.ports import Answerer
-from ...core.types import Chunk, Controls, Report, Request, TokenLogprob
+from ...core.types import Chunk, Controls, Plan, PlanKind, Reason, Report, Request, TokenLogprob
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def dense_request(request: Request, sampling: bytes) -> Request:
         request_id=f"shadow-{request.request_id}",
         sampling=sampling,
         controls=Controls(prune=False),
-        plan=None,
+        plan=Plan(PlanKind.DENSE, Reason.ASKED_OFF),
     )
 
 

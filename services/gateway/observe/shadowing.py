@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 from ray.serve import metrics
 
 from ...config import QualityConfig
-from ...core.pipeline import Pipeline
 from ...core.ports import Answerer
-from ...core.types import Chunk, PlanKind, Request, Selection
+from ...core.types import Chunk, PlanKind, Request
 from ...engine.outputs import sampling_params
 from .shadow import Divergence, Outcome, Shadow, dense_request
+from .watched import Ending, RequestObserver
 
 CANDIDATES = 5  # of each token of the dense copy, to tell how far off the pruned token is
 
@@ -69,20 +68,12 @@ class ShadowMetrics:
             self._logprob_gap.observe(found.logprob_gap, rate)
 
 
-class ShadowedPipeline:
-    """A pipeline, some of whose pruned answers are compared with dense ones."""
+class Shadowing:
+    """Samples pruned answers, and compares them with dense ones."""
 
-    def __init__(
-        self,
-        live: Answerer,
-        pipeline: Pipeline,
-        quality: QualityConfig,
-        compared: ShadowMetrics,
-    ) -> None:
-        self._live = live
+    def __init__(self, pipeline: Answerer, quality: QualityConfig, compared: ShadowMetrics) -> None:
         self._most_live = quality.shadow_most_live
-        self._answering = 0
-        self.planner = live.planner
+        self._live = 0
         self._shadow = Shadow(
             pipeline,
             quality.shadow_share,
@@ -96,30 +87,35 @@ class ShadowedPipeline:
         """Cancel the copies that run. Idempotent."""
         await self._shadow.close()
 
-    async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
-        """See Pipeline.generate."""
-        sampled = self._shadow.wants(request)
-        answer: list[int] = []
-        report = None
-        self._answering += 1
-        try:
-            async with aclosing(self._live.generate(request)) as chunks:
-                async for chunk in chunks:
-                    if sampled:
-                        answer += chunk.token_ids
-                        report = chunk.report
-                    yield chunk
-        finally:
-            self._answering -= 1
-            if report is not None and report.plan is PlanKind.PRUNE:
-                self._shadow.offer(request, answer, report)
+    def arrived(self, request: Request) -> RequestObserver:
+        """See Observer."""
+        self._live += 1
+        return _Sample(request, self._shadow, self._leave)
 
-    async def select(self, request: Request) -> Selection:
-        """See Pipeline.select."""
-        return await self._live.select(request)
+    def _leave(self) -> None:
+        self._live -= 1
 
     def _is_busy(self) -> bool:
-        return self._answering > self._most_live
+        return self._live > self._most_live
+
+
+class _Sample(RequestObserver):
+    def __init__(self, request: Request, shadow: Shadow, leave: Callable[[], None]) -> None:
+        self._request = request
+        self._shadow = shadow
+        self._leave = leave
+        self._is_sampled = shadow.wants(request)
+        self._answer: list[int] = []
+
+    def chunk(self, chunk: Chunk) -> None:
+        if self._is_sampled:
+            self._answer += chunk.token_ids
+
+    def ended(self, ending: Ending) -> None:
+        self._leave()
+        report = ending.report
+        if self._is_sampled and report is not None and report.plan is PlanKind.PRUNE:
+            self._shadow.offer(self._request, self._answer, report)
 
 
 def dense_copy(request: Request) -> Request | None:

@@ -7,9 +7,7 @@ is demand too.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
-from math import ceil
+from collections.abc import Callable
 
 from ...autoscaling.signals import (
     CACHED_SHARE,
@@ -21,9 +19,10 @@ from ...autoscaling.signals import (
 )
 from ...control.gain import TYPICAL_KEEP
 from ...control.stages import StageCurves
-from ...core.plan import Planner
-from ...core.ports import Answerer
-from ...core.types import Chunk, PlanKind, Report, Request, Selection
+from ...core.plan import plan_of
+from ...core.selection import SelectionPolicy, expected_kept
+from ...core.types import Chunk, PlanKind, Report, Request
+from .watched import RequestObserver
 
 _NEWEST = 1 / 32  # weight of the newest answer in what is usual
 _OUTPUT_TOKENS, _OUTPUT_TOKEN_S = 128.0, 0.03  # usual, until there were answers
@@ -64,41 +63,38 @@ class GatewayTraffic:
         }
 
 
-class CountedPipeline:
-    """A pipeline that tells `traffic`. It answers exactly what the pipeline inside answers."""
+class ArrivalCounts:
+    """Reports every request of a gateway to `traffic`."""
 
     def __init__(
-        self,
-        pipeline: Answerer,
-        min_kept_tokens: int,
-        traffic: GatewayTraffic,
-        now: Callable[[], float],
+        self, traffic: GatewayTraffic, policy: SelectionPolicy, now: Callable[[], float]
     ) -> None:
-        self._pipeline = pipeline
-        self.planner: Planner = pipeline.planner
-        self._min_kept_tokens = min_kept_tokens
         self._traffic = traffic
+        self._policy = policy
         self._now = now
 
-    async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
-        """See Pipeline.generate."""
+    def arrived(self, request: Request) -> RequestObserver:
+        """See Observer."""
         self._traffic.arrived(len(request.prompt), self._kept(request))
-        tokens, first_s = 0, None
-        async with aclosing(self._pipeline.generate(request)) as chunks:
-            async for chunk in chunks:
-                first_s = self._now() if first_s is None else first_s
-                tokens += len(chunk.token_ids)
-                if chunk.report is not None:
-                    self._traffic.answered(chunk.report, tokens, self._now() - first_s)
-                yield chunk
-
-    async def select(self, request: Request) -> Selection:
-        """See Pipeline.select."""
-        return await self._pipeline.select(request)
+        return _AnswerTimes(self._traffic, self._now)
 
     def _kept(self, request: Request) -> int:
-        plan, tokens = self.planner.plan(request), len(request.prompt)
+        plan, tokens = plan_of(request), len(request.prompt)
         if plan.kind is PlanKind.DENSE:
             return tokens
         keep = plan.keep if plan.floor is None else self._traffic.keep_rate  # the scores choose
-        return min(tokens, max(ceil(keep * tokens), self._min_kept_tokens))
+        return expected_kept(tokens, keep, request.protected, self._policy)
+
+
+class _AnswerTimes(RequestObserver):
+    def __init__(self, traffic: GatewayTraffic, now: Callable[[], float]) -> None:
+        self._traffic = traffic
+        self._now = now
+        self._tokens = 0
+        self._first_s: float | None = None
+
+    def chunk(self, chunk: Chunk) -> None:
+        self._first_s = self._now() if self._first_s is None else self._first_s
+        self._tokens += len(chunk.token_ids)
+        if chunk.report is not None:
+            self._traffic.answered(chunk.report, self._tokens, self._now() - self._first_s)

@@ -31,9 +31,11 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.kv_hints import KvHintsEnvelope
 
 from ...core.errors import InvalidRequest, RefusedByVllm, SpecPrefillError, Unavailable
+from ...core.plan import Planner
 from ...core.ports import Answerer
+from ...core.prefix_digests import prefix_digests
 from ...core.protection import altered_piece, merged, protected_spans, special_spans
-from ...core.types import Chunk, Controls, PlanKind, Request, Selection, Span
+from ...core.types import Chunk, Controls, Request, Selection, Span
 from ...engine.params import is_private
 from ..observe.request_log import RequestLog
 from .context import CURRENT, Messages, RequestContext
@@ -64,6 +66,7 @@ class PipelineClient(RemoteEngineClient):
         self,
         vllm_config: VllmConfig,
         pipeline: Answerer,
+        planner: Planner,
         *,
         chat: ChatParams,
         timeout_s: float,
@@ -76,6 +79,7 @@ class PipelineClient(RemoteEngineClient):
         self.renderer = renderer_from_config(vllm_config)
         self.input_processor = InputProcessor(vllm_config, self.renderer)
         self._pipeline = pipeline
+        self._planner = planner
         self._chat = chat
         self._timeout_s = timeout_s
         self._tail_tokens = tail_tokens
@@ -216,11 +220,12 @@ class PipelineClient(RemoteEngineClient):
             timeout_s=self._limit(context.timeout_s),
             priority=priority,
             key=context.key,
+            digests=tuple(prefix_digests(admitted.prompt_token_ids)),
         )
-        plan = self._pipeline.planner.plan(request)
-        if plan.kind is PlanKind.DENSE:
-            return replace(request, plan=plan)
-        return replace(request, protected=await self._protected(request, prompt, context))
+        if self._planner.dense_reason(request) is None:
+            protected = await self._protected(request, prompt, context)
+            request = replace(request, protected=protected)
+        return self._planner.planned(request)
 
     def _limit(self, asked_s: float | None) -> float:
         return self._timeout_s if asked_s is None else min(asked_s, self._timeout_s)

@@ -22,6 +22,7 @@ from vllm.renderers.chat_utils import load_chat_template
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from ...config import AppConfig, local_path
+from ...core.plan import Planner
 from ...core.ports import Answerer
 from ..observe.scrape import MetricsText, metrics_route
 from ..pools.health import PoolCounts, health_route, not_tested
@@ -45,13 +46,17 @@ class _NoServer:
 
 
 def build_client(
-    config: AppConfig, pipeline: Answerer, count_tokens: CountTokens | None = None
+    config: AppConfig,
+    pipeline: Answerer,
+    planner: Planner,
+    count_tokens: CountTokens | None = None,
 ) -> PipelineClient:
     """The engine client: loads the model's config and tokenizer, no weights."""
     args = server_args(config)
     return PipelineClient(
         _vllm_config(args),
         pipeline,
+        planner,
         chat=_chat_defaults(args),
         timeout_s=config.gateway.request_timeout_s,
         tail_tokens=config.selection.tail_tokens,

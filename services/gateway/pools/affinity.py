@@ -11,11 +11,11 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ...control.prefixes import DigestMemory, prefix_digests
-from ...core.types import Selection
+from ...control.prefixes import DigestMemory
+from ...core.prefix_digests import BLOCK_TOKENS, digests_of
+from ...core.types import Request, Selection
 from .homes import Homes
 
-BLOCK_TOKENS = 128  # a multiple of most engines' block size: what matches here matches there
 HOPE = 0.5  # of a prefix at its home, how much is counted on where none is known
 _MAX_CHOICES = 64  # prompts on their way to a replica; Serve sends no more at once
 
@@ -32,16 +32,16 @@ class PrefillLoad:
     prefix: tuple[int, ...]
 
 
-def whole_load_of(prompt: tuple[int, ...]) -> PrefillLoad:
-    """The load of a prompt `[N]` that is read from its first token to its last."""
-    return PrefillLoad(len(prompt), tuple(prefix_digests(prompt, BLOCK_TOKENS)))
+def whole_load_of(request: Request) -> PrefillLoad:
+    """The load of a prompt that is read from its first token to its last."""
+    return PrefillLoad(len(request.prompt), digests_of(request))
 
 
-def load_of(prompt: tuple[int, ...], selection: Selection) -> PrefillLoad:
-    """The load of a prompt `[N]`; blocks from the first gap on are not shared, so not here."""
+def load_of(request: Request, selection: Selection) -> PrefillLoad:
+    """The load of the kept tokens; blocks from the first gap on are not shared, so not here."""
     first = selection.runs[0]
     dense = first.stop if first.start == 0 else 0
-    return PrefillLoad(selection.kept_tokens, tuple(prefix_digests(prompt[:dense], BLOCK_TOKENS)))
+    return PrefillLoad(selection.kept_tokens, digests_of(request)[: dense // BLOCK_TOKENS])
 
 
 @dataclass(slots=True)

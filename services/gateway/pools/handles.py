@@ -58,7 +58,7 @@ class ServeSpeculator:
         """See `ports.Speculator`."""
         with mapped_errors("speculator", SpeculatorUnavailable, broken=SpeculatorUnavailable):
             payload = wire.pack((request, plan, timeout_s))
-            load = wire.pack(whole_load_of(request.prompt))
+            load = wire.pack(whole_load_of(request))
             # The replica's own word comes first: it knows what the time went into.
             try:
                 reply = await _call(self.handle, "select", timeout_s + _GRACE_S, payload, load)
@@ -96,7 +96,7 @@ class ServePrefiller:
     ) -> AsyncIterator[Prefilling]:
         """See `ports.Prefiller`."""
         payload = wire.pack((request, selection, timeout_s))
-        load = wire.pack(load_of(request.prompt, selection))
+        load = wire.pack(load_of(request, selection))
         call = self.handle.options(method_name="prefill", stream=True)
         async with (
             _streamed(call, "prefill", PrefillUnavailable, timeout_s, payload, load) as items,

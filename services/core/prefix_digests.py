@@ -1,0 +1,32 @@
+"""Digests of a prompt's prefixes, made once per request: equal digests mean equal prefixes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import xxhash
+
+from .types import Request
+
+BLOCK_TOKENS = 128  # a multiple of most engines' block size: what matches here matches there
+
+
+def prefix_digests(tokens: Sequence[int], block_tokens: int = BLOCK_TOKENS) -> Iterator[int]:
+    """Yield one digest per whole block; each stands for all tokens up to its block's end.
+
+    `tokens` is `[N]`; a digest has 64 bits.
+    """
+    packed = np.asarray(tokens, dtype=np.uint32)
+    digest = 0
+    for start in range(0, len(packed) - block_tokens + 1, block_tokens):
+        block = packed[start : start + block_tokens].tobytes()
+        digest = xxhash.xxh3_64_intdigest(block, seed=digest)
+        yield digest
+
+
+def digests_of(request: Request) -> tuple[int, ...]:
+    """The digests of the request's prompt, computed here only where it does not carry them."""
+    if request.digests is not None:
+        return request.digests
+    return tuple(prefix_digests(request.prompt))
