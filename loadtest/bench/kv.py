@@ -25,7 +25,7 @@ from typing import Any
 import grpc
 import numpy as np
 
-from specprefill.core.types import Ticket
+from specprefill.core.types import Lease, Ticket
 from specprefill.deployment.local_ray import set_auth_mode
 from specprefill.kv.announcements import Announcements
 from specprefill.kv.channels import OPTIONS
@@ -107,7 +107,7 @@ def measure(
 
 def pull(client: KvClient | NixlClient, address: str, size: int, lease_id: str = "") -> None:
     """Pull one lease as a decode worker does. Raises unless every byte came."""
-    ticket = {"lease_id": lease_id or str(size), "secret": SECRET}
+    ticket = Ticket(Lease(lease_id or str(size), SECRET), (), FINGERPRINT, 1)
     received: list[int] = []
     client.pull(address, ticket, FINGERPRINT, 0, 60.0).into(
         lambda frame: received.append(len(frame.payload))
@@ -148,7 +148,9 @@ class Objects:
         """
         import ray
 
-        ticket = Ticket(self._worker.hold(size), SECRET, (self._worker.address,), FINGERPRINT, 1)
+        ticket = Ticket(
+            Lease(self._worker.hold(size), SECRET), (self._worker.address,), FINGERPRINT, 1
+        )
         storing = self._thread.submit(self._store, ticket)
         self._worker.wait_asked()
         complete_s = self._worker.finish()
@@ -165,7 +167,7 @@ class Objects:
 
     def _fetch(self, ticket: Ticket, kv: KvObject, size: int) -> None:
         self._relay.offer(ticket, kv)
-        pull(self._client, self._relay.address, size, ticket.lease_id)
+        pull(self._client, self._relay.address, size, ticket.lease.id)
         self._relay.withdraw(ticket)
 
 

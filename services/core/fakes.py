@@ -19,6 +19,7 @@ from .types import (
     Chunk,
     Computed,
     Decoded,
+    Lease,
     Plan,
     Prefilled,
     Replay,
@@ -73,7 +74,7 @@ class FakePrefiller:
         self.selections.append(selection)
         token = selection.kept(request.prompt)[0]
         chunk = Chunk(0, (token,), text_of(token))
-        ticket = Ticket("lease", "secret", ("peer:1",), "layout", selection.kept_tokens)
+        ticket = Ticket(Lease("lease", "secret"), ("peer:1",), "layout", selection.kept_tokens)
         prefilled = Prefilled(chunk, ticket, queue_s=0.0, prefill_s=0.5)
         if self.ends_answer:
             prefilled = Prefilled(_finished(chunk, "stop"), None, queue_s=0.0, prefill_s=0.5)

@@ -190,15 +190,21 @@ class Carrier(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Lease:
+    """What a prefill worker holds one request's KV cache under; `secret` authenticates."""
+
+    id: str
+    secret: str
+
+
+@dataclass(frozen=True, slots=True)
 class Ticket:
     """The right to pull one request's KV cache from a prefill engine.
 
-    The lease behind it is time-bounded and is released exactly once; `secret` is what
-    authenticates the pull, so a ticket is never shown to a client.
+    Its lease is time-bounded and is released exactly once. A ticket is never shown to a client.
     """
 
-    lease_id: str
-    secret: str
+    lease: Lease
     endpoints: tuple[str, ...]  # host:port per worker of the prefill engine
     fingerprint: str  # layout of the KV; a decode engine that differs refuses the pull
     tokens: int  # k, the prompt tokens whose KV is held

@@ -49,7 +49,7 @@ class ObjectTickets:
         try:
             ranks: list[KvObject] = await asyncio.gather(*objects)
         except RayError as error:
-            logger.warning("lease_id=%s lost: %s", ticket.lease_id, type(error).__name__)
+            logger.warning("lease_id=%s lost: %s", ticket.lease.id, type(error).__name__)
             yield ticket
             return
         relays = self._relays_for(len(ranks))

@@ -7,19 +7,24 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any, Self
+from typing import Self
 
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from ..core.errors import DeadlineExceeded, DecodeUnavailable
-from ..core.positions import PositionMap
 from ..core.types import Carrier, Computed, Decoded, Replay, Request, Selection, Ticket
 from ..engine.engine import Engine, map_engine_errors
 from ..engine.half_characters import Leak, leak_of
-from ..engine.handoff.scheduler import CONSUME
 from ..engine.outputs import check_ended_well, chunk_of, prefill_times, sampling_params
-from ..engine.params import KV_TRANSFER, POSITIONS, REPLAY
+from ..engine.params import (
+    KV_TRANSFER,
+    REPLAY,
+    PullOutcome,
+    consume_args,
+    position_args,
+    pulled_in,
+)
 
 
 class DecodeService:
@@ -122,30 +127,12 @@ def _params(
     params.seed = None if asked.seed is None else asked.seed + index
     params.prompt_logprobs = None  # computed by prefill
     params.output_kind = RequestOutputKind.DELTA
-    params.extra_args = {**(asked.extra_args or {}), **_private(selection, ticket, replay[index])}
-    return params
-
-
-def _private(
-    selection: Selection, ticket: Ticket | None, replay: tuple[int, ...]
-) -> dict[str, Any]:
-    mapping = PositionMap.from_runs(selection.runs, selection.prompt_tokens)
-    private: dict[str, Any] = {} if mapping.is_identity else {POSITIONS: mapping.to_wire()}
+    params.extra_args = {**(asked.extra_args or {}), **position_args(selection)}
     if ticket is not None:
-        private[KV_TRANSFER] = {CONSUME: _ticket_fields(ticket)}
-    if replay:
-        private[REPLAY] = list(replay)
-    return private
-
-
-def _ticket_fields(ticket: Ticket) -> dict[str, Any]:
-    return {
-        "lease_id": ticket.lease_id,
-        "secret": ticket.secret,
-        "endpoints": list(ticket.endpoints),
-        "fingerprint": ticket.fingerprint,
-        "carrier": ticket.carrier,
-    }
+        params.extra_args |= consume_args(ticket)
+    if replay[index]:
+        params.extra_args[REPLAY] = list(replay[index])
+    return params
 
 
 def _decoded(output: RequestOutput, index: int, first_s: float, leak: Leak) -> Decoded:
@@ -154,12 +141,12 @@ def _decoded(output: RequestOutput, index: int, first_s: float, leak: Leak) -> D
     chunk = replace(chunk, text=leak.cut(chunk.text)) if leak.chars else chunk
     if not chunk.finished:
         return Decoded(chunk)
-    pulled = output.kv_transfer_params or {}
+    pull = pulled_in(output.kv_transfer_params) or PullOutcome(0.0, 0.0, recomputed=False)
     return Decoded(
         chunk,
-        transfer_s=pulled.get("exposed_s", 0.0),
-        first_decode_s=max(0.0, first_s - pulled.get("pull_s", 0.0)),
-        recomputed=pulled.get("recomputed", False),
+        transfer_s=pull.exposed_s,
+        first_decode_s=max(0.0, first_s - pull.pull_s),
+        recomputed=pull.recomputed,
     )
 
 

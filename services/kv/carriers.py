@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
-from ..core.types import Carrier
+from ..core.types import Carrier, Ticket
 from .frames import Frame
 from .nixl.reads import NixlClient
 from .pull import KvClient
@@ -31,7 +31,7 @@ class Pulls(Protocol):
     """Begins pulls."""
 
     def pull(
-        self, endpoint: str, ticket: dict[str, Any], fingerprint: str, start: int, timeout_s: float
+        self, endpoint: str, ticket: Ticket, fingerprint: str, start: int, timeout_s: float
     ) -> KvPulling:
         """Begin to pull the tokens from `start` on."""
         ...
@@ -49,10 +49,10 @@ class KvPuller:
         self._nixl = nixl
 
     def pull(
-        self, endpoint: str, ticket: dict[str, Any], fingerprint: str, start: int, timeout_s: float
+        self, endpoint: str, ticket: Ticket, fingerprint: str, start: int, timeout_s: float
     ) -> KvPulling:
         """Begin to pull the tokens from `start` on."""
-        if self._nixl is not None and ticket["carrier"] == Carrier.NIXL:
+        if self._nixl is not None and ticket.carrier == Carrier.NIXL:
             return self._nixl.pull(endpoint, ticket, fingerprint, start, timeout_s)
         return self._grpc.pull(endpoint, ticket, fingerprint, start, timeout_s)
 

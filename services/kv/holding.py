@@ -50,7 +50,7 @@ async def _keep(ticket: Ticket, leases: RemoteLeases, renew_s: float, done: asyn
             await leases.renew(ticket)
         await leases.release(ticket)
     except SpecPrefillError as error:
-        logger.warning("lease_id=%s not released: %s", ticket.lease_id, error)
+        logger.warning("lease_id=%s not released: %s", ticket.lease.id, error)
 
 
 async def _set_within(event: asyncio.Event, timeout_s: float) -> bool:

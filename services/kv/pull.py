@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 
 from ..core.errors import CorruptFrame, KvTransferError, LayoutMismatch, LeaseNotFound
+from ..core.types import Ticket
 from .channels import Channels
 from .frames import Frame, Trailer, decode
 from .rpc import PULL, PullQuery
@@ -24,7 +25,7 @@ class KvClient:
         self._channels = Channels(tls)
 
     def pull(
-        self, endpoint: str, ticket: dict[str, Any], fingerprint: str, start: int, timeout_s: float
+        self, endpoint: str, ticket: Ticket, fingerprint: str, start: int, timeout_s: float
     ) -> KvPull:
         """Begin to pull the tokens from `start` on."""
         return KvPull(
@@ -32,8 +33,8 @@ class KvClient:
                 self._stream(
                     endpoint,
                     PullQuery(
-                        ticket["lease_id"],
-                        ticket["secret"],
+                        ticket.lease.id,
+                        ticket.lease.secret,
                         fingerprint,
                         start,
                         timeout_s,

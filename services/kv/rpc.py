@@ -20,7 +20,7 @@ import grpc
 import msgpack
 
 from ..core.errors import InvalidRequest, LeaseNotFound
-from ..core.types import Ticket
+from ..core.types import Lease, Ticket
 from .announcements import Announcement, Announcements
 from .channels import OPTIONS, aio_channel, listen
 from .frames import Trailer, encode
@@ -296,11 +296,15 @@ class KvPeers:
 
     async def release(self, ticket: Ticket) -> None:
         """Drop the lease at every rank. A peer that is gone holds nothing: not an error."""
-        await self._at_every_rank(RELEASE, ticket)
+        await self.release_at(ticket.endpoints, ticket.lease)
+
+    async def release_at(self, peers: Sequence[str], lease: Lease) -> None:
+        """Drop a lease whose ticket was not made or got lost. See `release`."""
+        await self._at_every_rank(RELEASE, peers, lease)
 
     async def renew(self, ticket: Ticket) -> bool:
         """Start the lease's time again at every rank. False if it is gone at one of them."""
-        return all(await self._at_every_rank(RENEW, ticket))
+        return all(await self._at_every_rank(RENEW, ticket.endpoints, ticket.lease))
 
     async def announcements(self, peer: str) -> AsyncGenerator[Announcement]:
         """What `peer` announces from now on; ends when it is gone."""
@@ -328,13 +332,10 @@ class KvPeers:
         for opened in channels.values():
             await opened.close()
 
-    async def _at_every_rank(self, method: str, ticket: Ticket) -> list[bool]:
-        query = {"lease_id": ticket.lease_id, "secret": ticket.secret}
+    async def _at_every_rank(self, method: str, peers: Sequence[str], lease: Lease) -> list[bool]:
+        query = {"lease_id": lease.id, "secret": lease.secret}
         done: list[bool] = await asyncio.gather(
-            *(
-                self._call(peer, method, query, _CALL_TIMEOUT_S, if_gone=False)
-                for peer in ticket.endpoints
-            )
+            *(self._call(peer, method, query, _CALL_TIMEOUT_S, if_gone=False) for peer in peers)
         )
         return done
 

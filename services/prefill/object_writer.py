@@ -53,7 +53,7 @@ class KvObjects:
         try:
             objects = list(await asyncio.gather(*stored))
         except KvTransferError as error:
-            logger.warning("lease_id=%s not stored: %s", ticket.lease_id, error)
+            logger.warning("lease_id=%s not stored: %s", ticket.lease.id, error)
             return []
         asyncio.get_running_loop().call_later(UNCLAIMED_S, objects.clear)
         return objects

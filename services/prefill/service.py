@@ -14,11 +14,9 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from ..core.errors import DeadlineExceeded, PrefillUnavailable
-from ..core.positions import PositionMap
-from ..core.types import Carrier, Prefilled, Request, Selection, Ticket
+from ..core.types import Carrier, Lease, Prefilled, Request, Selection, Ticket
 from ..engine.engine import Engine, map_engine_errors
 from ..engine.half_characters import Leak, leak_of
-from ..engine.handoff.scheduler import PRODUCE
 from ..engine.outputs import (
     check_ended_well,
     chunk_of,
@@ -26,7 +24,7 @@ from ..engine.outputs import (
     prompt_logprobs_of,
     sampling_params,
 )
-from ..engine.params import KV_TRANSFER, POSITIONS
+from ..engine.params import handed_in, position_args, produce_args
 from ..kv.announcements import Announcement
 from ..kv.leases import LeaseGauges
 from ..kv.rpc import KvPeers
@@ -42,7 +40,7 @@ _WATCH_AGAIN_S = 1.0
 class _Expected:
     """Who waits for a lease's announcement."""
 
-    secret: str
+    lease: Lease
     on_announced: Callable[[Ticket], None]
 
 
@@ -158,7 +156,7 @@ class PrefillService:
             running.cancel()
             (outcome,) = await asyncio.gather(running, return_exceptions=True)
             if not taken and isinstance(outcome, Prefilled) and outcome.ticket is not None:
-                self._forget(outcome.ticket.lease_id, outcome.ticket.secret)
+                self._forget(outcome.ticket.lease)
 
     async def prefill(
         self,
@@ -178,7 +176,7 @@ class PrefillService:
         params = _params(asked, selection, lease)
         prefilled: Prefilled | None = None
         if lease is not None and on_announced is not None:
-            self._expected[lease["lease_id"]] = _Expected(lease["secret"], on_announced)
+            self._expected[lease.id] = _Expected(lease, on_announced)
         kv_bytes = 0 if lease is None else selection.kept_tokens * self._token_bytes
         try:
             async with asyncio.timeout(timeout_s), self._room.reserved(kv_bytes) as waited_s:
@@ -192,9 +190,9 @@ class PrefillService:
             return prefilled
         finally:
             if lease is not None:
-                self._expected.pop(lease["lease_id"], None)
+                self._expected.pop(lease.id, None)
                 if prefilled is None or prefilled.ticket is None:
-                    self._forget(lease["lease_id"], lease["secret"])
+                    self._forget(lease)
 
     async def _run(
         self, request: Request, selection: Selection, params: SamplingParams
@@ -231,8 +229,7 @@ class PrefillService:
         expected = self._expected.pop(announced.lease_id, None)
         if expected is not None:
             ticket = Ticket(
-                announced.lease_id,
-                expected.secret,
+                expected.lease,
                 tuple(self._kv_addresses),
                 announced.fingerprint,
                 announced.tokens,
@@ -240,59 +237,44 @@ class PrefillService:
             )
             expected.on_announced(ticket)
 
-    def _forget(self, lease_id: str, secret: str) -> None:
+    def _forget(self, lease: Lease) -> None:
         """Release a lease whose ticket nobody got.
 
         The engine drops what it aborts, but a request may be cancelled at the very moment
         when its prefill is done. In the background: the caller may be cancelled.
         """
-        ticket = Ticket(lease_id, secret, tuple(self._kv_addresses), fingerprint="", tokens=0)
-        task = asyncio.create_task(self._peers.release(ticket))
+        task = asyncio.create_task(self._peers.release_at(self._kv_addresses, lease))
         self._releasing.add(task)
         task.add_done_callback(self._releasing.discard)
 
 
-def _params(
-    asked: SamplingParams, selection: Selection, lease: dict[str, Any] | None
-) -> SamplingParams:
+def _params(asked: SamplingParams, selection: Selection, lease: Lease | None) -> SamplingParams:
     """The caller's parameters, cut down to one token of one sample."""
     params = asked.clone()
     params.n = 1
     params.max_tokens = 1
     params.min_tokens = min(1, params.min_tokens)
     params.output_kind = RequestOutputKind.FINAL_ONLY
-    params.extra_args = {**(asked.extra_args or {}), **_private(selection, lease)}
+    params.extra_args = {**(asked.extra_args or {}), **position_args(selection)}
+    if lease is not None:
+        params.extra_args |= produce_args(lease)
     return params
 
 
-def _lease(request: Request, asked: SamplingParams) -> dict[str, Any] | None:
+def _lease(request: Request, asked: SamplingParams) -> Lease | None:
     """The lease that the KV is to be held under; None when one token is the whole answer."""
     if request.samples == 1 and asked.max_tokens == 1:
         return None
-    return {
-        "lease_id": uuid.uuid4().hex,
-        "secret": secrets.token_hex(16),
-    }
-
-
-def _private(selection: Selection, lease: dict[str, Any] | None) -> dict[str, Any]:
-    mapping = PositionMap.from_runs(selection.runs, selection.prompt_tokens)
-    private: dict[str, Any] = {} if mapping.is_identity else {POSITIONS: mapping.to_wire()}
-    if lease is not None:
-        private[KV_TRANSFER] = {PRODUCE: lease}
-    return private
+    return Lease(uuid.uuid4().hex, secrets.token_hex(16))
 
 
 def _prefilled(output: RequestOutput, carrier: Carrier, leak: Leak, waited_s: float) -> Prefilled:
-    handed = output.kv_transfer_params
-    ticket = None if handed is None else Ticket(**_ticket_fields(handed), carrier=carrier)
+    ticket = handed_in(output.kv_transfer_params)
+    if ticket is not None:
+        ticket = replace(ticket, carrier=carrier)
     queue_s, prefill_s = prefill_times(output)
     first = replace(chunk_of(output, index=0), prompt_logprobs=prompt_logprobs_of(output))
     first = replace(first, text=leak.cut(first.text))
     if ticket is not None:  # one token was all that was asked of this engine: not the end
         first = replace(first, finish_reason=None, stop_reason=None)
     return Prefilled(first, ticket, queue_s=waited_s + queue_s, prefill_s=prefill_s)
-
-
-def _ticket_fields(handed: dict[str, Any]) -> dict[str, Any]:
-    return {**handed, "endpoints": tuple(handed["endpoints"])}

@@ -6,13 +6,13 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from concurrent import futures
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
 import numpy as np
 
-from specprefill.core.types import Ticket
+from specprefill.core.types import Lease, Ticket
 from specprefill.kv.announcements import Announcements
 from specprefill.kv.channels import listen
 from specprefill.kv.frames import Frame, from_token, seal
@@ -37,7 +37,7 @@ from specprefill.kv.tls import MutualTls
 
 FINGERPRINT = "layout"
 LEASE, SECRET = "lease", "secret"
-TICKET = {"lease_id": LEASE, "secret": SECRET}
+TICKET = Ticket(Lease(LEASE, SECRET), (), "", 0)
 LAYERS, TOKENS, TOKEN_BYTES = 3, 67, 16  # the last chunk fills no block
 CHUNKS = ((0, 40), (40, TOKENS))
 PULL_TIMEOUT_S = 5.0
@@ -114,9 +114,7 @@ class Carrier:
                 last = (stop, layer) == (TOKENS, LAYERS - 1)
                 self.leases.append(lease, self.sealed(frame), last=last)
 
-    def begin(
-        self, ticket: dict[str, str] = TICKET, fingerprint: str = FINGERPRINT, start: int = 0
-    ) -> Any:
+    def begin(self, ticket: Ticket = TICKET, fingerprint: str = FINGERPRINT, start: int = 0) -> Any:
         """A pull under way, as the decode worker starts it."""
         return self.client.pull(self.address, ticket, fingerprint, start, PULL_TIMEOUT_S)
 
@@ -197,24 +195,23 @@ class ObjectRef(Carrier):
         self.relay.stop()
 
     def pull(
-        self, *, start: int = 0, ticket: dict[str, str] = TICKET, fingerprint: str = FINGERPRINT
+        self, *, start: int = 0, ticket: Ticket = TICKET, fingerprint: str = FINGERPRINT
     ) -> list[Frame]:
-        whole = Ticket(**ticket, endpoints=(self.address,), fingerprint=fingerprint, tokens=TOKENS)
+        whole = replace(ticket, endpoints=(self.address,), fingerprint=fingerprint, tokens=TOKENS)
         with self.collector.collected(whole, 0, PULL_TIMEOUT_S) as kv:
             copied = [array.copy() for array in kv]  # as Ray's object store does
         return self._relayed(whole, copied, start)
 
     def pull_lies(self, messages: Sequence[bytes]) -> list[Frame]:
         kv = as_object(list(messages))
-        ticket = Ticket(LEASE, SECRET, (self.address,), FINGERPRINT, TOKENS)
+        ticket = Ticket(Lease(LEASE, SECRET), (self.address,), FINGERPRINT, TOKENS)
         return self._relayed(ticket, kv, 0)
 
     def _relayed(self, ticket: Ticket, kv: Any, start: int) -> list[Frame]:
         self.relay.offer(ticket, kv)
         try:
-            asked = {"lease_id": ticket.lease_id, "secret": ticket.secret}
             pull = self.client.pull(
-                self.relay.address, asked, ticket.fingerprint, start, PULL_TIMEOUT_S
+                self.relay.address, ticket, ticket.fingerprint, start, PULL_TIMEOUT_S
             )
             return taken(pull.into, start)
         finally:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from specprefill.core.errors import KvTransferError, LayoutMismatch, UnsupportedModel
-from specprefill.core.types import Carrier, Span
+from specprefill.core.types import Lease, Span, Ticket
 from specprefill.engine.handoff.caches import Caches, kernel_blocks
 from specprefill.engine.handoff.device import HostDevice
 from specprefill.engine.handoff.holder import Holder
@@ -89,7 +89,9 @@ class Pair:
         """Compute the prompt in chunks; each step's pages are overwritten once it has returned."""
         layout, blocks = GpuLayout(self.prefill_tensors[NAMES[0]]), torch.tensor(PREFILL_BLOCKS)
         for start, stop in CHUNKS:
-            orders = Orders(stages=[Stage("lease", "secret", start, stop, TOKENS, PREFILL_BLOCKS)])
+            orders = Orders(
+                stages=[Stage(Lease("lease", "secret"), start, stop, TOKENS, PREFILL_BLOCKS)]
+            )
             for layer, name in enumerate(NAMES):
                 cache = self.prefill_tensors[name]
                 layout.write(cache, blocks, start, kv_of(layer)[start:stop])
@@ -99,13 +101,8 @@ class Pair:
 
     def pull(self):
         """Pull the prompt; return whether it failed."""
-        ticket = {
-            "lease_id": "lease",
-            "secret": "secret",
-            "endpoints": [self.holder.endpoint.address],
-            "fingerprint": "layout",
-            "carrier": Carrier.GRPC,
-        }
+        peers = (self.holder.endpoint.address,)
+        ticket = Ticket(Lease("lease", "secret"), peers, "layout", TOKENS)
         order = Pull("request", ticket, 0, TOKENS, DECODE_BLOCKS)
         self.puller.begin(Orders(pulls=[order]))
 
@@ -191,7 +188,7 @@ def test_kv_in_device_memory_is_not_sent_as_bytes(pair):
     both = pair(HostDevice(), HostDevice(), carrier="nixl", memory="device")
     both.prefill()
     client = KvClient()
-    ticket = {"lease_id": "lease", "secret": "secret"}
+    ticket = Ticket(Lease("lease", "secret"), (), "layout", TOKENS)
     pull = client.pull(both.holder.endpoint.address, ticket, "layout", 0, 5.0)
     with pytest.raises(LayoutMismatch, match="device memory"):
         pull.into(lambda _frame: None)
@@ -298,7 +295,7 @@ def test_staging_is_bounded_by_configuration():
     known = Caches({NAMES[0]: cache}, GpuLayout(cache), device, PAGE, "layout")
     memory = torch.empty(1 << 28, dtype=torch.uint8)
     stager = Stager(device, known, keeper, most_bytes, memory)
-    order = Stage("lease", "secret", 0, tokens, tokens, list(range(pages)))
+    order = Stage(Lease("lease", "secret"), 0, tokens, tokens, list(range(pages)))
     for layer in range(4):
         stager.stage(order, layer, cache, last_layer=layer == 3)
     assert sum(piece.size for piece in keeper.pieces) > 3 * most_bytes

@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from specprefill.core.errors import KvTransferError, LayoutMismatch, LeaseNotFound
+from specprefill.core.types import Lease
 from specprefill.kv.frames import Frame, Trailer, encode
 from specprefill.kv.tls import read_tls
 
@@ -18,6 +20,7 @@ from .carriers import (
     LAYERS,
     LEASE,
     SECRET,
+    TICKET,
     TOKENS,
     Carrier,
     LentObjectRef,
@@ -81,8 +84,8 @@ def test_a_pull_may_begin_before_the_end_is_computed(carrier):
 @pytest.mark.parametrize(
     ("asked", "error"),
     [
-        ({"ticket": {"lease_id": "other", "secret": SECRET}}, LeaseNotFound),
-        ({"ticket": {"lease_id": LEASE, "secret": "wrong"}}, LeaseNotFound),
+        ({"ticket": replace(TICKET, lease=Lease("other", SECRET))}, LeaseNotFound),
+        ({"ticket": replace(TICKET, lease=Lease(LEASE, "wrong"))}, LeaseNotFound),
         ({"fingerprint": "another layout"}, LayoutMismatch),
     ],
     ids=["other_lease", "wrong_secret", "other_layout"],

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from specprefill.core.errors import CorruptFrame, InvalidConfiguration, KvTransferError
+from specprefill.core.types import Lease, Ticket
 from specprefill.kv.frames import Trailer, encode
 from specprefill.kv.nixl.agent import agent_for, require
 from specprefill.kv.nixl.arena import Arena
@@ -19,7 +20,7 @@ from .carriers import CHUNKS, LAYERS, LEASE, Nixl, reader
 from .nixl_worker import FINGERPRINT, FRAMES, SECRET, Worker, payload
 
 TRANSPORTS = {"shared_memory": None, "tcp": "tcp"}
-TICKET = {"lease_id": LEASE, "secret": SECRET}
+TICKET = Ticket(Lease(LEASE, SECRET), (), "", 0)
 
 
 @pytest.fixture(scope="module", params=TRANSPORTS)

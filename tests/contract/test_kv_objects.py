@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from specprefill.core.errors import CorruptFrame, KvTransferError, LayoutMismatch, LeaseNotFound
-from specprefill.core.types import Ticket
+from specprefill.core.types import Lease, Ticket
 from specprefill.kv.announcements import Announcements
 from specprefill.kv.frames import Frame, decode, from_token, seal
 from specprefill.kv.leases import LeaseStore
@@ -39,7 +39,7 @@ def ticket(request):
             last = (layer, stop) == (1, TOKENS)
             frame = Frame(layer, start, stop, piece)
             leases.append("lease", seal(frame, "lease", locate.arena), last=last)
-    yield Ticket("lease", "secret", (server.start(),), "layout", TOKENS)
+    yield Ticket(Lease("lease", "secret"), (server.start(),), "layout", TOKENS)
     server.stop()
 
 
@@ -72,7 +72,7 @@ def client(request):
 
 
 def pull(client, relay, *, lease="lease", secret="secret", fingerprint="layout"):
-    ticket = {"lease_id": lease, "secret": secret}
+    ticket = Ticket(Lease(lease, secret), (), fingerprint, TOKENS)
     frames = []
     client.pull(relay.address, ticket, fingerprint, 0, 5.0).into(frames.append)
     return sorted(frames, key=lambda frame: frame.layer)
@@ -96,8 +96,8 @@ def test_collecting_leaves_the_lease_to_its_holder(ticket, collect):
 @pytest.mark.parametrize(
     ("changed", "error"),
     [
-        ({"lease_id": "other"}, LeaseNotFound),
-        ({"secret": "wrong"}, LeaseNotFound),
+        ({"lease": Lease("other", "secret")}, LeaseNotFound),
+        ({"lease": Lease("lease", "wrong")}, LeaseNotFound),
         ({"fingerprint": "another layout"}, LayoutMismatch),
     ],
 )
@@ -113,7 +113,7 @@ def test_lent_memory_is_free_again_when_lease_and_reader_are_gone():
     leases.open("lease", "secret")
     leases.append("lease", seal(Frame(0, 0, TOKENS, PAYLOAD), "lease", locate.arena), last=True)
     collector = KvCollector()
-    ticket = Ticket("lease", "secret", (server.start(),), "layout", TOKENS)
+    ticket = Ticket(Lease("lease", "secret"), (server.start(),), "layout", TOKENS)
     with collector.collected(ticket, 0, 5.0) as kv:
         leases.release("lease", "secret")
         assert decode(next(messages(kv)), "lease").payload == PAYLOAD

@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from dataclasses import replace
 
 import grpc
 import msgpack
 import pytest
 
 from specprefill.core.errors import CorruptFrame, KvTransferError, LayoutMismatch, LeaseNotFound
-from specprefill.core.types import Ticket
+from specprefill.core.types import Lease, Ticket
 from specprefill.kv.announcements import Announcement, Announcements
 from specprefill.kv.frames import Frame, Trailer, encode, seal
 from specprefill.kv.leases import LeaseStore
 from specprefill.kv.pull import KvClient
 from specprefill.kv.rpc import DRAIN, PULL, RELEASE, RENEW, WATCH, KvPeers, KvServer
 
-TICKET = {"lease_id": "lease", "secret": "secret"}
+TICKET = Ticket(Lease("lease", "secret"), (), "layout", 0)
 LAYERS, TOKENS, TOKEN_BYTES = 3, 64, 16
 
 
@@ -119,8 +120,8 @@ def test_what_the_receiver_raises_ends_the_pull(leases, address, client):
 @pytest.mark.parametrize(
     ("ticket", "fingerprint", "error"),
     [
-        ({"lease_id": "other", "secret": "secret"}, "layout", LeaseNotFound),
-        ({"lease_id": "lease", "secret": "wrong"}, "layout", LeaseNotFound),
+        (replace(TICKET, lease=Lease("other", "secret")), "layout", LeaseNotFound),
+        (replace(TICKET, lease=Lease("lease", "wrong")), "layout", LeaseNotFound),
         (TICKET, "another layout", LayoutMismatch),
     ],
 )
@@ -155,7 +156,7 @@ def test_a_cancelled_pull_leaves_the_lease(leases, address, client):
 
 async def test_renewing_from_asyncio_tells_whether_the_lease_is_there(leases, address):
     stage(leases, 0, TOKENS)
-    ticket = Ticket("lease", "secret", (address,), "layout", TOKENS)
+    ticket = Ticket(Lease("lease", "secret"), (address,), "layout", TOKENS)
     peers = KvPeers()
     assert await peers.renew(ticket)
     await peers.release(ticket)
@@ -165,7 +166,7 @@ async def test_renewing_from_asyncio_tells_whether_the_lease_is_there(leases, ad
 
 async def test_release_from_asyncio_is_idempotent(leases, address):
     stage(leases, 0, TOKENS)
-    ticket = Ticket("lease", "secret", (address,), "layout", TOKENS)
+    ticket = Ticket(Lease("lease", "secret"), (address,), "layout", TOKENS)
     releaser = KvPeers()
     await releaser.release(ticket)
     await releaser.release(ticket)
@@ -191,7 +192,7 @@ async def test_a_dead_peer_announces_nothing():
 
 async def test_releasing_at_a_dead_peer_is_no_error():
     releaser = KvPeers()
-    await releaser.release(Ticket("lease", "secret", ("127.0.0.1:9",), "layout", TOKENS))
+    await releaser.release(Ticket(Lease("lease", "secret"), ("127.0.0.1:9",), "layout", TOKENS))
     await releaser.close()
 
 

@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from specprefill.core.errors import KvTransferError
-from specprefill.core.types import Ticket
+from specprefill.core.types import Lease, Ticket
 from specprefill.kv.announcements import Announcements
 from specprefill.kv.frames import Frame, seal
 from specprefill.kv.leases import LeaseStore
@@ -45,7 +45,7 @@ def leases():
 @pytest.fixture
 def ticket(leases, tls):
     server = KvServer(leases, Announcements(), "layout", "127.0.0.1", tls=tls)
-    yield Ticket("lease", "secret", (server.start(),), "layout", 16)
+    yield Ticket(Lease("lease", "secret"), (server.start(),), "layout", 16)
     server.stop()
 
 
@@ -53,7 +53,7 @@ def pull(endpoint: str, tls: MutualTls | None) -> bytes:
     """Pull the lease as a decode worker does."""
     client = KvClient(tls)
     try:
-        asked = {"lease_id": "lease", "secret": "secret"}
+        asked = Ticket(Lease("lease", "secret"), (), "layout", 16)
         frames: list[Frame] = []
         client.pull(endpoint, asked, "layout", 0, 5.0).into(frames.append)
         return b"".join(bytes(frame.payload) for frame in frames)

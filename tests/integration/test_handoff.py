@@ -204,7 +204,7 @@ async def test_a_pull_that_fails_costs_time_not_tokens(engines, fault):
     prefilled = await engines.prefill.prefill(request, selection, 60.0)
     ticket = {
         "dead_peer": lambda t: replace(t, endpoints=("127.0.0.1:9",)),
-        "unknown_lease": lambda t: replace(t, lease_id="0" * 32),
+        "unknown_lease": lambda t: replace(t, lease=replace(t.lease, id="0" * 32)),
         "other_layout": lambda t: replace(t, fingerprint="0" * 32),
         "no_ticket": lambda _: None,
     }[fault](prefilled.ticket)

@@ -8,11 +8,13 @@ import random
 
 import pytest
 
+from specprefill.core.types import Lease
+
 from .conftest import BLOCK_SIZE, Runner
 
 pytestmark = pytest.mark.integration
 
-LEASE = {"lease_id": "lease", "secret": "secret"}
+LEASE = Lease("lease", "secret")
 
 
 class Prefill:
@@ -60,14 +62,13 @@ class Prefill:
         from vllm import SamplingParams
         from vllm.v1.core.sched.output import NewRequestData
 
-        from specprefill.engine.handoff.scheduler import PRODUCE
-        from specprefill.engine.params import KV_TRANSFER
+        from specprefill.engine.params import produce_args
 
         return NewRequestData(
             req_id="request",
             prompt_token_ids=[0] * self._tokens,
             mm_features=[],
-            sampling_params=SamplingParams(extra_args={KV_TRANSFER: {PRODUCE: LEASE}}),
+            sampling_params=SamplingParams(extra_args=produce_args(LEASE)),
             pooling_params=None,
             block_ids=(list(self._blocks),),
             num_computed_tokens=computed,

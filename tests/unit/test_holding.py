@@ -7,10 +7,10 @@ import asyncio
 import pytest
 
 from specprefill.core.errors import Unavailable
-from specprefill.core.types import Ticket
+from specprefill.core.types import Lease, Ticket
 from specprefill.kv.holding import held
 
-TICKET = Ticket("lease", "secret", ("peer:1",), "layout", 3)
+TICKET = Ticket(Lease("lease", "secret"), ("peer:1",), "layout", 3)
 
 
 class Leases:

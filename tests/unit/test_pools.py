@@ -27,6 +27,7 @@ from specprefill.core.errors import (
 from specprefill.core.types import (
     Chunk,
     Decoded,
+    Lease,
     Plan,
     PlanKind,
     Prefilled,
@@ -49,7 +50,7 @@ from specprefill.gateway.pools.replica_counts import ServeHealth
 REQUEST = Request("r", (1, 2, 3), b"")
 PLAN = Plan(PlanKind.PRUNE, Reason.ASKED, 0.5)
 SELECTION = dense(3, Reason.ASKED_OFF)
-TICKET = Ticket("lease", "secret", ("peer:1",), "layout", 3)
+TICKET = Ticket(Lease("lease", "secret"), ("peer:1",), "layout", 3)
 REPLAY: Replay = ((1,),)
 OBJECTS = ["a reference"]
 PREFILLED = Prefilled(Chunk(0, (1,), "a"), TICKET, 0.0, 0.0)

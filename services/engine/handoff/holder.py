@@ -57,10 +57,10 @@ class Holder:
         layer = self._caches.layers[layer_name]
         for order in orders.stages:
             if order.start == 0 and layer == self._layers[0]:
-                self._keeper.ask("open", order.lease_id, order.secret)
+                self._keeper.ask("open", order.lease.id, order.lease.secret)
             self._stager.stage(order, layer, cache, last_layer=layer == self._layers[-1])
             if order.stop == order.tokens and layer == self._announced_layer(order):
-                self._keeper.ask("announce", order.lease_id, order.tokens)
+                self._keeper.ask("announce", order.lease.id, order.tokens)
 
     def finish_step(self, orders: Orders) -> None:
         """After the last layer: drop what was aborted, let handed-out leases age.
@@ -70,9 +70,9 @@ class Holder:
         """
         self._keeper.check()
         for order in orders.stages:
-            self._caches.forget(order.lease_id)
-        for lease_id, secret in orders.drops:
-            self._keeper.ask("release", lease_id, secret)
+            self._caches.forget(order.lease.id)
+        for lease in orders.drops:
+            self._keeper.ask("release", lease.id, lease.secret)
         for lease_id in orders.issued:
             self._keeper.ask("issue", lease_id)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
@@ -12,6 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from ...config import KvTls
+from ...core.types import Lease, Ticket
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,7 @@ class Endpoint(KVConnectorHandshakeMetadata):  # type: ignore[misc]
 class Stage:
     """Copy tokens `[start, stop)` of a request out of its blocks, layer by layer."""
 
-    lease_id: str
-    secret: str
+    lease: Lease
     start: int
     stop: int
     tokens: int  # k, all prompt tokens of the request
@@ -57,7 +56,7 @@ class Pull:
     """Fetch tokens `[start, stop)` of a lease into a request's blocks."""
 
     request_id: str
-    ticket: dict[str, Any]  # lease_id, secret, endpoints, fingerprint
+    ticket: Ticket
     start: int
     stop: int
     blocks: list[int]
@@ -69,7 +68,7 @@ class Orders(KVConnectorMetadata):  # type: ignore[misc]
 
     stages: list[Stage] = field(default_factory=list)
     pulls: list[Pull] = field(default_factory=list)
-    drops: list[tuple[str, str]] = field(default_factory=list)  # (lease id, secret)
+    drops: list[Lease] = field(default_factory=list)
     issued: list[str] = field(default_factory=list)  # leases whose ticket is on its way
 
 

@@ -147,7 +147,7 @@ class Puller:
 
     def _fetch(self, order: Pull, computed: CopyEvent) -> float:
         """Return for how many seconds the KV was complete at the peer when all was here."""
-        if order.ticket["fingerprint"] != self._caches.fingerprint:
+        if order.ticket.fingerprint != self._caches.fingerprint:
             raise LayoutMismatch("kv: the ticket's layout is not this engine's")
         blocks = self._caches.block_tensor(order.request_id, order.blocks)
         stream = self._device.stream()
@@ -164,7 +164,7 @@ class Puller:
     def _fetch_from(self, arrival: _Arrival) -> float:
         order, source = arrival.order, arrival.source
         pull = self._client.pull(
-            order.ticket["endpoints"][source.rank],
+            order.ticket.endpoints[source.rank],
             order.ticket,
             self._caches.fingerprint,
             order.start,

@@ -8,16 +8,15 @@ from typing import Any
 
 from vllm.v1.request import Request, RequestStatus
 
+from ...core.types import Lease, Ticket
+from ..params import KV_TRANSFER, PullOutcome, handed_over, lease_in, pulled, ticket_in
 from .block_hashes import PositionHasher
 from .orders import Endpoint, Orders, Pull, PullTimes, Stage
-
-PRODUCE = "produce"  # in kv_transfer_params: stage this request under the lease it names
-CONSUME = "consume"  # in kv_transfer_params: pull the ticket it holds
 
 
 @dataclass(slots=True)
 class _Produced:
-    lease: dict[str, Any]
+    lease: Lease
     blocks: list[int]
     tokens: int
     staged: int = 0  # tokens that are with the lease already, or on their way to it
@@ -42,7 +41,7 @@ class SchedulerHalf:
         self._produced: dict[str, _Produced] = {}
         self._consumed: dict[str, _Consumed] = {}
         self._pulls: dict[str, Pull] = {}
-        self._drops: list[tuple[str, str]] = []
+        self._drops: list[Lease] = []
         self._issued: list[str] = []
 
     def peers(self, endpoints: list[Endpoint]) -> None:
@@ -59,16 +58,16 @@ class SchedulerHalf:
 
     def tokens_to_pull(self, request: Request, computed: int) -> int:
         """All prompt tokens this engine lacks; 0 on the retry after a failed pull."""
-        if not _has(request, CONSUME) or request.request_id in self._consumed:
+        if request.request_id in self._consumed or ticket_in(request.kv_transfer_params) is None:
             return 0
         return int(request.num_prompt_tokens) - computed
 
     def allocated(self, request: Request, blocks: list[int], tokens: int) -> None:
         """Order the pull; from now on the request is pulled, or computed here."""
-        if tokens == 0 or not _has(request, CONSUME):
+        ticket = ticket_in(request.kv_transfer_params)
+        if tokens == 0 or ticket is None:
             return
         stop = request.num_prompt_tokens
-        ticket = request.kv_transfer_params[CONSUME]
         self._consumed[request.request_id] = _Consumed(time.monotonic())
         self._pulls[request.request_id] = Pull(
             request.request_id, ticket, stop - tokens, stop, list(blocks)
@@ -99,38 +98,31 @@ class SchedulerHalf:
     def finished(self, request: Request) -> dict[str, Any] | None:
         """What the engine's last output tells the service: a ticket, or how the pull went."""
         self._pulls.pop(request.request_id, None)
-        if _has(request, PRODUCE):
-            return self._hand_over(request)
+        lease = lease_in(request.kv_transfer_params)
+        if lease is not None:
+            return self._hand_over(request, lease)
         record = self._consumed.pop(request.request_id, None)
         if record is None or record.pull_s is None:
             return None
-        return {
-            "pull_s": record.pull_s,
-            "exposed_s": record.exposed_s,
-            "recomputed": record.failed,
-        }
+        return pulled(PullOutcome(record.pull_s, record.exposed_s, record.failed))
 
-    def _hand_over(self, request: Request) -> dict[str, Any] | None:
+    def _hand_over(self, request: Request, lease: Lease) -> dict[str, Any] | None:
         """A ticket, if the prompt was computed to its end and the answer goes on."""
         produced = self._produced.pop(request.request_id, None)
-        lease = request.kv_transfer_params[PRODUCE]
         whole = request.num_computed_tokens >= request.num_prompt_tokens
         if produced is None or not whole or request.status != RequestStatus.FINISHED_LENGTH_CAPPED:
-            self._drops.append((lease["lease_id"], lease["secret"]))
+            self._drops.append(lease)
             return None
-        self._issued.append(lease["lease_id"])
-        return {
-            "lease_id": lease["lease_id"],
-            "secret": lease["secret"],
-            "endpoints": [endpoint.address for endpoint in self._endpoints],
-            "fingerprint": self._endpoints[0].fingerprint,
-            "tokens": produced.tokens,
-        }
+        self._issued.append(lease.id)
+        endpoints = tuple(endpoint.address for endpoint in self._endpoints)
+        return handed_over(
+            Ticket(lease, endpoints, self._endpoints[0].fingerprint, produced.tokens)
+        )
 
     def _stage_new(self, step: Any, orders: Orders) -> None:
         for new in step.scheduled_new_reqs:
             extra = (new.sampling_params and new.sampling_params.extra_args) or {}
-            lease = extra.get("kv_transfer_params", {}).get(PRODUCE)
+            lease = lease_in(extra.get(KV_TRANSFER))
             if lease is None:
                 continue
             blocks = list(new.block_ids[0])
@@ -167,18 +159,12 @@ def _stage(orders: Orders, produced: _Produced, stop: int) -> None:
     start, stop = produced.staged, min(stop, produced.tokens)
     if start < stop:
         produced.staged = stop
-        lease = produced.lease
         orders.stages.append(
             Stage(
-                lease_id=lease["lease_id"],
-                secret=lease["secret"],
+                lease=produced.lease,
                 start=start,
                 stop=stop,
                 tokens=produced.tokens,
                 blocks=list(produced.blocks),
             )
         )
-
-
-def _has(request: Request, role: str) -> bool:
-    return role in (request.kv_transfer_params or {})

@@ -55,7 +55,7 @@ class Stager:
             stop = min(start + self._piece_tokens, order.stop)
             last = last_layer and stop == order.tokens
             if not self._copy(order, layer, cache, Span(start, stop), last=last):
-                self._keeper.ask("drop", order.lease_id)
+                self._keeper.ask("drop", order.lease.id)
                 return
 
     def _copy(
@@ -69,14 +69,14 @@ class Stager:
             return False
         offset, _ = room  # the link keeps it taken
         self._wait_for(size)
-        blocks = self._caches.block_tensor(order.lease_id, order.blocks)
+        blocks = self._caches.block_tensor(order.lease.id, order.blocks)
         kv = self._caches.layout.read(cache, blocks, tokens.start, tokens.stop)
         source = _framed(kv, self._frame_tokens * token_bytes, size)
         copied = self._stream.copy_out(source, self._memory[offset : offset + size])
         self._copying.append((copied, size))
         self._copying_bytes += size
         piece = Piece(
-            order.lease_id,
+            order.lease.id,
             layer,
             tokens.start,
             tokens.stop,

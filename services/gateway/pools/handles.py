@@ -114,7 +114,7 @@ class ServePrefiller:
                     yield early
                 elif prefilled is not None:
                     ticket = prefilled.ticket
-                    lease_id = "" if ticket is None else ticket.lease_id
+                    lease_id = "" if ticket is None else ticket.lease.id
                     self.carried[lease_id] = objects
                     try:
                         yield prefilled
@@ -140,7 +140,7 @@ class ServeDecoder:
     ) -> AsyncGenerator[Decoded]:
         """See `ports.Decoder`."""
         payload = wire.pack((request, selection, ticket, replay, timeout_s))
-        objects = [] if ticket is None else self.carried.get(ticket.lease_id, [])
+        objects = [] if ticket is None else self.carried.get(ticket.lease.id, [])
         call = self.handle.options(method_name="decode", stream=True)
         decoding = _streamed(call, "decode", DecodeUnavailable, timeout_s, payload, objects)
         async with decoding as items:

@@ -21,6 +21,7 @@ import grpc
 import msgpack
 
 from ...core.errors import CorruptFrame, KvTransferError, LeaseNotFound
+from ...core.types import Ticket
 from ..channels import Channels
 from ..frames import Frame, Trailer, decode, encode
 from ..leases import LeaseStore
@@ -156,10 +157,10 @@ class DeviceClient:
         self._channels = Channels(tls)
 
     def pull(
-        self, endpoint: str, ticket: dict[str, Any], fingerprint: str, start: int, timeout_s: float
+        self, endpoint: str, ticket: Ticket, fingerprint: str, start: int, timeout_s: float
     ) -> DevicePull:
         """Begin to read the tokens from `start` on. See `KvClient.pull`."""
-        query = PullQuery(ticket["lease_id"], ticket["secret"], fingerprint, start, timeout_s)
+        query = PullQuery(ticket.lease.id, ticket.lease.secret, fingerprint, start, timeout_s)
         call: Any = self._channels.to(endpoint).unary_stream(READ_DEVICE)
         stream = call(query.packed(), timeout=timeout_s)
         return DevicePull(

@@ -22,6 +22,7 @@ import grpc
 import msgpack
 
 from ...core.errors import CorruptFrame, KvTransferError, LeaseNotFound
+from ...core.types import Ticket
 from ..channels import Channels
 from ..frames import Frame, Trailer, decode, encode
 from ..leases import LeaseStore
@@ -174,10 +175,10 @@ class NixlClient:
         self._agent.register(self._landing)
 
     def pull(
-        self, endpoint: str, ticket: dict[str, Any], fingerprint: str, start: int, timeout_s: float
+        self, endpoint: str, ticket: Ticket, fingerprint: str, start: int, timeout_s: float
     ) -> NixlPull:
         """Begin to read the tokens from `start` on. See `KvClient.pull`."""
-        query = PullQuery(ticket["lease_id"], ticket["secret"], fingerprint, start, timeout_s)
+        query = PullQuery(ticket.lease.id, ticket.lease.secret, fingerprint, start, timeout_s)
         call: Any = self._channels.to(endpoint).unary_stream(READ)
         stream = call(query.packed(), timeout=timeout_s)
         return NixlPull(self._agent, self._landing, endpoint, stream, query.lease_id)

@@ -54,7 +54,7 @@ class KvCollector:
         Raises KvTransferError.
         """
         peer = ticket.endpoints[rank]
-        query = PullQuery(ticket.lease_id, ticket.secret, ticket.fingerprint, 0, timeout_s)
+        query = PullQuery(ticket.lease.id, ticket.lease.secret, ticket.fingerprint, 0, timeout_s)
         map_call: Any = self._channels.to(peer).unary_stream(LOCATE)
         lending = map_call(query.packed(), timeout=timeout_s)
         try:
@@ -183,12 +183,12 @@ class KvRelay:
     def offer(self, ticket: Ticket, kv: KvObject) -> None:
         """Let `kv` be pulled with the ticket, any number of times, until withdrawn."""
         with self._lock:
-            self._offers[ticket.lease_id] = _Offer(ticket.secret, ticket.fingerprint, kv)
+            self._offers[ticket.lease.id] = _Offer(ticket.lease.secret, ticket.fingerprint, kv)
 
     def withdraw(self, ticket: Ticket) -> None:
         """Forget the object. Idempotent."""
         with self._lock:
-            self._offers.pop(ticket.lease_id, None)
+            self._offers.pop(ticket.lease.id, None)
 
     def pull(self, message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Stream an object's messages, from its first token on: the worker skips what it has."""
