@@ -21,7 +21,7 @@ from specprefill.config import SelectionConfig, SpeculatorConfig
 from specprefill.control.from_config import BLOCK_TOKENS, selection_policy
 from specprefill.core.keep_rate import AutoKeep, RuleName
 from specprefill.core.selection import Scores, SelectionPolicy, select
-from specprefill.core.types import Plan, PlanKind, Reason, Selection, Span
+from specprefill.core.types import KeepRange, Plan, PlanKind, Reason, Selection, Span
 from specprefill.lab.families.catalog import FAMILIES, generate
 from specprefill.lab.reporting.tables import markdown, provenance, write_json
 
@@ -97,7 +97,7 @@ def variants(policy: SelectionPolicy) -> Iterator[Variant]:
     """The fixed rates, and every rule: as it is, dense for the unsure, and careful with them."""
     for keep in FIXED:
         yield Variant(f"keep {keep:g}", Plan(PlanKind.PRUNE, Reason.ASKED, keep), policy)
-    automatic = Plan(PlanKind.PRUNE, Reason.AUTO, keep=1.0, floor=FLOOR)
+    automatic = Plan(PlanKind.PRUNE, Reason.AUTO, within=KeepRange(FLOOR, 1.0))
     for guard, unsure_share in _guards(policy.auto):
         for rule, settings in SETTINGS.items():
             for setting in settings:

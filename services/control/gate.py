@@ -241,7 +241,7 @@ class Gate:
         tokens = len(request.prompt)
         if plan.kind is PlanKind.DENSE:
             return Ask(tokens, 1.0, 1.0, request.timeout_s)
-        keep = min(plan.keep, _BELOW_DENSE)
+        keep = min(plan.highest_keep, _BELOW_DENSE)
         return Ask(tokens, keep, min(keep, self._floor(request, plan)), request.timeout_s)
 
     def _floor(self, request: Request, plan: Plan) -> float:
@@ -249,8 +249,8 @@ class Gate:
         controls = request.controls
         if controls.floor is not None:
             return controls.floor
-        if plan.floor is not None:
-            return plan.floor
+        if plan.within is not None:
+            return plan.within.floor
         return self._keep_floor if controls.keep is None else controls.keep
 
     def _enter(self, place: Place) -> None:
@@ -348,8 +348,9 @@ class AdmittingPipeline:
 
 def _bent(plan: Plan, keep: float) -> Plan:
     """The plan with a lower keep rate; where the scores choose, with a lower highest one."""
-    if plan.floor is not None:
-        return replace(plan, keep=max(keep, plan.floor))
+    if plan.within is not None:
+        ceiling = max(keep, plan.within.floor)
+        return replace(plan, within=replace(plan.within, ceiling=ceiling))
     return replace(plan, keep=keep, reason=Reason.LOAD)
 
 

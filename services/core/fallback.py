@@ -63,7 +63,7 @@ class Fallback:
             case OnOverload.DENSE:
                 return dense(len(request.prompt), reason)
             case OnOverload.STATIC:
-                static = replace(plan, reason=reason, keep=_nominal(plan), floor=None)
+                static = replace(plan, reason=reason, keep=_nominal(plan), within=None)
                 return static_selection(request.prompt, static, request.protected, self.policy)
             case OnOverload.SHED:
                 message = f"{_MESSAGES[reason]}; try again later"
@@ -83,7 +83,9 @@ def static_selection(
 
 
 def _nominal(plan: Plan) -> float:
-    return plan.keep if plan.floor is None else min(plan.keep, max(plan.floor, NOMINAL_KEEP))
+    if plan.within is None:
+        return plan.keep
+    return min(plan.within.ceiling, max(plan.within.floor, NOMINAL_KEEP))
 
 
 def _static_scores(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from .types import Controls, Expected, Plan, PlanKind, Reason, Request
+from .types import Controls, Expected, KeepRange, Plan, PlanKind, Reason, Request
 
 # Of the facts of a draft's self-test, what it must keep. By chance one in seven is: five or more of
 # eight, once in 500.
@@ -46,7 +46,7 @@ class Planner:
         plan = self._pruned(request.controls)
         if plan.kind is PlanKind.DENSE or self.gain is None:
             return plan
-        keep = plan.keep if plan.floor is None else None
+        keep = plan.keep if plan.within is None else None
         expected = self.gain.expected(request, keep)
         if not is_asked(request.controls) and not self._pays(expected):
             return Plan(PlanKind.DENSE, Reason.NO_GAIN, expected=expected)
@@ -60,7 +60,8 @@ class Planner:
             ceiling = self.ceiling if controls.ceiling is None else controls.ceiling
             if floor >= 1.0:
                 return Plan(PlanKind.DENSE, Reason.KEEP_IS_ONE)
-            return Plan(PlanKind.PRUNE, Reason.AUTO, max(floor, ceiling), floor=floor)
+            within = KeepRange(floor, max(floor, ceiling))
+            return Plan(PlanKind.PRUNE, Reason.AUTO, within=within)
         if controls.ceiling is not None:
             keep = min(keep, controls.ceiling)
         if controls.floor is not None:

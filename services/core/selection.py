@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .keep_rate import AutoKeep, needed
-from .types import Plan, PlanKind, Reason, Selection, Span, dense
+from .types import KeepRange, Plan, PlanKind, Reason, Selection, Span, dense
 
 Scores = NDArray[np.float32]  # [N], one score per prompt token
 Mask = NDArray[np.bool_]  # [N]
@@ -53,7 +53,7 @@ def select(
     least half of the budget on top of what is protected, so heavy protection makes
     `Selection.keep_rate` exceed `plan.keep` instead of silently pushing the scored text out.
 
-    Where the plan has a floor, the scores choose the keep rate, up from the floor; `certainty` in
+    Where the plan has a range, the scores choose the keep rate, up from its floor; `certainty` in
     [0, 1] is how sure the draft model was of its least sure look-ahead token.
 
     Ties go to the later chunk. Dense, with its reason, where no whole chunk would be dropped,
@@ -69,8 +69,8 @@ def select(
     kept = _protected_mask(len(scores), protected, policy)
     anything_protected = bool(kept.any())
     worth = _worth(scores, kept, policy)
-    if plan.floor is not None:
-        chosen = _automatic(worth, kept, plan.floor, plan.keep, policy, certainty)
+    if plan.within is not None:
+        chosen = _automatic(worth, kept, plan.within, policy, certainty)
         if isinstance(chosen, Reason):
             return dense(len(scores), chosen)
         plan = replace(plan, keep=chosen)
@@ -91,7 +91,7 @@ def settle(
     if plan.kind is PlanKind.DENSE:
         return dense(prompt_tokens, plan.reason)
     chunks = math.ceil(prompt_tokens / policy.chunk_tokens)
-    least = plan.keep if plan.floor is None else plan.floor
+    least = plan.keep if plan.within is None else plan.within.floor
     if _asked_chunks(chunks, least) >= chunks:
         return dense(prompt_tokens, Reason.KEEP_IS_ONE)
     if policy.min_kept_tokens >= prompt_tokens:
@@ -175,8 +175,7 @@ def _worth(scores: Scores, protected: Mask, policy: SelectionPolicy) -> NDArray[
 def _automatic(
     worth: NDArray[np.float64],
     protected: Mask,
-    floor: float,
-    ceiling: float,
+    within: KeepRange,
     policy: SelectionPolicy,
     certainty: float,
 ) -> float | Reason:
@@ -187,7 +186,7 @@ def _automatic(
     if chunks > policy.auto.most_chunks * len(of_open):
         return Reason.SPREAD_SCORES if sure else Reason.UNCERTAIN
     wanted = (chunks * policy.chunk_tokens + int(protected.sum())) / len(protected)
-    return min(max(wanted, floor), ceiling)
+    return min(max(wanted, within.floor), within.ceiling)
 
 
 def _chosen_chunks(
@@ -201,7 +200,7 @@ def _chosen_chunks(
     size = policy.chunk_tokens
     budget = budget_chunks(len(protected), plan.keep, policy)
     free = _free(protected, size)
-    least = 1 if plan.floor is not None else math.ceil(budget / 2)
+    least = math.ceil(budget / 2) if plan.within is None else 1
     missing = max(budget * size - int(protected.sum()), least * size)
     order = len(worth) - 1 - np.argsort(-worth[::-1], kind="stable")
     open_chunks = order[free[order] > 0]

@@ -70,14 +70,27 @@ class Expected:
 
 
 @dataclass(frozen=True, slots=True)
+class KeepRange:
+    """The keep rates that the scores choose from, in (0, 1]."""
+
+    floor: float
+    ceiling: float
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Prune to `keep` of the prompt, or prefill all of it; always with a reason."""
 
     kind: PlanKind
     reason: Reason
-    keep: float = 1.0  # nominal keep rate in (0, 1]; the highest one where there is a floor
-    floor: float | None = None  # not None: the scores choose, between this and `keep`
+    keep: float = 1.0  # keep rate in (0, 1]; of no meaning until the scores chose it from `within`
+    within: KeepRange | None = None  # not None: the scores choose the keep rate
     expected: Expected | None = None  # None: not estimated
+
+    @property
+    def highest_keep(self) -> float:
+        """The highest keep rate that the plan allows."""
+        return self.keep if self.within is None else self.within.ceiling
 
 
 @dataclass(frozen=True, slots=True)

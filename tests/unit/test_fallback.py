@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from specprefill.core.fallback import NOMINAL_KEEP, Fallback, OnOverload, static_selection
 from specprefill.core.selection import SelectionPolicy
-from specprefill.core.types import Plan, PlanKind, Reason, Request, Span
+from specprefill.core.types import KeepRange, Plan, PlanKind, Reason, Request, Span
 
 POLICY = SelectionPolicy(chunk_tokens=32, min_kept_tokens=64, sink_tokens=4, tail_tokens=16)
 PLAN = Plan(PlanKind.PRUNE, Reason.SPECULATOR_OVERLOADED, keep=0.2)
@@ -75,7 +75,7 @@ def test_it_obeys_the_rate_and_what_is_protected(tokens, keep, words, start, len
     [(0.05, 1.0, NOMINAL_KEEP), (0.5, 1.0, 0.5), (0.05, 0.1, 0.1)],
 )
 def test_where_the_scores_would_have_chosen_the_nominal_rate_is_kept(floor, ceiling, keep):
-    plan = Plan(PlanKind.PRUNE, Reason.AUTO, ceiling, floor=floor)
+    plan = Plan(PlanKind.PRUNE, Reason.AUTO, within=KeepRange(floor, ceiling))
     request = Request("r", tuple(text(4000)), b"")
     fallback = Fallback(OnOverload.STATIC, POLICY)
     selection = fallback.selection(request, plan, Reason.SPECULATOR_TIMEOUT, 1.0)

@@ -3,7 +3,7 @@
 import pytest
 
 from specprefill.core.plan import Planner
-from specprefill.core.types import Controls, PlanKind, Reason, Request
+from specprefill.core.types import Controls, KeepRange, PlanKind, Reason, Request
 
 PLANNER = Planner(enabled=True, keep=0.3, min_prompt_tokens=1000)
 
@@ -59,12 +59,12 @@ AUTO = Planner(enabled=True, keep=None, min_prompt_tokens=1000, floor=0.1, ceili
 def test_the_scores_choose_between_floor_and_ceiling(controls, planner, floor, ceiling):
     got = plan(controls, planner=planner)
     assert (got.kind, got.reason) == (PlanKind.PRUNE, Reason.AUTO)
-    assert (got.floor, got.keep) == (floor, ceiling)
+    assert got.within == KeepRange(floor, ceiling)
 
 
 def test_a_rate_goes_before_the_automatic_one():
     got = plan(Controls(keep=0.3), planner=AUTO)
-    assert (got.reason, got.keep, got.floor) == (Reason.ASKED, 0.3, None)
+    assert (got.reason, got.keep, got.within) == (Reason.ASKED, 0.3, None)
 
 
 def test_a_ceiling_lowers_the_default_rate():

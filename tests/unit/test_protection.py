@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from specprefill.core.protection import merged, protected_spans, special_spans
 from specprefill.core.selection import SelectionPolicy, select
-from specprefill.core.types import Plan, PlanKind, Reason
+from specprefill.core.types import KeepRange, Plan, PlanKind, Reason
 
 BOS = "<s>"
 TOKEN = re.compile(r"<[^<>]*>| ?[^ <]+|.", re.DOTALL)
@@ -32,7 +32,7 @@ conversations = st.builds(
 plans = st.one_of(
     st.floats(0.001, 1.0).map(lambda keep: Plan(PlanKind.PRUNE, Reason.ASKED, keep)),
     st.tuples(st.floats(0.001, 0.5), st.floats(0.5, 1.0)).map(
-        lambda bounds: Plan(PlanKind.PRUNE, Reason.AUTO, bounds[1], floor=bounds[0])
+        lambda bounds: Plan(PlanKind.PRUNE, Reason.AUTO, within=KeepRange(*bounds))
     ),
 )
 policies = st.builds(

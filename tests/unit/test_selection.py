@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from specprefill.core.keep_rate import AutoKeep, RuleName
 from specprefill.core.selection import Scores, SelectionPolicy, budget_chunks, select, settle
-from specprefill.core.types import Plan, PlanKind, Reason, Selection, Span
+from specprefill.core.types import KeepRange, Plan, PlanKind, Reason, Selection, Span
 
 BARE = SelectionPolicy(chunk_tokens=32, min_kept_tokens=1, sink_tokens=0, tail_tokens=0)
 
@@ -209,7 +209,7 @@ def test_an_empty_prompt_is_refused() -> None:
 
 
 def automatic(floor: float = 0.05, ceiling: float = 1.0) -> Plan:
-    return Plan(PlanKind.PRUNE, Reason.AUTO, ceiling, floor=floor)
+    return Plan(PlanKind.PRUNE, Reason.AUTO, within=KeepRange(floor, ceiling))
 
 
 def peaked_scores(tokens: int, peaks: int, high: float = 1.0) -> Scores:

@@ -82,7 +82,7 @@ class ArrivalCounts:
         plan, tokens = plan_of(request), len(request.prompt)
         if plan.kind is PlanKind.DENSE:
             return tokens
-        keep = plan.keep if plan.floor is None else self._traffic.keep_rate  # the scores choose
+        keep = plan.keep if plan.within is None else self._traffic.keep_rate  # the scores choose
         return expected_kept(tokens, keep, request.protected, self._policy)
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from ...config import SelectionConfig, SpeculatorConfig, local_path
 from ...control.from_config import selection_policy
 from ...core.selection import SelectionPolicy, select
-from ...core.types import Plan, PlanKind, Reason, Selection, Span, dense
+from ...core.types import KeepRange, Plan, PlanKind, Reason, Selection, Span, dense
 from ...speculator.jobs import Rating
 from ...speculator.scorer import Scorer, load_scorer
 from ..families.task import Task
@@ -134,7 +134,9 @@ def load_pair(
     return Pair(
         renderer=Renderer(tokenizer, selection.tail_tokens),
         policy=selection_policy(selection),
-        automatic=Plan(PlanKind.PRUNE, Reason.AUTO, selection.ceiling, floor=selection.floor),
+        automatic=Plan(
+            PlanKind.PRUNE, Reason.AUTO, within=KeepRange(selection.floor, selection.ceiling)
+        ),
         speculator=scorer,
         answerer=load_answerer(model, speculator, tokenizer) if answered else None,
         own_scorer=load_scorer(own, selection.pool_tokens) if ceiling else None,
