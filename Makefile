@@ -54,6 +54,7 @@ check: $(INSTALLED) ## Format, lint, dead code, types, import contracts, generat
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/vulture
+	@mkdir -p out/types && ln -sfn ../../services out/types/specprefill
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	@$(MAKE) --no-print-directory proto-check

@@ -25,7 +25,7 @@ from specprefill.lab.reporting.tables import markdown, provenance, write_json
 from . import ttft
 
 if TYPE_CHECKING:
-    from specprefill.core.pipeline import Pipeline
+    from specprefill.core.ports import Answerer
 
 OUT = Path("out")
 OUTPUT_TOKENS = 16
@@ -53,7 +53,7 @@ class Run:
         )
 
 
-async def answer(pipeline: Pipeline, way: str, asked: Request) -> Run:
+async def answer(pipeline: Answerer, way: str, asked: Request) -> Run:
     """Run one request to its end. Raises RuntimeError unless tokens came one by one."""
     started_s = time.perf_counter()
     token_s, report = [], None
@@ -74,7 +74,11 @@ async def measure(
     rng = random.Random(seed)
     runs: list[Run] = []
     async with local_pipeline(config) as pipeline:
-        pipelines = {way: replace(pipeline, overlap=early) for way, early in WAYS.items()}
+        inner = pipeline.pipeline
+        pipelines = {
+            way: replace(pipeline, pipeline=replace(inner, overlap=early))
+            for way, early in WAYS.items()
+        }
         for repeat in range(repeats + 1):
             for way, one in pipelines.items():
                 asked = ttft.request(prompt_tokens, keep, vocabulary, rng, OUTPUT_TOKENS)

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from specprefill.core.selection import SelectionPolicy, select
+from specprefill.config import SelectionConfig
+from specprefill.control.from_config import selection_policy
+from specprefill.core.selection import select
 from specprefill.core.types import Plan, PlanKind, Reason, Selection
 from specprefill.lab.reporting.tables import markdown, provenance, write_json
 from specprefill.speculator.draft import as_draft
@@ -154,7 +156,7 @@ def _round(
     for keep in keeps:
         scores, speculate_s = timed(device, lambda: scorer.score([tuple(prompt.tolist())])[0])
         plan = Plan(PlanKind.PRUNE, Reason.ASKED, keep)
-        positions = _positions(select(scores, plan, (), SelectionPolicy()))
+        positions = _positions(select(scores, plan, (), selection_policy(SelectionConfig())))
         prefill_s = _prefill_s(main, device, prompt, positions)
         measured.append((len(positions), speculate_s, prefill_s))
     return measured

@@ -18,12 +18,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from specprefill.config import SelectionConfig, SpeculatorConfig
-from specprefill.control.from_config import BLOCK_TOKENS, selection_policy
-from specprefill.core.keep_rate import AutoKeep, RuleName
+from specprefill.control.from_config import selection_policy
+from specprefill.core.keep_rate import AutoKeep
+from specprefill.core.prefix_digests import BLOCK_TOKENS
 from specprefill.core.selection import Scores, SelectionPolicy, select
 from specprefill.core.types import KeepRange, Plan, PlanKind, Reason, Selection, Span
 from specprefill.lab.families.catalog import FAMILIES, generate
 from specprefill.lab.reporting.tables import markdown, provenance, write_json
+
+from .keep_rate_rules import RULES, RuleName
 
 OUT = Path("out")
 FIXED = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0)
@@ -101,7 +104,7 @@ def variants(policy: SelectionPolicy) -> Iterator[Variant]:
     for guard, unsure_share in _guards(policy.auto):
         for rule, settings in SETTINGS.items():
             for setting in settings:
-                auto = AutoKeep(rule, setting, guard, unsure_share, policy.auto.most_chunks)
+                auto = AutoKeep(guard, RULES[rule], setting, unsure_share, policy.auto.most_chunks)
                 yield Variant(name_of(auto), automatic, replace(policy, auto=auto))
 
 
@@ -118,9 +121,14 @@ def _guards(auto: AutoKeep) -> tuple[tuple[float, float], ...]:
     return (0.0, 0.0), (auto.least_certainty, 0.0), (auto.least_certainty, auto.unsure_share)
 
 
+def _rule_name(auto: AutoKeep) -> RuleName:
+    (name,) = (name for name, rule in RULES.items() if rule is auto.rule)
+    return name
+
+
 def name_of(auto: AutoKeep) -> str:
     """As the tables call it."""
-    rule = f"{auto.rule.value} {auto.setting:g}"
+    rule = f"{_rule_name(auto)} {auto.setting:g}"
     if auto.least_certainty == 0.0:
         return rule
     unsure = f"peaks {auto.unsure_share:g}" if auto.unsure_share > 0 else "dense"

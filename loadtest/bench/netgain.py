@@ -124,9 +124,8 @@ async def measure(config: AppConfig, rounds: int, vocabulary: int, seed: int) ->
     rng = random.Random(seed)
     prompts, gain, runs = Prompts(vocabulary, rng), net_gain(config), []
     async with local_pipeline(config, gain) as pipeline:
-        probe = Probe(
-            pipeline.speculator, pipeline.prefiller, prompts.plain, MAX_TOKENS - 1, 0.5, 60.0
-        )
+        inner = pipeline.pipeline
+        probe = Probe(inner.speculator, inner.prefiller, prompts.plain, MAX_TOKENS - 1, 0.5, 60.0)
         await probe.run(gain.models)
 
         async def ask(request: Request, way: str) -> Report:

@@ -56,7 +56,7 @@ class LocalPrefiller:
 @asynccontextmanager
 async def local_pipeline(
     config: AppConfig, gain: NetGain | None = None
-) -> AsyncIterator[PlannedPipeline]:
+) -> AsyncIterator[PlannedPipeline[Pipeline]]:
     """Start the three services, and stop them at the end. `gain` decides what pays."""
     gain = net_gain(config) if gain is None else gain
     async with AsyncExitStack() as stack:

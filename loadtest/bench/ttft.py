@@ -26,7 +26,7 @@ from specprefill.core.types import Controls, PlanKind, Report, Request
 from specprefill.lab.reporting.tables import markdown, provenance, write_json
 
 if TYPE_CHECKING:
-    from specprefill.core.pipeline import Pipeline
+    from specprefill.core.ports import Answerer
 
 OUT = Path("out")
 LENGTHS = (1024, 4096, 8192)
@@ -156,7 +156,7 @@ def request(
     )
 
 
-async def answer(pipeline: Pipeline, asked: Request) -> Report:
+async def answer(pipeline: Answerer, asked: Request) -> Report:
     """Run one request to its end."""
     report = None
     async for chunk in pipeline.generate(asked):

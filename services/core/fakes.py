@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from .errors import SpecPrefillError
 from .plan import Planner
@@ -28,6 +29,8 @@ from .types import (
     Span,
     Ticket,
 )
+
+Inner = TypeVar("Inner", bound=Answerer)
 
 
 @dataclass(slots=True)
@@ -182,17 +185,17 @@ def _finished(chunk: Chunk, reason: str) -> Chunk:
     return Chunk(chunk.index, chunk.token_ids, chunk.text, finish_reason=reason)
 
 
-class PlannedPipeline:
+@dataclass(frozen=True, slots=True)
+class PlannedPipeline(Generic[Inner]):
     """Plans each request and gives it to a pipeline, as a gateway's client does."""
 
-    def __init__(self, pipeline: Answerer, planner: Planner) -> None:
-        self._pipeline = pipeline
-        self._planner = planner
+    pipeline: Inner
+    planner: Planner
 
     def generate(self, request: Request) -> AsyncGenerator[Chunk]:
         """See Pipeline.generate."""
-        return self._pipeline.generate(self._planner.planned(request))
+        return self.pipeline.generate(self.planner.planned(request))
 
     async def select(self, request: Request) -> Selection:
         """See Pipeline.select."""
-        return await self._pipeline.select(self._planner.planned(request))
+        return await self.pipeline.select(self.planner.planned(request))

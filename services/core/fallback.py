@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,7 +53,11 @@ class Fallback:
     """A deployment's policy."""
 
     on_overload: OnOverload = OnOverload.SHED
-    policy: SelectionPolicy = field(default_factory=SelectionPolicy)
+    policy: SelectionPolicy | None = None  # of the static selection
+
+    def __post_init__(self) -> None:
+        if self.on_overload is OnOverload.STATIC and self.policy is None:
+            raise ValueError("fallback: a static selection needs a policy")
 
     def selection(
         self, request: Request, plan: Plan, reason: Reason, retry_after_s: float
@@ -62,10 +66,10 @@ class Fallback:
         match self.on_overload:
             case OnOverload.DENSE:
                 return dense(len(request.prompt), reason)
-            case OnOverload.STATIC:
+            case OnOverload.STATIC if self.policy is not None:
                 static = replace(plan, reason=reason, keep=_nominal(plan), within=None)
                 return static_selection(request.prompt, static, request.protected, self.policy)
-            case OnOverload.SHED:
+            case _:
                 message = f"{_MESSAGES[reason]}; try again later"
                 raise Overloaded(message, retry_after_s, reason.value)
 

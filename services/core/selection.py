@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,19 +22,19 @@ ROUNDING = 1e-9  # so that 0.1 of 30 chunks is 3 of them, not 4
 FLAT_SPREAD = 1e-4  # (highest - lowest) / highest chunk score below which nothing was learned
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SelectionPolicy:
     """What a deployment always keeps, and in which pieces the rest is chosen."""
 
-    chunk_tokens: int = 32
-    min_kept_tokens: int = 256  # absolute floor under any keep rate
-    sink_tokens: int = 4  # the first tokens of the prompt, always kept
-    tail_tokens: int = 64  # the last tokens of the prompt, always kept
-    block_tokens: int = 1  # of the engine's KV cache: a protected prefix ends with a whole block
+    chunk_tokens: int
+    min_kept_tokens: int  # absolute floor under any keep rate
+    sink_tokens: int  # the first tokens of the prompt, always kept
+    tail_tokens: int  # the last tokens of the prompt, always kept
+    block_tokens: int  # of the engine's KV cache: a protected prefix ends with a whole block
     # A chunk counts for at least this share of the one before it: the draft model looks at where
     # a fact begins, and the fact goes on behind. 0: as in the paper.
-    next_chunk_share: float = 0.0
-    auto: AutoKeep = field(default_factory=AutoKeep)  # where a plan lets the scores choose
+    next_chunk_share: float
+    auto: AutoKeep  # where a plan lets the scores choose
 
 
 def select(

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from ..config import local_path
 from ..core.errors import SpecPrefillError
+from ..core.keep_rate import AutoKeep
 from ..core.plan import can_choose
 from ..core.selection import SelectionPolicy
 from ..core.types import Plan, PlanKind, Reason, Request, Selection, Span
@@ -26,7 +27,15 @@ logger = logging.getLogger(__name__)
 
 PROMPTS, PROMPT_TOKENS, RECORDS = 8, 640, 6
 KEEP = 0.2
-POLICY = SelectionPolicy(chunk_tokens=32, min_kept_tokens=1, sink_tokens=4, tail_tokens=64)
+POLICY = SelectionPolicy(
+    chunk_tokens=32,
+    min_kept_tokens=1,
+    sink_tokens=4,
+    tail_tokens=64,
+    block_tokens=1,
+    next_chunk_share=0.0,
+    auto=AutoKeep(least_certainty=0.0),
+)
 LEAST_PROMPTS = 4  # fewer prove nothing
 TIMEOUT_S = 120.0  # for all of them
 _PLAN = Plan(PlanKind.PRUNE, Reason.ASKED, KEEP)

@@ -16,7 +16,6 @@ import pytest
 
 from specprefill.core.errors import DeadlineExceeded, Overloaded
 from specprefill.core.fallback import OnOverload, static_selection
-from specprefill.core.selection import SelectionPolicy
 from specprefill.core.types import (
     Carrier,
     Controls,
@@ -34,6 +33,7 @@ from specprefill.kv.announcements import Announcements
 from specprefill.kv.leases import UNCLAIMED_S, LeaseStore
 from specprefill.kv.rpc import KvServer, _Handler
 
+from ..policies import SHIPPED
 from .conftest import ask
 from .relay import cut_after, flip_at, relay
 
@@ -387,7 +387,7 @@ async def test_the_speculator_is_full_and_the_prompt_is_pruned_by_its_words(aski
     got, seconds, report = await ask(asking.pools, asked, selection(), OnOverload.STATIC)
     held = await asking.pools.bytes_held()
     plan = Plan(PlanKind.PRUNE, Reason.ASKED, 0.5)
-    chosen = static_selection(asked.prompt, plan, (), SelectionPolicy())
+    chosen = static_selection(asked.prompt, plan, (), SHIPPED)
     again = replace(asked, request_id=f"{asked.request_id}-undisturbed")
     wanted, _, _ = await ask(asking.pools, again, chosen)
     asking.table.add(asking.name, "pruned without scores", seconds, got == wanted, held)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from dataclasses import replace
 
 import pytest
 import pytest_asyncio
@@ -15,13 +16,14 @@ from specprefill.config import (
     SelectionConfig,
     SpeculatorConfig,
 )
-from specprefill.core.selection import SelectionPolicy, select
+from specprefill.core.selection import select
 from specprefill.core.types import Plan, PlanKind, Reason, Selection, Span
 from specprefill.lab.evaluation.arms import DENSE, Arm, Chooser
 from specprefill.lab.families.catalog import generate
 from specprefill.lab.families.judging import score
 from specprefill.synthetic.needles import needle_prompt, render
 
+from ..policies import PAPER, SHIPPED
 from .conftest import MODELS, kept
 
 pytestmark = pytest.mark.integration
@@ -29,8 +31,7 @@ pytestmark = pytest.mark.integration
 KEEP = 0.1
 PLAN = Plan(PlanKind.PRUNE, Reason.ASKED, KEEP)
 # The paper's selection: nothing is protected, the rate alone decides.
-PAPER = SelectionPolicy(min_kept_tokens=1, sink_tokens=0, tail_tokens=0)
-SHIPPED = SelectionPolicy()
+BARE = replace(PAPER, min_kept_tokens=1, sink_tokens=0, tail_tokens=0)
 LENGTHS = (1024, 1536, 2048)
 
 
@@ -72,7 +73,7 @@ class Needle:
 
 def random_chunks(selection: Selection, rng: random.Random) -> Selection:
     """As many tokens in random chunks: the control."""
-    length, size = selection.prompt_tokens, PAPER.chunk_tokens
+    length, size = selection.prompt_tokens, BARE.chunk_tokens
     starts = list(range(0, length, size))
     chosen = sorted(rng.sample(starts, round(len(starts) * KEEP)))
     return kept(length, *(Span(start, min(start + size, length)) for start in chosen))
@@ -84,7 +85,7 @@ def test_the_needle_survives_a_keep_rate_of_a_tenth(scorer, tokenizer):
     for seed in range(200):
         needle = Needle(seed, rng.choice(LENGTHS), tokenizer)
         scores = scorer.score([needle.ids])[0]
-        chosen = select(scores, PLAN, (), PAPER)
+        chosen = select(scores, PLAN, (), BARE)
         found["paper"] += needle.survives(chosen)
         found["shipped"] += needle.survives(select(scores, PLAN, (), SHIPPED))
         found["random"] += needle.survives(random_chunks(chosen, rng))
@@ -106,7 +107,7 @@ def test_the_needle_survives_for_a_main_model_with_another_tokenizer(scorer, tok
     main.decoder = decoders.ByteLevel()
     draft = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     translating = Scorer(scorer.draft, 8, 2048, 13, translator=Translator(main, draft, None))
-    policy = SelectionPolicy(chunk_tokens=128, min_kept_tokens=1, sink_tokens=0, tail_tokens=0)
+    policy = replace(PAPER, chunk_tokens=128, min_kept_tokens=1, sink_tokens=0, tail_tokens=0)
     found = 0
     for seed in range(50):
         prompt = needle_prompt(3000 + seed, 1024, tokenizer)
@@ -161,9 +162,7 @@ async def test_dense_answers_are_right(main_engine, tokenizer, length, count, wa
 @pytest.mark.asyncio(loop_scope="session")
 async def test_pruned_answers_are_right(main_engine, scorer, tokenizer):
     needles = [Needle(2000 + seed, 2048, tokenizer) for seed in range(40)]
-    selections = [
-        select(scorer.score([needle.ids])[0], PLAN, (), SelectionPolicy()) for needle in needles
-    ]
+    selections = [select(scorer.score([needle.ids])[0], PLAN, (), SHIPPED) for needle in needles]
     right = await asyncio.gather(
         *(
             answered(main_engine, needle, selection, f"pruned-{number}")

@@ -6,12 +6,12 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from specprefill.core.selection import SelectionPolicy
 from specprefill.core.types import Plan, PlanKind, Reason, Request, Span
 from specprefill.speculator.draft import Draft, as_draft
 from specprefill.speculator.jobs import Batching
@@ -19,8 +19,10 @@ from specprefill.speculator.reading import Reading
 from specprefill.speculator.scorer import Scorer, never
 from specprefill.speculator.service import SpeculatorService
 
+from ..policies import PAPER
+
 VOCABULARY = 61
-POLICY = SelectionPolicy(chunk_tokens=8, min_kept_tokens=8, sink_tokens=2, tail_tokens=4)
+POLICY = replace(PAPER, chunk_tokens=8, min_kept_tokens=8, sink_tokens=2, tail_tokens=4)
 PLAN = Plan(PlanKind.PRUNE, Reason.ASKED, 0.3)
 WAIT_S = 10.0  # far more than anything here takes
 

@@ -1,14 +1,17 @@
 """The arithmetic of the comparison of keep-rate rules."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from loadtest.bench import keep_rates
 from loadtest.bench.keep_rates import FamilyResult, Result, Scored
-from specprefill.core.selection import SelectionPolicy
 from specprefill.core.types import Plan, PlanKind, Reason, Selection, Span
 
-POLICY = SelectionPolicy(min_kept_tokens=32, sink_tokens=0, tail_tokens=0)
+from ..policies import PAPER
+
+POLICY = replace(PAPER, min_kept_tokens=32, sink_tokens=0, tail_tokens=0)
 
 
 def kept(*runs: Span) -> Selection:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from specprefill.core.selection import SelectionPolicy, select
+from specprefill.core.selection import select
 from specprefill.core.types import Plan, PlanKind, Reason, Span
 from specprefill.lab.evaluation import report
 from specprefill.lab.evaluation.arms import CONTROLS, DENSE, Arm, Chooser, arms_of, control_scores
@@ -18,6 +18,8 @@ from specprefill.lab.evaluation.outcomes import Answer
 from specprefill.lab.evaluation.suite import PROBED_ITEMS, Suite, measure
 from specprefill.lab.evaluation.summary import choices, choices_of_all, rows_of, smallest_enough
 from specprefill.lab.reporting.tables import provenance
+
+from ..policies import PAPER
 
 HALF = Arm(Chooser.SPECULATOR, 0.5)
 ARMS = arms_of((1.0, 0.5, 0.1), 0.1, automatic=True, ceiling=True)
@@ -77,7 +79,7 @@ def test_the_arms_begin_with_dense_and_end_with_the_ceiling():
 @pytest.mark.parametrize("chooser", CONTROLS)
 @pytest.mark.parametrize("tokens", [1000, 4096])
 def test_a_control_keeps_what_is_protected_and_the_speculators_budget(chooser, tokens):
-    policy = SelectionPolicy(min_kept_tokens=64)
+    policy = replace(PAPER, min_kept_tokens=64)
     protected = (Span(100, 140),)
     plan = Plan(PlanKind.PRUNE, Reason.ASKED, 0.2)
     noise = np.random.default_rng(0).random(tokens, dtype=np.float32)
@@ -89,7 +91,7 @@ def test_a_control_keeps_what_is_protected_and_the_speculators_budget(chooser, t
 
 
 def test_ends_keep_both_ends_and_even_leaves_no_wide_gap():
-    policy = SelectionPolicy(min_kept_tokens=0, sink_tokens=0, tail_tokens=0)
+    policy = replace(PAPER, min_kept_tokens=0, sink_tokens=0, tail_tokens=0)
     plan = Plan(PlanKind.PRUNE, Reason.ASKED, 0.25)
     runs = {
         chooser: select(control_scores(chooser, 2048, 32, random.Random(0)), plan, (), policy).runs

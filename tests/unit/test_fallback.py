@@ -2,16 +2,18 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from specprefill.core.fallback import NOMINAL_KEEP, Fallback, OnOverload, static_selection
-from specprefill.core.selection import SelectionPolicy
 from specprefill.core.types import KeepRange, Plan, PlanKind, Reason, Request, Span
 
-POLICY = SelectionPolicy(chunk_tokens=32, min_kept_tokens=64, sink_tokens=4, tail_tokens=16)
+from ..policies import PAPER
+
+POLICY = replace(PAPER, chunk_tokens=32, min_kept_tokens=64, sink_tokens=4, tail_tokens=16)
 PLAN = Plan(PlanKind.PRUNE, Reason.SPECULATOR_OVERLOADED, keep=0.2)
 VOCABULARY = 5000
 

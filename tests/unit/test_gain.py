@@ -10,8 +10,9 @@ from specprefill.control.gain import NetGain
 from specprefill.control.prefixes import CacheForecast, PrefixMemory
 from specprefill.control.stages import Curve, StageCurves, StageModels
 from specprefill.core.plan import Planner
-from specprefill.core.selection import SelectionPolicy
 from specprefill.core.types import UNSCORED, Controls, Plan, PlanKind, Reason, Report, Request, Span
+
+from ..policies import PAPER
 
 CURVES = StageCurves(
     speculate=Curve(base_s=0.05, token_s=1e-5),
@@ -19,7 +20,7 @@ CURVES = StageCurves(
     transfer=Curve(),
     first_decode=Curve(),
 )
-POLICY = SelectionPolicy(min_kept_tokens=64)
+POLICY = replace(PAPER, min_kept_tokens=64)
 
 
 def gain() -> NetGain:

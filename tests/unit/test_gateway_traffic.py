@@ -1,5 +1,6 @@
 """What gateways and pools tell the autoscaler."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,12 +16,13 @@ from specprefill.autoscaling.waiting import Waiting
 from specprefill.control.stages import DEFAULT_CURVES
 from specprefill.core.fakes import PlannedPipeline
 from specprefill.core.plan import Planner
-from specprefill.core.selection import SelectionPolicy
 from specprefill.core.types import Chunk, PlanKind, Reason, Report, Request
 from specprefill.gateway.observe.traffic import ArrivalCounts, GatewayTraffic
 from specprefill.gateway.observe.watched import Watched
 
-POLICY = SelectionPolicy(chunk_tokens=1, min_kept_tokens=300, sink_tokens=0, tail_tokens=0)
+from ..policies import PAPER
+
+POLICY = replace(PAPER, chunk_tokens=1, min_kept_tokens=300, sink_tokens=0, tail_tokens=0)
 REPORT = Report(PlanKind.PRUNE, Reason.DEFAULT, 4000, 1000, 0.25, 0, 0, 0, 0, 0, 0.1, False, 500)
 
 

@@ -1,5 +1,7 @@
 """The pipeline's metrics."""
 
+from dataclasses import replace
+
 import pytest
 
 from specprefill.control.gain import NetGain
@@ -10,12 +12,12 @@ from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator, P
 from specprefill.core.fallback import Fallback, OnOverload
 from specprefill.core.pipeline import Pipeline
 from specprefill.core.plan import Planner
-from specprefill.core.selection import SelectionPolicy
 from specprefill.core.types import Controls, PlanKind, Reason, Request
 from specprefill.gateway.observe.metrics import PipelineMetrics, RequestMetrics
 from specprefill.gateway.observe.watched import Learning, Watched
 
 from ..instruments import Instruments
+from ..policies import PAPER
 
 REQUEST = Request("r", tuple(range(100, 200)), b"", controls=Controls(keep=0.2))
 
@@ -97,7 +99,7 @@ class SlowDraft:
         self.gain = NetGain(
             StageModels(),
             *(CacheForecast(PrefixMemory(1000)) for _ in range(2)),
-            SelectionPolicy(min_kept_tokens=64),
+            replace(PAPER, min_kept_tokens=64),
         )
         planner = Planner(enabled=True, keep=0.2, min_prompt_tokens=64, gain=self.gain)
         speculator = FakeSpeculator(fails=ScoringTimeout("slow", 0.0, 10.0))
@@ -105,7 +107,7 @@ class SlowDraft:
             speculator,
             FakePrefiller(),
             FakeDecoder(),
-            fallback=Fallback(on_overload),
+            fallback=Fallback(on_overload, PAPER),
             on_unscored=self.gain.learn_unscored,
         )
         self.pipeline = PlannedPipeline(Watched(pipeline, [Learning(self.gain.learn)]), planner)

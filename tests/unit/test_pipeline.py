@@ -1,5 +1,7 @@
 """A request's way through the three pools, on the shipped fakes."""
 
+from dataclasses import replace
+
 import pytest
 
 from specprefill.core.errors import (
@@ -21,8 +23,9 @@ from specprefill.core.fakes import (
 from specprefill.core.fallback import Fallback, OnOverload, Patience
 from specprefill.core.pipeline import Pipeline
 from specprefill.core.plan import Planner
-from specprefill.core.selection import SelectionPolicy
 from specprefill.core.types import Controls, PlanKind, Reason, Request
+
+from ..policies import PAPER
 
 PROMPT = tuple(range(100, 200))
 
@@ -108,7 +111,7 @@ class TestUnscored:
     def pools(error, on_overload):
         pools = Pools()
         pools.speculator.fails = error
-        policy = SelectionPolicy(chunk_tokens=10, min_kept_tokens=10, sink_tokens=1, tail_tokens=5)
+        policy = replace(PAPER, chunk_tokens=10, min_kept_tokens=10, sink_tokens=1, tail_tokens=5)
         pools.pipeline.fallback = Fallback(on_overload, policy)
         pools.lost = []
         pools.pipeline.on_unscored = lambda _request, seconds: pools.lost.append(seconds)

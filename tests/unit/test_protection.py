@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from hypothesis import given, settings
@@ -11,6 +13,8 @@ from hypothesis import strategies as st
 from specprefill.core.protection import merged, protected_spans, special_spans
 from specprefill.core.selection import SelectionPolicy, select
 from specprefill.core.types import KeepRange, Plan, PlanKind, Reason
+
+from ..policies import PAPER
 
 BOS = "<s>"
 TOKEN = re.compile(r"<[^<>]*>| ?[^ <]+|.", re.DOTALL)
@@ -36,7 +40,7 @@ plans = st.one_of(
     ),
 )
 policies = st.builds(
-    SelectionPolicy,
+    partial(replace, PAPER),
     chunk_tokens=st.sampled_from([1, 16, 32]),
     min_kept_tokens=st.integers(1, 400),
     sink_tokens=st.integers(1, 8),

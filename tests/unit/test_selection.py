@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specprefill.core.keep_rate import AutoKeep, RuleName
+from specprefill.core.keep_rate import AutoKeep
 from specprefill.core.selection import Scores, SelectionPolicy, budget_chunks, select, settle
 from specprefill.core.types import KeepRange, Plan, PlanKind, Reason, Selection, Span
 
-BARE = SelectionPolicy(chunk_tokens=32, min_kept_tokens=1, sink_tokens=0, tail_tokens=0)
+from ..policies import PAPER
+
+BARE = replace(PAPER, chunk_tokens=32, min_kept_tokens=1, sink_tokens=0, tail_tokens=0)
 
 
 def prune(keep: float) -> Plan:
@@ -36,7 +38,8 @@ def cases(draw: st.DrawFn) -> tuple[Scores, float, tuple[Span, ...], SelectionPo
     spans = tuple(
         Span(start, min(tokens, start + size)) for start, size in draw(st.lists(edges, max_size=4))
     )
-    policy = SelectionPolicy(
+    policy = replace(
+        PAPER,
         chunk_tokens=draw(st.sampled_from([1, 7, 16, 32])),
         min_kept_tokens=draw(st.integers(1, 300)),
         sink_tokens=draw(st.integers(0, 20)),
@@ -171,7 +174,7 @@ def test_spans_beyond_the_prompt_are_clipped() -> None:
         (prune(1.0), (), BARE, Reason.KEEP_IS_ONE),
         (prune(0.99), (), BARE, Reason.KEEP_IS_ONE),
         (prune(0.3), (Span(0, 620),), BARE, Reason.PROTECTED_SPANS),
-        (prune(0.3), (), SelectionPolicy(min_kept_tokens=640), Reason.SHORT_PROMPT),
+        (prune(0.3), (), replace(PAPER, min_kept_tokens=640), Reason.SHORT_PROMPT),
         (Plan(PlanKind.DENSE, Reason.DISABLED), (), BARE, Reason.DISABLED),
     ],
 )
@@ -220,7 +223,7 @@ def peaked_scores(tokens: int, peaks: int, high: float = 1.0) -> Scores:
 
 
 def test_the_scores_choose_as_much_as_they_need():
-    policy = replace(BARE, auto=AutoKeep(rule=RuleName.PEAKS, setting=0.1))
+    policy = replace(BARE, auto=AutoKeep(least_certainty=0.95, setting=0.1))
     for peaks in (2, 5):
         selection = select(peaked_scores(3200, peaks), automatic(floor=0.01), (), policy)
         assert selection.kept_tokens == 32 * peaks
@@ -235,7 +238,7 @@ def test_the_floor_and_the_ceiling_hold():
 
 
 def test_protection_comes_on_top_of_what_the_scores_need():
-    policy = replace(BARE, auto=AutoKeep(rule=RuleName.PEAKS, setting=0.1))
+    policy = replace(BARE, auto=AutoKeep(least_certainty=0.95, setting=0.1))
     selection = select(peaked_scores(3200, 5), automatic(), (Span(1600, 2560),), policy)
     assert selection.kept_tokens == 960 + 160
 
@@ -249,7 +252,7 @@ def test_scores_that_want_most_of_the_prompt_get_all_of_it():
 def test_a_guessing_speculator_keeps_whatever_might_matter() -> None:
     scores = peaked_scores(3200, 2)
     scores[1600:1760] += 0.06
-    policy = replace(BARE, auto=AutoKeep(rule=RuleName.PEAKS, setting=0.5))
+    policy = replace(BARE, auto=AutoKeep(least_certainty=0.95, setting=0.5))
     sure = select(scores, automatic(floor=0.01), (), policy)
     guessing = select(scores, automatic(floor=0.01), (), policy, certainty=0.5)
     assert sure.kept_tokens < guessing.kept_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,17 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from specprefill.core.selection import Scores, SelectionPolicy, select
+from specprefill.core.selection import Scores, select
 from specprefill.core.types import Plan, PlanKind, Reason, Selection
 from specprefill.speculator.draft import (
     Draft,
 )
 from specprefill.speculator.scorer import Scorer
 
+from ..policies import PAPER
+
 VOCABULARY = 97
-POLICY = SelectionPolicy(chunk_tokens=8, min_kept_tokens=8, sink_tokens=2, tail_tokens=4)
+POLICY = replace(PAPER, chunk_tokens=8, min_kept_tokens=8, sink_tokens=2, tail_tokens=4)
 PLAN = Plan(PlanKind.PRUNE, Reason.ASKED, 0.3)
 POOL = 13
 

@@ -90,7 +90,8 @@ def _configuration(machine: Machine, folder: str, carrier: str, *, eager: bool) 
 
 async def _rows(sheet: Sheet, config: AppConfig, vocabulary: int) -> list[_Row]:
     started_s = time.monotonic()
-    async with local_pipeline(config) as pipeline:
+    async with local_pipeline(config) as planned:
+        pipeline = planned.pipeline  # every request carries its plan
         service = _prefiller(pipeline).service
         sheet.measure("started", start_s=time.monotonic() - started_s, carrier=service.carrier)
         some = jobs(10, vocabulary)

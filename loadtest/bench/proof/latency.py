@@ -111,9 +111,9 @@ async def _measure(
     from ..pools import local_pipeline
 
     started_s = time.monotonic()
-    async with local_pipeline(configuration(machine, sizes)) as pipeline:
+    async with local_pipeline(configuration(machine, sizes)) as planned:
         sheet.measure("three services started", start_s=time.monotonic() - started_s)
-        bench = Bench(pipeline, machine, sizes)
+        bench = Bench(planned.pipeline, machine, sizes)
         with alone(out):
             await bench.run(sizes.lengths[0], -1, Round())
             await _every_length(sheet, bench, left_s)
