@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from specprefill.deployment.file import load
+from tests.fuzz import grpc_cases, http_cases
 
-from . import grpc_cases, http_cases
 from .attack import Tally, exchange, open_routes, openapi_document, over_grpc, over_http
 from .grpc_cases import GrpcCase
 from .http_cases import HttpCase, request

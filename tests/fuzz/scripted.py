@@ -63,7 +63,7 @@ async def serve(grpc_port: int, folder: Path) -> None:
     from specprefill.gateway.openai.server import build_client, build_http_app
     from tests.contract import conftest as contract
     from tests.contract.fronts import running, serve_config, serving
-    from tests.contract.test_gateway_grpc import JSON_LIMITS, MAX_MESSAGE_BYTES, Servicer
+    from tests.contract.gateway.test_gateway_grpc import JSON_LIMITS, MAX_MESSAGE_BYTES, Servicer
 
     class Forgetful(contract.ScriptedPipeline):
         """Keeps no request."""

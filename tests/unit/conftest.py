@@ -45,7 +45,7 @@ def one_thread():
 @pytest.fixture(scope="module")
 def llama():
     """A tiny Llama with grouped queries."""
-    from .tiny_models import tiny_model
+    from tests.unit.speculator.tiny_models import tiny_model
 
     return tiny_model("llama-gqa2")
 
@@ -53,7 +53,7 @@ def llama():
 @pytest.fixture(scope="module")
 def draft():
     """A draft model for the speculator service."""
-    from .gated_scorer import tiny_draft
+    from tests.unit.speculator.gated_scorer import tiny_draft
 
     return tiny_draft()
 
@@ -61,6 +61,6 @@ def draft():
 @pytest.fixture
 def scorer(draft):
     """A scorer that a test can hold between two chunks."""
-    from .gated_scorer import GatedScorer
+    from tests.unit.speculator.gated_scorer import GatedScorer
 
     return GatedScorer(draft)

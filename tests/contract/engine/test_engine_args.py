@@ -1,0 +1,141 @@
+"""The engine arguments that vLLM gets, and the sizes that it chooses where none are set."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from specprefill.config import EngineConfig, KvConfig, MainModel
+from tests.contract import model_folders
+
+H100 = ("NVIDIA H100 80GB HBM3", 80 << 30)
+A100 = ("NVIDIA A100-SXM4-80GB", 80 << 30)
+B200 = ("NVIDIA B200", 180 << 30)
+
+
+@pytest.fixture
+def args_of(tmp_path, monkeypatch):
+    """The arguments of a prefill engine for a configuration."""
+    from vllm.model_executor.models import registry
+
+    monkeypatch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
+    folder = model_folders.write("llama", tmp_path)
+
+    def build(**engine):
+        from specprefill.engine.args import Role, engine_args
+
+        model = MainModel(path=str(folder), dtype="float32")
+        config = EngineConfig(enforce_eager=True, **engine)
+        return engine_args(model, config, KvConfig(), Role.PREFILL)
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("name", "longest", "window"),
+    [
+        ("phi3-far-window", None, None),
+        ("mistral-window", 64, None),
+        ("mistral-window", 65, 64),
+        ("gemma2", 64, 64),  # layers of two kinds: vLLM pages them alike
+    ],
+)
+def test_a_window_that_never_binds_is_dropped(name, longest, window, tmp_path, monkeypatch):
+    from vllm.model_executor.models import registry
+
+    from specprefill.engine.args import plain_args, vllm_config
+
+    monkeypatch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
+    path = str(model_folders.write(name, tmp_path))
+    model = MainModel(path=path, dtype="float32", max_model_len=longest)
+    found = vllm_config(plain_args(model, EngineConfig(enforce_eager=True))).model_config
+    assert found.get_sliding_window() == window
+    assert found.max_model_len == (longest or model_folders.LENGTH)
+
+
+@pytest.fixture
+def on_device(monkeypatch):
+    """Make vLLM choose its sizes for a device that is not here."""
+    from vllm.engine import arg_utils
+
+    def pretend(name: str, memory: int) -> None:
+        real = arg_utils.EngineArgs.get_batch_defaults.__func__
+
+        class Device:
+            get_device_total_memory = staticmethod(lambda: memory)
+            get_device_name = staticmethod(lambda: name)
+            is_tpu = is_cpu = staticmethod(lambda: False)
+
+        def batch_defaults(cls, world_size):
+            with monkeypatch.context() as patch:
+                patch.setattr(arg_utils, "current_platform", Device)
+                return real(cls, world_size)
+
+        monkeypatch.setattr(arg_utils.EngineArgs, "get_batch_defaults", classmethod(batch_defaults))
+
+    return pretend
+
+
+def sizes(args) -> tuple[int, int]:
+    from specprefill.engine.args import vllm_config
+
+    scheduler = vllm_config(args).scheduler_config
+    return scheduler.max_num_batched_tokens, scheduler.max_num_seqs
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"), [(H100, (8192, 1024)), (A100, (2048, 256)), (B200, (16384, 1024))]
+)
+def test_unset_sizes_are_those_of_vllm_serve_on_the_device(device, expected, args_of, on_device):
+    on_device(*device)
+    assert sizes(args_of()) == expected
+
+
+def test_set_sizes_are_kept(args_of, on_device):
+    on_device(*H100)
+    assert sizes(args_of(max_num_batched_tokens=512, max_num_seqs=16)) == (512, 16)
+
+
+def test_an_engine_on_a_cpu_has_the_sizes_it_had(args_of):
+    assert sizes(args_of()) == (2048, 128)
+
+
+def _only_when_asked_by_us(_config) -> bool:
+    """Whether the question comes from outside vLLM, which would look for Triton."""
+    return sys._getframe(1).f_globals["__name__"].startswith("specprefill")
+
+
+def test_choosing_the_replay_for_the_v2_runner_does_not_decide_the_sizes(
+    args_of, on_device, monkeypatch
+):
+    """It asks vLLM for a configuration first, and vLLM writes its sizes into the arguments."""
+    from vllm.config import VllmConfig
+
+    on_device(*H100)
+    with monkeypatch.context() as patch:  # Triton, which the V2 runner needs, is not here
+        patch.setattr(VllmConfig, "use_v2_model_runner", property(_only_when_asked_by_us))
+        args = args_of()
+    assert args.max_num_seqs is None
+    assert args.logits_processors == ["specprefill.engine.sparse.replay_v2:ReplayTokens"]
+    assert sizes(args) == (8192, 1024)
+
+
+def test_the_engine_starts_with_those_sizes_and_that_context(args_of, on_device, monkeypatch):
+    from vllm.usage.usage_lib import UsageContext
+
+    from specprefill.engine import engine as module
+
+    started = {}
+
+    class Started:
+        @classmethod
+        def from_vllm_config(cls, config, **more):
+            started.update(more, config=config)
+
+    monkeypatch.setattr(module, "AsyncLLM", Started)
+    on_device(*H100)
+    module.Engine(args_of()).start()
+    scheduler = started["config"].scheduler_config
+    assert (scheduler.max_num_batched_tokens, scheduler.max_num_seqs) == (8192, 1024)
+    assert started["usage_context"] is UsageContext.OPENAI_API_SERVER

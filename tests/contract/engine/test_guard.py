@@ -1,0 +1,233 @@
+"""What the engines refuse, from nothing but a model's folder; and what they do not."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from specprefill.config import EngineConfig, MainModel
+from specprefill.core.errors import UnsupportedModel
+from tests.contract import model_folders
+
+SERVED = (
+    *("llama", "llama-yarn", "qwen2", "qwen3", "qwen3-moe", "mistral", "gemma", "phi3", "granite"),
+    *("cohere", "glm4", "gpt2", "opt", "falcon"),
+    *("gpt-neox", "olmo2", "phi", "starcoder2", "smollm3"),
+    *("mistral-window-of-its-length", "phi3-far-window", "llama4-chunk-of-its-length"),
+)
+WINDOW = r"sliding window \(64, max_model_len 8192\) counts cache slots, not positions"
+REFUSED = {
+    "mistral-window": WINDOW,
+    "gemma2": WINDOW,
+    "gemma3": WINDOW,
+    "gpt-oss": WINDOW,
+    "llama4": r"chunked attention \(chunks of 64, max_model_len 8192\) counts cache slots",
+    "dual-chunk": "dual chunk attention counts cache slots",
+    "falcon-alibi": "ALiBi",
+    "bloom": "ALiBi",
+    "mpt": "vLLM refuses it: .* is not supported anymore",
+    "bamba": "recurrent layers",
+    "jamba": "recurrent layers",
+    "mamba": "recurrent layers",
+    "deepseek2": "MLA",
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_this_process(monkeypatch):
+    """vLLM looks at each architecture's class in a process of its own: seconds each."""
+    from vllm.model_executor.models import registry
+
+    monkeypatch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
+
+
+def reasons(folder, engine=None, **model) -> tuple[str, ...]:
+    from specprefill.engine.sparse.guard import engine_reasons
+
+    return engine_reasons(MainModel(path=str(folder), **model), EngineConfig(**(engine or {})))
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_model_whose_layers_see_positions_is_served(name, tmp_path):
+    assert reasons(model_folders.write(name, tmp_path)) == ()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_whose_layers_count_slots_is_refused(name, tmp_path):
+    found = reasons(model_folders.write(name, tmp_path))
+    assert len(found) == 1
+    assert re.search(REFUSED[name], found[0])
+
+
+@pytest.mark.parametrize("name", ["mistral-window", "gemma2", "llama4"])
+def test_a_window_that_no_prompt_outgrows_is_served(name, tmp_path):
+    folder = model_folders.write(name, tmp_path)
+    assert reasons(folder, max_model_len=64) == ()
+    assert len(reasons(folder, max_model_len=65)) == 1
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16", "bfloat16"])
+def test_plain_caches_are_handed_over(dtype, tmp_path):
+    folder = model_folders.write("llama", tmp_path)
+    assert reasons(folder, {"engine_args": {"kv_cache_dtype": dtype}}) == ()
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_e4m3", "fp8_e5m2"])
+def test_fp8_caches_pass_as_bytes_but_on_a_cpu(dtype, tmp_path, monkeypatch):
+    from specprefill.engine.sparse import guard
+
+    folder = model_folders.write("llama", tmp_path)
+    engine = {"engine_args": {"kv_cache_dtype": dtype}}
+    assert "cannot be handed over" in reasons(folder, engine)[0]
+    monkeypatch.setattr(guard.current_platform, "is_cpu", lambda: False)
+    assert reasons(folder, engine) == ()
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    ["nvfp4", "nvfp4_4over6", "int8_per_token_head", "fp8_per_token_head", "ultraquant_4bit"],
+)
+def test_caches_with_scales_inside_are_refused_on_every_device(dtype, tmp_path, monkeypatch):
+    from specprefill.engine.sparse import guard
+
+    monkeypatch.setattr(guard.current_platform, "is_cpu", lambda: False)
+    folder = model_folders.write("llama", tmp_path)
+    (found,) = reasons(folder, {"engine_args": {"kv_cache_dtype": dtype}})
+    assert found == (
+        f"KV caches of dtype {dtype} cannot be handed over: kv_cache_dtype may be "
+        "auto, float16, bfloat16, fp8, fp8_e4m3, fp8_e5m2"
+    )
+
+
+def test_a_checkpoint_s_own_cache_dtype_is_seen(tmp_path):
+    (found,) = reasons(model_folders.write("nvfp4-cache", tmp_path))
+    assert "KV caches of dtype nvfp4" in found
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "reason"),
+    [
+        ("speculative_config", {"method": "ngram"}, "speculative decoding"),
+        ("decode_context_parallel_size", 2, "decode context parallelism"),
+        ("prefill_context_parallel_size", 2, "prefill context parallelism"),
+        ("kv_sharing_fast_prefill", True, "kv_sharing_fast_prefill"),
+    ],
+)
+def test_an_option_that_breaks_positions_or_kv_is_refused(argument, value, reason, tmp_path):
+    folder = model_folders.write("llama", tmp_path)
+    (found,) = reasons(folder, {"engine_args": {argument: value}})
+    assert reason in found
+
+
+def test_a_class_with_a_model_state_of_its_own_is_refused(tmp_path, monkeypatch):
+    from vllm.model_executor.models.llama import LlamaForCausalLM
+
+    folder = model_folders.write("llama", tmp_path)
+    monkeypatch.setattr(LlamaForCausalLM, "get_model_state_cls", object, raising=False)
+    assert reasons(folder) == (
+        "the model brings a state of its own, whose inputs may depend on positions",
+    )
+
+
+def test_every_class_of_vllm_that_brings_a_state_is_found_by_that_name():
+    """The V2 runner asks for the state by the name that the guard looks for."""
+    import inspect
+
+    from vllm.v1.worker.gpu import model_states
+
+    source = inspect.getsource(model_states.resolve_model_state_cls)
+    assert 'hasattr(model, "get_model_state_cls")' in source
+
+
+def test_what_vllm_refuses_is_a_reason_too(tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["Nothing"], "model_type": "llama"}')
+    (found,) = reasons(tmp_path)
+    assert found.startswith("vLLM refuses it: ")
+    assert "Nothing" in found
+
+
+def test_the_engine_refuses_at_start_in_the_same_words(tmp_path, monkeypatch):
+    from specprefill.config import KvConfig
+    from specprefill.engine import engine as module
+    from specprefill.engine.args import Role, engine_args
+
+    folder = model_folders.write("mistral-window", tmp_path)
+    model, engine = MainModel(path=str(folder), dtype="float32"), EngineConfig(enforce_eager=True)
+    monkeypatch.setattr(module, "AsyncLLM", None)  # nothing is started
+    args = engine_args(model, engine, KvConfig(), Role.PREFILL)
+    with pytest.raises(UnsupportedModel) as refused:
+        module.Engine(args).start()
+    assert str(refused.value) == f"{folder}: {'; '.join(reasons(folder))}"
+
+
+class TestCaches:
+    """The last net: the caches that vLLM has chosen for the model."""
+
+    @staticmethod
+    def spec(kind="FullAttentionSpec", **more):
+        import torch
+        from vllm.v1 import kv_cache_interface
+
+        shape = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.bfloat16}
+        return getattr(kv_cache_interface, kind)(**{**shape, **more})
+
+    @staticmethod
+    def check(*specs) -> None:
+        from specprefill.engine.sparse.guard import refuse_unreadable_caches
+
+        groups = [SimpleNamespace(kv_cache_spec=spec) for spec in specs]
+        model = SimpleNamespace(model="m", max_model_len=4096)
+        refuse_unreadable_caches(
+            SimpleNamespace(model_config=model), SimpleNamespace(kv_cache_groups=groups)
+        )
+
+    def test_plain_keys_and_values_are_read(self):
+        self.check(self.spec())
+        self.check(self.spec(sliding_window=4096, attention_chunk_size=8192))
+        self.check(self.spec("SlidingWindowSpec", sliding_window=4096))
+
+    def test_layers_of_different_heads_in_one_group_are_read(self):
+        from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
+
+        layers = {"a": self.spec(), "b": self.spec(num_kv_heads=4)}
+        self.check(UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs=layers))
+
+    @pytest.mark.parametrize(
+        ("kind", "more", "reason"),
+        [
+            ("FullAttentionSpec", {"sliding_window": 4095}, "attends to 4095 cache slots of"),
+            ("FullAttentionSpec", {"attention_chunk_size": 64}, "attends to 64 cache slots"),
+            ("SlidingWindowSpec", {"sliding_window": 64}, "attends to 64 cache slots"),
+            ("FullAttentionSpec", {"head_size_v": 16}, "packed in a format"),
+            ("FullAttentionSpec", {"num_head_slots": 4}, "packed in a format"),
+            ("FullAttentionSpec", {"state_content_bytes": 36}, "packed in a format"),
+            ("MLAAttentionSpec", {}, "kind MLAAttentionSpec"),
+            ("ChunkedLocalAttentionSpec", {"attention_chunk_size": 64}, "ChunkedLocalAttention"),
+        ],
+    )
+    def test_another_kind_is_refused(self, kind, more, reason):
+        with pytest.raises(UnsupportedModel, match=reason):
+            self.check(self.spec(kind, **more))
+
+    def test_fp8_caches_are_bytes_but_on_a_cpu(self, monkeypatch):
+        from vllm.v1.kv_cache_interface import KVQuantMode
+
+        from specprefill.engine.sparse import guard
+
+        fp8 = self.spec(kv_quant_mode=KVQuantMode.FP8_PER_TENSOR)
+        with pytest.raises(UnsupportedModel, match="quantised as FP8_PER_TENSOR"):
+            self.check(fp8)
+        monkeypatch.setattr(guard.current_platform, "is_cpu", lambda: False)
+        self.check(fp8)
+
+    def test_quantised_caches_with_inline_scales_are_refused(self):
+        from vllm.v1.kv_cache_interface import KVQuantMode
+
+        with pytest.raises(UnsupportedModel, match="quantised as NVFP4"):
+            self.check(self.spec(kv_quant_mode=KVQuantMode.NVFP4))
+
+    def test_several_groups_are_refused(self):
+        with pytest.raises(UnsupportedModel, match="2 groups"):
+            self.check(self.spec(), self.spec("SlidingWindowSpec", sliding_window=4096))

@@ -1,0 +1,336 @@
+"""The hand-over between two workers, on devices whose copies are as late as they may be."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+
+from specprefill.core.errors import KvTransferError, LayoutMismatch, UnsupportedModel
+from specprefill.core.types import Lease, Span, Ticket
+from specprefill.engine.handoff.caches import Caches, kernel_blocks
+from specprefill.engine.handoff.device import HostDevice
+from specprefill.engine.handoff.holder import Holder
+from specprefill.engine.handoff.layout import GpuLayout
+from specprefill.engine.handoff.orders import HandoffConfig, Orders, Pull, Stage
+from specprefill.engine.handoff.puller import Puller, WorkerPlace
+from specprefill.engine.handoff.ring import BufferRing
+from specprefill.engine.handoff.staging import Stager
+from specprefill.kv.pull import KvClient
+from specprefill.kv.shards import Split
+from tests.contract.engine.strict_device import POISON, BrokenDevice, StrictDevice, UnorderedDevice
+
+LAYERS, HEADS, DIM, PAGE, PAGES = 3, 2, 8, 16, 16
+TOKENS = 150
+CHUNKS = ((0, 64), (64, TOKENS))
+NAMES = [f"model.layers.{layer}.attn" for layer in range(LAYERS)]
+PREFILL_BLOCKS = [5, 1, 3, 0, 7, 2, 6, 4, 9, 8]
+DECODE_BLOCKS = [2, 11, 4, 6, 9, 1, 14, 3, 8, 0]
+PLACE = WorkerPlace(0, *[Split(HEADS, 1, (Span(0, LAYERS),))] * 2)
+
+
+def config(**changes):
+    values = {
+        "carrier": "grpc",
+        "memory": "host",
+        "host": "127.0.0.1",
+        "lease_s": 30.0,
+        "max_held_bytes": 64 << 20,
+        "staging_bytes": 8 << 10,  # two buffers of four KiB: every layer needs several turns
+        "pull_timeout_s": 10.0,
+        "tls": None,
+        "streams": 1,
+        "stages_layers": True,
+        "peer_tensor_parallel_size": 1,
+        "peer_pipeline_parallel_size": 1,
+    }
+    return HandoffConfig(**values | changes)
+
+
+def empty_caches(device, value=0.0):
+    tensors = {name: torch.full((PAGES, HEADS, PAGE, 2 * DIM), value) for name in NAMES}
+    return Caches(tensors, GpuLayout(tensors[NAMES[0]]), device, PAGE, "layout"), tensors
+
+
+def kv_of(layer):
+    torch.manual_seed(layer)
+    return torch.randn(TOKENS, 2, HEADS, DIM)
+
+
+def wait_for(found, timeout_s=20.0):
+    """Return what `found` returns once it is not None."""
+    give_up_s = time.monotonic() + timeout_s
+    while time.monotonic() < give_up_s:
+        if (value := found()) is not None:
+            return value
+        threading.Event().wait(0.01)
+    return pytest.fail("it did not happen in time")
+
+
+class Pair:
+    """A prefill worker that has staged one prompt, and a decode worker."""
+
+    def __init__(self, holder_device, puller_device, **changes):
+        held, self.prefill_tensors = empty_caches(holder_device)
+        self.holder = Holder(config(**changes), held, holder_device, readers=1)
+        self.pulled, self.decode_tensors = empty_caches(puller_device, 7.0)
+        self.puller = Puller(
+            config(**changes), self.pulled, puller_device, PLACE, nixl=None, tls=None
+        )
+
+    def prefill(self):
+        """Compute the prompt in chunks; each step's pages are overwritten once it has returned."""
+        layout, blocks = GpuLayout(self.prefill_tensors[NAMES[0]]), torch.tensor(PREFILL_BLOCKS)
+        for start, stop in CHUNKS:
+            orders = Orders(
+                stages=[Stage(Lease("lease", "secret"), start, stop, TOKENS, PREFILL_BLOCKS)]
+            )
+            for layer, name in enumerate(NAMES):
+                cache = self.prefill_tensors[name]
+                layout.write(cache, blocks, start, kv_of(layer)[start:stop])
+                self.holder.stage(name, cache, orders)
+                cache.fill_(-1.0)
+            self.holder.finish_step(orders)
+
+    def pull(self):
+        """Pull the prompt; return whether it failed."""
+        peers = (self.holder.endpoint.address,)
+        ticket = Ticket(Lease("lease", "secret"), peers, "layout", TOKENS)
+        order = Pull("request", ticket, 0, TOKENS, DECODE_BLOCKS)
+        self.puller.begin(Orders(pulls=[order]))
+
+        def reported():
+            results = self.puller.results(set())
+            return results if results.finished_recving else None
+
+        return "request" in (wait_for(reported).failed_recving or set())
+
+    def arrived(self):
+        """Whether the decode worker's pages hold the prompt's KV."""
+        blocks = torch.tensor(DECODE_BLOCKS)
+        layout = GpuLayout(self.decode_tensors[NAMES[0]])
+        return all(
+            torch.equal(layout.read(self.decode_tensors[name], blocks, 0, TOKENS), kv_of(layer))
+            for layer, name in enumerate(NAMES)
+        )
+
+    def stop(self):
+        self.puller.stop()
+        self.holder.stop()
+
+
+@pytest.fixture
+def pair():
+    made = []
+
+    def make(holder_device, puller_device, **changes):
+        made.append(Pair(holder_device, puller_device, **changes))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.stop()
+
+
+@pytest.fixture
+def logged():
+    """The messages of the hand-over's own logger, whatever vLLM does with its loggers."""
+    messages = []
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            messages.append(record.getMessage())
+
+    logger, handler = logging.getLogger("vllm.specprefill.handoff"), Handler()
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+@pytest.mark.parametrize("device", [HostDevice, StrictDevice])
+def test_what_is_reported_pulled_is_in_the_cache(pair, device, streams):
+    both = pair(device(), device(), streams=streams)
+    both.prefill()
+    assert both.pull() is False
+    assert both.arrived()
+
+
+@pytest.mark.parametrize("device", [HostDevice, StrictDevice])
+def test_kv_in_device_memory_is_read_from_there(pair, device):
+    """On CPUs the device's memory is the host's: the same descriptors, reads and order."""
+    both = pair(device(), device(), carrier="nixl", memory="device")
+    both.prefill()
+    assert both.pull() is False
+    assert both.arrived()
+
+
+def test_a_landing_place_is_not_used_again_before_the_device_has_read_it(pair):
+    """Without the wait for its event, a later frame would land on an earlier one."""
+    both = pair(HostDevice(), UnorderedDevice(), carrier="nixl", memory="device")
+    both.prefill()
+    both.pull()
+    assert not both.arrived()
+
+
+def test_kv_in_device_memory_is_not_sent_as_bytes(pair):
+    """What the keeper maps is only the shadow of it."""
+    both = pair(HostDevice(), HostDevice(), carrier="nixl", memory="device")
+    both.prefill()
+    client = KvClient()
+    ticket = Ticket(Lease("lease", "secret"), (), "layout", TOKENS)
+    pull = client.pull(both.holder.endpoint.address, ticket, "layout", 0, 5.0)
+    with pytest.raises(LayoutMismatch, match="device memory"):
+        pull.into(lambda _frame: None)
+    client.close()
+
+
+def test_a_pull_that_is_reported_before_its_writes_are_done_would_be_seen(pair):
+    """The order that is tested above, left out: this device's waits do nothing."""
+    both = pair(StrictDevice(), UnorderedDevice())
+    both.prefill()
+    both.pull()
+    assert not both.arrived()
+
+
+def test_a_block_is_written_only_after_its_last_owner(pair):
+    """The last owner's step was launched, but its writes have not run when the pull begins."""
+    device = StrictDevice()
+    both = pair(StrictDevice(), device)
+    both.prefill()
+    late = both.decode_tensors[NAMES[1]]
+    device.launch(lambda: late.fill_(3.0))
+    both.pull()
+    device.compute.wait()
+    assert both.arrived()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, ValueError, IndexError])
+def test_no_exception_in_a_pull_counts_as_arrived(pair, monkeypatch, logged, error):
+    both = pair(HostDevice(), HostDevice())
+    both.prefill()
+
+    def broken(*_args):
+        raise error("unforeseen")
+
+    monkeypatch.setattr(both.pulled.layout, "write", broken)
+    assert both.pull() is True
+    assert logged == ["pull failed: request=request"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, ValueError])
+def test_a_copy_that_fails_ends_its_lease_at_once(pair, logged, error):
+    """The decode side does not wait `pull_timeout_s` for KV that cannot come."""
+    both = pair(BrokenDevice(error), HostDevice(), pull_timeout_s=30.0, staging_bytes=8 << 20)
+    both.prefill()
+    started_s = time.monotonic()
+    assert both.pull() is True
+    assert time.monotonic() - started_s < 10
+    assert "kv staging failed: lease=lease" in logged
+
+
+def test_a_prompt_beyond_the_memory_is_recomputed_and_the_memory_comes_back(pair):
+    both = pair(HostDevice(), HostDevice(), max_held_bytes=32 << 10, staging_bytes=8 << 10)
+    both.prefill()
+    assert both.pull() is True
+    first, view = wait_for(lambda: both.holder._keeper.take(30 << 10))
+    assert first == 0
+    assert len(view) == 30 << 10
+
+
+def test_a_keeper_ends_with_its_worker_and_is_nobodys_child(pair):
+    both = pair(HostDevice(), HostDevice())
+    keeper = psutil.Process(both.holder._keeper.pid)
+    assert keeper not in psutil.Process().children(recursive=True)
+    both.holder.stop()
+    keeper.wait(10)
+
+
+def test_a_dead_keeper_ends_the_engine(pair):
+    """Else it would go on handing out tickets that nobody can pull."""
+    both = pair(HostDevice(), HostDevice())
+    os.kill(both.holder._keeper.pid, signal.SIGKILL)
+
+    def is_known():
+        try:
+            both.holder.finish_step(Orders())
+        except KvTransferError:
+            return True
+        return None
+
+    assert wait_for(is_known)
+
+
+class RecordingKeeper:
+    """Room for everything; a copy is waited for only at the end."""
+
+    def __init__(self):
+        self.pieces, self.waits, self.taken = [], [], 0
+
+    def take(self, size):
+        self.taken += size
+        return self.taken - size, memoryview(b"")
+
+    def append(self, piece, copied):
+        self.pieces.append(piece)
+        self.waits.append(copied)
+
+
+def test_staging_is_bounded_by_configuration():
+    """100,000 cached tokens in one step: a GPU's memory for them is outside vLLM's budget."""
+    tokens, most_bytes = 100_000, 64 << 20
+    device, keeper = StrictDevice(), RecordingKeeper()
+    pages = tokens // PAGE
+    cache = torch.zeros(pages, HEADS, PAGE, 2 * 64, dtype=torch.bfloat16)
+    known = Caches({NAMES[0]: cache}, GpuLayout(cache), device, PAGE, "layout")
+    memory = torch.empty(1 << 28, dtype=torch.uint8)
+    stager = Stager(device, known, keeper, most_bytes, memory)
+    order = Stage(Lease("lease", "secret"), 0, tokens, tokens, list(range(pages)))
+    for layer in range(4):
+        stager.stage(order, layer, cache, last_layer=layer == 3)
+    assert sum(piece.size for piece in keeper.pieces) > 3 * most_bytes
+    assert 0 < device.peak <= most_bytes
+
+
+def test_a_ring_waits_for_its_oldest_copy_before_a_buffer_is_used_again():
+    device = StrictDevice()
+    ring, stream = BufferRing(device, 8, 2), device.stream()
+    read = []
+    for turn in range(6):
+        buffer = ring.take()
+        buffer.fill_(turn)
+        copied = stream.write(buffer, lambda there: read.append(int(there[0])))
+        ring.give_after(copied, buffer)
+    stream.wait()
+    assert read == [0, 1, 2, 3, 4, 5]
+    assert POISON not in read
+
+
+@pytest.mark.parametrize(("block", "page", "ratio"), [(16, 16, 1), (128, 16, 8), (64, 32, 2)])
+def test_blocks_are_whole_numbers_of_kernel_pages(block, page, ratio):
+    assert kernel_blocks(block, page) == ratio
+
+
+@pytest.mark.parametrize(("block", "page"), [(16, 32), (48, 32)])
+def test_pages_that_do_not_divide_a_block_are_refused(block, page):
+    with pytest.raises(UnsupportedModel, match=f"block_size \\({block}\\)"):
+        kernel_blocks(block, page)
+
+
+def test_a_block_of_several_pages_is_read_page_by_page():
+    device = HostDevice()
+    tensors = {NAMES[0]: torch.randn(PAGES, HEADS, PAGE, 2 * DIM)}
+    known = Caches(tensors, GpuLayout(tensors[NAMES[0]]), device, 2 * PAGE, "layout")
+    pages = known.block_tensor("order", [3, 0])
+    assert pages.tolist() == [6, 7, 0, 1]
+    kv = known.layout.read(tensors[NAMES[0]], pages, 2 * PAGE, 2 * PAGE + 1)
+    assert torch.equal(kv[0, 0], tensors[NAMES[0]][0, :, 0, :DIM])

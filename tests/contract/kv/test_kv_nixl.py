@@ -1,0 +1,142 @@
+"""What is peculiar to the carrier `nixl`: memory that is read while its owner may die."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from specprefill.core.errors import CorruptFrame, InvalidConfiguration, KvTransferError
+from specprefill.core.types import Lease, Ticket
+from specprefill.kv.frames import Trailer, encode
+from specprefill.kv.nixl.agent import agent_for, require
+from specprefill.kv.nixl.arena import Arena
+from specprefill.kv.nixl.reads import LANDING_BYTES, NixlClient
+from tests.contract.kv.carriers import CHUNKS, LAYERS, LEASE, Nixl, reader
+from tests.contract.kv.nixl_worker import FINGERPRINT, FRAMES, SECRET, Worker, payload
+
+TRANSPORTS = {"shared_memory": None, "tcp": "tcp"}
+TICKET = Ticket(Lease(LEASE, SECRET), (), "", 0)
+
+
+@pytest.fixture(scope="module", params=TRANSPORTS)
+def worker(request) -> Iterator[Worker]:
+    worker = Worker(TRANSPORTS[request.param])
+    yield worker
+    worker.close()
+
+
+@pytest.fixture
+def landing() -> Arena:
+    return Arena(LANDING_BYTES)
+
+
+@pytest.fixture
+def client(landing) -> Iterator[NixlClient]:
+    client = NixlClient(reader(), landing)
+    client.start()
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def other() -> Iterator[Nixl]:
+    """Another prefill worker, which lives on."""
+    other = Nixl()
+    other.start()
+    yield other
+    other.stop()
+
+
+def test_a_worker_that_hangs_costs_the_pull_its_time(worker, client):
+    worker.stop()
+    started_s = time.monotonic()
+    with pytest.raises(KvTransferError, match="DEADLINE_EXCEEDED"):
+        client.pull(worker.address, TICKET, FINGERPRINT, 0, 0.5).into(lambda _frame: None)
+    worker.go_on()
+    assert 0.4 < time.monotonic() - started_s < 2.0
+
+
+def test_it_is_read_whole_then_dies_under_its_next_reader(worker, client, landing, other):
+    frames = []
+    client.pull(worker.address, TICKET, FINGERPRINT, 0, 20.0).into(
+        lambda frame: frames.append((frame.layer, bytes(frame.payload)))
+    )
+    assert frames == [(layer, payload(layer)) for layer in range(FRAMES)]
+
+    started_s = time.monotonic()
+    assert frames_until_death(worker, client) < FRAMES
+    assert time.monotonic() - started_s < 2.0
+
+    other.stage(*CHUNKS)  # the reader's agent has come to no harm
+    assert len(other.pull()) == LAYERS * len(CHUNKS)
+    gc.collect()  # the error that was raised refers to the frame that was being read
+    assert landing.bytes_used == 0
+
+
+def frames_until_death(worker, client) -> int:
+    """How many frames came of a pull in which the worker was killed at the third."""
+    seen = 0
+
+    def store(_frame):
+        nonlocal seen
+        seen += 1
+        if seen == 3:
+            worker.kill()
+
+    with pytest.raises(KvTransferError):
+        client.pull(worker.address, TICKET, FINGERPRINT, 0, 20.0).into(store)
+    return seen
+
+
+@pytest.mark.parametrize("place", [0, 10, -1])
+def test_memory_that_changes_behind_the_lease_is_found(other, place):
+    other.stage(*CHUNKS)
+    (lent, *_) = other.leases.stream(LEASE, SECRET, timeout_s=1.0)
+    lent.message[place] ^= 0x01
+    with pytest.raises(CorruptFrame):
+        other.pull()
+
+
+def test_frames_that_find_no_room_come_with_the_list(other):
+    room = other.arena.take(other.arena.memory.nbytes)
+    other.stage(*CHUNKS)
+    assert len(other.pull()) == LAYERS * len(CHUNKS)
+    del room
+    assert other.arena.bytes_used == 0
+
+
+def test_an_address_that_was_never_lent_is_refused(other):
+    """It lies in no registered memory, so the library reads nothing."""
+    other.astray = 1 << 40
+    with pytest.raises(KvTransferError, match="nixl"):
+        other.pull_lies([encode(Trailer(0), LEASE)] * 2)
+
+
+def test_without_the_library_auto_is_grpc_and_nixl_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nixl", None)
+    monkeypatch.setitem(sys.modules, "nixl._api", None)
+    assert agent_for("auto", encrypted=False) is None
+    said = r"kv\.carrier: nixl .* allowed without it: auto, grpc, object_ref"
+    with pytest.raises(InvalidConfiguration, match=said):
+        agent_for("nixl", encrypted=False)
+    with pytest.raises(InvalidConfiguration, match=said):
+        require("nixl")
+    require("auto")
+
+
+@pytest.mark.parametrize(
+    ("carrier", "encrypted", "used"),
+    [
+        ("auto", False, True),
+        ("auto", True, False),
+        ("nixl", True, True),
+        ("grpc", False, False),
+        ("object_ref", False, False),
+    ],
+)
+def test_the_carrier_decides_whether_there_is_an_agent(carrier, encrypted, used):
+    assert (agent_for(carrier, encrypted=encrypted) is not None) is used

@@ -1,0 +1,310 @@
+"""The service around the scorer: batches, cancellation, deadlines, overload, ways out."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+import torch
+
+from specprefill.core.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    Overloaded,
+    ScoringTimeout,
+    SpeculatorUnavailable,
+    UnsupportedModel,
+)
+from specprefill.core.selection import select
+from specprefill.core.types import Plan, PlanKind, Reason, Request, Span
+from specprefill.speculator.jobs import Batching, Pace
+from specprefill.speculator.scorer import Scorer
+from specprefill.speculator.scoring_gauges import SpeculatorGauges
+from specprefill.speculator.service import MAX_FAILURES_IN_A_ROW, SpeculatorService
+from tests.instruments import Instruments
+from tests.unit.speculator.gated_scorer import (
+    PLAN,
+    POLICY,
+    VOCABULARY,
+    WAIT_S,
+    GatedScorer,
+    request_of,
+    serving,
+)
+
+NAME = "specprefill_speculator"
+
+
+@pytest.mark.asyncio
+async def test_a_request_gets_the_selection_of_its_scores_and_its_times(
+    scorer: GatedScorer,
+) -> None:
+    request = request_of(200, protected=(Span(50, 53),))
+    async with serving(scorer) as service:
+        selection = await service.select(request, PLAN, WAIT_S)
+    expected = select(scorer.score([request.prompt])[0], PLAN, request.protected, POLICY)
+    assert selection.runs == expected.runs
+    assert selection.plan == PLAN
+    assert selection.speculate_s > 0
+    assert 0 <= selection.queue_s < WAIT_S
+
+
+@pytest.mark.asyncio
+async def test_concurrent_requests_share_a_batch_and_get_their_own_answers(
+    scorer: GatedScorer,
+) -> None:
+    requests = [request_of(tokens) for tokens in (100, 170, 64)]
+    async with serving(scorer) as service:
+        selections = await asyncio.gather(
+            *(service.select(request, PLAN, WAIT_S) for request in requests)
+        )
+    assert scorer.batches == [3]
+    for request, selection in zip(requests, selections, strict=True):
+        (scores,) = scorer.score([request.prompt])
+        assert selection.runs == select(scores, PLAN, (), POLICY).runs
+
+
+@pytest.mark.asyncio
+async def test_a_batch_is_not_larger_than_allowed(scorer: GatedScorer) -> None:
+    batching = Batching(max_batch=2, max_wait_s=0.05)
+    async with serving(scorer, batching) as service:
+        await asyncio.gather(
+            *(service.select(request_of(40 + extra), PLAN, WAIT_S) for extra in range(5))
+        )
+    assert max(scorer.batches) <= 2
+    assert sum(scorer.batches) == 5
+
+
+def test_prompts_join_a_batch_only_while_that_shortens_the_mean_wait() -> None:
+    assert Pace().pays_to_join(7, 100_000)  # nothing measured yet
+    pace = Pace(token_s=1e-4, look_ahead_s=0.2)
+    assert pace.pays_to_join(1, 2000)
+    assert not pace.pays_to_join(1, 2001)
+    assert pace.pays_to_join(4, 500)
+    assert not pace.pays_to_join(4, 501)
+
+
+def test_the_pace_follows_measurements() -> None:
+    first = Pace().measured(1.0, 2.0)
+    assert first == Pace(1.0, 2.0)
+    second = first.measured(2.0, 2.0)
+    assert second.token_s == pytest.approx(1.2)
+    assert second.look_ahead_s == pytest.approx(2.0)
+
+
+@pytest.mark.asyncio
+async def test_a_cancelled_request_is_dropped_between_chunks(scorer: GatedScorer) -> None:
+    scorer.gate.clear()
+    async with serving(scorer) as service:
+        task = asyncio.create_task(service.select(request_of(300), PLAN, WAIT_S))
+        await scorer.held()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        scorer.gate.set()
+        selection = await service.select(request_of(80), PLAN, WAIT_S)
+    assert selection.prompt_tokens == 80
+    assert scorer.finished == [80]
+
+
+@pytest.mark.asyncio
+async def test_a_request_cancelled_in_the_queue_is_never_scored(scorer: GatedScorer) -> None:
+    scorer.gate.clear()
+    async with serving(scorer) as service:
+        first = asyncio.create_task(service.select(request_of(90), PLAN, WAIT_S))
+        await scorer.held()
+        queued = asyncio.create_task(service.select(request_of(300), PLAN, WAIT_S))
+        await asyncio.sleep(0)
+        queued.cancel()
+        scorer.gate.set()
+        await first
+        await service.select(request_of(80), PLAN, WAIT_S)
+    assert scorer.finished == [90, 80]
+
+
+@pytest.mark.asyncio
+async def test_a_deadline_ends_the_wait_and_the_work(scorer: GatedScorer) -> None:
+    scorer.gate.clear()
+    async with serving(scorer) as service:
+        with pytest.raises(DeadlineExceeded):
+            await service.select(request_of(300), PLAN, 0.05)
+        scorer.gate.set()
+        await service.select(request_of(80), PLAN, WAIT_S)
+    assert scorer.finished == [80]
+
+
+@pytest.mark.asyncio
+async def test_a_time_out_says_whether_the_time_was_waited_or_scored(scorer: GatedScorer) -> None:
+    scorer.gate.clear()
+    async with serving(scorer, Batching(max_batch=1)) as service:
+        first = asyncio.create_task(service.select(request_of(90), PLAN, 0.2))
+        await scorer.held()
+        behind = asyncio.create_task(service.select(request_of(70), PLAN, 0.2))
+        scored, waited = await asyncio.gather(first, behind, return_exceptions=True)
+        scorer.gate.set()
+    assert isinstance(scored, ScoringTimeout)
+    assert isinstance(waited, ScoringTimeout)
+    assert scored.speculate_s > 0.1 > scored.queue_s
+    assert waited.queue_s >= 0.2
+    assert waited.speculate_s == 0.0
+
+
+@pytest.mark.asyncio
+async def test_a_full_queue_sheds_and_recovers(scorer: GatedScorer) -> None:
+    scorer.gate.clear()
+    batching = Batching(max_batch=1, max_wait_s=0.0, max_queued=2)
+    async with serving(scorer, batching) as service:
+        first = asyncio.create_task(service.select(request_of(90), PLAN, WAIT_S))
+        await scorer.held()
+        queued = [
+            asyncio.create_task(service.select(request_of(70 + extra), PLAN, WAIT_S))
+            for extra in range(2)
+        ]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded) as shed:
+            await service.select(request_of(99), PLAN, WAIT_S)
+        assert shed.value.retry_after_s > 0
+        scorer.gate.set()
+        await asyncio.gather(first, *queued)
+        await service.select(request_of(99), PLAN, WAIT_S)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("request_", "plan", "reason"),
+    [
+        (request_of(600), PLAN, Reason.PROMPT_TOO_LONG_FOR_SPECULATOR),
+        (request_of(510), PLAN, Reason.PROMPT_TOO_LONG_FOR_SPECULATOR),
+        (request_of(200), Plan(PlanKind.PRUNE, Reason.ASKED, 1.0), Reason.KEEP_IS_ONE),
+        (request_of(200, (Span(0, 200),)), PLAN, Reason.PROTECTED_SPANS),
+        (request_of(200), Plan(PlanKind.DENSE, Reason.DISABLED), Reason.DISABLED),
+    ],
+)
+async def test_prompts_that_scores_cannot_help_are_dense_at_once(
+    scorer: GatedScorer, request_: Request, plan: Plan, reason: Reason
+) -> None:
+    async with serving(scorer) as service:
+        selection = await service.select(request_, plan, WAIT_S)
+    assert selection.plan == Plan(PlanKind.DENSE, reason)
+    assert selection.kept_tokens == len(request_.prompt)
+    assert scorer.finished == []
+
+
+@pytest.mark.asyncio
+async def test_the_longest_prompt_that_fits_is_scored(scorer: GatedScorer) -> None:
+    async with serving(scorer) as service:
+        selection = await service.select(request_of(509), PLAN, WAIT_S)
+    assert selection.plan.kind is PlanKind.PRUNE
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("token", [-1, VOCABULARY])
+async def test_foreign_token_ids_are_the_callers_fault(scorer: GatedScorer, token: int) -> None:
+    request = Request(request_id="r", prompt=(1,) * 100 + (token,), sampling=b"")
+    async with serving(scorer) as service:
+        with pytest.raises(InvalidRequest, match="vocabulary"):
+            await service.select(request, PLAN, WAIT_S)
+        with pytest.raises(InvalidRequest, match="empty"):
+            await service.select(Request(request_id="e", prompt=(), sampling=b""), PLAN, WAIT_S)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "failure", [torch.OutOfMemoryError("no memory"), IndexError("position 9"), KeyError("a bug")]
+)
+async def test_a_failed_batch_fails_its_requests_and_not_the_service(
+    scorer: GatedScorer, failure: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with serving(scorer) as service:
+        scorer.failure = failure
+        with pytest.raises(SpeculatorUnavailable, match=failure.args[0]):
+            await service.select(request_of(100), PLAN, WAIT_S)
+        assert [record.exc_info[1] for record in caplog.records if record.exc_info] == [failure]
+        scorer.failure = None
+        assert service.is_running
+        assert (await service.select(request_of(100), PLAN, WAIT_S)).prompt_tokens == 100
+
+
+@pytest.mark.asyncio
+async def test_failures_in_a_row_stop_the_service_and_hang_nobody(scorer: GatedScorer) -> None:
+    async with serving(scorer) as service:
+        scorer.failure = KeyError("a broken device")
+        for tokens in range(100, 100 + MAX_FAILURES_IN_A_ROW):
+            assert service.is_running
+            with pytest.raises(SpeculatorUnavailable):
+                await service.select(request_of(tokens), PLAN, WAIT_S)
+        await asyncio.sleep(0)  # the loop's task ends behind its last answer
+        assert not service.is_running
+        with pytest.raises(SpeculatorUnavailable, match="not running"):
+            await service.select(request_of(100), PLAN, WAIT_S)
+
+
+@pytest.mark.asyncio
+async def test_closing_fails_what_waits_and_is_idempotent(scorer: GatedScorer) -> None:
+    scorer.gate.clear()
+    service = SpeculatorService(lambda: scorer, POLICY, Batching(max_batch=1, max_wait_s=0.0))
+    await service.start()
+    tasks = [
+        asyncio.create_task(service.select(request_of(100 + extra), PLAN, WAIT_S))
+        for extra in range(3)
+    ]
+    await scorer.held()
+    closing = asyncio.create_task(service.close())
+    await asyncio.sleep(0.01)
+    scorer.gate.set()
+    await closing
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(result, SpeculatorUnavailable) for result in results)
+    assert scorer.finished == []
+    await service.close()
+    assert not service.is_running
+
+
+@pytest.mark.asyncio
+async def test_start_refuses_a_model_that_cannot_score() -> None:
+    def load() -> Scorer:
+        raise UnsupportedModel("vocabularies differ")
+
+    service = SpeculatorService(load, POLICY, Batching())
+    with pytest.raises(UnsupportedModel, match="vocabularies"):
+        await service.start()
+    await service.close()
+    assert not service.is_running
+
+
+@pytest.mark.asyncio
+async def test_what_it_does_is_counted(scorer: GatedScorer) -> None:
+    made = Instruments()
+    batching = Batching(max_batch=2, max_wait_s=0.05, max_queued=1)
+    async with serving(scorer, batching) as service:
+        gauges = SpeculatorGauges(service, made)
+        await service.select(request_of(100), PLAN, WAIT_S)
+        await service.select(request_of(100), PLAN, WAIT_S)  # remembered
+        scorer.gate.clear()
+        scorer.entered.clear()
+        lost = asyncio.create_task(service.select(request_of(90), PLAN, 0.3))
+        await scorer.held()
+        queued = asyncio.create_task(service.select(request_of(70), PLAN, WAIT_S))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await service.select(request_of(80), PLAN, WAIT_S)
+        gauges.update()
+        assert (made.total(f"{NAME}_queued"), made.total(f"{NAME}_scoring")) == (1, 1)
+        with pytest.raises(ScoringTimeout):
+            await lost
+        scorer.gate.set()
+        await queued
+        gauges.tested(0.875)
+        gauges.update()
+        gauges.update()
+    counted = {
+        name: made.total(f"{NAME}_{name}_total")
+        for name in ("prompts", "repeated_prompts", "batches", "timeouts", "shed", "failures")
+    }
+    assert counted == {
+        "prompts": 2, "repeated_prompts": 1, "batches": 3, "timeouts": 1, "shed": 1, "failures": 0,
+    }  # fmt: skip
+    assert made.observed(f"{NAME}_self_test") == [0.875, 0.875]  # again and again
+    assert made.total(f"{NAME}_tokens_total") == 170
+    assert made.total(f"{NAME}_read_seconds_total") > 0
+    assert made.total(f"{NAME}_queue_seconds_total") > 0
