@@ -2,7 +2,6 @@
 
 import pytest
 
-from specprefill.core import offsets
 from specprefill.core.occurrences import Cancelled
 from specprefill.gateway.openai import offsets
 from specprefill.gateway.openai.offsets import PromptOffsets
