@@ -144,4 +144,4 @@ def _replay(args: AsyncEngineArgs) -> str:
     """
     v2 = vllm_config(copy(args)).use_v2_model_runner
     module = "replay_v2" if v2 else "replay"
-    return f"{_MODULE}.{module}:ReplayTokens"
+    return f"{_MODULE}.sparse.{module}:ReplayTokens"
