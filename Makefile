@@ -58,6 +58,10 @@ check: $(INSTALLED) ## Format, lint, dead code, types, import contracts, generat
 	$(BIN)/lint-imports
 	@$(MAKE) --no-print-directory proto-check
 
+.PHONY: readability
+readability: $(INSTALLED) ## How the package reads, beside its limits (ARGS=--details: what exceeds them)
+	@$(PY) .ci/readability.py $(ARGS)
+
 .PHONY: format
 format: $(INSTALLED) ## Format and fix what can be fixed
 	$(BIN)/ruff format .
