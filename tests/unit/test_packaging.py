@@ -1,6 +1,5 @@
 """What pyproject.toml says about the package is what the folders hold."""
 
-import fnmatch
 import importlib
 import re
 import subprocess
@@ -8,8 +7,6 @@ import sys
 import tomllib
 
 import pytest
-
-GENERATED = ("_pb2.py", "_pb2_grpc.py")
 
 
 @pytest.fixture(scope="module")
@@ -89,16 +86,33 @@ def test_make_help_tells_every_target_of_the_readme(root):
         assert f"make {target}" in help_text
 
 
-def test_the_architecture_page_names_every_module(root):
-    page = (root / "docs" / "architecture.md").read_text()
-    named = re.findall(r"`([a-z0-9_*/]+)`", page)
+@pytest.fixture(scope="module")
+def layers(project):
+    contracts = project["tool"]["importlinter"]["contracts"]
+    lines = next(each["layers"] for each in contracts if each["type"] == "layers")
+    return [[name.removeprefix("specprefill.") for name in line.split(" | ")] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def architecture(root):
+    return (root / "docs" / "architecture.md").read_text()
+
+
+def test_the_architecture_page_names_every_folder_once(architecture, project):
+    named = re.findall(r"^\| `([a-z_/]+)/` \|", architecture, re.MULTILINE)
+    packages = project["tool"]["setuptools"]["packages"]
+    folders = {"/".join(name.split(".")[1:]) for name in packages} - {""}
+    assert sorted(named) == sorted(folders)
+
+
+def test_every_folder_stands_on_one_layer(root, layers):
+    placed = [name for line in layers for name in line]
     services = root / "services"
-    modules = {
-        str(path.relative_to(services).with_suffix(""))
-        for path in services.rglob("*.py")
-        if path.name != "__init__.py" and not path.name.endswith(GENERATED)
-    }
-    missing = {m for m in modules if not any(fnmatch.fnmatch(m, name) for name in named)}
-    assert missing == set()
-    gone = {name for name in named if name[:-1].count("/") and not fnmatch.filter(modules, name)}
-    assert gone == set()
+    folders = {path.parent.name for path in services.glob("*/__init__.py")}
+    modules = {path.stem for path in services.glob("*.py")} - {"__init__"}
+    assert sorted(placed) == sorted(folders | modules)
+
+
+def test_the_architecture_page_shows_the_layers(architecture, layers):
+    shown = re.search(r"```text\n(.*?)```", architecture, re.DOTALL)[1]
+    assert [line.split(" | ") for line in shown.splitlines()] == layers
