@@ -58,6 +58,10 @@ check: $(INSTALLED) ## Format, lint, dead code, types, import contracts, generat
 	$(BIN)/lint-imports
 	@$(MAKE) --no-print-directory proto-check
 
+.PHONY: docs-config
+docs-config: $(INSTALLED) ## Write docs/configuration.md from the configuration classes
+	@$(PY) .ci/config_reference.py
+
 .PHONY: readability
 readability: $(INSTALLED) ## How the package reads, beside its limits (ARGS=--details: what exceeds them)
 	@$(PY) .ci/readability.py $(ARGS)
