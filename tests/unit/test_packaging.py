@@ -67,7 +67,7 @@ def test_the_package_refuses_a_second_name(root):
 )
 def test_pure_modules_import_no_framework(module):
     code = (
-        f"import sys, specprefill.{module};"
+        f"import sys, specprefill.core.{module};"
         "print([m for m in ('torch', 'ray', 'grpc', 'vllm', 'transformers') if m in sys.modules])"
     )
     outcome = subprocess.run(
