@@ -129,7 +129,7 @@ def comments(model: type[BaseModel]) -> dict[str, str]:
             is_alone = lines[token.start[0] - 1].lstrip().startswith("#")
             (alone if is_alone else behind)[token.start[0]] = text
     found = {}
-    for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             above, line = [], node.lineno - 1
             while line in alone:

@@ -147,10 +147,10 @@ def tell_words(sources: list[Source], _folder: Path) -> Measure:
     prose = [(s, text) for s, text in docstrings(sources)]
     prose += [(source, text) for source in sources for text in comments(source)]
     words = sum(len(WORD.findall(text)) for _, text in prose)
-    told = [f"{s.path}: {' '.join(t.split())[:90]}" for s, t in prose if TELL_WORD.search(t)]
+    found = [f"{s.path}: {' '.join(t.split())[:90]}" for s, t in prose if TELL_WORD.search(t)]
     count = sum(len(TELL_WORD.findall(text)) for _, text in prose)
     rate = 1e4 * count / words if words else 0.0
-    return Measure("tell/say per 10,000 words of prose", rate, 3.0, "", tuple(told))
+    return Measure("tell/say per 10,000 words of prose", rate, 3.0, "", tuple(found))
 
 
 def wh_docstrings(sources: list[Source], _folder: Path) -> Measure:

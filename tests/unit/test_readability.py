@@ -55,7 +55,7 @@ def test_a_package_is_measured(readability, package):
     assert values["files flat in package/"] == 1
 
 
-def test_the_exit_code_says_whether_a_limit_is_exceeded(readability, package, capsys):
+def test_a_limit_that_is_exceeded_fails_unless_only_reported(readability, package, capsys):
     assert readability.main([str(package)]) == 1
     assert "too high" in capsys.readouterr().out
     assert readability.main([str(package), "--report"]) == 0
