@@ -10,6 +10,8 @@ import yaml
 
 from specprefill.autoscaling.gauges import PolicyGauges
 from specprefill.config import AppConfig
+from specprefill.control.scaling.values import Reason as ScalingReason
+from specprefill.core.types import Reason
 from specprefill.deployment import file as deployment_file
 from specprefill.gateway.observe.key_usage import KeyUsage
 from specprefill.gateway.observe.metrics import PipelineMetrics
@@ -176,6 +178,12 @@ def test_the_metrics_page_names_every_metric(root, metric_names):
     page = (root / "docs" / "metrics.md").read_text()
     named = set(re.findall(r"`(?:ray_)?(specprefill_[a-z0-9_]+)`", page))
     assert named == metric_names | {ADDED_BY_THE_SCRAPE}
+
+
+@pytest.mark.parametrize(("name", "reasons"), [("api.md", Reason), ("metrics.md", ScalingReason)])
+def test_every_reason_is_explained(root, name, reasons):
+    page = (root / "docs" / name).read_text()
+    assert [each for each in reasons if f"`{each.value}`" not in page] == []
 
 
 def test_every_module_that_makes_metrics_is_known_here(root):
