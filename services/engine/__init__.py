@@ -1,1 +1,1 @@
-"""vLLM, extended at its official extension points only."""
+"""vLLM, loaded at its extension points; its private names stand in `vllm_internals`."""

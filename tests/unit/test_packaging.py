@@ -1,6 +1,5 @@
-"""What pyproject.toml says about the package is what the folders hold."""
+"""pyproject.toml, the folders, the import contracts and the architecture page agree."""
 
-import fnmatch
 import importlib
 import re
 import subprocess
@@ -8,8 +7,6 @@ import sys
 import tomllib
 
 import pytest
-
-GENERATED = ("_pb2.py", "_pb2_grpc.py")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +27,7 @@ def test_every_package_has_an_init(root, project):
         assert (folder / "__init__.py").exists(), name
 
 
-def test_the_version_is_told_once(project):
+def test_pyproject_and_the_package_have_the_same_version(project):
     import specprefill
 
     assert project["project"]["version"] == specprefill.__version__
@@ -70,7 +67,7 @@ def test_the_package_refuses_a_second_name(root):
 )
 def test_pure_modules_import_no_framework(module):
     code = (
-        f"import sys, specprefill.{module};"
+        f"import sys, specprefill.core.{module};"
         "print([m for m in ('torch', 'ray', 'grpc', 'vllm', 'transformers') if m in sys.modules])"
     )
     outcome = subprocess.run(
@@ -79,7 +76,7 @@ def test_pure_modules_import_no_framework(module):
     assert outcome.stdout.strip() == "[]"
 
 
-def test_make_help_tells_every_target_of_the_readme(root):
+def test_make_help_lists_every_target_of_the_readme(root):
     readme = (root / "README.md").read_text()
     help_text = subprocess.run(
         ["make", "help"], cwd=root, capture_output=True, text=True, check=True
@@ -89,16 +86,33 @@ def test_make_help_tells_every_target_of_the_readme(root):
         assert f"make {target}" in help_text
 
 
-def test_the_architecture_page_names_every_module(root):
-    page = (root / "docs" / "architecture.md").read_text()
-    named = re.findall(r"`([a-z0-9_*/]+)`", page)
+@pytest.fixture(scope="module")
+def layers(project):
+    contracts = project["tool"]["importlinter"]["contracts"]
+    lines = next(each["layers"] for each in contracts if each["type"] == "layers")
+    return [[name.removeprefix("specprefill.") for name in line.split(" | ")] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def architecture(root):
+    return (root / "docs" / "architecture.md").read_text()
+
+
+def test_the_architecture_page_names_every_folder_once(architecture, project):
+    named = re.findall(r"^\| `([a-z_/]+)/` \|", architecture, re.MULTILINE)
+    packages = project["tool"]["setuptools"]["packages"]
+    folders = {"/".join(name.split(".")[1:]) for name in packages} - {""}
+    assert sorted(named) == sorted(folders)
+
+
+def test_every_folder_stands_on_one_layer(root, layers):
+    placed = [name for line in layers for name in line]
     services = root / "services"
-    modules = {
-        str(path.relative_to(services).with_suffix(""))
-        for path in services.rglob("*.py")
-        if path.name != "__init__.py" and not path.name.endswith(GENERATED)
-    }
-    missing = {m for m in modules if not any(fnmatch.fnmatch(m, name) for name in named)}
-    assert missing == set()
-    gone = {name for name in named if name[:-1].count("/") and not fnmatch.filter(modules, name)}
-    assert gone == set()
+    folders = {path.parent.name for path in services.glob("*/__init__.py")}
+    modules = {path.stem for path in services.glob("*.py")} - {"__init__"}
+    assert sorted(placed) == sorted(folders | modules)
+
+
+def test_the_architecture_page_shows_the_layers(architecture, layers):
+    shown = re.search(r"```text\n(.*?)```", architecture, re.DOTALL)[1]
+    assert [line.split(" | ") for line in shown.splitlines()] == layers

@@ -128,10 +128,10 @@ def test_waiting_ends_with_its_time(api):
         api(details(status="UPDATING")).wait_healthy(0, lambda _: None)
 
 
-def test_the_readme_names_every_setting_that_a_local_ray_gets(root):
-    readme = (root / "README.md").read_text()
-    exported = dict(re.findall(r"^export (\w+)=(\S+)$", readme, re.MULTILINE))
-    assert "export RAY_SERVE_HAPROXY_BINARY_PATH=$(command -v specprefill-front)\n" in readme
+def test_the_deployment_page_names_every_setting_that_a_local_ray_gets(root):
+    page = (root / "docs" / "deployment.md").read_text()
+    exported = dict(re.findall(r"^export (\w+)=(\S+)$", page, re.MULTILINE))
+    assert "export RAY_SERVE_HAPROXY_BINARY_PATH=$(command -v specprefill-front)\n" in page
     assert exported.pop(FILE_VARIABLE).endswith(".yaml")
     assert exported.pop("RAY_AUTH_MODE") == "token"
     assert exported == SHORT_PATHS
