@@ -19,6 +19,7 @@ SpecPrefillError
 ├── EngineStartFailed     an engine process ended before it served: its replica does not start
 ├── InvalidConfiguration  a replica cannot run as configured: it refuses to start
 ├── IncompatibleVllm      vLLM is not as the engine uses it: it refuses to start
+├── IncompatibleRay       Ray Serve is not as the gateway uses it: it refuses to start
 └── UnsupportedModel      the engine would compute wrong positions: it refuses to start
 
 Foreign errors (gRPC, Ray, vLLM) become one of these at the seam where they enter; the
@@ -120,6 +121,10 @@ class InvalidConfiguration(SpecPrefillError):
 
 class IncompatibleVllm(SpecPrefillError):
     """The installed vLLM differs in a private name that the engine depends on."""
+
+
+class IncompatibleRay(SpecPrefillError):
+    """The installed Ray differs in a private name that the gateway depends on."""
 
 
 class UnsupportedModel(SpecPrefillError):

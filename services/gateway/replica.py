@@ -41,7 +41,7 @@ from ..rpc import specprefill_pb2 as pb
 from .grpc.api import GrpcApi
 from .grpc.failed_calls import log_refusals_in_one_line
 from .grpc.health_service import GrpcHealth
-from .grpc.serve_ports import bind_grpc_as_http, limit_grpc_messages
+from .grpc.serve_ports import bind_grpc_as_http
 from .observe.calibration import calibration
 from .observe.gate_metrics import behind_gate
 from .observe.key_usage import KeyUsage
@@ -55,9 +55,10 @@ from .openai.keys import read_keys
 from .openai.request_json import JsonLimits
 from .openai.server import build_client, build_http_app
 from .pools.draft_state import SelfTestWatch
-from .pools.handles import Carried, ServeDecoder, ServePrefiller, ServeSpeculator, by_reference
+from .pools.handles import Carried, ServeDecoder, ServePrefiller, ServeSpeculator
 from .pools.health import GATEWAY
 from .pools.replica_counts import ServeHealth
+from .serve_internals import by_reference, check_serve, limit_received_bytes
 
 
 class GatewayReplica:
@@ -71,11 +72,12 @@ class GatewayReplica:
         decode: DeploymentHandle,
     ) -> None:
         log_with_serve()
+        check_serve()
         log_refusals_in_one_line()
         bind_grpc_as_http()
         self._config = AppConfig.model_validate_json(config_json)
         require_front(self._config.gateway, os.environ)
-        limit_grpc_messages(self._config.gateway.max_body_bytes)
+        limit_received_bytes(self._config.gateway.max_body_bytes)
         counted = PipelineMetrics()
         self._keys = read_keys(self._config.gateway.api_keys, os.environ)
         self._limit = RequestLimit(self._config.gateway.max_concurrent_requests, counted.shed)

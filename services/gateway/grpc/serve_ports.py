@@ -1,9 +1,8 @@
-"""The gRPC port of a gateway, bound where HTTP is, shared with nobody, for messages of a size.
+"""The gRPC port of a gateway: bound to the host of HTTP, and shared with no other process.
 
 Serve binds a replica's gRPC port to every interface, and asks for an exclusive port in a way that
 gRPC does not understand (`grpc.so_reuseport` as text): two services on one machine would answer
-each other's calls. `default_impl.add_grpc_address` is Serve's own extension point; the names of
-Serve that are not public stand here alone.
+each other's calls.
 """
 
 from __future__ import annotations
@@ -11,31 +10,20 @@ from __future__ import annotations
 import socket
 from typing import Any
 
-from ray.serve._private import default_impl
-from ray.serve._private.constants import DEFAULT_GRPC_SERVER_OPTIONS
-from ray.serve.context import _get_global_client
-
-_CLAIMS: list[socket.socket] = []  # held until the process ends
+from ..serve_internals import bind_grpc_with, http_host
 
 
 def bind_grpc_as_http() -> None:
-    """From now on this process's gRPC ports are bound to the host of `http_options`."""
-    host = str(_get_global_client().http_config.host)
+    """Bind the gRPC ports that this process opens to the host of `http_options`."""
+    host = http_host()
 
-    def add_grpc_address(server: Any, address: str) -> None:
+    def add_grpc_address(grpc_server: Any, server_address: str) -> None:
         """Raises RuntimeError where the port is taken, upon which Serve tries the next one."""
-        port = int(address.rpartition(":")[2])
+        port = int(server_address.rpartition(":")[2])
         claim(host, port)
-        server.add_insecure_port(f"{host}:{port}")
+        grpc_server.add_insecure_port(f"{host}:{port}")
 
-    default_impl.add_grpc_address = add_grpc_address
-
-
-def limit_grpc_messages(max_bytes: int) -> None:
-    """From now on this process's gRPC servers refuse larger messages unread; Serve takes 2 GiB."""
-    name = "grpc.max_receive_message_length"
-    others = [option for option in DEFAULT_GRPC_SERVER_OPTIONS if option[0] != name]
-    DEFAULT_GRPC_SERVER_OPTIONS[:] = [*others, (name, max_bytes)]
+    bind_grpc_with(add_grpc_address)
 
 
 def setup() -> list[Any]:
@@ -45,7 +33,7 @@ def setup() -> list[Any]:
 
 
 def claim(host: str, port: int) -> None:
-    """Make sure that nobody else listens there, now or later. Raises RuntimeError.
+    """Keep the port from every other process, now and later. Raises RuntimeError.
 
     gRPC itself would share the port. Other services of ours are kept out by a name that only one
     process can hold; anybody else by trying whether the port can be bound.
@@ -59,4 +47,4 @@ def claim(host: str, port: int) -> None:
     except OSError as error:
         name.close()
         raise RuntimeError(f"gRPC port {port} of {host} is taken") from error
-    _CLAIMS.append(name)
+    name.detach()  # the name is held until the process ends

@@ -29,9 +29,9 @@ from ...core.ports import Prefilling
 from ...core.types import Decoded, Plan, Prefilled, Replay, Request, Selection, Ticket
 from ...kv.holding import RemoteLeases
 from ...kv.prefilling import prefilling
+from ..serve_internals import call_alone
 from .affinity import load_of, whole_load_of
 from .health import SPECULATOR, PoolCounts
-from .serve_calls import call_alone
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +40,6 @@ Carried = dict[str, list[ray.ObjectRef]]  # lease id -> one object per rank; emp
 _RETRY_AFTER_S = 1.0
 _SELF_TEST_S = 10.0  # to ask for its result
 _GRACE_S = 0.5  # for a replica's answer that the time was used up
-
-
-def by_reference(handle: DeploymentHandle) -> DeploymentHandle:
-    """The same pool by actor calls, whose arguments and results may hold object references."""
-    return handle.options(_by_reference=True)
 
 
 @dataclass(frozen=True, slots=True)

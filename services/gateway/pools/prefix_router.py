@@ -27,7 +27,7 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
     """One per gateway replica. The load of a prompt is the call's second argument.
 
     Serve matches waiting calls by their internal request id, so every call needs its own: see
-    `serve_calls`.
+    `serve_internals.call_alone`.
     """
 
     def initialize_state(self) -> None:

@@ -15,7 +15,7 @@ from ray.serve.request_router import PendingRequest
 from specprefill.core.wire import pack
 from specprefill.gateway.pools.affinity import BLOCK_TOKENS, PrefillLoad
 from specprefill.gateway.pools.prefix_router import CACHE_TOKENS, PrefixRouter
-from specprefill.gateway.pools.serve_calls import call_alone
+from specprefill.gateway.serve_internals import call_alone
 
 POOL = DeploymentID("Prefill", "app")
 LOAD = PrefillLoad(4 * BLOCK_TOKENS, (1, 2, 3, 4))

@@ -1,0 +1,79 @@
+"""Every private name of Ray Serve that this package uses, checked when a gateway starts.
+
+Serve has no public way to set them. Tried with the Ray that pyproject.toml pins.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import inspect
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ray.serve._private import default_impl
+from ray.serve._private.constants import DEFAULT_GRPC_SERVER_OPTIONS
+from ray.serve.context import _get_global_client, _set_request_context
+from ray.serve.handle import DeploymentHandle
+
+from ..core.errors import IncompatibleRay
+
+_MAX_RECEIVED = "grpc.max_receive_message_length"
+
+
+def check_serve() -> None:
+    """Raises IncompatibleRay, naming what differs, unless Serve has every private name."""
+    differences = list(_differences())
+    if differences:
+        raise IncompatibleRay(
+            "ray: not the version that this was made for: " + "; ".join(differences)
+        )
+
+
+def http_host() -> str:
+    """Return the host that Serve's `http_options` bind to."""
+    return str(_get_global_client().http_config.host)
+
+
+def bind_grpc_with(add_address: Callable[[Any, str], None]) -> None:
+    """Let `add_address(server, "host:port")` bind the gRPC ports that this process opens."""
+    default_impl.add_grpc_address = add_address
+
+
+def limit_received_bytes(max_bytes: int) -> None:
+    """Make this process's gRPC servers refuse larger messages unread; Serve takes 2 GiB."""
+    others = [option for option in DEFAULT_GRPC_SERVER_OPTIONS if option[0] != _MAX_RECEIVED]
+    DEFAULT_GRPC_SERVER_OPTIONS[:] = [*others, (_MAX_RECEIVED, max_bytes)]
+
+
+def by_reference(handle: DeploymentHandle) -> DeploymentHandle:
+    """Return the pool by actor calls, whose arguments and results may hold object references."""
+    return handle.options(_by_reference=True)
+
+
+def call_alone(handle: DeploymentHandle, *messages: object) -> Any:
+    """Call `handle.remote(*messages)` under an internal request id that no other call has.
+
+    A handle call inherits the internal id of the request in whose context it is made, and a custom
+    request router finds a waiting call by that id. The prompts of one HTTP request, or an attempt
+    and its repetition, would share it: one of them would wait forever. Serve then no longer cancels
+    the call together with the request: the caller cancels it.
+    """
+    context = contextvars.copy_context()
+    context.run(_set_request_context, _internal_request_id=uuid.uuid4().hex)
+    return context.run(handle.remote, *messages)
+
+
+def _differences() -> Iterator[str]:
+    yield from _parameters(default_impl.add_grpc_address, "grpc_server", "server_address")
+    yield from _parameters(_set_request_context, "_internal_request_id")
+    yield from _parameters(DeploymentHandle.options, "_by_reference")
+    if _MAX_RECEIVED not in dict(DEFAULT_GRPC_SERVER_OPTIONS):
+        yield f"DEFAULT_GRPC_SERVER_OPTIONS has no {_MAX_RECEIVED}"
+
+
+def _parameters(function: Callable[..., Any], *names: str) -> Iterator[str]:
+    found = inspect.signature(function).parameters
+    for name in names:
+        if name not in found:
+            yield f"{function.__qualname__} has no parameter {name}"
