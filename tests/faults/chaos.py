@@ -217,7 +217,8 @@ def main(argv: list[str] | None = None) -> int:
         found.grown = served.watch.grown({pid: one for pid, one in before.items() if pid in living})
     out = Path("out")
     out.mkdir(exist_ok=True)
-    (out / "chaos.json").write_text(json.dumps(asdict(found), indent=1))
+    figures = {**asdict(found), "endings": dict(found.endings)}  # asdict breaks a Counter
+    (out / "chaos.json").write_text(json.dumps(figures, indent=1))
     print(f"{STREAMS} streams in {found.seconds:.0f} s: {dict(found.endings)}")
     print(f"killed: {', '.join(found.killed)}; recomputed by decode: {found.recomputed}")
     print(f"before: {found.before}\nafter:  {found.after}\nheld: {found.held_after:g}")
