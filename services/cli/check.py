@@ -23,7 +23,7 @@ def check(file: DeploymentFile, *, served_here: bool = True) -> Iterator[Finding
     """
     for number, application in enumerate(file.applications):
         for finding in _check_application(application, served_here=served_here):
-            yield finding.below(f"applications[{number}].args")
+            yield finding.with_key_prefix(f"applications[{number}].args")
 
 
 def _check_application(application: Application, *, served_here: bool) -> Iterator[Finding]:

@@ -1,8 +1,8 @@
-"""How many chunks a prompt needs, told by its scores: the automatic keep rate. Pure.
+"""The automatic keep rate: the number of chunks a prompt needs, from its scores. Pure.
 
-A rule looks at the scores of the chunks that nothing protects, highest first, and says how many of
-them carry what the answer needs. `docs/selection.md` compares the rules and says why `PEAKS` is the
-one in use.
+A rule looks at the scores of the chunks that nothing protects, highest first, and returns how many
+of them the answer needs. `docs/selection.md` compares the rules and explains why `PEAKS` is the one
+in use.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class RuleName(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AutoKeep:
-    """When the scores may choose the keep rate, and how."""
+    """The conditions and the rule by which scores choose the keep rate."""
 
     rule: RuleName = RuleName.PEAKS  # where the draft model is sure of its look-ahead
     setting: float = 0.05
@@ -42,24 +42,24 @@ class AutoKeep:
     most_chunks: float = 0.6  # share of the open chunks; needing more, the prompt goes dense
 
 
-def needed(scores: Descending, auto: AutoKeep, *, sure: bool) -> int:
-    """How many of the chunks the answer needs, at least one."""
+def chunks_needed(scores: Descending, auto: AutoKeep, *, sure: bool) -> int:
+    """Return the number of chunks the answer needs, at least one."""
     found = RULES[auto.rule](scores, auto.setting) if sure else peaks(scores, auto.unsure_share)
     return int(np.clip(found, 1, len(scores)))
 
 
 def mass(scores: Descending, share: float) -> int:
-    """The fewest chunks that hold `share` of the sum of scores."""
+    """Count the fewest chunks that hold `share` of the sum of scores."""
     return int(np.searchsorted(np.cumsum(scores), share * scores.sum())) + 1
 
 
 def excess(scores: Descending, share: float) -> int:
-    """The fewest chunks that hold `share` of what stands out from the median."""
+    """Count the fewest chunks that hold `share` of the excess over the median."""
     return mass(np.maximum(scores - np.median(scores), 0.0), share)
 
 
 def knee(scores: Descending, scale: float) -> int:
-    """`scale` times where the sorted curve is farthest below the line from its first to its last.
+    """Scale the index where the sorted curve is farthest below its first-to-last line.
 
     (Kneedle, Satopaa et al. 2011, section 4, without smoothing.)
     """
@@ -69,19 +69,19 @@ def knee(scores: Descending, scale: float) -> int:
 
 
 def support(scores: Descending, scale: float) -> int:
-    """`scale` times the effective number of chunks: e to the entropy of the scores."""
+    """Scale the effective number of chunks: e to the entropy of the scores."""
     shares = scores / max(float(scores.sum()), TINY)
     entropy = -float(np.sum(shares * np.log(shares + TINY)))
     return int(np.ceil(scale * np.exp(entropy)))
 
 
 def peaks(scores: Descending, share: float) -> int:
-    """The chunks that reach `share` of the highest one."""
+    """Count the chunks that reach `share` of the highest score."""
     return int(np.count_nonzero(scores >= share * scores[0]))
 
 
 def background(scores: Descending, factor: float) -> int:
-    """The chunks that reach `factor` times the median."""
+    """Count the chunks that reach `factor` times the median score."""
     return int(np.count_nonzero(scores >= factor * np.median(scores)))
 
 

@@ -83,7 +83,7 @@ class DecodeService:
     async def _sample(
         self, request: Request, selection: Selection, params: SamplingParams, index: int
     ) -> AsyncGenerator[Decoded]:
-        prompt = selection.kept(request.prompt)
+        prompt = selection.kept_token_ids(request.prompt)
         request_id = f"decode-{index}-{request.request_id}"
         started_s = time.monotonic()
         first_s: float | None = None

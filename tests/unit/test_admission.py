@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from specprefill.control.admission import (
     AdmissionPolicy,
+    AdmissionRequest,
     Admitted,
-    Ask,
     Backlog,
     Shed,
     ShedReason,
@@ -18,7 +18,7 @@ from specprefill.control.admission import (
     tokens_within,
 )
 from specprefill.control.fair_queue import FairQueue
-from specprefill.control.gate import AdmittingPipeline, Engines, Gate
+from specprefill.control.gate import AdmittingPipeline, Gate, GatewayShare
 from specprefill.control.stages import Curve, StageCurves
 from specprefill.core.errors import DeadlineExceeded, Overloaded
 from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator, PlannedPipeline
@@ -28,7 +28,7 @@ from specprefill.core.types import Controls, Reason, Request
 
 CURVES = StageCurves(Curve(0.1), Curve(0.0, 1e-3), Curve(), Curve())
 POLICY = AdmissionPolicy(ttft_s=2.0, headroom=1.0, max_waiting=10, max_waiting_per_key=4)
-ASK = Ask(prompt_tokens=4000, keep=0.3, floor=0.1, deadline_s=30.0)
+ASK = AdmissionRequest(prompt_tokens=4000, keep=0.3, floor=0.1, deadline_s=30.0)
 
 
 def test_without_a_queue_the_planned_rate_holds():
@@ -87,7 +87,7 @@ def test_a_dense_request_is_never_pruned():
 def test_the_keep_rate_stays_between_the_callers_floor_and_the_plan(
     keep, floor_share, waits, tokens
 ):
-    ask = Ask(tokens, keep, keep * floor_share, 30.0)
+    ask = AdmissionRequest(tokens, keep, keep * floor_share, 30.0)
     verdict = judge(ask, Backlog(*waits), CURVES, POLICY)
     if isinstance(verdict, Admitted):
         assert ask.floor - 1e-9 <= verdict.keep <= keep + 1e-9
@@ -156,7 +156,7 @@ class Door:
             per_engine=1,
             fair_keys=True,
             curves=lambda: CURVES,
-            engines=lambda: Engines(speculators=0, prefills=1),
+            engines=lambda: GatewayShare(speculators=0, prefills=1),
             now=lambda: self.now_s,
         )
         self.planner = planner
@@ -172,7 +172,7 @@ class Door:
 
         async def held():
             request = Request("held", self.prompt, b"", **fields)
-            async with self.gate.place(request, self.planner.plan(request)):
+            async with self.gate.admit(request, self.planner.plan(request)):
                 await asyncio.Event().wait()
 
         return asyncio.create_task(held())
@@ -252,7 +252,7 @@ async def test_who_waits_too_long_is_told_and_leaves_nothing():
     door.prompt = tuple(range(60))
     front = door.hold()
     await settled()
-    with pytest.raises(DeadlineExceeded, match="waiting for a turn"):
+    with pytest.raises(DeadlineExceeded, match="timed out in the admission queue"):
         await door.run(timeout_s=0.25)  # foreseen to be in time, but the one in front never ends
     assert door.gate.waiting == 0
     front.cancel()
@@ -267,7 +267,7 @@ async def test_one_whose_time_no_longer_suffices_takes_no_engine_from_others():
     await settled()
     door.now_s = 2.8
     front.cancel()
-    with pytest.raises(Overloaded, match="time is used up") as caught:
+    with pytest.raises(Overloaded, match="would miss its deadline") as caught:
         await waiting
     assert caught.value.reason is ShedReason.DEADLINE
     assert (door.gate.waiting, door.gate.running) == (0, 0)

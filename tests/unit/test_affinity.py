@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specprefill.core.types import Plan, PlanKind, Reason, Request, Selection, Span, dense
+from specprefill.core.types import Plan, PlanKind, Reason, Request, Selection, Span, dense_selection
 from specprefill.gateway.pools.affinity import BLOCK_TOKENS, PrefillLoad, PrefixAffinity, load_of
 
 from ..linear_cost import assert_linear
@@ -35,7 +35,7 @@ def request(prompt):
 class TestLoad:
     def test_a_dense_prompt_has_a_digest_per_whole_block(self):
         prompt = PROMPT[: 3 * BLOCK_TOKENS + 7]
-        found = load_of(request(prompt), dense(len(prompt), Reason.SHORT_PROMPT))
+        found = load_of(request(prompt), dense_selection(len(prompt), Reason.SHORT_PROMPT))
         assert (found.tokens, len(found.prefix)) == (len(prompt), 3)
 
     def test_only_what_lies_before_the_first_gap_counts(self):
@@ -45,7 +45,7 @@ class TestLoad:
         assert found.tokens == selection.kept_tokens
         assert (
             found.prefix
-            == load_of(request(PROMPT), dense(len(PROMPT), Reason.ASKED_OFF)).prefix[:2]
+            == load_of(request(PROMPT), dense_selection(len(PROMPT), Reason.ASKED_OFF)).prefix[:2]
         )
 
     def test_a_prompt_that_lost_its_start_shares_nothing(self):
@@ -55,7 +55,7 @@ class TestLoad:
 
     def test_a_digest_tells_all_that_came_before(self):
         changed = (PROMPT[0] + 1, *PROMPT[1:])
-        whole = dense(len(PROMPT), Reason.ASKED_OFF)
+        whole = dense_selection(len(PROMPT), Reason.ASKED_OFF)
         assert not set(load_of(request(PROMPT), whole).prefix) & set(
             load_of(request(changed), whole).prefix
         )
@@ -182,7 +182,7 @@ def test_the_map_finds_what_each_replicas_memory_holds(calls):
         prefix = load(6, own=0, name=kind).prefix
         found = made._blocks.matches(prefix)
         for replica in made._replicas.values():
-            assert found.get(replica.place, 0) == replica.seen.longest(prefix)
+            assert found.get(replica.place, 0) == replica.seen.longest_match(prefix)
 
 
 def _choosing(replicas, blocks):

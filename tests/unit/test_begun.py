@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from specprefill.core.begun import begun
+from specprefill.core.begun import prefetch_first
 
 
 class Source:
@@ -26,20 +26,20 @@ class Source:
 
 async def test_it_begins_at_once_and_yields_everything():
     source = Source(1, 2, 3)
-    async with begun(source.stream()) as items:
+    async with prefetch_first(source.stream()) as items:
         await source.began.wait()
         assert [item async for item in items] == [1, 2, 3]
     assert source.ended
 
 
 async def test_nothing_is_nothing():
-    async with begun(Source().stream()) as items:
+    async with prefetch_first(Source().stream()) as items:
         assert [item async for item in items] == []
 
 
 @pytest.mark.parametrize("before", [(), (1,)])
 async def test_a_failure_comes_where_it_would(before):
-    async with begun(Source(*before, ValueError("late")).stream()) as items:
+    async with prefetch_first(Source(*before, ValueError("late")).stream()) as items:
         for wanted in before:
             assert await anext(items) == wanted
         with pytest.raises(ValueError, match="late"):
@@ -48,11 +48,11 @@ async def test_a_failure_comes_where_it_would(before):
 
 async def test_what_is_not_read_is_closed():
     source = Source(1, 2)
-    async with begun(source.stream()):
+    async with prefetch_first(source.stream()):
         await source.began.wait()
     assert source.ended
 
 
 async def test_a_failure_that_nobody_reads_is_forgotten():
-    async with begun(Source(ValueError("unread")).stream()):
+    async with prefetch_first(Source(ValueError("unread")).stream()):
         await asyncio.sleep(0)

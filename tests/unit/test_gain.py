@@ -114,8 +114,8 @@ def test_a_prompt_that_the_speculator_remembers_is_cheap_to_score():
     again = replace(first, speculate_s=0.051, remembered_tokens=9984, ttft_s=0.261)
     for _ in range(9):
         known.learn(request(10_000), again)
-    assert known.expected(request(10_000), 0.2).prune_s == pytest.approx(0.27, rel=0.1)
-    assert known.expected(request(10_000, seed=1), 0.2).prune_s == pytest.approx(0.36, rel=0.1)
+    assert known.estimate(request(10_000), 0.2).prune_s == pytest.approx(0.27, rel=0.1)
+    assert known.estimate(request(10_000, seed=1), 0.2).prune_s == pytest.approx(0.36, rel=0.1)
 
 
 def test_overheads_of_pruning_count():
@@ -125,7 +125,7 @@ def test_overheads_of_pruning_count():
             PlanKind.PRUNE, kept_tokens=2000, speculate_s=0.15, prefill_s=0.21, ttft_s=2.0
         )
         known.learn(request(10_000), slow)
-    expected = known.expected(request(10_000), 0.2)
+    expected = known.estimate(request(10_000), 0.2)
     assert expected.prune_s == pytest.approx(2.0, rel=0.05)
     assert expected.dense_s == pytest.approx(1.01, rel=0.05)
 
@@ -169,7 +169,7 @@ def test_scoring_in_vain_is_learnt_as_scoring_not_as_an_overhead_of_dense():
     known = gain()
     for _ in range(3):
         known.learn(request(10_000), GIVEN_UP)
-    expected = known.expected(request(10_000, seed=9), 0.2)
+    expected = known.estimate(request(10_000, seed=9), 0.2)
     assert expected.dense_s == pytest.approx(1.02, rel=0.05)
     assert expected.prune_s > 10.0
 
@@ -196,11 +196,11 @@ def test_a_request_that_was_shed_teaches_the_same():
                                          for reason in UNSCORED])  # fmt: skip
 def test_a_full_queue_says_nothing_about_the_speed_of_scoring(waited_only: Report):
     known = gain()
-    before = known.expected(request(10_000, seed=9), 0.2)
+    before = known.estimate(request(10_000, seed=9), 0.2)
     for seed in range(5):
         known.learn(request(10_000, seed), replace(waited_only, prefill_s=1.0))
         known.learn_unscored(request(10_000, seed), 0.0)
-    after = known.expected(request(10_000, seed=9), 0.2)
+    after = known.estimate(request(10_000, seed=9), 0.2)
     assert after.prune_s == pytest.approx(before.prune_s, rel=0.1)
     assert after.dense_s == pytest.approx(before.dense_s, rel=0.1)
 

@@ -72,7 +72,7 @@ class Service:
         name = front.choose(str(self.calls), load)[0]
         front.sent(str(self.calls), name, load)
         front.answered(str(self.calls))
-        cached = self.caches[name].longest(prefix)
+        cached = self.caches[name].longest_match(prefix)
         self.caches[name].remember(prefix)
         self.hits += cached
         self.asked += len(prefix)

@@ -34,7 +34,7 @@ from specprefill.core.types import (
     Replay,
     Request,
     Ticket,
-    dense,
+    dense_selection,
 )
 from specprefill.gateway.openai.failures import RpcFailed, rpc_failure
 from specprefill.gateway.pools.handles import (
@@ -48,7 +48,7 @@ from specprefill.gateway.pools.replica_counts import ServeHealth
 
 REQUEST = Request("r", (1, 2, 3), b"")
 PLAN = Plan(PlanKind.PRUNE, Reason.ASKED, 0.5)
-SELECTION = dense(3, Reason.ASKED_OFF)
+SELECTION = dense_selection(3, Reason.ASKED_OFF)
 TICKET = Ticket("lease", "secret", ("peer:1",), "layout", 3)
 REPLAY: Replay = ((1,),)
 OBJECTS = ["a reference"]
@@ -226,7 +226,7 @@ async def test_the_lease_is_released_once_whatever_happens(failure: BaseExceptio
             REQUEST, SELECTION, 1.0
         ) as prefilling:
             assert await prefilling.ticket() is None
-            assert await prefilling.prefilled() == PREFILLED
+            assert await prefilling.result() == PREFILLED
             assert leases.released == []
             if failure is not None:
                 raise failure
@@ -250,7 +250,7 @@ async def test_an_early_ticket_and_the_results_are_one_lease() -> None:
     handle = Handle(TICKET, PREFILLED)
     async with ServePrefiller(handle, leases, {}).prefill(REQUEST, SELECTION, 1.0) as prefilling:
         assert await prefilling.ticket() == TICKET
-        assert await prefilling.prefilled() == PREFILLED
+        assert await prefilling.result() == PREFILLED
         prefilling.kv_arrived()
     assert leases.released == [TICKET]
 
@@ -341,7 +341,7 @@ async def test_kv_that_ray_carries_goes_along_and_is_dropped_at_the_end() -> Non
     handle = Handle(Decoded(Chunk(0, (1,), "x", finish_reason="stop")))
     prefiller = ServePrefiller(Handle(PREFILLED), Leases(), carried)
     async with prefiller.prefill(REQUEST, SELECTION, 1.0) as prefilling:
-        await prefilling.prefilled()
+        await prefilling.result()
         steps = ServeDecoder(handle, carried).decode(REQUEST, SELECTION, TICKET, REPLAY, 5.0)
         assert len([step async for step in steps]) == 1
         assert handle.objects == OBJECTS

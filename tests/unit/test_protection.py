@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specprefill.core.protection import merged, protected_spans, special_spans
+from specprefill.core.protection import merge_spans, protected_spans, special_spans
 from specprefill.core.selection import SelectionPolicy, select
 from specprefill.core.types import Plan, PlanKind, Reason
 
@@ -65,7 +65,7 @@ def test_no_budget_length_or_mix_lets_go_of_what_must_stay(
     messages = [{"role": role, "content": content} for role, content in conversation]
     user_text = data.draw(st.sampled_from(["", "bravo", "delta echo"]), label="marked by the user")
     marked = (user_text,) if user_text else ()
-    protected = merged(
+    protected = merge_spans(
         special_spans(range(len(tokens)), special)
         + protected_spans(
             text, np.array(offsets).reshape(-1, 2), messages, marked, policy.tail_tokens

@@ -22,7 +22,7 @@ from specprefill.control.scaling.values import (
     KeepReason,
     Pool,
     PoolDecision,
-    Reason,
+    ScalingReason,
 )
 from specprefill.control.stages import DEFAULT_CURVES
 
@@ -180,7 +180,7 @@ def test_it_recovers_after_a_failure():
     def core(observation, policy, memory):
         if failures:
             raise failures.pop()
-        decided = {pool: PoolDecision(4, 4, Reason.SLO_AT_RISK) for pool in Pool}
+        decided = {pool: PoolDecision(4, 4, ScalingReason.SLO_AT_RISK) for pool in Pool}
         return Decision(decided, KeepBounds(0.1, 0.3, KeepReason.NOMINAL)), memory
 
     policy = SloPolicy(ARGS, core)

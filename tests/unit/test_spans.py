@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specprefill.core.occurrences import Cancelled, covered
+from specprefill.core.occurrences import Cancelled, find_occurrences
 from specprefill.core.protection import (
     Offsets,
     altered_piece,
-    merged,
+    merge_spans,
     protected_spans,
     special_spans,
 )
@@ -153,7 +153,7 @@ def test_special_tokens_are_spans() -> None:
 
 def test_merged_joins_what_touches() -> None:
     spans = [Span(4, 6), Span(0, 2), Span(2, 4), Span(8, 8), Span(9, 10)]
-    assert merged(spans) == (Span(0, 6), Span(9, 10))
+    assert merge_spans(spans) == (Span(0, 6), Span(9, 10))
 
 
 turns = st.lists(
@@ -238,7 +238,7 @@ def test_every_character_of_every_occurrence_is_covered(text: str, pieces: list[
         if text.startswith(piece, start)
         for i in range(start, start + len(piece))
     }
-    ranges = covered(text, pieces, lambda: False).tolist()
+    ranges = find_occurrences(text, pieces, lambda: False).tolist()
     assert [i for start, stop in ranges for i in range(start, stop)] == sorted(wanted)
     assert all(left[1] < right[0] for left, right in pairwise(ranges))
 
@@ -246,7 +246,7 @@ def test_every_character_of_every_occurrence_is_covered(text: str, pieces: list[
 def test_occurrences_over_the_edge_of_a_window_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("specprefill.core.occurrences._WINDOW", 8)
     text = "....abcdefghij.....abcdefghij"
-    assert covered(text, ["fghij", "abcdefghij", "zz"], lambda: False).tolist() == [
+    assert find_occurrences(text, ["fghij", "abcdefghij", "zz"], lambda: False).tolist() == [
         [4, 14],
         [19, 29],
     ]
@@ -254,7 +254,7 @@ def test_occurrences_over_the_edge_of_a_window_are_found(monkeypatch: pytest.Mon
 
 def test_a_search_that_nobody_waits_for_ends() -> None:
     with pytest.raises(Cancelled):
-        covered("a" * 100, ["a", "b"], lambda: True)
+        find_occurrences("a" * 100, ["a", "b"], lambda: True)
 
 
 def _protecting(text: Callable[[int], str], piece: Callable[[int], str]) -> Callable[[int], object]:

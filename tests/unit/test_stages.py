@@ -85,7 +85,7 @@ def test_a_change_of_speed_is_believed_within_a_window():
     model = learnt(TRUTH)
     for _ in range(WINDOW):
         for tokens in LENGTHS:
-            model.observe(tokens, TRUTH.scaled(5.0).seconds(tokens))
+            model.observe(tokens, TRUTH.scale(5.0).seconds(tokens))
     assert model.seconds(4000) == pytest.approx(5 * TRUTH.seconds(4000), rel=0.05)
 
 

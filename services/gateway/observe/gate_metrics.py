@@ -11,7 +11,7 @@ from ray.serve.exceptions import RayServeException
 
 from ...config import GatewayConfig
 from ...control.admission import AdmissionPolicy
-from ...control.gate import AdmittingPipeline, Engines, Gate
+from ...control.gate import AdmittingPipeline, Gate, GatewayShare
 from ...control.stages import StageModels
 from ...core.pipeline import Pipeline
 from ...core.ports import Answerer
@@ -25,10 +25,10 @@ class EngineCounts:
 
     def __init__(self, count: PoolCounts) -> None:
         self._count = count
-        self._known = Engines()
+        self._known = GatewayShare()
         self._reading: asyncio.Task[None] | None = None
 
-    def __call__(self) -> Engines:
+    def __call__(self) -> GatewayShare:
         if self._reading is None or self._reading.done():
             self._reading = asyncio.create_task(self._read())
         return self._known
@@ -39,7 +39,7 @@ class EngineCounts:
         except (RayError, RayServeException) as error:  # the controller is away: keep what we know
             logger.info("replica counts: %s", error)
             return
-        self._known = Engines(counts[SPECULATOR], counts[PREFILL], counts[GATEWAY])
+        self._known = GatewayShare(counts[SPECULATOR], counts[PREFILL], counts[GATEWAY])
 
 
 def behind_gate(

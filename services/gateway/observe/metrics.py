@@ -79,7 +79,7 @@ class PipelineMetrics:
         plan = {"plan": report.plan.value}
         self._ttft.observe(report.ttft_s, plan)
         if report.expected is not None:
-            self._ttft_foreseen.observe(report.ttft_s / report.expected.of(report.plan), plan)
+            self._ttft_foreseen.observe(report.ttft_s / report.expected.for_plan(report.plan), plan)
         for stage, seconds in (
             ("queue", report.queue_s),
             ("speculate", report.speculate_s),

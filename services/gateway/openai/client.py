@@ -34,7 +34,7 @@ from ...core.errors import InvalidRequest, RefusedByVllm, SpecPrefillError, Unav
 from ...core.plan import Planner
 from ...core.ports import Answerer
 from ...core.prefix_digests import prefix_digests
-from ...core.protection import altered_piece, merged, protected_spans, special_spans
+from ...core.protection import altered_piece, merge_spans, protected_spans, special_spans
 from ...core.types import Chunk, Controls, Request, Selection, Span
 from ...engine.params import is_private
 from ..observe.request_log import RequestLog
@@ -225,7 +225,7 @@ class PipelineClient(RemoteEngineClient):
         if self._planner.dense_reason(request) is None:
             protected = await self._protected(request, prompt, context)
             request = replace(request, protected=protected)
-        return self._planner.planned(request)
+        return self._planner.with_plan(request)
 
     def _limit(self, asked_s: float | None) -> float:
         return self._timeout_s if asked_s is None else min(asked_s, self._timeout_s)
@@ -283,7 +283,7 @@ class PipelineClient(RemoteEngineClient):
             fences=self._protect_fences,
             is_cancelled=is_cancelled,
         )
-        return merged(special + spans)
+        return merge_spans(special + spans)
 
 
 def as_invalid(error: Exception) -> InvalidRequest:

@@ -152,7 +152,7 @@ class PrefixAffinity:
             return
         self._count += 1
         replica.last_used = self._count
-        lacking = load.tokens - BLOCK_TOKENS * replica.seen.longest(load.prefix)
+        lacking = load.tokens - BLOCK_TOKENS * replica.seen.longest_match(load.prefix)
         replica.queued_tokens += lacking
         self._blocks.add(replica.place, load.prefix)
         self._blocks.remove(replica.place, replica.seen.remember(load.prefix))
