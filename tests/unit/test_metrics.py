@@ -13,7 +13,7 @@ from specprefill.core.plan import Planner
 from specprefill.core.selection import SelectionPolicy
 from specprefill.core.types import Controls, PlanKind, Reason, Request
 from specprefill.gateway.observe.metrics import PipelineMetrics, RequestMetrics
-from specprefill.gateway.observe.watched import Learning, Watched
+from specprefill.gateway.observe.watched import LearningObserver, ObservedPipeline
 
 from ..instruments import Instruments
 
@@ -30,8 +30,11 @@ class Rig:
         self.speculator = FakeSpeculator()
         planner = Planner(enabled=True, keep=0.5, min_prompt_tokens=50)
         pipeline = Pipeline(self.speculator, FakePrefiller(), FakeDecoder(**decoder))
-        observers = [RequestMetrics(PipelineMetrics(self.counted)), Learning(learn or ignore)]
-        self.pipeline = PlannedPipeline(Watched(pipeline, observers), planner)
+        observers = [
+            RequestMetrics(PipelineMetrics(self.counted)),
+            LearningObserver(learn or ignore),
+        ]
+        self.pipeline = PlannedPipeline(ObservedPipeline(pipeline, observers), planner)
 
     async def run(self):
         return [chunk async for chunk in self.pipeline.generate(REQUEST)]
@@ -108,7 +111,9 @@ class SlowDraft:
             fallback=Fallback(on_overload),
             on_unscored=self.gain.learn_unscored,
         )
-        self.pipeline = PlannedPipeline(Watched(pipeline, [Learning(self.gain.learn)]), planner)
+        self.pipeline = PlannedPipeline(
+            ObservedPipeline(pipeline, [LearningObserver(self.gain.learn)]), planner
+        )
         self.asked = 0
 
     async def ask(self, **controls):

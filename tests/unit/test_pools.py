@@ -42,7 +42,7 @@ from specprefill.gateway.pools.handles import (
     ServeDecoder,
     ServePrefiller,
     ServeSpeculator,
-    mapped_errors,
+    map_errors,
 )
 from specprefill.gateway.pools.replica_counts import ServeHealth
 
@@ -139,7 +139,7 @@ def actor_lost() -> Exception:
 def test_what_ray_raises_comes_out_as_ours(
     raised: Exception, kind: type[SpecPrefillError], message: str
 ) -> None:
-    with pytest.raises(SpecPrefillError) as seen, mapped_errors("prefill", PrefillUnavailable):
+    with pytest.raises(SpecPrefillError) as seen, map_errors("prefill", PrefillUnavailable):
         raise raised
     assert type(seen.value) is kind
     assert message in str(seen.value)
@@ -333,7 +333,7 @@ async def test_the_newest_counts_are_not_remembered_ones() -> None:
     assert await health.count() == {"speculator": 1}
     running[0] = 0
     assert await health.count() == {"speculator": 1}
-    assert await health.newest() == {"speculator": 0}
+    assert await health.count_afresh() == {"speculator": 0}
 
 
 async def test_kv_that_ray_carries_goes_along_and_is_dropped_at_the_end() -> None:

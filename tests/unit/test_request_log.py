@@ -24,7 +24,7 @@ def test_a_finished_request() -> None:
 
 def test_a_failed_request_names_its_error() -> None:
     log = RequestLog(REQUEST)
-    log.failed(Overloaded("the pool is full"))
+    log.record_failure(Overloaded("the pool is full"))
     assert log.line() == (
         "request_id=r1 outcome=Overloaded prompt_tokens=3 output_tokens=0 error='the pool is full'"
     )

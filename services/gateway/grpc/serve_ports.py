@@ -1,9 +1,9 @@
-"""The gRPC port of a gateway, bound where HTTP is, shared with nobody, for messages of a size.
+"""Binds a gateway's gRPC port to the host of HTTP, exclusively, and limits its messages.
 
 Serve binds a replica's gRPC port to every interface, and asks for an exclusive port in a way that
 gRPC does not understand (`grpc.so_reuseport` as text): two services on one machine would answer
-each other's calls. `default_impl.add_grpc_address` is Serve's own extension point; the names of
-Serve that are not public stand here alone.
+each other's calls. `default_impl.add_grpc_address` is Serve's own extension point. No other module
+uses private names of Serve for this.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ _CLAIMS: list[socket.socket] = []  # held until the process ends
 
 
 def bind_grpc_as_http() -> None:
-    """From now on this process's gRPC ports are bound to the host of `http_options`."""
+    """Bind this process's gRPC ports to the host of `http_options` from now on."""
     host = str(_get_global_client().http_config.host)
 
     def add_grpc_address(server: Any, address: str) -> None:
-        """Raises RuntimeError where the port is taken, upon which Serve tries the next one."""
+        """Add the port. Raises RuntimeError where it is taken: Serve then tries the next one."""
         port = int(address.rpartition(":")[2])
         claim(host, port)
         server.add_insecure_port(f"{host}:{port}")
@@ -32,20 +32,20 @@ def bind_grpc_as_http() -> None:
 
 
 def limit_grpc_messages(max_bytes: int) -> None:
-    """From now on this process's gRPC servers refuse larger messages unread; Serve takes 2 GiB."""
+    """Make this process's gRPC servers refuse larger messages unread; Serve accepts 2 GiB."""
     name = "grpc.max_receive_message_length"
     others = [option for option in DEFAULT_GRPC_SERVER_OPTIONS if option[0] != name]
     DEFAULT_GRPC_SERVER_OPTIONS[:] = [*others, (name, max_bytes)]
 
 
 def setup() -> list[Any]:
-    """For `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`: Serve's own proxies, too. No middleware."""
+    """Set up Serve's proxies (`RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`). Adds no middleware."""
     bind_grpc_as_http()
     return []
 
 
 def claim(host: str, port: int) -> None:
-    """Make sure that nobody else listens there, now or later. Raises RuntimeError.
+    """Claim the port, so that nobody else listens there, now or later. Raises RuntimeError.
 
     gRPC itself would share the port. Other services of ours are kept out by a name that only one
     process can hold; anybody else by trying whether the port can be bound.

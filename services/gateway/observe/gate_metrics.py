@@ -1,4 +1,4 @@
-"""The gate of a gateway: its configuration, and its part of the engines."""
+"""Builds the gate of a gateway: its configuration, and its share of the engines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class EngineCounts:
-    """The newest known counts, at once; asking for them starts to read newer ones."""
+    """Returns the newest known counts at once, and starts to read newer ones."""
 
     def __init__(self, count: PoolCounts) -> None:
         self._count = count
@@ -36,7 +36,10 @@ class EngineCounts:
     async def _read(self) -> None:
         try:
             counts = await self._count()
-        except (RayError, RayServeException) as error:  # the controller is away: keep what we know
+        except (
+            RayError,
+            RayServeException,
+        ) as error:  # the controller is away: keep the last counts
             logger.info("replica counts: %s", error)
             return
         self._known = GatewayShare(counts[SPECULATOR], counts[PREFILL], counts[GATEWAY])
@@ -45,7 +48,7 @@ class EngineCounts:
 def behind_gate(
     pipeline: Pipeline, config: GatewayConfig, models: StageModels, count: PoolCounts
 ) -> Answerer:
-    """The pipeline, behind a gate if the configuration has one."""
+    """Return the pipeline, behind a gate if the configuration has one."""
     admission = config.admission
     if admission is None or admission.ttft_s is None:
         return pipeline

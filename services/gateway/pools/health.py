@@ -1,4 +1,4 @@
-"""Whether the service can answer: pure rules over each pool's count of healthy replicas."""
+"""Decides whether the service can answer, by each pool's count of healthy replicas."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Health:
 
     @property
     def status(self) -> str:
-        """ok, degraded or unavailable."""
+        """The status: ok, degraded or unavailable."""
         if not self.serving:
             return "unavailable"
         return "degraded" if self.reason else "ok"
 
 
 def judge(pools: Mapping[str, int], facts_kept: float | None = None) -> Health:
-    """Without prefill or decode nothing is answered; without a speculator prompts go dense.
+    """Judge the pools: prefill and decode are required; without a speculator prompts go dense.
 
     `facts_kept` is the result of the draft's self-test: one that cannot choose is not used where
     nobody asks for it.
@@ -53,13 +53,13 @@ def judge(pools: Mapping[str, int], facts_kept: float | None = None) -> Health:
 
 
 class Drainable(Protocol):
-    """What may stop to take new requests."""
+    """A limit that may refuse new requests."""
 
     draining: bool
 
 
 def not_tested() -> None:
-    """Returns the result of a self-test that has not been run."""
+    """Return the result of a self-test that has not been run."""
 
 
 def health_route(

@@ -1,4 +1,4 @@
-"""Where a prefix is at home, so that gateways agree without talking.
+"""Assigns each prefix a home replica, so that gateways agree without communication.
 
 Pure. A gateway knows only what it sent itself. So that the next turn of a conversation finds its
 KV also through another gateway, a prefix that is not known goes to the replica which all gateways
@@ -30,8 +30,8 @@ class Homes:
         self._places = [place for place, _ in points]
         self._names = [name for _, name in points]
 
-    def of(self, digests: Sequence[int]) -> str | None:
-        """The home of a prefix; None where there is no prefix or no replica.
+    def home_of(self, digests: Sequence[int]) -> str | None:
+        """Return the home of a prefix; None where there is no prefix or no replica.
 
         It is that of its first 1, 4, 16, ... blocks: prompts that share a long text share it, and
         a conversation stays at home until it is four times as long. What all prompts of a service
