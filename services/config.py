@@ -282,7 +282,7 @@ class PoolScaling(Strict):
 
     min_replicas: NonNegativeInt = 1  # 0: sleeps when nothing arrives
     max_replicas: PositiveInt = 1
-    cost: Annotated[float, Field(gt=0.0)] = 1.0  # of one replica, in any unit: say, its GPUs
+    cost: Annotated[float, Field(gt=0.0)] = 1.0  # of one replica, in any unit, e.g. its GPUs
     cold_start_s: Seconds = 100.0
 
     @model_validator(mode="after")

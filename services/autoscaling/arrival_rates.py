@@ -31,8 +31,8 @@ class Traffic:
     def add_counts(self, now_s: float, counts: Mapping[str, Counter[Size]]) -> None:
         """Add every gateway's counts. New arrivals are spread evenly since the last reading.
 
-        The first reading is where counting begins. A gateway that is new later has counted
-        from zero meanwhile.
+        Counting starts at the first reading. A gateway that is new later has counted from
+        zero meanwhile.
         """
         if self._read_s is None:
             self._since_s = now_s

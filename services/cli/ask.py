@@ -12,7 +12,7 @@ from typing import Any
 
 from ..client import grpc as grpc_caller
 from ..client import http as http_caller
-from ..client.question import CallFailed, Question, report_line
+from ..client.question import CallFailed, ServiceQuestion, report_line
 from ..core.types import Span
 from .arguments import API_KEY_VARIABLE, rate
 from .exit_codes import Failed, Misused
@@ -128,12 +128,14 @@ def highlight(pieces: Sequence[tuple[str, bool]], *, colours: bool) -> str:
     return "".join(f"[[{text}]]" if kept else text for text, kept in pieces)
 
 
-def _question(args: argparse.Namespace, max_tokens: int = 1, temperature: float = 0.0) -> Question:
+def _question(
+    args: argparse.Namespace, max_tokens: int = 1, temperature: float = 0.0
+) -> ServiceQuestion:
     parts = [_prompt_text(args.prompt_file), " ".join(args.question)]
     content = "\n\n".join(part for part in parts if part)
     if not content:
         raise Misused("specprefill: give a QUESTION, a --prompt-file, or both")
-    return Question(
+    return ServiceQuestion(
         messages=({"role": "user", "content": content},),
         model=args.model,
         keep=args.keep,

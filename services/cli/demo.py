@@ -15,7 +15,7 @@ from typing import Any
 
 from ..client import grpc as grpc_caller
 from ..client import http as http_caller
-from ..client.question import CallFailed, Question, ServiceReply
+from ..client.question import CallFailed, ServiceQuestion, ServiceReply
 from ..config import local_path
 from ..deployment.checked_yaml import InvalidFile
 from ..deployment.file import LoadedFile, load, with_ports
@@ -32,7 +32,7 @@ ANSWER_TOKENS = 24
 START_TIMEOUT_S = 300.0
 _STAGES = ("queue_s", "speculate_s", "prefill_s", "transfer_s", "first_decode_s")
 
-Caller = Callable[[Question], ServiceReply]
+Caller = Callable[[ServiceQuestion], ServiceReply]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +61,9 @@ def ask_both_ways(
     return asked
 
 
-def question(prompt: NeedlePrompt, *, dense: bool) -> Question:
+def question(prompt: NeedlePrompt, *, dense: bool) -> ServiceQuestion:
     """Return a needle prompt as a question."""
-    return Question(
+    return ServiceQuestion(
         messages=tuple(prompt.messages),
         keep=None if dense else KEEP,
         dense=dense,
@@ -120,7 +120,7 @@ def needles(loaded: LoadedFile, seed: int) -> list[NeedlePrompt]:
 
 
 def run(file: Path, seed: int, show: Callable[[str], None]) -> list[DemoResult]:
-    """Start, ask, stop. Raises InvalidFile, DeploymentFailed or CallFailed."""
+    """Start the service, ask, and stop it. Raises InvalidFile, DeploymentFailed or CallFailed."""
     loaded = load(file)
     http_port, grpc_port = free_port(), free_port()
     warm_up, first, second = needles(loaded, seed)
@@ -132,10 +132,10 @@ def run(file: Path, seed: int, show: Callable[[str], None]) -> list[DemoResult]:
         api.wait_healthy(START_TIMEOUT_S, show)
         show("all pools are healthy; warming up with one request")
 
-        def over_http(ask: Question) -> ServiceReply:
+        def over_http(ask: ServiceQuestion) -> ServiceReply:
             return http_caller.ask(f"http://127.0.0.1:{http_port}", ask, _ignore_text)
 
-        def over_grpc(ask: Question) -> ServiceReply:
+        def over_grpc(ask: ServiceQuestion) -> ServiceReply:
             return grpc_caller.ask(f"127.0.0.1:{grpc_port}", ask, _ignore_text)
 
         over_http(question(warm_up, dense=False))

@@ -156,11 +156,11 @@ def _journal(args: argparse.Namespace, suite: Suite, settings: dict[str, str]) -
     """Open the journal of results. Raises Misused if it belongs to a run with other settings."""
     from ..lab.evaluation.journal import Journal, OtherSettings
 
-    begun = Journal.resumed if args.resume else Journal.begun
+    open_journal = Journal.resumed if args.resume else Journal.begun
     arms = ", ".join(arm.name for arm in suite.arms)
     asked = {"seed": str(suite.seed), "arms": arms, "answered": str(suite.answered)}
     try:
-        return begun(args.out / JOURNAL, {**settings, **asked})
+        return open_journal(args.out / JOURNAL, {**settings, **asked})
     except OtherSettings as error:
         raise Misused(f"specprefill: --resume: {error}") from error
 

@@ -96,7 +96,7 @@ def _override(raw: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any
 
 
 def _run_scenario(scenario: Scenario) -> Searched:
-    """Make the prompts and run. Raises Misused or Failed."""
+    """Make the prompts and run the scenario. Raises Misused or Failed."""
     from ..lab.loadtest import session
     from ..lab.loadtest.prompt_source import Source, UnknownTokenizer
 

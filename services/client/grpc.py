@@ -12,13 +12,13 @@ import grpc
 from ..core.types import Span
 from ..rpc import specprefill_pb2 as pb
 from ..rpc.specprefill_pb2_grpc import SpecPrefillStub
-from .question import CallFailed, Question, ServiceReply
+from .question import CallFailed, ServiceQuestion, ServiceReply
 
 _TLS_SCHEME = "https://"
 GRACE_S = 5.0  # the service's own deadline comes first, with a better message
 
 
-def ask(address: str, question: Question, on_text: Callable[[str], None]) -> ServiceReply:
+def ask(address: str, question: ServiceQuestion, on_text: Callable[[str], None]) -> ServiceReply:
     """Stream one answer; `on_text` gets each piece of text. Raises CallFailed."""
     pieces: list[str] = []
     report: dict[str, Any] = {}
@@ -40,7 +40,7 @@ def ask(address: str, question: Question, on_text: Callable[[str], None]) -> Ser
 
 
 def score(
-    address: str, question: Question, token_ids: list[int]
+    address: str, question: ServiceQuestion, token_ids: list[int]
 ) -> tuple[list[Span], dict[str, Any]]:
     """Return the runs of prompt positions to keep, and the decision. Raises CallFailed."""
     request = pb.ScoreRequest(
@@ -58,7 +58,7 @@ def score(
     return kept, {**decision, "queue_s": reply.queue_s, "speculate_s": reply.speculate_s}
 
 
-def generate_request(question: Question) -> pb.GenerateRequest:
+def generate_request(question: ServiceQuestion) -> pb.GenerateRequest:
     """Return the message of a question."""
     messages = [
         pb.Message(role=item["role"], content=item["content"]) for item in question.messages
@@ -83,13 +83,13 @@ def _decision(decision: pb.Decision) -> dict[str, Any]:
     return {field.name: getattr(decision, field.name) for field in decision.DESCRIPTOR.fields}
 
 
-def _prune(question: Question) -> pb.Prune:
+def _prune(question: ServiceQuestion) -> pb.Prune:
     if question.dense:
         return pb.Prune(enabled=False)
     return pb.Prune(keep=question.keep)
 
 
-def metadata(question: Question) -> tuple[tuple[str, str], ...]:
+def metadata(question: ServiceQuestion) -> tuple[tuple[str, str], ...]:
     """Return the metadata that authenticates a call."""
     if question.api_key is None:
         return ()

@@ -9,10 +9,10 @@ from typing import Any
 
 import httpx
 
-from .question import CallFailed, Question, ServiceReply
+from .question import CallFailed, ServiceQuestion, ServiceReply
 
 
-def ask(base_url: str, question: Question, on_text: Callable[[str], None]) -> ServiceReply:
+def ask(base_url: str, question: ServiceQuestion, on_text: Callable[[str], None]) -> ServiceReply:
     """Stream one chat completion; `on_text` gets each piece of text. Raises CallFailed."""
     pieces: list[str] = []
     report: dict[str, Any] = {}
@@ -28,25 +28,25 @@ def ask(base_url: str, question: Question, on_text: Callable[[str], None]) -> Se
     return ServiceReply("".join(pieces), report, first_s)
 
 
-def complete(base_url: str, question: Question) -> dict[str, Any]:
+def complete(base_url: str, question: ServiceQuestion) -> dict[str, Any]:
     """Return one whole chat completion, as the service returned it. Raises CallFailed."""
     return _post(base_url, "/v1/chat/completions", _chat(question), question)
 
 
-def tokenize(base_url: str, question: Question) -> list[int]:
+def tokenize(base_url: str, question: ServiceQuestion) -> list[int]:
     """Return the token ids of a conversation. Raises CallFailed."""
     body = {"messages": list(question.messages), **_model(question)}
     ids: list[int] = _post(base_url, "/tokenize", body, question)["tokens"]
     return ids
 
 
-def detokenize(base_url: str, tokens: list[int], question: Question) -> str:
+def detokenize(base_url: str, tokens: list[int], question: ServiceQuestion) -> str:
     """Return the text of some token ids. Raises CallFailed."""
     body = {"tokens": tokens, **_model(question)}
     return str(_post(base_url, "/detokenize", body, question)["prompt"])
 
 
-def _events(base_url: str, question: Question) -> Iterator[dict[str, Any]]:
+def _events(base_url: str, question: ServiceQuestion) -> Iterator[dict[str, Any]]:
     body = {**_chat(question), "stream": True}
     url = f"{base_url.rstrip('/')}/v1/chat/completions"
     try:
@@ -72,7 +72,9 @@ def _parse_events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
         yield event
 
 
-def _post(base_url: str, path: str, body: dict[str, Any], question: Question) -> dict[str, Any]:
+def _post(
+    base_url: str, path: str, body: dict[str, Any], question: ServiceQuestion
+) -> dict[str, Any]:
     url = f"{base_url.rstrip('/')}{path}"
     try:
         reply = httpx.post(url, json=body, headers=_headers(question), timeout=question.timeout_s)
@@ -84,7 +86,7 @@ def _post(base_url: str, path: str, body: dict[str, Any], question: Question) ->
     return answer
 
 
-def _chat(question: Question) -> dict[str, Any]:
+def _chat(question: ServiceQuestion) -> dict[str, Any]:
     body = {
         "messages": list(question.messages),
         "max_tokens": question.max_tokens,
@@ -98,7 +100,7 @@ def _chat(question: Question) -> dict[str, Any]:
     return body
 
 
-def _prune(question: Question) -> bool | dict[str, float | str] | None:
+def _prune(question: ServiceQuestion) -> bool | dict[str, float | str] | None:
     if question.dense:
         return False
     if question.auto:
@@ -106,11 +108,11 @@ def _prune(question: Question) -> bool | dict[str, float | str] | None:
     return None if question.keep is None else {"keep": question.keep}
 
 
-def _model(question: Question) -> dict[str, str]:
+def _model(question: ServiceQuestion) -> dict[str, str]:
     return {} if question.model is None else {"model": question.model}
 
 
-def _headers(question: Question) -> dict[str, str]:
+def _headers(question: ServiceQuestion) -> dict[str, str]:
     headers = {"x-request-timeout-seconds": f"{question.timeout_s:g}"}
     if question.api_key is not None:
         headers["authorization"] = f"Bearer {question.api_key}"

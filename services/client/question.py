@@ -14,7 +14,7 @@ class CallFailed(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class ServiceQuestion:
     """One conversation to answer."""
 
     messages: tuple[Message, ...]

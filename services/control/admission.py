@@ -94,7 +94,7 @@ class Shed:
 def judge(
     ask: AdmissionRequest, backlog: Backlog, curves: StageCurves, policy: AdmissionPolicy
 ) -> Admitted | Shed:
-    """Decide for one request."""
+    """Decide whether to admit one request, and at which keep rate."""
     pruned = ask.keep < 1.0
     own_s = curves.speculate.seconds(ask.prompt_tokens) if pruned else 0.0
     scored_s = backlog.speculate_s + own_s if pruned else 0.0

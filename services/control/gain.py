@@ -85,9 +85,9 @@ class NetGain:
         self.models.speculate.observe_at_least(len(request.prompt), speculate_s)
 
     def _recover(self, report: Report) -> None:
-        """After enough prompts that went dense for a slow speculator, try it again.
+        """Try a slow speculator again, once enough prompts went dense because of it.
 
-        Each time in vain doubles the number of prompts until the next try.
+        Each vain try doubles the number of prompts until the next try.
         """
         if report.speculate_s > 0 and report.reason not in UNSCORED:
             self._retry_after = RETRY_AFTER

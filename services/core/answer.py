@@ -82,7 +82,7 @@ class Answer:
 
     @property
     def open_samples(self) -> int:
-        """Samples that have not finished."""
+        """The number of samples that have not finished."""
         return sum(not sample.finished for sample in self._samples)
 
     @property

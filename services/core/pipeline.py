@@ -49,7 +49,7 @@ class Deadline:
     now: Callable[[], float]
 
     def left_s(self) -> float:
-        """Seconds left. Raises DeadlineExceeded when there are none."""
+        """Return the seconds left. Raises DeadlineExceeded when there are none."""
         left = self.at_s - self.now()
         if left <= 0:
             raise DeadlineExceeded("timeout_s: the request's time was used up")

@@ -49,7 +49,7 @@ class Prefiller(Protocol):
     def prefill(
         self, request: Request, selection: Selection, timeout_s: float
     ) -> AbstractAsyncContextManager[Prefilling]:
-        """Start to prefill; on exit the engine stops, and the KV is released, always."""
+        """Start to prefill; on exit always stop the engine and release the KV."""
         ...
 
 

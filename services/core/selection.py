@@ -32,7 +32,7 @@ class SelectionPolicy:
     tail_tokens: int = 64  # the last tokens of the prompt, always kept
     block_tokens: int = 1  # of the engine's KV cache: a protected prefix ends with a whole block
     # A chunk counts for at least this share of the one before it: the draft model looks at where
-    # a fact begins, and the fact goes on behind. 0: as in the paper.
+    # a fact starts, and the fact continues behind it. 0: as in the paper.
     next_chunk_share: float = 0.0
     auto: AutoKeep = field(default_factory=AutoKeep)  # where a plan lets the scores choose
 

@@ -59,7 +59,7 @@ UNSCORED = (
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """Seconds to the first token, by either plan, as far as the service can tell beforehand."""
+    """Seconds to the first token, by either plan, as far as the service can estimate."""
 
     dense_s: float
     prune_s: float

@@ -141,7 +141,7 @@ class GatewayReplica:
         return observers if self._shadowing is None else [*observers, self._shadowing]
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve calls this in every gateway when the deployment's `user_config` changes."""
+        """Apply a changed `user_config`; Serve calls this in every gateway."""
         if user_config.get(DRAINING):
             self._limit.drain()
 
@@ -153,7 +153,7 @@ class GatewayReplica:
         await self._peers.close()
 
     async def __serve_build_asgi_app__(self) -> Any:
-        """Serve calls this after the constructor."""
+        """Build the HTTP app; Serve calls this after the constructor."""
         return await build_http_app(
             self._config,
             self._client,
@@ -195,16 +195,16 @@ class GatewayReplica:
         return await self._grpc.health(request, grpc_context)
 
     async def Check(self, request: HealthCheckRequest) -> HealthCheckResponse:
-        """`grpc.health.v1.Health`."""
+        """See `grpc.health.v1.Health`."""
         return await self._grpc_health.check(request)
 
     async def Watch(self, request: HealthCheckRequest) -> AsyncGenerator[HealthCheckResponse]:
-        """`grpc.health.v1.Health`."""
+        """See `grpc.health.v1.Health`."""
         async with aclosing(self._grpc_health.watch(request)) as changes:
             async for change in changes:
                 yield change
 
     async def List(self, request: HealthListRequest) -> HealthListResponse:
-        """`grpc.health.v1.Health`."""
+        """See `grpc.health.v1.Health`."""
         del request
         return await self._grpc_health.list()

@@ -100,7 +100,7 @@ class PoolLimits:
 
     minimum: int = 1  # 0: may sleep when nothing arrives
     maximum: int = 1
-    cost: float = 1.0  # of one replica, in any unit: say, its GPUs
+    cost: float = 1.0  # of one replica, in any unit, e.g. its GPUs
     cold_start_s: float = 100.0
     max_step: int = 8  # in one decision; a pool may always double, and lose a third
 

@@ -183,9 +183,9 @@ def _character_offsets(text: str, pieces: Sequence[bytes]) -> Offsets:
     edges = np.cumsum([0, *map(len, pieces)])  # in bytes
     if text.isascii():
         return np.stack((edges[:-1], edges[1:]), axis=1)
-    begins = np.concatenate(([0], np.cumsum(_byte_lengths(text))))  # of each character, in bytes
-    first = np.searchsorted(begins, edges[:-1], side="right") - 1
-    last = np.searchsorted(begins, edges[1:], side="left")
+    starts = np.concatenate(([0], np.cumsum(_byte_lengths(text))))  # of each character, in bytes
+    first = np.searchsorted(starts, edges[:-1], side="right") - 1
+    last = np.searchsorted(starts, edges[1:], side="left")
     return np.stack((first, last), axis=1)
 
 

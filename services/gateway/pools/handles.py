@@ -100,8 +100,8 @@ class ServePrefiller:
         call = self.handle.options(method_name="prefill", stream=True)
         async with (
             _stream_call(call, "prefill", PrefillUnavailable, timeout_s, payload, load) as items,
-            aclosing(self._prefill_results(items)) as said,
-            prefilling(said, self.leases) as one,
+            aclosing(self._prefill_results(items)) as results,
+            prefilling(results, self.leases) as one,
         ):
             yield one
 

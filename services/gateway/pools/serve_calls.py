@@ -2,9 +2,9 @@
 
 A handle call inherits the internal id of the request in whose context it is made, and a custom
 request router finds a waiting call by that id. The prompts of one HTTP request, or an attempt
-and its repetition, would share it: one of them would wait for ever. So every call is made in a
+and its repetition, would share it: one of them would wait forever. So every call is made in a
 copy of the context that holds a fresh id. Serve then no longer cancels the call together with
-the request: whoever makes it cancels it.
+the request: its caller must cancel it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ray.serve.handle import DeploymentHandle
 
 
 def call_alone(handle: DeploymentHandle, *messages: object) -> Any:
-    """`handle.remote(*messages)` under an internal request id that no other call has."""
+    """Call `handle.remote(*messages)` under an internal request id of its own."""
     context = contextvars.copy_context()
     context.run(_set_request_context, _internal_request_id=uuid.uuid4().hex)
     return context.run(handle.remote, *messages)
