@@ -150,7 +150,7 @@ def test_ports_are_bound_as_configured_and_the_admin_socket_is_private(tmp_path)
         assert stat.S_IMODE(front.socket.stat().st_mode) == 0o600
 
 
-def test_statistics_and_metrics_listen_where_they_are_told(tmp_path):
+def test_statistics_and_metrics_listen_where_configured(tmp_path):
     config = {"front": {"stats_host": "127.0.0.2", "metrics_host": None}}
     with running(serve_config(tmp_path, [1], [2]), config) as front:
         assert listening(front.pid) == {

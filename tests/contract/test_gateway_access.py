@@ -119,7 +119,7 @@ async def test_more_requests_than_the_gateway_holds_are_429(
     assert LIMIT.held == 0
 
 
-async def test_health_tells_which_pool_is_empty(http: httpx.AsyncClient, health: Any) -> None:
+async def test_health_names_the_empty_pool(http: httpx.AsyncClient, health: Any) -> None:
     answer = await http.get("/health", headers={"authorization": ""})
     assert (answer.status_code, answer.json()["status"]) == (200, "ok")
     health.counts["speculator"] = 0

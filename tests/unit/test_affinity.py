@@ -53,7 +53,7 @@ class TestLoad:
         selection = Selection(len(PROMPT), runs, Plan(PlanKind.PRUNE, Reason.ASKED, 0.3))
         assert load_of(request(PROMPT), selection).prefix == ()
 
-    def test_a_digest_tells_all_that_came_before(self):
+    def test_a_digest_stands_for_all_that_came_before(self):
         changed = (PROMPT[0] + 1, *PROMPT[1:])
         whole = dense_selection(len(PROMPT), Reason.ASKED_OFF)
         assert not set(load_of(request(PROMPT), whole).prefix) & set(

@@ -1,4 +1,4 @@
-"""What replicas tell survives the way to the controller; counts become arrivals in time."""
+"""The replicas' signals survive the way to the controller; counts become arrivals in time."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""An iterator that is begun before it is read."""
+"""An iterator that is started before it is read."""
 
 import asyncio
 
@@ -8,7 +8,7 @@ from specprefill.core.begun import prefetch_first
 
 
 class Source:
-    """Yields `items`, raising those that are exceptions; tells when it began and ended."""
+    """Yields `items`, raising those that are exceptions; records when it started and ended."""
 
     def __init__(self, *items):
         self.items, self.began, self.ended = items, asyncio.Event(), False

@@ -27,7 +27,7 @@ def test_every_command_has_help(capsys, name):
     assert f"usage: specprefill {name}" in capsys.readouterr().out
 
 
-def test_the_version_is_told(capsys):
+def test_the_version_is_printed(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["--version"])
     assert ended.value.code == 0
@@ -86,7 +86,7 @@ def test_the_status_names_pools_and_problems():
     assert status_text(snapshot_of({"applications": {}})) == "nothing is deployed"
 
 
-def test_the_endpoints_are_told(root):
+def test_the_endpoints_are_printed(root):
     text = how_to_call(load(root / "cluster" / "local.yaml").file, "http://127.0.0.1:8265")
     assert "http://127.0.0.1:8000/v1/chat/completions" in text
     assert "127.0.0.1:9000" in text

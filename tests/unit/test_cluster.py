@@ -107,11 +107,11 @@ def test_a_message_without_an_error_is_shown_by_its_end():
     assert len(failure.splitlines()) == 12
 
 
-def test_waiting_tells_each_change_once(api):
-    told = []
+def test_waiting_shows_each_change_once(api):
+    shown = []
     waiting = details(app_status="DEPLOYING", status="UPDATING", states=())
-    api(waiting, waiting, details()).wait_healthy(10, told.append)
-    assert told == [
+    api(waiting, waiting, details()).wait_healthy(10, shown.append)
+    assert shown == [
         "Prefill     updating    0 of 1 replicas",
         "Prefill     healthy     1 of 1 replicas",
     ]

@@ -97,9 +97,9 @@ ADMITTING = {**LEAST, "gateway": {"admission": {}}}
 
 def test_the_slo_of_the_pools_is_the_slo_of_admission():
     config = AppConfig.model_validate({**ADMITTING, "slo": {"ttft_s": 1.5}})
-    told = config.for_gateways()
-    assert told.gateway.admission.ttft_s == 1.5
-    assert AppConfig.model_validate_json(told.model_dump_json(exclude={"slo"})) == told
+    named = config.for_gateways()
+    assert named.gateway.admission.ttft_s == 1.5
+    assert AppConfig.model_validate_json(named.model_dump_json(exclude={"slo"})) == named
 
 
 def test_admission_names_its_slo_where_pools_have_fixed_sizes():
@@ -108,15 +108,15 @@ def test_admission_names_its_slo_where_pools_have_fixed_sizes():
 
 
 @pytest.mark.parametrize(
-    ("admission", "slo", "said"),
+    ("admission", "slo", "message"),
     [
         ({}, None, r"needs an SLO: set slo\.ttft_s, or gateway\.admission\.ttft_s"),
         ({"ttft_s": 2.0}, {"ttft_s": 2.0}, r"must not be set beside slo\.ttft_s"),
     ],
 )
-def test_exactly_one_key_names_the_slo(admission, slo, said):
+def test_exactly_one_key_names_the_slo(admission, slo, message):
     content = {**LEAST, "gateway": {"admission": admission}, "slo": slo}
-    with pytest.raises(ValidationError, match=said):
+    with pytest.raises(ValidationError, match=message):
         AppConfig.model_validate(content)
 
 

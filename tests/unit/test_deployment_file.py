@@ -101,7 +101,7 @@ def test_an_unknown_key_of_a_deployment_is_named(key, value, named):
 
 
 @pytest.mark.parametrize(
-    ("deployments", "said"),
+    ("deployments", "expected"),
     [
         ([{"name": "Prefil"}], "'Gateway', 'Speculator', 'Prefill' or 'Decode', not 'Prefil'"),
         ([{"name": "Prefill"}, {"name": "Prefill"}], "each name must occur only once"),
@@ -113,13 +113,13 @@ def test_an_unknown_key_of_a_deployment_is_named(key, value, named):
         ([{"name": "Prefill", "max_queued_requests": -1}], "greater than 0"),
     ],
 )
-def test_a_wrong_value_is_told_with_what_is_allowed(deployments, said):
+def test_a_wrong_value_is_reported_with_what_is_allowed(deployments, expected):
     content = yaml.safe_load(LEAST)
     content["applications"][0]["deployments"] = deployments
-    assert said in faults(yaml.safe_dump(content))
+    assert expected in faults(yaml.safe_dump(content))
 
 
-def test_every_fault_is_told_at_once():
+def test_every_fault_is_reported_at_once():
     text = LEAST.replace("name: a", "nam: a").replace("path: m", "path: m, dtype: fp32")
     assert len(faults(text).splitlines()) == 3  # name missing, nam unknown, dtype wrong
 
@@ -130,7 +130,7 @@ def test_another_builder_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("- a\n", "expected a mapping"),
         ("", "expected a mapping"),
@@ -138,8 +138,8 @@ def test_another_builder_is_refused():
         ("applications: []", "at least one"),
     ],
 )
-def test_what_is_no_deployment_file_is_refused(text, said):
-    assert said in faults(text)
+def test_what_is_no_deployment_file_is_refused(text, expected):
+    assert expected in faults(text)
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -220,7 +220,7 @@ class TestSlo:
         assert application.args.slo.ttft_s == 2.0
 
     @pytest.mark.parametrize(
-        ("change", "said"),
+        ("change", "message"),
         [
             ({"autoscaling_policy": None}, "must be set together"),
             ({"args": TWO_MODELS}, "must be set together"),
@@ -229,8 +229,8 @@ class TestSlo:
             ({"deployments": [{"name": "Prefill", "num_replicas": 2}]}, "remove num_replicas"),
         ],
     )  # fmt: skip
-    def test_one_without_the_other_is_refused(self, change, said):
-        with pytest.raises(InvalidFile, match=said):
+    def test_one_without_the_other_is_refused(self, change, message):
+        with pytest.raises(InvalidFile, match=message):
             self.parse(self.application(**change))
 
 

@@ -60,7 +60,7 @@ def test_a_long_prompt_is_pruned_and_a_short_one_is_not():
     assert (short.kind, short.reason) == (PlanKind.DENSE, Reason.NO_GAIN)
 
 
-def test_the_plan_says_what_was_expected():
+def test_the_plan_holds_the_estimate():
     expected = planner(gain()).plan(request(10_000)).expected
     assert expected.dense_s == pytest.approx(1.01, rel=0.02)
     assert expected.prune_s == pytest.approx(0.15 + 0.21, rel=0.02)
@@ -194,7 +194,7 @@ def test_a_request_that_was_shed_teaches_the_same():
 
 @pytest.mark.parametrize("waited_only", [report(reason=reason, queue_s=10.0, ttft_s=11.0)
                                          for reason in UNSCORED])  # fmt: skip
-def test_a_full_queue_says_nothing_about_the_speed_of_scoring(waited_only: Report):
+def test_a_full_queue_teaches_nothing_about_the_speed_of_scoring(waited_only: Report):
     known = gain()
     before = known.estimate(request(10_000, seed=9), 0.2)
     for seed in range(5):

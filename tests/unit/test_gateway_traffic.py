@@ -1,4 +1,4 @@
-"""What gateways and pools tell the autoscaler."""
+"""The signals of gateways and pools to the autoscaler."""
 
 from types import SimpleNamespace
 

@@ -97,7 +97,7 @@ class TestPipeline:
         assert prefiller.selections == []
         assert decoder.replays == [((),)]
 
-    async def test_the_report_tells(self):
+    async def test_the_report_names_the_pool(self):
         chunks, _, _ = await self.run(request())
         report = chunks[-1].report
         assert (report.prefilled_by, report.prefill_s) == (PrefilledBy.DECODE, 0.375)

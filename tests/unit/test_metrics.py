@@ -80,17 +80,17 @@ async def test_a_client_that_leaves_is_no_failure():
     assert rig.requests("client_closed") == 1
 
 
-async def test_who_learns_is_told_of_finished_requests_only():
-    told = []
+async def test_only_finished_requests_are_learnt_from():
+    learnt = []
 
     def learn(request, report):
-        told.append((request.request_id, report.kept_tokens))
+        learnt.append((request.request_id, report.kept_tokens))
 
     rig = Rig(learn, fails=[None, DecodeUnavailable("gone"), DecodeUnavailable("gone")])
     assert await rig.run()
     with pytest.raises(DecodeUnavailable):
         await rig.run()
-    assert told == [("r", 20)]
+    assert learnt == [("r", 20)]
 
 
 class SlowDraft:

@@ -1,4 +1,4 @@
-"""What pyproject.toml says about the package is what the folders hold."""
+"""pyproject.toml describes the package as the folders hold it."""
 
 import fnmatch
 import importlib
@@ -30,7 +30,7 @@ def test_every_package_has_an_init(root, project):
         assert (folder / "__init__.py").exists(), name
 
 
-def test_the_version_is_told_once(project):
+def test_the_version_is_defined_once(project):
     import specprefill
 
     assert project["project"]["version"] == specprefill.__version__
@@ -79,7 +79,7 @@ def test_pure_modules_import_no_framework(module):
     assert outcome.stdout.strip() == "[]"
 
 
-def test_make_help_tells_every_target_of_the_readme(root):
+def test_make_help_lists_every_target_of_the_readme(root):
     readme = (root / "README.md").read_text()
     help_text = subprocess.run(
         ["make", "help"], cwd=root, capture_output=True, text=True, check=True

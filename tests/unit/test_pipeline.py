@@ -178,7 +178,7 @@ async def test_a_deadline_that_passed_is_an_error():
 
 
 class TestOverlap:
-    """Decode is begun before prefill has answered, and samples the first token itself."""
+    """Decode is started before prefill has answered, and samples the first token itself."""
 
     @staticmethod
     def pools(**decoder):
@@ -194,7 +194,7 @@ class TestOverlap:
         assert pools.decoder.replays == [((),) * samples]
         assert (pools.prefiller.held, pools.prefiller.released) == (0, 1)
 
-    async def test_decode_has_begun_when_the_first_token_comes(self):
+    async def test_decode_has_started_when_the_first_token_comes(self):
         pools = self.pools()
         stream = pools.planned.generate(request())
         await anext(stream)

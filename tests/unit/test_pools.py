@@ -302,7 +302,7 @@ async def test_health_counts_running_replicas_and_asks_seldom() -> None:
     assert asked == [100.0, 101.1]
 
 
-async def test_health_is_told_at_once_while_the_controller_is_slow() -> None:
+async def test_health_answers_at_once_while_the_controller_is_slow() -> None:
     clock, answers = [0.0], threading.Event()
 
     def status() -> Any:

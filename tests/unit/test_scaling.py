@@ -77,7 +77,7 @@ def sizes(taken: Decision) -> dict[str, int]:
     return {pool.value: each.replicas for pool, each in taken.pools.items()}
 
 
-def test_more_work_needs_more_replicas_and_says_why():
+def test_more_work_needs_more_replicas_and_has_a_reason():
     taken = decision(observed(arrivals((0, 600, 40)), **all_pools(1)))
     # 40 a second of 3,000 kept tokens at 0.46 s each: 18.4 engines are busy all the time.
     prefill = taken.pools[Pool.PREFILL]
@@ -188,7 +188,7 @@ def test_one_decision_changes_a_pool_by_a_bounded_step(ready, expected):
     assert changed.replicas == expected
 
 
-def test_the_maximum_holds_and_bends_the_keep_rate_instead():
+def test_the_maximum_holds_and_the_keep_rate_is_lowered_instead():
     policy = replace(POLICY, pools=dict.fromkeys(Pool, replace(LIMITS, maximum=12)))
     taken = decision(observed(arrivals((0, 600, 40)), **all_pools(12)), policy)
     assert taken.pools[Pool.PREFILL].reason is ScalingReason.AT_MAXIMUM
@@ -238,7 +238,7 @@ def test_a_decision_for_a_thousand_replicas_takes_less_than_100_ms():
 
 
 @pytest.mark.parametrize("usage", [0.3, 0.7, 0.95])
-def test_one_server_with_poisson_arrivals_waits_as_the_textbook_says(usage):
+def test_one_server_with_poisson_arrivals_waits_as_in_the_textbook(usage):
     # M/M/1: P(W > t) = usage * exp(-(mu - lambda) t), with mu = 1.
     pool = waits(Load(usage, 1.0, 1.0), np.array([1.0]))
     expected = 1.0 - usage * np.exp(-(1.0 - usage) * 3.0)

@@ -190,7 +190,7 @@ def test_flat_scores_keep_everything(value: float) -> None:
     assert selection.plan == Plan(PlanKind.DENSE, Reason.FLAT_SCORES)
 
 
-def test_uniform_attention_is_flat_although_pooling_bends_its_ends() -> None:
+def test_uniform_attention_is_flat_although_pooling_distorts_its_ends() -> None:
     uniform = np.convolve(np.full(640, 1 / 640), np.full(13, 1 / 13), mode="same")
     selection = select(uniform.astype(np.float32), prune(0.3), (), BARE)
     assert selection.plan.reason is Reason.FLAT_SCORES

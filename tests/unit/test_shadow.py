@@ -1,4 +1,4 @@
-"""Dense copies of live requests, and what they tell."""
+"""Dense copies of live requests, and their comparison."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Rig:
             max_running,
             lambda asked: dense_request(asked, b"") if asked.request_id != "sampled" else None,
             lambda: self.busy,
-            lambda *told: self.records.append(told),
+            lambda *record: self.records.append(record),
         )
 
     @property
@@ -72,7 +72,7 @@ def test_an_answer_that_goes_on_is_not_equal():
     assert compare([], []).is_equal
 
 
-def test_the_gap_is_how_much_rather_the_dense_model_says_its_own():
+def test_the_logprob_gap_is_that_of_the_first_difference():
     dense = [chunk(1, t1=-0.1), chunk(9, t9=-0.25, t2=-1.75, t3=-5.0)]
     assert compare([1, 2], dense).logprob_gap == pytest.approx(1.5)
     assert compare([1, 7], dense).logprob_gap == pytest.approx(4.75)  # at least

@@ -205,7 +205,7 @@ def _ends(span: Span) -> tuple[int, int]:
 FENCED_TEXT = "look at alpha \n```python\ndef f(): pass\n``` \nand bravo \n~~~\nmore code\n~~~ end"
 
 
-def test_fenced_code_is_protected_where_the_deployment_says_so() -> None:
+def test_fenced_code_is_protected_where_the_deployment_enables_it() -> None:
     offsets = words(FENCED_TEXT)
     spans = protected_spans(FENCED_TEXT, offsets, None, (), 1, fences=True)
     kept = protected_text(FENCED_TEXT, spans)

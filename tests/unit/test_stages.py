@@ -122,7 +122,7 @@ def test_seconds_never_fall_with_tokens_and_are_never_negative(
 
 
 @given(curves, st.lists(st.floats(-6.0, 6.0), min_size=WINDOW // 2, max_size=WINDOW // 2))
-def test_a_minority_of_outliers_has_no_say(truth: Curve, powers: list[float]):
+def test_a_minority_of_outliers_does_not_count(truth: Curve, powers: list[float]):
     """Up to a million times too fast or too slow, in every window: 1 % at most, here nothing."""
     clean, dirty = learnt(truth, rounds=WINDOW), learnt(truth, rounds=WINDOW)
     for tokens in LENGTHS:

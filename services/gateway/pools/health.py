@@ -65,7 +65,7 @@ def not_tested() -> None:
 def health_route(
     count: PoolCounts, limit: Drainable, facts_kept: Callable[[], float | None] = not_tested
 ) -> Route:
-    """Return the route of `GET /health`: 200 or 503, with the reason, the pools and the draft's self-test."""
+    """Return the route of `GET /health`: 200 or 503, the reason, the pools, the self-test."""
 
     async def answer(_: Request) -> JSONResponse:
         tested = facts_kept()
