@@ -131,7 +131,7 @@ def build(args: AppConfig) -> serve.Application:
         GATEWAY_ONGOING,
         GATEWAY_QUEUED,
         Placement(),
-        PoolScaling(min_replicas=gateways, max_replicas=gateways),  # so that it reports as well
+        PoolScaling(min_replicas=gateways, max_replicas=gateways),  # so that it sends signals, too
     )
     return gateway.bind(
         gateway_json,

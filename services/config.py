@@ -143,7 +143,7 @@ class KvConfig(Strict):
     # auto: nixl between workers that both have it, unless `tls` is set; else grpc.
     carrier: Literal["auto", "grpc", "nixl", "object_ref"] = "auto"
     # Where a prefill worker holds KV until it is pulled. device: in its GPU, from where the decode
-    # worker's GPU reads it (carrier nixl only); max_held_bytes of it are set aside, beside what
+    # worker's GPU reads it (carrier nixl only); max_held_bytes of it are reserved, besides what
     # vLLM takes. Nothing crosses the host then, and no digest is checked.
     memory: Literal["host", "device"] = "host"
     host: str | None = None  # address KV ports listen on; their own node's if absent
@@ -174,7 +174,7 @@ class KvConfig(Strict):
     @model_validator(mode="after")
     def _staging_within_held(self) -> Self:
         if self.memory == "device" and self.carrier != "nixl":
-            raise ValueError(f"memory: device needs carrier: nixl (given: {self.carrier})")
+            raise ValueError(f"memory 'device' requires carrier 'nixl', not '{self.carrier}'")
         if self.staging > self.max_held_bytes // 2:
             raise ValueError(
                 f"staging_bytes ({self.staging}) must be at most half of max_held_bytes "
@@ -255,7 +255,7 @@ class GatewayConfig(Strict):
     admission: AdmissionConfig | None = (
         None  # None: first come, first served, at the planned keep rate
     )
-    # Any of them is accepted; none: no authentication. A string alone is a key in the file.
+    # Any of them is accepted; empty: no authentication. A plain string is a key in the file.
     api_keys: tuple[ApiKey | Annotated[str, Field(min_length=1)], ...] = ()
     # Answered without a key. `/metrics` shows how much each key asks for.
     open_paths: tuple[str, ...] = ("/health", "/ping")
@@ -302,7 +302,7 @@ class ScalingConfig(Strict):
     prefill: PoolScaling = PoolScaling()
     decode: PoolScaling = PoolScaling()
     # Always this many, unless `deployments` names another number. One that dies takes its streams
-    # with it, so one alone is an outage.
+    # with it, so a single one means an outage.
     gateway_replicas: PositiveInt = 2
     settle_s: Seconds = 90.0  # shrink only after a smaller size sufficed this long
     idle_s: Seconds = 600.0  # without arrivals for this long, a pool of minimum 0 sleeps

@@ -46,7 +46,7 @@ class SloPolicy:
         views = pool_views(contexts)
         try:
             self._refresh(contexts, views)
-        except Exception as error:  # noqa: BLE001  # whatever it is, other applications go on
+        except Exception as error:  # noqa: BLE001  # other applications must keep scaling
             self._give_up(error, views)
         return {
             views[pool].key: max(target, views[pool].minimum)

@@ -17,7 +17,7 @@ class FairQueue(Generic[Item]):
 
     A request's tag is where its key's earlier work ends, or the tag now in service if that is
     later, plus its own seconds. So a short request passes the long ones of others, a key that
-    sends much waits behind those that send little, and nobody waits for ever.
+    sends much waits behind those that send little, and nobody waits forever.
     """
 
     _heap: list[tuple[int, bool, float, int, Item]] = field(default_factory=list)

@@ -45,7 +45,7 @@ _MESSAGES = {
 class GatewayShare:
     """This gateway's share of the engines: the replicas known to serve, and their gateways.
 
-    Gateways do not talk to each other. Each takes an equal part of what the pools can do: a
+    Gateways do not communicate. Each takes an equal part of what the pools can do: a
     fraction of an engine where there are more gateways than engines.
     """
 
@@ -67,8 +67,8 @@ class GatewayShare:
     def prefill_speed(self) -> float:
         """The server-seconds per second that one prompt of this gateway gets in prefill.
 
-        With less than one engine it is not known when this gateway's turn comes: 0, the prompt
-        counts as a whole until it is answered.
+        With a share below one engine it is unknown when this gateway's prompt runs: 0, the whole
+        prompt counts until it is answered.
         """
         share = self.prefill_share
         return 0.0 if share < 1.0 else share / ceil(share)

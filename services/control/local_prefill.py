@@ -1,9 +1,9 @@
 """Chooses prompts that the decode engine computes itself: nothing is handed over then.
 
-A hand-over costs the calls to the prefill pool and the KV's way, which for a short prompt is much
-of its time to first token. A prefill in a decode engine costs those whose answers it is streaming:
-they wait for that step. So short dense prompts only, and only where nobody waits or nobody would
-notice. Other systems call it conditional disaggregation.
+A hand-over costs the calls to the prefill pool and the KV transfer, which for a short prompt is
+much of its time to first token. A prefill in a decode engine delays the answers that it is
+streaming by one step. So the rule takes only short dense prompts, and only where nobody waits or
+the delay is small. Other systems call it conditional disaggregation.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Learns how long each stage of a request takes, online, from the requests' reports.
 
 Pure: no clock, no I/O. A `StageModel` takes samples and gives a `Curve`; a curve is plain data that
-can be sent, stored and asked for seconds.
+can be sent, stored and evaluated.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Sample:
     tokens: int
     seconds: float
     cached: int = 0
-    at_least: bool = False  # it was given up: the whole would have taken longer
+    at_least: bool = False  # it was given up: the true time is longer
 
 
 @dataclass(slots=True)
@@ -197,7 +197,7 @@ class StageModels:
         else:
             self.speculate.observe(unread, report.speculate_s, report.remembered_tokens)
         if report.prefilled_by is PrefilledBy.DECODE:
-            return  # another engine, beside its answers
+            return  # computed on another engine, next to its decoding
         computed = report.kept_tokens - report.cached_tokens
         self.prefill.observe(computed, report.prefill_s, report.cached_tokens)
         if not report.recomputed:

@@ -1,8 +1,8 @@
 """The fallback for a prompt that the speculator could not score in time.
 
-Not a dense prefill, unless a deployment asks for it: a dense prompt is 1 / keep times the work of a
-pruned one, for a pool that was sized for pruned ones, at the very moment when there is too much to
-do. Pure: no clock, no I/O.
+It is not a dense prefill, unless a deployment chooses that: a dense prompt is 1 / keep times the
+work of a pruned one, for a pool that was sized for pruned ones, at the very moment of overload.
+Pure: no clock, no I/O.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Finds the occurrences of strings in a text, each in time linear in the text. Pure.
 
-Searching on from every match costs the text's length times the string's where both repeat
+Continuing the search at every match costs the text's length times the string's where both repeat
 themselves ("aaa..." in "aaaa..."), so every window of the string's length is compared by a
 rolling hash: sum of code point times base to the power of its place, modulo 2^64. Two strings of
 one hash would protect too much, never too little.

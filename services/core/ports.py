@@ -70,7 +70,7 @@ class Decoder(Protocol):
         that penalties, grammars, stop strings and seeds count them as if sampled there. The
         pipeline drops what the client has already. Without a ticket, or when the pull fails,
         the engine computes the prompt itself. With an empty replay it samples freely: as the
-        prefill engine did, but for numerical noise.
+        prefill engine did, except for numerical noise.
 
         Raises DecodeUnavailable or DeadlineExceeded.
         """

@@ -9,7 +9,7 @@ import xxhash
 
 from .types import Request
 
-BLOCK_TOKENS = 128  # a multiple of most engines' block size: what matches here matches there
+BLOCK_TOKENS = 128  # a multiple of most engines' block size: so that a match here is a match there
 
 
 def prefix_digests(tokens: Sequence[int], block_tokens: int = BLOCK_TOKENS) -> Iterator[int]:

@@ -23,8 +23,8 @@ _KEPT_ROLES = ("system", "developer")
 # A fence opens at the start of a line and is closed by one as long; one left open ends the text.
 _FENCED = re.compile(r"^(`{3,}|~{3,}).*?(?:^\1|\Z)", re.DOTALL | re.MULTILINE)
 
-# A content that the template altered is searched for up to the text's end, in vain: this many times
-# the text's length is read, then the rest of the conversation is protected as a whole.
+# A content that the template altered is searched for up to the text's end without success. After
+# this many times the text's length, the rest of the conversation is protected as a whole.
 _MOST_READ = 512
 
 Offsets = NDArray[np.int64]  # [N, 2], per token: [start, stop) in characters, both ascending
@@ -50,10 +50,10 @@ def protected_spans(
 ) -> tuple[Span, ...]:
     """Return the token spans that must survive: sorted, disjoint, not adjacent.
 
-        `messages` is an OpenAI list, or None for a plain completion, where only `protect` counts.
-    `fences` protects fenced code, too.
-        A content that the template altered is found nowhere; the region where it must lie is then
-        not protected. Raises `occurrences.Cancelled` soon after `is_cancelled()`.
+    `messages` is an OpenAI list, or None for a plain completion, where only `protect` counts.
+    `fences` protects fenced code, too. A content that the template altered cannot be found; the
+    region where it must lie is then not protected. Raises `occurrences.Cancelled`
+    soon after `is_cancelled()`.
     """
     index = _TokenIndex(offsets)
     places: list[tuple[int, int]] = []

@@ -1,6 +1,6 @@
 """From token scores to kept tokens (Speculative Prefill, arXiv 2502.02789, section 3.2).
 
-Pure: numpy in, `Selection` out; equal input gives an equal selection, whatever the platform.
+Pure: numpy in, `Selection` out; equal input gives an equal selection on every platform.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _protected_mask(prompt_tokens: int, protected: Sequence[Span], policy: Selec
     """Return the mask of tokens that must survive. Spans are clipped to the prompt.
 
     A protected prefix of half a block or more is rounded up to whole blocks: engines share the KV
-    of whole blocks only, and a block with a gap in it is nobody else's.
+    of whole blocks only, and a block with a gap in it is never shared.
     """
     mask = np.zeros(prompt_tokens, dtype=np.bool_)
     mask[: policy.sink_tokens] = True

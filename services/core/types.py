@@ -29,7 +29,7 @@ class Reason(enum.StrEnum):
 
     ASKED = "asked"  # the caller set a keep rate or switched pruning on
     DEFAULT = "default"  # the deployment's default keep rate
-    AUTO = "auto"  # the keep rate that the scores asked for
+    AUTO = "auto"  # the keep rate that the scores chose
     ASKED_OFF = "asked_off"  # the caller switched pruning off
     DISABLED = "disabled"  # the deployment prunes only on request
     KEEP_IS_ONE = "keep_is_one"
@@ -112,7 +112,7 @@ class Request:
     hold_back_chars: int = 0  # text that stop strings may still take back (0: none)
     timeout_s: float = 300.0
     priority: int = 0
-    key: str | None = None  # whose fair share of the service it takes; None: nobody else's
+    key: str | None = None  # the owner of the fair share that it uses; None: a share of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +173,7 @@ class Chunk:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     cached_tokens: int = 0  # prompt tokens found in the prefill engine's prefix cache
-    # [N] on a request's first chunk, if it asked for them; the first token has none
+    # [N] on a request's first chunk, if requested; the first token has none
     prompt_logprobs: tuple[tuple[TokenLogprob, ...] | None, ...] | None = None
     report: Report | None = None  # on the last chunk of a request
 

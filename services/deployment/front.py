@@ -304,7 +304,7 @@ def _most_connections() -> int:
 def read_settings(folder: Path, name: str | None) -> GatewayConfig:
     """Return the settings of the deployment file `name`; without one, the defaults.
 
-    Serve starts HAProxy again and again. While an edit of the file is invalid, the settings stay
+    Serve restarts HAProxy often. While an edit of the file is invalid, the settings stay
     what they were when it was last read, which `folder` remembers. Raises InvalidFile or OSError
     where nothing is remembered.
     """

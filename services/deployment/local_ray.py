@@ -204,7 +204,7 @@ class LocalRay:
                 log_to_driver=False,
                 logging_level="ERROR",
             )
-        except Exception as error:  # Ray raises whatever its parts raise
+        except Exception as error:  # Ray raises errors of any type here
             self.close()
             raise StartFailed(
                 f"Ray did not start on this machine: {_first_line(error)}; "

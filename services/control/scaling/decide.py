@@ -32,8 +32,8 @@ from .values import (
     ScalingReason,
 )
 
-SIZED_FROM_S = 240.0  # the newest arrivals stand for those to come
-SEEN = 30_000  # arrivals that are looked at; of more, an even part stands for all
+SIZED_FROM_S = 240.0  # the newest arrivals represent the next ones
+SEEN = 30_000  # arrivals that are evaluated; of more, an even sample
 SPARE = 1.03  # a pool shrinks to a size that sustains slightly more than the expected load
 DRAIN_S = 60.0  # a queue that is too old shall be empty after this time
 

@@ -1,6 +1,6 @@
 """Forecasts the work that arrives, now and when a replica started now is ready.
 
-Work is counted in server-seconds per second, from arrivals: what waits in a queue has already
+Work is counted in server-seconds per second, from arrivals: requests in a queue have already
 been counted, so back-pressure cannot hide demand.
 """
 

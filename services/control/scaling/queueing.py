@@ -21,7 +21,7 @@ TINY = 1e-12
 class Load:
     """The load of one pool."""
 
-    work: float  # server-seconds per second; below the servers, or the queue grows for ever
+    work: float  # server-seconds per second; below the servers, or the queue grows forever
     service_s: float  # mean time of one request
     variability: float  # mean of the squared coefficients of variation: arrivals and service
     share: float = 1.0  # of all requests, that come here

@@ -10,7 +10,7 @@ import numpy as np
 from .queueing import Load, Waits, attainment, load, two_stage_attainment, waits
 from .values import Arrivals, Engines, Floats, Pool, PoolLimits, Slo
 
-SAMPLES = 1024  # requests that stand for all
+SAMPLES = 1024  # sampled requests
 CANDIDATES = np.linspace(0.02, 9.0, 72)  # sizes that are tried: work + z * sqrt(work)
 NEARLY = 0.003  # of the share, where no size reaches the SLO
 DECODE_MISSES = 0.1  # of the SLO's allowance; the first token has the rest, nearly

@@ -48,7 +48,7 @@ def claim(host: str, port: int) -> None:
     """Claim the port, so that nobody else listens there, now or later. Raises RuntimeError.
 
     gRPC itself would share the port. Other services of ours are kept out by a name that only one
-    process can hold; anybody else by trying whether the port can be bound.
+    process can hold, other programs by a trial bind of the port.
     """
     name = socket.socket(socket.AF_UNIX)
     try:

@@ -113,7 +113,7 @@ def timeout(field: str, value: str | None) -> float | None:
 def conversation(path: str, body: Mapping[str, Any]) -> Messages | None:
     """Return the messages of a request as role and content, or None where it has none.
 
-    Anything malformed is left out: the server behind refuses it with its own words.
+    Anything malformed is left out: vLLM's server refuses it with its own message.
     """
     if path.endswith("/responses"):
         turns = _as_turns(body.get("input"))

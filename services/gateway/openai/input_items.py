@@ -2,7 +2,7 @@
 
 vLLM knows thirty kinds of items, and for an item of none it reports every kind's complaint: 233
 per item. 10,000 bad items in a body of 300 KB are 2.3 million complaints, collected in the event
-loop for a minute. So the first bad item of a long list ends it here.
+loop for a minute. So the first bad item of a long list ends the check here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
 from ...core.errors import InvalidRequest
 
-_FEW = 8  # items whose complaints vLLM may as well collect
+_FEW = 8  # few enough items for vLLM's own validation
 _AT_ONCE = 32  # items between two turns of the event loop
 
 

@@ -35,12 +35,12 @@ TIMEOUT_HEADER = "x-request-timeout-seconds"
 SHED_REASON_HEADER = "x-specprefill-shed-reason"
 REQUEST_ID_HEADER = "x-request-id"
 _MAX_ID = 256  # characters of a request id: every log line holds it
-# What reading a value of an unexpected type raises, in validators that expect the usual one.
+# Errors of validators that read a value of an unexpected type.
 _OVER_VALUES = (AttributeError, LookupError, RecursionError, AssertionError)
 _DATA = b"data: "
 # Serve's proxy enforces the same header with a bare 408 or a cut stream: be a little earlier.
 _AHEAD_OF_PROXY_S = 0.25
-_LEAVING_S = 5.0  # for a handler to end what it does for a client that has left
+_LEAVING_S = 5.0  # for a handler to finish after its client has left
 
 
 class RequestMiddleware:

@@ -20,8 +20,8 @@ _Container = dict[str, Any] | list[Any]
 class JsonLimits:
     """The limits of a request's size.
 
-    What is validated one by one, an object or list at about 0.1 ms, is done in the event loop,
-    so it is bounded in number: objects, lists, and texts that are entries of lists.
+    Validation takes about 0.1 ms of the event loop per object or list, so their number is
+    bounded: objects, lists, and strings that are entries of lists.
     """
 
     items: int

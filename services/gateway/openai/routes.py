@@ -37,7 +37,7 @@ def serve_only_known(app: FastAPI) -> None:
     """Drop vLLM's other routes: they bypass the `specprefill` field, or address an engine.
 
     These are `/invocations` and `/v1/chat/completions/batch` (the same as other routes), scoring,
-    scaling, rendering, and whatever a later vLLM adds.
+    scaling, rendering, and routes that a later vLLM adds.
     """
     app.router.routes[:] = [each for each in app.router.routes if _path(each) in SERVED]
 

@@ -1,6 +1,6 @@
 """The rest of vLLM's engine client interface, beyond answering prompts.
 
-The gateway holds no engine: engines live in other processes and look after themselves. So
+The gateway holds no engine: engines live in other processes and manage themselves. So
 maintenance calls are refused or do nothing, and the client never reports itself dead (vLLM's
 server would stop for good); the gateway's own `/health` reports health.
 """

@@ -98,8 +98,8 @@ class PrefixAffinity:
     """Ranks replicas by the tokens to compute before a prompt's first one is there.
 
     The cost of a replica is what is queued there plus what it lacks of the prompt: a cached
-    prefix attracts until the queue for it costs more than computing it elsewhere. A call is
-    one prompt's way to one replica: prompts of one request, and attempts, are calls of their own.
+    prefix attracts until the queue for it costs more than computing it elsewhere. A call sends
+    one prompt to one replica: prompts of one request, and attempts, are calls of their own.
     """
 
     hope: float = HOPE

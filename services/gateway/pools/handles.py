@@ -165,7 +165,7 @@ async def _stream_call(
         async with aclosing(_items(stream, pool, unavailable, timeout_s)) as items:
             yield items
     finally:
-        stream.cancel()  # otherwise the replica keeps working for nobody
+        stream.cancel()  # otherwise the replica continues without a reader
 
 
 async def _items(
@@ -192,7 +192,7 @@ def map_errors(
     """Convert the errors of a call to a pool to ours.
 
     An error that a replica raised as one of ours comes out as the same one. `unavailable` is
-    for replicas that could not be reached, `broken` for a failure that nobody named: another
+    for replicas that could not be reached, `broken` for an unexpected failure: another
     replica would most likely fail in the same way.
     """
     try:
@@ -210,7 +210,7 @@ def map_errors(
         raise unavailable(f"no {pool} replica answered; try again") from error
     except SpecPrefillError:
         raise
-    except Exception as error:  # gRPC handles raise a replica's own exception, whatever it is
+    except Exception as error:  # gRPC handles raise a replica's own exception, of any type
         logger.exception("pool=%s failed", pool)
         raise broken(f"a {pool} replica failed") from error
 

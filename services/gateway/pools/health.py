@@ -39,8 +39,8 @@ class Health:
 def judge(pools: Mapping[str, int], facts_kept: float | None = None) -> Health:
     """Judge the pools: prefill and decode are required; without a speculator prompts go dense.
 
-    `facts_kept` is the result of the draft's self-test: one that cannot choose is not used where
-    nobody asks for it.
+    `facts_kept` is the result of the draft's self-test: a draft that cannot choose is used only
+    on request.
     """
     empty = [name for name in (SPECULATOR, PREFILL, DECODE) if pools.get(name, 0) < 1]
     reason = f"no healthy replica in: {', '.join(empty)}" if empty else ""
