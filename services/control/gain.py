@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ..core.prefix_digests import digests_of
 from ..core.selection import SelectionPolicy, expected_kept, leading_tokens
-from ..core.types import UNSCORED, Expected, PlanKind, PrefilledBy, Reason, Report, Request
+from ..core.types import UNSCORED, PlanKind, PrefilledBy, Reason, Report, Request, TtftEstimate
 from .prefixes import CacheForecast
 from .stages import Curve, StageModel, StageModels
 
@@ -44,7 +44,7 @@ class NetGain:
             for kind, calls in ((PlanKind.DENSE, 1), (PlanKind.PRUNE, 2))
         }
 
-    def estimate(self, request: Request, keep: float | None) -> Expected:
+    def estimate(self, request: Request, keep: float | None) -> TtftEstimate:
         """Estimate the seconds to the first token of either plan in empty queues.
 
         `keep` None: as much as the scores have been choosing, counting what they sent dense.
@@ -57,7 +57,7 @@ class NetGain:
         shared = min(cached, leading_tokens(request.protected), kept - 1)
         read = self._draft_cache.cached_tokens(digests, tokens)
         speculate_s = self._draft_cache.seconds(self.models.speculate.curve, tokens, read)
-        return Expected(
+        return TtftEstimate(
             dense_s=self._prefill_s(tokens, cached) + self._overhead_s(PlanKind.DENSE, tokens),
             prune_s=speculate_s
             + self._prefill_s(kept, shared)

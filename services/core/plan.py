@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from .types import Controls, Expected, Plan, PlanKind, Reason, Request
+from .types import Controls, Plan, PlanKind, Reason, Request, TtftEstimate
 
 # The share of its self-test's facts that a draft must keep. By chance it keeps one in seven;
 # five or more of eight once in 500 tests.
@@ -16,7 +16,7 @@ LEAST_FACTS_KEPT = 0.6
 class Gain(Protocol):
     """Estimates what a plan costs."""
 
-    def estimate(self, request: Request, keep: float | None) -> Expected:
+    def estimate(self, request: Request, keep: float | None) -> TtftEstimate:
         """Estimate the seconds to the first token, dense and pruned to `keep` (None: automatic)."""
         ...
 
@@ -69,7 +69,7 @@ class Planner:
             return Plan(PlanKind.DENSE, Reason.KEEP_IS_ONE)
         return Plan(PlanKind.PRUNE, Reason.ASKED if is_asked(controls) else Reason.DEFAULT, keep)
 
-    def _is_worthwhile(self, expected: Expected) -> bool:
+    def _is_worthwhile(self, expected: TtftEstimate) -> bool:
         return expected.prune_s < expected.dense_s * (1.0 - self.min_gain)
 
     def dense_reason(self, request: Request) -> Reason | None:

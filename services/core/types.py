@@ -58,7 +58,7 @@ UNSCORED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Expected:
+class TtftEstimate:
     """Seconds to the first token, by either plan, as far as the service can estimate."""
 
     dense_s: float
@@ -77,7 +77,7 @@ class Plan:
     reason: Reason
     keep: float = 1.0  # nominal keep rate in (0, 1]; the highest one where there is a floor
     floor: float | None = None  # not None: the scores choose, between this and `keep`
-    expected: Expected | None = None  # None: not estimated
+    expected: TtftEstimate | None = None  # None: not estimated
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +261,6 @@ class Report:
     ttft_s: float  # until the first token left the pipeline
     recomputed: bool = False
     cached_tokens: int = 0  # kept tokens found in the prefix cache of the engine that computed them
-    expected: Expected | None = None  # the estimate behind the plan
+    expected: TtftEstimate | None = None  # the estimate behind the plan
     remembered_tokens: int = 0  # prompt tokens that the speculator had read before
     prefilled_by: PrefilledBy = PrefilledBy.PREFILL
