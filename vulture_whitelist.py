@@ -1,4 +1,4 @@
-"""What vulture cannot see the use of: who uses it is said above each group."""
+"""Names whose use vulture cannot see; a comment above each group names the user."""
 
 _ = object()
 

@@ -87,7 +87,7 @@ class NetGain:
     def _recover(self, report: Report) -> None:
         """Try a slow speculator again, once enough prompts went dense because of it.
 
-        Each vain try doubles the number of prompts until the next try.
+        Each failed try doubles the number of prompts until the next try.
         """
         if report.speculate_s > 0 and report.reason not in UNSCORED:
             self._retry_after = RETRY_AFTER

@@ -113,7 +113,7 @@ class ScriptedHealth:
 
 
 async def metrics_text() -> str:
-    """What the whole service counts."""
+    """Return the metrics of the whole service."""
     return "ray_specprefill_requests_total 3.0\n"
 
 

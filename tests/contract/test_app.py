@@ -1,4 +1,4 @@
-"""Where replicas go, and what the application consists of, in Serve's own objects."""
+"""The placement of replicas and the parts of the application, in Serve's own objects."""
 
 import pytest
 
@@ -46,7 +46,7 @@ def test_the_speculator_takes_a_gpu_where_there_are_any():
 
 
 def deployments(monkeypatch, config=CONFIG):
-    """What `build` bound, by name."""
+    """Return the deployments that `build` bound, by name."""
     monkeypatch.setenv("SPECPREFILL_CPU_ENGINE", "1")
     gateway = build(config)._bound_deployment
     pools = [argument._bound_deployment for argument in gateway.init_args[1:]]

@@ -22,7 +22,7 @@ ray_node_cpu_count 2.0
 """
 
 
-def test_each_metric_stands_once_with_the_samples_of_all_nodes():
+def test_each_metric_appears_once_with_the_samples_of_all_nodes():
     text = merge_expositions(
         [GATEWAY.format(replica=name, count=n) for name, n in (("a", 3), ("b", 4))]
     )

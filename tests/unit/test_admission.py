@@ -41,7 +41,7 @@ def test_a_queue_lowers_the_keep_rate_to_the_floor():
     assert rates[2] == pytest.approx(0.1)
 
 
-def test_what_cannot_meet_the_slo_waits_behind_those_that_can():
+def test_requests_that_cannot_meet_the_slo_wait_behind_those_that_can():
     verdict = judge(ASK, Backlog(prefill_s=3.0, late_s=10.0), CURVES, POLICY)
     assert isinstance(verdict, Admitted)
     assert verdict.late
@@ -67,7 +67,7 @@ def test_a_full_queue_sheds(backlog, reason):
     assert verdict.reason is reason
 
 
-def test_late_requests_take_no_place_of_those_in_time():
+def test_late_requests_take_no_queue_slot_of_those_in_time():
     assert isinstance(judge(ASK, Backlog(waiting_late=50), CURVES, POLICY), Admitted)
 
 
@@ -114,7 +114,7 @@ def test_a_short_request_passes_the_long_ones_of_others():
     assert queue.pop() == "short"
 
 
-def test_long_requests_are_not_passed_for_ever():
+def test_long_requests_are_not_overtaken_forever():
     queue = FairQueue()
     queue.push("long", 3.0, late=False)
     popped = []
@@ -124,7 +124,7 @@ def test_long_requests_are_not_passed_for_ever():
     assert "long" in popped[:4]
 
 
-def test_a_key_that_sends_much_waits_behind_one_that_sends_little():
+def test_a_busy_key_waits_behind_a_quiet_one():
     queue = FairQueue()
     for place in range(5):
         queue.push(f"much {place}", 1.0, key="much", late=False)
@@ -273,7 +273,7 @@ async def test_one_whose_time_no_longer_suffices_takes_no_engine_from_others():
     assert (setup.gate.waiting, setup.gate.running) == (0, 0)
 
 
-async def test_one_whose_time_still_suffices_goes_on():
+async def test_a_request_with_enough_time_left_starts():
     setup = AdmissionSetup()
     front = setup.hold()
     await settled()
@@ -284,7 +284,7 @@ async def test_one_whose_time_still_suffices_goes_on():
     assert (await waiting)[-1].report.queue_s >= 1.5
 
 
-async def test_the_next_goes_on_at_the_first_token_not_at_the_last():
+async def test_the_next_request_starts_at_the_first_token_not_at_the_last():
     setup = AdmissionSetup()
     request = Request("r", tuple(range(4000)), b"")
     stream = setup.pipeline.generate(request)

@@ -38,7 +38,7 @@ class TestLoad:
         found = load_of(request(prompt), dense_selection(len(prompt), Reason.SHORT_PROMPT))
         assert (found.tokens, len(found.prefix)) == (len(prompt), 3)
 
-    def test_only_what_lies_before_the_first_gap_counts(self):
+    def test_only_blocks_before_the_first_gap_count(self):
         runs = (Span(0, 2 * BLOCK_TOKENS + 5), Span(900, 1000))
         selection = Selection(len(PROMPT), runs, Plan(PlanKind.PRUNE, Reason.ASKED, 0.3))
         found = load_of(request(PROMPT), selection)
@@ -53,7 +53,7 @@ class TestLoad:
         selection = Selection(len(PROMPT), runs, Plan(PlanKind.PRUNE, Reason.ASKED, 0.3))
         assert load_of(request(PROMPT), selection).prefix == ()
 
-    def test_a_digest_stands_for_all_that_came_before(self):
+    def test_a_digest_covers_the_whole_prefix(self):
         changed = (PROMPT[0] + 1, *PROMPT[1:])
         whole = dense_selection(len(PROMPT), Reason.ASKED_OFF)
         assert not set(load_of(request(PROMPT), whole).prefix) & set(
@@ -93,7 +93,7 @@ def test_it_spills_when_the_queue_costs_more_than_the_prefix(queued, expected):
     assert best(made, load(4, own=50)) == "a"
 
 
-def test_what_is_cached_does_not_lengthen_the_queue():
+def test_cached_tokens_do_not_lengthen_the_queue():
     made = affinity("a", "b")
     made.record_sent("r1", "a", load(8, own=0))
     made.record_end("r1")

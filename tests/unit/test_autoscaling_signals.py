@@ -50,7 +50,7 @@ def test_the_first_reading_is_where_counting_begins():
     assert traffic.since_s == 100.0
 
 
-def test_what_is_new_arrived_since_the_last_reading():
+def test_new_arrivals_are_spread_since_the_last_reading():
     traffic = Traffic(60.0)
     traffic.add_counts(100.0, {"a": Counter()})
     traffic.add_counts(102.0, {"a": Counter({SHORT: 4})})

@@ -46,13 +46,13 @@ async def test_a_failure_comes_where_it_would(before):
             await anext(items)
 
 
-async def test_what_is_not_read_is_closed():
+async def test_an_unread_iterator_is_closed():
     source = Source(1, 2)
     async with prefetch_first(source.stream()):
         await source.began.wait()
     assert source.ended
 
 
-async def test_a_failure_that_nobody_reads_is_forgotten():
+async def test_an_unread_failure_is_ignored():
     async with prefetch_first(Source(ValueError("unread")).stream()):
         await asyncio.sleep(0)

@@ -29,7 +29,7 @@ def test_a_wrong_answer_is_a_fault(demo_tokenizer):
     assert fault.startswith("HTTP, keep 0.1: expected ")
 
 
-def test_a_plan_nobody_asked_for_is_a_fault(demo_tokenizer):
+def test_an_unrequested_plan_is_a_fault(demo_tokenizer):
     (fault,) = demo.find_faults([asked(demo_tokenizer, "{}", dense=False, plan="dense")])
     assert "the plan was not prune" in fault
 

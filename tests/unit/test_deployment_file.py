@@ -138,7 +138,7 @@ def test_another_builder_is_refused():
         ("applications: []", "at least one"),
     ],
 )
-def test_what_is_no_deployment_file_is_refused(text, expected):
+def test_a_file_that_is_not_a_deployment_is_refused(text, expected):
     assert expected in faults(text)
 
 
@@ -249,7 +249,7 @@ def test_a_file_that_drains_differs_in_the_gateways_user_config_alone(deployment
     df.parse(yaml.safe_dump(df.with_draining_gateways(raw)), "f.yaml")  # still a file that passes
 
 
-def test_what_is_deployed_holds_digests_in_place_of_keys(root):
+def test_the_deployed_content_holds_digests_in_place_of_keys(root):
     raw = df.load(root / "cluster" / "local-slo.yaml").raw
     (application,) = raw["applications"]
     keys = ["secret-1", {"name": "a", "key": "secret-2"}, {"name": "b", "env": "KEY_B"}]

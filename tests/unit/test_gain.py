@@ -1,4 +1,4 @@
-"""Whether pruning pays, by what was learnt."""
+"""The estimate whether pruning pays, from learnt times."""
 
 from __future__ import annotations
 
@@ -131,13 +131,13 @@ def test_overheads_of_pruning_count():
 
 
 @pytest.mark.parametrize("controls", [Controls(prune=True), Controls(keep=0.3)])
-def test_a_caller_who_asks_is_obeyed(controls: Controls):
+def test_a_caller_who_asks_for_pruning_gets_it(controls: Controls):
     plan = planner(gain()).plan(request(400, controls=controls))
     assert (plan.kind, plan.reason) == (PlanKind.PRUNE, Reason.ASKED)
     assert plan.expected.dense_s < plan.expected.prune_s
 
 
-def test_what_the_scores_choose_is_learnt():
+def test_the_rates_that_the_scores_choose_are_learnt():
     known = gain()
     auto = Planner(enabled=True, keep=None, min_prompt_tokens=1, gain=known)
     assert auto.plan(request(10_000)).reason is Reason.AUTO
@@ -215,7 +215,7 @@ def test_one_outlier_is_not_believed():
 
 
 def dense_until_pruned(known: NetGain, most: int = 5000) -> int:
-    """How many prompts go dense until one is tried again."""
+    """Count the prompts that go dense until the speculator is tried again."""
     for seed in range(most):
         asked = request(10_000, seed=1000 + seed)
         if planner(known).plan(asked).kind is PlanKind.PRUNE:

@@ -72,7 +72,7 @@ async def test_an_arrival_is_counted_before_it_is_answered(tokens, kept):
     await stream.aclose()
 
 
-async def test_answers_teach_what_is_usual():
+async def test_averages_follow_the_answers():
     pipeline, traffic = counted()
     for _ in range(300):
         chunks = [c async for c in pipeline.generate(Request("r", tuple(range(4000)), b""))]

@@ -40,7 +40,7 @@ def test_prefixes_spread_evenly():
     assert max(counted.values()) < 1.5 * 4000 / len(NAMES)
 
 
-def test_only_what_was_at_home_there_moves_when_a_replica_goes():
+def test_only_prefixes_of_a_removed_replica_move():
     before, after = Homes(NAMES), Homes(NAMES[1:])
     for seed in range(200):
         prefix = digests(seed, 5)
@@ -108,7 +108,7 @@ def test_one_gateway_loses_next_to_nothing():
 
 
 @pytest.mark.parametrize("gateways", [1, 2])
-def test_what_all_prompts_share_does_not_bring_them_to_one_replica(gateways):
+def test_a_prefix_of_all_prompts_does_not_bring_them_to_one_replica(gateways):
     service = Service(gateways)
     service.converse(shared_blocks=8)
     assert service.imbalance < 1.6
@@ -133,7 +133,7 @@ def test_a_replica_without_a_cache_is_nobodys_home():
     assert made.rank(load)[0] != first
 
 
-def test_what_is_known_counts_more_than_what_is_hoped_for():
+def test_known_prefixes_count_more_than_expected_ones():
     made = PrefixAffinity()
     made.set_replicas(dict.fromkeys(NAMES, ROOM))
     load = PrefillLoad(10 * BLOCK_TOKENS, tuple(digests(3, 10)))

@@ -1,4 +1,4 @@
-"""How many chunks the scores ask for."""
+"""The number of chunks that the scores ask for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which prompts decode computes itself, and how the pipeline answers them."""
+"""The prompts that decode computes itself, and the pipeline's answers to them."""
 
 from contextlib import ExitStack
 from dataclasses import replace
@@ -68,7 +68,7 @@ def test_logprobs_of_the_prompt_are_the_prefill_pools():
 
 
 @pytest.mark.parametrize(("tokens", "decided"), [(50, True), (51, False)])
-def test_beside_other_answers_only_what_holds_them_up_no_longer_than_a_hand_over(tokens, decided):
+def test_beside_other_answers_only_prompts_no_slower_than_a_hand_over(tokens, decided):
     assert local(request(tokens), running=1) is decided
 
 
@@ -105,7 +105,7 @@ class TestPipeline:
         assert (report.plan, report.reason) == (PlanKind.DENSE, Reason.SHORT_PROMPT)
         assert not report.recomputed
 
-    async def test_what_decode_does_not_compute_goes_the_long_way(self):
+    async def test_other_prompts_go_through_the_prefill_pool(self):
         chunks, prefiller, _ = await self.run(request(controls=Controls(keep=0.2)))
         assert chunks[-1].report.prefilled_by is PrefilledBy.PREFILL
         assert len(prefiller.selections) == 1

@@ -137,7 +137,7 @@ async def test_a_draft_that_is_too_slow_is_not_waited_for_by_every_request(on_ov
     assert reasons[tried:] == [Reason.NO_GAIN] * (8 - tried)
 
 
-async def test_who_asks_for_pruning_is_still_obeyed_where_the_draft_is_slow():
+async def test_callers_who_ask_for_pruning_get_it_though_the_draft_is_slow():
     gateway = SlowDraft(OnOverload.STATIC)
     for _ in range(4):
         await gateway.ask()

@@ -1,4 +1,4 @@
-"""Where a deployment's models are, and what a missing one is called."""
+"""The search for a deployment's models, and the finding for a missing one."""
 
 from __future__ import annotations
 

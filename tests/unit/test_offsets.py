@@ -122,7 +122,7 @@ def test_tokens_that_are_no_text_are_placed_too(demo_tokenizer):
     assert plain.longest <= 2 * 4
 
 
-def test_decoding_that_nobody_waits_for_ends(demo_tokenizer):
+def test_cancelled_decoding_ends(demo_tokenizer):
     with pytest.raises(Cancelled):
         PromptOffsets(PlainTokenizer(demo_tokenizer)).locate_tokens(None, [20] * 1000, lambda: True)
 

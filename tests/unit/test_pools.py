@@ -136,7 +136,7 @@ def actor_lost() -> Exception:
         (TimeoutError(), DeadlineExceeded, "prefill"),
     ],
 )
-def test_what_ray_raises_comes_out_as_ours(
+def test_rays_errors_become_ours(
     raised: Exception, kind: type[SpecPrefillError], message: str
 ) -> None:
     with pytest.raises(SpecPrefillError) as seen, map_errors("prefill", PrefillUnavailable):

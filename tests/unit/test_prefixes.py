@@ -62,7 +62,7 @@ def test_the_least_recently_used_go_first_and_ends_before_beginnings():
 
 
 @given(st.lists(tokens, max_size=6), tokens)
-def test_what_is_found_was_remembered(prompts: list[list[int]], prompt: list[int]):
+def test_only_remembered_prefixes_are_found(prompts: list[list[int]], prompt: list[int]):
     known = memory()
     for each in prompts:
         known.remember(each)

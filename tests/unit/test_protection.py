@@ -1,4 +1,4 @@
-"""What may never be pruned, from the messages to the kept tokens."""
+"""The text that is never pruned, from the messages to the kept tokens."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ policies = st.builds(
     conversations, st.booleans(), plans, policies, st.integers(0, 9), st.floats(0.0, 1.0), st.data()
 )
 @settings(max_examples=200)
-def test_no_budget_length_or_mix_lets_go_of_what_must_stay(
+def test_protected_text_is_kept_at_any_budget_length_and_mix(
     conversation: list[tuple[str, str]],
     tools: bool,
     plan: Plan,

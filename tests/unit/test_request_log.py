@@ -35,7 +35,7 @@ def test_the_key_is_shown_by_its_name() -> None:
     assert log.line().endswith("output_tokens=0 key=team-a")
 
 
-def test_an_answer_nobody_waited_for_is_closed() -> None:
+def test_an_answer_that_the_client_left_is_closed() -> None:
     log = RequestLog(REQUEST)
     log.add(Chunk(0, (4,), "a"))
     assert "outcome=closed" in log.line()

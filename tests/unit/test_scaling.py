@@ -266,7 +266,7 @@ def test_the_cheapest_sizes_are_near_what_a_simulated_pool_needs():
 
 
 def _served(ready_s: np.ndarray, service_s: np.ndarray, servers: int) -> np.ndarray:
-    """When each request starts on the first free server, first come first served."""
+    """Return each request's start on the first free server, first come first served."""
     free, starts = [0.0] * servers, np.empty(len(ready_s))
     for place in np.argsort(ready_s, kind="stable"):
         starts[place] = max(ready_s[place], free[0])

@@ -52,7 +52,7 @@ ONE = Pool(1, Curve(0.02, 1.5e-4))  # 0.2 s a prompt: five a second
 
 @dataclass
 class Outcome:
-    """What became of one run."""
+    """The outcome of one run."""
 
     ttfts_s: list[float] = field(default_factory=list)
     keeps: list[float] = field(default_factory=list)
@@ -151,7 +151,7 @@ def test_more_gateways_than_engines_take_fractions_of_them():
     assert divided.most_let_in == 16  # one each, for a part of the time
 
 
-def test_what_others_queue_is_learnt_where_the_number_of_gateways_is_not_known():
+def test_the_wait_behind_other_gateways_is_learnt():
     blind = run(1.5, 2, divided=False)
     assert blind.attainment > 0.6  # 0.03 without
 
@@ -163,7 +163,7 @@ async def held_by(gate: Gate, key: str) -> None:
 
 
 async def waiting_in_all(gateways: int, keys: int, **bounds: int) -> tuple[int, int]:
-    """How many wait when everybody sends far too much, in all gates; and how many were shed."""
+    """Overload all gates; return the number of waiting and of shed requests."""
     fronts = gates(ONE, gateways, GatewayShare(1, 1, gateways), **bounds)
     tasks = [
         asyncio.create_task(held_by(fronts[turn % gateways], f"key {turn // gateways % keys}"))

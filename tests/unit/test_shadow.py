@@ -66,7 +66,7 @@ def test_the_first_token_that_differs():
     assert found.logprob_gap is None
 
 
-def test_an_answer_that_goes_on_is_not_equal():
+def test_a_longer_answer_is_not_equal():
     found = compare([1, 2], [chunk(1), chunk(2), chunk(3)])
     assert (found.agreement_tokens, found.is_equal) == (2, False)
     assert compare([], []).is_equal
@@ -102,7 +102,7 @@ async def test_without_capacity_the_copy_is_dropped():
     assert rig.outcomes[2:] == [ShadowOutcome.DIFFERENT]
 
 
-async def test_what_cannot_be_compared_is_left_alone():
+async def test_incomparable_requests_are_not_copied():
     rig = Rig()
     rig.shadow.offer(request("sampled"), [100], REPORT)
     await rig.shadow.wait_until_idle()
@@ -116,7 +116,7 @@ async def test_a_copy_that_fails_is_counted_and_nothing_more():
     assert rig.records == [(ShadowOutcome.FAILED, 0.2, None)]
 
 
-async def test_closing_cancels_what_runs():
+async def test_closing_cancels_running_copies():
     rig = Rig()
     rig.shadow.offer(request(), [100], REPORT)
     await asyncio.sleep(0)

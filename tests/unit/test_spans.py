@@ -1,4 +1,4 @@
-"""What of a prompt is protected from pruning."""
+"""The spans of a prompt that are protected from pruning."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_special_tokens_are_spans() -> None:
     assert special_spans([1, 7, 8, 2, 2], {1, 2}) == (Span(0, 1), Span(3, 5))
 
 
-def test_merged_joins_what_touches() -> None:
+def test_merging_joins_touching_spans() -> None:
     spans = [Span(4, 6), Span(0, 2), Span(2, 4), Span(8, 8), Span(9, 10)]
     assert merge_spans(spans) == (Span(0, 6), Span(9, 10))
 
@@ -252,7 +252,7 @@ def test_occurrences_over_the_edge_of_a_window_are_found(monkeypatch: pytest.Mon
     ]
 
 
-def test_a_search_that_nobody_waits_for_ends() -> None:
+def test_a_cancelled_search_ends() -> None:
     with pytest.raises(Cancelled):
         find_occurrences("a" * 100, ["a", "b"], lambda: True)
 

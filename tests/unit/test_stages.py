@@ -89,7 +89,7 @@ def test_a_change_of_speed_is_believed_within_a_window():
     assert model.seconds(4000) == pytest.approx(5 * TRUTH.seconds(4000), rel=0.05)
 
 
-def test_what_was_not_measured_teaches_nothing():
+def test_missing_measurements_teach_nothing():
     model = StageModel(TRUTH)
     model.observe(0, 1.0)
     model.observe(100, 0.0)
