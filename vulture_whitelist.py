@@ -98,6 +98,7 @@ FakeSpeculator
 _.calls
 _.closed
 _.released
+_.wait_until_idle
 
 # Fields that are read as a whole (`asdict`), protocols' parameters, and the like.
 _.atexit  # of weakref.finalize
