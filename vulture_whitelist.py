@@ -1,4 +1,4 @@
-"""What vulture cannot see the use of: who uses it is said above each group."""
+"""Names whose use vulture cannot see; a comment above each group names the user."""
 
 _ = object()
 
@@ -98,6 +98,7 @@ FakeSpeculator
 _.calls
 _.closed
 _.released
+_.wait_until_idle
 
 # Fields that are read as a whole (`asdict`), protocols' parameters, and the like.
 _.atexit  # of weakref.finalize

@@ -31,14 +31,14 @@ ENGINE_ONGOING, ENGINE_QUEUED = 256, 512
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What one replica takes of the cluster."""
+    """The resources of the cluster that one replica takes."""
 
     num_cpus: float = 1.0
     num_gpus: float = 0.0
     bundles: tuple[dict[str, float], ...] = field(default=())
 
     def options(self) -> dict[str, Any]:
-        """As options of a Serve deployment."""
+        """Return the options of a Serve deployment."""
         actor: dict[str, Any] = {"num_cpus": self.num_cpus}
         if not self.bundles:
             return {"ray_actor_options": {**actor, "num_gpus": self.num_gpus}}
@@ -50,7 +50,7 @@ class Placement:
 
 
 def engine_placement(engine: EngineConfig, *, gpus: bool) -> Placement:
-    """Where an engine's workers go: on one node, or one bundle each where they may spread."""
+    """Place an engine's workers on one node, or in one bundle each where they may spread."""
     workers = engine.tensor_parallel_size * engine.pipeline_parallel_size
     spread = engine.executor == "ray" or (
         engine.executor == "auto" and gpus and engine.pipeline_parallel_size > 1
@@ -63,27 +63,27 @@ def engine_placement(engine: EngineConfig, *, gpus: bool) -> Placement:
 
 
 def speculator_placement(speculator: SpeculatorConfig, *, gpus: bool) -> Placement:
-    """One GPU where there are any, unless the configuration says CPU."""
+    """Place the speculator on a GPU where there are any, unless the configuration names the CPU."""
     if gpus and speculator.device != "cpu":
         return Placement(num_gpus=1.0)
     return Placement(num_cpus=float(speculator.threads))
 
 
 def build(args: AppConfig) -> serve.Application:
-    """Four deployments: Gateway (ingress), Speculator, Prefill, Decode."""
+    """Build four deployments: Gateway (ingress), Speculator, Prefill, Decode."""
     gpus = os.environ.get(ENV_SWITCH) != "1"
     drain_s = args.gateway.request_timeout_s + DRAIN_MARGIN_S
     # Another SLO restarts no replica of a pool, and gateways only if they admit requests by it.
     config_json = args.model_dump_json(exclude={"slo": True, "scaling": True, "gateway": True})
     gateway_json = args.for_gateways().model_dump_json(exclude={"slo", "scaling"})
 
-    def scaled(name: str, bounds: PoolScaling) -> dict[str, Any]:
+    def replica_options(name: str, bounds: PoolScaling) -> dict[str, Any]:
         if args.slo is None:
             return {"num_replicas": args.scaling.gateway_replicas} if name == "Gateway" else {}
         bounded = autoscaling_config(bounds.min_replicas, bounds.max_replicas)
         return {"autoscaling_config": bounded}
 
-    def pool(
+    def deployment_of(
         replica: type, name: str, ongoing: int, queued: int, place: Placement, bounds: PoolScaling
     ) -> Any:
         return serve.deployment(
@@ -96,11 +96,11 @@ def build(args: AppConfig) -> serve.Application:
             health_check_period_s=HEALTH_CHECK_PERIOD_S,
             health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
             **place.options(),
-            **scaled(name, bounds),
+            **replica_options(name, bounds),
         )
 
     by_prefix = RequestRouterConfig(request_router_class=PrefixRouter)
-    speculator = pool(
+    speculator = deployment_of(
         SpeculatorReplica,
         "Speculator",
         args.speculator.max_queued + args.speculator.max_batch,  # its own queue is the bound
@@ -108,7 +108,7 @@ def build(args: AppConfig) -> serve.Application:
         speculator_placement(args.speculator, gpus=gpus),
         args.scaling.speculator,
     ).options(request_router_config=by_prefix)
-    prefill = pool(
+    prefill = deployment_of(
         PrefillReplica,
         "Prefill",
         ENGINE_ONGOING,
@@ -116,7 +116,7 @@ def build(args: AppConfig) -> serve.Application:
         engine_placement(args.prefill, gpus=gpus),
         args.scaling.prefill,
     ).options(request_router_config=by_prefix)
-    decode = pool(
+    decode = deployment_of(
         DecodeReplica,
         "Decode",
         ENGINE_ONGOING,
@@ -125,13 +125,13 @@ def build(args: AppConfig) -> serve.Application:
         args.scaling.decode,
     )
     gateways = args.scaling.gateway_replicas
-    gateway = pool(
+    gateway = deployment_of(
         serve.ingress()(GatewayReplica),
         "Gateway",
         GATEWAY_ONGOING,
         GATEWAY_QUEUED,
         Placement(),
-        PoolScaling(min_replicas=gateways, max_replicas=gateways),  # so that it reports as well
+        PoolScaling(min_replicas=gateways, max_replicas=gateways),  # so that it sends signals, too
     )
     return gateway.bind(
         gateway_json,

@@ -65,28 +65,28 @@ class SpeculatorConfig(Strict):
     # Layer -> its query heads whose attention counts; absent: all heads of all layers.
     score_heads: dict[NonNegativeInt, tuple[NonNegativeInt, ...]] | None = Field(None, min_length=1)
     look_ahead: PositiveInt = 8  # the last prompt token's query plus look_ahead - 1 generated
-    # A prompt is given up after `timeout_s` and `timeout_token_s` for each of its tokens.
+    # Scoring a prompt is given up after `timeout_s` plus `timeout_token_s` per token.
     timeout_s: Seconds = 10.0
     timeout_token_s: Annotated[float, Field(ge=0.0)] = 2e-4
     max_queued: PositiveInt = 64  # prompts that wait in one replica; more are overload
     # At the start, generated facts show whether the model can choose. Where it cannot, prompts are
     # pruned only on request. Random weights are not tested.
     self_test: bool = True
-    # What becomes of a prompt that finds the queue full, or is given up. shed: 429 with a time to
+    # The fallback for a prompt that finds the queue full, or is given up. shed: 429 with a time to
     # try again. static: pruned at the nominal rate, by the words of the query alone, which may
     # lose what the answer needs. dense: the whole prompt, which multiplies the prefill pool's load.
     on_overload: Literal["shed", "static", "dense"] = "shed"
 
 
 class SelectionConfig(Strict):
-    """How much of a prompt is kept, and what always is."""
+    """The share of a prompt that is kept, and the tokens that always are."""
 
     enabled: bool = True  # False: prune only when a request asks
     keep: Rate | Literal["auto"] = 0.3  # default keep rate; auto: the scores choose
     floor: Rate = 0.05  # of the rates that the scores choose from
     ceiling: Rate = 1.0
-    # Below this probability of its least sure look-ahead token, the speculator is guessing, and
-    # where the scores are to choose, much more is kept, or all.
+    # Below this probability of its least sure look-ahead token, the speculator counts as unsure;
+    # where the scores choose the rate, much more is then kept, or all.
     least_certainty: Annotated[float, Field(ge=0.0, le=1.0)] = 0.95
     min_prompt_tokens: PositiveInt = 1024  # shorter prompts are prefilled dense
     # Least share of the expected dense time to first token that pruning must save; null: prune
@@ -96,15 +96,13 @@ class SelectionConfig(Strict):
     @model_validator(mode="after")
     def _floor_is_below_ceiling(self) -> Self:
         if self.floor > self.ceiling:
-            raise ValueError(
-                f"floor is {self.floor} and ceiling is {self.ceiling}: must not be less"
-            )
+            raise ValueError(f"floor ({self.floor:g}) must not exceed ceiling ({self.ceiling:g})")
         return self
 
     min_kept_tokens: PositiveInt = 256  # absolute floor under any keep rate
     chunk_tokens: PositiveInt = 32
     # A chunk counts for at least this share of the one before it: a fact that the speculator looks
-    # at goes on behind the chunk's border.
+    # at continues behind the chunk's border.
     next_chunk_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.3
     pool_tokens: PositiveInt = 13
     sink_tokens: PositiveInt = 4  # the first tokens: the attention sink
@@ -145,38 +143,38 @@ class KvConfig(Strict):
     # auto: nixl between workers that both have it, unless `tls` is set; else grpc.
     carrier: Literal["auto", "grpc", "nixl", "object_ref"] = "auto"
     # Where a prefill worker holds KV until it is pulled. device: in its GPU, from where the decode
-    # worker's GPU reads it (carrier nixl only); max_held_bytes of it are set aside, beside what
+    # worker's GPU reads it (carrier nixl only); max_held_bytes of it are reserved, besides what
     # vLLM takes. Nothing crosses the host then, and no digest is checked.
     memory: Literal["host", "device"] = "host"
     host: str | None = None  # address KV ports listen on; their own node's if absent
     lease_s: Seconds = 30.0  # a lease that its holder does not renew is dropped after this time
     # Per worker. A prefill waits, within its deadline, until its KV has room; one whose KV alone
-    # is more hands nothing over. Set aside at the start with nixl, and on GPUs (page-locked).
+    # exceeds it hands nothing over. Set aside at the start with nixl, and on GPUs (page-locked).
     max_held_bytes: PositiveInt = 4 << 30
     # Per worker, for copies under way between an engine's caches and the KV's carrier: device
     # memory in prefill workers, host buffers in decode workers; more wait for the oldest copy.
     # Absent: an eighth of max_held_bytes, at most 128 MiB.
     staging_bytes: PositiveInt | None = None
     pull_timeout_s: Seconds = 20.0
-    overlap: bool = True  # decode begins to pull while the last of the KV is computed
+    overlap: bool = True  # decode starts to pull while the last of the KV is computed
     streams: Annotated[int, Field(ge=1, le=16)] = 1  # grpc's connections per pull
     on_failure: Literal["recompute", "fail"] = "recompute"
-    # Dense prompts of at most so many tokens are computed by the decode engine, without a
-    # hand-over, while their gateway has nothing else to answer, or where that holds the engine
-    # no longer than taking the KV over. 0: every prompt is handed over.
+    # Dense prompts of at most this many tokens are computed by the decode engine, without a
+    # hand-over, while their gateway has nothing else to answer, or where that takes the engine
+    # no longer than pulling the KV. 0: every prompt is handed over.
     local_prefill_tokens: NonNegativeInt = 512
     tls: KvTls | None = None  # plaintext if absent
 
     @property
     def staging(self) -> int:
-        """Bytes for copies under way."""
+        """The bytes for copies under way."""
         most = min(self.max_held_bytes // 8, 128 << 20)
         return most if self.staging_bytes is None else self.staging_bytes
 
     @model_validator(mode="after")
     def _staging_within_held(self) -> Self:
         if self.memory == "device" and self.carrier != "nixl":
-            raise ValueError(f"memory: device needs carrier: nixl (given: {self.carrier})")
+            raise ValueError(f"memory 'device' requires carrier 'nixl', not '{self.carrier}'")
         if self.staging > self.max_held_bytes // 2:
             raise ValueError(
                 f"staging_bytes ({self.staging}) must be at most half of max_held_bytes "
@@ -186,24 +184,24 @@ class KvConfig(Strict):
 
 
 class AdmissionConfig(Strict):
-    """Under load: lower keep rates first, then a place behind those in time, then 429."""
+    """Admission control under load: lower keep rates, then queue late requests last, then 429."""
 
-    # The SLO of first tokens that keep rates are bent for. Where `slo` names it, nothing here.
+    # The SLO of first tokens that keep rates are lowered for. Leave it out where `slo` is set.
     ttft_s: Seconds | None = None
     keep_floor: Rate = 0.1  # for requests that name no floor and no rate of their own
     # The bounds hold for all gateways together: each takes an equal part of them.
     max_waiting: PositiveInt = 1024  # more are shed
     max_waiting_per_key: PositiveInt = 256  # of one API key, where there are several
-    per_engine: PositiveInt = 2  # requests let in for each speculator and prefill replica
+    per_engine: PositiveInt = 2  # requests admitted for each speculator and prefill replica
 
 
 def key_digest(key: str) -> str:
-    """What is kept of an API key."""
+    """Return the digest that is kept of an API key."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def default_name(place: int) -> str:
-    """The name of a key that has none, by its place in the list."""
+    """Return the name of a key that has none, by its place in the list."""
     return f"key-{place + 1}"
 
 
@@ -220,7 +218,7 @@ class ApiKey(Strict):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if [self.key, self.sha256, self.env, self.file].count(None) != 3:
-            raise ValueError("give exactly one of key, sha256, env and file")
+            raise ValueError("must have exactly one of key, sha256, env and file")
         return self
 
 
@@ -243,7 +241,7 @@ class FrontConfig(Strict):
 
 
 class GatewayConfig(Strict):
-    """The OpenAI-compatible and gRPC front."""
+    """The gateway: the OpenAI-compatible and gRPC APIs."""
 
     request_timeout_s: Seconds = 300.0
     max_body_bytes: PositiveInt = 32 << 20  # of an HTTP body, and of a gRPC message
@@ -254,8 +252,10 @@ class GatewayConfig(Strict):
     max_buffered_bytes: PositiveInt = 1 << 30  # of bodies that are not complete yet, per gateway
     max_concurrent_requests: PositiveInt = 1024  # per gateway, waiting ones too; more get 429
     front: FrontConfig = FrontConfig()
-    admission: AdmissionConfig | None = None  # None: first come, first served, at the planned rate
-    # Any of them is accepted; none: no authentication. A string alone is a key in the file.
+    admission: AdmissionConfig | None = (
+        None  # None: first come, first served, at the planned keep rate
+    )
+    # Any of them is accepted; empty: no authentication. A plain string is a key in the file.
     api_keys: tuple[ApiKey | Annotated[str, Field(min_length=1)], ...] = ()
     # Answered without a key. `/metrics` shows how much each key asks for.
     open_paths: tuple[str, ...] = ("/health", "/ping")
@@ -265,7 +265,7 @@ class GatewayConfig(Strict):
     @classmethod
     def _no_second_list_of_keys(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if any(each.partition("=")[0] in ("--api-key", "--api_key") for each in value):
-            raise ValueError("--api-key guards some of the paths only; use gateway.api_keys")
+            raise ValueError("--api-key protects only some of the paths; use gateway.api_keys")
         return value
 
 
@@ -282,34 +282,35 @@ class PoolScaling(Strict):
 
     min_replicas: NonNegativeInt = 1  # 0: sleeps when nothing arrives
     max_replicas: PositiveInt = 1
-    cost: Annotated[float, Field(gt=0.0)] = 1.0  # of one replica, in any unit: say, its GPUs
+    cost: Annotated[float, Field(gt=0.0)] = 1.0  # of one replica, in any unit, e.g. its GPUs
     cold_start_s: Seconds = 100.0
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> Self:
         if self.min_replicas > self.max_replicas:
             raise ValueError(
-                f"min_replicas is {self.min_replicas}, more than max_replicas {self.max_replicas}"
+                f"min_replicas ({self.min_replicas}) must not exceed "
+                f"max_replicas ({self.max_replicas})"
             )
         return self
 
 
 class ScalingConfig(Strict):
-    """How the pools are sized for the SLO."""
+    """The bounds by which the pools are sized for the SLO."""
 
     speculator: PoolScaling = PoolScaling()
     prefill: PoolScaling = PoolScaling()
     decode: PoolScaling = PoolScaling()
     # Always this many, unless `deployments` names another number. One that dies takes its streams
-    # with it, so one alone is an outage.
+    # with it, so a single one means an outage.
     gateway_replicas: PositiveInt = 2
-    settle_s: Seconds = 90.0  # a smaller size must have been enough for so long
-    idle_s: Seconds = 600.0  # without arrivals for so long, a pool of minimum 0 sleeps
-    window_s: Seconds = 600.0  # of arrivals that are looked at
+    settle_s: Seconds = 90.0  # shrink only after a smaller size sufficed this long
+    idle_s: Seconds = 600.0  # without arrivals for this long, a pool of minimum 0 sleeps
+    window_s: Seconds = 600.0  # how far back arrivals count
 
 
 class QualityConfig(Strict):
-    """Pruned answers compared with dense ones, on live traffic."""
+    """The comparison of pruned answers with dense ones, on live traffic."""
 
     # Share of the requests that are answered again, dense, in the background. Greedy ones only.
     shadow_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
@@ -318,7 +319,7 @@ class QualityConfig(Strict):
 
 
 class AppConfig(Strict):
-    """Everything `specprefill.app:build` needs."""
+    """The whole configuration of `specprefill.app:build`."""
 
     model: MainModel
     speculator: SpeculatorConfig
@@ -327,42 +328,42 @@ class AppConfig(Strict):
     decode: EngineConfig = EngineConfig()
     kv: KvConfig = KvConfig()
     gateway: GatewayConfig = GatewayConfig()
-    slo: SloConfig | None = None  # None: as many replicas as the deployments say
+    slo: SloConfig | None = None  # None: the deployments set the numbers of replicas
     scaling: ScalingConfig = ScalingConfig()
     quality: QualityConfig = QualityConfig()
 
     @model_validator(mode="after")
     def _same_caches(self) -> Self:
-        """Decode refuses KV of another format than its own, whatever the prompt."""
+        """Require one KV format: decode refuses any other than its own, whatever the prompt."""
         for name in ("kv_cache_dtype", "quantization"):
             prefill, decode = (pool.engine_args.get(name) for pool in (self.prefill, self.decode))
             if prefill != decode:
                 raise ValueError(
-                    f"decode.engine_args.{name} is {decode!r} and prefill.engine_args.{name} is "
-                    f"{prefill!r}: must be the same, or no KV can be handed over"
+                    f"decode.engine_args.{name} ({decode!r}) must equal prefill.engine_args.{name} "
+                    f"({prefill!r}), or no KV can be handed over"
                 )
         return self
 
     @model_validator(mode="after")
     def _one_slo(self) -> Self:
-        """Pools are sized and requests admitted for the same SLO, so one key names it."""
+        """Require one SLO: pools are sized and requests admitted for the same one."""
         admission = self.gateway.admission
         if admission is None:
             return self
         if self.slo is None and admission.ttft_s is None:
             raise ValueError(
-                "gateway.admission: needs an SLO: slo.ttft_s, or gateway.admission.ttft_s "
+                "gateway.admission needs an SLO: set slo.ttft_s, or gateway.admission.ttft_s "
                 "where the pools have fixed sizes"
             )
         if self.slo is not None and admission.ttft_s is not None:
             raise ValueError(
-                f"gateway.admission.ttft_s is {admission.ttft_s:g} and slo.ttft_s is "
-                f"{self.slo.ttft_s:g}: slo.ttft_s names the SLO for both, drop the other"
+                f"gateway.admission.ttft_s ({admission.ttft_s:g}) must not be set beside "
+                f"slo.ttft_s ({self.slo.ttft_s:g}), which counts for both"
             )
         return self
 
     def for_gateways(self) -> AppConfig:
-        """What gateways need to know: their admission names the SLO itself."""
+        """Return the gateways' configuration: its admission holds the SLO itself."""
         admission = self.gateway.admission
         if self.slo is None or admission is None:
             return self.model_copy(update={"slo": None})
@@ -372,7 +373,7 @@ class AppConfig(Strict):
 
 
 def local_path(path: str) -> str:
-    """A model path as this machine knows it: itself, below the source tree, or a hub name.
+    """Resolve a model path on this machine: itself, below the source tree, or a hub name.
 
     The shipped models lie beside the package in a source checkout, and Serve replicas do
     not run in the checkout's folder, so a relative path is looked up there too.

@@ -179,7 +179,7 @@ def _misjudged(report: Report) -> float:
     """How far the time to first token was from what was expected, as a share of it."""
     if report.expected is None:
         return 0.0
-    foreseen_s = report.expected.of(report.plan)
+    foreseen_s = report.expected.for_plan(report.plan)
     return abs(report.ttft_s - foreseen_s) / report.ttft_s
 
 

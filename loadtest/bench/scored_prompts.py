@@ -8,7 +8,7 @@ from typing import Self
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from specprefill.config import SelectionConfig, SpeculatorConfig, local_path
-from specprefill.core.protection import Offsets, merged, protected_spans, special_spans
+from specprefill.core.protection import Offsets, merge_spans, protected_spans, special_spans
 from specprefill.core.types import Span
 from specprefill.gateway.openai.offsets import PromptOffsets
 from specprefill.lab.families.fitting import render
@@ -52,7 +52,7 @@ class Scoring:
             family=task.family,
             scores=scores,
             certainty=reading.certainty,
-            protected=merged(special + spans),
+            protected=merge_spans(special + spans),
             gold=tuple(_tokens(text.find(gold), len(gold), offsets) for gold in task.gold),
         )
 

@@ -1,1 +1,1 @@
-"""The autoscaler in Ray Serve: what replicas tell it, and the policy that Serve asks."""
+"""The autoscaler in Ray Serve: the replicas' signals, and the policy that Serve calls."""

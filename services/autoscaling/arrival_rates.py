@@ -1,4 +1,4 @@
-"""Arrivals in time, out of counts that are read now and then. Pure."""
+"""Reconstructs arrival times from counts that are read periodically. Pure."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Traffic:
 
     @property
     def since_s(self) -> float:
-        """From then on every arrival is known."""
+        """The time from which on every arrival is known."""
         return self._since_s
 
-    def read(self, now_s: float, counts: Mapping[str, Counter[Size]]) -> None:
-        """Take every gateway's counts. What is new arrived since the last reading, evenly.
+    def add_counts(self, now_s: float, counts: Mapping[str, Counter[Size]]) -> None:
+        """Add every gateway's counts. New arrivals are spread evenly since the last reading.
 
-        The first reading is where counting begins. A gateway that is new later has counted
-        from zero meanwhile.
+        Counting starts at the first reading. A gateway that is new later has counted from
+        zero meanwhile.
         """
         if self._read_s is None:
             self._since_s = now_s
@@ -46,7 +46,7 @@ class Traffic:
         self._forget(now_s - self._window_s)
 
     def arrivals(self) -> Arrivals:
-        """Those of the window, in order."""
+        """Return the arrivals of the window, in order."""
         rows = np.concatenate(self._rows) if self._rows else np.empty((0, _COLUMNS))
         return Arrivals(*rows.T)
 

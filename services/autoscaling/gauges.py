@@ -1,4 +1,4 @@
-"""What the policy decided, as metrics of Serve's controller (`ray_specprefill_scaling_*`)."""
+"""The policy's decisions as metrics of Serve's controller (`ray_specprefill_scaling_*`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..control.scaling.values import Decision
 
 
 class PolicyGauges:
-    """Made where the policy lives."""
+    """The metrics of one policy; create them where the policy runs."""
 
     def __init__(self) -> None:
         self._replicas = Gauge(
@@ -25,14 +25,14 @@ class PolicyGauges:
         )
         self._keep_high = Gauge("specprefill_scaling_keep_high", "Upper bound of the keep rate")
 
-    def decided(self, decision: Decision) -> None:
-        """A decision, with its reasons."""
+    def record_decision(self, decision: Decision) -> None:
+        """Record a decision, with its reasons."""
         for pool, decided in decision.pools.items():
             self._replicas.set(decided.replicas, {"pool": pool.value})
             self._wanted.set(decided.wanted, {"pool": pool.value})
             self._reasons.inc(1, {"pool": pool.value, "reason": decided.reason.value})
         self._keep_high.set(decision.keep.high)
 
-    def failed(self, reason: str) -> None:
-        """No decision: targets are held."""
+    def record_failure(self, reason: str) -> None:
+        """Record a failed decision: targets are held."""
         self._failures.inc(1, {"reason": reason})

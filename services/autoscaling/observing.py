@@ -1,4 +1,4 @@
-"""From what Serve knows of the pools to what the core is told."""
+"""Converts Serve's state of the pools to the core's observation."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class PoolView:
 
 
 def pool_views(contexts: Contexts) -> dict[Pool, PoolView]:
-    """The pools among an application's deployments."""
+    """Return the pools among an application's deployments."""
     return {
         POOLS[context.deployment_name]: PoolView(
             key,
@@ -54,28 +54,28 @@ def pool_views(contexts: Contexts) -> dict[Pool, PoolView]:
 
 
 @dataclass(frozen=True, slots=True)
-class Latest:
+class LatestSignals:
     """The newest signals of each replica that reported lately, by deployment name."""
 
     replicas: Mapping[str, Mapping[str, Signals]]
 
     @classmethod
-    def of(cls, contexts: Contexts, now_s: float) -> Self:
+    def read(cls, contexts: Contexts, now_s: float) -> Self:
         """Read Serve's time series."""
-        return cls({c.deployment_name: _latest(c, now_s) for c in contexts.values()})
+        return cls({c.deployment_name: _latest_signals(c, now_s) for c in contexts.values()})
 
-    def gateways(self) -> Mapping[str, Signals]:
-        """What the gateways said; Serve's own metrics alone are not a report."""
+    def gateway_signals(self) -> Mapping[str, Signals]:
+        """Return the gateways' signals; Serve's own metrics alone are not a report."""
         reports = self.replicas.get(GATEWAY, {})
         return {name: signals for name, signals in reports.items() if OUTPUT_TOKEN_S in signals}
 
     def queue_age_s(self, name: str) -> float:
-        """Of the pool's oldest waiting request."""
+        """Return the age of the pool's oldest waiting request."""
         replicas = self.replicas.get(name, {}).values()
         return max((signals.get(QUEUE_AGE_S, 0.0) for signals in replicas), default=0.0)
 
 
-def _latest(context: AutoscalingContext, now_s: float) -> dict[str, dict[str, float]]:
+def _latest_signals(context: AutoscalingContext, now_s: float) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for name, series_by_replica in (context.raw_metrics or {}).items():
         for replica, series in series_by_replica.items():
@@ -84,25 +84,27 @@ def _latest(context: AutoscalingContext, now_s: float) -> dict[str, dict[str, fl
     return found
 
 
-class Observer:
-    """Keeps what one observation needs from those before it."""
+class ClusterObserver:
+    """Makes observations; keeps the state that one needs from those before it."""
 
     def __init__(self, window_s: float, decode_slots: int | None) -> None:
         self._traffic = Traffic(window_s)
         self._decode_slots = _DECODE_SLOTS if decode_slots is None else decode_slots
 
-    def observe(self, now_s: float, latest: Latest, views: Mapping[Pool, PoolView]) -> Observation:
-        """Without a gateway's report there are no arrivals: the core holds every pool."""
-        gateways = latest.gateways()
+    def observe(
+        self, now_s: float, latest: LatestSignals, views: Mapping[Pool, PoolView]
+    ) -> Observation:
+        """Observe the pools. Without a gateway's report, arrivals are None: the core holds."""
+        gateways = latest.gateway_signals()
         if gateways:
             counts = {name: arrivals_in(signals) for name, signals in gateways.items()}
-            self._traffic.read(now_s, counts)
+            self._traffic.add_counts(now_s, counts)
         return Observation(
             now_s,
             self._traffic.since_s,
             self._traffic.arrivals() if gateways else None,
             {
-                POOLS[name]: _state(views[POOLS[name]], latest.queue_age_s(name))
+                POOLS[name]: _pool_state(views[POOLS[name]], latest.queue_age_s(name))
                 for name in POOLS
                 if POOLS[name] in views
             },
@@ -110,23 +112,23 @@ class Observer:
         )
 
     def _engines(self, gateways: Iterable[Signals]) -> Engines:
-        """What gateways learnt; those that see little traffic do not outvote the others."""
+        """Return the gateways' learnt speeds, by medians: few requests do not outvote many."""
         learnt = list(gateways)
         if not learnt:
             return Engines(DEFAULT_CURVES, _OUTPUT_TOKEN_S, self._decode_slots)
         return Engines(
-            _middle([curves_in(signals) for signals in learnt]),
+            _median_curves([curves_in(signals) for signals in learnt]),
             median(signals[OUTPUT_TOKEN_S] for signals in learnt),
             self._decode_slots,
             median(signals[CACHED_SHARE] for signals in learnt),
         )
 
 
-def _state(view: PoolView, queue_age_s: float) -> PoolState:
+def _pool_state(view: PoolView, queue_age_s: float) -> PoolState:
     return PoolState(view.running, max(0, view.target - view.running), queue_age_s)
 
 
-def _middle(curves: list[StageCurves]) -> StageCurves:
-    """The curves whose prefill time at a usual length is the median."""
+def _median_curves(curves: list[StageCurves]) -> StageCurves:
+    """Return the curves whose prefill time at a usual length is the median."""
     ranked = sorted(curves, key=lambda each: each.prefill.seconds(2048))
     return ranked[len(ranked) // 2]

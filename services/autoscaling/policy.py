@@ -17,7 +17,7 @@ from ..config import AppConfig
 from ..control.scaling.decide import decide
 from ..control.scaling.values import Decision, Memory, Observation, Pool, ScalingPolicy
 from .gauges import PolicyGauges
-from .observing import Latest, Observer, PoolView, pool_views
+from .observing import ClusterObserver, LatestSignals, PoolView, pool_views
 from .targets import scaling_policy
 
 logger = logging.getLogger("ray.serve")
@@ -36,17 +36,17 @@ class SloPolicy:
         self._core = core
         self._gauges = PolicyGauges()
         self._memory = Memory()
-        self._observer: Observer | None = None
+        self._observer: ClusterObserver | None = None
         self._policy: ScalingPolicy | None = None
         self._decided_s = 0.0
         self._targets: dict[Pool, int] = {}
 
     def __call__(self, contexts: Contexts) -> tuple[dict[Any, int], dict[Any, dict[str, Any]]]:
-        """Targets by deployment id. A pool without a decision keeps its target."""
+        """Return targets by deployment id. A pool without a decision keeps its target."""
         views = pool_views(contexts)
         try:
             self._refresh(contexts, views)
-        except Exception as error:  # noqa: BLE001  # whatever it is, other applications go on
+        except Exception as error:  # noqa: BLE001  # other applications must keep scaling
             self._give_up(error, views)
         return {
             views[pool].key: max(target, views[pool].minimum)
@@ -62,8 +62,8 @@ class SloPolicy:
         if self._observer is None or self._policy is None:
             config = AppConfig.model_validate(self._args)
             self._policy = scaling_policy(config)
-            self._observer = Observer(self._policy.window_s, config.decode.max_num_seqs)
-        seen = self._observer.observe(now_s, Latest.of(contexts, now_s), views)
+            self._observer = ClusterObserver(self._policy.window_s, config.decode.max_num_seqs)
+        seen = self._observer.observe(now_s, LatestSignals.read(contexts, now_s), views)
         decision, self._memory = self._core(seen, self._policy, self._memory)
         self._adopt(decision)
 
@@ -75,11 +75,11 @@ class SloPolicy:
                     pool, decided.replicas, decided.wanted, decided.reason,
                 )  # fmt: skip
         self._targets = {pool: decided.replicas for pool, decided in decision.pools.items()}
-        self._gauges.decided(decision)
+        self._gauges.record_decision(decision)
 
     def _give_up(self, error: Exception, views: Mapping[Pool, PoolView]) -> None:
-        """Every pool stays as it is until a decision succeeds."""
+        """Hold every pool until a decision succeeds."""
         self._targets = {pool: view.target for pool, view in views.items()}
         reason = type(error).__name__
         logger.error("autoscaling: targets held: reason=%s error=%s", reason, error)
-        self._gauges.failed(reason)
+        self._gauges.record_failure(reason)

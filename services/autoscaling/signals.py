@@ -1,4 +1,4 @@
-"""What replicas tell the autoscaler: names and numbers, as Serve's custom metrics want them.
+"""The replicas' signals to the autoscaler, as names and numbers of Serve's custom metrics.
 
 Pure. Arrivals are counts that only rise, so that a report that is lost loses nothing. Sizes are
 rounded to half octaves, which bounds the number of names.
@@ -31,12 +31,16 @@ class Size:
 
 
 def size(prompt_tokens: float, kept_tokens: float, output_tokens: float) -> Size:
-    """Rounded to half octaves; a dense prompt's two sizes stay equal."""
-    return Size(_rounded(prompt_tokens), _rounded(kept_tokens), _rounded(output_tokens))
+    """Return the sizes rounded to half octaves; a dense prompt's two stay equal."""
+    return Size(
+        _round_to_half_octave(prompt_tokens),
+        _round_to_half_octave(kept_tokens),
+        _round_to_half_octave(output_tokens),
+    )
 
 
 def arrival_signals(arrivals: Counter[Size]) -> dict[str, float]:
-    """Arrivals so far, by size."""
+    """Return the signals of the arrivals so far, by size."""
     return {
         f"{_ARRIVALS}:{each.prompt_tokens}:{each.kept_tokens}:{each.output_tokens}": float(count)
         for each, count in arrivals.items()
@@ -44,7 +48,7 @@ def arrival_signals(arrivals: Counter[Size]) -> dict[str, float]:
 
 
 def arrivals_in(signals: Signals) -> Counter[Size]:
-    """Inverse of `arrival_signals`; other signals are passed over."""
+    """Parse the result of `arrival_signals`; skip other signals."""
     found: Counter[Size] = Counter()
     for name, count in signals.items():
         kind, *sizes = name.split(":")
@@ -54,7 +58,7 @@ def arrivals_in(signals: Signals) -> Counter[Size]:
 
 
 def curve_signals(curves: StageCurves) -> dict[str, float]:
-    """Learnt stage times."""
+    """Return the signals of the learnt stage times."""
     return {
         f"{_CURVE}:{stage}:{part}": value
         for stage, curve in asdict(curves).items()
@@ -63,7 +67,7 @@ def curve_signals(curves: StageCurves) -> dict[str, float]:
 
 
 def curves_in(signals: Signals) -> StageCurves:
-    """Inverse of `curve_signals`. Raises KeyError when one is missing."""
+    """Parse the result of `curve_signals`. Raises KeyError when one is missing."""
     return StageCurves(
         *(
             Curve(*(signals[f"{_CURVE}:{stage.name}:{part.name}"] for part in fields(Curve)))
@@ -72,6 +76,6 @@ def curves_in(signals: Signals) -> StageCurves:
     )
 
 
-def _rounded(tokens: float) -> int:
+def _round_to_half_octave(tokens: float) -> int:
     octaves = round(2 * math.log2(max(tokens, 1.0))) / 2
     return round(math.pow(2.0, octaves))

@@ -1,4 +1,4 @@
-"""From the deployment's configuration to the core's policy, and to Serve's own settings. Pure."""
+"""Converts the deployment's configuration to the core's policy and to Serve's settings. Pure."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from ..config import AppConfig, PoolScaling
 from ..control.gain import TYPICAL_KEEP
 from ..control.scaling.values import Pool, PoolLimits, ScalingPolicy, Slo
 
-REPORT_S = 1.0  # replicas push their signals so often
-KEEP_FLOOR = 0.1  # a burst bends the keep rate no further, where there is no admission
+REPORT_S = 1.0  # period of the replicas' signals
+KEEP_FLOOR = 0.1  # a burst lowers the keep rate no further, without admission control
 
 
 def scaling_policy(config: AppConfig) -> ScalingPolicy:
-    """What the operator wants. Raises ValueError without an SLO."""
+    """Return the operator's policy. Raises ValueError without an SLO."""
     if config.slo is None:
-        raise ValueError("args.slo: needed by the autoscaling policy")
+        raise ValueError("args.slo: the autoscaling policy needs an SLO")
     scaling, asked = config.scaling, config.selection.keep
     keep = TYPICAL_KEEP if asked == "auto" else asked
     admission = config.gateway.admission
@@ -36,7 +36,7 @@ def scaling_policy(config: AppConfig) -> ScalingPolicy:
 
 
 def autoscaling_config(minimum: int, maximum: int) -> dict[str, Any]:
-    """A deployment's `autoscaling_config`: bounds and reports; the policy does the rest."""
+    """Return a deployment's `autoscaling_config`: bounds and reports; the policy does the rest."""
     return {
         "min_replicas": minimum,
         "max_replicas": maximum,

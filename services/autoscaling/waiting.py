@@ -1,4 +1,4 @@
-"""How long requests wait in a replica. Pure."""
+"""Measures how long requests wait in a replica. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from heapq import nsmallest
 
 
 class Waiting:
-    """The requests inside one replica, by when they came."""
+    """The requests inside one replica, by arrival time."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
@@ -17,8 +17,8 @@ class Waiting:
         self._since_s: dict[int, float] = {}
 
     @contextmanager
-    def one(self) -> Iterator[None]:
-        """A request, from when it comes until it is answered."""
+    def track(self) -> Iterator[None]:
+        """Track a request from its arrival until it is answered."""
         number = next(self._numbers)
         self._since_s[number] = self._now()
         try:
@@ -27,6 +27,6 @@ class Waiting:
             del self._since_s[number]
 
     def oldest_s(self) -> float:
-        """Age of the oldest request behind the one that is being computed; 0 if there is none."""
+        """Return the age of the oldest request behind the one being computed; 0 without one."""
         oldest = nsmallest(2, self._since_s.values())
         return self._now() - oldest[1] if len(oldest) == 2 else 0.0

@@ -1,4 +1,4 @@
-"""`python -m specprefill.cli`."""
+"""Runs `python -m specprefill.cli`."""
 
 import sys
 

@@ -9,7 +9,7 @@ API_KEY_VARIABLE = "SPECPREFILL_API_KEY"
 
 
 def rate(text: str) -> float:
-    """A number above 0 and at most 1. Raises ArgumentTypeError."""
+    """Parse a number above 0 and at most 1. Raises ArgumentTypeError."""
     with suppress(ValueError):
         if 0 < float(text) <= 1:
             return float(text)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..client import grpc as grpc_caller
 from ..client import http as http_caller
-from ..client.question import Ask, CallFailed, report_line
+from ..client.question import CallFailed, ServiceQuestion, report_line
 from ..core.types import Span
 from .arguments import API_KEY_VARIABLE, rate
 from .exit_codes import Failed, Misused
@@ -34,18 +34,18 @@ def add_commands(commands: Any) -> None:
     ask.add_argument("--grpc", metavar="HOST:PORT", help="ask over gRPC instead of HTTP")
     ask.add_argument(
         "--max-tokens", type=int, default=128, metavar="N",
-        help="most tokens of the answer (default: %(default)s)",
+        help="maximum number of answer tokens (default: %(default)s)",
     )  # fmt: skip
     ask.add_argument(
         "--temperature", type=float, default=0.0, metavar="T",
-        help="0 is greedy (default: %(default)g)",
+        help="sampling temperature; 0 is greedy (default: %(default)g)",
     )  # fmt: skip
     ask.set_defaults(run=run_ask)
     score = commands.add_parser(
         "score",
         help="show which prompt tokens would be kept",
         description="Score the prompt without answering it, and print it with the kept text in "
-        "bold (marked [[like this]] where the output is no terminal).",
+        "bold (marked [[like this]] if the output is not a terminal).",
     )
     _add_question(score)
     score.add_argument(
@@ -104,7 +104,7 @@ def run_score(args: argparse.Namespace) -> int:
         ]
     except CallFailed as error:
         raise Failed(str(error)) from error
-    print(highlighted(pieces, colours=sys.stdout.isatty()))
+    print(highlight(pieces, colours=sys.stdout.isatty()))
     print(
         f"{decision['plan']} ({decision['reason']}): {decision['kept_tokens']} of "
         f"{decision['prompt_tokens']} tokens kept ({decision['keep_rate']:.0%}), scored in "
@@ -115,25 +115,27 @@ def run_score(args: argparse.Namespace) -> int:
 
 
 def split(kept: Sequence[Span], prompt_tokens: int) -> list[tuple[Span, bool]]:
-    """The whole prompt as runs, each with whether it is kept."""
+    """Split the whole prompt into runs, each with True if it is kept."""
     edges = sorted({0, prompt_tokens, *(edge for run in kept for edge in (run.start, run.stop))})
     starts = {run.start for run in kept}
     return [(Span(start, stop), start in starts) for start, stop in pairwise(edges)]
 
 
-def highlighted(pieces: Sequence[tuple[str, bool]], *, colours: bool) -> str:
-    """The text with kept pieces in bold, or in double brackets."""
+def highlight(pieces: Sequence[tuple[str, bool]], *, colours: bool) -> str:
+    """Return the text with kept pieces in bold, or in double brackets."""
     if colours:
         return "".join(f"{_BOLD if kept else _DIM}{text}{_PLAIN}" for text, kept in pieces)
     return "".join(f"[[{text}]]" if kept else text for text, kept in pieces)
 
 
-def _question(args: argparse.Namespace, max_tokens: int = 1, temperature: float = 0.0) -> Ask:
+def _question(
+    args: argparse.Namespace, max_tokens: int = 1, temperature: float = 0.0
+) -> ServiceQuestion:
     parts = [_prompt_text(args.prompt_file), " ".join(args.question)]
     content = "\n\n".join(part for part in parts if part)
     if not content:
         raise Misused("specprefill: give a QUESTION, a --prompt-file, or both")
-    return Ask(
+    return ServiceQuestion(
         messages=({"role": "user", "content": content},),
         model=args.model,
         keep=args.keep,

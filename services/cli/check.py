@@ -1,6 +1,6 @@
-"""Opens both models of a deployment where they are at hand, and reports what would go wrong.
+"""Checks both models of a deployment where they are on this machine.
 
-Loads no weights and asks no network. Importing vLLM takes seconds.
+Loads no weights and uses no network. Importing vLLM takes seconds.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from pathlib import Path
 from ..config import AppConfig
 from ..core.findings import Finding, error, note
 from ..deployment.file import Application, DeploymentFile
-from ..deployment.model_files import located
+from ..deployment.model_files import locate_model
 
 
 def check(file: DeploymentFile, *, served_here: bool = True) -> Iterator[Finding]:
-    """Yield what the replicas of every application would report.
+    """Yield the faults that the replicas of every application would report.
 
     With `served_here` False, a model that is missing here may still be on the cluster's nodes.
     """
     for number, application in enumerate(file.applications):
         for finding in _check_application(application, served_here=served_here):
-            yield finding.below(f"applications[{number}].args")
+            yield finding.with_key_prefix(f"applications[{number}].args")
 
 
 def _check_application(application: Application, *, served_here: bool) -> Iterator[Finding]:
     config = application.args
     offline = application.runtime_env.env_vars.get("HF_HUB_OFFLINE") == "1"
     model, speculator = config.model, config.speculator
-    main = located("model.path", model.path, model.revision, offline=offline)
-    draft = located("speculator.path", speculator.path, speculator.revision, offline=offline)
+    main = locate_model("model.path", model.path, model.revision, offline=offline)
+    draft = locate_model("speculator.path", speculator.path, speculator.revision, offline=offline)
     missing = [found for found in (main, draft) if isinstance(found, Finding)]
     yield from (found if served_here else note(found.key, found.message) for found in missing)
     longest = model.max_model_len
@@ -50,7 +50,7 @@ def _check_application(application: Application, *, served_here: bool) -> Iterat
 
 
 def _gateway(config: AppConfig, folder: Path) -> Iterator[Finding]:
-    """Yield what vLLM's server reports of its arguments; its parser would end the process."""
+    """Yield the faults in vLLM's arguments; its parser alone would end the process."""
     from ..gateway.openai.server import server_args
 
     printed = io.StringIO()

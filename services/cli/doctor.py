@@ -1,4 +1,4 @@
-"""`specprefill doctor`: what the engines will find on this node."""
+"""The `specprefill doctor` command: checks this node for the engines."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def add_commands(commands: Any) -> None:
     """Register this module's commands with the parser."""
     doctor = commands.add_parser(
         "doctor",
-        help="show what the engines will find on this node",
-        description="Show this node's versions, devices and KV carriers; with FILE, also what "
-        "each engine of the deployment would be here (model runner, attention backend, sizes) "
-        "or why it would not start; with --peer, whether that KV port answers. Starts nothing. "
-        "Exits 1 if something would fail at start.",
+        help="check this node for the engines",
+        description="Show this node's versions, devices and KV carriers; with FILE, also "
+        "each engine of the deployment as it would run here (model runner, attention backend, "
+        "sizes) or the reason why it would not start; with --peer, whether that KV port answers. "
+        "Starts nothing. Exits 1 if something would fail at start.",
     )
     doctor.add_argument(
         "file", type=Path, nargs="?", metavar="FILE", help="a deployment file, if there is one"
     )
     doctor.add_argument(
-        "--application", metavar="NAME", help="of FILE's applications (default: the only one)"
+        "--application", metavar="NAME", help="the application of FILE (default: the only one)"
     )
     doctor.add_argument(
         "--peer", action="append", default=[], type=_address, metavar="HOST:PORT",
@@ -58,7 +58,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     application = _application(args.file, args.application)
     if application is not None:
         os.environ.update(application.runtime_env.env_vars)
-    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"  # what vLLM would log stands in the report
+    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"  # the report holds what vLLM would log
     wrong = 0
     for fact in _facts(application, args.peer):
         print(line(fact), flush=True)
@@ -68,7 +68,7 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 
 def line(fact: Fact) -> str:
-    """One line of the report."""
+    """Return one line of the report."""
     return f"{'FAIL' if fact.wrong else 'ok':4}  {fact.name}: {fact.value}"
 
 
@@ -103,7 +103,7 @@ def _facts(application: Application | None, peers: Iterable[tuple[str, int]]) ->
 
 
 def _gpus(application: Application) -> float:
-    """The most GPUs that a replica with an engine takes of one node."""
+    """Return the most GPUs that a replica with an engine takes of one node."""
     asked = [
         pool.ray_actor_options.num_gpus or 0.0
         for pool in application.deployments
@@ -143,7 +143,7 @@ def _speculator(application: Application) -> Fact:
 
 
 async def _peer(host: str, port: int, kv: KvConfig) -> Fact:
-    """Whether a KV port is open, and answers as one."""
+    """Check that a KV port is open and answers as one."""
     from ..engine.node import Fact
     from ..kv.rpc import KvPeers
     from ..kv.tls import read_tls

@@ -1,4 +1,4 @@
-"""`specprefill eval`: how good answers stay at every keep rate."""
+"""The `specprefill eval` command: measures answer quality at every keep rate."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def add_commands(commands: Any) -> None:
     """Register this module's command with the parser."""
     command = commands.add_parser(
         "eval",
-        help="measure how good answers stay at every keep rate",
+        help="measure answer quality at every keep rate",
         description="Ask generated tasks with known answers at every keep rate. Without "
-        "--endpoint, the models of --config run in this process, beside controls that choose by "
-        "lot and the main model as its own speculator. With --endpoint, any OpenAI-compatible "
+        "--endpoint, the models of --config run in this process, beside controls that choose at "
+        "random and the main model as its own speculator. With --endpoint, any OpenAI-compatible "
         "service is asked. Writes JSON and an HTML page.",
         epilog=f"families: {', '.join(FAMILIES)}",
     )
@@ -52,13 +52,13 @@ def add_commands(commands: Any) -> None:
     _add_size(command)
     command.add_argument(
         "--out", type=Path, default=OUT, metavar="DIR",
-        help="folder of the reports (default: %(default)s)",
+        help="folder for the reports (default: %(default)s)",
     )  # fmt: skip
     command.add_argument("--document", type=Path, metavar="FILE", help="write the tables here too")
     command.add_argument(
         "--resume", action="store_true",
-        help="do not ask again what an earlier run with these settings, cut off or of fewer "
-        "families, lengths or prompts, has left in the folder of the reports",
+        help="reuse the answers that an earlier run with these settings left in the folder for "
+        "the reports: one that was interrupted, or had fewer families, lengths or prompts",
     )  # fmt: skip
     command.set_defaults(run=run_eval)
 
@@ -68,8 +68,10 @@ def _add_subject(command: argparse.ArgumentParser) -> None:
         "--config", type=Path, default=CONFIG, metavar="FILE",
         help="the deployment whose models and selection are measured (default: %(default)s)",
     )  # fmt: skip
-    command.add_argument("--model", help="in place of the deployment's model or model name")
-    command.add_argument("--speculator", metavar="PATH", help="in place of the deployment's")
+    command.add_argument("--model", help="use this instead of the deployment's model or model name")
+    command.add_argument(
+        "--speculator", metavar="PATH", help="use this instead of the deployment's speculator"
+    )
     command.add_argument("--endpoint", metavar="URL", help="ask this service over HTTP instead")
     command.add_argument(
         "--tokenizer", metavar="PATH",
@@ -82,7 +84,7 @@ def _add_subject(command: argparse.ArgumentParser) -> None:
     command.add_argument("--workers", type=int, default=1, metavar="N", help="requests at a time")
     command.add_argument(
         "--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
-        help="of both models in this process (default: %(default)s)",
+        help="threads of both models in this process (default: %(default)s)",
     )  # fmt: skip
 
 
@@ -95,12 +97,16 @@ def _add_size(command: argparse.ArgumentParser) -> None:
     command.add_argument("--keeps", nargs="+", type=rate, default=KEEPS, metavar="R")
     command.add_argument(
         "--control-keep", type=rate, default=CONTROL_KEEP, metavar="R",
-        help="rate of the controls and the ceiling (default: %(default)s)",
+        help="keep rate of the controls and the ceiling (default: %(default)s)",
     )  # fmt: skip
-    command.add_argument("--no-controls", action="store_true", help="no controls, no ceiling")
-    command.add_argument("--no-ceiling", action="store_true", help="does not load the model twice")
     command.add_argument(
-        "--gold-only", action="store_true", help="the speculator alone; no answers"
+        "--no-controls", action="store_true", help="skip the controls and the ceiling"
+    )
+    command.add_argument(
+        "--no-ceiling", action="store_true", help="skip the ceiling: do not load the model twice"
+    )
+    command.add_argument(
+        "--gold-only", action="store_true", help="run the speculator alone, without answers"
     )
     command.add_argument(
         "--items", type=int, default=ITEMS, metavar="N",
@@ -109,8 +115,8 @@ def _add_size(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, default=1)
     command.add_argument(
         "--least-dense", type=float, default=LEAST_DENSE, metavar="SCORE",
-        help="a family that the dense prompt does not answer as well is beyond the model: only "
-        "its gold survival is measured on (default: %(default)s)",
+        help="skip answers for families whose dense score is below this; gold survival is still "
+        "measured (default: %(default)s)",
     )  # fmt: skip
     command.add_argument("--quick", action="store_true", help="two families, two short prompts")
 
@@ -129,11 +135,11 @@ def run_eval(args: argparse.Namespace) -> int:
     try:
         backend = _backend(args, config, tokenizer, suite)
         bar = _Bar(suite.prompts, time.monotonic)
-        measured = measure(suite, backend, tokenizer, args.workers, bar.tell, journal)
+        measured = measure(suite, backend, tokenizer, args.workers, bar.draw, journal)
     except (CallFailed, SpecPrefillError) as error:
-        raise Failed(f"{error}; {_left(journal)}") from error
+        raise Failed(f"{error}; {_resume_hint(journal)}") from error
     except KeyboardInterrupt:
-        raise Failed(f"interrupted; {_left(journal)}") from None
+        raise Failed(f"interrupted; {_resume_hint(journal)}") from None
     finally:
         print(file=sys.stderr)
     found = report.report_of(measured, suite, subject)
@@ -147,25 +153,25 @@ def run_eval(args: argparse.Namespace) -> int:
 
 
 def _journal(args: argparse.Namespace, suite: Suite, settings: dict[str, str]) -> Journal:
-    """Where what is found is kept at once. Raises Misused where another run's would be mixed in."""
+    """Open the journal of results. Raises Misused if it belongs to a run with other settings."""
     from ..lab.evaluation.journal import Journal, OtherSettings
 
-    begun = Journal.resumed if args.resume else Journal.begun
+    open_journal = Journal.resumed if args.resume else Journal.begun
     arms = ", ".join(arm.name for arm in suite.arms)
     asked = {"seed": str(suite.seed), "arms": arms, "answered": str(suite.answered)}
     try:
-        return begun(args.out / JOURNAL, {**settings, **asked})
+        return open_journal(args.out / JOURNAL, {**settings, **asked})
     except OtherSettings as error:
         raise Misused(f"specprefill: --resume: {error}") from error
 
 
-def _left(journal: Journal) -> str:
-    """How an evaluation that stopped can go on."""
-    return f"{len(journal)} prompts are in {journal.path}: the same command with --resume goes on"
+def _resume_hint(journal: Journal) -> str:
+    """Return how an evaluation that stopped can continue."""
+    return f"{len(journal)} prompts are in {journal.path}: continue with --resume"
 
 
 def _config(args: argparse.Namespace) -> AppConfig:
-    """The deployment's application, with the command line's models. Raises Misused."""
+    """Return the deployment's application, with the command line's models. Raises Misused."""
     try:
         config = load(args.config).file.applications[0].args
     except InvalidFile as error:
@@ -180,7 +186,7 @@ def _config(args: argparse.Namespace) -> AppConfig:
 
 
 def _suite(args: argparse.Namespace) -> Suite:
-    """Raises Misused for sizes that cannot be."""
+    """Return the suite. Raises Misused for impossible sizes."""
     from ..lab.evaluation.suite import Suite
 
     if args.items < 1 or args.workers < 1 or min(args.lengths) < 1:
@@ -198,7 +204,7 @@ def _suite(args: argparse.Namespace) -> Suite:
 
 
 def _arms(args: argparse.Namespace) -> tuple[Arm, ...]:
-    """Endpoints take no positions, so they have neither controls nor a ceiling."""
+    """Return the arms. Endpoints accept no positions: no controls, no ceiling."""
     if args.plain:
         return arms_of((), None, automatic=False, ceiling=False)
     remote = args.endpoint is not None
@@ -224,7 +230,7 @@ def _tokenizer(args: argparse.Namespace, config: AppConfig) -> PreTrainedTokeniz
 def _backend(
     args: argparse.Namespace, config: AppConfig, tokenizer: PreTrainedTokenizerBase, suite: Suite
 ) -> Backend:
-    """The endpoint, or both models loaded here."""
+    """Return the endpoint, or both models loaded here."""
     if args.endpoint is not None:
         from ..lab.evaluation.endpoint import Endpoint
 
@@ -272,8 +278,8 @@ class _Bar:
         self._now = now
         self._started_s = now()
 
-    def tell(self, done: int, what: str) -> None:
-        """Draw it again."""
+    def draw(self, done: int, what: str) -> None:
+        """Draw the bar again."""
         share = done / self._total
         left_s = (self._now() - self._started_s) / max(share, 1e-9) * (1.0 - share)
         filled = round(share * BAR_WIDTH)

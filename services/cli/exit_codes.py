@@ -1,11 +1,11 @@
-"""How a command ends."""
+"""The exit codes of the commands."""
 
 OK, FAILED, MISUSED = 0, 1, 2  # exit codes
 
 
 class Failed(Exception):
-    """The command could not do its work: exit code 1."""
+    """The command failed: exit code 1."""
 
 
 class Misused(Exception):
-    """The command was asked for something that cannot be right: exit code 2."""
+    """The command's arguments or files are invalid: exit code 2."""

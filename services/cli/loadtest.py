@@ -1,4 +1,4 @@
-"""`specprefill loadtest`: a load at a target rate against a running endpoint."""
+"""The `specprefill loadtest` command: loads a running endpoint at a target rate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..deployment.checked_yaml import InvalidFile, checked, mapping, read_text
+from ..deployment.checked_yaml import InvalidFile, parse_mapping, read_text, validate
 from .exit_codes import Failed, Misused
 
 if TYPE_CHECKING:
@@ -25,19 +25,19 @@ def add_commands(commands: Any) -> None:
     load = commands.add_parser(
         "loadtest",
         help="load an endpoint; report latency, goodput and the answers' score",
-        description="Send the requests of SCENARIO at their times, whatever becomes of those "
-        "before, to any OpenAI-compatible endpoint or to this service's gRPC API. Writes JSON, "
+        description="Send the requests of SCENARIO at their times, without waiting for earlier "
+        "ones, to any OpenAI-compatible endpoint or to this service's gRPC API. Writes JSON, "
         "CSV and an HTML page. Exits 1 when the scenario's gate is not reached.",
     )
     load.add_argument("scenario", type=Path, metavar="SCENARIO", help="e.g. loadtest/smoke.yaml")
-    load.add_argument("--address", metavar="URL", help="in place of target.address")
-    load.add_argument("--model", metavar="NAME", help="in place of target.model")
-    load.add_argument("--qps", type=float, metavar="R", help="in place of arrivals.qps")
-    load.add_argument("--requests", type=int, metavar="N", help="in place of length")
-    load.add_argument("--seed", type=int, metavar="N", help="in place of seed")
+    load.add_argument("--address", metavar="URL", help="overrides target.address")
+    load.add_argument("--model", metavar="NAME", help="overrides target.model")
+    load.add_argument("--qps", type=float, metavar="R", help="overrides arrivals.qps")
+    load.add_argument("--requests", type=int, metavar="N", help="overrides length")
+    load.add_argument("--seed", type=int, metavar="N", help="overrides seed")
     load.add_argument(
         "--out", type=Path, default=OUT, metavar="DIR",
-        help="folder of the reports (default: %(default)s)",
+        help="folder for the reports (default: %(default)s)",
     )  # fmt: skip
     load.set_defaults(run=run_load)
 
@@ -49,7 +49,7 @@ def run_load(args: argparse.Namespace) -> int:
     from ..lab.reporting.tables import provenance
 
     scenario = _scenario(args)
-    found = _searched(scenario)
+    found = _run_scenario(scenario)
     name = f"loadtest-{args.scenario.stem}"
     origin = provenance(scenario.seed)
     paths = report.write(args.out, name, origin, scenario, found.runs, found.trials)
@@ -67,18 +67,18 @@ def run_load(args: argparse.Namespace) -> int:
 
 
 def _scenario(args: argparse.Namespace) -> Scenario:
-    """The file with the command line's changes. Raises Misused."""
+    """Return the scenario with the command line's changes. Raises Misused."""
     from ..lab.loadtest.scenario import Scenario
 
     origin = str(args.scenario)
     try:
-        raw = mapping(read_text(args.scenario), origin, "target")
-        return checked(_overridden(raw, args), origin, Scenario)
+        raw = parse_mapping(read_text(args.scenario), origin, "target")
+        return validate(_override(raw, args), origin, Scenario)
     except InvalidFile as error:
         raise Misused(str(error)) from error
 
 
-def _overridden(raw: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+def _override(raw: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     changes = {
         "target": {"address": args.address, "model": args.model},
         "arrivals": {"qps": args.qps},
@@ -95,16 +95,16 @@ def _overridden(raw: Mapping[str, Any], args: argparse.Namespace) -> dict[str, A
     return changed
 
 
-def _searched(scenario: Scenario) -> Searched:
-    """Make the prompts and run. Raises Misused or Failed."""
+def _run_scenario(scenario: Scenario) -> Searched:
+    """Make the prompts and run the scenario. Raises Misused or Failed."""
     from ..lab.loadtest import session
     from ..lab.loadtest.prompt_source import Source, UnknownTokenizer
 
     try:
         source = Source.load(scenario.tokenizer, scenario.seed)
         if scenario.search is not None:
-            return asyncio.run(session.find(scenario, source, _tell))
-        run = asyncio.run(session.measure(scenario, source, _tell))
+            return asyncio.run(session.find(scenario, source, _show_progress))
+        run = asyncio.run(session.measure(scenario, source, _show_progress))
     except (InvalidFile, UnknownTokenizer) as error:
         raise Misused(str(error)) from error
     except session.NotReady as error:
@@ -112,8 +112,8 @@ def _searched(scenario: Scenario) -> Searched:
     return session.Searched((), (run,))
 
 
-def _tell(progress: Progress) -> None:
-    """One line that rewrites itself on a terminal, and stays away from files."""
+def _show_progress(progress: Progress) -> None:
+    """Rewrite one progress line on a terminal; write nothing to files."""
     if sys.stderr.isatty():
         line = (
             f"\r{progress.sent} of {progress.total} sent, {progress.in_flight} in flight, "

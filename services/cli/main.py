@@ -27,7 +27,7 @@ exit codes: 0 done, 1 failed, 2 misused (bad arguments or a bad deployment file)
 
 
 def parser() -> argparse.ArgumentParser:
-    """Every command with its options."""
+    """Return the parser of every command."""
     root = argparse.ArgumentParser(
         prog="specprefill",
         description="Disaggregated speculative prefill on Ray Serve: "

@@ -1,4 +1,4 @@
-"""`specprefill serve | deploy | check | status`: deployment files and clusters."""
+"""The commands `specprefill serve | deploy | check | status`: deployment files and clusters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ from typing import Any
 from ..core.errors import InvalidConfiguration
 from ..core.findings import Severity
 from ..deployment.checked_yaml import InvalidFile
-from ..deployment.file import GATEWAY, DeploymentFile, Loaded, draining, load, without_keys
+from ..deployment.file import (
+    GATEWAY,
+    DeploymentFile,
+    LoadedFile,
+    load,
+    with_draining_gateways,
+    without_keys,
+)
 from ..deployment.front import check_tls
 from ..deployment.local_ray import (
     DASHBOARD_URL,
@@ -48,12 +55,12 @@ def add_commands(commands: Any) -> None:
         "check",
         help="check a deployment file and its models",
         description="Check a deployment file: every key, every value, and, where the models are "
-        "on this machine, whether they are supported and what would not fit. Deploys nothing, "
+        "on this machine, whether they are supported and would fit. Deploys nothing, "
         "loads no weights.",
     )
     _add_file(check)
     check.add_argument(
-        "--no-models", action="store_true", help="do not open the models: the file alone"
+        "--no-models", action="store_true", help="check the file alone, not the models"
     )
     check.set_defaults(run=run_check)
     status = commands.add_parser(
@@ -69,8 +76,8 @@ def _add_serve(commands: Any) -> None:
     serve = commands.add_parser(
         "serve",
         help="serve a deployment file on this machine",
-        description="Start a Ray of its own on this machine, deploy FILE on it, wait until "
-        "every pool is healthy, and serve until Ctrl-C or SIGTERM; then stop everything.",
+        description="Start a local Ray cluster, deploy FILE on it, wait until every pool is "
+        "healthy, and serve until Ctrl-C or SIGTERM; then stop everything.",
     )
     _add_file(serve)
     serve.add_argument(
@@ -79,7 +86,7 @@ def _add_serve(commands: Any) -> None:
     )  # fmt: skip
     serve.add_argument(
         "--drain", type=float, default=DRAIN_TIMEOUT_S, metavar="S",
-        help="seconds that running requests get after the signal (default: %(default)g)",
+        help="seconds that running requests get to end after the signal (default: %(default)g)",
     )  # fmt: skip
     serve.set_defaults(run=run_serve)
 
@@ -89,7 +96,7 @@ def _add_deploy(commands: Any) -> None:
         "deploy",
         help="deploy a file onto a running Ray cluster",
         description="Check FILE, deploy it through a running cluster's dashboard, and wait "
-        "until every pool is healthy. The cluster goes on serving.",
+        "until every pool is healthy. The cluster keeps serving.",
     )
     _add_file(deploy)
     _add_dashboard(deploy)
@@ -115,7 +122,7 @@ def _add_dashboard(command: argparse.ArgumentParser) -> None:
 
 
 def run_check(args: argparse.Namespace) -> int:
-    """Print that a file is right, or every fault in it and in its models."""
+    """Print that a file is valid, or every fault in it and in its models."""
     loaded = _load(args.file)
     if not args.no_models:
         _report(args.file, loaded.file, served_here=True)
@@ -126,8 +133,8 @@ def run_check(args: argparse.Namespace) -> int:
 
 
 def _report(path: Path, file: DeploymentFile, *, served_here: bool) -> None:
-    """Print what is found about the models. Raises Misused where the deployment cannot start."""
-    for name, value in _SILENT.items():  # what vLLM and transformers would log is reported here
+    """Print the findings about the models. Raises Misused if the deployment cannot start."""
+    for name, value in _SILENT.items():  # the findings hold what vLLM and transformers would log
         os.environ.setdefault(name, value)
     from .check import check
 
@@ -135,7 +142,7 @@ def _report(path: Path, file: DeploymentFile, *, served_here: bool) -> None:
     for finding in findings:
         print(f"{path}: {finding.line()}")
     if any(finding.severity is Severity.ERROR for finding in findings):
-        raise Misused(f"{path}: would not start as it is")
+        raise Misused(f"{path}: this deployment would not start")
 
 
 def _check_beside(path: Path) -> subprocess.Popen[str]:
@@ -144,8 +151,8 @@ def _check_beside(path: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def _await_check(checking: subprocess.Popen[str], show: Progress) -> None:
-    """Show what the check prints. Raises Misused where it refuses the file."""
+def _await_check(checking: subprocess.Popen[str], show: ProgressLines) -> None:
+    """Show the findings of the check. Raises Misused if it refuses the file."""
     output = checking.communicate()[0]
     findings = [line for line in output.splitlines() if _FINDING.search(line)]
     if checking.returncode == MISUSED:
@@ -157,13 +164,13 @@ def _await_check(checking: subprocess.Popen[str], show: Progress) -> None:
 
 
 def run_serve(args: argparse.Namespace) -> int:
-    """A local Ray, the application, and a wait for the signal to stop."""
+    """Start a local Ray cluster and the application, and wait for the signal to stop."""
     loaded = _load(args.file)
     _warn(open_cluster(os.environ))
     _refuse_unusable_files(loaded.file)
     _refuse_taken_ports(loaded.file)
-    show = Progress()
-    show("starting Ray on this machine")
+    show = ProgressLines()
+    show("starting a local Ray cluster")
     stop = threading.Event()
     with _check_beside(args.file) as checking, _local_ray(args.file) as ray:
         _stop_on_signals(stop)
@@ -193,26 +200,26 @@ def _local_ray(file: Path) -> Iterator[LocalRay]:
 
 
 def _drain(
-    ray: LocalRay, api: ServeApi, timeout_s: float, stop: threading.Event, show: Progress
+    ray: LocalRay, api: ServeApi, timeout_s: float, stop: threading.Event, show: ProgressLines
 ) -> None:
-    """Take no new requests, and give those that run time to end; a second signal cuts it short."""
-    show(f"taking no new requests; those that run get up to {timeout_s:g} s")
-    api.deploy(draining(api.deployed()))
+    """Take no new requests and let running ones end; a second signal cuts them off."""
+    show(f"taking no new requests; running requests get up to {timeout_s:g} s to end")
+    api.deploy(with_draining_gateways(api.deployed_applications()))
     give_up_s = time.monotonic() + timeout_s
     while not stop.is_set() and time.monotonic() < give_up_s:
-        held = ray.requests_held(api.replica_actors(GATEWAY))
-        if api.snapshot().healthy and held == 0:
+        held = ray.count_requests(api.replica_actors(GATEWAY))
+        if api.snapshot().is_healthy and held == 0:
             return
         stop.wait(DRAIN_POLL_S)
-    show("requests are cut off")
+    show("cutting off the remaining requests")
 
 
 def run_deploy(args: argparse.Namespace) -> int:
-    """Deploy onto a cluster that runs already."""
+    """Deploy onto a running cluster."""
     loaded = _load(args.file)
     _report(args.file, loaded.file, served_here=False)
     _warn(open_cluster(os.environ) or answers_strangers(args.address))
-    show = Progress()
+    show = ProgressLines()
     show(f"deploying {args.file} to {args.address}")
     _deploy(_api(args.address), loaded, args.timeout, show)
     show("ready")
@@ -224,11 +231,11 @@ def run_status(args: argparse.Namespace) -> int:
     """Print the pools."""
     snapshot = _api(args.address).snapshot()
     print(status_text(snapshot))
-    return 0 if snapshot.healthy else 1
+    return 0 if snapshot.is_healthy else 1
 
 
 def status_text(snapshot: Snapshot) -> str:
-    """Applications and their pools, a line each."""
+    """Return the applications and their pools, a line each."""
     if not snapshot.applications:
         return "nothing is deployed"
     lines = []
@@ -240,8 +247,8 @@ def status_text(snapshot: Snapshot) -> str:
     return "\n".join(lines)
 
 
-class Progress:
-    """Lines with the seconds since the command began."""
+class ProgressLines:
+    """Prints lines with the seconds since the command started."""
 
     def __init__(self) -> None:
         self._started_s = time.monotonic()
@@ -251,7 +258,7 @@ class Progress:
 
 
 def how_to_call(file: DeploymentFile, dashboard_url: str) -> str:
-    """The endpoints, and a first call to each."""
+    """Return the endpoints, and a first call to each."""
     http, grpc = file.http_options, file.grpc_options
     args = file.applications[0].args
     scheme = "http" if args.gateway.front.tls is None else "https"
@@ -275,7 +282,7 @@ def _warn(warning: str | None) -> None:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
-def _load(path: Path) -> Loaded:
+def _load(path: Path) -> LoadedFile:
     try:
         return load(path)
     except InvalidFile as error:
@@ -296,10 +303,10 @@ def _refuse_taken_ports(file: DeploymentFile) -> None:
         ("grpc_options", file.grpc_options.port),
     ):
         if port_in_use("127.0.0.1", port):
-            raise Failed(f"{key}.port: {port} is in use; stop what listens there or choose another")
+            raise Failed(f"{key}.port: {port} is in use; stop its process or choose another port")
 
 
-def _deploy(api: ServeApi, loaded: Loaded, timeout_s: float, show: Progress) -> None:
+def _deploy(api: ServeApi, loaded: LoadedFile, timeout_s: float, show: ProgressLines) -> None:
     try:
         api.deploy(without_keys(loaded.raw))
         api.wait_healthy(timeout_s, show)

@@ -1,4 +1,4 @@
-"""`specprefill simulate | plan`: pools and their autoscaler without a cluster."""
+"""The commands `specprefill simulate | plan`: pools and their autoscaler without a cluster."""
 
 from __future__ import annotations
 
@@ -51,16 +51,17 @@ def _add_simulate(commands: Any) -> None:
         description="Simulate this project's autoscaler, four others and the clairvoyant optimum "
         "on a trace: JSON lines with time_s, prompt_tokens and output_tokens, or a generated one.",
     )
-    simulate.add_argument("trace", nargs="?", type=Path, help="a trace; without it, one is made")
+    simulate.add_argument("trace", nargs="?", type=Path, help="a trace (default: a generated one)")
     simulate.add_argument(
         "--shape", choices=sorted(SHAPES), default="diurnal",
-        help="of the generated rate; bursty: tenfold in a sixth of it (default: %(default)s)",
+        help="shape of the generated rate; bursty: tenfold for a sixth of the time "
+        "(default: %(default)s)",
     )  # fmt: skip
     _add_load(simulate, qps=20.0)
     simulate.add_argument("--hours", type=float, default=1.0, help="default: %(default)g")
     simulate.add_argument(
         "--drift", type=float, default=1.0, metavar="FACTOR",
-        help="by which generated prompts grow from start to end (default: %(default)g)",
+        help="growth of the generated prompts from start to end (default: %(default)g)",
     )  # fmt: skip
     simulate.add_argument("--seed", type=int, default=1, help="default: %(default)d")
     simulate.add_argument(
@@ -71,7 +72,9 @@ def _add_simulate(commands: Any) -> None:
         "--fail", type=failure, action="append", default=[], metavar="SECOND:POOL:REPLICAS",
         help="replicas that die at a moment, e.g. 600:prefill:3; may be repeated",
     )  # fmt: skip
-    simulate.add_argument("--write-trace", type=Path, metavar="FILE", help="keep the trace, too")
+    simulate.add_argument(
+        "--write-trace", type=Path, metavar="FILE", help="write the trace to FILE"
+    )
     simulate.add_argument(
         "--out", type=Path, default=Path("out/simulation"), metavar="NAME",
         help="writes NAME.json and NAME.html (default: %(default)s)",
@@ -93,7 +96,7 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument(
         "--costs", type=float, nargs=3, default=[1.0, 4.0, 4.0],
         metavar=("SPECULATOR", "PREFILL", "DECODE"),
-        help="of one replica of each pool, e.g. its GPUs (default: 1 4 4)",
+        help="cost of one replica of each pool, e.g. its GPUs (default: 1 4 4)",
     )  # fmt: skip
     plan.set_defaults(run=run_plan)
 
@@ -112,7 +115,7 @@ def _add_load(command: argparse.ArgumentParser, qps: float) -> None:
     )  # fmt: skip
     command.add_argument(
         "--share", type=float, default=SLO.share,
-        help="of requests that must meet it (default: %(default)g)",
+        help="share of requests that must meet the SLO (default: %(default)g)",
     )  # fmt: skip
     command.add_argument(
         "--engines", type=engines, default=ENGINES, metavar="FILE",
@@ -163,7 +166,7 @@ def run_plan(args: argparse.Namespace) -> int:
 
 
 def lengths(text: str) -> Lengths:
-    """`PROMPT[:SPREAD][,OUTPUT[:SPREAD]]` as a mix. Raises ValueError."""
+    """Parse `PROMPT[:SPREAD][,OUTPUT[:SPREAD]]`. Raises ValueError."""
     default = Lengths()
     parts = [[float(number) for number in part.split(":")] for part in text.split(",")]
     if len(parts) > 2 or any(len(part) > 2 or min(part) < 0 for part in parts):
@@ -178,13 +181,13 @@ def lengths(text: str) -> Lengths:
 
 
 def failure(text: str) -> Failure:
-    """`SECOND:POOL:REPLICAS`. Raises ValueError."""
+    """Parse `SECOND:POOL:REPLICAS`. Raises ValueError."""
     time_s, pool, replicas = text.split(":")
     return Failure(float(time_s), Pool(pool), int(replicas))
 
 
 def engines(text: str) -> Engines:
-    """Learnt curves from a file, e.g. `{"speculate": {"base_s": 0.02, "token_s": 1e-5}, ...}`.
+    """Read learnt curves from a file, e.g. `{"speculate": {"base_s": 0.02, "token_s": 1e-5}, ...}`.
 
     Beside the four stages it may hold `output_token_s`, `decode_slots` and `cached_share`.
     Raises ArgumentTypeError.
@@ -215,7 +218,7 @@ def _trace(args: argparse.Namespace) -> Trace:
 
 def _slo(args: argparse.Namespace) -> Slo:
     if args.slo <= 0.0 or not 0.0 < args.share < 1.0:
-        raise Misused("--slo must be above 0 s, and --share within (0, 1)")
+        raise Misused("specprefill: --slo must be above 0, and --share between 0 and 1")
     return Slo(args.slo, args.share)
 
 

@@ -1,1 +1,1 @@
-"""Asks a running service over HTTP or gRPC."""
+"""Calls a running service over HTTP or gRPC."""

@@ -1,4 +1,4 @@
-"""Asks a running service over its own gRPC API."""
+"""Calls a running service over its own gRPC API."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import grpc
 from ..core.types import Span
 from ..rpc import specprefill_pb2 as pb
 from ..rpc.specprefill_pb2_grpc import SpecPrefillStub
-from .question import Answered, Ask, CallFailed
+from .question import CallFailed, ServiceQuestion, ServiceReply
 
 _TLS_SCHEME = "https://"
 GRACE_S = 5.0  # the service's own deadline comes first, with a better message
 
 
-def ask(address: str, question: Ask, tell: Callable[[str], None]) -> Answered:
-    """Stream one answer; `tell` gets each piece of text. Raises CallFailed."""
+def ask(address: str, question: ServiceQuestion, on_text: Callable[[str], None]) -> ServiceReply:
+    """Stream one answer; `on_text` gets each piece of text. Raises CallFailed."""
     pieces: list[str] = []
     report: dict[str, Any] = {}
     started_s = time.monotonic()
@@ -33,14 +33,16 @@ def ask(address: str, question: Ask, tell: Callable[[str], None]) -> Answered:
             if chunk.output.text:
                 first_s = first_s or time.monotonic() - started_s
                 pieces.append(chunk.output.text)
-                tell(chunk.output.text)
+                on_text(chunk.output.text)
             if chunk.HasField("report"):
                 report = report_dict(chunk.report)
-    return Answered("".join(pieces), report, first_s)
+    return ServiceReply("".join(pieces), report, first_s)
 
 
-def score(address: str, question: Ask, token_ids: list[int]) -> tuple[list[Span], dict[str, Any]]:
-    """The runs of prompt positions that would be kept, and the decision. Raises CallFailed."""
+def score(
+    address: str, question: ServiceQuestion, token_ids: list[int]
+) -> tuple[list[Span], dict[str, Any]]:
+    """Return the runs of prompt positions to keep, and the decision. Raises CallFailed."""
     request = pb.ScoreRequest(
         model=question.model,
         token_ids=pb.TokenIds(ids=token_ids),
@@ -56,8 +58,8 @@ def score(address: str, question: Ask, token_ids: list[int]) -> tuple[list[Span]
     return kept, {**decision, "queue_s": reply.queue_s, "speculate_s": reply.speculate_s}
 
 
-def generate_request(question: Ask) -> pb.GenerateRequest:
-    """The message of a question."""
+def generate_request(question: ServiceQuestion) -> pb.GenerateRequest:
+    """Return the message of a question."""
     messages = [
         pb.Message(role=item["role"], content=item["content"]) for item in question.messages
     ]
@@ -71,24 +73,24 @@ def generate_request(question: Ask) -> pb.GenerateRequest:
 
 
 def report_dict(report: pb.Report) -> dict[str, Any]:
-    """The report under the names that the HTTP API uses."""
+    """Return the report under the names that the HTTP API uses."""
     times = {field.name: getattr(report.times, field.name) for field in pb.Times.DESCRIPTOR.fields}
-    told = {"prefilled_by": report.prefilled_by, "recomputed": report.recomputed}
-    return {**_decision(report.decision), **times, **told}
+    outcome = {"prefilled_by": report.prefilled_by, "recomputed": report.recomputed}
+    return {**_decision(report.decision), **times, **outcome}
 
 
 def _decision(decision: pb.Decision) -> dict[str, Any]:
     return {field.name: getattr(decision, field.name) for field in decision.DESCRIPTOR.fields}
 
 
-def _prune(question: Ask) -> pb.Prune:
+def _prune(question: ServiceQuestion) -> pb.Prune:
     if question.dense:
         return pb.Prune(enabled=False)
     return pb.Prune(keep=question.keep)
 
 
-def metadata(question: Ask) -> tuple[tuple[str, str], ...]:
-    """What authenticates a call."""
+def metadata(question: ServiceQuestion) -> tuple[tuple[str, str], ...]:
+    """Return the metadata that authenticates a call."""
     if question.api_key is None:
         return ()
     return (("authorization", f"Bearer {question.api_key}"),)
@@ -96,7 +98,7 @@ def metadata(question: Ask) -> tuple[tuple[str, str], ...]:
 
 @contextmanager
 def _stub(address: str) -> Iterator[SpecPrefillStub]:
-    """A stub for one call, its failures as ours. `https://HOST:PORT` means TLS."""
+    """Open a stub for one call; failures become CallFailed. `https://HOST:PORT` means TLS."""
     with _channel(address) as channel:
         try:
             yield SpecPrefillStub(channel)
@@ -105,7 +107,7 @@ def _stub(address: str) -> Iterator[SpecPrefillStub]:
 
 
 def _channel(address: str) -> grpc.Channel:
-    """Over TLS the authorities are gRPC's own, or those of GRPC_DEFAULT_SSL_ROOTS_FILE_PATH."""
+    """Open a channel. TLS trusts gRPC's own roots or GRPC_DEFAULT_SSL_ROOTS_FILE_PATH."""
     if address.startswith(_TLS_SCHEME):
         credentials = grpc.ssl_channel_credentials()
         return grpc.secure_channel(address.removeprefix(_TLS_SCHEME), credentials)

@@ -10,11 +10,11 @@ Message = Mapping[str, Any]
 
 
 class CallFailed(Exception):
-    """The service refused or could not be reached; the message is what it said."""
+    """The service refused the call or could not be reached; the message is its own."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class ServiceQuestion:
     """One conversation to answer."""
 
     messages: tuple[Message, ...]
@@ -31,8 +31,8 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
-    """A whole answer, and what it cost as the client saw it."""
+class ServiceReply:
+    """A whole answer, its report, and the client's time to first token."""
 
     text: str
     report: Mapping[str, Any]  # the response's `specprefill` object
@@ -40,7 +40,7 @@ class Answered:
 
 
 def report_line(report: Mapping[str, Any]) -> str:
-    """What happened to the prompt, in one line."""
+    """Return one line about what happened to the prompt."""
     stages = ("queue", "speculate", "prefill", "transfer", "first_decode")
     times = " ".join(f"{name} {report[name + '_s'] * 1e3:.0f} ms" for name in stages)
     return (

@@ -1,4 +1,4 @@
-"""Who is next: by priority, then those that can meet the SLO, then by fair shares."""
+"""The order of waiting requests: priority, then those that can meet the SLO, then fair shares."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from heapq import heapify, heappop, heappush
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
-KEYS_KEPT = 4096  # ends of keys that may be remembered, beside those that still matter
+KEYS_KEPT = 4096  # remembered ends of keys, beside those that still matter
 
 
 @dataclass(slots=True)
@@ -17,7 +17,7 @@ class FairQueue(Generic[Item]):
 
     A request's tag is where its key's earlier work ends, or the tag now in service if that is
     later, plus its own seconds. So a short request passes the long ones of others, a key that
-    sends much waits behind those that send little, and nobody waits for ever.
+    sends much waits behind those that send little, and nobody waits forever.
     """
 
     _heap: list[tuple[int, bool, float, int, Item]] = field(default_factory=list)
@@ -35,17 +35,17 @@ class FairQueue(Generic[Item]):
 
         Requests without a key do not share one: each stands for itself.
         """
-        began_s = self._virtual_s
+        started_s = self._virtual_s
         if key is not None:
-            began_s = max(began_s, self._ends.get(key, 0.0))
-            self._ends[key] = began_s + work_s
+            started_s = max(started_s, self._ends.get(key, 0.0))
+            self._ends[key] = started_s + work_s
             if len(self._ends) > KEYS_KEPT + 2 * len(self._heap):
                 self._ends = {k: end for k, end in self._ends.items() if end > self._virtual_s}
         self._pushed += 1
-        heappush(self._heap, (priority, late, began_s + work_s, self._pushed, item))
+        heappush(self._heap, (priority, late, started_s + work_s, self._pushed, item))
 
     def pop(self) -> Item:
-        """Take the next. Raises IndexError when nothing waits."""
+        """Take the next item. Raises IndexError when nothing waits."""
         _, _, tag_s, _, item = heappop(self._heap)
         self._virtual_s = max(self._virtual_s, tag_s)
         if not self._heap:  # everybody is even again
@@ -54,6 +54,6 @@ class FairQueue(Generic[Item]):
         return item
 
     def sweep(self, stays: Callable[[Item], bool]) -> None:
-        """Drop those that left while they waited."""
+        """Drop the items that `stays` rejects: they left while they waited."""
         self._heap = [entry for entry in self._heap if stays(entry[-1])]
         heapify(self._heap)

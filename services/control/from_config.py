@@ -1,4 +1,4 @@
-"""From the configuration to the rules that decide about prompts."""
+"""Builds the rules that decide about prompts from the configuration."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..core.plan import Planner
 from ..core.prefix_digests import BLOCK_TOKENS
 from ..core.selection import SelectionPolicy
 from .gain import NetGain
-from .local_prefill import LocalPrefill
+from .local_prefill import LocalPrefillRule
 from .prefixes import CacheForecast, PrefixMemory
 from .stages import StageModels
 
@@ -19,7 +19,7 @@ REMEMBERED_BLOCKS = 1 << 16
 
 
 def selection_policy(selection: SelectionConfig, block_tokens: int = 1) -> SelectionPolicy:
-    """What is always kept, and in which pieces the rest is chosen."""
+    """Return the policy for the tokens always kept and the chunks of the rest."""
     return SelectionPolicy(
         chunk_tokens=selection.chunk_tokens,
         min_kept_tokens=selection.min_kept_tokens,
@@ -32,12 +32,12 @@ def selection_policy(selection: SelectionConfig, block_tokens: int = 1) -> Selec
 
 
 def kv_block_tokens(prefill: EngineConfig) -> int:
-    """Of the prefill engine's cache; a multiple of it where the engine chooses."""
+    """Return the prefill engine's KV block size; a multiple of it where the engine chooses."""
     return prefill.block_size or BLOCK_TOKENS
 
 
 def net_gain(config: AppConfig) -> NetGain:
-    """Knows nothing yet but the shapes of the stages."""
+    """Return an estimator that knows only the shapes of the stages."""
     block_tokens = kv_block_tokens(config.prefill)
     prefill_cache, draft_cache = (CacheForecast(PrefixMemory(REMEMBERED_BLOCKS)) for _ in range(2))
     policy = selection_policy(config.selection, block_tokens)
@@ -45,27 +45,27 @@ def net_gain(config: AppConfig) -> NetGain:
 
 
 def patience(speculator: SpeculatorConfig) -> Patience:
-    """How long the speculator may take."""
+    """Return the time that the speculator may take."""
     return Patience(speculator.timeout_s, speculator.timeout_token_s)
 
 
 def fallback(config: AppConfig) -> Fallback:
-    """What becomes of prompts that cannot be scored in time."""
+    """Return the policy for prompts that cannot be scored in time."""
     policy = selection_policy(config.selection, kv_block_tokens(config.prefill))
     return Fallback(OnOverload(config.speculator.on_overload), policy)
 
 
-def local_prefill(kv: KvConfig, models: StageModels) -> LocalPrefill | None:
-    """Which prompts decode computes; None: not one."""
+def local_prefill(kv: KvConfig, models: StageModels) -> LocalPrefillRule | None:
+    """Return the rule for prompts that decode computes; None: it computes none."""
     if kv.local_prefill_tokens == 0:
         return None
-    return LocalPrefill(kv.local_prefill_tokens, models.curves)
+    return LocalPrefillRule(kv.local_prefill_tokens, models.curves)
 
 
 def planner(
     selection: SelectionConfig, gain: NetGain, unfit: Callable[[], bool] | None = None
 ) -> Planner:
-    """The deployment's planner; `unfit` returns whether the draft is known to choose badly."""
+    """Return the deployment's planner; `unfit` returns True if the draft chooses badly."""
     return Planner(
         enabled=selection.enabled,
         keep=None if selection.keep == "auto" else selection.keep,

@@ -1,4 +1,4 @@
-"""Whether pruning is expected to give the first token sooner. Pure: no clock, no I/O.
+"""Estimates whether pruning gives the first token sooner. Pure: no clock, no I/O.
 
 Pruning wins when reading the prompt with the draft model and computing the kept tokens takes less
 time than computing all tokens that are not cached (Speculative Prefill, arXiv 2502.02789, names the
@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from ..core.prefix_digests import digests_of
 from ..core.selection import SelectionPolicy, expected_kept, leading_tokens
-from ..core.types import UNSCORED, Expected, PlanKind, PrefilledBy, Reason, Report, Request
+from ..core.types import UNSCORED, PlanKind, PrefilledBy, Reason, Report, Request, TtftEstimate
 from .prefixes import CacheForecast
 from .stages import Curve, StageModel, StageModels
 
 SMOOTHING = 0.1  # weight of the newest prompt in what the scores choose
-TYPICAL_KEEP = 0.3  # what the scores choose, before any prompt has told
-FORGETTING = 0.02  # per prompt that was not scored: how fast a bad name of pruning is forgotten
+TYPICAL_KEEP = 0.3  # what the scores choose, before any prompt was scored
+FORGETTING = 0.02  # per unscored prompt: how fast bad experience with pruning is forgotten
 RETRY_AFTER, RETRY_AFTER_MOST = 16, 1024  # prompts until a speculator that was slow is tried again
 SCORED = (Reason.AUTO, Reason.UNCERTAIN, Reason.SPREAD_SCORES)
 OVERHEAD = Curve(base_s=0.002)  # before the first report: calls between the pools
@@ -23,7 +23,7 @@ DRIFT = 1e-7  # seconds a token that overheads may grow with, before anything is
 
 
 class NetGain:
-    """What a deployment has learnt about its speed, and what its prefix caches should hold."""
+    """A deployment's learnt speed, and the expected contents of its prefix caches."""
 
     def __init__(
         self,
@@ -44,8 +44,8 @@ class NetGain:
             for kind, calls in ((PlanKind.DENSE, 1), (PlanKind.PRUNE, 2))
         }
 
-    def expected(self, request: Request, keep: float | None) -> Expected:
-        """Seconds to the first token of either plan, with nothing waiting before it.
+    def estimate(self, request: Request, keep: float | None) -> TtftEstimate:
+        """Estimate the seconds to the first token of either plan in empty queues.
 
         `keep` None: as much as the scores have been choosing, counting what they sent dense.
         """
@@ -53,11 +53,11 @@ class NetGain:
         keep = self._typical_keep if keep is None else keep
         kept = expected_kept(tokens, keep, request.protected, self._policy)
         digests = digests_of(request)
-        cached = self._prefill_cache.cached(digests, tokens)
+        cached = self._prefill_cache.cached_tokens(digests, tokens)
         shared = min(cached, leading_tokens(request.protected), kept - 1)
-        read = self._draft_cache.cached(digests, tokens)
+        read = self._draft_cache.cached_tokens(digests, tokens)
         speculate_s = self._draft_cache.seconds(self.models.speculate.curve, tokens, read)
-        return Expected(
+        return TtftEstimate(
             dense_s=self._prefill_s(tokens, cached) + self._overhead_s(PlanKind.DENSE, tokens),
             prune_s=speculate_s
             + self._prefill_s(kept, shared)
@@ -65,7 +65,7 @@ class NetGain:
         )
 
     def learn(self, request: Request, report: Report) -> None:
-        """Take what a finished request tells."""
+        """Learn from the report of a finished request."""
         self.models.observe(report)
         if report.prefilled_by is PrefilledBy.PREFILL:
             self._learn_overhead(report)
@@ -81,13 +81,13 @@ class NetGain:
         self._prefill_cache.learn(digests, tokens, report.cached_tokens)
 
     def learn_unscored(self, request: Request, speculate_s: float) -> None:
-        """Take that a prompt was given up after it had been scored for so long, and shed."""
+        """Learn from a prompt that was shed after `speculate_s` of scoring."""
         self.models.speculate.observe_at_least(len(request.prompt), speculate_s)
 
     def _recover(self, report: Report) -> None:
-        """After enough prompts that went dense for a slow speculator, try it again.
+        """Try a slow speculator again, once enough prompts went dense because of it.
 
-        Each time in vain doubles the number of prompts until the next try.
+        Each failed try doubles the number of prompts until the next try.
         """
         if report.speculate_s > 0 and report.reason not in UNSCORED:
             self._retry_after = RETRY_AFTER

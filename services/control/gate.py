@@ -1,8 +1,8 @@
-"""The door in front of the pipeline: a bounded queue that bends keep rates before it sheds.
+"""Admission control for the pipeline: a bounded queue that lowers keep rates before it sheds.
 
-A request is *before its first token* while a speculator and a prefill engine work for it. Only so
-many are let in as keep the engines busy; the rest wait here, where their order can still be
-chosen, and not in an engine's queue. The rules are `scaling.admission` and `scaling.fair_queue`.
+A request is *before its first token* while a speculator and a prefill engine work for it. Only as
+many are admitted as keep the engines busy; the rest wait here, where their order can still be
+chosen, and not in an engine's queue. The rules are in `admission` and `fair_queue`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..core.types import Chunk, Plan, PlanKind, Reason, Request, Selection
 from .admission import (
     MIN_RETRY_AFTER_S,
     AdmissionPolicy,
-    Ask,
+    AdmissionRequest,
     Backlog,
     Shed,
     ShedReason,
@@ -37,15 +37,15 @@ _SWEPT_FROM = 64  # requests in the queue that may have left it
 _MESSAGES = {
     ShedReason.QUEUE_FULL: "the service's queue is full",
     ShedReason.KEY_QUEUE_FULL: "too many requests of this API key are waiting",
-    ShedReason.DEADLINE: "the first token would come after the request's time is used up",
+    ShedReason.DEADLINE: "the request would miss its deadline (timeout_s)",
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Engines:
-    """How many replicas serve, as far as is known, and how many gateways share them.
+class GatewayShare:
+    """This gateway's share of the engines: the replicas known to serve, and their gateways.
 
-    Gateways do not talk to each other. Each takes an equal part of what the pools can do: a
+    Gateways do not communicate. Each takes an equal part of what the pools can do: a
     fraction of an engine where there are more gateways than engines.
     """
 
@@ -65,26 +65,26 @@ class Engines:
 
     @property
     def prefill_speed(self) -> float:
-        """Server-seconds a second that one prompt of this gateway gets, once it is computed.
+        """The server-seconds per second that one prompt of this gateway gets in prefill.
 
-        With less than one engine it is not known when this gateway's turn comes: 0, the prompt
-        counts as a whole until it is answered.
+        With a share below one engine it is unknown when this gateway's prompt runs: 0, the whole
+        prompt counts until it is answered.
         """
         share = self.prefill_share
         return 0.0 if share < 1.0 else share / ceil(share)
 
     @property
     def prefills_at_once(self) -> int:
-        """How many prompts of this gateway the prefill engines compute at a time."""
+        """The number of this gateway's prompts that the prefill engines compute at a time."""
         return ceil(self.prefill_share)
 
     def slots(self, per_engine: int) -> float:
-        """This gateway's part of the requests that may be before their first token."""
+        """Return this gateway's part of the requests that may be before their first token."""
         return per_engine * max(1, self.speculators + self.prefills) / max(1, self.gateways)
 
 
 @dataclass(eq=False, slots=True)
-class Place:
+class GatedRequest:
     """One request, from its admission to its first token."""
 
     request: Request
@@ -92,36 +92,36 @@ class Place:
     speculate_s: float
     prefill_s: float
     late: bool
-    came_s: float
-    began_s: float | None = None  # None: it waits
+    arrived_s: float
+    started_s: float | None = None  # None: it waits
     computed_from_s: float | None = None  # None: its prefill waits for those before it
-    foreseen_s: float = 0.0  # from its turn to its first token, behind this gateway's own requests
-    too_late: bool = False  # its turn came when its time no longer sufficed
+    foreseen_s: float = 0.0  # from its slot to its first token, behind this gateway's own requests
+    too_late: bool = False  # a slot came free when its time no longer sufficed
     waited_s: float = 0.0
     key: str | None = None
     left: bool = False
     turn: asyncio.Event = field(default_factory=asyncio.Event)
 
     def remaining_s(self, now_s: float, speed: float) -> float:
-        """Of its prefill, in server-seconds, of which `speed` are done in a second."""
+        """Return the prefill work left in server-seconds, of which `speed` are done per second."""
         if self.computed_from_s is None:
             return self.prefill_s
         done_s = max(0.0, now_s - self.computed_from_s) * speed
         return max(0.0, self.prefill_s - done_s)
 
     def is_hopeless(self, now_s: float) -> bool:
-        """Whether its first token would come too late even if it went on at once."""
+        """Return True if its first token would come too late even if it started at once."""
         own_s = self.speculate_s + self.prefill_s
-        return now_s - self.came_s + own_s > self.request.timeout_s
+        return now_s - self.arrived_s + own_s > self.request.timeout_s
 
     def unread_s(self, now_s: float) -> float:
-        """Of its speculation."""
-        elapsed_s = 0.0 if self.began_s is None else now_s - self.began_s
+        """Return the speculation work left, in server-seconds."""
+        elapsed_s = 0.0 if self.started_s is None else now_s - self.started_s
         return max(0.0, self.speculate_s - elapsed_s)
 
 
 class Gate:
-    """Who may go on, in which order, and with which plan. Knows time from `now` alone."""
+    """Decides which requests run, in which order, with which plan. Knows time from `now` alone."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class Gate:
         per_engine: int,
         fair_keys: bool,
         curves: Callable[[], StageCurves],
-        engines: Callable[[], Engines],
+        engines: Callable[[], GatewayShare],
         now: Callable[[], float],
     ) -> None:
         self._policy = policy
@@ -141,76 +141,76 @@ class Gate:
         self._curves = curves
         self._engines = engines
         self._now = now
-        self._queue: FairQueue[Place] = FairQueue()
-        self._waiting: dict[int, Place] = {}
-        self._running: dict[int, Place] = {}
+        self._queue: FairQueue[GatedRequest] = FairQueue()
+        self._waiting: dict[int, GatedRequest] = {}
+        self._running: dict[int, GatedRequest] = {}
         self._by_key: Counter[str] = Counter()
-        self._rests_until_s = -inf
-        self._others = (0.0, 0.0)  # seconds that were waited behind others, and when
+        self._paused_until_s = -inf
+        self._others = (0.0, 0.0)  # wait behind other gateways in seconds, and when it was measured
 
     @property
     def waiting(self) -> int:
-        """Requests that wait."""
+        """The number of requests that wait."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Requests that were let in and have no first token yet."""
+        """The number of admitted requests without a first token."""
         return len(self._running)
 
     @asynccontextmanager
-    async def place(self, request: Request, plan: Plan) -> AsyncIterator[Place]:
-        """Wait for a turn, and hold a place until `done` or the exit.
+    async def admit(self, request: Request, plan: Plan) -> AsyncIterator[GatedRequest]:
+        """Wait in the queue, then hold a slot until `release` or the exit.
 
         Raises Overloaded with a reason, or DeadlineExceeded.
         """
-        place = self._admit(request, plan)
-        self._enter(place)
+        admitted = self._admit(request, plan)
+        self._enqueue(admitted)
         try:
-            await self._turn(place)
-            yield place
+            await self._wait_for_turn(admitted)
+            yield admitted
         finally:
-            self.done(place)
+            self.release(admitted)
 
-    def answered(self, place: Place) -> None:
-        """Its first token is there: `done`, and what it waited for others is learnt."""
-        if not place.left and place.began_s is not None:
+    def record_first_token(self, admitted: GatedRequest) -> None:
+        """Release the slot at the first token; learn the wait behind other gateways."""
+        if not admitted.left and admitted.started_s is not None:
             now_s = self._now()
-            excess_s = max(0.0, now_s - place.began_s - place.foreseen_s)
-            known_s = self._others_s(now_s)
+            excess_s = max(0.0, now_s - admitted.started_s - admitted.foreseen_s)
+            known_s = self._wait_behind_others_s(now_s)
             self._others = (known_s + _NEWEST * (excess_s - known_s), now_s)
-        self.done(place)
+        self.release(admitted)
 
-    def _unfinished_s(self, places: Iterable[Place], now_s: float) -> float:
-        """How long this gateway's part of the prefill engines takes for these."""
+    def _unfinished_s(self, requests: Iterable[GatedRequest], now_s: float) -> float:
+        """Return the seconds that this gateway's part of the prefill engines needs for these."""
         engines = self._engines()
-        unfinished_s = sum(each.remaining_s(now_s, engines.prefill_speed) for each in places)
+        unfinished_s = sum(each.remaining_s(now_s, engines.prefill_speed) for each in requests)
         return unfinished_s / engines.prefill_share
 
-    def _others_s(self, now_s: float) -> float:
-        """Wait behind other gateways' requests; forgotten within about one SLO."""
+    def _wait_behind_others_s(self, now_s: float) -> float:
+        """Return the wait behind other gateways' requests; it decays within about one SLO."""
         wait_s, known_at_s = self._others
         return wait_s * exp((known_at_s - now_s) / self._policy.ttft_s)
 
-    def done(self, place: Place) -> None:
-        """Its first token is there, or never will be: the next may go on. Idempotent."""
-        if place.left:
+    def release(self, admitted: GatedRequest) -> None:
+        """Release the slot: the first token is there, or never will be. Idempotent."""
+        if admitted.left:
             return
-        place.left = True
-        self._forget_waiting(place)
-        if self._running.pop(id(place), None) is not None:
-            self._rest(place)
+        admitted.left = True
+        self._forget_waiting(admitted)
+        if self._running.pop(id(admitted), None) is not None:
+            self._pause_slot(admitted)
         if len(self._queue) > 2 * len(self._waiting) + _SWEPT_FROM:
             self._queue.sweep(lambda each: not each.left)
         self._advance()
 
     def backlog(self, key: str | None = None) -> Backlog:
-        """What a request that came now would wait for."""
+        """Return the work in front of a request that arrives now."""
         now_s, engines = self._now(), self._engines()
         held = list(self._running.values())
         in_time = held + [each for each in self._waiting.values() if not each.late]
         late = [each for each in self._waiting.values() if each.late]
-        prefill_s = self._unfinished_s(in_time, now_s) + self._others_s(now_s)
+        prefill_s = self._unfinished_s(in_time, now_s) + self._wait_behind_others_s(now_s)
         late_s = sum(each.prefill_s for each in late) / engines.prefill_share
         unread_s = sum(each.unread_s(now_s) for each in in_time)
         return Backlog(
@@ -222,30 +222,38 @@ class Gate:
             waiting_of_key=0 if key is None else self._by_key[key],
         )
 
-    def _admit(self, request: Request, plan: Plan) -> Place:
+    def _admit(self, request: Request, plan: Plan) -> GatedRequest:
         curves, tokens = self._curves(), len(request.prompt)
-        ask = self._ask(request, plan)
+        ask = self._admission_request(request, plan)
         key = request.key if self._fair_keys else None
-        policy = self._policy.divided(self._engines().gateways)
+        policy = self._policy.per_gateway(self._engines().gateways)
         verdict = judge(ask, self.backlog(key), curves, policy)
         if isinstance(verdict, Shed):
             message = f"{_MESSAGES[verdict.reason]}; try again later"
             raise Overloaded(message, verdict.retry_after_s, verdict.reason)
         speculate_s = 0.0 if plan.kind is PlanKind.DENSE else curves.speculate.seconds(tokens)
-        bent = plan if verdict.keep >= ask.keep else _bent(plan, verdict.keep)
-        return Place(
-            request, bent, speculate_s, verdict.prefill_s, verdict.late, self._now(), key=key
+        plan_to_serve = plan if verdict.keep >= ask.keep else _with_keep(plan, verdict.keep)
+        return GatedRequest(
+            request,
+            plan_to_serve,
+            speculate_s,
+            verdict.prefill_s,
+            verdict.late,
+            self._now(),
+            key=key,
         )
 
-    def _ask(self, request: Request, plan: Plan) -> Ask:
+    def _admission_request(self, request: Request, plan: Plan) -> AdmissionRequest:
         tokens = len(request.prompt)
         if plan.kind is PlanKind.DENSE:
-            return Ask(tokens, 1.0, 1.0, request.timeout_s)
+            return AdmissionRequest(tokens, 1.0, 1.0, request.timeout_s)
         keep = min(plan.highest_keep, _BELOW_DENSE)
-        return Ask(tokens, keep, min(keep, self._floor(request, plan)), request.timeout_s)
+        return AdmissionRequest(
+            tokens, keep, min(keep, self._floor(request, plan)), request.timeout_s
+        )
 
     def _floor(self, request: Request, plan: Plan) -> float:
-        """The caller's floor; a rate that was asked for is one, too."""
+        """Return the caller's floor; a requested keep rate is one, too."""
         controls = request.controls
         if controls.floor is not None:
             return controls.floor
@@ -253,79 +261,81 @@ class Gate:
             return plan.within.floor
         return self._keep_floor if controls.keep is None else controls.keep
 
-    def _enter(self, place: Place) -> None:
-        self._waiting[id(place)] = place
-        if place.key is not None:
-            self._by_key[place.key] += 1
-        work_s, priority = place.speculate_s + place.prefill_s, place.request.priority
-        self._queue.push(place, work_s, key=place.key, priority=priority, late=place.late)
+    def _enqueue(self, admitted: GatedRequest) -> None:
+        self._waiting[id(admitted)] = admitted
+        if admitted.key is not None:
+            self._by_key[admitted.key] += 1
+        work_s, priority = admitted.speculate_s + admitted.prefill_s, admitted.request.priority
+        self._queue.push(admitted, work_s, key=admitted.key, priority=priority, late=admitted.late)
         self._advance()
 
-    async def _turn(self, place: Place) -> None:
+    async def _wait_for_turn(self, admitted: GatedRequest) -> None:
         try:
-            async with asyncio.timeout(place.request.timeout_s):
-                await place.turn.wait()
+            async with asyncio.timeout(admitted.request.timeout_s):
+                await admitted.turn.wait()
         except TimeoutError as error:
-            raise DeadlineExceeded("timeout_s: used up waiting for a turn") from error
-        if place.too_late:
+            raise DeadlineExceeded(
+                "timeout_s: the request timed out in the admission queue"
+            ) from error
+        if admitted.too_late:
             retry_after_s = max(MIN_RETRY_AFTER_S, self.backlog().late_s)
             message = f"{_MESSAGES[ShedReason.DEADLINE]}; try again later"
             raise Overloaded(message, retry_after_s, ShedReason.DEADLINE)
-        place.waited_s = self._now() - place.came_s
+        admitted.waited_s = self._now() - admitted.arrived_s
 
     def _advance(self) -> None:
-        self._let_in()
+        self._admit_waiting()
         self._note_computed()
 
-    def _let_in(self) -> None:
-        """Those whose turn it is; one that can no longer be in time takes no engine from others."""
+    def _admit_waiting(self) -> None:
+        """Start the next requests; one that can no longer be in time gets no slot."""
         most = max(1, int(self._engines().slots(self._per_engine)))
-        while self._waiting and len(self._running) < most and self._now() >= self._rests_until_s:
-            place = self._queue.pop()
-            if place.left:
+        while self._waiting and len(self._running) < most and self._now() >= self._paused_until_s:
+            admitted = self._queue.pop()
+            if admitted.left:
                 continue
-            self._forget_waiting(place)
-            place.too_late = place.is_hopeless(self._now())
-            if not place.too_late:
-                self._start(place)
-            place.turn.set()
+            self._forget_waiting(admitted)
+            admitted.too_late = admitted.is_hopeless(self._now())
+            if not admitted.too_late:
+                self._start_running(admitted)
+            admitted.turn.set()
 
-    def _start(self, place: Place) -> None:
+    def _start_running(self, admitted: GatedRequest) -> None:
         now_s, engines = self._now(), self._engines()
         ahead_s = 0.0
         if len(self._running) >= engines.prefills_at_once:
             ahead_s = self._unfinished_s(self._running.values(), now_s)
-        place.foreseen_s = max(place.speculate_s, ahead_s) + place.prefill_s
-        place.began_s = now_s
-        self._running[id(place)] = place
+        admitted.foreseen_s = max(admitted.speculate_s, ahead_s) + admitted.prefill_s
+        admitted.started_s = now_s
+        self._running[id(admitted)] = admitted
 
-    def _rest(self, place: Place) -> None:
-        """With less than one slot, hold it for its part of the time only."""
+    def _pause_slot(self, admitted: GatedRequest) -> None:
+        """Pause the slot after use: with a share below one, for the rest of the time."""
         slots, now_s = self._engines().slots(self._per_engine), self._now()
-        if slots >= 1.0 or place.began_s is None:
+        if slots >= 1.0 or admitted.started_s is None:
             return
-        rest_s = (now_s - place.began_s) * (1.0 / slots - 1.0)
-        self._rests_until_s = now_s + rest_s
+        rest_s = (now_s - admitted.started_s) * (1.0 / slots - 1.0)
+        self._paused_until_s = now_s + rest_s
         asyncio.get_running_loop().call_later(rest_s, self._advance)
 
     def _note_computed(self) -> None:
-        """Engines take prompts in the order in which they were let in."""
+        """Note which prompts prefill engines compute: they take them in the order of admission."""
         now_s = self._now()
-        for place in islice(self._running.values(), self._engines().prefills_at_once):
-            if place.computed_from_s is None and place.began_s is not None:
-                read_s = max(now_s, place.began_s + place.speculate_s)
-                place.computed_from_s = read_s + self._others_s(now_s)
+        for admitted in islice(self._running.values(), self._engines().prefills_at_once):
+            if admitted.computed_from_s is None and admitted.started_s is not None:
+                read_s = max(now_s, admitted.started_s + admitted.speculate_s)
+                admitted.computed_from_s = read_s + self._wait_behind_others_s(now_s)
 
-    def _forget_waiting(self, place: Place) -> None:
-        if self._waiting.pop(id(place), None) is None or place.key is None:
+    def _forget_waiting(self, admitted: GatedRequest) -> None:
+        if self._waiting.pop(id(admitted), None) is None or admitted.key is None:
             return
-        self._by_key[place.key] -= 1
-        if self._by_key[place.key] == 0:
-            del self._by_key[place.key]
+        self._by_key[admitted.key] -= 1
+        if self._by_key[admitted.key] == 0:
+            del self._by_key[admitted.key]
 
 
 class AdmittingPipeline:
-    """A pipeline behind a gate. What it waits for counts in the report."""
+    """A pipeline behind a gate. The wait for a slot counts in the report."""
 
     def __init__(self, pipeline: Pipeline, gate: Gate) -> None:
         self._pipeline = pipeline
@@ -333,28 +343,28 @@ class AdmittingPipeline:
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
         """See Pipeline.generate. Raises Overloaded at once, when the request is shed."""
-        async with self._gate.place(request, plan_of(request)) as place:
-            left_s = max(0.0, request.timeout_s - place.waited_s)
-            admitted = replace(request, plan=place.plan, timeout_s=left_s)
-            async with aclosing(self._pipeline.generate(admitted)) as chunks:
+        async with self._gate.admit(request, plan_of(request)) as admitted:
+            left_s = max(0.0, request.timeout_s - admitted.waited_s)
+            bounded = replace(request, plan=admitted.plan, timeout_s=left_s)
+            async with aclosing(self._pipeline.generate(bounded)) as chunks:
                 async for chunk in chunks:
-                    self._gate.answered(place)
-                    yield _told(chunk, place.waited_s)
+                    self._gate.record_first_token(admitted)
+                    yield _add_wait(chunk, admitted.waited_s)
 
     async def select(self, request: Request) -> Selection:
         """See Pipeline.select."""
         return await self._pipeline.select(request)
 
 
-def _bent(plan: Plan, keep: float) -> Plan:
-    """The plan with a lower keep rate; where the scores choose, with a lower highest one."""
+def _with_keep(plan: Plan, keep: float) -> Plan:
+    """Return the plan with a lower keep rate, or a lower ceiling if the scores choose."""
     if plan.within is not None:
         ceiling = max(keep, plan.within.floor)
         return replace(plan, within=replace(plan.within, ceiling=ceiling))
     return replace(plan, keep=keep, reason=Reason.LOAD)
 
 
-def _told(chunk: Chunk, waited_s: float) -> Chunk:
+def _add_wait(chunk: Chunk, waited_s: float) -> Chunk:
     report = chunk.report
     if report is None or waited_s == 0.0:
         return chunk

@@ -1,9 +1,9 @@
-"""Which prompts the decode engine computes itself: nothing is handed over then.
+"""Chooses prompts that the decode engine computes itself: nothing is handed over then.
 
-A hand-over costs the calls to the prefill pool and the KV's way, which for a short prompt is much
-of its time to first token. A prefill in a decode engine costs those whose answers it is streaming:
-they wait for that step. So short dense prompts only, and only where nobody waits or nobody would
-notice. Peers know it as conditional disaggregation.
+A hand-over costs the calls to the prefill pool and the KV transfer, which for a short prompt is
+much of its time to first token. A prefill in a decode engine delays the answers that it is
+streaming by one step. So the rule takes only short dense prompts, and only where nobody waits or
+the delay is small. Other systems call it conditional disaggregation.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from ..core.types import PlanKind, Request, Selection
 from .stages import StageCurves
 
 
-class LocalPrefill:
-    """The rule, and what it must know of the other requests of this gateway."""
+class LocalPrefillRule:
+    """The rule, and its count of this gateway's running requests."""
 
     def __init__(self, max_tokens: int, curves: Callable[[], StageCurves]) -> None:
         self._max_tokens = max_tokens
@@ -24,28 +24,28 @@ class LocalPrefill:
         self._running = 0
 
     @contextmanager
-    def decided(self, request: Request, selection: Selection) -> Iterator[bool]:
-        """Whether decode computes this prompt; inside, the request counts as running."""
-        local = self._local(request, selection)
+    def decide(self, request: Request, selection: Selection) -> Iterator[bool]:
+        """Yield True if decode computes this prompt; inside, the request counts as running."""
+        local = self._is_local(request, selection)
         self._running += 1
         try:
             yield local
         finally:
             self._running -= 1
 
-    def _local(self, request: Request, selection: Selection) -> bool:
+    def _is_local(self, request: Request, selection: Selection) -> bool:
         if not self._fits(request, selection):
             return False
         return self._running == 0 or self._is_cheap(selection.kept_tokens)
 
     def _fits(self, request: Request, selection: Selection) -> bool:
-        """Samples would each compute the prompt; logprobs of prompts are prefill's to tell."""
+        """Return True for a short dense prompt, one sample, no prompt logprobs (prefill's job)."""
         dense = selection.plan.kind is PlanKind.DENSE
         plain = request.samples == 1 and not request.prompt_logprobs
         return dense and plain and selection.kept_tokens <= self._max_tokens
 
     def _is_cheap(self, tokens: int) -> bool:
-        """Whether the engine is held no longer than by taking the KV over."""
+        """Return True if computing the prompt takes no longer than pulling its KV."""
         curves = self._curves()
         take_over_s = curves.transfer.seconds(tokens) + curves.first_decode.seconds(tokens)
         return curves.prefill.seconds(tokens) <= take_over_s

@@ -1,4 +1,4 @@
-"""Which prompt prefixes were computed lately, so that a cached prefix can be foreseen.
+"""Remembers recently computed prompt prefixes, to predict prefix-cache hits.
 
 Pure. Prefix caches work by blocks of tokens, and so does this memory of them.
 """
@@ -16,7 +16,7 @@ SMOOTHING = 0.1  # weight of the newest prompt in how far the memory is trusted
 
 
 class DigestMemory:
-    """Chained block digests, see `core.prefix_digests`; the least recently used go first."""
+    """Chained block digests, see `core.prefix_digests`, with LRU eviction."""
 
     def __init__(self, max_blocks: int) -> None:
         self._max_blocks = max_blocks
@@ -29,40 +29,40 @@ class DigestMemory:
         return iter(self._blocks)
 
     def remember(self, digests: Sequence[int]) -> list[int]:
-        """A prefix was just computed or used; returns the digests that were forgotten for it."""
+        """Remember a prefix just computed or used; return the digests that were evicted for it."""
         for digest in reversed(digests):
             self._blocks[digest] = None  # its end first: that is what engines evict first, too
             self._blocks.move_to_end(digest)
         surplus = max(0, len(self._blocks) - self._max_blocks)
         return [self._blocks.popitem(last=False)[0] for _ in range(surplus)]
 
-    def longest(self, digests: Iterable[int]) -> int:
-        """How many leading blocks are remembered."""
+    def longest_match(self, digests: Iterable[int]) -> int:
+        """Count the leading blocks that are remembered."""
         return sum(1 for _ in itertools.takewhile(self._blocks.__contains__, digests))
 
 
 class PrefixMemory:
-    """The prefixes of token lists that end at a block boundary."""
+    """Remembers the prefixes of token lists that end at a block boundary."""
 
     def __init__(self, max_blocks: int, block_tokens: int = BLOCK_TOKENS) -> None:
         self._block_tokens = block_tokens
         self._blocks = DigestMemory(max_blocks)
 
     def remember(self, digests: Sequence[int], tokens: int) -> None:
-        """The KV of a prompt's first `tokens` tokens was just computed or used."""
+        """Remember a prompt's first `tokens` tokens: their KV was just computed or used."""
         self._blocks.remember(digests[: tokens // self._block_tokens])
 
-    def longest(self, digests: Sequence[int], tokens: int) -> int:
-        """How many of a prompt's first `tokens` tokens are remembered, in whole blocks.
+    def longest_match(self, digests: Sequence[int], tokens: int) -> int:
+        """Count the remembered ones of a prompt's first `tokens` tokens, in whole blocks.
 
         An engine always computes the last token of a prompt, so never all of them.
         """
         within = digests[: max(0, tokens - 1) // self._block_tokens]
-        return self._block_tokens * self._blocks.longest(within)
+        return self._block_tokens * self._blocks.longest_match(within)
 
 
 class CacheForecast:
-    """What a pool's prefix caches should hold of a prompt, and how far that can be trusted.
+    """Predicts a pool's prefix-cache hits, weighted by how often the prediction was right.
 
     The memory may be wrong: replicas have caches of their own, and evict. How often it is right is
     learnt, and a cached prefix counts by that share.
@@ -72,18 +72,18 @@ class CacheForecast:
         self._memory = memory
         self._trust = 1.0
 
-    def cached(self, digests: Sequence[int], tokens: int) -> int:
-        """How many of a prompt's first `tokens` tokens should be cached."""
-        return self._memory.longest(digests, tokens)
+    def cached_tokens(self, digests: Sequence[int], tokens: int) -> int:
+        """Return how many of a prompt's first `tokens` tokens should be cached."""
+        return self._memory.longest_match(digests, tokens)
 
     def seconds(self, curve: Curve, tokens: int, cached: int) -> float:
-        """Expected time of `tokens`, of which `cached` should be cached."""
+        """Return the expected time of `tokens`, of which `cached` should be cached."""
         warm_s = curve.seconds(tokens - cached, cached)
         return self._trust * warm_s + (1.0 - self._trust) * curve.seconds(tokens)
 
     def learn(self, digests: Sequence[int], tokens: int, cached: int) -> None:
-        """A prompt's first `tokens` tokens were computed, all but `cached` of them."""
-        foreseen = self._memory.longest(digests, tokens)
+        """Learn that of a prompt's first `tokens` tokens all but `cached` were computed."""
+        foreseen = self._memory.longest_match(digests, tokens)
         if foreseen > 0:
             self._trust += SMOOTHING * (min(1.0, cached / foreseen) - self._trust)
         self._memory.remember(digests, tokens)

@@ -1,7 +1,7 @@
-"""How long each stage of a request takes, learnt online from what requests report.
+"""Learns how long each stage of a request takes, online, from the requests' reports.
 
 Pure: no clock, no I/O. A `StageModel` takes samples and gives a `Curve`; a curve is plain data that
-can be sent, stored and asked for seconds.
+can be sent, stored and evaluated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..core.types import UNSCORED, PrefilledBy, Report
 
 WINDOW = 9  # newest samples per length that count; fewer than half of them may be outliers
-HALF_LIFE = 256  # after so many samples of other lengths, a length counts half
+HALF_LIFE = 256  # after this many samples of other lengths, a length counts half
 PRIOR_TOKENS = (256, 2048, 16384)  # where the prior's shape is held on to
 PRIOR_WEIGHT = 0.01  # of each of these points; a full window weighs 1
 MIN_SECONDS = 1e-6
@@ -36,11 +36,11 @@ class Curve:
     pair_s: float = 0.0  # attention: every token looks at all before it
 
     def seconds(self, tokens: float, cached: float = 0) -> float:
-        """To compute `tokens` that stand after `cached` ones."""
+        """Return the seconds to compute `tokens` that follow `cached` ones."""
         return self.base_s + self.token_s * tokens + self.pair_s * _pairs(tokens, cached)
 
-    def scaled(self, factor: float) -> Curve:
-        """The same shape, `factor` times as slow."""
+    def scale(self, factor: float) -> Curve:
+        """Return the same shape, `factor` times as slow."""
         return Curve(self.base_s * factor, self.token_s * factor, self.pair_s * factor)
 
 
@@ -71,7 +71,7 @@ class Sample:
     tokens: int
     seconds: float
     cached: int = 0
-    at_least: bool = False  # it was given up: the whole would have taken longer
+    at_least: bool = False  # it was given up: the true time is longer
 
 
 @dataclass(slots=True)
@@ -87,8 +87,8 @@ class StageModel:
     """Learns one stage's curve.
 
     Samples are grouped by length (octaves of tokens and of cached tokens); the median of a group's
-    newest samples, relative to the prior, stands for it. So a minority of outliers in a group has
-    no say, and a change of speed is believed once half a window has seen it. Lengths never seen
+    newest samples, relative to the prior, stands for it. So a minority of outliers in a group does
+    not count, and a change of speed is believed once half a window has seen it. Lengths never seen
     follow the prior's shape at the learnt level.
     """
 
@@ -126,7 +126,7 @@ class StageModel:
         window.seen_at = self._seen
 
     def forget_given_up(self) -> None:
-        """Drop what `observe_at_least` took: it is to be tried again."""
+        """Drop the samples of `observe_at_least`, so that the stage is tried again."""
         for length, window in list(self._windows.items()):
             kept = [sample for sample in window.samples if not sample.at_least]
             if len(kept) < len(window.samples):
@@ -137,29 +137,29 @@ class StageModel:
 
     @property
     def has_given_up(self) -> bool:
-        """Whether any measurement was given up and not forgotten."""
+        """True if any measurement was given up and not forgotten."""
         return any(
             sample.at_least for window in self._windows.values() for sample in window.samples
         )
 
     def seconds(self, tokens: float, cached: float = 0) -> float:
-        """Expected time of `tokens` after `cached` ones."""
+        """Return the expected time of `tokens` after `cached` ones."""
         return self.curve.seconds(tokens, cached)
 
     @property
     def samples_seen(self) -> int:
-        """How many measurements were taken in all."""
+        """The number of measurements taken in all."""
         return self._seen
 
     @property
     def curve(self) -> Curve:
-        """What is known now, as plain data."""
+        """The learnt curve, as plain data."""
         if self._curve is None:
-            self._curve = self._fitted()
+            self._curve = self._fit()
         return self._curve
 
-    def _fitted(self) -> Curve:
-        typical = [self._typical(window) for window in self._windows.values()]
+    def _fit(self) -> Curve:
+        typical = [self._typical_sample(window) for window in self._windows.values()]
         if not typical:
             return self.prior
         weights = [self._weight(window) for window in self._windows.values()]
@@ -167,7 +167,7 @@ class StageModel:
         anchors = [Sample(tokens, level * self.prior.seconds(tokens)) for tokens in PRIOR_TOKENS]
         return fit(typical + anchors, weights + [PRIOR_WEIGHT] * len(anchors))
 
-    def _typical(self, window: _Window) -> Sample:
+    def _typical_sample(self, window: _Window) -> Sample:
         ratios = [self._ratio(sample) for sample in window.samples]
         return window.samples[ratios.index(median_low(ratios))]
 
@@ -190,14 +190,14 @@ class StageModels:
         self.first_decode = StageModel(prior.first_decode)
 
     def observe(self, report: Report) -> None:
-        """Take what a request's stages took. A stage that it skipped is left alone."""
+        """Learn from the stage times of a request. A stage that it skipped is left alone."""
         unread = report.prompt_tokens - report.remembered_tokens
         if report.reason in UNSCORED:
             self.speculate.observe_at_least(unread, report.speculate_s)
         else:
             self.speculate.observe(unread, report.speculate_s, report.remembered_tokens)
         if report.prefilled_by is PrefilledBy.DECODE:
-            return  # another engine, beside its answers
+            return  # computed on another engine, next to its decoding
         computed = report.kept_tokens - report.cached_tokens
         self.prefill.observe(computed, report.prefill_s, report.cached_tokens)
         if not report.recomputed:
@@ -205,14 +205,14 @@ class StageModels:
             self.first_decode.observe(report.kept_tokens, report.first_decode_s)
 
     def curves(self) -> StageCurves:
-        """What is known now, as plain data."""
+        """Return the learnt curves, as plain data."""
         return StageCurves(
             self.speculate.curve, self.prefill.curve, self.transfer.curve, self.first_decode.curve
         )
 
 
 def fit(samples: Sequence[Sample], weights: Sequence[float]) -> Curve:
-    """The curve with the least weighted squares of relative errors, no part of it negative."""
+    """Fit the curve by weighted least squares of relative errors, no part of it negative."""
     rows = np.array([_features(sample) for sample in samples])  # [samples, 3]
     seconds = np.array([sample.seconds for sample in samples])
     scale = np.sqrt(np.array(weights)) / np.maximum(seconds, MIN_SECONDS)
@@ -225,14 +225,14 @@ def _features(sample: Sample) -> tuple[float, float, float]:
 
 
 def _pairs(tokens: float, cached: float) -> float:
-    """Twice the pairs of a new token and one before it."""
+    """Return twice the pairs of a new token and one before it."""
     return tokens * (tokens + 2 * cached)
 
 
 def _nonnegative_least_squares(
     rows: NDArray[np.float64], target: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """min |rows @ x - target| with x >= 0, by trying every set of unknowns that are not zero."""
+    """Minimise |rows @ x - target| with x >= 0, by trying every set of nonzero unknowns."""
     widths = np.maximum(np.linalg.norm(rows, axis=0), np.finfo(float).tiny)
     scaled = rows / widths
     best: NDArray[np.float64] = np.zeros(rows.shape[1])

@@ -1,4 +1,4 @@
-"""Joins what several engines say into one answer, each token once."""
+"""Joins the outputs of several engines into one answer, each token once."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ class Diverged(Exception):
 
 @dataclass(slots=True)
 class _Sample:
-    """What one sample's client has, and what of it a decode engine is about to repeat."""
+    """One sample: the tokens its client has, and how many a decode engine will repeat."""
 
     token_ids: list[int] = field(default_factory=list)
     chars: int = 0
     tokens_to_skip: int = 0
     chars_to_skip: int = 0
-    decoding: bool = False  # a decode engine has begun with it
+    decoding: bool = False  # a decode engine has started it
     finished: bool = False
 
-    def sent(self, chunk: Chunk) -> None:
+    def append(self, chunk: Chunk) -> None:
         self.token_ids += chunk.token_ids
         self.chars += len(chunk.text)
-        self.finished |= chunk.finished
+        self.finished |= chunk.is_finished
 
-    def cut(self, chunk: Chunk) -> Chunk:
-        """The part of `chunk` that the client lacks. Raises Diverged if the other part differs."""
+    def without_repeated(self, chunk: Chunk) -> Chunk:
+        """Return the part of `chunk` that the client lacks. Raises Diverged if the rest differs."""
         tokens = min(self.tokens_to_skip, len(chunk.token_ids))
         place = len(self.token_ids) - self.tokens_to_skip
         if list(chunk.token_ids[:tokens]) != self.token_ids[place : place + tokens]:
@@ -56,8 +56,8 @@ class _Sample:
             logprobs=None if chunk.logprobs is None else chunk.logprobs[tokens:],
         )
 
-    def repeat(self) -> tuple[int, ...]:
-        """A decode engine starts over and repeats these tokens."""
+    def start_over(self) -> tuple[int, ...]:
+        """Expect a new decode engine to repeat every token so far; return those tokens."""
         self.tokens_to_skip, self.chars_to_skip = len(self.token_ids), self.chars
         return tuple(self.token_ids)
 
@@ -65,7 +65,7 @@ class _Sample:
 class Answer:
     """One request's samples, from the first token to the report.
 
-    `prefilled` None: the decode engine computes the prompt, and says everything.
+    `prefilled` None: the decode engine computes the prompt and sends every token.
     """
 
     def __init__(self, request: Request, prefilled: Prefilled | None) -> None:
@@ -78,20 +78,20 @@ class Answer:
         self._computed = Computed(0.0, 0.0)
         first = None if prefilled is None else prefilled.first
         self._cached_tokens = 0 if first is None else first.cached_tokens
-        self._prompt_logprobs = None if first is None else first.prompt_logprobs  # until told
+        self._prompt_logprobs = None if first is None else first.prompt_logprobs  # until sent
 
     @property
     def open_samples(self) -> int:
-        """Samples that have not finished."""
+        """The number of samples that have not finished."""
         return sum(not sample.finished for sample in self._samples)
 
     @property
     def kv_arrived(self) -> bool:
-        """Whether a decode engine has the KV for every sample."""
+        """True once a decode engine has the KV for every sample."""
         return all(sample.decoding or sample.finished for sample in self._samples)
 
-    def early(self) -> list[Chunk]:
-        """The first token, unless a stop string or half a character holds it back."""
+    def first_chunks(self) -> list[Chunk]:
+        """Return the first token, unless a stop string or half a character holds it back."""
         if self._prefilled is None:
             return []
         first = self._prefilled.first
@@ -102,15 +102,15 @@ class Answer:
             return []
         return self._send(first)
 
-    def replay(self) -> Replay:
-        """What a decode engine is to repeat: everything sent, at least the first token."""
-        repeated = [sample.repeat() for sample in self._samples]
+    def start_replay(self) -> Replay:
+        """Start a decode engine over: return the tokens to repeat, at least the first token."""
+        repeated = [sample.start_over() for sample in self._samples]
         if not repeated[0] and self._prefilled is not None:
             repeated[0] = self._prefilled.first.token_ids
         return tuple(repeated)
 
-    def feed(self, step: Decoded) -> list[Chunk]:
-        """What of a decode step is new to the client. Raises Diverged."""
+    def add_step(self, step: Decoded) -> list[Chunk]:
+        """Return the part of a decode step that is new to the client. Raises Diverged."""
         if step.transfer_s is not None:
             self._transfer_s = step.transfer_s
         if step.first_decode_s is not None:
@@ -123,11 +123,11 @@ class Answer:
         sample.decoding = True
         if sample.finished:
             return []  # it had finished before its engine was lost
-        chunk = sample.cut(step.chunk)
-        return self._send(chunk) if chunk.token_ids or chunk.text or chunk.finished else []
+        chunk = sample.without_repeated(step.chunk)
+        return self._send(chunk) if chunk.token_ids or chunk.text or chunk.is_finished else []
 
     def report(self, selection: Selection, ttft_s: float) -> Report:
-        """The whole story, once the last sample has finished."""
+        """Return the request's report, once the last sample has finished."""
         kept_all = selection.kept_tokens == selection.prompt_tokens
         by, times = (
             (PrefilledBy.DECODE, self._computed)
@@ -154,7 +154,7 @@ class Answer:
         )
 
     def _send(self, chunk: Chunk) -> list[Chunk]:
-        self._samples[chunk.index].sent(chunk)
+        self._samples[chunk.index].append(chunk)
         chunk = replace(
             chunk, cached_tokens=self._cached_tokens, prompt_logprobs=self._prompt_logprobs
         )

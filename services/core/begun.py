@@ -11,8 +11,8 @@ Item = TypeVar("Item")
 
 
 @asynccontextmanager
-async def begun(items: AsyncGenerator[Item]) -> AsyncIterator[AsyncGenerator[Item]]:
-    """`items`, begun at once. At the end they are closed, begun or not."""
+async def prefetch_first(items: AsyncGenerator[Item]) -> AsyncIterator[AsyncGenerator[Item]]:
+    """Start awaiting the first of `items` at once; close them on exit, started or not."""
     first = asyncio.ensure_future(anext(items))
 
     async def all_items() -> AsyncGenerator[Item]:

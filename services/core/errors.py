@@ -34,7 +34,7 @@ class SpecPrefillError(Exception):
 
 
 class InvalidRequest(SpecPrefillError):
-    """The request cannot be served as it stands; `message` says what would be allowed."""
+    """The request cannot be served as it stands; `message` names what would be allowed."""
 
     def __init__(self, message: str, field: str | None = None) -> None:
         super().__init__(message)

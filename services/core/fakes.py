@@ -1,4 +1,4 @@
-"""In-process stand-ins for the three pools: no engine, no network, real contracts.
+"""In-process fakes of the three pools: no engine, no network, real contracts.
 
 They ship with the product, so that a pipeline or a gateway can be tried and tested in
 milliseconds. The "model" answers with the kept tokens themselves, first to last, so a test
@@ -75,12 +75,12 @@ class FakePrefiller:
         del timeout_s
         error = self.fails.pop(0) if self.fails else None
         self.selections.append(selection)
-        token = selection.kept(request.prompt)[0]
+        token = selection.kept_token_ids(request.prompt)[0]
         chunk = Chunk(0, (token,), text_of(token))
         ticket = Ticket(Lease("lease", "secret"), ("peer:1",), "layout", selection.kept_tokens)
         prefilled = Prefilled(chunk, ticket, queue_s=0.0, prefill_s=0.5)
         if self.ends_answer:
-            prefilled = Prefilled(_finished(chunk, "stop"), None, queue_s=0.0, prefill_s=0.5)
+            prefilled = Prefilled(_finish(chunk, "stop"), None, queue_s=0.0, prefill_s=0.5)
         prefilling = FakePrefilling(self, error, ticket if self.early else None, prefilled)
         try:
             yield prefilling
@@ -95,7 +95,7 @@ class FakePrefilling:
     prefiller: FakePrefiller
     error: SpecPrefillError | None
     early: Ticket | None
-    result: Prefilled
+    outcome: Prefilled
     holds: bool = False
 
     async def ticket(self) -> Ticket | None:
@@ -104,14 +104,14 @@ class FakePrefilling:
             self._hold()
         return self.early
 
-    async def prefilled(self) -> Prefilled:
+    async def result(self) -> Prefilled:
         """See the port."""
         await asyncio.sleep(0)
         if self.error is not None:
             raise self.error
-        if self.result.ticket is not None:
+        if self.outcome.ticket is not None:
             self._hold()
-        return self.result
+        return self.outcome
 
     def kv_arrived(self) -> None:
         """See the port."""
@@ -130,8 +130,8 @@ class FakePrefilling:
 class FakeDecoder:
     """Streams the kept tokens, `max_tokens` of them, for every sample in turn.
 
-    `fails` holds what to raise, one per call, before the token at `fails_at`; None: nothing.
-    `samples_first` is what it samples first where nothing is replayed.
+    `fails` holds the error to raise, one per call, before the token at `fails_at`; None: nothing.
+    `samples_first` is the first token that it samples where nothing is replayed.
     """
 
     max_tokens: int = 4
@@ -153,7 +153,7 @@ class FakeDecoder:
         del timeout_s
         self.replays.append(replay)
         error = self.fails.pop(0) if self.fails else None
-        tokens = selection.kept(request.prompt)[: self.max_tokens]
+        tokens = selection.kept_token_ids(request.prompt)[: self.max_tokens]
         if self.samples_first is not None and not any(replay):
             tokens[0] = self.samples_first
         try:
@@ -164,24 +164,24 @@ class FakeDecoder:
                         raise error
                     chunk = Chunk(index, (token,), text_of(token))
                     if place == len(tokens) - 1:
-                        chunk = _finished(chunk, "length")
-                    yield _decoded(chunk, ticket)
+                        chunk = _finish(chunk, "length")
+                    yield _decode_step(chunk, ticket)
         finally:
             self.closed += 1
 
 
-def _decoded(chunk: Chunk, ticket: Ticket | None) -> Decoded:
+def _decode_step(chunk: Chunk, ticket: Ticket | None) -> Decoded:
     if ticket is None:
         return Decoded(chunk, 0.0, 0.0, computed=Computed(queue_s=0.0, prefill_s=0.375))
     return Decoded(chunk, 0.125, 0.0625)
 
 
 def text_of(token: int) -> str:
-    """The fake model's text for one token."""
+    """Return the fake model's text for one token."""
     return f"<{token}>"
 
 
-def _finished(chunk: Chunk, reason: str) -> Chunk:
+def _finish(chunk: Chunk, reason: str) -> Chunk:
     return Chunk(chunk.index, chunk.token_ids, chunk.text, finish_reason=reason)
 
 
@@ -194,8 +194,8 @@ class PlannedPipeline(Generic[Inner]):
 
     def generate(self, request: Request) -> AsyncGenerator[Chunk]:
         """See Pipeline.generate."""
-        return self.pipeline.generate(self.planner.planned(request))
+        return self.pipeline.generate(self.planner.with_plan(request))
 
     async def select(self, request: Request) -> Selection:
         """See Pipeline.select."""
-        return await self.pipeline.select(self.planner.planned(request))
+        return await self.pipeline.select(self.planner.with_plan(request))

@@ -1,8 +1,8 @@
-"""What becomes of a prompt that the speculator could not score in time.
+"""The fallback for a prompt that the speculator could not score in time.
 
-Not a dense prefill, unless a deployment asks for it: a dense prompt is 1 / keep times the work of a
-pruned one, for a pool that was sized for pruned ones, at the very moment when there is too much to
-do. Pure: no clock, no I/O.
+It is not a dense prefill, unless a deployment chooses that: a dense prompt is 1 / keep times the
+work of a pruned one, for a pool that was sized for pruned ones, at the very moment of overload.
+Pure: no clock, no I/O.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .errors import Overloaded
 from .selection import Scores, SelectionPolicy, select
-from .types import Plan, Reason, Request, Selection, Span, dense
+from .types import Plan, Reason, Request, Selection, Span, dense_selection
 
 NOMINAL_KEEP = 0.3  # of a plan whose rate the scores would have chosen
 QUERY_TOKENS = 256  # of the last protected span, that other chunks are compared with
@@ -29,7 +29,7 @@ _MESSAGES = {
 
 
 class OnOverload(enum.StrEnum):
-    """The policies."""
+    """The policies for a prompt without scores."""
 
     SHED = "shed"  # 429, with a time to try again
     STATIC = "static"  # pruned at the nominal rate, chosen by the query's words
@@ -38,19 +38,19 @@ class OnOverload(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long a prompt may take to be scored, queueing included."""
+    """The time that scoring a prompt may take, queueing included."""
 
     base_s: float = 10.0
     token_s: float = 0.0
 
     def seconds(self, tokens: int) -> float:
-        """For a prompt of this length."""
+        """Return the limit for a prompt of `tokens` tokens."""
         return self.base_s + self.token_s * tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Fallback:
-    """A deployment's policy."""
+    """A deployment's policy for prompts without scores."""
 
     on_overload: OnOverload = OnOverload.SHED
     policy: SelectionPolicy | None = None  # of the static selection
@@ -62,12 +62,12 @@ class Fallback:
     def selection(
         self, request: Request, plan: Plan, reason: Reason, retry_after_s: float
     ) -> Selection:
-        """The selection without scores. Raises Overloaded where the request is to be shed."""
+        """Return the selection without scores. Raises Overloaded where the policy is to shed."""
         match self.on_overload:
             case OnOverload.DENSE:
-                return dense(len(request.prompt), reason)
+                return dense_selection(len(request.prompt), reason)
             case OnOverload.STATIC if self.policy is not None:
-                static = replace(plan, reason=reason, keep=_nominal(plan), within=None)
+                static = replace(plan, reason=reason, keep=_nominal_keep(plan), within=None)
                 return static_selection(request.prompt, static, request.protected, self.policy)
             case _:
                 message = f"{_MESSAGES[reason]}; try again later"
@@ -86,7 +86,7 @@ def static_selection(
     return select(scores, plan, protected, policy)
 
 
-def _nominal(plan: Plan) -> float:
+def _nominal_keep(plan: Plan) -> float:
     if plan.within is None:
         return plan.keep
     return min(plan.within.ceiling, max(plan.within.floor, NOMINAL_KEEP))
@@ -95,19 +95,19 @@ def _nominal(plan: Plan) -> float:
 def _static_scores(
     prompt: NDArray[np.int64], protected: Sequence[Span], policy: SelectionPolicy
 ) -> Scores:
-    """[N] -> [N]: each token has its chunk's score."""
+    """Score each token as its chunk, `[N]` -> `[N]`."""
     starts = np.arange(0, len(prompt), policy.chunk_tokens)
     sizes = np.diff(starts, append=len(prompt))
-    rated = _bm25(prompt, _query(prompt, protected, policy), sizes)
+    rated = _bm25(prompt, _query_tokens(prompt, protected, policy), sizes)
     best = float(rated.max())
     spaced = _spacing(len(sizes)) * (SPACING_SHARE * best if best > 0.0 else 1.0)
     return np.repeat(rated + spaced, sizes).astype(np.float32)
 
 
-def _query(
+def _query_tokens(
     prompt: NDArray[np.int64], protected: Sequence[Span], policy: SelectionPolicy
 ) -> NDArray[np.int64]:
-    """The distinct tokens of the prompt's end: its tail, and the last span that is protected."""
+    """Return the distinct tokens of the prompt's end: its tail and the last protected span."""
     tail = [prompt[max(0, len(prompt) - policy.tail_tokens) :]]
     if protected:
         last = protected[-1]
@@ -118,7 +118,7 @@ def _query(
 def _bm25(
     prompt: NDArray[np.int64], query: NDArray[np.int64], sizes: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """[chunks]: how well each chunk matches (Robertson and Zaragoza, 2009, section 3)."""
+    """Rate each chunk by BM25, `[chunks]` (Robertson and Zaragoza, 2009, section 3)."""
     chunks = len(sizes)
     place = np.minimum(np.searchsorted(query, prompt), len(query) - 1)
     asked = query[place] == prompt
@@ -133,7 +133,7 @@ def _bm25(
 
 
 def _spacing(chunks: int) -> NDArray[np.float64]:
-    """[chunks] in (0, 1]: whatever number of the highest is taken, they lie evenly spaced.
+    """Return values in (0, 1], `[chunks]`; any number of the highest lie evenly spaced.
 
     The order is van der Corput's: the binary digits of a chunk's number, mirrored.
     """

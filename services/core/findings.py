@@ -1,4 +1,4 @@
-"""What a check of a deployment found, in the words of the deployment file's own keys. Pure."""
+"""The findings of a deployment check, named by the deployment file's own keys. Pure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 
 class Severity(enum.StrEnum):
-    """How bad a finding is."""
+    """The severity of a finding."""
 
     ERROR = "error"  # the deployment would not start
     WARNING = "warning"  # it starts, and serves some requests worse than its file suggests
@@ -22,7 +22,7 @@ class Finding:
     key: str
     message: str
 
-    def below(self, prefix: str) -> Finding:
+    def with_key_prefix(self, prefix: str) -> Finding:
         """Return the finding with its key's place in the file."""
         return replace(self, key=f"{prefix}.{self.key}")
 

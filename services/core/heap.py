@@ -9,7 +9,7 @@ def freeze() -> None:
     """Exempt everything that start-up made from collection: call it once, when ready.
 
     With torch and vLLM imported, a full collection takes 0.3 to 0.5 s, in the middle of
-    whatever request sets it off.
+    the request that triggers it.
     """
     gc.collect()
     gc.freeze()

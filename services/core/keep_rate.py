@@ -1,7 +1,7 @@
-"""The automatic keep rate: how many chunks a prompt's scores ask for. Pure.
+"""The automatic keep rate: the number of chunks a prompt needs, from its scores. Pure.
 
-A rule counts the chunks that carry what the answer needs, given the scores of those that nothing
-protects, highest first. `docs/selection.md` compares rules; `peaks` is the one in use.
+A rule counts the chunks that the answer needs, given the scores of those that nothing protects,
+highest first. `docs/selection.md` compares rules; `peaks` is the one in use.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def peaks(scores: Descending, share: float) -> int:
 
 @dataclass(frozen=True, slots=True)
 class AutoKeep:
-    """When the scores may choose the keep rate, and how."""
+    """The conditions and the rule by which scores choose the keep rate."""
 
     least_certainty: float  # of its least sure token; below, it may look at wrong places
     rule: Rule = peaks  # where the draft model is sure of its look-ahead
@@ -32,7 +32,7 @@ class AutoKeep:
     most_chunks: float = 0.6  # share of the open chunks; needing more, the prompt goes dense
 
 
-def needed(scores: Descending, auto: AutoKeep, *, sure: bool) -> int:
-    """Count the chunks that the answer needs, at least one."""
+def chunks_needed(scores: Descending, auto: AutoKeep, *, sure: bool) -> int:
+    """Return the number of chunks the answer needs, at least one."""
     found = auto.rule(scores, auto.setting) if sure else peaks(scores, auto.unsure_share)
     return int(np.clip(found, 1, len(scores)))

@@ -1,6 +1,6 @@
-"""Where strings occur in a text, in time linear in the text for each of them. Pure.
+"""Finds the occurrences of strings in a text, each in time linear in the text. Pure.
 
-Searching on from every match costs the text's length times the string's where both repeat
+Continuing the search at every match costs the text's length times the string's where both repeat
 themselves ("aaa..." in "aaaa..."), so every window of the string's length is compared by a
 rolling hash: sum of code point times base to the power of its place, modulo 2^64. Two strings of
 one hash would protect too much, never too little.
@@ -24,14 +24,16 @@ class Cancelled(Exception):
     """The caller no longer wants the result."""
 
 
-def covered(text: str, pieces: Collection[str], is_cancelled: Callable[[], bool]) -> Ranges:
-    """The characters that lie in any occurrence of any piece, overlapping occurrences too.
+def find_occurrences(
+    text: str, pieces: Collection[str], is_cancelled: Callable[[], bool]
+) -> Ranges:
+    """Return the characters that any occurrence of any piece covers, overlapping ones too.
 
     Raises Cancelled between two steps, each linear in the text, once `is_cancelled()`.
     """
-    edges = np.zeros(len(text) + 1, dtype=np.int64)  # +1 where an occurrence begins, -1 after it
+    edges = np.zeros(len(text) + 1, dtype=np.int64)  # +1 where an occurrence starts, -1 after it
     for piece in dict.fromkeys(pieces):
-        for starts in _starts(text, piece):
+        for starts in _find_starts(text, piece):
             if is_cancelled():
                 raise Cancelled
             edges[starts] += 1
@@ -40,12 +42,12 @@ def covered(text: str, pieces: Collection[str], is_cancelled: Callable[[], bool]
 
 
 def runs(mask: NDArray[np.bool_]) -> Ranges:
-    """Maximal runs of True."""
+    """Return the maximal runs of True."""
     return np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2)
 
 
-def _starts(text: str, piece: str) -> Iterator[NDArray[np.int64]]:
-    """Where `piece` begins, window by window."""
+def _find_starts(text: str, piece: str) -> Iterator[NDArray[np.int64]]:
+    """Yield the start of each occurrence of `piece`, window by window."""
     first = text.find(piece) if piece else -1
     if first < 0:
         return

@@ -1,4 +1,4 @@
-"""One request's way through the three pools. Knows ports, not frameworks."""
+"""The path of one request through the three pools. Knows ports, not frameworks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from contextlib import (
 from dataclasses import dataclass, field, replace
 
 from .answer import Answer, Diverged
-from .begun import begun
+from .begun import prefetch_first
 from .errors import (
     DeadlineExceeded,
     DecodeUnavailable,
@@ -36,8 +36,8 @@ from .types import (
     Reason,
     Request,
     Selection,
-    dense,
-    whole,
+    dense_selection,
+    keep_all,
 )
 
 
@@ -49,7 +49,7 @@ class Deadline:
     now: Callable[[], float]
 
     def left_s(self) -> float:
-        """Seconds left. Raises DeadlineExceeded when there are none."""
+        """Return the seconds left. Raises DeadlineExceeded when there are none."""
         left = self.at_s - self.now()
         if left <= 0:
             raise DeadlineExceeded("timeout_s: the request's time was used up")
@@ -57,8 +57,8 @@ class Deadline:
 
 
 @dataclass(frozen=True, slots=True)
-class _Start:
-    """The first token, and a decode that was begun before it was known.
+class _PrefillOutcome:
+    """The first token, and a decode that was started before it was known.
 
     All None: the decode engine is to compute the prompt.
     """
@@ -93,69 +93,69 @@ class Pipeline:
         started_s = self.now()
         deadline = Deadline(started_s + request.timeout_s, self.now)
         selection = await self._select(request, deadline)
-        async with self._started(request, selection, deadline) as start:
+        async with self._prefill_or_skip(request, selection, deadline) as start:
             answer, ttft_s = Answer(request, start.prefilled), 0.0
-            chunks = self._chunks(request, selection, start, answer, deadline)
+            chunks = self._stream_chunks(request, selection, start, answer, deadline)
             async with aclosing(chunks) as stream:
                 async for chunk in stream:
                     ttft_s = ttft_s or self.now() - started_s
                     done = answer.open_samples == 0
                     yield replace(chunk, report=answer.report(selection, ttft_s)) if done else chunk
 
-    async def _chunks(
+    async def _stream_chunks(
         self,
         request: Request,
         selection: Selection,
-        start: _Start,
+        start: _PrefillOutcome,
         answer: Answer,
         deadline: Deadline,
     ) -> AsyncGenerator[Chunk, None]:
-        """The first token at once, then the decode engine's; a lost engine is replaced."""
-        for chunk in answer.early():  # the client has it, whether the KV has moved or not
+        """Yield the first token at once, then the decode engine's; replace a lost engine."""
+        for chunk in answer.first_chunks():  # the client has it, whether the KV has moved or not
             yield chunk
         steps = start.steps
         for attempts_left in reversed(range(self.attempts)):
             if answer.open_samples == 0:
                 return
-            replay = answer.replay()
+            replay = answer.start_replay()
             if steps is None:
                 ticket = None if start.prefilled is None else start.prefilled.ticket
                 steps = self.decoder.decode(request, selection, ticket, replay, deadline.left_s())
             try:
-                async with aclosing(_fed(answer, steps, start.prefilling)) as chunks:
+                async with aclosing(_new_chunks(answer, steps, start.prefilling)) as chunks:
                     async for chunk in chunks:
                         yield chunk
             except Diverged:
-                pass  # the next one is told what to repeat
+                pass  # the next one repeats the client's tokens
             except DecodeUnavailable:
                 if attempts_left == 0:
                     raise
             steps = None
 
     @asynccontextmanager
-    async def _started(
+    async def _prefill_or_skip(
         self, request: Request, selection: Selection, deadline: Deadline
-    ) -> AsyncIterator[_Start]:
-        """The prefill, or nothing where decode computes the prompt."""
-        with self._local(request, selection) as local:
+    ) -> AsyncIterator[_PrefillOutcome]:
+        """Prefill in the prefill pool, unless decode computes the prompt."""
+        with self._decide_local(request, selection) as local:
             if local:
-                yield _Start()
+                yield _PrefillOutcome()
                 return
-            async with self._prefilled(request, selection, deadline) as start:
+            async with self._prefill_with_retry(request, selection, deadline) as start:
                 yield start
 
-    def _local(self, request: Request, selection: Selection) -> AbstractContextManager[bool]:
-        return nullcontext(False) if self.local is None else self.local.decided(request, selection)
+    def _decide_local(self, request: Request, selection: Selection) -> AbstractContextManager[bool]:
+        return nullcontext(False) if self.local is None else self.local.decide(request, selection)
 
     @asynccontextmanager
-    async def _prefilled(
+    async def _prefill_with_retry(
         self, request: Request, selection: Selection, deadline: Deadline
-    ) -> AsyncIterator[_Start]:
-        """Tried again elsewhere when its engine is lost: nothing was sent yet."""
+    ) -> AsyncIterator[_PrefillOutcome]:
+        """Prefill, on another engine when one is lost: nothing was sent yet."""
         for attempts_left in reversed(range(self.attempts)):
             async with AsyncExitStack() as inside:
                 try:
-                    start = await self._start(inside, request, selection, deadline)
+                    start = await self._prefill_once(inside, request, selection, deadline)
                 except PrefillUnavailable:
                     if attempts_left == 0:
                         raise
@@ -163,10 +163,10 @@ class Pipeline:
                 yield start
                 return
 
-    async def _start(
+    async def _prefill_once(
         self, inside: AsyncExitStack, request: Request, selection: Selection, deadline: Deadline
-    ) -> _Start:
-        """Prefill, and begin to decode while the last of the KV is still being computed."""
+    ) -> _PrefillOutcome:
+        """Prefill, and start to decode while the last of the KV is still being computed."""
         prefill = self.prefiller.prefill(request, selection, deadline.left_s())
         prefilling = await inside.enter_async_context(prefill)
         ticket = await prefilling.ticket()
@@ -175,29 +175,29 @@ class Pipeline:
             decode = self.decoder.decode(
                 request, selection, ticket, ((),) * request.samples, deadline.left_s()
             )
-            steps = await inside.enter_async_context(begun(decode))
-        return _Start(prefilling, await prefilling.prefilled(), steps)
+            steps = await inside.enter_async_context(prefetch_first(decode))
+        return _PrefillOutcome(prefilling, await prefilling.result(), steps)
 
     async def select(self, request: Request) -> Selection:
-        """Which tokens would be kept, without answering.
+        """Return the selection without answering.
 
         Raises InvalidRequest or DeadlineExceeded.
         """
         return await self._select(request, Deadline(self.now() + request.timeout_s, self.now))
 
     async def _select(self, request: Request, deadline: Deadline) -> Selection:
-        """Losing the speculator costs time, never the answer; a full or slow one is overload."""
+        """Select tokens. Losing the speculator costs time, never the answer."""
         if not request.prompt:
             raise InvalidRequest("prompt: must hold at least one token", "prompt")
         plan = plan_of(request)
         if plan.kind is PlanKind.DENSE:
-            return whole(len(request.prompt), plan)
+            return keep_all(len(request.prompt), plan)
         left_s, asked_s = deadline.left_s(), self.now()
         timeout_s = min(left_s, self.patience.seconds(len(request.prompt)))
         try:
             return await self.speculator.select(request, plan, timeout_s)
         except SpeculatorUnavailable:
-            selection = dense(len(request.prompt), Reason.SPECULATOR_UNAVAILABLE)
+            selection = dense_selection(len(request.prompt), Reason.SPECULATOR_UNAVAILABLE)
             return replace(selection, queue_s=self.now() - asked_s)
         except Overloaded as error:
             reason, retry_after_s = Reason.SPECULATOR_OVERLOADED, error.retry_after_s
@@ -206,12 +206,12 @@ class Pipeline:
             if left_s <= timeout_s:
                 raise
             reason, retry_after_s = Reason.SPECULATOR_TIMEOUT, timeout_s
-            # Where nobody reports what the time went into, it was waited.
+            # Time that no stage reports was spent in the queue.
             speculate_s = error.speculate_s if isinstance(error, ScoringTimeout) else 0.0
             queue_s = max(0.0, self.now() - asked_s - speculate_s)
-        return self._unscored(request, plan, reason, retry_after_s, (queue_s, speculate_s))
+        return self._select_unscored(request, plan, reason, retry_after_s, (queue_s, speculate_s))
 
-    def _unscored(
+    def _select_unscored(
         self,
         request: Request,
         plan: Plan,
@@ -219,7 +219,7 @@ class Pipeline:
         retry_after_s: float,
         spent_s: tuple[float, float],  # in the speculator's queue, and scoring
     ) -> Selection:
-        """The selection without scores. Raises Overloaded where the policy is to shed."""
+        """Return the selection without scores. Raises Overloaded where the policy is to shed."""
         queue_s, speculate_s = spent_s
         try:
             selection = self.fallback.selection(request, plan, reason, retry_after_s)
@@ -230,13 +230,13 @@ class Pipeline:
         return replace(selection, queue_s=queue_s, speculate_s=speculate_s)
 
 
-async def _fed(
+async def _new_chunks(
     answer: Answer, steps: AsyncGenerator[Decoded], prefilling: Prefilling | None
 ) -> AsyncGenerator[Chunk, None]:
-    """What of a decode engine's steps is new to the client. Raises Diverged."""
+    """Yield the parts of a decode engine's steps that are new to the client. Raises Diverged."""
     async with aclosing(steps) as stream:
         async for step in stream:
-            for chunk in answer.feed(step):
+            for chunk in answer.add_step(step):
                 yield chunk
             if prefilling is not None and answer.kv_arrived:
                 prefilling.kv_arrived()

@@ -1,4 +1,4 @@
-"""Whether to prune a prompt, and how far. Pure: a request and a policy in, a plan out."""
+"""Decides whether to prune a prompt, and how far. Pure: request and policy in, plan out."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from .types import Controls, Expected, KeepRange, Plan, PlanKind, Reason, Request
+from .types import Controls, KeepRange, Plan, PlanKind, Reason, Request, TtftEstimate
 
-# Of the facts of a draft's self-test, what it must keep. By chance one in seven is: five or more of
-# eight, once in 500.
+# The share of its self-test's facts that a draft must keep. By chance it keeps one in seven;
+# five or more of eight once in 500 tests.
 LEAST_FACTS_KEPT = 0.6
 
 
 class Gain(Protocol):
-    """Foresees what a plan costs."""
+    """Estimates what a plan costs."""
 
-    def expected(self, request: Request, keep: float | None) -> Expected:
-        """Seconds to the first token, pruned to `keep` (None: as the scores choose) and dense."""
+    def estimate(self, request: Request, keep: float | None) -> TtftEstimate:
+        """Estimate the seconds to the first token, dense and pruned to `keep` (None: automatic)."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Planner:
-    """The deployment's policy; a request's own controls go before it."""
+    """The deployment's policy; a request's own controls override it."""
 
     enabled: bool  # prune unless asked not to
     keep: float | None  # default keep rate; None: the scores choose, from `floor` to `ceiling`
@@ -31,11 +31,11 @@ class Planner:
     floor: float = 0.05
     ceiling: float = 1.0
     gain: Gain | None = None  # None: prune whether it pays or not
-    unfit: Callable[[], bool] | None = None  # whether the draft is known to choose badly
+    unfit: Callable[[], bool] | None = None  # returns True if the draft is known to choose badly
     min_gain: float = 0.0  # least share of the dense time to first token that pruning must save
 
-    def planned(self, request: Request) -> Request:
-        """The request with its plan, made now unless it has one."""
+    def with_plan(self, request: Request) -> Request:
+        """Return the request with its plan, made now unless it has one."""
         return request if request.plan is not None else replace(request, plan=self.plan(request))
 
     def plan(self, request: Request) -> Plan:
@@ -43,17 +43,17 @@ class Planner:
         refusal = self.dense_reason(request)
         if refusal is not None:
             return Plan(PlanKind.DENSE, refusal)
-        plan = self._pruned(request.controls)
+        plan = self._pruning_plan(request.controls)
         if plan.kind is PlanKind.DENSE or self.gain is None:
             return plan
         keep = plan.keep if plan.within is None else None
-        expected = self.gain.expected(request, keep)
-        if not is_asked(request.controls) and not self._pays(expected):
+        expected = self.gain.estimate(request, keep)
+        if not is_asked(request.controls) and not self._is_worthwhile(expected):
             return Plan(PlanKind.DENSE, Reason.NO_GAIN, expected=expected)
         return replace(plan, expected=expected)
 
-    def _pruned(self, controls: Controls) -> Plan:
-        """The plan if pruning pays: at a rate, or with the rates that the scores choose from."""
+    def _pruning_plan(self, controls: Controls) -> Plan:
+        """Return the plan to prune: at a fixed rate, or with bounds for an automatic one."""
         keep = self.keep if controls.keep is None else controls.keep
         if controls.auto or keep is None:
             floor = self.floor if controls.floor is None else controls.floor
@@ -70,11 +70,11 @@ class Planner:
             return Plan(PlanKind.DENSE, Reason.KEEP_IS_ONE)
         return Plan(PlanKind.PRUNE, Reason.ASKED if is_asked(controls) else Reason.DEFAULT, keep)
 
-    def _pays(self, expected: Expected) -> bool:
+    def _is_worthwhile(self, expected: TtftEstimate) -> bool:
         return expected.prune_s < expected.dense_s * (1.0 - self.min_gain)
 
     def dense_reason(self, request: Request) -> Reason | None:
-        """Why the prompt is dense whatever it holds; None: it may be pruned."""
+        """Return why the prompt is dense whatever it holds; None: it may be pruned."""
         controls = request.controls
         if controls.prune is False:
             return Reason.ASKED_OFF
@@ -91,17 +91,17 @@ class Planner:
 
 
 def is_asked(controls: Controls) -> bool:
-    """Whether the caller asked for pruning, and so gets it whatever the service thinks of it."""
+    """Return True if the caller asked for pruning, which then overrides the estimate."""
     return controls.prune is True or controls.keep is not None
 
 
 def can_choose(facts_kept: float | None) -> bool:
-    """Whether a draft with this result of its self-test may choose; None: it was not tested."""
+    """Return True if a draft with this self-test result may choose; None: it was not tested."""
     return facts_kept is None or facts_kept >= LEAST_FACTS_KEPT
 
 
 def plan_of(request: Request) -> Plan:
-    """The plan that a request carries. Raises ValueError for one that was not planned."""
+    """Return the plan that a request carries. Raises ValueError for one that was not planned."""
     if request.plan is None:
         raise ValueError(f"request {request.request_id}: not planned")
     return request.plan

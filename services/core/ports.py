@@ -1,4 +1,4 @@
-"""What the pipeline needs from the world. Adapters (Serve handles, engines, fakes) provide it."""
+"""The interfaces that the pipeline calls. Adapters (Serve handles, engines, fakes) provide them."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ class Speculator(Protocol):
 class Prefilling(Protocol):
     """A prefill under way.
 
-    Both questions raise PrefillUnavailable, DeadlineExceeded, Overloaded or InvalidRequest.
+    `ticket` and `result` raise PrefillUnavailable, DeadlineExceeded, Overloaded or InvalidRequest.
     """
 
     async def ticket(self) -> Ticket | None:
-        """Ask first: a ticket, when the KV is nearly complete and a pull may begin.
+        """Return the early ticket, once the KV is nearly complete and a pull may start.
 
-        None when the ticket comes with the result only, or there is none.
+        None when the ticket comes with the result only, or there is none. Await it before `result`.
         """
         ...
 
-    async def prefilled(self) -> Prefilled:
-        """The first token, and the ticket for the KV."""
+    async def result(self) -> Prefilled:
+        """Return the first token and the ticket for the KV."""
         ...
 
     def kv_arrived(self) -> None:
-        """The KV need not be held any longer."""
+        """Release the KV: the decode engine has it."""
         ...
 
 
@@ -49,7 +49,7 @@ class Prefiller(Protocol):
     def prefill(
         self, request: Request, selection: Selection, timeout_s: float
     ) -> AbstractAsyncContextManager[Prefilling]:
-        """Begin to prefill; on exit the engine stops, and the KV is released, always."""
+        """Start to prefill; on exit always stop the engine and release the KV."""
         ...
 
 
@@ -70,7 +70,7 @@ class Decoder(Protocol):
         that penalties, grammars, stop strings and seeds count them as if sampled there. The
         pipeline drops what the client has already. Without a ticket, or when the pull fails,
         the engine computes the prompt itself. With an empty replay it samples freely: as the
-        prefill engine did, but for numerical noise.
+        prefill engine did, except for numerical noise.
 
         Raises DecodeUnavailable or DeadlineExceeded.
         """
@@ -80,7 +80,7 @@ class Decoder(Protocol):
 class LocalPrefill(Protocol):
     """Decides which prompts the decode engine computes itself."""
 
-    def decided(self, request: Request, selection: Selection) -> AbstractContextManager[bool]:
+    def decide(self, request: Request, selection: Selection) -> AbstractContextManager[bool]:
         """Enter while the request runs: True if decode computes its prompt."""
         ...
 
@@ -93,5 +93,5 @@ class Answerer(Protocol):
         ...
 
     async def select(self, request: Request) -> Selection:
-        """Which tokens would be kept."""
+        """Return the selection without answering."""
         ...

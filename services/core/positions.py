@@ -1,4 +1,4 @@
-"""Which position a KV-cache slot stands for: the one mapping behind sparse prefill.
+"""Maps KV-cache slots to positions: the one mapping behind sparse prefill.
 
 A pruned prompt has k tokens in slots 0..k-1 and kept its N original positions: slot i of
 the prompt is at `kept[i]`, and the output token in slot k + j is at N + j (Speculative
@@ -25,7 +25,7 @@ WIRE_PROMPT_TOKENS = "prompt_tokens"
 
 @dataclass(frozen=True, slots=True)
 class PositionMap:
-    """Slot -> position for one request.
+    """The mapping from slots to positions of one request.
 
     `kept` is `[k]`, strictly increasing, below `prompt_tokens` (N).
     """
@@ -43,17 +43,17 @@ class PositionMap:
 
     @property
     def slots(self) -> int:
-        """k, the number of prompt tokens in the cache."""
+        """The number of prompt tokens in the cache, k."""
         return len(self.kept)
 
     @property
     def shift(self) -> int:
-        """N - k, what an output token's slot lacks to be its position."""
+        """The distance from an output token's slot to its position, N - k."""
         return self.prompt_tokens - self.slots
 
     @property
     def dense_slots(self) -> int:
-        """How many leading slots are their own positions (all of them: never a gap).
+        """The number of leading slots that are their own positions (all of them: no gap).
 
         With no prompt token dropped this is unbounded in effect: see `is_identity`.
         """
@@ -66,13 +66,13 @@ class PositionMap:
         return self.shift == 0
 
     def positions(self, start: int, stop: int) -> Positions:
-        """The positions of slots `[start, stop)`, as `[stop - start]` int64."""
+        """Return the positions of slots `[start, stop)`, as `[stop - start]` int64."""
         slots = np.arange(start, stop, dtype=np.int64)
         inside = self.kept[np.minimum(slots, self.slots - 1)]
         return np.where(slots < self.slots, inside, slots + self.shift)
 
     def to_wire(self) -> dict[str, Any]:
-        """Flat `[start, stop, start, stop, ...]` runs and N: small, and plain JSON types."""
+        """Return flat `[start, stop, start, stop, ...]` runs and N: small, and plain JSON types."""
         edges = np.flatnonzero(np.diff(self.kept) != 1) + 1
         starts = self.kept[np.concatenate(([0], edges))]
         stops = self.kept[np.concatenate((edges - 1, [self.slots - 1]))] + 1
@@ -81,7 +81,7 @@ class PositionMap:
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> PositionMap:
-        """Inverse of `to_wire`. Raises ValueError on anything malformed."""
+        """Parse the result of `to_wire`. Raises ValueError on anything malformed."""
         runs, prompt_tokens = wire.get(WIRE_RUNS), wire.get(WIRE_PROMPT_TOKENS)
         if not isinstance(prompt_tokens, int) or not is_flat_runs(runs):
             raise ValueError("positions: expected flat integer 'runs' and 'prompt_tokens'")
@@ -90,14 +90,14 @@ class PositionMap:
 
     @classmethod
     def from_runs(cls, runs: Iterable[Span], prompt_tokens: int) -> PositionMap:
-        """From runs of original positions, sorted and disjoint."""
+        """Build the map from runs of original positions, sorted and disjoint."""
         parts = [np.arange(run.start, run.stop, dtype=np.int64) for run in runs]
         kept = np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
         return cls(kept, prompt_tokens)
 
 
 def is_flat_runs(runs: object) -> TypeGuard[Sequence[int]]:
-    """True for a sequence of pairs of integers, one after the other."""
+    """Return True for a flat sequence of pairs of integers."""
     return (
         isinstance(runs, Sequence)
         and len(runs) >= 2

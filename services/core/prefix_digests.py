@@ -1,4 +1,4 @@
-"""Digests of a prompt's prefixes, made once per request: equal digests mean equal prefixes."""
+"""Digests of a prompt's prefixes, computed once per request; equal digests, equal prefixes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import xxhash
 
 from .types import Request
 
-BLOCK_TOKENS = 128  # a multiple of most engines' block size: what matches here matches there
+BLOCK_TOKENS = 128  # a multiple of most engines' block size: so that a match here is a match there
 
 
 def prefix_digests(tokens: Sequence[int], block_tokens: int = BLOCK_TOKENS) -> Iterator[int]:
@@ -26,7 +26,7 @@ def prefix_digests(tokens: Sequence[int], block_tokens: int = BLOCK_TOKENS) -> I
 
 
 def digests_of(request: Request) -> tuple[int, ...]:
-    """The digests of the request's prompt, computed here only where it does not carry them."""
+    """Return the digests of the request's prompt; compute them unless it carries them."""
     if request.digests is not None:
         return request.digests
     return tuple(prefix_digests(request.prompt))

@@ -1,4 +1,4 @@
-"""Which parts of a rendered prompt must survive pruning. Pure: text, offsets and messages in.
+"""Finds the parts of a rendered prompt that must survive pruning. Pure.
 
 Protected are the template's own text, system and developer messages, everything before the
 first user content (tool schemas), the end of the last user turn (the query), the caller's
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .occurrences import Ranges, covered, runs
+from .occurrences import Ranges, find_occurrences, runs
 from .types import Span
 
 _KEPT_ROLES = ("system", "developer")
@@ -23,8 +23,8 @@ _KEPT_ROLES = ("system", "developer")
 # A fence opens at the start of a line and is closed by one as long; one left open ends the text.
 _FENCED = re.compile(r"^(`{3,}|~{3,}).*?(?:^\1|\Z)", re.DOTALL | re.MULTILINE)
 
-# A content that the template altered is searched for up to the text's end, in vain: this many times
-# the text's length is read, then the rest of the conversation is protected as a whole.
+# A content that the template altered is searched for up to the text's end without success. After
+# this many times the text's length, the rest of the conversation is protected as a whole.
 _MOST_READ = 512
 
 Offsets = NDArray[np.int64]  # [N, 2], per token: [start, stop) in characters, both ascending
@@ -32,7 +32,7 @@ Offsets = NDArray[np.int64]  # [N, 2], per token: [start, stop) in characters, b
 
 @dataclass(frozen=True, slots=True)
 class _Content:
-    """One piece of message text and where the rendered prompt holds it (None: altered)."""
+    """One piece of message text and its place in the rendered prompt (None: altered)."""
 
     role: str
     place: tuple[int, int] | None
@@ -48,11 +48,12 @@ def protected_spans(
     fences: bool = False,
     is_cancelled: Callable[[], bool] = lambda: False,
 ) -> tuple[Span, ...]:
-    """Token spans that must survive: sorted, disjoint, not adjacent. `fences`: fenced code, too.
+    """Return the token spans that must survive: sorted, disjoint, not adjacent.
 
     `messages` is an OpenAI list, or None for a plain completion, where only `protect` counts.
-    A content that the template altered is found nowhere; the region where it must lie is then
-    not protected. Raises `occurrences.Cancelled` soon after `is_cancelled()`.
+    `fences` protects fenced code, too. A content that the template altered cannot be found; the
+    region where it must lie is then not protected. Raises `occurrences.Cancelled`
+    soon after `is_cancelled()`.
     """
     index = _TokenIndex(offsets)
     places: list[tuple[int, int]] = []
@@ -62,15 +63,17 @@ def protected_spans(
     if messages:
         contents = _locate(text, messages)
         places += _template_text(text, contents)
-        query = _query(contents, index, tail_tokens)
+        query = _query_spans(contents, index, tail_tokens)
     ranges = np.array(places, dtype=np.int64).reshape(-1, 2)
-    return index.spans(np.concatenate((ranges, covered(text, protect, is_cancelled))), query)
+    return index.spans(
+        np.concatenate((ranges, find_occurrences(text, protect, is_cancelled))), query
+    )
 
 
 def altered_piece(
     text: str, messages: Sequence[Mapping[str, Any]], protect: Sequence[str]
 ) -> str | None:
-    """The first piece that stands in a message but nowhere in the rendered text."""
+    """Return the first piece that is in a message but not in the rendered text."""
     missing = [piece for piece in dict.fromkeys(protect) if piece not in text]
     if not missing:
         return None
@@ -79,12 +82,12 @@ def altered_piece(
 
 
 def special_spans(token_ids: Sequence[int], special: Collection[int]) -> tuple[Span, ...]:
-    """The spans of special tokens: turn markers and the like."""
-    return merged(Span(i, i + 1) for i, token in enumerate(token_ids) if token in special)
+    """Return the spans of special tokens: turn markers and the like."""
+    return merge_spans(Span(i, i + 1) for i, token in enumerate(token_ids) if token in special)
 
 
-def merged(spans: Iterator[Span] | Sequence[Span]) -> tuple[Span, ...]:
-    """The union of `spans`: sorted, disjoint, not adjacent; empty spans vanish."""
+def merge_spans(spans: Iterator[Span] | Sequence[Span]) -> tuple[Span, ...]:
+    """Return the union of `spans`: sorted, disjoint, not adjacent; empty spans vanish."""
     union: list[Span] = []
     for span in sorted(span for span in spans if span.start < span.stop):
         if union and span.start <= union[-1].stop:
@@ -95,7 +98,7 @@ def merged(spans: Iterator[Span] | Sequence[Span]) -> tuple[Span, ...]:
 
 
 def content_texts(content: object) -> list[str]:
-    """The texts of a message content: a string, or a list of parts of which some hold text."""
+    """Return the texts of a message content: a string, or a list of parts, some with text."""
     if isinstance(content, str):
         return [content]
     if not isinstance(content, list):
@@ -105,18 +108,18 @@ def content_texts(content: object) -> list[str]:
 
 
 class _TokenIndex:
-    """Character ranges to token spans."""
+    """Maps character ranges to token spans."""
 
     def __init__(self, offsets: Offsets) -> None:
         self._starts, self._stops = offsets[:, 0], offsets[:, 1]
 
     def span(self, start: int, stop: int) -> Span:
-        """The tokens that overlap the characters `[start, stop)`."""
+        """Return the tokens that overlap the characters `[start, stop)`."""
         ((first, last),) = self._tokens(np.array([(start, stop)])).tolist()
         return Span(first, last)
 
     def spans(self, ranges: Ranges, more: Sequence[Span]) -> tuple[Span, ...]:
-        """The union of the tokens that overlap any of the ranges, and of `more`."""
+        """Return the union of the tokens that overlap any of the ranges, and of `more`."""
         found = self._tokens(ranges)
         edges = np.zeros(len(self._starts) + 1, dtype=np.int64)
         np.add.at(edges, found[:, 0], 1)
@@ -155,7 +158,7 @@ def _locate(text: str, messages: Sequence[Mapping[str, Any]]) -> list[_Content]:
 
 
 def _template_text(text: str, contents: Sequence[_Content]) -> Iterator[tuple[int, int]]:
-    """What is left of the text without the contents that may be pruned."""
+    """Yield the ranges of the text outside the contents that may be pruned."""
     known_until: int | None = 0  # None: an altered content lies somewhere after the last found one
     for content in contents:
         if content.place is None:
@@ -171,8 +174,8 @@ def _template_text(text: str, contents: Sequence[_Content]) -> Iterator[tuple[in
         yield known_until, len(text)
 
 
-def _query(contents: Sequence[_Content], index: _TokenIndex, tail_tokens: int) -> list[Span]:
-    """The last tokens of the last user turn."""
+def _query_spans(contents: Sequence[_Content], index: _TokenIndex, tail_tokens: int) -> list[Span]:
+    """Return the last tokens of the last user turn."""
     asked = [content.place for content in contents if content.role == "user"]
     if not asked or asked[-1] is None:
         return []

@@ -1,4 +1,4 @@
-"""Our log lines, in the log of the replica that writes them."""
+"""Sends this package's log lines to the log of the replica that writes them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ OURS, SERVES = "specprefill", "ray.serve"
 
 
 def log_with_serve() -> None:
-    """Write our lines where Serve writes this replica's, from the level that Serve's have."""
+    """Log to the handlers of this replica's Serve log, at Serve's level."""
     serves, ours = logging.getLogger(SERVES), logging.getLogger(OURS)
     ours.setLevel(serves.level or logging.INFO)
     ours.handlers = list(serves.handlers)

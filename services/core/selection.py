@@ -1,6 +1,6 @@
 """From token scores to kept tokens (Speculative Prefill, arXiv 2502.02789, section 3.2).
 
-Pure: numpy in, `Selection` out; equal input gives an equal selection, whatever the platform.
+Pure: numpy in, `Selection` out; equal input gives an equal selection on every platform.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from .keep_rate import AutoKeep, needed
-from .types import KeepRange, Plan, PlanKind, Reason, Selection, Span, dense
+from .keep_rate import AutoKeep, chunks_needed
+from .types import KeepRange, Plan, PlanKind, Reason, Selection, Span, dense_selection
 
 Scores = NDArray[np.float32]  # [N], one score per prompt token
 Mask = NDArray[np.bool_]  # [N]
@@ -24,7 +24,7 @@ FLAT_SPREAD = 1e-4  # (highest - lowest) / highest chunk score below which nothi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SelectionPolicy:
-    """What a deployment always keeps, and in which pieces the rest is chosen."""
+    """The tokens that a deployment always keeps, and the chunks that it chooses from the rest."""
 
     chunk_tokens: int
     min_kept_tokens: int  # absolute floor under any keep rate
@@ -32,7 +32,7 @@ class SelectionPolicy:
     tail_tokens: int  # the last tokens of the prompt, always kept
     block_tokens: int  # of the engine's KV cache: a protected prefix ends with a whole block
     # A chunk counts for at least this share of the one before it: the draft model looks at where
-    # a fact begins, and the fact goes on behind. 0: as in the paper.
+    # a fact starts, and the fact continues behind it. 0: as in the paper.
     next_chunk_share: float
     auto: AutoKeep  # where a plan lets the scores choose
 
@@ -58,80 +58,80 @@ def select(
 
     Ties go to the later chunk. Dense, with its reason, where no whole chunk would be dropped,
     where the scores are flat, where any is not finite, and where the scores are to choose but
-    tell that pruning would hurt.
+    show that pruning would hurt.
     """
     settled = settle(len(scores), plan, protected, policy)
     if settled is not None:
         return settled
     means = _chunk_means(scores, policy.chunk_tokens)
     if _is_flat(means):
-        return dense(len(scores), Reason.FLAT_SCORES)
+        return dense_selection(len(scores), Reason.FLAT_SCORES)
     kept = _protected_mask(len(scores), protected, policy)
     anything_protected = bool(kept.any())
-    worth = _worth(scores, kept, policy)
+    worth = _chunk_worth(scores, kept, policy)
     if plan.within is not None:
-        chosen = _automatic(worth, kept, plan.within, policy, certainty)
+        chosen = _choose_keep(worth, kept, plan.within, policy, certainty)
         if isinstance(chosen, Reason):
-            return dense(len(scores), chosen)
+            return dense_selection(len(scores), chosen)
         plan = replace(plan, keep=chosen)
-    for chunk in _chosen_chunks(worth, kept, plan, policy).tolist():
+    for chunk in _choose_chunks(worth, kept, plan, policy).tolist():
         kept[chunk * policy.chunk_tokens : (chunk + 1) * policy.chunk_tokens] = True
     if len(kept) - int(kept.sum()) < policy.chunk_tokens:
         reason = Reason.PROTECTED_SPANS if anything_protected else Reason.KEEP_IS_ONE
-        return dense(len(scores), reason)
-    return Selection(len(scores), _runs(kept), plan)
+        return dense_selection(len(scores), reason)
+    return Selection(len(scores), _true_runs(kept), plan)
 
 
 def settle(
     prompt_tokens: int, plan: Plan, protected: Sequence[Span], policy: SelectionPolicy
 ) -> Selection | None:
-    """The dense selection that no score could change, or None: then the prompt needs scoring."""
+    """Return the dense selection that no score could change; None: the prompt needs scoring."""
     if prompt_tokens < 1:
         raise ValueError("selection: the prompt is empty")
     if plan.kind is PlanKind.DENSE:
-        return dense(prompt_tokens, plan.reason)
+        return dense_selection(prompt_tokens, plan.reason)
     chunks = math.ceil(prompt_tokens / policy.chunk_tokens)
     least = plan.keep if plan.within is None else plan.within.floor
-    if _asked_chunks(chunks, least) >= chunks:
-        return dense(prompt_tokens, Reason.KEEP_IS_ONE)
+    if _requested_chunks(chunks, least) >= chunks:
+        return dense_selection(prompt_tokens, Reason.KEEP_IS_ONE)
     if policy.min_kept_tokens >= prompt_tokens:
-        return dense(prompt_tokens, Reason.SHORT_PROMPT)
+        return dense_selection(prompt_tokens, Reason.SHORT_PROMPT)
     free = prompt_tokens - int(_protected_mask(prompt_tokens, protected, policy).sum())
     if free < policy.chunk_tokens:
-        return dense(prompt_tokens, Reason.PROTECTED_SPANS)
+        return dense_selection(prompt_tokens, Reason.PROTECTED_SPANS)
     return None
 
 
 def budget_chunks(prompt_tokens: int, keep: float, policy: SelectionPolicy) -> int:
-    """How many chunks a keep rate asks for, with the absolute floor."""
+    """Return the number of chunks that a keep rate allows, with the absolute floor."""
     chunks = math.ceil(prompt_tokens / policy.chunk_tokens)
     floor = math.ceil(policy.min_kept_tokens / policy.chunk_tokens)
-    return min(chunks, max(_asked_chunks(chunks, keep), floor))
+    return min(chunks, max(_requested_chunks(chunks, keep), floor))
 
 
 def expected_kept(
     prompt_tokens: int, keep: float, protected: Sequence[Span], policy: SelectionPolicy
 ) -> int:
-    """About how many tokens `select` would keep, told without scores."""
+    """Estimate, without scores, how many tokens `select` would keep."""
     held = int(_protected_mask(prompt_tokens, protected, policy).sum())
     budget = budget_chunks(prompt_tokens, keep, policy) * policy.chunk_tokens
     return min(prompt_tokens, max(budget, held + budget // 2))
 
 
 def leading_tokens(protected: Sequence[Span]) -> int:
-    """How many of the prompt's first tokens are protected without a gap."""
+    """Count the prompt's first tokens that are protected without a gap."""
     return protected[0].stop if protected and protected[0].start == 0 else 0
 
 
-def _asked_chunks(chunks: int, keep: float) -> int:
+def _requested_chunks(chunks: int, keep: float) -> int:
     return max(1, math.ceil(chunks * keep - ROUNDING))
 
 
 def _protected_mask(prompt_tokens: int, protected: Sequence[Span], policy: SelectionPolicy) -> Mask:
-    """True where a token must survive. Spans are clipped to the prompt.
+    """Return the mask of tokens that must survive. Spans are clipped to the prompt.
 
     A protected prefix of half a block or more is rounded up to whole blocks: engines share the KV
-    of whole blocks only, and a block with a gap in it is nobody else's.
+    of whole blocks only, and a block with a gap in it is never shared.
     """
     mask = np.zeros(prompt_tokens, dtype=np.bool_)
     mask[: policy.sink_tokens] = True
@@ -148,23 +148,23 @@ def _whole_blocks(tokens: int, block_tokens: int) -> int:
 
 
 def _chunk_means(scores: Scores, chunk_tokens: int) -> NDArray[np.float64]:
-    """[N] -> [chunks]; the last chunk may be shorter."""
+    """Average the scores by chunk, `[N]` -> `[chunks]`; the last chunk may be shorter."""
     starts = np.arange(0, len(scores), chunk_tokens)
     sizes = np.diff(starts, append=len(scores))
     return np.add.reduceat(scores, starts, dtype=np.float64) / sizes
 
 
 def _is_flat(means: NDArray[np.float64]) -> bool:
-    """No usable difference. The end chunks do not count: zero padding of the pool bends them."""
+    """Return True if no chunk stands out. Zero padding distorts the end chunks: ignore them."""
     if not bool(np.isfinite(means).all()):
         return True
     inner = means[1:-1] if len(means) > 2 else means
     return float(np.ptp(inner)) <= FLAT_SPREAD * float(np.abs(inner).max())
 
 
-def _worth(scores: Scores, protected: Mask, policy: SelectionPolicy) -> NDArray[np.float64]:
-    """[N] -> [chunks]: what keeping each chunk would add; 0 where all of it is protected."""
-    free = _free(protected, policy.chunk_tokens)
+def _chunk_worth(scores: Scores, protected: Mask, policy: SelectionPolicy) -> NDArray[np.float64]:
+    """Score what keeping each chunk would add, `[N]` -> `[chunks]`; 0: all of it is protected."""
+    free = _free_tokens(protected, policy.chunk_tokens)
     starts = np.arange(0, len(scores), policy.chunk_tokens)
     sums = np.add.reduceat(np.where(protected, 0.0, scores), starts, dtype=np.float64)
     worth: NDArray[np.float64] = sums / np.maximum(free, 1)
@@ -172,49 +172,49 @@ def _worth(scores: Scores, protected: Mask, policy: SelectionPolicy) -> NDArray[
     return worth
 
 
-def _automatic(
+def _choose_keep(
     worth: NDArray[np.float64],
     protected: Mask,
     within: KeepRange,
     policy: SelectionPolicy,
     certainty: float,
 ) -> float | Reason:
-    """The keep rate that the scores of the open chunks ask for, or why the prompt goes dense."""
+    """Return the keep rate that the open chunks need, or the reason to go dense."""
     sure = certainty >= policy.auto.least_certainty
-    of_open = worth[_free(protected, policy.chunk_tokens) > 0]
-    chunks = needed(np.sort(of_open)[::-1], policy.auto, sure=sure)
+    of_open = worth[_free_tokens(protected, policy.chunk_tokens) > 0]
+    chunks = chunks_needed(np.sort(of_open)[::-1], policy.auto, sure=sure)
     if chunks > policy.auto.most_chunks * len(of_open):
         return Reason.SPREAD_SCORES if sure else Reason.UNCERTAIN
     wanted = (chunks * policy.chunk_tokens + int(protected.sum())) / len(protected)
     return min(max(wanted, within.floor), within.ceiling)
 
 
-def _chosen_chunks(
+def _choose_chunks(
     worth: NDArray[np.float64], protected: Mask, plan: Plan, policy: SelectionPolicy
 ) -> NDArray[np.intp]:
-    """The fewest top chunks that fill the budget beside what is protected.
+    """Return the fewest top chunks that fill the budget beside the protected tokens.
 
     A short last chunk counts as a whole one, so that without protection exactly the paper's
     number of chunks is taken.
     """
     size = policy.chunk_tokens
     budget = budget_chunks(len(protected), plan.keep, policy)
-    free = _free(protected, size)
+    free = _free_tokens(protected, size)
     least = math.ceil(budget / 2) if plan.within is None else 1
     missing = max(budget * size - int(protected.sum()), least * size)
     order = len(worth) - 1 - np.argsort(-worth[::-1], kind="stable")
     open_chunks = order[free[order] > 0]
-    whole = len(worth) * size - len(protected)  # what the last chunk lacks counts as free
+    whole = len(worth) * size - len(protected)  # the last chunk's missing tokens count as free
     filled = np.cumsum(free[open_chunks] + np.where(open_chunks == len(worth) - 1, whole, 0))
     return open_chunks[: int(np.searchsorted(filled, missing)) + 1]
 
 
-def _free(protected: Mask, size: int) -> NDArray[np.int64]:
-    """How many tokens of each chunk are not protected."""
+def _free_tokens(protected: Mask, size: int) -> NDArray[np.int64]:
+    """Count the unprotected tokens of each chunk."""
     return np.add.reduceat(~protected, np.arange(0, len(protected), size), dtype=np.int64)
 
 
-def _runs(kept: Mask) -> tuple[Span, ...]:
-    """Maximal runs of True."""
+def _true_runs(kept: Mask) -> tuple[Span, ...]:
+    """Return the maximal runs of True."""
     edges = np.flatnonzero(np.diff(kept, prepend=False, append=False))
     return tuple(map(Span, edges[::2].tolist(), edges[1::2].tolist()))

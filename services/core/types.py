@@ -18,18 +18,18 @@ class Span:
 
 
 class PlanKind(enum.StrEnum):
-    """What the service decided to do with a prompt."""
+    """The service's decision about a prompt."""
 
     PRUNE = "prune"
     DENSE = "dense"
 
 
 class Reason(enum.StrEnum):
-    """Why a plan was chosen. The caller sees it in every response."""
+    """The reason for a plan. The caller sees it in every response."""
 
     ASKED = "asked"  # the caller set a keep rate or switched pruning on
     DEFAULT = "default"  # the deployment's default keep rate
-    AUTO = "auto"  # the keep rate that the scores asked for
+    AUTO = "auto"  # the keep rate that the scores chose
     ASKED_OFF = "asked_off"  # the caller switched pruning off
     DISABLED = "disabled"  # the deployment prunes only on request
     KEEP_IS_ONE = "keep_is_one"
@@ -39,8 +39,8 @@ class Reason(enum.StrEnum):
     PROMPT_LOGPROBS = "prompt_logprobs"  # they need every prompt token computed
     PROTECTED_SPANS = "protected_spans"  # protection left nothing to drop
     FLAT_SCORES = "flat_scores"  # the speculator saw no difference between chunks
-    SPREAD_SCORES = "spread_scores"  # what matters is spread over too much of the prompt
-    UNCERTAIN = "uncertain"  # so are they, and the speculator is guessing
+    SPREAD_SCORES = "spread_scores"  # the important tokens are spread over too much of the prompt
+    UNCERTAIN = "uncertain"  # scores are spread out, and the speculator is unsure of its look-ahead
     PROMPT_TOO_LONG_FOR_SPECULATOR = "prompt_too_long_for_speculator"
     PROMPT_TOO_LARGE_FOR_SPECULATOR = "prompt_too_large_for_speculator"  # beyond its KV memory
     SPECULATOR_UNAVAILABLE = "speculator_unavailable"
@@ -58,14 +58,14 @@ UNSCORED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Expected:
-    """Seconds to the first token, by either plan, as far as the service can tell beforehand."""
+class TtftEstimate:
+    """Seconds to the first token, by either plan, as far as the service can estimate."""
 
     dense_s: float
     prune_s: float
 
-    def of(self, kind: PlanKind) -> float:
-        """Of one plan."""
+    def for_plan(self, kind: PlanKind) -> float:
+        """Return the expected seconds to the first token of `kind`."""
         return self.prune_s if kind is PlanKind.PRUNE else self.dense_s
 
 
@@ -85,7 +85,7 @@ class Plan:
     reason: Reason
     keep: float = 1.0  # keep rate in (0, 1]; of no meaning until the scores chose it from `within`
     within: KeepRange | None = None  # not None: the scores choose the keep rate
-    expected: Expected | None = None  # None: not estimated
+    expected: TtftEstimate | None = None  # None: not estimated
 
     @property
     def highest_keep(self) -> float:
@@ -95,13 +95,13 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Controls:
-    """What a caller asked for in the `specprefill` field. None means: the service decides."""
+    """A caller's settings in the `specprefill` field. None means: the service decides."""
 
     prune: bool | None = None
     keep: float | None = None  # (0, 1]
-    floor: float | None = None  # (0, 1]: the service may never keep less
+    floor: float | None = None  # (0, 1]: the service never keeps less
     protect: tuple[str, ...] = ()  # substrings of the prompt that must survive
-    ceiling: float | None = None  # (0, 1]: pruning, the service may never keep more
+    ceiling: float | None = None  # (0, 1]: when pruning, the service never keeps more
     auto: bool = False  # the scores choose the keep rate, from floor to ceiling
 
 
@@ -120,12 +120,12 @@ class Request:
     protected: tuple[Span, ...] = ()  # token spans that must survive pruning
     controls: Controls = field(default_factory=Controls)
     prompt_logprobs: bool = False
-    plan: Plan | None = None  # None: not planned yet, see `Planner.planned`
+    plan: Plan | None = None  # None: not planned yet, see `Planner.with_plan`
     digests: tuple[int, ...] | None = None  # of the prompt, see `prefix_digests`
     hold_back_chars: int = 0  # text that stop strings may still take back (0: none)
     timeout_s: float = 300.0
     priority: int = 0
-    key: str | None = None  # whose fair share of the service it takes; None: nobody else's
+    key: str | None = None  # the owner of the fair share that it uses; None: a share of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ class Selection:
     plan: Plan
     queue_s: float = 0.0  # waited for the speculator
     speculate_s: float = 0.0  # computed in the speculator
-    remembered_tokens: int = 0  # of the prompt: the speculator had read them before
+    remembered_tokens: int = 0  # prompt tokens that the speculator had read before
 
     @property
     def kept_tokens(self) -> int:
@@ -150,18 +150,18 @@ class Selection:
     def keep_rate(self) -> float:
         return self.kept_tokens / self.prompt_tokens
 
-    def kept(self, prompt: tuple[int, ...]) -> list[int]:
-        """The kept token ids, in order. `prompt` is `[N]`."""
+    def kept_token_ids(self, prompt: tuple[int, ...]) -> list[int]:
+        """Return the kept token ids, in order. `prompt` is `[N]`."""
         return [token for run in self.runs for token in prompt[run.start : run.stop]]
 
 
-def dense(prompt_tokens: int, reason: Reason) -> Selection:
-    """The selection that keeps the whole prompt, and says why."""
-    return whole(prompt_tokens, Plan(PlanKind.DENSE, reason))
+def dense_selection(prompt_tokens: int, reason: Reason) -> Selection:
+    """Return the selection that keeps the whole prompt for `reason`."""
+    return keep_all(prompt_tokens, Plan(PlanKind.DENSE, reason))
 
 
-def whole(prompt_tokens: int, plan: Plan) -> Selection:
-    """The selection of a dense plan."""
+def keep_all(prompt_tokens: int, plan: Plan) -> Selection:
+    """Return the selection that keeps the whole prompt, with `plan`."""
     return Selection(prompt_tokens, (Span(0, prompt_tokens),), plan)
 
 
@@ -186,17 +186,17 @@ class Chunk:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     cached_tokens: int = 0  # prompt tokens found in the prefill engine's prefix cache
-    # [N] on a request's first chunk, if it asked for them; the first token has none
+    # [N] on a request's first chunk, if requested; the first token has none
     prompt_logprobs: tuple[tuple[TokenLogprob, ...] | None, ...] | None = None
     report: Report | None = None  # on the last chunk of a request
 
     @property
-    def finished(self) -> bool:
+    def is_finished(self) -> bool:
         return self.finish_reason is not None
 
 
 class Carrier(enum.StrEnum):
-    """How a worker's KV can be pulled, beside a gRPC stream, which always works."""
+    """A way to pull a worker's KV. gRPC always works."""
 
     GRPC = "grpc"
     NIXL = "nixl"
@@ -226,7 +226,7 @@ class Ticket:
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """What a prefill engine returns: the first token at once, and a ticket for the KV."""
+    """The result of a prefill engine: the first token at once, and a ticket for the KV."""
 
     first: Chunk
     ticket: Ticket | None  # None: the first token ended the answer (of one sample)
@@ -247,10 +247,10 @@ class Computed:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """One step of a decode engine's stream, and, on the last, how long the KV took."""
+    """One step of a decode engine's stream; the last one carries the KV transfer time."""
 
     chunk: Chunk
-    transfer_s: float | None = None  # of the pull, what was not hidden behind the prefill
+    transfer_s: float | None = None  # the part of the pull that did not overlap with prefill
     first_decode_s: float | None = None
     recomputed: bool = False  # the pull failed; the pruned prompt was prefilled here
     computed: Computed | None = None  # on the last, where there was no ticket
@@ -265,7 +265,7 @@ class PrefilledBy(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What happened to a request, told in its response. Times are seconds."""
+    """The report of a finished request, part of its response. Times are seconds."""
 
     plan: PlanKind
     reason: Reason
@@ -275,11 +275,11 @@ class Report:
     queue_s: float
     speculate_s: float
     prefill_s: float
-    transfer_s: float  # of the KV's way to decode, what was not hidden behind the prefill
+    transfer_s: float  # the part of the KV transfer that did not overlap with prefill
     first_decode_s: float
     ttft_s: float  # until the first token left the pipeline
     recomputed: bool = False
-    cached_tokens: int = 0  # of the kept tokens: found in the prefix cache of who computed them
-    expected: Expected | None = None  # what the plan was decided on
-    remembered_tokens: int = 0  # of the prompt: the speculator had read them before
+    cached_tokens: int = 0  # kept tokens found in the prefix cache of the engine that computed them
+    expected: TtftEstimate | None = None  # the estimate behind the plan
+    remembered_tokens: int = 0  # prompt tokens that the speculator had read before
     prefilled_by: PrefilledBy = PrefilledBy.PREFILL

@@ -1,4 +1,4 @@
-"""The pools' own messages as msgpack: typed both ways, never pickled."""
+"""Packs the pools' own messages as msgpack: typed both ways, never pickled."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class DecodeService:
             while open_samples:
                 step = await _next(steps, give_up_s)
                 yield step
-                open_samples -= step.chunk.finished
+                open_samples -= step.chunk.is_finished
         finally:
             for reader in readers:
                 reader.cancel()
@@ -88,7 +88,7 @@ class DecodeService:
     async def _sample(
         self, request: Request, selection: Selection, params: SamplingParams, index: int
     ) -> AsyncGenerator[Decoded]:
-        prompt = selection.kept(request.prompt)
+        prompt = selection.kept_token_ids(request.prompt)
         request_id = f"decode-{index}-{request.request_id}"
         started_s = time.monotonic()
         first_s: float | None = None
@@ -102,7 +102,7 @@ class DecodeService:
                     lost = DecodeUnavailable("decode: the engine ended the request")
                     check_ended_well(params, output.outputs[0].finish_reason, lost)
                     step = _decoded(output, index, first_s, leak)
-                    yield _computed(step, output) if computes and step.chunk.finished else step
+                    yield _computed(step, output) if computes and step.chunk.is_finished else step
 
 
 async def _read(
@@ -139,7 +139,7 @@ def _decoded(output: RequestOutput, index: int, first_s: float, leak: Leak) -> D
     """The last output also tells how the pull went."""
     chunk = chunk_of(output, index)
     chunk = replace(chunk, text=leak.cut(chunk.text)) if leak.chars else chunk
-    if not chunk.finished:
+    if not chunk.is_finished:
         return Decoded(chunk)
     pull = pulled_in(output.kv_transfer_params) or PullOutcome(0.0, 0.0, recomputed=False)
     return Decoded(

@@ -1,4 +1,4 @@
-"""YAML files checked against a pydantic model: every fault on a line, with its place and remedy."""
+"""Checks YAML files against a pydantic model: a line per fault, with its place and remedy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class InvalidFile(Exception):
 
 
 def read_text(path: Path) -> str:
-    """The file's text. Raises InvalidFile."""
+    """Return the file's text. Raises InvalidFile."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -26,10 +26,10 @@ def read_text(path: Path) -> str:
         raise InvalidFile(f"{path}: {reason}") from error
 
 
-def mapping(text: str, origin: str, first_key: str) -> dict[str, Any]:
-    """The text as plain data. `origin` names the file in messages.
+def parse_mapping(text: str, origin: str, first_key: str) -> dict[str, Any]:
+    """Parse the text as plain data. `origin` names the file in messages.
 
-    Raises InvalidFile, which for a file that is no mapping names `first_key`.
+    Raises InvalidFile, which for a file that is not a mapping names `first_key`.
     """
     try:
         raw = yaml.safe_load(text)
@@ -40,8 +40,8 @@ def mapping(text: str, origin: str, first_key: str) -> dict[str, Any]:
     return raw
 
 
-def checked(raw: Mapping[str, Any], origin: str, model: type[M]) -> M:
-    """The data as a `model`. Raises InvalidFile."""
+def validate(raw: Mapping[str, Any], origin: str, model: type[M]) -> M:
+    """Validate the data as a `model`. Raises InvalidFile."""
     try:
         return model.model_validate(raw)
     except ValidationError as error:
@@ -50,16 +50,16 @@ def checked(raw: Mapping[str, Any], origin: str, model: type[M]) -> M:
 
 
 def allowed_keys(location: tuple[int | str, ...], root: type[BaseModel]) -> set[str]:
-    """The keys that the mapping at `location` of a `root` may hold."""
+    """Return the keys that the mapping at `location` of a `root` may hold."""
     models = [root]
     for part in location:
         if not isinstance(part, int):  # an item of a list: the list's own key led to its model
-            models = _below(models, part)
+            models = _models_below(models, part)
     return {name for model in models for name in model.model_fields}
 
 
-def _below(models: list[type[BaseModel]], key: str) -> list[type[BaseModel]]:
-    """The models that `key` of one of `models` leads to."""
+def _models_below(models: list[type[BaseModel]], key: str) -> list[type[BaseModel]]:
+    """Return the models that `key` of one of `models` leads to."""
     tagged = [model for model in models if _is_tagged(model, key)]
     return tagged or [
         found
@@ -70,23 +70,23 @@ def _below(models: list[type[BaseModel]], key: str) -> list[type[BaseModel]]:
 
 
 def _faults(error: ValidationError, root: type[BaseModel]) -> Iterator[str]:
-    """A line per place: a value that fits no member of a union is one fault, not one per member."""
-    told: dict[tuple[str, str], list[str]] = {}
+    """Yield a line per place: a value that fits no member of a union is one fault."""
+    by_place: dict[tuple[str, str], list[str]] = {}
     for fault in error.errors(include_url=False):
         where = _path(_without_member(fault["loc"], root))
         if fault["type"] == "extra_forbidden":
             allowed = ", ".join(sorted(allowed_keys(fault["loc"][:-1], root)))
-            yield f"{where}: unknown key, expected one of {allowed}"
+            yield f"{where}: unknown key; expected one of {allowed}"
         else:
-            told.setdefault((where, _given(fault["input"])), []).append(fault["msg"])
-    for (where, given), messages in told.items():
+            by_place.setdefault((where, _shown_value(fault["input"])), []).append(fault["msg"])
+    for (where, given), messages in by_place.items():
         yield f"{where}: {' or '.join(messages)}{given}"
 
 
 def _without_member(
     location: tuple[int | str, ...], root: type[BaseModel]
 ) -> tuple[int | str, ...]:
-    """Pydantic ends the place of a plain value with the member of the union that it tried."""
+    """Drop the member of a union that pydantic appends to the place of a plain value."""
     models = [root]
     for depth, part in enumerate(location[:-1]):
         if isinstance(part, int):
@@ -94,26 +94,26 @@ def _without_member(
         annotations = [m.model_fields[part].annotation for m in models if part in m.model_fields]
         if any(_is_plain_union(annotation) for annotation in annotations):
             return location[: depth + 1]
-        models = _below(models, part)
+        models = _models_below(models, part)
     return location
 
 
 def _is_plain_union(annotation: Any) -> bool:
-    """A choice between values that hold nothing, such as a number or a word."""
+    """Return True for a union of plain values, such as a number or a word."""
     if get_origin(annotation) not in {Union, UnionType}:
         return False
-    return not any(_holds(member) for member in get_args(annotation))
+    return not any(_is_container(member) for member in get_args(annotation))
 
 
-def _holds(annotation: Any) -> bool:
-    """True for models, lists, and mappings, whose members have places of their own."""
+def _is_container(annotation: Any) -> bool:
+    """Return True for models, lists and mappings, whose members have places of their own."""
     if get_origin(annotation) is Annotated:
-        return _holds(get_args(annotation)[0])
+        return _is_container(get_args(annotation)[0])
     kind = get_origin(annotation) or annotation
     return isinstance(kind, type) and issubclass(kind, BaseModel | list | tuple | dict)
 
 
-def _given(value: object) -> str:
+def _shown_value(value: object) -> str:
     return "" if isinstance(value, dict | list) else f", not {value!r}"
 
 
@@ -123,13 +123,13 @@ def _path(location: tuple[int | str, ...]) -> str:
 
 
 def _is_tagged(model: type[BaseModel], tag: str) -> bool:
-    """True for the member of a union that `tag` chooses: pydantic puts it into the location."""
+    """Return True for the union's member that `tag` selects: pydantic adds it to the location."""
     kind = model.model_fields.get("kind")
     return kind is not None and get_args(kind.annotation) == (tag,)
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The models inside an annotation such as `tuple[Model, ...] | None`."""
+    """Return the models inside an annotation such as `tuple[Model, ...] | None`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if get_origin(annotation) in {tuple, Union, UnionType, Annotated}:

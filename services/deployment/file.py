@@ -31,7 +31,7 @@ DeploymentName = Literal["Gateway", "Speculator", "Prefill", "Decode"]
 
 
 class RuntimeEnv(Strict):
-    """What a replica's processes find around them."""
+    """The environment of a replica's processes."""
 
     env_vars: dict[str, str] = Field(default_factory=dict)
     working_dir: str | None = None
@@ -41,7 +41,7 @@ class RuntimeEnv(Strict):
 
 
 class ActorOptions(Strict):
-    """What one replica takes of a node."""
+    """The resources of a node that one replica takes."""
 
     num_cpus: NonNegativeFloat | None = None
     num_gpus: NonNegativeFloat | None = None
@@ -60,7 +60,7 @@ class PolicyReference(Strict):
 
 
 class Autoscaling(Strict):
-    """When Serve adds and removes replicas."""
+    """The rules by which Serve adds and removes replicas."""
 
     min_replicas: NonNegativeInt = 1
     initial_replicas: NonNegativeInt | None = None
@@ -78,7 +78,7 @@ class Autoscaling(Strict):
 
 
 class RequestRouter(Strict):
-    """How a request finds its replica."""
+    """The router that assigns requests to replicas."""
 
     request_router_class: str
     request_router_kwargs: dict[str, Any] = Field(default_factory=dict)
@@ -87,14 +87,14 @@ class RequestRouter(Strict):
 
 
 class Backpressure(Strict):
-    """How HTTP says that the queue is full."""
+    """The HTTP response when the queue is full."""
 
     status_code: Literal[429, 503] = 503
     retry_after_s: NonNegativeInt | None = None
 
 
 class Deployment(Strict):
-    """One pool: what differs from the defaults in `app.py`."""
+    """One pool: its differences from the defaults in `app.py`."""
 
     name: DeploymentName
     num_replicas: PositiveInt | Literal["auto"] | None = None
@@ -120,12 +120,12 @@ class Deployment(Strict):
     @model_validator(mode="after")
     def _one_way_to_count_replicas(self) -> Deployment:
         if self.autoscaling_config is not None and isinstance(self.num_replicas, int):
-            raise ValueError("give num_replicas or autoscaling_config, not both")
+            raise ValueError("must have num_replicas or autoscaling_config, not both")
         return self
 
 
 class HttpOptions(Strict):
-    """Where HTTP is served."""
+    """The address and limits of HTTP."""
 
     host: str = "127.0.0.1"
     port: Port = 8000
@@ -139,7 +139,7 @@ class HttpOptions(Strict):
 
 
 class GrpcOptions(Strict):
-    """Where gRPC is served."""
+    """The port and limits of gRPC."""
 
     port: Port = 9000
     grpc_servicer_functions: tuple[
@@ -155,7 +155,7 @@ class GrpcOptions(Strict):
 
 
 class ControllerEnv(Strict):
-    """Serve takes nothing else for its controller."""
+    """The environment of Serve's controller: Serve accepts nothing else."""
 
     env_vars: dict[str, str] = Field(default_factory=dict)
 
@@ -167,7 +167,7 @@ class ControllerOptions(Strict):
 
 
 class Logging(Strict):
-    """How Serve's components log."""
+    """The logging of Serve's components."""
 
     encoding: Literal["TEXT", "JSON"] = "TEXT"
     log_level: int | str = "INFO"
@@ -192,27 +192,27 @@ class Application(Strict):
     def _each_deployment_once(self) -> Application:
         names = [deployment.name for deployment in self.deployments]
         if len(set(names)) < len(names):
-            raise ValueError("deployments: each name may occur once")
+            raise ValueError("deployments: each name must occur only once")
         return self
 
     @model_validator(mode="after")
     def _an_slo_and_its_policy(self) -> Application:
-        """Serve takes a policy over all pools from the file alone, so the file must name ours."""
+        """Require our policy with an SLO: Serve reads a policy for all pools from the file."""
         policy = self.autoscaling_policy
         ours = policy is not None and policy.policy_function == SLO_POLICY
         if (self.args.slo is not None) != ours:
             raise ValueError(
-                f"args.slo and autoscaling_policy.policy_function {SLO_POLICY} go together"
+                f"args.slo and autoscaling_policy.policy_function {SLO_POLICY} must be set together"
             )
         if policy is None or not ours:
             return self
         if AppConfig.model_validate(policy.policy_kwargs.get("args")) != self.args:
             raise ValueError(
-                "autoscaling_policy.policy_kwargs.args: must be the application's args"
+                "autoscaling_policy.policy_kwargs.args must equal the application's args"
             )
         sized = [each.name for each in self.deployments if each.num_replicas is not None]
         if sized:
-            raise ValueError(f"deployments: args.slo sizes {', '.join(sized)}; drop num_replicas")
+            raise ValueError(f"deployments: args.slo sizes {', '.join(sized)}; remove num_replicas")
         return self
 
 
@@ -231,33 +231,33 @@ class DeploymentFile(Strict):
         names = [application.name for application in self.applications]
         routes = [application.route_prefix for application in self.applications]
         if not names:
-            raise ValueError("applications: at least one is needed")
+            raise ValueError("applications: must hold at least one")
         if len(set(names)) < len(names) or len(set(routes)) < len(routes):
-            raise ValueError("applications: each name and each route_prefix may occur once")
+            raise ValueError("applications: each name and each route_prefix must occur only once")
         return self
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
-    """A file that passed: as written, which is what Serve gets, and as typed values."""
+class LoadedFile:
+    """A valid file: as written, which is what Serve gets, and as typed values."""
 
     raw: dict[str, Any]
     file: DeploymentFile
 
 
-def load(path: Path) -> Loaded:
+def load(path: Path) -> LoadedFile:
     """Read and check a deployment file. Raises InvalidFile."""
     return parse(checked_yaml.read_text(path), str(path))
 
 
-def parse(text: str, origin: str) -> Loaded:
+def parse(text: str, origin: str) -> LoadedFile:
     """Check the text of a deployment file; `origin` names it in messages. Raises InvalidFile."""
-    raw = checked_yaml.mapping(text, origin, "applications")
-    return Loaded(raw, checked_yaml.checked(raw, origin, DeploymentFile))
+    raw = checked_yaml.parse_mapping(text, origin, "applications")
+    return LoadedFile(raw, checked_yaml.validate(raw, origin, DeploymentFile))
 
 
 def with_ports(raw: Mapping[str, Any], http_port: int, grpc_port: int) -> dict[str, Any]:
-    """A copy of a file's content that listens elsewhere."""
+    """Return a copy of a file's content with other ports."""
     return {
         **raw,
         "http_options": {**raw.get("http_options", {}), "port": http_port},
@@ -266,27 +266,27 @@ def with_ports(raw: Mapping[str, Any], http_port: int, grpc_port: int) -> dict[s
 
 
 def without_keys(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a file's content with digests in place of API keys: Serve logs and shows it all."""
+    """Return a copy with digests in place of API keys: Serve logs and shows the whole content."""
     return {**raw, "applications": [_without_keys(each) for each in raw["applications"]]}
 
 
 def _without_keys(application: Mapping[str, Any]) -> dict[str, Any]:
-    out = {**application, "args": _digested(application["args"])}
+    out = {**application, "args": _digest_keys(application["args"])}
     policy = application.get("autoscaling_policy") or {}
     given = policy.get("policy_kwargs", {})
     if "args" in given:
-        digested = {**given, "args": _digested(given["args"])}
+        digested = {**given, "args": _digest_keys(given["args"])}
         out["autoscaling_policy"] = {**policy, "policy_kwargs": digested}
     return out
 
 
-def _digested(args: Mapping[str, Any]) -> dict[str, Any]:
+def _digest_keys(args: Mapping[str, Any]) -> dict[str, Any]:
     gateway = args.get("gateway") or {}
-    keys = [_digested_key(each, place) for place, each in enumerate(gateway.get("api_keys", ()))]
+    keys = [_digest_key(each, place) for place, each in enumerate(gateway.get("api_keys", ()))]
     return {**args, "gateway": {**gateway, "api_keys": keys}} if keys else dict(args)
 
 
-def _digested_key(entry: str | Mapping[str, Any], place: int) -> dict[str, Any]:
+def _digest_key(entry: str | Mapping[str, Any], place: int) -> dict[str, Any]:
     if isinstance(entry, str):
         return {"name": default_name(place), "sha256": key_digest(entry)}
     if entry.get("key") is None:
@@ -294,12 +294,12 @@ def _digested_key(entry: str | Mapping[str, Any], place: int) -> dict[str, Any]:
     return {"name": entry["name"], "sha256": key_digest(entry["key"])}
 
 
-def draining(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a file's content whose gateways take no new requests. Serve restarts none."""
-    return {**raw, "applications": [_draining(each) for each in raw["applications"]]}
+def with_draining_gateways(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy whose gateways take no new requests. Serve restarts none of them."""
+    return {**raw, "applications": [_drain_gateway(each) for each in raw["applications"]]}
 
 
-def _draining(application: Mapping[str, Any]) -> dict[str, Any]:
+def _drain_gateway(application: Mapping[str, Any]) -> dict[str, Any]:
     given = list(application.get("deployments", []))
     others = [each for each in given if each["name"] != GATEWAY]
     gateway = next((each for each in given if each["name"] == GATEWAY), {"name": GATEWAY})

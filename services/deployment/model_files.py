@@ -1,4 +1,4 @@
-"""Where a model's files are on this machine, if they are."""
+"""Finds a model's files on this machine."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _CONFIG = "config.json"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def located(key: str, path: str, revision: str | None, *, offline: bool) -> Path | Finding:
+def locate_model(key: str, path: str, revision: str | None, *, offline: bool) -> Path | Finding:
     """Return the folder of the model that `key` names, or why there is none.
 
-    Asks no network: a hub name that is not in the cache is an error only if the deployment is
+    Uses no network: a hub name that is not in the cache is an error only if the deployment is
     `offline`, too.
     """
     folder = Path(local_path(path))
@@ -23,7 +23,7 @@ def located(key: str, path: str, revision: str | None, *, offline: bool) -> Path
         return folder if (folder / _CONFIG).exists() else error(key, f"{path} has no {_CONFIG}")
     if not _may_be_a_hub_name(path):
         return error(key, f"{path} does not exist")
-    cached = _cached(path, revision)
+    cached = _find_in_cache(path, revision)
     if cached is not None:
         return cached
     if offline:
@@ -36,14 +36,14 @@ def located(key: str, path: str, revision: str | None, *, offline: bool) -> Path
 
 
 def _may_be_a_hub_name(path: str) -> bool:
-    """False where the first part of `path` is a folder here: then a folder was meant."""
+    """Return False where the first part of `path` is a folder here: then a folder was meant."""
     if not _HUB_NAME.fullmatch(path) or path.startswith("."):
         return False
     parent = path.rpartition("/")[0]
     return not parent or not Path(local_path(parent)).is_dir()
 
 
-def _cached(name: str, revision: str | None) -> Path | None:
+def _find_in_cache(name: str, revision: str | None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(name, _CONFIG, revision=revision)

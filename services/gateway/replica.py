@@ -47,9 +47,9 @@ from .observe.gate_metrics import behind_gate
 from .observe.key_usage import KeyUsage
 from .observe.metrics import PipelineMetrics, RequestMetrics
 from .observe.scrape import ServiceMetrics
-from .observe.shadowing import Shadowing, ShadowMetrics
+from .observe.shadowing import ShadowMetrics, ShadowSampler
 from .observe.traffic import ArrivalCounts, GatewayTraffic
-from .observe.watched import Learning, Observer, Watched
+from .observe.watched import LearningObserver, ObservedPipeline, Observer
 from .openai.access import RequestLimit
 from .openai.keys import read_keys
 from .openai.request_json import JsonLimits
@@ -80,7 +80,7 @@ class GatewayReplica:
         limit_received_bytes(self._config.gateway.max_body_bytes)
         counted = PipelineMetrics()
         self._keys = read_keys(self._config.gateway.api_keys, os.environ)
-        self._limit = RequestLimit(self._config.gateway.max_concurrent_requests, counted.shed)
+        self._limit = RequestLimit(self._config.gateway.max_concurrent_requests, counted.count_shed)
         context = serve.get_replica_context()
         pools = {
             GATEWAY: context.deployment,
@@ -90,10 +90,12 @@ class GatewayReplica:
         }
         self._peers = KvPeers(read_tls(self._config.kv.tls))
         self._health = ServeHealth(context.app_name, pools, serve.status)
-        if self._config.kv.carrier == "object_ref":  # calls by gRPC would hold them for ever
+        if (
+            self._config.kv.carrier == "object_ref"
+        ):  # over gRPC, Serve would keep the object references forever
             prefill, decode = by_reference(prefill), by_reference(decode)
         carried: Carried = {}
-        pool = ServeSpeculator(speculator, self._health.newest)
+        pool = ServeSpeculator(speculator, self._health.count_afresh)
         self._self_test = SelfTestWatch(pool.self_test)
         gain = net_gain(self._config)
         pipeline = Pipeline(
@@ -108,10 +110,10 @@ class GatewayReplica:
         )
         admitting = behind_gate(pipeline, self._config.gateway, gain.models, self._health.count)
         self._traffic, self._models = GatewayTraffic(), gain.models
-        self._shadowing: Shadowing | None = None
+        self._shadowing: ShadowSampler | None = None
         if self._config.quality.shadow_share > 0:
-            self._shadowing = Shadowing(pipeline, self._config.quality, ShadowMetrics())
-        live = Watched(admitting, self._observers(counted, gain))
+            self._shadowing = ShadowSampler(pipeline, self._config.quality, ShadowMetrics())
+        live = ObservedPipeline(admitting, self._observers(counted, gain))
         usage = KeyUsage().count if self._keys else None
         rules = planner(self._config.selection, gain, self._self_test.is_unfit)
         self._client = build_client(self._config, live, rules, usage)
@@ -136,12 +138,12 @@ class GatewayReplica:
         observers: list[Observer] = [
             ArrivalCounts(self._traffic, policy, time.monotonic),
             RequestMetrics(counted),
-            Learning(gain.learn),
+            LearningObserver(gain.learn),
         ]
         return observers if self._shadowing is None else [*observers, self._shadowing]
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve calls this in every gateway when the deployment's `user_config` changes."""
+        """Apply a changed `user_config`; Serve calls this in every gateway."""
         if user_config.get(DRAINING):
             self._limit.drain()
 
@@ -153,7 +155,7 @@ class GatewayReplica:
         await self._peers.close()
 
     async def __serve_build_asgi_app__(self) -> Any:
-        """Serve calls this after the constructor."""
+        """Build the HTTP app; Serve calls this after the constructor."""
         return await build_http_app(
             self._config,
             self._client,
@@ -165,7 +167,7 @@ class GatewayReplica:
         )
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What the autoscaling policy is told of this gateway's requests."""
+        """Return this gateway's signals for the autoscaling policy."""
         return self._traffic.signals(self._models.curves())
 
     async def Generate(
@@ -195,16 +197,16 @@ class GatewayReplica:
         return await self._grpc.health(request, grpc_context)
 
     async def Check(self, request: HealthCheckRequest) -> HealthCheckResponse:
-        """`grpc.health.v1.Health`."""
+        """See `grpc.health.v1.Health`."""
         return await self._grpc_health.check(request)
 
     async def Watch(self, request: HealthCheckRequest) -> AsyncGenerator[HealthCheckResponse]:
-        """`grpc.health.v1.Health`."""
+        """See `grpc.health.v1.Health`."""
         async with aclosing(self._grpc_health.watch(request)) as changes:
             async for change in changes:
                 yield change
 
     async def List(self, request: HealthListRequest) -> HealthListResponse:
-        """`grpc.health.v1.Health`."""
+        """See `grpc.health.v1.Health`."""
         del request
         return await self._grpc_health.list()

@@ -31,7 +31,7 @@ class HeldPrefill:
         self._prefilled = said
         return None
 
-    async def prefilled(self) -> Prefilled:
+    async def result(self) -> Prefilled:
         """See the port."""
         while self._prefilled is None:
             await self.ticket()

@@ -72,7 +72,7 @@ class PrefillReplica:
         """
         del load
         request, selection, timeout_s = unpack(payload, tuple[Request, Selection, float])
-        with self._waiting.one():
+        with self._waiting.track():
             steps = self._service.steps(request, selection, timeout_s)
             async with aclosing(steps) as stream, self._objects.storing() as storing:
                 async for step in stream:

@@ -197,7 +197,7 @@ class PrefillService:
     async def _run(
         self, request: Request, selection: Selection, params: SamplingParams
     ) -> RequestOutput:
-        prompt = selection.kept(request.prompt)
+        prompt = selection.kept_token_ids(request.prompt)
         request_id = f"prefill-{request.request_id}"
         last = None
         async for output in self._engine.generate(prompt, params, request_id, request.priority):

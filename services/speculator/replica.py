@@ -13,7 +13,7 @@ from ..core import heap
 from ..core.errors import SpeculatorUnavailable
 from ..core.plan import can_choose, is_asked
 from ..core.replica_logging import log_with_serve
-from ..core.types import Plan, Reason, Request, dense
+from ..core.types import Plan, Reason, Request, dense_selection
 from ..core.wire import pack, unpack
 from .scoring_gauges import SpeculatorGauges
 from .self_test import self_test
@@ -58,8 +58,8 @@ class SpeculatorReplica:
         del load
         request, plan, timeout_s = unpack(payload, tuple[Request, Plan, float])
         if not can_choose(self._facts_kept) and not is_asked(request.controls):
-            return pack(dense(len(request.prompt), Reason.SPECULATOR_UNFIT))
-        with self._waiting.one():
+            return pack(dense_selection(len(request.prompt), Reason.SPECULATOR_UNFIT))
+        with self._waiting.track():
             return pack(await self._service.select(request, plan, timeout_s))
 
     async def self_test(self) -> float | None:

@@ -20,7 +20,7 @@ from ..config import SelectionConfig, SpeculatorConfig
 from ..control.from_config import selection_policy
 from ..core.errors import InvalidRequest, Overloaded, ScoringTimeout, SpeculatorUnavailable
 from ..core.selection import SelectionPolicy, select, settle
-from ..core.types import Plan, Request, Selection, dense
+from ..core.types import Plan, Request, Selection, dense_selection
 from .jobs import Batching, Counts, Job, Pace, Rating
 from .lru import ByteLru
 from .prefix_memory import prompt_digest
@@ -160,7 +160,7 @@ class SpeculatorService:
             job.read_as = await asyncio.to_thread(scorer.translated, prompt)
         refusal = scorer.refusal(len(job.read_as.prompt))
         if refusal is not None:
-            return dense(len(prompt), refusal)
+            return dense_selection(len(prompt), refusal)
         self._enqueue(job)
         try:
             return await job.answer

@@ -46,7 +46,7 @@ PLANNER = Planner(enabled=True, keep=0.3, min_prompt_tokens=48)
 
 
 class ScriptedPipeline:
-    """Answers every prompt with WORDS, or fails as told."""
+    """Answers every prompt with WORDS, or fails as configured."""
 
     def __init__(self) -> None:
         self.reset()
@@ -100,7 +100,7 @@ class ScriptedPipeline:
 
 
 class ScriptedHealth:
-    """Healthy replicas, as told."""
+    """Healthy replicas, as configured."""
 
     def __init__(self) -> None:
         self.reset()
@@ -113,7 +113,7 @@ class ScriptedHealth:
 
 
 async def metrics_text() -> str:
-    """What the whole service counts."""
+    """Return the metrics of the whole service."""
     return "ray_specprefill_requests_total 3.0\n"
 
 

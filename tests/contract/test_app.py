@@ -1,4 +1,4 @@
-"""Where replicas go, and what the application consists of, in Serve's own objects."""
+"""The placement of replicas and the parts of the application, in Serve's own objects."""
 
 import pytest
 
@@ -46,7 +46,7 @@ def test_the_speculator_takes_a_gpu_where_there_are_any():
 
 
 def deployments(monkeypatch, config=CONFIG):
-    """What `build` bound, by name."""
+    """Return the deployments that `build` bound, by name."""
     monkeypatch.setenv("SPECPREFILL_CPU_ENGINE", "1")
     gateway = build(config)._bound_deployment
     pools = [argument._bound_deployment for argument in gateway.init_args[1:]]
@@ -81,18 +81,18 @@ def test_an_slo_lets_serve_scale_every_pool_within_its_bounds(monkeypatch):
         assert AppConfig.model_validate_json(each.init_args[0]) == CONFIG
 
 
-def test_gateways_that_admit_requests_are_told_the_slo_and_pools_are_not(monkeypatch):
+def test_gateways_that_admit_requests_get_the_slo_and_pools_do_not(monkeypatch):
     more = {"gateway": {"admission": {}}, "slo": {"ttft_s": 1.25}}
     config = AppConfig.model_validate({**CONFIG.model_dump(), **more})
-    told = {
+    configs = {
         name: AppConfig.model_validate_json(each.init_args[0])
         for name, each in deployments(monkeypatch, config).items()
     }
-    assert told["Gateway"].gateway.admission.ttft_s == 1.25
-    assert [told[name] for name in ("Speculator", "Prefill", "Decode")] == [CONFIG] * 3
+    assert configs["Gateway"].gateway.admission.ttft_s == 1.25
+    assert [configs[name] for name in ("Speculator", "Prefill", "Decode")] == [CONFIG] * 3
 
 
-def test_without_an_slo_replicas_are_as_many_as_the_file_says(monkeypatch):
+def test_without_an_slo_the_file_sets_the_number_of_replicas(monkeypatch):
     for each in deployments(monkeypatch).values():
         assert each._deployment_config.autoscaling_config is None
 

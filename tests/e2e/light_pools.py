@@ -28,7 +28,7 @@ class Front:
 
     async def __call__(self, request) -> str:
         for _ in range(int(request.query_params.get("arrivals", "0"))):
-            self._traffic.arrived(PROMPT_TOKENS, KEPT_TOKENS)
+            self._traffic.count_arrival(PROMPT_TOKENS, KEPT_TOKENS)
         self._silent = request.query_params.get("silent", "0") == "1"
         return "ok"
 

@@ -91,8 +91,8 @@ class HookedPrefill:
     async def ticket(self):
         return await self._hooked(await self.one.ticket())
 
-    async def prefilled(self):
-        return await self._hooked(await self.one.prefilled())
+    async def result(self):
+        return await self._hooked(await self.one.result())
 
     def kv_arrived(self):
         self.one.kv_arrived()
@@ -299,7 +299,7 @@ async def ask(
     pipeline = Pipeline(speculator, pools, pools, fallback=fallback, overlap=pools.overlap)
     started_s = time.monotonic()
     async with asyncio.timeout(90):
-        chunks = [chunk async for chunk in pipeline.generate(planner.planned(request))]
+        chunks = [chunk async for chunk in pipeline.generate(planner.with_plan(request))]
     tokens = [token for chunk in chunks for token in chunk.token_ids]
     report = chunks[-1].report
     assert report is not None

@@ -110,7 +110,7 @@ async def test_workers_on_two_nodes_answer_as_one_engine_does(ports, engines):
         request = engines.request(PROMPT, ignore_eos=True)
         want = await engines.aggregated(request, selection)
         async with prefiller.prefill(request, selection, 60.0) as prefill:
-            prefilled = await prefill.prefilled()
+            prefilled = await prefill.result()
             assert len(prefilled.ticket.endpoints) == NODES
             first = (prefilled.first.token_ids,)
             stream = decoder.decode(request, selection, prefilled.ticket, first, 60.0)
@@ -134,7 +134,7 @@ async def test_a_replica_that_goes_waits_until_its_tickets_are_pulled(ports, eng
     selection = kept(700, Span(0, 700))
     request = engines.request(PROMPT, ignore_eos=True)
     async with prefiller.prefill(request, selection, 60.0) as prefill:
-        prefilled = await prefill.prefilled()
+        prefilled = await prefill.result()
         serve.delete("PrefillReplica", _blocking=False)
         assert not await asyncio.to_thread(gone_within, 3.0, "PrefillReplica")
         first = (prefilled.first.token_ids,)

@@ -155,7 +155,7 @@ async def _first(
     pipeline: Pipeline, job: Job, request: Request
 ) -> AsyncIterator[tuple[Ticket, tuple[int, ...]]]:
     async with pipeline.prefiller.prefill(request, job.selection, 60.0) as prefilling:
-        prefilled = await prefilling.prefilled()
+        prefilled = await prefilling.result()
         if prefilled.ticket is None:
             raise RuntimeError(f"{job.name}: no ticket came with the first token")
         yield prefilled.ticket, prefilled.first.token_ids

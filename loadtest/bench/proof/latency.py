@@ -12,7 +12,7 @@ from typing import Any
 
 from specprefill.config import AppConfig
 from specprefill.core.pipeline import Pipeline
-from specprefill.core.types import Plan, PlanKind, Reason, Request, whole
+from specprefill.core.types import Plan, PlanKind, Reason, Request, keep_all
 
 from .. import gap
 from .findings import Sheet
@@ -84,9 +84,9 @@ class Bench:
         """Seconds to the only token that is asked for: the engine holds nothing for a peer."""
         request = self._request(f"one-{seed}", length, _DENSE, output_tokens=1)
         started_s = time.monotonic()
-        prefill = self.pipeline.prefiller.prefill(request, whole(length, _DENSE), 120.0)
+        prefill = self.pipeline.prefiller.prefill(request, keep_all(length, _DENSE), 120.0)
         async with prefill as prefilling:
-            await prefilling.prefilled()
+            await prefilling.result()
             return time.monotonic() - started_s
 
     def _request(

@@ -134,7 +134,7 @@ async def _answer(engine: Engine, job: Job, kind: str) -> tuple[Answered, int]:
     if not job.positions.is_identity:
         params.extra_args = {POSITIONS: job.positions.to_wire()}
     last: Any = None
-    kept = job.selection.kept(job.prompt)
+    kept = job.selection.kept_token_ids(job.prompt)
     async for output in engine.generate(kept, params, f"{kind}-{job.name}"):
         last = output
     completion = last.outputs[0]

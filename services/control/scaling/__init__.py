@@ -1,1 +1,1 @@
-"""How many replicas each pool needs for a time-to-first-token SLO: pure, time is an argument."""
+"""Sizes the pools for a time-to-first-token SLO. Pure: time is an argument."""

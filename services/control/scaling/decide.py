@@ -4,8 +4,8 @@
    started now is ready.
 2. Find the cheapest sizes that meet the SLO (`sizing`), and what would drain the queues.
 3. Grow at once, counting the replicas that start; shrink only to a size that was enough through
-   all of `settle_s`. Keep to bounds and steps, and say why.
-4. Where the ready replicas are too few, bend the keep rate as far as they need it.
+   all of `settle_s`. Keep to bounds and steps, and give a reason.
+4. Where the ready replicas are too few, lower the keep rate as far as they need it.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from .values import (
     PoolDecision,
     PoolLimits,
     PoolState,
-    Reason,
     ScalingPolicy,
+    ScalingReason,
 )
 
-SIZED_FROM_S = 240.0  # the newest arrivals stand for those to come
-SEEN = 30_000  # arrivals that are looked at; of more, an even part stands for all
-SPARE = 1.03  # a pool shrinks to what would bear a little more than is expected
-DRAIN_S = 60.0  # a queue that is too old shall be gone after so long
+SIZED_FROM_S = 240.0  # the newest arrivals represent the next ones
+SEEN = 30_000  # arrivals that are evaluated; of more, an even sample
+SPARE = 1.03  # a pool shrinks to a size that sustains slightly more than the expected load
+DRAIN_S = 60.0  # a queue that is too old shall be empty after this time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,42 +48,42 @@ class Outlook:
     dispersion: float
 
     def workload(self) -> Workload:
-        """The pools' loads now."""
+        """Return the pools' loads now."""
         work = {pool: each.now for pool, each in self.demands.items()}
         return sizing.workload(self.times, work, self.dispersion)
 
-    def worst(self, factor: float) -> Workload:
-        """The most until new replicas are ready, times `factor`."""
+    def peak_workload(self, factor: float) -> Workload:
+        """Return the highest load until new replicas are ready, times `factor`."""
         work = {pool: factor * each.peak for pool, each in self.demands.items()}
         return sizing.workload(self.times, work, self.dispersion)
 
 
 def decide(seen: Observation, policy: ScalingPolicy, memory: Memory) -> tuple[Decision, Memory]:
-    """Sizes and keep-rate bounds for what was observed, and what to remember for the next call."""
+    """Return sizes and keep-rate bounds for `seen`, and the memory for the next call."""
     if seen.arrivals is None:
-        held = {pool: _hold(pool, seen, policy, memory) for pool in Pool}
+        held = {pool: _hold_size(pool, seen, policy, memory) for pool in Pool}
         keep = KeepBounds(policy.keep_floor, policy.keep, KeepReason.NO_METRICS)
         return Decision(held, keep), memory
     arrivals = seen.arrivals.since(seen.now_s - policy.window_s)
     last_s = float(arrivals.time_s[-1]) if len(arrivals) > 0 else memory.last_arrival_s
     outlook = _outlook(arrivals, seen, policy)
-    wanted = _wanted(outlook, seen, policy, 1.0)
-    roomy = _wanted(outlook, seen, policy, SPARE)
-    wishes = {pool: _remembered(memory, pool, roomy[pool], seen.now_s, policy) for pool in Pool}
+    wanted = _wanted_sizes(outlook, seen, policy, 1.0)
+    roomy = _wanted_sizes(outlook, seen, policy, SPARE)
+    wishes = {pool: _recent_wishes(memory, pool, roomy[pool], seen.now_s, policy) for pool in Pool}
     idle = last_s is None or seen.now_s - last_s >= policy.idle_s
-    began_s = seen.now_s if memory.began_s is None else memory.began_s
-    settled = seen.now_s - began_s >= policy.settle_s
+    started_s = seen.now_s if memory.started_s is None else memory.started_s
+    settled = seen.now_s - started_s >= policy.settle_s
     pools = {}
     for pool in Pool:
         state = seen.pools.get(pool)
         if state is None:
-            pools[pool] = _hold(pool, seen, policy, memory)
+            pools[pool] = _hold_size(pool, seen, policy, memory)
         else:
             most = max(size for _, size in wishes[pool])
             most = most if settled else max(most, state.provisioned)
-            pools[pool] = _sized(state, policy.pools[pool], wanted[pool], most, idle=idle)
+            pools[pool] = _pool_decision(state, policy.pools[pool], wanted[pool], most, idle=idle)
     keep = _keep_bounds(outlook, seen, policy, pools)
-    return Decision(pools, keep), Memory(wishes, last_s, began_s)
+    return Decision(pools, keep), Memory(wishes, last_s, started_s)
 
 
 def _outlook(arrivals: Arrivals, seen: Observation, policy: ScalingPolicy) -> Outlook:
@@ -105,14 +105,14 @@ def _outlook(arrivals: Arrivals, seen: Observation, policy: ScalingPolicy) -> Ou
     )
 
 
-def _wanted(
+def _wanted_sizes(
     outlook: Outlook, seen: Observation, policy: ScalingPolicy, factor: float
 ) -> Mapping[Pool, int]:
-    """What the SLO asks for at `factor` times the expected work, before bounds and steps."""
+    """Return the sizes that meet the SLO at `factor` times the expected work, unbounded."""
     if len(outlook.recent) == 0:
         return dict.fromkeys(Pool, 0)
     slots = seen.engines.decode_slots
-    sizes = sizing.cheapest(outlook.worst(factor), policy.slo, policy.pools, slots)
+    sizes = sizing.cheapest_sizes(outlook.peak_workload(factor), policy.slo, policy.pools, slots)
     wanted = {pool: sizes.of(pool) for pool in Pool}
     for pool in (Pool.SPECULATOR, Pool.PREFILL):
         state = seen.pools.get(pool)
@@ -122,7 +122,7 @@ def _wanted(
 
 
 def _to_drain(state: PoolState, wanted: int, policy: ScalingPolicy) -> int:
-    """Replicas more, so that a queue older than the SLO is gone soon.
+    """Return the extra replicas that drain a queue older than the SLO.
 
     A queue of `n` busy replicas whose oldest request waits for `a` seconds holds `n * a` seconds
     of work.
@@ -133,10 +133,10 @@ def _to_drain(state: PoolState, wanted: int, policy: ScalingPolicy) -> int:
     return ceil(min(backlog_s / DRAIN_S, wanted))
 
 
-def _remembered(
+def _recent_wishes(
     memory: Memory, pool: Pool, wanted: int, now_s: float, policy: ScalingPolicy
 ) -> tuple[tuple[float, int], ...]:
-    """The wishes of the last `settle_s`, this one too; those that a newer one exceeds are gone."""
+    """Return the wishes of the last `settle_s`, without those that a newer one exceeds."""
     start_s = now_s - policy.settle_s
     kept = [
         (time_s, size)
@@ -146,38 +146,43 @@ def _remembered(
     return (*kept, (now_s, wanted))
 
 
-def _sized(
+def _pool_decision(
     state: PoolState, limits: PoolLimits, wanted: int, most: int, *, idle: bool
 ) -> PoolDecision:
-    """From what is wanted now, and the most of late, to what is done."""
+    """Decide a pool's size from the wanted size and the highest recent wish."""
     current = state.provisioned
     if wanted > current:
-        target, reason = wanted, Reason.SLO_AT_RISK if current > 0 else Reason.WAKING
+        target, reason = wanted, ScalingReason.SLO_AT_RISK if current > 0 else ScalingReason.WAKING
     elif most < current:
-        target, reason = most, Reason.SMALLER_MEETS_SLO
+        target, reason = most, ScalingReason.SMALLER_MEETS_SLO
     else:
-        target, reason = current, Reason.STEADY if wanted == current else Reason.SETTLING
+        target, reason = (
+            current,
+            ScalingReason.STEADY if wanted == current else ScalingReason.SETTLING,
+        )
     highest = current + max(limits.max_step, current)
     lowest = current - max(limits.max_step, ceil(current / 3))
     if not lowest <= target <= highest:
-        target, reason = min(max(target, lowest), highest), Reason.STEP_CAPPED
+        target, reason = min(max(target, lowest), highest), ScalingReason.STEP_CAPPED
     floor = limits.minimum if idle else max(1, limits.minimum)
     if target < floor or (target == 0 and floor == 0):
-        target, reason = floor, Reason.AT_MINIMUM if floor > 0 else Reason.IDLE
+        target, reason = floor, ScalingReason.AT_MINIMUM if floor > 0 else ScalingReason.IDLE
     if target > limits.maximum:
-        target, reason = limits.maximum, Reason.AT_MAXIMUM
+        target, reason = limits.maximum, ScalingReason.AT_MAXIMUM
     return PoolDecision(target, wanted, reason)
 
 
-def _hold(pool: Pool, seen: Observation, policy: ScalingPolicy, memory: Memory) -> PoolDecision:
-    """Without metrics: as it is, or as it was last wished, and never out of bounds."""
+def _hold_size(
+    pool: Pool, seen: Observation, policy: ScalingPolicy, memory: Memory
+) -> PoolDecision:
+    """Hold a pool without metrics at its size or last wish, within bounds."""
     state, limits = seen.pools.get(pool), policy.pools[pool]
     wishes = memory.wishes.get(pool, ())
     current = wishes[-1][1] if state is None and wishes else 0
     if state is not None:
         current = state.provisioned
     held = min(max(current, limits.minimum), limits.maximum)
-    return PoolDecision(held, held, Reason.NO_METRICS)
+    return PoolDecision(held, held, ScalingReason.NO_METRICS)
 
 
 def _keep_bounds(
@@ -186,7 +191,7 @@ def _keep_bounds(
     policy: ScalingPolicy,
     pools: Mapping[Pool, PoolDecision],
 ) -> KeepBounds:
-    """How far the keep rate must bend for the replicas that are ready."""
+    """Return how far the keep rate must be lowered for the ready replicas."""
     states = [seen.pools.get(pool) for pool in (Pool.SPECULATOR, Pool.PREFILL)]
     if None in states:
         return KeepBounds(policy.keep_floor, policy.keep, KeepReason.NO_METRICS)
@@ -204,6 +209,6 @@ def _keep_bounds(
     )
     if scale == 1.0:
         return KeepBounds(policy.keep_floor, policy.keep, KeepReason.NOMINAL)
-    short = prefill.reason is Reason.AT_MAXIMUM
+    short = prefill.reason is ScalingReason.AT_MAXIMUM
     reason = KeepReason.SHORT_OF_REPLICAS if short else KeepReason.BRIDGING
     return KeepBounds(policy.keep_floor, policy.keep * scale, reason)

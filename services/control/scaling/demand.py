@@ -1,6 +1,6 @@
-"""How much work arrives, now and when a replica started now is ready.
+"""Forecasts the work that arrives, now and when a replica started now is ready.
 
-Work is counted in server-seconds per second, from arrivals: what waits in a queue has already
+Work is counted in server-seconds per second, from arrivals: requests in a queue have already
 been counted, so back-pressure cannot hide demand.
 """
 
@@ -31,7 +31,7 @@ class Demand:
 
     @property
     def peak(self) -> float:
-        """What the pool must bear from now until then."""
+        """The highest load that the pool must sustain from now until then."""
         return max(self.now, self.ahead)
 
 
@@ -59,7 +59,7 @@ def demand(time_s: Floats, work_s: Floats, now_s: float, span_s: float, ahead_s:
 
 
 def dispersion(time_s: Floats, now_s: float, window_s: float) -> float:
-    """Variance over mean of the arrivals counted in bins: 1 for Poisson, more when they clump."""
+    """Return variance over mean of the arrivals in bins: 1 for Poisson, more when they clump."""
     bins = int(window_s / DISPERSION_S)
     if bins < 8 or len(time_s) < 4 * bins:
         return 1.0
@@ -71,7 +71,7 @@ def dispersion(time_s: Floats, now_s: float, window_s: float) -> float:
 
 
 def _trend(age_s: Floats, work_s: Floats, window_s: float) -> tuple[float, float]:
-    """Level at age 0, and slope per second, by least squares over equal bins."""
+    """Fit the level at age 0 and the slope per second by least squares over equal bins."""
     edge = window_s / BINS
     work = np.histogram(age_s, bins=BINS, range=(0.0, window_s), weights=work_s)[0] / edge
     mean = float(work.mean())
@@ -84,7 +84,7 @@ def _trend(age_s: Floats, work_s: Floats, window_s: float) -> tuple[float, float
 
 
 def _agrees(age_s: Floats, work_s: Floats, recent_s: float, level: float) -> bool:
-    """Whether the last seconds' work could come from `level` by chance."""
+    """Return True if the last seconds' work could come from `level` by chance."""
     recent = work_s[age_s < recent_s]
     expected = level * recent_s
     typical = float(np.mean(work_s))

@@ -19,16 +19,16 @@ TINY = 1e-12
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What one pool must do."""
+    """The load of one pool."""
 
-    work: float  # server-seconds per second; below the servers, or the queue grows for ever
+    work: float  # server-seconds per second; below the servers, or the queue grows forever
     service_s: float  # mean time of one request
     variability: float  # mean of the squared coefficients of variation: arrivals and service
     share: float = 1.0  # of all requests, that come here
 
 
 def load(work: float, service_s: Floats, dispersion: float) -> Load:
-    """The load of requests `[N]`, of which those that take no time do not come here."""
+    """Return the load of requests `[N]`; those that take no time do not come here."""
     busy = service_s[service_s > 0.0]
     if len(busy) == 0:
         return Load(0.0, 0.0, 1.0, 0.0)
@@ -39,7 +39,7 @@ def load(work: float, service_s: Floats, dispersion: float) -> Load:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Waits:
-    """Of pools with `[C]` different sizes: how likely a request waits, and how long then."""
+    """The waits of pools of `[C]` sizes: the chance of a wait, and its mean."""
 
     chance: Floats
     mean_s: Floats
@@ -47,7 +47,7 @@ class Waits:
 
 
 def waits(load: Load, servers: Floats) -> Waits:
-    """The waits in front of `servers`, `[C]`."""
+    """Return the waits in front of `servers`, `[C]`."""
     if load.work <= 0.0:
         nothing = np.zeros_like(servers)
         return Waits(nothing, nothing + TINY, nothing + 1.0)
@@ -59,7 +59,7 @@ def waits(load: Load, servers: Floats) -> Waits:
 
 
 def two_stage_attainment(first: Waits, second: Waits, slack_s: Floats) -> Floats:
-    """Share of requests whose two waits end within their slack: `[C1, C2]`.
+    """Return the share of requests whose two waits end within their slack: `[C1, C2]`.
 
     `slack_s` `[N]` is what each sampled request's stages leave of the SLO; below zero: lost.
     """
@@ -77,10 +77,10 @@ def two_stage_attainment(first: Waits, second: Waits, slack_s: Floats) -> Floats
 
 
 def attainment(pool: Waits, within_s: float) -> Floats:
-    """Share of requests that wait at most `within_s`: `[C]`."""
+    """Return the share of requests that wait at most `within_s`: `[C]`."""
     return np.asarray((1.0 - pool.chance * np.exp(-within_s / pool.mean_s)) * pool.stable)
 
 
 def _tail(pool: Waits, left_s: Floats) -> Floats:
-    """Mean chance that a wait lasts longer than the slack, of those who wait: `[C]`."""
+    """Return the mean chance that a wait exceeds the slack, given a wait: `[C]`."""
     return np.asarray(np.exp(-left_s[None, :] / pool.mean_s[:, None]).mean(axis=1))

@@ -1,4 +1,4 @@
-"""The cheapest pool sizes that meet the SLO, and the highest keep rate that given sizes allow."""
+"""Finds the cheapest pool sizes that meet the SLO, and the highest keep rate for given sizes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from .queueing import Load, Waits, attainment, load, two_stage_attainment, waits
 from .values import Arrivals, Engines, Floats, Pool, PoolLimits, Slo
 
-SAMPLES = 1024  # requests that stand for all
+SAMPLES = 1024  # sampled requests
 CANDIDATES = np.linspace(0.02, 9.0, 72)  # sizes that are tried: work + z * sqrt(work)
 NEARLY = 0.003  # of the share, where no size reaches the SLO
 DECODE_MISSES = 0.1  # of the SLO's allowance; the first token has the rest, nearly
@@ -19,22 +19,22 @@ KEEP_STEPS = 7  # halvings of the range of keep rates
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StageTimes:
-    """What each arrival takes of each pool, `[N]` seconds; 0: it does not go there."""
+    """The seconds that each arrival takes in each pool, `[N]`; 0: it does not go there."""
 
     speculate_s: Floats
     prefill_s: Floats
     decode_s: Floats
 
     def by_pool(self) -> Mapping[Pool, Floats]:
-        """The times of each pool."""
+        """Return the times of each pool."""
         return {
             Pool.SPECULATOR: self.speculate_s,
             Pool.PREFILL: self.prefill_s,
             Pool.DECODE: self.decode_s,
         }
 
-    def sampled(self, count: int) -> StageTimes:
-        """About `count` of them, evenly spread over the time to an undisturbed first token."""
+    def sample(self, count: int) -> StageTimes:
+        """Return about `count` arrivals, evenly spread over their unqueued time to first token."""
         step = max(1, len(self.prefill_s) // count)
         order = np.argsort(self.speculate_s + self.prefill_s)[step // 2 :: step]
         return StageTimes(self.speculate_s[order], self.prefill_s[order], self.decode_s[order])
@@ -42,7 +42,7 @@ class StageTimes:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Workload:
-    """What the pools must do together: samples of the stage times, and the load of each pool."""
+    """The work of the pools: samples of the stage times, and the load of each pool."""
 
     times: StageTimes
     speculate: Load
@@ -60,7 +60,7 @@ class Sizes:
     share: float
 
     def of(self, pool: Pool) -> int:
-        """Replicas of `pool`."""
+        """Return the replicas of `pool`."""
         return {
             Pool.SPECULATOR: self.speculator,
             Pool.PREFILL: self.prefill,
@@ -69,7 +69,7 @@ class Sizes:
 
 
 def stage_times(arrivals: Arrivals, engines: Engines, keep_scale: float = 1.0) -> StageTimes:
-    """The stage times of arrivals whose kept share is `keep_scale` times the nominal one."""
+    """Return the stage times of arrivals whose kept share is `keep_scale` times the nominal."""
     curves, prompt = engines.curves, arrivals.prompt_tokens
     pruned = arrivals.kept_tokens < prompt
     kept = np.where(pruned, arrivals.kept_tokens * keep_scale, arrivals.kept_tokens)
@@ -95,8 +95,8 @@ def stage_times(arrivals: Arrivals, engines: Engines, keep_scale: float = 1.0) -
 
 
 def workload(times: StageTimes, work: Mapping[Pool, float], dispersion: float) -> Workload:
-    """The loads of the pools. `work`: server-seconds per second that each must do."""
-    few = times.sampled(SAMPLES)
+    """Return the loads of the pools. `work`: server-seconds per second that each must do."""
+    few = times.sample(SAMPLES)
     return Workload(
         few,
         load(work[Pool.SPECULATOR], times.speculate_s, dispersion),
@@ -105,10 +105,10 @@ def workload(times: StageTimes, work: Mapping[Pool, float], dispersion: float) -
     )
 
 
-def cheapest(
+def cheapest_sizes(
     work: Workload, slo: Slo, limits: Mapping[Pool, PoolLimits], decode_slots: int
 ) -> Sizes:
-    """The sizes of least cost whose expected share meets the SLO; bounds are not applied.
+    """Return the sizes of least cost whose expected share meets the SLO, without bounds.
 
     Where no size reaches it, because the stages alone take too long, the least cost that comes
     near the best that is possible.
@@ -127,7 +127,7 @@ def cheapest(
 
 
 def expected_share(work: Workload, slo: Slo, speculators: int, prefills: int) -> float:
-    """Share of requests that get their first token in time from pools of these sizes."""
+    """Return the share of requests that get their first token in time from these pools."""
     first, second = np.array([float(speculators)]), np.array([float(prefills)])
     return float(_first_token(work, slo, first, second)[0, 0])
 
@@ -140,7 +140,7 @@ def highest_keep_scale(
     ready: tuple[int, int],
     lowest: float,
 ) -> float:
-    """The largest part in `[lowest, 1]` of the nominal keep rate with which `ready` suffices.
+    """Find the largest part of the nominal keep rate, in `[lowest, 1]`, that `ready` sustains.
 
     `ready`: speculators and prefill engines. `lowest` when not even that suffices.
     """
@@ -151,8 +151,8 @@ def highest_keep_scale(
         times = stage_times(few, engines, scale)
         shrunk = float(times.prefill_s.sum()) / nominal
         prefill = load(work.prefill.work * shrunk, times.prefill_s, 1.0)
-        bent = replace(work, times=times, prefill=prefill)
-        return expected_share(bent, slo, *ready) >= slo.share
+        lowered = replace(work, times=times, prefill=prefill)
+        return expected_share(lowered, slo, *ready) >= slo.share
 
     if meets(1.0):
         return 1.0
@@ -169,7 +169,7 @@ def _first_token(work: Workload, slo: Slo, first: Floats, second: Floats) -> Flo
 
 
 def _decode_replicas(decode: Load, slo: Slo, slots: int) -> int:
-    """The fewest replicas whose slots are free in time."""
+    """Return the fewest replicas whose slots are free in time."""
     if decode.work <= 0.0:
         return 0
     replicas = np.unique(np.ceil(_candidates(decode.work) / slots))
@@ -180,7 +180,7 @@ def _decode_replicas(decode: Load, slo: Slo, slots: int) -> int:
 
 
 def _candidates(work: float) -> Floats:
-    """Sizes worth trying, ascending: from just enough for the work to no waiting at all."""
+    """Return sizes worth trying, ascending: from just enough for the work to no waiting."""
     if work <= 0.0:
         return np.array([0.0])
     return np.unique(np.floor(work + CANDIDATES * np.sqrt(work)) + 1.0)

@@ -1,4 +1,4 @@
-"""What the autoscaler is told, and what it answers. Plain data."""
+"""The inputs and outputs of the autoscaler. Plain data."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Arrivals:
 
     @classmethod
     def of(cls, arrivals: Iterable[Arrival]) -> Arrivals:
-        """The columns of single arrivals, in any order."""
+        """Build the columns from single arrivals, in any order."""
         rows = sorted(
             (each.time_s, each.prompt_tokens, each.kept_tokens, each.output_tokens)
             for each in arrivals
@@ -55,11 +55,11 @@ class Arrivals:
         return len(self.time_s)
 
     def since(self, start_s: float) -> Arrivals:
-        """Those at or after `start_s`."""
+        """Return the arrivals at or after `start_s`."""
         return self._rows(slice(int(np.searchsorted(self.time_s, start_s)), None))
 
     def every(self, step: int) -> Arrivals:
-        """One of `step` of them, evenly spread."""
+        """Return one of every `step` arrivals, evenly spread."""
         return self._rows(slice(step // 2, None, step))
 
     def _rows(self, rows: slice) -> Arrivals:
@@ -73,15 +73,15 @@ class Arrivals:
 
 @dataclass(frozen=True, slots=True)
 class PoolState:
-    """One pool, now."""
+    """The present state of one pool."""
 
     ready: int
-    starting: int = 0  # asked for, and not ready yet
-    queue_age_s: float = 0.0  # how long its oldest request waits
+    starting: int = 0  # requested, but not ready yet
+    queue_age_s: float = 0.0  # wait of its oldest request
 
     @property
     def provisioned(self) -> int:
-        """Ready and starting."""
+        """The replicas that are ready or starting."""
         return self.ready + self.starting
 
 
@@ -100,27 +100,27 @@ class PoolLimits:
 
     minimum: int = 1  # 0: may sleep when nothing arrives
     maximum: int = 1
-    cost: float = 1.0  # of one replica, in any unit: say, its GPUs
+    cost: float = 1.0  # of one replica, in any unit, e.g. its GPUs
     cold_start_s: float = 100.0
     max_step: int = 8  # in one decision; a pool may always double, and lose a third
 
 
 @dataclass(frozen=True, slots=True)
 class ScalingPolicy:
-    """What the operator wants. `keep_floor` bounds how far a burst may bend the keep rate."""
+    """The operator's goals. `keep_floor` bounds how far a burst may lower the keep rate."""
 
     slo: Slo
     pools: Mapping[Pool, PoolLimits]
     keep: float = 0.3  # nominal keep rate
     keep_floor: float = 0.1
-    settle_s: float = 90.0  # a smaller size must have been enough for so long
-    idle_s: float = 600.0  # without arrivals for so long, a pool with minimum 0 sleeps
-    window_s: float = 600.0  # of arrivals that are looked at
+    settle_s: float = 90.0  # shrink only after a smaller size sufficed this long
+    idle_s: float = 600.0  # without arrivals for this long, a pool with minimum 0 sleeps
+    window_s: float = 600.0  # how far back arrivals count
 
 
 @dataclass(frozen=True, slots=True)
 class Engines:
-    """How fast the pools are: learnt stage times, and the decode engines' shape."""
+    """The speed of the pools: learnt stage times, and the decode engines' shape."""
 
     curves: StageCurves
     output_token_s: float = 0.03  # per output token of one sequence, at the usual batch
@@ -130,7 +130,7 @@ class Engines:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Observation:
-    """What is known at `now_s`. A pool that is not in `pools` did not report."""
+    """The observed state at `now_s`. A pool that is not in `pools` did not report."""
 
     now_s: float
     since_s: float  # `arrivals` holds every arrival from then on
@@ -139,8 +139,8 @@ class Observation:
     engines: Engines
 
 
-class Reason(enum.StrEnum):
-    """Why a pool gets the size it gets."""
+class ScalingReason(enum.StrEnum):
+    """The reason for a pool's size."""
 
     NO_METRICS = "no_metrics"  # held as it is, at least at its minimum
     STEADY = "steady"  # the size that meets the SLO
@@ -160,11 +160,11 @@ class PoolDecision:
 
     replicas: int
     wanted: int
-    reason: Reason
+    reason: ScalingReason
 
 
 class KeepReason(enum.StrEnum):
-    """Why the keep rate may or must bend."""
+    """The reason for the bounds of the keep rate."""
 
     NOMINAL = "nominal"  # the replicas that are ready meet the SLO
     BRIDGING = "bridging"  # until the replicas that start are ready
@@ -191,8 +191,10 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What one decision leaves for the next: recent wishes `(time, replicas)` per pool."""
+    """The state that one decision leaves for the next: wishes `(time, replicas)` per pool."""
 
     wishes: Mapping[Pool, tuple[tuple[float, int], ...]] = field(default_factory=dict)
     last_arrival_s: float | None = None
-    began_s: float | None = None  # the first decision; nothing shrinks before `settle_s` from then
+    started_s: float | None = (
+        None  # the first decision; nothing shrinks before `settle_s` from then
+    )

@@ -17,13 +17,13 @@ from ...rpc import specprefill_pb2 as pb
 from ..openai.access import RequestLimit
 from ..openai.client import PipelineClient
 from ..openai.context import RequestContext, fair_key
-from ..openai.controls import shortened
+from ..openai.controls import shorten
 from ..openai.failures import RpcFailed, rpc_failure
 from ..openai.keys import KeyRing
 from ..openai.request_json import JsonLimits
 from ..pools.health import PoolCounts, judge
 from .messages import (
-    Answer,
+    AnswerBuilder,
     chat_messages,
     chunk_output,
     prune_controls,
@@ -31,7 +31,7 @@ from .messages import (
     sampling_params,
     score_message,
     timeout_s,
-    tools,
+    tool_list,
 )
 from .serving import Unparsable
 
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class CallContext(Protocol):
-    """What of a gRPC servicer context is used: the part that Serve's context offers, too."""
+    """The used part of a gRPC servicer context: Serve's context offers it, too."""
 
     def invocation_metadata(self) -> Sequence[tuple[str, str]] | None: ...
 
@@ -74,9 +74,9 @@ class GrpcApi:
         self, message: pb.GenerateRequest, context: CallContext
     ) -> pb.GenerateResponse:
         """Answer in one message."""
-        with self._status(context):
+        with self._guard_call(context):
             request = await self._request(message, context)
-            answer = Answer(len(request.prompt), request.samples)
+            answer = AnswerBuilder(len(request.prompt), request.samples)
             async with aclosing(self._client.chunks(request)) as chunks:
                 async for chunk in chunks:
                     answer.add(chunk)
@@ -86,26 +86,26 @@ class GrpcApi:
         self, message: pb.GenerateRequest, context: CallContext
     ) -> AsyncGenerator[pb.GenerateChunk, None]:
         """Answer as it is generated; the last message carries usage and report."""
-        with self._status(context):
+        with self._guard_call(context):
             request = await self._request(message, context)
-            answer = Answer(len(request.prompt), request.samples)
+            answer = AnswerBuilder(len(request.prompt), request.samples)
             async with aclosing(self._client.chunks(request)) as chunks:
                 async for chunk in chunks:
                     answer.count(chunk)
                     out = pb.GenerateChunk(output=chunk_output(chunk))
-                    if answer.finished and chunk.report is not None:
+                    if answer.is_finished and chunk.report is not None:
                         out.usage.CopyFrom(answer.usage())
                         out.report.CopyFrom(report_message(chunk.report))
                     yield out
 
     async def score(self, message: pb.ScoreRequest, context: CallContext) -> pb.ScoreResponse:
-        """Tell which prompt tokens would be kept."""
-        with self._status(context):
+        """Return the prompt tokens that would be kept."""
+        with self._guard_call(context):
             request = await self._request(message, context)
             return score_message(await self._client.select(request))
 
     async def health(self, message: pb.HealthRequest, context: CallContext) -> pb.HealthResponse:
-        """Tell the pools' health. Needs no API key."""
+        """Return the pools' health. Needs no API key."""
         del message, context
         health = judge(await self._count())
         pools = [pb.PoolHealth(name=n, healthy_replicas=r) for n, r in health.pools.items()]
@@ -114,9 +114,9 @@ class GrpcApi:
     async def _request(
         self, message: pb.GenerateRequest | pb.ScoreRequest, call: CallContext
     ) -> Request:
-        self._check(message)
+        self._check_message(message)
         if message.HasField("model") and message.model != self._model_name:
-            raise UnknownModel(f"model: {shortened(message.model)} is not served here", "model")
+            raise UnknownModel(f"model: {shorten(message.model)} is not served here", "model")
         sampling, priority = pb.Sampling(max_tokens=1), 0
         if isinstance(message, pb.GenerateRequest):
             sampling, priority = message.sampling, message.priority
@@ -134,7 +134,7 @@ class GrpcApi:
             prompt, params, f"grpc-{uuid.uuid4().hex[:16]}", context, priority
         )
 
-    def _check(self, message: pb.GenerateRequest | pb.ScoreRequest | Unparsable) -> None:
+    def _check_message(self, message: pb.GenerateRequest | pb.ScoreRequest | Unparsable) -> None:
         if isinstance(message, Unparsable):
             raise InvalidRequest(f"the message cannot be parsed: {message.error}")
         if message.ByteSize() > self._max_message_bytes:
@@ -143,7 +143,7 @@ class GrpcApi:
     async def _prompt(
         self, message: pb.GenerateRequest | pb.ScoreRequest, context: RequestContext
     ) -> EngineInput:
-        """The prompt as vLLM's renderer makes it."""
+        """Render the prompt with vLLM's renderer."""
         kind = message.WhichOneof("input")
         if kind is None:
             raise InvalidRequest("input: set one of conversation, text or token_ids", "input")
@@ -152,11 +152,11 @@ class GrpcApi:
         if kind == "text":
             return await self._client.render_text(message.text)
         context.messages = chat_messages(message.conversation, self._json_limits)
-        listed = tools(message.conversation, self._json_limits)
+        listed = tool_list(message.conversation, self._json_limits)
         return await self._client.render_chat(context.messages, listed)
 
     @contextmanager
-    def _status(self, context: CallContext) -> Iterator[None]:
+    def _guard_call(self, context: CallContext) -> Iterator[None]:
         """Authenticate, hold a slot, and turn failures into the call's status."""
         try:
             if self._keys and self._key_name(context) is None:
@@ -164,10 +164,10 @@ class GrpcApi:
             with self._limit.slot():
                 yield
         except SpecPrefillError as error:
-            raise _failed(context, rpc_failure(error)) from error
-        except Exception as error:  # the edge: what nobody named becomes INTERNAL
+            raise _set_status(context, rpc_failure(error)) from error
+        except Exception as error:  # the edge: an unexpected error becomes INTERNAL
             logger.exception("gRPC call failed")
-            raise _failed(context, rpc_failure(SpecPrefillError())) from error
+            raise _set_status(context, rpc_failure(SpecPrefillError())) from error
 
     def _key_name(self, context: CallContext) -> str | None:
         return self._keys.name_of(_metadata(context))
@@ -177,7 +177,7 @@ def _metadata(context: CallContext) -> dict[str, str]:
     return {name: str(value) for name, value in context.invocation_metadata() or ()}
 
 
-def _failed(context: CallContext, failure: RpcFailed) -> RpcFailed:
+def _set_status(context: CallContext, failure: RpcFailed) -> RpcFailed:
     context.set_code(failure.code)
     context.set_details(failure.details)
     return failure

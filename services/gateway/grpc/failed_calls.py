@@ -1,4 +1,4 @@
-"""Serve logs every exception that leaves a gRPC method, and a stream has no other way to fail."""
+"""Shortens Serve's log of refused gRPC calls: Serve logs every exception that leaves a method."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..openai.failures import RpcFailed
 
 
 def log_refusals_in_one_line() -> None:
-    """What a caller did wrong is no traceback of ours."""
+    """Log refused calls in one line, without a traceback."""
     logging.getLogger(SERVES).addFilter(_shorten)
 
 
@@ -24,7 +24,7 @@ def _shorten(record: logging.LogRecord) -> bool:
 
 
 def _refusal(error: BaseException | None) -> RpcFailed | None:
-    """The refusal that an exception of Serve is about."""
+    """Return the refusal behind an exception of Serve, or None."""
     while error is not None and not isinstance(error, RpcFailed):
         error = error.__cause__ or error.__context__
     return error

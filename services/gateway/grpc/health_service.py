@@ -11,7 +11,7 @@ from ..openai.access import RequestLimit
 from ..pools.health import PoolCounts, judge
 
 SERVICE = "specprefill.v1.SpecPrefill"
-_PERIOD_S = 1.0  # between looks at the pools, for those who watch
+_PERIOD_S = 1.0  # between two polls of the pools, for those who watch
 
 
 class GrpcHealth:
@@ -22,7 +22,7 @@ class GrpcHealth:
         self._limit = limit
 
     async def check(self, request: HealthCheckRequest) -> HealthCheckResponse:
-        """The state now; a service that is not ours is SERVICE_UNKNOWN."""
+        """Return the state now; a service that is not ours is SERVICE_UNKNOWN."""
         if request.service not in ("", SERVICE):
             return HealthCheckResponse(status=HealthCheckResponse.SERVICE_UNKNOWN)
         if self._limit.draining or not judge(await self._count()).serving:
@@ -30,7 +30,7 @@ class GrpcHealth:
         return HealthCheckResponse(status=HealthCheckResponse.SERVING)
 
     async def watch(self, request: HealthCheckRequest) -> AsyncGenerator[HealthCheckResponse, None]:
-        """The state now, and each change."""
+        """Stream the state now, and each change."""
         last: HealthCheckResponse | None = None
         while True:
             now = await self.check(request)
@@ -40,6 +40,6 @@ class GrpcHealth:
             await asyncio.sleep(_PERIOD_S)
 
     async def list(self) -> HealthListResponse:
-        """The state of every service."""
+        """Return the state of every service."""
         state = await self.check(HealthCheckRequest())
         return HealthListResponse(statuses={"": state, SERVICE: state})

@@ -1,4 +1,4 @@
-"""Between protobuf messages and the service's own values."""
+"""Converts between protobuf messages and the service's own values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...core.errors import InvalidRequest
 from ...core.types import Chunk, Controls, Report, Selection, TokenLogprob
 from ...rpc import specprefill_pb2 as pb
 from ..openai.client import CLIENT_ERRORS, as_invalid
-from ..openai.controls import checked, rate, strings, timeout
+from ..openai.controls import check_order, rate, strings, timeout
 from ..openai.request_json import JsonLimits, parse_json
 
 _PLAIN_SAMPLING = (
@@ -35,9 +35,9 @@ _PLAIN_SAMPLING = (
 def sampling_params(
     sampling: pb.Sampling, defaults: dict[str, Any], limits: JsonLimits
 ) -> SamplingParams:
-    """vLLM's parameters; an absent field takes the model's default.
+    """Return vLLM's parameters; an absent field takes the model's default.
 
-    Raises InvalidRequest, naming the field, on what vLLM refuses, and on what is no number.
+    Raises InvalidRequest, naming the field, on what vLLM refuses, and on non-finite numbers.
     """
     given = {name: getattr(sampling, name) for name in _PLAIN_SAMPLING if sampling.HasField(name)}
     for name, value in given.items():
@@ -52,8 +52,8 @@ def sampling_params(
 
 
 def prune_controls(prune: pb.Prune) -> Controls:
-    """The caller's wishes. Raises InvalidRequest on a rate outside (0, 1]."""
-    return checked(
+    """Return the caller's controls. Raises InvalidRequest on a rate outside (0, 1]."""
+    return check_order(
         Controls(
             prune=_optional(prune, "enabled"),
             keep=rate("prune.keep", _optional(prune, "keep")),
@@ -66,13 +66,13 @@ def prune_controls(prune: pb.Prune) -> Controls:
 
 
 def timeout_s(message: pb.GenerateRequest | pb.ScoreRequest) -> float | None:
-    """Seconds, or None where absent. Raises InvalidRequest unless positive."""
+    """Return the seconds, or None where absent. Raises InvalidRequest unless positive."""
     value = _optional(message, "timeout_s")
     return timeout("timeout_s", None if value is None else str(value))
 
 
 def chat_messages(conversation: pb.Conversation, limits: JsonLimits) -> list[dict[str, Any]]:
-    """OpenAI's message list. Raises InvalidRequest unless there are some, and not too many."""
+    """Return OpenAI's message list. Raises InvalidRequest if it is empty or too long."""
     if not conversation.messages:
         raise InvalidRequest(
             "conversation.messages: must hold at least one message", "conversation.messages"
@@ -85,8 +85,8 @@ def chat_messages(conversation: pb.Conversation, limits: JsonLimits) -> list[dic
     return [{"role": each.role, "content": each.content} for each in conversation.messages]
 
 
-def tools(conversation: pb.Conversation, limits: JsonLimits) -> list[dict[str, Any]] | None:
-    """The template's tools. Raises InvalidRequest unless a JSON list of objects."""
+def tool_list(conversation: pb.Conversation, limits: JsonLimits) -> list[dict[str, Any]] | None:
+    """Return the template's tools. Raises InvalidRequest unless a JSON list of objects."""
     if not conversation.HasField("tools_json"):
         return None
     field = "conversation.tools_json"
@@ -97,7 +97,7 @@ def tools(conversation: pb.Conversation, limits: JsonLimits) -> list[dict[str, A
 
 
 def chunk_output(chunk: Chunk) -> pb.Output:
-    """What is new of one sample."""
+    """Return the new output of one sample."""
     output = pb.Output(index=chunk.index, text=chunk.text, token_ids=chunk.token_ids)
     _end(output, chunk)
     output.logprobs.extend(_positions(chunk))
@@ -105,7 +105,7 @@ def chunk_output(chunk: Chunk) -> pb.Output:
 
 
 def report_message(report: Report) -> pb.Report:
-    """A finished request's report."""
+    """Return a finished request's report as a message."""
     return pb.Report(
         decision=pb.Decision(
             plan=report.plan.value,
@@ -130,7 +130,7 @@ def report_message(report: Report) -> pb.Report:
 
 
 def score_message(selection: Selection) -> pb.ScoreResponse:
-    """Which tokens would be kept."""
+    """Return the tokens that would be kept as a message."""
     return pb.ScoreResponse(
         kept=[pb.Span(start=run.start, stop=run.stop) for run in selection.runs],
         decision=pb.Decision(
@@ -145,7 +145,7 @@ def score_message(selection: Selection) -> pb.ScoreResponse:
     )
 
 
-class Answer:
+class AnswerBuilder:
     """Collects a request's chunks into one response, and counts them."""
 
     def __init__(self, prompt_tokens: int, samples: int) -> None:
@@ -155,13 +155,13 @@ class Answer:
         self._report: Report | None = None
 
     @property
-    def finished(self) -> bool:
+    def is_finished(self) -> bool:
         """True once every sample has its finish reason."""
         return self._open == 0
 
     def count(self, chunk: Chunk) -> None:
         """Count a chunk that has been passed on already."""
-        self._open -= chunk.finished
+        self._open -= chunk.is_finished
         self._usage.completion_tokens += len(chunk.token_ids)
         self._usage.cached_tokens = max(self._usage.cached_tokens, chunk.cached_tokens)
         if chunk.report is not None:
@@ -177,11 +177,11 @@ class Answer:
         _end(output, chunk)
 
     def usage(self) -> pb.Usage:
-        """Token counts so far."""
+        """Return the token counts so far."""
         return self._usage
 
     def message(self) -> pb.GenerateResponse:
-        """The whole answer."""
+        """Return the whole answer."""
         response = pb.GenerateResponse(outputs=self._outputs, usage=self._usage)
         if self._report is not None:
             response.report.CopyFrom(report_message(self._report))

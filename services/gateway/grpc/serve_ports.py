@@ -27,16 +27,16 @@ def bind_grpc_as_http() -> None:
 
 
 def setup() -> list[Any]:
-    """For `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`: Serve's own proxies, too. No middleware."""
+    """Set up Serve's proxies (`RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`). Adds no middleware."""
     bind_grpc_as_http()
     return []
 
 
 def claim(host: str, port: int) -> None:
-    """Keep the port from every other process, now and later. Raises RuntimeError.
+    """Claim the port, so that nobody else listens there, now or later. Raises RuntimeError.
 
     gRPC itself would share the port. Other services of ours are kept out by a name that only one
-    process can hold; anybody else by trying whether the port can be bound.
+    process can hold, other programs by a trial bind of the port.
     """
     name = socket.socket(socket.AF_UNIX)
     try:

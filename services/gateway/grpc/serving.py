@@ -17,28 +17,30 @@ from ...rpc.specprefill_pb2_grpc import add_SpecPrefillServicer_to_server as add
 
 @dataclass(frozen=True, slots=True)
 class Unparsable:
-    """Takes the place of a message whose bytes are none."""
+    """Replaces a message whose bytes cannot be parsed."""
 
     error: str
 
 
 def add_SpecPrefillServicer_to_server(servicer: Any, server: Any) -> None:  # gRPC's
-    """As the generated function of this name; a deployment file names this one."""
-    add_generated(servicer, _Tolerant(server))
+    """Register `servicer`, as the generated function does; deployment files name this one."""
+    add_generated(servicer, _TolerantServer(server))
 
 
-class _Tolerant:
+class _TolerantServer:
     """A server whose handlers get `Unparsable` where their bytes cannot be parsed."""
 
     def __init__(self, server: Any) -> None:
         self._server = server
 
     def add_generic_rpc_handlers(self, handlers: tuple[grpc.GenericRpcHandler, ...]) -> None:
-        """Replaced by the registered handlers below, under the same names."""
+        """Do nothing: the registered handlers below replace these."""
 
     def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
         tolerant = {
-            name: handler._replace(request_deserializer=_tolerant(handler.request_deserializer))
+            name: handler._replace(
+                request_deserializer=_tolerate_unparsable(handler.request_deserializer)
+            )
             for name, handler in handlers.items()
         }
         generic = grpc.method_handlers_generic_handler(service, tolerant)
@@ -46,12 +48,12 @@ class _Tolerant:
         self._server.add_registered_method_handlers(service, tolerant)
 
 
-def _tolerant(parse: Any) -> Callable[[bytes], Message | Unparsable]:
-    def parsed(payload: bytes) -> Message | Unparsable:
+def _tolerate_unparsable(parse: Any) -> Callable[[bytes], Message | Unparsable]:
+    def parse_or_report(payload: bytes) -> Message | Unparsable:
         try:
             message: Message = parse(payload)
         except (DecodeError, ValueError) as error:  # ValueError: a string that is not UTF-8
             return Unparsable(str(error))
         return message
 
-    return parsed
+    return parse_or_report

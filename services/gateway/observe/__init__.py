@@ -1,1 +1,1 @@
-"""What a gateway reports: metrics, arrivals, the request log, shadow requests, calibration."""
+"""A gateway's reports: metrics, arrivals, the request log, shadow requests, calibration."""

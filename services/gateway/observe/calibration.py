@@ -33,7 +33,7 @@ class Calibration:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin, in the background."""
+        """Start in the background."""
         self._task = asyncio.create_task(self.run())
 
     async def close(self) -> None:
@@ -43,7 +43,7 @@ class Calibration:
             await asyncio.wait([self._task])
 
     async def run(self) -> None:
-        """Until the pools were measured, or long enough tried."""
+        """Try until the pools were measured, at most `ATTEMPTS` times."""
         for _ in range(ATTEMPTS):
             try:
                 await self._probe.run(self._models)
@@ -56,7 +56,7 @@ class Calibration:
 
 
 def calibration(pipeline: Pipeline, models: StageModels, model: ModelConfig) -> Calibration:
-    """Of the pools of `pipeline`, which serve `model`, for `models`."""
+    """Return the calibration of `models` on the pools of `pipeline`, which serve `model`."""
     prompts = ProbePrompts(model.get_vocab_size(), random.Random())
     longest = model.max_model_len - 1  # one token is the answer
     probe = Probe(pipeline.speculator, pipeline.prefiller, prompts, longest, BUDGET_S, TIMEOUT_S)
@@ -73,7 +73,7 @@ class ProbePrompts:
         self._sampling = msgspec.msgpack.encode(sampling)
 
     def __call__(self, tokens: int) -> Request:
-        """A prompt of `tokens` tokens, to be answered with one."""
+        """Return a request of `tokens` random tokens and one output token."""
         return Request(
             request_id=f"probe-{self._rng.getrandbits(48):x}",
             prompt=tuple(self._rng.randrange(self._vocabulary) for _ in range(tokens)),

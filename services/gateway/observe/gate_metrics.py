@@ -1,4 +1,4 @@
-"""The gate of a gateway: its configuration, and its part of the engines."""
+"""Builds the gate of a gateway: its configuration, and its share of the engines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ray.serve.exceptions import RayServeException
 
 from ...config import GatewayConfig
 from ...control.admission import AdmissionPolicy
-from ...control.gate import AdmittingPipeline, Engines, Gate
+from ...control.gate import AdmittingPipeline, Gate, GatewayShare
 from ...control.stages import StageModels
 from ...core.pipeline import Pipeline
 from ...core.ports import Answerer
@@ -21,14 +21,14 @@ logger = logging.getLogger(__name__)
 
 
 class EngineCounts:
-    """The newest known counts, at once; asking for them starts to read newer ones."""
+    """Returns the newest known counts at once, and starts to read newer ones."""
 
     def __init__(self, count: PoolCounts) -> None:
         self._count = count
-        self._known = Engines()
+        self._known = GatewayShare()
         self._reading: asyncio.Task[None] | None = None
 
-    def __call__(self) -> Engines:
+    def __call__(self) -> GatewayShare:
         if self._reading is None or self._reading.done():
             self._reading = asyncio.create_task(self._read())
         return self._known
@@ -36,16 +36,19 @@ class EngineCounts:
     async def _read(self) -> None:
         try:
             counts = await self._count()
-        except (RayError, RayServeException) as error:  # the controller is away: keep what we know
+        except (
+            RayError,
+            RayServeException,
+        ) as error:  # the controller is away: keep the last counts
             logger.info("replica counts: %s", error)
             return
-        self._known = Engines(counts[SPECULATOR], counts[PREFILL], counts[GATEWAY])
+        self._known = GatewayShare(counts[SPECULATOR], counts[PREFILL], counts[GATEWAY])
 
 
 def behind_gate(
     pipeline: Pipeline, config: GatewayConfig, models: StageModels, count: PoolCounts
 ) -> Answerer:
-    """The pipeline, behind a gate if the configuration has one."""
+    """Return the pipeline, behind a gate if the configuration has one."""
     admission = config.admission
     if admission is None or admission.ttft_s is None:
         return pipeline

@@ -1,4 +1,4 @@
-"""How much each API key asks for, as a Serve metric (`ray_specprefill_key_tokens`)."""
+"""Counts tokens by API key, as a Serve metric (`ray_specprefill_key_tokens`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics of the pipeline, around it: the pipeline itself knows none of this.
+"""Metrics of the pipeline, from outside: the pipeline itself knows none of this.
 
 They are Ray's (`ray_specprefill_*`), so that one scrape sees every gateway.
 """
@@ -55,11 +55,11 @@ class PipelineMetrics:
             "plan",
         )
 
-    def shed(self, reason: str) -> None:
+    def count_shed(self, reason: str) -> None:
         """Count a request that was refused under load."""
         self._shed.inc(1, {"reason": reason})
 
-    def ended(self, request: Request, outcome: str, report: Report | None) -> None:
+    def count_request(self, request: Request, outcome: str, report: Report | None) -> None:
         """Count a request; `report` None: it has no answer."""
         self._prompt_tokens.inc(max(1, len(request.prompt)))
         if report is None:
@@ -79,7 +79,7 @@ class PipelineMetrics:
         plan = {"plan": report.plan.value}
         self._ttft.observe(report.ttft_s, plan)
         if report.expected is not None:
-            self._ttft_foreseen.observe(report.ttft_s / report.expected.of(report.plan), plan)
+            self._ttft_foreseen.observe(report.ttft_s / report.expected.for_plan(report.plan), plan)
         for stage, seconds in (
             ("queue", report.queue_s),
             ("speculate", report.speculate_s),
@@ -96,7 +96,7 @@ class RequestMetrics:
     def __init__(self, metrics: PipelineMetrics) -> None:
         self._metrics = metrics
 
-    def arrived(self, request: Request) -> RequestObserver:
+    def on_arrival(self, request: Request) -> RequestObserver:
         """See Observer."""
         return _RequestMetrics(request, self._metrics)
 
@@ -106,10 +106,10 @@ class _RequestMetrics(RequestObserver):
         self._request = request
         self._metrics = metrics
 
-    def ended(self, ending: Ending) -> None:
+    def on_end(self, ending: Ending) -> None:
         if isinstance(ending.error, Overloaded):
-            self._metrics.shed(ending.error.reason)
-        self._metrics.ended(self._request, _outcome(ending), ending.report)
+            self._metrics.count_shed(ending.error.reason)
+        self._metrics.count_request(self._request, _outcome(ending), ending.report)
 
 
 def _outcome(ending: Ending) -> str:

@@ -6,7 +6,7 @@ from ...core.types import Chunk, Report, Request
 
 
 class RequestLog:
-    """What is told of one request: `key=value` pairs, never its text."""
+    """The log line of one request: `key=value` pairs, never its text."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
@@ -18,16 +18,16 @@ class RequestLog:
     def add(self, chunk: Chunk) -> None:
         """Count a chunk."""
         self.output_tokens += len(chunk.token_ids)
-        self.open_samples -= chunk.finished
+        self.open_samples -= chunk.is_finished
         if chunk.report is not None:
             self._report = chunk.report
 
-    def failed(self, error: Exception) -> None:
-        """Note why the answer ended early."""
+    def record_failure(self, error: Exception) -> None:
+        """Record why the answer ended early."""
         self._error = error
 
     def line(self) -> str:
-        """The whole line; an answer nobody waited for is `outcome=closed`."""
+        """Return the line; `outcome=closed` means that the client left before the end."""
         pairs: dict[str, object] = {
             "request_id": self._request.request_id,
             "outcome": self._outcome(),

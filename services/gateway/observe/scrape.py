@@ -1,7 +1,7 @@
-"""`GET /metrics`: the metrics of the whole service, whichever gateway is asked.
+"""`GET /metrics`: the metrics of the whole service, from any gateway.
 
 Every process of the service hands its metrics to Ray, which exports them once per node. A gateway
-collects them from all nodes; a scraper that knows the nodes may as well ask them itself.
+collects them from all nodes; a scraper that knows the nodes can also scrape them directly.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ServiceMetrics:
         self._collected_s = -float("inf")
 
     async def text(self) -> str:
-        """In Prometheus' text format. A node that does not answer is counted, not waited for."""
+        """Return Prometheus' text format. A node that does not answer is counted, not awaited."""
         async with self._lock:
             if self._now() - self._collected_s >= _MAX_AGE_S:
                 self._collected = await self._collect()
@@ -68,7 +68,7 @@ class ServiceMetrics:
         async with aiohttp.ClientSession(timeout=timeout) as session:
             found = await asyncio.gather(*(_read(session, url, at_once) for url in addresses))
         answered = [text for text in found if text is not None]
-        return merged(answered) + _nodes_text(len(answered), len(found) - len(answered))
+        return merge_expositions(answered) + _nodes_text(len(answered), len(found) - len(answered))
 
 
 async def _read(session: aiohttp.ClientSession, url: str, at_once: asyncio.Semaphore) -> str | None:
@@ -81,8 +81,8 @@ async def _read(session: aiohttp.ClientSession, url: str, at_once: asyncio.Semap
         return None
 
 
-def merged(texts: Iterable[str], prefixes: tuple[str, ...] = PREFIXES) -> str:
-    """Several expositions as one: every metric once, with the samples of all."""
+def merge_expositions(texts: Iterable[str], prefixes: tuple[str, ...] = PREFIXES) -> str:
+    """Merge several expositions: every metric once, with the samples of all."""
     families: dict[str, _Family] = {}
     for text in texts:
         _add(families, text, prefixes)
@@ -91,7 +91,7 @@ def merged(texts: Iterable[str], prefixes: tuple[str, ...] = PREFIXES) -> str:
 
 
 def metrics_route(text: MetricsText) -> Route:
-    """`GET /metrics`."""
+    """Return the route of `GET /metrics`."""
 
     async def answer(_: Request) -> Response:
         return Response(await text(), headers={"content-type": CONTENT_TYPE})
@@ -100,7 +100,7 @@ def metrics_route(text: MetricsText) -> Route:
 
 
 def _add(families: dict[str, _Family], text: str, prefixes: tuple[str, ...]) -> None:
-    """A sample belongs to the family whose header stands before it: histograms have suffixes."""
+    """Add the samples of `text`; each belongs to the family whose header precedes it."""
     family: _Family | None = None
     for line in text.splitlines():
         if line.startswith(("# HELP ", "# TYPE ")):

@@ -1,4 +1,4 @@
-"""How far pruned answers are from dense ones, measured on a share of live traffic.
+"""Compares pruned answers with dense ones on a share of live traffic.
 
 A sampled request is answered again, dense, in the background, while there is capacity to spare;
 nobody waits for it. Greedy answers only: sampled ones differ anyway.
@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 HASH_RANGE = 1 << 64
 
 
-class Outcome(enum.StrEnum):
-    """What became of a sampled request."""
+class ShadowOutcome(enum.StrEnum):
+    """The outcome of a sampled request."""
 
     EQUAL = "equal"
     DIFFERENT = "different"
@@ -35,7 +35,7 @@ class Outcome(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """How a pruned answer compares with the dense one, token by token."""
+    """The token-by-token comparison of a pruned answer with the dense one."""
 
     pruned_tokens: int
     dense_tokens: int
@@ -46,25 +46,26 @@ class Divergence:
     logprob_gap: float | None
 
     @property
-    def equal(self) -> bool:
-        """The same tokens, and as many."""
+    def is_equal(self) -> bool:
+        """True if both answers have the same tokens."""
         return self.agreement_tokens == self.pruned_tokens == self.dense_tokens
 
     @property
     def agreement_share(self) -> float:
-        """Of the longer answer."""
+        """The agreement as a share of the longer answer."""
         longer = max(self.pruned_tokens, self.dense_tokens)
         return 1.0 if longer == 0 else self.agreement_tokens / longer
 
 
-Record = Callable[[Outcome, float, Divergence | None], None]  # with the keep rate of the pruned one
+# Called with the keep rate of the pruned answer.
+Record = Callable[[ShadowOutcome, float, Divergence | None], None]
 
 
 class Shadow:
     """Runs dense copies of sampled requests.
 
     `dense_copy` makes the request that is sent (greedy requests only: None otherwise); `is_busy`
-    tells whether live requests need the capacity; `record` is told how each copy ended.
+    returns True if live requests need the capacity; `record` gets the outcome of each copy.
     """
 
     def __init__(
@@ -84,8 +85,8 @@ class Shadow:
         self._record = record
         self._running: set[asyncio.Task[None]] = set()
 
-    def wants(self, request: Request) -> bool:
-        """Whether the request is in the sample: by its id, so that a repeat gets the same."""
+    def is_sampled(self, request: Request) -> bool:
+        """Return True if the request is in the sample: by its id, so that a repeat is, too."""
         if self._share <= 0.0 or request.samples != 1:
             return False
         return xxhash.xxh3_64_intdigest(request.request_id.encode()) < self._share * HASH_RANGE
@@ -96,13 +97,13 @@ class Shadow:
         if copy is None:
             return
         if len(self._running) >= self._max_running or self._is_busy():
-            self._record(Outcome.DROPPED, report.keep_rate, None)
+            self._record(ShadowOutcome.DROPPED, report.keep_rate, None)
             return
         task = asyncio.create_task(self._compare(copy, tuple(answer), report.keep_rate))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
-    async def settled(self) -> None:
+    async def wait_until_idle(self) -> None:
         """Wait until every copy that runs has ended."""
         await asyncio.gather(*self._running)
 
@@ -115,17 +116,19 @@ class Shadow:
 
     async def _compare(self, copy: Request, answer: tuple[int, ...], keep_rate: float) -> None:
         try:
-            dense = await _collected(self._pipeline, copy)
+            dense = await _collect_answer(self._pipeline, copy)
         except SpecPrefillError as error:
             logger.info("request_id=%s shadow failed: %s", copy.request_id, error)
-            self._record(Outcome.FAILED, keep_rate, None)
+            self._record(ShadowOutcome.FAILED, keep_rate, None)
             return
         found = compare(answer, dense)
-        self._record(Outcome.EQUAL if found.equal else Outcome.DIFFERENT, keep_rate, found)
+        self._record(
+            ShadowOutcome.EQUAL if found.is_equal else ShadowOutcome.DIFFERENT, keep_rate, found
+        )
 
 
 def dense_request(request: Request, sampling: bytes) -> Request:
-    """The same prompt, whole; `sampling` may ask for more candidates."""
+    """Return a dense copy of `request`; `sampling` may ask for more candidates."""
     return replace(
         request,
         request_id=f"shadow-{request.request_id}",
@@ -152,6 +155,6 @@ def _gap(candidates: Sequence[TokenLogprob], pruned: int, dense: int) -> float:
     return by_token[dense] - by_token.get(pruned, min(by_token.values()))
 
 
-async def _collected(pipeline: Answerer, request: Request) -> list[Chunk]:
+async def _collect_answer(pipeline: Answerer, request: Request) -> list[Chunk]:
     async with aclosing(pipeline.generate(request)) as chunks:
         return [chunk async for chunk in chunks]

@@ -13,10 +13,10 @@ from ...config import QualityConfig
 from ...core.ports import Answerer
 from ...core.types import Chunk, PlanKind, Request
 from ...engine.outputs import sampling_params
-from .shadow import Divergence, Outcome, Shadow, dense_request
+from .shadow import Divergence, Shadow, ShadowOutcome, dense_request
 from .watched import Ending, RequestObserver
 
-CANDIDATES = 5  # of each token of the dense copy, to tell how far off the pruned token is
+CANDIDATES = 5  # of each token of the dense copy, to measure how far off the pruned token is
 
 _RATES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 _SHARES = (0.001, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
@@ -25,7 +25,7 @@ _NATS = (0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16)
 
 
 class ShadowMetrics:
-    """How the copies of one gateway compare. `make` is as for `PipelineMetrics`."""
+    """Metrics of one gateway's shadow copies. `make` is as for `PipelineMetrics`."""
 
     def __init__(self, make: Any = metrics) -> None:
         def histogram(name: str, description: str, bounds: tuple[float, ...]) -> Any:
@@ -38,7 +38,7 @@ class ShadowMetrics:
 
         self._copies = make.Counter(
             "specprefill_shadow_total",
-            description="Pruned answers sampled for a dense copy, by what came of it",
+            description="Pruned answers sampled for a dense copy, by outcome",
             tag_keys=("outcome", "keep_rate"),  # the rate is the upper end of its bucket
         )
         self._agreement_share = histogram(
@@ -56,7 +56,7 @@ class ShadowMetrics:
             _NATS,
         )
 
-    def record(self, outcome: Outcome, keep_rate: float, found: Divergence | None) -> None:
+    def record(self, outcome: ShadowOutcome, keep_rate: float, found: Divergence | None) -> None:
         """Count one copy."""
         rate = {"keep_rate": f"{_RATES[min(bisect_left(_RATES, keep_rate), len(_RATES) - 1)]:g}"}
         self._copies.inc(1, {"outcome": outcome.value, **rate})
@@ -68,7 +68,7 @@ class ShadowMetrics:
             self._logprob_gap.observe(found.logprob_gap, rate)
 
 
-class Shadowing:
+class ShadowSampler:
     """Samples pruned answers, and compares them with dense ones."""
 
     def __init__(self, pipeline: Answerer, quality: QualityConfig, compared: ShadowMetrics) -> None:
@@ -87,10 +87,10 @@ class Shadowing:
         """Cancel the copies that run. Idempotent."""
         await self._shadow.close()
 
-    def arrived(self, request: Request) -> RequestObserver:
+    def on_arrival(self, request: Request) -> RequestObserver:
         """See Observer."""
         self._live += 1
-        return _Sample(request, self._shadow, self._leave)
+        return _ShadowedRequest(request, self._shadow, self._leave)
 
     def _leave(self) -> None:
         self._live -= 1
@@ -99,19 +99,19 @@ class Shadowing:
         return self._live > self._most_live
 
 
-class _Sample(RequestObserver):
+class _ShadowedRequest(RequestObserver):
     def __init__(self, request: Request, shadow: Shadow, leave: Callable[[], None]) -> None:
         self._request = request
         self._shadow = shadow
         self._leave = leave
-        self._is_sampled = shadow.wants(request)
+        self._is_sampled = shadow.is_sampled(request)
         self._answer: list[int] = []
 
-    def chunk(self, chunk: Chunk) -> None:
+    def on_chunk(self, chunk: Chunk) -> None:
         if self._is_sampled:
             self._answer += chunk.token_ids
 
-    def ended(self, ending: Ending) -> None:
+    def on_end(self, ending: Ending) -> None:
         self._leave()
         report = ending.report
         if self._is_sampled and report is not None and report.plan is PlanKind.PRUNE:
@@ -119,7 +119,7 @@ class _Sample(RequestObserver):
 
 
 def dense_copy(request: Request) -> Request | None:
-    """The dense request to compare with; None where the answer was drawn at random."""
+    """Return the dense request to compare with; None where the answer was sampled at random."""
     sampling = sampling_params(request.sampling)
     if sampling.temperature > 0.0:
         return None

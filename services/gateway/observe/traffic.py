@@ -1,7 +1,7 @@
-"""What a gateway tells the autoscaler: arrivals by size, and what answers took.
+"""A gateway's signals to the autoscaler: arrivals by size, and answer times.
 
-Arrivals are counted when they come, not when they are answered: what waits behind a full pool
-is demand too.
+Arrivals are counted when they come, not when they are answered: requests that wait behind a full
+pool are demand too.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from ...core.selection import SelectionPolicy, expected_kept
 from ...core.types import Chunk, PlanKind, Report, Request
 from .watched import RequestObserver
 
-_NEWEST = 1 / 32  # weight of the newest answer in what is usual
-_OUTPUT_TOKENS, _OUTPUT_TOKEN_S = 128.0, 0.03  # usual, until there were answers
+_NEWEST = 1 / 32  # weight of the newest answer in the averages
+_OUTPUT_TOKENS, _OUTPUT_TOKEN_S = 128.0, 0.03  # the averages before the first answer
 
 
 class GatewayTraffic:
@@ -38,12 +38,12 @@ class GatewayTraffic:
         self._cached_share = 0.0
         self.keep_rate = TYPICAL_KEEP  # usual for pruned prompts
 
-    def arrived(self, prompt_tokens: int, kept_tokens: int) -> None:
-        """A request came; `kept_tokens` at the nominal keep rate."""
+    def count_arrival(self, prompt_tokens: int, kept_tokens: int) -> None:
+        """Count a request; `kept_tokens` at the nominal keep rate."""
         self._arrivals[size(prompt_tokens, kept_tokens, self._output_tokens)] += 1
 
-    def answered(self, report: Report, output_tokens: int, decode_s: float) -> None:
-        """All tokens of a request were there `decode_s` after the first."""
+    def record_answer(self, report: Report, output_tokens: int, decode_s: float) -> None:
+        """Learn from an answer whose last token came `decode_s` after its first."""
         cached = report.cached_tokens / report.kept_tokens
         self._cached_share += _NEWEST * (cached - self._cached_share)
         if report.plan is PlanKind.PRUNE:
@@ -54,7 +54,7 @@ class GatewayTraffic:
             self._output_token_s += _NEWEST * (token_s - self._output_token_s)
 
     def signals(self, curves: StageCurves) -> dict[str, float]:
-        """For `record_autoscaling_stats`."""
+        """Return the signals for `record_autoscaling_stats`."""
         return {
             **arrival_signals(self._arrivals),
             **curve_signals(curves),
@@ -73,12 +73,12 @@ class ArrivalCounts:
         self._policy = policy
         self._now = now
 
-    def arrived(self, request: Request) -> RequestObserver:
+    def on_arrival(self, request: Request) -> RequestObserver:
         """See Observer."""
-        self._traffic.arrived(len(request.prompt), self._kept(request))
+        self._traffic.count_arrival(len(request.prompt), self._expected_kept_tokens(request))
         return _AnswerTimes(self._traffic, self._now)
 
-    def _kept(self, request: Request) -> int:
+    def _expected_kept_tokens(self, request: Request) -> int:
         plan, tokens = plan_of(request), len(request.prompt)
         if plan.kind is PlanKind.DENSE:
             return tokens
@@ -93,8 +93,8 @@ class _AnswerTimes(RequestObserver):
         self._tokens = 0
         self._first_s: float | None = None
 
-    def chunk(self, chunk: Chunk) -> None:
+    def on_chunk(self, chunk: Chunk) -> None:
         self._first_s = self._now() if self._first_s is None else self._first_s
         self._tokens += len(chunk.token_ids)
         if chunk.report is not None:
-            self._traffic.answered(chunk.report, self._tokens, self._now() - self._first_s)
+            self._traffic.record_answer(chunk.report, self._tokens, self._now() - self._first_s)

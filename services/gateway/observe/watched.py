@@ -1,4 +1,4 @@
-"""One wrapper around the pipeline, and any number of observers of what passes through it."""
+"""One wrapper around the pipeline, with any number of observers of its requests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...core.types import Chunk, Report, Request, Selection
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a request ended."""
+    """The end of a request: its report or its error."""
 
     report: Report | None  # None: it has no complete answer
     error: SpecPrefillError | None = None
@@ -24,22 +24,22 @@ class Ending:
 class RequestObserver:
     """Observes one request. Every method does nothing unless it is overridden."""
 
-    def chunk(self, chunk: Chunk) -> None:
-        """Take a chunk of the answer, before the client gets it."""
+    def on_chunk(self, chunk: Chunk) -> None:
+        """Observe a chunk of the answer, before the client gets it."""
 
-    def ended(self, ending: Ending) -> None:
-        """Take the end: called once, whatever ends the request."""
+    def on_end(self, ending: Ending) -> None:
+        """Observe the end: called once, whatever ends the request."""
 
 
 class Observer(Protocol):
     """Observes every request of a gateway."""
 
-    def arrived(self, request: Request) -> RequestObserver:
-        """A planned request arrived. The result observes what becomes of it."""
+    def on_arrival(self, request: Request) -> RequestObserver:
+        """Return an observer for a planned request that has arrived."""
         ...
 
 
-class Watched:
+class ObservedPipeline:
     """A pipeline with observers. It answers exactly what the pipeline inside answers."""
 
     def __init__(self, pipeline: Answerer, observers: Sequence[Observer]) -> None:
@@ -48,13 +48,13 @@ class Watched:
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk]:
         """See Pipeline.generate."""
-        watching = [observer.arrived(request) for observer in self._observers]
+        watching = [observer.on_arrival(request) for observer in self._observers]
         ending = Ending(None)
         try:
             async with aclosing(self._pipeline.generate(request)) as chunks:
                 async for chunk in chunks:
                     for each in watching:
-                        each.chunk(chunk)
+                        each.on_chunk(chunk)
                     # The client may close the stream right after the last chunk.
                     ending = Ending(chunk.report)
                     yield chunk
@@ -64,29 +64,29 @@ class Watched:
             raise
         finally:
             for each in watching:
-                each.ended(ending)
+                each.on_end(ending)
 
     async def select(self, request: Request) -> Selection:
         """See Pipeline.select."""
         return await self._pipeline.select(request)
 
 
-class Learning:
+class LearningObserver:
     """Gives the report of every answered request to `learn`."""
 
     def __init__(self, learn: Callable[[Request, Report], None]) -> None:
         self._learn = learn
 
-    def arrived(self, request: Request) -> RequestObserver:
+    def on_arrival(self, request: Request) -> RequestObserver:
         """See Observer."""
-        return _Learning(request, self._learn)
+        return _ReportLearner(request, self._learn)
 
 
-class _Learning(RequestObserver):
+class _ReportLearner(RequestObserver):
     def __init__(self, request: Request, learn: Callable[[Request, Report], None]) -> None:
         self._request = request
         self._learn = learn
 
-    def ended(self, ending: Ending) -> None:
+    def on_end(self, ending: Ending) -> None:
         if ending.report is not None:
             self._learn(self._request, ending.report)

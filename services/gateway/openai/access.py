@@ -1,4 +1,4 @@
-"""The outermost layers of the HTTP app: who may ask, and how many at once."""
+"""The outermost layers of the HTTP app: authentication, and the limit of requests at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _RETRY_AFTER_S = 1.0
 
 
 class AccessMiddleware:
-    """Refuses whoever shows no key, on every path but the open ones, known or unknown to us."""
+    """Refuses requests without a valid key, on every path but the open ones."""
 
     def __init__(self, app: ASGIApp, keys: KeyRing, open_paths: Collection[str]) -> None:
         self._app = app
@@ -43,7 +43,7 @@ class AccessMiddleware:
 
 
 def _is_preflight(scope: Scope) -> bool:
-    """A browser asks so, without a key, what it may send; no route sees the question."""
+    """Return True for a browser's CORS preflight, which carries no key; no route sees it."""
     return (
         scope.get("method") == "OPTIONS"
         and "access-control-request-method" in Headers(scope=scope)
@@ -51,7 +51,7 @@ def _is_preflight(scope: Scope) -> bool:
 
 
 class RequestLimit:
-    """How many requests a gateway holds at once, HTTP and gRPC together."""
+    """The limit of requests that a gateway holds at once, HTTP and gRPC together."""
 
     def __init__(self, most: int, on_shed: Callable[[str], None]) -> None:
         self.most = most
@@ -84,7 +84,7 @@ class RequestLimit:
 
 
 class LimitMiddleware:
-    """A slot for each POST: the others cost next to nothing."""
+    """Takes a slot for each POST: other requests cost next to nothing."""
 
     def __init__(self, app: ASGIApp, limit: RequestLimit, free_paths: Collection[str]) -> None:
         self._app = app

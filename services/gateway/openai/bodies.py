@@ -1,4 +1,4 @@
-"""Reads request bodies: not for ever, not beyond a size, and not all of the memory."""
+"""Reads request bodies, with limits on time, size and memory."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class BodyReader:
         self.buffered_bytes = 0
 
     async def read(self, headers: Headers, receive: Receive) -> bytes:
-        """The whole body. Raises BodyTooLarge, BodyTooSlow, Disconnected or Overloaded."""
+        """Return the whole body. Raises BodyTooLarge, BodyTooSlow, Disconnected or Overloaded."""
         declared = headers.get("content-length", "0")
         if declared.isdigit() and int(declared) > self.max_bytes:
             raise BodyTooLarge
@@ -61,7 +61,7 @@ class BodyReader:
         return bytes(body)
 
     async def _read_part(self, body: bytearray, receive: Receive) -> bool:
-        """Add what came next; whether there is more to come."""
+        """Add the next part; return True if there is more to come."""
         message = await receive()
         if message["type"] == "http.disconnect":
             raise Disconnected

@@ -1,4 +1,4 @@
-"""vLLM's engine client over the pipeline: what its OpenAI server, and our gRPC API, talk to."""
+"""vLLM's engine client over the pipeline, for its OpenAI server and our gRPC API."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from ...core.errors import InvalidRequest, RefusedByVllm, SpecPrefillError, Unav
 from ...core.plan import Planner
 from ...core.ports import Answerer
 from ...core.prefix_digests import prefix_digests
-from ...core.protection import altered_piece, merged, protected_spans, special_spans
+from ...core.protection import altered_piece, merge_spans, protected_spans, special_spans
 from ...core.types import Chunk, Controls, Request, Selection, Span
 from ...engine.params import is_private
 from ..observe.request_log import RequestLog
 from .context import CURRENT, Messages, RequestContext
-from .controls import shortened
+from .controls import shorten
 from .failures import http_failure
 from .offsets import PromptOffsets
 from .request_outputs import OutputAssembler
@@ -52,7 +52,7 @@ _MAX_PRIORITY = 2**31
 _MAX_ID = 256  # characters of a request id in logs
 _NO_ID_CHARACTER = re.compile(r"[^\x21-\x7e]")  # it would break a log line's `key=value`
 
-# What vLLM, and a chat template, raise over values that a client chose.
+# Errors of vLLM and of a chat template over values that a client chose.
 CLIENT_ERRORS = (
     VLLMClientError, ValueError, TypeError, OverflowError, RecursionError, TemplateError,
 )  # fmt: skip
@@ -105,7 +105,7 @@ class PipelineClient(RemoteEngineClient):
         reasoning_ended: bool | None = None,
         reasoning_parser_kwargs: dict[str, Any] | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Answer a rendered prompt. A failure is left in the request's context, too."""
+        """Answer a rendered prompt. A failure is recorded in the request's context, too."""
         context = CURRENT.get() or RequestContext()
         context.prompts_started += 1
         try:
@@ -122,38 +122,38 @@ class PipelineClient(RemoteEngineClient):
             async with aclosing(self.chunks(request)) as chunks:
                 async for chunk in chunks:
                     output = assembler.add(chunk)
-                    if assembler.finished and chunk.report is not None:
+                    if assembler.is_finished and chunk.report is not None:
                         context.reports[request_id] = chunk.report
                     if output is not None:
                         yield output
         except SpecPrefillError as error:
-            raise _told(context, error) from error
-        except Exception as error:  # the edge: what nobody named becomes a plain 500
+            raise _record_failure(context, error) from error
+        except Exception as error:  # the edge: an unexpected error becomes a plain 500
             logger.exception("request_id=%s failed", request_id)
-            raise _told(context, SpecPrefillError(str(error))) from error
+            raise _record_failure(context, SpecPrefillError(str(error))) from error
 
     async def chunks(self, request: Request) -> AsyncGenerator[Chunk, None]:
-        """The pipeline's chunks. Closing this generator closes the pipeline's."""
-        story = RequestLog(request)
+        """Yield the pipeline's chunks. Closing this generator closes the pipeline's."""
+        log = RequestLog(request)
         try:
             async with aclosing(self._pipeline.generate(request)) as chunks:
                 async for chunk in chunks:
                     if chunk.finish_reason == "error":
                         raise Unavailable("an engine could not finish the answer; try again")
-                    story.add(chunk)
+                    log.add(chunk)
                     yield chunk
-            if story.open_samples > 0:
+            if log.open_samples > 0:
                 raise Unavailable("the answer ended before it was complete; try again")
-        except Exception as error:  # ours or not: told in the log, and passed on
-            story.failed(error)
+        except Exception as error:  # ours or not: logged, and passed on
+            log.record_failure(error)
             raise
         finally:
-            logger.info(story.line())
+            logger.info(log.line())
             if self._count_tokens is not None and request.key is not None:
-                self._count_tokens(request.key, len(request.prompt), story.output_tokens)
+                self._count_tokens(request.key, len(request.prompt), log.output_tokens)
 
     async def select(self, request: Request) -> Selection:
-        """Which tokens of the prompt would be kept."""
+        """Return the selection without answering."""
         return await self._pipeline.select(request)
 
     async def render_text(self, text: str) -> EngineInput:
@@ -198,7 +198,7 @@ class PipelineClient(RemoteEngineClient):
         """
         if not -_MAX_PRIORITY <= priority <= _MAX_PRIORITY:
             raise InvalidRequest(
-                f"priority: must be within {_MAX_PRIORITY} of 0, not {shortened(priority)}",
+                f"priority: must be within {_MAX_PRIORITY} of 0, not {shorten(priority)}",
                 "priority",
             )
         admitted = await self._admit(prompt, sampling_params, request_id, priority)
@@ -212,22 +212,22 @@ class PipelineClient(RemoteEngineClient):
         request = Request(
             request_id=_own_id(request_id),
             prompt=tuple(admitted.prompt_token_ids),
-            sampling=_packed(params),
+            sampling=_pack_params(params),
             samples=params.n,
             controls=controls,
             prompt_logprobs=params.prompt_logprobs is not None,
             hold_back_chars=hold_back_chars(params),
-            timeout_s=self._limit(context.timeout_s),
+            timeout_s=self._time_limit_s(context.timeout_s),
             priority=priority,
             key=context.key,
             digests=tuple(prefix_digests(admitted.prompt_token_ids)),
         )
         if self._planner.dense_reason(request) is None:
-            protected = await self._protected(request, prompt, context)
+            protected = await self._protected_spans(request, prompt, context)
             request = replace(request, protected=protected)
-        return self._planner.planned(request)
+        return self._planner.with_plan(request)
 
-    def _limit(self, asked_s: float | None) -> float:
+    def _time_limit_s(self, asked_s: float | None) -> float:
         return self._timeout_s if asked_s is None else min(asked_s, self._timeout_s)
 
     async def _admit(
@@ -242,10 +242,10 @@ class PipelineClient(RemoteEngineClient):
         except CLIENT_ERRORS as error:
             raise as_invalid(error) from error
 
-    async def _protected(
+    async def _protected_spans(
         self, request: Request, prompt: EngineInput, context: RequestContext
     ) -> tuple[Span, ...]:
-        """Found off the event loop; the search ends soon after the request is cancelled."""
+        """Find protected spans off the event loop; cancelling the request ends the search soon."""
         cancelled = threading.Event()
         text = prompt.get("prompt")
         try:
@@ -266,12 +266,12 @@ class PipelineClient(RemoteEngineClient):
         protect = request.controls.protect
         if context.messages is None and not protect and not self._protect_fences:
             return special
-        placed = self._offsets.place(text, request.prompt, is_cancelled)
+        placed = self._offsets.locate_tokens(text, request.prompt, is_cancelled)
         altered = altered_piece(placed.text, context.messages or (), protect)
         if altered is not None:
             raise InvalidRequest(
-                f"{context.protect_field}: {shortened(altered)} stands in a message, but the chat "
-                "template changes it; name a part that it leaves as it is",
+                f"{context.protect_field}: {shorten(altered)} is in a message, but the chat "
+                "template changes it; choose a part that it leaves unchanged",
                 context.protect_field,
             )
         spans = protected_spans(
@@ -283,21 +283,21 @@ class PipelineClient(RemoteEngineClient):
             fences=self._protect_fences,
             is_cancelled=is_cancelled,
         )
-        return merged(special + spans)
+        return merge_spans(special + spans)
 
 
 def as_invalid(error: Exception) -> InvalidRequest:
-    """vLLM's validation errors as ours."""
+    """Convert vLLM's validation error to ours."""
     field = error.parameter if isinstance(error, VLLMValidationError) else None
     return RefusedByVllm(sanitize_message(str(error)), field)
 
 
 def _own_id(request_id: str) -> str:
-    """Clients repeat their ids, and choose them freely; this one stands in every log line."""
+    """Return a unique id for log lines: clients choose theirs freely, and repeat them."""
     return f"{_NO_ID_CHARACTER.sub('_', request_id[:_MAX_ID])}-{uuid.uuid4().hex[:8]}"
 
 
-def _packed(params: SamplingParams) -> bytes:
+def _pack_params(params: SamplingParams) -> bytes:
     try:
         return msgspec.msgpack.encode(params)
     except OverflowError as error:  # beyond 64 bits
@@ -305,7 +305,7 @@ def _packed(params: SamplingParams) -> bytes:
 
 
 def _limit_tokens(params: SamplingParams, most: int) -> None:
-    """No output token past the model's last position.
+    """Allow no output token past the model's last position.
 
     Engines count slots, and a pruned prompt leaves slots free that have no positions.
     """
@@ -314,7 +314,7 @@ def _limit_tokens(params: SamplingParams, most: int) -> None:
 
 
 def hold_back_chars(params: SamplingParams) -> int:
-    """How much text a stop string may still take back: vLLM's detokenizer holds as much."""
+    """Count the characters that a stop string may still take back, as vLLM's detokenizer does."""
     if not params.stop or params.include_stop_str_in_output:
         return 0
     return max(len(stop) for stop in params.stop) - 1
@@ -326,19 +326,19 @@ def _caller_args(extra_args: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _refuse_unsupported(admitted: EngineCoreRequest, controls: Controls) -> None:
-    """What would be answered wrongly is refused."""
+    """Refuse requests that would be answered wrongly."""
     asked = controls.prune is True or (controls.keep is not None and controls.keep < 1.0)
     wants_prompt_logprobs = admitted.sampling_params.prompt_logprobs is not None
     if wants_prompt_logprobs and asked and controls.prune is not False:
         raise InvalidRequest(
-            "prompt_logprobs: needs the whole prompt; switch specprefill off", "prompt_logprobs"
+            "prompt_logprobs: needs the whole prompt; set specprefill to false", "prompt_logprobs"
         )
     if admitted.cache_salt is not None:
-        raise InvalidRequest("cache_salt: is not supported", "cache_salt")
+        raise InvalidRequest("cache_salt: not supported", "cache_salt")
 
 
 class _Refused(GenerationError):  # type: ignore[misc]
-    """A failure as vLLM's handlers pass it on: with its status, without a traceback in the log."""
+    """A failure that vLLM's handlers pass on with its status, without a traceback in the log."""
 
     def __init__(self, error: SpecPrefillError) -> None:
         failure = http_failure(error)
@@ -346,7 +346,7 @@ class _Refused(GenerationError):  # type: ignore[misc]
         self.status_code = HTTPStatus(failure.status)
 
 
-def _told(context: RequestContext, error: SpecPrefillError) -> _Refused:
-    """Keep the failure for the middleware, and give vLLM's handlers one they can state."""
+def _record_failure(context: RequestContext, error: SpecPrefillError) -> _Refused:
+    """Record the failure for the middleware, and return one for vLLM's handlers."""
     context.error = error
     return _Refused(error)

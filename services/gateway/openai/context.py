@@ -1,4 +1,4 @@
-"""What travels beside one HTTP request, between the middleware and the engine client."""
+"""Carries values beside one HTTP request, between the middleware and the engine client."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 @dataclass(slots=True)
 class RequestContext:
-    """The caller's wishes on the way in; the reports or the failure on the way out.
+    """The caller's controls on the way in; the reports or the failure on the way out.
 
     One HTTP request may hold several prompts (`/v1/completions`), hence several reports.
     """
@@ -25,21 +25,21 @@ class RequestContext:
     messages: Messages | None = None  # as the caller sent them; None: not a conversation
     timeout_s: float | None = None  # None: the deployment's limit
     key: str | None = None  # whose fair share of the service the request takes
-    anthropic: bool = False  # errors are stated in Anthropic's form
-    protect_field: str = "specprefill.protect"  # what the caller's API calls it
+    anthropic: bool = False  # errors have Anthropic's form
+    protect_field: str = "specprefill.protect"  # its name in the caller's API
     prompts_started: int = 0
     reports: dict[str, Report] = field(default_factory=dict)  # by the server's request id
     error: SpecPrefillError | None = None
 
-    def story(self) -> list[Report] | None:
-        """The reports in prompt order, once every prompt has been answered."""
+    def ordered_reports(self) -> list[Report] | None:
+        """Return the reports in prompt order, once every prompt has been answered."""
         if not self.reports or len(self.reports) < self.prompts_started:
             return None
         return [self.reports[key] for key in sorted(self.reports, key=_prompt_order)]
 
 
 def _prompt_order(request_id: str) -> tuple[int, str]:
-    """vLLM names the prompts of one request `<id>-0`, `<id>-1`, ..."""
+    """Return the sort key: vLLM names the prompts of one request `<id>-0`, `<id>-1`, ..."""
     return (len(request_id), request_id)
 
 
@@ -47,7 +47,7 @@ CURRENT: ContextVar[RequestContext | None] = ContextVar("specprefill_request", d
 
 
 def fair_key(authorization: str | None) -> str | None:
-    """Who sends, by the credentials alone: what a client says about itself is not believed."""
+    """Identify the sender by its credentials alone: clients cannot claim another identity."""
     if authorization is None:
         return None
     return hashlib.sha256(authorization.encode()).hexdigest()[:16]

@@ -38,7 +38,7 @@ def pop_controls(body: dict[str, Any]) -> Controls:
         _refuse_unknown(value)
         enabled[f"{FIELD}.enabled"] = _switch(f"{FIELD}.enabled", value.get("enabled"))
         auto = value.get("keep") == _AUTO
-        keep[f"{FIELD}.keep"] = None if auto else _keep(f"{FIELD}.keep", value.get("keep"))
+        keep[f"{FIELD}.keep"] = None if auto else _keep_rate(f"{FIELD}.keep", value.get("keep"))
         floor = rate(f"{FIELD}.floor", value.get("floor"))
         ceiling = rate(f"{FIELD}.ceiling", value.get("ceiling"))
         protect = strings(f"{FIELD}.protect", value.get("protect"))
@@ -48,33 +48,37 @@ def pop_controls(body: dict[str, Any]) -> Controls:
         _refuse(FIELD, "true, false or an object of " + ", ".join(_OBJECT_FIELDS), value)
     enabled |= {name: _switch(name, body.pop(name, None)) for name in _ENABLED_SPELLINGS}
     keep |= {name: rate(name, body.pop(name, None)) for name in _KEEP_SPELLINGS}
-    return checked(Controls(_agreed(enabled), _agreed(keep), floor, protect, ceiling, auto))
+    return check_order(
+        Controls(_single_value(enabled), _single_value(keep), floor, protect, ceiling, auto)
+    )
 
 
-def checked(controls: Controls) -> Controls:
-    """Refuse rates that are not in order: floor, keep, ceiling; and a rate beside `auto`."""
+def check_order(controls: Controls) -> Controls:
+    """Check the rates. Raises InvalidRequest unless floor <= keep <= ceiling, no keep with auto."""
     rates = {"floor": controls.floor, "keep": controls.keep, "ceiling": controls.ceiling}
     given = [(name, value) for name, value in rates.items() if value is not None]
     for (lower, low), (upper, high) in pairwise(given):
         if low > high:
             raise InvalidRequest(
-                f"{FIELD}.{lower}: must be at most {FIELD}.{upper}, which is {high}",
+                f"{FIELD}.{lower} ({low:g}) must not exceed {FIELD}.{upper} ({high:g})",
                 f"{FIELD}.{lower}",
             )
     if controls.auto and controls.keep is not None:
-        raise InvalidRequest(f"{FIELD}.keep: is auto, and {controls.keep} too", f"{FIELD}.keep")
+        raise InvalidRequest(
+            f'{FIELD}.keep: got both "auto" and {controls.keep:g}; give one', f"{FIELD}.keep"
+        )
     return controls
 
 
-def _keep(field: str, value: object) -> float | None:
-    """A rate; a word that is not `auto` is told what it may be."""
+def _keep_rate(field: str, value: object) -> float | None:
+    """Parse a rate; refuse any word but `auto`, which the caller has handled."""
     if isinstance(value, str):
         _refuse(field, 'a number above 0 and at most 1, or "auto"', value)
     return rate(field, value)
 
 
 def rate(field: str, value: object) -> float | None:
-    """A number in (0, 1], or None where absent."""
+    """Parse a number in (0, 1]; None where absent."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
@@ -83,7 +87,7 @@ def rate(field: str, value: object) -> float | None:
 
 
 def strings(field: str, value: object) -> tuple[str, ...]:
-    """A list of non-empty strings, or () where absent."""
+    """Parse a list of non-empty strings; () where absent."""
     if value is None:
         return ()
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) > _MAX_PROTECT:
@@ -94,7 +98,7 @@ def strings(field: str, value: object) -> tuple[str, ...]:
 
 
 def timeout(field: str, value: str | None) -> float | None:
-    """A positive number of seconds, or None where absent."""
+    """Parse a positive number of seconds; None where absent."""
     if value is None:
         return None
     try:
@@ -107,9 +111,9 @@ def timeout(field: str, value: str | None) -> float | None:
 
 
 def conversation(path: str, body: Mapping[str, Any]) -> Messages | None:
-    """The messages of a request as role and content, or None where it has none.
+    """Return the messages of a request as role and content, or None where it has none.
 
-    Anything malformed is left out: the server behind refuses it with its own words.
+    Anything malformed is left out: vLLM's server refuses it with its own message.
     """
     if path.endswith("/responses"):
         turns = _as_turns(body.get("input"))
@@ -140,12 +144,12 @@ def _refuse_unknown(value: Mapping[str, Any]) -> None:
         if name not in _OBJECT_FIELDS:
             field = f"{FIELD}.{name[:_SHOWN]}"
             raise InvalidRequest(
-                f"{field}: unknown field, expected one of {', '.join(_OBJECT_FIELDS)}", field
+                f"{field}: unknown field; expected one of {', '.join(_OBJECT_FIELDS)}", field
             )
 
 
-def _agreed(spellings: Mapping[str, T | None]) -> T | None:
-    """The one value that all given spellings hold."""
+def _single_value(spellings: Mapping[str, T | None]) -> T | None:
+    """Return the one value that all given spellings hold."""
     given = {name: value for name, value in spellings.items() if value is not None}
     if len(set(given.values())) > 1:
         named = ", ".join(f"{name}={value}" for name, value in given.items())
@@ -154,10 +158,10 @@ def _agreed(spellings: Mapping[str, T | None]) -> T | None:
 
 
 def _refuse(field: str, allowed: str, value: object) -> NoReturn:
-    raise InvalidRequest(f"{field}: must be {allowed}, not {shortened(value)}", field)
+    raise InvalidRequest(f"{field}: must be {allowed}, not {shorten(value)}", field)
 
 
-def shortened(value: object) -> str:
-    """A value as error messages show it: its beginning, whatever its size and depth."""
+def shorten(value: object) -> str:
+    """Return the start of a value for error messages, whatever its size and depth."""
     shown = repr(value[:_SHOWN]) if isinstance(value, str) else reprlib.repr(value)
     return shown if len(shown) <= _SHOWN else shown[: _SHOWN - 3] + "..."

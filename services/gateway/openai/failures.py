@@ -1,4 +1,4 @@
-"""How each error of the service looks to an HTTP client, and to a gRPC client.
+"""Maps each error of the service to an HTTP response and to a gRPC status.
 
 Light on imports: Serve's proxies unpickle `RpcFailed`.
 """
@@ -51,14 +51,14 @@ class Failure:
 
     status: int
     kind: str  # OpenAI's `type`
-    code: str | int  # vLLM states the status here
+    code: str | int  # vLLM puts the status here
     message: str
     field: str | None = None
     retry_after_s: float | None = None
     shed_reason: str | None = None
 
     def body(self, *, anthropic: bool = False) -> bytes:
-        """OpenAI's `{"error": {...}}`, or Anthropic's form of it."""
+        """Return OpenAI's `{"error": {...}}`, or Anthropic's form of it."""
         if anthropic:
             return anthropic_error(self.status, self.message)
         error = {
@@ -71,7 +71,7 @@ class Failure:
 
 
 def anthropic_error(status: int, message: str) -> bytes:
-    """An error as Anthropic's API states it."""
+    """Return an error in the form of Anthropic's API."""
     kind = _ANTHROPIC_KINDS.get(status, "invalid_request_error" if status < 500 else "api_error")
     return json.dumps(
         {"type": "error", "error": {"type": kind, "message": message}}, ensure_ascii=False
@@ -79,7 +79,7 @@ def anthropic_error(status: int, message: str) -> bytes:
 
 
 def http_failure(error: SpecPrefillError) -> Failure:
-    """The failure a caller sees. Nothing internal: unnamed errors only say that they are ours."""
+    """Return the failure a caller sees. Unexpected errors show nothing internal."""
     match error:
         case UnknownModel():
             return Failure(
@@ -117,13 +117,13 @@ def http_failure(error: SpecPrefillError) -> Failure:
 
 
 def too_large(max_body_bytes: int) -> Failure:
-    """The request body exceeds the deployment's limit."""
+    """Return the failure for a body beyond the deployment's limit."""
     message = f"The request body must be at most {max_body_bytes} bytes."
     return Failure(413, "invalid_request_error", "body_too_large", message)
 
 
 def too_slow() -> Failure:
-    """The request body stopped arriving."""
+    """Return the failure for a body that stopped arriving."""
     return Failure(408, "timeout_error", "request_timeout", "The request did not arrive in time.")
 
 
@@ -140,7 +140,7 @@ class RpcFailed(Exception):
 
 
 def rpc_failure(error: SpecPrefillError) -> RpcFailed:
-    """The status a gRPC caller sees. Serve drops the metadata of failed calls: all is said here."""
+    """Return the gRPC status. Its details hold everything: Serve drops metadata of failures."""
     if isinstance(error, Overloaded):
         details = f"{error}; reason {error.reason}; retry after {error.retry_after_s:g} s"
         return RpcFailed(grpc.StatusCode.RESOURCE_EXHAUSTED, details)

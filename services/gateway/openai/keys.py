@@ -1,4 +1,4 @@
-"""Who may ask: API keys with names. Keys stay here; logs and metrics see names."""
+"""API keys with names. Keys stay here; logs and metrics see names."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class KeyRing:
         return len(self._digests)
 
     def name_of(self, headers: Mapping[str, str]) -> str | None:
-        """The name of the key in `authorization` or `x-api-key`, or None if there is no known one.
+        """Return the name of the key in `authorization` or `x-api-key`; None for an unknown key.
 
         Takes as long for a wrong key as for a right one.
         """
-        given = key_digest(_given(headers))
+        given = key_digest(_presented_key(headers))
         known = [
             name for name, each in self._digests.items() if secrets.compare_digest(given, each)
         ]
@@ -35,7 +35,7 @@ class KeyRing:
 
 
 def read_keys(keys: Sequence[ApiKey | str], environ: Mapping[str, str]) -> KeyRing:
-    """The keys of `gateway.api_keys`, read from where they are.
+    """Read the keys of `gateway.api_keys` from their sources.
 
     Raises InvalidConfiguration, which names the field and never shows a key.
     """
@@ -45,11 +45,11 @@ def read_keys(keys: Sequence[ApiKey | str], environ: Mapping[str, str]) -> KeyRi
         entry = ApiKey(name=default_name(place), key=each) if isinstance(each, str) else each
         if entry.name in digests:
             raise InvalidConfiguration(f"{field}.name: {entry.name} is the name of another key")
-        digests[entry.name] = entry.sha256 or key_digest(_read(entry, field, environ))
+        digests[entry.name] = entry.sha256 or key_digest(_read_key(entry, field, environ))
     return KeyRing(digests)
 
 
-def _read(entry: ApiKey, field: str, environ: Mapping[str, str]) -> str:
+def _read_key(entry: ApiKey, field: str, environ: Mapping[str, str]) -> str:
     if entry.key is not None:
         return entry.key
     if entry.env is not None:
@@ -68,7 +68,7 @@ def _read(entry: ApiKey, field: str, environ: Mapping[str, str]) -> str:
     return value
 
 
-def _given(headers: Mapping[str, str]) -> str:
-    """OpenAI's clients send a bearer token, Anthropic's an `x-api-key`."""
+def _presented_key(headers: Mapping[str, str]) -> str:
+    """Return the key: OpenAI's clients send a bearer token, Anthropic's an `x-api-key`."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
     return token.strip() if scheme.lower() == _BEARER else headers.get("x-api-key", "")

@@ -1,4 +1,4 @@
-"""vLLM logs every request that `/v1/messages` refuses as an error of the server's."""
+"""Shortens vLLM's log of requests that `/v1/messages` refuses: vLLM logs them as server errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads our fields out of OpenAI requests, tells the report in the answer, sets error statuses.
+"""Strips our fields from requests, adds the report to responses, and sets error statuses.
 
 vLLM's handlers see the request without our fields; `RequestContext` carries those to the
 engine client, and the client's report or failure back.
@@ -20,10 +20,10 @@ from ...core.errors import InvalidRequest, Overloaded, SpecPrefillError
 from ...deployment.front import TIMEOUT_HEADER as FRONT_TIMEOUT_HEADER
 from .bodies import BodyReader, BodyTooLarge, BodyTooSlow, Disconnected
 from .context import CURRENT, RequestContext, fair_key
-from .controls import FIELD, conversation, pop_controls, shortened, timeout
+from .controls import FIELD, conversation, pop_controls, shorten, timeout
 from .failures import Failure, anthropic_error, http_failure, too_large, too_slow
 from .keys import KEY_NAME
-from .reports import story_json
+from .reports import reports_json
 from .request_json import JsonLimits, parse_json
 from .routes import ANTHROPIC, GENERATING
 
@@ -34,13 +34,13 @@ CheckFields = Callable[[Mapping[str, Any]], Awaitable[None]]  # raises InvalidRe
 TIMEOUT_HEADER = "x-request-timeout-seconds"
 SHED_REASON_HEADER = "x-specprefill-shed-reason"
 REQUEST_ID_HEADER = "x-request-id"
-_MAX_ID = 256  # characters of a request id: it stands in every log line
-# What reading a value of an unexpected type raises, in validators that expect the usual one.
+_MAX_ID = 256  # characters of a request id: every log line holds it
+# Errors of validators that read a value of an unexpected type.
 _OVER_VALUES = (AttributeError, LookupError, RecursionError, AssertionError)
 _DATA = b"data: "
 # Serve's proxy enforces the same header with a bare 408 or a cut stream: be a little earlier.
 _AHEAD_OF_PROXY_S = 0.25
-_LEAVING_S = 5.0  # for a handler to end what it does for a client that has left
+_LEAVING_S = 5.0  # for a handler to finish after its client has left
 
 
 class RequestMiddleware:
@@ -65,7 +65,7 @@ class RequestMiddleware:
             return
         try:
             body = await self._bodies.read(Headers(scope=scope), receive)
-            context, body, fields = _admit(scope, body, self._limits)
+            context, body, fields = _read_request(scope, body, self._limits)
             check = self._checks.get(_path(scope))
             if check is not None and fields is not None:
                 await check(fields)
@@ -87,7 +87,7 @@ class RequestMiddleware:
         except Exception as error:
             if reply.started:
                 raise
-            await send_failure(scope, send, http_failure(_unforeseen(error, context)))
+            await send_failure(scope, send, http_failure(_classify_unexpected(error, context)))
         finally:
             CURRENT.reset(token)
 
@@ -109,8 +109,8 @@ class RequestMiddleware:
             raise
 
 
-def _unforeseen(error: Exception, context: RequestContext) -> SpecPrefillError:
-    """What an error is that no handler named: the caller's, while its values were being read."""
+def _classify_unexpected(error: Exception, context: RequestContext) -> SpecPrefillError:
+    """Return the error for an unexpected exception: the caller's fault while values are read."""
     if context.prompts_started == 0 and isinstance(error, _OVER_VALUES):
         logger.warning("request refused: %s: %s", type(error).__name__, error)
         return InvalidRequest(f"The request cannot be read: {type(error).__name__}")
@@ -119,7 +119,7 @@ def _unforeseen(error: Exception, context: RequestContext) -> SpecPrefillError:
 
 
 def _replay(body: bytes, receive: Receive, left: asyncio.Event) -> Callable[[], Awaitable[Message]]:
-    """The body once more, then what the client still sends: its disconnect, also when `left`."""
+    """Receive the body once more, then the client's disconnect, also when `left` is set."""
     pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:
@@ -136,10 +136,10 @@ def _replay(body: bytes, receive: Receive, left: asyncio.Event) -> Callable[[], 
     return replay
 
 
-def _admit(
+def _read_request(
     scope: Scope, body: bytes, limits: JsonLimits
 ) -> tuple[RequestContext, bytes, dict[str, Any] | None]:
-    """The request's context, and the body and its fields as vLLM's own handlers shall see them.
+    """Return the request's context, and the body and its fields for vLLM's own handlers.
 
     Raises InvalidRequest.
     """
@@ -169,22 +169,22 @@ def _path(scope: Scope) -> str:
 
 
 def _may_be_json(headers: Headers) -> bool:
-    """Whether the body would be read as JSON by whoever reads it."""
+    """Return True if the handlers would read the body as JSON."""
     kind = headers.get("content-type", "").lower()
     return not kind or "json" in kind
 
 
 def _check_id(field: str, value: object) -> None:
-    """Refuse an id that would break log lines; the server behind refuses what is no text."""
+    """Refuse an id that would break log lines; vLLM refuses one that is no text."""
     if isinstance(value, str) and not (len(value) <= _MAX_ID and value.isprintable()):
         raise InvalidRequest(
-            f"{field}: must be at most {_MAX_ID} printable characters, not {shortened(value)}",
+            f"{field}: must be at most {_MAX_ID} printable characters, not {shorten(value)}",
             field,
         )
 
 
 def _timeout_s(headers: Headers) -> float | None:
-    """The time that the caller gives. The front hides it from Serve, whose proxies cut off."""
+    """Return the caller's time limit. The front hides it from Serve's proxies, which cut off."""
     hidden = headers.get(FRONT_TIMEOUT_HEADER)
     if hidden is not None:
         return timeout(TIMEOUT_HEADER, hidden)
@@ -195,8 +195,8 @@ def _timeout_s(headers: Headers) -> float | None:
 class _Reply:
     """One response on its way to the client.
 
-    The status line waits for the first body message: until then a failure can still become
-    the status it deserves.
+    The status line waits for the first body message: until then a failure can still set
+    the right status.
     """
 
     def __init__(self, scope: Scope, send: Send, context: RequestContext) -> None:
@@ -231,7 +231,7 @@ class _Reply:
         if self._start is not None:
             start, self._start = self._start, None
             if self._context.error is not None:
-                await self._replace(start)
+                await self._send_recorded_failure(start)
                 return
             await self._send(start)
         body = _amend_events(message.get("body", b""), self._context)
@@ -245,7 +245,7 @@ class _Reply:
         if start is None:
             raise RuntimeError("a response body without a response start")
         if self._context.error is not None:
-            await self._replace(start)
+            await self._send_recorded_failure(start)
             return
         body = bytes(self._body)
         if start["status"] == 200:
@@ -257,7 +257,7 @@ class _Reply:
         await self._send(start)
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
-    async def _replace(self, start: Message) -> None:
+    async def _send_recorded_failure(self, start: Message) -> None:
         """Answer with the recorded failure in place of what vLLM made of it."""
         self._replaced = True
         if self._context.error is not None:
@@ -266,16 +266,16 @@ class _Reply:
 
 
 def _amend_json(body: bytes, context: RequestContext) -> bytes:
-    story = context.story()
-    if story is None:
+    reports = context.ordered_reports()
+    if reports is None:
         return body
     answer = json.loads(body)
-    return _dumps({**answer, FIELD: story_json(story)}) if isinstance(answer, dict) else body
+    return _dumps({**answer, FIELD: reports_json(reports)}) if isinstance(answer, dict) else body
 
 
 def _amend_events(body: bytes, context: RequestContext) -> bytes:
-    """Tell the report in the last event of the answer; name a failure as what it is."""
-    if context.error is None and context.story() is None:
+    """Add the report to the last event of the answer; replace a failure by its own error."""
+    if context.error is None and context.ordered_reports() is None:
         return body
     return b"\n".join(_amend_line(line, context) for line in body.split(b"\n"))
 
@@ -287,14 +287,14 @@ def _amend_line(line: bytes, context: RequestContext) -> bytes:
     if context.error is not None:
         failure = http_failure(context.error).body(anthropic=context.anthropic)
         return _DATA + failure if "error" in event else line
-    story = context.story()
-    if story is None or not _ends_answer(event):
+    reports = context.ordered_reports()
+    if reports is None or not _ends_answer(event):
         return line
-    return _DATA + _dumps({**event, FIELD: story_json(story)})
+    return _DATA + _dumps({**event, FIELD: reports_json(reports)})
 
 
 def _ends_answer(event: dict[str, Any]) -> bool:
-    """The event that holds the last finish reason, and the usage event after it."""
+    """Return True for an event with a finish reason, and for the usage event after it."""
     if "choices" not in event:
         return event.get("type") in ("response.completed", "message_stop")
     choices = event["choices"]
@@ -306,7 +306,7 @@ def _dumps(value: object) -> bytes:
 
 
 def _in_anthropic_form(body: bytes, status: int) -> bytes:
-    """vLLM states what its handlers refuse in Anthropic's form, and what FastAPI refuses not."""
+    """Convert FastAPI's refusals to Anthropic's form; vLLM's handlers use it already."""
     try:
         answer = json.loads(body)
     except ValueError:

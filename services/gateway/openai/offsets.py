@@ -1,4 +1,4 @@
-"""Where each prompt token lies in the prompt's text."""
+"""Finds the place of each prompt token in the prompt's text."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ _CANCEL_EVERY = 256  # tokens
 
 
 class Tokens(Protocol):
-    """The part of vLLM's tokenizers that is used."""
+    """The used part of vLLM's tokenizers."""
 
     def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
-        """The text of some tokens."""
+        """Return the text of some tokens."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class PlacedPrompt:
-    """A prompt's text, and where each token lies in it."""
+    """A prompt's text, and the place of each token in it."""
 
     text: str
     offsets: Offsets
@@ -73,10 +73,10 @@ class PromptOffsets:
                 i: token.content.encode() for i, token in added.items()
             }
 
-    def place(
+    def locate_tokens(
         self, text: str | None, prompt: Sequence[int], is_cancelled: Callable[[], bool]
     ) -> PlacedPrompt:
-        """The prompt's text and its tokens' places. `text` None: the prompt was given as tokens.
+        """Return the prompt's text and its tokens' places; `text` None: it was given as tokens.
 
         Raises Cancelled soon after `is_cancelled()`.
         """
@@ -84,11 +84,11 @@ class PromptOffsets:
         if text is not None and offsets is not None:
             return PlacedPrompt(text, offsets)
         if self._byte_level:
-            return self._joined(prompt)
-        return self._decoded(prompt, is_cancelled)
+            return self._join_bytes(prompt)
+        return self._decode_one_by_one(prompt, is_cancelled)
 
     def find(self, text: str, prompt: Sequence[int]) -> Offsets | None:
-        """One offset pair per token of `prompt`; None where the text gives other tokens.
+        """Return one offset pair per token of `prompt`; None where the text gives other tokens.
 
         Special tokens that were put before the text (a BOS) lie at its start, with no width.
         """
@@ -101,10 +101,10 @@ class PromptOffsets:
         before = len(prompt) - len(encoding.ids)
         if before < 0 or list(prompt[before:]) != encoding.ids:
             return None
-        return _offsets([(0, 0)] * before + encoding.offsets)
+        return _as_offsets([(0, 0)] * before + encoding.offsets)
 
     def _by_bytes(self, text: str, prompt: Sequence[int]) -> Offsets | None:
-        """None where the tokens' bytes do not add up to the text."""
+        """Return offsets from the tokens' bytes; None where they do not add up to the text."""
         try:
             pieces = [self._bytes[token] for token in prompt]
         except KeyError:  # a token that stands for no bytes of its own
@@ -118,16 +118,18 @@ class PromptOffsets:
         if surplus != 0 or b"".join(pieces[before:]) != whole:
             return None
         head = np.zeros((before, 2), dtype=np.int64)
-        return np.concatenate((head, _characters(text, pieces[before:])))
+        return np.concatenate((head, _character_offsets(text, pieces[before:])))
 
-    def _joined(self, prompt: Sequence[int]) -> PlacedPrompt:
-        """The bytes of the tokens as text; an undecodable byte is a character of its own."""
+    def _join_bytes(self, prompt: Sequence[int]) -> PlacedPrompt:
+        """Join the tokens' bytes as text; an undecodable byte is a character of its own."""
         pieces = [self._bytes.get(token, b"") for token in prompt]
         text = b"".join(pieces).decode(errors="surrogateescape")
-        return PlacedPrompt(text, _characters(text, pieces))
+        return PlacedPrompt(text, _character_offsets(text, pieces))
 
-    def _decoded(self, prompt: Sequence[int], is_cancelled: Callable[[], bool]) -> PlacedPrompt:
-        """What the tokens add to the text one by one, decoded with those before them.
+    def _decode_one_by_one(
+        self, prompt: Sequence[int], is_cancelled: Callable[[], bool]
+    ) -> PlacedPrompt:
+        """Decode the tokens one by one, each with those before it.
 
         Tokens that are part of one character wait for its last one, and all lie on it.
         """
@@ -148,25 +150,25 @@ class PromptOffsets:
             offsets += [(length, length + len(new))] * (stop - read)
             length += len(new)
             context, read = read, stop
-        return PlacedPrompt("".join(pieces), _offsets(offsets))
+        return PlacedPrompt("".join(pieces), _as_offsets(offsets))
 
     def _text(self, ids: Sequence[int]) -> str:
         decoder = self._tokenizer if self._backend is None else self._backend
         return str(decoder.decode(list(ids), skip_special_tokens=False)) if ids else ""
 
 
-def _offsets(pairs: Sequence[tuple[int, int]]) -> Offsets:
+def _as_offsets(pairs: Sequence[tuple[int, int]]) -> Offsets:
     return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
 def _is_byte_level(backend: Tokenizer) -> bool:
-    """True where the decoder reads tokens in the byte-level alphabet, and does nothing else."""
+    """Return True where the decoder only reads tokens in the byte-level alphabet."""
     decoder = json.loads(backend.to_str()).get("decoder") or {}
     return bool(decoder.get("type") == "ByteLevel")
 
 
 def _token_bytes(vocabulary: Mapping[str, int]) -> dict[int, bytes]:
-    """The bytes of every token that is written in the byte-level alphabet alone."""
+    """Return the bytes of every token that is written in the byte-level alphabet alone."""
     found = {}
     for written, token in vocabulary.items():
         try:
@@ -176,14 +178,14 @@ def _token_bytes(vocabulary: Mapping[str, int]) -> dict[int, bytes]:
     return found
 
 
-def _characters(text: str, pieces: Sequence[bytes]) -> Offsets:
-    """Offsets in characters of pieces of the text's bytes: every character a piece is part of."""
+def _character_offsets(text: str, pieces: Sequence[bytes]) -> Offsets:
+    """Return the character offsets of pieces of the text's bytes."""
     edges = np.cumsum([0, *map(len, pieces)])  # in bytes
     if text.isascii():
         return np.stack((edges[:-1], edges[1:]), axis=1)
-    begins = np.concatenate(([0], np.cumsum(_byte_lengths(text))))  # of each character, in bytes
-    first = np.searchsorted(begins, edges[:-1], side="right") - 1
-    last = np.searchsorted(begins, edges[1:], side="left")
+    starts = np.concatenate(([0], np.cumsum(_byte_lengths(text))))  # of each character, in bytes
+    first = np.searchsorted(starts, edges[:-1], side="right") - 1
+    last = np.searchsorted(starts, edges[1:], side="left")
     return np.stack((first, last), axis=1)
 
 

@@ -1,4 +1,4 @@
-"""A request's report as the response's `specprefill` object."""
+"""Renders a request's report as the response's `specprefill` object."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ _DECIMALS = 6
 
 
 def report_json(report: Report) -> dict[str, Any]:
-    """Plan, reason, token counts and stage times in seconds."""
-    told = {
+    """Return plan, reason, token counts and stage times in seconds."""
+    content = {
         "plan": report.plan.value,
         "reason": report.reason.value,
         "prompt_tokens": report.prompt_tokens,
@@ -27,12 +27,12 @@ def report_json(report: Report) -> dict[str, Any]:
         "ttft_s": round(report.ttft_s, _DECIMALS),
     }
     if report.expected is not None:
-        told["expected_dense_ttft_s"] = round(report.expected.dense_s, _DECIMALS)
-        told["expected_prune_ttft_s"] = round(report.expected.prune_s, _DECIMALS)
-    return told
+        content["expected_dense_ttft_s"] = round(report.expected.dense_s, _DECIMALS)
+        content["expected_prune_ttft_s"] = round(report.expected.prune_s, _DECIMALS)
+    return content
 
 
-def story_json(story: list[Report]) -> dict[str, Any] | list[dict[str, Any]]:
-    """One object for one prompt; a list, in prompt order, for several."""
+def reports_json(story: list[Report]) -> dict[str, Any] | list[dict[str, Any]]:
+    """Return one object for one prompt; a list, in prompt order, for several."""
     reports = [report_json(report) for report in story]
     return reports[0] if len(reports) == 1 else reports

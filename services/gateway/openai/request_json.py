@@ -1,4 +1,4 @@
-"""Reads the JSON that a client sent. Pure: whatever the bytes are, a value or InvalidRequest."""
+"""Parses the JSON that a client sent, within limits. Pure."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _Container = dict[str, Any] | list[Any]
 
 @dataclass(frozen=True, slots=True)
 class JsonLimits:
-    """How much a request may hold, whatever it is.
+    """The limits of a request's size.
 
-    What is validated one by one, an object or list at about 0.1 ms, is done in the event loop,
-    so it is bounded in number: objects, lists, and texts that are entries of lists.
+    Validation takes about 0.1 ms of the event loop per object or list, so their number is
+    bounded: objects, lists, and strings that are entries of lists.
     """
 
     items: int
 
 
 def parse_json(source: bytes | str, limits: JsonLimits, name: str, field: str | None = None) -> Any:
-    """The value. `name` is what the caller knows it as, `field` the field that it stands in.
+    """Parse `source`. Errors call it `name`, and name the request's `field`.
 
     Raises InvalidRequest on anything that is not JSON by the standard (which has no NaN), on
     numbers out of range, on bytes that are not UTF-8, and on values beyond the limits.
@@ -39,11 +39,11 @@ def parse_json(source: bytes | str, limits: JsonLimits, name: str, field: str | 
         raise _too_deep(name, field) from error
     except ValueError as error:  # malformed, out of range, or not UTF-8
         raise InvalidRequest(f"{name} is not valid JSON: {error}", field) from error
-    _check(value, limits, name, field)
+    _check_size(value, limits, name, field)
     return value
 
 
-def _check(value: object, limits: JsonLimits, name: str, field: str | None) -> None:
+def _check_size(value: object, limits: JsonLimits, name: str, field: str | None) -> None:
     """Walk the value level by level, containers only."""
     level: list[_Container] = [value] if isinstance(value, dict | list) else []
     items, depth = float(len(level)), 0
@@ -58,14 +58,14 @@ def _check(value: object, limits: JsonLimits, name: str, field: str | None) -> N
         items += len(inner)
         if items > limits.items:
             raise InvalidRequest(
-                f"{name} holds too much: at most {limits.items} objects, lists and texts in lists",
+                f"{name} is too large: at most {limits.items} objects, lists and strings in lists",
                 field,
             )
         level = inner
 
 
 def _text_items(container: _Container) -> float:
-    """What the entries of a list count for that are no containers."""
+    """Count the entries of a list that are no containers; numbers count little."""
     if not isinstance(container, list):
         return 0.0
     if set(map(type, container)) <= _NUMBERS:

@@ -1,4 +1,4 @@
-"""The pipeline's chunks as vLLM's request outputs."""
+"""Converts the pipeline's chunks to vLLM's request outputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PromptLogprobs = list[dict[int, Logprob] | None]
 
 
 @dataclass(slots=True)
-class _Sample:
+class _SampleOutput:
     """Everything one sample has produced so far."""
 
     index: int
@@ -37,7 +37,7 @@ class _Sample:
             self.index,
             "".join(self.texts),
             list(self.token_ids),
-            _cumulative(self.logprobs, self.token_ids),
+            _cumulative_logprob(self.logprobs, self.token_ids),
             self.logprobs,
             finish_reason=None if self.last is None else self.last.finish_reason,
             stop_reason=None if self.last is None else self.last.stop_reason,
@@ -45,7 +45,7 @@ class _Sample:
 
 
 class OutputAssembler:
-    """Builds one request's outputs in the kind its caller reads: deltas, growing, or final."""
+    """Builds one request's outputs of the requested kind: deltas, cumulative, or final."""
 
     def __init__(
         self,
@@ -59,19 +59,19 @@ class OutputAssembler:
         self._prompt_text = prompt_text
         self._prompt_token_ids = prompt_token_ids
         self._kind = kind
-        self._samples = [_Sample(index) for index in range(samples)]
+        self._samples = [_SampleOutput(index) for index in range(samples)]
         self._open = samples
         self._cached_tokens = 0
         self._prompt_logprobs: PromptLogprobs | None = None
 
     @property
-    def finished(self) -> bool:
+    def is_finished(self) -> bool:
         """True once every sample has its finish reason."""
         return self._open == 0
 
     def add(self, chunk: Chunk) -> RequestOutput | None:
-        """What the caller gets to see after `chunk`; None: nothing yet."""
-        self._open -= chunk.finished
+        """Return the caller's next output after `chunk`; None: nothing yet."""
+        self._open -= chunk.is_finished
         self._cached_tokens = max(self._cached_tokens, chunk.cached_tokens)
         if chunk.prompt_logprobs is not None:
             self._prompt_logprobs = [
@@ -79,35 +79,35 @@ class OutputAssembler:
                 for position in chunk.prompt_logprobs
             ]
         if self._kind is RequestOutputKind.DELTA:
-            return self._output([_delta(chunk)])
+            return self._output([_delta_output(chunk)])
         sample = self._samples[chunk.index]
         sample.add(chunk)
         if self._kind is RequestOutputKind.CUMULATIVE:
             return self._output([sample.output()])
-        return self._output([each.output() for each in self._samples]) if self.finished else None
+        return self._output([each.output() for each in self._samples]) if self.is_finished else None
 
     def _output(self, outputs: list[CompletionOutput]) -> RequestOutput:
         prompt_logprobs = self._prompt_logprobs
         if self._kind is RequestOutputKind.DELTA:
-            self._prompt_logprobs = None  # told once
+            self._prompt_logprobs = None  # sent once
         return RequestOutput(
             self._request_id,
             self._prompt_text,
             self._prompt_token_ids,
             prompt_logprobs,
             outputs,
-            self.finished,
+            self.is_finished,
             num_cached_tokens=self._cached_tokens,
         )
 
 
-def _delta(chunk: Chunk) -> CompletionOutput:
+def _delta_output(chunk: Chunk) -> CompletionOutput:
     logprobs = None if chunk.logprobs is None else _logprobs(chunk)
     return CompletionOutput(
         chunk.index,
         chunk.text,
         list(chunk.token_ids),
-        _cumulative(logprobs, chunk.token_ids),
+        _cumulative_logprob(logprobs, chunk.token_ids),
         logprobs,
         finish_reason=chunk.finish_reason,
         stop_reason=chunk.stop_reason,
@@ -122,7 +122,9 @@ def _candidates(position: tuple[TokenLogprob, ...]) -> dict[int, Logprob]:
     return {each.token_id: Logprob(each.logprob, each.rank, each.text) for each in position}
 
 
-def _cumulative(logprobs: Logprobs | None, token_ids: list[int] | tuple[int, ...]) -> float | None:
+def _cumulative_logprob(
+    logprobs: Logprobs | None, token_ids: list[int] | tuple[int, ...]
+) -> float | None:
     if logprobs is None:
         return None
     pairs = zip(logprobs, token_ids, strict=False)

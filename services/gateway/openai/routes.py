@@ -1,10 +1,10 @@
-"""The HTTP routes that are served: a list of ours, so that a new vLLM opens none by itself."""
+"""The HTTP routes that are served: an explicit list, so that a new vLLM adds none by itself."""
 
 from __future__ import annotations
 
 from fastapi import FastAPI
 
-# What answers prompts: the `specprefill` field works on each of them.
+# Routes that answer prompts: the `specprefill` field works on each of them.
 GENERATING = frozenset(
     ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"),
 )
@@ -34,10 +34,10 @@ SERVED = (
 
 
 def serve_only_known(app: FastAPI) -> None:
-    """Drop vLLM's other routes: they bypass the `specprefill` field, or speak to an engine.
+    """Drop vLLM's other routes: they bypass the `specprefill` field, or address an engine.
 
     These are `/invocations` and `/v1/chat/completions/batch` (the same as other routes), scoring,
-    scaling, rendering, and whatever a later vLLM adds.
+    scaling, rendering, and routes that a later vLLM adds.
     """
     app.router.routes[:] = [each for each in app.router.routes if _path(each) in SERVED]
 

@@ -40,7 +40,7 @@ from .surface import TASKS
 
 @dataclass(slots=True)
 class _NoServer:
-    """What vLLM's handlers would tell to stop when an engine dies; ours never does."""
+    """Stands for the server that vLLM's handlers stop when an engine dies; ours never does."""
 
     should_exit: bool = False
 
@@ -51,7 +51,7 @@ def build_client(
     planner: Planner,
     count_tokens: CountTokens | None = None,
 ) -> PipelineClient:
-    """The engine client: loads the model's config and tokenizer, no weights."""
+    """Build the engine client: load the model's config and tokenizer, no weights."""
     args = server_args(config)
     return PipelineClient(
         _vllm_config(args),
@@ -74,7 +74,7 @@ async def build_http_app(
     metrics: MetricsText,
     facts_kept: Callable[[], float | None] = not_tested,
 ) -> FastAPI:
-    """vLLM's OpenAI app on `client`.
+    """Build vLLM's OpenAI app on `client`.
 
     `count` returns each pool's healthy replicas, `metrics` those of the whole service,
     `facts_kept` the result of the draft's self-test.
@@ -88,7 +88,7 @@ async def build_http_app(
     # Before vLLM's own.
     app.router.routes[:0] = [health_route(count, limit, facts_kept), metrics_route(metrics)]
     gateway = config.gateway
-    # Outermost first: strangers meet nothing else, and a slot is held by complete requests alone.
+    # Outermost first: unauthenticated requests get no further; only complete ones hold a slot.
     app.user_middleware.insert(
         0, Middleware(AccessMiddleware, keys=keys, open_paths=gateway.open_paths)
     )
@@ -111,7 +111,7 @@ async def build_http_app(
 
 
 def server_args(config: AppConfig) -> Namespace:
-    """The arguments `vllm serve` would get; `gateway.vllm_args` come last and win."""
+    """Return the arguments of `vllm serve`; `gateway.vllm_args` come last and win."""
     model = config.model
     argv = ["--model", local_path(model.path), "--served-model-name", model.served_name]
     argv += ["--dtype", model.dtype, "--enable-request-id-headers"]
@@ -130,7 +130,7 @@ def server_args(config: AppConfig) -> Namespace:
 
 
 def _chat_defaults(args: Namespace) -> ChatParams:
-    """How vLLM's server renders conversations, for those that do not come through it."""
+    """Return vLLM's defaults for chat templates, for conversations that come over gRPC."""
     return ChatParams(
         chat_template=load_chat_template(args.chat_template),
         chat_template_content_format=args.chat_template_content_format,
@@ -139,7 +139,7 @@ def _chat_defaults(args: Namespace) -> ChatParams:
 
 
 def _vllm_config(args: Namespace) -> VllmConfig:
-    """A configuration without an engine, as vLLM's render server makes it.
+    """Build a configuration without an engine, as vLLM's render server does.
 
     The gateway may run where no accelerator is: quantisation and cache checks are the
     engines' own.

@@ -1,8 +1,8 @@
-"""What vLLM's server asks of an engine client beyond answering prompts.
+"""The rest of vLLM's engine client interface, beyond answering prompts.
 
-The gateway holds no engine: engines live in other processes and look after themselves. So
+The gateway holds no engine: engines live in other processes and manage themselves. So
 maintenance calls are refused or do nothing, and the client never reports itself dead (vLLM's
-server would stop for good); health is told by the gateway's own `/health`.
+server would stop for good); the gateway's own `/health` reports health.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class RemoteEngineClient(EngineClient):  # type: ignore[misc]
 
     @override
     async def abort(self, request_id: str | Iterable[str]) -> None:
-        """Nothing to do: closing `generate()` is what aborts."""
+        """Do nothing: closing `generate()` is what aborts."""
 
     @override
     async def notify_kv_transfer_request_rejected(
@@ -74,7 +74,7 @@ class RemoteEngineClient(EngineClient):  # type: ignore[misc]
         *,
         data_parallel_rank: int | None = None,
     ) -> None:
-        """Nothing to do: clients hold no KV here."""
+        """Do nothing: clients hold no KV here."""
 
     @override
     async def is_tracing_enabled(self) -> bool:
@@ -82,11 +82,11 @@ class RemoteEngineClient(EngineClient):  # type: ignore[misc]
 
     @override
     async def do_log_stats(self) -> None:
-        """Nothing to do: the engines log their own."""
+        """Do nothing: the engines log their own."""
 
     @override
     async def check_health(self) -> None:
-        """Nothing to do: see `health.py`."""
+        """Do nothing: see `health.py`."""
 
     @override
     async def start_profile(
@@ -104,11 +104,11 @@ class RemoteEngineClient(EngineClient):  # type: ignore[misc]
 
     @override
     async def reset_mm_cache(self) -> None:
-        """Nothing to do: there are no multi-modal inputs."""
+        """Do nothing: there are no multi-modal inputs."""
 
     @override
     async def reset_encoder_cache(self) -> None:
-        """Nothing to do: there are no multi-modal inputs."""
+        """Do nothing: there are no multi-modal inputs."""
 
     @override
     async def reset_prefix_cache(
@@ -150,4 +150,4 @@ class RemoteEngineClient(EngineClient):  # type: ignore[misc]
 
     @override
     def shutdown(self, timeout: float | None = None) -> None:
-        """Nothing to do: the engines outlive the gateway."""
+        """Do nothing: the engines outlive the gateway."""

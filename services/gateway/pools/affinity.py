@@ -1,8 +1,7 @@
-"""Which replica of a pool has most of a prompt in its prefix cache, and whether to go there.
+"""Ranks a pool's replicas by how much of a prompt their prefix caches hold.
 
-Pure. A gateway knows only what it sent to each replica itself. What other gateways may have sent it
-hopes for at the prefix's home, which they all compute alike (`homes`): a hope may be in vain, but
-no choice is ever wrong.
+Pure. A gateway knows only what it sent to each replica itself. It expects the prompts of others at
+the prefix's home, which they all compute alike (`homes`): a wrong guess costs time, nothing else.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from ...core.prefix_digests import BLOCK_TOKENS, digests_of
 from ...core.types import Request, Selection
 from .homes import Homes
 
-HOPE = 0.5  # of a prefix at its home, how much is counted on where none is known
+HOPE = 0.5  # share of a prefix that is expected at its home where none is known
 _MAX_CHOICES = 64  # prompts on their way to a replica; Serve sends no more at once
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillLoad:
-    """What one prompt asks of an engine.
+    """The work that one prompt asks of an engine.
 
     `prefix` has a digest per whole block of the prompt's dense prefix, each chained to the
     one before: equal digests mean equal prefixes.
@@ -33,12 +32,12 @@ class PrefillLoad:
 
 
 def whole_load_of(request: Request) -> PrefillLoad:
-    """The load of a prompt that is read from its first token to its last."""
+    """Return the load of a prompt that is read from its first token to its last."""
     return PrefillLoad(len(request.prompt), digests_of(request))
 
 
 def load_of(request: Request, selection: Selection) -> PrefillLoad:
-    """The load of the kept tokens; blocks from the first gap on are not shared, so not here."""
+    """Return the load of the kept tokens; blocks after the first gap are never shared."""
     first = selection.runs[0]
     dense = first.stop if first.start == 0 else 0
     return PrefillLoad(selection.kept_tokens, digests_of(request)[: dense // BLOCK_TOKENS])
@@ -54,7 +53,7 @@ class _Replica:
 
 
 class _BlockMap:
-    """Which replicas remember a block: a bit per replica, so that one walk finds every match."""
+    """Maps blocks to the replicas that remember them: a bit per replica, one walk for all."""
 
     def __init__(self) -> None:
         self._holders: dict[int, int] = {}
@@ -74,7 +73,7 @@ class _BlockMap:
                 self._holders.pop(digest, None)
 
     def matches(self, digests: Sequence[int]) -> dict[int, int]:
-        """How many leading blocks each place remembers; a place that remembers none is absent."""
+        """Count the leading blocks that each place remembers; absent: none."""
         found: dict[int, int] = {}
         holding = self._holders.get(digests[0], 0) if digests else 0
         for depth, digest in enumerate(digests):
@@ -99,8 +98,8 @@ class PrefixAffinity:
     """Ranks replicas by the tokens to compute before a prompt's first one is there.
 
     The cost of a replica is what is queued there plus what it lacks of the prompt: a cached
-    prefix attracts until the queue for it costs more than computing it elsewhere. A call is
-    one prompt's way to one replica: prompts of one request, and attempts, are calls of their own.
+    prefix attracts until the queue for it costs more than computing it elsewhere. A call sends
+    one prompt to one replica: prompts of one request, and attempts, are calls of their own.
     """
 
     hope: float = HOPE
@@ -111,8 +110,8 @@ class PrefixAffinity:
     _count: int = 0
     _homes: Homes = field(default_factory=Homes)
 
-    def know(self, cache_tokens: Mapping[str, int]) -> None:
-        """The replicas that exist, and how many tokens each one's prefix cache holds."""
+    def set_replicas(self, cache_tokens: Mapping[str, int]) -> None:
+        """Set the replicas that exist, each with its prefix cache's size in tokens."""
         for name in self._replicas.keys() - cache_tokens.keys():
             gone = self._replicas.pop(name)
             self._blocks.remove(gone.place, gone.seen)
@@ -126,54 +125,54 @@ class PrefixAffinity:
                     next(free), tokens, DigestMemory(tokens // BLOCK_TOKENS)
                 )
 
-    def ranked(self, load: PrefillLoad) -> Sequence[str]:
-        """Every known replica, cheapest first; among equals the one that waits longest."""
-        return self._ranked(load, self._blocks.matches(load.prefix))
+    def rank(self, load: PrefillLoad) -> Sequence[str]:
+        """Return every known replica, cheapest first; among equals the longest idle first."""
+        return self._rank(load, self._blocks.matches(load.prefix))
 
     def choose(self, call_id: str, load: PrefillLoad) -> Sequence[str]:
-        """As `ranked`; the first counts as asked, so that prompts that come together spread."""
-        self._settle(call_id)
+        """Rank as `rank`; count the first as chosen, so that simultaneous prompts spread."""
+        self._drop_choice(call_id)
         matches = self._blocks.matches(load.prefix)
-        names = self._ranked(load, matches)
+        names = self._rank(load, matches)
         if names:
             replica = self._replicas[names[0]]
-            lacking = _lacking(replica, load, matches)
+            lacking = _missing_tokens(replica, load, matches)
             replica.queued_tokens += lacking
             self._choices[call_id] = (replica, lacking)
         if len(self._choices) > _MAX_CHOICES:  # the oldest was given up before it was sent
-            self._settle(next(iter(self._choices)))
+            self._drop_choice(next(iter(self._choices)))
         return names
 
-    def sent(self, call_id: str, name: str, load: PrefillLoad) -> None:
-        """A replica took a call."""
-        self._settle(call_id)
+    def record_sent(self, call_id: str, name: str, load: PrefillLoad) -> None:
+        """Record that a replica took a call."""
+        self._drop_choice(call_id)
         replica = self._replicas.get(name)
         if replica is None or call_id in self._running:
             return
         self._count += 1
         replica.last_used = self._count
-        lacking = load.tokens - BLOCK_TOKENS * replica.seen.longest(load.prefix)
+        lacking = load.tokens - BLOCK_TOKENS * replica.seen.longest_match(load.prefix)
         replica.queued_tokens += lacking
         self._blocks.add(replica.place, load.prefix)
         self._blocks.remove(replica.place, replica.seen.remember(load.prefix))
         self._running[call_id] = (replica, lacking)
 
-    def answered(self, call_id: str) -> None:
-        """A call ended, well or not. Idempotent."""
-        self._settle(call_id)
+    def record_end(self, call_id: str) -> None:
+        """Record that a call ended, well or not. Idempotent."""
+        self._drop_choice(call_id)
         running = self._running.pop(call_id, None)
         if running is not None:
             replica, lacking = running
             replica.queued_tokens -= lacking
 
-    def _settle(self, call_id: str) -> None:
+    def _drop_choice(self, call_id: str) -> None:
         choice = self._choices.pop(call_id, None)
         if choice is not None:
             replica, lacking = choice
             replica.queued_tokens -= lacking
 
-    def _ranked(self, load: PrefillLoad, matches: Mapping[int, int]) -> list[str]:
-        home = self._homes.of(load.prefix)
+    def _rank(self, load: PrefillLoad, matches: Mapping[int, int]) -> list[str]:
+        home = self._homes.home_of(load.prefix)
         hoped = self.hope * BLOCK_TOKENS * len(load.prefix)
 
         def cost(name: str) -> tuple[float, int]:
@@ -187,6 +186,6 @@ class PrefixAffinity:
         return sorted(self._replicas, key=cost)
 
 
-def _lacking(replica: _Replica, load: PrefillLoad, matches: Mapping[int, int]) -> int:
-    """Tokens of a prompt that a replica would have to compute."""
+def _missing_tokens(replica: _Replica, load: PrefillLoad, matches: Mapping[int, int]) -> int:
+    """Return the tokens of a prompt that a replica would have to compute."""
     return load.tokens - BLOCK_TOKENS * matches.get(replica.place, 0)

@@ -1,4 +1,4 @@
-"""What the gateway knows of the draft's self-test."""
+"""The gateway's copy of the draft's self-test result."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class SelfTestWatch:
         self.facts_kept: float | None = None  # None: not known
 
     def is_unfit(self) -> bool:
-        """Whether the draft is known to choose badly."""
+        """Return True if the draft is known to choose badly."""
         return not can_choose(self.facts_kept)
 
     def start(self) -> None:
-        """Begin to ask."""
+        """Start to ask."""
         self._task = asyncio.create_task(self.run())
 
     async def close(self) -> None:
@@ -38,7 +38,7 @@ class SelfTestWatch:
             await asyncio.wait([self._task])
 
     async def run(self) -> None:
-        """Until cancelled. A pool that does not answer is the health check's to report."""
+        """Ask until cancelled. The health check reports a pool that does not answer."""
         while True:
             try:
                 self.facts_kept = await self._ask()

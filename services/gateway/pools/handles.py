@@ -1,4 +1,4 @@
-"""The pipeline's three ports over Ray Serve handles. Ray's errors become ours here."""
+"""Implements the pipeline's three ports over Ray Serve handles. Ray's errors become ours here."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ _GRACE_S = 0.5  # for a replica's answer that the time was used up
 
 @dataclass(frozen=True, slots=True)
 class ServeSpeculator:
-    """The speculator pool. `count` is asked whether it has any replica, where none answers."""
+    """The speculator pool. Where none answers, `count` shows whether it has any replica."""
 
     handle: DeploymentHandle
     count: PoolCounts | None = None
 
     async def select(self, request: Request, plan: Plan, timeout_s: float) -> Selection:
         """See `ports.Speculator`."""
-        with mapped_errors("speculator", SpeculatorUnavailable, broken=SpeculatorUnavailable):
+        with map_errors("speculator", SpeculatorUnavailable, broken=SpeculatorUnavailable):
             payload = wire.pack((request, plan, timeout_s))
             load = wire.pack(whole_load_of(request))
-            # The replica's own word comes first: it knows what the time went into.
+            # The replica's own timeout comes first: it reports how the time was spent.
             try:
                 reply = await _call(self.handle, "select", timeout_s + _GRACE_S, payload, load)
             except TimeoutError:
@@ -64,19 +64,19 @@ class ServeSpeculator:
         return wire.unpack(reply, Selection)
 
     async def self_test(self) -> float | None:
-        """The share of generated facts that the draft keeps; None: not known."""
-        with mapped_errors("speculator", SpeculatorUnavailable, broken=SpeculatorUnavailable):
+        """Return the share of generated facts that the draft keeps; None: not known."""
+        with map_errors("speculator", SpeculatorUnavailable, broken=SpeculatorUnavailable):
             facts_kept: float | None = await _call(self.handle, "self_test", _SELF_TEST_S)
         return facts_kept
 
     async def _is_empty(self) -> bool:
-        """Calls to a pool without replicas wait for one: nobody is slow, nobody is there."""
+        """Return True for a pool without replicas: calls wait for one until they time out."""
         return self.count is not None and (await self.count())[SPECULATOR] == 0
 
 
 @dataclass(frozen=True, slots=True)
 class ServePrefiller:
-    """The prefill pool. Leases are kept straight at the worker that holds them.
+    """The prefill pool. Leases are renewed directly at the worker that holds them.
 
     `carried` keeps the KV that Ray carries, by lease: dropping the references frees it.
     """
@@ -94,14 +94,16 @@ class ServePrefiller:
         load = wire.pack(load_of(request, selection))
         call = self.handle.options(method_name="prefill", stream=True)
         async with (
-            _streamed(call, "prefill", PrefillUnavailable, timeout_s, payload, load) as items,
-            aclosing(self._said(items)) as said,
-            prefilling(said, self.leases) as one,
+            _stream_call(call, "prefill", PrefillUnavailable, timeout_s, payload, load) as items,
+            aclosing(self._prefill_results(items)) as results,
+            prefilling(results, self.leases) as one,
         ):
             yield one
 
-    async def _said(self, items: AsyncGenerator[Any]) -> AsyncGenerator[Ticket | Prefilled]:
-        """Perhaps a ticket, then the result. What Ray carries is kept until this is closed."""
+    async def _prefill_results(
+        self, items: AsyncGenerator[Any]
+    ) -> AsyncGenerator[Ticket | Prefilled]:
+        """Yield perhaps an early ticket, then the result. Objects are kept until this is closed."""
         async with aclosing(items):
             async for payload, objects in items:
                 early, prefilled = wire.unpack(payload, wire.PREFILL_STEP)
@@ -114,7 +116,7 @@ class ServePrefiller:
                     try:
                         yield prefilled
                     finally:
-                        # In place: frames that wait for the garbage collector know the list.
+                        # In place: frames that wait for the garbage collector share the list.
                         self.carried.pop(lease_id, []).clear()
 
 
@@ -137,28 +139,28 @@ class ServeDecoder:
         payload = wire.pack((request, selection, ticket, replay, timeout_s))
         objects = [] if ticket is None else self.carried.get(ticket.lease.id, [])
         call = self.handle.options(method_name="decode", stream=True)
-        decoding = _streamed(call, "decode", DecodeUnavailable, timeout_s, payload, objects)
+        decoding = _stream_call(call, "decode", DecodeUnavailable, timeout_s, payload, objects)
         async with decoding as items:
             async for item in items:
                 yield wire.unpack(item, Decoded)
 
 
 @asynccontextmanager
-async def _streamed(
+async def _stream_call(
     handle: DeploymentHandle,
     pool: str,
     unavailable: type[Unavailable],
     timeout_s: float,
     *messages: object,
 ) -> AsyncIterator[AsyncGenerator[Any]]:
-    """What a replica streams, until `timeout_s` have passed. Leaving cancels the call."""
-    with mapped_errors(pool, unavailable):
+    """Open a replica's stream for at most `timeout_s`. Leaving cancels the call."""
+    with map_errors(pool, unavailable):
         stream = call_alone(handle, *messages)
     try:
         async with aclosing(_items(stream, pool, unavailable, timeout_s)) as items:
             yield items
     finally:
-        stream.cancel()  # otherwise the replica works on for nobody
+        stream.cancel()  # otherwise the replica continues without a reader
 
 
 async def _items(
@@ -166,7 +168,7 @@ async def _items(
 ) -> AsyncGenerator[Any]:
     deadline = asyncio.get_running_loop().time() + timeout_s
     while True:
-        with mapped_errors(pool, unavailable):
+        with map_errors(pool, unavailable):
             try:
                 async with asyncio.timeout_at(deadline):
                     item = await anext(stream)
@@ -176,32 +178,34 @@ async def _items(
 
 
 @contextmanager
-def mapped_errors(
+def map_errors(
     pool: str,
     unavailable: type[Unavailable],
     *,
     broken: type[SpecPrefillError] = SpecPrefillError,
 ) -> Iterator[None]:
-    """What a call to a pool may raise, as errors of ours.
+    """Convert the errors of a call to a pool to ours.
 
     An error that a replica raised as one of ours comes out as the same one. `unavailable` is
-    for replicas that could not be reached, `broken` for a failure that nobody named: another
+    for replicas that could not be reached, `broken` for an unexpected failure: another
     replica would most likely fail in the same way.
     """
     try:
         yield
     except RayTaskError as error:  # first: it is also an instance of what it was caused by
-        raise _cause(pool, error, broken) from None
+        raise _root_error(pool, error, broken) from None
     except BackPressureError as error:
-        raise _overloaded(pool, error) from error
+        raise _overload_error(pool, error) from error
     except TimeoutError as error:
-        raise DeadlineExceeded(f"timeout_s: used up waiting for the {pool} pool") from error
+        raise DeadlineExceeded(
+            f"timeout_s: the request timed out waiting for the {pool} pool"
+        ) from error
     except (RayError, RayServeException, grpc.RpcError) as error:
         logger.warning("pool=%s unavailable: %s", pool, type(error).__name__)
         raise unavailable(f"no {pool} replica answered; try again") from error
     except SpecPrefillError:
         raise
-    except Exception as error:  # gRPC handles raise a replica's own exception, whatever it is
+    except Exception as error:  # gRPC handles raise a replica's own exception, of any type
         logger.exception("pool=%s failed", pool)
         raise broken(f"a {pool} replica failed") from error
 
@@ -217,19 +221,19 @@ async def _call(handle: DeploymentHandle, method: str, timeout_s: float, *messag
     return reply
 
 
-def _cause(pool: str, error: RayTaskError, broken: type[SpecPrefillError]) -> SpecPrefillError:
-    """What went wrong in the replica, or in a replica that it called."""
+def _root_error(pool: str, error: RayTaskError, broken: type[SpecPrefillError]) -> SpecPrefillError:
+    """Return the root error in the replica, or in a replica that it called."""
     cause: BaseException = error.cause
     while isinstance(cause, RayTaskError):
         cause = cause.cause
     if isinstance(cause, SpecPrefillError):
         return cause
     if isinstance(cause, BackPressureError):
-        return _overloaded(pool, cause)
+        return _overload_error(pool, cause)
     logger.error("pool=%s failed: %s", pool, error)  # holds the remote traceback
     return broken(f"a {pool} replica failed")
 
 
-def _overloaded(pool: str, error: BackPressureError) -> Overloaded:
+def _overload_error(pool: str, error: BackPressureError) -> Overloaded:
     retry_after_s = _RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
     return Overloaded(f"the {pool} pool is full; try again later", retry_after_s)

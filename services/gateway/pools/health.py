@@ -1,4 +1,4 @@
-"""Whether the service can answer: pure rules over each pool's count of healthy replicas."""
+"""Decides whether the service can answer, by each pool's count of healthy replicas."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class Health:
 
     @property
     def status(self) -> str:
-        """ok, degraded or unavailable."""
+        """The status: ok, degraded or unavailable."""
         if not self.serving:
             return "unavailable"
         return "degraded" if self.reason else "ok"
 
 
 def judge(pools: Mapping[str, int], facts_kept: float | None = None) -> Health:
-    """Without prefill or decode nothing is answered; without a speculator prompts go dense.
+    """Judge the pools: prefill and decode are required; without a speculator prompts go dense.
 
-    `facts_kept` is the result of the draft's self-test: one that cannot choose is not used where
-    nobody asks for it.
+    `facts_kept` is the result of the draft's self-test: a draft that cannot choose is used only
+    on request.
     """
     empty = [name for name in (SPECULATOR, PREFILL, DECODE) if pools.get(name, 0) < 1]
     reason = f"no healthy replica in: {', '.join(empty)}" if empty else ""
@@ -53,19 +53,19 @@ def judge(pools: Mapping[str, int], facts_kept: float | None = None) -> Health:
 
 
 class Drainable(Protocol):
-    """What may stop to take new requests."""
+    """A limit that may refuse new requests."""
 
     draining: bool
 
 
 def not_tested() -> None:
-    """Returns the result of a self-test that has not been run."""
+    """Return the result of a self-test that has not been run."""
 
 
 def health_route(
     count: PoolCounts, limit: Drainable, facts_kept: Callable[[], float | None] = not_tested
 ) -> Route:
-    """`GET /health`: 200 or 503, with the reason, the pools and the draft's self-test."""
+    """Return the route of `GET /health`: 200 or 503, the reason, the pools, the self-test."""
 
     async def answer(_: Request) -> JSONResponse:
         tested = facts_kept()

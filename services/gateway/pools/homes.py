@@ -1,8 +1,8 @@
-"""Where a prefix is at home, so that gateways agree without talking.
+"""Assigns each prefix a home replica, so that gateways agree without communication.
 
-Pure. A gateway knows only what it sent itself. So that the next turn of a conversation finds its
-KV also through another gateway, a prefix that is not known goes to the replica which all gateways
-compute from it, by consistent hashing (Karger et al., 1997): when replicas come or go, only the
+Pure. A gateway knows only what it sent itself. To let the next turn of a conversation find its
+KV through another gateway, too, an unknown prefix goes to the replica that all gateways compute
+from it by consistent hashing (Karger et al., 1997): when replicas come or go, only the
 prefixes at home there move.
 """
 
@@ -30,12 +30,12 @@ class Homes:
         self._places = [place for place, _ in points]
         self._names = [name for _, name in points]
 
-    def of(self, digests: Sequence[int]) -> str | None:
-        """The home of a prefix; None where there is no prefix or no replica.
+    def home_of(self, digests: Sequence[int]) -> str | None:
+        """Return the home of a prefix; None where there is no prefix or no replica.
 
-        It is that of its first 1, 4, 16, ... blocks: prompts that share a long text share it, and
-        a conversation stays at home until it is four times as long. What all prompts of a service
-        have in common does not bring all of them to one replica once they are longer.
+        It is the home of its first 1, 4, 16, ... blocks: prompts that share a long text share it,
+        and a conversation stays at home until it is four times as long. A prefix that all prompts
+        of a service share does not bring all of them to one replica once they are longer.
         """
         if not digests or not self._names:
             return None

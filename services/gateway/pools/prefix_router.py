@@ -1,4 +1,4 @@
-"""Serve's request router for pools with a prefix cache: it goes where a prompt's prefix is."""
+"""Serve's request router for pools with a prefix cache: it prefers replicas with the prefix."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ _NO_LOAD = PrefillLoad(0, ())
 
 
 class CallResult(Protocol):
-    """The part of Serve's result of a call that is used."""
+    """The used part of Serve's result of a call."""
 
     def add_done_callback(self, callback: Callable[[Any], object]) -> None:
-        """`callback` is called when the call has ended, from any thread."""
+        """Call `callback` when the call has ended, from any thread."""
         ...
 
 
 class PrefixRouter(RequestRouter):  # type: ignore[misc]
-    """One per gateway replica. The load of a prompt is the call's second argument.
+    """The router, one per gateway replica. A call's second argument is the prompt's load.
 
     Serve matches waiting calls by their internal request id, so every call needs its own: see
     `serve_internals.call_alone`.
     """
 
     def initialize_state(self) -> None:
-        """Called once, by Serve."""
+        """Initialise the router; Serve calls this once."""
         self._affinity = PrefixAffinity()
         self._candidates: list[RunningReplica] = []
         self._by_name: dict[str, RunningReplica] = {}
@@ -41,41 +41,41 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """One rank per replica, cheapest first; Serve passes over those that are full."""
+        """Return one rank per replica, cheapest first; Serve skips those that are full."""
         if candidate_replicas is not self._candidates:  # Serve makes a new list of every change
-            self._learn(candidate_replicas)
+            self._set_candidates(candidate_replicas)
         if pending_request is not None:
             # The ranks hold every replica: when none has room, wait before trying them again.
             pending_request.routing_context.should_backoff = True
-        return [[self._by_name[name]] for name in self._names(pending_request)]
+        return [[self._by_name[name]] for name in self._ranked_names(pending_request)]
 
-    def _learn(self, candidates: list[RunningReplica]) -> None:
+    def _set_candidates(self, candidates: list[RunningReplica]) -> None:
         self._candidates = candidates
         self._by_name = {replica.replica_id.unique_id: replica for replica in candidates}
-        self._affinity.know(
+        self._affinity.set_replicas(
             {
                 name: replica.replica_metadata.get(CACHE_TOKENS, 0)
                 for name, replica in self._by_name.items()
             }
         )
 
-    def _names(self, pending_request: PendingRequest | None) -> Sequence[str]:
+    def _ranked_names(self, pending_request: PendingRequest | None) -> Sequence[str]:
         if pending_request is None:
-            return self._affinity.ranked(_NO_LOAD)
+            return self._affinity.rank(_NO_LOAD)
         return self._affinity.choose(_call_id(pending_request), _load(pending_request))
 
     def on_request_routed(
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: CallResult
     ) -> None:
-        """A replica took the call.
+        """Record that a replica took the call.
 
         Its end is learnt from the call itself: `on_request_completed` also reports attempts that
         a full replica rejected, under the same id.
         """
         call_id, loop = _call_id(pending_request), asyncio.get_running_loop()
-        self._affinity.sent(call_id, replica_id.unique_id, _load(pending_request))
+        self._affinity.record_sent(call_id, replica_id.unique_id, _load(pending_request))
         result.add_done_callback(
-            lambda _: loop.call_soon_threadsafe(self._affinity.answered, call_id)
+            lambda _: loop.call_soon_threadsafe(self._affinity.record_end, call_id)
         )
 
 
@@ -84,7 +84,7 @@ def _call_id(pending_request: PendingRequest) -> str:
 
 
 def _load(pending_request: PendingRequest) -> PrefillLoad:
-    """A call without a prompt, such as for a replica's state, asks nothing of its engine."""
+    """Return the call's load; calls without a prompt, such as for a state, have none."""
     if len(pending_request.args) < 2:
         return _NO_LOAD
     _payload, load = pending_request.args

@@ -1,4 +1,4 @@
-"""Each pool's healthy replicas, from Serve's controller."""
+"""Counts each pool's healthy replicas, from Serve's controller."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ray.serve.schema import ServeStatus
 
 logger = logging.getLogger(__name__)
 
-_MAX_AGE_S = 1.0  # asking the controller more often tells nothing new
+_MAX_AGE_S = 1.0  # asking the controller more often returns nothing new
 
 
 class ServeHealth:
@@ -39,7 +39,7 @@ class ServeHealth:
         self._thread = ThreadPoolExecutor(1)  # never behind the work of requests
 
     async def count(self) -> Mapping[str, int]:
-        """Running replicas by pool. A controller that is slow to answer delays only the first."""
+        """Return running replicas by pool. A slow controller delays only the first call."""
         if self._now() - self._asked_s >= _MAX_AGE_S:
             self._start_reading()
         if self._reading is not None:
@@ -49,8 +49,8 @@ class ServeHealth:
                 self._reading.result()  # raises why
         return self._counts or dict.fromkeys(self._pools, 0)
 
-    async def newest(self) -> Mapping[str, int]:
-        """As `count`, from an answer of the controller that was not asked for before."""
+    async def count_afresh(self) -> Mapping[str, int]:
+        """Count as `count`, from an answer that the controller gives after this call."""
         if self._reading is not None:
             await asyncio.wait([self._reading])
         await asyncio.wait([self._start_reading()])
@@ -70,7 +70,7 @@ class ServeHealth:
         except (RayError, RayServeException) as error:
             if self._counts is None:
                 raise
-            logger.info("replica counts: %s", error)  # the controller is away: keep what we know
+            logger.info("replica counts: %s", error)  # the controller is away: keep the last counts
             return
         self._counts = self._read(status)
 

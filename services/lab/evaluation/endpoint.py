@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...client import http as http_caller
-from ...client.question import Ask
+from ...client.question import ServiceQuestion
 from ..families.dialogue import NONCE_DIGITS
 from ..families.task import Conversation, Task
 from ..families.words import number
@@ -60,8 +60,10 @@ class Endpoint:
             for message in task.messages
         )
 
-    def _ask(self, task: Task, messages: Conversation, arm: Arm, max_tokens: int) -> Ask:
-        asked = Ask(
+    def _ask(
+        self, task: Task, messages: Conversation, arm: Arm, max_tokens: int
+    ) -> ServiceQuestion:
+        asked = ServiceQuestion(
             messages=messages,
             model=self.model,
             max_tokens=max_tokens,

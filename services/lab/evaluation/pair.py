@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from ...config import SelectionConfig, SpeculatorConfig, local_path
 from ...control.from_config import selection_policy
 from ...core.selection import SelectionPolicy, select
-from ...core.types import KeepRange, Plan, PlanKind, Reason, Selection, Span, dense
+from ...core.types import KeepRange, Plan, PlanKind, Reason, Selection, Span, dense_selection
 from ...speculator.jobs import Rating
 from ...speculator.scorer import Scorer, load_scorer
 from ..families.task import Task
@@ -60,7 +60,7 @@ class Pair:
     ) -> list[Answer]:
         """Selections that come out equal are answered once. `before` does not matter here."""
         prompt = self.renderer.prompt(task)
-        selections = [dense(len(prompt.ids), Reason.KEEP_IS_ONE)] * len(arms)
+        selections = [dense_selection(len(prompt.ids), Reason.KEEP_IS_ONE)] * len(arms)
         if not all(arm.is_dense for arm in arms):
             rating = rated(self.speculator, prompt.ids)
             selections = [self._selection(arm, prompt, rating, rng) for arm in arms]
@@ -87,7 +87,7 @@ class Pair:
         Raises ValueError for a ceiling without a scorer of its own.
         """
         if arm.is_dense:
-            return dense(len(prompt.ids), Reason.KEEP_IS_ONE)
+            return dense_selection(len(prompt.ids), Reason.KEEP_IS_ONE)
         plan = Plan(PlanKind.PRUNE, Reason.ASKED, arm.keep)
         if arm.chooser is Chooser.AUTOMATIC:
             plan = self.automatic
@@ -99,7 +99,7 @@ class Pair:
                 raise ValueError("the ceiling needs the main model as a scorer")
             rating = rated(self.own_scorer, prompt.ids)
         if isinstance(rating, Reason):
-            return dense(len(prompt.ids), rating)
+            return dense_selection(len(prompt.ids), rating)
         return select(rating.scores, plan, prompt.protected, self.policy, rating.certainty)
 
 

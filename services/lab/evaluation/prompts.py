@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from ...core.protection import merged, protected_spans, special_spans
+from ...core.protection import merge_spans, protected_spans, special_spans
 from ...core.types import Selection, Span
 from ...gateway.openai.offsets import PromptOffsets
 from ..families.fitting import render
@@ -46,7 +46,7 @@ class Renderer:
         ]
         return Prompt(
             ids=ids,
-            protected=merged(special + spans),
+            protected=merge_spans(special + spans),
             gold=tuple(Span(tokens[0], tokens[-1] + 1) for tokens in gold),
         )
 

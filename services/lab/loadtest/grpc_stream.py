@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import grpc
 
 from ...client.grpc import GRACE_S, generate_request, metadata, report_dict
-from ...client.question import Ask
+from ...client.question import ServiceQuestion
 from ...rpc.specprefill_pb2_grpc import SpecPrefillStub
 from .outcome import Ending
 from .recorder import Prompt, Recorder, Refused
@@ -58,9 +58,9 @@ class GrpcCaller:
         finally:
             call.cancel()  # a client that left early; nothing after the end
 
-    def _question(self, prompt: Prompt, timeout_s: float) -> Ask:
+    def _question(self, prompt: Prompt, timeout_s: float) -> ServiceQuestion:
         rate = prompt.keep if isinstance(prompt.keep, float) else None
-        return Ask(
+        return ServiceQuestion(
             messages=tuple(prompt.messages),
             model=self._model,
             keep=rate,

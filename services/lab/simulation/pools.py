@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...control.scaling.sizing import Sizes, cheapest, stage_times, workload
+from ...control.scaling.sizing import Sizes, cheapest_sizes, stage_times, workload
 from ...control.scaling.values import Arrivals, Engines, Pool, PoolLimits, Slo
 from .trace import Lengths, generate, poisson
 
@@ -49,6 +49,6 @@ def _plan(
 ) -> Plan:
     times = stage_times(arrivals, engines)
     work = {pool: per_s * float(np.mean(each)) for pool, each in times.by_pool().items()}
-    sizes = cheapest(workload(times, work, 1.0), slo, limits, engines.decode_slots)
+    sizes = cheapest_sizes(workload(times, work, 1.0), slo, limits, engines.decode_slots)
     cost = sum(sizes.of(pool) * limits[pool].cost for pool in Pool)
     return Plan(keep, sizes, cost, sizes.share >= slo.share)

@@ -13,7 +13,7 @@ from heapq import heapify, heappop, heappush
 
 import numpy as np
 
-from ...control.admission import AdmissionPolicy, Ask, Backlog, Shed, judge
+from ...control.admission import AdmissionPolicy, AdmissionRequest, Backlog, Shed, judge
 from ...control.scaling.sizing import stage_times
 from ...control.scaling.values import Arrivals, Observation, Pool, PoolState
 from .machine import Cores
@@ -191,7 +191,7 @@ class _Run:
         assert policy is not None
         keep = min(self.keep[request], self.keep_limit) if self.speculate_s[request] > 0.0 else 1.0
         floor = min(keep, world.keep_floor)
-        ask = Ask(int(self.prompt[request]), keep, floor, world.timeout_s)
+        ask = AdmissionRequest(int(self.prompt[request]), keep, floor, world.timeout_s)
         verdict = judge(ask, self._backlog(), world.engines.curves, policy)
         if isinstance(verdict, Shed):
             self.records.shed.append(request)

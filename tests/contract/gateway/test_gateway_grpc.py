@@ -221,7 +221,7 @@ async def test_controls_timeout_and_priority_arrive(stub: Any, pipeline: Any) ->
     assert pipeline.requests[1].timeout_s == 60.0
 
 
-async def test_score_tells_what_would_be_kept(stub: Any, pipeline: Any) -> None:
+async def test_score_returns_what_would_be_kept(stub: Any, pipeline: Any) -> None:
     answer = await stub.Score(pb.ScoreRequest(text="one two three"), metadata=KEY)
     assert [(run.start, run.stop) for run in answer.kept] == [(0, 2), (4, 5)]
     assert (answer.decision.kept_tokens, answer.decision.reason) == (3, "asked")

@@ -1,4 +1,4 @@
-"""What a gRPC client may send, right or wrong: an answer, or INVALID_ARGUMENT."""
+"""Any bytes of a gRPC client get an answer or INVALID_ARGUMENT."""
 
 from __future__ import annotations
 

@@ -56,8 +56,8 @@ async def test_a_streamed_chat_answer(client: openai.AsyncOpenAI, pipeline: Any)
     events = [event async for event in stream]
     text = "".join(e.choices[0].delta.content or "" for e in events if e.choices)
     assert text == TEXT
-    told = ["specprefill" in event.model_extra for event in events]
-    assert told == [False] * (len(events) - 2) + [True, True]  # last finish reason, then usage
+    reported = ["specprefill" in event.model_extra for event in events]
+    assert reported == [False] * (len(events) - 2) + [True, True]  # last finish reason, then usage
     assert events[-2].choices[0].finish_reason == "stop"
     assert events[-1].usage.completion_tokens == 3
     assert pipeline.closed == 1
@@ -71,14 +71,14 @@ async def test_n_samples_and_their_report(client: openai.AsyncOpenAI, pipeline: 
 
 
 async def test_n_samples_streamed(client: openai.AsyncOpenAI, pipeline: Any) -> None:
-    texts, told = ["", ""], []
+    texts, reported = ["", ""], []
     async for event in await chat(client, n=2, stream=True):
         choice = event.choices[0]
         texts[choice.index] += choice.delta.content or ""
         if choice.finish_reason is not None:
-            told.append("specprefill" in event.model_extra)
+            reported.append("specprefill" in event.model_extra)
     assert texts == [TEXT, TEXT]
-    assert told == [False, True]
+    assert reported == [False, True]
 
 
 async def test_log_probabilities(client: openai.AsyncOpenAI, pipeline: Any) -> None:
@@ -105,8 +105,10 @@ async def test_plain_completions_of_several_prompts(
 ) -> None:
     answer = await client.completions.create(model="demo", prompt=["one", "two three"])
     assert [choice.text for choice in answer.choices] == [TEXT, TEXT]
-    told = answer.model_extra["specprefill"]
-    assert [each["prompt_tokens"] for each in told] == [len(r.prompt) for r in pipeline.requests]
+    reported = answer.model_extra["specprefill"]
+    assert [each["prompt_tokens"] for each in reported] == [
+        len(r.prompt) for r in pipeline.requests
+    ]
 
 
 async def test_a_streamed_completion(client: openai.AsyncOpenAI, pipeline: Any) -> None:
@@ -207,7 +209,7 @@ async def test_a_failure_before_the_first_token_is_a_status(
     assert pipeline.closed == 1
 
 
-async def test_requests_are_told_apart_by_their_credentials_alone(
+async def test_requests_are_distinguished_by_their_credentials_alone(
     http: httpx.AsyncClient, pipeline: Any
 ) -> None:
     await http.post("/v1/chat/completions", json={**CHAT, "user": "somebody else"})

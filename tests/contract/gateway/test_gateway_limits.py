@@ -1,4 +1,4 @@
-"""What of a request counts is its prompt as the caller sent it: positions, and what to protect."""
+"""Limits count the prompt as the caller sent it: positions, and protected text."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def outputs(gateway: Any, kind: str) -> list[Any]:
     return [output for chunk in CHUNKS if (output := assembler.add(chunk)) is not None]
 
 
-def told(output: Any) -> list[tuple[int, str, list[int], str | None]]:
+def summary_of(output: Any) -> list[tuple[int, str, list[int], str | None]]:
     return [(o.index, o.text, list(o.token_ids), o.finish_reason) for o in output.outputs]
 
 
@@ -56,14 +56,14 @@ def told(output: Any) -> list[tuple[int, str, list[int], str | None]]:
 )
 def test_each_kind(gateway: Any, kind: str, expected: list[Any]) -> None:
     seen = outputs(gateway, kind)
-    assert [told(output) for output in seen] == expected
+    assert [summary_of(output) for output in seen] == expected
     assert [output.finished for output in seen] == [False] * (len(seen) - 1) + [True]
     assert seen[-1].prompt_token_ids == [7, 9]
     assert seen[-1].num_cached_tokens == 5
     assert seen[-1].outputs[0].stop_reason == "e"
 
 
-def test_prompt_logprobs_are_told_once_in_a_stream_and_at_the_end_otherwise(gateway: Any) -> None:
+def test_prompt_logprobs_come_once_in_a_stream_and_at_the_end_otherwise(gateway: Any) -> None:
     streamed = [output.prompt_logprobs is not None for output in outputs(gateway, "DELTA")]
     assert streamed == [True, False, False, False]
     final = outputs(gateway, "FINAL_ONLY")[0].prompt_logprobs

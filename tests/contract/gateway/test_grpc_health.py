@@ -34,7 +34,7 @@ async def test_a_gateway_that_drains_does_not_serve(health, limit):
     assert await state(health, limit) == Status.NOT_SERVING
 
 
-async def test_those_who_watch_see_each_change(health, limit, monkeypatch):
+async def test_watching_streams_each_change(health, limit, monkeypatch):
     monkeypatch.setattr(grpc_health, "_PERIOD_S", 0.0)
     changes = GrpcHealth(health, limit).watch(HealthCheckRequest())
     assert (await anext(changes)).status == Status.SERVING

@@ -1,4 +1,4 @@
-"""What vLLM's own tests of its OpenAI front promise, held over our pipeline.
+"""The promises of vLLM's own tests of its OpenAI server, checked over our pipeline.
 
 Each test states in our words what a test below vLLM's `tests/entrypoints` asserts. Those that need
 a model's real answers stand in `tests/e2e/test_openai_answers.py`; those that do not apply are

@@ -1,4 +1,4 @@
-"""What vLLM's own tests of its other routes promise, held over our pipeline.
+"""The promises of vLLM's own tests of its other routes, checked over our pipeline.
 
 Completions, tokens, responses and messages; chat is in `test_openai_compatibility.py`, which also
 refers to the rest of vLLM's tests.
@@ -191,7 +191,7 @@ async def test_a_conversation_as_input(client: openai.AsyncOpenAI, pipeline: Any
     assert pipeline.requests[1].prompt == prompt
 
 
-async def test_a_response_that_nobody_stored_is_404(client: openai.AsyncOpenAI) -> None:
+async def test_an_unknown_response_is_404(client: openai.AsyncOpenAI) -> None:
     await refused(client.responses.retrieve("resp_none"), 404)
     await refused(client.responses.cancel("resp_none"), 404)
 

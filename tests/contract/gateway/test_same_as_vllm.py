@@ -344,7 +344,7 @@ def _is_anthropic_form(sent: Sent, vllm: Got, ours: Got) -> bool:
 
 
 def _is_bad_stream(sent: Sent, vllm: Got, ours: Got) -> bool:
-    """What is refused before the first token has a status, also where a stream was asked for."""
+    """A request refused before the first token has an error status, also with a stream."""
     return vllm.status == 200 and ours.status == 400 and _fields(sent).get("stream") is True
 
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 from aiohttp import web
 
-from specprefill.gateway.observe.scrape import ServiceMetrics, merged
+from specprefill.gateway.observe.scrape import ServiceMetrics, merge_expositions
 
 GATEWAY = """# HELP ray_specprefill_requests_total Requests
 # TYPE ray_specprefill_requests_total counter
@@ -22,8 +22,10 @@ ray_node_cpu_count 2.0
 """
 
 
-def test_each_metric_stands_once_with_the_samples_of_all_nodes():
-    text = merged([GATEWAY.format(replica=name, count=n) for name, n in (("a", 3), ("b", 4))])
+def test_each_metric_appears_once_with_the_samples_of_all_nodes():
+    text = merge_expositions(
+        [GATEWAY.format(replica=name, count=n) for name, n in (("a", 3), ("b", 4))]
+    )
     lines = text.splitlines()
     assert lines == [
         "# HELP ray_specprefill_requests_total Requests",
@@ -42,7 +44,9 @@ def test_each_metric_stands_once_with_the_samples_of_all_nodes():
 def test_prometheus_own_parser_reads_it():
     from prometheus_client.parser import text_string_to_metric_families
 
-    text = merged([GATEWAY.format(replica=name, count=n) for name, n in (("a", 3), ("b", 4))])
+    text = merge_expositions(
+        [GATEWAY.format(replica=name, count=n) for name, n in (("a", 3), ("b", 4))]
+    )
     families = {each.name: each for each in text_string_to_metric_families(text)}
     requests = families["ray_specprefill_requests"]
     assert {s.labels["replica"]: s.value for s in requests.samples} == {"a": 3.0, "b": 4.0}

@@ -12,8 +12,8 @@ from specprefill.core.pipeline import Pipeline
 from specprefill.core.plan import Planner
 from specprefill.core.types import Controls, Request
 from specprefill.gateway.observe import shadowing
-from specprefill.gateway.observe.shadow import Divergence, Outcome
-from specprefill.gateway.observe.watched import Watched
+from specprefill.gateway.observe.shadow import Divergence, ShadowOutcome
+from specprefill.gateway.observe.watched import ObservedPipeline
 from tests.instruments import Instruments
 
 
@@ -31,13 +31,13 @@ class Rig:
         config = QualityConfig(**{"shadow_share": 1.0, **quality})
         self.counted = Instruments()
         compared = shadowing.ShadowMetrics(self.counted)
-        self.shadowing = shadowing.Shadowing(pipeline, config, compared)
-        self.shadowed = PlannedPipeline(Watched(pipeline, [self.shadowing]), planner)
+        self.shadowing = shadowing.ShadowSampler(pipeline, config, compared)
+        self.shadowed = PlannedPipeline(ObservedPipeline(pipeline, [self.shadowing]), planner)
 
     async def run(self, asked: Request) -> list[float]:
         """The keep rates of all prefills: the live one, and that of the copy."""
         assert [chunk async for chunk in self.shadowed.generate(asked)]
-        await self.shadowing._shadow.settled()
+        await self.shadowing._shadow.wait_until_idle()
         await self.shadowing.close()
         return [selection.keep_rate for selection in self.prefiller.selections]
 
@@ -84,8 +84,8 @@ def test_differences_are_counted_by_keep_rate():
     names = ("agreement_ratio", "first_difference_tokens", "logprob_gap_nats")
     counted = Instruments()
     compared = shadowing.ShadowMetrics(counted)
-    compared.record(Outcome.DIFFERENT, 0.21, Divergence(8, 4, 2, 1.5))
-    compared.record(Outcome.FAILED, 0.3, None)
+    compared.record(ShadowOutcome.DIFFERENT, 0.21, Divergence(8, 4, 2, 1.5))
+    compared.record(ShadowOutcome.FAILED, 0.3, None)
     sums = [counted.total(f"specprefill_shadow_{name}", "0.3") for name in names]
     assert sums == [0.25, 2.0, 1.5]
     assert counted.total("specprefill_shadow_total", "failed", "0.3") == 1

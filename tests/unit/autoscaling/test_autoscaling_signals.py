@@ -1,4 +1,4 @@
-"""What replicas tell survives the way to the controller; counts become arrivals in time."""
+"""The replicas' signals survive the way to the controller; counts become arrivals in time."""
 
 from collections import Counter
 
@@ -45,16 +45,16 @@ def test_arrivals_and_curves_come_back():
 
 def test_the_first_reading_is_where_counting_begins():
     traffic = Traffic(60.0)
-    traffic.read(100.0, {"a": Counter({SHORT: 50})})
+    traffic.add_counts(100.0, {"a": Counter({SHORT: 50})})
     assert len(traffic.arrivals()) == 0
     assert traffic.since_s == 100.0
 
 
-def test_what_is_new_arrived_since_the_last_reading():
+def test_new_arrivals_are_spread_since_the_last_reading():
     traffic = Traffic(60.0)
-    traffic.read(100.0, {"a": Counter()})
-    traffic.read(102.0, {"a": Counter({SHORT: 4})})
-    traffic.read(103.0, {"a": Counter({SHORT: 4, LONG: 1}), "b": Counter({SHORT: 1})})
+    traffic.add_counts(100.0, {"a": Counter()})
+    traffic.add_counts(102.0, {"a": Counter({SHORT: 4})})
+    traffic.add_counts(103.0, {"a": Counter({SHORT: 4, LONG: 1}), "b": Counter({SHORT: 1})})
     found = traffic.arrivals()
     assert np.all(np.diff(found.time_s) > 0)
     assert np.sum((found.time_s > 100.0) & (found.time_s < 102.0)) == 4
@@ -64,25 +64,25 @@ def test_what_is_new_arrived_since_the_last_reading():
 
 def test_a_report_that_is_lost_loses_nothing():
     traffic = Traffic(60.0)
-    traffic.read(100.0, {"a": Counter({SHORT: 1})})
-    traffic.read(101.0, {})
-    traffic.read(102.0, {"a": Counter({SHORT: 6})})
+    traffic.add_counts(100.0, {"a": Counter({SHORT: 1})})
+    traffic.add_counts(101.0, {})
+    traffic.add_counts(102.0, {"a": Counter({SHORT: 6})})
     assert len(traffic.arrivals()) == 5
 
 
 def test_a_mix_of_sizes_arrives_mixed():
     traffic = Traffic(60.0)
-    traffic.read(0.0, {"a": Counter()})
-    traffic.read(1.0, {"a": Counter({SHORT: 50, LONG: 50})})
+    traffic.add_counts(0.0, {"a": Counter()})
+    traffic.add_counts(1.0, {"a": Counter({SHORT: 50, LONG: 50})})
     first_half = traffic.arrivals().prompt_tokens[:50]
     assert 20 <= np.sum(first_half == LONG.prompt_tokens) <= 30
 
 
 def test_old_arrivals_are_forgotten():
     traffic = Traffic(10.0)
-    traffic.read(0.0, {"a": Counter()})
+    traffic.add_counts(0.0, {"a": Counter()})
     for second in range(1, 31):
-        traffic.read(float(second), {"a": Counter({SHORT: second})})
+        traffic.add_counts(float(second), {"a": Counter({SHORT: second})})
     assert traffic.since_s == 20.0
     assert 10 <= len(traffic.arrivals()) <= 11
 

@@ -22,7 +22,7 @@ from specprefill.control.scaling.values import (
     KeepReason,
     Pool,
     PoolDecision,
-    Reason,
+    ScalingReason,
 )
 from specprefill.control.stages import DEFAULT_CURVES
 
@@ -95,7 +95,7 @@ def cluster(at_s=NOW_S, *, arrived=0, gateway=True, prefill=3, target=None, age_
 
 
 def recording(seen):
-    """The core, and what it was told."""
+    """The core, and its observations."""
 
     def core(observation, policy, memory):
         seen.append((observation, policy))
@@ -104,7 +104,7 @@ def recording(seen):
     return core
 
 
-def test_the_core_is_told_what_serve_and_the_replicas_say():
+def test_the_core_observes_what_serve_and_the_replicas_report():
     seen = []
     policy = SloPolicy(ARGS, recording(seen))
     policy(cluster(arrived=10))
@@ -180,7 +180,7 @@ def test_it_recovers_after_a_failure():
     def core(observation, policy, memory):
         if failures:
             raise failures.pop()
-        decided = {pool: PoolDecision(4, 4, Reason.SLO_AT_RISK) for pool in Pool}
+        decided = {pool: PoolDecision(4, 4, ScalingReason.SLO_AT_RISK) for pool in Pool}
         return Decision(decided, KeepBounds(0.1, 0.3, KeepReason.NOMINAL)), memory
 
     policy = SloPolicy(ARGS, core)

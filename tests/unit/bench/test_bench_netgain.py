@@ -5,7 +5,7 @@ import random
 import pytest
 
 from loadtest.bench import netgain
-from specprefill.core.types import Expected, PlanKind, Reason, Report
+from specprefill.core.types import PlanKind, Reason, Report, TtftEstimate
 
 
 def run(kind, way, ttft_s, plan=PlanKind.PRUNE, reason=Reason.DEFAULT, expected=None):
@@ -46,7 +46,7 @@ def test_the_verdict_compares_means():
 
 def test_decisions_and_misjudgements_are_counted():
     runs = whole_trace(2.0, 4.0, 1.0)
-    dense = run("long", "net gain", 2.0, PlanKind.DENSE, Reason.NO_GAIN, Expected(1.0, 3.0))
+    dense = run("long", "net gain", 2.0, PlanKind.DENSE, Reason.NO_GAIN, TtftEstimate(1.0, 3.0))
     rows = netgain.summary([*runs, dense, dense, dense])
     long = next(row for row in rows if row["kind"] == "long")
     assert (long["requests"], long["pruned"], long["no_gain"]) == (4, 1, 3)

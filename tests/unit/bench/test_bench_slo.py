@@ -111,7 +111,7 @@ def arm(*streams):
 
 def test_a_burst_in_numbers():
     full = refused(Ending.SHED, "429 deadline: the first token would come too late")
-    late = refused(Ending.TIMED_OUT, "504: timeout_s: used up waiting for a turn")
+    late = refused(Ending.TIMED_OUT, "504: timeout_s: the request timed out in the admission queue")
     one = arm(answer(1000, 300), answer(1000, 100, wait_s=2.0), full, full, late)
     assert one.shed == {"deadline": 2}
     assert one.queued == 1

@@ -3,7 +3,7 @@
 import pytest
 
 from specprefill.cli import main as cli
-from specprefill.cli.ask import highlighted, split
+from specprefill.cli.ask import highlight, split
 from specprefill.cli.serve import how_to_call, status_text
 from specprefill.client.question import report_line
 from specprefill.core.types import Span
@@ -26,7 +26,7 @@ def test_every_command_has_help(capsys, name):
     assert f"usage: specprefill {name}" in capsys.readouterr().out
 
 
-def test_the_version_is_told(capsys):
+def test_the_version_is_printed(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["--version"])
     assert ended.value.code == 0
@@ -85,7 +85,7 @@ def test_the_status_names_pools_and_problems():
     assert status_text(snapshot_of({"applications": {}})) == "nothing is deployed"
 
 
-def test_the_endpoints_are_told(root):
+def test_the_endpoints_are_printed(root):
     text = how_to_call(load(root / "cluster" / "local.yaml").file, "http://127.0.0.1:8265")
     assert "http://127.0.0.1:8000/v1/chat/completions" in text
     assert "127.0.0.1:9000" in text
@@ -110,8 +110,8 @@ def test_a_prompt_is_split_into_kept_and_dropped_runs():
 
 def test_kept_text_is_marked():
     pieces = [("a", True), ("b", False)]
-    assert highlighted(pieces, colours=False) == "[[a]]b"
-    assert highlighted(pieces, colours=True) == "\033[1ma\033[0m\033[2mb\033[0m"
+    assert highlight(pieces, colours=False) == "[[a]]b"
+    assert highlight(pieces, colours=True) == "\033[1ma\033[0m\033[2mb\033[0m"
 
 
 def test_the_first_call_shows_a_key_and_tls_where_they_are_needed(root):

@@ -1,7 +1,7 @@
 """The demo fails when an answer is wrong or a plan was not the one asked for."""
 
 from specprefill.cli import demo
-from specprefill.client.question import Answered
+from specprefill.client.question import ServiceReply
 from specprefill.synthetic.needles import needle_prompt
 from tests.unit.cli.test_cli import REPORT
 
@@ -9,7 +9,9 @@ from tests.unit.cli.test_cli import REPORT
 def asked(tokenizer, text, *, dense, plan):
     prompt = needle_prompt(1, 400, tokenizer)
     report = {**REPORT, "plan": plan}
-    return demo.Asked("HTTP", prompt, dense, Answered(text.format(prompt.answer), report, 0.5))
+    return demo.DemoResult(
+        "HTTP", prompt, dense, ServiceReply(text.format(prompt.answer), report, 0.5)
+    )
 
 
 def test_right_answers_have_no_faults(demo_tokenizer):
@@ -17,17 +19,17 @@ def test_right_answers_have_no_faults(demo_tokenizer):
         asked(demo_tokenizer, "It is {}.", dense=True, plan="dense"),
         asked(demo_tokenizer, "{}", dense=False, plan="prune"),
     ]
-    assert demo.faults(results) == []
+    assert demo.find_faults(results) == []
     assert demo.table(results).count("yes") == 2
 
 
 def test_a_wrong_answer_is_a_fault(demo_tokenizer):
-    (fault,) = demo.faults([asked(demo_tokenizer, "no idea", dense=False, plan="prune")])
+    (fault,) = demo.find_faults([asked(demo_tokenizer, "no idea", dense=False, plan="prune")])
     assert fault.startswith("HTTP, keep 0.1: expected ")
 
 
-def test_a_plan_nobody_asked_for_is_a_fault(demo_tokenizer):
-    (fault,) = demo.faults([asked(demo_tokenizer, "{}", dense=False, plan="dense")])
+def test_an_unrequested_plan_is_a_fault(demo_tokenizer):
+    (fault,) = demo.find_faults([asked(demo_tokenizer, "{}", dense=False, plan="dense")])
     assert "the plan was not prune" in fault
 
 

@@ -1,4 +1,4 @@
-"""Admission: what a request is judged, who is next, and the door in front of the pipeline."""
+"""Admission: the decision about a request, the order of the queue, and the gate."""
 
 import asyncio
 from dataclasses import replace
@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from specprefill.control.admission import (
     AdmissionPolicy,
+    AdmissionRequest,
     Admitted,
-    Ask,
     Backlog,
     Shed,
     ShedReason,
@@ -18,7 +18,7 @@ from specprefill.control.admission import (
     tokens_within,
 )
 from specprefill.control.fair_queue import FairQueue
-from specprefill.control.gate import AdmittingPipeline, Engines, Gate
+from specprefill.control.gate import AdmittingPipeline, Gate, GatewayShare
 from specprefill.control.stages import Curve, StageCurves
 from specprefill.core.errors import DeadlineExceeded, Overloaded
 from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator, PlannedPipeline
@@ -28,20 +28,20 @@ from specprefill.core.types import Controls, Reason, Request
 
 CURVES = StageCurves(Curve(0.1), Curve(0.0, 1e-3), Curve(), Curve())
 POLICY = AdmissionPolicy(ttft_s=2.0, headroom=1.0, max_waiting=10, max_waiting_per_key=4)
-ASK = Ask(prompt_tokens=4000, keep=0.3, floor=0.1, deadline_s=30.0)
+ASK = AdmissionRequest(prompt_tokens=4000, keep=0.3, floor=0.1, deadline_s=30.0)
 
 
 def test_without_a_queue_the_planned_rate_holds():
     assert judge(ASK, Backlog(), CURVES, POLICY) == Admitted(0.3, False, 1.3, 1.2)
 
 
-def test_a_queue_bends_the_keep_rate_down_to_the_floor():
+def test_a_queue_lowers_the_keep_rate_to_the_floor():
     rates = [judge(ASK, Backlog(prefill_s=wait), CURVES, POLICY).keep for wait in (0.5, 1.0, 1.5)]
     assert 0.3 > rates[0] > rates[1] > rates[2] >= 0.1
     assert rates[2] == pytest.approx(0.1)
 
 
-def test_what_cannot_meet_the_slo_waits_behind_those_that_can():
+def test_requests_that_cannot_meet_the_slo_wait_behind_those_that_can():
     verdict = judge(ASK, Backlog(prefill_s=3.0, late_s=10.0), CURVES, POLICY)
     assert isinstance(verdict, Admitted)
     assert verdict.late
@@ -49,7 +49,7 @@ def test_what_cannot_meet_the_slo_waits_behind_those_that_can():
     assert verdict.ttft_s == pytest.approx(10.4)
 
 
-def test_what_cannot_meet_its_deadline_is_told_when_to_come_back():
+def test_a_request_that_cannot_meet_its_deadline_gets_a_time_to_retry():
     verdict = judge(ASK, Backlog(prefill_s=3.0, late_s=40.0), CURVES, POLICY)
     assert verdict == Shed(ShedReason.DEADLINE, pytest.approx(10.4))
 
@@ -67,7 +67,7 @@ def test_a_full_queue_sheds(backlog, reason):
     assert verdict.reason is reason
 
 
-def test_late_requests_take_no_place_of_those_in_time():
+def test_late_requests_take_no_queue_slot_of_those_in_time():
     assert isinstance(judge(ASK, Backlog(waiting_late=50), CURVES, POLICY), Admitted)
 
 
@@ -87,7 +87,7 @@ def test_a_dense_request_is_never_pruned():
 def test_the_keep_rate_stays_between_the_callers_floor_and_the_plan(
     keep, floor_share, waits, tokens
 ):
-    ask = Ask(tokens, keep, keep * floor_share, 30.0)
+    ask = AdmissionRequest(tokens, keep, keep * floor_share, 30.0)
     verdict = judge(ask, Backlog(*waits), CURVES, POLICY)
     if isinstance(verdict, Admitted):
         assert ask.floor - 1e-9 <= verdict.keep <= keep + 1e-9
@@ -114,7 +114,7 @@ def test_a_short_request_passes_the_long_ones_of_others():
     assert queue.pop() == "short"
 
 
-def test_long_requests_are_not_passed_for_ever():
+def test_long_requests_are_not_overtaken_forever():
     queue = FairQueue()
     queue.push("long", 3.0, late=False)
     popped = []
@@ -124,7 +124,7 @@ def test_long_requests_are_not_passed_for_ever():
     assert "long" in popped[:4]
 
 
-def test_a_key_that_sends_much_waits_behind_one_that_sends_little():
+def test_a_busy_key_waits_behind_a_quiet_one():
     queue = FairQueue()
     for place in range(5):
         queue.push(f"much {place}", 1.0, key="much", late=False)
@@ -141,7 +141,7 @@ def test_priority_goes_first_and_late_ones_last():
     assert order(queue) == ["urgent", "usual", "late"]
 
 
-class Door:
+class AdmissionSetup:
     """A gate of one engine for one request at a time, and a clock that is moved by hand."""
 
     def __init__(self, **policy):
@@ -156,7 +156,7 @@ class Door:
             per_engine=1,
             fair_keys=True,
             curves=lambda: CURVES,
-            engines=lambda: Engines(speculators=0, prefills=1),
+            engines=lambda: GatewayShare(speculators=0, prefills=1),
             now=lambda: self.now_s,
         )
         self.planner = planner
@@ -172,7 +172,7 @@ class Door:
 
         async def held():
             request = Request("held", self.prompt, b"", **fields)
-            async with self.gate.place(request, self.planner.plan(request)):
+            async with self.gate.admit(request, self.planner.plan(request)):
                 await asyncio.Event().wait()
 
         return asyncio.create_task(held())
@@ -184,20 +184,20 @@ async def settled():
 
 
 async def test_an_idle_service_answers_at_the_planned_rate():
-    door = Door()
-    report = (await door.run())[-1].report
+    setup = AdmissionSetup()
+    report = (await setup.run())[-1].report
     assert (report.kept_tokens, report.reason, report.queue_s) == (1200, Reason.DEFAULT, 0.0)
-    assert (door.gate.running, door.gate.waiting) == (0, 0)
+    assert (setup.gate.running, setup.gate.waiting) == (0, 0)
 
 
-async def test_under_load_the_rate_is_bent_and_the_wait_is_told():
-    door = Door()
-    front = door.hold()
+async def test_under_load_the_rate_is_lowered_and_the_wait_is_reported():
+    setup = AdmissionSetup()
+    front = setup.hold()
     await settled()
-    behind = asyncio.create_task(door.run())
+    behind = asyncio.create_task(setup.run())
     await settled()
-    assert (door.gate.running, door.gate.waiting) == (1, 1)
-    door.now_s = 0.75
+    assert (setup.gate.running, setup.gate.waiting) == (1, 1)
+    setup.now_s = 0.75
     front.cancel()
     report = (await behind)[-1].report
     assert report.reason is Reason.LOAD
@@ -209,86 +209,86 @@ async def test_under_load_the_rate_is_bent_and_the_wait_is_told():
     ("controls", "least"), [(Controls(floor=0.25), 1000), (Controls(keep=0.2), 800)]
 )
 async def test_the_callers_floor_and_an_asked_rate_hold_under_load(controls, least):
-    door = Door()
-    front = door.hold()
+    setup = AdmissionSetup()
+    front = setup.hold()
     await settled()
-    behind = asyncio.create_task(door.run(controls=controls))
+    behind = asyncio.create_task(setup.run(controls=controls))
     await settled()
     front.cancel()
     assert (await behind)[-1].report.kept_tokens >= least
 
 
 async def test_a_full_queue_sheds_with_a_reason_and_a_time():
-    door = Door(max_waiting=1)
-    tasks = [door.hold() for _ in range(2)]
+    setup = AdmissionSetup(max_waiting=1)
+    tasks = [setup.hold() for _ in range(2)]
     await settled()
     with pytest.raises(Overloaded) as raised:
-        await door.run()
+        await setup.run()
     assert raised.value.reason == "queue_full"
     assert raised.value.retry_after_s >= 0.5
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
-    assert (door.gate.running, door.gate.waiting) == (0, 0)
+    assert (setup.gate.running, setup.gate.waiting) == (0, 0)
 
 
 async def test_one_key_cannot_fill_the_queue():
-    door = Door(max_waiting_per_key=1)
-    tasks = [door.hold(key="much") for _ in range(2)]
+    setup = AdmissionSetup(max_waiting_per_key=1)
+    tasks = [setup.hold(key="much") for _ in range(2)]
     await settled()
     with pytest.raises(Overloaded) as raised:
-        await door.run(key="much")
+        await setup.run(key="much")
     assert raised.value.reason == "key_queue_full"
-    other = door.hold(key="little")
+    other = setup.hold(key="little")
     await settled()
-    assert door.gate.waiting == 2
+    assert setup.gate.waiting == 2
     for task in [*tasks, other]:
         task.cancel()
     await asyncio.wait([*tasks, other])
 
 
-async def test_who_waits_too_long_is_told_and_leaves_nothing():
-    door = Door()
-    door.prompt = tuple(range(60))
-    front = door.hold()
+async def test_a_request_that_waits_too_long_fails_and_leaves_nothing():
+    setup = AdmissionSetup()
+    setup.prompt = tuple(range(60))
+    front = setup.hold()
     await settled()
-    with pytest.raises(DeadlineExceeded, match="waiting for a turn"):
-        await door.run(timeout_s=0.25)  # foreseen to be in time, but the one in front never ends
-    assert door.gate.waiting == 0
+    with pytest.raises(DeadlineExceeded, match="timed out in the admission queue"):
+        await setup.run(timeout_s=0.25)  # foreseen to be in time, but the one in front never ends
+    assert setup.gate.waiting == 0
     front.cancel()
     await asyncio.wait([front])
 
 
 async def test_one_whose_time_no_longer_suffices_takes_no_engine_from_others():
-    door = Door()
-    front = door.hold()
+    setup = AdmissionSetup()
+    front = setup.hold()
     await settled()
-    waiting = asyncio.create_task(door.run(timeout_s=3.0))  # 0.5 s of its own, bent
+    waiting = asyncio.create_task(setup.run(timeout_s=3.0))  # 0.5 s of its own, at a lowered rate
     await settled()
-    door.now_s = 2.8
+    setup.now_s = 2.8
     front.cancel()
-    with pytest.raises(Overloaded, match="time is used up") as caught:
+    with pytest.raises(Overloaded, match="would miss its deadline") as caught:
         await waiting
     assert caught.value.reason is ShedReason.DEADLINE
-    assert (door.gate.waiting, door.gate.running) == (0, 0)
+    assert (setup.gate.waiting, setup.gate.running) == (0, 0)
 
 
-async def test_one_whose_time_still_suffices_goes_on():
-    door = Door()
-    front = door.hold()
+async def test_a_request_with_enough_time_left_starts():
+    setup = AdmissionSetup()
+    front = setup.hold()
     await settled()
-    waiting = asyncio.create_task(door.run(timeout_s=3.0))
+    waiting = asyncio.create_task(setup.run(timeout_s=3.0))
     await settled()
-    door.now_s = 1.5
+    setup.now_s = 1.5
     front.cancel()
     assert (await waiting)[-1].report.queue_s >= 1.5
 
 
-async def test_the_next_goes_on_at_the_first_token_not_at_the_last():
-    door = Door()
+async def test_the_next_request_starts_at_the_first_token_not_at_the_last():
+    setup = AdmissionSetup()
     request = Request("r", tuple(range(4000)), b"")
-    stream = door.pipeline.generate(request)
+    stream = setup.pipeline.generate(request)
     await anext(stream)
-    assert door.gate.running == 0
+    assert setup.gate.running == 0
     await stream.aclose()
-    assert door.prefiller.held == 0
+    assert setup.prefiller.held == 0

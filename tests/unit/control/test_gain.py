@@ -1,4 +1,4 @@
-"""Whether pruning pays, by what was learnt."""
+"""The estimate whether pruning pays, from learnt times."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_long_prompt_is_pruned_and_a_short_one_is_not():
     assert (short.kind, short.reason) == (PlanKind.DENSE, Reason.NO_GAIN)
 
 
-def test_the_plan_says_what_was_expected():
+def test_the_plan_holds_the_estimate():
     expected = planner(gain()).plan(request(10_000)).expected
     assert expected.dense_s == pytest.approx(1.01, rel=0.02)
     assert expected.prune_s == pytest.approx(0.15 + 0.21, rel=0.02)
@@ -114,8 +114,8 @@ def test_a_prompt_that_the_speculator_remembers_is_cheap_to_score():
     again = replace(first, speculate_s=0.051, remembered_tokens=9984, ttft_s=0.261)
     for _ in range(9):
         known.learn(request(10_000), again)
-    assert known.expected(request(10_000), 0.2).prune_s == pytest.approx(0.27, rel=0.1)
-    assert known.expected(request(10_000, seed=1), 0.2).prune_s == pytest.approx(0.36, rel=0.1)
+    assert known.estimate(request(10_000), 0.2).prune_s == pytest.approx(0.27, rel=0.1)
+    assert known.estimate(request(10_000, seed=1), 0.2).prune_s == pytest.approx(0.36, rel=0.1)
 
 
 def test_overheads_of_pruning_count():
@@ -125,19 +125,19 @@ def test_overheads_of_pruning_count():
             PlanKind.PRUNE, kept_tokens=2000, speculate_s=0.15, prefill_s=0.21, ttft_s=2.0
         )
         known.learn(request(10_000), slow)
-    expected = known.expected(request(10_000), 0.2)
+    expected = known.estimate(request(10_000), 0.2)
     assert expected.prune_s == pytest.approx(2.0, rel=0.05)
     assert expected.dense_s == pytest.approx(1.01, rel=0.05)
 
 
 @pytest.mark.parametrize("controls", [Controls(prune=True), Controls(keep=0.3)])
-def test_a_caller_who_asks_is_obeyed(controls: Controls):
+def test_a_caller_who_asks_for_pruning_gets_it(controls: Controls):
     plan = planner(gain()).plan(request(400, controls=controls))
     assert (plan.kind, plan.reason) == (PlanKind.PRUNE, Reason.ASKED)
     assert plan.expected.dense_s < plan.expected.prune_s
 
 
-def test_what_the_scores_choose_is_learnt():
+def test_the_rates_that_the_scores_choose_are_learnt():
     known = gain()
     auto = Planner(enabled=True, keep=None, min_prompt_tokens=1, gain=known)
     assert auto.plan(request(10_000)).reason is Reason.AUTO
@@ -169,7 +169,7 @@ def test_scoring_in_vain_is_learnt_as_scoring_not_as_an_overhead_of_dense():
     known = gain()
     for _ in range(3):
         known.learn(request(10_000), GIVEN_UP)
-    expected = known.expected(request(10_000, seed=9), 0.2)
+    expected = known.estimate(request(10_000, seed=9), 0.2)
     assert expected.dense_s == pytest.approx(1.02, rel=0.05)
     assert expected.prune_s > 10.0
 
@@ -194,13 +194,13 @@ def test_a_request_that_was_shed_teaches_the_same():
 
 @pytest.mark.parametrize("waited_only", [report(reason=reason, queue_s=10.0, ttft_s=11.0)
                                          for reason in UNSCORED])  # fmt: skip
-def test_a_full_queue_says_nothing_about_the_speed_of_scoring(waited_only: Report):
+def test_a_full_queue_teaches_nothing_about_the_speed_of_scoring(waited_only: Report):
     known = gain()
-    before = known.expected(request(10_000, seed=9), 0.2)
+    before = known.estimate(request(10_000, seed=9), 0.2)
     for seed in range(5):
         known.learn(request(10_000, seed), replace(waited_only, prefill_s=1.0))
         known.learn_unscored(request(10_000, seed), 0.0)
-    after = known.expected(request(10_000, seed=9), 0.2)
+    after = known.estimate(request(10_000, seed=9), 0.2)
     assert after.prune_s == pytest.approx(before.prune_s, rel=0.1)
     assert after.dense_s == pytest.approx(before.dense_s, rel=0.1)
 
@@ -215,7 +215,7 @@ def test_one_outlier_is_not_believed():
 
 
 def dense_until_pruned(known: NetGain, most: int = 5000) -> int:
-    """How many prompts go dense until one is tried again."""
+    """Count the prompts that go dense until the speculator is tried again."""
     for seed in range(most):
         asked = request(10_000, seed=1000 + seed)
         if planner(known).plan(asked).kind is PlanKind.PRUNE:

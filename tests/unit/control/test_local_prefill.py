@@ -1,11 +1,11 @@
-"""Which prompts decode computes itself, and how the pipeline answers them."""
+"""The prompts that decode computes itself, and the pipeline's answers to them."""
 
 from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
 
-from specprefill.control.local_prefill import LocalPrefill
+from specprefill.control.local_prefill import LocalPrefillRule
 from specprefill.control.stages import Curve, StageCurves
 from specprefill.core.errors import DecodeUnavailable
 from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator
@@ -20,7 +20,7 @@ from specprefill.core.types import (
     Request,
     Selection,
     Span,
-    dense,
+    dense_selection,
 )
 
 # A token takes a millisecond to compute; taking KV over takes 50.
@@ -38,12 +38,12 @@ def request(tokens=100, **fields):
 
 
 def local(asked, selection=None, max_tokens=100, running=0):
-    rule = LocalPrefill(max_tokens, lambda: CURVES)
-    selection = selection or dense(len(asked.prompt), Reason.SHORT_PROMPT)
+    rule = LocalPrefillRule(max_tokens, lambda: CURVES)
+    selection = selection or dense_selection(len(asked.prompt), Reason.SHORT_PROMPT)
     with ExitStack() as others:
         for _ in range(running):
-            others.enter_context(rule.decided(request(1), dense(1, Reason.SHORT_PROMPT)))
-        return others.enter_context(rule.decided(asked, selection))
+            others.enter_context(rule.decide(request(1), dense_selection(1, Reason.SHORT_PROMPT)))
+        return others.enter_context(rule.decide(asked, selection))
 
 
 def test_a_short_dense_prompt_is():
@@ -68,16 +68,16 @@ def test_logprobs_of_the_prompt_are_the_prefill_pools():
 
 
 @pytest.mark.parametrize(("tokens", "decided"), [(50, True), (51, False)])
-def test_beside_other_answers_only_what_holds_them_up_no_longer_than_a_hand_over(tokens, decided):
+def test_beside_other_answers_only_prompts_no_slower_than_a_hand_over(tokens, decided):
     assert local(request(tokens), running=1) is decided
 
 
 def test_a_request_counts_while_it_runs():
-    rule = LocalPrefill(100, lambda: CURVES)
-    whole = dense(100, Reason.SHORT_PROMPT)
-    with rule.decided(request(), whole) as first, rule.decided(request(), whole) as second:
+    rule = LocalPrefillRule(100, lambda: CURVES)
+    whole = dense_selection(100, Reason.SHORT_PROMPT)
+    with rule.decide(request(), whole) as first, rule.decide(request(), whole) as second:
         assert (first, second) == (True, False)
-    with rule.decided(request(), whole) as third:
+    with rule.decide(request(), whole) as third:
         assert third
 
 
@@ -86,9 +86,9 @@ class TestPipeline:
     async def run(asked, **decoder):
         prefiller, decoder = FakePrefiller(), FakeDecoder(**decoder)
         planner = Planner(enabled=True, keep=0.5, min_prompt_tokens=1000)
-        rule = LocalPrefill(100, lambda: CURVES)
+        rule = LocalPrefillRule(100, lambda: CURVES)
         pipeline = Pipeline(FakeSpeculator(), prefiller, decoder, local=rule)
-        chunks = [chunk async for chunk in pipeline.generate(planner.planned(asked))]
+        chunks = [chunk async for chunk in pipeline.generate(planner.with_plan(asked))]
         return chunks, prefiller, decoder
 
     async def test_the_prefill_pool_is_not_asked(self):
@@ -97,7 +97,7 @@ class TestPipeline:
         assert prefiller.selections == []
         assert decoder.replays == [((),)]
 
-    async def test_the_report_tells(self):
+    async def test_the_report_names_the_pool(self):
         chunks, _, _ = await self.run(request())
         report = chunks[-1].report
         assert (report.prefilled_by, report.prefill_s) == (PrefilledBy.DECODE, 0.375)
@@ -105,7 +105,7 @@ class TestPipeline:
         assert (report.plan, report.reason) == (PlanKind.DENSE, Reason.SHORT_PROMPT)
         assert not report.recomputed
 
-    async def test_what_decode_does_not_compute_goes_the_long_way(self):
+    async def test_other_prompts_go_through_the_prefill_pool(self):
         chunks, prefiller, _ = await self.run(request(controls=Controls(keep=0.2)))
         assert chunks[-1].report.prefilled_by is PrefilledBy.PREFILL
         assert len(prefiller.selections) == 1

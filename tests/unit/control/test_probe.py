@@ -61,7 +61,7 @@ async def test_no_prompt_is_longer_than_the_model_reads():
     assert (speculator.lengths, prefiller.lengths) == ([40, 40], [40, 40])
 
 
-async def test_a_pool_that_is_down_is_told():
+async def test_a_pool_that_is_down_is_reported():
     prefiller = FakePrefiller(fails=[PrefillUnavailable("down")])
     with pytest.raises(PrefillUnavailable):
         await probe(FakeSpeculator(), prefiller).run(StageModels())

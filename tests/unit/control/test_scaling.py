@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from specprefill.control.scaling.decide import decide
 from specprefill.control.scaling.demand import demand
 from specprefill.control.scaling.queueing import Load, attainment, waits
-from specprefill.control.scaling.sizing import cheapest, expected_share, stage_times, workload
+from specprefill.control.scaling.sizing import cheapest_sizes, expected_share, stage_times, workload
 from specprefill.control.scaling.values import (
     Arrival,
     Arrivals,
@@ -24,8 +24,8 @@ from specprefill.control.scaling.values import (
     Pool,
     PoolLimits,
     PoolState,
-    Reason,
     ScalingPolicy,
+    ScalingReason,
     Slo,
 )
 from specprefill.control.stages import Curve, StageCurves
@@ -77,12 +77,12 @@ def sizes(taken: Decision) -> dict[str, int]:
     return {pool.value: each.replicas for pool, each in taken.pools.items()}
 
 
-def test_more_work_needs_more_replicas_and_says_why():
+def test_more_work_needs_more_replicas_and_has_a_reason():
     taken = decision(observed(arrivals((0, 600, 40)), **all_pools(1)))
     # 40 a second of 3,000 kept tokens at 0.46 s each: 18.4 engines are busy all the time.
     prefill = taken.pools[Pool.PREFILL]
     assert 19 <= prefill.replicas <= 26
-    assert prefill.reason is Reason.SLO_AT_RISK
+    assert prefill.reason is ScalingReason.SLO_AT_RISK
 
 
 def test_replicas_that_start_are_counted():
@@ -90,7 +90,7 @@ def test_replicas_that_start_are_counted():
     wanted = few.pools[Pool.PREFILL].wanted
     again = decision(observed(arrivals((0, 600, 40)), **all_pools(1, wanted - 1)))
     assert again.pools[Pool.PREFILL].replicas == wanted
-    assert again.pools[Pool.PREFILL].reason is Reason.STEADY
+    assert again.pools[Pool.PREFILL].reason is ScalingReason.STEADY
 
 
 def test_arrivals_without_any_completion_are_demand_enough():
@@ -131,15 +131,15 @@ def test_without_metrics_everything_is_held_and_the_floors_stay():
     pools = {"speculator": PoolState(3, 1), "prefill": PoolState(0)}
     taken = decision(observed(None, **pools))
     assert sizes(taken) == {"speculator": 4, "prefill": 1, "decode": 1}
-    assert {each.reason for each in taken.pools.values()} == {Reason.NO_METRICS}
+    assert {each.reason for each in taken.pools.values()} == {ScalingReason.NO_METRICS}
     assert taken.keep.reason is KeepReason.NO_METRICS
 
 
 def test_a_pool_that_does_not_report_is_held_while_the_others_are_sized():
     pools = {"speculator": PoolState(1), "decode": PoolState(1)}
     taken = decision(observed(arrivals((0, 600, 40)), **pools))
-    assert taken.pools[Pool.PREFILL].reason is Reason.NO_METRICS
-    assert taken.pools[Pool.DECODE].reason is Reason.SLO_AT_RISK
+    assert taken.pools[Pool.PREFILL].reason is ScalingReason.NO_METRICS
+    assert taken.pools[Pool.DECODE].reason is ScalingReason.SLO_AT_RISK
 
 
 def test_a_pool_shrinks_only_after_the_smaller_size_was_enough_for_a_while():
@@ -148,8 +148,8 @@ def test_a_pool_shrinks_only_after_the_smaller_size_was_enough_for_a_while():
         seen = observed(arrivals((now_s - 600, now_s, 4)), float(now_s), **all_pools(20))
         taken, memory = decide(seen, POLICY, memory)
         reasons.append(taken.pools[Pool.PREFILL].reason)
-    assert reasons[:6] == [Reason.SETTLING] * 6  # settle_s is 30
-    assert set(reasons[6:]) == {Reason.SMALLER_MEETS_SLO}
+    assert reasons[:6] == [ScalingReason.SETTLING] * 6  # settle_s is 30
+    assert set(reasons[6:]) == {ScalingReason.SMALLER_MEETS_SLO}
 
 
 def test_steady_load_never_flaps():
@@ -181,17 +181,17 @@ def _until(past: Arrivals, now_s: float) -> Arrivals:
 def test_one_decision_changes_a_pool_by_a_bounded_step(ready, expected):
     limits = replace(LIMITS, max_step=4)
     policy = replace(POLICY, pools=dict.fromkeys(Pool, limits))
-    memory = Memory(began_s=0.0)  # long ago: what is settled may shrink
+    memory = Memory(started_s=0.0)  # long ago: what is settled may shrink
     seen = observed(arrivals((0, 600, 80), prompt_tokens=40_000), **all_pools(ready))
     changed = decide(seen, policy, memory)[0].pools[Pool.PREFILL]
-    assert changed.reason is Reason.STEP_CAPPED
+    assert changed.reason is ScalingReason.STEP_CAPPED
     assert changed.replicas == expected
 
 
-def test_the_maximum_holds_and_bends_the_keep_rate_instead():
+def test_the_maximum_holds_and_the_keep_rate_is_lowered_instead():
     policy = replace(POLICY, pools=dict.fromkeys(Pool, replace(LIMITS, maximum=12)))
     taken = decision(observed(arrivals((0, 600, 40)), **all_pools(12)), policy)
-    assert taken.pools[Pool.PREFILL].reason is Reason.AT_MAXIMUM
+    assert taken.pools[Pool.PREFILL].reason is ScalingReason.AT_MAXIMUM
     assert sizes(taken)["prefill"] == 12
     assert taken.keep.reason is KeepReason.SHORT_OF_REPLICAS
     assert policy.keep_floor <= taken.keep.high < policy.keep
@@ -214,11 +214,11 @@ def test_to_zero_when_nothing_arrives_and_back_at_the_first_request():
         taken, memory = decide(seen, policy, memory)
         assert current > 0
         current = sizes(taken)["prefill"]
-    assert (current, taken.pools[Pool.PREFILL].reason) == (0, Reason.IDLE)
+    assert (current, taken.pools[Pool.PREFILL].reason) == (0, ScalingReason.IDLE)
     woken = arrivals((0, 95, 1), (699, 700, 1))
     taken, _ = decide(observed(woken, 700.0, **all_pools(0)), policy, memory)
     assert sizes(taken)["prefill"] >= 1
-    assert taken.pools[Pool.PREFILL].reason is Reason.WAKING
+    assert taken.pools[Pool.PREFILL].reason is ScalingReason.WAKING
 
 
 def test_a_decision_for_a_thousand_replicas_takes_less_than_100_ms():
@@ -238,7 +238,7 @@ def test_a_decision_for_a_thousand_replicas_takes_less_than_100_ms():
 
 
 @pytest.mark.parametrize("usage", [0.3, 0.7, 0.95])
-def test_one_server_with_poisson_arrivals_waits_as_the_textbook_says(usage):
+def test_one_server_with_poisson_arrivals_waits_as_in_the_textbook(usage):
     # M/M/1: P(W > t) = usage * exp(-(mu - lambda) t), with mu = 1.
     pool = waits(Load(usage, 1.0, 1.0), np.array([1.0]))
     expected = 1.0 - usage * np.exp(-(1.0 - usage) * 3.0)
@@ -256,7 +256,7 @@ def test_the_cheapest_sizes_are_near_what_a_simulated_pool_needs():
     times = stage_times(seen, ENGINES)
     work = {pool: rate * float(each.mean()) for pool, each in times.by_pool().items()}
     slo = POLICY.slo
-    found = cheapest(workload(times, work, 1.0), slo, POLICY.pools, 32)
+    found = cheapest_sizes(workload(times, work, 1.0), slo, POLICY.pools, 32)
     start = _served(seen.time_s, times.speculate_s, found.speculator)
     late = _served(start + times.speculate_s, times.prefill_s, found.prefill)
     ttft = late + times.prefill_s - seen.time_s
@@ -266,7 +266,7 @@ def test_the_cheapest_sizes_are_near_what_a_simulated_pool_needs():
 
 
 def _served(ready_s: np.ndarray, service_s: np.ndarray, servers: int) -> np.ndarray:
-    """When each request starts on the first free server, first come first served."""
+    """Return each request's start on the first free server, first come first served."""
     free, starts = [0.0] * servers, np.empty(len(ready_s))
     for place in np.argsort(ready_s, kind="stable"):
         starts[place] = max(ready_s[place], free[0])
@@ -283,7 +283,7 @@ def test_one_replica_more_never_makes_it_worse(rate, prompt_tokens, dispersion):
     times = stage_times(arrivals((0, 100, 1), prompt_tokens=prompt_tokens), ENGINES)
     work = {pool: rate * float(each.mean()) for pool, each in times.by_pool().items()}
     load = workload(times, work, dispersion)
-    found = cheapest(load, POLICY.slo, POLICY.pools, 32)
+    found = cheapest_sizes(load, POLICY.slo, POLICY.pools, 32)
     share = expected_share(load, POLICY.slo, found.speculator, found.prefill)
     assert share == pytest.approx(found.share)
     assert expected_share(load, POLICY.slo, found.speculator, found.prefill + 1) >= share - 1e-9

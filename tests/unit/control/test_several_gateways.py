@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from specprefill.control.admission import AdmissionPolicy
-from specprefill.control.gate import Engines, Gate
+from specprefill.control.gate import Gate, GatewayShare
 from specprefill.control.stages import Curve, StageCurves
 from specprefill.core.errors import DeadlineExceeded, Overloaded
 from specprefill.core.types import Plan, PlanKind, Reason, Request
@@ -51,7 +51,7 @@ ONE = Pool(1, Curve(0.02, 1.5e-4))  # 0.2 s a prompt: five a second
 
 @dataclass
 class Outcome:
-    """What became of one run."""
+    """The outcome of one run."""
 
     ttfts_s: list[float] = field(default_factory=list)
     keeps: list[float] = field(default_factory=list)
@@ -73,7 +73,7 @@ def arrivals(per_s: float) -> list[float]:
     return times
 
 
-def gates(pool: Pool, count: int, known: Engines, **bounds: int) -> list[Gate]:
+def gates(pool: Pool, count: int, known: GatewayShare, **bounds: int) -> list[Gate]:
     loop = asyncio.get_running_loop()
     return [
         Gate(
@@ -89,7 +89,7 @@ def gates(pool: Pool, count: int, known: Engines, **bounds: int) -> list[Gate]:
     ]
 
 
-async def served(pool: Pool, load: float, gateways: int, known: Engines) -> Outcome:
+async def served(pool: Pool, load: float, gateways: int, known: GatewayShare) -> Outcome:
     loop = asyncio.get_running_loop()
     started_s = loop.time()
     fronts = gates(pool, gateways, known)
@@ -102,14 +102,14 @@ async def served(pool: Pool, load: float, gateways: int, known: Engines) -> Outc
         request = Request("r", PROMPT, b"", timeout_s=30.0)
         plan = Plan(PlanKind.PRUNE, Reason.DEFAULT, KEEP)
         try:
-            async with gate.place(request, plan) as place:
+            async with gate.admit(request, plan) as place:
                 let_in = sum(front.running for front in fronts)
                 outcome.most_let_in = max(outcome.most_let_in, let_in)
                 async with speculators:
                     await asyncio.sleep(pool.curves.speculate.seconds(len(PROMPT)))
                 async with prefills:
                     await asyncio.sleep(pool.curves.prefill.seconds(place.plan.keep * len(PROMPT)))
-                gate.answered(place)
+                gate.record_first_token(place)
                 outcome.ttfts_s.append(loop.time() - came_s)
                 outcome.keeps.append(place.plan.keep)
         except (Overloaded, DeadlineExceeded):
@@ -121,7 +121,7 @@ async def served(pool: Pool, load: float, gateways: int, known: Engines) -> Outc
 
 
 def run(load: float, gateways: int, pool: Pool = FOUR, *, divided: bool = True) -> Outcome:
-    known = Engines(SPECULATORS, pool.prefills, gateways if divided else 1)
+    known = GatewayShare(SPECULATORS, pool.prefills, gateways if divided else 1)
     return run_in_virtual_time(served(pool, load, gateways, known))
 
 
@@ -150,20 +150,20 @@ def test_more_gateways_than_engines_take_fractions_of_them():
     assert divided.most_let_in == 16  # one each, for a part of the time
 
 
-def test_what_others_queue_is_learnt_where_the_number_of_gateways_is_not_known():
+def test_the_wait_behind_other_gateways_is_learnt():
     blind = run(1.5, 2, divided=False)
     assert blind.attainment > 0.6  # 0.03 without
 
 
 async def held_by(gate: Gate, key: str) -> None:
     request = Request("r", PROMPT, b"", key=key)
-    async with gate.place(request, Plan(PlanKind.PRUNE, Reason.DEFAULT, KEEP)):
+    async with gate.admit(request, Plan(PlanKind.PRUNE, Reason.DEFAULT, KEEP)):
         await asyncio.Event().wait()
 
 
 async def waiting_in_all(gateways: int, keys: int, **bounds: int) -> tuple[int, int]:
-    """How many wait when everybody sends far too much, in all gates; and how many were shed."""
-    fronts = gates(ONE, gateways, Engines(1, 1, gateways), **bounds)
+    """Overload all gates; return the number of waiting and of shed requests."""
+    fronts = gates(ONE, gateways, GatewayShare(1, 1, gateways), **bounds)
     tasks = [
         asyncio.create_task(held_by(fronts[turn % gateways], f"key {turn // gateways % keys}"))
         for turn in range(200)

@@ -85,11 +85,11 @@ def test_a_change_of_speed_is_believed_within_a_window():
     model = learnt(TRUTH)
     for _ in range(WINDOW):
         for tokens in LENGTHS:
-            model.observe(tokens, TRUTH.scaled(5.0).seconds(tokens))
+            model.observe(tokens, TRUTH.scale(5.0).seconds(tokens))
     assert model.seconds(4000) == pytest.approx(5 * TRUTH.seconds(4000), rel=0.05)
 
 
-def test_what_was_not_measured_teaches_nothing():
+def test_missing_measurements_teach_nothing():
     model = StageModel(TRUTH)
     model.observe(0, 1.0)
     model.observe(100, 0.0)
@@ -122,7 +122,7 @@ def test_seconds_never_fall_with_tokens_and_are_never_negative(
 
 
 @given(curves, st.lists(st.floats(-6.0, 6.0), min_size=WINDOW // 2, max_size=WINDOW // 2))
-def test_a_minority_of_outliers_has_no_say(truth: Curve, powers: list[float]):
+def test_a_minority_of_outliers_does_not_count(truth: Curve, powers: list[float]):
     """Up to a million times too fast or too slow, in every window: 1 % at most, here nothing."""
     clean, dirty = learnt(truth, rounds=WINDOW), learnt(truth, rounds=WINDOW)
     for tokens in LENGTHS:

@@ -1,14 +1,14 @@
-"""An iterator that is begun before it is read."""
+"""An iterator that is started before it is read."""
 
 import asyncio
 
 import pytest
 
-from specprefill.core.begun import begun
+from specprefill.core.begun import prefetch_first
 
 
 class Source:
-    """Yields `items`, raising those that are exceptions; tells when it began and ended."""
+    """Yields `items`, raising those that are exceptions; records when it started and ended."""
 
     def __init__(self, *items):
         self.items, self.began, self.ended = items, asyncio.Event(), False
@@ -26,33 +26,33 @@ class Source:
 
 async def test_it_begins_at_once_and_yields_everything():
     source = Source(1, 2, 3)
-    async with begun(source.stream()) as items:
+    async with prefetch_first(source.stream()) as items:
         await source.began.wait()
         assert [item async for item in items] == [1, 2, 3]
     assert source.ended
 
 
 async def test_nothing_is_nothing():
-    async with begun(Source().stream()) as items:
+    async with prefetch_first(Source().stream()) as items:
         assert [item async for item in items] == []
 
 
 @pytest.mark.parametrize("before", [(), (1,)])
 async def test_a_failure_comes_where_it_would(before):
-    async with begun(Source(*before, ValueError("late")).stream()) as items:
+    async with prefetch_first(Source(*before, ValueError("late")).stream()) as items:
         for wanted in before:
             assert await anext(items) == wanted
         with pytest.raises(ValueError, match="late"):
             await anext(items)
 
 
-async def test_what_is_not_read_is_closed():
+async def test_an_unread_iterator_is_closed():
     source = Source(1, 2)
-    async with begun(source.stream()):
+    async with prefetch_first(source.stream()):
         await source.began.wait()
     assert source.ended
 
 
-async def test_a_failure_that_nobody_reads_is_forgotten():
-    async with begun(Source(ValueError("unread")).stream()):
+async def test_an_unread_failure_is_ignored():
+    async with prefetch_first(Source(ValueError("unread")).stream()):
         await asyncio.sleep(0)

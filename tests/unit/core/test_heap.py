@@ -15,7 +15,7 @@ def _thawed():
 
 
 @pytest.mark.usefixtures("_thawed")
-def test_what_exists_is_exempt_from_collection():
+def test_existing_objects_are_exempt_from_collection():
     before = len(gc.get_objects())
     heap.freeze()
     assert gc.get_freeze_count() > 0.9 * before

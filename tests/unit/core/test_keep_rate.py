@@ -1,4 +1,4 @@
-"""How many chunks the scores ask for."""
+"""The number of chunks that the scores ask for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from loadtest.bench.keep_rate_rules import RULES, RuleName
-from specprefill.core.keep_rate import AutoKeep, needed
+from specprefill.core.keep_rate import AutoKeep, chunks_needed
 
 SETTING = {
     RuleName.MASS: 0.5,
@@ -55,7 +55,7 @@ scores = st.lists(st.floats(0.0, 1.0, width=32), min_size=1, max_size=60).map(
 
 @given(scores, st.sampled_from(list(RuleName)))
 def test_at_least_one_chunk_and_at_most_all(descending: NDArray[np.float64], rule: RuleName):
-    found = needed(descending, AutoKeep(0.95, RULES[rule], SETTING[rule]), sure=True)
+    found = chunks_needed(descending, AutoKeep(0.95, RULES[rule], SETTING[rule]), sure=True)
     assert 1 <= found <= len(descending)
 
 
@@ -66,5 +66,5 @@ def test_the_scale_of_the_scores_does_not_matter(
     auto = AutoKeep(0.95, RULES[rule], SETTING[rule])
     descending = np.where(descending > 1e-3, descending, 0.0)
     for sure in (True, False):
-        scaled = needed(descending * 2.0**power, auto, sure=sure)
-        assert scaled == needed(descending, auto, sure=sure)
+        scaled = chunks_needed(descending * 2.0**power, auto, sure=sure)
+        assert scaled == chunks_needed(descending, auto, sure=sure)

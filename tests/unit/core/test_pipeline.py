@@ -137,7 +137,7 @@ class TestUnscored:
         assert (report.plan, report.reason, report.kept_tokens) == (PlanKind.DENSE, reason, 100)
 
     @pytest.mark.parametrize("policy", [OnOverload.STATIC, OnOverload.DENSE])
-    async def test_what_was_waited_for_in_vain_stands_in_the_report(self, error, reason, policy):
+    async def test_time_spent_on_failed_scoring_is_in_the_report(self, error, reason, policy):
         report = (await self.pools(error, policy).run())[-1].report
         assert report.speculate_s == getattr(error, "speculate_s", 0.0)
 
@@ -157,7 +157,7 @@ async def test_long_prompts_may_take_longer_to_be_scored():
     assert pools.speculator.timeouts_s == [1.0 + 0.25 * len(PROMPT)]
 
 
-async def test_waiting_for_nobody_is_waiting_not_scoring():
+async def test_waiting_for_an_empty_pool_counts_as_queueing_not_scoring():
     clock = iter([0.0, 0.0, 0.0, 11.0, *[12.0] * 20])
     pools = Pools(now=lambda: next(clock))
     pools.pipeline.fallback = Fallback(OnOverload.DENSE)
@@ -180,7 +180,7 @@ async def test_a_deadline_that_passed_is_an_error():
 
 
 class TestOverlap:
-    """Decode is begun before prefill has answered, and samples the first token itself."""
+    """Decode is started before prefill has answered, and samples the first token itself."""
 
     @staticmethod
     def pools(**decoder):
@@ -196,7 +196,7 @@ class TestOverlap:
         assert pools.decoder.replays == [((),) * samples]
         assert (pools.prefiller.held, pools.prefiller.released) == (0, 1)
 
-    async def test_decode_has_begun_when_the_first_token_comes(self):
+    async def test_decode_has_started_when_the_first_token_comes(self):
         pools = self.pools()
         stream = pools.planned.generate(request())
         await anext(stream)

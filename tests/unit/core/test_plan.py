@@ -24,7 +24,7 @@ def plan(controls=None, tokens=2000, planner=PLANNER, **fields):
         (Controls(floor=1.0), 2000, Reason.KEEP_IS_ONE),
     ],
 )
-def test_dense_plans_say_why(controls, tokens, reason):
+def test_dense_plans_have_a_reason(controls, tokens, reason):
     got = plan(controls, tokens)
     assert (got.kind, got.reason) == (PlanKind.DENSE, reason)
 

@@ -1,4 +1,4 @@
-"""What may never be pruned, from the messages to the kept tokens."""
+"""The text that is never pruned, from the messages to the kept tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specprefill.core.protection import merged, protected_spans, special_spans
+from specprefill.core.protection import merge_spans, protected_spans, special_spans
 from specprefill.core.selection import SelectionPolicy, select
 from specprefill.core.types import KeepRange, Plan, PlanKind, Reason
 from tests.policies import PAPER
@@ -52,7 +52,7 @@ policies = st.builds(
     conversations, st.booleans(), plans, policies, st.integers(0, 9), st.floats(0.0, 1.0), st.data()
 )
 @settings(max_examples=200)
-def test_no_budget_length_or_mix_lets_go_of_what_must_stay(
+def test_protected_text_is_kept_at_any_budget_length_and_mix(
     conversation: list[tuple[str, str]],
     tools: bool,
     plan: Plan,
@@ -68,7 +68,7 @@ def test_no_budget_length_or_mix_lets_go_of_what_must_stay(
     messages = [{"role": role, "content": content} for role, content in conversation]
     user_text = data.draw(st.sampled_from(["", "bravo", "delta echo"]), label="marked by the user")
     marked = (user_text,) if user_text else ()
-    protected = merged(
+    protected = merge_spans(
         special_spans(range(len(tokens)), special)
         + protected_spans(
             text, np.array(offsets).reshape(-1, 2), messages, marked, policy.tail_tokens

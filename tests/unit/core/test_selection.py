@@ -1,4 +1,4 @@
-"""What is kept of a prompt: budget, protection, ties and the dense ways out."""
+"""The kept part of a prompt: budget, protection, ties and the reasons to go dense."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_spans_beyond_the_prompt_are_clipped() -> None:
         (Plan(PlanKind.DENSE, Reason.DISABLED), (), BARE, Reason.DISABLED),
     ],
 )
-def test_what_no_score_can_change_is_settled_without_scores(
+def test_selections_that_no_score_can_change_need_no_scores(
     plan: Plan, protected: tuple[Span, ...], policy: SelectionPolicy, reason: Reason
 ) -> None:
     settled = settle(640, plan, protected, policy)
@@ -192,7 +192,7 @@ def test_flat_scores_keep_everything(value: float) -> None:
     assert selection.plan == Plan(PlanKind.DENSE, Reason.FLAT_SCORES)
 
 
-def test_uniform_attention_is_flat_although_pooling_bends_its_ends() -> None:
+def test_uniform_attention_is_flat_although_pooling_distorts_its_ends() -> None:
     uniform = np.convolve(np.full(640, 1 / 640), np.full(13, 1 / 13), mode="same")
     selection = select(uniform.astype(np.float32), prune(0.3), (), BARE)
     assert selection.plan.reason is Reason.FLAT_SCORES
@@ -292,7 +292,7 @@ def test_a_protected_prefix_ends_with_a_whole_block(protected: int, ends: int) -
     assert selection.runs[0] == (Span(0, ends) if ends else Span(1600, 1664))
 
 
-def test_what_stands_behind_a_peak_counts_for_a_share_of_it() -> None:
+def test_the_chunk_after_a_peak_counts_for_a_share_of_it() -> None:
     scores = np.full(320, 0.1, dtype=np.float32)
     scores[96:128] = 1.0  # where a fact begins
     scores[224:256] = 0.2
@@ -303,7 +303,7 @@ def test_what_stands_behind_a_peak_counts_for_a_share_of_it() -> None:
     assert select(scores, prune(0.3), (), carrying).runs == (Span(96, 160), Span(224, 256))
 
 
-def test_a_chunk_is_judged_by_what_is_not_protected_in_it() -> None:
+def test_a_chunk_is_scored_by_its_unprotected_tokens() -> None:
     scores = np.full(320, 0.1, dtype=np.float32)
     scores[96:112] = 1.0
     scores[224:256] = 0.2

@@ -1,4 +1,4 @@
-"""What of a prompt is protected from pruning."""
+"""The spans of a prompt that are protected from pruning."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specprefill.core.occurrences import Cancelled, covered
+from specprefill.core.occurrences import Cancelled, find_occurrences
 from specprefill.core.protection import (
     Offsets,
     altered_piece,
-    merged,
+    merge_spans,
     protected_spans,
     special_spans,
 )
@@ -150,9 +150,9 @@ def test_special_tokens_are_spans() -> None:
     assert special_spans([1, 7, 8, 2, 2], {1, 2}) == (Span(0, 1), Span(3, 5))
 
 
-def test_merged_joins_what_touches() -> None:
+def test_merging_joins_touching_spans() -> None:
     spans = [Span(4, 6), Span(0, 2), Span(2, 4), Span(8, 8), Span(9, 10)]
-    assert merged(spans) == (Span(0, 6), Span(9, 10))
+    assert merge_spans(spans) == (Span(0, 6), Span(9, 10))
 
 
 turns = st.lists(
@@ -204,7 +204,7 @@ def _ends(span: Span) -> tuple[int, int]:
 FENCED_TEXT = "look at alpha \n```python\ndef f(): pass\n``` \nand bravo \n~~~\nmore code\n~~~ end"
 
 
-def test_fenced_code_is_protected_where_the_deployment_says_so() -> None:
+def test_fenced_code_is_protected_where_the_deployment_enables_it() -> None:
     offsets = words(FENCED_TEXT)
     spans = protected_spans(FENCED_TEXT, offsets, None, (), 1, fences=True)
     kept = protected_text(FENCED_TEXT, spans)
@@ -237,7 +237,7 @@ def test_every_character_of_every_occurrence_is_covered(text: str, pieces: list[
         if text.startswith(piece, start)
         for i in range(start, start + len(piece))
     }
-    ranges = covered(text, pieces, lambda: False).tolist()
+    ranges = find_occurrences(text, pieces, lambda: False).tolist()
     assert [i for start, stop in ranges for i in range(start, stop)] == sorted(wanted)
     assert all(left[1] < right[0] for left, right in pairwise(ranges))
 
@@ -245,15 +245,15 @@ def test_every_character_of_every_occurrence_is_covered(text: str, pieces: list[
 def test_occurrences_over_the_edge_of_a_window_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("specprefill.core.occurrences._WINDOW", 8)
     text = "....abcdefghij.....abcdefghij"
-    assert covered(text, ["fghij", "abcdefghij", "zz"], lambda: False).tolist() == [
+    assert find_occurrences(text, ["fghij", "abcdefghij", "zz"], lambda: False).tolist() == [
         [4, 14],
         [19, 29],
     ]
 
 
-def test_a_search_that_nobody_waits_for_ends() -> None:
+def test_a_cancelled_search_ends() -> None:
     with pytest.raises(Cancelled):
-        covered("a" * 100, ["a", "b"], lambda: True)
+        find_occurrences("a" * 100, ["a", "b"], lambda: True)
 
 
 def _protecting(text: Callable[[int], str], piece: Callable[[int], str]) -> Callable[[int], object]:

@@ -57,7 +57,7 @@ def api(monkeypatch):
 
 def test_a_pool_with_all_its_replicas_is_healthy():
     snapshot = snapshot_of(details())
-    assert snapshot.healthy
+    assert snapshot.is_healthy
     assert snapshot.failure() is None
     assert snapshot.pools[0].line() == "Prefill     healthy     1 of 1 replicas"
 
@@ -72,11 +72,11 @@ def test_a_pool_with_all_its_replicas_is_healthy():
     ],
 )
 def test_anything_less_is_not(changed):
-    assert not snapshot_of(details(**changed)).healthy
+    assert not snapshot_of(details(**changed)).is_healthy
 
 
 def test_nothing_deployed_is_not_healthy():
-    assert not snapshot_of({"applications": {}}).healthy
+    assert not snapshot_of({"applications": {}}).is_healthy
 
 
 def test_a_deployment_that_cannot_be_built_fails_with_the_reason():
@@ -107,11 +107,11 @@ def test_a_message_without_an_error_is_shown_by_its_end():
     assert len(failure.splitlines()) == 12
 
 
-def test_waiting_tells_each_change_once(api):
-    told = []
+def test_waiting_shows_each_change_once(api):
+    shown = []
     waiting = details(app_status="DEPLOYING", status="UPDATING", states=())
-    api(waiting, waiting, details()).wait_healthy(10, told.append)
-    assert told == [
+    api(waiting, waiting, details()).wait_healthy(10, shown.append)
+    assert shown == [
         "Prefill     updating    0 of 1 replicas",
         "Prefill     healthy     1 of 1 replicas",
     ]

@@ -67,7 +67,7 @@ def test_defaults_fill_the_least_file():
 )
 def test_an_unknown_key_is_named_with_its_path_and_the_allowed_keys(path, named):
     message = faults(edited(path, 1))
-    assert f"f.yaml: {named}: unknown key, expected one of " in message
+    assert f"f.yaml: {named}: unknown key; expected one of " in message
     assert message.count("\n") == 0
 
 
@@ -101,10 +101,10 @@ def test_an_unknown_key_of_a_deployment_is_named(key, value, named):
 
 
 @pytest.mark.parametrize(
-    ("deployments", "said"),
+    ("deployments", "expected"),
     [
         ([{"name": "Prefil"}], "'Gateway', 'Speculator', 'Prefill' or 'Decode', not 'Prefil'"),
-        ([{"name": "Prefill"}, {"name": "Prefill"}], "each name may occur once"),
+        ([{"name": "Prefill"}, {"name": "Prefill"}], "each name must occur only once"),
         ([{"name": "Prefill", "num_replicas": 0}], "greater than 0"),
         (
             [{"name": "Prefill", "num_replicas": 2, "autoscaling_config": {"max_replicas": 2}}],
@@ -113,13 +113,13 @@ def test_an_unknown_key_of_a_deployment_is_named(key, value, named):
         ([{"name": "Prefill", "max_queued_requests": -1}], "greater than 0"),
     ],
 )
-def test_a_wrong_value_is_told_with_what_is_allowed(deployments, said):
+def test_a_wrong_value_is_reported_with_what_is_allowed(deployments, expected):
     content = yaml.safe_load(LEAST)
     content["applications"][0]["deployments"] = deployments
-    assert said in faults(yaml.safe_dump(content))
+    assert expected in faults(yaml.safe_dump(content))
 
 
-def test_every_fault_is_told_at_once():
+def test_every_fault_is_reported_at_once():
     text = LEAST.replace("name: a", "nam: a").replace("path: m", "path: m, dtype: fp32")
     assert len(faults(text).splitlines()) == 3  # name missing, nam unknown, dtype wrong
 
@@ -130,7 +130,7 @@ def test_another_builder_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("- a\n", "expected a mapping"),
         ("", "expected a mapping"),
@@ -138,8 +138,8 @@ def test_another_builder_is_refused():
         ("applications: []", "at least one"),
     ],
 )
-def test_what_is_no_deployment_file_is_refused(text, said):
-    assert said in faults(text)
+def test_a_file_that_is_not_a_deployment_is_refused(text, expected):
+    assert expected in faults(text)
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -200,7 +200,7 @@ TWO_MODELS = {"model": {"path": "m"}, "speculator": {"path": "s"}}
 
 
 class TestSlo:
-    """An SLO in the arguments, and the policy that Serve must be told of, go together."""
+    """An SLO in the arguments, and the policy that Serve must get, go together."""
 
     def application(self, policy=df.SLO_POLICY, **more):
         args = {**TWO_MODELS, "slo": {"ttft_s": 2.0}}
@@ -220,17 +220,17 @@ class TestSlo:
         assert application.args.slo.ttft_s == 2.0
 
     @pytest.mark.parametrize(
-        ("change", "said"),
+        ("change", "message"),
         [
-            ({"autoscaling_policy": None}, "go together"),
-            ({"args": TWO_MODELS}, "go together"),
-            ({"policy": "some.other:Policy"}, "go together"),
-            ({"args": {**TWO_MODELS, "slo": {"ttft_s": 3.0}}}, "must be the application's args"),
-            ({"deployments": [{"name": "Prefill", "num_replicas": 2}]}, "drop num_replicas"),
+            ({"autoscaling_policy": None}, "must be set together"),
+            ({"args": TWO_MODELS}, "must be set together"),
+            ({"policy": "some.other:Policy"}, "must be set together"),
+            ({"args": {**TWO_MODELS, "slo": {"ttft_s": 3.0}}}, "must equal the application's args"),
+            ({"deployments": [{"name": "Prefill", "num_replicas": 2}]}, "remove num_replicas"),
         ],
     )  # fmt: skip
-    def test_one_without_the_other_is_refused(self, change, said):
-        with pytest.raises(InvalidFile, match=said):
+    def test_one_without_the_other_is_refused(self, change, message):
+        with pytest.raises(InvalidFile, match=message):
             self.parse(self.application(**change))
 
 
@@ -239,17 +239,17 @@ def test_a_file_that_drains_differs_in_the_gateways_user_config_alone(deployment
     raw = df.parse(LEAST, "f.yaml").raw
     raw["applications"][0]["deployments"] = deployments
     before = copy.deepcopy(raw)
-    drained = df.draining(raw)
+    drained = df.with_draining_gateways(raw)
     (gateway,) = drained["applications"][0].pop("deployments")
     given = deployments[0] if deployments else {"name": "Gateway"}
     assert gateway == {**given, "user_config": {"draining": True}}
     assert raw == before
     del before["applications"][0]["deployments"]
     assert drained == before
-    df.parse(yaml.safe_dump(df.draining(raw)), "f.yaml")  # still a file that passes
+    df.parse(yaml.safe_dump(df.with_draining_gateways(raw)), "f.yaml")  # still a file that passes
 
 
-def test_what_is_deployed_holds_digests_in_place_of_keys(root):
+def test_the_deployed_content_holds_digests_in_place_of_keys(root):
     raw = df.load(root / "cluster" / "local-slo.yaml").raw
     (application,) = raw["applications"]
     keys = ["secret-1", {"name": "a", "key": "secret-2"}, {"name": "b", "env": "KEY_B"}]

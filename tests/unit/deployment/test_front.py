@@ -5,7 +5,7 @@ import pytest
 from specprefill.config import GatewayConfig
 from specprefill.core.errors import InvalidConfiguration
 from specprefill.deployment.checked_yaml import InvalidFile
-from specprefill.deployment.front import configured, require_front
+from specprefill.deployment.front import read_settings, require_front
 
 TLS = GatewayConfig.model_validate({"front": {"tls": {"certificate": "c", "key": "k"}}})
 ALL = {
@@ -38,9 +38,9 @@ def test_an_invalid_edit_of_the_file_leaves_the_front_as_it_was(tmp_path, root, 
     deployment = tmp_path / "deployment.yaml"
     good = (root / "cluster" / "local.yaml").read_text()
     deployment.write_text(good)
-    before = configured(tmp_path, str(deployment))
+    before = read_settings(tmp_path, str(deployment))
     deployment.write_text(good + "\nnot: [valid")
-    after = configured(tmp_path, str(deployment))
+    after = read_settings(tmp_path, str(deployment))
     assert (after.front, after.request_timeout_s) == (before.front, before.request_timeout_s)
     assert bool(after.api_keys) == bool(before.api_keys)
     assert "the settings stay as they were" in capsys.readouterr().err
@@ -49,4 +49,4 @@ def test_an_invalid_edit_of_the_file_leaves_the_front_as_it_was(tmp_path, root, 
 def test_an_invalid_file_stops_a_front_that_never_knew_a_better_one(tmp_path):
     (tmp_path / "deployment.yaml").write_text("not: [valid")
     with pytest.raises(InvalidFile):
-        configured(tmp_path, str(tmp_path / "deployment.yaml"))
+        read_settings(tmp_path, str(tmp_path / "deployment.yaml"))

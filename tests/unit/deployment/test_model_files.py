@@ -1,4 +1,4 @@
-"""Where a deployment's models are, and what a missing one is called."""
+"""The search for a deployment's models, and the finding for a missing one."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from specprefill.core.findings import Finding, Severity
-from specprefill.deployment.model_files import located
+from specprefill.deployment.model_files import locate_model
 
 
 def found(path: str, *, offline: bool = False) -> Path | Finding:
-    return located("speculator.path", path, None, offline=offline)
+    return locate_model("speculator.path", path, None, offline=offline)
 
 
 def test_the_shipped_models_are_found_from_anywhere(

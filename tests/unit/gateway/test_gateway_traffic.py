@@ -1,4 +1,4 @@
-"""What gateways and pools tell the autoscaler."""
+"""The signals of gateways and pools to the autoscaler."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from specprefill.core.fakes import PlannedPipeline
 from specprefill.core.plan import Planner
 from specprefill.core.types import Chunk, PlanKind, Reason, Report, Request
 from specprefill.gateway.observe.traffic import ArrivalCounts, GatewayTraffic
-from specprefill.gateway.observe.watched import Watched
+from specprefill.gateway.observe.watched import ObservedPipeline
 from tests.policies import PAPER
 
 POLICY = replace(PAPER, chunk_tokens=1, min_kept_tokens=300, sink_tokens=0, tail_tokens=0)
@@ -53,7 +53,7 @@ class Pipeline:
 def counted(failure=None, keep=0.25):
     clock, traffic = Clock(), GatewayTraffic()
     planner = Planner(enabled=True, keep=keep, min_prompt_tokens=1000)
-    watched = Watched(Pipeline(clock, failure), [ArrivalCounts(traffic, POLICY, clock)])
+    watched = ObservedPipeline(Pipeline(clock, failure), [ArrivalCounts(traffic, POLICY, clock)])
     return PlannedPipeline(watched, planner), traffic
 
 
@@ -73,7 +73,7 @@ async def test_an_arrival_is_counted_before_it_is_answered(tokens, kept):
     await stream.aclose()
 
 
-async def test_answers_teach_what_is_usual():
+async def test_averages_follow_the_answers():
     pipeline, traffic = counted()
     for _ in range(300):
         chunks = [c async for c in pipeline.generate(Request("r", tuple(range(4000)), b""))]
@@ -105,17 +105,17 @@ async def test_a_failed_request_was_an_arrival_too():
 
 async def test_selecting_asks_the_pipeline_inside():
     request = SimpleNamespace()
-    assert await Watched(Pipeline(Clock()), []).select(request) is request
+    assert await ObservedPipeline(Pipeline(Clock()), []).select(request) is request
 
 
 def test_waiting_is_being_behind_another_request():
     clock = Clock()
     waiting = Waiting(clock)
     assert waiting.oldest_s() == 0.0
-    with waiting.one():
+    with waiting.track():
         clock.now_s += 5.0
         assert waiting.oldest_s() == 0.0  # it is being computed
-        with waiting.one():
+        with waiting.track():
             clock.now_s += 2.0
             assert waiting.oldest_s() == 2.0
         assert waiting.oldest_s() == 0.0

@@ -23,34 +23,34 @@ def digests(seed, blocks):
 def test_every_gateway_computes_the_same_home():
     for seed in range(50):
         prefix = digests(seed, 20)
-        assert Homes(NAMES).of(prefix) == Homes(reversed(NAMES)).of(prefix)
+        assert Homes(NAMES).home_of(prefix) == Homes(reversed(NAMES)).home_of(prefix)
 
 
 def test_a_home_holds_until_the_prefix_is_four_times_as_long():
     homes = Homes(NAMES)
     for seed in range(50):
         prefix = digests(seed, 63)
-        assert len({homes.of(prefix[:blocks]) for blocks in range(16, 64)}) == 1
+        assert len({homes.home_of(prefix[:blocks]) for blocks in range(16, 64)}) == 1
 
 
 def test_prefixes_spread_evenly():
     homes = Homes(NAMES)
-    counted = Counter(homes.of(digests(seed, 5)) for seed in range(4000))
+    counted = Counter(homes.home_of(digests(seed, 5)) for seed in range(4000))
     assert set(counted) == set(NAMES)
     assert max(counted.values()) < 1.5 * 4000 / len(NAMES)
 
 
-def test_only_what_was_at_home_there_moves_when_a_replica_goes():
+def test_only_prefixes_of_a_removed_replica_move():
     before, after = Homes(NAMES), Homes(NAMES[1:])
     for seed in range(200):
         prefix = digests(seed, 5)
-        if before.of(prefix) != NAMES[0]:
-            assert after.of(prefix) == before.of(prefix)
+        if before.home_of(prefix) != NAMES[0]:
+            assert after.home_of(prefix) == before.home_of(prefix)
 
 
 @pytest.mark.parametrize(("names", "blocks"), [([], 5), (NAMES, 0)])
 def test_without_replicas_or_prefix_there_is_no_home(names, blocks):
-    assert Homes(names).of(digests(0, blocks)) is None
+    assert Homes(names).home_of(digests(0, blocks)) is None
 
 
 class Service:
@@ -60,7 +60,7 @@ class Service:
         self.rng = random.Random(1)
         self.fronts = [PrefixAffinity(hope) for _ in range(gateways)]
         for front in self.fronts:
-            front.know(dict.fromkeys(NAMES, ROOM))
+            front.set_replicas(dict.fromkeys(NAMES, ROOM))
         self.caches = {name: DigestMemory(ROOM // BLOCK_TOKENS) for name in NAMES}
         self.computed = Counter()
         self.hits = self.asked = self.calls = 0
@@ -70,9 +70,9 @@ class Service:
         front, load = self.rng.choice(self.fronts), PrefillLoad(BLOCK_TOKENS * len(prefix), prefix)
         self.calls += 1
         name = front.choose(str(self.calls), load)[0]
-        front.sent(str(self.calls), name, load)
-        front.answered(str(self.calls))
-        cached = self.caches[name].longest(prefix)
+        front.record_sent(str(self.calls), name, load)
+        front.record_end(str(self.calls))
+        cached = self.caches[name].longest_match(prefix)
         self.caches[name].remember(prefix)
         self.hits += cached
         self.asked += len(prefix)
@@ -108,7 +108,7 @@ def test_one_gateway_loses_next_to_nothing():
 
 
 @pytest.mark.parametrize("gateways", [1, 2])
-def test_what_all_prompts_share_does_not_bring_them_to_one_replica(gateways):
+def test_a_prefix_of_all_prompts_does_not_bring_them_to_one_replica(gateways):
     service = Service(gateways)
     service.converse(shared_blocks=8)
     assert service.imbalance < 1.6
@@ -116,28 +116,28 @@ def test_what_all_prompts_share_does_not_bring_them_to_one_replica(gateways):
 
 def test_a_queue_at_home_sends_prompts_elsewhere():
     made = PrefixAffinity()
-    made.know(dict.fromkeys(NAMES, ROOM))
+    made.set_replicas(dict.fromkeys(NAMES, ROOM))
     load = PrefillLoad(10 * BLOCK_TOKENS, tuple(digests(3, 10)))
-    home = made.ranked(load)[0]
-    made.sent("r", home, PrefillLoad(int(HOPE * 10 * BLOCK_TOKENS) + 1, ()))
-    assert made.ranked(load)[0] != home
+    home = made.rank(load)[0]
+    made.record_sent("r", home, PrefillLoad(int(HOPE * 10 * BLOCK_TOKENS) + 1, ()))
+    assert made.rank(load)[0] != home
 
 
 def test_a_replica_without_a_cache_is_nobodys_home():
     made = PrefixAffinity()
-    made.know(dict.fromkeys(NAMES, 0))
+    made.set_replicas(dict.fromkeys(NAMES, 0))
     load = PrefillLoad(10 * BLOCK_TOKENS, tuple(digests(3, 10)))
-    first = made.ranked(load)[0]
-    made.sent("r", first, PrefillLoad(1, ()))
-    made.answered("r")
-    assert made.ranked(load)[0] != first
+    first = made.rank(load)[0]
+    made.record_sent("r", first, PrefillLoad(1, ()))
+    made.record_end("r")
+    assert made.rank(load)[0] != first
 
 
-def test_what_is_known_counts_more_than_what_is_hoped_for():
+def test_known_prefixes_count_more_than_expected_ones():
     made = PrefixAffinity()
-    made.know(dict.fromkeys(NAMES, ROOM))
+    made.set_replicas(dict.fromkeys(NAMES, ROOM))
     load = PrefillLoad(10 * BLOCK_TOKENS, tuple(digests(3, 10)))
-    other = made.ranked(load)[-1]
-    made.sent("r", other, load)
-    made.answered("r")
-    assert made.ranked(load)[0] == other
+    other = made.rank(load)[-1]
+    made.record_sent("r", other, load)
+    made.record_end("r")
+    assert made.rank(load)[0] == other

@@ -14,7 +14,7 @@ from specprefill.core.pipeline import Pipeline
 from specprefill.core.plan import Planner
 from specprefill.core.types import Controls, PlanKind, Reason, Request
 from specprefill.gateway.observe.metrics import PipelineMetrics, RequestMetrics
-from specprefill.gateway.observe.watched import Learning, Watched
+from specprefill.gateway.observe.watched import LearningObserver, ObservedPipeline
 from tests.instruments import Instruments
 from tests.policies import PAPER
 
@@ -31,8 +31,11 @@ class Rig:
         self.speculator = FakeSpeculator()
         planner = Planner(enabled=True, keep=0.5, min_prompt_tokens=50)
         pipeline = Pipeline(self.speculator, FakePrefiller(), FakeDecoder(**decoder))
-        observers = [RequestMetrics(PipelineMetrics(self.counted)), Learning(learn or ignore)]
-        self.pipeline = PlannedPipeline(Watched(pipeline, observers), planner)
+        observers = [
+            RequestMetrics(PipelineMetrics(self.counted)),
+            LearningObserver(learn or ignore),
+        ]
+        self.pipeline = PlannedPipeline(ObservedPipeline(pipeline, observers), planner)
 
     async def run(self):
         return [chunk async for chunk in self.pipeline.generate(REQUEST)]
@@ -78,17 +81,17 @@ async def test_a_client_that_leaves_is_no_failure():
     assert rig.requests("client_closed") == 1
 
 
-async def test_who_learns_is_told_of_finished_requests_only():
-    told = []
+async def test_only_finished_requests_are_learnt_from():
+    learnt = []
 
     def learn(request, report):
-        told.append((request.request_id, report.kept_tokens))
+        learnt.append((request.request_id, report.kept_tokens))
 
     rig = Rig(learn, fails=[None, DecodeUnavailable("gone"), DecodeUnavailable("gone")])
     assert await rig.run()
     with pytest.raises(DecodeUnavailable):
         await rig.run()
-    assert told == [("r", 20)]
+    assert learnt == [("r", 20)]
 
 
 class SlowDraft:
@@ -109,7 +112,9 @@ class SlowDraft:
             fallback=Fallback(on_overload, PAPER),
             on_unscored=self.gain.learn_unscored,
         )
-        self.pipeline = PlannedPipeline(Watched(pipeline, [Learning(self.gain.learn)]), planner)
+        self.pipeline = PlannedPipeline(
+            ObservedPipeline(pipeline, [LearningObserver(self.gain.learn)]), planner
+        )
         self.asked = 0
 
     async def ask(self, **controls):
@@ -133,7 +138,7 @@ async def test_a_draft_that_is_too_slow_is_not_waited_for_by_every_request(on_ov
     assert reasons[tried:] == [Reason.NO_GAIN] * (8 - tried)
 
 
-async def test_who_asks_for_pruning_is_still_obeyed_where_the_draft_is_slow():
+async def test_callers_who_ask_for_pruning_get_it_though_the_draft_is_slow():
     gateway = SlowDraft(OnOverload.STATIC)
     for _ in range(4):
         await gateway.ask()

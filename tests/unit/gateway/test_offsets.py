@@ -88,7 +88,7 @@ class PlainTokenizer:
 def test_token_ids_are_placed_in_their_own_text(demo_tokenizer, text, kind):
     encoding = demo_tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
     known = demo_tokenizer if kind == "bytes" else PlainTokenizer(demo_tokenizer)
-    placed = PromptOffsets(known).place(None, encoding.ids, never)
+    placed = PromptOffsets(known).locate_tokens(None, encoding.ids, never)
     assert placed.text == text
     assert pairs(placed.offsets) == encoding.offsets
 
@@ -96,7 +96,7 @@ def test_token_ids_are_placed_in_their_own_text(demo_tokenizer, text, kind):
 @pytest.mark.parametrize("cut", [slice(5, None), slice(None, -5), slice(3, -3)])
 def test_a_truncated_prompt_is_placed_in_the_text_that_is_left(found, demo_tokenizer, cut):
     encoding = demo_tokenizer.backend_tokenizer.encode(TEXTS[0], add_special_tokens=False)
-    placed = found.place(TEXTS[0], encoding.ids[cut], never)
+    placed = found.locate_tokens(TEXTS[0], encoding.ids[cut], never)
     left = encoding.offsets[cut]
     assert placed.text == TEXTS[0][left[0][0] : left[-1][1]]
     start = left[0][0]
@@ -105,7 +105,7 @@ def test_a_truncated_prompt_is_placed_in_the_text_that_is_left(found, demo_token
 
 def test_a_prompt_that_is_cut_inside_characters_keeps_the_rest(found, demo_tokenizer):
     ids = demo_tokenizer.encode("🙂 end 🙂", add_special_tokens=False)
-    placed = found.place(None, ids[1:-1], never)
+    placed = found.locate_tokens(None, ids[1:-1], never)
     assert " end " in placed.text
     assert len(placed.offsets) == len(ids) - 2
     at = placed.text.index(" end ")
@@ -116,18 +116,18 @@ def test_a_prompt_that_is_cut_inside_characters_keeps_the_rest(found, demo_token
 def test_tokens_that_are_no_text_are_placed_too(demo_tokenizer):
     plain = PlainTokenizer(demo_tokenizer)
     half = demo_tokenizer.encode("🙂", add_special_tokens=False)[:1]
-    placed = PromptOffsets(plain).place(None, half * 50, never)
+    placed = PromptOffsets(plain).locate_tokens(None, half * 50, never)
     assert len(placed.offsets) == 50
     assert plain.longest <= 2 * 4
 
 
-def test_decoding_that_nobody_waits_for_ends(demo_tokenizer):
+def test_cancelled_decoding_ends(demo_tokenizer):
     with pytest.raises(Cancelled):
-        PromptOffsets(PlainTokenizer(demo_tokenizer)).place(None, [20] * 1000, lambda: True)
+        PromptOffsets(PlainTokenizer(demo_tokenizer)).locate_tokens(None, [20] * 1000, lambda: True)
 
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_placing_costs_one_walk_of_the_prompt(demo_tokenizer, plain):
     made = PromptOffsets(PlainTokenizer(demo_tokenizer) if plain else demo_tokenizer)
     ids = demo_tokenizer.encode(TEXTS[1], add_special_tokens=False)
-    assert_linear(lambda size: lambda: made.place(None, ids * size, never), 20)
+    assert_linear(lambda size: lambda: made.locate_tokens(None, ids * size, never), 20)

@@ -35,7 +35,7 @@ from specprefill.core.types import (
     Replay,
     Request,
     Ticket,
-    dense,
+    dense_selection,
 )
 from specprefill.gateway.openai.failures import RpcFailed, rpc_failure
 from specprefill.gateway.pools.handles import (
@@ -43,13 +43,13 @@ from specprefill.gateway.pools.handles import (
     ServeDecoder,
     ServePrefiller,
     ServeSpeculator,
-    mapped_errors,
+    map_errors,
 )
 from specprefill.gateway.pools.replica_counts import ServeHealth
 
 REQUEST = Request("r", (1, 2, 3), b"")
 PLAN = Plan(PlanKind.PRUNE, Reason.ASKED, 0.5)
-SELECTION = dense(3, Reason.ASKED_OFF)
+SELECTION = dense_selection(3, Reason.ASKED_OFF)
 TICKET = Ticket(Lease("lease", "secret"), ("peer:1",), "layout", 3)
 REPLAY: Replay = ((1,),)
 OBJECTS = ["a reference"]
@@ -137,10 +137,10 @@ def actor_lost() -> Exception:
         (TimeoutError(), DeadlineExceeded, "prefill"),
     ],
 )
-def test_what_ray_raises_comes_out_as_ours(
+def test_rays_errors_become_ours(
     raised: Exception, kind: type[SpecPrefillError], message: str
 ) -> None:
-    with pytest.raises(SpecPrefillError) as seen, mapped_errors("prefill", PrefillUnavailable):
+    with pytest.raises(SpecPrefillError) as seen, map_errors("prefill", PrefillUnavailable):
         raise raised
     assert type(seen.value) is kind
     assert message in str(seen.value)
@@ -227,7 +227,7 @@ async def test_the_lease_is_released_once_whatever_happens(failure: BaseExceptio
             REQUEST, SELECTION, 1.0
         ) as prefilling:
             assert await prefilling.ticket() is None
-            assert await prefilling.prefilled() == PREFILLED
+            assert await prefilling.result() == PREFILLED
             assert leases.released == []
             if failure is not None:
                 raise failure
@@ -251,7 +251,7 @@ async def test_an_early_ticket_and_the_results_are_one_lease() -> None:
     handle = Handle(TICKET, PREFILLED)
     async with ServePrefiller(handle, leases, {}).prefill(REQUEST, SELECTION, 1.0) as prefilling:
         assert await prefilling.ticket() == TICKET
-        assert await prefilling.prefilled() == PREFILLED
+        assert await prefilling.result() == PREFILLED
         prefilling.kv_arrived()
     assert leases.released == [TICKET]
 
@@ -303,7 +303,7 @@ async def test_health_counts_running_replicas_and_asks_seldom() -> None:
     assert asked == [100.0, 101.1]
 
 
-async def test_health_is_told_at_once_while_the_controller_is_slow() -> None:
+async def test_health_answers_at_once_while_the_controller_is_slow() -> None:
     clock, answers = [0.0], threading.Event()
 
     def status() -> Any:
@@ -334,7 +334,7 @@ async def test_the_newest_counts_are_not_remembered_ones() -> None:
     assert await health.count() == {"speculator": 1}
     running[0] = 0
     assert await health.count() == {"speculator": 1}
-    assert await health.newest() == {"speculator": 0}
+    assert await health.count_afresh() == {"speculator": 0}
 
 
 async def test_kv_that_ray_carries_goes_along_and_is_dropped_at_the_end() -> None:
@@ -342,7 +342,7 @@ async def test_kv_that_ray_carries_goes_along_and_is_dropped_at_the_end() -> Non
     handle = Handle(Decoded(Chunk(0, (1,), "x", finish_reason="stop")))
     prefiller = ServePrefiller(Handle(PREFILLED), Leases(), carried)
     async with prefiller.prefill(REQUEST, SELECTION, 1.0) as prefilling:
-        await prefilling.prefilled()
+        await prefilling.result()
         steps = ServeDecoder(handle, carried).decode(REQUEST, SELECTION, TICKET, REPLAY, 5.0)
         assert len([step async for step in steps]) == 1
         assert handle.objects == OBJECTS

@@ -24,7 +24,7 @@ def test_a_finished_request() -> None:
 
 def test_a_failed_request_names_its_error() -> None:
     log = RequestLog(REQUEST)
-    log.failed(Overloaded("the pool is full"))
+    log.record_failure(Overloaded("the pool is full"))
     assert log.line() == (
         "request_id=r1 outcome=Overloaded prompt_tokens=3 output_tokens=0 error='the pool is full'"
     )
@@ -35,7 +35,7 @@ def test_the_key_is_shown_by_its_name() -> None:
     assert log.line().endswith("output_tokens=0 key=team-a")
 
 
-def test_an_answer_nobody_waited_for_is_closed() -> None:
+def test_an_answer_that_the_client_left_is_closed() -> None:
     log = RequestLog(REQUEST)
     log.add(Chunk(0, (4,), "a"))
     assert "outcome=closed" in log.line()

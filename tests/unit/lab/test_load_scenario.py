@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from specprefill.cli.main import main
-from specprefill.deployment.checked_yaml import InvalidFile, checked
+from specprefill.deployment.checked_yaml import InvalidFile, validate
 from specprefill.lab.loadtest.scenario import Scenario
 
 LEAST = {
@@ -27,10 +27,10 @@ def edited(**changes):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"targt": 1}, "targt: unknown key, expected one of arrivals, cancel, chaos"),
+        ({"targt": 1}, "targt: unknown key; expected one of arrivals, cancel, chaos"),
         (
             {"arrivals": {"kind": "poisson", "qps": 1.0, "rate": 2}},
-            "arrivals.poisson.rate: unknown key, expected one of kind, qps",
+            "arrivals.poisson.rate: unknown key; expected one of kind, qps",
         ),
         ({"arrivals": {"kind": "poison", "qps": 1.0}}, "'constant', 'poisson', 'bursty'"),
         ({"arrivals": {"kind": "poisson", "qps": 0}}, "arrivals.poisson.qps: .* greater than 0"),
@@ -56,11 +56,11 @@ def edited(**changes):
 )
 def test_a_fault_is_named_with_its_place(changes, said):
     with pytest.raises(InvalidFile, match=said):
-        checked(edited(**changes), "f.yaml", Scenario)
+        validate(edited(**changes), "f.yaml", Scenario)
 
 
 def test_the_least_scenario_is_enough():
-    scenario = checked(LEAST, "f.yaml", Scenario)
+    scenario = validate(LEAST, "f.yaml", Scenario)
     assert scenario.at(3.0).arrivals.qps == 3.0
 
 
@@ -68,7 +68,7 @@ def test_the_shipped_scenarios_are_valid(root):
     files = sorted((root / "loadtest").glob("*.yaml"))
     assert files
     for file in files:
-        checked(yaml.safe_load(file.read_text()), str(file), Scenario)
+        validate(yaml.safe_load(file.read_text()), str(file), Scenario)
 
 
 @pytest.mark.parametrize(

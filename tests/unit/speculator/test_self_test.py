@@ -19,7 +19,7 @@ from specprefill.core.types import (
     Request,
     Selection,
     Span,
-    dense,
+    dense_selection,
 )
 from specprefill.gateway.pools.draft_state import SelfTestWatch
 from specprefill.gateway.pools.health import judge
@@ -47,7 +47,7 @@ class Chooses:
             raise ScoringTimeout("slow")
         runs = self._runs_of(request)
         if runs is None:
-            return dense(len(request.prompt), Reason.FLAT_SCORES)
+            return dense_selection(len(request.prompt), Reason.FLAT_SCORES)
         return Selection(len(request.prompt), runs, plan)
 
     async def test(self):
