@@ -1,4 +1,4 @@
-"""What a training step is fed: which samples, how long, at which learning rate."""
+"""Input of a training step: the samples, their length, the learning rate."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ class Progress:
 
 
 def rate_share(step: int, steps: int) -> float:
-    """Of the learning rate: warm-up, then constant, then a linear fall."""
+    """Return the share of the learning rate: warm-up, then constant, then a linear fall."""
     rise = min(1.0, (step + 1) / WARM_UP_STEPS)
     fall = min(1.0, max(LOWEST_RATE_SHARE, (1.0 - step / steps) / DECAY_SHARE))
     return rise * fall
 
 
 def draw_batch(shape: random.Random, rng: random.Random, sampler: Sampler, length: int) -> Batch:
-    """One batch at or below `length`; pruned prompts reach twice as far, at little cost.
+    """Draw a batch at or below `length`; pruned prompts reach twice as far, at little cost.
 
     `shape` decides on kind and length, `rng` on what the samples say.
     """
@@ -108,7 +108,7 @@ def _rows(tokens: int) -> int:
 
 
 def _shorter(shape: random.Random, length: int) -> int:
-    """Log-uniform, so that each power of two gets its share."""
+    """Draw log-uniformly, so that each power of two gets its share."""
     return int(SHORTEST_TOKENS * (length / SHORTEST_TOKENS) ** shape.random())
 
 

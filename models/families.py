@@ -32,7 +32,7 @@ MAX_QUESTIONS = 8
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What a user says, the reply, and what must be read for it, as the text has it."""
+    """A user's message, the reply, and the text that must be read for it."""
 
     text: str
     reply: str
@@ -52,13 +52,13 @@ Draw = Callable[[random.Random], str]
 
 
 def draw(rng: random.Random, tokens: int) -> Conversation:
-    """A conversation of any family, of about `tokens` tokens."""
+    """Draw a conversation of any family, of about `tokens` tokens."""
     family = rng.choices(list(WEIGHTS), weights=list(WEIGHTS.values()))[0]
     return family(rng, tokens)
 
 
 def magic(rng: random.Random, tokens: int) -> Conversation:
-    """Needles in noise, in prose, or among needles, each with a key of its own."""
+    """Draw needles in noise, in prose, or among needles, each with a key of its own."""
     key_kind, kind, size = rng.choice(NEEDLE_KINDS)
     among_needles = rng.random() < 0.5
     asked = max(1, min(MAX_QUESTIONS, tokens // (4 * size)))
@@ -72,7 +72,7 @@ def magic(rng: random.Random, tokens: int) -> Conversation:
 
 
 def magic_values(rng: random.Random, tokens: int) -> Conversation:
-    """One to four values of each key, all of them asked, told in the text's order."""
+    """Draw one to four values of each key, all of them asked, in the text's order."""
     kind, asked = niah.Kind.NUMBERS, max(1, min(4, tokens // 200))
     keys = words.distinct(lambda: words.adjective_noun(rng), asked)
     counted = [key for key in keys for _ in range(rng.choice((2, 4, 4)))]
@@ -87,7 +87,7 @@ def magic_values(rng: random.Random, tokens: int) -> Conversation:
 
 
 def magic_keys(rng: random.Random, tokens: int) -> Conversation:
-    """Several keys asked at once, told in the question's order."""
+    """Draw several keys asked at once, in the question's order."""
     kind, questions = niah.Kind.NUMBERS, max(1, min(4, tokens // 200))
     keys = words.distinct(lambda: words.adjective_noun(rng), max(4, min(12, tokens // 60)))
     values = {key: f"{key} is: {niah.drawn(rng, kind)}." for key in keys}
@@ -100,13 +100,13 @@ def magic_keys(rng: random.Random, tokens: int) -> Conversation:
 
 
 def variables(rng: random.Random, tokens: int) -> Conversation:
-    """The chain backwards, as it stands in the text: each name's own line leads to the next."""
+    """Draw the chain backwards, as the text has it: each name's own line leads to the next."""
     draft = _drafted(tracking.variable_tracking, rng, max(6, (tokens - 170) // NOISE), tokens)
     return _asked_once(draft, " = VAR ".join(reversed(draft.references)))
 
 
 def pairs(rng: random.Random, tokens: int) -> Conversation:
-    """Values of keys in a JSON object."""
+    """Draw values of keys in a JSON object."""
     asked = max(1, min(MAX_QUESTIONS, tokens // (4 * PAIR)))
     count = max(asked, 2, tokens // PAIR - 1 - asked * 2)
     items = [f'"{words.uuid4(rng)}": "{words.uuid4(rng)}"' for _ in range(count)]
@@ -120,7 +120,7 @@ def pairs(rng: random.Random, tokens: int) -> Conversation:
 
 
 def newest(rng: random.Random, tokens: int) -> Conversation:
-    """Numbered notices, several about each key; the newest one holds."""
+    """Draw numbered notices, several about each key; the newest one holds."""
     subjects = corpus.records(rng, max(2, min(5, tokens // 60)))
     revised = [subject for subject in subjects for _ in range(rng.choice((1, 2, 3)))]
     rng.shuffle(revised)
@@ -134,7 +134,7 @@ def newest(rng: random.Random, tokens: int) -> Conversation:
 
 
 def quoted(rng: random.Random, tokens: int) -> Conversation:
-    """The lines under a comment, after the comment itself."""
+    """Draw the lines under a comment, after the comment itself."""
     short = tokens < copying.SHORT_BELOW_TOKENS
     size = copying.SHORT_BLOCK_LINES if short else copying.BLOCK_LINES
     lines = max(size, tokens // CODE_LINE - size)
@@ -144,7 +144,7 @@ def quoted(rng: random.Random, tokens: int) -> Conversation:
 
 
 def secret(rng: random.Random, tokens: int) -> Conversation:
-    """A word of the system prompt."""
+    """Draw a word of the system prompt."""
     sentences = max(1, (tokens - 50) // SENTENCE)
     draft = _drafted(dialogue.SystemSecret(warm=False).draft, rng, sentences, tokens)
     system, user = (str(message["content"]) for message in draft.messages)
@@ -152,7 +152,7 @@ def secret(rng: random.Random, tokens: int) -> Conversation:
 
 
 def recalled(rng: random.Random, tokens: int) -> Conversation:
-    """Every turn brings a part of the document; the last asks about the first."""
+    """Draw turns that each bring a part of the document; the last asks about the first."""
     sentences = max(dialogue.TURNS, (tokens - 250) // SENTENCE)
     draft = _drafted(dialogue.recall, rng, sentences, tokens)
     texts = [str(message["content"]) for message in draft.messages] + [draft.gold[0]]
@@ -163,7 +163,7 @@ def recalled(rng: random.Random, tokens: int) -> Conversation:
 
 
 def drilled(rng: random.Random, tokens: int) -> list[tuple[str, str]]:
-    """Keys with what follows them, so many that twice all of them take most of the tokens."""
+    """Draw keys with what follows them; twice all of them take most of the tokens."""
     draw_key, between, draw_value, size = rng.choice(DRILLS)
     count = max(2, tokens // (2 * size + SENTENCE))
     keys = words.distinct(lambda: draw_key(rng), count)
@@ -206,7 +206,7 @@ def _name(rng: random.Random) -> str:
 
 
 def _magic_turn(kind: niah.Kind, keys: Sequence[str], facts: Sequence[str]) -> Turn:
-    """The question, with the beginning of an answer that the published prompts end with."""
+    """Return the question, with the beginning of an answer that the published prompts end with."""
     template = niah.MANY if len(facts) > 1 else niah.ONE
     query = ", ".join(keys[:-1]) + ", and " + keys[-1] if len(keys) > 1 else keys[0]
     shown = kind if len(facts) > 1 else kind.removesuffix("s")

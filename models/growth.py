@@ -58,7 +58,7 @@ def _grow_layer(small: LlamaDecoderLayer, large: LlamaDecoderLayer, head: int, w
 
 
 def _more_heads(rows: Tensor, head: int, wanted_rows: int) -> Tensor:
-    """Every head's rows copied beside themselves, so that copies share a key-value head."""
+    """Copy every head's rows beside themselves, so that copies share a key-value head."""
     copies = wanted_rows // rows.shape[0]
     heads = rows.reshape(-1, head, rows.shape[1])
     return heads.repeat_interleave(copies, dim=0).reshape(wanted_rows, rows.shape[1])

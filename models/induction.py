@@ -30,7 +30,7 @@ FETCH_GAIN, MATCH_GAIN, COPY_GAIN = 0.1, 2.0, 0.5
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Where the circuit's rows and columns are."""
+    """The rows and columns of the circuit."""
 
     width: int  # of a block of the hidden state
     head: int
@@ -45,18 +45,18 @@ class Shape:
         return slice(kv_head * self.head, (kv_head + 1) * self.head)
 
     def query_rows(self, kv_head: int) -> slice:
-        """Of the group's first query head; the others stay random."""
+        """Return the rows of the group's first query head; the others stay random."""
         start = kv_head * self.group * self.head
         return slice(start, start + self.head)
 
     def content_rows(self) -> torch.Tensor:
-        """Within a head: both halves of the slowest pairs."""
+        """Return rows within a head: both halves of the slowest pairs."""
         slow = torch.arange(self.head // 2 - CONTENT_PAIRS, self.head // 2)
         return torch.cat([slow, slow + self.head // 2])
 
 
 def start_with_induction(model: LlamaForCausalLM, generator: torch.Generator) -> None:
-    """Writes the circuit over the model's random weights."""
+    """Write the circuit over the model's random weights."""
     shape = _shape(model.config)
     with torch.no_grad():
         for layer in model.model.layers:
@@ -84,7 +84,7 @@ def _split_embedding(weight: torch.Tensor, shape: Shape) -> None:
 
 
 def _look_back(model: LlamaForCausalLM, shape: Shape, generator: torch.Generator) -> None:
-    """First layer: keys have the phase of their place, queries that of the place they look at."""
+    """Set the first layer: keys have the phase of their place, queries that of the one before."""
     attention = model.model.layers[0].self_attn
     half = shape.head // 2
     read = _orthogonal(shape.head, shape.width, generator)
@@ -101,7 +101,7 @@ def _look_back(model: LlamaForCausalLM, shape: Shape, generator: torch.Generator
 
 
 def _match_and_copy(model: LlamaForCausalLM, shape: Shape, generator: torch.Generator) -> None:
-    """Second layer: (token, one back) of the query against (one back, two back) of the keys."""
+    """Set the second layer: (token, one back) of the query against (one, two back) of the keys."""
     attention = model.model.layers[1].self_attn
     content = shape.content_rows()
     for kv_head in range(shape.kv_heads):
@@ -119,7 +119,7 @@ def _match_and_copy(model: LlamaForCausalLM, shape: Shape, generator: torch.Gene
 
 
 def _orthogonal(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
-    """Orthonormal rows, blind to the constant column."""
+    """Return orthonormal rows, blind to the constant column."""
     square = torch.linalg.qr(torch.randn(columns, columns, generator=generator))[0]
     matrix = square[:rows].clone()
     matrix[:, 0] = 0.0

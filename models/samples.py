@@ -37,7 +37,7 @@ PLAIN, ANSWER = 1, 2  # what a token is to the loss; 0 is padding
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Which tokens one answer needs, and which tokens are to look at them: indices of a sample."""
+    """The tokens that one answer needs, and the tokens to look at them: indices of a sample."""
 
     queries: range  # the first stands before the answer's first token
     gold: tuple[int, ...]
@@ -45,7 +45,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Token ids, the position of each, the kind of each, and what each answer needs."""
+    """Token ids, the position of each, the kind of each, and the findings of the answers."""
 
     ids: tuple[int, ...]
     positions: tuple[int, ...]
@@ -68,11 +68,11 @@ class Sampler:
     tokenizer: PreTrainedTokenizerBase
 
     def dense(self, rng: random.Random, tokens: int) -> Sample:
-        """A chat of about `tokens` tokens."""
+        """Make a chat of about `tokens` tokens."""
         return self._sample(draw_chat(rng, tokens))
 
     def pruned(self, rng: random.Random, tokens: int, keep: float) -> Sample:
-        """A chat of which only some chunks are left, at their own positions.
+        """Make a chat with only some chunks left, at their own positions.
 
         Chunks that an answer needs and those from the first question on are left, as a good
         speculator would do, and about `keep` of the others.
@@ -85,7 +85,7 @@ class Sampler:
         return _left(whole, left)
 
     def drill(self, rng: random.Random, tokens: int) -> Sample:
-        """Bare keys with values among filler, then all of them again: the task at its densest."""
+        """Make bare keys with values among filler, then all of them again: the densest task."""
         facts = families.drilled(rng, tokens)
         pairs = [(self._encode(key), self._encode(f"{key}{value}.")) for key, value in facts]
         room = tokens - 2 * sum(len(pair) for _, pair in pairs)
@@ -125,7 +125,7 @@ class Sampler:
 
 
 def draw_chat(rng: random.Random, tokens: int) -> Chat:
-    """About records, or of one of the quality suite's families; about `tokens` tokens."""
+    """Draw a chat of about `tokens` tokens about records, or of one of the suite's families."""
     if rng.random() < RECORDS_SHARE:
         return make_chat(rng, tokens)
     conversation = families.draw(rng, tokens - TEMPLATE)
@@ -140,7 +140,7 @@ def draw_chat(rng: random.Random, tokens: int) -> Chat:
 
 
 def make_chat(rng: random.Random, tokens: int) -> Chat:
-    """A conversation of about `tokens` tokens: a document, then questions with their answers."""
+    """Make a chat of about `tokens` tokens: a document, then questions with their answers."""
     asked_count = max(1, min(MAX_QUESTIONS, tokens // TOKENS_PER_QUESTION))
     most = max(2, min(MAX_RECORDS, tokens // TOKENS_PER_RECORD))
     count = max(asked_count, rng.randint(2, most))
@@ -156,7 +156,7 @@ def make_chat(rng: random.Random, tokens: int) -> Chat:
 
 
 def draw_filler(rng: random.Random, sentences: int) -> list[str]:
-    """Sentences drawn from a smaller pool: the repeats reward a model that learns to copy."""
+    """Draw sentences from a smaller pool: the repeats reward a model that learns to copy."""
     pool = corpus.filler_pool(rng, max(3, int(sentences * rng.uniform(0.2, 1.0))))
     return [rng.choice(pool) for _ in range(sentences)]
 
@@ -182,7 +182,7 @@ def _messages(
 
 
 def _kinds(ids: list[int], start: int, end: int) -> Iterator[int]:
-    """Answers are what stands after a start token, up to and with the end token."""
+    """Mark the kinds: answers follow a start token, up to and with the end token."""
     inside = False
     for token in ids:
         yield ANSWER if inside else PLAIN
@@ -190,7 +190,7 @@ def _kinds(ids: list[int], start: int, end: int) -> Iterator[int]:
 
 
 def _tokens_of(encoding: BatchEncoding, text: str, parts: Sequence[str]) -> Iterator[int]:
-    """The tokens of each part's first place in the text."""
+    """Return the tokens of each part's first place in the text."""
     for part in parts:
         start = text.index(part)
         first = encoding.char_to_token(start)
@@ -199,7 +199,7 @@ def _tokens_of(encoding: BatchEncoding, text: str, parts: Sequence[str]) -> Iter
 
 
 def _left(whole: Sample, left: Sequence[int]) -> Sample:
-    """The sample with only these of its tokens, among which is all that its answers need."""
+    """Return the sample with only these tokens, among which is all that its answers need."""
     places = {i: place for place, i in enumerate(left)}
     return Sample(
         ids=tuple(whole.ids[i] for i in left),
@@ -216,7 +216,7 @@ def _left(whole: Sample, left: Sequence[int]) -> Sample:
 
 
 def stretched(rng: random.Random, sample: Sample, most: int) -> Sample:
-    """The sample as if chunks between its own had been pruned, at positions below `most`.
+    """Return the sample as if chunks between its own had been pruned, at positions below `most`.
 
     Long distances are learnt at the cost of short prompts.
     """
@@ -236,7 +236,7 @@ def _gold_chunks(sample: Sample) -> set[int]:
 
 
 def _conversation_chunks(sample: Sample) -> set[int]:
-    """From the first question on."""
+    """Return the chunks from the first question on."""
     question = sample.kinds.index(ANSWER) - LAST_QUESTION_TOKENS
     chunks = [i // GAP_CHUNK_TOKENS for i in sample.positions]
     return {chunk for chunk in chunks if chunk >= question // GAP_CHUNK_TOKENS}

@@ -45,7 +45,7 @@ REPORT_EVERY_STEPS = 25
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The size of a model, and how it learns."""
+    """The size of a model, and its training."""
 
     folder: str
     hidden: int
@@ -68,7 +68,7 @@ RECIPES = {
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one batch gave; the accuracy is of answer tokens."""
+    """The losses of one batch; the accuracy is of answer tokens."""
 
     answer_loss: torch.Tensor
     plain_loss: torch.Tensor
@@ -83,7 +83,7 @@ class Outcome:
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """A Llama with random weights."""
+    """Make a Llama with random weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=recipe.hidden,
@@ -103,7 +103,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LlamaForC
 
 
 def forward(model: LlamaForCausalLM, batch: Batch) -> Outcome:
-    """Cross-entropy of all answer tokens and of a random quarter of the others."""
+    """Return cross-entropy of all answer tokens and of a random quarter of the others."""
     device = model.device
     with torch.autocast(device.type, dtype=torch.bfloat16):
         # The mask of ones keeps transformers from reading gaps as borders of packed sequences.
@@ -132,7 +132,7 @@ def forward(model: LlamaForCausalLM, batch: Batch) -> Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """One model on its way."""
+    """One model in training."""
 
     model: LlamaForCausalLM
     optimizer: torch.optim.Optimizer
@@ -163,7 +163,7 @@ class Training:
         return batch, outcome
 
     def save(self, path: Path) -> None:
-        """Everything that going on needs, replaced in one move."""
+        """Save everything that resuming needs, replaced in one move."""
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "model": self.model.state_dict(),
@@ -177,7 +177,7 @@ class Training:
 def start(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folders: Path, earlier: Path | None
 ) -> tuple[LlamaForCausalLM, Progress]:
-    """From an earlier model, an induction circuit, or a smaller model at the longest prompts."""
+    """Start from an earlier model, an induction circuit, or a smaller model at full length."""
     model = build_model(recipe, tokenizer)
     generator = torch.Generator().manual_seed(0)
     if earlier is not None:
@@ -204,7 +204,7 @@ def begin(
     seed: int,
     replica: int,
 ) -> Training:
-    """From the checkpoint where there is one, else from the start."""
+    """Go on from the checkpoint where there is one, else from the start."""
     torch.manual_seed(seed)
     model, progress = start(recipe, tokenizer, folders, earlier)
     model.to(device)
@@ -236,7 +236,7 @@ def run(training: Training, checkpoint: Path, output: Path) -> None:
 
 
 def save(training: Training, checkpoint: Path, output: Path) -> None:
-    """The checkpoint, and the model folder in which the weights are shipped."""
+    """Save the checkpoint, and the model folder in which the weights are shipped."""
     training.save(checkpoint)
     save_folder(training.model, HERE / training.recipe.folder, output)
 
@@ -263,7 +263,7 @@ def save_folder(model: LlamaForCausalLM, tokenizer_folder: Path, output: Path) -
 
 
 def report(progress: Progress, batch: Batch, outcome: Outcome) -> None:
-    """One key=value line."""
+    """Print one key=value line."""
     print(
         f"step={progress.step} length={progress.length} accuracy={progress.accuracy:.3f}"
         f" batch={tuple(batch.ids.shape)} drawn={batch.length}"

@@ -59,25 +59,25 @@ class Arm:
 
     @property
     def summary(self) -> Summary:
-        """Its numbers."""
+        """Summary of the pass."""
         return self.run.summary
 
     @property
     def queued(self) -> int:
-        """Answered requests that had waited."""
+        """Number of answered requests that had waited."""
         waits_s = (one.reported("queue_s") for one in self.run.outcomes)
         return sum(1 for each in waits_s if each is not None and each > QUEUED_S)
 
     @property
     def shed(self) -> dict[str, int]:
-        """Refused requests by the service's reason."""
+        """Number of refused requests by the service's reason."""
         refused = (one.stream for one in self.run.outcomes if one.stream.ending is Ending.SHED)
         found = (_SHED.match(stream.error) for stream in refused)
         return dict(Counter("untold" if each is None else each[1] for each in found))
 
 
 def unexplained(outcomes: Sequence[Outcome]) -> list[str]:
-    """What ended neither in an answer nor in a status with a reason."""
+    """Return what ended neither in an answer nor in a status with a reason."""
     return [
         f"request {one.index}: {one.stream.ending}: {one.stream.error}"
         for one in outcomes
@@ -86,7 +86,7 @@ def unexplained(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def configured(config: AppConfig, ttft_s: float, deadline_s: float) -> AppConfig:
-    """With admission, and with the default keep rate for every long prompt."""
+    """Return the configuration with admission, and the default keep rate for every long prompt."""
     admission = AdmissionConfig(ttft_s=ttft_s, keep_floor=KEEP_FLOOR)
     limits = {"request_timeout_s": deadline_s, "admission": admission}
     gateway = config.gateway.model_copy(update=limits)
@@ -95,7 +95,7 @@ def configured(config: AppConfig, ttft_s: float, deadline_s: float) -> AppConfig
 
 
 def burst(most_qps: float, share: float, seed: int) -> Trace:
-    """Quiet, a minute of `FACTOR` times the rate, quiet."""
+    """Return a quiet spell, a minute of `FACTOR` times the rate, and a quiet spell."""
     rate = bursty(share * most_qps, FACTOR, BURST_S, every_s=1e9, first_s=BEFORE_S)
     return drawn(rate, BEFORE_S + BURST_S + AFTER_S, seed, SHORTEST)
 
@@ -153,7 +153,7 @@ HEADERS = (
 
 
 def table(arms: Sequence[Arm]) -> str:
-    """One line per pass, in the order of asking."""
+    """Return one line per pass, in the order of asking."""
     return markdown(HEADERS, [_cells(arm) for arm in arms])
 
 
@@ -177,7 +177,7 @@ def _cells(arm: Arm) -> list[str]:
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m loadtest.bench.burst", description=__doc__)
     parser.add_argument("--slo", type=float, default=6.0, help="seconds to the first token")
     parser.add_argument("--deadline", type=float, default=30.0, help="seconds of a whole answer")

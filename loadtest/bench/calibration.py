@@ -1,4 +1,4 @@
-"""How fast the app on this machine is, learnt from its own reports of single requests.
+"""Measures how fast the app on this machine is, from its own reports of single requests.
 
 What the simulator is told about it: stage curves by the product's own stage models, what the way
 from the client to the pools and back costs, an output token's time, what other threads compute
@@ -41,7 +41,7 @@ _SPIN_NUMBERS = 4096  # they stay in a core's own cache
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:
-    """What the app costs when nothing disturbs it, and what it runs on."""
+    """The cost of the app when nothing disturbs it, and the machine it runs on."""
 
     engines: Engines
     front: Curve  # before and between the pools
@@ -51,7 +51,7 @@ class Calibrated:
 
 @dataclass(frozen=True, slots=True)
 class Single:
-    """An answer to a question alone, and the core-seconds that it cost."""
+    """An answer to a question alone, and its cost in core-seconds."""
 
     stream: Stream
     cpu_s: float
@@ -77,7 +77,7 @@ async def calibrate(
 
 
 async def idle_cores() -> float:
-    """How many cores the app keeps busy without any request."""
+    """Return the number of cores that the app keeps busy without any request."""
     before = used()
     await asyncio.sleep(IDLE_S)
     return between(before, used(), 0.0, IDLE_S).own
@@ -92,7 +92,7 @@ async def _single(prompt: Prompt, caller: Caller, idle: float) -> Single:
 
 
 def learnt(singles: Sequence[Single], decode_slots: int, machine: Machine) -> Calibrated:
-    """Stage curves and the rest, from answers to single requests that share no prefix."""
+    """Fit stage curves and the rest to answers to single requests that share no prefix."""
     models, front, aside = StageModels(), StageModel(_FRONT), StageModel(_FRONT)
     token_s = []
     for one in singles:
@@ -114,7 +114,7 @@ def learnt(singles: Sequence[Single], decode_slots: int, machine: Machine) -> Ca
 
 
 def measured_machine(idle: float) -> Machine:
-    """The cores that the idle app leaves, and how much all of them at work slow each other."""
+    """Return the cores that the idle app leaves, and how much all of them slow each other."""
     cores = len(os.sched_getaffinity(0))
     with multiprocessing.get_context("spawn").Pool(cores) as workers:
         alone = workers.apply(spins, (SPIN_S,))
@@ -123,7 +123,7 @@ def measured_machine(idle: float) -> Machine:
 
 
 def spins(seconds: float) -> float:
-    """How often per second one thread computes something; matrix products would take several."""
+    """Return the rate at which one thread computes; matrix products would take several threads."""
     numbers = np.linspace(-1.0, 1.0, _SPIN_NUMBERS, dtype=np.float32)
     began_s, count = time.perf_counter(), 0
     while time.perf_counter() - began_s < seconds:

@@ -55,7 +55,7 @@ class Crowd:
     took_s: float
 
     def row(self, score: float | None) -> dict[str, Any]:
-        """As numbers."""
+        """Return the answers as numbers."""
         gaps = [one.itl_s for one in self.answers if one.itl_s is not None]
         return {
             "clients": self.clients,
@@ -87,7 +87,7 @@ async def crowd(client: Client, variant: Variant, clients: int, args: argparse.N
 
 
 async def crowds(args: argparse.Namespace, servers: Mapping[str, Served]) -> list[Crowd]:
-    """Every number of clients, in every variant, after one question that warms up."""
+    """Run every number of clients, in every variant, after one question that warms up."""
     async with Client(load_tokenizer(), servers, args.seed).open() as client:
         asked = variants(args.keeps)
         for variant in asked:
@@ -102,7 +102,7 @@ async def crowds(args: argparse.Namespace, servers: Mapping[str, Served]) -> lis
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """One line per number of clients and variant, beside plain vLLM's."""
+    """Return one line per number of clients and variant, beside plain vLLM's."""
     plain = {row["clients"]: row for row in rows if row["variant"] == PLAIN}
     headers = ("clients", "variant", "answers/s", "vs vllm serve", "TTFT", "vs vllm serve", "ITL",
                "score")  # fmt: skip
@@ -123,7 +123,7 @@ def _cells(row: dict[str, Any], plain: dict[str, Any]) -> list[str]:
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m loadtest.bench.concurrency", description=__doc__
     )
@@ -139,7 +139,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _for_all(config: AppConfig, clients: int) -> AppConfig:
-    """Engines whose batch has room for every client."""
+    """Return engines whose batch has room for every client."""
     seats = {"max_num_seqs": clients}
     return config.model_copy(
         update={

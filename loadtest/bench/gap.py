@@ -1,4 +1,4 @@
-"""The gap between the first two tokens, and how much of the KV's way it shows: `make bench-kv`.
+"""The gap between the first two tokens, and the part of the transfer in it: `make bench-kv`.
 
 The same prompts on the same two engines, decode beginning to pull when prefill has answered
 (late) and while prefill computes its last chunk (early), in turn. Models as in `bench.ttft`.
@@ -34,7 +34,7 @@ WAYS = {"late": False, "early": True}
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """When each token of one answer came, and its report."""
+    """The arrival of each token of one answer, and its report."""
 
     way: str
     token_s: tuple[float, ...]  # since the request
@@ -42,12 +42,12 @@ class Run:
 
     @property
     def gap_s(self) -> float:
-        """Between the first token and the second."""
+        """Seconds between the first token and the second."""
         return self.token_s[1] - self.token_s[0]
 
     @property
     def itl_s(self) -> float:
-        """The median time between later tokens."""
+        """Median seconds between later tokens."""
         return statistics.median(
             later - earlier for earlier, later in itertools.pairwise(self.token_s[1:])
         )
@@ -68,7 +68,7 @@ async def answer(pipeline: Pipeline, way: str, asked: Request) -> Run:
 async def measure(
     config: AppConfig, prompt_tokens: int, keep: float, repeats: int, vocabulary: int, seed: int
 ) -> list[Run]:
-    """Both ways `repeats` times, interleaved, after one warm-up each."""
+    """Run both ways `repeats` times, interleaved, after one warm-up each."""
     from .pools import local_pipeline
 
     rng = random.Random(seed)
@@ -86,7 +86,7 @@ async def measure(
 
 
 def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The medians of each way; what of the transfer is hidden, beside the late way's."""
+    """Return the medians of each way, and the hidden part of the transfer beside the late way's."""
     late_s = _median(runs, "late", lambda run: run.report.transfer_s)
     return [
         {
@@ -107,7 +107,7 @@ def _median(runs: Sequence[Run], way: str, value: Callable[[Run], float]) -> flo
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """One line per way."""
+    """Return one line per way."""
     headers = ("decode begins", "TTFT", "transfer", "of it hidden", "token 1 to 2", "ITL", "in ITL")
     return markdown(headers, [_cells(row) for row in rows])
 

@@ -1,4 +1,4 @@
-"""What pruning can gain on one accelerator: `python -m loadtest.bench.gpu`.
+"""The possible gain of pruning on one accelerator: `python -m loadtest.bench.gpu`.
 
 The product's own scorer and selection, and the main model at sparse positions, both on
 transformers with random weights: no vLLM, no Ray. Time does not depend on the weights. A main
@@ -56,7 +56,7 @@ class Row:
 
     @property
     def speed_up(self) -> float:
-        """Of speculator and sparse prefill together over the dense prefill."""
+        """Dense prefill over speculator and sparse prefill together."""
         return self.dense_s / (self.speculate_s + self.prefill_s)
 
     @property
@@ -95,7 +95,7 @@ class MainModel:
 
 
 def random_model(shape: str, device: torch.device, dtype: torch.dtype, most: int) -> Any:
-    """A Llama of a named shape for `most` positions."""
+    """Make a Llama of a named shape for `most` positions."""
     hidden, intermediate, layers, heads, kv_heads, head_dim = SHAPES[shape]
     config = LlamaConfig(
         vocab_size=VOCABULARY if shape != "tiny" else 512,
@@ -126,7 +126,7 @@ def measure(
     repeats: int,
     seed: int,
 ) -> list[Row]:
-    """Every length: dense and each keep rate in turns, `repeats` times after one that warms up."""
+    """Measure every length: dense and each keep rate in turns, `repeats` times after a warm-up."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for length in lengths:
@@ -147,7 +147,7 @@ def _round(
     keeps: Sequence[float],
     generator: torch.Generator,
 ) -> list[tuple[int, float, float]]:
-    """(kept tokens, speculator seconds, prefill seconds) for dense, then for each keep rate."""
+    """Return (kept tokens, speculator seconds, prefill seconds) for dense, then each keep rate."""
     prompt = torch.randint(0, scorer.vocabulary_size, (length,), generator=generator)
     everything = torch.arange(length)
     measured = [(length, 0.0, _prefill_s(main, device, prompt, everything))]
@@ -171,7 +171,7 @@ def _positions(selection: Selection) -> Tensor:
 
 
 def timed(device: torch.device, action: Callable[[], Any]) -> tuple[Any, float]:
-    """What `action` returns, and the seconds until the device has done it."""
+    """Return the value of `action`, and the seconds until the device has done it."""
     _wait(device)
     started_s = time.perf_counter()
     result = action()
@@ -201,7 +201,7 @@ def _row(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Times, the gain, and the gain's ceiling."""
+    """Return times, the gain, and the gain's ceiling."""
     headers = ("prompt", "keep", "kept", "speculate", "prefill", "vs dense", "ceiling 1/(k+r)")
     return markdown(headers, [_cells(row) for row in rows])
 
@@ -224,7 +224,7 @@ def _progress(row: Row) -> str:
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m loadtest.bench.gpu", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--main", choices=SHAPES, default="8b")
@@ -262,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """As its maker calls it."""
+    """Return the device's name as its maker gives it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 

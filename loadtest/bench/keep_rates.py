@@ -43,7 +43,7 @@ ENOUGH = 0.95  # of dense, in every family
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """One prompt, as the selection sees it, and what its answer needs."""
+    """One prompt, as the selection sees it, and the spans that its answer needs."""
 
     family: str
     scores: Scores  # [N]
@@ -54,7 +54,7 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A way to choose how much is kept."""
+    """One way to choose the kept share."""
 
     name: str
     plan: Plan
@@ -79,7 +79,7 @@ class Result:
 
     @property
     def kept(self) -> float:
-        """Mean share of the tokens."""
+        """Mean kept share of the tokens."""
         return statistics.fmean(each.kept for each in self.families.values())
 
     @property
@@ -89,12 +89,12 @@ class Result:
 
     @property
     def lost(self) -> int:
-        """How many families do not keep enough of what they need."""
+        """Number of families that do not keep enough of what they need."""
         return sum(each.survival < ENOUGH for each in self.families.values())
 
 
 def variants(policy: SelectionPolicy) -> Iterator[Variant]:
-    """The fixed rates, and every rule: as it is, dense for the unsure, and careful with them."""
+    """Return the fixed rates, and every rule: as it is, dense for the unsure, careful with them."""
     for keep in FIXED:
         yield Variant(f"keep {keep:g}", Plan(PlanKind.PRUNE, Reason.ASKED, keep), policy)
     automatic = Plan(PlanKind.PRUNE, Reason.AUTO, keep=1.0, floor=FLOOR)
@@ -106,7 +106,7 @@ def variants(policy: SelectionPolicy) -> Iterator[Variant]:
 
 
 def next_shares(policy: SelectionPolicy) -> Iterator[Variant]:
-    """How much of a chunk's score the chunk behind it gets, at a low fixed rate."""
+    """Return the share of a chunk's score for the chunk behind it, at a low fixed rate."""
     plan = Plan(PlanKind.PRUNE, Reason.ASKED, NEXT_SHARES_KEEP)
     for share in NEXT_SHARES:
         name = f"keep {NEXT_SHARES_KEEP:g}, next {share:g}"
@@ -114,12 +114,12 @@ def next_shares(policy: SelectionPolicy) -> Iterator[Variant]:
 
 
 def _guards(auto: AutoKeep) -> tuple[tuple[float, float], ...]:
-    """Least certainty, and what share of the peak counts below it."""
+    """Return the least certainty, and the share of the peak that counts below it."""
     return (0.0, 0.0), (auto.least_certainty, 0.0), (auto.least_certainty, auto.unsure_share)
 
 
 def name_of(auto: AutoKeep) -> str:
-    """As the tables call it."""
+    """Return the name for the tables."""
     rule = f"{auto.rule.value} {auto.setting:g}"
     if auto.least_certainty == 0.0:
         return rule
@@ -128,7 +128,7 @@ def name_of(auto: AutoKeep) -> str:
 
 
 def measured(variant: Variant, prompts: Sequence[Scored]) -> Result:
-    """What is left of each family's gold."""
+    """Measure how much of each family's gold is left."""
     families: dict[str, list[tuple[float, Selection]]] = {}
     for prompt in prompts:
         chosen = select(
@@ -139,7 +139,7 @@ def measured(variant: Variant, prompts: Sequence[Scored]) -> Result:
 
 
 def survival(gold: Sequence[Span], chosen: Selection) -> float:
-    """Share of the gold spans that are kept whole; without any, share of the prompt."""
+    """Return the share of gold spans kept whole; without any, the share of the prompt."""
     if not gold:
         return chosen.keep_rate
     whole = [
@@ -158,7 +158,7 @@ def _family(found: Sequence[tuple[float, Selection]]) -> FamilyResult:
 
 
 def best_of_each_rule(results: Sequence[Result]) -> list[Result]:
-    """Per rule and guard the setting that loses the fewest families, then with fewest tokens."""
+    """Return per rule and guard the setting that loses the fewest families, then fewest tokens."""
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         key = (result.variant.split()[0], result.variant.partition(",")[2])
@@ -175,7 +175,7 @@ def _merit(result: Result) -> tuple[int, float]:
 
 
 def overview(results: Sequence[Result]) -> str:
-    """One line per variant; those that lose the fewest families first, then fewest tokens."""
+    """Return one line per variant; those that lose the fewest families first, then by tokens."""
     least = _best([result for result in results if result.variant.startswith("keep ")])
     ordered = sorted(results, key=_merit)
     return markdown(
@@ -195,7 +195,7 @@ def overview(results: Sequence[Result]) -> str:
 
 
 def by_family(results: Sequence[Result]) -> str:
-    """Survival and kept share, one line per family."""
+    """Return survival and kept share, one line per family."""
     headers = ["family", *(result.variant for result in results)]
     rows = [
         [name, *(_cell(result.families[name]) for result in results)]
@@ -211,7 +211,7 @@ def _cell(found: FamilyResult) -> str:
 def scored(
     speculator: str, families: Sequence[str], seeds: Sequence[int], lengths: Sequence[int]
 ) -> list[Scored]:
-    """Every family's prompts through the speculator, as the gateway and the service do it."""
+    """Score every family's prompts by the speculator, as the gateway and the service do it."""
     from .scored_prompts import Scoring
 
     scoring = Scoring.load(SpeculatorConfig(path=speculator, dtype="float32"))
@@ -224,7 +224,7 @@ def scored(
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m loadtest.bench.keep_rates", description=__doc__
     )

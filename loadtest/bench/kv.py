@@ -1,4 +1,4 @@
-"""How fast KV leaves a prefill worker, beside what the same bytes cost otherwise: `make bench-kv`.
+"""Speed of KV out of a prefill worker, beside other transfers of the bytes: `make bench-kv`.
 
 A child process holds leases of random frames, each in memory of its own, and serves them as a
 prefill worker does; this process pulls them as a decode worker does, digests checked. In the
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 def measure(
     worker: Worker, sizes: Sequence[int], repeats: int
 ) -> dict[int, dict[str, list[float]]]:
-    """Seconds of each way to move `size` MB, by size, then way; the ways take turns."""
+    """Return seconds of each way to move `size` MB, by size, then way; the ways take turns."""
     client, parallel, reader = KvClient(), KvClient(streams=STREAMS), _reader()
     address, objects = worker.address, Objects(worker, KvClient())
     channel = grpc.insecure_channel(address, options=OPTIONS)
@@ -117,7 +117,7 @@ def pull(client: KvClient | NixlClient, address: str, size: int, lease_id: str =
 
 
 def raw_stream(channel: grpc.Channel, size: int) -> None:
-    """The same messages without frames, leases or digests."""
+    """Stream the same messages without frames, leases or digests."""
     stream: Any = channel.unary_stream(RAW)
     received = sum(len(message) for message in stream(str(size).encode()))
     if received != size * MB:
@@ -141,7 +141,7 @@ class Objects:
         self._relay.stop()
 
     def seconds(self, size: int) -> tuple[float, float]:
-        """To store one lease, and to pull it out of the store through the decode replica.
+        """Return seconds to store one lease, and to pull it through the decode replica.
 
         As in a prefill replica, the worker is asked for the KV before it is complete. The first
         time is from then on until the object is in the store.
@@ -170,14 +170,14 @@ class Objects:
 
 
 def copy_seconds(size: int) -> float:
-    """One copy of warm memory."""
+    """Return the seconds of one copy of warm memory."""
     source = np.ones(size * MB, dtype=np.uint8)
     target = np.zeros_like(source)
     return timed(lambda: np.copyto(target, source))
 
 
 def ray_seconds(size: int) -> tuple[float, float]:
-    """Into the object store, and out of it (zero-copy)."""
+    """Return the seconds into the object store, and out of it (zero-copy)."""
     import ray
 
     source = np.ones(size * MB, dtype=np.uint8)
@@ -188,7 +188,7 @@ def ray_seconds(size: int) -> tuple[float, float]:
 
 
 def timed(action: Callable[[], object]) -> float:
-    """Seconds that `action` takes."""
+    """Return the seconds that `action` takes."""
     started_s = time.perf_counter()
     action()
     return time.perf_counter() - started_s
@@ -196,7 +196,7 @@ def timed(action: Callable[[], object]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """The child process, and what it is told to do with one lease that is under way."""
+    """The child process, and commands to it for one lease that is under way."""
 
     address: str  # `host:port`
     _pipe: Connection
@@ -206,11 +206,11 @@ class Worker:
         return str(self._told("hold", size))
 
     def wait_asked(self) -> None:
-        """Until somebody has asked where the lease lies."""
+        """Wait until somebody has asked for the lease's place."""
         self._told("wait_asked")
 
     def finish(self) -> float:
-        """Lay the last frame there. Returns when that was done, on the machine's clock."""
+        """Lay the last frame there. Returns the time of that, on the machine's clock."""
         return float(self._told("finish"))
 
     def drop(self) -> None:
@@ -224,7 +224,7 @@ class Worker:
 
 @contextmanager
 def served(sizes: Sequence[int]) -> Iterator[Worker]:
-    """A child process that holds leases of these sizes."""
+    """Run a child process that holds leases of these sizes."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     child = context.Process(target=_serve, args=(theirs, sizes), daemon=True)
@@ -238,7 +238,7 @@ def served(sizes: Sequence[int]) -> Iterator[Worker]:
 
 @contextmanager
 def stored() -> Iterator[None]:
-    """A Ray of this process alone, large enough for the objects."""
+    """Run a local Ray cluster of this process alone, large enough for the objects."""
     set_auth_mode()  # Ray reads it when it is imported
     import ray
 
@@ -263,7 +263,7 @@ class _RawHandler(grpc.GenericRpcHandler):
 
 
 def _reader() -> NixlClient | None:
-    """A decode worker's end of `nixl`; None where it is not installed."""
+    """Return a decode worker's end of `nixl`; None where it is not installed."""
     agent = agent_for("auto", encrypted=False)
     if agent is None:
         return None
@@ -273,7 +273,7 @@ def _reader() -> NixlClient | None:
 
 
 def _serve(parent: Connection, sizes: Sequence[int]) -> None:
-    """The child: the product's KV server and a bare stream on one port."""
+    """Serve in the child: the product's KV server and a bare stream on one port."""
     rng = np.random.default_rng(0)
     messages = [rng.bytes(FRAME_BYTES) for _ in range(max(sizes) * MB // FRAME_BYTES)]
     lending = _Lending(messages, 2 * max(sizes) * MB)
@@ -292,7 +292,7 @@ def _serve(parent: Connection, sizes: Sequence[int]) -> None:
 
 
 class _Asked(LeaseStore):
-    """Tells when somebody has begun to read."""
+    """Signals that a reader has started."""
 
     def __init__(self) -> None:
         super().__init__(max_bytes=1 << 40, lease_s=3600.0, now=time.monotonic)
@@ -306,7 +306,7 @@ class _Asked(LeaseStore):
 
 
 class _Lending:
-    """One lease after the other for `object_ref`, in memory that the other process maps."""
+    """Lends one lease after the other for `object_ref`, in memory that the other process maps."""
 
     def __init__(self, messages: list[bytes], room: int) -> None:
         self._messages = messages
@@ -340,7 +340,7 @@ class _Lending:
 
 
 def _readable(messages: list[bytes], sizes: Sequence[int]) -> list[NixlHandler]:
-    """The same leases for `nixl`, in registered memory; none where it is not installed."""
+    """Return the same leases for `nixl`, in registered memory; none where it is not installed."""
     agent = agent_for("auto", encrypted=False)
     if agent is None:
         return []
@@ -350,7 +350,7 @@ def _readable(messages: list[bytes], sizes: Sequence[int]) -> list[NixlHandler]:
 
 
 def _leases(messages: list[bytes], sizes: Sequence[int], arena: Arena | None = None) -> LeaseStore:
-    """One lease per size, named after it."""
+    """Return one lease per size, named after it."""
     leases = LeaseStore(max_bytes=1 << 40, lease_s=3600.0, now=time.monotonic)
     for size in sizes:
         leases.open(str(size), SECRET)
@@ -369,7 +369,7 @@ def _row(size: int, seconds: dict[str, list[float]]) -> list[str]:
 
 
 def _ratio(seconds: dict[str, list[float]], way: str, other: str) -> float:
-    """How fast `way` is, in units of `other`: the median over runs side by side."""
+    """Return the speed of `way` in units of `other`: the median over runs side by side."""
     return statistics.median(
         theirs / ours for ours, theirs in zip(seconds[way], seconds[other], strict=True)
     )

@@ -52,7 +52,7 @@ IDLE_TIMEOUT_S = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Borne:
-    """What one server bore at one keep rate; None: not even the lowest rate."""
+    """The highest rate of one server at one keep rate; None: not even the lowest one."""
 
     name: str
     qps: float | None
@@ -68,7 +68,7 @@ def scenario(
     timeout_s: float,
     grid: Sequence[float],
 ) -> Scenario:
-    """The protocol against one server at one keep rate."""
+    """Return the protocol against one server at one keep rate."""
     return Scenario(
         target=Target(address=served.url, model=served.model),
         tokenizer=local_path("models/demo-main"),
@@ -89,7 +89,7 @@ def scenario(
 async def alone(
     served: Served, source: Source, lengths: Sequence[int], keep: float | None
 ) -> list[list[Stream]]:
-    """Answers of one request at a time, by length."""
+    """Return answers of one request at a time, by length."""
     caller = session.caller_of(Target(address=served.url, model=served.model))
     answers = []
     async with caller.open():
@@ -105,12 +105,12 @@ async def alone(
 
 
 def latency_s(answers: Sequence[Sequence[Stream]]) -> float:
-    """Mean over the lengths of the median end-to-end latency."""
+    """Return the mean over the lengths of the median end-to-end latency."""
     return statistics.fmean(statistics.median(one.end_s for one in runs) for runs in answers)
 
 
 def ceiling(answers: Sequence[Sequence[Stream]], idle_s: float) -> float:
-    """1 / (k + r) of section 4.3: the rate, over plain vLLM's, that pruning could bear.
+    """Return 1 / (k + r) of section 4.3: the rate over plain vLLM's that pruning could sustain.
 
     k is the kept share of all tokens, r the speculator's time over plain vLLM's whole latency.
     Pools that have cores of their own may bear more: 1 / max(k, r).
@@ -123,12 +123,12 @@ def ceiling(answers: Sequence[Sequence[Stream]], idle_s: float) -> float:
 
 
 def borne(name: str, searched: Searched, ceiling: float | None = None) -> Borne:
-    """The highest rate that held."""
+    """Return the highest rate that held."""
     return Borne(name, highest(searched.trials), searched, ceiling)
 
 
 def table(plain: Borne, pruned: Sequence[tuple[float, Borne]], scores: Mapping[str, float]) -> str:
-    """Requests per second, how many times plain vLLM's, and the demo pair's score."""
+    """Return requests per second, the ratio to plain vLLM's, and the demo pair's score."""
     headers = ("server", "max QPS", "vs vllm serve", "1/(k+r)", "score", "paper, 405B")
     rows = [[plain.name, _rate(plain.qps), "1.00x", "-", f"{scores[plain.name]:.0%}", "1x"]]
     for keep, one in pruned:
@@ -142,7 +142,7 @@ def table(plain: Borne, pruned: Sequence[tuple[float, Borne]], scores: Mapping[s
 async def measure(
     args: argparse.Namespace, plain: Served, mine: Served
 ) -> tuple[float, Borne, list[tuple[float, Borne]]]:
-    """Idle latency of plain vLLM, what it bears, and what this service bears at each keep rate."""
+    """Measure plain vLLM's idle latency and rate, and this service's rate at each keep rate."""
     source = Source.load(local_path("models/demo-main"), args.seed)
     idle_s = latency_s(await alone(plain, source, args.lengths, None))
     timeout_s = TIMEOUT_FACTOR * idle_s
@@ -169,7 +169,7 @@ async def measure(
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m loadtest.bench.max_qps", description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     parser.add_argument("--keeps", type=float, nargs="+", default=list(KEEPS))

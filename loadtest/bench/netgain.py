@@ -1,4 +1,4 @@
-"""Pruning where it pays, beside pruning always and never: `make bench-netgain`.
+"""Pruning only when it pays, beside pruning always and never: `make bench-netgain`.
 
 One trace of short, long, cached and uncached prompts, asked three times over: every request pruned,
 none, and as the cost model decides. The cost model knows no more than a deployment does: a probe
@@ -69,7 +69,7 @@ class Run:
 
 
 def trace(rounds: int, rng: random.Random) -> list[Kind]:
-    """Every kind `rounds` times, shuffled."""
+    """Return every kind `rounds` times, shuffled."""
     kinds = list(KINDS) * rounds
     rng.shuffle(kinds)
     return kinds
@@ -89,18 +89,18 @@ class Prompts:
         self._shared: dict[tuple[str, str], tuple[int, ...]] = {}
 
     def request(self, kind: Kind, way: str) -> Request:
-        """The next request of its sort."""
+        """Return the next request of its sort."""
         shared = self._shared.setdefault((kind.name, way), self._tokens(kind.shared_tokens))
         spans = (Span(0, len(shared)),) if kind.protected else ()
         return self._request(shared + self._tokens(kind.own_tokens), WAYS[way], spans)
 
     def warm_up(self, kind: Kind, way: str) -> Request:
-        """A dense request that leaves the shared part in the prefix cache."""
+        """Return a dense request that leaves the shared part in the prefix cache."""
         asked = self.request(kind, way)
         return replace(asked, controls=Controls(prune=False))
 
     def plain(self, tokens: int) -> Request:
-        """A request for the probe."""
+        """Return a request for the probe."""
         return self._request(self._tokens(tokens), Controls(), ())
 
     def _request(
@@ -116,7 +116,7 @@ class Prompts:
 
 
 async def measure(config: AppConfig, rounds: int, vocabulary: int, seed: int) -> list[Run]:
-    """The whole trace in every way."""
+    """Run the whole trace in every way."""
     from specprefill.control.probe import Probe
 
     from .pools import local_pipeline
@@ -146,7 +146,7 @@ async def measure(config: AppConfig, rounds: int, vocabulary: int, seed: int) ->
 
 
 def _turn(place: int) -> list[str]:
-    """The ways, another one first each time: none always meets the machine as the last left it."""
+    """Rotate the ways, so that none always finds the machine as the last one left it."""
     ways = list(WAYS)
     first = place % len(ways)
     return ways[first:] + ways[:first]
@@ -157,7 +157,7 @@ def _warmed() -> Iterator[tuple[Kind, str]]:
 
 
 def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Mean seconds to the first token by sort of request and way; the last row is the trace."""
+    """Return mean seconds to first token by sort of request and way; the last row is the trace."""
     names = [kind.name for kind in KINDS]
     rows = [_row(name, [run for run in runs if run.kind == name]) for name in names]
     return [*rows, _row("whole trace", runs)]
@@ -177,7 +177,7 @@ def _row(name: str, runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _misjudged(report: Report) -> float:
-    """How far the time to first token was from what was expected, as a share of it."""
+    """Return the error of the expected time to first token, as a share of it."""
     if report.expected is None:
         return 0.0
     foreseen_s = report.expected.of(report.plan)
@@ -185,7 +185,7 @@ def _misjudged(report: Report) -> float:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The summary as Markdown."""
+    """Return the summary as Markdown."""
     headers = ("request", "count", *(f"TTFT {way}" for way in WAYS), "pruned", "misjudged by")
     cells = [
         [
@@ -201,7 +201,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> str:
-    """What the cost model saved over the whole trace."""
+    """Return the cost model's saving over the whole trace."""
     mean_s = rows[-1]["ttft_s"]
     saved = {way: 1 - mean_s["net gain"] / mean_s[way] for way in ("always", "never")}
     return (
@@ -211,7 +211,7 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def bench_config(main: Path, speculator: Path) -> AppConfig:
-    """As `bench-ttft`, with a prefix cache, and pruning at any length."""
+    """Return `bench-ttft`'s configuration with a prefix cache, and pruning at any length."""
     plain = configuration(main, speculator, MAX_TOKENS)
     cached = {"enable_prefix_caching": True, "kv_cache_memory_bytes": 1 << 30}
     return plain.model_copy(
@@ -223,7 +223,7 @@ def bench_config(main: Path, speculator: Path) -> AppConfig:
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m loadtest.bench.netgain", description=__doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="requests of each sort")
     parser.add_argument("--seed", type=int, default=0)

@@ -91,6 +91,6 @@ async def local_pipeline(
 
 
 def set_cpu_environment() -> None:
-    """Before vLLM is imported: engines on CPUs share the cores one thread each."""
+    """Set the environment before vLLM is imported: CPU engines share the cores, a thread each."""
     os.environ.update(CPU_ENVIRONMENT)
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override kv_cache_memory_bytes

@@ -1,4 +1,4 @@
-"""Who computes on this machine: this program with all that it started, or others (Linux)."""
+"""Measures the work on this machine: this program with its children, and others (Linux)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _PARENT, _USER, _SYSTEM = 1, 11, 12  # fields of /proc/PID/stat, counted from be
 
 @dataclass(frozen=True, slots=True)
 class Used:
-    """Core-seconds since the start: of this program and its descendants, and of the machine."""
+    """Core-seconds since the start: this program's with its descendants, and the machine's."""
 
     own_s: float
     all_s: float
 
 
 def used() -> Used:
-    """Until now. What ended descendants used is not in `own_s`."""
+    """Read the use so far. That of ended descendants is not in `own_s`."""
     cpu, parents = {}, {}
     for folder in _PROC.iterdir():
         if folder.name.isdecimal():
@@ -41,7 +41,7 @@ def used() -> Used:
 
 @dataclass(frozen=True, slots=True)
 class Busy:
-    """Cores at work, on average over a span that begins at `from_s`."""
+    """Cores at work, on average over a span that starts at `from_s`."""
 
     from_s: float
     own: float
@@ -49,14 +49,14 @@ class Busy:
 
 
 def between(before: Used, after: Used, from_s: float, seconds: float) -> Busy:
-    """The averages of a span."""
+    """Return the averages of a span."""
     own_s = max(0.0, after.own_s - before.own_s)
     others_s = max(0.0, after.all_s - before.all_s - own_s)
     return Busy(from_s, own_s / seconds, others_s / seconds)
 
 
 class Watch:
-    """What is at work between one look and the next; time counts from the first look."""
+    """Records the work between one look and the next; time counts from the first look."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self.seen: list[Busy] = []
@@ -65,7 +65,7 @@ class Watch:
         self._last: tuple[float, Used] | None = None
 
     def look(self) -> None:
-        """Note what was at work since the last look."""
+        """Record the work since the last look."""
         now_s, now = self._now(), used()
         if self._last is None:
             self._began_s = now_s
@@ -76,7 +76,7 @@ class Watch:
         self._last = now_s, now
 
     def mean_others(self) -> float:
-        """Cores that other programs took. Raises StatisticsError before the second look."""
+        """Return cores that other programs took. Raises StatisticsError before the second look."""
         return fmean(each.others for each in self.seen)
 
 

@@ -1,4 +1,4 @@
-"""Generated tasks as the selection sees them: scores, what is protected, and where the gold is."""
+"""Generated tasks as the selection sees them: scores, protected spans, and the gold's spans."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Scoring:
 
     @classmethod
     def load(cls, config: SpeculatorConfig) -> Self:
-        """With the selection's defaults."""
+        """Load the speculator with the selection's defaults."""
         selection = SelectionConfig()
         tokenizer = AutoTokenizer.from_pretrained(local_path(config.path))
         scorer = load_scorer(config, selection.pool_tokens)
@@ -58,6 +58,6 @@ class Scoring:
 
 
 def _tokens(start: int, length: int, offsets: Offsets) -> Span:
-    """The tokens that overlap `length` characters from `start`."""
+    """Return the tokens that overlap `length` characters from `start`."""
     inside = [i for i, (a, b) in enumerate(offsets) if a < start + length and b > start]
     return Span(inside[0], inside[-1] + 1)

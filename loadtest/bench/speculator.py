@@ -50,7 +50,7 @@ class Throughput:
     forward_s: float
 
     def cells(self) -> list[str]:
-        """As a table's row."""
+        """Return a table's row."""
         total = self.batch * self.tokens
         return [
             self.model,
@@ -72,7 +72,7 @@ class SecondQuestion:
     second_s: float
 
     def cells(self) -> list[str]:
-        """As a table's row."""
+        """Return a table's row."""
         return [
             self.model,
             str(self.document_tokens),
@@ -93,7 +93,7 @@ class Memory:
     grown_bytes: int  # of the whole process, over the second half of the prompts
 
     def cells(self) -> list[str]:
-        """As a table's row."""
+        """Return a table's row."""
         return [
             self.model,
             str(self.prompts),
@@ -107,7 +107,7 @@ def throughput(
     name: str, scorer: Scorer, plain: PreTrainedModel, batch: int, tokens: int, repeats: int,
     prompts: Prompts,
 ) -> Throughput:  # fmt: skip
-    """New prompts every time; one warm-up."""
+    """Measure new prompts every time, after one warm-up."""
     ours, theirs = [], []
     for _ in range(repeats + 1):
         asked = [prompts(tokens) for _ in range(batch)]
@@ -121,7 +121,7 @@ def throughput(
 def second_question(
     name: str, scorer: Scorer, tokens: int, repeats: int, prompts: Prompts
 ) -> SecondQuestion:
-    """New documents every time; one warm-up."""
+    """Measure new documents every time, after one warm-up."""
     first: list[float] = []
     second: list[float] = []
     for _ in range(repeats + 1):
@@ -132,7 +132,7 @@ def second_question(
 
 
 def answer_s(scorer: Scorer, prompt: Prompt) -> float:
-    """Seconds until the scores are there; after that the prompt is remembered."""
+    """Return seconds until the scores are there; after that the prompt is remembered."""
     started_s = time.perf_counter()
     with scorer.opened([prompt]) as readings:
         scorer.read(readings)
@@ -144,7 +144,7 @@ def answer_s(scorer: Scorer, prompt: Prompt) -> float:
 
 
 def memory(name: str, scorer: Scorer, count: int, rng: random.Random, prompts: Prompts) -> Memory:
-    """What `count` prompts of many lengths leave behind."""
+    """Measure the memory that `count` prompts of many lengths leave behind."""
     most, half_way = 0, 0
     for index in range(count):
         if index == count // 2:
@@ -155,7 +155,7 @@ def memory(name: str, scorer: Scorer, count: int, rng: random.Random, prompts: P
 
 
 def held_bytes(scorer: Scorer, prompt: Prompt) -> Iterator[int]:
-    """KV held before a prompt is read, and once it is remembered."""
+    """Return KV held before a prompt is read, and once it is remembered."""
     with scorer.opened([prompt]) as readings:
         in_use = readings[0].keys.nbytes + readings[0].values.nbytes
         yield in_use + scorer.prefix.bytes_held
@@ -166,26 +166,26 @@ def held_bytes(scorer: Scorer, prompt: Prompt) -> Iterator[int]:
 
 
 def forward(model: PreTrainedModel, prompts: Sequence[Prompt]) -> None:
-    """What transformers does to read prompts of one length."""
+    """Return transformers' way to read prompts of one length."""
     with torch.inference_mode():
         model(input_ids=torch.tensor(prompts), use_cache=False, logits_to_keep=1)
 
 
 def timed(action: Callable[[], object]) -> float:
-    """Seconds that `action` takes."""
+    """Return the seconds that `action` takes."""
     started_s = time.perf_counter()
     action()
     return time.perf_counter() - started_s
 
 
 def resident_bytes() -> int:
-    """Memory of this process (Linux)."""
+    """Return this process's resident memory (Linux)."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * 4096
 
 
 def draft_models(max_tokens: int) -> dict[str, SpeculatorConfig]:
-    """The demo's draft, and the shape that `make bench-ttft` runs."""
+    """Return the demo's draft, and the shape that `make bench-ttft` runs."""
     folder = OUT.resolve() / "models" / "bench-speculator"
     write_model(folder, SPECULATOR, Path(local_path("models/demo-main")), max_tokens)
     common = {"dtype": "float32", "device": "cpu", "threads": 1}
@@ -196,7 +196,7 @@ def draft_models(max_tokens: int) -> dict[str, SpeculatorConfig]:
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m loadtest.bench.speculator", description=__doc__
     )
@@ -246,14 +246,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def random_prompts(rng: random.Random, vocabulary: int) -> Prompts:
-    """Prompts of random tokens: no two have a beginning in common."""
+    """Make prompts of random tokens: no two start alike."""
     return lambda tokens: tuple(rng.randrange(FIRST_TOKEN_ID, vocabulary) for _ in range(tokens))
 
 
 def tables(
     speeds: Sequence[Throughput], questions: Sequence[SecondQuestion], memories: Sequence[Memory]
 ) -> list[str]:
-    """One table for each of the three."""
+    """Return one table for each of the three."""
     return [
         markdown(
             ["draft", "batch", "tokens", "scored tokens/s", "forward tokens/s", "scored / forward"],

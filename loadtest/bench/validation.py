@@ -61,12 +61,12 @@ class Compared:
 
     @property
     def ratio(self) -> float:
-        """Above 1: the simulator is too slow."""
+        """Simulated over measured; above 1, the simulator is too slow."""
         return self.simulated_s / self.measured_s
 
 
 def world(found: Calibrated, config: AppConfig, others: tuple[tuple[float, float], ...]) -> World:
-    """The local app as the simulator sees it: its stages, its steps, one machine under all.
+    """Return the local app for the simulator: its stages, its steps, one machine under all.
 
     `others`: from when on, how many cores other programs were seen to take.
     """
@@ -87,7 +87,7 @@ def world(found: Calibrated, config: AppConfig, others: tuple[tuple[float, float
 
 
 def bearable_qps(trace: Trace, found: Calibrated, keep: float) -> float:
-    """Requests like these per second at which the busiest pool, or the machine, is always busy."""
+    """Return the rate at which the busiest pool, or the machine, is always busy."""
     times = stage_times(trace.arrivals(keep), found.engines)
     outside_s = float(
         np.mean(
@@ -101,13 +101,13 @@ def bearable_qps(trace: Trace, found: Calibrated, keep: float) -> float:
 
 
 def drawn(rate: Rate, seconds: float, seed: int, shortest: int = SHORTEST) -> Trace:
-    """A trace whose lengths the local app bears."""
+    """Generate a trace whose lengths the local app sustains."""
     trace = generate(rate, seconds, LENGTHS, seed)
     return replace(trace, prompt_tokens=np.clip(trace.prompt_tokens, shortest, LONGEST))
 
 
 def replayed(outcomes: Sequence[Outcome]) -> Trace:
-    """What was really asked, for the simulator. Raises RuntimeError if any got no answer."""
+    """Return the trace as it was sent. Raises RuntimeError if a request got no answer."""
     for one in outcomes:
         if one.stream.ending is not Ending.ANSWERED or one.stream.report is None:
             raise RuntimeError(f"request {one.index}: {one.stream.ending}: {one.stream.error}")
@@ -120,7 +120,7 @@ def replayed(outcomes: Sequence[Outcome]) -> Trace:
 
 
 def compared(measured_s: Floats, simulated_s: Floats) -> list[Compared]:
-    """Each percentile of both."""
+    """Return each percentile of both."""
     return [
         Compared(each, *(float(np.percentile(times, each)) for times in (measured_s, simulated_s)))
         for each in PERCENTILES
@@ -128,7 +128,7 @@ def compared(measured_s: Floats, simulated_s: Floats) -> list[Compared]:
 
 
 def table(name: str, found: Sequence[Compared]) -> str:
-    """One line per percentile."""
+    """Return one line per percentile."""
     headers = (name, "measured", "simulated", "simulated / measured")
     rows = [
         [f"p{each.percentile} TTFT", f"{each.measured_s:.3f} s", f"{each.simulated_s:.3f} s",
@@ -139,7 +139,7 @@ def table(name: str, found: Sequence[Compared]) -> str:
 
 
 def variants(full: World) -> Mapping[str, World]:
-    """The simulator, and the same without one of the things that a shared machine adds."""
+    """Return the simulator, and the same without one of the things that a shared machine adds."""
     return {
         FULL: full,
         "without what others took": replace(full, others=()),
@@ -190,7 +190,7 @@ async def measure(
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m loadtest.bench.validation", description=__doc__
     )

@@ -71,7 +71,7 @@ UNPRUNED = (Variant(PLAIN, PLAIN, None), Variant(DENSE, OURS, DENSE))
 
 
 def variants(keeps: Sequence[float]) -> tuple[Variant, ...]:
-    """Plain vLLM, this service dense, and pruned to each rate."""
+    """Return plain vLLM, this service dense, and pruned to each rate."""
     return (*UNPRUNED, *(Variant(f"keep {keep:g}", OURS, keep) for keep in keeps))
 
 
@@ -121,18 +121,18 @@ class Client:
             yield self
 
     async def idle(self) -> None:
-        """Until no server has anything left to do for earlier requests."""
+        """Wait until no server has anything left to do for earlier requests."""
         await server_processes.idle(self._roots)
 
     def needle(self, prompt_tokens: int) -> NeedlePrompt:
-        """The next prompt: no two have more than the template in common."""
+        """Return the next prompt: no two have more than the template in common."""
         self._next_seed += 1
         return needle_prompt(self._next_seed, prompt_tokens, self._tokenizer)
 
     async def ask(
         self, variant: Variant, needle: NeedlePrompt, output_tokens: int, *, ignore_eos: bool
     ) -> Stream:
-        """Answer with at most `output_tokens` tokens; exactly so many if `ignore_eos`."""
+        """Answer with at most `output_tokens` tokens; with exactly that many if `ignore_eos`."""
         prompt = Prompt(
             messages=tuple(needle.messages),
             family="needles",
@@ -152,7 +152,7 @@ async def measure(
     repeats: int,
     output_tokens: int,
 ) -> list[Asked]:
-    """Every length and variant `repeats` times, in turns.
+    """Ask every length and variant `repeats` times, in turns.
 
     No prompt is asked twice: what a cache or the speculator remembers would be no measurement.
     An answer that other programs disturbed is asked for again, and the quietest of them counts.
@@ -188,7 +188,7 @@ async def _quietest(client: Client, variant: Variant, tokens: int, output_tokens
 
 
 async def scores(client: Client, variants: Sequence[Variant], items: int) -> dict[str, float]:
-    """The share of needle questions answered right, by variant."""
+    """Return the share of needle questions answered right, by variant."""
     right = dict.fromkeys((variant.name for variant in variants), 0)
     for _ in range(items):
         needle = client.needle(SCORE_TOKENS)
@@ -199,7 +199,7 @@ async def scores(client: Client, variants: Sequence[Variant], items: int) -> dic
 
 
 def rows(asked: Sequence[Asked], scores: dict[str, float]) -> list[dict[str, Any]]:
-    """Medians of every cell, beside plain vLLM's and beside the ceiling.
+    """Return medians of every cell, beside plain vLLM's and beside the ceiling.
 
     The ceiling is `1 / (k + r)` (section 4.3 of the paper) with the measured k = kept / N and r =
     the speculator's seconds / plain vLLM's time to first token. Overhead is what is neither
@@ -251,7 +251,7 @@ HEADERS = (
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """One line per length and variant."""
+    """Return one line per length and variant."""
     return markdown(HEADERS, [_cells(row) for row in found])
 
 
@@ -276,7 +276,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def serve_config(folder: Path, max_tokens: int, draft: Shape = SPECULATOR) -> AppConfig:
-    """Both random models, written below `folder`; nothing is cached between requests."""
+    """Write both random models below `folder`; nothing is cached between requests."""
     tokenizer = Path(local_path("models/demo-main"))
     write_model(folder / "bench-main", MAIN, tokenizer, max_tokens)
     write_model(folder / "bench-speculator", draft, tokenizer, max_tokens)
@@ -286,7 +286,7 @@ def serve_config(folder: Path, max_tokens: int, draft: Shape = SPECULATOR) -> Ap
 
 
 async def speeds(args: argparse.Namespace, servers: Mapping[str, Served]) -> list[Asked]:
-    """Long prompts in every variant, then short ones dense."""
+    """Measure long prompts in every variant, then short ones dense."""
     async with Client(load_tokenizer(), servers, args.seed).open() as client:
         asked = await measure(
             client, args.lengths, variants(args.keeps), args.repeats, OUTPUT_TOKENS
@@ -299,7 +299,7 @@ async def speeds(args: argparse.Namespace, servers: Mapping[str, Served]) -> lis
 
 
 def memory(plain: Served, mine: Served) -> dict[str, int]:
-    """Resident bytes of plain vLLM, and of each pool, when all have been at work."""
+    """Return resident bytes of plain vLLM, and of each pool, when all have been at work."""
     running = server_processes.processes()
     return {
         **server_processes.resident_by_pool(running, plain.pid, PLAIN),
@@ -308,7 +308,7 @@ def memory(plain: Served, mine: Served) -> dict[str, int]:
 
 
 def memory_table(resident: Mapping[str, int], config: AppConfig) -> str:
-    """What each pool takes, and what of it is set aside for keys and values."""
+    """Return the memory of each pool, and its part set aside for keys and values."""
     caches = {
         PLAIN: config.prefill.kv_cache_memory_bytes,
         "Prefill": config.prefill.kv_cache_memory_bytes,
@@ -324,7 +324,7 @@ def _mib(size: int | None) -> str:
 
 
 async def demo_scores(args: argparse.Namespace, served: Served) -> dict[str, float]:
-    """The demo pair's, whose dense answers stand for plain vLLM's, too."""
+    """Return the demo pair's scores, whose dense answers stand for plain vLLM's, too."""
     pruned_or_not = [variant for variant in variants(args.keeps) if variant.server == OURS]
     async with Client(load_tokenizer(), {OURS: served}, args.seed).open() as client:
         found = await scores(client, pruned_or_not, args.items)
@@ -332,7 +332,7 @@ async def demo_scores(args: argparse.Namespace, served: Served) -> dict[str, flo
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m loadtest.bench.versus", description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     parser.add_argument("--short-lengths", type=int, nargs="*", default=list(SHORT_LENGTHS))
@@ -380,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def load_tokenizer() -> ChatTokenizer:
-    """Of the demo pair, which the random models share."""
+    """Load the tokenizer of the demo pair, which the random models share."""
     from transformers import AutoTokenizer
 
     tokenizer: ChatTokenizer = AutoTokenizer.from_pretrained(local_path("models/demo-main"))

@@ -52,7 +52,7 @@ class DecodeReplica:
         await self._service.close()
 
     async def decode(self, payload: bytes, objects: list[KvReference]) -> AsyncGenerator[bytes]:
-        """`(Request, Selection, Ticket | None, Replay, timeout_s)` -> a stream of Decoded.
+        """Take `(Request, Selection, Ticket | None, Replay, timeout_s)`; stream Decoded.
 
         `objects` hold the ticket's KV, one per rank, if Ray carries it.
         """
@@ -64,5 +64,5 @@ class DecodeReplica:
                     yield pack(step)
 
     async def check_health(self) -> None:
-        """Raises Unavailable when the engine process is dead."""
+        """Raise Unavailable when the engine process is dead."""
         await self._service.check_health()

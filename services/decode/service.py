@@ -44,11 +44,11 @@ class DecodeService:
         self._engine.close()
 
     async def carrier(self) -> Carrier:
-        """The best carrier that every worker of the engine has."""
+        """Return the best carrier that every worker of the engine has."""
         return await self._engine.kv_carrier()
 
     async def check_health(self) -> None:
-        """Raises Unavailable when the engine is dead."""
+        """Raise Unavailable when the engine is dead."""
         await self._engine.check_health()
 
     async def decode(
@@ -103,7 +103,7 @@ class DecodeService:
 async def _read(
     sample: AsyncGenerator[Decoded], steps: asyncio.Queue[Decoded | BaseException]
 ) -> None:
-    """One sample's stream into the queue; its failure goes there too."""
+    """Read one sample's stream into the queue; its failure goes there too."""
     try:
         async with aclosing(sample) as stream:
             async for step in stream:
@@ -115,7 +115,7 @@ async def _read(
 def _params(
     request: Request, selection: Selection, ticket: Ticket | None, replay: Replay, index: int
 ) -> SamplingParams:
-    """The caller's parameters for sample `index`, as vLLM derives them for `n` samples."""
+    """Return the caller's parameters for sample `index`, as vLLM derives them for `n` samples."""
     asked = sampling_params(request.sampling)
     params = asked.clone()
     params.n = 1
@@ -149,7 +149,7 @@ def _ticket_fields(ticket: Ticket) -> dict[str, Any]:
 
 
 def _decoded(output: RequestOutput, index: int, first_s: float, leak: Leak) -> Decoded:
-    """The last output also tells how the pull went."""
+    """Return a step; the last one also reports how the pull went."""
     chunk = chunk_of(output, index)
     chunk = replace(chunk, text=leak.cut(chunk.text)) if leak.chars else chunk
     if not chunk.finished:
@@ -164,7 +164,7 @@ def _decoded(output: RequestOutput, index: int, first_s: float, leak: Leak) -> D
 
 
 def _computed(step: Decoded, output: RequestOutput) -> Decoded:
-    """The last step of a request that came without KV."""
+    """Return the last step of a request that came without KV."""
     return replace(step, first_decode_s=0.0, computed=Computed(*prefill_times(output)))
 
 

@@ -1,4 +1,4 @@
-"""Why an engine process did not start.
+"""Finds out why an engine process did not start.
 
 vLLM's engine runs in processes of its own, which write their errors to the output that they
 inherit; what the parent raises only points there. A replica's output is a file on its node, so

@@ -1,4 +1,4 @@
-"""What the engines will find on this node: software, devices, and what vLLM makes of them.
+"""The software and devices of this node, and how vLLM uses them.
 
 Reads configurations and asks the drivers; loads no weights and allocates no device memory.
 """
@@ -61,7 +61,7 @@ def _devices(gpus_needed: float) -> Iterator[Fact]:
 
 
 def carrier_facts(kv: KvConfig) -> Iterator[Fact]:
-    """Yield what carries the KV between this node and others."""
+    """Yield the carriers of KV between this node and others."""
     try:
         nixl = agent_for("nixl", encrypted=False)
         assert nixl is not None  # or it raises
@@ -81,7 +81,7 @@ def carrier_facts(kv: KvConfig) -> Iterator[Fact]:
 def engine_facts(
     role: Role, model: MainModel, engine: EngineConfig, kv: KvConfig
 ) -> Iterator[Fact]:
-    """Yield what an engine of the deployment would be here, or why it would not start."""
+    """Yield facts about the deployment's engines on this node, or why one would not start."""
     pool = role.name.lower()
     reasons = engine_reasons(model, engine)
     for reason in reasons:

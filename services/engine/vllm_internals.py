@@ -1,4 +1,4 @@
-"""vLLM's private names that the engines depend on, each with what is expected of it.
+"""vLLM's private names that the engines depend on, and checks of each.
 
 vLLM may change them in any release without notice, and some changes would go unseen: a method
 that is overridden here and no longer called there means wrong positions, not an error. A worker
@@ -28,13 +28,13 @@ _POSITIONS_FIELD = 2  # of what the V1 runner's _preprocess returns
 
 
 def step_positions(preprocessed: Sequence[Any]) -> torch.Tensor:
-    """The buffer of a step's positions, `[tokens]`, in what V1's `_preprocess` returned."""
+    """Return the buffer of a step's positions, `[tokens]`, from V1's `_preprocess`."""
     positions: torch.Tensor = preprocessed[_POSITIONS_FIELD]
     return positions
 
 
 def cpu_attention_isa(dtype: torch.dtype, block_size: int, head_size: int) -> str:
-    """The instruction set that vLLM's CPU attention packs keys for."""
+    """Return the instruction set that vLLM's CPU attention packs keys for."""
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
     isa: str = _get_attn_isa(dtype, block_size, head_size)
@@ -42,7 +42,7 @@ def cpu_attention_isa(dtype: torch.dtype, block_size: int, head_size: int) -> st
 
 
 def block_hasher(request: Request) -> Callable[[Request], list[Any]] | None:
-    """What hashes the request's full blocks; None without a prefix cache."""
+    """Return the hasher of the request's full blocks; None without a prefix cache."""
     hasher: Callable[[Request], list[Any]] | None = request._block_hasher
     return hasher
 
@@ -58,7 +58,7 @@ def check_v1_runner(runner: type) -> None:
 
 
 def check_v2_runner(runner: type, model_state: type, batch: type, context: type) -> None:
-    """The same for the V2 runner, its default model state, its batch and its logits context."""
+    """Check the V2 runner, its default model state, its batch and its logits context likewise."""
     _refuse([*_v2_differences(runner, model_state, batch, context), *_shared_differences()])
 
 
@@ -125,7 +125,7 @@ def _v2_differences(
 
 
 def _shared_differences() -> Iterator[Difference]:
-    """In what the scheduler's side of the hand-off and the prefix cache use."""
+    """Yield differences that the scheduler's side and the prefix cache depend on."""
     if not _assigns(Request, "__init__", "self._block_hasher"):
         yield "Request has no _block_hasher"
     if not _calls(Request, "update_block_hashes", "self._block_hasher"):
@@ -140,7 +140,7 @@ def _shared_differences() -> Iterator[Difference]:
 
 
 def _signature(owner: Any, name: str, *wanted: str, exactly: bool = False) -> Iterator[Difference]:
-    """`owner.name` is a function whose first, or only, parameters are `wanted`."""
+    """Yield a difference unless `owner.name` takes `wanted` as its first, or only, parameters."""
     function = getattr(owner, name, None)
     if function is None:
         yield f"{owner.__name__} has no {name}"
@@ -163,7 +163,7 @@ def _fields(owner: type, *wanted: str) -> Iterator[Difference]:
 
 
 def _nodes(owner: type, method: str) -> Iterator[ast.AST]:
-    """The syntax of `owner.method`, and of what it overrides if it calls that."""
+    """Yield the syntax of `owner.method`, and of what it overrides if it calls that."""
     for ancestor in owner.__mro__:
         function = vars(ancestor).get(method)
         if inspect.isfunction(function):
@@ -193,7 +193,7 @@ def _assigns(owner: type, method: str, target: str) -> bool:
 
 
 def _takes_view(owner: type, method: str, target: str, buffer: str) -> bool:
-    """Whether `target` is assigned a slice of `buffer`, not a copy."""
+    """Return True if `target` is assigned a slice of `buffer`, not a copy."""
     return any(
         isinstance(node, ast.Assign)
         and ast.unparse(node.targets[0]) == target
@@ -204,7 +204,7 @@ def _takes_view(owner: type, method: str, target: str, buffer: str) -> bool:
 
 
 def _returned_names(owner: type, method: str) -> list[list[str]]:
-    """What each `return` of the method returns, part by part."""
+    """Return the parts of each `return` of the method, by name."""
     return [
         [ast.unparse(part) for part in node.value.elts]
         for node in _nodes(owner, method)
@@ -213,7 +213,7 @@ def _returned_names(owner: type, method: str) -> list[list[str]]:
 
 
 def _overrides_positions(runner: type) -> bool:
-    """Whether the model's inputs hold `positions`, then whatever `prepare_inputs` returned."""
+    """Return True if the model's inputs hold `positions` before `prepare_inputs`' return."""
     for node in _nodes(runner, "execute_model"):
         if isinstance(node, ast.Dict):
             parts = ["**" if key is None else ast.unparse(key) for key in node.keys]

@@ -1,4 +1,4 @@
-"""Which way a ticket's KV comes: the best that the ticket offers and this process has."""
+"""Chooses a ticket's carrier: the best that the ticket offers and this process has."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .pull import KvClient
 
 
 class KvPulling(Protocol):
-    """One lease on its way."""
+    """One lease being pulled."""
 
     def into(self, store: Callable[[Frame], None]) -> float:
         """Give every frame to `store`, a layer's in token order.
@@ -28,12 +28,12 @@ class KvPulling(Protocol):
 
 
 class Pulls(Protocol):
-    """Begins pulls."""
+    """Starts pulls."""
 
     def pull(
         self, endpoint: str, ticket: dict[str, Any], fingerprint: str, start: int, timeout_s: float
     ) -> KvPulling:
-        """Begin to pull the tokens from `start` on."""
+        """Start to pull the tokens from `start` on."""
         ...
 
     def close(self) -> None:
@@ -51,7 +51,7 @@ class KvPuller:
     def pull(
         self, endpoint: str, ticket: dict[str, Any], fingerprint: str, start: int, timeout_s: float
     ) -> KvPulling:
-        """Begin to pull the tokens from `start` on."""
+        """Start to pull the tokens from `start` on."""
         if self._nixl is not None and ticket["carrier"] == Carrier.NIXL:
             return self._nixl.pull(endpoint, ticket, fingerprint, start, timeout_s)
         return self._grpc.pull(endpoint, ticket, fingerprint, start, timeout_s)

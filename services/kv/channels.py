@@ -53,14 +53,14 @@ def listen(server: grpc.Server, host: str, tls: MutualTls | None, port: int = 0)
 
 
 def channel(peer: str, tls: MutualTls | None) -> grpc.Channel:
-    """A channel to `peer`, `host:port`; connects when first used."""
+    """Return a channel to `peer`, `host:port`; it connects when first used."""
     if tls is None:
         return grpc.insecure_channel(peer, options=OPTIONS)
     return grpc.secure_channel(peer, _credentials(tls), options=_named(tls))
 
 
 def aio_channel(peer: str, tls: MutualTls | None) -> grpc.aio.Channel:
-    """The same for an asyncio program."""
+    """Return such a channel for an asyncio program."""
     if tls is None:
         return grpc.aio.insecure_channel(peer, options=OPTIONS)
     return grpc.aio.secure_channel(peer, _credentials(tls), options=_named(tls))
@@ -71,5 +71,5 @@ def _credentials(tls: MutualTls) -> grpc.ChannelCredentials:
 
 
 def _named(tls: MutualTls) -> list[tuple[str, int | str]]:
-    """Peers are known by the one name in their certificates: addresses come and go."""
+    """Return options that expect the one name in the peers' certificates: addresses change."""
     return [*OPTIONS, ("grpc.ssl_target_name_override", tls.name)]

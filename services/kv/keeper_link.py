@@ -1,4 +1,4 @@
-"""A worker's end of its keeper: shared memory, and what is asked of the other process."""
+"""A worker's end of its keeper: shared memory, and requests to the other process."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class _Lease:
 
 @dataclass(frozen=True, slots=True)
 class LeaseGauges:
-    """What the store holds now, and what became of the leases so far."""
+    """The store's content now, and its leases' ends so far."""
 
     leases: int
     bytes_held: int
@@ -80,7 +80,7 @@ class LeaseStore:
         self._totals = {"opened": 0, "pulled": 0, "released": 0, "expired": 0, "dropped": 0}
 
     def open(self, lease_id: str, secret: str) -> None:
-        """Begin to hold KV. Idempotent."""
+        """Start to hold KV. Idempotent."""
         with self._lock:
             if lease_id not in self._leases and lease_id not in self._gone:
                 self._leases[lease_id] = _Lease(secret, threading.Condition(self._lock))
@@ -109,7 +109,7 @@ class LeaseStore:
             lease.changed.notify_all()
 
     def issue(self, lease_id: str) -> None:
-        """Note that the lease's ticket was given away: from now on it ends if nobody claims it."""
+        """Note that the lease's ticket was issued: from now on it expires unless claimed."""
         with self._lock:
             lease = self._leases.get(lease_id)
             if lease is not None:
@@ -137,7 +137,7 @@ class LeaseStore:
             self._leave(lease_id, lease, whole=whole)
 
     def renew(self, lease_id: str, secret: str) -> bool:
-        """Somebody still wants the KV: start the lease's time again. False if it is gone."""
+        """Restart the lease's time: the KV is still wanted. False if the lease is gone."""
         with self._lock:
             lease = self._leases.get(lease_id)
             if lease is None or not hmac.compare_digest(lease.secret, secret):
@@ -147,7 +147,7 @@ class LeaseStore:
             return True
 
     def complete_for_s(self, lease_id: str) -> float | None:
-        """Seconds since the last frame came. None if it has not, or the lease is gone."""
+        """Return seconds since the last frame came; None if it has not, or the lease is gone."""
         with self._lock:
             lease = self._leases.get(lease_id)
             if lease is None or lease.complete_s is None:
@@ -167,7 +167,7 @@ class LeaseStore:
             return True
 
     def drop(self, lease_id: str) -> None:
-        """End a lease that cannot become complete: its readers learn it at once. Idempotent."""
+        """End a lease that cannot become complete, and fail its readers at once. Idempotent."""
         with self._lock:
             if lease_id in self._leases:
                 self._drop(lease_id, "dropped")
@@ -175,7 +175,7 @@ class LeaseStore:
                 self._bury(lease_id, "dropped")
 
     def sweep(self) -> int:
-        """Drop complete leases past their time that nobody is reading. Returns how many."""
+        """Drop complete leases past their time that nobody is reading. Returns their number."""
         with self._lock:
             now = self._now()
             late = [
@@ -189,7 +189,7 @@ class LeaseStore:
             return len(late)
 
     def gauges(self) -> LeaseGauges:
-        """A consistent snapshot."""
+        """Return a consistent snapshot."""
         with self._lock:
             totals = {f"{name}_total": count for name, count in self._totals.items()}
             return LeaseGauges(
@@ -241,7 +241,7 @@ class LeaseStore:
                 self._restart_clock(lease)
 
     def _restart_clock(self, lease: _Lease) -> None:
-        """A lease whose KV is still being computed, or whose ticket nobody has, has no clock."""
+        """Restart the clock; a lease still being computed, or not issued yet, has none."""
         if lease.complete and (lease.claimed or lease.issued):
             lasts_s = self._lease_s if lease.claimed else self._unclaimed_s
             lease.expires_s = self._now() + lasts_s
@@ -256,7 +256,7 @@ class LeaseStore:
             self._emptied.notify_all()
 
     def _bury(self, lease_id: str, why: str) -> None:
-        """Remember a gone lease, so that a late pull or frame is told at once."""
+        """Remember a gone lease, so that a late pull or frame fails at once."""
         self._gone[lease_id] = why
         while len(self._gone) > _TOMBSTONES:
             self._gone.popitem(last=False)

@@ -11,7 +11,7 @@ from .holding import RemoteLeases, held
 
 
 class HeldPrefill:
-    """What a prefill engine's service says, and the lease behind the ticket that it names."""
+    """The answer of a prefill engine's service, and the lease behind its ticket."""
 
     def __init__(
         self, said: AsyncIterator[Ticket | Prefilled], leases: RemoteLeases, stack: AsyncExitStack
@@ -45,7 +45,7 @@ class HeldPrefill:
             self._kv_arrived.set()
 
     async def _hold(self, ticket: Ticket) -> None:
-        """From the first word of the ticket on, once."""
+        """Start to renew the lease when the ticket first appears; later calls do nothing."""
         if self._kv_arrived is None:
             self._kv_arrived = await self._stack.enter_async_context(held(ticket, self._leases))
 
@@ -54,6 +54,6 @@ class HeldPrefill:
 async def prefilling(
     said: AsyncIterator[Ticket | Prefilled], leases: RemoteLeases
 ) -> AsyncIterator[HeldPrefill]:
-    """While inside, the KV is held; at the end it is released, whatever was said by then."""
+    """Hold the KV while inside; at the end it is released, whatever has come by then."""
     async with AsyncExitStack() as stack:
         yield HeldPrefill(said, leases, stack)

@@ -26,7 +26,7 @@ class KvClient:
     def pull(
         self, endpoint: str, ticket: dict[str, Any], fingerprint: str, start: int, timeout_s: float
     ) -> KvPull:
-        """Begin to pull the tokens from `start` on."""
+        """Start to pull the tokens from `start` on."""
         return KvPull(
             [
                 self._stream(
@@ -55,7 +55,7 @@ class KvClient:
 
 
 class KvPull:
-    """One lease on its way, over its streams. Each holds one frame here, and what gRPC's
+    """One lease being pulled over its streams. Each holds one frame here, and what gRPC's
     flow control lets the peer send ahead of it.
     """
 
@@ -124,7 +124,7 @@ class KvStream:
 
 
 def transfer_error(error: grpc.RpcError) -> KvTransferError:
-    """What a failed call means for the pull."""
+    """Return the error that a failed call means for the pull."""
     if error.code() is grpc.StatusCode.NOT_FOUND:
         return LeaseNotFound(error.details())
     if error.code() is grpc.StatusCode.FAILED_PRECONDITION:

@@ -1,4 +1,4 @@
-"""What a worker serves on its KV port, over gRPC with raw messages (frames are not protobuf).
+"""Serves a worker's KV port over gRPC with raw messages (frames are not protobuf).
 
 `Pull` streams a lease's frames, `Renew` prolongs a lease and `Release` drops it; the lease's
 secret authenticates them. `Watch` tells which leases may be pulled now, `Drain` waits until
@@ -49,7 +49,7 @@ _PULL |= {"part": int, "parts": int}
 
 @dataclass(frozen=True, slots=True)
 class PullQuery:
-    """What a pull asks for: the layers with `layer % parts == part`, from token `start` on."""
+    """A pull's selection: the layers with `layer % parts == part`, from token `start` on."""
 
     lease_id: str
     secret: str
@@ -60,19 +60,19 @@ class PullQuery:
     parts: int = 1
 
     def packed(self) -> bytes:
-        """As a message."""
+        """Pack the query as a message."""
         return _packed(asdict(self))
 
     @classmethod
     def unpacked(cls, message: bytes) -> PullQuery:
-        """Inverse of `packed`. Raises InvalidRequest."""
+        """Invert `packed`. Raises InvalidRequest."""
         fields = _fields(message, _PULL)
         if fields["start"] < 0 or not 0 <= fields["part"] < fields["parts"]:
             raise InvalidRequest("kv: start, part and parts must be in range")
         return cls(**fields)
 
     def wants(self, layer: int) -> bool:
-        """Whether the layer is in this query's part."""
+        """Return True if the layer is in this query's part."""
         return layer % self.parts == self.part
 
 
@@ -92,7 +92,7 @@ class KvServer:
         sends_bytes: bool = True,
         more_handlers: Sequence[grpc.GenericRpcHandler] = (),
     ) -> None:
-        """`sends_bytes` False: leases lie where only other handlers reach them."""
+        """`sends_bytes` False: leases lie where only other handlers can read them."""
         self._leases = leases
         self._announcements = announcements
         self._fingerprint = fingerprint
@@ -135,7 +135,7 @@ class KvServer:
         yield encode(trailer(self._leases, query.lease_id, sent), query.lease_id)
 
     def renew(self, message: bytes, _context: grpc.ServicerContext) -> bytes:
-        """Start a lease's time again; tell whether it is still there."""
+        """Restart a lease's time; return False if the lease is gone."""
         query = _fields(message, _LEASE)
         return _packed(self._leases.renew(query["lease_id"], query["secret"]))
 
@@ -150,7 +150,7 @@ class KvServer:
             yield _packed(asdict(announcement))
 
     def drain(self, message: bytes, context: grpc.ServicerContext) -> bytes:
-        """Wait, at most the query's `timeout_s`, until every lease is gone; return whether.
+        """Wait, at most the query's `timeout_s`, until no lease is left; return False if one is.
 
         It ends when the caller hangs up.
         """
@@ -165,14 +165,14 @@ class KvServer:
         return _packed(False)
 
     def stats(self, _message: bytes, _context: grpc.ServicerContext) -> bytes:
-        """The store's gauges."""
+        """Return the store's gauges."""
         return _packed(asdict(self._leases.gauges()))
 
 
 def lending(
     message: bytes, fingerprint: str, context: grpc.ServicerContext
 ) -> tuple[PullQuery, threading.Event]:
-    """A query by which memory is lent, and the event that its reader has hung up.
+    """Return a query that lends memory, and an event that is set when its reader hangs up.
 
     The call is aborted where the layouts differ.
     """
@@ -184,7 +184,7 @@ def lending(
 
 
 def trailer(leases: LeaseStore, lease_id: str, sent: int) -> Trailer:
-    """What ends a stream of `sent` frames."""
+    """Return the message that ends a stream of `sent` frames."""
     complete_s = leases.complete_for_s(lease_id)
     return Trailer(sent, None if complete_s is None else round(complete_s * 1e6))
 
@@ -209,7 +209,7 @@ Streaming = Callable[[bytes, grpc.ServicerContext], Iterator[bytes]]
 
 
 def _unary(call: Unary) -> grpc.RpcMethodHandler[Any, Any]:
-    """A handler that refuses a malformed message, whatever is wrong with it."""
+    """Return a handler that refuses a malformed message, whatever is wrong with it."""
 
     def checked(message: bytes, context: grpc.ServicerContext) -> bytes:
         try:
@@ -232,7 +232,7 @@ def _few(method: str, call: Unary) -> Unary:
 
 
 def _few_streams(method: str, call: Streaming) -> Streaming:
-    """The same for a stream, which holds its place until it ends."""
+    """Refuse more streams likewise; a stream holds its place until it ends."""
     places = threading.BoundedSemaphore(_MOST_AT_ONCE[method])
 
     def bounded(message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -258,7 +258,7 @@ def _place(
 
 
 def _pull_query(message: bytes, fingerprint: str, context: grpc.ServicerContext) -> PullQuery:
-    """The query of a pull; the call is aborted where it is malformed or the layouts differ."""
+    """Return the query; abort the call where it is malformed or the layouts differ."""
     try:
         query = PullQuery.unpacked(message)
     except InvalidRequest as error:
@@ -299,11 +299,11 @@ class KvPeers:
         await self._at_every_rank(RELEASE, ticket)
 
     async def renew(self, ticket: Ticket) -> bool:
-        """Start the lease's time again at every rank. False if it is gone at one of them."""
+        """Restart the lease's time at every rank. False if it is gone at one of them."""
         return all(await self._at_every_rank(RENEW, ticket))
 
     async def announcements(self, peer: str) -> AsyncGenerator[Announcement]:
-        """What `peer` announces from now on; ends when it is gone."""
+        """Yield the announcements of `peer` from now on; end when it is gone."""
         watch: Any = self._channel(peer).unary_stream(WATCH)
         try:
             async for message in watch(b""):
@@ -318,7 +318,7 @@ class KvPeers:
         return bool(await self._call(peer, DRAIN, query, patience_s, if_gone=True))
 
     async def gauges(self, peer: str) -> LeaseGauges | None:
-        """What `peer` holds; None if it does not answer."""
+        """Return the gauges of `peer`; None if it does not answer."""
         stats = await self._call(peer, STATS, {}, _CALL_TIMEOUT_S, if_gone=None)
         return None if stats is None else LeaseGauges(**stats)
 

@@ -1,4 +1,4 @@
-"""Which worker of an engine holds which part of the KV, and who pulls what from whom.
+"""The part of the KV that each worker of an engine holds, and the pulls between workers.
 
 An engine splits a model twice: its layers over pipeline stages, and each layer's KV heads
 over tensor-parallel ranks. A worker's rank is `stage * tensor + tensor rank`. Two engines
@@ -16,7 +16,7 @@ from ..core.types import Span
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """How an engine's workers share a model with `heads` KV heads."""
+    """The division of a model with `heads` KV heads among an engine's workers."""
 
     heads: int
     tensor: int  # ranks per stage; beyond `heads`, a head is held by several
@@ -27,11 +27,11 @@ class Split:
         return self.tensor * len(self.stages)
 
     def layers_of(self, rank: int) -> Span:
-        """The layers of a worker."""
+        """Return the layers of a worker."""
         return self.stages[rank // self.tensor]
 
     def heads_of(self, rank: int) -> Span:
-        """The KV heads of a worker."""
+        """Return the KV heads of a worker."""
         place = rank % self.tensor
         first = place * self.heads // self.tensor
         return Span(first, first + max(1, self.heads // self.tensor))
@@ -39,7 +39,7 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What a puller takes from one holder: layers and heads are the model's indices."""
+    """The part that a puller takes from one holder: layers and heads are the model's indices."""
 
     rank: int  # of the holder
     layers: Span
@@ -47,7 +47,7 @@ class Source:
 
 
 def sources(rank: int, puller: Split, holder: Split) -> tuple[Source, ...]:
-    """Where the worker `rank` of `puller` finds its KV: each layer's heads exactly once."""
+    """Return the holders of the KV for `rank` of `puller`: each layer's heads exactly once."""
     found = []
     for stage, held in enumerate(holder.stages):
         layers = _overlap(puller.layers_of(rank), held)
@@ -60,7 +60,7 @@ def sources(rank: int, puller: Split, holder: Split) -> tuple[Source, ...]:
 
 
 def readers(rank: int, holder: Split, puller: Split) -> int:
-    """How many workers of `puller` pull from the worker `rank` of `holder`."""
+    """Return the number of workers of `puller` that pull from the worker `rank` of `holder`."""
     return sum(
         any(source.rank == rank for source in sources(reader, puller, holder))
         for reader in range(puller.ranks)
@@ -68,7 +68,7 @@ def readers(rank: int, holder: Split, puller: Split) -> int:
 
 
 def _head_sources(rank: int, puller: Split, holder: Split) -> Iterator[tuple[int, Span]]:
-    """Pairs of a holder's place in its stage and the heads to take there."""
+    """Yield pairs of a holder's place in its stage and the heads to take there."""
     wanted = puller.heads_of(rank)
     head = wanted.start
     while head < wanted.stop:

@@ -33,7 +33,7 @@ class KvObjects:
 
     @asynccontextmanager
     async def storing(self) -> AsyncIterator[Storing]:
-        """For one request; what it has begun ends with it."""
+        """Yield one request's `Storing`; what it has started ends with it."""
         storing = Storing(self)
         try:
             yield storing
@@ -41,7 +41,7 @@ class KvObjects:
             storing.cancel()
 
     async def store(self, ticket: Ticket, timeout_s: float) -> list[KvReference]:
-        """One object per worker. Empty when a worker did not give its KV.
+        """Put one object per worker. Empty when a worker did not give its KV.
 
         The objects belong to this process and die with it; the decode engine then computes the
         prompt itself. Whoever takes them refers to them by then, so the list is emptied after
@@ -64,7 +64,7 @@ class KvObjects:
 
 
 class Storing:
-    """One request's KV, asked for when its end is near: the answer then waits for the KV only."""
+    """One request's KV, requested shortly before its end: the answer then waits for the KV only."""
 
     def __init__(self, objects: KvObjects) -> None:
         self._objects = objects

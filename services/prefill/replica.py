@@ -59,13 +59,13 @@ class PrefillReplica:
         await self._service.close()
 
     def record_replica_metadata(self) -> dict[str, int]:
-        """What the gateways' routers know of this replica."""
+        """Return the metadata that the gateways' routers use."""
         return {"prefix_cache_tokens": self._service.prefix_cache_tokens()}
 
     async def prefill(
         self, payload: bytes, load: bytes = b""
     ) -> AsyncGenerator[tuple[bytes, list[KvReference]]]:
-        """`(Request, Selection, timeout_s)` -> PrefillSteps, and the KV if Ray is to carry it.
+        """Take `(Request, Selection, timeout_s)`; return PrefillSteps, and KV that Ray carries.
 
         What Ray carries cannot be pulled before it is whole: no ticket comes early, but the
         workers are asked for the KV. `load` is for the router, which chose this replica by it.
@@ -84,7 +84,7 @@ class PrefillReplica:
                         yield pack((step, None)), []
 
     async def _stored(self, prefilled: Prefilled, storing: Storing) -> list[KvReference]:
-        """The KV as Ray's objects. Empty: it stays with the worker, where decode may pull it."""
+        """Return the KV as Ray's objects. Empty: it stays with the worker for decode to pull."""
         if prefilled.ticket is None or self._kv.carrier != "object_ref":
             return []
         objects = await storing.objects(prefilled.ticket, self._kv.pull_timeout_s)
@@ -93,9 +93,9 @@ class PrefillReplica:
         return objects
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What the autoscaling policy is told of this replica."""
+        """Return the replica's input to the autoscaling policy."""
         return {QUEUE_AGE_S: self._waiting.oldest_s()}
 
     async def check_health(self) -> None:
-        """Raises Unavailable when the engine process is dead."""
+        """Raise Unavailable when the engine process is dead."""
         await self._service.check_health()

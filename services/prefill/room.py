@@ -50,12 +50,12 @@ class Room:
 
     @property
     def bytes_reserved(self) -> int:
-        """What counts against the cap now."""
+        """Bytes that count against the cap now."""
         return self._known_held + sum(each.size for each in self._reservations)
 
     @asynccontextmanager
     async def reserved(self, kv_bytes: int) -> AsyncIterator[float]:
-        """Wait for room; inside, a prefill may fill it. Yields how long that took, in seconds.
+        """Wait for room; inside, a prefill may fill it. Yields the seconds waited.
 
         KV that exceeds the cap alone waits for all of it. No KV waits for nothing.
         """
@@ -78,7 +78,7 @@ class Room:
             reservation.ended_s = self._now()
 
     async def _wait(self, size: int) -> None:
-        """Poll: a worker's store does not report when a lease ends."""
+        """Poll for room: a worker's store does not report when a lease ends."""
         while True:
             if await self._fits(size):
                 return

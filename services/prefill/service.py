@@ -40,7 +40,7 @@ _WATCH_AGAIN_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class _Expected:
-    """Who waits for a lease's announcement."""
+    """A caller that waits for a lease's announcement."""
 
     secret: str
     on_announced: Callable[[Ticket], None]
@@ -52,7 +52,7 @@ class PrefillService:
     def __init__(
         self, engine: Engine, tls: MutualTls | None = None, max_held_bytes: int = 4 << 30
     ) -> None:
-        """`max_held_bytes`: the cap of each of the engine's workers."""
+        """`max_held_bytes` is the cap of each of the engine's workers."""
         self._engine = engine
         self._max_held_bytes = max_held_bytes
         self._room = Room(max_held_bytes, self._held_bytes)
@@ -104,7 +104,7 @@ class PrefillService:
 
     @property
     def kv_addresses(self) -> tuple[str, ...]:
-        """Where the workers' KV can be pulled, `host:port` by rank. Known once started."""
+        """Addresses of the workers' KV, `host:port` by rank. Known once started."""
         return tuple(self._kv_addresses)
 
     async def drain(self, timeout_s: float) -> bool:
@@ -113,7 +113,7 @@ class PrefillService:
         return all(await asyncio.gather(*drained))
 
     def prefix_cache_tokens(self) -> int:
-        """How many tokens the prefix cache can hold; 0 when it is off."""
+        """Size of the prefix cache in tokens; 0 when it is off."""
         return self._engine.prefix_cache_tokens()
 
     async def release(self, ticket: Ticket) -> None:
@@ -121,7 +121,7 @@ class PrefillService:
         await self._peers.release(ticket)
 
     async def gauges(self) -> list[LeaseGauges]:
-        """What the engine's workers hold, by rank; those that do not answer are left out."""
+        """Return the gauges of the workers, by rank, except of those that do not answer."""
         found = await asyncio.gather(*(self._peers.gauges(peer) for peer in self._kv_addresses))
         return [gauges for gauges in found if gauges is not None]
 
@@ -131,13 +131,13 @@ class PrefillService:
         return self._room.waiting
 
     async def check_health(self) -> None:
-        """Raises Unavailable when the engine is dead."""
+        """Raise Unavailable when the engine is dead."""
         await self._engine.check_health()
 
     async def steps(
         self, request: Request, selection: Selection, timeout_s: float
     ) -> AsyncGenerator[Ticket | Prefilled]:
-        """The ticket as soon as a pull may begin, if that is before the end; then the result.
+        """Yield the ticket as soon as a pull may start, if that is before the end; then the result.
 
         See `prefill`. Closing the iterator before the result was taken releases the KV.
         """
@@ -211,14 +211,14 @@ class PrefillService:
         return last
 
     async def _held_bytes(self) -> int | None:
-        """What the fullest worker holds; None while any does not answer."""
+        """Return the bytes held by the fullest worker; None while any does not answer."""
         ranks = await self.gauges()
         if len(ranks) < len(self._kv_addresses):
             return None
         return max((rank.bytes_held for rank in ranks), default=0)
 
     async def _watch(self) -> None:
-        """Hand on what the engine's last worker announces.
+        """Forward the announcements of the engine's last worker.
 
         The pipeline stages before its own are done by then, its own ranks not far behind.
         """
@@ -255,7 +255,7 @@ class PrefillService:
 def _params(
     asked: SamplingParams, selection: Selection, lease: dict[str, Any] | None
 ) -> SamplingParams:
-    """The caller's parameters, cut down to one token of one sample."""
+    """Return the caller's parameters, cut down to one token of one sample."""
     params = asked.clone()
     params.n = 1
     params.max_tokens = 1
@@ -266,7 +266,7 @@ def _params(
 
 
 def _lease(request: Request, asked: SamplingParams) -> dict[str, Any] | None:
-    """The lease that the KV is to be held under; None when one token is the whole answer."""
+    """Return the lease that is to hold the KV; None when one token is the whole answer."""
     if request.samples == 1 and asked.max_tokens == 1:
         return None
     return {

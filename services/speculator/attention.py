@@ -33,12 +33,12 @@ class KeysStored(Exception):
 
 
 class Attending(Protocol):
-    """What a forward pass does at each attention layer."""
+    """The work of a forward pass at each attention layer."""
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
-        """`[1, heads, tokens, dim]` each, of the new tokens only; so is what returns."""
+        """Attend to `[1, heads, tokens, dim]` each, of the new tokens; return the same shape."""
         ...
 
 
@@ -74,7 +74,7 @@ class ReadChunk:
             reading.store(row, key[0, :, part], value[0, :, part])
 
     def _slices(self) -> Iterator[tuple[Reading, slice]]:
-        """Where each prompt's tokens are in the pack."""
+        """Yield the slice of each prompt's tokens in the pack."""
         start = 0
         for reading, tokens in self.parts:
             yield reading, slice(start, start + tokens)
@@ -115,7 +115,7 @@ class LayoutProbe:
         return causal_attention(query, key, value, 0, scaling)
 
     def layout(self, dtype: torch.dtype, device: torch.device) -> KvLayout:
-        """Of the model that was run. Raises UnsupportedModel unless its layers are alike."""
+        """Return the model's layout. Raises UnsupportedModel unless its layers are alike."""
         if not self.seen:
             raise UnsupportedModel(
                 "speculator: the model has no attention layer that can be recorded"
@@ -138,7 +138,7 @@ def attend(
     attending: Attending | None = None,
     **_ignored: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' attention function; the tokens of several prompts come packed in one row.
+    """Serve as transformers' attention function; several prompts' tokens come packed in one row.
 
     `query` is `[1, heads, tokens, head_dim]`, `key` and `value` hold the new tokens only.
     Prompts attend one by one, each to its own buffer, so that lengths differ without padding.
@@ -152,7 +152,7 @@ def attend(
 
 
 def _attend_stored(reading: Reading, row: int, query: Tensor, scaling: float) -> Tensor:
-    """Causally to all that is stored, the newest tokens included."""
+    """Attend causally to all that is stored, the newest tokens included."""
     stop = reading.length + query.shape[2]
     keys, values = reading.keys[row, None, :, :stop], reading.values[row, None, :, :stop]
     return causal_attention(query, keys, values, reading.length, scaling)
@@ -168,7 +168,7 @@ def _layer_index(module: nn.Module) -> int:
 def causal_attention(
     query: Tensor, keys: Tensor, values: Tensor, past: int, scaling: float
 ) -> Tensor:
-    """Attention of the last `tokens` of `past + tokens` positions, grouped-query.
+    """Attend from the last `tokens` of `past + tokens` positions, grouped-query.
 
     `query` is `[1, heads, tokens, head_dim]`, `keys` is `[1, kv_heads, past + tokens, head_dim]`.
     """
@@ -190,14 +190,14 @@ def causal_attention(
 
 
 def _group(query: Tensor, kv_heads: int) -> Tensor:
-    """[1, heads, tokens, d] -> [1, kv_heads, group * tokens, d]: each key is read once a group."""
+    """Reshape [1, heads, tokens, d] to [1, kv_heads, group * tokens, d], a key once per group."""
     return query.reshape(1, kv_heads, -1, query.shape[3])
 
 
 def _attention_in_two_parts(
     query: Tensor, keys: Tensor, values: Tensor, past: int, scaling: float
 ) -> Tensor:
-    """Past keys without a mask, own keys causally, merged by their log-sum-exp.
+    """Attend to past keys without a mask, to own keys causally; merge by log-sum-exp.
 
     On a CPU this takes 0.7 of the time of one call with a mask, and no memory for the mask, which
     at 128k tokens would be 1 GiB a layer.

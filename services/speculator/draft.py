@@ -44,7 +44,7 @@ class Draft:
 
 
 def load_draft(config: SpeculatorConfig) -> Draft:
-    """The configured model, ready to score. Raises UnsupportedModel with a reason."""
+    """Load the configured model, ready to score. Raises UnsupportedModel with a reason."""
     attention.register()
     path = local_path(config.path)
     model_config = AutoConfig.from_pretrained(path, revision=config.revision)
@@ -70,7 +70,7 @@ def as_draft(model: PreTrainedModel) -> Draft:
 
 
 def max_positions(text: PreTrainedConfig) -> int | None:
-    """Return how many positions a text model has, under whichever name; None: no limit is named.
+    """Return a text model's number of positions, under whichever name; None: no limit.
 
     transformers maps most names to `max_position_embeddings`; some models have one of their own.
     """
@@ -81,7 +81,7 @@ def max_positions(text: PreTrainedConfig) -> int | None:
 
 
 def refuse_unsupported_cache(config: PreTrainedConfig) -> None:
-    """Only models in which every layer keeps the whole prompt's keys can score all of it."""
+    """Raise UnsupportedModel unless every layer keeps the whole prompt's keys."""
     text = config.get_text_config(decoder=True)
     for index, layer in enumerate(DynamicCache(config=config).layers):
         if type(layer) is not DynamicLayer:
@@ -124,7 +124,7 @@ def refuse_unfaithful_attention(model: PreTrainedModel) -> KvLayout:
 def read_chunk(
     model: PreTrainedModel, parts: Sequence[tuple[Reading, int]], quick: Llama | None = None
 ) -> None:
-    """Read the next tokens of some prompts, so many of each, in one pass. Gives no logits."""
+    """Read the next tokens of some prompts, a given number of each, in one pass, without logits."""
     tokens = [
         token
         for reading, count in parts
@@ -142,7 +142,7 @@ def read_chunk(
 
 
 def look(model: PreTrainedModel, readings: Sequence[Reading], quick: Llama | None = None) -> Tensor:
-    """Feed each reading's next token and record its queries; logits after it, [readings, V]."""
+    """Feed each reading's next token and record its queries; return logits, [readings, V]."""
     tokens = [reading.next_token for reading in readings]
     ids, positions = _packed(model, tokens, [(reading, 1) for reading in readings])
     looking = attention.Look(readings)
@@ -158,7 +158,7 @@ def look(model: PreTrainedModel, readings: Sequence[Reading], quick: Llama | Non
 def _packed(
     model: PreTrainedModel, tokens: Sequence[int], parts: Sequence[tuple[Reading, int]]
 ) -> tuple[Tensor, Tensor]:
-    """The tokens' ids, and each one's position within its own prompt."""
+    """Return the tokens' ids, and each one's position within its own prompt."""
     positions = [
         position
         for reading, count in parts
@@ -171,7 +171,7 @@ def _packed(
 def _forward(
     model: PreTrainedModel, ids: Tensor, positions: Tensor, attending: attention.Attending
 ) -> Any:
-    """One pass over packed tokens."""
+    """Make one pass over packed tokens."""
     return model(
         input_ids=ids[None], position_ids=positions[None], use_cache=False, attending=attending
     )
@@ -222,7 +222,7 @@ def _device(name: str) -> torch.device:
 
 
 def _eos_ids(model: PreTrainedModel) -> frozenset[int]:
-    """Every id that ends an answer, from the generation configuration or the model's own."""
+    """Return every id that ends an answer, from the generation configuration or the model's own."""
     generation = model.generation_config
     ids = generation.eos_token_id if generation is not None else None
     if ids is None:

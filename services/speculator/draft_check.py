@@ -1,4 +1,4 @@
-"""What the speculator would report when it loads, from configurations and tokenizers alone."""
+"""Finds what the speculator would report when it loads, from configurations and tokenizers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PATH = "speculator.path"
 def check_speculator(
     config: SpeculatorConfig, folder: Path, main_folder: Path | None, longest: int | None
 ) -> Iterator[Finding]:
-    """Yield what speaks against the draft model in `folder`.
+    """Yield the findings against the draft model in `folder`.
 
     `longest` is the longest prompt, None where the main model does not limit it.
     """
@@ -95,7 +95,7 @@ def _budget_bytes(config: SpeculatorConfig) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class DraftKv:
-    """What one token leaves behind in a draft model, by its configuration."""
+    """The KV of one token in a draft model, by its configuration."""
 
     layers: int
     kv_heads: int

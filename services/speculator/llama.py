@@ -1,4 +1,4 @@
-"""Tokens through a model of Llama's shape, straight from its weights.
+"""A forward pass of models of Llama's shape, straight from their weights.
 
 The arithmetic is that of transformers' `modeling_llama`. A pass over a single token is mostly calls
 of modules there: in a small model on a CPU they take a third of it.
@@ -72,7 +72,7 @@ class Llama:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Llama | None:
-        """None for a model of another shape."""
+        """Return the model's weights; None for a model of another shape."""
         if not isinstance(model, SHAPED_ALIKE) or model.config.hidden_act != "silu":
             return None
         decoder: Any = model.model
@@ -100,7 +100,7 @@ class Llama:
         reading.store(last.number, key, self._heads(normed, last.value))
 
     def logits(self, ids: Tensor, positions: Tensor, attending: Attending) -> Tensor:
-        """After each token: [tokens, vocabulary]."""
+        """Return the logits after each token: [tokens, vocabulary]."""
         hidden, turn = self._embedded(ids, positions)
         for layer in self.layers:
             hidden = self._through(layer, hidden, turn, attending)
@@ -113,7 +113,7 @@ class Llama:
         return hidden, Turn(cos.transpose(0, 1), torch.cat((-first, second), -1).transpose(0, 1))
 
     def _through(self, layer: Layer, hidden: Tensor, turn: Turn, attending: Attending) -> Tensor:
-        """The layer's output, in place of its input: [tokens, hidden]."""
+        """Return the layer's output, in place of its input: [tokens, hidden]."""
         normed = self._normed(hidden, layer.norm)
         seen = attending.attend(
             layer.number,
@@ -133,7 +133,7 @@ class Llama:
         return functional.rms_norm(hidden, weight.shape, weight, self.eps)
 
     def _heads(self, normed: Tensor, projection: Projection, turn: Turn | None = None) -> Tensor:
-        """[1, heads, tokens, head_dim], at its positions."""
+        """Return [1, heads, tokens, head_dim], at its positions."""
         states = functional.linear(normed, *projection).view(len(normed), -1, self.head_dim)
         if turn is not None:
             rolled = states.roll(self.head_dim // 2, dims=-1)

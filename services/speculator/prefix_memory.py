@@ -1,4 +1,4 @@
-"""Which prompts begin alike: blocks of tokens, found by a digest of all tokens up to their end.
+"""Finds prompts that start alike: blocks of tokens, by a digest of all tokens up to their end.
 
 Pure: what a block stands for is the caller's.
 """
@@ -18,12 +18,12 @@ V = TypeVar("V")
 
 
 def prompt_digest(prompt: Sequence[int]) -> bytes:
-    """Of the whole prompt. Not to be forged: other users' prompts lie beside it."""
+    """Digest the whole prompt. Not to be forged: other users' prompts lie beside it."""
     return blake2b(_bytes(prompt), digest_size=DIGEST_BYTES).digest()
 
 
 def block_digests(prompt: Sequence[int], block_tokens: int) -> list[bytes]:
-    """One digest per whole block, each over the one before it and the block's own tokens."""
+    """Return one digest per whole block, over the previous one and the block's own tokens."""
     digests, before = [], b""
     for start in range(0, len(prompt) - block_tokens + 1, block_tokens):
         block = _bytes(prompt[start : start + block_tokens])
@@ -49,7 +49,7 @@ class PrefixCache(Generic[V]):
         return self._blocks.bytes_held
 
     def longest(self, prompt: Sequence[int]) -> list[V]:
-        """The blocks of the longest beginning that is known, short of the last token.
+        """Return the blocks of the longest known beginning, short of the last token.
 
         The last token is always computed: somebody has to ask the question.
         """

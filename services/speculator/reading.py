@@ -1,4 +1,4 @@
-"""One prompt on its way through the draft model: its keys and values, and the queries recorded."""
+"""One prompt in the draft model: its keys and values, and the queries recorded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class KvLayout:
-    """What one token leaves behind in a draft model, in every layer alike."""
+    """The KV layout of one token in a draft model, in every layer alike."""
 
     layers: tuple[int, ...]  # the layers' own numbers, in the order of computation
     scalings: tuple[float, ...]  # of the attention logits, per layer
@@ -32,7 +32,7 @@ class KvLayout:
         return self.layers[-1]
 
     def empty(self, dim: int, tokens: int) -> Tensor:
-        """[layers, kv_heads, tokens, dim], not initialised."""
+        """Return [layers, kv_heads, tokens, dim], not initialised."""
         shape = (len(self.layers), self.kv_heads, tokens, dim)
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
@@ -91,10 +91,10 @@ class Reading:
         self.length = self.cached_tokens = tokens
 
     def block(self, start: int, stop: int) -> Block:
-        """A copy of what tokens `[start, stop)` left behind."""
+        """Return a copy of the KV of tokens `[start, stop)`."""
         return Block(self.keys[:, :, start:stop].clone(), self.values[:, :, start:stop].clone())
 
     def release(self) -> None:
-        """Give the memory back; nothing can be read any more."""
+        """Free the memory; nothing can be read any more."""
         self.keys = self.values = self.keys.new_empty(0)
         self.queries = []

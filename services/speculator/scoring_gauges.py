@@ -1,4 +1,4 @@
-"""What a speculator replica did, as Serve metrics (`ray_specprefill_speculator_*`)."""
+"""Work of a speculator replica, as Serve metrics (`ray_specprefill_speculator_*`)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class SpeculatorGauges:
             await asyncio.sleep(_PERIOD_S)
 
     def tested(self, facts_kept: float) -> None:
-        """The self-test has ended."""
+        """Set the result of the self-test, which has ended."""
         self._facts_kept = facts_kept
 
     def update(self) -> None:

@@ -1,4 +1,4 @@
-"""Whether the draft model can choose at all: generated facts that it must keep.
+"""Tests that the draft model can choose at all: it must keep generated facts.
 
 A draft that is truncated, wrongly converted or mislabelled scores like any other,
 and every answer that needed what it dropped is lost in silence. So each replica asks itself a few
@@ -44,14 +44,14 @@ class Selecting(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt in the main model's tokens, and where its answer stands."""
+    """A prompt in the main model's tokens, and the place of its answer."""
 
     prompt: tuple[int, ...]
     gold: Span
 
 
 async def self_test(service: Selecting, main_path: str) -> float | None:
-    """The share of facts that the service keeps. None: it could not be found out."""
+    """Return the share of facts that the service keeps; None: it could not be found out."""
     try:
         asked = await asyncio.to_thread(questions, main_path)
     except (OSError, ValueError) as error:  # a tokenizer that is missing, or cannot render a chat
@@ -78,7 +78,7 @@ async def self_test(service: Selecting, main_path: str) -> float | None:
 
 
 def questions(main_path: str) -> list[Question]:
-    """The prompts. Raises OSError or ValueError where the tokenizer cannot be used."""
+    """Return the prompts. Raises OSError or ValueError where the tokenizer cannot be used."""
     tokenizer = AutoTokenizer.from_pretrained(local_path(main_path))
     chat = tokenizer if tokenizer.chat_template else _Plain(tokenizer)
     made = (
@@ -98,7 +98,7 @@ def _questions(made: Iterator[NeedlePrompt], tokenizer: Any, chat: Any) -> Itera
 
 
 def _tokens_of(start: int, length: int, offsets: Sequence[tuple[int, int]]) -> Span | None:
-    """The tokens that cover `length` characters from `start`."""
+    """Return the tokens that cover `length` characters from `start`."""
     if start < 0:
         return None
     covering = [

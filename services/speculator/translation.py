@@ -32,7 +32,7 @@ class Prompt(Protocol):
         ...
 
     def scores(self, draft_scores: Scores) -> Scores:
-        """From one score per draft token to one per token of the main model."""
+        """Translate one score per draft token to one per token of the main model."""
         ...
 
 
@@ -43,7 +43,7 @@ class SamePrompt:
     prompt: tuple[int, ...]
 
     def scores(self, draft_scores: Scores) -> Scores:
-        """As they are."""
+        """Return the scores unchanged."""
         return draft_scores
 
 
@@ -56,7 +56,7 @@ class Translated:
     main_offsets: Offsets  # [N, 2]
 
     def scores(self, draft_scores: Scores) -> Scores:
-        """[M] -> [N]: each main token has the mean of its characters' scores.
+        """Map [M] to [N]: each main token has the mean of its characters' scores.
 
         A character has the mean score of the draft tokens that cover it. A main token none of
         whose characters is covered has 0.
@@ -70,7 +70,7 @@ class Translated:
 
 
 class Translator:
-    """From the main model's tokens to the draft model's."""
+    """Translates the main model's tokens to the draft model's."""
 
     def __init__(self, main: Tokenizer, draft: Tokenizer, draft_bos: int | None) -> None:
         self._main = main
@@ -79,11 +79,11 @@ class Translator:
 
     @property
     def vocabulary_size(self) -> int:
-        """Main token ids are below it."""
+        """Size of the vocabulary that main token ids come from."""
         return max(self._main.get_vocab(with_added_tokens=True).values()) + 1
 
     def translate(self, prompt: Sequence[int]) -> Translated:
-        """The prompt as the draft reads it."""
+        """Return the prompt as the draft reads it."""
         text, main_offsets = decode(self._main, prompt)
         encoding = self._draft.encode(text, add_special_tokens=False)
         before = [] if self._draft_bos is None else [self._draft_bos]
@@ -92,7 +92,7 @@ class Translator:
 
 
 def load_translator(main_path: str, draft_path: str) -> Translator | None:
-    """None where each of the main model's tokens has the same id in the draft model.
+    """Return None where each of the main model's tokens has the same id in the draft model.
 
     Decided by the token -> id maps, not by names. Raises UnsupportedModel where a tokenizer
     does not tell which characters its tokens cover.
@@ -115,7 +115,7 @@ def load_translator(main_path: str, draft_path: str) -> Translator | None:
 
 
 def decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
-    """The text of some tokens, special ones included, and which characters each stands for.
+    """Return the text of some tokens, special ones included, and the characters of each.
 
     Tokens that share a character's bytes all stand for what they give together. Bytes at the end
     that make no character stand for none.
@@ -136,7 +136,7 @@ def decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> tuple[str, list[tuple
 
 
 def _settled(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """A copy of our own: truncation and padding are settings of the shared one."""
+    """Return a copy of our own: truncation and padding are settings of the shared one."""
     own = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     own.no_truncation()
     own.no_padding()
@@ -148,7 +148,7 @@ def _offsets(pairs: Sequence[tuple[int, int]]) -> Offsets:
 
 
 def _spread(offsets: Offsets, values: NDArray[np.float64], length: int) -> NDArray[np.float64]:
-    """[length]: for each character, the sum of the values of the tokens that cover it."""
+    """Return [length]: for each character, the sum of the values of the tokens that cover it."""
     steps = np.zeros(length + 1)
     np.add.at(steps, offsets[:, 0], values)
     np.subtract.at(steps, offsets[:, 1], values)
@@ -156,7 +156,7 @@ def _spread(offsets: Offsets, values: NDArray[np.float64], length: int) -> NDArr
 
 
 def _means(offsets: Offsets, each: NDArray[np.float64], covered: NDArray[np.bool_]) -> Scores:
-    """[tokens]: the mean over each token's covered characters."""
+    """Return [tokens]: the mean over each token's covered characters."""
     sums = np.concatenate(([0.0], np.cumsum(each)))
     counts = np.concatenate(([0], np.cumsum(covered)))
     start, stop = offsets[:, 0], offsets[:, 1]

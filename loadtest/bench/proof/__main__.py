@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _write_models(waves: Sequence[Wave], machine: Machine) -> None:
-    """Once, before several jobs read them."""
+    """Write the models once, before several jobs read them."""
     for name, dtype in sorted(models_with_weights(waves, machine.dtype)):
         model_folder(name, dtype, MAX_TOKENS, weights=True)
 
@@ -67,7 +67,7 @@ def _conclude(out: Path) -> int:
 
 
 def _run_part(args: argparse.Namespace, machine: Machine, out: Path) -> int:
-    """One part, in this process."""
+    """Run one part, in this process."""
     name = args.part if args.variant is None else f"{args.part}:{args.variant}"
     sheet = Sheet(out, name)
     try:
@@ -81,7 +81,7 @@ def _run_part(args: argparse.Namespace, machine: Machine, out: Path) -> int:
 
 
 def _prove(sheet: Sheet, args: argparse.Namespace, machine: Machine, out: Path) -> None:
-    """A part's modules are imported by its process alone."""
+    """Run a part, whose modules its own process alone imports."""
     if args.part == "kernels":
         from . import kernels
 
@@ -112,7 +112,7 @@ def _prove_parity(sheet: Sheet, variant: str, machine: Machine) -> None:
 
 
 def _end(code: int) -> None:
-    """At once: engines that are slow to stop are ended by the program that started this one."""
+    """Exit at once: the program that started this one ends engines that are slow to stop."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

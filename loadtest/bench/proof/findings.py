@@ -1,4 +1,4 @@
-"""What the parts find, written at once, so that the end of a process loses nothing."""
+"""Findings of the parts, written at once, so that the end of a process loses nothing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Finding:
 
 
 class Sheet:
-    """Where one part's findings go."""
+    """The file of one part's findings."""
 
     def __init__(self, out: Path, part: str) -> None:
         self._out, self._part = out, part
@@ -57,7 +57,7 @@ class Sheet:
 
 
 def read(out: Path) -> list[Finding]:
-    """Every finding so far, in order."""
+    """Read every finding so far, in order."""
     path = out / ROWS
     if not path.exists():
         return []

@@ -52,7 +52,7 @@ class _Row:
 
 
 def prove(sheet: Sheet, machine: Machine, name: str) -> None:
-    """Each case alone, then 32 at once; a peer that is gone; nothing held at the end.
+    """Run each case alone, then 32 at once; check a peer that is gone, and that nothing is held.
 
     `name` is the carrier; `grpc+graphs` with vLLM's graphs, without it the engines are eager.
     """
@@ -117,7 +117,7 @@ def _prefiller(pipeline: Pipeline) -> LocalPrefiller:
 
 
 async def _handed_over(pipeline: Pipeline, job: Job) -> tuple[Answered, bool]:
-    """The pipeline's answer, and whether the decode engine had to compute the prompt."""
+    """Return the pipeline's answer, and whether the decode engine had to compute the prompt."""
     chosen = replace(pipeline, speculator=Chosen({job.name: job.selection}))
     request = replace(job.request(max_tokens=OUTPUT_TOKENS, logprobs=TOP), plan=job.selection.plan)
     async with aclosing(chosen.generate(request)) as stream:
@@ -127,7 +127,7 @@ async def _handed_over(pipeline: Pipeline, job: Job) -> tuple[Answered, bool]:
 
 
 async def _aggregated(pipeline: Pipeline, job: Job) -> list[int]:
-    """The tokens of the decode engine alone."""
+    """Return the tokens of the decode engine alone."""
     steps = pipeline.decoder.decode(
         job.request(max_tokens=OUTPUT_TOKENS), job.selection, None, ((),), 60.0
     )
@@ -135,7 +135,7 @@ async def _aggregated(pipeline: Pipeline, job: Job) -> list[int]:
 
 
 async def _lose_the_peer(sheet: Sheet, pipeline: Pipeline, vocabulary: int) -> None:
-    """A ticket whose prefill engine is gone costs time, not tokens."""
+    """Check that a ticket whose prefill engine is gone costs time, not tokens."""
     (job,) = jobs(30, vocabulary, ("gaps",))
     request = job.request(max_tokens=OUTPUT_TOKENS)
     async with _first(pipeline, job, request) as (ticket, first):

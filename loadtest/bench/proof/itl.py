@@ -30,7 +30,7 @@ ROUNDS = 3
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Of the model, and of the batches."""
+    """Sizes of the model, and of the batches."""
 
     model: str
     batches: tuple[int, ...]
@@ -49,7 +49,7 @@ class Ours:
     service: DecodeService
 
     async def stream(self, job: Job, output_tokens: int) -> AsyncGenerator[int]:
-        """How many tokens come, each time some do."""
+        """Yield the number of tokens, each time some come."""
         request = job.request(max_tokens=output_tokens)
         first = ((job.prompt[0],),)
         async for step in self.service.decode(request, job.selection, None, first, 120.0):
@@ -63,7 +63,7 @@ class Plain:
     engine: Engine
 
     async def stream(self, job: Job, output_tokens: int) -> AsyncGenerator[int]:
-        """How many tokens come, each time some do."""
+        """Yield the number of tokens, each time some come."""
         from vllm.sampling_params import RequestOutputKind
 
         kind = RequestOutputKind.DELTA
@@ -121,7 +121,7 @@ def _engine(machine: Machine, sizes: Sizes) -> EngineConfig:
 
 
 async def _batch(answering: Ours | Plain, sizes: Sizes, batch: int, seed: str) -> list[list[float]]:
-    """When each token came, per request; all are sent at once."""
+    """Return when each token came, per request; all are sent at once."""
     length = 2 * sizes.kept_tokens
     selection = every_other(length, RUN)
     vocabulary = MODELS[sizes.model].vocabulary
@@ -140,7 +140,7 @@ async def _times(answering: Ours | Plain, job: Job, output_tokens: int) -> list[
 
 
 def steady_itl_s(times: Sequence[Sequence[float]]) -> float:
-    """Seconds a token while every request decodes: the median of the requests' means.
+    """Return seconds a token while every request decodes: the median of the requests' means.
 
     Raises ValueError when there is no such time.
     """

@@ -1,4 +1,4 @@
-"""What runs, in which order, beside what, and for how long at most."""
+"""The jobs of a run: their order, their neighbours, and their time limits."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Job:
 
     @property
     def name(self) -> str:
-        """As the results show it."""
+        """The name in the results."""
         return self.part if self.variant is None else f"{self.part}:{self.variant}"
 
     @property
     def is_timed(self) -> bool:
-        """Whether it measures once it has the device to itself."""
+        """True if the job measures once it has the device to itself."""
         return self.part in _TIMED
 
 
@@ -79,14 +79,14 @@ SHORT_PLAN: tuple[Wave, ...] = (
 
 
 def plan(*, cpu: bool, short: bool) -> tuple[Wave, ...]:
-    """The waves of a run."""
+    """Return the waves of a run."""
     if short:
         return SHORT_PLAN
     return CPU_PLAN if cpu else GPU_PLAN
 
 
 def named(names: Iterable[str], *, cpu: bool) -> tuple[Wave, ...]:
-    """Jobs by name, one after the other. Raises ValueError for one that does not exist."""
+    """Return jobs by name, one after the other. Raises ValueError for an unknown one."""
     known = {job.name: job for wave in (*GPU_PLAN, *CPU_PLAN, *SHORT_PLAN) for job in wave}
     waves = []
     for name in names:
@@ -98,7 +98,7 @@ def named(names: Iterable[str], *, cpu: bool) -> tuple[Wave, ...]:
 
 
 def models_with_weights(waves: Iterable[Wave], dtype: str) -> set[tuple[str, str]]:
-    """(model, dtype) that several jobs of `waves` read; `dtype` is the device's own."""
+    """Return (model, dtype) that several jobs of `waves` read; `dtype` is the device's own."""
     models = set()
     for job in (job for wave in waves for job in wave):
         if job.part == "parity" and job.variant is not None:

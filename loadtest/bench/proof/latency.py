@@ -32,7 +32,7 @@ GROWTH = 1.5  # a round takes its tokens to this power: linear hand-overs, quadr
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Of the models and prompts."""
+    """Sizes of the models and prompts."""
 
     main: str
     draft: str
@@ -42,7 +42,7 @@ class Sizes:
 
     @property
     def max_tokens(self) -> int:
-        """Of a prompt and its answer."""
+        """Tokens of a prompt and its answer."""
         return self.lengths[-1] + 1024
 
 
@@ -53,7 +53,7 @@ SHORT = Sizes("cpu-main", "cpu-draft", 1024, (1024,), (1,))
 
 @dataclass(slots=True)
 class Round:
-    """What one length's prompts took, by plan, in the order they were run."""
+    """Times of one length's prompts, by plan, in the order they were run."""
 
     one_engine_s: list[float] = field(default_factory=list)  # dense, nothing handed over
     plans: dict[str, list[gap.Run]] = field(default_factory=dict)
@@ -69,7 +69,7 @@ class Bench:
     sizes: Sizes
 
     async def run(self, length: int, seed: int, into: Round) -> None:
-        """Every plan once, each with a prompt of its own."""
+        """Run every plan once, each with a prompt of its own."""
         into.one_engine_s.append(await self._one_engine(length, seed))
         for name, plan in PLANS.items():
             request = self._request(f"{name}-{seed}", length, plan)
@@ -81,7 +81,7 @@ class Bench:
         into.late.append(await gap.answer(late, "late", request))
 
     async def _one_engine(self, length: int, seed: int) -> float:
-        """Seconds to the only token that is asked for: the engine holds nothing for a peer."""
+        """Return seconds to the only token asked for: the engine holds nothing for a peer."""
         request = self._request(f"one-{seed}", length, _DENSE, output_tokens=1)
         started_s = time.monotonic()
         prefill = self.pipeline.prefiller.prefill(request, whole(length, _DENSE), 120.0)
@@ -120,7 +120,7 @@ async def _measure(
 
 
 async def _every_length(sheet: Sheet, bench: Bench, left_s: Callable[[], float]) -> None:
-    """Rounds as long as there is time; the first of a length is known to fit, or left out."""
+    """Yield rounds as long as there is time; the first of a length is known to fit, or left out."""
     took_s, before = 0.0, bench.sizes.lengths[0]
     for length, rounds in zip(bench.sizes.lengths, bench.sizes.rounds, strict=True):
         if left_s() < took_s * (length / before) ** GROWTH:
@@ -138,7 +138,7 @@ async def _every_length(sheet: Sheet, bench: Bench, left_s: Callable[[], float])
 
 
 def report(sheet: Sheet, bench: Bench, length: int, found: Round) -> None:
-    """A row per plan, and one for the hand-over."""
+    """Write a row per plan, and one for the hand-over."""
     one_engine_s = median(found.one_engine_s)
     dense_s = _median(found.plans["dense"], lambda run: run.token_s[0])
     for name, runs in found.plans.items():
@@ -167,7 +167,7 @@ def report(sheet: Sheet, bench: Bench, length: int, found: Round) -> None:
 def _row(
     runs: Sequence[gap.Run], length: int, one_engine_s: float, dense_s: float
 ) -> dict[str, Any]:
-    """Medians. `overhead_s`: of the first token's time, what no stage has spent."""
+    """Return medians. `overhead_s` is the part of the first token's time outside every stage."""
     stages = {name: median(getattr(run.report, name) for run in runs) for name in STAGES}
     first_s = _median(runs, lambda run: run.token_s[0])
     kept = runs[0].report.kept_tokens
@@ -190,7 +190,7 @@ def _median(runs: Sequence[gap.Run], value: Callable[[gap.Run], float]) -> float
 
 
 def configuration(machine: Machine, sizes: Sizes) -> AppConfig:
-    """Three services on one device, with nothing cached between runs.
+    """Configure three services on one device, with nothing cached between runs.
 
     Eager is fair to long prefills, which run without graphs anyway, and starts sooner.
     """

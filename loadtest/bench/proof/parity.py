@@ -65,7 +65,7 @@ class _Answers:
 
 
 def prove(sheet: Sheet, machine: Machine, name: str) -> None:
-    """Each case alone, then all twice in one batch, then again from the prefix cache."""
+    """Run each case alone, then all twice in one batch, then again from the prefix cache."""
     from .reference import Reference, check_that_it_can_fail, compare
 
     variant = VARIANTS[name]
@@ -125,7 +125,7 @@ def _engine(sheet: Sheet, machine: Machine, variant: Variant, folder: str) -> En
 
 
 async def _answer(engine: Engine, job: Job, kind: str) -> tuple[Answered, int]:
-    """The engine's answer to the kept tokens, and how many of them its prefix cache had."""
+    """Return the engine's answer to the kept tokens, and how many its prefix cache had."""
     from specprefill.engine.params import POSITIONS
 
     from .reference import Answered

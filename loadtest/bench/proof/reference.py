@@ -31,7 +31,7 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """How far an answer is from the reference, the answer's own tokens being fed."""
+    """The distance of an answer from the reference, which is fed the answer's own tokens."""
 
     best: int  # tokens that are the reference's best
     of: int
@@ -39,7 +39,7 @@ class Distance:
     logprob_gap: float
 
     def within(self, tolerance: float) -> bool:
-        """Whether both gaps are."""
+        """Return True if both gaps are within the tolerance."""
         return max(self.logit_gap, self.logprob_gap) <= tolerance
 
 
@@ -53,7 +53,7 @@ class Reference:
         self._device = device
 
     def distance(self, answered: Answered, *, contiguous: bool = False) -> Distance:
-        """Of one answer. `contiguous`: as if slots were positions."""
+        """Return the distance of one answer. `contiguous`: as if slots were positions."""
         logits = self._logits(answered.job, answered.tokens, contiguous)
         tokens = torch.tensor(answered.tokens, device=self._device)
         chosen = logits.gather(1, tokens[:, None])[:, 0]
@@ -71,7 +71,7 @@ class Reference:
         )
 
     def _logits(self, job: Job, answer: Sequence[int], contiguous: bool) -> Tensor:
-        """`[answer, vocabulary]`: before each of its tokens."""
+        """Return `[answer, vocabulary]`: the logits before each of its tokens."""
         kept = job.positions.kept.tolist()
         ids = [job.prompt[place] for place in kept] + list(answer[:-1])
         places = kept + [len(job.prompt) + step for step in range(len(answer) - 1)]
@@ -92,7 +92,7 @@ class Reference:
 def compare(
     sheet: Sheet, what: str, reference: Reference, answers: Iterable[Answered], dtype: str
 ) -> None:
-    """One check that every answer is within the tolerance; those that are not, one by one."""
+    """Check that every answer is within the tolerance; list those that are not."""
     tolerance = TOLERANCE[dtype]
     found = {answered.job.name: reference.distance(answered) for answered in answers}
     sheet.check(
@@ -112,7 +112,7 @@ def compare(
 def check_that_it_can_fail(
     sheet: Sheet, reference: Reference, answered: Answered, dtype: str
 ) -> None:
-    """The same comparison must fail at contiguous positions."""
+    """Check that the same comparison fails at contiguous positions."""
     wrong = reference.distance(answered, contiguous=True)
     fails = wrong.logprob_gap > 3 * TOLERANCE[dtype]
     sheet.check("contiguous positions fail this check", fails, **asdict(wrong))

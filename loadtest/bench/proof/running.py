@@ -47,13 +47,13 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """Where the jobs run, and where their results go."""
+    """Runs the jobs of a proof, and stores their results."""
 
     machine: Machine
     out: Path
 
     def run(self, waves: Sequence[Wave], budget_s: float) -> None:
-        """One wave after the other, as long as there is time."""
+        """Run one wave after the other, as long as there is time."""
         stop_s = time.monotonic() + budget_s
         for wave in waves:
             if stop_s - time.monotonic() < LEAST_S:

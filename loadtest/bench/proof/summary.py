@@ -14,12 +14,12 @@ _ITL = {OURS: f"itl:{OURS}", PLAIN: f"itl:{PLAIN}"}
 
 
 def failed(findings: Sequence[Finding]) -> list[Finding]:
-    """The checks that failed."""
+    """Return the checks that failed."""
     return [one for one in findings if one.ok is False]
 
 
 def first_token_table(findings: Sequence[Finding]) -> str:
-    """A row per length and plan; empty when nothing was measured."""
+    """Return a row per length and plan; empty when nothing was measured."""
     rows = [one for one in findings if "first_token_s" in one.values]
     headers = ("prompt", "kept", "TTFT", "vs dense", "vs one engine", "1/(k+r)", "speculate",
                "prefill", "overhead", "token 1 to 2")  # fmt: skip
@@ -40,7 +40,7 @@ def _first_token_cells(finding: Finding) -> list[str]:
 
 
 def hand_over_table(findings: Sequence[Finding]) -> str:
-    """A row per length; empty when nothing was measured."""
+    """Return a row per length; empty when nothing was measured."""
     rows = [one for one in findings if "gb_per_s" in one.values]
     headers = ("hand-over", "GB", "GB/s", "token 1 to 2, late", "early", "later tokens")
     return (
@@ -59,7 +59,7 @@ def _hand_over_cells(what: str, values: dict[str, Any]) -> list[str]:
 
 
 def itl_table(findings: Sequence[Finding]) -> str:
-    """Ours beside plain vLLM's by batch; empty unless both were measured."""
+    """Return ours beside plain vLLM's by batch; empty unless both were measured."""
     found = {
         name: {one.values["batch"]: one.values["itl_ms"] for one in findings
                if one.part == part and "itl_ms" in one.values}

@@ -68,7 +68,7 @@ class SparseCPUModelRunner(CPUModelRunner):  # type: ignore[misc]
             self.input_batch.generators.update(rewound)
 
     def _partial_generators(self) -> dict[int, torch.Generator]:
-        """Seeded generators of the requests whose prompt goes on after this step, by row."""
+        """Return the seeded generators, by row, of requests whose prompt is not finished yet."""
         partial = self.discard_request_mask.np[: self.input_batch.num_reqs]
         generators: dict[int, torch.Generator] = self.input_batch.generators
         return {row: one for row, one in generators.items() if partial[row]}

@@ -55,7 +55,7 @@ class CopyStream(Protocol):
 
 
 class Device(Protocol):
-    """Where an engine's caches are."""
+    """The device of an engine's caches."""
 
     def stream(self) -> CopyStream:
         """Make a stream."""
@@ -84,7 +84,7 @@ class Device(Protocol):
 
 class _Done:
     def wait(self) -> None:
-        """It was done when it was made."""
+        """Return at once: the work was done when the event was made."""
 
 
 class HostDevice:
@@ -218,5 +218,5 @@ class _CudaStream:
 
 
 def device_of(cache: torch.Tensor) -> Device:
-    """The device of an engine's caches, from one layer's."""
+    """Return the device of an engine's caches, read from one layer's cache."""
     return HostDevice() if cache.device.type == "cpu" else CudaDevice(cache.device)

@@ -28,7 +28,7 @@ def registered(memory: torch.Tensor) -> tuple[NixlAgent, NixlMemory]:
 
 
 class Landing:
-    """Where frames from other workers' device memory land, and the client that reads them."""
+    """The landing memory of frames from other workers' devices, and the client that reads them."""
 
     def __init__(self, device: Device, tls: MutualTls | None) -> None:
         self._memory = device.device_buffer(LANDING_BYTES)

@@ -42,7 +42,7 @@ class Holder:
 
     @property
     def endpoint(self) -> Endpoint:
-        """The address of this worker's KV port, and the layout of what it serves."""
+        """Address of this worker's KV port, and the layout of the KV that it serves."""
         return self._endpoint
 
     @property
@@ -63,7 +63,7 @@ class Holder:
                 self._keeper.ask("announce", order.lease_id, order.tokens)
 
     def finish_step(self, orders: Orders) -> None:
-        """After the last layer: drop what was aborted, let handed-out leases age.
+        """Drop aborted leases and let issued ones age, after the last layer.
 
         Nothing is waited for: every gather runs before later writes, on their stream. Raises
         KvTransferError when the keeper is dead: the engine must not go on handing out tickets.
@@ -81,7 +81,7 @@ class Holder:
         self._keeper.close()
 
     def _announced_layer(self, order: Stage) -> int:
-        """Where in the last chunk the decode side may begin to pull.
+        """Return the layer of the last chunk at which the decode side may start to pull.
 
         It polls while it waits. So it waits for half a chunk only, unless the KV of chunks
         before the last one is there to be moved meanwhile.

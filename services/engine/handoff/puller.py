@@ -39,7 +39,7 @@ Store = Callable[[torch.Tensor], None]
 
 @dataclass(frozen=True, slots=True)
 class WorkerPlace:
-    """Which part of the model this worker has, and how the peers share the model."""
+    """The part of the model that this worker has, and how the peers share the model."""
 
     rank: int
     own: Split
@@ -101,7 +101,7 @@ class Puller:
                 self._threads.submit(self._pull, order, computed)
 
     def results(self, aborted: set[str]) -> KVConnectorTransferResults:
-        """Take what has ended. An aborted request's pull is cancelled, then reported."""
+        """Return what has ended. Cancel the pulls of aborted requests, then report them."""
         with self._lock:
             for request_id in aborted & self._running.keys():
                 for pull in self._running[request_id]:
@@ -110,7 +110,7 @@ class Puller:
             return results
 
     def pull_times(self) -> PullTimes | None:
-        """Take the times of the pulls that have ended."""
+        """Return the times of the pulls that have ended, once."""
         with self._lock:
             times, self._exposed_s = self._exposed_s, {}
             return PullTimes(times) if times else None
@@ -121,7 +121,7 @@ class Puller:
         self._client.close()
 
     def _pull(self, order: Pull, computed: CopyEvent) -> None:
-        """One pull, start to end. It has failed unless all of its KV is known to be in place."""
+        """Run one pull. It has failed unless all of its KV is known to be in place."""
         exposed_s: float | None = None
         started_s = time.monotonic()
         try:
@@ -135,7 +135,7 @@ class Puller:
             self._report(order, exposed_s)
 
     def _report(self, order: Pull, exposed_s: float | None) -> None:
-        """Tell the scheduler in the next step; `exposed_s` None: the KV is not there."""
+        """Queue the report for the scheduler's next step; `exposed_s` None: the KV is not there."""
         self._caches.forget(order.request_id)
         with self._lock:
             self._running.pop(order.request_id, None)
@@ -146,7 +146,7 @@ class Puller:
                 self._exposed_s[order.request_id] = exposed_s
 
     def _fetch(self, order: Pull, computed: CopyEvent) -> float:
-        """Return for how many seconds the KV was complete at the peer when all was here."""
+        """Pull the KV; return how many seconds it was complete at the peer when all was here."""
         if order.ticket["fingerprint"] != self._caches.fingerprint:
             raise LayoutMismatch("kv: the ticket's layout is not this engine's")
         blocks = self._caches.block_tensor(order.request_id, order.blocks)
@@ -188,7 +188,7 @@ class Puller:
             self._write(arrival, lacking)
 
     def _write(self, arrival: _Arrival, frame: Frame) -> None:
-        """Frames of a layer come in token order, gapless."""
+        """Write a frame; frames of a layer come in token order, gapless."""
         if arrival.stops[frame.layer] != frame.start or frame.stop > arrival.order.stop:
             raise CorruptFrame(f"stream: layer {frame.layer} tokens {frame.start}:{frame.stop}")
         held = self._place.peers.heads_of(arrival.source.rank)
@@ -237,7 +237,7 @@ class Puller:
 
 
 def _token_bytes(caches: Caches, peers: Split) -> int:
-    """Bytes of one token of one layer as a peer holds it."""
+    """Return the bytes of one token of one layer as a peer holds it."""
     cache = next(iter(caches.by_layer.values()))
     heads = max(len(peers.heads_of(rank)) for rank in range(peers.tensor))
     return int(heads * cache.shape[3] * cache.itemsize)
@@ -252,5 +252,5 @@ def _nixl_client(nixl: NixlAgent | None, tls: MutualTls | None) -> NixlClient | 
 
 
 def _within(held: Span, part: Span) -> slice:
-    """Where `part` of the model's heads lies in a tensor of the heads `held`."""
+    """Return the slice of `part` of the model's heads in a tensor of the heads `held`."""
     return slice(part.start - held.start, part.stop - held.start)

@@ -46,11 +46,11 @@ class SchedulerHalf:
         self._issued: list[str] = []
 
     def peers(self, endpoints: list[Endpoint]) -> None:
-        """The addresses of this engine's workers, by rank."""
+        """Set the addresses of this engine's workers, by rank."""
         self._endpoints = endpoints
 
     def new_request(self, request: Request, cache_manager: Any) -> None:
-        """Give a sparse request's blocks hashes that tell its positions apart."""
+        """Give a sparse request's blocks hashes that depend on its positions."""
         if self._hasher is None:
             self._hasher = PositionHasher(
                 cache_manager.block_pool.hash_block_size, self._hash_algorithm
@@ -58,7 +58,7 @@ class SchedulerHalf:
         self._hasher.rehash(request)
 
     def tokens_to_pull(self, request: Request, computed: int) -> int:
-        """All prompt tokens this engine lacks; 0 on the retry after a failed pull."""
+        """Return the number of prompt tokens that this engine lacks; 0 after a failed pull."""
         if not _has(request, CONSUME) or request.request_id in self._consumed:
             return 0
         return int(request.num_prompt_tokens) - computed
@@ -75,7 +75,7 @@ class SchedulerHalf:
         )
 
     def pulled(self, finished: set[str], failed: set[str], times: PullTimes | None) -> None:
-        """Note how long the pulls took."""
+        """Store how long the pulls took."""
         exposed_s = {} if times is None else times.exposed_s
         for request_id in finished & self._consumed.keys():
             record = self._consumed[request_id]
@@ -84,7 +84,7 @@ class SchedulerHalf:
             record.failed = request_id in failed
 
     def orders(self, step: Any) -> Orders:
-        """Everything the workers are to do in this step."""
+        """Return everything that the workers are to do in this step."""
         orders = Orders(pulls=list(self._pulls.values()), drops=self._drops, issued=self._issued)
         self._pulls, self._drops, self._issued = {}, [], []
         if self._producer:
@@ -97,7 +97,7 @@ class SchedulerHalf:
         return bool(self._pulls or self._drops or self._issued)
 
     def finished(self, request: Request) -> dict[str, Any] | None:
-        """What the engine's last output tells the service: a ticket, or how the pull went."""
+        """Return the fields of the engine's last output: a ticket, or how the pull went."""
         self._pulls.pop(request.request_id, None)
         if _has(request, PRODUCE):
             return self._hand_over(request)
@@ -111,7 +111,7 @@ class SchedulerHalf:
         }
 
     def _hand_over(self, request: Request) -> dict[str, Any] | None:
-        """A ticket, if the prompt was computed to its end and the answer goes on."""
+        """Return a ticket if the prompt was computed to its end and the answer goes on."""
         produced = self._produced.pop(request.request_id, None)
         lease = request.kv_transfer_params[PRODUCE]
         whole = request.num_computed_tokens >= request.num_prompt_tokens

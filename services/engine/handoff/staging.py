@@ -61,7 +61,7 @@ class Stager:
     def _copy(
         self, order: Stage, layer: int, cache: torch.Tensor, tokens: Span, *, last: bool
     ) -> bool:
-        """Return whether there was room."""
+        """Copy the tokens; return False when there was no room."""
         token_bytes = self._caches.token_bytes
         size = piece_bytes(len(tokens), token_bytes, self._frame_tokens)
         room = self._keeper.take(size)

@@ -65,13 +65,13 @@ class WorkerHalf:
         logger.info("kv carrier: %s", self._carrier)
 
     def _agent(self) -> NixlAgent | None:
-        """The agent for KV in host memory; device memory has one of its own."""
+        """The agent for KV in host memory; device memory has its own."""
         if self._config.memory == "device":
             return None
         return agent_for(self._config.carrier, encrypted=self._tls is not None)
 
     def endpoint(self) -> Endpoint | None:
-        """Return where this worker's leases can be pulled; None on the decode side."""
+        """Return the endpoint of this worker's leases; None on the decode side."""
         return None if self._holder is None else self._holder.endpoint
 
     @property
@@ -95,18 +95,18 @@ class WorkerHalf:
             self._holder.stage(layer_name, cache, orders)
 
     def finish_step(self, orders: Orders) -> None:
-        """Take note of what ended. Waits for nothing."""
+        """Note what has ended, without waiting."""
         if self._holder is not None:
             self._holder.finish_step(orders)
 
     def results(self, aborted: set[str]) -> KVConnectorTransferResults:
-        """Take the pulls that have ended; cancel those of aborted requests."""
+        """Return the pulls that have ended; cancel those of aborted requests."""
         if self._puller is None:
             return KVConnectorTransferResults()
         return self._puller.results(aborted)
 
     def pull_times(self) -> PullTimes | None:
-        """Take the times of the pulls that have ended."""
+        """Return the times of the pulls that have ended, once."""
         return None if self._puller is None else self._puller.pull_times()
 
     def stop(self) -> None:

@@ -84,7 +84,7 @@ class SparseSlots:
         self._sparse: dict[int, _Sparse] = {}
 
     def occupy(self, slot: int, mapping: PositionMap | None) -> None:
-        """A request takes `slot`; whatever was there before is forgotten."""
+        """Assign `slot` to a request; whatever was there before is forgotten."""
         self._sparse.pop(slot, None)
         self._shift[slot] = 0 if mapping is None else mapping.shift
         if mapping is not None and not mapping.is_identity:

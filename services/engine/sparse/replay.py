@@ -22,14 +22,14 @@ from ..params import replay_of
 
 
 class ReplayTokens(LogitsProcessor):  # type: ignore[misc]
-    """For the V1 model runner."""
+    """The replay processor for the V1 model runner."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         del vllm_config, device, is_pin_memory
         self._rows: dict[int, tuple[list[int], list[int]]] = {}  # row -> (replay, output so far)
 
     def is_argmax_invariant(self) -> bool:
-        """Replaying changes the greedy choice."""
+        """Return False: replaying changes the greedy choice."""
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:

@@ -27,7 +27,7 @@ _WITHOUT = "allowed without it: auto, grpc, object_ref"
 
 
 def agent_for(carrier: str, *, encrypted: bool) -> NixlAgent | None:
-    """This process's agent, started; None where `kv.carrier` leaves the KV to gRPC.
+    """Start and return this process's agent; None where `kv.carrier` leaves the KV to gRPC.
 
     `auto` means NIXL wherever it works, unless the channel is to be encrypted: NIXL's reads
     are not. Raises InvalidConfiguration if the carrier is `nixl` and it does not work here.
@@ -44,7 +44,7 @@ def agent_for(carrier: str, *, encrypted: bool) -> NixlAgent | None:
 
 
 def require(carrier: str) -> None:
-    """Raises InvalidConfiguration if the carrier is `nixl` and it is not installed here."""
+    """Raise InvalidConfiguration if the carrier is `nixl` and it is not installed here."""
     if carrier == "nixl" and importlib.util.find_spec("nixl") is None:
         raise InvalidConfiguration(
             "kv.carrier: nixl is not installed here (pip install 'specprefill[nixl]'); " + _WITHOUT
@@ -67,16 +67,16 @@ class NixlMemory:
 
     @property
     def kind(self) -> str:
-        """NIXL's name of its kind."""
+        """NIXL's name of the memory's kind."""
         return "DRAM" if self.device is None else "VRAM"
 
     @property
     def descriptor(self) -> tuple[int, int, int]:
-        """NIXL's description of it."""
+        """NIXL's description of the memory."""
         return self.address, self.size, self.device or 0
 
     def part(self, offset: int, size: int) -> NixlMemory:
-        """Return `size` bytes of it from `offset` on."""
+        """Return `size` bytes of the memory from `offset` on."""
         return replace(self, address=self.address + offset, size=size)
 
 
@@ -126,31 +126,31 @@ class NixlAgent:
 
     @property
     def name(self) -> str:
-        """The same in no other process, nor in this one after a restart."""
+        """A name that no other process has, nor this one after a restart."""
         return self._name
 
     @property
     def transports(self) -> tuple[str, ...]:
-        """Those that it uses. Known once started."""
+        """The transports that the agent uses. Known once started."""
         return tuple(self._agent.backends)
 
     @property
     def plugins(self) -> tuple[str, ...]:
-        """Those that are installed here. Known once started."""
+        """The plug-ins that are installed here. Known once started."""
         return tuple(self._agent.get_plugin_list())
 
     def register(self, arena: Arena) -> None:
-        """Let peers who are told an address in `arena` read there, and read into it."""
+        """Register `arena` for peers who know an address in it, and for reads into it."""
         memory = arena.memory
         self.register_memory(NixlMemory(address_of(memory), memory.nbytes))
 
     def register_memory(self, memory: NixlMemory) -> None:
-        """The same for memory of either kind. Raises KvTransferError."""
+        """Register memory of either kind likewise. Raises KvTransferError."""
         with self._mapped_errors():
             self._agent.register_memory([(*memory.descriptor, "")], memory.kind)
 
     def metadata(self) -> bytes:
-        """What a peer needs to read from the memory registered so far."""
+        """Return the metadata that a peer needs to read from the memory registered so far."""
         metadata: bytes = self._agent.get_agent_metadata()
         return metadata
 
@@ -165,7 +165,7 @@ class NixlAgent:
             self._peers[endpoint] = name
 
     def forget(self, endpoint: str) -> None:
-        """The agent at `endpoint` is dead, or was not what it seemed. Idempotent."""
+        """Forget the agent at `endpoint`, which is dead or another one. Idempotent."""
         with self._lock, self._mapped_errors():
             if endpoint in self._peers:
                 self._forget(endpoint)
@@ -180,14 +180,14 @@ class NixlAgent:
             raise
 
     def read(self, peer: str, address: int, into: memoryview) -> NixlRead:
-        """Begin to read `len(into)` bytes at `address` of the agent `peer`."""
+        """Start to read `len(into)` bytes at `address` of the agent `peer`."""
         local = NixlMemory(address_of(into), len(into))
         return self.read_memory(peer, replace(local, address=address), local, into)
 
     def read_memory(
         self, peer: str, remote: NixlMemory, local: NixlMemory, into: memoryview
     ) -> NixlRead:
-        """Begin to read `remote` of the agent `peer` into `local`, which `into` keeps in place."""
+        """Start to read `remote` of the agent `peer` into `local`, which `into` keeps in place."""
         self._sweep()
         with self._mapped_errors():
             handle = self._agent.initialize_xfer(
@@ -213,7 +213,7 @@ class NixlAgent:
             self._agent.release_xfer_handle(handle)
 
     def abandon(self, read: NixlRead) -> None:
-        """Nobody waits for `read` any more; its memory stays taken until it has ended."""
+        """Abandon `read`; its memory stays taken until it has ended."""
         with self._lock:
             self._lost.append(read)
         self._sweep()
@@ -249,18 +249,18 @@ class NixlRead:
 
     @property
     def payload(self) -> memoryview:
-        """Where the bytes are once the read has ended."""
+        """The bytes, once the read has ended."""
         return self._payload
 
     def ended(self) -> bool:
-        """Advance it; True, once, when the bytes are there. Raises KvTransferError."""
+        """Advance the read; True, once, when the bytes are there. Raises KvTransferError."""
         ended = self._agent.ended(self._handle)
         if ended:
             self._agent.release(self._handle)
         return ended
 
     def over(self) -> bool:
-        """Advance it; True when its memory is no longer written to."""
+        """Advance the read; True when its memory is no longer written to."""
         try:
             return self.ended()
         except KvTransferError:

@@ -51,7 +51,7 @@ _TRAILER = len(_KINDS)
 
 
 def pack_item(item: Item) -> bytes:
-    """As a message of the stream."""
+    """Pack an item as a message of the stream."""
     if isinstance(item, bytes):
         packed: bytes = msgpack.packb([_TRAILER, item])
     else:
@@ -60,7 +60,7 @@ def pack_item(item: Item) -> bytes:
 
 
 def unpack_item(message: bytes) -> Item:
-    """Inverse of `pack_item`. Raises CorruptFrame."""
+    """Invert `pack_item`. Raises CorruptFrame."""
     try:
         kind, *fields = msgpack.unpackb(message)
         types = [type(field) for field in fields]
@@ -76,7 +76,7 @@ def unpack_item(message: bytes) -> Item:
 
 
 class DeviceReadHandler(grpc.GenericRpcHandler):
-    """Tells readers where a store's frames lie in the worker's device memory."""
+    """Sends readers the places of a store's frames in the worker's device memory."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class DeviceReadHandler(grpc.GenericRpcHandler):
         address: int,
         on_readers: Callable[[int], None],
     ) -> None:
-        """`address` is that of the device memory; `on_readers` is given how many there are."""
+        """`address` is the device memory's; `on_readers` receives the number of readers."""
         self._leases = leases
         self._fingerprint = fingerprint
         self._introduction = introduction
@@ -104,7 +104,7 @@ class DeviceReadHandler(grpc.GenericRpcHandler):
         return grpc.unary_stream_rpc_method_handler(self._read)
 
     def _read(self, message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-        """Nothing that was sent moves until the reader hangs up."""
+        """Stream the places; nothing that was sent moves until the reader hangs up."""
         query, gone = lending(message, self._fingerprint, context)
         lent: list[bytes | memoryview] = []
         self._count(1)
@@ -158,7 +158,7 @@ class DeviceClient:
     def pull(
         self, endpoint: str, ticket: dict[str, Any], fingerprint: str, start: int, timeout_s: float
     ) -> DevicePull:
-        """Begin to read the tokens from `start` on. See `KvClient.pull`."""
+        """Start to read the tokens from `start` on. See `KvClient.pull`."""
         query = PullQuery(ticket["lease_id"], ticket["secret"], fingerprint, start, timeout_s)
         call: Any = self._channels.to(endpoint).unary_stream(READ_DEVICE)
         stream = call(query.packed(), timeout=timeout_s)
@@ -172,7 +172,7 @@ class DeviceClient:
 
 
 class DevicePull:
-    """One lease on its way. A frame's payload is the shadow of the bytes that have landed."""
+    """One lease being pulled. A frame's payload is the shadow of the bytes that have landed."""
 
     def __init__(
         self,
@@ -220,7 +220,7 @@ class DevicePull:
         self._call.cancel()
 
     def _complete_s(self, message: bytes, frames: int) -> float:
-        """Check the trailer."""
+        """Check the trailer; return the seconds since the KV was complete."""
         end = decode(message, self._lease_id)
         if not isinstance(end, Trailer) or end.frames != frames:
             raise CorruptFrame(f"read: the stream ended after {frames} frames")
@@ -237,7 +237,7 @@ class DevicePull:
             return self._agent.read_memory(self._peer, remote, local, into)
 
     def _store_landed(self, store: Callable[[Frame], None], ahead: int) -> None:
-        """Store the oldest reads, but for `ahead` of them."""
+        """Store the oldest reads, except the last `ahead` of them."""
         while len(self._reads) > ahead:
             store(self._landed())
 

@@ -48,7 +48,7 @@ class Introduction:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One message: where it lies, or itself if it is not in registered memory."""
+    """One message: its place, or its bytes if it is not in registered memory."""
 
     address: int
     size: int  # 0: it is `inline`
@@ -56,13 +56,13 @@ class Place:
 
 
 def pack(item: Introduction | Place) -> bytes:
-    """As an item of the stream."""
+    """Pack the place as an item of the stream."""
     packed: bytes = msgpack.packb(astuple(item))
     return packed
 
 
 def unpack(item: bytes) -> Introduction | Place:
-    """Inverse of `pack`. Raises CorruptFrame."""
+    """Invert `pack`. Raises CorruptFrame."""
     try:
         fields = msgpack.unpackb(item)
     except (msgpack.UnpackException, ValueError) as error:
@@ -103,7 +103,7 @@ class NixlHandler(grpc.GenericRpcHandler):
         return grpc.unary_stream_rpc_method_handler(self._read)
 
     def _read(self, message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-        """The reader hangs up when it is done, and until then nothing it was told of moves."""
+        """Stream the places; nothing that was sent moves until the reader hangs up."""
         query, gone = lending(message, self._fingerprint, context)
         lent: list[bytes | memoryview] = []
         with self._progress:
@@ -114,7 +114,7 @@ class NixlHandler(grpc.GenericRpcHandler):
             gone.wait()
 
     def _items(self, query: PullQuery, lent: list[bytes | memoryview]) -> Iterator[bytes]:
-        """The agent is introduced to nobody before the lease's secret has proved right."""
+        """Yield the items; the agent is introduced only after the lease's secret proved right."""
         frames = self._leases.stream(query.lease_id, query.secret, timeout_s=query.timeout_s)
         for number, frame in enumerate(frames):
             if number == 0:
@@ -176,7 +176,7 @@ class NixlClient:
     def pull(
         self, endpoint: str, ticket: dict[str, Any], fingerprint: str, start: int, timeout_s: float
     ) -> NixlPull:
-        """Begin to read the tokens from `start` on. See `KvClient.pull`."""
+        """Start to read the tokens from `start` on. See `KvClient.pull`."""
         query = PullQuery(ticket["lease_id"], ticket["secret"], fingerprint, start, timeout_s)
         call: Any = self._channels.to(endpoint).unary_stream(READ)
         stream = call(query.packed(), timeout=timeout_s)
@@ -188,7 +188,7 @@ class NixlClient:
 
 
 class NixlPull:
-    """One lease on its way: a few messages are read ahead of the one that is stored."""
+    """One lease being pulled: a few messages are read ahead of the one that is stored."""
 
     def __init__(
         self, agent: NixlAgent, landing: Arena, endpoint: str, call: Any, lease_id: str
@@ -224,7 +224,7 @@ class NixlPull:
         self._call.cancel()
 
     def _messages(self) -> Iterator[Frame | Trailer]:
-        """Every message, whole and in order."""
+        """Yield every message, whole and in order."""
         peer = ""
         for item in map(unpack, self._call):
             if isinstance(item, Introduction):

@@ -34,7 +34,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Where a process's shared memory can be opened, and how to know it from another."""
+    """The place of a process's shared memory, and an identity to verify it by."""
 
     boot_id: str  # of the machine
     pid: int
@@ -52,13 +52,13 @@ class Located:
     trailer: bytes
 
     def packed(self) -> bytes:
-        """As a message."""
+        """Pack the value as a message."""
         packed: bytes = msgpack.packb([astuple(self.region), self.places, self.trailer])
         return packed
 
     @classmethod
     def unpacked(cls, message: bytes) -> Located:
-        """Inverse of `packed`."""
+        """Invert `packed`."""
         region, places, end = msgpack.unpackb(message)
         return cls(Region(*region), [(offset, size) for offset, size in places], end)
 
@@ -67,7 +67,7 @@ class SharedMemory:
     """Memory of this process that has no name, and is gone with the last process that maps it."""
 
     def __init__(self, size: int, descriptor: int | None = None) -> None:
-        """`descriptor`: of such memory that another process has made, inherited from it."""
+        """`descriptor` belongs to such memory of another process, inherited from it."""
         if descriptor is None:
             descriptor = os.memfd_create("specprefill-kv")
             os.ftruncate(descriptor, size)
@@ -85,7 +85,7 @@ class Mappings:
         self._mapped: dict[str, tuple[Region, Bytes]] = {}
 
     def view(self, peer: str, region: Region) -> Bytes | None:
-        """`peer`'s memory, read-only; None where this process cannot reach it."""
+        """Return `peer`'s memory, read-only; None where this process cannot reach it."""
         with self._lock:
             known = self._mapped.get(peer)
             if known is not None and known[0] == region:
@@ -97,7 +97,7 @@ class Mappings:
 
 
 class LocateHandler(grpc.GenericRpcHandler):
-    """Tells where a store's messages lie; goes into a `KvServer`."""
+    """Returns the places of a store's messages; goes into a `KvServer`."""
 
     def __init__(self, leases: LeaseStore, fingerprint: str, shared: SharedMemory) -> None:
         self.arena = Arena(shared.region.size, shared.memory)
@@ -112,7 +112,7 @@ class LocateHandler(grpc.GenericRpcHandler):
         return grpc.unary_stream_rpc_method_handler(self._locate)
 
     def _locate(self, message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-        """One item, once the lease is complete; none if a message found no room in the memory."""
+        """Yield one item, once the lease is complete; none if a message found no room."""
         query, gone = lending(message, self._fingerprint, context)
         lent: list[bytes | memoryview] = []
         try:
@@ -124,7 +124,7 @@ class LocateHandler(grpc.GenericRpcHandler):
             gone.wait()
 
     def _located(self, query: PullQuery, lent: list[bytes | memoryview]) -> Located | None:
-        """Frames are looked up as they come: little is left to do after the last one."""
+        """Look frames up as they come, so that little is left to do after the last one."""
         places: list[tuple[int, int]] = []
         frames = self._leases.stream(query.lease_id, query.secret, timeout_s=query.timeout_s)
         with closing(frames):
@@ -139,7 +139,7 @@ class LocateHandler(grpc.GenericRpcHandler):
 
 
 def _mapped(region: Region) -> Bytes | None:
-    """The way leads through the other process's own descriptor, if this is its machine."""
+    """Map the region through the other process's own descriptor, if this is its machine."""
     if region.boot_id != _boot_id():
         return None
     try:

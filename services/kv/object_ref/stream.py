@@ -49,7 +49,7 @@ class KvCollector:
 
     @contextmanager
     def collected(self, ticket: Ticket, rank: int, timeout_s: float) -> Iterator[KvObject]:
-        """One rank's KV, undigested, for as long as inside: the arrays are the worker's memory.
+        """Hold one rank's KV, undigested, while inside: the arrays are the worker's memory.
 
         Raises KvTransferError.
         """
@@ -64,7 +64,7 @@ class KvCollector:
             lending.cancel()  # the worker may have its memory back
 
     def _lent(self, peer: str, lending: Any) -> KvObject | None:
-        """The messages where they lie. None if the worker cannot lend, or is on another node."""
+        """Return the messages in place; None if the worker cannot lend, or is on another node."""
         try:
             message = next(lending, None)
         except grpc.RpcError as error:
@@ -78,7 +78,7 @@ class KvCollector:
         return None if memory is None else _laid_out(memory, located)
 
     def _sent(self, peer: str, query: PullQuery) -> KvObject:
-        """The messages, through the socket: an array each."""
+        """Return the messages, received through the socket, in an array each."""
         stream: Any = self._channels.to(peer).unary_stream(PULL)
         try:
             came = list(stream(query.packed(), timeout=query.timeout_s))
@@ -90,13 +90,13 @@ class KvCollector:
 
 
 def as_object(came: Sequence[bytes]) -> KvObject:
-    """Messages that lie anywhere, in an array each."""
+    """Return messages that lie anywhere as an object, in an array each."""
     index = [(number, 0, len(message)) for number, message in enumerate(came)]
     return _object(index, [_array(message) for message in came])
 
 
 def messages(kv: KvObject) -> Iterator[memoryview]:
-    """An object's messages, in order. Raises CorruptFrame if the index points at nothing."""
+    """Return an object's messages, in order. Raises CorruptFrame if the index is out of range."""
     try:
         index, arrays = msgpack.unpackb(kv[0].data), kv[1:]
         for number, start, size in index:
@@ -106,7 +106,7 @@ def messages(kv: KvObject) -> Iterator[memoryview]:
 
 
 def part_of(kv: KvObject, query: PullQuery) -> Iterator[bytes]:
-    """The messages of a query's layers, then a trailer. Raises KvTransferError if some lack."""
+    """Yield the messages of a query's layers, then a trailer. Raises KvTransferError on a gap."""
     sent = 0
     for seen, message in enumerate(messages(kv)):
         layer = layer_of(message)
@@ -123,7 +123,7 @@ def part_of(kv: KvObject, query: PullQuery) -> Iterator[bytes]:
 
 
 def _laid_out(memory: NDArray[np.uint8], located: Located) -> KvObject:
-    """As few arrays over `memory` as hold all messages: what lies together stays together."""
+    """Return as few arrays over `memory` as hold all messages: neighbours stay together."""
     stretches: list[tuple[int, int]] = []
     index: list[tuple[int, int, int]] = []
     for start, size in located.places:

@@ -25,7 +25,7 @@ WARM_UP_TOKENS = 1
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where to ask, and as whom."""
+    """Address and credentials of an OpenAI-compatible server."""
 
     base_url: str
     model: str | None  # None: the deployment's only model
@@ -37,7 +37,7 @@ class Endpoint:
     def answers(
         self, task: Task, arms: Sequence[Arm], rng: random.Random, *, with_text: bool
     ) -> list[Answer]:
-        """Raises CallFailed, and ValueError for an arm that no endpoint knows."""
+        """Ask for each arm. Raises CallFailed, and ValueError for an arm that no endpoint knows."""
         del rng
         return [self._answer(task, arm, with_text=with_text) for arm in arms]
 
@@ -53,7 +53,7 @@ class Endpoint:
         return _read(reply, with_text=with_text)
 
     def _cold(self, task: Task) -> Conversation:
-        """The task with other digits in place of its nonce."""
+        """Return the task with other digits in place of its nonce."""
         digits = number(self.fresh, NONCE_DIGITS)
         return tuple(
             {**message, "content": message["content"].replace(task.nonce, digits)}
@@ -90,7 +90,7 @@ def _read(reply: Mapping[str, Any], *, with_text: bool) -> Answer:
 
 
 def _text(message: Mapping[str, Any]) -> str:
-    """The content, and tool calls in the form that scoring reads."""
+    """Return the content, and tool calls in the form that scoring reads."""
     calls = [
         json.dumps({"name": call["function"]["name"], "arguments": call["function"]["arguments"]})
         for call in message.get("tool_calls") or ()

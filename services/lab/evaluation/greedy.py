@@ -32,7 +32,7 @@ def greedy(
     max_tokens: int,
     eos_ids: frozenset[int],
 ) -> list[list[int]]:
-    """For each kept set an answer of up to `max_tokens` ids, without the end token.
+    """Return for each kept set an answer of up to `max_tokens` ids, without the end token.
 
     A kept set is ascending positions of `prompt`; its answer's positions begin at the prompt's
     full length. Prefills run one by one without padding; answers from kept sets of similar size
@@ -48,7 +48,7 @@ def greedy(
 
 
 def _similar(sizes: Sequence[int]) -> list[list[int]]:
-    """The places of all sizes, in groups whose padding to the largest stays bounded."""
+    """Return the places of all sizes, in groups whose padding to the largest stays bounded."""
     groups: list[list[int]] = []
     for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
         if groups and sizes[place] >= LEAST_FILLED * sizes[groups[-1][0]]:
@@ -80,7 +80,7 @@ def _decode(
     max_tokens: int,
     eos_ids: frozenset[int],
 ) -> list[list[int]]:
-    """All answers token by token, until the last one has ended."""
+    """Decode all answers token by token, until the last one has ended."""
     cache, mask = _batched(prefilled)
     answers = [[each.first] for each in prefilled]
     for step in range(max_tokens - 1):
@@ -99,7 +99,7 @@ def _decode(
 
 
 def _batched(prefilled: Sequence[_Prefilled]) -> tuple[DynamicCache, Tensor]:
-    """The caches as one, padded on the left, and the mask [answers, k] of what is not padding."""
+    """Join the caches, padded on the left; return them and the mask [answers, k] of the tokens."""
     longest = max(each.tokens for each in prefilled)
     cache = DynamicCache()
     for index in range(len(prefilled[0].layers)):

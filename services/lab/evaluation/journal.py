@@ -1,4 +1,4 @@
-"""What an evaluation has found, prompt by prompt, on disk: an interrupted one can go on.
+"""Results of an evaluation on disk, prompt by prompt: an interrupted one can resume.
 
 A text file: the settings in the first line, then one line per prompt.
 """
@@ -21,7 +21,7 @@ class OtherSettings(Exception):
 
 
 class Journal:
-    """The outcomes of every prompt that is done. Made by `begun` or `resumed`."""
+    """The outcomes of every prompt that is done. Made by `create` or `resume`."""
 
     def __init__(self, path: Path, found: dict[Place, list[Outcome]]) -> None:
         self.path = path
@@ -29,14 +29,14 @@ class Journal:
 
     @classmethod
     def begun(cls, path: Path, settings: Settings) -> Journal:
-        """An empty one; what was at `path` is lost."""
+        """Make an empty journal; what was at `path` is lost."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(msgspec.json.encode(settings) + b"\n")
         return cls(path, {})
 
     @classmethod
     def resumed(cls, path: Path, settings: Settings) -> Journal:
-        """The one at `path`, or an empty one. Raises OtherSettings."""
+        """Read the journal at `path`, or make an empty one. Raises OtherSettings."""
         if not path.exists():
             return cls.begun(path, settings)
         head, *lines = path.read_bytes().split(b"\n")
@@ -47,15 +47,15 @@ class Journal:
         return cls(path, dict(_read(whole)))
 
     def __len__(self) -> int:
-        """How many prompts are done."""
+        """Return the number of prompts that are done."""
         return len(self._found)
 
     def find(self, place: Place) -> list[Outcome] | None:
-        """All arms of one prompt, where it is done."""
+        """Return all arms of one prompt, where it is done."""
         return self._found.get(place)
 
     def add(self, outcomes: Sequence[Outcome]) -> None:
-        """Keep what a prompt gave, all arms of it, before this returns."""
+        """Write a prompt's outcomes, all arms of it, before this returns."""
         place = _place(outcomes)
         if self._found.get(place) == list(outcomes):
             return

@@ -1,4 +1,4 @@
-"""What one arm gave on one task, and the summary of many."""
+"""The outcome of one arm on one task, and the summary of many."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .intervals import Interval, mean_interval, retained_interval
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a backend returns for one arm. None: not asked, or not known."""
+    """A backend's answer for one arm. None: not asked, or not known."""
 
     text: str | None
     prompt_tokens: int
@@ -101,7 +101,7 @@ def _verdicts(outcomes: Sequence[Outcome]) -> dict[str, int]:
 
 
 def _mean(outcomes: Sequence[Outcome], value: Callable[[Outcome], float]) -> float:
-    """Raises ValueError where there are none."""
+    """Return the mean. Raises ValueError where there are no outcomes."""
     if not outcomes:
         raise ValueError("an arm without outcomes")
     return sum(map(value, outcomes)) / len(outcomes)

@@ -27,7 +27,7 @@ from .prompts import Prompt, Renderer, gold_kept
 
 @dataclass(frozen=True, slots=True)
 class Answerer:
-    """The main model, as itself."""
+    """The main model, answering by itself."""
 
     model: PreTrainedModel
     eos_ids: frozenset[int]
@@ -36,7 +36,7 @@ class Answerer:
     def texts(
         self, prompt: Prompt, kept: Sequence[tuple[Span, ...]], max_tokens: int
     ) -> dict[tuple[Span, ...], str]:
-        """What it answers to each of these parts of the prompt."""
+        """Return the answers to each of these parts of the prompt."""
         parts = list(dict.fromkeys(kept))
         positions = [_positions(runs) for runs in parts]
         answers = greedy(self.model, prompt.ids, positions, max_tokens, self.eos_ids)
@@ -46,7 +46,7 @@ class Answerer:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A speculator and a main model; what the deployment would keep is what is answered from."""
+    """A speculator and a main model, which answers from what the deployment would keep."""
 
     renderer: Renderer
     policy: SelectionPolicy
@@ -58,7 +58,7 @@ class Pair:
     def answers(
         self, task: Task, arms: Sequence[Arm], rng: random.Random, *, with_text: bool
     ) -> list[Answer]:
-        """Selections that come out equal are answered once. `before` does not matter here."""
+        """Answer for each arm; equal selections are answered once. `before` makes no difference."""
         prompt = self.renderer.prompt(task)
         selections = [dense(len(prompt.ids), Reason.KEEP_IS_ONE)] * len(arms)
         if not all(arm.is_dense for arm in arms):
@@ -144,7 +144,7 @@ def load_pair(
 def load_answerer(
     path: str, like: SpeculatorConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Answerer:
-    """The main model on the speculator's device and in its dtype."""
+    """Load the main model on the speculator's device and in its dtype."""
     model = AutoModelForCausalLM.from_pretrained(local_path(path), dtype=like.dtype).eval()
     if like.device == "cuda":
         model = model.to("cuda")

@@ -1,4 +1,4 @@
-"""A task as the service would see it: token ids, what is protected, and where the gold is."""
+"""A task as the service would see it: token ids, protected spans, and the gold's spans."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Renderer:
         self._tail_tokens = tail_tokens
 
     def prompt(self, task: Task) -> Prompt:
-        """Raises ValueError for a tokenizer that tells no character offsets."""
+        """Render a task. Raises ValueError for a tokenizer without character offsets."""
         text = render(task.messages, task.tools, self.tokenizer)
         ids = tuple(self.tokenizer.encode(text, add_special_tokens=False))
         offsets = self._offsets.find(text, ids)
@@ -52,7 +52,7 @@ class Renderer:
 
 
 def gold_kept(prompt: Prompt, selection: Selection) -> float | None:
-    """The share of the gold spans that are kept whole; None where nothing is gold."""
+    """Return the share of gold spans that are kept whole; None where nothing is gold."""
     if not prompt.gold:
         return None
     whole = [

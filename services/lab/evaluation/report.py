@@ -22,7 +22,7 @@ NAME = "eval"
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A heading, what it shows, and its cells."""
+    """A heading, an explanation, and cells."""
 
     heading: str
     about: str
@@ -43,7 +43,7 @@ class Report:
     subject: Mapping[str, str]  # what was measured: models, endpoint, selection
 
     def tables(self) -> list[Table]:
-        """Those that have rows."""
+        """Return the tables that have rows."""
         made = [
             table
             for length in self.suite.lengths
@@ -59,7 +59,7 @@ class Report:
         return [table for table in [*made, self._kept(), self._verdicts()] if table.rows]
 
     def notes(self) -> list[str]:
-        """What is missing from the tables, and why."""
+        """Return what is missing from the tables, and why."""
         lines = [
             f"{family} at {length} tokens is beyond the model (dense score below "
             f"{self.suite.least_dense:g}): gold survival only."
@@ -155,7 +155,7 @@ class Report:
         )
 
     def _kept(self) -> Table:
-        """Floors and protected tokens make more of a rate than its name says."""
+        """Return the kept shares: floors and protected tokens raise a rate above its name."""
         by_length = [
             pooled([one for one in self.measured.outcomes if one.length == length], self.suite)
             for length in self.suite.lengths
@@ -194,7 +194,7 @@ class Report:
         return [self.suite.arms[place].name for place in places]
 
     def _compared(self) -> list[int]:
-        """The controls and the ceiling, after the speculator at their rate."""
+        """Return the controls and the ceiling, after the speculator at their rate."""
         knowing = (*CONTROLS, Chooser.MAIN_MODEL)
         others = self._places(lambda arm: arm.chooser in knowing)
         keeps = {self.suite.arms[place].keep for place in others}
@@ -208,7 +208,7 @@ def report_of(measured: Measured, suite: Suite, subject: Mapping[str, str]) -> R
 
 
 def text(report: Report) -> str:
-    """All tables and notes in Markdown."""
+    """Return all tables and notes in Markdown."""
     notes = "".join(f"- {line}\n" for line in report.notes())
     return "\n".join([each.as_markdown() for each in report.tables()] + [notes])
 
@@ -242,7 +242,7 @@ def write_document(report: Report, origin: Provenance, path: Path) -> None:
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """Cells and every single outcome."""
+    """Return cells and every single outcome."""
     return {
         "subject": dict(report.subject),
         "suite": asdict(report.suite),
@@ -254,7 +254,7 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def plots(report: Report) -> list[str]:
-    """By length: answers retained and gold survival against the keep rate, and the controls."""
+    """Plot by length: answers retained and gold survival against the keep rate, and controls."""
     made = []
     for length in report.suite.lengths:
         rows = [row for row in report.rows if row.length == length]
@@ -318,7 +318,7 @@ def _choice_table(heading: str, about: str, found: Sequence[Choice]) -> Table:
 
 
 def _beside(found: Sequence[Choice], least: Choice | None) -> str:
-    """One sentence about the automatic rate, where it was measured."""
+    """Return one sentence about the automatic rate, where it was measured."""
     automatic = next((each for each in found if each.arm.chooser is Chooser.AUTOMATIC), None)
     if automatic is None:
         return ""

@@ -26,13 +26,13 @@ class Backend(Protocol):
     def answers(
         self, task: Task, arms: Sequence[Arm], rng: random.Random, *, with_text: bool
     ) -> list[Answer]:
-        """One answer per arm, in order. Without text, only what was kept is told."""
+        """Return one answer per arm, in order; without text, only the kept share is set."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """What is measured."""
+    """The settings of an evaluation."""
 
     families: tuple[str, ...]
     lengths: tuple[int, ...]  # nominal prompt tokens
@@ -51,7 +51,7 @@ class Suite:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a suite gave."""
+    """The results of a suite."""
 
     outcomes: tuple[Outcome, ...]
     too_short: tuple[tuple[str, int], ...]  # family and length that cannot hold its facts
@@ -69,7 +69,7 @@ def measure(
     tell: Tell,
     journal: Journal,
 ) -> Measured:
-    """Run the whole suite, `workers` prompts at a time; what the journal has is not asked."""
+    """Run the whole suite, `workers` prompts at a time, except those that the journal has."""
     outcomes: list[Outcome] = []
     too_short: list[tuple[str, int]] = []
     beyond: list[tuple[str, int]] = []
@@ -110,7 +110,7 @@ class _Place:
     length: int
 
     def run(self, pool: ThreadPoolExecutor) -> Generator[list[Outcome]]:
-        """The outcomes of one prompt after the other. Raises TooShort."""
+        """Yield the outcomes of one prompt after the other. Raises TooShort."""
         probed = self._probed(pool) if self.suite.answered else {}
         answered = self.suite.answered and not _is_beyond(
             [*probed.values()], self.suite.least_dense
@@ -119,12 +119,12 @@ class _Place:
         yield from pool.map(lambda item: self._prompt(item, probed, answered=answered), items)
 
     def _probed(self, pool: ThreadPoolExecutor) -> dict[int, Outcome]:
-        """The dense arm on the first prompts, by seed."""
+        """Ask the dense arm for the first prompts; return outcomes by seed."""
         items = range(min(PROBED_ITEMS, self.suite.items))
         return {one.seed: one for one in pool.map(self._probe, items)}
 
     def _probe(self, item: int) -> Outcome:
-        """The dense arm of one prompt."""
+        """Ask the dense arm for one prompt."""
         for outcome in self._journaled(item):
             if outcome.arm == DENSE and outcome.score is not None:
                 return outcome
@@ -134,7 +134,7 @@ class _Place:
         return self.journal.find((self.family, self.length, self._seed(item))) or []
 
     def _prompt(self, item: int, probed: Mapping[int, Outcome], *, answered: bool) -> list[Outcome]:
-        """All arms; what the journal has, or the probe has answered, is not asked again."""
+        """Ask all arms, except those that the journal has or the probe has answered."""
         done = self._journaled(item)
         if done and not (answered and any(one.score is None for one in done)):
             return done
@@ -148,7 +148,7 @@ class _Place:
         return self.suite.seed * 1_000_000 + item
 
     def _asked(self, item: int, arms: tuple[Arm, ...], *, answered: bool) -> list[Outcome]:
-        """Raises TooShort."""
+        """Ask for some arms. Raises TooShort."""
         seed = self._seed(item)
         try:
             task = generate(self.family, seed, self.length, self.tokenizer)
@@ -163,6 +163,6 @@ class _Place:
 
 
 def _is_beyond(outcomes: Sequence[Outcome], least_dense: float) -> bool:
-    """Whether the whole prompt is not answered well enough to lose anything."""
+    """Return True if the dense answers are too poor for pruning to lose anything."""
     dense = [each.score for each in outcomes if each.arm == DENSE and each.score is not None]
     return len(dense) > 0 and sum(dense) / len(dense) < least_dense

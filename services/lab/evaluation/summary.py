@@ -1,4 +1,4 @@
-"""From outcomes to the figures of a report: cells, and the automatic rate beside fixed ones."""
+"""Reduces outcomes to a report's figures: cells, and the automatic rate beside fixed ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Row:
 
     @property
     def has_answers(self) -> bool:
-        """Whether there is something to retain: any right answer to the dense prompts."""
+        """Return True if any dense prompt was answered right: then there is something to retain."""
         return self.answered and self.cells[0].retained is not None
 
 
@@ -43,7 +43,7 @@ class Choice:
 
 
 def rows_of(measured: Measured, suite: Suite) -> list[Row]:
-    """By length, then family."""
+    """Return rows by length, then family."""
     rows = []
     for length in suite.lengths:
         for family in suite.families:
@@ -59,12 +59,12 @@ def rows_of(measured: Measured, suite: Suite) -> list[Row]:
 
 
 def pooled(outcomes: Sequence[Outcome], suite: Suite) -> list[Cell]:
-    """One cell per arm over whatever outcomes are given; prompts of one seed are one cluster."""
+    """Return one cell per arm over the given outcomes; prompts of one seed are one cluster."""
     return [cell(outcomes, arm, suite.seed) for arm in suite.arms]
 
 
 def choices(rows: Sequence[Row], suite: Suite, length: int) -> list[Choice]:
-    """Every keep rate and the automatic one, each by its worst answered family.
+    """Return every keep rate and the automatic one, each by its worst answered family.
 
     Empty where no family is answered at all.
     """
@@ -72,7 +72,7 @@ def choices(rows: Sequence[Row], suite: Suite, length: int) -> list[Choice]:
 
 
 def choices_of_all(rows: Sequence[Row], suite: Suite, length: int) -> list[Choice]:
-    """The same over all families: those without answers by what is left of their gold.
+    """Return the same over all families: those without answers by their surviving gold.
 
     Empty where that would add nothing.
     """
@@ -81,7 +81,7 @@ def choices_of_all(rows: Sequence[Row], suite: Suite, length: int) -> list[Choic
 
 
 def smallest_enough(found: Sequence[Choice]) -> Choice | None:
-    """The fixed rate with the fewest tokens that keeps every family's answers."""
+    """Return the fixed rate with the fewest tokens that keeps every family's answers."""
     fixed = [each for each in found if each.arm.chooser is Chooser.SPECULATOR and each.is_enough]
     return min(fixed, key=lambda each: each.kept_tokens, default=None)
 
@@ -107,7 +107,7 @@ def _choice(arm: Arm, found: Sequence[tuple[Row, Cell]]) -> Choice:
 
 
 def _left(row: Row, cell: Cell) -> float:
-    """The share of the answers; without them, of the gold; without gold, all of the prompt is."""
+    """Return the share of answers, without them of the gold, without gold all of the prompt."""
     if row.has_answers and cell.retained is not None:
         return cell.retained.value
     return cell.kept if cell.gold_kept is None else cell.gold_kept.value

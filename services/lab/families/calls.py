@@ -19,7 +19,7 @@ SEARCH = "search_log"
 
 
 def tool_call(order: Order) -> Draft:
-    """Results of `order.units` sentences in three tool turns; the last user turn asks for a call.
+    """Put results of `order.units` sentences in three tool turns; the last turn asks for a call.
 
     A rendered tool name differs between chat templates, so the gold is the argument's source.
     """
@@ -54,7 +54,7 @@ def tool_call(order: Order) -> Draft:
 
 
 def _turn(call_id: str, page: int, result: str) -> list[Mapping[str, Any]]:
-    """The assistant's call and the tool's answer."""
+    """Return the assistant's call and the tool's answer."""
     function = {"name": SEARCH, "arguments": json.dumps({"number": str(page)})}
     calls = [{"id": call_id, "type": "function", "function": function}]
     return [

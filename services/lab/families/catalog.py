@@ -18,7 +18,7 @@ _NIAH_TOKENS = 128
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How tasks of one name are drafted and judged."""
+    """Drafting and judging of the tasks of one name."""
 
     draft: Callable[[Order], Draft]
     max_tokens: int
@@ -59,7 +59,7 @@ _SEEDED_AS = {"system_secret_warm": "system_secret", "kv_retrieval_query_aware":
 
 
 def generate(family: str, seed: int, prompt_tokens: int, tokenizer: TaskTokenizer) -> Task:
-    """The task of this seed: the longest that renders to at most `prompt_tokens` tokens.
+    """Generate the seed's task: the longest that renders to at most `prompt_tokens` tokens.
 
     Raises ValueError for an unknown family, and for a length that cannot hold its facts.
     """
@@ -88,7 +88,7 @@ def generate(family: str, seed: int, prompt_tokens: int, tokenizer: TaskTokenize
 
 
 def _needles(seed: int, prompt_tokens: int, tokenizer: TaskTokenizer) -> Task:
-    """The records of `synthetic.needles`, which fit their length themselves."""
+    """Draft from the records of `synthetic.needles`, which fit their length themselves."""
     prompt = needle_prompt(seed, prompt_tokens, tokenizer)
     return Task(
         family=NEEDLES,

@@ -14,7 +14,7 @@ QUESTION = 'Quote the {lines} lines under the comment "# {key}" exactly as they 
 
 
 def copy_lines(order: Order) -> Draft:
-    """A program of `order.units` lines in blocks, each under a comment; no line occurs twice."""
+    """Draft a program of `order.units` lines in blocks, each under a comment; no line recurs."""
     rng = order.rng
     size = SHORT_BLOCK_LINES if order.prompt_tokens < SHORT_BELOW_TOKENS else BLOCK_LINES
     blocks = max(1, order.units // size)

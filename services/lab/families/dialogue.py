@@ -1,4 +1,4 @@
-"""What a conversation's earlier parts told: a secret in the system prompt, a fact of turn one."""
+"""Questions about earlier parts of a conversation: a secret in the system prompt, a fact."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ NONCE_DIGITS = 8
 
 @dataclass(frozen=True, slots=True)
 class SystemSecret:
-    """Asked with a cold prefix cache, or after a request with the same system prompt."""
+    """A secret, asked with a cold prefix cache or after a request with the same system prompt."""
 
     warm: bool
 
     def draft(self, order: Order) -> Draft:
-        """The secret, `order.units` sentences of a user's document, and the question."""
+        """Draft the secret, `order.units` sentences of a user's document, and the question."""
         rng = order.rng
         secret, nonce = words.adjective_noun(rng), words.number(rng, NONCE_DIGITS)
         system = {"role": "system", "content": SYSTEM.format(nonce=nonce, secret=secret)}
@@ -39,7 +39,7 @@ class SystemSecret:
 
 
 def recall(order: Order) -> Draft:
-    """Five turns, each about its own share of `order.units` sentences; the last asks turn one.
+    """Draft five turns, each about its share of `order.units` sentences; the last asks turn one.
 
     The earlier replies are written into the conversation, so that every arm reads the same one.
     """

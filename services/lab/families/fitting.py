@@ -30,7 +30,7 @@ class TaskTokenizer(Protocol):
 def render(
     messages: Conversation, tools: Sequence[Mapping[str, Any]], tokenizer: TaskTokenizer
 ) -> str:
-    """The text that is prefilled for this conversation."""
+    """Return the text that is prefilled for this conversation."""
     return str(
         tokenizer.apply_chat_template(
             list(messages),
@@ -48,7 +48,7 @@ def fitted(
     prompt_tokens: int,
     tokenizer: TaskTokenizer,
 ) -> tuple[Draft, int]:
-    """The largest draft of at most `prompt_tokens` tokens, and its length.
+    """Return the largest draft of at most `prompt_tokens` tokens, and its length.
 
     Raises ValueError where even `least_units` of haystack are too long.
     """
@@ -66,7 +66,7 @@ def fitted(
 
 
 def _most_units(cost: Callable[[int], int], least: int, limit: int) -> tuple[int, int]:
-    """The most units whose cost is within the limit, and that cost; the cost grows with them."""
+    """Return the most units whose cost is within the limit, and that cost; it grows with them."""
     fits, fits_cost = least, cost(least)
     if fits_cost > limit:
         raise ValueError(f"{limit} tokens are too few: the shortest prompt has {fits_cost}")

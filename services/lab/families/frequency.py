@@ -35,7 +35,7 @@ NOISE_WORD = "..."
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How often common and other words occur, in the list and in the example before it."""
+    """Occurrences of common and other words, in the list and in the example before it."""
 
     common: int
     other: int
@@ -50,7 +50,7 @@ SHORT_BELOW_TOKENS = 4096
 
 
 def common_words(order: Order) -> Draft:
-    """A list of ten common and `order.units` other words, after an answered example.
+    """Draft a list of ten common and `order.units` other words, after an answered example.
 
     Words are the project's own, then pseudo-words; the published ones need a download.
     """
@@ -65,7 +65,7 @@ def common_words(order: Order) -> Draft:
 
 
 def frequent_words(order: Order) -> Draft:
-    """About `order.units` coded words by Zipf's law with exponent 2; the most frequent are dots.
+    """Draft about `order.units` coded words by Zipf's law, exponent 2; the most frequent are dots.
 
     The published vocabulary of one word in 50 tokens is longer than what occurs at least once.
     """

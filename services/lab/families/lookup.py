@@ -15,12 +15,12 @@ ANSWER = "Corresponding value:"
 
 @dataclass(frozen=True, slots=True)
 class KeyValue:
-    """Plain, or with the key before the data as well (query-aware contextualization)."""
+    """Key-value pairs; or with the key before the data, too (query-aware contextualization)."""
 
     query_first: bool = False
 
     def draft(self, order: Order) -> Draft:
-        """`order.units` pairs, of which one is asked for."""
+        """Draft `order.units` pairs, one of which is asked for."""
         rng = order.rng
         keys = words.distinct(lambda: words.uuid4(rng), order.units)
         pairs = [f'"{key}": "{words.uuid4(rng)}"' for key in keys]

@@ -33,7 +33,7 @@ NUMBER_DIGITS = 7
 
 
 class Haystack(enum.Enum):
-    """What hides the needles."""
+    """The text that hides the needles."""
 
     NOISE = enum.auto()
     ESSAY = enum.auto()
@@ -41,7 +41,7 @@ class Haystack(enum.Enum):
 
 
 class Kind(enum.StrEnum):
-    """What a key or a value is; the plural that the sentences use."""
+    """The kind of a key or a value; the plural that the sentences use."""
 
     WORDS = "words"
     NUMBERS = "numbers"
@@ -60,7 +60,7 @@ class Niah:
     queries: int = 1
 
     def draft(self, order: Order) -> Draft:
-        """Needles at random depths of `order.units` sentences, lines or other needles."""
+        """Draft needles at random depths of `order.units` sentences, lines or other needles."""
         rng = order.rng
         others = order.units if self.haystack is Haystack.NEEDLES else 0
         keys = words.distinct(lambda: drawn(rng, self.key_kind), self.keys + others)
@@ -107,7 +107,7 @@ class Niah:
 
 
 def drawn(rng: random.Random, kind: Kind) -> str:
-    """One key or value."""
+    """Draw one key or value."""
     if kind is Kind.NUMBERS:
         return words.number(rng, NUMBER_DIGITS)
     if kind is Kind.UUIDS:
@@ -116,7 +116,7 @@ def drawn(rng: random.Random, kind: Kind) -> str:
 
 
 def _inserted(lines: list[str], places: list[int], needles: list[str]) -> list[str]:
-    """Each needle before the line that its place counts; places ascend."""
+    """Insert each needle before the line that its place counts; places ascend."""
     mixed = list(lines)
     for place, needle in reversed(list(zip(places, needles, strict=True))):
         mixed.insert(place, needle)

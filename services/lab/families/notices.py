@@ -16,7 +16,7 @@ OVERRIDE_QUESTION = "Later notices replace earlier ones. What is the newest {fie
 
 
 def scattered_sum(order: Order) -> Draft:
-    """Six counts in `order.units` sentences; the answer is their sum."""
+    """Draft six counts in `order.units` sentences; the answer is their sum."""
     rng = order.rng
     things = rng.sample(corpus.THINGS, COUNTS)
     counts = [rng.randrange(11, 100) for _ in things]
@@ -33,7 +33,7 @@ def scattered_sum(order: Order) -> Draft:
 
 
 def override(order: Order) -> Draft:
-    """Numbered notices, three about each key, in `order.units` sentences; the newest one holds."""
+    """Draft numbered notices, three about each key, in `order.units` sentences; the newest win."""
     rng = order.rng
     subjects = corpus.records(rng, 1 + OTHER_KEYS)
     turns = [subject for subject in subjects for _ in range(REVISIONS)]

@@ -20,7 +20,7 @@ TEXT = (
 
 
 def passage_count(order: Order) -> Draft:
-    """`order.units` paragraphs, at least half of them different from every other."""
+    """Draft `order.units` paragraphs, at least half of them different from every other."""
     rng = order.rng
     unique = rng.randint(-(-order.units // 2), order.units)
     different = words.distinct(lambda: " ".join(words.prose(rng, SENTENCES)), unique)

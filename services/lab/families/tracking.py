@@ -23,7 +23,7 @@ LEAST_NOISE = HOPS + 2
 
 
 def variable_tracking(order: Order) -> Draft:
-    """Hops stand in their order, at random lines of `order.units` lines of noise."""
+    """Draft hops in their order, at random lines of `order.units` lines of noise."""
     rng = order.rng
     names = words.distinct(
         lambda: words.letters(rng, NAME_LETTERS, string.ascii_uppercase), HOPS + 1

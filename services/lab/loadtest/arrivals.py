@@ -1,4 +1,4 @@
-"""When requests are sent: fixed before the first one, so that a slow server cannot slow the load.
+"""Send times: fixed before the first request, so that a slow server cannot slow the load.
 
 Pure: a process and a seeded generator in, ascending seconds from the start of the run out.
 """
@@ -73,7 +73,7 @@ Generated = Constant | Poisson | Bursty | Ramp | Burst
 
 
 class Length(Strict):
-    """How long a run is: a number of requests, or the seconds in which requests are sent."""
+    """The length of a run: a number of requests, or the seconds in which requests are sent."""
 
     requests: PositiveInt | None = None
     seconds: Seconds | None = None
@@ -86,7 +86,7 @@ class Length(Strict):
 
 
 def times(process: Generated, length: Length, rng: np.random.Generator) -> Times:
-    """The send times of a run."""
+    """Return the send times of a run."""
     if length.seconds is not None:
         return _within(process, length.seconds, rng)
     count = length.requests or 0
@@ -110,7 +110,7 @@ def _within(process: Generated, seconds: float, rng: np.random.Generator) -> Tim
 def _first(
     process: Constant | Poisson | Bursty | Burst, count: int, rng: np.random.Generator
 ) -> Times:
-    """The first `count` arrivals. The first one of a constant rate is at 0."""
+    """Return the first `count` arrivals. The first one of a constant rate is at 0."""
     match process:
         case Constant():
             return np.arange(count, dtype=np.float64) / process.qps
@@ -124,7 +124,7 @@ def _first(
 
 
 def _burst(process: Burst, unit: Times) -> Times:
-    """Unit-rate arrivals bent so that their rate is the process's: the inverse of its integral."""
+    """Warp unit-rate arrivals to the process's rate: the inverse of its integral."""
     before = process.start_s * process.qps
     during = process.length_s * process.burst_qps
     return np.where(
@@ -139,7 +139,7 @@ def _burst(process: Burst, unit: Times) -> Times:
 
 
 def _ramp(process: Ramp, whole_s: float, share: Times) -> Times:
-    """Where `share` (0..1) of the ramp's arrivals have come: its integral is a parabola."""
+    """Return the time at which `share` (0..1) of the ramp's arrivals have come."""
     start, end = process.start_qps, process.end_qps
     if start == end:
         return share * whole_s
@@ -153,5 +153,5 @@ def _highest_rate(process: Constant | Poisson | Bursty | Burst) -> float:
 
 
 def _gap_variance(process: Constant | Poisson | Bursty | Burst) -> float:
-    """Squared coefficient of variation of the gaps."""
+    """Return the squared coefficient of variation of the gaps."""
     return 1.0 / process.burstiness if isinstance(process, Bursty) else 1.0

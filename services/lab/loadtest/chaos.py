@@ -14,10 +14,10 @@ from .scenario import Kill
 
 
 class Replicas(Protocol):
-    """Where the processes of a pool are found."""
+    """Finds the processes of a pool."""
 
     def replica_pids(self, pool: str) -> Sequence[int]:
-        """Processes of the pool's running replicas."""
+        """Return the processes of the pool's running replicas."""
         ...
 
 
@@ -33,7 +33,7 @@ class Killed:
 async def inject(
     kills: Sequence[Kill], replicas: Replicas, rng: random.Random, done: list[Killed]
 ) -> None:
-    """SIGKILL one replica per entry, `at_s` seconds from now; each that happened goes to `done`."""
+    """SIGKILL one replica per entry, `at_s` seconds from now; append what happened to `done`."""
     loop = asyncio.get_running_loop()
     started_s = loop.time()
     for kill in sorted(kills, key=lambda one: one.at_s):

@@ -91,7 +91,7 @@ class HttpCaller:
 
 
 def _record(data: bytes, recorder: Recorder) -> None:
-    """One event of the stream. Raises Refused where it tells an error."""
+    """Record one event of the stream. Raises Refused where it is an error."""
     if data == b"[DONE]":
         return
     event = json.loads(data)
@@ -114,7 +114,7 @@ def _ending_of(error: Any) -> Ending:
 
 
 def _text(delta: dict[str, Any]) -> str:
-    """What a delta says: an answer, reasoning, or a piece of a tool call."""
+    """Return a delta's text: an answer, reasoning, or a piece of a tool call."""
     calls = (call.get("function") or {} for call in delta.get("tool_calls") or ())
     said = [f"{call.get('name') or ''}{call.get('arguments') or ''}" for call in calls]
     return (delta.get("content") or "") + (delta.get("reasoning") or "") + "".join(said)
@@ -130,7 +130,7 @@ def _refusal(status: int, reason: str | None, body: bytes) -> Refused:
 
 
 def _said(event: Any) -> str:
-    """The error's message where it is in OpenAI's form."""
+    """Return the error's message where it is in OpenAI's form."""
     error = event.get("error") if isinstance(event, dict) else None
     message = error.get("message") if isinstance(error, dict) else event
     return str(message)[:_MESSAGE_CHARS]

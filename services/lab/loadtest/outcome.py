@@ -1,4 +1,4 @@
-"""What became of one request, as the client saw it."""
+"""The outcome of one request, as the client saw it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Ending(enum.StrEnum):
-    """How a request ended."""
+    """The way a request ended."""
 
     ANSWERED = "answered"
     SHED = "shed"  # refused with 429 or RESOURCE_EXHAUSTED before any work was done
@@ -52,12 +52,12 @@ class Outcome:
 
     @property
     def ttft_s(self) -> float | None:
-        """Time to first token from the scheduled time on: what an open loop's user sees."""
+        """Time to first token from the scheduled time on: the one an open loop's user sees."""
         return None if self.stream.ttft_s is None else self.stream.ttft_s + self.lag_s
 
     @property
     def e2e_s(self) -> float:
-        """From the scheduled time to the end of the answer."""
+        """Seconds from the scheduled time to the end of the answer."""
         return self.stream.end_s + self.lag_s
 
     @property
@@ -75,6 +75,6 @@ class Outcome:
         return tuple(later - sooner for sooner, later in pairwise(arrivals))
 
     def reported(self, name: str) -> float | None:
-        """A number of the service's report; None where it told none."""
+        """Return a number of the service's report; None where it has none."""
         report = self.stream.report
         return None if report is None or name not in report else float(report[name])

@@ -22,7 +22,7 @@ _SEEDS_OF_A_RUN = 1 << 24  # so that two runs of different seeds share no prompt
 
 
 class UnknownTokenizer(Exception):
-    """The tokenizer cannot be loaded; the message says why."""
+    """The tokenizer cannot be loaded; the message has the reason."""
 
 
 class Source:
@@ -38,7 +38,7 @@ class Source:
 
     @classmethod
     def load(cls, path: str, seed: int) -> Self:
-        """With the tokenizer of a folder or a hub name. Raises UnknownTokenizer."""
+        """Load the tokenizer of a folder or a hub name. Raises UnknownTokenizer."""
         from transformers import AutoTokenizer
 
         try:
@@ -47,20 +47,20 @@ class Source:
             raise UnknownTokenizer(f"tokenizer: {path}: {error}") from error
 
     def draw(self, kinds: Sequence[Prompts], count: int, rng: np.random.Generator) -> list[Prompt]:
-        """`count` prompts, their kinds drawn by weight."""
+        """Draw `count` prompts, their kinds by weight."""
         return [self._make(kind, next(self._seeds)) for kind in _drawn(kinds, count, rng)]
 
     def like(
         self, kinds: Sequence[Prompts], lines: Sequence[TraceLine], rng: np.random.Generator
     ) -> list[Prompt]:
-        """One prompt per recorded request, of its length where it tells one."""
+        """Draw one prompt per recorded request, of its length where it has one."""
         return [
             self._make(_resized(kind, line), next(self._seeds))
             for kind, line in zip(_drawn(kinds, len(lines), rng), lines, strict=True)
         ]
 
     def warm_up(self, kind: Prompts, number: int) -> Prompt:
-        """A prompt of this kind that no run counts."""
+        """Make a prompt of this kind that no run counts."""
         return self._make(kind, _WARM_UP + self._seed + number)
 
     def _make(self, kind: Prompts, seed: int) -> Prompt:

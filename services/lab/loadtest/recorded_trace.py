@@ -26,7 +26,7 @@ _decoder = msgspec.json.Decoder(TraceLine)
 
 
 def read(path: Path, most: int) -> list[TraceLine]:
-    """The first `most` requests in order of time, starting at 0. Raises InvalidFile."""
+    """Read the first `most` requests in order of time, starting at 0. Raises InvalidFile."""
     lines = [
         _parsed(text, f"{path}:{number}")
         for number, text in enumerate(read_text(path).splitlines(), 1)

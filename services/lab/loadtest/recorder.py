@@ -1,4 +1,4 @@
-"""What callers tell while an answer streams in, and how they say that it did not."""
+"""Records an answer while it streams in, or the reason why none came."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Prompt:
 
 
 class Refused(Exception):
-    """The service did not answer; `ending` says which kind of no it was."""
+    """The service did not answer; `ending` is the kind of refusal."""
 
     def __init__(self, ending: Ending, message: str) -> None:
         super().__init__(message)
@@ -45,20 +45,20 @@ class Recorder:
         self._prompt_tokens = 0
 
     def text(self, piece: str) -> None:
-        """Some text arrived now."""
+        """Record some text, which arrived now."""
         self._arrivals_s.append(self._now() - self._sent_s)
         self._pieces.append(piece)
 
     def usage(self, prompt_tokens: int, output_tokens: int) -> None:
-        """The service's token counts."""
+        """Record the service's token counts."""
         self._prompt_tokens, self._output_tokens = prompt_tokens, output_tokens
 
     def report(self, report: Mapping[str, Any]) -> None:
-        """The service's `specprefill` object."""
+        """Record the service's `specprefill` object."""
         self._report = report
 
     def finish(self, ending: Ending, error: str = "") -> Stream:
-        """The stream as it stands now. An answer without any text has its first token here."""
+        """Return the stream as it is now. An answer without any text has its first token here."""
         end_s = self._now() - self._sent_s
         silent = ending is Ending.ANSWERED and not self._arrivals_s
         return Stream(

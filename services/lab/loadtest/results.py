@@ -27,7 +27,7 @@ _REPORTED = ("kept_tokens", "keep_rate", "queue_s", "speculate_s", "prefill_s", 
 
 
 def summaries(run: Run, scenario: Scenario) -> list[Summary]:
-    """The whole run, then each variant, then each family where there are several."""
+    """Summarise the whole run, then each variant, then each family where there are several."""
     rows = [run.summary]
     for key in (lambda one: one.variant, lambda one: one.family):
         groups = grouped(run.outcomes, key, scenario.slo)
@@ -36,17 +36,17 @@ def summaries(run: Run, scenario: Scenario) -> list[Summary]:
 
 
 def run_table(rows: Sequence[Summary]) -> str:
-    """Speed, goodput, what was kept, and the answers' score, in one row per group."""
+    """Return speed, goodput, kept share, and the answers' score, in one row per group."""
     return markdown(HEADERS, [_cells(row) for row in rows])
 
 
 def trial_table(trials: Sequence[Trial]) -> str:
-    """A search's rates."""
+    """Return a search's rates."""
     return markdown(TRIAL_HEADERS, [_trial_cells(trial) for trial in trials])
 
 
 def remarks(run: Run) -> str:
-    """What the table does not say: errors by reason, plans by reason, faults."""
+    """Return what the table does not show: errors by reason, plans by reason, faults."""
     parts = [f"error, {count} times: {error}" for error, count in run.summary.errors.items()]
     parts += [f"plan {reason}: {count}" for reason, count in run.summary.reasons.items()]
     parts += [f"killed {kill.pool} {kill.pid} at {kill.at_s:.1f} s" for kill in run.kills]
@@ -54,7 +54,7 @@ def remarks(run: Run) -> str:
 
 
 def missed(gate: Gate, summary: Summary) -> list[str]:
-    """What of the gate was not reached, one sentence each."""
+    """Return the parts of the gate that were not reached, one sentence each."""
     shed = summary.endings.get(Ending.SHED, 0) / summary.requests
     reached = (
         ("attainment", gate.attainment, summary.attainment, True),

@@ -1,4 +1,4 @@
-"""Sends requests at their times, whatever became of those before: an open loop."""
+"""Sends requests at their times, whatever became of earlier ones: an open loop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Planned:
 
 @dataclass(slots=True)
 class Progress:
-    """What a run has done so far; a display may read it at any time."""
+    """The counts of a run so far; a display may read it at any time."""
 
     total: int
     sent: int = 0
@@ -49,7 +49,7 @@ class Progress:
 def plan(
     times: Times, prompts: Sequence[Prompt], cancel: Cancel | None, rng: np.random.Generator
 ) -> list[Planned]:
-    """The run's requests; which clients leave, and when, is drawn here."""
+    """Plan the run's requests; the clients that leave, and when, are drawn here."""
     leaving: list[float | None] = [None] * len(prompts)
     if cancel is not None:
         leaves = rng.random(len(prompts)) < cancel.share
@@ -89,7 +89,7 @@ async def stream(
     leave_after_s: float | None = None,
     now: Callable[[], float] = time.perf_counter,
 ) -> Stream:
-    """Ask once. However it ends, what had arrived until then is in the stream."""
+    """Ask once. However it ends, the stream holds what had arrived until then."""
     recorder = Recorder(now)
     leaves = leave_after_s is not None and leave_after_s < timeout_s
     patience_s = leave_after_s if leaves else timeout_s

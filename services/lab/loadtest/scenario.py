@@ -1,4 +1,4 @@
-"""A load test as a YAML file: whom to ask, what, how often, and what counts as good."""
+"""A load test as a YAML file: the target, the prompts, the rate, and the goals."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Prompts(Strict):
 
     @property
     def variant(self) -> str:
-        """How tables name what was asked."""
+        """Name of this kind of request in tables."""
         if self.keep is None:
             return "default"
         return self.keep if isinstance(self.keep, str) else f"keep {self.keep:g}"
@@ -68,7 +68,7 @@ class Cancel(Strict):
 
 
 class Kill(Strict):
-    """SIGKILL one replica of a pool, drawn by chance, `at_s` seconds into the run."""
+    """SIGKILL one replica of a pool, drawn at random, `at_s` seconds into the run."""
 
     at_s: NonNegativeFloat
     pool: Literal["Gateway", "Speculator", "Prefill", "Decode"]
@@ -82,7 +82,7 @@ class Chaos(Strict):
 
 
 class Gate(Strict):
-    """What a run must reach for exit code 0."""
+    """The values that a run must reach for exit code 0."""
 
     attainment: Rate | None = None  # share of requests within the SLO
     error_rate: Annotated[float, Field(ge=0.0, le=1.0)] | None = None  # at most
@@ -157,6 +157,6 @@ class Scenario(Strict):
         return self
 
     def at(self, qps: float) -> Scenario:
-        """The same at another rate, without its search."""
+        """Return the same at another rate, without its search."""
         arrivals = self.arrivals.model_copy(update={"qps": qps})
         return self.model_copy(update={"arrivals": arrivals, "search": None})

@@ -15,7 +15,7 @@ from .statistics import Summary
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One rate, and whether the service bore it."""
+    """One rate, and whether the service sustained it."""
 
     qps: float
     held: bool
@@ -26,7 +26,7 @@ Trials = Generator[float, Summary, list[Trial]]
 
 
 def max_qps(search: MaxQps) -> Trials:
-    """Yields rates, takes each run's summary: the ends first, then the middle of what is left."""
+    """Yield rates and take each run's summary: the ends first, then the middle of what is left."""
     trials: list[Trial] = []
 
     def judged(qps: float, summary: Summary) -> bool:
@@ -48,7 +48,7 @@ def max_qps(search: MaxQps) -> Trials:
 
 
 def paper(search: PaperProtocol) -> Trials:
-    """Yields the grid's rates in order until too many requests fail (section 5.2 of the paper)."""
+    """Yield the grid's rates in order until too many requests fail (section 5.2 of the paper)."""
     trials: list[Trial] = []
     for qps in search.grid:
         summary = yield qps
@@ -60,10 +60,10 @@ def paper(search: PaperProtocol) -> Trials:
 
 
 def highest(trials: Sequence[Trial]) -> float | None:
-    """The highest rate that held; None where none did."""
+    """Return the highest rate that held; None where none did."""
     return max((trial.qps for trial in trials if trial.held), default=None)
 
 
 def of(search: MaxQps | PaperProtocol) -> Trials:
-    """The trials of a scenario's search."""
+    """Return the trials of a scenario's search."""
     return max_qps(search) if isinstance(search, MaxQps) else paper(search)

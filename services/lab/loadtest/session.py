@@ -29,7 +29,7 @@ TELL_EVERY_S = 1.0
 
 
 class NotReady(Exception):
-    """The endpoint did not answer the warm-up; the message says what it said."""
+    """The endpoint did not answer the warm-up; the message has its reply."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ async def find(scenario: Scenario, source: Source, tell: Tell) -> Searched:
 
 
 def caller_of(target: Target) -> Caller:
-    """How to reach a scenario's target."""
+    """Return a caller of a scenario's target."""
     key = os.environ.get(target.api_key_variable)
     kind = HttpCaller if target.protocol == "http" else GrpcCaller
     return kind(target.address, target.model, key)
@@ -96,7 +96,7 @@ def _planned(scenario: Scenario, source: Source, rng: np.random.Generator) -> li
 
 
 async def _warm_up(scenario: Scenario, source: Source, caller: Caller) -> None:
-    """Each kind of request, one after the other. Raises NotReady."""
+    """Send each kind of request, one after the other. Raises NotReady."""
     for kind in scenario.prompts:
         for number in range(scenario.warm_up):
             prompt = source.warm_up(kind, number)
@@ -133,7 +133,7 @@ async def _faults(chaos: Chaos | None, seed: int, done: list[Killed]) -> None:
 
 
 async def _stop(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Cancel what still runs. Raises what had failed before."""
+    """Cancel the tasks that still run. Raises what had failed before."""
     for task in tasks:
         task.cancel()
     for ended in await asyncio.gather(*tasks, return_exceptions=True):

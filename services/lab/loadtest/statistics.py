@@ -19,14 +19,14 @@ PERCENTILES = (50.0, 90.0, 95.0, 99.0)
 
 
 class Slo(Strict):
-    """What a good request is. An absent bound holds always."""
+    """The bounds of a good request. An absent bound holds always."""
 
     ttft_s: Seconds | None = None
     tpot_s: Seconds | None = None
     e2e_s: Seconds | None = None
 
     def met(self, outcome: Outcome) -> bool:
-        """True when the request was answered within every bound."""
+        """Return True when the request was answered within every bound."""
         return (
             outcome.stream.ending is Ending.ANSWERED
             and _within(outcome.ttft_s, self.ttft_s)
@@ -48,7 +48,7 @@ class Distribution:
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> Distribution:
-        """Of the values that are there."""
+        """Summarise the values that are not None."""
         there = np.array([value for value in values if value is not None], dtype=np.float64)
         if not len(there):
             return cls(0, *[float("nan")] * (1 + len(PERCENTILES)))
@@ -87,7 +87,7 @@ class Summary:
 
 
 def summarise(name: str, outcomes: Sequence[Outcome], slo: Slo) -> Summary:
-    """Raises ValueError for an empty group."""
+    """Summarise a group. Raises ValueError for an empty one."""
     if not outcomes:
         raise ValueError("no request was sent")
     started_s = min(outcome.scheduled_s for outcome in outcomes)
@@ -122,7 +122,7 @@ def summarise(name: str, outcomes: Sequence[Outcome], slo: Slo) -> Summary:
 
 
 def grouped(outcomes: Sequence[Outcome], key: Callable[[Outcome], str], slo: Slo) -> list[Summary]:
-    """One summary per value of `key`, in order of first appearance."""
+    """Return one summary per value of `key`, in order of first appearance."""
     groups: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         groups.setdefault(key(outcome), []).append(outcome)

@@ -17,13 +17,13 @@ from .world import Target, Telemetry
 
 @dataclass(slots=True)
 class SloController:
-    """This project's core, as the service runs it."""
+    """This project's controller, as the service runs it."""
 
     policy: ScalingPolicy
     memory: Memory = field(default_factory=Memory)
 
     def target(self, now: Telemetry) -> Target:
-        """See `scaling.core`."""
+        """Decide as the service does; see `scaling.decide`."""
         decision, self.memory = decide(now.seen, self.policy, self.memory)
         replicas = {pool: each.replicas for pool, each in decision.pools.items()}
         return Target(replicas, decision.keep.high)
@@ -31,12 +31,12 @@ class SloController:
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
-    """Always the same."""
+    """Constant pool sizes."""
 
     replicas: Mapping[Pool, int]
 
     def target(self, now: Telemetry) -> Target:
-        """The same sizes."""
+        """Return the same sizes every time."""
         del now
         return Target(self.replicas)
 
@@ -59,7 +59,7 @@ class OngoingRequests:
     _since_s: dict[tuple[Pool, bool], float] = field(default_factory=dict)
 
     def target(self, now: Telemetry) -> Target:
-        """`ceil(ongoing / target)`, once it has been asked for long enough."""
+        """Return `ceil(ongoing / target)`, once it has been wanted for long enough."""
         now_s = now.seen.now_s
         self._history.append((now_s, now.ongoing))
         while self._history[0][0] < now_s - self.look_back_s:
@@ -104,7 +104,7 @@ class LatencyBand:
     _down_s: dict[Pool, float] = field(default_factory=dict)
 
     def target(self, now: Telemetry) -> Target:
-        """The law, for every pool with the latency that it makes."""
+        """Apply the law to every pool, with the latency that it causes."""
         now_s = now.seen.now_s
         if not self._targets:
             self._targets = {pool: each.provisioned for pool, each in now.seen.pools.items()}
@@ -169,7 +169,7 @@ class ThroughputPlanner:
     _floors: dict[Pool, int] = field(default_factory=lambda: dict.fromkeys(Pool, 1))
 
     def target(self, now: Telemetry) -> Target:
-        """The larger of the floor and what the load loop asks for."""
+        """Return the larger of the floor and the load loop's size."""
         now_s = now.seen.now_s
         if now_s - self._asked_s >= self.interval_s:
             pairs = zip((now.first_tokens, now.completed), self._counted, strict=True)
@@ -210,7 +210,7 @@ class ThroughputPlanner:
 
 
 def _mean_times(now: Telemetry, window_s: float) -> Mapping[Pool, float] | None:
-    """Mean seconds that a request takes of each pool; None without requests."""
+    """Return the mean seconds that a request takes of each pool; None without requests."""
     seen = now.seen
     recent = None if seen.arrivals is None else seen.arrivals.since(seen.now_s - window_s)
     if recent is None or len(recent) == 0:
@@ -232,11 +232,11 @@ class Schedule:
     tick_s: float
 
     def first_sizes(self) -> dict[Pool, int]:
-        """The sizes at the beginning."""
+        """Return the sizes at the start."""
         return {pool: int(sizes[0]) for pool, sizes in self.sizes.items()}
 
     def target(self, now: Telemetry) -> Target:
-        """The most that is planned until a replica started now is ready."""
+        """Return the most that is planned until a replica started now is ready."""
         return Target({pool: self._of(pool, now.seen.now_s) for pool in Pool})
 
     def _of(self, pool: Pool, now_s: float) -> int:

@@ -19,7 +19,7 @@ POINTS = 600  # of a curve
 def write(
     path: Path, title: str, facts: Mapping[str, str], runs: Sequence[tuple[Scenario, list[Entry]]]
 ) -> None:
-    """One section per trace."""
+    """Write one section per trace."""
     sections = [(case.name, _section(case, entries)) for case, entries in runs]
     charts.write_page(path, title, facts, sections)
 

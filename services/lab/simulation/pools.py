@@ -1,4 +1,4 @@
-"""How many replicas a steady load needs, and what they cost, for several keep rates."""
+"""The replicas that a steady load needs, and their cost, for several keep rates."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def plans(
     slo: Slo,
     costs: Mapping[Pool, float],
 ) -> list[Plan]:
-    """The cheapest pools for Poisson arrivals of `per_s`, one plan per keep rate."""
+    """Return the cheapest pools for Poisson arrivals of `per_s`, one plan per keep rate."""
     trace = generate(poisson(per_s), REQUESTS / per_s, lengths, SEED)
     limits = {pool: PoolLimits(cost=costs[pool]) for pool in Pool}
     return [_plan(trace.arrivals(keep), per_s, keep, engines, slo, limits) for keep in keeps]

@@ -1,4 +1,4 @@
-"""The event loop: a trace, a world and a controller in, what became of each request out.
+"""The event loop: takes a trace, a world and a controller; returns each request's result.
 
 Requests queue for the first free engine of each pool, as if the router knew every queue. A prompt
 is pruned by a speculator and then prefilled, or is prefilled dense; its first token leaves the
@@ -85,7 +85,7 @@ class _Run:
         self.seen = 0  # requests that had arrived at the last tick
 
     def run(self) -> Outcome:
-        """Arrivals and events in order of time, until the last answer."""
+        """Process arrivals and events in order of time, until the last answer."""
         self._schedule()
         events, times, arrived = self.events, self.time_s, 0
         count, now_s = len(times), 0.0
@@ -108,7 +108,7 @@ class _Run:
         return self.records.outcome(now_s, self.stations, self.keep)
 
     def _schedule(self) -> None:
-        """Failures, and the first tick."""
+        """Schedule the failures, and the first tick."""
         for failure in self.world.failures:
             self._push(failure.time_s, FAILURE, POOLS.index(failure.pool), failure.replicas)
         for place, (time_s, _) in enumerate(self.world.others):
@@ -121,7 +121,7 @@ class _Run:
         heappush(self.events, (time_s, self.serial, kind, subject, run))
 
     def _begin(self, now_s: float, kind: int, request: int, run: int, work_s: float) -> None:
-        """Work that ends after `work_s`, or later on a shared machine."""
+        """Start work that ends after `work_s`, or later on a shared machine."""
         if self.cores is None:
             self._push(now_s + work_s, kind, request, run)
         else:
@@ -153,7 +153,7 @@ class _Run:
             self._change(kind, subject, run, now_s)
 
     def _change(self, kind: int, subject: int, number: int, now_s: float) -> None:
-        """A replica that was started is ready, some have died, or others use the machine."""
+        """Apply a change: a started replica is ready, some died, or others use the machine."""
         if kind == FAILURE:
             self._fail(subject, number, now_s)
         elif kind == READY:
@@ -186,7 +186,7 @@ class _Run:
             self._to_prefill(request, now_s)
 
     def _admitted(self, request: int) -> bool:
-        """Bend the keep rate, put behind, or shed, as the gateway does."""
+        """Lower the keep rate, put the request behind, or shed it, as the gateway does."""
         world, policy = self.world, self.admission
         assert policy is not None
         keep = min(self.keep[request], self.keep_limit) if self.speculate_s[request] > 0.0 else 1.0
@@ -243,7 +243,7 @@ class _Run:
                 self._step(request, run, now_s)
 
     def _next_prefill(self, now_s: float) -> int | None:
-        """Who has waited longest and still waits for an answer."""
+        """Return the request that has waited longest and still waits for an answer."""
         station = self.prefills
         while station.waiting:
             tag, request = station.next(self.prefill_s)
@@ -257,7 +257,7 @@ class _Run:
         return Prompt(request, self.kept[request] - cached, cached)
 
     def _step(self, leader: int, run: int, now_s: float) -> None:
-        """An engine fills its next step, with prompts that wait if there is room."""
+        """Fill an engine's next step, with prompts that wait if there is room."""
         limits, curve = self.world.steps, self.world.engines.curves.prefill
         assert limits is not None
 
@@ -269,7 +269,7 @@ class _Run:
         self._begin(now_s, PREFILLED, leader, run, work_s)
 
     def _stepped(self, leader: int, run: int, now_s: float) -> None:
-        """A step has ended. Those that it completed have their first token."""
+        """End a step. The requests that it completed have their first token."""
         station = self.prefills
         if station.running.get(leader) != run:
             return
@@ -311,7 +311,7 @@ class _Run:
         self._decode(now_s)
 
     def _fail(self, pool: int, replicas: int, now_s: float) -> None:
-        """What ran on the dead engines runs again, from its stage on, ahead of the others."""
+        """Run what the dead engines ran again, from its stage on, ahead of the others."""
         station = self.stations[pool]
         for request, run in list(station.die(replicas, now_s)):
             if self.cores is not None:
@@ -363,13 +363,13 @@ class _Run:
         )
 
     def _queue_age_s(self, station: Station, now_s: float) -> float:
-        """Of the oldest request that is not late."""
+        """Return the age of the oldest request that is not late."""
         waiting = (self.time_s[request] for late, _, _, request in station.waiting if not late)
         return now_s - min(waiting, default=now_s)
 
 
 def _waits_s(station: Station) -> tuple[float, float]:
-    """Expected wait behind those in time, and behind all: their work, shared by the engines."""
+    """Return the expected wait behind those in time, and behind all: work over engines."""
     if station.free > 0:
         return 0.0, 0.0
     ready = station.ready or 1

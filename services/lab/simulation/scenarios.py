@@ -1,4 +1,4 @@
-"""The three traces of the comparison, and who runs on them."""
+"""The three traces of the comparison, and the controllers that run on them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Scenario:
 
     @property
     def admission(self) -> AdmissionPolicy:
-        """As the gateway would have it."""
+        """The gateway's admission policy for this trace."""
         return AdmissionPolicy(self.world.slo.ttft_s, self.world.slo.gap_s / 2)
 
 
@@ -60,7 +60,7 @@ def scenario(
     name: str, trace: Trace, slo: Slo = SLO, engines: Engines = ENGINES,
     cold_start_s: float = COLD_START_S,
 ) -> Scenario:  # fmt: skip
-    """A trace with the policy that the comparison uses: every replica costs the same."""
+    """Make a trace with the comparison's policy: every replica costs the same."""
     limits = PoolLimits(1, SIZES_MAX, 1.0, cold_start_s, STEP)
     world = World(engines, slo, dict.fromkeys(Pool, cold_start_s))
     policy = ScalingPolicy(slo, dict.fromkeys(Pool, limits), world.keep, world.keep_floor)
@@ -68,7 +68,7 @@ def scenario(
 
 
 def three(seed: int) -> list[Scenario]:
-    """A day, prompts that grow, and ten times the load from one second to the next."""
+    """Return a day, prompts that grow, and ten times the load from one second to the next."""
     day = generate(diurnal(30.0, 7200.0), 7200.0, Lengths(), seed)
     drift = generate(poisson(30.0), 3600.0, Lengths(prompt_tokens=6000.0), seed, drift=2.0)
     burst = generate(bursty(6.0, 10.0, 600.0, 1e9, 1500.0), 3600.0, Lengths(), seed)
@@ -88,7 +88,7 @@ class Entry:
 
 
 def compare(case: Scenario, note: Callable[[str], None]) -> list[Entry]:
-    """Every controller on one trace, the optimum first and this project's second.
+    """Run every controller on one trace, the optimum first and this project's second.
 
     The fixed sizes are the mean of this project's, rounded up: at least its replica-hours.
     """
@@ -114,7 +114,7 @@ def compare(case: Scenario, note: Callable[[str], None]) -> list[Entry]:
 def _within(
     replica_hours: float, case: Scenario, ours: Outcome, initial: Mapping[Pool, int]
 ) -> Outcome:
-    """This project with bounds that keep it to so many replica-hours: the loosest found.
+    """Run this project under bounds that keep it to `replica_hours`: the loosest found.
 
     The bounds are one share of what each pool had at its largest.
     """
@@ -137,7 +137,7 @@ def _within(
 
 
 def _others(case: Scenario, ours: Outcome, maximum: Mapping[Pool, int]) -> dict[str, Controller]:
-    """All but the optimum, without admission. `maximum` bounds those that have no model."""
+    """Return all but the optimum, without admission. `maximum` bounds those without a model."""
     mean = {pool: ceil(float(np.mean(ours.moments.provisioned[pool]))) for pool in Pool}
     slo = case.world.slo
     return {
@@ -151,7 +151,7 @@ def _others(case: Scenario, ours: Outcome, maximum: Mapping[Pool, int]) -> dict[
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """What lies between this project's attainment and the optimum's, part by part."""
+    """The gap between this project's attainment and the optimum's, part by part."""
 
     cold_start: float  # gained if replicas were ready at once
     keep_floor: float  # gained beyond, if the keep rate could go down as far as it takes
@@ -159,7 +159,7 @@ class Distance:
 
 
 def distance(case: Scenario, entries: list[Entry]) -> Distance:
-    """Take away the cold start, then the floor, and see what is gained."""
+    """Measure the gain of removing the cold start, then the floor."""
     initial = {
         pool: int(sizes[0]) for pool, sizes in entries[0].outcome.moments.provisioned.items()
     }

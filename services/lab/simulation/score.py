@@ -1,4 +1,4 @@
-"""One simulation in one row: who got a first token in time, and for how many replica-hours."""
+"""One simulation in one row: first tokens in time, and the replica-hours they took."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HEADERS = (
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What a controller made of a trace."""
+    """A controller's result on a trace."""
 
     controller: str
     requests: int
@@ -33,7 +33,7 @@ class Score:
     unanswered: int  # gave up waiting; the shed ones not among them
 
     def row(self) -> list[str]:
-        """The cells under `HEADERS`."""
+        """Return the cells under `HEADERS`."""
         hours = [f"{self.pool_hours[pool.value]:.1f}" for pool in Pool]
         return [
             self.controller,
@@ -72,7 +72,7 @@ def score(controller: str, outcome: Outcome, slo: Slo, duration_s: float) -> Sco
 def attainment_over_time(
     outcome: Outcome, time_s: Sequence[float], slo: Slo, every_s: float
 ) -> tuple[list[float], list[float]]:
-    """Hours, and the share of the requests of each `every_s` that met the SLO."""
+    """Return hours, and the share of the requests of each `every_s` that met the SLO."""
     edges = np.arange(0.0, max(time_s, default=0.0) + every_s, every_s)
     place = np.digitize(np.asarray(time_s), edges) - 1
     counts = np.bincount(place, minlength=len(edges))

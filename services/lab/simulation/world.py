@@ -1,4 +1,4 @@
-"""What is simulated beside the trace, and what comes out."""
+"""Inputs of a simulation beside the trace, and its results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .steps import StepLimits
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Replicas that die at a moment, with what runs on them; requests run again elsewhere."""
+    """Replicas that die at a moment, with their work; requests run again elsewhere."""
 
     time_s: float
     pool: Pool
@@ -68,7 +68,7 @@ class Controller(Protocol):
     """Sizes the pools; asked every `tick_s`."""
 
     def target(self, now: Telemetry) -> Target:
-        """The sizes from now on, those that start included."""
+        """Return the sizes from now on, those that start included."""
         ...
 
 
@@ -85,7 +85,7 @@ class Moments:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outcome:
-    """What became of each request `[N]`, and what it took."""
+    """The results of each request `[N]`, and their cost."""
 
     ttft_s: Floats  # NaN: no first token
     gap_s: Floats  # NaN: no second token
@@ -96,6 +96,6 @@ class Outcome:
     duration_s: float
 
     def met(self, slo: Slo) -> Floats:
-        """1.0 where the first two tokens came in time."""
+        """Return 1.0 where the first two tokens came in time."""
         in_time = (self.ttft_s <= slo.ttft_s) & ~(self.gap_s > slo.gap_s)
         return in_time.astype(np.float64)
