@@ -109,7 +109,7 @@ def pull(client: KvClient | NixlClient, address: str, size: int, lease_id: str =
     """Pull one lease as a decode worker does. Raises unless every byte came."""
     ticket = {"lease_id": lease_id or str(size), "secret": SECRET}
     received: list[int] = []
-    client.pull(address, ticket, FINGERPRINT, 0, 60.0).into(
+    client.pull(address, ticket, FINGERPRINT, 0, 60.0).deliver_to(
         lambda frame: received.append(len(frame.payload))
     )
     if sum(received) != size * MB:
@@ -160,7 +160,7 @@ class Objects:
     def _store(self, ticket: Ticket) -> tuple[Any, float]:
         import ray
 
-        with self._collector.collected(ticket, 0, 60.0) as kv:
+        with self._collector.collect(ticket, 0, 60.0) as kv:
             return ray.put(kv), time.monotonic()
 
     def _fetch(self, ticket: Ticket, kv: KvObject, size: int) -> None:

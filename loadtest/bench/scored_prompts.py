@@ -44,7 +44,7 @@ class Scoring:
             raise ValueError(f"{task.family}: the tokenizer gives no offsets")
         special = special_spans(prompt, self.offsets.special_ids)
         spans = protected_spans(text, offsets, task.messages, (), self.tail_tokens)
-        with self.scorer.opened([prompt]) as (reading,):
+        with self.scorer.open_readings([prompt]) as (reading,):
             self.scorer.read([reading])
             self.scorer.look_ahead([reading])
             scores = self.scorer.rate(reading)

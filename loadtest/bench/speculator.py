@@ -134,7 +134,7 @@ def second_question(
 def answer_s(scorer: Scorer, prompt: Prompt) -> float:
     """Return seconds until the scores are there; after that the prompt is remembered."""
     started_s = time.perf_counter()
-    with scorer.opened([prompt]) as readings:
+    with scorer.open_readings([prompt]) as readings:
         scorer.read(readings)
         scorer.look_ahead(readings)
         scorer.rate(readings[0])
@@ -156,7 +156,7 @@ def memory(name: str, scorer: Scorer, count: int, rng: random.Random, prompts: P
 
 def held_bytes(scorer: Scorer, prompt: Prompt) -> Iterator[int]:
     """Return KV held before a prompt is read, and once it is remembered."""
-    with scorer.opened([prompt]) as readings:
+    with scorer.open_readings([prompt]) as readings:
         in_use = readings[0].keys.nbytes + readings[0].values.nbytes
         yield in_use + scorer.prefix.bytes_held
         scorer.read(readings)

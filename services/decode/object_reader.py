@@ -35,7 +35,7 @@ class ObjectTickets:
             relay.stop()
 
     @asynccontextmanager
-    async def local(
+    async def make_local(
         self, ticket: Ticket | None, objects: list[KvReference]
     ) -> AsyncIterator[Ticket | None]:
         """Yield a ticket with which the objects can be pulled while inside.

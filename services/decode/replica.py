@@ -57,7 +57,7 @@ class DecodeReplica:
         `objects` hold the ticket's KV, one per rank, if Ray carries it.
         """
         request, selection, ticket, replay, timeout_s = unpack(payload, _KIND)
-        async with self._tickets.local(ticket, objects) as local:
+        async with self._tickets.make_local(ticket, objects) as local:
             steps = self._service.decode(request, selection, local, replay, timeout_s)
             async with aclosing(steps) as stream:
                 async for step in stream:

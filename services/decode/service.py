@@ -62,17 +62,17 @@ class DecodeService:
         """Stream every sample, each from its first token on; see the port `Decoder`."""
         samples = [
             self._sample(
-                request, selection, _params(request, selection, ticket, replay, index), index
+                request, selection, _sample_params(request, selection, ticket, replay, index), index
             )
             for index in range(request.samples)
         ]
         steps: asyncio.Queue[Decoded | BaseException] = asyncio.Queue()
-        readers = [asyncio.create_task(_read(sample, steps)) for sample in samples]
+        readers = [asyncio.create_task(_read_sample(sample, steps)) for sample in samples]
         give_up_s = time.monotonic() + timeout_s
         try:
             open_samples = request.samples
             while open_samples:
-                step = await _next(steps, give_up_s)
+                step = await _next_step(steps, give_up_s)
                 yield step
                 open_samples -= step.chunk.finished
         finally:
@@ -96,11 +96,11 @@ class DecodeService:
                     first_s = time.monotonic() - started_s if first_s is None else first_s
                     lost = DecodeUnavailable("decode: the engine ended the request")
                     check_ended_well(params, output.outputs[0].finish_reason, lost)
-                    step = _decoded(output, index, first_s, leak)
-                    yield _computed(step, output) if computes and step.chunk.finished else step
+                    step = _decoded_step(output, index, first_s, leak)
+                    yield _computed_step(step, output) if computes and step.chunk.finished else step
 
 
-async def _read(
+async def _read_sample(
     sample: AsyncGenerator[Decoded], steps: asyncio.Queue[Decoded | BaseException]
 ) -> None:
     """Read one sample's stream into the queue; its failure goes there too."""
@@ -112,7 +112,7 @@ async def _read(
         steps.put_nowait(error)
 
 
-def _params(
+def _sample_params(
     request: Request, selection: Selection, ticket: Ticket | None, replay: Replay, index: int
 ) -> SamplingParams:
     """Return the caller's parameters for sample `index`, as vLLM derives them for `n` samples."""
@@ -122,11 +122,14 @@ def _params(
     params.seed = None if asked.seed is None else asked.seed + index
     params.prompt_logprobs = None  # computed by prefill
     params.output_kind = RequestOutputKind.DELTA
-    params.extra_args = {**(asked.extra_args or {}), **_private(selection, ticket, replay[index])}
+    params.extra_args = {
+        **(asked.extra_args or {}),
+        **_private_args(selection, ticket, replay[index]),
+    }
     return params
 
 
-def _private(
+def _private_args(
     selection: Selection, ticket: Ticket | None, replay: tuple[int, ...]
 ) -> dict[str, Any]:
     mapping = PositionMap.from_runs(selection.runs, selection.prompt_tokens)
@@ -148,7 +151,7 @@ def _ticket_fields(ticket: Ticket) -> dict[str, Any]:
     }
 
 
-def _decoded(output: RequestOutput, index: int, first_s: float, leak: Leak) -> Decoded:
+def _decoded_step(output: RequestOutput, index: int, first_s: float, leak: Leak) -> Decoded:
     """Return a step; the last one also reports how the pull went."""
     chunk = chunk_of(output, index)
     chunk = replace(chunk, text=leak.cut(chunk.text)) if leak.chars else chunk
@@ -163,12 +166,12 @@ def _decoded(output: RequestOutput, index: int, first_s: float, leak: Leak) -> D
     )
 
 
-def _computed(step: Decoded, output: RequestOutput) -> Decoded:
+def _computed_step(step: Decoded, output: RequestOutput) -> Decoded:
     """Return the last step of a request that came without KV."""
     return replace(step, first_decode_s=0.0, computed=Computed(*prefill_times(output)))
 
 
-async def _next(steps: asyncio.Queue[Decoded | BaseException], give_up_s: float) -> Decoded:
+async def _next_step(steps: asyncio.Queue[Decoded | BaseException], give_up_s: float) -> Decoded:
     try:
         step = await asyncio.wait_for(steps.get(), give_up_s - time.monotonic())
     except TimeoutError as error:

@@ -14,7 +14,7 @@ from .pull import KvClient
 class KvPulling(Protocol):
     """One lease being pulled."""
 
-    def into(self, store: Callable[[Frame], None]) -> float:
+    def deliver_to(self, store: Callable[[Frame], None]) -> float:
         """Give every frame to `store`, a layer's in token order.
 
         Returns the seconds for which the KV was complete at the peer when its last frame came.

@@ -30,12 +30,12 @@ class RemoteLeases(Protocol):
 
 
 @asynccontextmanager
-async def held(
+async def hold_lease(
     ticket: Ticket, leases: RemoteLeases, *, renew_s: float = RENEW_S
 ) -> AsyncIterator[asyncio.Event]:
     """Hold the lease while inside, or until the event is set: then the KV is not needed."""
     done = asyncio.Event()
-    keeping = asyncio.create_task(_keep(ticket, leases, renew_s, done))
+    keeping = asyncio.create_task(_keep_lease(ticket, leases, renew_s, done))
     try:
         yield done
     finally:
@@ -43,7 +43,9 @@ async def held(
         await asyncio.shield(keeping)
 
 
-async def _keep(ticket: Ticket, leases: RemoteLeases, renew_s: float, done: asyncio.Event) -> None:
+async def _keep_lease(
+    ticket: Ticket, leases: RemoteLeases, renew_s: float, done: asyncio.Event
+) -> None:
     """Renew and release in one task. Errors are only logged: the lease expires anyway."""
     try:
         while not await _set_within(done, renew_s):

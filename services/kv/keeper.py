@@ -137,9 +137,9 @@ class Keeper:
                 verb, *values = msgpack.unpackb(self._link.recv_bytes())
             except (EOFError, OSError):  # the worker has closed, or is gone
                 return
-            self._do(verb, values)
+            self._handle_request(verb, values)
 
-    def _do(self, verb: str, values: list[Any]) -> None:
+    def _handle_request(self, verb: str, values: list[Any]) -> None:
         match verb:
             case "open":
                 self._leases.open(*values)
@@ -255,7 +255,7 @@ def main() -> None:
     os._exit(0)  # threads of gRPC may still serve: nothing that they serve is valid any more
 
 
-def packed(config: KeeperConfig) -> bytes:
+def pack_config(config: KeeperConfig) -> bytes:
     """Pack the first message."""
     message: bytes = msgpack.packb(asdict(config))
     return message

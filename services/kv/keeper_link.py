@@ -18,7 +18,7 @@ from typing import Any
 import msgpack
 
 from ..core.errors import InvalidConfiguration, KvTransferError
-from .keeper import KeeperConfig, Piece, packed
+from .keeper import KeeperConfig, Piece, pack_config
 from .nixl.agent import NixlAgent, NixlMemory
 from .nixl.arena import Arena, Bytes
 from .nixl.reads import Progress
@@ -66,7 +66,7 @@ class KeeperLink:
             fingerprint,
             None if device is None else (*_introduction(device[0]), device[1].address),
         )
-        self._link = _started(config)
+        self._link = _start_keeper(config)
         self.address, self.carrier, self.pid = self._ready()
         self._outbox: queue.SimpleQueue[tuple[bytes, Callable[[], None] | None] | None] = (
             queue.SimpleQueue()
@@ -179,7 +179,7 @@ def _introduction(agent: NixlAgent) -> tuple[str, bytes]:
     return agent.name, agent.metadata()
 
 
-def _started(config: KeeperConfig) -> Connection:
+def _start_keeper(config: KeeperConfig) -> Connection:
     """Start a keeper, which leaves this process's tree at once; it ends when the link does."""
     ours, theirs = socket.socketpair()
     with theirs:
@@ -192,7 +192,7 @@ def _started(config: KeeperConfig) -> Connection:
         )
     link = Connection(ours.detach())
     try:
-        link.send_bytes(packed(config))
+        link.send_bytes(pack_config(config))
     except OSError as error:
         raise KvTransferError("kv keeper: its process ended at its start") from error
     return link

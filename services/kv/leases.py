@@ -38,7 +38,7 @@ class _Lease:
     bytes_held: int = 0
 
     @property
-    def complete(self) -> bool:
+    def is_complete(self) -> bool:
         return self.frames_expected is not None
 
 
@@ -125,16 +125,16 @@ class LeaseStore:
         `timeout_s`, or when the secret is wrong.
         """
         give_up_s = self._now() + timeout_s
-        lease = self._enter(lease_id, secret)
+        lease = self._start_reading(lease_id, secret)
         sent, whole = 0, False
         try:
             while not whole:
-                frames, last = self._next(lease_id, lease, sent, give_up_s)
+                frames, last = self._next_frame(lease_id, lease, sent, give_up_s)
                 sent += len(frames)
                 yield from frames
                 whole = last
         finally:
-            self._leave(lease_id, lease, whole=whole)
+            self._stop_reading(lease_id, lease, whole=whole)
 
     def renew(self, lease_id: str, secret: str) -> bool:
         """Restart the lease's time: the KV is still wanted. False if the lease is gone."""
@@ -210,7 +210,7 @@ class LeaseStore:
                 self._emptied.wait(left_s)
             return True
 
-    def _enter(self, lease_id: str, secret: str) -> _Lease:
+    def _start_reading(self, lease_id: str, secret: str) -> _Lease:
         with self._lock:
             lease = self._leases.get(lease_id)
             if lease is None or not hmac.compare_digest(lease.secret, secret):
@@ -219,12 +219,12 @@ class LeaseStore:
             lease.claimed = True
             return lease
 
-    def _next(
+    def _next_frame(
         self, lease_id: str, lease: _Lease, sent: int, give_up_s: float
     ) -> tuple[list[SealedFrame], bool]:
         with self._lock:
             while self._leases.get(lease_id) is lease:
-                if len(lease.frames) > sent or lease.complete:
+                if len(lease.frames) > sent or lease.is_complete:
                     frames = lease.frames[sent:]
                     return frames, sent + len(frames) == lease.frames_expected
                 left_s = give_up_s - self._now()
@@ -233,7 +233,7 @@ class LeaseStore:
                 lease.changed.wait(left_s)
             raise LeaseNotFound(f"lease {lease_id}: {self._gone.get(lease_id, 'gone')}")
 
-    def _leave(self, lease_id: str, lease: _Lease, *, whole: bool) -> None:
+    def _stop_reading(self, lease_id: str, lease: _Lease, *, whole: bool) -> None:
         with self._lock:
             lease.readers -= 1
             self._totals["pulled"] += whole
@@ -242,7 +242,7 @@ class LeaseStore:
 
     def _restart_clock(self, lease: _Lease) -> None:
         """Restart the clock; a lease still being computed, or not issued yet, has none."""
-        if lease.complete and (lease.claimed or lease.issued):
+        if lease.is_complete and (lease.claimed or lease.issued):
             lasts_s = self._lease_s if lease.claimed else self._unclaimed_s
             lease.expires_s = self._now() + lasts_s
 

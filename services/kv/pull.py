@@ -50,8 +50,8 @@ class KvClient:
         self._channels.close()
 
     def _stream(self, endpoint: str, query: PullQuery) -> KvStream:
-        call: Any = self._channels.to(endpoint, query.part).unary_stream(PULL)
-        return KvStream(call(query.packed(), timeout=query.timeout_s), query.lease_id)
+        call: Any = self._channels.channel_to(endpoint, query.part).unary_stream(PULL)
+        return KvStream(call(query.pack(), timeout=query.timeout_s), query.lease_id)
 
 
 class KvPull:
@@ -63,7 +63,7 @@ class KvPull:
         self._streams = streams
         self._failures: list[Exception] = []  # the first is the cause of the others
 
-    def into(self, store: Callable[[Frame], None]) -> float:
+    def deliver_to(self, store: Callable[[Frame], None]) -> float:
         """Give every frame to `store`, from one thread per stream.
 
         A layer comes over one stream, in token order. Returns the seconds for which the KV was
@@ -88,7 +88,7 @@ class KvPull:
         try:
             for frame in stream:
                 store(frame)
-        except Exception as error:  # noqa: BLE001  # raised again by `into`
+        except Exception as error:  # noqa: BLE001  # raised again by `deliver_to`
             self._failures.append(error)
             self.cancel()  # the other streams are of no use now
 

@@ -22,7 +22,7 @@ import msgpack
 from ..core.errors import InvalidRequest, LeaseNotFound
 from ..core.types import Ticket
 from .announcements import Announcement, Announcements
-from .channels import OPTIONS, aio_channel, listen
+from .channels import OPTIONS, listen, open_aio_channel
 from .frames import Trailer, encode
 from .leases import LeaseGauges, LeaseStore
 from .tls import MutualTls
@@ -59,14 +59,14 @@ class PullQuery:
     part: int = 0
     parts: int = 1
 
-    def packed(self) -> bytes:
+    def pack(self) -> bytes:
         """Pack the query as a message."""
-        return _packed(asdict(self))
+        return _pack(asdict(self))
 
     @classmethod
-    def unpacked(cls, message: bytes) -> PullQuery:
-        """Invert `packed`. Raises InvalidRequest."""
-        fields = _fields(message, _PULL)
+    def unpack(cls, message: bytes) -> PullQuery:
+        """Invert `pack`. Raises InvalidRequest."""
+        fields = _unpack_fields(message, _PULL)
         if fields["start"] < 0 or not 0 <= fields["part"] < fields["parts"]:
             raise InvalidRequest("kv: start, part and parts must be in range")
         return cls(**fields)
@@ -132,44 +132,44 @@ class KvServer:
                     yield bytes(part)
         except LeaseNotFound as error:
             context.abort(grpc.StatusCode.NOT_FOUND, str(error))
-        yield encode(trailer(self._leases, query.lease_id, sent), query.lease_id)
+        yield encode(make_trailer(self._leases, query.lease_id, sent), query.lease_id)
 
     def renew(self, message: bytes, _context: grpc.ServicerContext) -> bytes:
         """Restart a lease's time; return False if the lease is gone."""
-        query = _fields(message, _LEASE)
-        return _packed(self._leases.renew(query["lease_id"], query["secret"]))
+        query = _unpack_fields(message, _LEASE)
+        return _pack(self._leases.renew(query["lease_id"], query["secret"]))
 
     def release(self, message: bytes, _context: grpc.ServicerContext) -> bytes:
         """Drop a lease. Idempotent."""
-        query = _fields(message, _LEASE)
-        return _packed(self._leases.release(query["lease_id"], query["secret"]))
+        query = _unpack_fields(message, _LEASE)
+        return _pack(self._leases.release(query["lease_id"], query["secret"]))
 
     def watch(self, _message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Stream announcements for as long as the caller listens."""
         for announcement in self._announcements.listen(context.add_callback):
-            yield _packed(asdict(announcement))
+            yield _pack(asdict(announcement))
 
     def drain(self, message: bytes, context: grpc.ServicerContext) -> bytes:
         """Wait, at most the query's `timeout_s`, until no lease is left; return False if one is.
 
         It ends when the caller hangs up.
         """
-        timeout_s = _fields(message, {"timeout_s": (int, float)})["timeout_s"]
+        timeout_s = _unpack_fields(message, {"timeout_s": (int, float)})["timeout_s"]
         give_up_s = time.monotonic() + min(timeout_s, _LONGEST_DRAIN_S)
         while context.is_active():
             left_s = give_up_s - time.monotonic()
             if self._leases.wait_empty(min(max(left_s, 0.0), _HANG_UP_S)):
-                return _packed(True)
+                return _pack(True)
             if left_s <= 0:
                 break
-        return _packed(False)
+        return _pack(False)
 
     def stats(self, _message: bytes, _context: grpc.ServicerContext) -> bytes:
         """Return the store's gauges."""
-        return _packed(asdict(self._leases.gauges()))
+        return _pack(asdict(self._leases.gauges()))
 
 
-def lending(
+def open_lending(
     message: bytes, fingerprint: str, context: grpc.ServicerContext
 ) -> tuple[PullQuery, threading.Event]:
     """Return a query that lends memory, and an event that is set when its reader hangs up.
@@ -183,7 +183,7 @@ def lending(
     return query, gone
 
 
-def trailer(leases: LeaseStore, lease_id: str, sent: int) -> Trailer:
+def make_trailer(leases: LeaseStore, lease_id: str, sent: int) -> Trailer:
     """Return the message that ends a stream of `sent` frames."""
     complete_s = leases.complete_for_s(lease_id)
     return Trailer(sent, None if complete_s is None else round(complete_s * 1e6))
@@ -192,12 +192,12 @@ def trailer(leases: LeaseStore, lease_id: str, sent: int) -> Trailer:
 class _Handler(grpc.GenericRpcHandler):
     def __init__(self, server: KvServer) -> None:
         self._methods = {
-            PULL: grpc.unary_stream_rpc_method_handler(_few_streams(PULL, server.pull)),
-            WATCH: grpc.unary_stream_rpc_method_handler(_few_streams(WATCH, server.watch)),
-            RENEW: _unary(server.renew),
-            RELEASE: _unary(server.release),
-            DRAIN: _unary(_few(DRAIN, server.drain)),
-            STATS: _unary(server.stats),
+            PULL: grpc.unary_stream_rpc_method_handler(_limit_streams(PULL, server.pull)),
+            WATCH: grpc.unary_stream_rpc_method_handler(_limit_streams(WATCH, server.watch)),
+            RENEW: _unary_handler(server.renew),
+            RELEASE: _unary_handler(server.release),
+            DRAIN: _unary_handler(_limit_calls(DRAIN, server.drain)),
+            STATS: _unary_handler(server.stats),
         }
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
@@ -208,42 +208,42 @@ Unary = Callable[[bytes, grpc.ServicerContext], bytes]
 Streaming = Callable[[bytes, grpc.ServicerContext], Iterator[bytes]]
 
 
-def _unary(call: Unary) -> grpc.RpcMethodHandler[Any, Any]:
+def _unary_handler(call: Unary) -> grpc.RpcMethodHandler[Any, Any]:
     """Return a handler that refuses a malformed message, whatever is wrong with it."""
 
-    def checked(message: bytes, context: grpc.ServicerContext) -> bytes:
+    def call_checked(message: bytes, context: grpc.ServicerContext) -> bytes:
         try:
             return call(message, context)
         except InvalidRequest as error:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
-    return grpc.unary_unary_rpc_method_handler(checked)
+    return grpc.unary_unary_rpc_method_handler(call_checked)
 
 
-def _few(method: str, call: Unary) -> Unary:
+def _limit_calls(method: str, call: Unary) -> Unary:
     """Refuse more calls at once than `_MOST_AT_ONCE` allows."""
     places = threading.BoundedSemaphore(_MOST_AT_ONCE[method])
 
-    def bounded(message: bytes, context: grpc.ServicerContext) -> bytes:
-        with _place(places, method, context):
+    def call_bounded(message: bytes, context: grpc.ServicerContext) -> bytes:
+        with _take_place(places, method, context):
             return call(message, context)
 
-    return bounded
+    return call_bounded
 
 
-def _few_streams(method: str, call: Streaming) -> Streaming:
+def _limit_streams(method: str, call: Streaming) -> Streaming:
     """Refuse more streams likewise; a stream holds its place until it ends."""
     places = threading.BoundedSemaphore(_MOST_AT_ONCE[method])
 
-    def bounded(message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-        with _place(places, method, context):
+    def call_bounded(message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        with _take_place(places, method, context):
             yield from call(message, context)
 
-    return bounded
+    return call_bounded
 
 
 @contextmanager
-def _place(
+def _take_place(
     places: threading.BoundedSemaphore, method: str, context: grpc.ServicerContext
 ) -> Iterator[None]:
     if not places.acquire(blocking=False):
@@ -260,7 +260,7 @@ def _place(
 def _pull_query(message: bytes, fingerprint: str, context: grpc.ServicerContext) -> PullQuery:
     """Return the query; abort the call where it is malformed or the layouts differ."""
     try:
-        query = PullQuery.unpacked(message)
+        query = PullQuery.unpack(message)
     except InvalidRequest as error:
         context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
     if query.fingerprint != fingerprint:
@@ -268,7 +268,7 @@ def _pull_query(message: bytes, fingerprint: str, context: grpc.ServicerContext)
     return query
 
 
-def _fields(message: bytes, kinds: _Kinds) -> dict[str, Any]:
+def _unpack_fields(message: bytes, kinds: _Kinds) -> dict[str, Any]:
     """Unpack a map of exactly these fields. Raises InvalidRequest."""
     try:
         fields = msgpack.unpackb(message)
@@ -282,7 +282,7 @@ def _fields(message: bytes, kinds: _Kinds) -> dict[str, Any]:
     return fields
 
 
-def _packed(value: object) -> bytes:
+def _pack(value: object) -> bytes:
     packed: bytes = msgpack.packb(value)
     return packed
 
@@ -349,5 +349,5 @@ class KvPeers:
 
     def _channel(self, peer: str) -> grpc.aio.Channel:
         if peer not in self._channels:
-            self._channels[peer] = aio_channel(peer, self._tls)
+            self._channels[peer] = open_aio_channel(peer, self._tls)
         return self._channels[peer]

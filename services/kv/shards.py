@@ -72,14 +72,16 @@ def _head_sources(rank: int, puller: Split, holder: Split) -> Iterator[tuple[int
     wanted = puller.heads_of(rank)
     head = wanted.start
     while head < wanted.stop:
-        holders = [place for place in range(holder.tensor) if _has(holder.heads_of(place), head)]
+        holders = [
+            place for place in range(holder.tensor) if _contains(holder.heads_of(place), head)
+        ]
         place = holders[rank % len(holders)]  # copies of a head share the pullers
         heads = _overlap(Span(head, wanted.stop), holder.heads_of(place))
         yield place, heads
         head = heads.stop
 
 
-def _has(span: Span, index: int) -> bool:
+def _contains(span: Span, index: int) -> bool:
     return span.start <= index < span.stop
 
 

@@ -30,16 +30,16 @@ def read_tls(files: KvTls | None) -> MutualTls | None:
     if files is None:
         return None
     tls = MutualTls(
-        certificate=_read("certificate", files.certificate),
-        key=_read("key", files.key),
-        authority=_read("authority", files.authority),
+        certificate=_read_file("certificate", files.certificate),
+        key=_read_file("key", files.key),
+        authority=_read_file("authority", files.authority),
         name=files.name,
     )
     _try_out(files)
     return tls
 
 
-def _read(field: str, path: str) -> bytes:
+def _read_file(field: str, path: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:

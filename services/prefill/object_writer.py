@@ -32,7 +32,7 @@ class KvObjects:
         self._collector.close()
 
     @asynccontextmanager
-    async def storing(self) -> AsyncIterator[Storing]:
+    async def start_storing(self) -> AsyncIterator[Storing]:
         """Yield one request's `Storing`; what it has started ends with it."""
         storing = Storing(self)
         try:
@@ -59,7 +59,7 @@ class KvObjects:
         return objects
 
     def _put(self, ticket: Ticket, rank: int, timeout_s: float) -> KvReference:
-        with self._collector.collected(ticket, rank, timeout_s) as kv:
+        with self._collector.collect(ticket, rank, timeout_s) as kv:
             return ray.put(kv)
 
 

@@ -74,16 +74,16 @@ class PrefillReplica:
         request, selection, timeout_s = unpack(payload, tuple[Request, Selection, float])
         with self._waiting.one():
             steps = self._service.steps(request, selection, timeout_s)
-            async with aclosing(steps) as stream, self._objects.storing() as storing:
+            async with aclosing(steps) as stream, self._objects.start_storing() as storing:
                 async for step in stream:
                     if isinstance(step, Prefilled):
-                        yield pack((None, step)), await self._stored(step, storing)
+                        yield pack((None, step)), await self._store_kv(step, storing)
                     elif self._kv.carrier == "object_ref":
                         storing.begin(step, self._kv.pull_timeout_s)
                     else:
                         yield pack((step, None)), []
 
-    async def _stored(self, prefilled: Prefilled, storing: Storing) -> list[KvReference]:
+    async def _store_kv(self, prefilled: Prefilled, storing: Storing) -> list[KvReference]:
         """Return the KV as Ray's objects. Empty: it stays with the worker for decode to pull."""
         if prefilled.ticket is None or self._kv.carrier != "object_ref":
             return []

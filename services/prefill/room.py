@@ -54,7 +54,7 @@ class Room:
         return self._known_held + sum(each.size for each in self._reservations)
 
     @asynccontextmanager
-    async def reserved(self, kv_bytes: int) -> AsyncIterator[float]:
+    async def reserve(self, kv_bytes: int) -> AsyncIterator[float]:
         """Wait for room; inside, a prefill may fill it. Yields the seconds waited.
 
         KV that exceeds the cap alone waits for all of it. No KV waits for nothing.
@@ -87,10 +87,10 @@ class Room:
     async def _fits(self, size: int) -> bool:
         if self.bytes_reserved + size <= self._max_bytes:
             return True
-        await self._look()
+        await self._recount()
         return self.bytes_reserved + size <= self._max_bytes
 
-    async def _look(self) -> None:
+    async def _recount(self) -> None:
         """Count what the workers hold in place of prefills that have ended."""
         settled_s = self._now() - SETTLE_S
         held = await self._held()

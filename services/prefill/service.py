@@ -77,7 +77,7 @@ class PrefillService:
         self._kv_addresses = await self._engine.kv_addresses()
         self._carrier = await self._engine.kv_carrier()
         self._token_bytes = self._engine.kv_bytes_per_token()
-        self._watching = asyncio.create_task(self._watch())
+        self._watching = asyncio.create_task(self._watch_announcements())
         fitting = self._max_held_bytes // self._token_bytes
         if fitting < self._engine.max_model_len():
             logger.warning(
@@ -158,7 +158,7 @@ class PrefillService:
             running.cancel()
             (outcome,) = await asyncio.gather(running, return_exceptions=True)
             if not taken and isinstance(outcome, Prefilled) and outcome.ticket is not None:
-                self._forget(outcome.ticket.lease_id, outcome.ticket.secret)
+                self._release_unclaimed(outcome.ticket.lease_id, outcome.ticket.secret)
 
     async def prefill(
         self,
@@ -174,27 +174,27 @@ class PrefillService:
         Raises InvalidRequest, DeadlineExceeded or PrefillUnavailable; then nothing is held.
         """
         asked = sampling_params(request.sampling)
-        lease = _lease(request, asked)
-        params = _params(asked, selection, lease)
+        lease = _new_lease(request, asked)
+        params = _prefill_params(asked, selection, lease)
         prefilled: Prefilled | None = None
         if lease is not None and on_announced is not None:
             self._expected[lease["lease_id"]] = _Expected(lease["secret"], on_announced)
         kv_bytes = 0 if lease is None else selection.kept_tokens * self._token_bytes
         try:
-            async with asyncio.timeout(timeout_s), self._room.reserved(kv_bytes) as waited_s:
+            async with asyncio.timeout(timeout_s), self._room.reserve(kv_bytes) as waited_s:
                 with map_engine_errors(PrefillUnavailable):
                     output = await self._run(request, selection, params)
         except TimeoutError as error:
             raise DeadlineExceeded("timeout_s: used up during prefill") from error
         else:
             leak = leak_of(output.prompt_token_ids or (), params, self._engine.tokenizer)
-            prefilled = _prefilled(output, self._carrier, leak, waited_s)
+            prefilled = _prefilled_of(output, self._carrier, leak, waited_s)
             return prefilled
         finally:
             if lease is not None:
                 self._expected.pop(lease["lease_id"], None)
                 if prefilled is None or prefilled.ticket is None:
-                    self._forget(lease["lease_id"], lease["secret"])
+                    self._release_unclaimed(lease["lease_id"], lease["secret"])
 
     async def _run(
         self, request: Request, selection: Selection, params: SamplingParams
@@ -217,17 +217,17 @@ class PrefillService:
             return None
         return max((rank.bytes_held for rank in ranks), default=0)
 
-    async def _watch(self) -> None:
+    async def _watch_announcements(self) -> None:
         """Forward the announcements of the engine's last worker.
 
         The pipeline stages before its own are done by then, its own ranks not far behind.
         """
         while self._kv_addresses:
             async for announced in self._peers.announcements(self._kv_addresses[-1]):
-                self._announced(announced)
+                self._deliver(announced)
             await asyncio.sleep(_WATCH_AGAIN_S)
 
-    def _announced(self, announced: Announcement) -> None:
+    def _deliver(self, announced: Announcement) -> None:
         expected = self._expected.pop(announced.lease_id, None)
         if expected is not None:
             ticket = Ticket(
@@ -240,7 +240,7 @@ class PrefillService:
             )
             expected.on_announced(ticket)
 
-    def _forget(self, lease_id: str, secret: str) -> None:
+    def _release_unclaimed(self, lease_id: str, secret: str) -> None:
         """Release a lease whose ticket nobody got.
 
         The engine drops what it aborts, but a request may be cancelled at the very moment
@@ -252,7 +252,7 @@ class PrefillService:
         task.add_done_callback(self._releasing.discard)
 
 
-def _params(
+def _prefill_params(
     asked: SamplingParams, selection: Selection, lease: dict[str, Any] | None
 ) -> SamplingParams:
     """Return the caller's parameters, cut down to one token of one sample."""
@@ -261,11 +261,11 @@ def _params(
     params.max_tokens = 1
     params.min_tokens = min(1, params.min_tokens)
     params.output_kind = RequestOutputKind.FINAL_ONLY
-    params.extra_args = {**(asked.extra_args or {}), **_private(selection, lease)}
+    params.extra_args = {**(asked.extra_args or {}), **_private_args(selection, lease)}
     return params
 
 
-def _lease(request: Request, asked: SamplingParams) -> dict[str, Any] | None:
+def _new_lease(request: Request, asked: SamplingParams) -> dict[str, Any] | None:
     """Return the lease that is to hold the KV; None when one token is the whole answer."""
     if request.samples == 1 and asked.max_tokens == 1:
         return None
@@ -275,7 +275,7 @@ def _lease(request: Request, asked: SamplingParams) -> dict[str, Any] | None:
     }
 
 
-def _private(selection: Selection, lease: dict[str, Any] | None) -> dict[str, Any]:
+def _private_args(selection: Selection, lease: dict[str, Any] | None) -> dict[str, Any]:
     mapping = PositionMap.from_runs(selection.runs, selection.prompt_tokens)
     private: dict[str, Any] = {} if mapping.is_identity else {POSITIONS: mapping.to_wire()}
     if lease is not None:
@@ -283,7 +283,9 @@ def _private(selection: Selection, lease: dict[str, Any] | None) -> dict[str, An
     return private
 
 
-def _prefilled(output: RequestOutput, carrier: Carrier, leak: Leak, waited_s: float) -> Prefilled:
+def _prefilled_of(
+    output: RequestOutput, carrier: Carrier, leak: Leak, waited_s: float
+) -> Prefilled:
     handed = output.kv_transfer_params
     ticket = None if handed is None else Ticket(**_ticket_fields(handed), carrier=carrier)
     queue_s, prefill_s = prefill_times(output)

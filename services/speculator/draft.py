@@ -65,7 +65,7 @@ def as_draft(model: PreTrainedModel) -> Draft:
         eos_ids=_eos_ids(model),
         vocabulary_size=text.vocab_size,
         max_positions=max_positions(text),
-        quick=Llama.of(model),
+        quick=Llama.from_model(model),
     )
 
 
@@ -109,7 +109,7 @@ def refuse_unfaithful_attention(model: PreTrainedModel) -> KvLayout:
         layout = _probe_layout(model, tokens[:PROBE_CHUNK])
         actual = torch.stack([
             _last_logits(model, tokens.tolist(), layout, quick)
-            for quick in (None, Llama.of(model))
+            for quick in (None, Llama.from_model(model))
         ])  # fmt: skip
     tolerance = torch.finfo(actual.dtype).eps ** 0.5 * float(expected.abs().max())
     difference = float((actual - expected).abs().max())
@@ -130,7 +130,7 @@ def read_chunk(
         for reading, count in parts
         for token in reading.prompt[reading.length : reading.length + count]
     ]
-    ids, positions = _packed(model, tokens, parts)
+    ids, positions = _pack_tokens(model, tokens, parts)
     reading_chunk = attention.ReadChunk(parts)
     if quick is None:
         with suppress(attention.KeysStored):
@@ -141,10 +141,12 @@ def read_chunk(
         reading.length += count
 
 
-def look(model: PreTrainedModel, readings: Sequence[Reading], quick: Llama | None = None) -> Tensor:
+def feed_token(
+    model: PreTrainedModel, readings: Sequence[Reading], quick: Llama | None = None
+) -> Tensor:
     """Feed each reading's next token and record its queries; return logits, [readings, V]."""
     tokens = [reading.next_token for reading in readings]
-    ids, positions = _packed(model, tokens, [(reading, 1) for reading in readings])
+    ids, positions = _pack_tokens(model, tokens, [(reading, 1) for reading in readings])
     looking = attention.Look(readings)
     if quick is None:
         logits: Tensor = _forward(model, ids, positions, looking).logits[0]
@@ -155,7 +157,7 @@ def look(model: PreTrainedModel, readings: Sequence[Reading], quick: Llama | Non
     return logits
 
 
-def _packed(
+def _pack_tokens(
     model: PreTrainedModel, tokens: Sequence[int], parts: Sequence[tuple[Reading, int]]
 ) -> tuple[Tensor, Tensor]:
     """Return the tokens' ids, and each one's position within its own prompt."""
@@ -189,7 +191,7 @@ def _last_logits(
     reading = Reading(tuple(tokens), layout, PROBE_TOKENS)
     read_chunk(model, [(reading, PROBE_CHUNK)], quick)
     read_chunk(model, [(reading, reading.unread_tokens)], quick)
-    return look(model, [reading], quick)
+    return feed_token(model, [reading], quick)
 
 
 def _last_logits_eager(model: PreTrainedModel, tokens: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class Pace:
     token_s: float | None = None  # prefill, per prompt token
     look_ahead_s: float | None = None  # look-ahead of one batch
 
-    def measured(self, token_s: float, look_ahead_s: float) -> Pace:
+    def with_measurement(self, token_s: float, look_ahead_s: float) -> Pace:
         """Return this pace, moved toward a new measurement."""
         return Pace(_smooth(self.token_s, token_s), _smooth(self.look_ahead_s, look_ahead_s))
 

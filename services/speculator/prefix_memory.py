@@ -48,7 +48,7 @@ class PrefixCache(Generic[V]):
     def bytes_held(self) -> int:
         return self._blocks.bytes_held
 
-    def longest(self, prompt: Sequence[int]) -> list[V]:
+    def find_longest(self, prompt: Sequence[int]) -> list[V]:
         """Return the blocks of the longest known beginning, short of the last token.
 
         The last token is always computed: somebody has to ask the question.

@@ -79,4 +79,4 @@ class SpeculatorReplica:
         """Run the self-test in the background: the replica serves meanwhile."""
         self._facts_kept = await self_test(self._service, main_path)
         if self._facts_kept is not None:
-            self._gauges.tested(self._facts_kept)
+            self._gauges.record_self_test(self._facts_kept)

@@ -18,7 +18,7 @@ from ..config import SpeculatorConfig
 from ..core.errors import UnsupportedModel
 from ..core.selection import Scores
 from ..core.types import Reason
-from .draft import Draft, load_draft, look, read_chunk
+from .draft import Draft, feed_token, load_draft, read_chunk
 from .prefix_memory import PrefixCache
 from .reading import Block, Reading
 from .translation import Prompt, SamePrompt, Translator, load_translator
@@ -45,12 +45,12 @@ def load_scorer(config: SpeculatorConfig, pool_tokens: int, main_path: str | Non
         config.prefill_chunk_tokens,
         pool_tokens,
         _memory_bytes(config, draft),
-        _checked_heads(config.score_heads, draft),
+        _check_heads(config.score_heads, draft),
         translator,
     )
 
 
-def _checked_heads(heads: Heads | None, draft: Draft) -> Heads | None:
+def _check_heads(heads: Heads | None, draft: Draft) -> Heads | None:
     """Raise UnsupportedModel where the draft model has no such layer or head."""
     text = draft.model.config.get_text_config(decoder=True)
     for layer, chosen in (heads or {}).items():
@@ -74,7 +74,7 @@ def _memory_bytes(config: SpeculatorConfig, draft: Draft) -> int:
     return CPU_MEMORY_BYTES
 
 
-def never(_reading: Reading) -> bool:
+def never_abandoned(_reading: Reading) -> bool:
     """Return False: nobody abandons the request."""
     return False
 
@@ -135,19 +135,19 @@ class Scorer:
 
     def score(self, prompts: Sequence[tuple[int, ...]]) -> list[Scores]:
         """Return [N] float32 for each prompt, in order."""
-        asked = [self.translated(prompt) for prompt in prompts]
-        with self.opened([each.prompt for each in asked]) as readings:
+        asked = [self.translate(prompt) for prompt in prompts]
+        with self.open_readings([each.prompt for each in asked]) as readings:
             self.read(readings)
             self.look_ahead(readings)
             rated = [self.rate(reading) for reading in readings]
         return [each.scores(scores) for each, scores in zip(asked, rated, strict=True)]
 
-    def translated(self, prompt: tuple[int, ...]) -> Prompt:
+    def translate(self, prompt: tuple[int, ...]) -> Prompt:
         """Return the prompt as the draft reads it. Safe on any thread."""
         return SamePrompt(prompt) if self.translator is None else self.translator.translate(prompt)
 
     @contextmanager
-    def opened(self, prompts: Sequence[tuple[int, ...]]) -> Iterator[list[Reading]]:
+    def open_readings(self, prompts: Sequence[tuple[int, ...]]) -> Iterator[list[Reading]]:
         """Open readings of the prompts, filled from the prefix cache; free them on exit.
 
         The prefix cache makes room. The caller sees to it that all fit into `memory_bytes`.
@@ -171,14 +171,14 @@ class Scorer:
     def _open(self, prompt: tuple[int, ...]) -> Reading:
         reading = Reading(prompt, self.draft.layout, self._capacity(len(prompt)))
         with torch.inference_mode():
-            reading.restore(self.prefix.longest(prompt))
+            reading.restore(self.prefix.find_longest(prompt))
         return reading
 
     def _capacity(self, prompt_tokens: int) -> int:
         return prompt_tokens + self.look_ahead_tokens - 1
 
     def read(
-        self, readings: Sequence[Reading], is_abandoned: Callable[[Reading], bool] = never
+        self, readings: Sequence[Reading], is_abandoned: Callable[[Reading], bool] = never_abandoned
     ) -> list[Reading]:
         """Store the keys of all prompts up to their last token; returns those that were read.
 
@@ -217,7 +217,7 @@ class Scorer:
             if not live:
                 return
             with torch.inference_mode():
-                logits = look(self.draft.model, live, self.draft.quick).float()
+                logits = feed_token(self.draft.model, live, self.draft.quick).float()
                 certainties, following = logits.softmax(dim=-1).max(dim=-1)
             told = zip(live, following.tolist(), certainties.tolist(), strict=True)
             for reading, token, certainty in told:

@@ -45,7 +45,7 @@ class SpeculatorGauges:
             self.update()
             await asyncio.sleep(_PERIOD_S)
 
-    def tested(self, facts_kept: float) -> None:
+    def record_self_test(self, facts_kept: float) -> None:
         """Set the result of the self-test, which has ended."""
         self._facts_kept = facts_kept
 
@@ -53,7 +53,7 @@ class SpeculatorGauges:
         """Set every gauge to the service's current value."""
         if self._facts_kept is not None:  # Ray forgets a gauge that is not set again
             self._self_test.set(self._facts_kept)
-        self._queued.set(self._service.queued)
-        self._scoring.set(self._service.scoring)
+        self._queued.set(self._service.queue_length)
+        self._scoring.set(self._service.batch_size)
         for field, gauge in self._totals.items():
             gauge.set(getattr(self._service.counts, field))

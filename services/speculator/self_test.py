@@ -61,7 +61,7 @@ async def self_test(service: Selecting, main_path: str) -> float | None:
     try:
         async with asyncio.timeout(TIMEOUT_S):
             for number, question in enumerate(asked):
-                kept.append(await _keeps(service, number, question))
+                kept.append(await _keeps_answer(service, number, question))
     except (TimeoutError, SpecPrefillError) as error:
         logger.warning("self-test: ended after %d of %d prompts: %r", len(kept), PROMPTS, error)
     if len(kept) < LEAST_PROMPTS:
@@ -109,7 +109,7 @@ def _tokens_of(start: int, length: int, offsets: Sequence[tuple[int, int]]) -> S
     return Span(covering[0], covering[-1] + 1) if covering else None
 
 
-async def _keeps(service: Selecting, number: int, question: Question) -> bool:
+async def _keeps_answer(service: Selecting, number: int, question: Question) -> bool:
     request = Request(f"self-test-{number}", question.prompt, b"")
     selection = await service.select(request, _PLAN, TIMEOUT_S, POLICY)
     pruned = selection.plan.kind is PlanKind.PRUNE

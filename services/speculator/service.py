@@ -88,12 +88,12 @@ class SpeculatorService:
         return self._scorer.memory_bytes // self._scorer.draft.layout.bytes_per_token
 
     @property
-    def queued(self) -> int:
+    def queue_length(self) -> int:
         """Number of prompts that wait."""
         return len(self._queue)
 
     @property
-    def scoring(self) -> int:
+    def batch_size(self) -> int:
         """Number of prompts in the batch that is being scored."""
         return len(self._scoring)
 
@@ -146,18 +146,18 @@ class SpeculatorService:
             return unscored
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._scored(scorer, job)
+                return await self._score_job(scorer, job)
         except TimeoutError as error:
             self.counts.timeouts += 1
             message = f"speculator: no selection within {timeout_s:g} s"
             raise ScoringTimeout(message, *job.spent_s(self._now())) from error
 
-    async def _scored(self, scorer: Scorer, job: Job) -> Selection:
+    async def _score_job(self, scorer: Scorer, job: Job) -> Selection:
         prompt = job.request.prompt
         if scorer.translator is None:
-            job.read_as = scorer.translated(prompt)
+            job.read_as = scorer.translate(prompt)
         else:
-            job.read_as = await asyncio.to_thread(scorer.translated, prompt)
+            job.read_as = await asyncio.to_thread(scorer.translate, prompt)
         refusal = scorer.refusal(len(job.read_as.prompt))
         if refusal is not None:
             return dense(len(prompt), refusal)
@@ -165,7 +165,7 @@ class SpeculatorService:
         try:
             return await job.answer
         finally:
-            self._forget(job)
+            self._drop_job(job)
 
     def _running_scorer(self) -> Scorer:
         if self._scorer is None or not self.is_running:
@@ -190,7 +190,7 @@ class SpeculatorService:
         if rating is None:
             return None
         self.counts.repeats += 1
-        chosen = _chosen(rating, job)
+        chosen = _select_tokens(rating, job)
         speculate_s = self._now() - job.arrived_s
         return replace(chosen, speculate_s=speculate_s, remembered_tokens=len(job.request.prompt))
 
@@ -206,7 +206,7 @@ class SpeculatorService:
         tokens = sum(len(job.read_as.prompt) for job in self._queue)
         return max(MIN_RETRY_AFTER_S, tokens * (self._pace.token_s or 0.0))
 
-    def _forget(self, job: Job) -> None:
+    def _drop_job(self, job: Job) -> None:
         """Notify the thread that nobody waits any more, and free the place in the queue."""
         job.abandoned.set()
         if job in self._queue:
@@ -272,7 +272,7 @@ class SpeculatorService:
         started_s = self._now()
         for job in jobs:
             job.started_s = started_s
-        with scorer.opened([job.read_as.prompt for job in jobs]) as readings:
+        with scorer.open_readings([job.read_as.prompt for job in jobs]) as readings:
             of = dict(zip(readings, jobs, strict=True))
             read = scorer.read(readings, lambda reading: of[reading].abandoned.is_set())
             read_s = self._now()
@@ -281,7 +281,7 @@ class SpeculatorService:
             for reading in read:
                 scores = of[reading].read_as.scores(scorer.rate(reading))
                 rating = Rating(scores, reading.certainty)
-                remembered = _share(reading, len(of[reading].request.prompt))
+                remembered = _remembered_tokens(reading, len(of[reading].request.prompt))
                 loop.call_soon_threadsafe(self._answer, of[reading], rating, started_s, remembered)
             scorer.remember(read)
 
@@ -294,7 +294,7 @@ class SpeculatorService:
         counts.read_s += read_s
         counts.look_ahead_s += look_ahead_s
         if tokens > 0:
-            self._pace = self._pace.measured(read_s / tokens, look_ahead_s)
+            self._pace = self._pace.with_measurement(read_s / tokens, look_ahead_s)
 
     def _answer(self, job: Job, rating: Rating, started_s: float, remembered: int) -> None:
         """Set the selection, unless its caller has gone since (on the event loop)."""
@@ -303,7 +303,7 @@ class SpeculatorService:
             return
         self.counts.prompts += 1
         self.counts.queue_s += started_s - job.arrived_s
-        chosen = _chosen(rating, job)
+        chosen = _select_tokens(rating, job)
         timed = replace(
             chosen,
             queue_s=started_s - job.arrived_s,
@@ -313,10 +313,10 @@ class SpeculatorService:
         job.answer.set_result(timed)
 
 
-def _chosen(rating: Rating, job: Job) -> Selection:
+def _select_tokens(rating: Rating, job: Job) -> Selection:
     return select(rating.scores, job.plan, job.request.protected, job.policy, rating.certainty)
 
 
-def _share(reading: Reading, prompt_tokens: int) -> int:
+def _remembered_tokens(reading: Reading, prompt_tokens: int) -> int:
     """Return the share of prompt tokens that was not read again; the draft may count others."""
     return reading.cached_tokens * prompt_tokens // len(reading.prompt)

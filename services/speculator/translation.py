@@ -62,11 +62,11 @@ class Translated:
         whose characters is covered has 0.
         """
         length = int(max(self.offsets.max(), self.main_offsets.max()))
-        total = _spread(self.offsets, draft_scores.astype(np.float64), length)
-        covering = _spread(self.offsets, np.ones(len(draft_scores)), length)
+        total = _spread_values(self.offsets, draft_scores.astype(np.float64), length)
+        covering = _spread_values(self.offsets, np.ones(len(draft_scores)), length)
         covered = covering > 0.5
         each = np.where(covered, total / np.maximum(covering, 1.0), 0.0)
-        return _means(self.main_offsets, each, covered)
+        return _token_means(self.main_offsets, each, covered)
 
 
 class Translator:
@@ -110,7 +110,9 @@ def load_translator(main_path: str, draft_path: str) -> Translator | None:
             )
     starts_with_bos = draft("").input_ids[:1] == [draft.bos_token_id]
     return Translator(
-        _settled(main), _settled(draft), draft.bos_token_id if starts_with_bos else None
+        _copy_tokenizer(main),
+        _copy_tokenizer(draft),
+        draft.bos_token_id if starts_with_bos else None,
     )
 
 
@@ -135,7 +137,7 @@ def decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> tuple[str, list[tuple
     return "".join(pieces), offsets + [(end, end)] * waiting
 
 
-def _settled(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+def _copy_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     """Return a copy of our own: truncation and padding are settings of the shared one."""
     own = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     own.no_truncation()
@@ -147,7 +149,9 @@ def _offsets(pairs: Sequence[tuple[int, int]]) -> Offsets:
     return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
-def _spread(offsets: Offsets, values: NDArray[np.float64], length: int) -> NDArray[np.float64]:
+def _spread_values(
+    offsets: Offsets, values: NDArray[np.float64], length: int
+) -> NDArray[np.float64]:
     """Return [length]: for each character, the sum of the values of the tokens that cover it."""
     steps = np.zeros(length + 1)
     np.add.at(steps, offsets[:, 0], values)
@@ -155,7 +159,7 @@ def _spread(offsets: Offsets, values: NDArray[np.float64], length: int) -> NDArr
     return np.cumsum(steps)[:length]
 
 
-def _means(offsets: Offsets, each: NDArray[np.float64], covered: NDArray[np.bool_]) -> Scores:
+def _token_means(offsets: Offsets, each: NDArray[np.float64], covered: NDArray[np.bool_]) -> Scores:
     """Return [tokens]: the mean over each token's covered characters."""
     sums = np.concatenate(([0.0], np.cumsum(each)))
     counts = np.concatenate(([0], np.cumsum(covered)))

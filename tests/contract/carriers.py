@@ -122,7 +122,7 @@ class Carrier:
 
     def pull(self, *, start: int = 0, **asked: Any) -> list[Frame]:
         """Everything that the decode worker takes, by layer."""
-        return taken(self.begin(start=start, **asked).into, start)
+        return taken(self.begin(start=start, **asked).deliver_to, start)
 
     def pull_lies(self, messages: Sequence[bytes]) -> list[Frame]:
         """Pull from a peer that streams `messages`, whatever they are."""
@@ -130,7 +130,9 @@ class Carrier:
         address = listen(server, "127.0.0.1", self.tls)
         server.start()
         try:
-            return taken(self.client.pull(address, TICKET, FINGERPRINT, 0, PULL_TIMEOUT_S).into, 0)
+            return taken(
+                self.client.pull(address, TICKET, FINGERPRINT, 0, PULL_TIMEOUT_S).deliver_to, 0
+            )
         finally:
             server.stop(grace=0).wait()
 
@@ -200,7 +202,7 @@ class ObjectRef(Carrier):
         self, *, start: int = 0, ticket: dict[str, str] = TICKET, fingerprint: str = FINGERPRINT
     ) -> list[Frame]:
         whole = Ticket(**ticket, endpoints=(self.address,), fingerprint=fingerprint, tokens=TOKENS)
-        with self.collector.collected(whole, 0, PULL_TIMEOUT_S) as kv:
+        with self.collector.collect(whole, 0, PULL_TIMEOUT_S) as kv:
             copied = [array.copy() for array in kv]  # as Ray's object store does
         return self._relayed(whole, copied, start)
 
@@ -216,7 +218,7 @@ class ObjectRef(Carrier):
             pull = self.client.pull(
                 self.relay.address, asked, ticket.fingerprint, start, PULL_TIMEOUT_S
             )
-            return taken(pull.into, start)
+            return taken(pull.deliver_to, start)
         finally:
             self.relay.withdraw(ticket)
 

@@ -107,10 +107,10 @@ class Pair:
             "carrier": Carrier.GRPC,
         }
         order = Pull("request", ticket, 0, TOKENS, DECODE_BLOCKS)
-        self.puller.begin(Orders(pulls=[order]))
+        self.puller.start_pulls(Orders(pulls=[order]))
 
         def reported():
-            results = self.puller.results(set())
+            results = self.puller.take_results(set())
             return results if results.finished_recving else None
 
         return "request" in (wait_for(reported).failed_recving or set())
@@ -194,7 +194,7 @@ def test_kv_in_device_memory_is_not_sent_as_bytes(pair):
     ticket = {"lease_id": "lease", "secret": "secret"}
     pull = client.pull(both.holder.endpoint.address, ticket, "layout", 0, 5.0)
     with pytest.raises(LayoutMismatch, match="device memory"):
-        pull.into(lambda _frame: None)
+        pull.deliver_to(lambda _frame: None)
     client.close()
 
 

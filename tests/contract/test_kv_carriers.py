@@ -208,5 +208,5 @@ def test_a_cancelled_pull_leaves_the_lease(carrier):
     running = carrier.begin()
     threading.Timer(0.05, running.cancel).start()
     with pytest.raises(KvTransferError, match="CANCELLED"):
-        running.into(lambda _frame: None)
+        running.deliver_to(lambda _frame: None)
     assert carrier.leases.gauges().leases == 1

@@ -55,14 +55,14 @@ def test_a_worker_that_hangs_costs_the_pull_its_time(worker, client):
     worker.stop()
     started_s = time.monotonic()
     with pytest.raises(KvTransferError, match="DEADLINE_EXCEEDED"):
-        client.pull(worker.address, TICKET, FINGERPRINT, 0, 0.5).into(lambda _frame: None)
+        client.pull(worker.address, TICKET, FINGERPRINT, 0, 0.5).deliver_to(lambda _frame: None)
     worker.go_on()
     assert 0.4 < time.monotonic() - started_s < 2.0
 
 
 def test_it_is_read_whole_then_dies_under_its_next_reader(worker, client, landing, other):
     frames = []
-    client.pull(worker.address, TICKET, FINGERPRINT, 0, 20.0).into(
+    client.pull(worker.address, TICKET, FINGERPRINT, 0, 20.0).deliver_to(
         lambda frame: frames.append((frame.layer, bytes(frame.payload)))
     )
     assert frames == [(layer, payload(layer)) for layer in range(FRAMES)]
@@ -88,7 +88,7 @@ def frames_until_death(worker, client) -> int:
             worker.kill()
 
     with pytest.raises(KvTransferError):
-        client.pull(worker.address, TICKET, FINGERPRINT, 0, 20.0).into(store)
+        client.pull(worker.address, TICKET, FINGERPRINT, 0, 20.0).deliver_to(store)
     return seen
 
 

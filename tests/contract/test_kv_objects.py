@@ -49,7 +49,7 @@ def collect():
     collector = KvCollector()
 
     def copied(ticket):
-        with collector.collected(ticket, 0, 5.0) as kv:
+        with collector.collect(ticket, 0, 5.0) as kv:
             return [array.copy() for array in kv]
 
     yield copied
@@ -74,7 +74,7 @@ def client(request):
 def pull(client, relay, *, lease="lease", secret="secret", fingerprint="layout"):
     ticket = {"lease_id": lease, "secret": secret}
     frames = []
-    client.pull(relay.address, ticket, fingerprint, 0, 5.0).into(frames.append)
+    client.pull(relay.address, ticket, fingerprint, 0, 5.0).deliver_to(frames.append)
     return sorted(frames, key=lambda frame: frame.layer)
 
 
@@ -114,7 +114,7 @@ def test_lent_memory_is_free_again_when_lease_and_reader_are_gone():
     leases.append("lease", seal(Frame(0, 0, TOKENS, PAYLOAD), "lease", locate.arena), last=True)
     collector = KvCollector()
     ticket = Ticket("lease", "secret", (server.start(),), "layout", TOKENS)
-    with collector.collected(ticket, 0, 5.0) as kv:
+    with collector.collect(ticket, 0, 5.0) as kv:
         leases.release("lease", "secret")
         assert decode(next(messages(kv)), "lease").payload == PAYLOAD
         assert locate.arena.bytes_used > 0

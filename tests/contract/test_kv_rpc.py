@@ -65,7 +65,7 @@ def pull(client, address, *, fingerprint="layout", ticket=TICKET, start=0, timeo
 def frames_of(pull) -> list[Frame]:
     """Everything that came, by layer: a layer comes in token order, layers in any."""
     frames: list[Frame] = []
-    pull.into(frames.append)
+    pull.deliver_to(frames.append)
     return sorted(frames, key=lambda frame: frame.layer)
 
 
@@ -96,14 +96,14 @@ def test_frames_stream_while_later_ones_are_computed(leases, address, client):
         if len(came) == LAYERS:  # everything that there is so far
             stage(leases, 40, TOKENS)
 
-    running.into(store)
+    running.deliver_to(store)
     assert len(came) == 2 * LAYERS
 
 
 def test_a_pull_tells_for_how_long_the_kv_waited(leases, address, client):
     stage(leases, 0, TOKENS)
     time.sleep(0.05)
-    assert 0.05 <= pull(client, address).into(lambda _frame: None) < 5.0
+    assert 0.05 <= pull(client, address).deliver_to(lambda _frame: None) < 5.0
 
 
 def test_what_the_receiver_raises_ends_the_pull(leases, address, client):
@@ -113,7 +113,7 @@ def test_what_the_receiver_raises_ends_the_pull(leases, address, client):
         raise CorruptFrame("not this one")
 
     with pytest.raises(KvTransferError):
-        pull(client, address).into(refuse)
+        pull(client, address).deliver_to(refuse)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_a_peer_that_is_gone_is_told_at_once(client):
 def test_a_lease_released_under_its_reader_ends_the_pull(leases, address, client):
     stage(leases, 0, 40)
     with pytest.raises(LeaseNotFound, match="released"):
-        pull(client, address).into(lambda _frame: leases.release("lease", "secret"))
+        pull(client, address).deliver_to(lambda _frame: leases.release("lease", "secret"))
 
 
 def test_a_cancelled_pull_leaves_the_lease(leases, address, client):

@@ -21,7 +21,7 @@ from specprefill.core.pipeline import Pipeline
 from specprefill.core.plan import Planner
 from specprefill.core.types import Carrier, Report, Request, Selection, Ticket
 from specprefill.kv.keeper_link import KEEPER
-from specprefill.kv.prefilling import HeldPrefill, prefilling
+from specprefill.kv.prefilling import HeldPrefill, hold_prefill
 from specprefill.kv.rpc import KvPeers
 from specprefill.lab.reporting.tables import markdown, provenance, write_json
 
@@ -130,7 +130,7 @@ class Pools:
         leases = CutOff() if self.cut_off else self.peers
         async with (
             aclosing(self._said(request, selection, timeout_s)) as said,
-            prefilling(said, leases) as one,
+            hold_prefill(said, leases) as one,
         ):
             yield HookedPrefill(one, self)
 

@@ -399,7 +399,7 @@ async def test_the_speculator_is_full_and_the_prompt_is_pruned_by_its_words(aski
 async def test_the_kv_store_is_full(asking):
     """The prefill waits for room instead of computing what would be dropped."""
     room = asking.pools.prefills[0].service._room
-    async with room.reserved(1 << 40):  # all that there is
+    async with room.reserve(1 << 40):  # all that there is
         asked = asyncio.create_task(asking.and_expect_the_same("waited for room"))
         for _ in range(1000):
             if room.waiting > 0:

@@ -47,7 +47,7 @@ def test_the_second_question_reads_the_document_no_more(scorer: Scorer) -> None:
     bench.second_question("tiny", scorer, 512, 1, prompts)
     document = prompts(512)
     bench.answer_s(scorer, document + prompts(bench.QUESTION_TOKENS))
-    with scorer.opened([document + prompts(bench.QUESTION_TOKENS)]) as (reading,):
+    with scorer.open_readings([document + prompts(bench.QUESTION_TOKENS)]) as (reading,):
         assert reading.cached_tokens == 512
 
 

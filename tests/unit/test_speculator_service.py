@@ -86,9 +86,9 @@ def test_prompts_join_a_batch_only_while_that_shortens_the_mean_wait() -> None:
 
 
 def test_the_pace_follows_measurements() -> None:
-    first = Pace().measured(1.0, 2.0)
+    first = Pace().with_measurement(1.0, 2.0)
     assert first == Pace(1.0, 2.0)
-    second = first.measured(2.0, 2.0)
+    second = first.with_measurement(2.0, 2.0)
     assert second.token_s == pytest.approx(1.2)
     assert second.look_ahead_s == pytest.approx(2.0)
 
@@ -295,7 +295,7 @@ async def test_what_it_does_is_counted(scorer: GatedScorer) -> None:
             await lost
         scorer.gate.set()
         await queued
-        gauges.tested(0.875)
+        gauges.record_self_test(0.875)
         gauges.update()
         gauges.update()
     counted = {

@@ -59,7 +59,7 @@ class SpecPrefillConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Start the pull: its blocks are allocated."""
-        self._scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+        self._scheduler.order_pull(request, blocks.get_block_ids()[0], num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         """Return the workers' orders for this step."""
@@ -67,7 +67,7 @@ class SpecPrefillConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Note the pulls that ended, well or not."""
-        self._scheduler.pulled(
+        self._scheduler.record_pulls(
             connector_output.finished_recving or set(),
             connector_output.failed_recving or set(),
             connector_output.kv_connector_worker_meta,
@@ -78,7 +78,7 @@ class SpecPrefillConnector(KVConnectorBase_V1):  # type: ignore[misc]
     ) -> tuple[bool, dict[str, Any] | None]:
         """Return that the blocks are free at once: what is handed over is a copy."""
         del block_ids
-        return False, self._scheduler.finished(request)
+        return False, self._scheduler.output_fields(request)
 
     def has_pending_push_work(self) -> bool:
         """Keep an idle engine stepping until its orders are out."""
@@ -88,7 +88,7 @@ class SpecPrefillConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
     ) -> None:
         """Store the workers' endpoints, by pipeline stage and tensor-parallel rank."""
-        self._scheduler.peers([metadata[rank] for rank in sorted(metadata)])
+        self._scheduler.set_peers([metadata[rank] for rank in sorted(metadata)])
 
     # The workers' half.
 
@@ -113,7 +113,7 @@ class SpecPrefillConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Start this step's pulls in the background."""
         del forward_context, kwargs
-        self._worker.begin(self._get_connector_metadata())
+        self._worker.start_pulls(self._get_connector_metadata())
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Return at once: a request is scheduled only when all of its KV is there."""
@@ -131,11 +131,11 @@ class SpecPrefillConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """Return the pulls that ended since the last step; cancel aborted requests' pulls."""
-        return self._worker.results(finished_req_ids)
+        return self._worker.take_results(finished_req_ids)
 
     def build_connector_worker_meta(self) -> PullTimes | None:
         """Return the durations of the pulls that have ended since the last step."""
-        return self._worker.pull_times()
+        return self._worker.take_pull_times()
 
     def shutdown(self) -> None:
         """Stop serving and pulling."""

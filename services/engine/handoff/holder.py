@@ -8,7 +8,7 @@ from vllm.utils.network_utils import get_ip
 from ...kv.keeper_link import KeeperLink
 from .caches import Caches
 from .device import Device
-from .device_memory import registered
+from .device_memory import register_device_memory
 from .orders import Endpoint, HandoffConfig, Orders, Stage
 from .staging import Stager
 
@@ -32,7 +32,7 @@ class Holder:
             tls=None if config.tls is None else config.tls.model_dump(),
             lease_s=config.lease_s,
             fingerprint=caches.fingerprint,
-            device=None if memory is None else registered(memory),
+            device=None if memory is None else register_device_memory(memory),
         )
         if memory is None:
             memory = torch.from_numpy(self._keeper.memory)

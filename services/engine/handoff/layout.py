@@ -82,7 +82,7 @@ class CpuLayout:
         self._isa = cpu_attention_isa(cache.dtype, self._block_size, self._dim)
         key_index, value_index = self._learn(cache.dtype)
         self._index = (key_index, value_index)
-        self._strides = (_affine(key_index), _affine(value_index))
+        self._strides = (_affine_strides(key_index), _affine_strides(value_index))
 
     def token_bytes(self, cache: torch.Tensor) -> int:
         """See KvLayout."""
@@ -148,7 +148,7 @@ class CpuLayout:
         ops.cpu_attn_reshape_and_cache(key, value, *halves, slots, self._isa)
 
 
-def _affine(index: torch.Tensor) -> tuple[int, int] | None:
+def _affine_strides(index: torch.Tensor) -> tuple[int, int] | None:
     """Return strides (slot, dim) when `index[s, d] == s*a + d*b`: a view reads it, no gather."""
     slot_stride = int(index[1, 0] - index[0, 0])
     dim_stride = int(index[0, 1] - index[0, 0])

@@ -90,17 +90,17 @@ class Puller:
         else:
             self._client = self._landing.client
 
-    def begin(self, orders: Orders) -> None:
+    def start_pulls(self, orders: Orders) -> None:
         """Start this step's pulls. Called before the step is launched.
 
         A block's last owner may still be read or written by steps that were launched before.
         """
         if orders.pulls:
-            computed = self._device.computed()
+            computed = self._device.mark_computed()
             for order in orders.pulls:
                 self._threads.submit(self._pull, order, computed)
 
-    def results(self, aborted: set[str]) -> KVConnectorTransferResults:
+    def take_results(self, aborted: set[str]) -> KVConnectorTransferResults:
         """Return what has ended. Cancel the pulls of aborted requests, then report them."""
         with self._lock:
             for request_id in aborted & self._running.keys():
@@ -109,7 +109,7 @@ class Puller:
             results, self._results = self._results, KVConnectorTransferResults()
             return results
 
-    def pull_times(self) -> PullTimes | None:
+    def take_pull_times(self) -> PullTimes | None:
         """Return the times of the pulls that have ended, once."""
         with self._lock:
             times, self._exposed_s = self._exposed_s, {}
@@ -151,8 +151,8 @@ class Puller:
             raise LayoutMismatch("kv: the ticket's layout is not this engine's")
         blocks = self._caches.block_tensor(order.request_id, order.blocks)
         stream = self._device.stream()
-        stream.after(computed)
-        stream.after(self._device.computed())  # `blocks`, by this thread
+        stream.order_after(computed)
+        stream.order_after(self._device.mark_computed())  # `blocks`, by this thread
         found = sources(self._place.rank, self._place.own, self._place.peers)
         try:
             arrivals = [_Arrival(order, source, stream, blocks) for source in found]
@@ -173,7 +173,7 @@ class Puller:
         with self._lock:
             self._running.setdefault(order.request_id, []).append(pull)
         arrival.stops = dict.fromkeys(range(source.layers.start, source.layers.stop), order.start)
-        complete_s = pull.into(lambda frame: self._store(arrival, frame))
+        complete_s = pull.deliver_to(lambda frame: self._store(arrival, frame))
         if any(stop != order.stop for stop in arrival.stops.values()):
             raise CorruptFrame("stream: some layers are not complete")
         return complete_s
@@ -200,10 +200,10 @@ class Puller:
         def store(raw: torch.Tensor) -> None:
             kv = raw.view(cache.dtype).view(shape)
             self._caches.layout.write(
-                cache[:, _within(mine, wanted)],
+                cache[:, _head_slice(mine, wanted)],
                 arrival.blocks,
                 frame.start,
-                kv[:, :, _within(held, wanted)],
+                kv[:, :, _head_slice(held, wanted)],
             )
 
         self._land(arrival, frame, torch.Size(shape).numel() * cache.itemsize, store)
@@ -216,7 +216,7 @@ class Puller:
         if self._landing is None:
             self._copy_in(arrival.stream, frame, size, store)
             return
-        there = self._landing.landed(memoryview(frame.payload))
+        there = self._landing.landed_bytes(memoryview(frame.payload))
         arrival.landed.append((arrival.stream.run(lambda: store(there)), frame.payload))
         while len(arrival.landed) > _LANDED_AHEAD:
             arrival.landed[0][0].wait()  # only then may its place be used again
@@ -251,6 +251,6 @@ def _nixl_client(nixl: NixlAgent | None, tls: MutualTls | None) -> NixlClient | 
     return client
 
 
-def _within(held: Span, part: Span) -> slice:
+def _head_slice(held: Span, part: Span) -> slice:
     """Return the slice of `part` of the model's heads in a tensor of the heads `held`."""
     return slice(part.start - held.start, part.stop - held.start)

@@ -45,7 +45,7 @@ class SchedulerHalf:
         self._drops: list[tuple[str, str]] = []
         self._issued: list[str] = []
 
-    def peers(self, endpoints: list[Endpoint]) -> None:
+    def set_peers(self, endpoints: list[Endpoint]) -> None:
         """Set the addresses of this engine's workers, by rank."""
         self._endpoints = endpoints
 
@@ -59,13 +59,13 @@ class SchedulerHalf:
 
     def tokens_to_pull(self, request: Request, computed: int) -> int:
         """Return the number of prompt tokens that this engine lacks; 0 after a failed pull."""
-        if not _has(request, CONSUME) or request.request_id in self._consumed:
+        if not _has_role(request, CONSUME) or request.request_id in self._consumed:
             return 0
         return int(request.num_prompt_tokens) - computed
 
-    def allocated(self, request: Request, blocks: list[int], tokens: int) -> None:
+    def order_pull(self, request: Request, blocks: list[int], tokens: int) -> None:
         """Order the pull; from now on the request is pulled, or computed here."""
-        if tokens == 0 or not _has(request, CONSUME):
+        if tokens == 0 or not _has_role(request, CONSUME):
             return
         stop = request.num_prompt_tokens
         ticket = request.kv_transfer_params[CONSUME]
@@ -74,7 +74,7 @@ class SchedulerHalf:
             request.request_id, ticket, stop - tokens, stop, list(blocks)
         )
 
-    def pulled(self, finished: set[str], failed: set[str], times: PullTimes | None) -> None:
+    def record_pulls(self, finished: set[str], failed: set[str], times: PullTimes | None) -> None:
         """Store how long the pulls took."""
         exposed_s = {} if times is None else times.exposed_s
         for request_id in finished & self._consumed.keys():
@@ -96,10 +96,10 @@ class SchedulerHalf:
         """Return whether orders wait for the next step."""
         return bool(self._pulls or self._drops or self._issued)
 
-    def finished(self, request: Request) -> dict[str, Any] | None:
+    def output_fields(self, request: Request) -> dict[str, Any] | None:
         """Return the fields of the engine's last output: a ticket, or how the pull went."""
         self._pulls.pop(request.request_id, None)
-        if _has(request, PRODUCE):
+        if _has_role(request, PRODUCE):
             return self._hand_over(request)
         record = self._consumed.pop(request.request_id, None)
         if record is None or record.pull_s is None:
@@ -180,5 +180,5 @@ def _stage(orders: Orders, produced: _Produced, stop: int) -> None:
         )
 
 
-def _has(request: Request, role: str) -> bool:
+def _has_role(request: Request, role: str) -> bool:
     return role in (request.kv_transfer_params or {})

@@ -84,10 +84,10 @@ class WorkerHalf:
         """The best carrier that this worker has."""
         return self._carrier
 
-    def begin(self, orders: Orders) -> None:
+    def start_pulls(self, orders: Orders) -> None:
         """Start this step's pulls."""
         if self._puller is not None:
-            self._puller.begin(orders)
+            self._puller.start_pulls(orders)
 
     def stage(self, layer_name: str, cache: torch.Tensor, orders: Orders) -> None:
         """Copy one layer's new tokens of every staged request."""
@@ -99,15 +99,15 @@ class WorkerHalf:
         if self._holder is not None:
             self._holder.finish_step(orders)
 
-    def results(self, aborted: set[str]) -> KVConnectorTransferResults:
+    def take_results(self, aborted: set[str]) -> KVConnectorTransferResults:
         """Return the pulls that have ended; cancel those of aborted requests."""
         if self._puller is None:
             return KVConnectorTransferResults()
-        return self._puller.results(aborted)
+        return self._puller.take_results(aborted)
 
-    def pull_times(self) -> PullTimes | None:
+    def take_pull_times(self) -> PullTimes | None:
         """Return the times of the pulls that have ended, once."""
-        return None if self._puller is None else self._puller.pull_times()
+        return None if self._puller is None else self._puller.take_pull_times()
 
     def stop(self) -> None:
         """Stop serving and pulling."""

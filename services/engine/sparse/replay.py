@@ -34,7 +34,7 @@ class ReplayTokens(LogitsProcessor):  # type: ignore[misc]
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Follow requests through the batch; forget those whose replay is over."""
-        process_dict_updates(self._rows, batch_update, _replayed)
+        process_dict_updates(self._rows, batch_update, _replay_state)
         over = [row for row, (replay, output) in self._rows.items() if len(output) >= len(replay)]
         for row in over:
             del self._rows[row]
@@ -47,7 +47,7 @@ class ReplayTokens(LogitsProcessor):  # type: ignore[misc]
         return logits
 
 
-def _replayed(
+def _replay_state(
     params: SamplingParams, _prompt: list[int] | None, output: list[int]
 ) -> tuple[list[int], list[int]] | None:
     replay = replay_of(params)

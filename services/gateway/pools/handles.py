@@ -28,7 +28,7 @@ from ...core.errors import (
 from ...core.ports import Prefilling
 from ...core.types import Decoded, Plan, Prefilled, Replay, Request, Selection, Ticket
 from ...kv.holding import RemoteLeases
-from ...kv.prefilling import prefilling
+from ...kv.prefilling import hold_prefill
 from .affinity import load_of, whole_load_of
 from .health import SPECULATOR, PoolCounts
 from .serve_calls import call_alone
@@ -101,7 +101,7 @@ class ServePrefiller:
         async with (
             _streamed(call, "prefill", PrefillUnavailable, timeout_s, payload, load) as items,
             aclosing(self._said(items)) as said,
-            prefilling(said, self.leases) as one,
+            hold_prefill(said, self.leases) as one,
         ):
             yield one
 

@@ -154,7 +154,7 @@ class NixlAgent:
         metadata: bytes = self._agent.get_agent_metadata()
         return metadata
 
-    def meet(self, endpoint: str, name: str, metadata: bytes) -> None:
+    def add_peer(self, endpoint: str, name: str, metadata: bytes) -> None:
         """Get to know the agent `name` that answers at `endpoint` now, once."""
         with self._lock, self._mapped_errors():
             known = self._peers.get(endpoint)
@@ -171,7 +171,7 @@ class NixlAgent:
                 self._forget(endpoint)
 
     @contextmanager
-    def forgetting(self, endpoint: str) -> Iterator[None]:
+    def forget_on_error(self, endpoint: str) -> Iterator[None]:
         """Forget a peer whose memory cannot be read: the next pull meets it anew."""
         try:
             yield
@@ -199,7 +199,7 @@ class NixlAgent:
             self._agent.transfer(handle)
         return NixlRead(self, handle, into)
 
-    def ended(self, handle: Any) -> bool:
+    def has_ended(self, handle: Any) -> bool:
         """Advance a read; True when its bytes are there. Raises KvTransferError if it failed."""
         with self._mapped_errors():
             state = self._agent.check_xfer_state(handle)
@@ -229,7 +229,7 @@ class NixlAgent:
 
     def _sweep(self) -> None:
         with self._lock:
-            self._lost = [read for read in self._lost if not read.over()]
+            self._lost = [read for read in self._lost if not read.is_over()]
 
     @contextmanager
     def _mapped_errors(self) -> Iterator[None]:
@@ -252,16 +252,16 @@ class NixlRead:
         """The bytes, once the read has ended."""
         return self._payload
 
-    def ended(self) -> bool:
+    def has_ended(self) -> bool:
         """Advance the read; True, once, when the bytes are there. Raises KvTransferError."""
-        ended = self._agent.ended(self._handle)
+        ended = self._agent.has_ended(self._handle)
         if ended:
             self._agent.release(self._handle)
         return ended
 
-    def over(self) -> bool:
+    def is_over(self) -> bool:
         """Advance the read; True when its memory is no longer written to."""
         try:
-            return self.ended()
+            return self.has_ended()
         except KvTransferError:
             return True  # failed, so over

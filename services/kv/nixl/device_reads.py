@@ -25,7 +25,7 @@ from ..channels import Channels
 from ..frames import Frame, Trailer, decode, encode
 from ..leases import LeaseStore
 from ..pull import transfer_error
-from ..rpc import SERVICE, PullQuery, lending, trailer
+from ..rpc import SERVICE, PullQuery, make_trailer, open_lending
 from ..tls import MutualTls
 from .agent import NixlAgent, NixlMemory, NixlRead
 from .arena import Arena
@@ -105,7 +105,7 @@ class DeviceReadHandler(grpc.GenericRpcHandler):
 
     def _read(self, message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Stream the places; nothing that was sent moves until the reader hangs up."""
-        query, gone = lending(message, self._fingerprint, context)
+        query, gone = open_lending(message, self._fingerprint, context)
         lent: list[bytes | memoryview] = []
         self._count(1)
         try:
@@ -130,7 +130,7 @@ class DeviceReadHandler(grpc.GenericRpcHandler):
             place = (frame.layer, frame.start, frame.stop)
             item = DeviceFrame(*place, self._address + offset, len(frame.message))
             yield pack_item(item)
-        end = trailer(self._leases, query.lease_id, len(lent))
+        end = make_trailer(self._leases, query.lease_id, len(lent))
         yield pack_item(encode(end, query.lease_id))
 
     def _count(self, change: int) -> None:
@@ -160,8 +160,8 @@ class DeviceClient:
     ) -> DevicePull:
         """Start to read the tokens from `start` on. See `KvClient.pull`."""
         query = PullQuery(ticket["lease_id"], ticket["secret"], fingerprint, start, timeout_s)
-        call: Any = self._channels.to(endpoint).unary_stream(READ_DEVICE)
-        stream = call(query.packed(), timeout=timeout_s)
+        call: Any = self._channels.channel_to(endpoint).unary_stream(READ_DEVICE)
+        stream = call(query.pack(), timeout=timeout_s)
         return DevicePull(
             self._agent, self._landing, self._memory, endpoint, stream, query.lease_id
         )
@@ -192,13 +192,13 @@ class DevicePull:
         self._peer = ""
         self._reads: deque[tuple[DeviceFrame, NixlRead]] = deque()
 
-    def into(self, store: Callable[[Frame], None]) -> float:
-        """See `KvPull.into`; the payload's place is free again once nothing refers to it."""
+    def deliver_to(self, store: Callable[[Frame], None]) -> float:
+        """See `KvPull.deliver_to`; the payload's place is free again once nothing refers to it."""
         frames = 0
         try:
             for item in map(unpack_item, self._call):
                 if isinstance(item, Introduction):
-                    self._agent.meet(self._endpoint, item.agent, item.metadata)
+                    self._agent.add_peer(self._endpoint, item.agent, item.metadata)
                     self._peer = item.agent
                 elif isinstance(item, DeviceFrame):
                     frames += 1
@@ -233,17 +233,17 @@ class DevicePull:
             raise KvTransferError(f"nixl: no room for {frame.size} bytes to land")
         remote = NixlMemory(frame.address, frame.size, self._memory.device)
         local = self._memory.part(offset, frame.size)
-        with self._agent.forgetting(self._endpoint):
+        with self._agent.forget_on_error(self._endpoint):
             return self._agent.read_memory(self._peer, remote, local, into)
 
     def _store_landed(self, store: Callable[[Frame], None], ahead: int) -> None:
         """Store the oldest reads, except the last `ahead` of them."""
         while len(self._reads) > ahead:
-            store(self._landed())
+            store(self._await_oldest())
 
-    def _landed(self) -> Frame:
+    def _await_oldest(self) -> Frame:
         frame, read = self._reads.popleft()
-        with self._agent.forgetting(self._endpoint):
+        with self._agent.forget_on_error(self._endpoint):
             await_read(self._agent, read, self._call)
         return Frame(frame.layer, frame.start, frame.stop, read.payload)
 

@@ -26,7 +26,7 @@ from ..channels import Channels
 from ..frames import Frame, Trailer, decode, encode
 from ..leases import LeaseStore
 from ..pull import transfer_error
-from ..rpc import SERVICE, PullQuery, lending, trailer
+from ..rpc import SERVICE, PullQuery, make_trailer, open_lending
 from ..tls import MutualTls
 from .agent import NixlAgent, NixlRead
 from .arena import Arena, address_of
@@ -77,7 +77,7 @@ def unpack(item: bytes) -> Introduction | Place:
 
 def await_read(agent: NixlAgent, read: NixlRead, call: Any) -> None:
     """Return when the read has ended. Raises KvTransferError, also when `call` has."""
-    while not read.ended():
+    while not read.has_ended():
         if not call.is_active():  # cancelled, out of time, or the peer has died
             agent.abandon(read)
             raise KvTransferError("nixl: the peer hung up during a read")
@@ -104,7 +104,7 @@ class NixlHandler(grpc.GenericRpcHandler):
 
     def _read(self, message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Stream the places; nothing that was sent moves until the reader hangs up."""
-        query, gone = lending(message, self._fingerprint, context)
+        query, gone = open_lending(message, self._fingerprint, context)
         lent: list[bytes | memoryview] = []
         with self._progress:
             try:
@@ -123,7 +123,7 @@ class NixlHandler(grpc.GenericRpcHandler):
             if message is not None:
                 lent.append(message)
                 yield pack(self._place(message))
-        end = trailer(self._leases, query.lease_id, len(lent))
+        end = make_trailer(self._leases, query.lease_id, len(lent))
         yield pack(Place(0, 0, encode(end, query.lease_id)))
 
     def _place(self, message: bytes | memoryview) -> Place:
@@ -178,8 +178,8 @@ class NixlClient:
     ) -> NixlPull:
         """Start to read the tokens from `start` on. See `KvClient.pull`."""
         query = PullQuery(ticket["lease_id"], ticket["secret"], fingerprint, start, timeout_s)
-        call: Any = self._channels.to(endpoint).unary_stream(READ)
-        stream = call(query.packed(), timeout=timeout_s)
+        call: Any = self._channels.channel_to(endpoint).unary_stream(READ)
+        stream = call(query.pack(), timeout=timeout_s)
         return NixlPull(self._agent, self._landing, endpoint, stream, query.lease_id)
 
     def close(self) -> None:
@@ -200,8 +200,8 @@ class NixlPull:
         self._lease_id = lease_id
         self._reads: deque[NixlRead | bytes] = deque()  # a message that came inline is there
 
-    def into(self, store: Callable[[Frame], None]) -> float:
-        """See `KvPull.into`; `store` is called from this thread only."""
+    def deliver_to(self, store: Callable[[Frame], None]) -> float:
+        """See `KvPull.deliver_to`; `store` is called from this thread only."""
         frames = 0
         try:
             for item in self._messages():
@@ -228,12 +228,12 @@ class NixlPull:
         peer = ""
         for item in map(unpack, self._call):
             if isinstance(item, Introduction):
-                self._agent.meet(self._endpoint, item.agent, item.metadata)
+                self._agent.add_peer(self._endpoint, item.agent, item.metadata)
                 peer = item.agent
                 continue
             self._reads.append(self._begin(peer, item))
             while len(self._reads) > (AHEAD if item.size else 0):
-                yield decode(self._finished(self._reads.popleft()), self._lease_id)
+                yield decode(self._await_payload(self._reads.popleft()), self._lease_id)
         # The trailer is inline, so nothing is under way behind it.
 
     def _begin(self, peer: str, place: Place) -> NixlRead | bytes:
@@ -242,13 +242,13 @@ class NixlPull:
         into = self._landing.take(place.size)
         if into is None:
             raise KvTransferError(f"nixl: no room for {place.size} bytes to land")
-        with self._agent.forgetting(self._endpoint):
+        with self._agent.forget_on_error(self._endpoint):
             return self._agent.read(peer, place.address, into)
 
-    def _finished(self, read: NixlRead | bytes) -> bytes | memoryview:
+    def _await_payload(self, read: NixlRead | bytes) -> bytes | memoryview:
         if isinstance(read, bytes):
             return read
-        with self._agent.forgetting(self._endpoint):
+        with self._agent.forget_on_error(self._endpoint):
             await_read(self._agent, read, self._call)
         return read.payload
 

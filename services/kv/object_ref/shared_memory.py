@@ -26,7 +26,7 @@ from ...core.errors import LeaseNotFound
 from ..frames import encode
 from ..leases import LeaseStore
 from ..nixl.arena import Arena, Bytes
-from ..rpc import SERVICE, PullQuery, lending, trailer
+from ..rpc import SERVICE, PullQuery, make_trailer, open_lending
 
 LOCATE = f"/{SERVICE}/Locate"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -51,14 +51,14 @@ class Located:
     places: list[tuple[int, int]]
     trailer: bytes
 
-    def packed(self) -> bytes:
+    def pack(self) -> bytes:
         """Pack the value as a message."""
         packed: bytes = msgpack.packb([astuple(self.region), self.places, self.trailer])
         return packed
 
     @classmethod
-    def unpacked(cls, message: bytes) -> Located:
-        """Invert `packed`."""
+    def unpack(cls, message: bytes) -> Located:
+        """Invert `pack`."""
         region, places, end = msgpack.unpackb(message)
         return cls(Region(*region), [(offset, size) for offset, size in places], end)
 
@@ -90,7 +90,7 @@ class Mappings:
             known = self._mapped.get(peer)
             if known is not None and known[0] == region:
                 return known[1]
-            memory = _mapped(region)
+            memory = _map_region(region)
             if memory is not None:
                 self._mapped[peer] = region, memory
             return memory
@@ -113,17 +113,17 @@ class LocateHandler(grpc.GenericRpcHandler):
 
     def _locate(self, message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Yield one item, once the lease is complete; none if a message found no room."""
-        query, gone = lending(message, self._fingerprint, context)
+        query, gone = open_lending(message, self._fingerprint, context)
         lent: list[bytes | memoryview] = []
         try:
-            located = self._located(query, lent)
+            located = self._locate_frames(query, lent)
         except LeaseNotFound as error:
             context.abort(grpc.StatusCode.NOT_FOUND, str(error))
         if located is not None:
-            yield located.packed()
+            yield located.pack()
             gone.wait()
 
-    def _located(self, query: PullQuery, lent: list[bytes | memoryview]) -> Located | None:
+    def _locate_frames(self, query: PullQuery, lent: list[bytes | memoryview]) -> Located | None:
         """Look frames up as they come, so that little is left to do after the last one."""
         places: list[tuple[int, int]] = []
         frames = self._leases.stream(query.lease_id, query.secret, timeout_s=query.timeout_s)
@@ -134,11 +134,11 @@ class LocateHandler(grpc.GenericRpcHandler):
                     return None
                 places.append((offset, len(frame.message)))
                 lent.append(frame.message)
-        end = encode(trailer(self._leases, query.lease_id, len(lent)), query.lease_id)
+        end = encode(make_trailer(self._leases, query.lease_id, len(lent)), query.lease_id)
         return Located(self._shared.region, places, end)
 
 
-def _mapped(region: Region) -> Bytes | None:
+def _map_region(region: Region) -> Bytes | None:
     """Map the region through the other process's own descriptor, if this is its machine."""
     if region.boot_id != _boot_id():
         return None

@@ -48,22 +48,22 @@ class KvCollector:
         self._channels.close()
 
     @contextmanager
-    def collected(self, ticket: Ticket, rank: int, timeout_s: float) -> Iterator[KvObject]:
+    def collect(self, ticket: Ticket, rank: int, timeout_s: float) -> Iterator[KvObject]:
         """Hold one rank's KV, undigested, while inside: the arrays are the worker's memory.
 
         Raises KvTransferError.
         """
         peer = ticket.endpoints[rank]
         query = PullQuery(ticket.lease_id, ticket.secret, ticket.fingerprint, 0, timeout_s)
-        map_call: Any = self._channels.to(peer).unary_stream(LOCATE)
-        lending = map_call(query.packed(), timeout=timeout_s)
+        map_call: Any = self._channels.channel_to(peer).unary_stream(LOCATE)
+        lending = map_call(query.pack(), timeout=timeout_s)
         try:
-            lent = self._lent(peer, lending)
-            yield self._sent(peer, query) if lent is None else lent
+            lent = self._borrow(peer, lending)
+            yield self._receive(peer, query) if lent is None else lent
         finally:
             lending.cancel()  # the worker may have its memory back
 
-    def _lent(self, peer: str, lending: Any) -> KvObject | None:
+    def _borrow(self, peer: str, lending: Any) -> KvObject | None:
         """Return the messages in place; None if the worker cannot lend, or is on another node."""
         try:
             message = next(lending, None)
@@ -73,15 +73,15 @@ class KvCollector:
             raise transfer_error(error) from error
         if message is None:
             return None
-        located = Located.unpacked(message)
+        located = Located.unpack(message)
         memory = self._mappings.view(peer, located.region)
-        return None if memory is None else _laid_out(memory, located)
+        return None if memory is None else _lay_out(memory, located)
 
-    def _sent(self, peer: str, query: PullQuery) -> KvObject:
+    def _receive(self, peer: str, query: PullQuery) -> KvObject:
         """Return the messages, received through the socket, in an array each."""
-        stream: Any = self._channels.to(peer).unary_stream(PULL)
+        stream: Any = self._channels.channel_to(peer).unary_stream(PULL)
         try:
-            came = list(stream(query.packed(), timeout=query.timeout_s))
+            came = list(stream(query.pack(), timeout=query.timeout_s))
         except grpc.RpcError as error:
             raise transfer_error(error) from error
         if not came:
@@ -122,7 +122,7 @@ def part_of(kv: KvObject, query: PullQuery) -> Iterator[bytes]:
     raise CorruptFrame("kv: the object has no trailer")
 
 
-def _laid_out(memory: NDArray[np.uint8], located: Located) -> KvObject:
+def _lay_out(memory: NDArray[np.uint8], located: Located) -> KvObject:
     """Return as few arrays over `memory` as hold all messages: neighbours stay together."""
     stretches: list[tuple[int, int]] = []
     index: list[tuple[int, int, int]] = []
@@ -192,7 +192,7 @@ class KvRelay:
 
     def pull(self, message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Stream an object's messages, from its first token on: the worker skips what it has."""
-        query = PullQuery.unpacked(message)
+        query = PullQuery.unpack(message)
         with self._lock:
             offer = self._offers.get(query.lease_id)
         if offer is None or not hmac.compare_digest(offer.secret, query.secret):

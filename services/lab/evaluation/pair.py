@@ -105,11 +105,11 @@ class Pair:
 
 def rated(scorer: Scorer, prompt: tuple[int, ...]) -> Rating | Reason:
     """Score a prompt in the main model's tokens, or return why the draft cannot."""
-    read_as = scorer.translated(prompt)
+    read_as = scorer.translate(prompt)
     refusal = scorer.refusal(len(read_as.prompt))
     if refusal is not None:
         return refusal
-    with scorer.opened([read_as.prompt]) as readings:
+    with scorer.open_readings([read_as.prompt]) as readings:
         scorer.read(readings)
         scorer.look_ahead(readings)
         scores = read_as.scores(scorer.rate(readings[0]))
