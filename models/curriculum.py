@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from samples import Finding, Sample, Sampler, stretched
+from samples import AttentionTarget, Sampler, TrainingSample, stretched
 
 START_TOKENS, MAX_TOKENS = 128, 4608
 BATCH_TOKENS = 2048
@@ -23,19 +23,19 @@ DECAY_SHARE, LOWEST_RATE_SHARE = 0.3, 0.02
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class TrainingBatch:
     """Right-padded samples; every tensor is [sample, token]."""
 
     ids: torch.Tensor
     positions: torch.Tensor
     kinds: torch.Tensor
-    findings: tuple[tuple[Finding, ...], ...]  # of each sample
+    findings: tuple[tuple[AttentionTarget, ...], ...]  # of each sample
     length: int  # of the prompts, before any were pruned
     counts: bool  # whether its accuracy moves the curriculum
 
 
 @dataclass(slots=True)
-class Progress:
+class TrainingProgress:
     """How far a training is; what a checkpoint holds beside weights and optimizer."""
 
     step: int = 0
@@ -45,7 +45,7 @@ class Progress:
     length_since_step: int = 0
     accuracy: float = 0.0  # running, of answer tokens at the present length
 
-    def advance(self, batch: Batch, accuracy: float) -> None:
+    def advance(self, batch: TrainingBatch, accuracy: float) -> None:
         """Count the step, and double the length once the answers at the present one are right.
 
         Some families are never learnt well, so it is doubled after a while in any case.
@@ -68,7 +68,9 @@ def rate_share(step: int, steps: int) -> float:
     return rise * fall
 
 
-def draw_batch(shape: random.Random, rng: random.Random, sampler: Sampler, length: int) -> Batch:
+def draw_batch(
+    shape: random.Random, rng: random.Random, sampler: Sampler, length: int
+) -> TrainingBatch:
     """Draw a batch at or below `length`; pruned prompts reach twice as far, at little cost.
 
     `shape` decides on kind and length, `rng` on what the samples say.
@@ -87,13 +89,13 @@ def draw_batch(shape: random.Random, rng: random.Random, sampler: Sampler, lengt
     return collate(rows, drawn, counts=whole)
 
 
-def _often_stretched(rng: random.Random, sample: Sample) -> Sample:
+def _often_stretched(rng: random.Random, sample: TrainingSample) -> TrainingSample:
     return stretched(rng, sample, MAX_TOKENS) if rng.random() < STRETCHED_SHARE else sample
 
 
-def collate(rows: Sequence[Sample], length: int, *, counts: bool) -> Batch:
+def collate(rows: Sequence[TrainingSample], length: int, *, counts: bool) -> TrainingBatch:
     """Pad on the right, where causal attention never looks."""
-    return Batch(
+    return TrainingBatch(
         ids=_padded([row.ids for row in rows]),
         positions=_padded([row.positions for row in rows]),
         kinds=_padded([row.kinds for row in rows]),
@@ -112,10 +114,12 @@ def _shorter(shape: random.Random, length: int) -> int:
     return int(SHORTEST_TOKENS * (length / SHORTEST_TOKENS) ** shape.random())
 
 
-def _pruned_batch(shape: random.Random, rng: random.Random, sampler: Sampler, length: int) -> Batch:
+def _pruned_batch(
+    shape: random.Random, rng: random.Random, sampler: Sampler, length: int
+) -> TrainingBatch:
     source = shape.randint(length // 2, min(MAX_TOKENS, 2 * length))
     keep = shape.uniform(0.0, MAX_KEEP)
-    rows: list[Sample] = []
+    rows: list[TrainingSample] = []
     while not rows or len(rows) * max(len(row.ids) for row in rows) < BATCH_TOKENS:
         rows.append(sampler.pruned(rng, source, keep))
     return collate(rows, source, counts=False)

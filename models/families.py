@@ -21,7 +21,7 @@ from specprefill.lab.families import (
     tracking,
     words,
 )
-from specprefill.lab.families.task import Draft, Order
+from specprefill.lab.families.task import Order, TaskDraft
 from specprefill.synthetic import corpus
 
 # About how long things are, in tokens.
@@ -238,12 +238,12 @@ def _newest_turn(subject: corpus.Record, facts: Sequence[str]) -> Turn:
 
 
 def _drafted(
-    family: Callable[[Order], Draft], rng: random.Random, units: int, tokens: int
-) -> Draft:
+    family: Callable[[Order], TaskDraft], rng: random.Random, units: int, tokens: int
+) -> TaskDraft:
     return family(Order(rng, units, tokens))
 
 
-def _asked_once(draft: Draft, reply: str) -> Conversation:
+def _asked_once(draft: TaskDraft, reply: str) -> Conversation:
     return Conversation((Turn(str(draft.messages[0]["content"]), reply, draft.gold),))
 
 

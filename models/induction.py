@@ -29,7 +29,7 @@ FETCH_GAIN, MATCH_GAIN, COPY_GAIN = 0.1, 2.0, 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class CircuitShape:
     """The rows and columns of the circuit."""
 
     width: int  # of a block of the hidden state
@@ -67,8 +67,8 @@ def start_with_induction(model: LlamaForCausalLM, generator: torch.Generator) ->
         _match_and_copy(model, shape, generator)
 
 
-def _shape(config: LlamaConfig) -> Shape:
-    return Shape(
+def _shape(config: LlamaConfig) -> CircuitShape:
+    return CircuitShape(
         width=config.hidden_size // (1 + len(OFFSETS)),
         head=config.head_dim,
         kv_heads=config.num_key_value_heads,
@@ -77,13 +77,13 @@ def _shape(config: LlamaConfig) -> Shape:
     )
 
 
-def _split_embedding(weight: torch.Tensor, shape: Shape) -> None:
+def _split_embedding(weight: torch.Tensor, shape: CircuitShape) -> None:
     weight[:, : shape.width] *= OWN_SCALE
     weight[:, shape.width :] *= OTHER_SCALE
     weight[:, 0] = CONSTANT
 
 
-def _look_back(model: LlamaForCausalLM, shape: Shape, generator: torch.Generator) -> None:
+def _look_back(model: LlamaForCausalLM, shape: CircuitShape, generator: torch.Generator) -> None:
     """Set the first layer: keys have the phase of their place, queries that of the one before."""
     attention = model.model.layers[0].self_attn
     half = shape.head // 2
@@ -100,7 +100,9 @@ def _look_back(model: LlamaForCausalLM, shape: Shape, generator: torch.Generator
         attention.o_proj.weight[shape.block(offset), query] += FETCH_GAIN * read.T
 
 
-def _match_and_copy(model: LlamaForCausalLM, shape: Shape, generator: torch.Generator) -> None:
+def _match_and_copy(
+    model: LlamaForCausalLM, shape: CircuitShape, generator: torch.Generator
+) -> None:
     """Set the second layer: (token, one back) of the query against (one, two back) of the keys."""
     attention = model.model.layers[1].self_attn
     content = shape.content_rows()

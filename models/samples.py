@@ -36,7 +36,7 @@ PLAIN, ANSWER = 1, 2  # what a token is to the loss; 0 is padding
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class AttentionTarget:
     """The tokens that one answer needs, and the tokens to look at them: indices of a sample."""
 
     queries: range  # the first stands before the answer's first token
@@ -44,13 +44,13 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class TrainingSample:
     """Token ids, the position of each, the kind of each, and the findings of the answers."""
 
     ids: tuple[int, ...]
     positions: tuple[int, ...]
     kinds: tuple[int, ...]
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[AttentionTarget, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +67,11 @@ class Sampler:
 
     tokenizer: PreTrainedTokenizerBase
 
-    def dense(self, rng: random.Random, tokens: int) -> Sample:
+    def dense(self, rng: random.Random, tokens: int) -> TrainingSample:
         """Make a chat of about `tokens` tokens."""
         return self._sample(draw_chat(rng, tokens))
 
-    def pruned(self, rng: random.Random, tokens: int, keep: float) -> Sample:
+    def pruned(self, rng: random.Random, tokens: int, keep: float) -> TrainingSample:
         """Make a chat with only some chunks left, at their own positions.
 
         Chunks that an answer needs and those from the first question on are left, as a good
@@ -84,7 +84,7 @@ class Sampler:
         left = [i for i in whole.positions if i // GAP_CHUNK_TOKENS in kept]
         return _left(whole, left)
 
-    def drill(self, rng: random.Random, tokens: int) -> Sample:
+    def drill(self, rng: random.Random, tokens: int) -> TrainingSample:
         """Make bare keys with values among filler, then all of them again: the densest task."""
         facts = families.drilled(rng, tokens)
         pairs = [(self._encode(key), self._encode(f"{key}{value}.")) for key, value in facts]
@@ -99,7 +99,7 @@ class Sampler:
             unknown = min(len(key), KEY_TOKENS)
             ids += pair
             kinds += [PLAIN] * unknown + [ANSWER] * (len(pair) - unknown - 1) + [PLAIN]
-        return Sample(tuple(ids), tuple(range(len(ids))), tuple(kinds))
+        return TrainingSample(tuple(ids), tuple(range(len(ids))), tuple(kinds))
 
     def _render(self, chat: Chat) -> str:
         return str(self.tokenizer.apply_chat_template(chat.messages, tokenize=False))
@@ -107,21 +107,21 @@ class Sampler:
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def _sample(self, chat: Chat) -> Sample:
+    def _sample(self, chat: Chat) -> TrainingSample:
         text = self._render(chat)
         encoding = self.tokenizer(text, add_special_tokens=False)
         ids = encoding["input_ids"]
         start, end = self.tokenizer.convert_tokens_to_ids(["<|assistant|>", "<|end|>"])
         starts = [place for place, token in enumerate(ids) if token == start]
         findings = tuple(
-            Finding(
+            AttentionTarget(
                 range(first, min(first + QUERIES, ids.index(end, first))),
                 tuple(_tokens_of(encoding, text, gold)),
             )
             for first, gold in zip(starts, chat.golds, strict=True)
         )
         kinds = tuple(_kinds(ids, start, end))
-        return Sample(tuple(ids), tuple(range(len(ids))), kinds, findings)
+        return TrainingSample(tuple(ids), tuple(range(len(ids))), kinds, findings)
 
 
 def draw_chat(rng: random.Random, tokens: int) -> Chat:
@@ -198,15 +198,15 @@ def _tokens_of(encoding: BatchEncoding, text: str, parts: Sequence[str]) -> Iter
         yield from range(first, last + 1)
 
 
-def _left(whole: Sample, left: Sequence[int]) -> Sample:
+def _left(whole: TrainingSample, left: Sequence[int]) -> TrainingSample:
     """Return the sample with only these tokens, among which is all that its answers need."""
     places = {i: place for place, i in enumerate(left)}
-    return Sample(
+    return TrainingSample(
         ids=tuple(whole.ids[i] for i in left),
         positions=tuple(whole.positions[i] for i in left),
         kinds=tuple(whole.kinds[i] for i in left),
         findings=tuple(
-            Finding(
+            AttentionTarget(
                 range(places[each.queries.start], places[each.queries.start] + len(each.queries)),
                 tuple(places[i] for i in each.gold),
             )
@@ -215,7 +215,7 @@ def _left(whole: Sample, left: Sequence[int]) -> Sample:
     )
 
 
-def stretched(rng: random.Random, sample: Sample, most: int) -> Sample:
+def stretched(rng: random.Random, sample: TrainingSample, most: int) -> TrainingSample:
     """Return the sample as if chunks between its own had been pruned, at positions below `most`.
 
     Long distances are learnt at the cost of short prompts.
@@ -231,11 +231,11 @@ def stretched(rng: random.Random, sample: Sample, most: int) -> Sample:
     )
 
 
-def _gold_chunks(sample: Sample) -> set[int]:
+def _gold_chunks(sample: TrainingSample) -> set[int]:
     return {i // GAP_CHUNK_TOKENS for finding in sample.findings for i in finding.gold}
 
 
-def _conversation_chunks(sample: Sample) -> set[int]:
+def _conversation_chunks(sample: TrainingSample) -> set[int]:
     """Return the chunks from the first question on."""
     question = sample.kinds.index(ANSWER) - LAST_QUESTION_TOKENS
     chunks = [i // GAP_CHUNK_TOKENS for i in sample.positions]

@@ -16,7 +16,7 @@ import replicas
 import samples
 import tokenizer as tokenizer_recipe
 import torch
-from curriculum import MAX_TOKENS, Batch, Progress, draw_batch, rate_share
+from curriculum import MAX_TOKENS, TrainingBatch, TrainingProgress, draw_batch, rate_share
 from finding import finding_loss
 from growth import carry_over, grow
 from induction import start_with_induction
@@ -67,7 +67,7 @@ RECIPES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class BatchLosses:
     """The losses of one batch; the accuracy is of answer tokens."""
 
     answer_loss: torch.Tensor
@@ -102,7 +102,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LlamaForC
     return LlamaForCausalLM(config)
 
 
-def forward(model: LlamaForCausalLM, batch: Batch) -> Outcome:
+def forward(model: LlamaForCausalLM, batch: TrainingBatch) -> BatchLosses:
     """Return cross-entropy of all answer tokens and of a random quarter of the others."""
     device = model.device
     with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -122,7 +122,7 @@ def forward(model: LlamaForCausalLM, batch: Batch) -> Outcome:
     targets, kinds = batch.ids[:, 1:][picked].to(device), kinds[picked].to(device)
     losses = functional.cross_entropy(logits, targets, reduction="none")
     answers = kinds == samples.ANSWER
-    return Outcome(
+    return BatchLosses(
         answer_loss=losses[answers].mean(),
         plain_loss=losses[kinds == samples.PLAIN].mean(),
         finding_loss=finding,
@@ -138,11 +138,11 @@ class Training:
     optimizer: torch.optim.Optimizer
     sampler: Sampler
     recipe: Recipe
-    progress: Progress
+    progress: TrainingProgress
     seed: int
     replica: int
 
-    def step(self) -> tuple[Batch, Outcome]:
+    def step(self) -> tuple[TrainingBatch, BatchLosses]:
         """Draw a batch and learn from it."""
         started_s = time.monotonic()
         share = rate_share(self.progress.step, self.recipe.steps)
@@ -176,7 +176,7 @@ class Training:
 
 def start(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folders: Path, earlier: Path | None
-) -> tuple[LlamaForCausalLM, Progress]:
+) -> tuple[LlamaForCausalLM, TrainingProgress]:
     """Start from an earlier model, an induction circuit, or a smaller model at full length."""
     model = build_model(recipe, tokenizer)
     generator = torch.Generator().manual_seed(0)
@@ -184,14 +184,14 @@ def start(
         source = LlamaForCausalLM.from_pretrained(earlier, dtype=torch.float32)
         tokens = AutoTokenizer.from_pretrained(earlier).get_vocab()
         carry_over(source, tokens, model, tokenizer.get_vocab(), generator)
-        return model, Progress(length=RESUMED_TOKENS)
+        return model, TrainingProgress(length=RESUMED_TOKENS)
     if recipe.grown_from is None:
         start_with_induction(model, generator)
-        return model, Progress()
+        return model, TrainingProgress()
     folder = folders / RECIPES[recipe.grown_from].folder
     noise = GROWTH_NOISE if recipe.steps > 0 else 0.0
     grow(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), model, generator, noise)
-    return model, Progress(length=MAX_TOKENS)
+    return model, TrainingProgress(length=MAX_TOKENS)
 
 
 def begin(
@@ -215,7 +215,7 @@ def begin(
         state = torch.load(checkpoint, map_location=device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        progress = Progress(**state["progress"])
+        progress = TrainingProgress(**state["progress"])
     return Training(model, optimizer, Sampler(tokenizer), recipe, progress, seed, replica)
 
 
@@ -262,7 +262,7 @@ def save_folder(model: LlamaForCausalLM, tokenizer_folder: Path, output: Path) -
     staging.rmdir()
 
 
-def report(progress: Progress, batch: Batch, outcome: Outcome) -> None:
+def report(progress: TrainingProgress, batch: TrainingBatch, outcome: BatchLosses) -> None:
     """Print one key=value line."""
     print(
         f"step={progress.step} length={progress.length} accuracy={progress.accuracy:.3f}"

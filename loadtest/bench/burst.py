@@ -21,12 +21,12 @@ from typing import Any
 
 from specprefill.config import AdmissionConfig, AppConfig, local_path
 from specprefill.lab.loadtest import session
-from specprefill.lab.loadtest.arrivals import Trace as TraceArrivals
-from specprefill.lab.loadtest.outcome import Ending, Outcome
+from specprefill.lab.loadtest.arrivals import RecordedTrace as TraceArrivals
+from specprefill.lab.loadtest.outcome import RequestEnding, RequestOutcome
 from specprefill.lab.loadtest.prompt_source import Source
 from specprefill.lab.loadtest.scenario import Prompts, Scenario, Target
 from specprefill.lab.loadtest.session import Run
-from specprefill.lab.loadtest.statistics import Slo, Summary
+from specprefill.lab.loadtest.statistics import RequestSlo, Summary
 from specprefill.lab.reporting.tables import markdown, provenance, write_json
 from specprefill.lab.simulation.trace import Trace, bursty, poisson, write_trace
 
@@ -50,7 +50,7 @@ _SHED = re.compile(r"429 (\w+): ")
 
 
 @dataclass(frozen=True, slots=True)
-class Arm:
+class BurstRun:
     """One pass of the trace."""
 
     name: str
@@ -71,17 +71,19 @@ class Arm:
     @property
     def shed(self) -> dict[str, int]:
         """Number of refused requests by the service's reason."""
-        refused = (one.stream for one in self.run.outcomes if one.stream.ending is Ending.SHED)
+        refused = (
+            one.stream for one in self.run.outcomes if one.stream.ending is RequestEnding.SHED
+        )
         found = (_SHED.match(stream.error) for stream in refused)
         return dict(Counter("untold" if each is None else each[1] for each in found))
 
 
-def unexplained(outcomes: Sequence[Outcome]) -> list[str]:
+def unexplained(outcomes: Sequence[RequestOutcome]) -> list[str]:
     """Return what ended neither in an answer nor in a status with a reason."""
     return [
         f"request {one.index}: {one.stream.ending}: {one.stream.error}"
         for one in outcomes
-        if one.stream.ending is not Ending.ANSWERED and not _STATUS.match(one.stream.error)
+        if one.stream.ending is not RequestEnding.ANSWERED and not _STATUS.match(one.stream.error)
     ]
 
 
@@ -102,7 +104,7 @@ def burst(most_qps: float, share: float, seed: int) -> Trace:
 
 async def ask(
     name: str, served: Served, path: Path, requests: int, source: Source, args: argparse.Namespace
-) -> Arm:
+) -> BurstRun:
     """Send the trace once."""
     kind = Prompts(keep=ARMS[name], max_tokens=int(LENGTHS.output_tokens))
     scenario = Scenario(
@@ -112,17 +114,17 @@ async def ask(
         arrivals=TraceArrivals(kind="trace", path=str(path)),
         length={"requests": requests},
         timeout_s=PATIENCE_S,
-        slo=Slo(ttft_s=args.slo),
+        slo=RequestSlo(ttft_s=args.slo),
         seed=args.seed,
     )
     watch = Watch()
     run = await session.measure(scenario, source, lambda _progress: watch.look())
-    return Arm(name, run, watch.mean_others())
+    return BurstRun(name, run, watch.mean_others())
 
 
 async def measure(
     args: argparse.Namespace, served: Served, config: AppConfig
-) -> tuple[float, Trace, list[Arm]]:
+) -> tuple[float, Trace, list[BurstRun]]:
     """Calibrate, choose the rates, and ask in every arm, one after the other."""
     source = Source.load(local_path("models/demo-main"), args.seed)
     caller = session.caller_of(Target(address=served.url, model=served.model))
@@ -152,14 +154,14 @@ HEADERS = (
 )  # fmt: skip
 
 
-def table(arms: Sequence[Arm]) -> str:
+def table(arms: Sequence[BurstRun]) -> str:
     """Return one line per pass, in the order of asking."""
     return markdown(HEADERS, [_cells(arm) for arm in arms])
 
 
-def _cells(arm: Arm) -> list[str]:
+def _cells(arm: BurstRun) -> list[str]:
     told, endings = arm.summary, dict(arm.summary.endings)
-    answered, shed = endings.pop(Ending.ANSWERED, 0), endings.pop(Ending.SHED, 0)
+    answered, shed = endings.pop(RequestEnding.ANSWERED, 0), endings.pop(RequestEnding.SHED, 0)
     reasons = ", ".join(f"{reason} {count}" for reason, count in arm.shed.items())
     return [
         arm.name,
@@ -216,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if lost else 0
 
 
-def _told(arm: Arm) -> dict[str, Any]:
+def _told(arm: BurstRun) -> dict[str, Any]:
     each = [
         {"time_s": one.scheduled_s, "ttft_s": one.ttft_s, "ending": one.stream.ending.value,
          "error": one.stream.error, **(one.stream.report or {})}

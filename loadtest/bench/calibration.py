@@ -21,9 +21,9 @@ import numpy as np
 from specprefill.control.scaling.values import Engines
 from specprefill.control.stages import Curve, StageModel, StageModels
 from specprefill.lab.loadtest import runner
-from specprefill.lab.loadtest.outcome import Ending, Stream
+from specprefill.lab.loadtest.outcome import RequestEnding, Stream
 from specprefill.lab.loadtest.prompt_source import Source
-from specprefill.lab.loadtest.recorder import Caller, Prompt
+from specprefill.lab.loadtest.recorder import Caller, LoadPrompt
 from specprefill.lab.loadtest.scenario import Prompts
 from specprefill.lab.simulation.machine import Machine
 
@@ -83,7 +83,7 @@ async def idle_cores() -> float:
     return between(before, used(), 0.0, IDLE_S).own
 
 
-async def _single(prompt: Prompt, caller: Caller, idle: float) -> Single:
+async def _single(prompt: LoadPrompt, caller: Caller, idle: float) -> Single:
     began_s, before = time.perf_counter(), used()
     stream = await runner.stream(prompt, caller, TIMEOUT_S)
     await asyncio.sleep(SETTLE_S)
@@ -133,6 +133,6 @@ def spins(seconds: float) -> float:
 
 
 def _report(stream: Stream) -> Mapping[str, Any]:
-    if stream.ending is not Ending.ANSWERED or stream.report is None:
+    if stream.ending is not RequestEnding.ANSWERED or stream.report is None:
         raise RuntimeError(f"calibration: {stream.ending}: {stream.error}")
     return stream.report

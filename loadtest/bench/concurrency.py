@@ -29,8 +29,8 @@ from .versus import (
     OUT,
     PLAIN,
     SCORE_TOKENS,
-    Asked,
     Client,
+    TimedAnswer,
     Variant,
     demo_scores,
     load_tokenizer,
@@ -46,12 +46,12 @@ ROUNDS = 3  # questions of each client
 
 
 @dataclass(frozen=True, slots=True)
-class Crowd:
+class ClientGroup:
     """All answers of some clients of one server, and how long they took together."""
 
     clients: int
     variant: str
-    answers: Sequence[Asked]
+    answers: Sequence[TimedAnswer]
     took_s: float
 
     def row(self, score: float | None) -> dict[str, Any]:
@@ -68,25 +68,27 @@ class Crowd:
         }
 
 
-async def crowd(client: Client, variant: Variant, clients: int, args: argparse.Namespace) -> Crowd:
+async def crowd(
+    client: Client, variant: Variant, clients: int, args: argparse.Namespace
+) -> ClientGroup:
     """Let `clients` clients ask `args.rounds` questions each."""
 
-    async def asks() -> list[Asked]:
+    async def asks() -> list[TimedAnswer]:
         answers = []
         for _ in range(args.rounds):
             needle = client.needle(args.prompt_tokens)
             got = await client.ask(variant, needle, OUTPUT_TOKENS, ignore_eos=True)
-            answers.append(Asked(args.prompt_tokens, variant.name, got))
+            answers.append(TimedAnswer(args.prompt_tokens, variant.name, got))
         return answers
 
     await client.idle()
     started_s = time.monotonic()
     answers = await asyncio.gather(*(asks() for _ in range(clients)))
     took_s = time.monotonic() - started_s
-    return Crowd(clients, variant.name, [one for some in answers for one in some], took_s)
+    return ClientGroup(clients, variant.name, [one for some in answers for one in some], took_s)
 
 
-async def crowds(args: argparse.Namespace, servers: Mapping[str, Served]) -> list[Crowd]:
+async def crowds(args: argparse.Namespace, servers: Mapping[str, Served]) -> list[ClientGroup]:
     """Run every number of clients, in every variant, after one question that warms up."""
     async with Client(load_tokenizer(), servers, args.seed).open() as client:
         asked = variants(args.keeps)

@@ -33,7 +33,7 @@ WAYS = {"late": False, "early": True}
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class GapRun:
     """The arrival of each token of one answer, and its report."""
 
     way: str
@@ -53,7 +53,7 @@ class Run:
         )
 
 
-async def answer(pipeline: Pipeline, way: str, asked: Request) -> Run:
+async def answer(pipeline: Pipeline, way: str, asked: Request) -> GapRun:
     """Run one request to its end. Raises RuntimeError unless tokens came one by one."""
     started_s = time.perf_counter()
     token_s, report = [], None
@@ -62,17 +62,17 @@ async def answer(pipeline: Pipeline, way: str, asked: Request) -> Run:
         report = chunk.report or report
     if report is None or len(token_s) != OUTPUT_TOKENS:
         raise RuntimeError(f"{len(token_s)} tokens came, not {OUTPUT_TOKENS}")
-    return Run(way, tuple(token_s), report)
+    return GapRun(way, tuple(token_s), report)
 
 
 async def measure(
     config: AppConfig, prompt_tokens: int, keep: float, repeats: int, vocabulary: int, seed: int
-) -> list[Run]:
+) -> list[GapRun]:
     """Run both ways `repeats` times, interleaved, after one warm-up each."""
     from .pools import local_pipeline
 
     rng = random.Random(seed)
-    runs: list[Run] = []
+    runs: list[GapRun] = []
     async with local_pipeline(config) as pipeline:
         pipelines = {way: replace(pipeline, overlap=early) for way, early in WAYS.items()}
         for repeat in range(repeats + 1):
@@ -85,7 +85,7 @@ async def measure(
     return runs
 
 
-def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def summary(runs: Sequence[GapRun]) -> list[dict[str, Any]]:
     """Return the medians of each way, and the hidden part of the transfer beside the late way's."""
     late_s = _median(runs, "late", lambda run: run.report.transfer_s)
     return [
@@ -102,7 +102,7 @@ def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
     ]
 
 
-def _median(runs: Sequence[Run], way: str, value: Callable[[Run], float]) -> float:
+def _median(runs: Sequence[GapRun], way: str, value: Callable[[GapRun], float]) -> float:
     return statistics.median(value(run) for run in runs if run.way == way)
 
 

@@ -44,7 +44,7 @@ SHAPES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class GpuRow:
     """Medians of one length and keep rate; seconds."""
 
     prompt_tokens: int
@@ -65,7 +65,7 @@ class Row:
         return 1.0 / (self.kept_tokens / self.prompt_tokens + self.speculate_s / self.dense_s)
 
 
-class MainModel:
+class ChunkedPrefill:
     """Chunked prefill of given tokens at given positions, to the last token's logits."""
 
     def __init__(self, model: LlamaForCausalLM, chunk_tokens: int) -> None:
@@ -118,14 +118,14 @@ def random_model(shape: str, device: torch.device, dtype: torch.dtype, most: int
 
 
 def measure(
-    main: MainModel,
+    main: ChunkedPrefill,
     scorer: Scorer,
     device: torch.device,
     lengths: Sequence[int],
     keeps: Sequence[float],
     repeats: int,
     seed: int,
-) -> list[Row]:
+) -> list[GpuRow]:
     """Measure every length: dense and each keep rate in turns, `repeats` times after a warm-up."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
@@ -140,7 +140,7 @@ def measure(
 
 
 def _round(
-    main: MainModel,
+    main: ChunkedPrefill,
     scorer: Scorer,
     device: torch.device,
     length: int,
@@ -160,7 +160,9 @@ def _round(
     return measured
 
 
-def _prefill_s(main: MainModel, device: torch.device, prompt: Tensor, positions: Tensor) -> float:
+def _prefill_s(
+    main: ChunkedPrefill, device: torch.device, prompt: Tensor, positions: Tensor
+) -> float:
     tokens, places = prompt[positions].to(device), positions.to(device)
     _, seconds = timed(device, lambda: main.prefill(tokens, places))
     return seconds
@@ -189,8 +191,8 @@ def _row(
     keep: float,
     runs: Sequence[tuple[int, float, float]],
     dense: Sequence[tuple[int, float, float]],
-) -> Row:
-    return Row(
+) -> GpuRow:
+    return GpuRow(
         prompt_tokens=length,
         keep=keep,
         kept_tokens=int(statistics.median(run[0] for run in runs)),
@@ -200,13 +202,13 @@ def _row(
     )
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[GpuRow]) -> str:
     """Return times, the gain, and the gain's ceiling."""
     headers = ("prompt", "keep", "kept", "speculate", "prefill", "vs dense", "ceiling 1/(k+r)")
     return markdown(headers, [_cells(row) for row in rows])
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: GpuRow) -> list[str]:
     pruned = row.keep < 1.0
     return [
         str(row.prompt_tokens),
@@ -219,7 +221,7 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _progress(row: Row) -> str:
+def _progress(row: GpuRow) -> str:
     return f"{row.prompt_tokens} tokens, keep {row.keep:g}: {row.speed_up:.2f}x"
 
 
@@ -244,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     most = 2 ** math.ceil(math.log2(max(args.lengths) + LOOK_AHEAD))
     torch.manual_seed(args.seed)
-    answering = MainModel(random_model(args.main, device, dtype, most), CHUNK_TOKENS)
+    answering = ChunkedPrefill(random_model(args.main, device, dtype, most), CHUNK_TOKENS)
     draft = as_draft(random_model(args.draft, device, dtype, most))
     scorer = Scorer(draft, LOOK_AHEAD, CHUNK_TOKENS, POOL_TOKENS)
     rows = measure(answering, scorer, device, args.lengths, args.keeps, args.repeats, args.seed)

@@ -53,7 +53,7 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
+class RuleVariant:
     """One way to choose the kept share."""
 
     name: str
@@ -93,24 +93,24 @@ class Result:
         return sum(each.survival < ENOUGH for each in self.families.values())
 
 
-def variants(policy: SelectionPolicy) -> Iterator[Variant]:
+def variants(policy: SelectionPolicy) -> Iterator[RuleVariant]:
     """Return the fixed rates, and every rule: as it is, dense for the unsure, careful with them."""
     for keep in FIXED:
-        yield Variant(f"keep {keep:g}", Plan(PlanKind.PRUNE, Reason.ASKED, keep), policy)
+        yield RuleVariant(f"keep {keep:g}", Plan(PlanKind.PRUNE, Reason.ASKED, keep), policy)
     automatic = Plan(PlanKind.PRUNE, Reason.AUTO, keep=1.0, floor=FLOOR)
     for guard, unsure_share in _guards(policy.auto):
         for rule, settings in SETTINGS.items():
             for setting in settings:
                 auto = AutoKeep(rule, setting, guard, unsure_share, policy.auto.most_chunks)
-                yield Variant(name_of(auto), automatic, replace(policy, auto=auto))
+                yield RuleVariant(name_of(auto), automatic, replace(policy, auto=auto))
 
 
-def next_shares(policy: SelectionPolicy) -> Iterator[Variant]:
+def next_shares(policy: SelectionPolicy) -> Iterator[RuleVariant]:
     """Return the share of a chunk's score for the chunk behind it, at a low fixed rate."""
     plan = Plan(PlanKind.PRUNE, Reason.ASKED, NEXT_SHARES_KEEP)
     for share in NEXT_SHARES:
         name = f"keep {NEXT_SHARES_KEEP:g}, next {share:g}"
-        yield Variant(name, plan, replace(policy, next_chunk_share=share))
+        yield RuleVariant(name, plan, replace(policy, next_chunk_share=share))
 
 
 def _guards(auto: AutoKeep) -> tuple[tuple[float, float], ...]:
@@ -127,7 +127,7 @@ def name_of(auto: AutoKeep) -> str:
     return f"{rule}, unsure: {unsure}"
 
 
-def measured(variant: Variant, prompts: Sequence[Scored]) -> Result:
+def measured(variant: RuleVariant, prompts: Sequence[Scored]) -> Result:
     """Measure how much of each family's gold is left."""
     families: dict[str, list[tuple[float, Selection]]] = {}
     for prompt in prompts:
@@ -212,9 +212,9 @@ def scored(
     speculator: str, families: Sequence[str], seeds: Sequence[int], lengths: Sequence[int]
 ) -> list[Scored]:
     """Score every family's prompts by the speculator, as the gateway and the service do it."""
-    from .scored_prompts import Scoring
+    from .scored_prompts import TaskScorer
 
-    scoring = Scoring.load(SpeculatorConfig(path=speculator, dtype="float32"))
+    scoring = TaskScorer.load(SpeculatorConfig(path=speculator, dtype="float32"))
     prompts: list[Scored] = []
     for family, length in itertools.product(families, lengths):
         tasks = (generate(family, seed, length, scoring.tokenizer) for seed in seeds)

@@ -24,7 +24,7 @@ import numpy as np
 
 from specprefill.config import local_path
 from specprefill.lab.loadtest import runner, session
-from specprefill.lab.loadtest.outcome import Ending, Stream
+from specprefill.lab.loadtest.outcome import RequestEnding, Stream
 from specprefill.lab.loadtest.prompt_source import Source
 from specprefill.lab.loadtest.results import trial_table
 from specprefill.lab.loadtest.scenario import PaperProtocol, Prompts, Scenario, Target
@@ -51,7 +51,7 @@ IDLE_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
-class Borne:
+class SustainedRate:
     """The highest rate of one server at one keep rate; None: not even the lowest one."""
 
     name: str
@@ -98,7 +98,7 @@ async def alone(
             prompts = source.draw((kind,), IDLE_RUNS + 1, np.random.default_rng(0))
             runs = [await runner.stream(prompt, caller, IDLE_TIMEOUT_S) for prompt in prompts]
             for one in runs:
-                if one.ending is not Ending.ANSWERED:
+                if one.ending is not RequestEnding.ANSWERED:
                     raise RuntimeError(f"{served.url}: {one.error}")
             answers.append(runs[1:])
     return answers
@@ -122,12 +122,14 @@ def ceiling(answers: Sequence[Sequence[Stream]], idle_s: float) -> float:
     return 1.0 / (kept / tokens + ratio)
 
 
-def borne(name: str, searched: Searched, ceiling: float | None = None) -> Borne:
+def borne(name: str, searched: Searched, ceiling: float | None = None) -> SustainedRate:
     """Return the highest rate that held."""
-    return Borne(name, highest(searched.trials), searched, ceiling)
+    return SustainedRate(name, highest(searched.trials), searched, ceiling)
 
 
-def table(plain: Borne, pruned: Sequence[tuple[float, Borne]], scores: Mapping[str, float]) -> str:
+def table(
+    plain: SustainedRate, pruned: Sequence[tuple[float, SustainedRate]], scores: Mapping[str, float]
+) -> str:
     """Return requests per second, the ratio to plain vLLM's, and the demo pair's score."""
     headers = ("server", "max QPS", "vs vllm serve", "1/(k+r)", "score", "paper, 405B")
     rows = [[plain.name, _rate(plain.qps), "1.00x", "-", f"{scores[plain.name]:.0%}", "1x"]]
@@ -141,7 +143,7 @@ def table(plain: Borne, pruned: Sequence[tuple[float, Borne]], scores: Mapping[s
 
 async def measure(
     args: argparse.Namespace, plain: Served, mine: Served
-) -> tuple[float, Borne, list[tuple[float, Borne]]]:
+) -> tuple[float, SustainedRate, list[tuple[float, SustainedRate]]]:
     """Measure plain vLLM's idle latency and rate, and this service's rate at each keep rate."""
     source = Source.load(local_path("models/demo-main"), args.seed)
     idle_s = latency_s(await alone(plain, source, args.lengths, None))
@@ -150,7 +152,7 @@ async def measure(
 
     async def search(
         served: Served, keep: float | None, grid: Sequence[float], bound: float | None = None
-    ) -> Borne:
+    ) -> SustainedRate:
         await server_processes.idle([plain.pid, mine.pid])
         name = PLAIN if keep is None else f"keep {keep:g}"
         asked = scenario(served, keep, args.lengths, args, timeout_s, grid)
@@ -221,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _written(one: Borne) -> dict[str, Any]:
+def _written(one: SustainedRate) -> dict[str, Any]:
     trials = [asdict(trial) for trial in one.searched.trials]
     return {"name": one.name, "max_qps": one.qps, "ceiling": one.ceiling, "trials": trials}
 

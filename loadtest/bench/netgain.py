@@ -39,7 +39,7 @@ QUESTION_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class RequestKind:
     """One sort of request in the trace."""
 
     name: str
@@ -50,17 +50,17 @@ class Kind:
 
 
 KINDS = (
-    Kind("short", 0, 256),
-    Kind("medium", 0, 1024),
-    Kind("long", 0, 4096),
-    Kind("longest", 0, 7680),
-    Kind("long system prompt", 3072, 256, protected=True),
-    Kind("known document", 4096, QUESTION_TOKENS, warmed=True),
+    RequestKind("short", 0, 256),
+    RequestKind("medium", 0, 1024),
+    RequestKind("long", 0, 4096),
+    RequestKind("longest", 0, 7680),
+    RequestKind("long system prompt", 3072, 256, protected=True),
+    RequestKind("known document", 4096, QUESTION_TOKENS, warmed=True),
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class NetGainRun:
     """One request's report, in one of the three ways."""
 
     kind: str
@@ -68,14 +68,14 @@ class Run:
     report: Report
 
 
-def trace(rounds: int, rng: random.Random) -> list[Kind]:
+def trace(rounds: int, rng: random.Random) -> list[RequestKind]:
     """Return every kind `rounds` times, shuffled."""
     kinds = list(KINDS) * rounds
     rng.shuffle(kinds)
     return kinds
 
 
-class Prompts:
+class RequestMaker:
     """Requests of random tokens. Each way has shared parts of its own, hence caches of its own."""
 
     def __init__(self, vocabulary: int, rng: random.Random) -> None:
@@ -88,13 +88,13 @@ class Prompts:
         )
         self._shared: dict[tuple[str, str], tuple[int, ...]] = {}
 
-    def request(self, kind: Kind, way: str) -> Request:
+    def request(self, kind: RequestKind, way: str) -> Request:
         """Return the next request of its sort."""
         shared = self._shared.setdefault((kind.name, way), self._tokens(kind.shared_tokens))
         spans = (Span(0, len(shared)),) if kind.protected else ()
         return self._request(shared + self._tokens(kind.own_tokens), WAYS[way], spans)
 
-    def warm_up(self, kind: Kind, way: str) -> Request:
+    def warm_up(self, kind: RequestKind, way: str) -> Request:
         """Return a dense request that leaves the shared part in the prefix cache."""
         asked = self.request(kind, way)
         return replace(asked, controls=Controls(prune=False))
@@ -115,14 +115,14 @@ class Prompts:
         return tuple(self._rng.randrange(FIRST_TOKEN_ID, self._vocabulary) for _ in range(count))
 
 
-async def measure(config: AppConfig, rounds: int, vocabulary: int, seed: int) -> list[Run]:
+async def measure(config: AppConfig, rounds: int, vocabulary: int, seed: int) -> list[NetGainRun]:
     """Run the whole trace in every way."""
     from specprefill.control.probe import Probe
 
     from .pools import local_pipeline
 
     rng = random.Random(seed)
-    prompts, gain, runs = Prompts(vocabulary, rng), net_gain(config), []
+    prompts, gain, runs = RequestMaker(vocabulary, rng), net_gain(config), []
     async with local_pipeline(config, gain) as pipeline:
         probe = Probe(
             pipeline.speculator, pipeline.prefiller, prompts.plain, MAX_TOKENS - 1, 0.5, 60.0
@@ -140,7 +140,7 @@ async def measure(config: AppConfig, rounds: int, vocabulary: int, seed: int) ->
         for place, kind in enumerate(kinds := trace(rounds, rng)):
             for way in _turn(place):
                 report = await ask(prompts.request(kind, way), way)
-                runs.append(Run(kind.name, way, report))
+                runs.append(NetGainRun(kind.name, way, report))
             print(f"request {place + 1} of {len(kinds)}: {kind.name}", flush=True)
     return runs
 
@@ -152,18 +152,18 @@ def _turn(place: int) -> list[str]:
     return ways[first:] + ways[:first]
 
 
-def _warmed() -> Iterator[tuple[Kind, str]]:
+def _warmed() -> Iterator[tuple[RequestKind, str]]:
     return ((kind, way) for kind in KINDS if kind.warmed for way in WAYS)
 
 
-def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def summary(runs: Sequence[NetGainRun]) -> list[dict[str, Any]]:
     """Return mean seconds to first token by sort of request and way; the last row is the trace."""
     names = [kind.name for kind in KINDS]
     rows = [_row(name, [run for run in runs if run.kind == name]) for name in names]
     return [*rows, _row("whole trace", runs)]
 
 
-def _row(name: str, runs: Sequence[Run]) -> dict[str, Any]:
+def _row(name: str, runs: Sequence[NetGainRun]) -> dict[str, Any]:
     ways = {way: [run.report for run in runs if run.way == way] for way in WAYS}
     decided = ways["net gain"]
     return {

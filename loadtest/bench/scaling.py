@@ -14,7 +14,7 @@ from specprefill.lab.simulation.scenarios import (
     COLD_START_S,
     SLO,
     Entry,
-    Scenario,
+    SimulationScenario,
     compare,
     distance,
     three,
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _told(case: Scenario, seed: int, entries: list[Entry]) -> dict[str, object]:
+def _told(case: SimulationScenario, seed: int, entries: list[Entry]) -> dict[str, object]:
     """Print one trace's table; return the same as data."""
     scores = [each.score for each in entries]
     best, ours = scores[:2]

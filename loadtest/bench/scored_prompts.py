@@ -19,7 +19,7 @@ from .keep_rates import Scored
 
 
 @dataclass(frozen=True, slots=True)
-class Scoring:
+class TaskScorer:
     """The speculator and its tokenizer."""
 
     scorer: Scorer

@@ -83,7 +83,7 @@ class SecondQuestion:
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class MemoryUse:
     """Different prompts, one after the other, each remembered."""
 
     model: str
@@ -143,7 +143,9 @@ def answer_s(scorer: Scorer, prompt: Prompt) -> float:
     return took_s
 
 
-def memory(name: str, scorer: Scorer, count: int, rng: random.Random, prompts: Prompts) -> Memory:
+def memory(
+    name: str, scorer: Scorer, count: int, rng: random.Random, prompts: Prompts
+) -> MemoryUse:
     """Measure the memory that `count` prompts of many lengths leave behind."""
     most, half_way = 0, 0
     for index in range(count):
@@ -151,7 +153,7 @@ def memory(name: str, scorer: Scorer, count: int, rng: random.Random, prompts: P
             half_way = resident_bytes()
         for held in held_bytes(scorer, prompts(rng.randint(*MANY_PROMPTS_TOKENS))):
             most = max(most, held)
-    return Memory(name, count, scorer.memory_bytes, most, resident_bytes() - half_way)
+    return MemoryUse(name, count, scorer.memory_bytes, most, resident_bytes() - half_way)
 
 
 def held_bytes(scorer: Scorer, prompt: Prompt) -> Iterator[int]:
@@ -216,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rng = random.Random(args.seed)
     speeds: list[Throughput] = []
     questions: list[SecondQuestion] = []
-    memories: list[Memory] = []
+    memories: list[MemoryUse] = []
     for name, config in draft_models(max(args.lengths) + 256).items():
         scorer = load_scorer(config, POOL_TOKENS)
         plain = copy.deepcopy(scorer.draft.model)
@@ -251,7 +253,7 @@ def random_prompts(rng: random.Random, vocabulary: int) -> Prompts:
 
 
 def tables(
-    speeds: Sequence[Throughput], questions: Sequence[SecondQuestion], memories: Sequence[Memory]
+    speeds: Sequence[Throughput], questions: Sequence[SecondQuestion], memories: Sequence[MemoryUse]
 ) -> list[str]:
     """Return one table for each of the three."""
     return [

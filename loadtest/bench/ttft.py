@@ -64,7 +64,7 @@ SPECULATOR = Shape(hidden=96, intermediate=256, layers=2, heads=3, kv_heads=3, h
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class TtftRun:
     """One request's report, and its parameters."""
 
     prompt_tokens: int
@@ -168,12 +168,12 @@ async def answer(pipeline: Pipeline, asked: Request) -> Report:
 
 async def measure(
     config: AppConfig, lengths: Sequence[int], repeats: int, vocabulary: int, seed: int
-) -> list[Run]:
+) -> list[TtftRun]:
     """Run every variant `repeats` times, interleaved, after one warm-up each."""
     from .pools import local_pipeline
 
     rng = random.Random(seed)
-    runs: list[Run] = []
+    runs: list[TtftRun] = []
     async with local_pipeline(config) as pipeline:
         for keep in KEEPS:
             await answer(pipeline, request(min(lengths), keep, vocabulary, rng))
@@ -181,12 +181,12 @@ async def measure(
             for tokens in lengths:
                 for keep in KEEPS:
                     report = await answer(pipeline, request(tokens, keep, vocabulary, rng))
-                    runs.append(Run(tokens, keep, report))
+                    runs.append(TtftRun(tokens, keep, report))
                     print(f"run {repeat + 1} of {repeats}: {_progress(runs[-1])}", flush=True)
     return runs
 
 
-def _progress(run: Run) -> str:
+def _progress(run: TtftRun) -> str:
     return f"{run.prompt_tokens} tokens, {_name(run.keep)}: {run.report.ttft_s:.3f} s"
 
 
@@ -194,7 +194,7 @@ def _name(keep: float | None) -> str:
     return "dense" if keep is None else f"keep {keep:g}"
 
 
-def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def summary(runs: Sequence[TtftRun]) -> list[dict[str, Any]]:
     """Return the medians of every variant."""
     variants = sorted(
         {(run.prompt_tokens, run.keep) for run in runs},
@@ -203,7 +203,7 @@ def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return [_medians([run for run in runs if (run.prompt_tokens, run.keep) == v]) for v in variants]
 
 
-def _medians(runs: Sequence[Run]) -> dict[str, Any]:
+def _medians(runs: Sequence[TtftRun]) -> dict[str, Any]:
     reports = [asdict(run.report) for run in runs]
     times = ("ttft_s", *STAGES, "transfer_s", "first_decode_s")
     return {
@@ -289,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _planned(runs: Sequence[Run]) -> str:
+def _planned(runs: Sequence[TtftRun]) -> str:
     """Return the number of prompts really pruned: an unplanned dense run would spoil medians."""
     asked = [run for run in runs if run.keep is not None]
     pruned = sum(run.report.plan is PlanKind.PRUNE for run in asked)

@@ -24,8 +24,8 @@ from specprefill.control.scaling.sizing import stage_times
 from specprefill.control.scaling.values import Floats, Pool, Slo
 from specprefill.deployment.file import load
 from specprefill.lab.loadtest import session
-from specprefill.lab.loadtest.arrivals import Trace as TraceArrivals
-from specprefill.lab.loadtest.outcome import Ending, Outcome
+from specprefill.lab.loadtest.arrivals import RecordedTrace as TraceArrivals
+from specprefill.lab.loadtest.outcome import RequestEnding, RequestOutcome
 from specprefill.lab.loadtest.prompt_source import Source
 from specprefill.lab.loadtest.scenario import Prompts, Scenario, Target
 from specprefill.lab.loadtest.session import Run
@@ -106,10 +106,10 @@ def drawn(rate: Rate, seconds: float, seed: int, shortest: int = SHORTEST) -> Tr
     return replace(trace, prompt_tokens=np.clip(trace.prompt_tokens, shortest, LONGEST))
 
 
-def replayed(outcomes: Sequence[Outcome]) -> Trace:
+def replayed(outcomes: Sequence[RequestOutcome]) -> Trace:
     """Return the trace as it was sent. Raises RuntimeError if a request got no answer."""
     for one in outcomes:
-        if one.stream.ending is not Ending.ANSWERED or one.stream.report is None:
+        if one.stream.ending is not RequestEnding.ANSWERED or one.stream.report is None:
             raise RuntimeError(f"request {one.index}: {one.stream.ending}: {one.stream.error}")
     return Trace(
         _column(one.scheduled_s for one in outcomes),

@@ -21,8 +21,8 @@ from typing import Any, Self
 
 from specprefill.config import AppConfig, local_path
 from specprefill.lab.loadtest.http_stream import HttpCaller
-from specprefill.lab.loadtest.outcome import Ending, Stream
-from specprefill.lab.loadtest.recorder import Prompt
+from specprefill.lab.loadtest.outcome import RequestEnding, Stream
+from specprefill.lab.loadtest.recorder import LoadPrompt
 from specprefill.lab.loadtest.runner import stream
 from specprefill.lab.reporting.tables import markdown, provenance, write_json
 from specprefill.synthetic.needles import ChatTokenizer, NeedlePrompt, needle_prompt
@@ -76,7 +76,7 @@ def variants(keeps: Sequence[float]) -> tuple[Variant, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class TimedAnswer:
     """One answer of a run."""
 
     prompt_tokens: int
@@ -87,7 +87,7 @@ class Asked:
     @property
     def ttft_s(self) -> float:
         """Time to first token as the client saw it. Raises RuntimeError without one."""
-        if self.stream.ending is not Ending.ANSWERED or self.stream.ttft_s is None:
+        if self.stream.ending is not RequestEnding.ANSWERED or self.stream.ttft_s is None:
             raise RuntimeError(f"{self.variant}: {self.stream.ending}: {self.stream.error}")
         return self.stream.ttft_s
 
@@ -133,7 +133,7 @@ class Client:
         self, variant: Variant, needle: NeedlePrompt, output_tokens: int, *, ignore_eos: bool
     ) -> Stream:
         """Answer with at most `output_tokens` tokens; with exactly that many if `ignore_eos`."""
-        prompt = Prompt(
+        prompt = LoadPrompt(
             messages=tuple(needle.messages),
             family="needles",
             variant=variant.name,
@@ -151,13 +151,13 @@ async def measure(
     variants: Sequence[Variant],
     repeats: int,
     output_tokens: int,
-) -> list[Asked]:
+) -> list[TimedAnswer]:
     """Ask every length and variant `repeats` times, in turns.
 
     No prompt is asked twice: what a cache or the speculator remembers would be no measurement.
     An answer that other programs disturbed is asked for again, and the quietest of them counts.
     """
-    asked: list[Asked] = []
+    asked: list[TimedAnswer] = []
     warm_up = min(*lengths, WARM_UP_TOKENS)
     for variant in variants:
         await client.ask(variant, client.needle(warm_up), output_tokens, ignore_eos=True)
@@ -171,9 +171,11 @@ async def measure(
     return asked
 
 
-async def _quietest(client: Client, variant: Variant, tokens: int, output_tokens: int) -> Asked:
+async def _quietest(
+    client: Client, variant: Variant, tokens: int, output_tokens: int
+) -> TimedAnswer:
     """Ask until other programs leave the cores to the servers, a few times at most."""
-    tries: list[Asked] = []
+    tries: list[TimedAnswer] = []
     while len(tries) < TRIES:
         needle = client.needle(tokens)
         await client.idle()
@@ -181,7 +183,7 @@ async def _quietest(client: Client, variant: Variant, tokens: int, output_tokens
         watch.look()
         got = await client.ask(variant, needle, output_tokens, ignore_eos=True)
         watch.look()
-        tries.append(Asked(tokens, variant.name, got, watch.mean_others()))
+        tries.append(TimedAnswer(tokens, variant.name, got, watch.mean_others()))
         if tries[-1].others <= QUIET_CORES:
             break
     return min(tries, key=lambda one: one.others)
@@ -198,14 +200,14 @@ async def scores(client: Client, variants: Sequence[Variant], items: int) -> dic
     return {name: count / items for name, count in right.items()}
 
 
-def rows(asked: Sequence[Asked], scores: dict[str, float]) -> list[dict[str, Any]]:
+def rows(asked: Sequence[TimedAnswer], scores: dict[str, float]) -> list[dict[str, Any]]:
     """Return medians of every cell, beside plain vLLM's and beside the ceiling.
 
     The ceiling is `1 / (k + r)` (section 4.3 of the paper) with the measured k = kept / N and r =
     the speculator's seconds / plain vLLM's time to first token. Overhead is what is neither
     speculator nor prefill, as a share of plain vLLM's time to first token.
     """
-    cells: dict[tuple[int, str], list[Asked]] = {}
+    cells: dict[tuple[int, str], list[TimedAnswer]] = {}
     for one in asked:
         cells.setdefault((one.prompt_tokens, one.variant), []).append(one)
     found = []
@@ -215,7 +217,9 @@ def rows(asked: Sequence[Asked], scores: dict[str, float]) -> list[dict[str, Any
     return found
 
 
-def _row(tokens: int, variant: str, members: Sequence[Asked], plain_s: float) -> dict[str, Any]:
+def _row(
+    tokens: int, variant: str, members: Sequence[TimedAnswer], plain_s: float
+) -> dict[str, Any]:
     ttft_s = statistics.median(one.ttft_s for one in members)
     itl_s = [one.itl_s for one in members if one.itl_s is not None]
     row: dict[str, Any] = {
@@ -285,7 +289,7 @@ def serve_config(folder: Path, max_tokens: int, draft: Shape = SPECULATOR) -> Ap
     return config.model_copy(update={"model": named})
 
 
-async def speeds(args: argparse.Namespace, servers: Mapping[str, Served]) -> list[Asked]:
+async def speeds(args: argparse.Namespace, servers: Mapping[str, Served]) -> list[TimedAnswer]:
     """Measure long prompts in every variant, then short ones dense."""
     async with Client(load_tokenizer(), servers, args.seed).open() as client:
         asked = await measure(

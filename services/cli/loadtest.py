@@ -13,7 +13,7 @@ from ..deployment.checked_yaml import InvalidFile, checked, mapping, read_text
 from .exit_codes import Failed, Misused
 
 if TYPE_CHECKING:
-    from ..lab.loadtest.runner import Progress
+    from ..lab.loadtest.runner import RunProgress
     from ..lab.loadtest.scenario import Scenario
     from ..lab.loadtest.session import Searched
 
@@ -112,7 +112,7 @@ def _searched(scenario: Scenario) -> Searched:
     return session.Searched((), (run,))
 
 
-def _tell(progress: Progress) -> None:
+def _tell(progress: RunProgress) -> None:
     """One line that rewrites itself on a terminal, and stays away from files."""
     if sys.stderr.isatty():
         line = (

@@ -143,5 +143,4 @@ def _replay(args: AsyncEngineArgs) -> str:
     Asked of a copy: creating a configuration fills in the sizes that `args` leaves open.
     """
     v2 = vllm_config(copy(args)).use_v2_model_runner
-    module = "replay_v2" if v2 else "replay"
-    return f"{_MODULE}.{module}:ReplayTokens"
+    return f"{_MODULE}.{'replay_v2:ReplayTokensV2' if v2 else 'replay:ReplayTokens'}"

@@ -21,7 +21,7 @@ from ..core.errors import InvalidConfiguration, KvTransferError
 from .keeper import KeeperConfig, Piece, pack_config
 from .nixl.agent import NixlAgent, NixlMemory
 from .nixl.arena import Arena, Bytes
-from .nixl.reads import Progress
+from .nixl.reads import ReadProgress
 from .object_ref.shared_memory import SharedMemory
 
 logger = logging.getLogger("vllm.specprefill.handoff")
@@ -53,7 +53,7 @@ class KeeperLink:
         self._lock = threading.Lock()
         self._regions: dict[int, memoryview] = {}  # by offset: what the keeper still refers to
         self._gone = threading.Event()
-        self._progress = None if device is None else Progress(device[0])
+        self._progress = None if device is None else ReadProgress(device[0])
         self._advancing = ExitStack()
         self._readers = 0
         config = KeeperConfig(

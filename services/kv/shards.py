@@ -38,7 +38,7 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ShardSource:
     """The part that a puller takes from one holder: layers and heads are the model's indices."""
 
     rank: int  # of the holder
@@ -46,14 +46,14 @@ class Source:
     heads: Span
 
 
-def sources(rank: int, puller: Split, holder: Split) -> tuple[Source, ...]:
+def sources(rank: int, puller: Split, holder: Split) -> tuple[ShardSource, ...]:
     """Return the holders of the KV for `rank` of `puller`: each layer's heads exactly once."""
     found = []
     for stage, held in enumerate(holder.stages):
         layers = _overlap(puller.layers_of(rank), held)
         if len(layers) > 0:
             found += [
-                Source(stage * holder.tensor + place, layers, heads)
+                ShardSource(stage * holder.tensor + place, layers, heads)
                 for place, heads in _head_sources(rank, puller, holder)
             ]
     return tuple(found)

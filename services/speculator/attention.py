@@ -18,7 +18,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
 from ..core.errors import UnsupportedModel
-from .reading import KvLayout, Reading
+from .reading import DraftKvLayout, Reading
 
 NAME = "specprefill"
 
@@ -114,7 +114,7 @@ class LayoutProbe:
         self.seen[layer] = (scaling, key.shape[1], key.shape[3], value.shape[3])
         return causal_attention(query, key, value, 0, scaling)
 
-    def layout(self, dtype: torch.dtype, device: torch.device) -> KvLayout:
+    def layout(self, dtype: torch.dtype, device: torch.device) -> DraftKvLayout:
         """Return the model's layout. Raises UnsupportedModel unless its layers are alike."""
         if not self.seen:
             raise UnsupportedModel(
@@ -125,7 +125,7 @@ class LayoutProbe:
             raise UnsupportedModel("speculator: the attention layers have keys of different shapes")
         kv_heads, key_dim, value_dim = (sizes[0] for sizes in shapes)
         layers = tuple(self.seen)
-        return KvLayout(layers, scalings, kv_heads, key_dim, value_dim, dtype, device)
+        return DraftKvLayout(layers, scalings, kv_heads, key_dim, value_dim, dtype, device)
 
 
 def attend(

@@ -22,7 +22,7 @@ from ..config import SpeculatorConfig, local_path
 from ..core.errors import UnsupportedModel
 from . import attention
 from .llama import Llama
-from .reading import KvLayout, Reading
+from .reading import DraftKvLayout, Reading
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # a chunk's keys would depend on what follows
 # The names of a model's number of positions.
@@ -36,7 +36,7 @@ class Draft:
     """A causal language model that scores prompts."""
 
     model: PreTrainedModel
-    layout: KvLayout
+    layout: DraftKvLayout
     eos_ids: frozenset[int]
     vocabulary_size: int
     max_positions: int | None  # None: no limit is configured
@@ -95,7 +95,7 @@ def refuse_unsupported_cache(config: PreTrainedConfig) -> None:
         raise UnsupportedModel(f"speculator: rope type {rope_type!r} changes with prompt length")
 
 
-def refuse_unfaithful_attention(model: PreTrainedModel) -> KvLayout:
+def refuse_unfaithful_attention(model: PreTrainedModel) -> DraftKvLayout:
     """Compare a short chunked forward pass with the model's own eager attention.
 
     Catches what a configuration does not tell: soft caps, attention sinks, position biases,
@@ -179,14 +179,14 @@ def _forward(
     )
 
 
-def _probe_layout(model: PreTrainedModel, tokens: Tensor) -> KvLayout:
+def _probe_layout(model: PreTrainedModel, tokens: Tensor) -> DraftKvLayout:
     probe = attention.LayoutProbe()
     model(input_ids=tokens[None], use_cache=False, attending=probe)
     return probe.layout(model.dtype, model.device)
 
 
 def _last_logits(
-    model: PreTrainedModel, tokens: list[int], layout: KvLayout, quick: Llama | None
+    model: PreTrainedModel, tokens: list[int], layout: DraftKvLayout, quick: Llama | None
 ) -> Tensor:
     reading = Reading(tuple(tokens), layout, PROBE_TOKENS)
     read_chunk(model, [(reading, PROBE_CHUNK)], quick)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class KvLayout:
+class DraftKvLayout:
     """The KV layout of one token in a draft model, in every layer alike."""
 
     layers: tuple[int, ...]  # the layers' own numbers, in the order of computation
@@ -51,7 +51,7 @@ class Reading:
     whole prompt's KV at every chunk and every look-ahead step.
     """
 
-    def __init__(self, prompt: tuple[int, ...], layout: KvLayout, capacity: int) -> None:
+    def __init__(self, prompt: tuple[int, ...], layout: DraftKvLayout, capacity: int) -> None:
         self.prompt = prompt
         self.layout = layout
         self.keys = layout.empty(layout.key_dim, capacity)  # after RoPE

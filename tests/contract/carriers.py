@@ -23,10 +23,10 @@ from specprefill.kv.nixl.reads import (
     LANDING_BYTES,
     READ,
     Introduction,
+    MessagePlace,
     NixlClient,
     NixlHandler,
-    Place,
-    Progress,
+    ReadProgress,
     pack,
 )
 from specprefill.kv.object_ref.shared_memory import LocateHandler, SharedMemory
@@ -166,14 +166,14 @@ class Nixl(Carrier):
         return seal(frame, LEASE, self.arena)
 
     def pull_lies(self, messages: Sequence[bytes]) -> list[Frame]:
-        with Progress(self.agent):
+        with ReadProgress(self.agent):
             return super().pull_lies(messages)
 
     def liar(self, messages: Sequence[bytes]) -> grpc.GenericRpcHandler:
         self.told = [self.arena.hold([message]) for message in messages]
-        places = [Place(address_of(held) + self.astray, len(held)) for held in self.told]
+        places = [MessagePlace(address_of(held) + self.astray, len(held)) for held in self.told]
         if places:  # a trailer always comes by itself
-            places[-1] = Place(0, 0, bytes(messages[-1]))
+            places[-1] = MessagePlace(0, 0, bytes(messages[-1]))
         known = Introduction(self.agent.name, self.agent.metadata())
         return Liar(READ, [pack(item) for item in (known, *places)])
 

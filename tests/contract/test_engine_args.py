@@ -118,7 +118,7 @@ def test_choosing_the_replay_for_the_v2_runner_does_not_decide_the_sizes(
         patch.setattr(VllmConfig, "use_v2_model_runner", property(_only_when_asked_by_us))
         args = args_of()
     assert args.max_num_seqs is None
-    assert args.logits_processors == ["specprefill.engine.sparse.replay_v2:ReplayTokens"]
+    assert args.logits_processors == ["specprefill.engine.sparse.replay_v2:ReplayTokensV2"]
     assert sizes(args) == (8192, 1024)
 
 

@@ -25,7 +25,7 @@ def run(tokens, keep, ttft_s):
         first_decode_s=0.02,
         ttft_s=ttft_s,
     )
-    return ttft.Run(tokens, keep, made)
+    return ttft.TtftRun(tokens, keep, made)
 
 
 def test_parameters_are_those_of_the_matrices():
@@ -94,8 +94,8 @@ def test_a_model_folder_has_the_shape_and_the_shipped_tokenizer(root, tmp_path):
 def test_the_gap_is_told_in_units_of_later_gaps_and_beside_the_late_way():
     base = run(8192, 0.1, 1.0).report
     runs = [
-        gap.Run("late", (1.0, 1.05, 1.06, 1.07, 1.08), replace(base, transfer_s=0.02)),
-        gap.Run("early", (1.0, 1.015, 1.025, 1.035, 1.045), replace(base, transfer_s=0.005)),
+        gap.GapRun("late", (1.0, 1.05, 1.06, 1.07, 1.08), replace(base, transfer_s=0.02)),
+        gap.GapRun("early", (1.0, 1.015, 1.025, 1.035, 1.045), replace(base, transfer_s=0.005)),
     ]
     late, early = gap.summary(runs)
     assert (late["way"], late["hidden"]) == ("late", 0.0)

@@ -19,9 +19,9 @@ def model():
 def test_sparse_prefill_sees_original_positions_in_any_chunks(model):
     tokens = torch.arange(40) % 512
     positions = torch.cat([torch.arange(10), torch.arange(100, 130)])
-    whole = gpu.MainModel(model, 64).prefill(tokens, positions)
-    chunked = gpu.MainModel(model, 16).prefill(tokens, positions)
-    packed = gpu.MainModel(model, 64).prefill(tokens, torch.arange(40))
+    whole = gpu.ChunkedPrefill(model, 64).prefill(tokens, positions)
+    chunked = gpu.ChunkedPrefill(model, 16).prefill(tokens, positions)
+    packed = gpu.ChunkedPrefill(model, 64).prefill(tokens, torch.arange(40))
     torch.testing.assert_close(whole, chunked, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(whole, packed, atol=1e-4)
     with torch.inference_mode():

@@ -10,9 +10,9 @@ from loadtest.bench.processes import Used, Watch, between, used
 from specprefill.config import AppConfig
 from specprefill.control.scaling.values import Engines
 from specprefill.control.stages import Curve, StageCurves
-from specprefill.lab.loadtest.outcome import Ending, Outcome, Stream
+from specprefill.lab.loadtest.outcome import RequestEnding, RequestOutcome, Stream
 from specprefill.lab.loadtest.session import Run
-from specprefill.lab.loadtest.statistics import Slo, summarise
+from specprefill.lab.loadtest.statistics import RequestSlo, summarise
 from specprefill.lab.simulation.machine import Machine
 from specprefill.lab.simulation.trace import Trace, poisson
 
@@ -29,7 +29,7 @@ def answer(prompt, kept, *, output=5, wait_s=0.0):
         "queue_s": wait_s, "speculate_s": speculate_s, "prefill_s": prefill_s,
         "transfer_s": 0.004, "first_decode_s": 0.006, "plan": "prune", "reason": "default",
     }  # fmt: skip
-    return Stream(Ending.ANSWERED, "x", arrivals, arrivals[-1], output, prompt, report)
+    return Stream(RequestEnding.ANSWERED, "x", arrivals, arrivals[-1], output, prompt, report)
 
 
 def refused(ending, error):
@@ -38,7 +38,7 @@ def refused(ending, error):
 
 def outcomes(*streams):
     return [
-        Outcome(place, "needles", "default", float(place), 0.0, stream, None)
+        RequestOutcome(place, "needles", "default", float(place), 0.0, stream, None)
         for place, stream in enumerate(streams)
     ]
 
@@ -57,7 +57,7 @@ def test_single_questions_tell_every_stage():
 
 
 def test_a_question_without_an_answer_is_no_calibration():
-    late = calibration.Single(refused(Ending.TIMED_OUT, "504: late"), 0.0)
+    late = calibration.Single(refused(RequestEnding.TIMED_OUT, "504: late"), 0.0)
     with pytest.raises(RuntimeError, match="timed_out: 504: late"):
         calibration.learnt([late], 16, Machine(2.0))
 
@@ -93,7 +93,9 @@ def test_the_simulator_is_given_what_was_really_asked():
     assert trace.output_tokens.tolist() == [5.0, 3.0]
     assert trace.arrivals(keep=0.9).kept_tokens.tolist() == [300.0, 700.0]
     with pytest.raises(RuntimeError, match="request 1: failed: 500: broken"):
-        validation.replayed(outcomes(answer(1000, 300), refused(Ending.FAILED, "500: broken")))
+        validation.replayed(
+            outcomes(answer(1000, 300), refused(RequestEnding.FAILED, "500: broken"))
+        )
 
 
 def test_percentiles_are_compared():
@@ -105,13 +107,13 @@ def test_percentiles_are_compared():
 
 def arm(*streams):
     found = outcomes(*streams)
-    run = Run(tuple(found), summarise("all", found, Slo(ttft_s=1.0)))
-    return burst.Arm(burst.BENDING, run, others=0.0)
+    run = Run(tuple(found), summarise("all", found, RequestSlo(ttft_s=1.0)))
+    return burst.BurstRun(burst.BENDING, run, others=0.0)
 
 
 def test_a_burst_in_numbers():
-    full = refused(Ending.SHED, "429 deadline: the first token would come too late")
-    late = refused(Ending.TIMED_OUT, "504: timeout_s: used up waiting for a turn")
+    full = refused(RequestEnding.SHED, "429 deadline: the first token would come too late")
+    late = refused(RequestEnding.TIMED_OUT, "504: timeout_s: used up waiting for a turn")
     one = arm(answer(1000, 300), answer(1000, 100, wait_s=2.0), full, full, late)
     assert one.shed == {"deadline": 2}
     assert one.queued == 1
@@ -123,9 +125,9 @@ def test_a_burst_in_numbers():
 
 
 def test_a_request_without_a_status_is_lost():
-    gone = refused(Ending.TIMED_OUT, "client: not answered within 60 s")
-    cut = refused(Ending.FAILED, "ServerDisconnectedError: Server disconnected")
-    told = refused(Ending.FAILED, "in the stream: timeout_s: used up")
+    gone = refused(RequestEnding.TIMED_OUT, "client: not answered within 60 s")
+    cut = refused(RequestEnding.FAILED, "ServerDisconnectedError: Server disconnected")
+    told = refused(RequestEnding.FAILED, "in the stream: timeout_s: used up")
     lost = burst.unexplained(outcomes(answer(1000, 300), gone, cut, told))
     assert [line.split(":")[0] for line in lost] == ["request 1", "request 2"]
 

@@ -14,7 +14,7 @@ from specprefill.core.types import Plan, PlanKind, Reason, Span
 from specprefill.lab.evaluation import report
 from specprefill.lab.evaluation.arms import CONTROLS, DENSE, Arm, Chooser, arms_of, control_scores
 from specprefill.lab.evaluation.journal import Journal, OtherSettings
-from specprefill.lab.evaluation.outcomes import Answer
+from specprefill.lab.evaluation.outcomes import ArmAnswer
 from specprefill.lab.evaluation.suite import PROBED_ITEMS, Suite, measure
 from specprefill.lab.evaluation.summary import choices, choices_of_all, rows_of, smallest_enough
 from specprefill.lab.reporting.tables import provenance
@@ -39,7 +39,7 @@ class Told:
         keep = 0.3 if arm.chooser is Chooser.AUTOMATIC else arm.keep
         kept = round(task.prompt_tokens * keep)
         text = text if with_text else None
-        return Answer(text, task.prompt_tokens, kept, reason="asked", gold_kept=keep)
+        return ArmAnswer(text, task.prompt_tokens, kept, reason="asked", gold_kept=keep)
 
 
 def suite(families=("niah_single_1",), items=8, lengths=(400,)):

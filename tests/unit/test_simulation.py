@@ -32,7 +32,7 @@ from specprefill.lab.simulation.trace import (
     read_trace,
     write_trace,
 )
-from specprefill.lab.simulation.world import Failure, World
+from specprefill.lab.simulation.world import ReplicaFailure, World
 
 SECOND_EACH = Engines(
     StageCurves(Curve(1.0), Curve(2.0), Curve(0.25), Curve(0.25)), 0.5, decode_slots=1
@@ -89,16 +89,16 @@ def test_replicas_are_billed_while_they_start_and_help_when_they_are_ready():
 def test_a_replica_that_is_not_wanted_any_more_never_becomes_ready():
     class UpAndDown:
         def target(self, now):
-            from specprefill.lab.simulation.world import Target
+            from specprefill.lab.simulation.world import PoolTarget
 
-            return Target(sizes(prefill=5 if now.seen.now_s < 5.0 else 1))
+            return PoolTarget(sizes(prefill=5 if now.seen.now_s < 5.0 else 1))
 
     outcome = simulate(requests(*[0.0] * 20), WORLD, UpAndDown(), sizes())
     assert outcome.moments.ready[Pool.PREFILL].max() == 1
 
 
 def test_what_a_dead_replica_had_begun_runs_again():
-    world = replace(WORLD, failures=(Failure(2.0, Pool.PREFILL, 1),))
+    world = replace(WORLD, failures=(ReplicaFailure(2.0, Pool.PREFILL, 1),))
     outcome = simulate(requests(0.0), world, Fixed(sizes(prefill=2)), sizes(prefill=2))
     # Its prefill began at 1 s; both replicas' share of it is one half, rounded down: kept.
     assert not np.isnan(outcome.ttft_s[0])
@@ -307,7 +307,7 @@ def test_a_prompt_alone_takes_what_its_curve_says_in_any_number_of_steps():
 
 @pytest.mark.parametrize("machine", [None, Machine(2.0)])
 def test_prompts_of_a_dead_engine_are_prefilled_again(machine):
-    failures = (Failure(0.6, Pool.PREFILL),)
+    failures = (ReplicaFailure(0.6, Pool.PREFILL),)
     world = replace(STEPWISE, failures=failures, machine=machine)
     trace = Trace(np.array([0.0, 0.1, 0.2]), np.array([400.0, 400.0, 200.0]), np.ones(3))
     outcome = simulate(trace, world, Fixed(sizes()), sizes(prefill=2))

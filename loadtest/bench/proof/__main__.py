@@ -21,7 +21,7 @@ from specprefill.lab.reporting.tables import provenance, write_json
 
 from .findings import ROWS, TEXT, Sheet, read
 from .jobs import PARTS, Wave, models_with_weights, named, plan
-from .machine import MAX_TOKENS, Machine, interpret_triton
+from .machine import MAX_TOKENS, ProofMachine, interpret_triton
 from .models import model_folder
 from .parity import VARIANTS
 from .running import LOG, Runner
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run every job, print the tables, write the JSON. 1 if a check failed."""
     args = _options(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    out, machine = args.out.resolve(), Machine(args.cpu)
+    out, machine = args.out.resolve(), ProofMachine(args.cpu)
     if args.part is not None:
         _end(_run_part(args, machine, out))
     for name in (ROWS, TEXT, LOG):
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _conclude(out)
 
 
-def _write_models(waves: Sequence[Wave], machine: Machine) -> None:
+def _write_models(waves: Sequence[Wave], machine: ProofMachine) -> None:
     """Write the models once, before several jobs read them."""
     for name, dtype in sorted(models_with_weights(waves, machine.dtype)):
         model_folder(name, dtype, MAX_TOKENS, weights=True)
@@ -66,7 +66,7 @@ def _conclude(out: Path) -> int:
     return 1 if failed(findings) else 0
 
 
-def _run_part(args: argparse.Namespace, machine: Machine, out: Path) -> int:
+def _run_part(args: argparse.Namespace, machine: ProofMachine, out: Path) -> int:
     """Run one part, in this process."""
     name = args.part if args.variant is None else f"{args.part}:{args.variant}"
     sheet = Sheet(out, name)
@@ -80,7 +80,7 @@ def _run_part(args: argparse.Namespace, machine: Machine, out: Path) -> int:
     return 0
 
 
-def _prove(sheet: Sheet, args: argparse.Namespace, machine: Machine, out: Path) -> None:
+def _prove(sheet: Sheet, args: argparse.Namespace, machine: ProofMachine, out: Path) -> None:
     """Run a part, whose modules its own process alone imports."""
     if args.part == "kernels":
         from . import kernels
@@ -102,7 +102,7 @@ def _prove(sheet: Sheet, args: argparse.Namespace, machine: Machine, out: Path) 
         itl.prove(sheet, machine, args.variant, out)
 
 
-def _prove_parity(sheet: Sheet, variant: str, machine: Machine) -> None:
+def _prove_parity(sheet: Sheet, variant: str, machine: ProofMachine) -> None:
     from . import parity
 
     if VARIANTS[variant].interpreted and interpret_triton() is None:

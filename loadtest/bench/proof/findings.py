@@ -13,7 +13,7 @@ _MARKS = {True: "ok  ", False: "FAIL", None: "    "}
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class ProofFinding:
     """One line of the results."""
 
     part: str
@@ -48,7 +48,7 @@ class Sheet:
 
     def _append(self, what: str, ok: bool | None, values: dict[str, Any]) -> None:
         at_s = round(time.monotonic() - self._started_s, 2)
-        finding = Finding(self._part, what, ok, at_s, values)
+        finding = ProofFinding(self._part, what, ok, at_s, values)
         with (self._out / ROWS).open("a") as file:
             file.write(json.dumps(asdict(finding), default=str) + "\n")
         with (self._out / TEXT).open("a") as file:
@@ -56,12 +56,12 @@ class Sheet:
         print(finding, flush=True)
 
 
-def read(out: Path) -> list[Finding]:
+def read(out: Path) -> list[ProofFinding]:
     """Read every finding so far, in order."""
     path = out / ROWS
     if not path.exists():
         return []
-    return [Finding(**json.loads(line)) for line in path.read_text().splitlines()]
+    return [ProofFinding(**json.loads(line)) for line in path.read_text().splitlines()]
 
 
 def _short(value: Any) -> str:

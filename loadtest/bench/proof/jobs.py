@@ -15,7 +15,7 @@ _TIMED = frozenset({"latency", "itl"})
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class ProofJob:
     """One part in a process of its own."""
 
     part: str
@@ -33,35 +33,35 @@ class Job:
         return self.part in _TIMED
 
 
-Wave = tuple[Job, ...]  # they start together; a timed one measures when the others have ended
+Wave = tuple[ProofJob, ...]  # they start together; a timed one measures when the others have ended
 
 # What matters most, and what takes longest, comes first. An engine takes 45 to 60 s to start
 # on a GPU, five beside each other 90 s; the services of `latency` start one after the other, and
 # fill 60 GB: in 80 GB there is room for five small engines beside them.
 GPU_PLAN: tuple[Wave, ...] = (
     (
-        Job("kernels"),
-        Job("parity", "v2-flash-eager"),
-        Job("parity", "v2-triton-eager-fp32"),
-        Job("parity", "v1-triton-eager-fp32"),
-        Job("handover", "grpc"),
-        Job("latency", limit_s=LATENCY_LIMIT_S),
+        ProofJob("kernels"),
+        ProofJob("parity", "v2-flash-eager"),
+        ProofJob("parity", "v2-triton-eager-fp32"),
+        ProofJob("parity", "v1-triton-eager-fp32"),
+        ProofJob("handover", "grpc"),
+        ProofJob("latency", limit_s=LATENCY_LIMIT_S),
     ),
     (
-        Job("itl", OURS),
-        Job("itl", PLAIN),
-        Job("handover", "grpc+graphs"),
-        Job("handover", "nixl"),
-        Job("parity", "v2-flash-default-decode"),
-        Job("parity", "v2-flash-default-prefill"),
-        Job("parity", "v2-flash-fullgraph"),
-        Job("parity", "v2-triton-fullgraph"),
-        Job("parity", "v1-flash-fullgraph"),
-        Job("parity", "v1-flash-default-prefill"),
+        ProofJob("itl", OURS),
+        ProofJob("itl", PLAIN),
+        ProofJob("handover", "grpc+graphs"),
+        ProofJob("handover", "nixl"),
+        ProofJob("parity", "v2-flash-default-decode"),
+        ProofJob("parity", "v2-flash-default-prefill"),
+        ProofJob("parity", "v2-flash-fullgraph"),
+        ProofJob("parity", "v2-triton-fullgraph"),
+        ProofJob("parity", "v1-flash-fullgraph"),
+        ProofJob("parity", "v1-flash-default-prefill"),
     ),
 )
 CPU_PLAN: tuple[Wave, ...] = tuple(
-    (Job(part, variant, CPU_LIMIT_S),)
+    (ProofJob(part, variant, CPU_LIMIT_S),)
     for part, variant in (
         ("kernels", None),
         ("parity", "cpu-v1"),
@@ -74,7 +74,7 @@ CPU_PLAN: tuple[Wave, ...] = tuple(
     )
 )
 SHORT_PLAN: tuple[Wave, ...] = (
-    (Job("parity", "cpu-v1", CPU_LIMIT_S), Job("latency", "short", CPU_LIMIT_S)),
+    (ProofJob("parity", "cpu-v1", CPU_LIMIT_S), ProofJob("latency", "short", CPU_LIMIT_S)),
 )
 
 
@@ -93,7 +93,7 @@ def named(names: Iterable[str], *, cpu: bool) -> tuple[Wave, ...]:
         if name not in known:
             raise ValueError(f"--parts: {name!r} is none of {', '.join(sorted(known))}")
         limit_s = CPU_LIMIT_S if cpu else known[name].limit_s
-        waves.append((Job(known[name].part, known[name].variant, limit_s),))
+        waves.append((ProofJob(known[name].part, known[name].variant, limit_s),))
     return tuple(waves)
 
 

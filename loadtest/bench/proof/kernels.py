@@ -10,10 +10,10 @@ import transformers
 from torch import Tensor
 
 from .findings import Sheet
-from .machine import Machine
+from .machine import ProofMachine
 
 
-def prove(sheet: Sheet, machine: Machine) -> None:
+def prove(sheet: Sheet, machine: ProofMachine) -> None:
     """Check the versions, the device, and the kernels that a dense Llama needs."""
     started_s = time.monotonic()
     import vllm

@@ -16,7 +16,7 @@ from specprefill.core.types import Plan, PlanKind, Reason, Request, whole
 
 from .. import gap
 from .findings import Sheet
-from .machine import Machine, alone, links, main_model
+from .machine import ProofMachine, alone, links, main_model
 from .models import MODELS, kv_bytes_per_token, model_folder
 from .prompts import prompt, wire
 
@@ -31,7 +31,7 @@ GROWTH = 1.5  # a round takes its tokens to this power: linear hand-overs, quadr
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class LatencySizes:
     """Sizes of the models and prompts."""
 
     main: str
@@ -46,9 +46,9 @@ class Sizes:
         return self.lengths[-1] + 1024
 
 
-GPU = Sizes("8b", "1b", 8192, (8192, 32768, 65536), (3, 2, 1))
-CPU = Sizes("cpu-main", "cpu-draft", 1024, (1024, 2048), (1, 1))
-SHORT = Sizes("cpu-main", "cpu-draft", 1024, (1024,), (1,))
+GPU = LatencySizes("8b", "1b", 8192, (8192, 32768, 65536), (3, 2, 1))
+CPU = LatencySizes("cpu-main", "cpu-draft", 1024, (1024, 2048), (1, 1))
+SHORT = LatencySizes("cpu-main", "cpu-draft", 1024, (1024,), (1,))
 
 
 @dataclass(slots=True)
@@ -56,8 +56,8 @@ class Round:
     """Times of one length's prompts, by plan, in the order they were run."""
 
     one_engine_s: list[float] = field(default_factory=list)  # dense, nothing handed over
-    plans: dict[str, list[gap.Run]] = field(default_factory=dict)
-    late: list[gap.Run] = field(default_factory=list)  # dense, pulled after the first token
+    plans: dict[str, list[gap.GapRun]] = field(default_factory=dict)
+    late: list[gap.GapRun] = field(default_factory=list)  # dense, pulled after the first token
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +65,8 @@ class Bench:
     """The pipeline that is measured."""
 
     pipeline: Pipeline
-    machine: Machine
-    sizes: Sizes
+    machine: ProofMachine
+    sizes: LatencySizes
 
     async def run(self, length: int, seed: int, into: Round) -> None:
         """Run every plan once, each with a prompt of its own."""
@@ -98,7 +98,7 @@ class Bench:
         return Request(request_id, tokens, wire(max_tokens=output_tokens), plan=plan)
 
 
-def prove(sheet: Sheet, machine: Machine, name: str | None, out: Path, limit_s: float) -> None:
+def prove(sheet: Sheet, machine: ProofMachine, name: str | None, out: Path, limit_s: float) -> None:
     """Start the three services once; then every length, dense and pruned in turns."""
     stop_s = time.monotonic() + limit_s
     sizes = GPU if not machine.cpu else SHORT if name == "short" else CPU
@@ -106,7 +106,7 @@ def prove(sheet: Sheet, machine: Machine, name: str | None, out: Path, limit_s: 
 
 
 async def _measure(
-    sheet: Sheet, machine: Machine, sizes: Sizes, out: Path, left_s: Callable[[], float]
+    sheet: Sheet, machine: ProofMachine, sizes: LatencySizes, out: Path, left_s: Callable[[], float]
 ) -> None:
     from ..pools import local_pipeline
 
@@ -165,7 +165,7 @@ def report(sheet: Sheet, bench: Bench, length: int, found: Round) -> None:
 
 
 def _row(
-    runs: Sequence[gap.Run], length: int, one_engine_s: float, dense_s: float
+    runs: Sequence[gap.GapRun], length: int, one_engine_s: float, dense_s: float
 ) -> dict[str, Any]:
     """Return medians. `overhead_s` is the part of the first token's time outside every stage."""
     stages = {name: median(getattr(run.report, name) for run in runs) for name in STAGES}
@@ -185,11 +185,11 @@ def _row(
     }
 
 
-def _median(runs: Sequence[gap.Run], value: Callable[[gap.Run], float]) -> float:
+def _median(runs: Sequence[gap.GapRun], value: Callable[[gap.GapRun], float]) -> float:
     return median(value(run) for run in runs)
 
 
-def configuration(machine: Machine, sizes: Sizes) -> AppConfig:
+def configuration(machine: ProofMachine, sizes: LatencySizes) -> AppConfig:
     """Configure three services on one device, with nothing cached between runs.
 
     Eager is fair to long prefills, which run without graphs anyway, and starts sooner.

@@ -42,7 +42,7 @@ _INTERPRETER = Path("tests/integration/interpreter")
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class ProofMachine:
     """One GPU, or a CPU on which times mean nothing."""
 
     cpu: bool

@@ -30,7 +30,7 @@ CASES: dict[str, tuple[int, tuple[Span, ...]]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class PromptCase:
     """A prompt, and the kept part of it."""
 
     name: str
@@ -47,10 +47,12 @@ class Job:
         return Request(self.name, self.prompt, wire(**sampling), timeout_s=120.0)
 
 
-def jobs(seed: int, vocabulary: int, names: Sequence[str] = tuple(CASES)) -> list[Job]:
+def jobs(seed: int, vocabulary: int, names: Sequence[str] = tuple(CASES)) -> list[PromptCase]:
     """Return every case once, with prompts that no other seed has."""
     return [
-        Job(f"{name}-{seed}", prompt(CASES[name][0], f"{name}{seed}", vocabulary), kept(name))
+        PromptCase(
+            f"{name}-{seed}", prompt(CASES[name][0], f"{name}{seed}", vocabulary), kept(name)
+        )
         for name in names
     ]
 

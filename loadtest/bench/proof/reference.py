@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
 from .findings import Sheet
-from .prompts import Job
+from .prompts import PromptCase
 
 # How far a token may be off the reference's best, in logits; log-probabilities likewise.
 # Sixteen bits move near ties; wrong positions are off by 5 and more.
@@ -21,16 +21,16 @@ Logprobs = Sequence[Mapping[int, float]]  # per output token: some candidates'
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class GreedyAnswer:
     """An engine's greedy answer to a job."""
 
-    job: Job
+    job: PromptCase
     tokens: list[int]
     logprobs: Logprobs
 
 
 @dataclass(frozen=True, slots=True)
-class Distance:
+class LogitDistance:
     """The distance of an answer from the reference, which is fed the answer's own tokens."""
 
     best: int  # tokens that are the reference's best
@@ -52,7 +52,7 @@ class Reference:
         self._model = model.to(device).eval()
         self._device = device
 
-    def distance(self, answered: Answered, *, contiguous: bool = False) -> Distance:
+    def distance(self, answered: GreedyAnswer, *, contiguous: bool = False) -> LogitDistance:
         """Return the distance of one answer. `contiguous`: as if slots were positions."""
         logits = self._logits(answered.job, answered.tokens, contiguous)
         tokens = torch.tensor(answered.tokens, device=self._device)
@@ -63,14 +63,14 @@ class Reference:
             for row, step in enumerate(answered.logprobs)
             for token, value in step.items()
         ]
-        return Distance(
+        return LogitDistance(
             best=int((logits.argmax(dim=1) == tokens).sum()),
             of=len(answered.tokens),
             logit_gap=float((logits.max(dim=1).values - chosen).max()),
             logprob_gap=max(gaps, default=0.0),
         )
 
-    def _logits(self, job: Job, answer: Sequence[int], contiguous: bool) -> Tensor:
+    def _logits(self, job: PromptCase, answer: Sequence[int], contiguous: bool) -> Tensor:
         """Return `[answer, vocabulary]`: the logits before each of its tokens."""
         kept = job.positions.kept.tolist()
         ids = [job.prompt[place] for place in kept] + list(answer[:-1])
@@ -90,7 +90,7 @@ class Reference:
 
 
 def compare(
-    sheet: Sheet, what: str, reference: Reference, answers: Iterable[Answered], dtype: str
+    sheet: Sheet, what: str, reference: Reference, answers: Iterable[GreedyAnswer], dtype: str
 ) -> None:
     """Check that every answer is within the tolerance; list those that are not."""
     tolerance = TOLERANCE[dtype]
@@ -110,7 +110,7 @@ def compare(
 
 
 def check_that_it_can_fail(
-    sheet: Sheet, reference: Reference, answered: Answered, dtype: str
+    sheet: Sheet, reference: Reference, answered: GreedyAnswer, dtype: str
 ) -> None:
     """Check that the same comparison fails at contiguous positions."""
     wrong = reference.distance(answered, contiguous=True)

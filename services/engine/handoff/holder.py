@@ -9,7 +9,7 @@ from ...kv.keeper_link import KeeperLink
 from .caches import Caches
 from .device import Device
 from .device_memory import register_device_memory
-from .orders import Endpoint, HandoffConfig, Orders, Stage
+from .orders import HandoffConfig, KvEndpoint, Orders, Stage
 from .staging import Stager
 
 
@@ -38,10 +38,10 @@ class Holder:
             memory = torch.from_numpy(self._keeper.memory)
             device.page_lock(memory)
         self._stager = Stager(device, caches, self._keeper, config.staging_bytes, memory)
-        self._endpoint = Endpoint(self._keeper.address, caches.fingerprint)
+        self._endpoint = KvEndpoint(self._keeper.address, caches.fingerprint)
 
     @property
-    def endpoint(self) -> Endpoint:
+    def endpoint(self) -> KvEndpoint:
         """Address of this worker's KV port, and the layout of the KV that it serves."""
         return self._endpoint
 

@@ -33,7 +33,7 @@ class HandoffConfig:
 
 
 @dataclass
-class Endpoint(KVConnectorHandshakeMetadata):  # type: ignore[misc]
+class KvEndpoint(KVConnectorHandshakeMetadata):  # type: ignore[misc]
     """A prefill worker's address, and the layout of what it serves."""
 
     address: str

@@ -21,7 +21,7 @@ from ...kv.nixl.agent import NixlAgent
 from ...kv.nixl.arena import Arena
 from ...kv.nixl.reads import LANDING_BYTES, NixlClient
 from ...kv.pull import KvClient
-from ...kv.shards import Source, Split, sources
+from ...kv.shards import ShardSource, Split, sources
 from ...kv.tls import MutualTls
 from .caches import Caches
 from .device import CopyEvent, CopyStream, Device
@@ -51,7 +51,7 @@ class _Arrival:
     """One lease's KV on its way into a request's blocks."""
 
     order: Pull
-    source: Source
+    source: ShardSource
     stream: CopyStream
     blocks: torch.Tensor
     stops: dict[int, int] = field(default_factory=dict)  # by layer: tokens before it are there

@@ -9,7 +9,7 @@ from typing import Any
 from vllm.v1.request import Request, RequestStatus
 
 from .block_hashes import PositionHasher
-from .orders import Endpoint, Orders, Pull, PullTimes, Stage
+from .orders import KvEndpoint, Orders, Pull, PullTimes, Stage
 
 PRODUCE = "produce"  # in kv_transfer_params: stage this request under the lease it names
 CONSUME = "consume"  # in kv_transfer_params: pull the ticket it holds
@@ -38,14 +38,14 @@ class SchedulerHalf:
         self._hash_algorithm = hash_algorithm
         self._producer = producer
         self._hasher: PositionHasher | None = None
-        self._endpoints: list[Endpoint] = []
+        self._endpoints: list[KvEndpoint] = []
         self._produced: dict[str, _Produced] = {}
         self._consumed: dict[str, _Consumed] = {}
         self._pulls: dict[str, Pull] = {}
         self._drops: list[tuple[str, str]] = []
         self._issued: list[str] = []
 
-    def set_peers(self, endpoints: list[Endpoint]) -> None:
+    def set_peers(self, endpoints: list[KvEndpoint]) -> None:
         """Set the addresses of this engine's workers, by rank."""
         self._endpoints = endpoints
 

@@ -19,7 +19,7 @@ from .caches import Caches
 from .device import device_of
 from .holder import Holder
 from .layout import fingerprint, layout_of
-from .orders import Endpoint, HandoffConfig, Orders, PullTimes
+from .orders import HandoffConfig, KvEndpoint, Orders, PullTimes
 from .puller import Puller, WorkerPlace
 from .split import own_split, peer_split, worker_rank
 
@@ -70,7 +70,7 @@ class WorkerHalf:
             return None
         return agent_for(self._config.carrier, encrypted=self._tls is not None)
 
-    def endpoint(self) -> Endpoint | None:
+    def endpoint(self) -> KvEndpoint | None:
         """Return the endpoint of this worker's leases; None on the decode side."""
         return None if self._holder is None else self._holder.endpoint
 

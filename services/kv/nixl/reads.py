@@ -47,7 +47,7 @@ class Introduction:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class MessagePlace:
     """One message: its place, or its bytes if it is not in registered memory."""
 
     address: int
@@ -55,13 +55,13 @@ class Place:
     inline: bytes = b""
 
 
-def pack(item: Introduction | Place) -> bytes:
+def pack(item: Introduction | MessagePlace) -> bytes:
     """Pack the place as an item of the stream."""
     packed: bytes = msgpack.packb(astuple(item))
     return packed
 
 
-def unpack(item: bytes) -> Introduction | Place:
+def unpack(item: bytes) -> Introduction | MessagePlace:
     """Invert `pack`. Raises CorruptFrame."""
     try:
         fields = msgpack.unpackb(item)
@@ -71,7 +71,7 @@ def unpack(item: bytes) -> Introduction | Place:
     if kinds == [str, bytes]:
         return Introduction(*fields)
     if kinds == [int, int, bytes]:
-        return Place(*fields)
+        return MessagePlace(*fields)
     raise CorruptFrame("read: an item is neither an introduction nor a place")
 
 
@@ -94,7 +94,7 @@ class NixlHandler(grpc.GenericRpcHandler):
         self._fingerprint = fingerprint
         self._agent = agent
         self._arena = arena  # registered with the agent
-        self._progress = Progress(agent)
+        self._progress = ReadProgress(agent)
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
         """See grpc.GenericRpcHandler."""
@@ -124,15 +124,15 @@ class NixlHandler(grpc.GenericRpcHandler):
                 lent.append(message)
                 yield pack(self._place(message))
         end = make_trailer(self._leases, query.lease_id, len(lent))
-        yield pack(Place(0, 0, encode(end, query.lease_id)))
+        yield pack(MessagePlace(0, 0, encode(end, query.lease_id)))
 
-    def _place(self, message: bytes | memoryview) -> Place:
+    def _place(self, message: bytes | memoryview) -> MessagePlace:
         if self._arena.holds(message):
-            return Place(address_of(message), len(message))
-        return Place(0, 0, bytes(message))
+            return MessagePlace(address_of(message), len(message))
+        return MessagePlace(0, 0, bytes(message))
 
 
-class Progress:
+class ReadProgress:
     """Advances an agent while anybody reads from it, and costs nothing else."""
 
     def __init__(self, agent: NixlAgent) -> None:
@@ -236,7 +236,7 @@ class NixlPull:
                 yield decode(self._await_payload(self._reads.popleft()), self._lease_id)
         # The trailer is inline, so nothing is under way behind it.
 
-    def _begin(self, peer: str, place: Place) -> NixlRead | bytes:
+    def _begin(self, peer: str, place: MessagePlace) -> NixlRead | bytes:
         if not place.size:
             return place.inline
         into = self._landing.take(place.size)

@@ -161,7 +161,7 @@ class KvRelay:
         self._lock = threading.Lock()
         self._server = grpc.server(
             futures.ThreadPoolExecutor(threads, thread_name_prefix="kv-relay"),
-            handlers=[_Handler(self)],
+            handlers=[_RelayHandler(self)],
             options=OPTIONS,
         )
         self._address = ""
@@ -203,7 +203,7 @@ class KvRelay:
             yield from part_of(offer.kv, query)
 
 
-class _Handler(grpc.GenericRpcHandler):
+class _RelayHandler(grpc.GenericRpcHandler):
     def __init__(self, relay: KvRelay) -> None:
         self._relay = relay
 

@@ -18,7 +18,7 @@ from ..families.dialogue import NONCE_DIGITS
 from ..families.task import Conversation, Task
 from ..families.words import number
 from .arms import Arm, Chooser
-from .outcomes import Answer
+from .outcomes import ArmAnswer
 
 WARM_UP_TOKENS = 1
 
@@ -36,12 +36,12 @@ class Endpoint:
 
     def answers(
         self, task: Task, arms: Sequence[Arm], rng: random.Random, *, with_text: bool
-    ) -> list[Answer]:
+    ) -> list[ArmAnswer]:
         """Ask for each arm. Raises CallFailed, and ValueError for an arm that no endpoint knows."""
         del rng
         return [self._answer(task, arm, with_text=with_text) for arm in arms]
 
-    def _answer(self, task: Task, arm: Arm, *, with_text: bool) -> Answer:
+    def _answer(self, task: Task, arm: Arm, *, with_text: bool) -> ArmAnswer:
         if arm.chooser not in (Chooser.SPECULATOR, Chooser.AUTOMATIC):
             raise ValueError(f"{arm.name}: an endpoint does not take positions; leave it out")
         for conversation in task.before:
@@ -77,10 +77,10 @@ class Endpoint:
         return replace(asked, keep=arm.keep)
 
 
-def _read(reply: Mapping[str, Any], *, with_text: bool) -> Answer:
+def _read(reply: Mapping[str, Any], *, with_text: bool) -> ArmAnswer:
     usage, report = reply["usage"], reply.get("specprefill") or {}
     details = usage.get("prompt_tokens_details") or {}
-    return Answer(
+    return ArmAnswer(
         text=_text(reply["choices"][0]["message"]) if with_text else None,
         prompt_tokens=usage["prompt_tokens"],
         kept_tokens=report.get("kept_tokens", usage["prompt_tokens"]),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from .outcomes import Outcome
+from .outcomes import ArmOutcome
 
 Place = tuple[str, int, int]  # family, length and seed: one prompt
 Settings = Mapping[str, str]  # what two runs must have in common for one to go on with the other
@@ -23,7 +23,7 @@ class OtherSettings(Exception):
 class Journal:
     """The outcomes of every prompt that is done. Made by `create` or `resume`."""
 
-    def __init__(self, path: Path, found: dict[Place, list[Outcome]]) -> None:
+    def __init__(self, path: Path, found: dict[Place, list[ArmOutcome]]) -> None:
         self.path = path
         self._found = found
 
@@ -50,11 +50,11 @@ class Journal:
         """Return the number of prompts that are done."""
         return len(self._found)
 
-    def find(self, place: Place) -> list[Outcome] | None:
+    def find(self, place: Place) -> list[ArmOutcome] | None:
         """Return all arms of one prompt, where it is done."""
         return self._found.get(place)
 
-    def add(self, outcomes: Sequence[Outcome]) -> None:
+    def add(self, outcomes: Sequence[ArmOutcome]) -> None:
         """Write a prompt's outcomes, all arms of it, before this returns."""
         place = _place(outcomes)
         if self._found.get(place) == list(outcomes):
@@ -64,12 +64,12 @@ class Journal:
             file.write(msgspec.json.encode(outcomes) + b"\n")
 
 
-def _read(lines: Sequence[bytes]) -> Iterator[tuple[Place, list[Outcome]]]:
+def _read(lines: Sequence[bytes]) -> Iterator[tuple[Place, list[ArmOutcome]]]:
     for line in lines:
-        outcomes = msgspec.json.decode(line, type=list[Outcome])
+        outcomes = msgspec.json.decode(line, type=list[ArmOutcome])
         yield _place(outcomes), outcomes
 
 
-def _place(outcomes: Sequence[Outcome]) -> Place:
+def _place(outcomes: Sequence[ArmOutcome]) -> Place:
     first = outcomes[0]
     return first.family, first.length, first.seed

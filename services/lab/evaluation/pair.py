@@ -21,12 +21,12 @@ from ...speculator.scorer import Scorer, load_scorer
 from ..families.task import Task
 from .arms import CONTROLS, Arm, Chooser, control_scores
 from .greedy import greedy
-from .outcomes import Answer
-from .prompts import Prompt, Renderer, gold_kept
+from .outcomes import ArmAnswer
+from .prompts import RenderedTask, Renderer, gold_kept
 
 
 @dataclass(frozen=True, slots=True)
-class Answerer:
+class MainModelAnswerer:
     """The main model, answering by itself."""
 
     model: PreTrainedModel
@@ -34,7 +34,7 @@ class Answerer:
     tokenizer: PreTrainedTokenizerBase
 
     def texts(
-        self, prompt: Prompt, kept: Sequence[tuple[Span, ...]], max_tokens: int
+        self, prompt: RenderedTask, kept: Sequence[tuple[Span, ...]], max_tokens: int
     ) -> dict[tuple[Span, ...], str]:
         """Return the answers to each of these parts of the prompt."""
         parts = list(dict.fromkeys(kept))
@@ -52,12 +52,12 @@ class Pair:
     policy: SelectionPolicy
     automatic: Plan
     speculator: Scorer
-    answerer: Answerer | None  # None: gold survival only
+    answerer: MainModelAnswerer | None  # None: gold survival only
     own_scorer: Scorer | None  # the main model as its own speculator; None: no ceiling
 
     def answers(
         self, task: Task, arms: Sequence[Arm], rng: random.Random, *, with_text: bool
-    ) -> list[Answer]:
+    ) -> list[ArmAnswer]:
         """Answer for each arm; equal selections are answered once. `before` makes no difference."""
         prompt = self.renderer.prompt(task)
         selections = [dense(len(prompt.ids), Reason.KEEP_IS_ONE)] * len(arms)
@@ -69,7 +69,7 @@ class Pair:
             kept = [selection.runs for selection in selections]
             texts = self.answerer.texts(prompt, kept, task.max_tokens)
         return [
-            Answer(
+            ArmAnswer(
                 text=texts.get(selection.runs),
                 prompt_tokens=len(prompt.ids),
                 kept_tokens=selection.kept_tokens,
@@ -80,7 +80,7 @@ class Pair:
         ]
 
     def _selection(
-        self, arm: Arm, prompt: Prompt, rating: Rating | Reason, rng: random.Random
+        self, arm: Arm, prompt: RenderedTask, rating: Rating | Reason, rng: random.Random
     ) -> Selection:
         """Return what the arm keeps: all of a prompt that its speculator refuses, as the service.
 
@@ -143,7 +143,7 @@ def load_pair(
 
 def load_answerer(
     path: str, like: SpeculatorConfig, tokenizer: PreTrainedTokenizerBase
-) -> Answerer:
+) -> MainModelAnswerer:
     """Load the main model on the speculator's device and in its dtype."""
     model = AutoModelForCausalLM.from_pretrained(local_path(path), dtype=like.dtype).eval()
     if like.device == "cuda":
@@ -151,7 +151,7 @@ def load_answerer(
     ids = model.generation_config.eos_token_id
     ids = model.config.eos_token_id if ids is None else ids
     eos_ids = frozenset(() if ids is None else [ids] if isinstance(ids, int) else ids)
-    return Answerer(model, eos_ids, tokenizer)
+    return MainModelAnswerer(model, eos_ids, tokenizer)
 
 
 def _positions(runs: Sequence[Span]) -> list[int]:

@@ -14,7 +14,7 @@ from ..families.task import Task
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class RenderedTask:
     """A rendered task."""
 
     ids: tuple[int, ...]
@@ -30,7 +30,7 @@ class Renderer:
         self._offsets = PromptOffsets(tokenizer)
         self._tail_tokens = tail_tokens
 
-    def prompt(self, task: Task) -> Prompt:
+    def prompt(self, task: Task) -> RenderedTask:
         """Render a task. Raises ValueError for a tokenizer without character offsets."""
         text = render(task.messages, task.tools, self.tokenizer)
         ids = tuple(self.tokenizer.encode(text, add_special_tokens=False))
@@ -44,14 +44,14 @@ class Renderer:
             [i for i, (left, right) in enumerate(offsets) if left < stop and right > start]
             for start, stop in places
         ]
-        return Prompt(
+        return RenderedTask(
             ids=ids,
             protected=merged(special + spans),
             gold=tuple(Span(tokens[0], tokens[-1] + 1) for tokens in gold),
         )
 
 
-def gold_kept(prompt: Prompt, selection: Selection) -> float | None:
+def gold_kept(prompt: RenderedTask, selection: Selection) -> float | None:
     """Return the share of gold spans that are kept whole; None where nothing is gold."""
     if not prompt.gold:
         return None

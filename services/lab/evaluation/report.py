@@ -34,7 +34,7 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class EvaluationReport:
     """Everything that is printed and written."""
 
     suite: Suite
@@ -202,18 +202,18 @@ class Report:
         return [*ours, *others]
 
 
-def report_of(measured: Measured, suite: Suite, subject: Mapping[str, str]) -> Report:
+def report_of(measured: Measured, suite: Suite, subject: Mapping[str, str]) -> EvaluationReport:
     """Summarise what was measured."""
-    return Report(suite, measured, tuple(rows_of(measured, suite)), subject)
+    return EvaluationReport(suite, measured, tuple(rows_of(measured, suite)), subject)
 
 
-def text(report: Report) -> str:
+def text(report: EvaluationReport) -> str:
     """Return all tables and notes in Markdown."""
     notes = "".join(f"- {line}\n" for line in report.notes())
     return "\n".join([each.as_markdown() for each in report.tables()] + [notes])
 
 
-def write(report: Report, origin: Provenance, folder: Path) -> tuple[Path, Path]:
+def write(report: EvaluationReport, origin: Provenance, folder: Path) -> tuple[Path, Path]:
     """Write `eval.json` and `eval.html`."""
     paths = folder / f"{NAME}.json", folder / f"{NAME}.html"
     write_json(paths[0], origin, as_json(report))
@@ -228,7 +228,7 @@ def write(report: Report, origin: Provenance, folder: Path) -> tuple[Path, Path]
     return paths
 
 
-def write_document(report: Report, origin: Provenance, path: Path) -> None:
+def write_document(report: EvaluationReport, origin: Provenance, path: Path) -> None:
     """Write the tables as a page of the documentation, with the command that made it."""
     subject = "".join(f"- {name}: {value}\n" for name, value in report.subject.items())
     versions = ", ".join(f"{name} {value}" for name, value in origin.versions.items())
@@ -241,7 +241,7 @@ def write_document(report: Report, origin: Provenance, path: Path) -> None:
     )
 
 
-def as_json(report: Report) -> dict[str, Any]:
+def as_json(report: EvaluationReport) -> dict[str, Any]:
     """Return cells and every single outcome."""
     return {
         "subject": dict(report.subject),
@@ -253,7 +253,7 @@ def as_json(report: Report) -> dict[str, Any]:
     }
 
 
-def plots(report: Report) -> list[str]:
+def plots(report: EvaluationReport) -> list[str]:
     """Plot by length: answers retained and gold survival against the keep rate, and controls."""
     made = []
     for length in report.suite.lengths:
@@ -283,7 +283,7 @@ def _curve(row: Row, value: Callable[[Cell], Interval | None]) -> Line | None:
     return Line(row.family, kept, values, low, high)
 
 
-def _control_bars(report: Report, rows: Sequence[Row], length: int) -> list[str]:
+def _control_bars(report: EvaluationReport, rows: Sequence[Row], length: int) -> list[str]:
     places = report._compared()
     answered = [row for row in rows if row.answered]
     if not answered or len(places) < 2:

@@ -15,7 +15,7 @@ from ..families.fitting import TaskTokenizer
 from ..families.task import Task
 from .arms import DENSE, Arm
 from .journal import Journal
-from .outcomes import Answer, Outcome, judged
+from .outcomes import ArmAnswer, ArmOutcome, judged
 
 PROBED_ITEMS = 6  # answered dense, to see whether a family is beyond the model
 
@@ -25,7 +25,7 @@ class Backend(Protocol):
 
     def answers(
         self, task: Task, arms: Sequence[Arm], rng: random.Random, *, with_text: bool
-    ) -> list[Answer]:
+    ) -> list[ArmAnswer]:
         """Return one answer per arm, in order; without text, only the kept share is set."""
         ...
 
@@ -53,7 +53,7 @@ class Suite:
 class Measured:
     """The results of a suite."""
 
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[ArmOutcome, ...]
     too_short: tuple[tuple[str, int], ...]  # family and length that cannot hold its facts
     beyond_model: tuple[tuple[str, int], ...]  # answered for PROBED_ITEMS prompts only
 
@@ -70,14 +70,14 @@ def measure(
     journal: Journal,
 ) -> Measured:
     """Run the whole suite, `workers` prompts at a time, except those that the journal has."""
-    outcomes: list[Outcome] = []
+    outcomes: list[ArmOutcome] = []
     too_short: list[tuple[str, int]] = []
     beyond: list[tuple[str, int]] = []
     done = 0
     with ThreadPoolExecutor(workers) as pool:
         for family, length in product(suite.families, suite.lengths):
             place = _Place(suite, backend, tokenizer, journal, family, length)
-            found: list[Outcome] = []
+            found: list[ArmOutcome] = []
             try:
                 with closing(place.run(pool)) as prompts:  # interrupted: the rest is not asked
                     for item, some in enumerate(prompts, start=1):
@@ -109,7 +109,7 @@ class _Place:
     family: str
     length: int
 
-    def run(self, pool: ThreadPoolExecutor) -> Generator[list[Outcome]]:
+    def run(self, pool: ThreadPoolExecutor) -> Generator[list[ArmOutcome]]:
         """Yield the outcomes of one prompt after the other. Raises TooShort."""
         probed = self._probed(pool) if self.suite.answered else {}
         answered = self.suite.answered and not _is_beyond(
@@ -118,22 +118,24 @@ class _Place:
         items = range(self.suite.items)
         yield from pool.map(lambda item: self._prompt(item, probed, answered=answered), items)
 
-    def _probed(self, pool: ThreadPoolExecutor) -> dict[int, Outcome]:
+    def _probed(self, pool: ThreadPoolExecutor) -> dict[int, ArmOutcome]:
         """Ask the dense arm for the first prompts; return outcomes by seed."""
         items = range(min(PROBED_ITEMS, self.suite.items))
         return {one.seed: one for one in pool.map(self._probe, items)}
 
-    def _probe(self, item: int) -> Outcome:
+    def _probe(self, item: int) -> ArmOutcome:
         """Ask the dense arm for one prompt."""
         for outcome in self._journaled(item):
             if outcome.arm == DENSE and outcome.score is not None:
                 return outcome
         return self._asked(item, (DENSE,), answered=True)[0]
 
-    def _journaled(self, item: int) -> list[Outcome]:
+    def _journaled(self, item: int) -> list[ArmOutcome]:
         return self.journal.find((self.family, self.length, self._seed(item))) or []
 
-    def _prompt(self, item: int, probed: Mapping[int, Outcome], *, answered: bool) -> list[Outcome]:
+    def _prompt(
+        self, item: int, probed: Mapping[int, ArmOutcome], *, answered: bool
+    ) -> list[ArmOutcome]:
         """Ask all arms, except those that the journal has or the probe has answered."""
         done = self._journaled(item)
         if done and not (answered and any(one.score is None for one in done)):
@@ -147,7 +149,7 @@ class _Place:
     def _seed(self, item: int) -> int:
         return self.suite.seed * 1_000_000 + item
 
-    def _asked(self, item: int, arms: tuple[Arm, ...], *, answered: bool) -> list[Outcome]:
+    def _asked(self, item: int, arms: tuple[Arm, ...], *, answered: bool) -> list[ArmOutcome]:
         """Ask for some arms. Raises TooShort."""
         seed = self._seed(item)
         try:
@@ -162,7 +164,7 @@ class _Place:
         ]
 
 
-def _is_beyond(outcomes: Sequence[Outcome], least_dense: float) -> bool:
+def _is_beyond(outcomes: Sequence[ArmOutcome], least_dense: float) -> bool:
     """Return True if the dense answers are too poor for pruning to lose anything."""
     dense = [each.score for each in outcomes if each.arm == DENSE and each.score is not None]
     return len(dense) > 0 and sum(dense) / len(dense) < least_dense

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .arms import Arm, Chooser
-from .outcomes import Cell, Outcome, cell
+from .outcomes import ArmOutcome, Cell, cell
 from .suite import Measured, Suite
 
 ENOUGH = 0.95  # of the dense score, in every family
@@ -58,7 +58,7 @@ def rows_of(measured: Measured, suite: Suite) -> list[Row]:
     return rows
 
 
-def pooled(outcomes: Sequence[Outcome], suite: Suite) -> list[Cell]:
+def pooled(outcomes: Sequence[ArmOutcome], suite: Suite) -> list[Cell]:
     """Return one cell per arm over the given outcomes; prompts of one seed are one cluster."""
     return [cell(outcomes, arm, suite.seed) for arm in suite.arms]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...synthetic import corpus
 from . import words
-from .task import Draft, Order
+from .task import Order, TaskDraft
 
 RESULTS = 3
 SCHEMAS = 12
@@ -18,7 +18,7 @@ VERBS = ("open", "lock", "move", "paint", "repair", "sell", "ship", "clean", "pa
 SEARCH = "search_log"
 
 
-def tool_call(order: Order) -> Draft:
+def tool_call(order: Order) -> TaskDraft:
     """Put results of `order.units` sentences in three tool turns; the last turn asks for a call.
 
     A rendered tool name differs between chat templates, so the gold is the argument's source.
@@ -45,7 +45,7 @@ def tool_call(order: Order) -> Draft:
     wish = f"Now {verb} the {thing} with the {asked.field} of {asked.key}."
     messages.append({"role": "user", "content": wish})
     expected = {"name": name, "arguments": {"number": asked.value}}
-    return Draft(
+    return TaskDraft(
         messages=tuple(messages),
         references=(json.dumps(expected),),
         gold=(corpus.reply(asked),),

@@ -9,7 +9,7 @@ from ...synthetic.needles import needle_prompt
 from . import calls, copying, dialogue, frequency, lookup, notices, passages, tracking
 from .fitting import TaskTokenizer, fitted
 from .niah import Haystack, Kind, Niah
-from .task import Draft, Order, Scoring, Task
+from .task import Order, Scoring, Task, TaskDraft
 
 NEEDLES = "needles"
 _NEEDLES_TOKENS = 16
@@ -20,7 +20,7 @@ _NIAH_TOKENS = 128
 class Family:
     """Drafting and judging of the tasks of one name."""
 
-    draft: Callable[[Order], Draft]
+    draft: Callable[[Order], TaskDraft]
     max_tokens: int
     scoring: Scoring = Scoring.ALL_REFERENCES
     least_units: int = 1

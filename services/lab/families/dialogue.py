@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ...synthetic import corpus
 from . import words
-from .task import Conversation, Draft, Message, Order
+from .task import Conversation, Message, Order, TaskDraft
 
 TURNS = 5
 SYSTEM = "You are a helpful assistant. Session {nonce}. The secret word is {secret}."
@@ -21,7 +21,7 @@ class SystemSecret:
 
     warm: bool
 
-    def draft(self, order: Order) -> Draft:
+    def draft(self, order: Order) -> TaskDraft:
         """Draft the secret, `order.units` sentences of a user's document, and the question."""
         rng = order.rng
         secret, nonce = words.adjective_noun(rng), words.number(rng, NONCE_DIGITS)
@@ -29,7 +29,7 @@ class SystemSecret:
         document = " ".join(words.prose(rng, order.units))
         asked = {"role": "user", "content": f"{document}\n\n{SECRET_QUESTION}"}
         greeting = (system, {"role": "user", "content": WARM_UP})
-        return Draft(
+        return TaskDraft(
             messages=(system, asked),
             references=(secret,),
             gold=(f"The secret word is {secret}.",),
@@ -38,7 +38,7 @@ class SystemSecret:
         )
 
 
-def recall(order: Order) -> Draft:
+def recall(order: Order) -> TaskDraft:
     """Draft five turns, each about its share of `order.units` sentences; the last asks turn one.
 
     The earlier replies are written into the conversation, so that every arm reads the same one.
@@ -59,7 +59,7 @@ def recall(order: Order) -> Draft:
         before.append(tuple(messages))
         messages.append({"role": "assistant", "content": corpus.reply(record)})
     messages.append({"role": "user", "content": corpus.question(rng, wanted)})
-    return Draft(
+    return TaskDraft(
         messages=tuple(messages),
         references=(wanted.value,),
         gold=(corpus.reply(wanted),),

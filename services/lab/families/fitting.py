@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from .task import Conversation, Draft, Order
+from .task import Conversation, Order, TaskDraft
 
 _PROBE_UNITS = 8
 
@@ -42,18 +42,18 @@ def render(
 
 
 def fitted(
-    draft: Callable[[Order], Draft],
+    draft: Callable[[Order], TaskDraft],
     seed: str,
     least_units: int,
     prompt_tokens: int,
     tokenizer: TaskTokenizer,
-) -> tuple[Draft, int]:
+) -> tuple[TaskDraft, int]:
     """Return the largest draft of at most `prompt_tokens` tokens, and its length.
 
     Raises ValueError where even `least_units` of haystack are too long.
     """
 
-    def drafted(units: int) -> Draft:
+    def drafted(units: int) -> TaskDraft:
         return draft(Order(random.Random(seed), units, prompt_tokens))
 
     def cost(units: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from . import words
-from .task import Draft, Order
+from .task import Order, TaskDraft
 
 TASK = "Extract the value corresponding to the specified key in the JSON object below.\n\n"
 QUERY = 'Key: "{key}"\n'
@@ -19,7 +19,7 @@ class KeyValue:
 
     query_first: bool = False
 
-    def draft(self, order: Order) -> Draft:
+    def draft(self, order: Order) -> TaskDraft:
         """Draft `order.units` pairs, one of which is asked for."""
         rng = order.rng
         keys = words.distinct(lambda: words.uuid4(rng), order.units)
@@ -28,7 +28,7 @@ class KeyValue:
         query = QUERY.format(key=keys[place])
         before = f"{query}\n" if self.query_first else ""
         data = DATA.format(data="{" + ",\n ".join(pairs) + "}")
-        return Draft(
+        return TaskDraft(
             messages=({"role": "user", "content": f"{TASK}{before}{data}{query}{ANSWER}"},),
             references=(pairs[place][-37:-1],),
             gold=(pairs[place],),

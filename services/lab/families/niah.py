@@ -12,7 +12,7 @@ import random
 from dataclasses import dataclass
 
 from . import words
-from .task import Draft, Order
+from .task import Order, TaskDraft
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
@@ -59,7 +59,7 @@ class Niah:
     values: int = 1
     queries: int = 1
 
-    def draft(self, order: Order) -> Draft:
+    def draft(self, order: Order) -> TaskDraft:
         """Draft needles at random depths of `order.units` sentences, lines or other needles."""
         rng = order.rng
         others = order.units if self.haystack is Haystack.NEEDLES else 0
@@ -72,7 +72,7 @@ class Niah:
         needles = [self._needle(key, value) for key, values in pairs for value in values]
         rng.shuffle(needles)
         context = self._context(order, needles, keys[self.keys :])
-        return Draft(
+        return TaskDraft(
             messages=({"role": "user", "content": self._text(context, [key for key, _ in asked])},),
             references=tuple(value for _, values in asked for value in values),
             gold=tuple(f"{key} is: {value}." for key, values in asked for value in values),

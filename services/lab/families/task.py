@@ -22,7 +22,7 @@ class Scoring(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
+class TaskDraft:
     """A task of a certain size, before its length is known. Fields as in `Task`."""
 
     messages: Conversation

@@ -60,7 +60,7 @@ class Burst(Strict):
     length_s: Seconds
 
 
-class Trace(Strict):
+class RecordedTrace(Strict):
     """The times, and where it gives them the lengths, of a JSONL file's lines (see `trace`)."""
 
     kind: Literal["trace"]
@@ -68,7 +68,9 @@ class Trace(Strict):
     speed: Annotated[float, Field(gt=0.0)] = 1.0  # 2: twice as fast as recorded
 
 
-Process = Annotated[Constant | Poisson | Bursty | Ramp | Burst | Trace, Field(discriminator="kind")]
+Process = Annotated[
+    Constant | Poisson | Bursty | Ramp | Burst | RecordedTrace, Field(discriminator="kind")
+]
 Generated = Constant | Poisson | Bursty | Ramp | Burst
 
 

@@ -10,17 +10,17 @@ from typing import Any
 
 import aiohttp
 
-from .outcome import Ending
-from .recorder import Prompt, Recorder, Refused
+from .outcome import RequestEnding
+from .recorder import LoadPrompt, Recorder, Refused
 
 _DATA = b"data:"
 _SHED_REASON = "x-specprefill-shed-reason"
 _MESSAGE_CHARS = 200
 _LINE_BYTES = 8 << 20  # the longest line of a stream: logprobs make long ones
 _ENDINGS = {
-    HTTPStatus.TOO_MANY_REQUESTS: Ending.SHED,
-    HTTPStatus.REQUEST_TIMEOUT: Ending.TIMED_OUT,
-    HTTPStatus.GATEWAY_TIMEOUT: Ending.TIMED_OUT,
+    HTTPStatus.TOO_MANY_REQUESTS: RequestEnding.SHED,
+    HTTPStatus.REQUEST_TIMEOUT: RequestEnding.TIMED_OUT,
+    HTTPStatus.GATEWAY_TIMEOUT: RequestEnding.TIMED_OUT,
 }
 _LATE = "deadline_exceeded"  # the code of an error that ends a stream
 
@@ -49,7 +49,7 @@ class HttpCaller:
         ) as self._session:
             yield
 
-    async def stream(self, prompt: Prompt, timeout_s: float, recorder: Recorder) -> None:
+    async def stream(self, prompt: LoadPrompt, timeout_s: float, recorder: Recorder) -> None:
         """See Caller."""
         if self._session is None:
             raise RuntimeError("stream: outside open()")
@@ -64,9 +64,9 @@ class HttpCaller:
                     if line.startswith(_DATA):
                         _record(line[len(_DATA) :].strip(), recorder)
         except aiohttp.ClientError as error:
-            raise Refused(Ending.FAILED, f"{type(error).__name__}: {error}") from error
+            raise Refused(RequestEnding.FAILED, f"{type(error).__name__}: {error}") from error
 
-    def _body(self, prompt: Prompt) -> dict[str, Any]:
+    def _body(self, prompt: LoadPrompt) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": self._model,
             "messages": list(prompt.messages),
@@ -108,9 +108,9 @@ def _record(data: bytes, recorder: Recorder) -> None:
         recorder.report(event["specprefill"])
 
 
-def _ending_of(error: Any) -> Ending:
+def _ending_of(error: Any) -> RequestEnding:
     late = isinstance(error, dict) and error.get("code") == _LATE
-    return Ending.TIMED_OUT if late else Ending.FAILED
+    return RequestEnding.TIMED_OUT if late else RequestEnding.FAILED
 
 
 def _text(delta: dict[str, Any]) -> str:
@@ -126,7 +126,7 @@ def _refusal(status: int, reason: str | None, body: bytes) -> Refused:
     except ValueError:
         said = body[:_MESSAGE_CHARS].decode(errors="replace")
     place = str(status) if reason is None else f"{status} {reason}"
-    return Refused(_ENDINGS.get(HTTPStatus(status), Ending.FAILED), f"{place}: {said}")
+    return Refused(_ENDINGS.get(HTTPStatus(status), RequestEnding.FAILED), f"{place}: {said}")
 
 
 def _said(event: Any) -> str:

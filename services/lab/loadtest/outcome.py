@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 
-class Ending(enum.StrEnum):
+class RequestEnding(enum.StrEnum):
     """The way a request ended."""
 
     ANSWERED = "answered"
@@ -23,7 +23,7 @@ class Ending(enum.StrEnum):
 class Stream:
     """One answer as it arrived; seconds count from the moment the request was sent."""
 
-    ending: Ending
+    ending: RequestEnding
     text: str
     arrivals_s: tuple[float, ...]  # of each piece of text
     end_s: float
@@ -39,7 +39,7 @@ class Stream:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class RequestOutcome:
     """One request of a run."""
 
     index: int

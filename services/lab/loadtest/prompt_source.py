@@ -14,7 +14,7 @@ from ..families.catalog import generate
 from ..families.fitting import TaskTokenizer
 from ..families.judging import score
 from .recorded_trace import TraceLine
-from .recorder import Prompt
+from .recorder import LoadPrompt
 from .scenario import Prompts
 
 _WARM_UP = 1 << 60  # a range of seeds that no counted request has
@@ -46,26 +46,28 @@ class Source:
         except (OSError, ValueError) as error:
             raise UnknownTokenizer(f"tokenizer: {path}: {error}") from error
 
-    def draw(self, kinds: Sequence[Prompts], count: int, rng: np.random.Generator) -> list[Prompt]:
+    def draw(
+        self, kinds: Sequence[Prompts], count: int, rng: np.random.Generator
+    ) -> list[LoadPrompt]:
         """Draw `count` prompts, their kinds by weight."""
         return [self._make(kind, next(self._seeds)) for kind in _drawn(kinds, count, rng)]
 
     def like(
         self, kinds: Sequence[Prompts], lines: Sequence[TraceLine], rng: np.random.Generator
-    ) -> list[Prompt]:
+    ) -> list[LoadPrompt]:
         """Draw one prompt per recorded request, of its length where it has one."""
         return [
             self._make(_resized(kind, line), next(self._seeds))
             for kind, line in zip(_drawn(kinds, len(lines), rng), lines, strict=True)
         ]
 
-    def warm_up(self, kind: Prompts, number: int) -> Prompt:
+    def warm_up(self, kind: Prompts, number: int) -> LoadPrompt:
         """Make a prompt of this kind that no run counts."""
         return self._make(kind, _WARM_UP + self._seed + number)
 
-    def _make(self, kind: Prompts, seed: int) -> Prompt:
+    def _make(self, kind: Prompts, seed: int) -> LoadPrompt:
         task = generate(kind.family, seed, kind.prompt_tokens, self._tokenizer)
-        return Prompt(
+        return LoadPrompt(
             messages=task.messages,
             family=kind.family,
             variant=kind.variant,

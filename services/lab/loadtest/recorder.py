@@ -7,11 +7,11 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from .outcome import Ending, Stream
+from .outcome import RequestEnding, Stream
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class LoadPrompt:
     """One request to send, and how to judge its answer."""
 
     messages: tuple[Mapping[str, Any], ...]
@@ -27,7 +27,7 @@ class Prompt:
 class Refused(Exception):
     """The service did not answer; `ending` is the kind of refusal."""
 
-    def __init__(self, ending: Ending, message: str) -> None:
+    def __init__(self, ending: RequestEnding, message: str) -> None:
         super().__init__(message)
         self.ending = ending
 
@@ -57,10 +57,10 @@ class Recorder:
         """Record the service's `specprefill` object."""
         self._report = report
 
-    def finish(self, ending: Ending, error: str = "") -> Stream:
+    def finish(self, ending: RequestEnding, error: str = "") -> Stream:
         """Return the stream as it is now. An answer without any text has its first token here."""
         end_s = self._now() - self._sent_s
-        silent = ending is Ending.ANSWERED and not self._arrivals_s
+        silent = ending is RequestEnding.ANSWERED and not self._arrivals_s
         return Stream(
             ending=ending,
             text="".join(self._pieces),
@@ -80,6 +80,6 @@ class Caller(Protocol):
         """Hold the connections while inside."""
         ...
 
-    async def stream(self, prompt: Prompt, timeout_s: float, recorder: Recorder) -> None:
+    async def stream(self, prompt: LoadPrompt, timeout_s: float, recorder: Recorder) -> None:
         """Send the prompt and record its answer to the end. Raises Refused."""
         ...

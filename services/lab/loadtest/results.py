@@ -12,8 +12,8 @@ import numpy as np
 
 from ..reporting.charts import Line, line_chart, table, write_page
 from ..reporting.tables import Provenance, markdown, write_json
-from .outcome import Ending, Outcome
-from .scenario import Gate, Scenario
+from .outcome import RequestEnding, RequestOutcome
+from .scenario import Goals, Scenario
 from .search import Trial, highest
 from .session import Run
 from .statistics import Summary, grouped
@@ -53,9 +53,9 @@ def remarks(run: Run) -> str:
     return "".join(f"\n{part}" for part in parts) + ("\n" if parts else "")
 
 
-def missed(gate: Gate, summary: Summary) -> list[str]:
+def missed(gate: Goals, summary: Summary) -> list[str]:
     """Return the parts of the gate that were not reached, one sentence each."""
-    shed = summary.endings.get(Ending.SHED, 0) / summary.requests
+    shed = summary.endings.get(RequestEnding.SHED, 0) / summary.requests
     reached = (
         ("attainment", gate.attainment, summary.attainment, True),
         ("score", gate.score, summary.score, True),
@@ -112,8 +112,8 @@ def _cells(row: Summary) -> list[str]:
         _number(row.kept_tokens, 0),
         _number(row.keep_rate, 2),
         _share(row.score),
-        str(row.endings.get(Ending.SHED, 0)),
-        str(row.endings.get(Ending.FAILED, 0) + row.endings.get(Ending.TIMED_OUT, 0)),
+        str(row.endings.get(RequestEnding.SHED, 0)),
+        str(row.endings.get(RequestEnding.FAILED, 0) + row.endings.get(RequestEnding.TIMED_OUT, 0)),
         _ms(row.lag_s.p99),
     ]
 
@@ -142,7 +142,7 @@ def _write_csv(path: Path, runs: Sequence[Run]) -> None:
             rows.writerows(_csv_row(number, outcome) for outcome in run.outcomes)
 
 
-def _csv_row(run: int, one: Outcome) -> list[object]:
+def _csv_row(run: int, one: RequestOutcome) -> list[object]:
     stream = one.stream
     return [
         run, one.index, one.family, one.variant, stream.ending.value, one.scheduled_s, one.lag_s,
@@ -189,7 +189,7 @@ def _trial_chart(trials: Sequence[Trial]) -> str:
 
 
 def _run_charts(run: Run, scenario: Scenario) -> list[str]:
-    variants: dict[str, list[Outcome]] = {}
+    variants: dict[str, list[RequestOutcome]] = {}
     for outcome in run.outcomes:
         if outcome.ttft_s is not None:
             variants.setdefault(outcome.variant, []).append(outcome)
@@ -205,7 +205,7 @@ def _run_charts(run: Run, scenario: Scenario) -> list[str]:
     ]  # fmt: skip
 
 
-def _cumulative(name: str, group: Sequence[Outcome]) -> Line:
+def _cumulative(name: str, group: Sequence[RequestOutcome]) -> Line:
     values = np.sort([one.ttft_s or 0.0 for one in group])
     shares = np.arange(1, len(values) + 1) / len(values)
     return Line(name, values.tolist(), shares.tolist(), steps=True)

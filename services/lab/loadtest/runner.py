@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .arrivals import Times
-from .outcome import Ending, Outcome, Stream
-from .recorder import Caller, Prompt, Recorder, Refused
+from .outcome import RequestEnding, RequestOutcome, Stream
+from .recorder import Caller, LoadPrompt, Recorder, Refused
 from .scenario import Cancel
 
 
@@ -21,12 +21,12 @@ class Planned:
 
     index: int
     at_s: float
-    prompt: Prompt
+    prompt: LoadPrompt
     leave_after_s: float | None = None  # the client cancels then
 
 
 @dataclass(slots=True)
-class Progress:
+class RunProgress:
     """The counts of a run so far; a display may read it at any time."""
 
     total: int
@@ -38,16 +38,16 @@ class Progress:
     def in_flight(self) -> int:
         return self.sent - self.answered - self.other
 
-    def ended(self, ending: Ending) -> None:
+    def ended(self, ending: RequestEnding) -> None:
         """Count one request that is over."""
-        if ending is Ending.ANSWERED:
+        if ending is RequestEnding.ANSWERED:
             self.answered += 1
         else:
             self.other += 1
 
 
 def plan(
-    times: Times, prompts: Sequence[Prompt], cancel: Cancel | None, rng: np.random.Generator
+    times: Times, prompts: Sequence[LoadPrompt], cancel: Cancel | None, rng: np.random.Generator
 ) -> list[Planned]:
     """Plan the run's requests; the clients that leave, and when, are drawn here."""
     leaving: list[float | None] = [None] * len(prompts)
@@ -67,9 +67,9 @@ async def run(
     planned: Sequence[Planned],
     caller: Caller,
     timeout_s: float,
-    progress: Progress,
+    progress: RunProgress,
     now: Callable[[], float] = time.perf_counter,
-) -> list[Outcome]:
+) -> list[RequestOutcome]:
     """Send every request at its time and wait for all of them. Outcomes keep the plan's order."""
     started_s = now()
     async with asyncio.TaskGroup() as group:
@@ -83,7 +83,7 @@ async def run(
 
 
 async def stream(
-    prompt: Prompt,
+    prompt: LoadPrompt,
     caller: Caller,
     timeout_s: float,
     leave_after_s: float | None = None,
@@ -98,11 +98,13 @@ async def stream(
             await caller.stream(prompt, timeout_s, recorder)
     except TimeoutError:
         if leaves:
-            return recorder.finish(Ending.CANCELLED)
-        return recorder.finish(Ending.TIMED_OUT, f"client: not answered within {timeout_s:g} s")
+            return recorder.finish(RequestEnding.CANCELLED)
+        return recorder.finish(
+            RequestEnding.TIMED_OUT, f"client: not answered within {timeout_s:g} s"
+        )
     except Refused as refusal:
         return recorder.finish(refusal.ending, str(refusal))
-    return recorder.finish(Ending.ANSWERED)
+    return recorder.finish(RequestEnding.ANSWERED)
 
 
 async def _send(
@@ -111,21 +113,21 @@ async def _send(
     timeout_s: float,
     started_s: float,
     now: Callable[[], float],
-) -> Outcome:
+) -> RequestOutcome:
     lag_s = now() - started_s - request.at_s
     prompt = request.prompt
     got = await stream(prompt, caller, timeout_s, request.leave_after_s, now)
-    return Outcome(
+    return RequestOutcome(
         index=request.index,
         family=prompt.family,
         variant=prompt.variant,
         scheduled_s=request.at_s,
         lag_s=lag_s,
         stream=got,
-        score=prompt.score(got.text) if got.ending is Ending.ANSWERED else None,
+        score=prompt.score(got.text) if got.ending is RequestEnding.ANSWERED else None,
     )
 
 
-def _count(task: asyncio.Task[Outcome], progress: Progress) -> None:
+def _count(task: asyncio.Task[RequestOutcome], progress: RunProgress) -> None:
     if not task.cancelled() and task.exception() is None:
         progress.ended(task.result().stream.ending)

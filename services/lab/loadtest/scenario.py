@@ -15,8 +15,8 @@ from pydantic import (
 
 from ...config import Rate, Seconds, Strict
 from ..families.catalog import FAMILIES, NEEDLES
-from .arrivals import Length, Process, Trace
-from .statistics import Slo
+from .arrivals import Length, Process, RecordedTrace
+from .statistics import RequestSlo
 
 DASHBOARD_URL = "http://127.0.0.1:8265"
 
@@ -81,7 +81,7 @@ class Chaos(Strict):
     kills: tuple[Kill, ...]
 
 
-class Gate(Strict):
+class Goals(Strict):
     """The values that a run must reach for exit code 0."""
 
     attainment: Rate | None = None  # share of requests within the SLO
@@ -136,8 +136,8 @@ class Scenario(Strict):
     length: Length
     timeout_s: Seconds = 60.0  # end to end; later, the client gives up
     warm_up: NonNegativeInt = 1  # requests of each kind before the clock starts, not counted
-    slo: Slo = Slo()
-    gate: Gate = Gate()
+    slo: RequestSlo = RequestSlo()
+    gate: Goals = Goals()
     cancel: Cancel | None = None
     chaos: Chaos | None = None
     search: Search | None = None
@@ -150,9 +150,9 @@ class Scenario(Strict):
                 f"search: varies one rate, so arrivals.kind must be constant, poisson or bursty, "
                 f"not {self.arrivals.kind}"
             )
-        if isinstance(self.search, MaxQps) and self.slo == Slo():
+        if isinstance(self.search, MaxQps) and self.slo == RequestSlo():
             raise ValueError("search: max_qps needs a bound in slo")
-        if isinstance(self.arrivals, Trace) and self.length.requests is None:
+        if isinstance(self.arrivals, RecordedTrace) and self.length.requests is None:
             raise ValueError("length: a trace is bounded by length.requests")
         return self
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
-from .outcome import Ending
+from .outcome import RequestEnding
 from .scenario import MaxQps, PaperProtocol
 from .statistics import Summary
 
@@ -52,7 +52,7 @@ def paper(search: PaperProtocol) -> Trials:
     trials: list[Trial] = []
     for qps in search.grid:
         summary = yield qps
-        answered = summary.endings.get(Ending.ANSWERED, 0)
+        answered = summary.endings.get(RequestEnding.ANSWERED, 0)
         trials.append(Trial(qps, summary.requests - answered <= search.max_failures, summary))
         if not trials[-1].held:
             break

@@ -17,14 +17,14 @@ from . import recorded_trace as trace
 from .chaos import Killed, inject
 from .grpc_stream import GrpcCaller
 from .http_stream import HttpCaller
-from .outcome import Ending, Outcome
+from .outcome import RequestEnding, RequestOutcome
 from .prompt_source import Source
 from .recorder import Caller
-from .runner import Planned, Progress
+from .runner import Planned, RunProgress
 from .scenario import Chaos, Scenario, Target
 from .statistics import Summary, summarise
 
-Tell = Callable[[Progress], None]  # called about once a second
+Tell = Callable[[RunProgress], None]  # called about once a second
 TELL_EVERY_S = 1.0
 
 
@@ -36,7 +36,7 @@ class NotReady(Exception):
 class Run:
     """One rate, measured."""
 
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[RequestOutcome, ...]
     summary: Summary
     kills: tuple[Killed, ...] = ()
 
@@ -85,7 +85,7 @@ def caller_of(target: Target) -> Caller:
 
 def _planned(scenario: Scenario, source: Source, rng: np.random.Generator) -> list[Planned]:
     process = scenario.arrivals
-    if isinstance(process, arrivals.Trace):
+    if isinstance(process, arrivals.RecordedTrace):
         lines = trace.read(Path(process.path), scenario.length.requests or 0)
         times = np.array([line.time_s / process.speed for line in lines])
         prompts = source.like(scenario.prompts, lines, rng)
@@ -101,12 +101,12 @@ async def _warm_up(scenario: Scenario, source: Source, caller: Caller) -> None:
         for number in range(scenario.warm_up):
             prompt = source.warm_up(kind, number)
             stream = await runner.stream(prompt, caller, scenario.timeout_s)
-            if stream.ending is not Ending.ANSWERED:
+            if stream.ending is not RequestEnding.ANSWERED:
                 raise NotReady(f"{scenario.target.address}: {stream.error}")
 
 
 async def _run(scenario: Scenario, planned: Sequence[Planned], caller: Caller, tell: Tell) -> Run:
-    progress = Progress(len(planned))
+    progress = RunProgress(len(planned))
     kills: list[Killed] = []
     beside = [
         asyncio.create_task(_tick(progress, tell)),
@@ -120,7 +120,7 @@ async def _run(scenario: Scenario, planned: Sequence[Planned], caller: Caller, t
     return Run(tuple(outcomes), summarise("all", outcomes, scenario.slo), tuple(kills))
 
 
-async def _tick(progress: Progress, tell: Tell) -> None:
+async def _tick(progress: RunProgress, tell: Tell) -> None:
     while True:
         tell(progress)
         await asyncio.sleep(TELL_EVERY_S)

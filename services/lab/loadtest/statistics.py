@@ -13,22 +13,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...config import Seconds, Strict
-from .outcome import Ending, Outcome
+from .outcome import RequestEnding, RequestOutcome
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0)
 
 
-class Slo(Strict):
+class RequestSlo(Strict):
     """The bounds of a good request. An absent bound holds always."""
 
     ttft_s: Seconds | None = None
     tpot_s: Seconds | None = None
     e2e_s: Seconds | None = None
 
-    def met(self, outcome: Outcome) -> bool:
+    def met(self, outcome: RequestOutcome) -> bool:
         """Return True when the request was answered within every bound."""
         return (
-            outcome.stream.ending is Ending.ANSWERED
+            outcome.stream.ending is RequestEnding.ANSWERED
             and _within(outcome.ttft_s, self.ttft_s)
             and _within(outcome.tpot_s, self.tpot_s)
             and _within(outcome.e2e_s, self.e2e_s)
@@ -82,18 +82,20 @@ class Summary:
     @property
     def error_rate(self) -> float:
         """Share of requests that failed or timed out; shed ones are counted apart."""
-        bad = self.endings.get(Ending.FAILED, 0) + self.endings.get(Ending.TIMED_OUT, 0)
+        bad = self.endings.get(RequestEnding.FAILED, 0) + self.endings.get(
+            RequestEnding.TIMED_OUT, 0
+        )
         return bad / self.requests
 
 
-def summarise(name: str, outcomes: Sequence[Outcome], slo: Slo) -> Summary:
+def summarise(name: str, outcomes: Sequence[RequestOutcome], slo: RequestSlo) -> Summary:
     """Summarise a group. Raises ValueError for an empty one."""
     if not outcomes:
         raise ValueError("no request was sent")
     started_s = min(outcome.scheduled_s for outcome in outcomes)
     seconds = max(outcome.scheduled_s + outcome.e2e_s for outcome in outcomes) - started_s
     sent_for_s = max(outcome.scheduled_s for outcome in outcomes) - started_s
-    counted = [one for one in outcomes if one.stream.ending is not Ending.CANCELLED]
+    counted = [one for one in outcomes if one.stream.ending is not RequestEnding.CANCELLED]
     good = sum(slo.met(outcome) for outcome in counted)
     streams = [outcome.stream for outcome in outcomes]
     return Summary(
@@ -108,7 +110,9 @@ def summarise(name: str, outcomes: Sequence[Outcome], slo: Slo) -> Summary:
         ttft_s=Distribution.of(outcome.ttft_s for outcome in counted),
         tpot_s=Distribution.of(outcome.tpot_s for outcome in counted),
         itl_s=Distribution.of(gap for outcome in counted for gap in outcome.gaps_s),
-        e2e_s=Distribution.of(one.e2e_s for one in counted if one.stream.ending is Ending.ANSWERED),
+        e2e_s=Distribution.of(
+            one.e2e_s for one in counted if one.stream.ending is RequestEnding.ANSWERED
+        ),
         lag_s=Distribution.of(outcome.lag_s for outcome in outcomes),
         prompt_tokens=_mean(float(one.prompt_tokens) or None for one in streams),
         kept_tokens=_mean(outcome.reported("kept_tokens") for outcome in outcomes),
@@ -121,9 +125,11 @@ def summarise(name: str, outcomes: Sequence[Outcome], slo: Slo) -> Summary:
     )
 
 
-def grouped(outcomes: Sequence[Outcome], key: Callable[[Outcome], str], slo: Slo) -> list[Summary]:
+def grouped(
+    outcomes: Sequence[RequestOutcome], key: Callable[[RequestOutcome], str], slo: RequestSlo
+) -> list[Summary]:
     """Return one summary per value of `key`, in order of first appearance."""
-    groups: dict[str, list[Outcome]] = {}
+    groups: dict[str, list[RequestOutcome]] = {}
     for outcome in outcomes:
         groups.setdefault(key(outcome), []).append(outcome)
     return [summarise(name, members, slo) for name, members in groups.items()]

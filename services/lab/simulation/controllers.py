@@ -12,7 +12,7 @@ import numpy as np
 from ...control.scaling.decide import decide
 from ...control.scaling.sizing import stage_times
 from ...control.scaling.values import Memory, Pool, ScalingPolicy, Slo
-from .world import Target, Telemetry
+from .world import PoolTarget, Telemetry
 
 
 @dataclass(slots=True)
@@ -22,11 +22,11 @@ class SloController:
     policy: ScalingPolicy
     memory: Memory = field(default_factory=Memory)
 
-    def target(self, now: Telemetry) -> Target:
+    def target(self, now: Telemetry) -> PoolTarget:
         """Decide as the service does; see `scaling.decide`."""
         decision, self.memory = decide(now.seen, self.policy, self.memory)
         replicas = {pool: each.replicas for pool, each in decision.pools.items()}
-        return Target(replicas, decision.keep.high)
+        return PoolTarget(replicas, decision.keep.high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,10 @@ class Fixed:
 
     replicas: Mapping[Pool, int]
 
-    def target(self, now: Telemetry) -> Target:
+    def target(self, now: Telemetry) -> PoolTarget:
         """Return the same sizes every time."""
         del now
-        return Target(self.replicas)
+        return PoolTarget(self.replicas)
 
 
 @dataclass(slots=True)
@@ -58,13 +58,13 @@ class OngoingRequests:
     _history: deque[tuple[float, Mapping[Pool, int]]] = field(default_factory=deque)
     _since_s: dict[tuple[Pool, bool], float] = field(default_factory=dict)
 
-    def target(self, now: Telemetry) -> Target:
+    def target(self, now: Telemetry) -> PoolTarget:
         """Return `ceil(ongoing / target)`, once it has been wanted for long enough."""
         now_s = now.seen.now_s
         self._history.append((now_s, now.ongoing))
         while self._history[0][0] < now_s - self.look_back_s:
             self._history.popleft()
-        return Target({pool: self._of(pool, now) for pool in Pool})
+        return PoolTarget({pool: self._of(pool, now) for pool in Pool})
 
     def _of(self, pool: Pool, now: Telemetry) -> int:
         ongoing = sum(each[pool] for _, each in self._history) / len(self._history)
@@ -103,7 +103,7 @@ class LatencyBand:
     _targets: dict[Pool, int] = field(default_factory=dict)
     _down_s: dict[Pool, float] = field(default_factory=dict)
 
-    def target(self, now: Telemetry) -> Target:
+    def target(self, now: Telemetry) -> PoolTarget:
         """Apply the law to every pool, with the latency that it causes."""
         now_s = now.seen.now_s
         if not self._targets:
@@ -117,7 +117,7 @@ class LatencyBand:
         if now_s - self._asked_s >= 15.0 and self._signals:
             self._asked_s = now_s
             self._targets = {pool: self._of(pool, now) for pool in Pool}
-        return Target(dict(self._targets))
+        return PoolTarget(dict(self._targets))
 
     def _signal(self, ttft_s: np.ndarray, gap_s: np.ndarray) -> Mapping[Pool, float] | None:
         if len(ttft_s) == 0 or len(gap_s) == 0:
@@ -168,7 +168,7 @@ class ThroughputPlanner:
     _counted: tuple[int, int] = (0, 0)
     _floors: dict[Pool, int] = field(default_factory=lambda: dict.fromkeys(Pool, 1))
 
-    def target(self, now: Telemetry) -> Target:
+    def target(self, now: Telemetry) -> PoolTarget:
         """Return the larger of the floor and the load loop's size."""
         now_s = now.seen.now_s
         if now_s - self._asked_s >= self.interval_s:
@@ -176,7 +176,7 @@ class ThroughputPlanner:
             first, whole = ((count - past) / (now_s - self._asked_s) for count, past in pairs)
             self._asked_s, self._counted = now_s, (now.first_tokens, now.completed)
             self._plan(now, first, whole)
-        return Target({pool: self._corrected(pool, now) for pool in Pool})
+        return PoolTarget({pool: self._corrected(pool, now) for pool in Pool})
 
     def _plan(self, now: Telemetry, first_per_s: float, answers_per_s: float) -> None:
         busy = _mean_times(now, self.interval_s)
@@ -235,9 +235,9 @@ class Schedule:
         """Return the sizes at the start."""
         return {pool: int(sizes[0]) for pool, sizes in self.sizes.items()}
 
-    def target(self, now: Telemetry) -> Target:
+    def target(self, now: Telemetry) -> PoolTarget:
         """Return the most that is planned until a replica started now is ready."""
-        return Target({pool: self._of(pool, now.seen.now_s) for pool in Pool})
+        return PoolTarget({pool: self._of(pool, now.seen.now_s) for pool in Pool})
 
     def _of(self, pool: Pool, now_s: float) -> int:
         until_s = now_s + self.cold_start_s[pool] + self.tick_s

@@ -19,7 +19,7 @@ from ...control.scaling.values import Pool, PoolLimits
 from .controllers import Schedule
 from .run import simulate
 from .trace import Trace
-from .world import Outcome, World
+from .world import SimulationResult, World
 
 INTERVALS_S = (60.0, 120.0, 240.0)
 SPECULATORS_TRIED = 6  # sizes above the bare need
@@ -55,7 +55,7 @@ class _Part:
 
 def optimum(
     trace: Trace, world: World, limits: Mapping[Pool, PoolLimits]
-) -> tuple[Schedule, Outcome]:
+) -> tuple[Schedule, SimulationResult]:
     """Return the best plan, as a controller, and its outcome."""
     plans = [planned(trace, world, limits, interval_s) for interval_s in INTERVALS_S]
     outcomes = [simulate(trace, world, plan, plan.first_sizes()) for plan in plans]

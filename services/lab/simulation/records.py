@@ -11,7 +11,7 @@ import numpy as np
 
 from ...control.scaling.values import Pool
 from .station import Station
-from .world import Moments, Outcome
+from .world import Moments, SimulationResult
 
 POOLS = (Pool.SPECULATOR, Pool.PREFILL, Pool.DECODE)
 SHORT_LOOK_BACK_S = 60.0  # of the latencies that controllers see
@@ -69,14 +69,16 @@ class Records:
             )
         )
 
-    def outcome(self, now_s: float, stations: Sequence[Station], keep: Sequence[float]) -> Outcome:
+    def outcome(
+        self, now_s: float, stations: Sequence[Station], keep: Sequence[float]
+    ) -> SimulationResult:
         """Return everything, at the end. Bills the stations."""
         for station in stations:
             station.bill(max(now_s, station.updated_s))
         shed = np.zeros(len(self._ttft_s))
         shed[self.shed] = 1.0
         columns = np.array(self._moments).T
-        return Outcome(
+        return SimulationResult(
             np.array(self._ttft_s),
             np.array(self._gap_s),
             np.array(keep),

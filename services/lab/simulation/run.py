@@ -19,9 +19,9 @@ from ...control.scaling.values import Arrivals, Observation, Pool, PoolState
 from .machine import Cores
 from .records import POOLS, Records
 from .station import Station
-from .steps import Batch, Prompt
+from .steps import Batch, EnginePrompt
 from .trace import Trace
-from .world import Controller, Outcome, Telemetry, World
+from .world import Controller, SimulationResult, Telemetry, World
 
 SPECULATED, PREFILLED, DECODED, TICK, READY, FAILURE, ENTERED, ASIDE, OTHERS = range(9)
 LOOK_BACK_S = 600.0  # of the arrivals that controllers see
@@ -36,7 +36,7 @@ def simulate(
     controller: Controller,
     initial: dict[Pool, int],
     admission: AdmissionPolicy | None = None,
-) -> Outcome:
+) -> SimulationResult:
     """Run the whole trace. Without `admission` every request waits, at its full keep rate."""
     return _Run(trace, world, controller, initial, admission).run()
 
@@ -84,7 +84,7 @@ class _Run:
         self.serial = 0
         self.seen = 0  # requests that had arrived at the last tick
 
-    def run(self) -> Outcome:
+    def run(self) -> SimulationResult:
         """Process arrivals and events in order of time, until the last answer."""
         self._schedule()
         events, times, arrived = self.events, self.time_s, 0
@@ -252,16 +252,16 @@ class _Run:
                 return request
         return None
 
-    def _prompt(self, request: int) -> Prompt:
+    def _prompt(self, request: int) -> EnginePrompt:
         cached = self.kept[request] * self.world.engines.cached_share
-        return Prompt(request, self.kept[request] - cached, cached)
+        return EnginePrompt(request, self.kept[request] - cached, cached)
 
     def _step(self, leader: int, run: int, now_s: float) -> None:
         """Fill an engine's next step, with prompts that wait if there is room."""
         limits, curve = self.world.steps, self.world.engines.curves.prefill
         assert limits is not None
 
-        def joining() -> Prompt | None:
+        def joining() -> EnginePrompt | None:
             request = self._next_prefill(now_s)
             return None if request is None else self._prompt(request)
 

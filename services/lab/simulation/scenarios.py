@@ -22,7 +22,7 @@ from .optimum import optimum
 from .run import simulate
 from .score import Score, score
 from .trace import Lengths, Trace, bursty, diurnal, generate, poisson
-from .world import Controller, Outcome, World
+from .world import Controller, SimulationResult, World
 
 COLD_START_S = 100.0
 # An 8B speculator before a 70B model: about 12k prompt tokens a second and 8 ms per kept 50.
@@ -42,7 +42,7 @@ OURS, OPTIMUM = "this project", "clairvoyant optimum"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Scenario:
+class SimulationScenario:
     """A trace in a world, and the policy for it."""
 
     name: str
@@ -59,15 +59,15 @@ class Scenario:
 def scenario(
     name: str, trace: Trace, slo: Slo = SLO, engines: Engines = ENGINES,
     cold_start_s: float = COLD_START_S,
-) -> Scenario:  # fmt: skip
+) -> SimulationScenario:  # fmt: skip
     """Make a trace with the comparison's policy: every replica costs the same."""
     limits = PoolLimits(1, SIZES_MAX, 1.0, cold_start_s, STEP)
     world = World(engines, slo, dict.fromkeys(Pool, cold_start_s))
     policy = ScalingPolicy(slo, dict.fromkeys(Pool, limits), world.keep, world.keep_floor)
-    return Scenario(name, trace, world, policy)
+    return SimulationScenario(name, trace, world, policy)
 
 
-def three(seed: int) -> list[Scenario]:
+def three(seed: int) -> list[SimulationScenario]:
     """Return a day, prompts that grow, and ten times the load from one second to the next."""
     day = generate(diurnal(30.0, 7200.0), 7200.0, Lengths(), seed)
     drift = generate(poisson(30.0), 3600.0, Lengths(prompt_tokens=6000.0), seed, drift=2.0)
@@ -84,10 +84,10 @@ class Entry:
     """One controller on one trace."""
 
     score: Score
-    outcome: Outcome
+    outcome: SimulationResult
 
 
-def compare(case: Scenario, note: Callable[[str], None]) -> list[Entry]:
+def compare(case: SimulationScenario, note: Callable[[str], None]) -> list[Entry]:
     """Run every controller on one trace, the optimum first and this project's second.
 
     The fixed sizes are the mean of this project's, rounded up: at least its replica-hours.
@@ -112,8 +112,11 @@ def compare(case: Scenario, note: Callable[[str], None]) -> list[Entry]:
 
 
 def _within(
-    replica_hours: float, case: Scenario, ours: Outcome, initial: Mapping[Pool, int]
-) -> Outcome:
+    replica_hours: float,
+    case: SimulationScenario,
+    ours: SimulationResult,
+    initial: Mapping[Pool, int],
+) -> SimulationResult:
     """Run this project under bounds that keep it to `replica_hours`: the loosest found.
 
     The bounds are one share of what each pool had at its largest.
@@ -136,7 +139,9 @@ def _within(
     return found
 
 
-def _others(case: Scenario, ours: Outcome, maximum: Mapping[Pool, int]) -> dict[str, Controller]:
+def _others(
+    case: SimulationScenario, ours: SimulationResult, maximum: Mapping[Pool, int]
+) -> dict[str, Controller]:
     """Return all but the optimum, without admission. `maximum` bounds those without a model."""
     mean = {pool: ceil(float(np.mean(ours.moments.provisioned[pool]))) for pool in Pool}
     slo = case.world.slo
@@ -158,7 +163,7 @@ class Distance:
     control: float  # the rest
 
 
-def distance(case: Scenario, entries: list[Entry]) -> Distance:
+def distance(case: SimulationScenario, entries: list[Entry]) -> Distance:
     """Measure the gain of removing the cold start, then the floor."""
     initial = {
         pool: int(sizes[0]) for pool, sizes in entries[0].outcome.moments.provisioned.items()
@@ -183,5 +188,5 @@ def distance(case: Scenario, entries: list[Entry]) -> Distance:
     return Distance(reached[0] - ours, reached[1] - reached[0], best - reached[1])
 
 
-def _entry(name: str, outcome: Outcome, case: Scenario) -> Entry:
+def _entry(name: str, outcome: SimulationResult, case: SimulationScenario) -> Entry:
     return Entry(score(name, outcome, case.world.slo, case.trace.duration_s), outcome)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...control.scaling.values import Pool, Slo
-from .world import Outcome
+from .world import SimulationResult
 
 HEADERS = (
     "controller", "attainment", "goodput /s", "replica-hours", "speculator", "prefill", "decode",
@@ -47,7 +47,7 @@ class Score:
         ]
 
 
-def score(controller: str, outcome: Outcome, slo: Slo, duration_s: float) -> Score:
+def score(controller: str, outcome: SimulationResult, slo: Slo, duration_s: float) -> Score:
     """Judge an outcome."""
     met = outcome.met(slo)
     answered = ~np.isnan(outcome.ttft_s)
@@ -70,7 +70,7 @@ def score(controller: str, outcome: Outcome, slo: Slo, duration_s: float) -> Sco
 
 
 def attainment_over_time(
-    outcome: Outcome, time_s: Sequence[float], slo: Slo, every_s: float
+    outcome: SimulationResult, time_s: Sequence[float], slo: Slo, every_s: float
 ) -> tuple[list[float], list[float]]:
     """Return hours, and the share of the requests of each `every_s` that met the SLO."""
     edges = np.arange(0.0, max(time_s, default=0.0) + every_s, every_s)

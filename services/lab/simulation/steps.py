@@ -21,7 +21,7 @@ class StepLimits:
 
 
 @dataclass(slots=True)
-class Prompt:
+class EnginePrompt:
     """A prompt in an engine."""
 
     request: int
@@ -35,7 +35,7 @@ class Prompt:
 class Batch:
     """The prompts of one engine, oldest first. A lone one takes as long as its curve gives."""
 
-    prompts: list[Prompt] = field(default_factory=list)
+    prompts: list[EnginePrompt] = field(default_factory=list)
 
     @property
     def leader(self) -> int:
@@ -48,7 +48,7 @@ class Batch:
         return [each.request for each in self.prompts]
 
     def begin(
-        self, limits: StepLimits, curve: Curve, joining: Callable[[], Prompt | None]
+        self, limits: StepLimits, curve: Curve, joining: Callable[[], EnginePrompt | None]
     ) -> float:
         """Fill a step; return its seconds. `joining` yields waiting prompts, one by one."""
         budget = float(limits.tokens)
@@ -73,12 +73,12 @@ class Batch:
         return completed
 
 
-def _take(prompt: Prompt, budget: float) -> float:
+def _take(prompt: EnginePrompt, budget: float) -> float:
     prompt.chunk = min(prompt.left, budget)
     return prompt.chunk
 
 
-def _seconds(prompts: Sequence[Prompt], curve: Curve) -> float:
+def _seconds(prompts: Sequence[EnginePrompt], curve: Curve) -> float:
     """Return the constant once for all that start together, plus every chunk's own part."""
     base_s = curve.base_s if any(each.is_new and each.chunk > 0.0 for each in prompts) else 0.0
     return base_s + sum(curve.seconds(each.chunk, each.done) - curve.base_s for each in prompts)

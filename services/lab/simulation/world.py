@@ -15,7 +15,7 @@ from .steps import StepLimits
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class ReplicaFailure:
     """Replicas that die at a moment, with their work; requests run again elsewhere."""
 
     time_s: float
@@ -35,7 +35,7 @@ class World:
     min_prompt_tokens: int = 1024
     timeout_s: float = 60.0  # a client gives up when it has no first token by then
     tick_s: float = 5.0  # how often the controller is asked
-    failures: tuple[Failure, ...] = ()
+    failures: tuple[ReplicaFailure, ...] = ()
     front: Curve | None = None  # HTTP, tokenising and hops before the pools, by prompt tokens
     steps: StepLimits | None = None  # None: a prefill engine computes one prompt after the other
     machine: Machine | None = None  # None: every engine has an accelerator of its own
@@ -57,7 +57,7 @@ class Telemetry:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class PoolTarget:
     """A controller's answer: sizes, and the highest keep rate for now."""
 
     replicas: Mapping[Pool, int]
@@ -67,7 +67,7 @@ class Target:
 class Controller(Protocol):
     """Sizes the pools; asked every `tick_s`."""
 
-    def target(self, now: Telemetry) -> Target:
+    def target(self, now: Telemetry) -> PoolTarget:
         """Return the sizes from now on, those that start included."""
         ...
 
@@ -84,7 +84,7 @@ class Moments:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Outcome:
+class SimulationResult:
     """The results of each request `[N]`, and their cost."""
 
     ttft_s: Floats  # NaN: no first token
