@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from samples import AttentionTarget, Sampler, TrainingSample, stretched
+from samples import AttentionTarget, Sampler, TrainingSample, stretch
 
 START_TOKENS, MAX_TOKENS = 128, 4608
 BATCH_TOKENS = 2048
@@ -80,7 +80,9 @@ def draw_batch(
     drilled = shape.random() < DRILL_SHARE
     whole = not drilled and shape.random() < FULL_LENGTH_SHARE
     drawn = (
-        length if whole else _shorter(shape, min(length, MAX_DRILL_TOKENS) if drilled else length)
+        length
+        if whole
+        else _draw_shorter(shape, min(length, MAX_DRILL_TOKENS) if drilled else length)
     )
     draw = sampler.drill if drilled else sampler.dense
     rows = [draw(rng, drawn) for _ in range(_rows(drawn))]
@@ -90,15 +92,15 @@ def draw_batch(
 
 
 def _often_stretched(rng: random.Random, sample: TrainingSample) -> TrainingSample:
-    return stretched(rng, sample, MAX_TOKENS) if rng.random() < STRETCHED_SHARE else sample
+    return stretch(rng, sample, MAX_TOKENS) if rng.random() < STRETCHED_SHARE else sample
 
 
 def collate(rows: Sequence[TrainingSample], length: int, *, counts: bool) -> TrainingBatch:
     """Pad on the right, where causal attention never looks."""
     return TrainingBatch(
-        ids=_padded([row.ids for row in rows]),
-        positions=_padded([row.positions for row in rows]),
-        kinds=_padded([row.kinds for row in rows]),
+        ids=_pad([row.ids for row in rows]),
+        positions=_pad([row.positions for row in rows]),
+        kinds=_pad([row.kinds for row in rows]),
         findings=tuple(row.findings for row in rows),
         length=length,
         counts=counts,
@@ -109,7 +111,7 @@ def _rows(tokens: int) -> int:
     return max(1, BATCH_TOKENS // tokens)
 
 
-def _shorter(shape: random.Random, length: int) -> int:
+def _draw_shorter(shape: random.Random, length: int) -> int:
     """Draw log-uniformly, so that each power of two gets its share."""
     return int(SHORTEST_TOKENS * (length / SHORTEST_TOKENS) ** shape.random())
 
@@ -125,6 +127,6 @@ def _pruned_batch(
     return collate(rows, source, counts=False)
 
 
-def _padded(rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
+def _pad(rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
     width = max(map(len, rows))
     return torch.tensor([list(row) + [0] * (width - len(row)) for row in rows])

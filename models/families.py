@@ -64,8 +64,8 @@ def magic(rng: random.Random, tokens: int) -> Conversation:
     asked = max(1, min(MAX_QUESTIONS, tokens // (4 * size)))
     most = max(asked, tokens // size - asked * 3)
     count = most if among_needles else min(most, rng.randint(asked, 2 * asked))
-    keys = words.distinct(lambda: niah.drawn(rng, key_kind), count)
-    facts = [f"{key} is: {niah.drawn(rng, kind)}." for key in keys]
+    keys = words.distinct(lambda: niah.draw_word(rng, key_kind), count)
+    facts = [f"{key} is: {niah.draw_word(rng, kind)}." for key in keys]
     room = 0 if among_needles else tokens - (count + asked * 3) * size
     turns = [_magic_turn(kind, (key,), (fact,)) for key, fact in zip(keys, facts, strict=True)]
     return _magic_conversation(rng, niah.ONE, kind, rng.sample(turns, asked), facts, room)
@@ -77,7 +77,7 @@ def magic_values(rng: random.Random, tokens: int) -> Conversation:
     keys = words.distinct(lambda: words.adjective_noun(rng), asked)
     counted = [key for key in keys for _ in range(rng.choice((2, 4, 4)))]
     rng.shuffle(counted)
-    facts = [f"{key} is: {niah.drawn(rng, kind)}." for key in counted]
+    facts = [f"{key} is: {niah.draw_word(rng, kind)}." for key in counted]
     turns = [
         _magic_turn(kind, (key,), [fact for fact in facts if fact.startswith(f"{key} ")])
         for key in keys
@@ -90,7 +90,7 @@ def magic_keys(rng: random.Random, tokens: int) -> Conversation:
     """Draw several keys asked at once, in the question's order."""
     kind, questions = niah.Kind.NUMBERS, max(1, min(4, tokens // 200))
     keys = words.distinct(lambda: words.adjective_noun(rng), max(4, min(12, tokens // 60)))
-    values = {key: f"{key} is: {niah.drawn(rng, kind)}." for key in keys}
+    values = {key: f"{key} is: {niah.draw_word(rng, kind)}." for key in keys}
     turns = []
     for _ in range(questions):
         asked = rng.sample(keys, rng.choice((2, 3, 4, 4)))
@@ -101,7 +101,7 @@ def magic_keys(rng: random.Random, tokens: int) -> Conversation:
 
 def variables(rng: random.Random, tokens: int) -> Conversation:
     """Draw the chain backwards, as the text has it: each name's own line leads to the next."""
-    draft = _drafted(tracking.variable_tracking, rng, max(6, (tokens - 170) // NOISE), tokens)
+    draft = _draft(tracking.variable_tracking, rng, max(6, (tokens - 170) // NOISE), tokens)
     return _asked_once(draft, " = VAR ".join(reversed(draft.references)))
 
 
@@ -129,16 +129,16 @@ def newest(rng: random.Random, tokens: int) -> Conversation:
         for place, subject in enumerate(revised, start=1)
     ]
     room = tokens - NOTICE * len(facts) - 35 * len(subjects)
-    document = " ".join(_scattered(rng, _prose(rng, room), facts))
+    document = " ".join(_scatter(rng, _prose(rng, room), facts))
     return _with_document(f"{document}\n\n", [_newest_turn(each, facts) for each in subjects])
 
 
-def quoted(rng: random.Random, tokens: int) -> Conversation:
+def quote_lines(rng: random.Random, tokens: int) -> Conversation:
     """Draw the lines under a comment, after the comment itself."""
     short = tokens < copying.SHORT_BELOW_TOKENS
     size = copying.SHORT_BLOCK_LINES if short else copying.BLOCK_LINES
     lines = max(size, tokens // CODE_LINE - size)
-    draft = _drafted(copying.copy_lines, rng, lines, tokens)
+    draft = _draft(copying.copy_lines, rng, lines, tokens)
     comment = draft.messages[0]["content"].rsplit('"', 2)[1]
     return _asked_once(draft, f"{comment}\n{draft.references[0]}")
 
@@ -146,15 +146,15 @@ def quoted(rng: random.Random, tokens: int) -> Conversation:
 def secret(rng: random.Random, tokens: int) -> Conversation:
     """Draw a word of the system prompt."""
     sentences = max(1, (tokens - 50) // SENTENCE)
-    draft = _drafted(dialogue.SystemSecret(warm=False).draft, rng, sentences, tokens)
+    draft = _draft(dialogue.SystemSecret(warm=False).draft, rng, sentences, tokens)
     system, user = (str(message["content"]) for message in draft.messages)
     return Conversation((Turn(user, draft.gold[0], draft.gold),), system)
 
 
-def recalled(rng: random.Random, tokens: int) -> Conversation:
+def recall_turn(rng: random.Random, tokens: int) -> Conversation:
     """Draw turns that each bring a part of the document; the last asks about the first."""
     sentences = max(dialogue.TURNS, (tokens - 250) // SENTENCE)
-    draft = _drafted(dialogue.recall, rng, sentences, tokens)
+    draft = _draft(dialogue.recall, rng, sentences, tokens)
     texts = [str(message["content"]) for message in draft.messages] + [draft.gold[0]]
     replies = texts[1::2]
     return Conversation(
@@ -162,7 +162,7 @@ def recalled(rng: random.Random, tokens: int) -> Conversation:
     )
 
 
-def drilled(rng: random.Random, tokens: int) -> list[tuple[str, str]]:
+def drill_facts(rng: random.Random, tokens: int) -> list[tuple[str, str]]:
     """Draw keys with what follows them; twice all of them take most of the tokens."""
     draw_key, between, draw_value, size = rng.choice(DRILLS)
     count = max(2, tokens // (2 * size + SENTENCE))
@@ -177,9 +177,9 @@ WEIGHTS: dict[Family, float] = {
     magic_values: 0.1,
     magic_keys: 0.06,
     newest: 0.13,
-    quoted: 0.05,
+    quote_lines: 0.05,
     secret: 0.01,
-    recalled: 0.02,
+    recall_turn: 0.02,
 }
 NEEDLE_KINDS = (
     *((niah.Kind.WORDS, niah.Kind.NUMBERS, NUMBER_NEEDLE),) * 3,
@@ -227,7 +227,7 @@ def _magic_conversation(
     haystack = (niah.NOISE,) * max(0, room // NOISE) if noise else _prose(rng, room)
     shown = kind.removesuffix("s") if template == niah.ONE else kind
     head = template.split("{context}")[0].format(kind=shown)
-    context = ("\n" if noise else " ").join(_scattered(rng, haystack, needles))
+    context = ("\n" if noise else " ").join(_scatter(rng, haystack, needles))
     return _with_document(f"{head}{context}\n", turns)
 
 
@@ -237,7 +237,7 @@ def _newest_turn(subject: corpus.Record, facts: Sequence[str]) -> Turn:
     return Turn(question, gold[gold.index(subject.key) :].removesuffix("."), (gold,))
 
 
-def _drafted(
+def _draft(
     family: Callable[[Order], TaskDraft], rng: random.Random, units: int, tokens: int
 ) -> TaskDraft:
     return family(Order(rng, units, tokens))
@@ -256,5 +256,5 @@ def _prose(rng: random.Random, tokens: int) -> tuple[str, ...]:
     return words.prose(rng, max(0, tokens // SENTENCE))
 
 
-def _scattered(rng: random.Random, haystack: Sequence[str], facts: Sequence[str]) -> list[str]:
+def _scatter(rng: random.Random, haystack: Sequence[str], facts: Sequence[str]) -> list[str]:
     return words.scatter(rng, tuple(haystack), tuple(facts))

@@ -44,11 +44,11 @@ def _uuid_pairs() -> list[str]:
 
 
 def _number_pairs() -> list[str]:
-    return _evenly(DIGIT, (1, 2, 2, 2))
+    return _split_evenly(DIGIT, (1, 2, 2, 2))
 
 
 def _name_letters() -> list[str]:
-    first, *others = _evenly(CAPITAL, (1,) * 5)
+    first, *others = _split_evenly(CAPITAL, (1,) * 5)
     return [f" ?{first}", *others]
 
 
@@ -62,7 +62,7 @@ def _each_within(parts: Sequence[str]) -> list[str]:
     ]
 
 
-def _evenly(character: str, sizes: Sequence[int]) -> list[str]:
+def _split_evenly(character: str, sizes: Sequence[int]) -> list[str]:
     """Return the parts of a run of exactly `sum(sizes)` characters."""
     total, done, parts = sum(sizes), 0, []
     for size in sizes:

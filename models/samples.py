@@ -82,11 +82,11 @@ class Sampler:
         chunks = range(-(-len(whole.ids) // GAP_CHUNK_TOKENS))
         kept = {chunk for chunk in chunks if chunk in needed or rng.random() < keep}
         left = [i for i in whole.positions if i // GAP_CHUNK_TOKENS in kept]
-        return _left(whole, left)
+        return _keep_tokens(whole, left)
 
     def drill(self, rng: random.Random, tokens: int) -> TrainingSample:
         """Make bare keys with values among filler, then all of them again: the densest task."""
-        facts = families.drilled(rng, tokens)
+        facts = families.drill_facts(rng, tokens)
         pairs = [(self._encode(key), self._encode(f"{key}{value}.")) for key, value in facts]
         room = tokens - 2 * sum(len(pair) for _, pair in pairs)
         parts = [self._encode(f" {text}") for text in draw_filler(rng, max(0, room) // SENTENCE)]
@@ -198,7 +198,7 @@ def _tokens_of(encoding: BatchEncoding, text: str, parts: Sequence[str]) -> Iter
         yield from range(first, last + 1)
 
 
-def _left(whole: TrainingSample, left: Sequence[int]) -> TrainingSample:
+def _keep_tokens(whole: TrainingSample, left: Sequence[int]) -> TrainingSample:
     """Return the sample with only these tokens, among which is all that its answers need."""
     places = {i: place for place, i in enumerate(left)}
     return TrainingSample(
@@ -215,7 +215,7 @@ def _left(whole: TrainingSample, left: Sequence[int]) -> TrainingSample:
     )
 
 
-def stretched(rng: random.Random, sample: TrainingSample, most: int) -> TrainingSample:
+def stretch(rng: random.Random, sample: TrainingSample, most: int) -> TrainingSample:
     """Return the sample as if chunks between its own had been pruned, at positions below `most`.
 
     Long distances are learnt at the cost of short prompts.

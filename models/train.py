@@ -194,7 +194,7 @@ def start(
     return model, TrainingProgress(length=MAX_TOKENS)
 
 
-def begin(
+def load_or_start(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     checkpoint: Path,
@@ -300,7 +300,7 @@ def main() -> None:
         if arguments.steps is not None:
             recipe = replace(recipe, steps=arguments.steps)
         checkpoint = arguments.checkpoints / f"{name}.pt"
-        training = begin(
+        training = load_or_start(
             recipe,
             AutoTokenizer.from_pretrained(HERE / recipe.folder),
             checkpoint,

@@ -32,8 +32,8 @@ from specprefill.lab.simulation.trace import Trace, bursty, poisson, write_trace
 
 from .calibration import calibrate
 from .processes import Watch
-from .servers import Served, ours
-from .validation import BASE, KEEP, LENGTHS, LONGEST, OUT, bearable_qps, drawn
+from .servers import Served, run_ours
+from .validation import BASE, KEEP, LENGTHS, LONGEST, OUT, bearable_qps, draw_trace
 from .versus import serve_config
 
 FACTOR = 10.0
@@ -63,13 +63,13 @@ class BurstRun:
         return self.run.summary
 
     @property
-    def queued(self) -> int:
+    def queued_requests(self) -> int:
         """Number of answered requests that had waited."""
-        waits_s = (one.reported("queue_s") for one in self.run.outcomes)
+        waits_s = (one.report_number("queue_s") for one in self.run.outcomes)
         return sum(1 for each in waits_s if each is not None and each > QUEUED_S)
 
     @property
-    def shed(self) -> dict[str, int]:
+    def shed_requests(self) -> dict[str, int]:
         """Number of refused requests by the service's reason."""
         refused = (
             one.stream for one in self.run.outcomes if one.stream.ending is RequestEnding.SHED
@@ -78,7 +78,7 @@ class BurstRun:
         return dict(Counter("untold" if each is None else each[1] for each in found))
 
 
-def unexplained(outcomes: Sequence[RequestOutcome]) -> list[str]:
+def unexplained_endings(outcomes: Sequence[RequestOutcome]) -> list[str]:
     """Return what ended neither in an answer nor in a status with a reason."""
     return [
         f"request {one.index}: {one.stream.ending}: {one.stream.error}"
@@ -87,7 +87,7 @@ def unexplained(outcomes: Sequence[RequestOutcome]) -> list[str]:
     ]
 
 
-def configured(config: AppConfig, ttft_s: float, deadline_s: float) -> AppConfig:
+def configure(config: AppConfig, ttft_s: float, deadline_s: float) -> AppConfig:
     """Return the configuration with admission, and the default keep rate for every long prompt."""
     admission = AdmissionConfig(ttft_s=ttft_s, keep_floor=KEEP_FLOOR)
     limits = {"request_timeout_s": deadline_s, "admission": admission}
@@ -96,10 +96,10 @@ def configured(config: AppConfig, ttft_s: float, deadline_s: float) -> AppConfig
     return config.model_copy(update={"gateway": gateway, "selection": selection})
 
 
-def burst(most_qps: float, share: float, seed: int) -> Trace:
+def burst_trace(most_qps: float, share: float, seed: int) -> Trace:
     """Return a quiet spell, a minute of `FACTOR` times the rate, and a quiet spell."""
     rate = bursty(share * most_qps, FACTOR, BURST_S, every_s=1e9, first_s=BEFORE_S)
-    return drawn(rate, BEFORE_S + BURST_S + AFTER_S, seed, SHORTEST)
+    return draw_trace(rate, BEFORE_S + BURST_S + AFTER_S, seed, SHORTEST)
 
 
 async def ask(
@@ -131,8 +131,8 @@ async def measure(
     async with caller.open():
         slots = config.decode.max_num_seqs or 1
         found = await calibrate(source, caller, KEEP, int(LENGTHS.output_tokens), slots)
-    most = bearable_qps(drawn(poisson(1.0), 1000.0, args.seed, SHORTEST), found, KEEP)
-    trace = burst(most, args.share, args.seed)
+    most = bearable_qps(draw_trace(poisson(1.0), 1000.0, args.seed, SHORTEST), found, KEEP)
+    trace = burst_trace(most, args.share, args.seed)
     print(
         f"bearable at a keep rate of {KEEP:g}: {most:.2f} requests/s; "
         f"asked: {args.share * most:.2f}, and {FACTOR:g} times that for {BURST_S:g} s: "
@@ -162,7 +162,7 @@ def table(arms: Sequence[BurstRun]) -> str:
 def _cells(arm: BurstRun) -> list[str]:
     told, endings = arm.summary, dict(arm.summary.endings)
     answered, shed = endings.pop(RequestEnding.ANSWERED, 0), endings.pop(RequestEnding.SHED, 0)
-    reasons = ", ".join(f"{reason} {count}" for reason, count in arm.shed.items())
+    reasons = ", ".join(f"{reason} {count}" for reason, count in arm.shed_requests.items())
     return [
         arm.name,
         f"{told.attainment:.3f}",
@@ -171,7 +171,7 @@ def _cells(arm: BurstRun) -> list[str]:
         f"{told.ttft_s.p50:.2f} s",
         f"{told.ttft_s.p95:.2f} s",
         str(answered),
-        str(arm.queued),
+        str(arm.queued_requests),
         f"{shed} ({reasons})" if shed else "0",
         ", ".join(f"{ending} {count}" for ending, count in endings.items()) or "0",
         f"{arm.others:.2f}",
@@ -198,10 +198,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = args.out.parent.resolve() / "burst"
     folder.mkdir(parents=True, exist_ok=True)
     base = Path(local_path(BASE))
-    config = configured(serve_config(folder, MAX_TOKENS), args.slo, args.deadline)
-    with ours(base, folder, config) as served:
+    config = configure(serve_config(folder, MAX_TOKENS), args.slo, args.deadline)
+    with run_ours(base, folder, config) as served:
         most, trace, arms = asyncio.run(measure(args, served, config))
-    lost = [line for arm in arms for line in unexplained(arm.run.outcomes)]
+    lost = [line for arm in arms for line in unexplained_endings(arm.run.outcomes)]
     print(
         "\n" + ("\n".join(lost) or "every request ended in an answer or in a status with a reason")
     )
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "requests": len(trace),
         "slo_s": args.slo,
         "deadline_s": args.deadline,
-        "arms": [_told(arm) for arm in arms],
+        "arms": [_as_json(arm) for arm in arms],
         "lost": lost,
     }
     write_json(args.out, provenance(args.seed), results)
@@ -218,13 +218,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if lost else 0
 
 
-def _told(arm: BurstRun) -> dict[str, Any]:
+def _as_json(arm: BurstRun) -> dict[str, Any]:
     each = [
         {"time_s": one.scheduled_s, "ttft_s": one.ttft_s, "ending": one.stream.ending.value,
          "error": one.stream.error, **(one.stream.report or {})}
         for one in arm.run.outcomes
     ]  # fmt: skip
-    counts = {"queued": arm.queued, "shed": arm.shed, "others_cores": arm.others}
+    counts = {"queued": arm.queued_requests, "shed": arm.shed_requests, "others_cores": arm.others}
     return {"name": arm.name, "summary": asdict(arm.summary), **counts, "each": each}
 
 

@@ -27,7 +27,7 @@ from specprefill.lab.loadtest.recorder import Caller, LoadPrompt
 from specprefill.lab.loadtest.scenario import Prompts
 from specprefill.lab.simulation.machine import Machine
 
-from .processes import between, used
+from .processes import average_between, read_use
 
 LENGTHS = (300, 600, 1200, 2400, 4800, 7600)
 ROUNDS = 3
@@ -73,25 +73,25 @@ async def calibrate(
         for place, kind in enumerate(kinds):
             prompt = source.warm_up(kind, number * len(LENGTHS) + place)
             singles.append(await _single(prompt, caller, idle))
-    return learnt(singles, decode_slots, await asyncio.to_thread(measured_machine, idle))
+    return fit_engines(singles, decode_slots, await asyncio.to_thread(measured_machine, idle))
 
 
 async def idle_cores() -> float:
     """Return the number of cores that the app keeps busy without any request."""
-    before = used()
+    before = read_use()
     await asyncio.sleep(IDLE_S)
-    return between(before, used(), 0.0, IDLE_S).own
+    return average_between(before, read_use(), 0.0, IDLE_S).own
 
 
 async def _single(prompt: LoadPrompt, caller: Caller, idle: float) -> Single:
-    began_s, before = time.perf_counter(), used()
+    began_s, before = time.perf_counter(), read_use()
     stream = await runner.stream(prompt, caller, TIMEOUT_S)
     await asyncio.sleep(SETTLE_S)
-    own_s, seconds = used().own_s - before.own_s, time.perf_counter() - began_s
+    own_s, seconds = read_use().own_s - before.own_s, time.perf_counter() - began_s
     return Single(stream, max(0.0, own_s - idle * seconds))
 
 
-def learnt(singles: Sequence[Single], decode_slots: int, machine: Machine) -> Calibrated:
+def fit_engines(singles: Sequence[Single], decode_slots: int, machine: Machine) -> Calibrated:
     """Fit stage curves and the rest to answers to single requests that share no prefix."""
     models, front, aside = StageModels(), StageModel(_FRONT), StageModel(_FRONT)
     token_s = []

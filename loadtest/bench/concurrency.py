@@ -21,7 +21,7 @@ from typing import Any
 from specprefill.config import AppConfig, local_path
 from specprefill.lab.reporting.tables import markdown, provenance, write_json
 
-from .servers import Served, cores_option, ours, plain_vllm
+from .servers import Served, cores_option, run_ours, run_plain_vllm
 from .ttft import flops_lines
 from .versus import (
     BASE,
@@ -68,7 +68,7 @@ class ClientGroup:
         }
 
 
-async def crowd(
+async def ask_as_group(
     client: Client, variant: Variant, clients: int, args: argparse.Namespace
 ) -> ClientGroup:
     """Let `clients` clients ask `args.rounds` questions each."""
@@ -81,14 +81,16 @@ async def crowd(
             answers.append(TimedAnswer(args.prompt_tokens, variant.name, got))
         return answers
 
-    await client.idle()
+    await client.wait_idle()
     started_s = time.monotonic()
     answers = await asyncio.gather(*(asks() for _ in range(clients)))
     took_s = time.monotonic() - started_s
     return ClientGroup(clients, variant.name, [one for some in answers for one in some], took_s)
 
 
-async def crowds(args: argparse.Namespace, servers: Mapping[str, Served]) -> list[ClientGroup]:
+async def ask_as_groups(
+    args: argparse.Namespace, servers: Mapping[str, Served]
+) -> list[ClientGroup]:
     """Run every number of clients, in every variant, after one question that warms up."""
     async with Client(load_tokenizer(), servers, args.seed).open() as client:
         asked = variants(args.keeps)
@@ -97,7 +99,7 @@ async def crowds(args: argparse.Namespace, servers: Mapping[str, Served]) -> lis
         found = []
         for clients in args.clients:
             for variant in asked:
-                found.append(await crowd(client, variant, clients, args))
+                found.append(await ask_as_group(client, variant, clients, args))
                 row = found[-1].row(None)
                 print(f"{clients} clients, {variant.name}: {row['qps']:.2f}/s", flush=True)
     return found
@@ -160,11 +162,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = _for_all(serve_config(folder, args.prompt_tokens + 128), max(args.clients))
     base = Path(local_path(BASE))
     with (
-        plain_vllm(config, args.cores, folder / "vllm.log") as plain,
-        ours(base, folder, config, prefill_replicas=args.cores) as mine,
+        run_plain_vllm(config, args.cores, folder / "vllm.log") as plain,
+        run_ours(base, folder, config, prefill_replicas=args.cores) as mine,
     ):
-        found = asyncio.run(crowds(args, {PLAIN: plain, OURS: mine}))
-    with ours(base, folder) as demo:
+        found = asyncio.run(ask_as_groups(args, {PLAIN: plain, OURS: mine}))
+    with run_ours(base, folder) as demo:
         scores = asyncio.run(demo_scores(args, demo))
     rows = [one.row(scores.get(one.variant)) for one in found]
     print(f"\n{table(rows)}\n\nprompts of {args.prompt_tokens} tokens, answers of {OUTPUT_TOKENS}; "

@@ -152,7 +152,7 @@ def _round(
     everything = torch.arange(length)
     measured = [(length, 0.0, _prefill_s(main, device, prompt, everything))]
     for keep in keeps:
-        scores, speculate_s = timed(device, lambda: scorer.score([tuple(prompt.tolist())])[0])
+        scores, speculate_s = time_action(device, lambda: scorer.score([tuple(prompt.tolist())])[0])
         plan = Plan(PlanKind.PRUNE, Reason.ASKED, keep)
         positions = _positions(select(scores, plan, (), SelectionPolicy()))
         prefill_s = _prefill_s(main, device, prompt, positions)
@@ -164,7 +164,7 @@ def _prefill_s(
     main: ChunkedPrefill, device: torch.device, prompt: Tensor, positions: Tensor
 ) -> float:
     tokens, places = prompt[positions].to(device), positions.to(device)
-    _, seconds = timed(device, lambda: main.prefill(tokens, places))
+    _, seconds = time_action(device, lambda: main.prefill(tokens, places))
     return seconds
 
 
@@ -172,7 +172,7 @@ def _positions(selection: Selection) -> Tensor:
     return torch.cat([torch.arange(run.start, run.stop) for run in selection.runs])
 
 
-def timed(device: torch.device, action: Callable[[], Any]) -> tuple[Any, float]:
+def time_action(device: torch.device, action: Callable[[], Any]) -> tuple[Any, float]:
     """Return the value of `action`, and the seconds until the device has done it."""
     _wait(device)
     started_s = time.perf_counter()

@@ -83,12 +83,12 @@ class Result:
         return statistics.fmean(each.kept for each in self.families.values())
 
     @property
-    def worst(self) -> str:
+    def worst_family(self) -> str:
         """The family that loses most."""
         return min(self.families, key=lambda name: self.families[name].survival)
 
     @property
-    def lost(self) -> int:
+    def lost_families(self) -> int:
         """Number of families that do not keep enough of what they need."""
         return sum(each.survival < ENOUGH for each in self.families.values())
 
@@ -127,7 +127,7 @@ def name_of(auto: AutoKeep) -> str:
     return f"{rule}, unsure: {unsure}"
 
 
-def measured(variant: RuleVariant, prompts: Sequence[Scored]) -> Result:
+def measure_variant(variant: RuleVariant, prompts: Sequence[Scored]) -> Result:
     """Measure how much of each family's gold is left."""
     families: dict[str, list[tuple[float, Selection]]] = {}
     for prompt in prompts:
@@ -171,7 +171,7 @@ def _best(group: Sequence[Result]) -> Result:
 
 
 def _merit(result: Result) -> tuple[int, float]:
-    return result.lost, result.kept
+    return result.lost_families, result.kept
 
 
 def overview(results: Sequence[Result]) -> str:
@@ -183,9 +183,9 @@ def overview(results: Sequence[Result]) -> str:
         [
             (
                 result.variant,
-                str(result.lost),
-                result.worst,
-                f"{result.families[result.worst].survival:.0%}",
+                str(result.lost_families),
+                result.worst_family,
+                f"{result.families[result.worst_family].survival:.0%}",
                 f"{result.kept:.1%}",
                 f"{result.kept / least.kept:.2f}",
             )
@@ -208,7 +208,7 @@ def _cell(found: FamilyResult) -> str:
     return f"{found.survival:.0%} of gold at {found.kept:.0%}"
 
 
-def scored(
+def score_prompts(
     speculator: str, families: Sequence[str], seeds: Sequence[int], lengths: Sequence[int]
 ) -> list[Scored]:
     """Score every family's prompts by the speculator, as the gateway and the service do it."""
@@ -243,15 +243,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Score, compare, print, write."""
     args = options(argv)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    prompts = scored(args.speculator, args.families, seeds, args.lengths)
+    prompts = score_prompts(args.speculator, args.families, seeds, args.lengths)
     policy = selection_policy(SelectionConfig(), BLOCK_TOKENS)
-    results = [measured(variant, prompts) for variant in variants(policy)]
+    results = [measure_variant(variant, prompts) for variant in variants(policy)]
     shipped = next(result for result in results if result.variant == name_of(policy.auto))
     fixed = [result for result in results if result.variant in {"keep 0.1", "keep 0.3"}]
     compared = [*results[: len(FIXED)], *best_of_each_rule(results[len(FIXED) :])]
     print(f"\n{overview(compared if shipped in compared else [*compared, shipped])}")
     print(f"\n{by_family([shipped, *fixed])}")
-    shares = [measured(variant, prompts) for variant in next_shares(policy)]
+    shares = [measure_variant(variant, prompts) for variant in next_shares(policy)]
     print(f"\n{by_family(shares)}")
     found = {"results": list(map(asdict, results)), "next_shares": list(map(asdict, shares))}
     write_json(args.out, provenance(args.first_seed), found)

@@ -52,7 +52,7 @@ RATIOS = (("grpc", "raw grpc"), ("object_ref", "ray put"))
 def main(argv: list[str] | None = None) -> int:
     """Measure, print the table, write the JSON."""
     options = _options(argv)
-    with served(options.sizes) as worker, stored():
+    with run_server(options.sizes) as worker, run_object_store():
         seconds = measure(worker, options.sizes, options.repeats)
     rows = [_row(size, seconds[size]) for size in options.sizes]
     ways = [f"{name} GB/s" for name in seconds[options.sizes[0]]]
@@ -76,9 +76,9 @@ def measure(
     address, objects = worker.address, Objects(worker, KvClient())
     channel = grpc.insecure_channel(address, options=OPTIONS)
     ways: dict[str, Callable[[int], float]] = {
-        "grpc": lambda size: timed(lambda: pull(client, address, size)),
-        f"grpc x{STREAMS}": lambda size: timed(lambda: pull(parallel, address, size)),
-        "raw grpc": lambda size: timed(lambda: raw_stream(channel, size)),
+        "grpc": lambda size: time_action(lambda: pull(client, address, size)),
+        f"grpc x{STREAMS}": lambda size: time_action(lambda: pull(parallel, address, size)),
+        "raw grpc": lambda size: time_action(lambda: raw_stream(channel, size)),
         "memcpy": copy_seconds,
         "object_ref": lambda size: objects.seconds(size)[0],
         "object_ref out": lambda size: objects.seconds(size)[1],
@@ -86,7 +86,7 @@ def measure(
         "ray get": lambda size: ray_seconds(size)[1],
     }
     if reader is not None:
-        ways["nixl"] = lambda size: timed(lambda: pull(reader, address, size))
+        ways["nixl"] = lambda size: time_action(lambda: pull(reader, address, size))
     seconds: dict[int, dict[str, list[float]]] = {
         size: {name: [] for name in ways} for size in sizes
     }
@@ -154,7 +154,7 @@ class Objects:
         complete_s = self._worker.finish()
         reference, stored_s = storing.result()
         self._worker.drop()
-        fetch_s = timed(lambda: self._fetch(ticket, ray.get(reference), size))
+        fetch_s = time_action(lambda: self._fetch(ticket, ray.get(reference), size))
         return stored_s - complete_s, fetch_s
 
     def _store(self, ticket: Ticket) -> tuple[Any, float]:
@@ -173,7 +173,7 @@ def copy_seconds(size: int) -> float:
     """Return the seconds of one copy of warm memory."""
     source = np.ones(size * MB, dtype=np.uint8)
     target = np.zeros_like(source)
-    return timed(lambda: np.copyto(target, source))
+    return time_action(lambda: np.copyto(target, source))
 
 
 def ray_seconds(size: int) -> tuple[float, float]:
@@ -184,10 +184,10 @@ def ray_seconds(size: int) -> tuple[float, float]:
     started_s = time.perf_counter()
     reference = ray.put(source)
     put_s = time.perf_counter() - started_s
-    return put_s, timed(lambda: ray.get(reference))
+    return put_s, time_action(lambda: ray.get(reference))
 
 
-def timed(action: Callable[[], object]) -> float:
+def time_action(action: Callable[[], object]) -> float:
     """Return the seconds that `action` takes."""
     started_s = time.perf_counter()
     action()
@@ -203,27 +203,27 @@ class Worker:
 
     def hold(self, size: int) -> str:
         """Lay all but the last frame of a new lease into shared memory. Returns its id."""
-        return str(self._told("hold", size))
+        return str(self._ask("hold", size))
 
     def wait_asked(self) -> None:
         """Wait until somebody has asked for the lease's place."""
-        self._told("wait_asked")
+        self._ask("wait_asked")
 
     def finish(self) -> float:
         """Lay the last frame there. Returns the time of that, on the machine's clock."""
-        return float(self._told("finish"))
+        return float(self._ask("finish"))
 
     def drop(self) -> None:
         """Release the lease."""
-        self._told("drop")
+        self._ask("drop")
 
-    def _told(self, what: str, *details: object) -> Any:
+    def _ask(self, what: str, *details: object) -> Any:
         self._pipe.send((what, details))
         return self._pipe.recv()
 
 
 @contextmanager
-def served(sizes: Sequence[int]) -> Iterator[Worker]:
+def run_server(sizes: Sequence[int]) -> Iterator[Worker]:
     """Run a child process that holds leases of these sizes."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -237,7 +237,7 @@ def served(sizes: Sequence[int]) -> Iterator[Worker]:
 
 
 @contextmanager
-def stored() -> Iterator[None]:
+def run_object_store() -> Iterator[None]:
     """Run a local Ray cluster of this process alone, large enough for the objects."""
     set_auth_mode()  # Ray reads it when it is imported
     import ray
@@ -282,7 +282,7 @@ def _serve(parent: Connection, sizes: Sequence[int]) -> None:
         Announcements(),
         FINGERPRINT,
         "127.0.0.1",
-        more_handlers=[_RawHandler(messages), lending.handler, *_readable(messages, sizes)],
+        more_handlers=[_RawHandler(messages), lending.handler, *_nixl_leases(messages, sizes)],
     )
     parent.send(server.start())
     while (told := parent.recv())[0] != "stop":
@@ -291,7 +291,7 @@ def _serve(parent: Connection, sizes: Sequence[int]) -> None:
     server.stop()
 
 
-class _Asked(LeaseStore):
+class _ReadSignal(LeaseStore):
     """Signals that a reader has started."""
 
     def __init__(self) -> None:
@@ -310,7 +310,7 @@ class _Lending:
 
     def __init__(self, messages: list[bytes], room: int) -> None:
         self._messages = messages
-        self._leases = _Asked()
+        self._leases = _ReadSignal()
         self.handler = LocateHandler(self._leases, FINGERPRINT, SharedMemory(room))
         self._lease_id, self._frames, self._count = "", 0, 0
 
@@ -339,7 +339,7 @@ class _Lending:
         self._leases.append(self._lease_id, sealed, last=layer == self._frames - 1)
 
 
-def _readable(messages: list[bytes], sizes: Sequence[int]) -> list[NixlHandler]:
+def _nixl_leases(messages: list[bytes], sizes: Sequence[int]) -> list[NixlHandler]:
     """Return the same leases for `nixl`, in registered memory; none where it is not installed."""
     agent = agent_for("auto", encrypted=False)
     if agent is None:

@@ -28,12 +28,12 @@ from specprefill.lab.loadtest.outcome import RequestEnding, Stream
 from specprefill.lab.loadtest.prompt_source import Source
 from specprefill.lab.loadtest.results import trial_table
 from specprefill.lab.loadtest.scenario import PaperProtocol, Prompts, Scenario, Target
-from specprefill.lab.loadtest.search import highest
+from specprefill.lab.loadtest.search import highest_rate
 from specprefill.lab.loadtest.session import Searched
 from specprefill.lab.reporting.tables import markdown, provenance, write_json
 
 from . import server_processes
-from .servers import Served, cores_option, ours, plain_vllm
+from .servers import Served, cores_option, run_ours, run_plain_vllm
 from .ttft import flops_lines
 from .versus import BASE, OUT, PLAIN, demo_scores, serve_config
 
@@ -78,7 +78,7 @@ def scenario(
         arrivals={"kind": "constant", "qps": 1.0},
         length={"seconds": args.hold * timeout_s},
         timeout_s=timeout_s,
-        warm_up=0,  # see `alone`
+        warm_up=0,  # see `ask_alone`
         search=PaperProtocol(
             kind="paper", grid=tuple(grid), max_failures=MAX_FAILURES, pause_s=args.pause
         ),
@@ -86,7 +86,7 @@ def scenario(
     )
 
 
-async def alone(
+async def ask_alone(
     served: Served, source: Source, lengths: Sequence[int], keep: float | None
 ) -> list[list[Stream]]:
     """Return answers of one request at a time, by length."""
@@ -122,9 +122,9 @@ def ceiling(answers: Sequence[Sequence[Stream]], idle_s: float) -> float:
     return 1.0 / (kept / tokens + ratio)
 
 
-def borne(name: str, searched: Searched, ceiling: float | None = None) -> SustainedRate:
+def sustained_rate(name: str, searched: Searched, ceiling: float | None = None) -> SustainedRate:
     """Return the highest rate that held."""
-    return SustainedRate(name, highest(searched.trials), searched, ceiling)
+    return SustainedRate(name, highest_rate(searched.trials), searched, ceiling)
 
 
 def table(
@@ -146,24 +146,26 @@ async def measure(
 ) -> tuple[float, SustainedRate, list[tuple[float, SustainedRate]]]:
     """Measure plain vLLM's idle latency and rate, and this service's rate at each keep rate."""
     source = Source.load(local_path("models/demo-main"), args.seed)
-    idle_s = latency_s(await alone(plain, source, args.lengths, None))
+    idle_s = latency_s(await ask_alone(plain, source, args.lengths, None))
     timeout_s = TIMEOUT_FACTOR * idle_s
     print(f"vllm serve, idle: {idle_s:.2f} s; time-out {timeout_s:.2f} s", flush=True)
 
     async def search(
         served: Served, keep: float | None, grid: Sequence[float], bound: float | None = None
     ) -> SustainedRate:
-        await server_processes.idle([plain.pid, mine.pid])
+        await server_processes.wait_idle([plain.pid, mine.pid])
         name = PLAIN if keep is None else f"keep {keep:g}"
         asked = scenario(served, keep, args.lengths, args, timeout_s, grid)
-        found = borne(name, await session.find(asked, source, lambda _progress: None), bound)
+        found = sustained_rate(
+            name, await session.find(asked, source, lambda _progress: None), bound
+        )
         print(f"\n{name}\n{trial_table(found.searched.trials)}", flush=True)
         return found
 
     first = await search(plain, None, [step / idle_s for step in args.plain_steps])
     pruned = []
     for keep in args.keeps:
-        bound = ceiling(await alone(mine, source, args.lengths, keep), idle_s)
+        bound = ceiling(await ask_alone(mine, source, args.lengths, keep), idle_s)
         reference = bound * (first.qps or 1.0 / idle_s)
         grid = [step * reference for step in args.steps]
         pruned.append((keep, await search(mine, keep, grid, bound)))
@@ -202,11 +204,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arithmetic = flops_lines(args.lengths)
     config = serve_config(folder, max(args.lengths) + 128)
     with (
-        plain_vllm(config, args.cores, folder / "vllm.log") as plain,
-        ours(Path(local_path(BASE)), folder, config, prefill_replicas=args.cores) as mine,
+        run_plain_vllm(config, args.cores, folder / "vllm.log") as plain,
+        run_ours(Path(local_path(BASE)), folder, config, prefill_replicas=args.cores) as mine,
     ):
         idle_s, first, pruned = asyncio.run(measure(args, plain, mine))
-    with ours(Path(local_path(BASE)), folder) as demo:
+    with run_ours(Path(local_path(BASE)), folder) as demo:
         scores = asyncio.run(demo_scores(args, demo))
     print(f"\n{table(first, pruned, scores)}")
     results: dict[str, Any] = {
@@ -216,14 +218,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "hold_s": args.hold * TIMEOUT_FACTOR * idle_s,
         "cores": args.cores,
         "scores": scores,
-        "rows": [_written(one) for one in (first, *(one for _, one in pruned))],
+        "rows": [_as_json(one) for one in (first, *(one for _, one in pruned))],
     }
     write_json(args.out, provenance(args.seed), results)
     print(f"written to {args.out}")
     return 0
 
 
-def _written(one: SustainedRate) -> dict[str, Any]:
+def _as_json(one: SustainedRate) -> dict[str, Any]:
     trials = [asdict(trial) for trial in one.searched.trials]
     return {"name": one.name, "max_qps": one.qps, "ceiling": one.ceiling, "trials": trials}
 

@@ -135,24 +135,24 @@ async def measure(config: AppConfig, rounds: int, vocabulary: int, seed: int) ->
                 gain.learn(request, report)
             return report
 
-        for kind, way in _warmed():
+        for kind, way in _warmed_prefixes():
             await ask(prompts.warm_up(kind, way), way)
         for place, kind in enumerate(kinds := trace(rounds, rng)):
-            for way in _turn(place):
+            for way in _rotate_ways(place):
                 report = await ask(prompts.request(kind, way), way)
                 runs.append(NetGainRun(kind.name, way, report))
             print(f"request {place + 1} of {len(kinds)}: {kind.name}", flush=True)
     return runs
 
 
-def _turn(place: int) -> list[str]:
+def _rotate_ways(place: int) -> list[str]:
     """Rotate the ways, so that none always finds the machine as the last one left it."""
     ways = list(WAYS)
     first = place % len(ways)
     return ways[first:] + ways[:first]
 
 
-def _warmed() -> Iterator[tuple[RequestKind, str]]:
+def _warmed_prefixes() -> Iterator[tuple[RequestKind, str]]:
     return ((kind, way) for kind in KINDS if kind.warmed for way in WAYS)
 
 
@@ -172,11 +172,11 @@ def _row(name: str, runs: Sequence[NetGainRun]) -> dict[str, Any]:
         "ttft_s": {way: statistics.fmean(each.ttft_s for each in ways[way]) for way in WAYS},
         "pruned": sum(report.plan is PlanKind.PRUNE for report in decided),
         "no_gain": sum(report.reason is Reason.NO_GAIN for report in decided),
-        "misjudged": statistics.median(_misjudged(report) for report in decided),
+        "misjudged": statistics.median(_misjudgement(report) for report in decided),
     }
 
 
-def _misjudged(report: Report) -> float:
+def _misjudgement(report: Report) -> float:
     """Return the error of the expected time to first token, as a share of it."""
     if report.expected is None:
         return 0.0

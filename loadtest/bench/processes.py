@@ -23,7 +23,7 @@ class Used:
     all_s: float
 
 
-def used() -> Used:
+def read_use() -> Used:
     """Read the use so far. That of ended descendants is not in `own_s`."""
     cpu, parents = {}, {}
     for folder in _PROC.iterdir():
@@ -48,7 +48,7 @@ class Busy:
     others: float
 
 
-def between(before: Used, after: Used, from_s: float, seconds: float) -> Busy:
+def average_between(before: Used, after: Used, from_s: float, seconds: float) -> Busy:
     """Return the averages of a span."""
     own_s = max(0.0, after.own_s - before.own_s)
     others_s = max(0.0, after.all_s - before.all_s - own_s)
@@ -66,12 +66,12 @@ class Watch:
 
     def look(self) -> None:
         """Record the work since the last look."""
-        now_s, now = self._now(), used()
+        now_s, now = self._now(), read_use()
         if self._last is None:
             self._began_s = now_s
         else:
             then_s, then = self._last
-            span = between(then, now, then_s - self._began_s, now_s - then_s)
+            span = average_between(then, now, then_s - self._began_s, now_s - then_s)
             self.seen.append(span)
         self._last = now_s, now
 

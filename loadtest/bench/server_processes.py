@@ -51,7 +51,7 @@ def resident_by_pool(running: Sequence[Process], root: int, rest: str) -> dict[s
     return dict(totals)
 
 
-async def idle(roots: Sequence[int]) -> None:
+async def wait_idle(roots: Sequence[int]) -> None:
     """Wait until these processes and all below them leave the cores to others.
 
     Plain vLLM's worker spins on its queue for a second after its last step: whoever is asked in

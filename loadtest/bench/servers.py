@@ -46,7 +46,7 @@ def cores_option(parser: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def plain_vllm(config: AppConfig, threads: int, log: Path) -> Iterator[Served]:
+def run_plain_vllm(config: AppConfig, threads: int, log: Path) -> Iterator[Served]:
     """Run `vllm serve` with the main model of `config` and its prefill engine's sizes."""
     port = free_port()
     engine = config.prefill
@@ -76,7 +76,7 @@ def plain_vllm(config: AppConfig, threads: int, log: Path) -> Iterator[Served]:
 
 
 @contextmanager
-def ours(
+def run_ours(
     base: Path,
     folder: Path,
     config: AppConfig | None = None,

@@ -111,8 +111,8 @@ def throughput(
     ours, theirs = [], []
     for _ in range(repeats + 1):
         asked = [prompts(tokens) for _ in range(batch)]
-        ours.append(timed(partial(scorer.score, asked)))
-        theirs.append(timed(partial(forward, plain, asked)))
+        ours.append(time_action(partial(scorer.score, asked)))
+        theirs.append(time_action(partial(forward, plain, asked)))
     return Throughput(
         name, batch, tokens, statistics.median(ours[1:]), statistics.median(theirs[1:])
     )
@@ -173,7 +173,7 @@ def forward(model: PreTrainedModel, prompts: Sequence[Prompt]) -> None:
         model(input_ids=torch.tensor(prompts), use_cache=False, logits_to_keep=1)
 
 
-def timed(action: Callable[[], object]) -> float:
+def time_action(action: Callable[[], object]) -> float:
     """Return the seconds that `action` takes."""
     started_s = time.perf_counter()
     action()

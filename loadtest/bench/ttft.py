@@ -283,13 +283,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, vocabulary = prepare(max(args.lengths) + 64)
     runs = asyncio.run(measure(config, args.lengths, args.repeats, vocabulary, args.seed))
     rows = summary(runs)
-    print(f"\n{table(rows)}\n\nmedian of {args.repeats} interleaved runs; {_planned(runs)}")
+    print(f"\n{table(rows)}\n\nmedian of {args.repeats} interleaved runs; {_count_pruned(runs)}")
     write_json(args.out, provenance(args.seed), {"arithmetic": arithmetic, "rows": rows})
     print(f"written to {args.out}")
     return 0
 
 
-def _planned(runs: Sequence[TtftRun]) -> str:
+def _count_pruned(runs: Sequence[TtftRun]) -> str:
     """Return the number of prompts really pruned: an unplanned dense run would spoil medians."""
     asked = [run for run in runs if run.keep is not None]
     pruned = sum(run.report.plan is PlanKind.PRUNE for run in asked)

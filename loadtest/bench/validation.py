@@ -38,7 +38,7 @@ from specprefill.lab.simulation.world import World
 
 from .calibration import Calibrated, calibrate
 from .processes import Watch
-from .servers import Served, ours
+from .servers import Served, run_ours
 
 OUT = Path("out")
 BASE = "cluster/local.yaml"
@@ -100,26 +100,26 @@ def bearable_qps(trace: Trace, found: Calibrated, keep: float) -> float:
     return 1.0 / max(*pools_s, machine_s)
 
 
-def drawn(rate: Rate, seconds: float, seed: int, shortest: int = SHORTEST) -> Trace:
+def draw_trace(rate: Rate, seconds: float, seed: int, shortest: int = SHORTEST) -> Trace:
     """Generate a trace whose lengths the local app sustains."""
     trace = generate(rate, seconds, LENGTHS, seed)
     return replace(trace, prompt_tokens=np.clip(trace.prompt_tokens, shortest, LONGEST))
 
 
-def replayed(outcomes: Sequence[RequestOutcome]) -> Trace:
+def replayed_trace(outcomes: Sequence[RequestOutcome]) -> Trace:
     """Return the trace as it was sent. Raises RuntimeError if a request got no answer."""
     for one in outcomes:
         if one.stream.ending is not RequestEnding.ANSWERED or one.stream.report is None:
             raise RuntimeError(f"request {one.index}: {one.stream.ending}: {one.stream.error}")
     return Trace(
         _column(one.scheduled_s for one in outcomes),
-        _column(one.reported("prompt_tokens") for one in outcomes),
+        _column(one.report_number("prompt_tokens") for one in outcomes),
         _column(max(1, one.stream.output_tokens) for one in outcomes),
-        _column(one.reported("kept_tokens") for one in outcomes),
+        _column(one.report_number("kept_tokens") for one in outcomes),
     )
 
 
-def compared(measured_s: Floats, simulated_s: Floats) -> list[Compared]:
+def compare(measured_s: Floats, simulated_s: Floats) -> list[Compared]:
     """Return each percentile of both."""
     return [
         Compared(each, *(float(np.percentile(times, each)) for times in (measured_s, simulated_s)))
@@ -180,8 +180,8 @@ async def measure(
         output_tokens = int(LENGTHS.output_tokens)
         found = await calibrate(source, caller, KEEP, output_tokens, slots)
     print(f"calibrated: {found}", flush=True)
-    most = bearable_qps(drawn(poisson(1.0), 1000.0, args.seed), found, KEEP)
-    trace = drawn(poisson(args.load * most), args.seconds, args.seed)
+    most = bearable_qps(draw_trace(poisson(1.0), 1000.0, args.seed), found, KEEP)
+    trace = draw_trace(poisson(args.load * most), args.seconds, args.seed)
     print(f"bearable: {most:.2f} requests/s; asked: {args.load:.0%} of it, {len(trace)} requests "
           f"in {args.seconds:g} s", flush=True)  # fmt: skip
     path = args.out.parent / "validation" / "trace.jsonl"
@@ -208,9 +208,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     base = Path(local_path(BASE))
     config = load(base).file.applications[0].args
-    with ours(base, folder) as served:
+    with run_ours(base, folder) as served:
         found, run, watch = asyncio.run(measure(args, served, config))
-    trace = replayed(run.outcomes)
+    trace = replayed_trace(run.outcomes)
     measured_s = _column(one.ttft_s for one in run.outcomes)
     rows: dict[str, Any] = {}
     others = tuple((each.from_s, each.others) for each in watch.seen)
@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
           f"{fmean(each.own for each in watch.seen):.2f}")  # fmt: skip
     for name, each in variants(world(found, config, others)).items():
         outcome = simulate(trace, each, Fixed(SIZES), SIZES)
-        result = compared(measured_s, outcome.ttft_s)
+        result = compare(measured_s, outcome.ttft_s)
         print(f"\n{table(name, result)}", flush=True)
         rows[name] = [asdict(one) | {"ratio": one.ratio} for one in result]
         if name == FULL:

@@ -28,7 +28,7 @@ from specprefill.lab.reporting.tables import markdown, provenance, write_json
 from specprefill.synthetic.needles import ChatTokenizer, NeedlePrompt, needle_prompt
 
 from . import processes, server_processes
-from .servers import MODEL, Served, ours, plain_vllm
+from .servers import MODEL, Served, run_ours, run_plain_vllm
 from .ttft import (
     MAIN,
     MAX_FLOPS_SHARE,
@@ -120,9 +120,9 @@ class Client:
                 await stack.enter_async_context(caller.open())
             yield self
 
-    async def idle(self) -> None:
+    async def wait_idle(self) -> None:
         """Wait until no server has anything left to do for earlier requests."""
-        await server_processes.idle(self._roots)
+        await server_processes.wait_idle(self._roots)
 
     def needle(self, prompt_tokens: int) -> NeedlePrompt:
         """Return the next prompt: no two have more than the template in common."""
@@ -164,21 +164,21 @@ async def measure(
     for repeat in range(repeats):
         for tokens in lengths:
             for variant in variants:
-                one = await _quietest(client, variant, tokens, output_tokens)
+                one = await _ask_quietly(client, variant, tokens, output_tokens)
                 asked.append(one)
                 print(f"run {repeat + 1} of {repeats}: {tokens} tokens, {variant.name}: "
                       f"{one.ttft_s:.3f} s, others {one.others:.2f} cores", flush=True)  # fmt: skip
     return asked
 
 
-async def _quietest(
+async def _ask_quietly(
     client: Client, variant: Variant, tokens: int, output_tokens: int
 ) -> TimedAnswer:
     """Ask until other programs leave the cores to the servers, a few times at most."""
     tries: list[TimedAnswer] = []
     while len(tries) < TRIES:
         needle = client.needle(tokens)
-        await client.idle()
+        await client.wait_idle()
         watch = processes.Watch()
         watch.look()
         got = await client.ask(variant, needle, output_tokens, ignore_eos=True)
@@ -366,12 +366,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = serve_config(folder, max(args.lengths) + 128, draft)
     base = Path(local_path(BASE))
     with (
-        plain_vllm(config, args.threads, folder / "vllm.log") as plain,
-        ours(base, folder, config, args.threads) as mine,
+        run_plain_vllm(config, args.threads, folder / "vllm.log") as plain,
+        run_ours(base, folder, config, args.threads) as mine,
     ):
         asked = asyncio.run(speeds(args, {PLAIN: plain, OURS: mine}))
         resident = memory(plain, mine)
-    with ours(base, folder) as demo:
+    with run_ours(base, folder) as demo:
         answers = asyncio.run(demo_scores(args, demo))
     found = rows(asked, answers)
     print(f"\n{table(found)}\n\nmedian of {args.repeats} runs in turns; score: demo pair, "

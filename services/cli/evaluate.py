@@ -150,11 +150,11 @@ def _journal(args: argparse.Namespace, suite: Suite, settings: dict[str, str]) -
     """Where what is found is kept at once. Raises Misused where another run's would be mixed in."""
     from ..lab.evaluation.journal import Journal, OtherSettings
 
-    begun = Journal.resumed if args.resume else Journal.begun
+    open_journal = Journal.resume if args.resume else Journal.create
     arms = ", ".join(arm.name for arm in suite.arms)
     asked = {"seed": str(suite.seed), "arms": arms, "answered": str(suite.answered)}
     try:
-        return begun(args.out / JOURNAL, {**settings, **asked})
+        return open_journal(args.out / JOURNAL, {**settings, **asked})
     except OtherSettings as error:
         raise Misused(f"specprefill: --resume: {error}") from error
 

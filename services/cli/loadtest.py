@@ -45,7 +45,7 @@ def add_commands(commands: Any) -> None:
 def run_load(args: argparse.Namespace) -> int:
     """Run the scenario, print its table, write its files, judge it by its gate."""
     from ..lab.loadtest import results as report
-    from ..lab.loadtest.search import highest
+    from ..lab.loadtest.search import highest_rate
     from ..lab.reporting.tables import provenance
 
     scenario = _scenario(args)
@@ -55,12 +55,12 @@ def run_load(args: argparse.Namespace) -> int:
     paths = report.write(args.out, name, origin, scenario, found.runs, found.trials)
     if found.trials:
         print(report.trial_table(found.trials))
-        print(f"\nhighest rate that held: {highest(found.trials) or 'none'}")
+        print(f"\nhighest rate that held: {highest_rate(found.trials) or 'none'}")
     else:
         print(report.run_table(report.summaries(found.runs[0], scenario)))
         print(report.remarks(found.runs[0]), end="")
     print("\nwritten to " + ", ".join(map(str, paths)))
-    missed = [] if found.trials else report.missed(scenario.gate, found.runs[0].summary)
+    missed = [] if found.trials else report.missed_goals(scenario.gate, found.runs[0].summary)
     for line in missed:
         print(f"gate: {line}", file=sys.stderr)
     return 1 if missed else 0

@@ -40,7 +40,7 @@ def test_where_all_of_the_prompt_is_gold_the_kept_share_counts():
 
 def test_every_variant_selects_as_the_service_does():
     results = {
-        variant.name: keep_rates.measured(variant, [prompt()])
+        variant.name: keep_rates.measure_variant(variant, [prompt()])
         for variant in keep_rates.variants(POLICY)
     }
     peaks = results["peaks 0.1, unsure: dense"].families["needles"]
@@ -52,8 +52,8 @@ def test_every_variant_selects_as_the_service_does():
 
 def test_the_guard_sends_the_uncertain_dense():
     variants = {variant.name: variant for variant in keep_rates.variants(POLICY)}
-    guarded = keep_rates.measured(variants["peaks 0.1, unsure: dense"], [prompt(0.2)])
-    free = keep_rates.measured(variants["peaks 0.1"], [prompt(0.2)])
+    guarded = keep_rates.measure_variant(variants["peaks 0.1, unsure: dense"], [prompt(0.2)])
+    free = keep_rates.measure_variant(variants["peaks 0.1"], [prompt(0.2)])
     assert (guarded.kept, free.families["needles"].dense) == (1.0, 0.0)
 
 
@@ -98,7 +98,7 @@ def test_a_fact_across_a_border_survives_by_the_share_of_the_next_chunk():
     scores[1600:2600] = 0.25  # more chunks than the budget has
     asked = Scored("needles", scores, 1.0, (), (Span(340, 370),))
     survived = {
-        variant.name: keep_rates.measured(variant, [asked]).families["needles"].survival
+        variant.name: keep_rates.measure_variant(variant, [asked]).families["needles"].survival
         for variant in keep_rates.next_shares(POLICY)
     }
     assert survived["keep 0.1, next 0"] == 0.0

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from loadtest.bench import burst, calibration, validation
-from loadtest.bench.processes import Used, Watch, between, used
+from loadtest.bench.processes import Used, Watch, average_between, read_use
 from specprefill.config import AppConfig
 from specprefill.control.scaling.values import Engines
 from specprefill.control.stages import Curve, StageCurves
@@ -46,7 +46,7 @@ def outcomes(*streams):
 def test_single_questions_tell_every_stage():
     answers = [answer(n, n // 3) for n in (600, 1200, 2400, 4800) for _ in range(5)]
     singles = [calibration.Single(each, each.end_s + 0.04) for each in answers]
-    found = calibration.learnt(singles, decode_slots=16, machine=Machine(2.0))
+    found = calibration.fit_engines(singles, decode_slots=16, machine=Machine(2.0))
     engines = found.engines
     assert engines.curves.speculate.seconds(2000) == pytest.approx(0.02, rel=0.06)
     assert engines.curves.prefill.seconds(1000) == pytest.approx(0.1, rel=0.06)
@@ -59,7 +59,7 @@ def test_single_questions_tell_every_stage():
 def test_a_question_without_an_answer_is_no_calibration():
     late = calibration.Single(refused(RequestEnding.TIMED_OUT, "504: late"), 0.0)
     with pytest.raises(RuntimeError, match="timed_out: 504: late"):
-        calibration.learnt([late], 16, Machine(2.0))
+        calibration.fit_engines([late], 16, Machine(2.0))
 
 
 CALIBRATED = calibration.Calibrated(
@@ -79,27 +79,27 @@ def test_the_rate_that_is_borne_is_the_machines_or_the_busiest_pools():
 
 
 def test_a_trace_has_lengths_within_bounds_and_a_seed():
-    trace = validation.drawn(poisson(5.0), 100.0, seed=3)
+    trace = validation.draw_trace(poisson(5.0), 100.0, seed=3)
     assert trace.prompt_tokens.min() >= validation.SHORTEST
     assert trace.prompt_tokens.max() <= validation.LONGEST
-    again = validation.drawn(poisson(5.0), 100.0, seed=3)
+    again = validation.draw_trace(poisson(5.0), 100.0, seed=3)
     assert trace.time_s.tolist() == again.time_s.tolist()
 
 
 def test_the_simulator_is_given_what_was_really_asked():
-    trace = validation.replayed(outcomes(answer(1000, 300), answer(2000, 700, output=3)))
+    trace = validation.replayed_trace(outcomes(answer(1000, 300), answer(2000, 700, output=3)))
     assert trace.time_s.tolist() == [0.0, 1.0]
     assert trace.prompt_tokens.tolist() == [1000.0, 2000.0]
     assert trace.output_tokens.tolist() == [5.0, 3.0]
     assert trace.arrivals(keep=0.9).kept_tokens.tolist() == [300.0, 700.0]
     with pytest.raises(RuntimeError, match="request 1: failed: 500: broken"):
-        validation.replayed(
+        validation.replayed_trace(
             outcomes(answer(1000, 300), refused(RequestEnding.FAILED, "500: broken"))
         )
 
 
 def test_percentiles_are_compared():
-    half, most = validation.compared(np.array([1.0, 2.0, 3.0]), np.array([1.0, 3.0, 3.0]))
+    half, most = validation.compare(np.array([1.0, 2.0, 3.0]), np.array([1.0, 3.0, 3.0]))
     assert (half.measured_s, half.simulated_s, half.ratio) == (2.0, 3.0, 1.5)
     assert most.ratio == pytest.approx(3.0 / 2.9)
     assert "| p50 TTFT | 2.000 s  | 3.000 s   | 1.500" in validation.table("all", [half, most])
@@ -115,9 +115,9 @@ def test_a_burst_in_numbers():
     full = refused(RequestEnding.SHED, "429 deadline: the first token would come too late")
     late = refused(RequestEnding.TIMED_OUT, "504: timeout_s: used up waiting for a turn")
     one = arm(answer(1000, 300), answer(1000, 100, wait_s=2.0), full, full, late)
-    assert one.shed == {"deadline": 2}
-    assert one.queued == 1
-    assert burst.unexplained(one.run.outcomes) == []
+    assert one.shed_requests == {"deadline": 2}
+    assert one.queued_requests == 1
+    assert burst.unexplained_endings(one.run.outcomes) == []
     (line,) = burst.table([one]).splitlines()[2:]
     assert "0.200" in line
     assert "2 (deadline 2)" in line
@@ -128,12 +128,12 @@ def test_a_request_without_a_status_is_lost():
     gone = refused(RequestEnding.TIMED_OUT, "client: not answered within 60 s")
     cut = refused(RequestEnding.FAILED, "ServerDisconnectedError: Server disconnected")
     told = refused(RequestEnding.FAILED, "in the stream: timeout_s: used up")
-    lost = burst.unexplained(outcomes(answer(1000, 300), gone, cut, told))
+    lost = burst.unexplained_endings(outcomes(answer(1000, 300), gone, cut, told))
     assert [line.split(":")[0] for line in lost] == ["request 1", "request 2"]
 
 
 def test_a_burst_asks_ten_times_as_much_for_a_minute():
-    trace = burst.burst(10.0, share=0.15, seed=1)
+    trace = burst.burst_trace(10.0, share=0.15, seed=1)
     quiet = (trace.time_s < burst.BEFORE_S).sum() / burst.BEFORE_S
     loud = (abs(trace.time_s - burst.BEFORE_S - burst.BURST_S / 2) < burst.BURST_S / 2).sum()
     assert quiet == pytest.approx(1.5, rel=0.5)
@@ -143,14 +143,14 @@ def test_a_burst_asks_ten_times_as_much_for_a_minute():
 
 def test_the_burst_is_served_with_admission():
     plain = AppConfig.model_validate({"model": {"path": "m"}, "speculator": {"path": "s"}})
-    config = burst.configured(plain, ttft_s=2.0, deadline_s=10.0)
+    config = burst.configure(plain, ttft_s=2.0, deadline_s=10.0)
     assert AppConfig.model_validate_json(config.model_dump_json()) == config
     assert config.gateway.admission is not None
     assert config.gateway.request_timeout_s == 10.0
 
 
 def test_what_others_compute_is_what_this_program_does_not():
-    busy = between(Used(1.0, 10.0), Used(4.0, 16.0), from_s=7.0, seconds=2.0)
+    busy = average_between(Used(1.0, 10.0), Used(4.0, 16.0), from_s=7.0, seconds=2.0)
     assert (busy.from_s, busy.own, busy.others) == (7.0, 1.5, 1.5)
 
 
@@ -159,8 +159,8 @@ def test_this_program_is_seen_at_work():
     watch = Watch(lambda: next(clock))
     watch.look()
     watch.look()
-    before = used().own_s
-    while used().own_s - before < 0.1:
+    before = read_use().own_s
+    while read_use().own_s - before < 0.1:
         sum(range(10_000))
     watch.look()
     assert [each.from_s for each in watch.seen] == [0.0, 0.5]

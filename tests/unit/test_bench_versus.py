@@ -55,7 +55,7 @@ def test_an_answer_that_failed_is_not_a_time():
 def borne(name, *held):
     summary = summarise("all", [outcome(0)], RequestSlo())
     trials = tuple(Trial(qps, is_held, summary) for qps, is_held in held)
-    return max_qps.borne(name, Searched(trials, ()))
+    return max_qps.sustained_rate(name, Searched(trials, ()))
 
 
 def test_max_qps_beside_a_server_that_bears_nothing():

@@ -61,7 +61,7 @@ def run(demo_tokenizer, path):
         def tell(done, what):
             told.append((done, what))
 
-        journal = Journal.begun(path, {}) if journal is None else journal
+        journal = Journal.create(path, {}) if journal is None else journal
         return measure(asked, backend, demo_tokenizer, 1, tell, journal), told
 
     return measured
@@ -231,8 +231,8 @@ class Interrupted(Told):
 def test_an_interrupted_run_goes_on_where_it_stopped(run, path):
     whole, _ = run(suite(), Told(lambda *_: True))
     with pytest.raises(KeyboardInterrupt):
-        run(suite(), Interrupted(3), Journal.begun(path, {"seed": "1"}))
-    journal = Journal.resumed(path, {"seed": "1"})
+        run(suite(), Interrupted(3), Journal.create(path, {"seed": "1"}))
+    journal = Journal.resume(path, {"seed": "1"})
     assert len(journal) == 3
     backend = Told(lambda *_: True)
     resumed, _ = run(suite(), backend, journal)
@@ -244,7 +244,7 @@ def test_more_prompts_and_families_are_added_to_what_is_there(run, path):
     run(suite(items=2), Told(lambda *_: True))
     backend = Told(lambda *_: True)
     asked = suite(("niah_single_1", "niah_single_2"), items=3)
-    run(asked, backend, Journal.resumed(path, {}))
+    run(asked, backend, Journal.resume(path, {}))
     assert backend.texts_asked == (1 + 3) * len(ARMS)
 
 
@@ -252,7 +252,7 @@ def test_a_line_that_was_cut_off_is_asked_again(run, path):
     run(suite(items=2), Told(lambda *_: True))
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
-    journal = Journal.resumed(path, {})
+    journal = Journal.resume(path, {})
     assert len(journal) == 1
     run(suite(items=2), Told(lambda *_: True), journal)
     assert path.read_bytes() == whole
@@ -261,13 +261,13 @@ def test_a_line_that_was_cut_off_is_asked_again(run, path):
 def test_prompts_that_were_only_probed_are_answered_when_the_family_is_not_beyond(run, path):
     asked = suite(items=2)
     run(asked, Told(lambda *_: False))
-    assert len(Journal.resumed(path, {})) == 2
+    assert len(Journal.resume(path, {})) == 2
     backend = Told(lambda *_: True)
-    run(replace(asked, least_dense=0.0), backend, Journal.resumed(path, {}))
+    run(replace(asked, least_dense=0.0), backend, Journal.resume(path, {}))
     assert backend.texts_asked == 2 * (len(ARMS) - 1)
 
 
 def test_a_journal_of_other_settings_is_refused(path):
-    Journal.begun(path, {"seed": "1"})
+    Journal.create(path, {"seed": "1"})
     with pytest.raises(OtherSettings, match='"seed":"1"'):
-        Journal.resumed(path, {"seed": "2"})
+        Journal.resume(path, {"seed": "2"})

@@ -8,7 +8,12 @@ from specprefill.lab.loadtest import results as report
 from specprefill.lab.loadtest import search
 from specprefill.lab.loadtest.outcome import RequestEnding, RequestOutcome, Stream
 from specprefill.lab.loadtest.scenario import Goals, MaxQps, PaperProtocol
-from specprefill.lab.loadtest.statistics import Distribution, RequestSlo, grouped, summarise
+from specprefill.lab.loadtest.statistics import (
+    Distribution,
+    RequestSlo,
+    summarise,
+    summarise_groups,
+)
 
 
 def outcome(
@@ -35,7 +40,7 @@ def test_latency_counts_from_the_scheduled_time():
     assert late.e2e_s == 3.0
     assert late.tpot_s == pytest.approx(0.15)
     assert late.gaps_s == pytest.approx((0.1, 0.2))
-    assert not RequestSlo(ttft_s=1.0).met(late)
+    assert not RequestSlo(ttft_s=1.0).is_within_slo(late)
 
 
 def test_a_group_is_summed_up():
@@ -63,14 +68,14 @@ def test_a_group_is_summed_up():
 
 
 def test_groups_keep_their_order():
-    rows = grouped(
+    rows = summarise_groups(
         [outcome(0, variant="b"), outcome(1, variant="a")], lambda o: o.variant, RequestSlo()
     )
     assert [row.name for row in rows] == ["b", "a"]
 
 
 def test_nothing_measured_is_not_zero():
-    assert math.isnan(Distribution.of([None]).p99)
+    assert math.isnan(Distribution.from_values([None]).p99)
     with pytest.raises(ValueError, match="no request"):
         summarise("all", [], RequestSlo())
 
@@ -78,8 +83,8 @@ def test_nothing_measured_is_not_zero():
 def test_the_gate_names_what_was_missed():
     row = summarise("all", [outcome(0), outcome(1, ending=RequestEnding.SHED)], RequestSlo())
     gate = Goals(attainment=0.5, score=0.9, error_rate=0.0, shed_rate=0.1)
-    assert report.missed(gate, row) == ["shed_rate is 0.500, must be at most 0.1"]
-    lines = report.missed(Goals(attainment=0.9), row)
+    assert report.missed_goals(gate, row) == ["shed_rate is 0.500, must be at most 0.1"]
+    lines = report.missed_goals(Goals(attainment=0.9), row)
     assert lines == ["attainment is 0.500, must be at least 0.9"]
 
 
@@ -98,7 +103,7 @@ def trials(steps, bears):
 
 def test_bisection_ends_next_to_the_highest_rate_that_holds():
     found = trials(search.max_qps(MaxQps(kind="max_qps", low=1, high=16, tolerance=0.05)), 5.3)
-    best = search.highest(found)
+    best = search.highest_rate(found)
     assert best <= 5.3
     assert min(trial.qps for trial in found if not trial.held) - best <= 0.05 * 5.7
     assert len(found) < 12
@@ -114,5 +119,5 @@ def test_the_papers_protocol_ends_at_the_first_rate_with_too_many_failures():
     asked = PaperProtocol(kind="paper", grid=(1.0, 2.0, 3.0, 4.0), pause_s=0)
     found = trials(search.paper(asked), 2.5)
     assert [(trial.qps, trial.held) for trial in found] == [(1.0, True), (2.0, True), (3.0, False)]
-    assert search.highest(found) == 2.0
-    assert search.highest(trials(search.paper(asked), 0.1)) is None
+    assert search.highest_rate(found) == 2.0
+    assert search.highest_rate(trials(search.paper(asked), 0.1)) is None

@@ -16,8 +16,8 @@ from loadtest.bench.proof import latency, summary
 from loadtest.bench.proof.__main__ import main
 from loadtest.bench.proof.findings import ProofFinding, Sheet, read
 from loadtest.bench.proof.itl import steady_itl_s
-from loadtest.bench.proof.jobs import CPU_PLAN, GPU_PLAN, SHORT_PLAN, ProofJob, named
-from loadtest.bench.proof.machine import ProofMachine, alone, lock_file
+from loadtest.bench.proof.jobs import CPU_PLAN, GPU_PLAN, SHORT_PLAN, ProofJob, jobs_named
+from loadtest.bench.proof.machine import ProofMachine, device_to_itself, lock_file
 from loadtest.bench.proof.models import MODELS, model_folder
 from loadtest.bench.proof.parity import VARIANTS
 from loadtest.bench.proof.prompts import CASES, every_other, jobs
@@ -36,7 +36,7 @@ def test_findings_are_on_disk_at_once(tmp_path):
     lines = (tmp_path / "results.txt").read_text().splitlines()
     assert lines[0] == "     parity:cpu-v1: engine started: start_s=1.235"
     assert lines[1] == "FAIL parity:cpu-v1: alone equals transformers: logit_gap=5"
-    assert summary.failed(read(tmp_path)) == [wrong]
+    assert summary.failed_checks(read(tmp_path)) == [wrong]
 
 
 def test_the_gpu_plan_has_every_runner_kernel_and_graph_mode():
@@ -61,7 +61,7 @@ def test_the_cpu_plan_has_every_part_of_the_gpu_plan():
 
 def test_an_unknown_part_is_refused_with_those_that_exist():
     with pytest.raises(ValueError, match="--parts: 'handoff' is none of handover:grpc, "):
-        named(["handoff"], cpu=True)
+        jobs_named(["handoff"], cpu=True)
 
 
 def test_a_part_that_takes_too_long_is_ended_and_reported(tmp_path):
@@ -85,7 +85,7 @@ def test_a_timed_part_waits_for_those_beside_it(tmp_path):
     measuring = threading.Event()
 
     def measure():
-        with alone(tmp_path):
+        with device_to_itself(tmp_path):
             measuring.set()
 
     with lock_file(tmp_path).open("w") as other:
@@ -205,7 +205,7 @@ def test_a_length_that_does_not_fit_is_left_out_and_reported(tmp_path, bench):
     asyncio.run(
         latency._every_length(Sheet(tmp_path, "latency"), bench, lambda: 30.0 - bench.now_s)
     )
-    failed = summary.failed(read(tmp_path))
+    failed = summary.failed_checks(read(tmp_path))
     assert [one.what for one in failed] == ["2048 tokens: left out, no time"]
 
 
@@ -214,7 +214,7 @@ def test_the_tables_show_first_tokens_the_hand_over_and_itl(tmp_path, bench):
     for part, itl_ms in (("itl:ours", 5.5), ("itl:plain", 5.0)):
         Sheet(tmp_path, part).measure("batch 32", batch=32, itl_ms=itl_ms)
     findings = read(tmp_path)
-    assert not summary.failed(findings)
+    assert not summary.failed_checks(findings)
     row = next(one.values for one in findings if one.what == "1024 tokens, 0.3")
     assert row["speed_up"] == pytest.approx(2.5)
     assert row["ceiling"] == pytest.approx(1 / (0.25 + 0.1))
@@ -233,7 +233,7 @@ def test_a_recomputed_prompt_fails_the_run(tmp_path, bench):
     asyncio.run(bench.run(1024, 0, found))
     found.plans["0.1"] = [run_of(0.4, recomputed=True)]
     latency.report(Sheet(tmp_path, "latency"), bench, 1024, found)
-    assert [one.values["recomputed"] for one in summary.failed(read(tmp_path))] == [1]
+    assert [one.values["recomputed"] for one in summary.failed_checks(read(tmp_path))] == [1]
 
 
 def test_tables_of_a_run_without_measurements_are_empty():

@@ -5,7 +5,7 @@ import os
 import sys
 from asyncio.subprocess import PIPE
 
-from loadtest.bench.server_processes import Process, idle, processes, resident_by_pool
+from loadtest.bench.server_processes import Process, processes, resident_by_pool, wait_idle
 
 REPLICA = "ray::ServeReplica:specprefill:"
 TABLE = [
@@ -46,7 +46,7 @@ async def test_who_spins_is_waited_for():
     try:
         assert await program.stdout.readline() == b"spinning\n"
         async with asyncio.timeout(60):
-            await idle([program.pid])
+            await wait_idle([program.pid])
             assert await program.stdout.readline() == b"done\n"
         (spun,) = [each for each in processes() if each.pid == program.pid]
         assert spun.cpu_s > 0.4

@@ -113,7 +113,7 @@ def test_under_overload_admission_bends_the_keep_rate_then_puts_behind_then_shed
     policy, pools = AdmissionPolicy(ttft_s=5.0, max_waiting=40), sizes()
     with_it = simulate(trace, world, Fixed(pools), pools, policy)
     without = simulate(trace, world, Fixed(pools), pools)
-    assert with_it.met(world.slo).sum() > 5 * without.met(world.slo).sum()
+    assert with_it.meets_slo(world.slo).sum() > 5 * without.met(world.slo).sum()
     answered = with_it.keep[~np.isnan(with_it.ttft_s)]
     assert answered[0] == 0.3  # nothing waits yet
     assert answered.min() == pytest.approx(0.1)
@@ -143,10 +143,10 @@ def test_with_a_burst_this_project_beats_the_others():
         LatencyBand(case.world.slo, most),
         ThroughputPlanner(case.world.slo, most),
     ]
-    met = ours.met(case.world.slo).mean()
+    met = ours.meets_slo(case.world.slo).mean()
     for other in others:
         outcome = simulate(trace, case.world, other, initial)
-        assert met > outcome.met(case.world.slo).mean() + 0.1, type(other).__name__
+        assert met > outcome.meets_slo(case.world.slo).mean() + 0.1, type(other).__name__
 
 
 def test_with_a_burst_nobody_reaches_more_with_as_few_replica_hours():
@@ -165,7 +165,7 @@ def test_the_optimum_meets_the_slo_with_less_than_a_generous_fixed_pool():
     trace = generate(bursty(4.0, 3.0, 120.0, 1e9, 240.0), 600.0, Lengths(), seed=3)
     case = scenario("burst", trace)
     plan, outcome = optimum(trace, case.world, case.policy.pools)
-    assert outcome.met(case.world.slo).mean() >= 0.985
+    assert outcome.meets_slo(case.world.slo).mean() >= 0.985
     peak = {pool: int(each.max()) for pool, each in plan.sizes.items()}
     fixed = simulate(trace, case.world, Fixed(peak), peak)
     assert sum(outcome.replica_s.values()) < 0.9 * sum(fixed.replica_s.values())
@@ -180,7 +180,7 @@ def test_a_million_requests_take_less_than_a_minute():
     outcome = simulate(trace, case.world, SloController(case.policy), many, case.admission)
     seconds = process_time() - start
     assert len(trace) > 39_000
-    assert outcome.met(case.world.slo).mean() > 0.99
+    assert outcome.meets_slo(case.world.slo).mean() > 0.99
     assert seconds * 1_000_000 / len(trace) < 60.0
 
 

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specprefill.config import SpeculatorConfig
 from specprefill.core.types import Reason
-from specprefill.lab.evaluation.pair import rated
+from specprefill.lab.evaluation.pair import rate_prompt
 from specprefill.speculator.draft import Draft, as_draft
 from specprefill.speculator.jobs import Rating
 from specprefill.speculator.scorer import Scorer, load_scorer
@@ -186,10 +186,10 @@ def test_the_evaluation_rates_a_pair_of_two_tokenizers_as_the_service_does() -> 
     )
     prompt = tuple(MAIN.encode(TEXT).ids)
     assert max(prompt) >= scorer.draft.vocabulary_size  # the draft has no such token
-    rating = rated(scorer, prompt)
+    rating = rate_prompt(scorer, prompt)
     assert isinstance(rating, Rating)
     np.testing.assert_allclose(rating.scores, scorer.score([prompt])[0], rtol=1e-5)
-    assert rated(scorer, prompt * 500) is Reason.PROMPT_TOO_LONG_FOR_SPECULATOR
+    assert rate_prompt(scorer, prompt * 500) is Reason.PROMPT_TOO_LONG_FOR_SPECULATOR
 
 
 def test_a_scorer_is_loaded_with_the_translation_it_needs(tmp_path: Path) -> None:

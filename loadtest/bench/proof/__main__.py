@@ -20,12 +20,12 @@ from pathlib import Path
 from specprefill.lab.reporting.tables import provenance, write_json
 
 from .findings import ROWS, TEXT, Sheet, read
-from .jobs import PARTS, Wave, models_with_weights, named, plan
+from .jobs import PARTS, Wave, jobs_named, models_with_weights, plan
 from .machine import MAX_TOKENS, ProofMachine, interpret_triton
 from .models import model_folder
 from .parity import VARIANTS
 from .running import LOG, Runner
-from .summary import failed, first_token_table, hand_over_table, itl_table
+from .summary import failed_checks, first_token_table, hand_over_table, itl_table
 
 OUT = Path("out") / "prove-gpu"
 BUDGET_S, CPU_BUDGET_S = 470.0, 2400.0
@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _end(_run_part(args, machine, out))
     for name in (ROWS, TEXT, LOG):
         (out / name).unlink(missing_ok=True)
-    waves = named(args.parts, cpu=args.cpu) if args.parts else plan(cpu=args.cpu, short=args.short)
+    waves = (
+        jobs_named(args.parts, cpu=args.cpu) if args.parts else plan(cpu=args.cpu, short=args.short)
+    )
     started_s = time.monotonic()
     _write_models(waves, machine)
     budget_s = args.budget or (CPU_BUDGET_S if args.cpu else BUDGET_S)
@@ -62,8 +64,8 @@ def _conclude(out: Path) -> int:
     print((out / TEXT).read_text())
     tables = (first_token_table(findings), hand_over_table(findings), itl_table(findings))
     print("\n\n".join(table for table in tables if table))
-    print(f"\n{len(failed(findings))} checks failed; written to {out / 'prove-gpu.json'}")
-    return 1 if failed(findings) else 0
+    print(f"\n{len(failed_checks(findings))} checks failed; written to {out / 'prove-gpu.json'}")
+    return 1 if failed_checks(findings) else 0
 
 
 def _run_part(args: argparse.Namespace, machine: ProofMachine, out: Path) -> int:

@@ -101,7 +101,7 @@ async def _rows(sheet: Sheet, config: AppConfig, vocabulary: int) -> list[_Row]:
         sheet.check("32 at once are answered", len(together) == AT_ONCE, answers=len(together))
         await _lose_the_peer(sheet, pipeline, vocabulary)
         rows = [
-            _Row(answered, recomputed, await _aggregated(pipeline, answered.job))
+            _Row(answered, recomputed, await _ask_aggregated(pipeline, answered.job))
             for answered, recomputed in [*alone, *together]
         ]
         drained, gauges = await service.drain(DRAIN_S), await service.gauges()
@@ -123,10 +123,10 @@ async def _handed_over(pipeline: Pipeline, job: PromptCase) -> tuple[GreedyAnswe
     async with aclosing(chosen.generate(request)) as stream:
         chunks = [chunk async for chunk in stream]
     report = chunks[-1].report
-    return _answered(job, chunks), report is None or report.recomputed
+    return _greedy_answer(job, chunks), report is None or report.recomputed
 
 
-async def _aggregated(pipeline: Pipeline, job: PromptCase) -> list[int]:
+async def _ask_aggregated(pipeline: Pipeline, job: PromptCase) -> list[int]:
     """Return the tokens of the decode engine alone."""
     steps = pipeline.decoder.decode(
         job.request(max_tokens=OUTPUT_TOKENS), job.selection, None, ((),), 60.0
@@ -138,19 +138,19 @@ async def _lose_the_peer(sheet: Sheet, pipeline: Pipeline, vocabulary: int) -> N
     """Check that a ticket whose prefill engine is gone costs time, not tokens."""
     (job,) = jobs(30, vocabulary, ("gaps",))
     request = job.request(max_tokens=OUTPUT_TOKENS)
-    async with _first(pipeline, job, request) as (ticket, first):
+    async with _hold_first(pipeline, job, request) as (ticket, first):
         gone = replace(ticket, endpoints=_NOBODY)
         steps = [
             step
             async for step in pipeline.decoder.decode(request, job.selection, gone, (first,), 60.0)
         ]
     tokens = [token for step in steps for token in step.chunk.token_ids]
-    right = tokens == await _aggregated(pipeline, job) and steps[-1].recomputed
+    right = tokens == await _ask_aggregated(pipeline, job) and steps[-1].recomputed
     sheet.check("a lost peer is recomputed", right, recomputed=steps[-1].recomputed)
 
 
 @asynccontextmanager
-async def _first(
+async def _hold_first(
     pipeline: Pipeline, job: PromptCase, request: Request
 ) -> AsyncIterator[tuple[Ticket, tuple[int, ...]]]:
     async with pipeline.prefiller.prefill(request, job.selection, 60.0) as prefilling:
@@ -160,7 +160,7 @@ async def _first(
         yield prefilled.ticket, prefilled.first.token_ids
 
 
-def _answered(job: PromptCase, chunks: Sequence[Chunk]) -> GreedyAnswer:
+def _greedy_answer(job: PromptCase, chunks: Sequence[Chunk]) -> GreedyAnswer:
     tokens = [token for chunk in chunks for token in chunk.token_ids]
     logprobs = [
         {one.token_id: one.logprob for one in candidates}

@@ -15,7 +15,7 @@ from specprefill.config import EngineConfig
 
 from .findings import Sheet
 from .jobs import PLAIN
-from .machine import ProofMachine, alone, links, main_model
+from .machine import ProofMachine, device_to_itself, links, main_model
 from .models import MODELS, kv_bytes_per_token, model_folder
 from .prompts import PromptCase, every_other, prompt, sampling
 
@@ -95,7 +95,7 @@ async def _measure(sheet: Sheet, machine: ProofMachine, name: str, out: Path) ->
     async with Engine(args) as engine:
         sheet.measure("engine started", start_s=time.monotonic() - started_s)
         answering = Plain(engine) if name == PLAIN else Ours(DecodeService(engine))
-        with alone(out):
+        with device_to_itself(out):
             await _batch(answering, sizes, sizes.batches[-1], "warm-up")
             for batch in sizes.batches:
                 rounds = [

@@ -85,7 +85,7 @@ def plan(*, cpu: bool, short: bool) -> tuple[Wave, ...]:
     return CPU_PLAN if cpu else GPU_PLAN
 
 
-def named(names: Iterable[str], *, cpu: bool) -> tuple[Wave, ...]:
+def jobs_named(names: Iterable[str], *, cpu: bool) -> tuple[Wave, ...]:
     """Return jobs by name, one after the other. Raises ValueError for an unknown one."""
     known = {job.name: job for wave in (*GPU_PLAN, *CPU_PLAN, *SHORT_PLAN) for job in wave}
     waves = []

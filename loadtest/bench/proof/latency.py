@@ -16,7 +16,7 @@ from specprefill.core.types import Plan, PlanKind, Reason, Request, whole
 
 from .. import gap
 from .findings import Sheet
-from .machine import ProofMachine, alone, links, main_model
+from .machine import ProofMachine, device_to_itself, links, main_model
 from .models import MODELS, kv_bytes_per_token, model_folder
 from .prompts import prompt, wire
 
@@ -114,7 +114,7 @@ async def _measure(
     async with local_pipeline(configuration(machine, sizes)) as pipeline:
         sheet.measure("three services started", start_s=time.monotonic() - started_s)
         bench = Bench(pipeline, machine, sizes)
-        with alone(out):
+        with device_to_itself(out):
             await bench.run(sizes.lengths[0], -1, Round())
             await _every_length(sheet, bench, left_s)
 

@@ -129,7 +129,7 @@ def interpret_triton() -> dict[str, str] | None:
 
 
 @contextlib.contextmanager
-def alone(out: Path) -> Iterator[None]:
+def device_to_itself(out: Path) -> Iterator[None]:
     """Wait until no part that started beside this one uses the device, and keep it so."""
     with lock_file(out).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

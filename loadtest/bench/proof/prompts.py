@@ -51,13 +51,15 @@ def jobs(seed: int, vocabulary: int, names: Sequence[str] = tuple(CASES)) -> lis
     """Return every case once, with prompts that no other seed has."""
     return [
         PromptCase(
-            f"{name}-{seed}", prompt(CASES[name][0], f"{name}{seed}", vocabulary), kept(name)
+            f"{name}-{seed}",
+            prompt(CASES[name][0], f"{name}{seed}", vocabulary),
+            kept_selection(name),
         )
         for name in names
     ]
 
 
-def kept(name: str) -> Selection:
+def kept_selection(name: str) -> Selection:
     """Return the selection of a case."""
     length, runs = CASES[name]
     return Selection(length, runs, _PRUNE)

@@ -38,7 +38,7 @@ class LogitDistance:
     logit_gap: float  # the largest, from the reference's best token
     logprob_gap: float
 
-    def within(self, tolerance: float) -> bool:
+    def is_within(self, tolerance: float) -> bool:
         """Return True if both gaps are within the tolerance."""
         return max(self.logit_gap, self.logprob_gap) <= tolerance
 
@@ -97,7 +97,7 @@ def compare(
     found = {answered.job.name: reference.distance(answered) for answered in answers}
     sheet.check(
         what,
-        all(one.within(tolerance) for one in found.values()),
+        all(one.is_within(tolerance) for one in found.values()),
         dtype=dtype,
         exact=f"{sum(one.best == one.of for one in found.values())}/{len(found)}",
         tolerance=tolerance,
@@ -105,7 +105,7 @@ def compare(
         logprob_gap=max(one.logprob_gap for one in found.values()),
     )
     for name, one in found.items():
-        if not one.within(tolerance):
+        if not one.is_within(tolerance):
             sheet.check(f"{what}: {name}", ok=False, **asdict(one))
 
 

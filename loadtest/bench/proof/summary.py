@@ -13,7 +13,7 @@ from .jobs import OURS, PLAIN
 _ITL = {OURS: f"itl:{OURS}", PLAIN: f"itl:{PLAIN}"}
 
 
-def failed(findings: Sequence[ProofFinding]) -> list[ProofFinding]:
+def failed_checks(findings: Sequence[ProofFinding]) -> list[ProofFinding]:
     """Return the checks that failed."""
     return [one for one in findings if one.ok is False]
 

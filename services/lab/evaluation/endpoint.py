@@ -47,12 +47,12 @@ class Endpoint:
         for conversation in task.before:
             warm_up = self._ask(task, conversation, arm, WARM_UP_TOKENS)
             http_caller.complete(self.base_url, warm_up)
-        messages = self._cold(task) if task.nonce is not None else task.messages
+        messages = self._with_new_nonce(task) if task.nonce is not None else task.messages
         tokens = task.max_tokens if with_text else WARM_UP_TOKENS
         reply = http_caller.complete(self.base_url, self._ask(task, messages, arm, tokens))
         return _read(reply, with_text=with_text)
 
-    def _cold(self, task: Task) -> Conversation:
+    def _with_new_nonce(self, task: Task) -> Conversation:
         """Return the task with other digits in place of its nonce."""
         digits = number(self.fresh, NONCE_DIGITS)
         return tuple(

@@ -28,17 +28,17 @@ class Journal:
         self._found = found
 
     @classmethod
-    def begun(cls, path: Path, settings: Settings) -> Journal:
+    def create(cls, path: Path, settings: Settings) -> Journal:
         """Make an empty journal; what was at `path` is lost."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(msgspec.json.encode(settings) + b"\n")
         return cls(path, {})
 
     @classmethod
-    def resumed(cls, path: Path, settings: Settings) -> Journal:
+    def resume(cls, path: Path, settings: Settings) -> Journal:
         """Read the journal at `path`, or make an empty one. Raises OtherSettings."""
         if not path.exists():
-            return cls.begun(path, settings)
+            return cls.create(path, settings)
         head, *lines = path.read_bytes().split(b"\n")
         if msgspec.json.decode(head) != dict(settings):
             raise OtherSettings(f"{path} was written with other settings: {head.decode()}")

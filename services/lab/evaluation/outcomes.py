@@ -52,7 +52,7 @@ class Cell:
     reasons: dict[str, int]  # of what was kept
 
 
-def judged(task: Task, length: int, seed: int, arm: Arm, answer: ArmAnswer) -> ArmOutcome:
+def judge_answer(task: Task, length: int, seed: int, arm: Arm, answer: ArmAnswer) -> ArmOutcome:
     """Score and classify one answer."""
     if answer.text is None:
         return ArmOutcome(task.family, length, seed, arm, answer, None, None)

@@ -20,7 +20,7 @@ from ...speculator.jobs import Rating
 from ...speculator.scorer import Scorer, load_scorer
 from ..families.task import Task
 from .arms import CONTROLS, Arm, Chooser, control_scores
-from .greedy import greedy
+from .greedy import greedy_answers
 from .outcomes import ArmAnswer
 from .prompts import RenderedTask, Renderer, gold_kept
 
@@ -39,7 +39,7 @@ class MainModelAnswerer:
         """Return the answers to each of these parts of the prompt."""
         parts = list(dict.fromkeys(kept))
         positions = [_positions(runs) for runs in parts]
-        answers = greedy(self.model, prompt.ids, positions, max_tokens, self.eos_ids)
+        answers = greedy_answers(self.model, prompt.ids, positions, max_tokens, self.eos_ids)
         texts = (str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers)
         return dict(zip(parts, texts, strict=True))
 
@@ -62,7 +62,7 @@ class Pair:
         prompt = self.renderer.prompt(task)
         selections = [dense(len(prompt.ids), Reason.KEEP_IS_ONE)] * len(arms)
         if not all(arm.is_dense for arm in arms):
-            rating = rated(self.speculator, prompt.ids)
+            rating = rate_prompt(self.speculator, prompt.ids)
             selections = [self._selection(arm, prompt, rating, rng) for arm in arms]
         texts: dict[tuple[Span, ...], str] = {}
         if with_text and self.answerer is not None:
@@ -97,13 +97,13 @@ class Pair:
         elif arm.chooser is Chooser.MAIN_MODEL:
             if self.own_scorer is None:
                 raise ValueError("the ceiling needs the main model as a scorer")
-            rating = rated(self.own_scorer, prompt.ids)
+            rating = rate_prompt(self.own_scorer, prompt.ids)
         if isinstance(rating, Reason):
             return dense(len(prompt.ids), rating)
         return select(rating.scores, plan, prompt.protected, self.policy, rating.certainty)
 
 
-def rated(scorer: Scorer, prompt: tuple[int, ...]) -> Rating | Reason:
+def rate_prompt(scorer: Scorer, prompt: tuple[int, ...]) -> Rating | Reason:
     """Score a prompt in the main model's tokens, or return why the draft cannot."""
     read_as = scorer.translate(prompt)
     refusal = scorer.refusal(len(read_as.prompt))

@@ -14,7 +14,16 @@ from .arms import CONTROLS, Arm, Chooser
 from .intervals import Interval
 from .outcomes import Cell
 from .suite import Measured, Suite
-from .summary import ENOUGH, Choice, Row, choices, choices_of_all, pooled, rows_of, smallest_enough
+from .summary import (
+    ENOUGH,
+    Choice,
+    Row,
+    choices,
+    choices_of_all,
+    pool_cells,
+    rows_of,
+    smallest_enough,
+)
 
 TITLE = "Quality by keep rate"
 NAME = "eval"
@@ -48,15 +57,15 @@ class EvaluationReport:
             table
             for length in self.suite.lengths
             for table in (
-                self._retained(length),
-                self._controls(length),
-                self._gold(length),
-                self._automatic(length),
-                self._chosen(length),
-                self._chosen_of_all(length),
+                self._retained_table(length),
+                self._controls_table(length),
+                self._gold_table(length),
+                self._automatic_table(length),
+                self._choice_by_answers(length),
+                self._choice_of_all(length),
             )
         ]
-        return [table for table in [*made, self._kept(), self._verdicts()] if table.rows]
+        return [table for table in [*made, self._kept_table(), self._verdict_table()] if table.rows]
 
     def notes(self) -> list[str]:
         """Return what is missing from the tables, and why."""
@@ -71,7 +80,7 @@ class EvaluationReport:
         ]
         return lines
 
-    def _retained(self, length: int) -> Table:
+    def _retained_table(self, length: int) -> Table:
         arms = self._places(lambda arm: arm.chooser in (Chooser.SPECULATOR, Chooser.AUTOMATIC))
         rates = [place for place in arms if not self.suite.arms[place].is_dense]
         return Table(
@@ -86,13 +95,13 @@ class EvaluationReport:
                     _share(row.cells[0].score),
                     *(_share(row.cells[place].retained) for place in rates),
                 )
-                for row in self._at(length)
+                for row in self._rows_at(length)
                 if row.answered
             ),
         )
 
-    def _controls(self, length: int) -> Table:
-        compared = self._compared()
+    def _controls_table(self, length: int) -> Table:
+        compared = self._compared_places()
         return Table(
             heading=f"Beside controls and the ceiling at {length} tokens",
             about="Answers retained by the speculator's choice, by choices that know nothing at "
@@ -100,12 +109,12 @@ class EvaluationReport:
             headers=("family", *self._names(compared)),
             rows=tuple(
                 (row.family, *(_share(row.cells[place].retained) for place in compared))
-                for row in self._at(length)
+                for row in self._rows_at(length)
                 if row.answered and len(compared) > 1
             ),
         )
 
-    def _gold(self, length: int) -> Table:
+    def _gold_table(self, length: int) -> Table:
         places = self._places(lambda arm: not arm.is_dense)
         return Table(
             heading=f"Gold survival at {length} tokens",
@@ -114,14 +123,14 @@ class EvaluationReport:
             headers=("family", *self._names(places)),
             rows=tuple(
                 (row.family, *(_percent(row.cells[place].gold_kept) for place in places))
-                for row in self._at(length)
+                for row in self._rows_at(length)
                 if row.cells[0].gold_kept is not None
             ),
         )
 
-    def _automatic(self, length: int) -> Table:
+    def _automatic_table(self, length: int) -> Table:
         places = self._places(lambda arm: arm.chooser is Chooser.AUTOMATIC)
-        found = [(row, row.cells[place]) for row in self._at(length) for place in places]
+        found = [(row, row.cells[place]) for row in self._rows_at(length) for place in places]
         return Table(
             heading=f"The automatic keep rate at {length} tokens",
             about="How much the scores asked for, and why (`auto`: as many chunks as they told; "
@@ -139,14 +148,14 @@ class EvaluationReport:
             ),
         )
 
-    def _chosen(self, length: int) -> Table:
+    def _choice_by_answers(self, length: int) -> Table:
         return _choice_table(
             f"Smallest rate that is enough at {length} tokens",
             f"Enough: every answered family retains {ENOUGH:.0%}.",
             choices(self.rows, self.suite, length),
         )
 
-    def _chosen_of_all(self, length: int) -> Table:
+    def _choice_of_all(self, length: int) -> Table:
         return _choice_table(
             f"Smallest rate that is enough for all families at {length} tokens",
             f"Enough: every answered family retains {ENOUGH:.0%}, and of every other one as much "
@@ -154,10 +163,10 @@ class EvaluationReport:
             choices_of_all(self.rows, self.suite, length),
         )
 
-    def _kept(self) -> Table:
+    def _kept_table(self) -> Table:
         """Return the kept shares: floors and protected tokens raise a rate above its name."""
         by_length = [
-            pooled([one for one in self.measured.outcomes if one.length == length], self.suite)
+            pool_cells([one for one in self.measured.outcomes if one.length == length], self.suite)
             for length in self.suite.lengths
         ]
         return Table(
@@ -170,8 +179,8 @@ class EvaluationReport:
             ),
         )
 
-    def _verdicts(self) -> Table:
-        cells = pooled(self.measured.outcomes, self.suite)
+    def _verdict_table(self) -> Table:
+        cells = pool_cells(self.measured.outcomes, self.suite)
         answered = [each for each in cells if each.score is not None]
         return Table(
             heading="Kinds of answers",
@@ -184,7 +193,7 @@ class EvaluationReport:
             ),
         )
 
-    def _at(self, length: int) -> list[Row]:
+    def _rows_at(self, length: int) -> list[Row]:
         return [row for row in self.rows if row.length == length]
 
     def _places(self, wanted: Callable[[Arm], bool]) -> list[int]:
@@ -193,7 +202,7 @@ class EvaluationReport:
     def _names(self, places: Sequence[int]) -> list[str]:
         return [self.suite.arms[place].name for place in places]
 
-    def _compared(self) -> list[int]:
+    def _compared_places(self) -> list[int]:
         """Return the controls and the ceiling, after the speculator at their rate."""
         knowing = (*CONTROLS, Chooser.MAIN_MODEL)
         others = self._places(lambda arm: arm.chooser in knowing)
@@ -284,7 +293,7 @@ def _curve(row: Row, value: Callable[[Cell], Interval | None]) -> Line | None:
 
 
 def _control_bars(report: EvaluationReport, rows: Sequence[Row], length: int) -> list[str]:
-    places = report._compared()
+    places = report._compared_places()
     answered = [row for row in rows if row.answered]
     if not answered or len(places) < 2:
         return []
@@ -301,7 +310,7 @@ def _control_bars(report: EvaluationReport, rows: Sequence[Row], length: int) ->
 def _choice_table(heading: str, about: str, found: Sequence[Choice]) -> Table:
     return Table(
         heading=heading,
-        about=f"{about} {_beside(found, smallest_enough(found))}",
+        about=f"{about} {_automatic_note(found, smallest_enough(found))}",
         headers=("rate", "mean kept", "kept tokens", "worst family", "retains", "enough"),
         rows=tuple(
             (
@@ -317,7 +326,7 @@ def _choice_table(heading: str, about: str, found: Sequence[Choice]) -> Table:
     )
 
 
-def _beside(found: Sequence[Choice], least: Choice | None) -> str:
+def _automatic_note(found: Sequence[Choice], least: Choice | None) -> str:
     """Return one sentence about the automatic rate, where it was measured."""
     automatic = next((each for each in found if each.arm.chooser is Chooser.AUTOMATIC), None)
     if automatic is None:

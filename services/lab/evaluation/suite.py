@@ -15,7 +15,7 @@ from ..families.fitting import TaskTokenizer
 from ..families.task import Task
 from .arms import DENSE, Arm
 from .journal import Journal
-from .outcomes import ArmAnswer, ArmOutcome, judged
+from .outcomes import ArmAnswer, ArmOutcome, judge_answer
 
 PROBED_ITEMS = 6  # answered dense, to see whether a family is beyond the model
 
@@ -58,7 +58,7 @@ class Measured:
     beyond_model: tuple[tuple[str, int], ...]  # answered for PROBED_ITEMS prompts only
 
 
-Tell = Callable[[int, str], None]  # prompts done, and of which family and length
+ReportProgress = Callable[[int, str], None]  # prompts done, and of which family and length
 
 
 def measure(
@@ -66,7 +66,7 @@ def measure(
     backend: Backend,
     tokenizer: TaskTokenizer,
     workers: int,
-    tell: Tell,
+    on_progress: ReportProgress,
     journal: Journal,
 ) -> Measured:
     """Run the whole suite, `workers` prompts at a time, except those that the journal has."""
@@ -83,14 +83,14 @@ def measure(
                     for item, some in enumerate(prompts, start=1):
                         journal.add(some)
                         found += some
-                        tell(done + item, f"{family} {length}")
+                        on_progress(done + item, f"{family} {length}")
             except TooShort:
                 too_short.append((family, length))
             if suite.answered and _is_beyond(found, suite.least_dense):
                 beyond.append((family, length))
             outcomes += found
             done += suite.items
-            tell(done, f"{family} {length}")
+            on_progress(done, f"{family} {length}")
     return Measured(tuple(outcomes), tuple(too_short), tuple(beyond))
 
 
@@ -111,45 +111,45 @@ class _Place:
 
     def run(self, pool: ThreadPoolExecutor) -> Generator[list[ArmOutcome]]:
         """Yield the outcomes of one prompt after the other. Raises TooShort."""
-        probed = self._probed(pool) if self.suite.answered else {}
+        probed = self._probe_first(pool) if self.suite.answered else {}
         answered = self.suite.answered and not _is_beyond(
             [*probed.values()], self.suite.least_dense
         )
         items = range(self.suite.items)
-        yield from pool.map(lambda item: self._prompt(item, probed, answered=answered), items)
+        yield from pool.map(lambda item: self._run_prompt(item, probed, answered=answered), items)
 
-    def _probed(self, pool: ThreadPoolExecutor) -> dict[int, ArmOutcome]:
+    def _probe_first(self, pool: ThreadPoolExecutor) -> dict[int, ArmOutcome]:
         """Ask the dense arm for the first prompts; return outcomes by seed."""
         items = range(min(PROBED_ITEMS, self.suite.items))
         return {one.seed: one for one in pool.map(self._probe, items)}
 
     def _probe(self, item: int) -> ArmOutcome:
         """Ask the dense arm for one prompt."""
-        for outcome in self._journaled(item):
+        for outcome in self._find_in_journal(item):
             if outcome.arm == DENSE and outcome.score is not None:
                 return outcome
-        return self._asked(item, (DENSE,), answered=True)[0]
+        return self._ask_arms(item, (DENSE,), answered=True)[0]
 
-    def _journaled(self, item: int) -> list[ArmOutcome]:
+    def _find_in_journal(self, item: int) -> list[ArmOutcome]:
         return self.journal.find((self.family, self.length, self._seed(item))) or []
 
-    def _prompt(
+    def _run_prompt(
         self, item: int, probed: Mapping[int, ArmOutcome], *, answered: bool
     ) -> list[ArmOutcome]:
         """Ask all arms, except those that the journal has or the probe has answered."""
-        done = self._journaled(item)
+        done = self._find_in_journal(item)
         if done and not (answered and any(one.score is None for one in done)):
             return done
         known = probed.get(self._seed(item))
         if known is None:
-            return self._asked(item, self.suite.arms, answered=answered)
+            return self._ask_arms(item, self.suite.arms, answered=answered)
         others = tuple(arm for arm in self.suite.arms if arm != DENSE)
-        return [known, *self._asked(item, others, answered=answered)]
+        return [known, *self._ask_arms(item, others, answered=answered)]
 
     def _seed(self, item: int) -> int:
         return self.suite.seed * 1_000_000 + item
 
-    def _asked(self, item: int, arms: tuple[Arm, ...], *, answered: bool) -> list[ArmOutcome]:
+    def _ask_arms(self, item: int, arms: tuple[Arm, ...], *, answered: bool) -> list[ArmOutcome]:
         """Ask for some arms. Raises TooShort."""
         seed = self._seed(item)
         try:
@@ -159,7 +159,7 @@ class _Place:
         rng = random.Random(f"{self.family}/{self.length}/{seed}")
         answers = self.backend.answers(task, arms, rng, with_text=answered)
         return [
-            judged(task, self.length, seed, arm, answer)
+            judge_answer(task, self.length, seed, arm, answer)
             for arm, answer in zip(arms, answers, strict=True)
         ]
 

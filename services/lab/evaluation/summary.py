@@ -58,7 +58,7 @@ def rows_of(measured: Measured, suite: Suite) -> list[Row]:
     return rows
 
 
-def pooled(outcomes: Sequence[ArmOutcome], suite: Suite) -> list[Cell]:
+def pool_cells(outcomes: Sequence[ArmOutcome], suite: Suite) -> list[Cell]:
     """Return one cell per arm over the given outcomes; prompts of one seed are one cluster."""
     return [cell(outcomes, arm, suite.seed) for arm in suite.arms]
 
@@ -68,7 +68,7 @@ def choices(rows: Sequence[Row], suite: Suite, length: int) -> list[Choice]:
 
     Empty where no family is answered at all.
     """
-    return _chosen([row for row in rows if row.length == length and row.has_answers], suite)
+    return _choose([row for row in rows if row.length == length and row.has_answers], suite)
 
 
 def choices_of_all(rows: Sequence[Row], suite: Suite, length: int) -> list[Choice]:
@@ -77,7 +77,7 @@ def choices_of_all(rows: Sequence[Row], suite: Suite, length: int) -> list[Choic
     Empty where that would add nothing.
     """
     found = [row for row in rows if row.length == length]
-    return [] if all(row.has_answers for row in found) else _chosen(found, suite)
+    return [] if all(row.has_answers for row in found) else _choose(found, suite)
 
 
 def smallest_enough(found: Sequence[Choice]) -> Choice | None:
@@ -86,7 +86,7 @@ def smallest_enough(found: Sequence[Choice]) -> Choice | None:
     return min(fixed, key=lambda each: each.kept_tokens, default=None)
 
 
-def _chosen(rows: Sequence[Row], suite: Suite) -> list[Choice]:
+def _choose(rows: Sequence[Row], suite: Suite) -> list[Choice]:
     chosen = (Chooser.SPECULATOR, Chooser.AUTOMATIC)
     return [
         _choice(arm, [(row, row.cells[place]) for row in rows])
@@ -96,7 +96,7 @@ def _chosen(rows: Sequence[Row], suite: Suite) -> list[Choice]:
 
 
 def _choice(arm: Arm, found: Sequence[tuple[Row, Cell]]) -> Choice:
-    worst, family = min((_left(row, cell), row.family) for row, cell in found)
+    worst, family = min((_share_left(row, cell), row.family) for row, cell in found)
     return Choice(
         arm=arm,
         kept=sum(cell.kept for _, cell in found) / len(found),
@@ -106,7 +106,7 @@ def _choice(arm: Arm, found: Sequence[tuple[Row, Cell]]) -> Choice:
     )
 
 
-def _left(row: Row, cell: Cell) -> float:
+def _share_left(row: Row, cell: Cell) -> float:
     """Return the share of answers, without them of the gold, without gold all of the prompt."""
     if row.has_answers and cell.retained is not None:
         return cell.retained.value

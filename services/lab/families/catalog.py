@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ...synthetic.needles import needle_prompt
 from . import calls, copying, dialogue, frequency, lookup, notices, passages, tracking
-from .fitting import TaskTokenizer, fitted
+from .fitting import TaskTokenizer, fit_draft
 from .niah import Haystack, Kind, Niah
 from .task import Order, Scoring, Task, TaskDraft
 
@@ -70,7 +70,7 @@ def generate(family: str, seed: int, prompt_tokens: int, tokenizer: TaskTokenize
     rules = _FITTED[family]
     name = f"{_SEEDED_AS.get(family, family)}/{seed}"
     try:
-        draft, tokens = fitted(rules.draft, name, rules.least_units, prompt_tokens, tokenizer)
+        draft, tokens = fit_draft(rules.draft, name, rules.least_units, prompt_tokens, tokenizer)
     except ValueError as error:
         raise ValueError(f"{family}: {error}") from error
     return Task(

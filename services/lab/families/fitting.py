@@ -41,7 +41,7 @@ def render(
     )
 
 
-def fitted(
+def fit_draft(
     draft: Callable[[Order], TaskDraft],
     seed: str,
     least_units: int,

@@ -57,7 +57,7 @@ def common_words(order: Order) -> TaskDraft:
     counts = SHORT if order.prompt_tokens < SHORT_BELOW_TOKENS else USUAL
     shown = words.vocabulary(order.rng, counts.example_words)
     example = _numbered_list(order.rng, shown, counts.example_common, counts.example_other)
-    solved = COMMON_TEXT.format(context=example) + " " + _numbered(shown[:COMMON_WORDS])
+    solved = COMMON_TEXT.format(context=example) + " " + _number_lines(shown[:COMMON_WORDS])
     asked = words.vocabulary(order.rng, COMMON_WORDS + order.units)
     context = _numbered_list(order.rng, asked, counts.common, counts.other)
     text = f"{solved}\n{COMMON_TEXT.format(context=context)}"
@@ -90,8 +90,8 @@ LEAST_CODED_WORDS = 27  # so that the fourth rank occurs
 def _numbered_list(rng: random.Random, vocabulary: Sequence[str], common: int, other: int) -> str:
     listed = [*vocabulary[:COMMON_WORDS]] * common + [*vocabulary[COMMON_WORDS:]] * other
     rng.shuffle(listed)
-    return _numbered(listed)
+    return _number_lines(listed)
 
 
-def _numbered(listed: Sequence[str]) -> str:
+def _number_lines(listed: Sequence[str]) -> str:
     return " ".join(f"{place}. {word}" for place, word in enumerate(listed, start=1))

@@ -44,14 +44,14 @@ def verdict(task: Task, answer: str, points: float) -> Verdict:
     """Classify an answer that got `points` of 1."""
     if points >= RIGHT_FROM:
         return Verdict.RIGHT
-    if loops(answer):
+    if is_looping(answer):
         return Verdict.DEGENERATE
     if points > 0.0:
         return Verdict.PARTLY_RIGHT
     return Verdict.FLUENT_WRONG if _is_of_the_kind(task, answer) else Verdict.MISS
 
 
-def loops(text: str) -> bool:
+def is_looping(text: str) -> bool:
     """Return True if the text ends in the same one to eight words, three times in a row."""
     words = text.split()
     for size in range(1, MAX_LOOP_WORDS + 1):

@@ -63,9 +63,9 @@ class Niah:
         """Draft needles at random depths of `order.units` sentences, lines or other needles."""
         rng = order.rng
         others = order.units if self.haystack is Haystack.NEEDLES else 0
-        keys = words.distinct(lambda: drawn(rng, self.key_kind), self.keys + others)
+        keys = words.distinct(lambda: draw_word(rng, self.key_kind), self.keys + others)
         pairs = [
-            (key, tuple(drawn(rng, self.value_kind) for _ in range(self.values)))
+            (key, tuple(draw_word(rng, self.value_kind) for _ in range(self.values)))
             for key in keys[: self.keys]
         ]
         asked = rng.sample(pairs, self.queries)
@@ -92,12 +92,12 @@ class Niah:
             places = sorted(
                 len(sentences) * depth // 100 for depth in rng.sample(DEPTHS, len(needles))
             )
-            return " ".join(_inserted(sentences, places, needles))
+            return " ".join(_insert_needles(sentences, places, needles))
         lines = [NOISE] * order.units
         if self.haystack is Haystack.NEEDLES:
-            lines = [self._needle(key, drawn(rng, self.value_kind)) for key in others]
+            lines = [self._needle(key, draw_word(rng, self.value_kind)) for key in others]
         places = sorted(rng.sample(range(order.units), len(needles)))
-        return "\n".join(_inserted(lines, places, needles))
+        return "\n".join(_insert_needles(lines, places, needles))
 
     def _text(self, context: str, asked: list[str]) -> str:
         query = ", ".join(asked[:-1]) + ", and " + asked[-1] if len(asked) > 1 else asked[0]
@@ -106,7 +106,7 @@ class Niah:
         return ONE.format(kind=self.value_kind.removesuffix("s"), context=context, query=query)
 
 
-def drawn(rng: random.Random, kind: Kind) -> str:
+def draw_word(rng: random.Random, kind: Kind) -> str:
     """Draw one key or value."""
     if kind is Kind.NUMBERS:
         return words.number(rng, NUMBER_DIGITS)
@@ -115,7 +115,7 @@ def drawn(rng: random.Random, kind: Kind) -> str:
     return words.adjective_noun(rng)
 
 
-def _inserted(lines: list[str], places: list[int], needles: list[str]) -> list[str]:
+def _insert_needles(lines: list[str], places: list[int], needles: list[str]) -> list[str]:
     """Insert each needle before the line that its place counts; places ascend."""
     mixed = list(lines)
     for place, needle in reversed(list(zip(places, needles, strict=True))):

@@ -96,7 +96,7 @@ def _record(data: bytes, recorder: Recorder) -> None:
         return
     event = json.loads(data)
     if "error" in event:
-        raise Refused(_ending_of(event["error"]), f"in the stream: {_said(event)}")
+        raise Refused(_ending_of(event["error"]), f"in the stream: {_error_message(event)}")
     for choice in event.get("choices") or ():
         piece = _text(choice.get("delta") or {})
         if piece:
@@ -122,14 +122,14 @@ def _text(delta: dict[str, Any]) -> str:
 
 def _refusal(status: int, reason: str | None, body: bytes) -> Refused:
     try:
-        said = _said(json.loads(body))
+        said = _error_message(json.loads(body))
     except ValueError:
         said = body[:_MESSAGE_CHARS].decode(errors="replace")
     place = str(status) if reason is None else f"{status} {reason}"
     return Refused(_ENDINGS.get(HTTPStatus(status), RequestEnding.FAILED), f"{place}: {said}")
 
 
-def _said(event: Any) -> str:
+def _error_message(event: Any) -> str:
     """Return the error's message where it is in OpenAI's form."""
     error = event.get("error") if isinstance(event, dict) else None
     message = error.get("message") if isinstance(error, dict) else event

@@ -74,7 +74,7 @@ class RequestOutcome:
         arrivals = self.stream.arrivals_s
         return tuple(later - sooner for sooner, later in pairwise(arrivals))
 
-    def reported(self, name: str) -> float | None:
+    def report_number(self, name: str) -> float | None:
         """Return a number of the service's report; None where it has none."""
         report = self.stream.report
         return None if report is None or name not in report else float(report[name])

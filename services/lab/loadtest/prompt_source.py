@@ -50,15 +50,15 @@ class Source:
         self, kinds: Sequence[Prompts], count: int, rng: np.random.Generator
     ) -> list[LoadPrompt]:
         """Draw `count` prompts, their kinds by weight."""
-        return [self._make(kind, next(self._seeds)) for kind in _drawn(kinds, count, rng)]
+        return [self._make(kind, next(self._seeds)) for kind in _draw_kinds(kinds, count, rng)]
 
-    def like(
+    def draw_like(
         self, kinds: Sequence[Prompts], lines: Sequence[TraceLine], rng: np.random.Generator
     ) -> list[LoadPrompt]:
         """Draw one prompt per recorded request, of its length where it has one."""
         return [
-            self._make(_resized(kind, line), next(self._seeds))
-            for kind, line in zip(_drawn(kinds, len(lines), rng), lines, strict=True)
+            self._make(_resize(kind, line), next(self._seeds))
+            for kind, line in zip(_draw_kinds(kinds, len(lines), rng), lines, strict=True)
         ]
 
     def warm_up(self, kind: Prompts, number: int) -> LoadPrompt:
@@ -78,12 +78,12 @@ class Source:
         )
 
 
-def _drawn(kinds: Sequence[Prompts], count: int, rng: np.random.Generator) -> list[Prompts]:
+def _draw_kinds(kinds: Sequence[Prompts], count: int, rng: np.random.Generator) -> list[Prompts]:
     weights = np.array([kind.weight for kind in kinds])
     places = rng.choice(len(kinds), size=count, p=weights / weights.sum())
     return [kinds[place] for place in places]
 
 
-def _resized(kind: Prompts, line: TraceLine) -> Prompts:
+def _resize(kind: Prompts, line: TraceLine) -> Prompts:
     told = {"prompt_tokens": line.prompt_tokens, "max_tokens": line.max_tokens}
     return kind.model_copy(update={name: n for name, n in told.items() if n is not None})

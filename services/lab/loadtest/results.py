@@ -14,9 +14,9 @@ from ..reporting.charts import Line, line_chart, table, write_page
 from ..reporting.tables import Provenance, markdown, write_json
 from .outcome import RequestEnding, RequestOutcome
 from .scenario import Goals, Scenario
-from .search import Trial, highest
+from .search import Trial, highest_rate
 from .session import Run
-from .statistics import Summary, grouped
+from .statistics import Summary, summarise_groups
 
 HEADERS = (
     "requests", "sent", "qps", "goodput", "in SLO", "TTFT p50", "p95", "p99", "TPOT p50",
@@ -30,7 +30,7 @@ def summaries(run: Run, scenario: Scenario) -> list[Summary]:
     """Summarise the whole run, then each variant, then each family where there are several."""
     rows = [run.summary]
     for key in (lambda one: one.variant, lambda one: one.family):
-        groups = grouped(run.outcomes, key, scenario.slo)
+        groups = summarise_groups(run.outcomes, key, scenario.slo)
         rows += groups if len(groups) > 1 else []
     return rows
 
@@ -53,7 +53,7 @@ def remarks(run: Run) -> str:
     return "".join(f"\n{part}" for part in parts) + ("\n" if parts else "")
 
 
-def missed(gate: Goals, summary: Summary) -> list[str]:
+def missed_goals(gate: Goals, summary: Summary) -> list[str]:
     """Return the parts of the gate that were not reached, one sentence each."""
     shed = summary.endings.get(RequestEnding.SHED, 0) / summary.requests
     reached = (
@@ -85,7 +85,7 @@ def write(
     }
     if scenario.search is not None:
         results["trials"] = [{"qps": trial.qps, "held": trial.held} for trial in trials]
-        results["highest_qps"] = highest(trials)
+        results["highest_qps"] = highest_rate(trials)
     write_json(paths[0], origin, results)
     _write_csv(paths[1], runs)
     _write_html(paths[2], name, origin, scenario, runs, trials)
@@ -147,7 +147,7 @@ def _csv_row(run: int, one: RequestOutcome) -> list[object]:
     return [
         run, one.index, one.family, one.variant, stream.ending.value, one.scheduled_s, one.lag_s,
         one.ttft_s, one.tpot_s, one.e2e_s, stream.prompt_tokens, stream.output_tokens, one.score,
-        *(one.reported(name) for name in _REPORTED), stream.error,
+        *(one.report_number(name) for name in _REPORTED), stream.error,
     ]  # fmt: skip
 
 

@@ -38,7 +38,7 @@ class RunProgress:
     def in_flight(self) -> int:
         return self.sent - self.answered - self.other
 
-    def ended(self, ending: RequestEnding) -> None:
+    def count(self, ending: RequestEnding) -> None:
         """Count one request that is over."""
         if ending is RequestEnding.ANSWERED:
             self.answered += 1
@@ -130,4 +130,4 @@ async def _send(
 
 def _count(task: asyncio.Task[RequestOutcome], progress: RunProgress) -> None:
     if not task.cancelled() and task.exception() is None:
-        progress.ended(task.result().stream.ending)
+        progress.count(task.result().stream.ending)

@@ -41,7 +41,7 @@ class Prompts(Strict):
 
     @field_validator("family")
     @classmethod
-    def _known(cls, family: str) -> str:
+    def _check_family(cls, family: str) -> str:
         if family not in FAMILIES:
             raise ValueError(f"unknown family, expected one of {', '.join(FAMILIES)}")
         return family
@@ -61,7 +61,7 @@ class Cancel(Strict):
     after_s: tuple[NonNegativeFloat, NonNegativeFloat] = (0.0, 1.0)
 
     @model_validator(mode="after")
-    def _ascending(self) -> Self:
+    def _check_order(self) -> Self:
         if self.after_s[0] > self.after_s[1]:
             raise ValueError("after_s: the first number must not exceed the second")
         return self
@@ -100,7 +100,7 @@ class MaxQps(Strict):
     tolerance: Annotated[float, Field(gt=0.0)] = 0.1  # relative width at which the search ends
 
     @model_validator(mode="after")
-    def _ascending(self) -> Self:
+    def _check_order(self) -> Self:
         if self.low >= self.high:
             raise ValueError("low must be below high")
         return self
@@ -117,7 +117,7 @@ class PaperProtocol(Strict):
     pause_s: NonNegativeFloat = 10.0  # between two rates
 
     @model_validator(mode="after")
-    def _ascending(self) -> Self:
+    def _check_order(self) -> Self:
         if list(self.grid) != sorted(set(self.grid)):
             raise ValueError("grid: rates must ascend")
         return self
@@ -156,7 +156,7 @@ class Scenario(Strict):
             raise ValueError("length: a trace is bounded by length.requests")
         return self
 
-    def at(self, qps: float) -> Scenario:
+    def at_rate(self, qps: float) -> Scenario:
         """Return the same at another rate, without its search."""
         arrivals = self.arrivals.model_copy(update={"qps": qps})
         return self.model_copy(update={"arrivals": arrivals, "search": None})

@@ -59,11 +59,11 @@ def paper(search: PaperProtocol) -> Trials:
     return trials
 
 
-def highest(trials: Sequence[Trial]) -> float | None:
+def highest_rate(trials: Sequence[Trial]) -> float | None:
     """Return the highest rate that held; None where none did."""
     return max((trial.qps for trial in trials if trial.held), default=None)
 
 
-def of(search: MaxQps | PaperProtocol) -> Trials:
+def trials_of(search: MaxQps | PaperProtocol) -> Trials:
     """Return the trials of a scenario's search."""
     return max_qps(search) if isinstance(search, MaxQps) else paper(search)

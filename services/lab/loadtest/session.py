@@ -24,7 +24,7 @@ from .runner import Planned, RunProgress
 from .scenario import Chaos, Scenario, Target
 from .statistics import Summary, summarise
 
-Tell = Callable[[RunProgress], None]  # called about once a second
+ReportProgress = Callable[[RunProgress], None]  # called about once a second
 TELL_EVERY_S = 1.0
 
 
@@ -49,26 +49,26 @@ class Searched:
     runs: tuple[Run, ...]
 
 
-async def measure(scenario: Scenario, source: Source, tell: Tell) -> Run:
+async def measure(scenario: Scenario, source: Source, on_progress: ReportProgress) -> Run:
     """Warm up, then send the scenario's requests. Raises NotReady or InvalidFile."""
     rng = np.random.default_rng(scenario.seed)
-    planned = _planned(scenario, source, rng)
+    planned = _plan_run(scenario, source, rng)
     caller = caller_of(scenario.target)
     async with caller.open():
         await _warm_up(scenario, source, caller)
-        return await _run(scenario, planned, caller, tell)
+        return await _run(scenario, planned, caller, on_progress)
 
 
-async def find(scenario: Scenario, source: Source, tell: Tell) -> Searched:
+async def find(scenario: Scenario, source: Source, on_progress: ReportProgress) -> Searched:
     """Run the scenario's search."""
     if scenario.search is None:
         raise ValueError("scenario: has no search")
     pause_s = scenario.search.pause_s if scenario.search.kind == "paper" else 0.0
     runs: list[Run] = []
-    trials = search.of(scenario.search)
+    trials = search.trials_of(scenario.search)
     qps = next(trials)
     while True:
-        runs.append(await measure(scenario.at(qps), source, tell))
+        runs.append(await measure(scenario.at_rate(qps), source, on_progress))
         try:
             qps = trials.send(runs[-1].summary)
         except StopIteration as ended:
@@ -83,12 +83,12 @@ def caller_of(target: Target) -> Caller:
     return kind(target.address, target.model, key)
 
 
-def _planned(scenario: Scenario, source: Source, rng: np.random.Generator) -> list[Planned]:
+def _plan_run(scenario: Scenario, source: Source, rng: np.random.Generator) -> list[Planned]:
     process = scenario.arrivals
     if isinstance(process, arrivals.RecordedTrace):
         lines = trace.read(Path(process.path), scenario.length.requests or 0)
         times = np.array([line.time_s / process.speed for line in lines])
-        prompts = source.like(scenario.prompts, lines, rng)
+        prompts = source.draw_like(scenario.prompts, lines, rng)
     else:
         times = arrivals.times(process, scenario.length, rng)
         prompts = source.draw(scenario.prompts, len(times), rng)
@@ -105,24 +105,26 @@ async def _warm_up(scenario: Scenario, source: Source, caller: Caller) -> None:
                 raise NotReady(f"{scenario.target.address}: {stream.error}")
 
 
-async def _run(scenario: Scenario, planned: Sequence[Planned], caller: Caller, tell: Tell) -> Run:
+async def _run(
+    scenario: Scenario, planned: Sequence[Planned], caller: Caller, on_progress: ReportProgress
+) -> Run:
     progress = RunProgress(len(planned))
     kills: list[Killed] = []
     beside = [
-        asyncio.create_task(_tick(progress, tell)),
+        asyncio.create_task(_report_often(progress, on_progress)),
         asyncio.create_task(_faults(scenario.chaos, scenario.seed, kills)),
     ]
     try:
         outcomes = await runner.run(planned, caller, scenario.timeout_s, progress)
     finally:
         await _stop(beside)
-    tell(progress)
+    on_progress(progress)
     return Run(tuple(outcomes), summarise("all", outcomes, scenario.slo), tuple(kills))
 
 
-async def _tick(progress: RunProgress, tell: Tell) -> None:
+async def _report_often(progress: RunProgress, on_progress: ReportProgress) -> None:
     while True:
-        tell(progress)
+        on_progress(progress)
         await asyncio.sleep(TELL_EVERY_S)
 
 

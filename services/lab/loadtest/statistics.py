@@ -25,13 +25,13 @@ class RequestSlo(Strict):
     tpot_s: Seconds | None = None
     e2e_s: Seconds | None = None
 
-    def met(self, outcome: RequestOutcome) -> bool:
+    def is_within_slo(self, outcome: RequestOutcome) -> bool:
         """Return True when the request was answered within every bound."""
         return (
             outcome.stream.ending is RequestEnding.ANSWERED
-            and _within(outcome.ttft_s, self.ttft_s)
-            and _within(outcome.tpot_s, self.tpot_s)
-            and _within(outcome.e2e_s, self.e2e_s)
+            and _is_within(outcome.ttft_s, self.ttft_s)
+            and _is_within(outcome.tpot_s, self.tpot_s)
+            and _is_within(outcome.e2e_s, self.e2e_s)
         )
 
 
@@ -47,7 +47,7 @@ class Distribution:
     p99: float
 
     @classmethod
-    def of(cls, values: Iterable[float | None]) -> Distribution:
+    def from_values(cls, values: Iterable[float | None]) -> Distribution:
         """Summarise the values that are not None."""
         there = np.array([value for value in values if value is not None], dtype=np.float64)
         if not len(there):
@@ -96,7 +96,7 @@ def summarise(name: str, outcomes: Sequence[RequestOutcome], slo: RequestSlo) ->
     seconds = max(outcome.scheduled_s + outcome.e2e_s for outcome in outcomes) - started_s
     sent_for_s = max(outcome.scheduled_s for outcome in outcomes) - started_s
     counted = [one for one in outcomes if one.stream.ending is not RequestEnding.CANCELLED]
-    good = sum(slo.met(outcome) for outcome in counted)
+    good = sum(slo.is_within_slo(outcome) for outcome in counted)
     streams = [outcome.stream for outcome in outcomes]
     return Summary(
         name=name,
@@ -107,16 +107,16 @@ def summarise(name: str, outcomes: Sequence[RequestOutcome], slo: RequestSlo) ->
         attainment=good / len(counted) if counted else float("nan"),
         endings=_counts(stream.ending.value for stream in streams),
         errors=_counts(stream.error for stream in streams if stream.error),
-        ttft_s=Distribution.of(outcome.ttft_s for outcome in counted),
-        tpot_s=Distribution.of(outcome.tpot_s for outcome in counted),
-        itl_s=Distribution.of(gap for outcome in counted for gap in outcome.gaps_s),
-        e2e_s=Distribution.of(
+        ttft_s=Distribution.from_values(outcome.ttft_s for outcome in counted),
+        tpot_s=Distribution.from_values(outcome.tpot_s for outcome in counted),
+        itl_s=Distribution.from_values(gap for outcome in counted for gap in outcome.gaps_s),
+        e2e_s=Distribution.from_values(
             one.e2e_s for one in counted if one.stream.ending is RequestEnding.ANSWERED
         ),
-        lag_s=Distribution.of(outcome.lag_s for outcome in outcomes),
+        lag_s=Distribution.from_values(outcome.lag_s for outcome in outcomes),
         prompt_tokens=_mean(float(one.prompt_tokens) or None for one in streams),
-        kept_tokens=_mean(outcome.reported("kept_tokens") for outcome in outcomes),
-        keep_rate=_mean(outcome.reported("keep_rate") for outcome in outcomes),
+        kept_tokens=_mean(outcome.report_number("kept_tokens") for outcome in outcomes),
+        keep_rate=_mean(outcome.report_number("keep_rate") for outcome in outcomes),
         output_tokens_per_s=sum(stream.output_tokens for stream in streams) / seconds,
         score=_mean(outcome.score for outcome in counted),
         reasons=_counts(
@@ -125,7 +125,7 @@ def summarise(name: str, outcomes: Sequence[RequestOutcome], slo: RequestSlo) ->
     )
 
 
-def grouped(
+def summarise_groups(
     outcomes: Sequence[RequestOutcome], key: Callable[[RequestOutcome], str], slo: RequestSlo
 ) -> list[Summary]:
     """Return one summary per value of `key`, in order of first appearance."""
@@ -135,7 +135,7 @@ def grouped(
     return [summarise(name, members, slo) for name, members in groups.items()]
 
 
-def _within(value: float | None, bound: float | None) -> bool:
+def _is_within(value: float | None, bound: float | None) -> bool:
     return bound is None or value is None or value <= bound
 
 
@@ -144,4 +144,4 @@ def _counts(values: Iterable[str]) -> dict[str, int]:
 
 
 def _mean(values: Iterable[float | None]) -> float:
-    return Distribution.of(values).mean
+    return Distribution.from_values(values).mean

@@ -64,9 +64,9 @@ class OngoingRequests:
         self._history.append((now_s, now.ongoing))
         while self._history[0][0] < now_s - self.look_back_s:
             self._history.popleft()
-        return PoolTarget({pool: self._of(pool, now) for pool in Pool})
+        return PoolTarget({pool: self._size_of(pool, now) for pool in Pool})
 
-    def _of(self, pool: Pool, now: Telemetry) -> int:
+    def _size_of(self, pool: Pool, now: Telemetry) -> int:
         ongoing = sum(each[pool] for _, each in self._history) / len(self._history)
         desired = ceil(ongoing / self.per_replica[pool])
         desired = min(max(desired, self.minimum), self.maximum[pool])
@@ -116,7 +116,7 @@ class LatencyBand:
             self._signals.popleft()
         if now_s - self._asked_s >= 15.0 and self._signals:
             self._asked_s = now_s
-            self._targets = {pool: self._of(pool, now) for pool in Pool}
+            self._targets = {pool: self._size_of(pool, now) for pool in Pool}
         return PoolTarget(dict(self._targets))
 
     def _signal(self, ttft_s: np.ndarray, gap_s: np.ndarray) -> Mapping[Pool, float] | None:
@@ -126,7 +126,7 @@ class LatencyBand:
         second = min(2.0, float(np.percentile(gap_s, 90)) / self.slo.gap_s)
         return {Pool.SPECULATOR: first, Pool.PREFILL: first, Pool.DECODE: second}
 
-    def _of(self, pool: Pool, now: Telemetry) -> int:
+    def _size_of(self, pool: Pool, now: Telemetry) -> int:
         state, now_s = now.seen.pools[pool], now.seen.now_s
         current = max(1, state.provisioned)
         signal = sum(each[pool] for _, each in self._signals) / len(self._signals)
@@ -176,7 +176,7 @@ class ThroughputPlanner:
             first, whole = ((count - past) / (now_s - self._asked_s) for count, past in pairs)
             self._asked_s, self._counted = now_s, (now.first_tokens, now.completed)
             self._plan(now, first, whole)
-        return PoolTarget({pool: self._corrected(pool, now) for pool in Pool})
+        return PoolTarget({pool: self._correct_size(pool, now) for pool in Pool})
 
     def _plan(self, now: Telemetry, first_per_s: float, answers_per_s: float) -> None:
         busy = _mean_times(now, self.interval_s)
@@ -192,7 +192,7 @@ class ThroughputPlanner:
             low, high = current - self.max_step, current + self.max_step
             self._floors[pool] = max(1, min(max(ceil(work[pool]), low), high))
 
-    def _corrected(self, pool: Pool, now: Telemetry) -> int:
+    def _correct_size(self, pool: Pool, now: Telemetry) -> int:
         state, busy = now.seen.pools[pool], _mean_times(now, self.interval_s)
         current = state.provisioned
         if busy is None or state.ready == 0:
@@ -237,9 +237,9 @@ class Schedule:
 
     def target(self, now: Telemetry) -> PoolTarget:
         """Return the most that is planned until a replica started now is ready."""
-        return PoolTarget({pool: self._of(pool, now.seen.now_s) for pool in Pool})
+        return PoolTarget({pool: self._size_of(pool, now.seen.now_s) for pool in Pool})
 
-    def _of(self, pool: Pool, now_s: float) -> int:
+    def _size_of(self, pool: Pool, now_s: float) -> int:
         until_s = now_s + self.cold_start_s[pool] + self.tick_s
         first = max(0, int(np.searchsorted(self.starts_s, now_s, side="right")) - 1)
         last = int(np.searchsorted(self.starts_s, until_s, side="right"))

@@ -51,7 +51,7 @@ class Cores:
         self._now_s = 0.0
         self._speed = 1.0
 
-    def begin(self, now_s: float, kind: int, request: int, run: int, work_s: float) -> None:
+    def start(self, now_s: float, kind: int, request: int, run: int, work_s: float) -> None:
         """Start a job of `work_s`, measured alone."""
         self._advance(now_s)
         job = (kind, request, run)
@@ -66,7 +66,7 @@ class Cores:
         self._live.remove((kind, request, run))
         self._count(kind, -1)
 
-    def become(self, now_s: float, machine: Machine) -> None:
+    def change(self, now_s: float, machine: Machine) -> None:
         """Change the machine: other programs take more or less of it from now on."""
         self._advance(now_s)
         self._machine = machine

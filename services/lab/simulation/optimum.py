@@ -57,18 +57,18 @@ def optimum(
     trace: Trace, world: World, limits: Mapping[Pool, PoolLimits]
 ) -> tuple[Schedule, SimulationResult]:
     """Return the best plan, as a controller, and its outcome."""
-    plans = [planned(trace, world, limits, interval_s) for interval_s in INTERVALS_S]
+    plans = [plan_sizes(trace, world, limits, interval_s) for interval_s in INTERVALS_S]
     outcomes = [simulate(trace, world, plan, plan.first_sizes()) for plan in plans]
 
     def worth(place: int) -> tuple[float, float]:
-        missing = world.slo.share - float(outcomes[place].met(world.slo).mean())
+        missing = world.slo.share - float(outcomes[place].meets_slo(world.slo).mean())
         return max(0.0, missing - NEARLY), sum(outcomes[place].replica_s.values())
 
     best = min(range(len(plans)), key=worth)
     return plans[best], outcomes[best]
 
 
-def planned(
+def plan_sizes(
     trace: Trace, world: World, limits: Mapping[Pool, PoolLimits], interval_s: float
 ) -> Schedule:
     """Return a plan whose sizes change every `interval_s`."""
@@ -76,10 +76,10 @@ def planned(
     starts = np.arange(0.0, trace.duration_s + interval_s, interval_s)
     rows, queues, requests, missed = [], _Queues(), 0, 0
     for start_s in starts.tolist():
-        part = _part(trace, times, start_s, interval_s)
+        part = _slice_trace(trace, times, start_s, interval_s)
         requests += len(part.time_s)
         allowed = (1.0 - world.slo.share) * requests - missed
-        sizes, late, queues = _interval(part, world, limits, allowed, queues)
+        sizes, late, queues = _plan_interval(part, world, limits, allowed, queues)
         missed += late
         rows.append(sizes)
     columns = np.array(rows).T
@@ -87,7 +87,7 @@ def planned(
     return Schedule(starts, sizes_of, world.cold_start_s, world.tick_s)
 
 
-def _part(trace: Trace, times: StageTimes, start_s: float, interval_s: float) -> _Part:
+def _slice_trace(trace: Trace, times: StageTimes, start_s: float, interval_s: float) -> _Part:
     first, last = np.searchsorted(trace.time_s, (start_s, start_s + interval_s))
     rows = slice(int(first), int(last))
     return _Part(
@@ -100,7 +100,7 @@ def _part(trace: Trace, times: StageTimes, start_s: float, interval_s: float) ->
     )
 
 
-def _interval(
+def _plan_interval(
     part: _Part,
     world: World,
     limits: Mapping[Pool, PoolLimits],

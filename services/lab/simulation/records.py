@@ -28,13 +28,13 @@ class Records:
         self._second_tokens, self._gaps_s = array("d"), array("d")
         self._moments: list[tuple[float, ...]] = []
 
-    def first_token(self, request: int, now_s: float, waited_s: float) -> None:
+    def record_first_token(self, request: int, now_s: float, waited_s: float) -> None:
         """Record a request's first token, `waited_s` after it came."""
         self._ttft_s[request] = waited_s
         self._first_tokens.append(now_s)
         self._waited_s.append(waited_s)
 
-    def second_token(self, request: int, now_s: float, gap_s: float) -> None:
+    def record_second_token(self, request: int, now_s: float, gap_s: float) -> None:
         """Record the start of a request's decoding, `gap_s` between its first two tokens."""
         self._gap_s[request] = gap_s
         self._second_tokens.append(now_s)
@@ -45,7 +45,7 @@ class Records:
         """Number of first tokens so far."""
         return len(self._first_tokens)
 
-    def lately(self, now_s: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def recent_times(self, now_s: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the last first tokens' times and waits, and the last gaps; each `[n]`."""
         newest = bisect_left(self._first_tokens, now_s - SHORT_LOOK_BACK_S)
         second = bisect_left(self._second_tokens, now_s - SHORT_LOOK_BACK_S)
@@ -55,7 +55,9 @@ class Records:
             np.array(self._gaps_s[second:]),
         )
 
-    def moment(self, now_s: float, stations: Sequence[Station], keep: Sequence[float]) -> None:
+    def record_moment(
+        self, now_s: float, stations: Sequence[Station], keep: Sequence[float]
+    ) -> None:
         """Record the pools as they are; `keep` are the rates of requests since the last moment."""
         keeps = [rate for rate in keep if rate < 1.0]
         speculators, prefills, _ = stations

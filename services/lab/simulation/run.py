@@ -98,13 +98,13 @@ class _Run:
                 continue
             if self.cores is not None and self.cores.due_s() <= events[0][0]:
                 now_s, (kind, subject, run) = self.cores.end()
-                self._happen(kind, subject, run, now_s)
+                self._process_event(kind, subject, run, now_s)
                 continue
             now_s, _, kind, subject, run = heappop(events)
             if kind == TICK:
                 self._tick(now_s, arrived)
             else:
-                self._happen(kind, subject, run, now_s)
+                self._process_event(kind, subject, run, now_s)
         return self.records.outcome(now_s, self.stations, self.keep)
 
     def _schedule(self) -> None:
@@ -120,30 +120,30 @@ class _Run:
         self.serial += 1
         heappush(self.events, (time_s, self.serial, kind, subject, run))
 
-    def _begin(self, now_s: float, kind: int, request: int, run: int, work_s: float) -> None:
+    def _start_work(self, now_s: float, kind: int, request: int, run: int, work_s: float) -> None:
         """Start work that ends after `work_s`, or later on a shared machine."""
         if self.cores is None:
             self._push(now_s + work_s, kind, request, run)
         else:
-            self.cores.begin(now_s, kind, request, run, work_s)
+            self.cores.start(now_s, kind, request, run, work_s)
 
     def _open(self) -> bool:
         busy = any(station.running or station.waiting for station in self.stations)
         return busy or self.entering > 0
 
-    def _happen(self, kind: int, subject: int, run: int, now_s: float) -> None:
+    def _process_event(self, kind: int, subject: int, run: int, now_s: float) -> None:
         if kind == SPECULATED:
-            if self.speculators.ended(subject, run):
+            if self.speculators.end(subject, run):
                 self._to_prefill(subject, now_s)
                 self._speculate(now_s)
         elif kind == PREFILLED:
             if subject in self.batches:
-                self._stepped(subject, run, now_s)
-            elif self.prefills.ended(subject, run):
+                self._end_step(subject, run, now_s)
+            elif self.prefills.end(subject, run):
                 self._first_token(subject, now_s)
                 self._prefill(now_s)
         elif kind == DECODED:
-            if self.decodes.ended(subject, run):
+            if self.decodes.end(subject, run):
                 self.records.completed += 1
                 self._decode(now_s)
         elif kind == ENTERED:
@@ -157,26 +157,26 @@ class _Run:
         if kind == FAILURE:
             self._fail(subject, number, now_s)
         elif kind == READY:
-            if self.stations[subject].arrived(number, now_s):
+            if self.stations[subject].add_ready(number, now_s):
                 self._go_on(now_s)
         elif self.cores is not None and self.world.machine is not None:
             machine = self.world.machine
             left = max(LEAST_CORES, machine.cores - self.world.others[subject][1])
-            self.cores.become(now_s, replace(machine, cores=left))
+            self.cores.change(now_s, replace(machine, cores=left))
 
     def _arrive(self, request: int, now_s: float) -> None:
         aside = self.world.aside
         if aside is not None and self.cores is not None:
-            self.cores.begin(now_s, ASIDE, request, 0, aside.seconds(self.prompt[request]))
+            self.cores.start(now_s, ASIDE, request, 0, aside.seconds(self.prompt[request]))
         front = self.world.front
         if front is None:
             self._enter(request, now_s)
         else:
             self.entering += 1
-            self._begin(now_s, ENTERED, request, 0, front.seconds(self.prompt[request]))
+            self._start_work(now_s, ENTERED, request, 0, front.seconds(self.prompt[request]))
 
     def _enter(self, request: int, now_s: float) -> None:
-        if self.admission is not None and not self._admitted(request):
+        if self.admission is not None and not self._admit(request):
             return
         if self.speculate_s[request] > 0.0:
             late = self.late[request]
@@ -185,7 +185,7 @@ class _Run:
         else:
             self._to_prefill(request, now_s)
 
-    def _admitted(self, request: int) -> bool:
+    def _admit(self, request: int) -> bool:
         """Lower the keep rate, put the request behind, or shed it, as the gateway does."""
         world, policy = self.world, self.admission
         assert policy is not None
@@ -224,10 +224,10 @@ class _Run:
     def _speculate(self, now_s: float) -> None:
         station = self.speculators
         while station.free > 0 and station.waiting:
-            _, request = station.next(self.speculate_s)
+            _, request = station.take_next(self.speculate_s)
             if now_s - self.time_s[request] < self.world.timeout_s:
-                run = station.started(request)
-                self._begin(now_s, SPECULATED, request, run, self.speculate_s[request])
+                run = station.start(request)
+                self._start_work(now_s, SPECULATED, request, run, self.speculate_s[request])
 
     def _prefill(self, now_s: float) -> None:
         station = self.prefills
@@ -235,9 +235,9 @@ class _Run:
             request = self._next_prefill(now_s)
             if request is None:
                 return
-            run = station.started(request)
+            run = station.start(request)
             if self.world.steps is None:
-                self._begin(now_s, PREFILLED, request, run, self.prefill_s[request])
+                self._start_work(now_s, PREFILLED, request, run, self.prefill_s[request])
             else:
                 self.batches[request] = Batch([self._prompt(request)])
                 self._step(request, run, now_s)
@@ -246,7 +246,7 @@ class _Run:
         """Return the request that has waited longest and still waits for an answer."""
         station = self.prefills
         while station.waiting:
-            tag, request = station.next(self.prefill_s)
+            tag, request = station.take_next(self.prefill_s)
             self.virtual_s = max(self.virtual_s, tag)
             if now_s - self.time_s[request] < self.world.timeout_s:
                 return request
@@ -265,29 +265,29 @@ class _Run:
             request = self._next_prefill(now_s)
             return None if request is None else self._prompt(request)
 
-        work_s = self.batches[leader].begin(limits, curve, joining)
-        self._begin(now_s, PREFILLED, leader, run, work_s)
+        work_s = self.batches[leader].start_step(limits, curve, joining)
+        self._start_work(now_s, PREFILLED, leader, run, work_s)
 
-    def _stepped(self, leader: int, run: int, now_s: float) -> None:
+    def _end_step(self, leader: int, run: int, now_s: float) -> None:
         """End a step. The requests that it completed have their first token."""
         station = self.prefills
         if station.running.get(leader) != run:
             return
         batch = self.batches.pop(leader)
-        completed = batch.end()
+        completed = batch.end_step()
         if batch.prompts:
             if batch.leader != leader:
-                station.handed(leader, batch.leader)
+                station.hand_over(leader, batch.leader)
             self.batches[batch.leader] = batch
             self._step(batch.leader, run, now_s)
         else:
-            station.ended(leader, run)
+            station.end(leader, run)
         for request in completed:
             self._first_token(request, now_s)
         self._prefill(now_s)
 
     def _first_token(self, request: int, now_s: float) -> None:
-        self.records.first_token(request, now_s, now_s - self.time_s[request])
+        self.records.record_first_token(request, now_s, now_s - self.time_s[request])
         if self.decode_s[request] == 0.0:
             self.records.completed += 1
             return
@@ -297,13 +297,13 @@ class _Run:
     def _decode(self, now_s: float) -> None:
         station, curves = self.decodes, self.world.engines.curves
         while station.free > 0 and station.waiting:
-            came_s, request = station.next(self.decode_s)
+            came_s, request = station.take_next(self.decode_s)
             kept = self.keep[request] * self.prompt[request]
             gap_s = now_s - came_s + curves.transfer.seconds(kept)
             gap_s += curves.first_decode.seconds(kept)
-            self.records.second_token(request, now_s, gap_s)
-            run = station.started(request)
-            self._begin(now_s, DECODED, request, run, self.decode_s[request])
+            self.records.record_second_token(request, now_s, gap_s)
+            run = station.start(request)
+            self._start_work(now_s, DECODED, request, run, self.decode_s[request])
 
     def _go_on(self, now_s: float) -> None:
         self._speculate(now_s)
@@ -326,7 +326,7 @@ class _Run:
 
     def _tick(self, now_s: float, arrived: int) -> None:
         target = self.controller.target(self._telemetry(now_s, arrived))
-        self.records.moment(now_s, self.stations, self.keep[self.seen : arrived])
+        self.records.record_moment(now_s, self.stations, self.keep[self.seen : arrived])
         self.seen = arrived
         for place, pool in enumerate(POOLS):
             cold_s = self.world.cold_start_s[pool]
@@ -357,7 +357,7 @@ class _Run:
         return Telemetry(
             observation,
             ongoing,
-            *self.records.lately(now_s),
+            *self.records.recent_times(now_s),
             self.records.completed,
             self.records.first_tokens,
         )

@@ -67,7 +67,7 @@ def scenario(
     return SimulationScenario(name, trace, world, policy)
 
 
-def three(seed: int) -> list[SimulationScenario]:
+def three_scenarios(seed: int) -> list[SimulationScenario]:
     """Return a day, prompts that grow, and ten times the load from one second to the next."""
     day = generate(diurnal(30.0, 7200.0), 7200.0, Lengths(), seed)
     drift = generate(poisson(30.0), 3600.0, Lengths(prompt_tokens=6000.0), seed, drift=2.0)
@@ -106,12 +106,14 @@ def compare(case: SimulationScenario, note: Callable[[str], None]) -> list[Entry
     thriftiest = min(entries[2:], key=lambda entry: entry.score.replica_hours).score
     if thriftiest.replica_hours < entries[1].score.replica_hours:
         name = f"{OURS}, hours of {thriftiest.controller}"
-        entries.append(_entry(name, _within(thriftiest.replica_hours, case, ours, initial), case))
+        entries.append(
+            _entry(name, _within_budget(thriftiest.replica_hours, case, ours, initial), case)
+        )
         note(name)
     return entries
 
 
-def _within(
+def _within_budget(
     replica_hours: float,
     case: SimulationScenario,
     ours: SimulationResult,
@@ -179,7 +181,7 @@ def distance(case: SimulationScenario, entries: list[Entry]) -> Distance:
     reached = [
         float(
             simulate(case.trace, world, SloController(policy), initial, case.admission)
-            .met(world.slo)
+            .meets_slo(world.slo)
             .mean()
         )
         for world, policy in ((warm_world, warm), (free_world, free))

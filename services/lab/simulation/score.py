@@ -49,7 +49,7 @@ class Score:
 
 def score(controller: str, outcome: SimulationResult, slo: Slo, duration_s: float) -> Score:
     """Judge an outcome."""
-    met = outcome.met(slo)
+    met = outcome.meets_slo(slo)
     answered = ~np.isnan(outcome.ttft_s)
     keeps, ttft_s = outcome.keep[answered & (outcome.keep < 1.0)], outcome.ttft_s[answered]
     hours = {pool.value: outcome.replica_s[pool] / 3600 for pool in Pool}
@@ -76,7 +76,7 @@ def attainment_over_time(
     edges = np.arange(0.0, max(time_s, default=0.0) + every_s, every_s)
     place = np.digitize(np.asarray(time_s), edges) - 1
     counts = np.bincount(place, minlength=len(edges))
-    met = np.bincount(place, weights=outcome.met(slo), minlength=len(edges))
+    met = np.bincount(place, weights=outcome.meets_slo(slo), minlength=len(edges))
     full = counts > 0
     return (edges[full] / 3600).tolist(), (met[full] / counts[full]).tolist()
 

@@ -48,7 +48,7 @@ class Station:
         self.work_s[late] += work_s
         self.count[late] += 1
 
-    def next(self, works_s: list[float]) -> tuple[float, int]:
+    def take_next(self, works_s: list[float]) -> tuple[float, int]:
         """Take the next request, with its tag; `works_s` are the times of all requests.
 
         Raises IndexError when nobody waits.
@@ -58,18 +58,18 @@ class Station:
         self.count[late] -= 1
         return tag, request
 
-    def started(self, request: int) -> int:
+    def start(self, request: int) -> int:
         """Give `request` to a server; return a serial number that distinguishes its runs."""
         self.free -= 1
         self.serial += 1
         self.running[request] = self.serial
         return self.serial
 
-    def handed(self, old: int, new: int) -> None:
+    def hand_over(self, old: int, new: int) -> None:
         """Let the server of `old` go on with `new`, in the same run."""
         self.running[new] = self.running.pop(old)
 
-    def ended(self, request: int, serial: int) -> bool:
+    def end(self, request: int, serial: int) -> bool:
         """Free or retire a server that is done. False if it died before."""
         if self.running.get(request) != serial:
             return False
@@ -96,7 +96,7 @@ class Station:
         self._retire(max(0, self.ready - target))
         return names
 
-    def arrived(self, name: int, now_s: float) -> bool:
+    def add_ready(self, name: int, now_s: float) -> bool:
         """Add a started replica, which is ready; False if it was given up meanwhile."""
         if name not in self.starts:
             return False

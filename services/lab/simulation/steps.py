@@ -47,7 +47,7 @@ class Batch:
         """The requests of all prompts, oldest first."""
         return [each.request for each in self.prompts]
 
-    def begin(
+    def start_step(
         self, limits: StepLimits, curve: Curve, joining: Callable[[], EnginePrompt | None]
     ) -> float:
         """Fill a step; return its seconds. `joining` yields waiting prompts, one by one."""
@@ -62,7 +62,7 @@ class Batch:
             budget -= _take(joined, budget)
         return _seconds(self.prompts, curve)
 
-    def end(self) -> list[int]:
+    def end_step(self) -> list[int]:
         """End the step; return the requests that it completed."""
         for prompt in self.prompts:
             prompt.done += prompt.chunk

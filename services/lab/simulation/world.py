@@ -95,7 +95,7 @@ class SimulationResult:
     moments: Moments
     duration_s: float
 
-    def met(self, slo: Slo) -> Floats:
+    def meets_slo(self, slo: Slo) -> Floats:
         """Return 1.0 where the first two tokens came in time."""
         in_time = (self.ttft_s <= slo.ttft_s) & ~(self.gap_s > slo.gap_s)
         return in_time.astype(np.float64)
