@@ -73,7 +73,7 @@ def draw_batch(
 ) -> TrainingBatch:
     """Draw a batch at or below `length`; pruned prompts reach twice as far, at little cost.
 
-    `shape` decides on kind and length, `rng` on what the samples say.
+    `shape` decides on kind and length, `rng` on the samples' content.
     """
     if length >= PRUNED_FROM_TOKENS and shape.random() < PRUNED_SHARE:
         return _pruned_batch(shape, rng, sampler, length)

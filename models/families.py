@@ -1,6 +1,6 @@
 """Training conversations of the quality suite's families, worded as its prompts are.
 
-What a small model learns is copying, so every reply is a path that copying can follow: it says the
+What a small model learns is copying, so every reply is a path that copying can follow: it has the
 key before the value, and a chain of variables backwards, each name beside the next. Where it can,
 a conversation asks several questions about one document.
 """

@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 OFFSETS = (1, 2, 3)  # tokens back; one key-value head of the first layer each
-PHASE_PAIRS = 4  # RoPE's fastest frequencies tell neighbours apart
+PHASE_PAIRS = 4  # RoPE's fastest frequencies separate neighbours
 CONTENT_PAIRS = 6  # its slowest leave content alone over thousands of tokens
 CONSTANT = 0.5  # one embedding column, the same for all tokens
 OWN_SCALE, OTHER_SCALE = (

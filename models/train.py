@@ -278,14 +278,16 @@ def report(progress: TrainingProgress, batch: TrainingBatch, outcome: BatchLosse
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", help=f"of {', '.join(RECIPES)}; default: all")
+    parser.add_argument(
+        "models", nargs="*", help=f"models to train: {', '.join(RECIPES)} (default: all)"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, help="in place of the recipe's")
+    parser.add_argument("--steps", type=int, help="steps, in place of the recipe's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS)
-    parser.add_argument("--earlier", type=Path, help="folder of the model to go on from")
-    parser.add_argument("--output", type=Path, default=HERE, help="holds the models' folders")
+    parser.add_argument("--earlier", type=Path, help="folder of the model to continue from")
+    parser.add_argument("--output", type=Path, default=HERE, help="parent of the models' folders")
     return parser.parse_args()
 
 

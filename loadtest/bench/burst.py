@@ -1,7 +1,7 @@
 """Ten times the load for a minute on the real app: `make bench-burst`.
 
 One app with admission, one trace, asked twice: once at the deployment's keep rate, which admission
-may bend down to its floor, and once with the same rate asked for, which it may not. Everything else
+may go down to its floor, and once with the same rate asked for, which it may not. Everything else
 (queues, deadlines, what is shed) is the same for both, and so are the prompts. The models are those
 of `versus`: random, since time does not depend on weights, and of such sizes that the main model's
 prefill dominates, as it does in production.
@@ -33,7 +33,7 @@ from specprefill.lab.simulation.trace import Trace, bursty, poisson, write_trace
 from .calibration import calibrate
 from .processes import Watch
 from .servers import Served, run_ours
-from .validation import BASE, KEEP, LENGTHS, LONGEST, OUT, bearable_qps, draw_trace
+from .validation import BASE, KEEP, LENGTHS, LONGEST, OUT, draw_trace, sustainable_qps
 from .versus import serve_config
 
 FACTOR = 10.0
@@ -45,7 +45,7 @@ PATIENCE_S = 120.0  # of the client: much more than the service's deadline
 QUEUED_S = 0.1  # a request that waited longer is counted as queued
 BENDING, FIXED = "keep rate bends", "keep rate fixed"
 ARMS = {BENDING: None, FIXED: KEEP}
-_STATUS = re.compile(r"\d{3}\b.*: .+|in the stream: .+")  # how the load tester tells a refusal
+_STATUS = re.compile(r"\d{3}\b.*: .+|in the stream: .+")  # how the load tester reports a refusal
 _SHED = re.compile(r"429 (\w+): ")
 
 
@@ -131,10 +131,10 @@ async def measure(
     async with caller.open():
         slots = config.decode.max_num_seqs or 1
         found = await calibrate(source, caller, KEEP, int(LENGTHS.output_tokens), slots)
-    most = bearable_qps(draw_trace(poisson(1.0), 1000.0, args.seed, SHORTEST), found, KEEP)
+    most = sustainable_qps(draw_trace(poisson(1.0), 1000.0, args.seed, SHORTEST), found, KEEP)
     trace = burst_trace(most, args.share, args.seed)
     print(
-        f"bearable at a keep rate of {KEEP:g}: {most:.2f} requests/s; "
+        f"sustainable at a keep rate of {KEEP:g}: {most:.2f} requests/s; "
         f"asked: {args.share * most:.2f}, and {FACTOR:g} times that for {BURST_S:g} s: "
         f"{len(trace)} requests",
         flush=True,
@@ -160,16 +160,16 @@ def table(arms: Sequence[BurstRun]) -> str:
 
 
 def _cells(arm: BurstRun) -> list[str]:
-    told, endings = arm.summary, dict(arm.summary.endings)
+    summary, endings = arm.summary, dict(arm.summary.endings)
     answered, shed = endings.pop(RequestEnding.ANSWERED, 0), endings.pop(RequestEnding.SHED, 0)
     reasons = ", ".join(f"{reason} {count}" for reason, count in arm.shed_requests.items())
     return [
         arm.name,
-        f"{told.attainment:.3f}",
-        f"{told.goodput_qps:.2f}",
-        f"{told.keep_rate:.3f}",
-        f"{told.ttft_s.p50:.2f} s",
-        f"{told.ttft_s.p95:.2f} s",
+        f"{summary.attainment:.3f}",
+        f"{summary.goodput_qps:.2f}",
+        f"{summary.keep_rate:.3f}",
+        f"{summary.ttft_s.p50:.2f} s",
+        f"{summary.ttft_s.p95:.2f} s",
         str(answered),
         str(arm.queued_requests),
         f"{shed} ({reasons})" if shed else "0",
@@ -184,7 +184,10 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--slo", type=float, default=6.0, help="seconds to the first token")
     parser.add_argument("--deadline", type=float, default=30.0, help="seconds of a whole answer")
     parser.add_argument(
-        "--share", type=float, default=0.15, help="base rate, of what the app bears in theory"
+        "--share",
+        type=float,
+        default=0.15,
+        help="base rate, as a share of what the app can sustain in theory",
     )
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=[BENDING, FIXED])
     parser.add_argument("--seed", type=int, default=0)

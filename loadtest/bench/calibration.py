@@ -1,6 +1,6 @@
 """Measures how fast the app on this machine is, from its own reports of single requests.
 
-What the simulator is told about it: stage curves by the product's own stage models, what the way
+Inputs of the simulator: stage curves by the product's own stage models, what the way
 from the client to the pools and back costs, an output token's time, what other threads compute
 for a request beside its stages, and the machine's cores.
 """

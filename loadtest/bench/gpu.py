@@ -2,7 +2,7 @@
 
 The product's own scorer and selection, and the main model at sparse positions, both on
 transformers with random weights: no vLLM, no Ray. Time does not depend on the weights. A main
-model of Llama 8B's shape is beside a draft of Llama 1B's, unless `--main` and `--draft` say
+model of Llama 8B's shape is beside a draft of Llama 1B's, unless `--main` and `--draft` name
 otherwise; both share the device, so both must fit.
 """
 

@@ -233,7 +233,10 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096])
     parser.add_argument("--seeds", type=int, default=10, help="prompts per family and length")
     parser.add_argument(
-        "--first-seed", type=int, default=0, help="settings are chosen on some, confirmed on others"
+        "--first-seed",
+        type=int,
+        default=0,
+        help="first seed; choose settings on some seeds, confirm them on others",
     )
     parser.add_argument("--out", type=Path, default=OUT / "bench-keep-rates.json")
     return parser.parse_args(argv)

@@ -285,8 +285,8 @@ def _serve(parent: Connection, sizes: Sequence[int]) -> None:
         more_handlers=[_RawHandler(messages), lending.handler, *_nixl_leases(messages, sizes)],
     )
     parent.send(server.start())
-    while (told := parent.recv())[0] != "stop":
-        what, details = told
+    while (command := parent.recv())[0] != "stop":
+        what, details = command
         parent.send(getattr(lending, what)(*details))
     server.stop()
 

@@ -4,7 +4,7 @@ Requests of LongBench-like lengths come at a constant rate, which is raised unti
 misses an end-to-end time-out (arXiv 2502.02789, section 5.2). The time-out is twice plain vLLM's
 latency when idle, the paper's own proportion, and every rate is held for the same number of
 time-outs: a queue that grows must have the time to show. Plain vLLM's rates are multiples of one
-request per idle latency, this service's of `1 / (k + r)` times what plain vLLM bore. Both may use
+request per idle latency, this service's of `1 / (k + r)` times plain vLLM's rate. Both may use
 the same cores: plain vLLM's engine with a thread for each, this service with a prefill replica of
 one thread for each. Weights are random; the score is the demo pair's, see `versus`.
 """
@@ -45,7 +45,7 @@ HOLD = 6.0  # time-outs; the paper's 128 requests last 9 of them at its highest 
 OUTPUT_TOKENS = 8
 TIMEOUT_FACTOR = 2.0  # the paper: 10 s, where its 405B takes 5 s at its highest rate
 MAX_FAILURES = 0  # the paper: 4 of 128, but here the slower server is asked far fewer
-PAPER = {0.1: "7x", 0.3: "5x", 0.5: "-"}  # 405B; at 0.5 its baseline bears no rate at all
+PAPER = {0.1: "7x", 0.3: "5x", 0.5: "-"}  # 405B; at 0.5 its baseline sustains no rate at all
 IDLE_RUNS = 3  # after one that warms up
 IDLE_TIMEOUT_S = 600.0
 
@@ -113,7 +113,7 @@ def ceiling(answers: Sequence[Sequence[Stream]], idle_s: float) -> float:
     """Return 1 / (k + r) of section 4.3: the rate over plain vLLM's that pruning could sustain.
 
     k is the kept share of all tokens, r the speculator's time over plain vLLM's whole latency.
-    Pools that have cores of their own may bear more: 1 / max(k, r).
+    Pools that have cores of their own may sustain more: 1 / max(k, r).
     """
     reports = [one.report for runs in answers for one in runs if one.report is not None]
     kept = sum(int(report["kept_tokens"]) for report in reports)
@@ -186,7 +186,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--steps", type=float, nargs="+", default=list(STEPS),
-        help="this service's rates, in multiples of 1/(k+r) times what plain vLLM bore",
+        help="this service's rates, in multiples of 1/(k+r) times plain vLLM's rate",
     )  # fmt: skip
     parser.add_argument("--pause", type=float, default=2.0, help="seconds between two rates")
     cores_option(parser)

@@ -41,7 +41,7 @@ class TaskScorer:
         prompt = tuple(self.tokenizer.encode(text, add_special_tokens=False))
         offsets = self.offsets.find(text, prompt)
         if offsets is None:
-            raise ValueError(f"{task.family}: the tokenizer gives no offsets")
+            raise ValueError(f"{task.family}: the tokenizer returns no offsets")
         special = special_spans(prompt, self.offsets.special_ids)
         spans = protected_spans(text, offsets, task.messages, (), self.tail_tokens)
         with self.scorer.open_readings([prompt]) as (reading,):

@@ -36,7 +36,7 @@ MANY_PROMPTS_BUDGET_BYTES = 16 << 20
 MB = 1 << 20
 
 Prompt = tuple[int, ...]
-Prompts = Callable[[int], Prompt]  # a new one of so many tokens
+Prompts = Callable[[int], Prompt]  # a new one of this many tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +207,9 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=list(LENGTHS), help="prompt lengths in tokens"
     )
-    parser.add_argument("--prompts", type=int, default=1000, help="of the memory measurement")
+    parser.add_argument(
+        "--prompts", type=int, default=1000, help="prompts of the memory measurement"
+    )
     parser.add_argument("--out", type=Path, default=OUT / "bench-speculator.json")
     return parser.parse_args(argv)
 

@@ -162,7 +162,7 @@ async def answer(pipeline: Pipeline, asked: Request) -> Report:
     async for chunk in pipeline.generate(asked):
         report = chunk.report or report
     if report is None:
-        raise RuntimeError("an answer without a report")
+        raise RuntimeError("the answer has no report")
     return report
 
 

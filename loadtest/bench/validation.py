@@ -86,7 +86,7 @@ def world(found: Calibrated, config: AppConfig, others: tuple[tuple[float, float
     )
 
 
-def bearable_qps(trace: Trace, found: Calibrated, keep: float) -> float:
+def sustainable_qps(trace: Trace, found: Calibrated, keep: float) -> float:
     """Return the rate at which the busiest pool, or the machine, is always busy."""
     times = stage_times(trace.arrivals(keep), found.engines)
     outside_s = float(
@@ -180,9 +180,9 @@ async def measure(
         output_tokens = int(LENGTHS.output_tokens)
         found = await calibrate(source, caller, KEEP, output_tokens, slots)
     print(f"calibrated: {found}", flush=True)
-    most = bearable_qps(draw_trace(poisson(1.0), 1000.0, args.seed), found, KEEP)
+    most = sustainable_qps(draw_trace(poisson(1.0), 1000.0, args.seed), found, KEEP)
     trace = draw_trace(poisson(args.load * most), args.seconds, args.seed)
-    print(f"bearable: {most:.2f} requests/s; asked: {args.load:.0%} of it, {len(trace)} requests "
+    print(f"sustainable: {most:.2f} requests/s; asked: {args.load:.0%} of it, {len(trace)} requests "
           f"in {args.seconds:g} s", flush=True)  # fmt: skip
     path = args.out.parent / "validation" / "trace.jsonl"
     write_trace(path, trace)
@@ -194,7 +194,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m loadtest.bench.validation", description=__doc__
     )
-    parser.add_argument("--load", type=float, default=0.6, help="of what the app bears in theory")
+    parser.add_argument("--load", type=float, default=0.6, help="share of what the app can sustain")
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT / "bench-validation.json")

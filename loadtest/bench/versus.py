@@ -95,7 +95,7 @@ class TimedAnswer:
     def itl_s(self) -> float | None:
         """The median gap between tokens after the second, which pays for the hand-over.
 
-        None where the answer came in too few pieces to tell.
+        None where the answer came in too few pieces.
         """
         gaps = [later - sooner for sooner, later in pairwise(self.stream.arrivals_s[1:])]
         return statistics.median(gaps) if gaps else None
@@ -343,10 +343,10 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--keeps", type=float, nargs="*", default=list(KEEPS), help="keep rates")
     parser.add_argument(
         "--draft-layers", type=int, default=SPECULATOR.layers,
-        help="of the speculator: its cost beside the main model's",
+        help="layers of the speculator, which set its cost",
     )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=5, help="runs of each variant")
-    parser.add_argument("--threads", type=int, default=1, help="of each engine")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each engine")
     parser.add_argument("--items", type=int, default=25, help="questions of each score")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT / "bench-versus.json")

@@ -175,7 +175,7 @@ async def _next_step(steps: asyncio.Queue[Decoded | BaseException], give_up_s: f
     try:
         step = await asyncio.wait_for(steps.get(), give_up_s - time.monotonic())
     except TimeoutError as error:
-        raise DeadlineExceeded("timeout_s: used up during decode") from error
+        raise DeadlineExceeded("timed out during decode (timeout_s)") from error
     if isinstance(step, BaseException):
         raise step
     return step

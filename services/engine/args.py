@@ -143,4 +143,5 @@ def _replay(args: AsyncEngineArgs) -> str:
     Asked of a copy: creating a configuration fills in the sizes that `args` leaves open.
     """
     v2 = vllm_config(copy(args)).use_v2_model_runner
-    return f"{_MODULE}.{'replay_v2:ReplayTokensV2' if v2 else 'replay:ReplayTokens'}"
+    processor = "replay_v2:ReplayTokensV2" if v2 else "replay:ReplayTokens"
+    return f"{_MODULE}.sparse.{processor}"

@@ -120,7 +120,7 @@ def decode(message: bytes | memoryview, lease_id: str) -> Frame | Trailer:
     fields, payload = _split(message)
     layer, start, stop, size, digest = fields
     if size != len(payload):
-        raise CorruptFrame(f"frame: {len(payload)} payload bytes, header says {size}")
+        raise CorruptFrame(f"frame: {len(payload)} payload bytes, {size} expected by the header")
     if digest != _digest([layer, start, stop], payload, lease_id):
         raise CorruptFrame("frame: digest differs")
     if layer == TRAILER_LAYER:

@@ -1,8 +1,8 @@
 """Serves a worker's KV port over gRPC with raw messages (frames are not protobuf).
 
 `Pull` streams a lease's frames, `Renew` prolongs a lease and `Release` drops it; the lease's
-secret authenticates them. `Watch` tells which leases may be pulled now, `Drain` waits until
-nothing is held, `Stats` tells what is. Messages are msgpack maps.
+secret authenticates them. `Watch` announces the leases that may be pulled now, `Drain` waits until
+nothing is held, `Stats` returns what is. Messages are msgpack maps.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ class PrefillService:
                 with map_engine_errors(PrefillUnavailable):
                     output = await self._run(request, selection, params)
         except TimeoutError as error:
-            raise DeadlineExceeded("timeout_s: used up during prefill") from error
+            raise DeadlineExceeded("timed out during prefill (timeout_s)") from error
         else:
             leak = leak_of(output.prompt_token_ids or (), params, self._engine.tokenizer)
             prefilled = _prefilled_of(output, self._carrier, leak, waited_s)
@@ -204,7 +204,7 @@ class PrefillService:
         last = None
         async for output in self._engine.generate(prompt, params, request_id, request.priority):
             last = output
-        lost = PrefillUnavailable("prefill: the engine gave no token")
+        lost = PrefillUnavailable("prefill: the engine returned no token")
         if last is None:
             raise lost
         check_ended_well(params, last.outputs[0].finish_reason, lost)

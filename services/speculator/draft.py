@@ -98,9 +98,9 @@ def refuse_unsupported_cache(config: PreTrainedConfig) -> None:
 def refuse_unfaithful_attention(model: PreTrainedModel) -> DraftKvLayout:
     """Compare a short chunked forward pass with the model's own eager attention.
 
-    Catches what a configuration does not tell: soft caps, attention sinks, position biases,
+    Catches what a configuration does not show: soft caps, attention sinks, position biases,
     layers that share keys, and models that do not use transformers' attention interface.
-    Leaves the model with the recording attention, and says what it keeps of each token.
+    Leaves the model with the recording attention, and returns what it keeps of each token.
     """
     tokens = (torch.arange(PROBE_TOKENS, device=model.device) * 7 + 3) % model.config.vocab_size
     with torch.inference_mode():

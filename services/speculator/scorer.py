@@ -27,7 +27,7 @@ Heads = Mapping[int, Sequence[int]]  # a layer's number -> the numbers of its qu
 
 SCORING_BUFFER = 1 << 24  # attention weights held at once, in float32 elements: 64 MiB
 BLOCK_TOKENS = 64  # of the prefix cache
-CPU_MEMORY_BYTES = 1 << 30  # for KV, where the configuration does not say
+CPU_MEMORY_BYTES = 1 << 30  # for KV, where the configuration sets none
 GPU_MEMORY_SHARE = 0.7  # of what the loaded model leaves free
 
 
@@ -219,8 +219,8 @@ class Scorer:
             with torch.inference_mode():
                 logits = feed_token(self.draft.model, live, self.draft.quick).float()
                 certainties, following = logits.softmax(dim=-1).max(dim=-1)
-            told = zip(live, following.tolist(), certainties.tolist(), strict=True)
-            for reading, token, certainty in told:
+            results = zip(live, following.tolist(), certainties.tolist(), strict=True)
+            for reading, token, certainty in results:
                 reading.next_token = token
                 reading.certainties.append(certainty)
             live = [each for each in live if each.next_token not in self.draft.eos_ids]

@@ -95,7 +95,7 @@ def load_translator(main_path: str, draft_path: str) -> Translator | None:
     """Return None where each of the main model's tokens has the same id in the draft model.
 
     Decided by the token -> id maps, not by names. Raises UnsupportedModel where a tokenizer
-    does not tell which characters its tokens cover.
+    does not return the characters that its tokens cover.
     """
     main, draft = (
         AutoTokenizer.from_pretrained(local_path(path)) for path in (main_path, draft_path)
@@ -106,7 +106,7 @@ def load_translator(main_path: str, draft_path: str) -> Translator | None:
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise UnsupportedModel(
                 f"speculator: the vocabularies of {main_path} and {draft_path} differ, and the "
-                f"tokenizer of {path} does not tell the characters of its tokens"
+                f"tokenizer of {path} does not return the characters of its tokens"
             )
     starts_with_bos = draft("").input_ids[:1] == [draft.bos_token_id]
     return Translator(

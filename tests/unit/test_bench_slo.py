@@ -72,10 +72,10 @@ CALIBRATED = calibration.Calibrated(
 
 def test_the_rate_that_is_borne_is_the_machines_or_the_busiest_pools():
     few = Trace(np.zeros(3), np.full(3, 3000.0), np.full(3, 7.0))  # 0.6 s of decoding each
-    assert validation.bearable_qps(few, CALIBRATED, 0.3) == pytest.approx(1.0)  # 1 s of one core
+    assert validation.sustainable_qps(few, CALIBRATED, 0.3) == pytest.approx(1.0)  # 1 s of one core
     single = Trace(np.zeros(3), np.full(3, 3000.0), np.ones(3))
     roomy = replace(CALIBRATED, machine=Machine(cores=8.0))
-    assert validation.bearable_qps(single, roomy, 0.3) == pytest.approx(5.0)  # prefill: 0.2 s
+    assert validation.sustainable_qps(single, roomy, 0.3) == pytest.approx(5.0)  # prefill: 0.2 s
 
 
 def test_a_trace_has_lengths_within_bounds_and_a_seed():

@@ -2,8 +2,8 @@
 
 import pytest
 
-from specprefill.core import offsets
 from specprefill.core.occurrences import Cancelled
+from specprefill.gateway.openai import offsets
 from specprefill.gateway.openai.offsets import PromptOffsets
 
 from ..linear_cost import assert_linear

@@ -147,8 +147,8 @@ def test_the_reference_knows_right_answers_from_wrong_positions(folder, tmp_path
     logprobs = reference._logits(job, tokens, contiguous=False).log_softmax(dim=1)
     steps = [{token: float(row[token])} for token, row in zip(tokens, logprobs, strict=True)]
     right = GreedyAnswer(job, tokens, steps)
-    assert reference.distance(right).within(1e-4)
-    assert not reference.distance(right, contiguous=True).within(1.0)
+    assert reference.distance(right).is_within(1e-4)
+    assert not reference.distance(right, contiguous=True).is_within(1.0)
     wrong = GreedyAnswer(job, [tokens[0], int(torch.argmin(logprobs[1])), *tokens[2:]], [])
     sheet = Sheet(tmp_path, "parity")
     compare(sheet, "alone", reference, [right], "float32")

@@ -113,7 +113,7 @@ def test_under_overload_admission_bends_the_keep_rate_then_puts_behind_then_shed
     policy, pools = AdmissionPolicy(ttft_s=5.0, max_waiting=40), sizes()
     with_it = simulate(trace, world, Fixed(pools), pools, policy)
     without = simulate(trace, world, Fixed(pools), pools)
-    assert with_it.meets_slo(world.slo).sum() > 5 * without.met(world.slo).sum()
+    assert with_it.meets_slo(world.slo).sum() > 5 * without.meets_slo(world.slo).sum()
     answered = with_it.keep[~np.isnan(with_it.ttft_s)]
     assert answered[0] == 0.3  # nothing waits yet
     assert answered.min() == pytest.approx(0.1)

@@ -129,8 +129,10 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--cpu", action="store_true", help="small shapes on vLLM's CPU build")
     parser.add_argument("--short", action="store_true", help="a few parts on a CPU, in a minute")
-    parser.add_argument("--parts", nargs="+", metavar="NAME", help="only these, in turn")
-    parser.add_argument("--budget", type=float, help="seconds; what does not fit is left out")
+    parser.add_argument("--parts", nargs="+", metavar="NAME", help="run these parts only")
+    parser.add_argument(
+        "--budget", type=float, help="time limit; parts that do not fit are skipped"
+    )
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=float, default=CPU_BUDGET_S, help=argparse.SUPPRESS)

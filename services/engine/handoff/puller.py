@@ -190,7 +190,9 @@ class Puller:
     def _write(self, arrival: _Arrival, frame: Frame) -> None:
         """Write a frame; frames of a layer come in token order, gapless."""
         if arrival.stops[frame.layer] != frame.start or frame.stop > arrival.order.stop:
-            raise CorruptFrame(f"stream: layer {frame.layer} tokens {frame.start}:{frame.stop}")
+            raise CorruptFrame(
+                f"stream: unexpected tokens {frame.start}:{frame.stop} of layer {frame.layer}"
+            )
         held = self._place.peers.heads_of(arrival.source.rank)
         mine = self._place.own.heads_of(self._place.rank)
         cache = self._caches.by_layer[frame.layer]

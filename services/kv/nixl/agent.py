@@ -2,7 +2,7 @@
 
 Over RDMA where there is any, else over shared memory or TCP, on hosts with and without GPUs.
 Its agent has no thread of its own here, because that would never sleep: whoever waits for a
-read advances it, and a side that is read from has to be told when to (`progress`).
+read advances it, and a side that is read from has to call `progress`.
 """
 
 from __future__ import annotations

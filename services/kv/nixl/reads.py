@@ -1,10 +1,10 @@
 """The carrier `nixl`: the messages of the KV stream, read by the peer from registered memory.
 
 `Read` is to `Pull` what a list of addresses is to the bytes: the same leases, secret, layout
-and messages, but the stream says where each message lies, and the reader's own agent fetches
+and messages, but the stream has the place of each message, and the reader's own agent fetches
 it. The first item introduces the server's agent; the last lies nowhere: it is the trailer.
 
-The introduction opens all of the server's registered memory to the reader, so it is told only
+The introduction opens all of the server's registered memory to the reader, so it is sent only
 to who knows a lease's secret; what a reader takes for a message must pass its digest.
 """
 

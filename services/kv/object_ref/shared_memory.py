@@ -1,8 +1,8 @@
 """Memory that another process of this machine can map: KV goes there without a socket.
 
 `Locate` is to `Pull` what a map is to the bytes: the same leases, secret, layout and messages,
-but the answer says where in the worker's shared memory each message lies. Who was told holds
-the call open while it reads: until then nothing that it was told of moves. The messages'
+but the answer has each message's place in the worker's shared memory. Its receiver holds
+the call open while it reads: until then no message moves. The messages'
 digests are checked where they are used, so that what lies there by mistake is no KV.
 """
 

@@ -17,7 +17,7 @@ class Chooser(enum.StrEnum):
 
     SPECULATOR = "speculator"
     AUTOMATIC = "automatic"  # the speculator, and how many as well
-    RANDOM = "random"  # control: chunks by lot
+    RANDOM = "random"  # control: chunks at random
     ENDS = "ends"  # control: the first and the last tokens
     EVEN = "even"  # control: chunks at even distances
     MAIN_MODEL = "main_model"  # the ceiling: the model that answers scores for itself

@@ -36,7 +36,7 @@ class Renderer:
         ids = tuple(self.tokenizer.encode(text, add_special_tokens=False))
         offsets = self._offsets.find(text, ids)
         if offsets is None:
-            raise ValueError("the tokenizer tells no character offsets: a fast one is needed")
+            raise ValueError("the tokenizer returns no character offsets: use a fast one")
         spans = protected_spans(text, offsets, list(task.messages), (), self._tail_tokens)
         special = special_spans(ids, self._offsets.special_ids)
         places = [(start := text.index(piece), start + len(piece)) for piece in task.gold]

@@ -133,7 +133,7 @@ class EvaluationReport:
         found = [(row, row.cells[place]) for row in self._rows_at(length) for place in places]
         return Table(
             heading=f"The automatic keep rate at {length} tokens",
-            about="How much the scores asked for, and why (`auto`: as many chunks as they told; "
+            about="How much the scores asked for, and why (`auto`: as many chunks as they chose; "
             "any other reason sent the prompt dense).",
             headers=("family", "mean kept", "gold survival", "retained", "reasons"),
             rows=tuple(
@@ -184,7 +184,7 @@ class EvaluationReport:
         answered = [each for each in cells if each.score is not None]
         return Table(
             heading="Kinds of answers",
-            about="A miss says nothing of the kind that was asked for; a degenerate answer "
+            about="A miss has nothing of the kind that was asked for; a degenerate answer "
             "repeats itself, the sign of broken positions.",
             headers=("arm", *(kind.value.replace("_", " ") for kind in Verdict)),
             rows=tuple(

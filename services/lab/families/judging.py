@@ -22,8 +22,8 @@ class Verdict(enum.StrEnum):
 
     RIGHT = "right"
     PARTLY_RIGHT = "partly_right"
-    MISS = "miss"  # says nothing of the kind that was asked for
-    FLUENT_WRONG = "fluent_wrong"  # says something of that kind, but another
+    MISS = "miss"  # has nothing of the kind that was asked for
+    FLUENT_WRONG = "fluent_wrong"  # has something of that kind, but another
     DEGENERATE = "degenerate"  # repeats itself: the sign of broken positions or a lost sink
 
 

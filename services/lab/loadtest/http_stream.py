@@ -116,17 +116,17 @@ def _ending_of(error: Any) -> RequestEnding:
 def _text(delta: dict[str, Any]) -> str:
     """Return a delta's text: an answer, reasoning, or a piece of a tool call."""
     calls = (call.get("function") or {} for call in delta.get("tool_calls") or ())
-    said = [f"{call.get('name') or ''}{call.get('arguments') or ''}" for call in calls]
-    return (delta.get("content") or "") + (delta.get("reasoning") or "") + "".join(said)
+    parts = [f"{call.get('name') or ''}{call.get('arguments') or ''}" for call in calls]
+    return (delta.get("content") or "") + (delta.get("reasoning") or "") + "".join(parts)
 
 
 def _refusal(status: int, reason: str | None, body: bytes) -> Refused:
     try:
-        said = _error_message(json.loads(body))
+        message = _error_message(json.loads(body))
     except ValueError:
-        said = body[:_MESSAGE_CHARS].decode(errors="replace")
+        message = body[:_MESSAGE_CHARS].decode(errors="replace")
     place = str(status) if reason is None else f"{status} {reason}"
-    return Refused(_ENDINGS.get(HTTPStatus(status), RequestEnding.FAILED), f"{place}: {said}")
+    return Refused(_ENDINGS.get(HTTPStatus(status), RequestEnding.FAILED), f"{place}: {message}")
 
 
 def _error_message(event: Any) -> str:

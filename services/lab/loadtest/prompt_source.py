@@ -85,5 +85,5 @@ def _draw_kinds(kinds: Sequence[Prompts], count: int, rng: np.random.Generator) 
 
 
 def _resize(kind: Prompts, line: TraceLine) -> Prompts:
-    told = {"prompt_tokens": line.prompt_tokens, "max_tokens": line.max_tokens}
-    return kind.model_copy(update={name: n for name, n in told.items() if n is not None})
+    recorded = {"prompt_tokens": line.prompt_tokens, "max_tokens": line.max_tokens}
+    return kind.model_copy(update={name: n for name, n in recorded.items() if n is not None})

@@ -17,7 +17,7 @@ class LoadPrompt:
     messages: tuple[Mapping[str, Any], ...]
     family: str
     variant: str
-    keep: float | str | None  # a rate, `auto`, `dense`, or None: nothing is said
+    keep: float | str | None  # a rate, `auto`, `dense`, or None: not set
     max_tokens: int
     score: Callable[[str], float]  # an answer's text -> 0 to 1
     tools: tuple[Mapping[str, Any], ...] = ()

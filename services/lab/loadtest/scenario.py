@@ -35,7 +35,7 @@ class Prompts(Strict):
 
     family: str = NEEDLES  # a family of the quality suite, so that answers can be checked
     prompt_tokens: PositiveInt = 4096
-    keep: Rate | Literal["auto", "dense"] | None = None  # None: nothing is said about pruning
+    keep: Rate | Literal["auto", "dense"] | None = None  # None: no pruning field is sent
     weight: Annotated[float, Field(gt=0.0)] = 1.0
     max_tokens: PositiveInt | None = None  # None: what the family's answers need
 
@@ -102,7 +102,7 @@ class MaxQps(Strict):
     @model_validator(mode="after")
     def _check_order(self) -> Self:
         if self.low >= self.high:
-            raise ValueError("low must be below high")
+            raise ValueError(f"low ({self.low:g}) must be below high ({self.high:g})")
         return self
 
 

@@ -1,4 +1,4 @@
-"""How much load a service bears: which rates to try, and what the trials mean.
+"""Searches the highest load that a service sustains: the rates to try, and the trials' result.
 
 Pure: rates out, results in. The runs themselves are the caller's.
 """

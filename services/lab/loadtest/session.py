@@ -62,7 +62,7 @@ async def measure(scenario: Scenario, source: Source, on_progress: ReportProgres
 async def find(scenario: Scenario, source: Source, on_progress: ReportProgress) -> Searched:
     """Run the scenario's search."""
     if scenario.search is None:
-        raise ValueError("scenario: has no search")
+        raise ValueError("the scenario has no search")
     pause_s = scenario.search.pause_s if scenario.search.kind == "paper" else 0.0
     runs: list[Run] = []
     trials = search.trials_of(scenario.search)

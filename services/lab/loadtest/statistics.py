@@ -66,7 +66,7 @@ class Summary:
     goodput_qps: float  # requests within the SLO per second
     attainment: float  # share of the requests that were not cancelled that met the SLO
     endings: dict[str, int]
-    errors: dict[str, int]  # by what the server said
+    errors: dict[str, int]  # by the server's message
     ttft_s: Distribution
     tpot_s: Distribution
     itl_s: Distribution

@@ -3,7 +3,7 @@
 Requests queue for the first free engine of each pool, as if the router knew every queue. A prompt
 is pruned by a speculator and then prefilled, or is prefilled dense; its first token leaves the
 prefill engine; then it takes a slot of the decode pool until it is answered. All of them may share
-one machine, and prompts the steps of an engine, where the world says so.
+one machine, and prompts the steps of an engine, where the world requires it.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class Trace:
     time_s: Floats
     prompt_tokens: Floats
     output_tokens: Floats
-    kept_tokens: Floats | None = None  # recorded ones; None: as the keep rate says
+    kept_tokens: Floats | None = None  # recorded ones; None: by the keep rate
 
     def __len__(self) -> int:
         return len(self.time_s)
