@@ -84,7 +84,7 @@ def draw_batch(
         if whole
         else _draw_shorter(shape, min(length, MAX_DRILL_TOKENS) if drilled else length)
     )
-    draw = sampler.drill if drilled else sampler.dense
+    draw = sampler.make_drill if drilled else sampler.make_dense
     rows = [draw(rng, drawn) for _ in range(_rows(drawn))]
     if drawn <= MAX_STRETCHED_TOKENS:
         rows = [_often_stretched(rng, row) for row in rows]
@@ -123,7 +123,7 @@ def _pruned_batch(
     keep = shape.uniform(0.0, MAX_KEEP)
     rows: list[TrainingSample] = []
     while not rows or len(rows) * max(len(row.ids) for row in rows) < BATCH_TOKENS:
-        rows.append(sampler.pruned(rng, source, keep))
+        rows.append(sampler.make_pruned(rng, source, keep))
     return collate(rows, source, counts=False)
 
 

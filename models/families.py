@@ -57,7 +57,7 @@ def draw(rng: random.Random, tokens: int) -> Conversation:
     return family(rng, tokens)
 
 
-def magic(rng: random.Random, tokens: int) -> Conversation:
+def magic_needles(rng: random.Random, tokens: int) -> Conversation:
     """Draw needles in noise, in prose, or among needles, each with a key of its own."""
     key_kind, kind, size = rng.choice(NEEDLE_KINDS)
     among_needles = rng.random() < 0.5
@@ -105,7 +105,7 @@ def variables(rng: random.Random, tokens: int) -> Conversation:
     return _asked_once(draft, " = VAR ".join(reversed(draft.references)))
 
 
-def pairs(rng: random.Random, tokens: int) -> Conversation:
+def key_value_pairs(rng: random.Random, tokens: int) -> Conversation:
     """Draw values of keys in a JSON object."""
     asked = max(1, min(MAX_QUESTIONS, tokens // (4 * PAIR)))
     count = max(asked, 2, tokens // PAIR - 1 - asked * 2)
@@ -119,7 +119,7 @@ def pairs(rng: random.Random, tokens: int) -> Conversation:
     return _with_document(head + lookup.DATA.format(data="{" + ",\n ".join(items) + "}"), turns)
 
 
-def newest(rng: random.Random, tokens: int) -> Conversation:
+def newest_notice(rng: random.Random, tokens: int) -> Conversation:
     """Draw numbered notices, several about each key; the newest one holds."""
     subjects = corpus.records(rng, max(2, min(5, tokens // 60)))
     revised = [subject for subject in subjects for _ in range(rng.choice((1, 2, 3)))]
@@ -143,7 +143,7 @@ def quote_lines(rng: random.Random, tokens: int) -> Conversation:
     return _asked_once(draft, f"{comment}\n{draft.references[0]}")
 
 
-def secret(rng: random.Random, tokens: int) -> Conversation:
+def system_secret(rng: random.Random, tokens: int) -> Conversation:
     """Draw a word of the system prompt."""
     sentences = max(1, (tokens - 50) // SENTENCE)
     draft = _draft(dialogue.SystemSecret(warm=False).draft, rng, sentences, tokens)
@@ -171,14 +171,14 @@ def drill_facts(rng: random.Random, tokens: int) -> list[tuple[str, str]]:
 
 
 WEIGHTS: dict[Family, float] = {
-    magic: 0.35,
-    pairs: 0.2,
+    magic_needles: 0.35,
+    key_value_pairs: 0.2,
     variables: 0.08,
     magic_values: 0.1,
     magic_keys: 0.06,
-    newest: 0.13,
+    newest_notice: 0.13,
     quote_lines: 0.05,
-    secret: 0.01,
+    system_secret: 0.01,
     recall_turn: 0.02,
 }
 NEEDLE_KINDS = (

@@ -1,8 +1,8 @@
 """Starts the main model as the trained speculator in a larger shape, computing the same function.
 
 The idea is Net2Net's (Chen et al., 2016): hidden units, heads and MLP units are copied and their
-outputs shared out; further layers begin as the identity. What the small model learned in cheap
-steps need not be learned again in dear ones. A little noise lets the copies part.
+outputs shared out; further layers start as the identity. What the small model learned in cheap
+steps need not be learned again in expensive ones. A little noise lets the copies part.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Starts a Llama with an induction circuit in its first two layers: training begins with copying.
+"""Starts a Llama with an induction circuit in its first two layers: training starts with copying.
 
 Induction (Olsson et al., "In-context Learning and Induction Heads", 2022) finds the earlier place
 that looks like the present one, and copies what came next. Small models spend most of their
-training before they find it; here the weights begin with a rough one, and training makes it exact.
+training before they find it; here the weights start with a rough one, and training makes it exact.
 
 The hidden state is cut into four blocks: the token itself, then the tokens one, two and three
 places back, which the first layer's heads fetch. The second layer compares the token and its

@@ -67,11 +67,11 @@ class Sampler:
 
     tokenizer: PreTrainedTokenizerBase
 
-    def dense(self, rng: random.Random, tokens: int) -> TrainingSample:
+    def make_dense(self, rng: random.Random, tokens: int) -> TrainingSample:
         """Make a chat of about `tokens` tokens."""
         return self._sample(draw_chat(rng, tokens))
 
-    def pruned(self, rng: random.Random, tokens: int, keep: float) -> TrainingSample:
+    def make_pruned(self, rng: random.Random, tokens: int, keep: float) -> TrainingSample:
         """Make a chat with only some chunks left, at their own positions.
 
         Chunks that an answer needs and those from the first question on are left, as a good
@@ -84,7 +84,7 @@ class Sampler:
         left = [i for i in whole.positions if i // GAP_CHUNK_TOKENS in kept]
         return _keep_tokens(whole, left)
 
-    def drill(self, rng: random.Random, tokens: int) -> TrainingSample:
+    def make_drill(self, rng: random.Random, tokens: int) -> TrainingSample:
         """Make bare keys with values among filler, then all of them again: the densest task."""
         facts = families.drill_facts(rng, tokens)
         pairs = [(self._encode(key), self._encode(f"{key}{value}.")) for key, value in facts]

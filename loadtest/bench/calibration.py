@@ -1,7 +1,7 @@
 """Measures how fast the app on this machine is, from its own reports of single requests.
 
-Inputs of the simulator: stage curves by the product's own stage models, what the way
-from the client to the pools and back costs, an output token's time, what other threads compute
+Inputs of the simulator: stage curves by the product's own stage models, the cost of
+the way from the client to the pools and back, an output token's time, the work of other threads
 for a request beside its stages, and the machine's cores.
 """
 

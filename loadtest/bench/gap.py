@@ -1,6 +1,6 @@
 """The gap between the first two tokens, and the part of the transfer in it: `make bench-kv`.
 
-The same prompts on the same two engines, decode beginning to pull when prefill has answered
+The same prompts on the same two engines, decode starting to pull when prefill has answered
 (late) and while prefill computes its last chunk (early), in turn. Models as in `bench.ttft`.
 """
 
@@ -87,22 +87,22 @@ async def measure(
 
 def summary(runs: Sequence[GapRun]) -> list[dict[str, Any]]:
     """Return the medians of each way, and the hidden part of the transfer beside the late way's."""
-    late_s = _median(runs, "late", lambda run: run.report.transfer_s)
+    late_s = _median_of(runs, "late", lambda run: run.report.transfer_s)
     return [
         {
             "way": way,
-            "ttft_s": _median(runs, way, lambda run: run.report.ttft_s),
-            "transfer_s": _median(runs, way, lambda run: run.report.transfer_s),
-            "hidden": 1.0 - _median(runs, way, lambda run: run.report.transfer_s) / late_s,
-            "gap_s": _median(runs, way, lambda run: run.gap_s),
-            "itl_s": _median(runs, way, lambda run: run.itl_s),
-            "gap_itl": _median(runs, way, lambda run: run.gap_s / run.itl_s),
+            "ttft_s": _median_of(runs, way, lambda run: run.report.ttft_s),
+            "transfer_s": _median_of(runs, way, lambda run: run.report.transfer_s),
+            "hidden": 1.0 - _median_of(runs, way, lambda run: run.report.transfer_s) / late_s,
+            "gap_s": _median_of(runs, way, lambda run: run.gap_s),
+            "itl_s": _median_of(runs, way, lambda run: run.itl_s),
+            "gap_itl": _median_of(runs, way, lambda run: run.gap_s / run.itl_s),
         }
         for way in WAYS
     ]
 
 
-def _median(runs: Sequence[GapRun], way: str, value: Callable[[GapRun], float]) -> float:
+def _median_of(runs: Sequence[GapRun], way: str, value: Callable[[GapRun], float]) -> float:
     return statistics.median(value(run) for run in runs if run.way == way)
 
 

@@ -163,10 +163,10 @@ def best_of_each_rule(results: Sequence[Result]) -> list[Result]:
     for result in results:
         key = (result.variant.split()[0], result.variant.partition(",")[2])
         groups.setdefault(key, []).append(result)
-    return [_best(group) for group in groups.values()]
+    return [_best_result(group) for group in groups.values()]
 
 
-def _best(group: Sequence[Result]) -> Result:
+def _best_result(group: Sequence[Result]) -> Result:
     return min(group, key=_merit)
 
 
@@ -176,7 +176,7 @@ def _merit(result: Result) -> tuple[int, float]:
 
 def overview(results: Sequence[Result]) -> str:
     """Return one line per variant; those that lose the fewest families first, then by tokens."""
-    least = _best([result for result in results if result.variant.startswith("keep ")])
+    least = _best_result([result for result in results if result.variant.startswith("keep ")])
     ordered = sorted(results, key=_merit)
     return markdown(
         ("variant", "families lost", "worst family", "its survival", "kept", f"of {least.variant}"),
@@ -218,7 +218,7 @@ def score_prompts(
     prompts: list[Scored] = []
     for family, length in itertools.product(families, lengths):
         tasks = (generate(family, seed, length, scoring.tokenizer) for seed in seeds)
-        prompts.extend(map(scoring.scored, tasks))
+        prompts.extend(map(scoring.score_task, tasks))
         print(f"scored: {family}, {length} tokens", flush=True)
     return prompts
 

@@ -35,7 +35,7 @@ class TaskScorer:
         scorer = load_scorer(config, selection.pool_tokens)
         return cls(scorer, tokenizer, PromptOffsets(tokenizer), selection.tail_tokens)
 
-    def scored(self, task: Task) -> Scored:
+    def score_task(self, task: Task) -> Scored:
         """Render, tokenise, mark and score one task."""
         text = render(task.messages, task.tools, self.tokenizer)
         prompt = tuple(self.tokenizer.encode(text, add_special_tokens=False))

@@ -1,6 +1,6 @@
 """The speculator by itself, beside a plain forward pass of the same model: `make bench-speculator`.
 
-Tokens per second alone and in batches of eight, what a second question about a document costs
+Tokens per second alone and in batches of eight, the cost of a second question about a document
 that was read before, and the memory that a thousand different prompts take. Every measurement is
 interleaved with what it is compared with, so that a slow minute of the machine hits both.
 """

@@ -182,8 +182,8 @@ async def measure(
     print(f"calibrated: {found}", flush=True)
     most = sustainable_qps(draw_trace(poisson(1.0), 1000.0, args.seed), found, KEEP)
     trace = draw_trace(poisson(args.load * most), args.seconds, args.seed)
-    print(f"sustainable: {most:.2f} requests/s; asked: {args.load:.0%} of it, {len(trace)} requests "
-          f"in {args.seconds:g} s", flush=True)  # fmt: skip
+    print(f"sustainable: {most:.2f} requests/s; asked: {args.load:.0%} of it, {len(trace)} "
+          f"requests in {args.seconds:g} s", flush=True)  # fmt: skip
     path = args.out.parent / "validation" / "trace.jsonl"
     write_trace(path, trace)
     return found, *await replay(served, path, len(trace), source, args.seed)

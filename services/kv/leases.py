@@ -3,8 +3,8 @@
 Pure and thread-safe: the engine's worker appends frames while gRPC threads stream them.
 Time is handed in (`now`), so that expiry is testable without waiting.
 
-A lease lasts while its holder (whoever got the ticket) renews it. Its time begins when its ticket
-is issued, or when somebody has shown to know it, by a pull or a renewal. Until then it is the
+A lease lasts while its holder (whoever got the ticket) renews it. Its time starts when its ticket
+is issued, or when a pull or a renewal proves that somebody has it. Until then it is the
 prefill's own; after the ticket was issued, and until somebody has claimed it, it lasts
 `unclaimed_s` only: the ticket may have been lost.
 """

@@ -70,7 +70,7 @@ class Storing:
         self._objects = objects
         self._task: asyncio.Task[list[KvReference]] | None = None
 
-    def begin(self, ticket: Ticket, timeout_s: float) -> None:
+    def start(self, ticket: Ticket, timeout_s: float) -> None:
         """Ask the workers; they answer when the KV is complete."""
         self._task = asyncio.create_task(self._objects.store(ticket, timeout_s))
 

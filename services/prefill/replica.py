@@ -79,7 +79,7 @@ class PrefillReplica:
                     if isinstance(step, Prefilled):
                         yield pack((None, step)), await self._store_kv(step, storing)
                     elif self._kv.carrier == "object_ref":
-                        storing.begin(step, self._kv.pull_timeout_s)
+                        storing.start(step, self._kv.pull_timeout_s)
                     else:
                         yield pack((step, None)), []
 

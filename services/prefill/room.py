@@ -30,8 +30,8 @@ class Room:
     """The bytes that every worker of an engine may hold, shared by prefills in order of arrival.
 
     A reservation counts until its prefill has ended; from then on what the workers really hold
-    counts, which they are asked for only when there seems to be no room. So never too little is
-    counted. `held` returns what the fullest worker holds now; None: not known.
+    counts, which they are asked for only when there seems to be no room. So the
+    count is never too low. `held` returns what the fullest worker holds now; None: not known.
     """
 
     def __init__(

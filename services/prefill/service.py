@@ -170,7 +170,7 @@ class PrefillService:
         """Compute the kept tokens at their original positions and sample one token.
 
         The KV is held under the returned ticket until it is released or its lease ends.
-        `on_announced` is given the ticket when a pull may begin, if that is before the end.
+        `on_announced` is given the ticket when a pull may start, if that is before the end.
         Raises InvalidRequest, DeadlineExceeded or PrefillUnavailable; then nothing is held.
         """
         asked = sampling_params(request.sampling)

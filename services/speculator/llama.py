@@ -34,7 +34,7 @@ class Projection(NamedTuple):
 class Rotation(NamedTuple):
     """Rotary positions, [tokens, 1, head_dim] both.
 
-    Of the first half of the sines the sign is changed, so that `roll(x) * signed_sin` is
+    The first half of the sines has its sign flipped, so that `roll(x) * signed_sin` is
     `rotate_half(x) * sin`.
     """
 
@@ -89,7 +89,7 @@ class Llama:
     def read(self, ids: Tensor, positions: Tensor, reading: ReadChunk) -> None:
         """Store every layer's keys and values of packed tokens, `[tokens]` both.
 
-        Nothing that no key depends on is computed: of the last layer not even a query.
+        Only what keys depend on is computed: in the last layer not even a query.
         """
         hidden, turn = self._embed(ids, positions)
         for layer in self.layers[:-1]:

@@ -1,6 +1,6 @@
 """Finds prompts that start alike: blocks of tokens, by a digest of all tokens up to their end.
 
-Pure: what a block stands for is the caller's.
+Pure: the caller defines what a block holds.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def block_digests(prompt: Sequence[int], block_tokens: int) -> list[bytes]:
 class PrefixCache(Generic[V]):
     """Blocks of equal size under a byte budget, least recently used first to go.
 
-    A block is never used later than the blocks before it, so of a prompt that is forgotten the
-    end goes first, and no block stays that cannot be reached.
+    A block is never used later than the blocks before it, so a forgotten
+    prompt loses its end first, and no unreachable block stays.
     """
 
     def __init__(self, block_tokens: int, block_bytes: int, max_bytes: int) -> None:

@@ -66,7 +66,7 @@ class Reading:
     def certainty(self) -> float:
         """The probability of the least sure of the generated tokens, in [0, 1].
 
-        One token where the draft hesitates is where it may look at the wrong place.
+        Where the draft hesitates at one token, it may look at the wrong place.
         """
         return min(self.certainties, default=0.0)
 

@@ -150,7 +150,7 @@ class Scorer:
     def open_readings(self, prompts: Sequence[tuple[int, ...]]) -> Iterator[list[Reading]]:
         """Open readings of the prompts, filled from the prefix cache; free them on exit.
 
-        The prefix cache makes room. The caller sees to it that all fit into `memory_bytes`.
+        The prefix cache makes room. The caller ensures that all fit into `memory_bytes`.
         """
         needed = sum(self.kv_bytes(len(prompt)) for prompt in prompts)
         self.prefix.shrink(self.memory_bytes - needed)

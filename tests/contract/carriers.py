@@ -51,7 +51,7 @@ def payload(layer: int, start: int, stop: int) -> bytes:
 
 
 class Clock:
-    """Time as the test says, or the real one."""
+    """The test's time, or the real one."""
 
     def __init__(self) -> None:
         self.ahead_s = 0.0
@@ -170,8 +170,8 @@ class Nixl(Carrier):
             return super().pull_lies(messages)
 
     def liar(self, messages: Sequence[bytes]) -> grpc.GenericRpcHandler:
-        self.told = [self.arena.hold([message]) for message in messages]
-        places = [MessagePlace(address_of(held) + self.astray, len(held)) for held in self.told]
+        self.lent = [self.arena.hold([message]) for message in messages]
+        places = [MessagePlace(address_of(held) + self.astray, len(held)) for held in self.lent]
         if places:  # a trailer always comes by itself
             places[-1] = MessagePlace(0, 0, bytes(messages[-1]))
         known = Introduction(self.agent.name, self.agent.metadata())
@@ -249,7 +249,7 @@ class Liar(grpc.GenericRpcHandler):
 
 
 def taken(into: Callable[[Callable[[Frame], None]], float], start: int) -> list[Frame]:
-    """What a decode worker keeps of a pull: copies, from the token on that it lacks."""
+    """Return a decode worker's copies of a pull, from the token on that it lacks."""
     frames: list[Frame] = []
 
     def store(frame: Frame) -> None:

@@ -46,7 +46,7 @@ PLANNER = Planner(enabled=True, keep=0.3, min_prompt_tokens=48)
 
 
 class ScriptedPipeline:
-    """Answers every prompt with WORDS, or fails as told."""
+    """Answers every prompt with WORDS, or fails as scripted."""
 
     def __init__(self) -> None:
         self.reset()
@@ -100,7 +100,7 @@ class ScriptedPipeline:
 
 
 class ScriptedHealth:
-    """Healthy replicas, as told."""
+    """Scripted health of replicas."""
 
     def __init__(self) -> None:
         self.reset()
@@ -113,7 +113,7 @@ class ScriptedHealth:
 
 
 async def metrics_text() -> str:
-    """What the whole service counts."""
+    """Return everything that the service counts."""
     return "ray_specprefill_requests_total 3.0\n"
 
 

@@ -113,7 +113,7 @@ class UnorderedStream(StrictStream):
 
 
 class UnorderedDevice(StrictDevice):
-    """What a hand-over without events sees."""
+    """A device on which a hand-over without events shows its faults."""
 
     def stream(self):
         return UnorderedStream(self)

@@ -103,7 +103,7 @@ def test_an_engine_on_a_cpu_has_the_sizes_it_had(args_of):
 
 
 def _only_when_asked_by_us(_config) -> bool:
-    """Whether the question comes from outside vLLM, which would look for Triton."""
+    """Return True if the question comes from outside vLLM, which would look for Triton."""
     return sys._getframe(1).f_globals["__name__"].startswith("specprefill")
 
 

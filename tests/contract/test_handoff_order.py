@@ -116,7 +116,7 @@ class Pair:
         return "request" in (wait_for(reported).failed_recving or set())
 
     def arrived(self):
-        """Whether the decode worker's pages hold the prompt's KV."""
+        """Return True if the decode worker's pages hold the prompt's KV."""
         blocks = torch.tensor(DECODE_BLOCKS)
         layout = GpuLayout(self.decode_tensors[NAMES[0]])
         return all(
@@ -187,7 +187,7 @@ def test_a_landing_place_is_not_used_again_before_the_device_has_read_it(pair):
 
 
 def test_kv_in_device_memory_is_not_sent_as_bytes(pair):
-    """What the keeper maps is only the shadow of it."""
+    """The keeper maps only the shadow of the KV."""
     both = pair(HostDevice(), HostDevice(), carrier="nixl", memory="device")
     both.prefill()
     client = KvClient()

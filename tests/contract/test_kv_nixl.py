@@ -1,4 +1,4 @@
-"""What is peculiar to the carrier `nixl`: memory that is read while its owner may die."""
+"""Peculiarities of the carrier `nixl`: memory that is read while its owner may die."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_it_is_read_whole_then_dies_under_its_next_reader(worker, client, landin
 
 
 def frames_until_death(worker, client) -> int:
-    """How many frames came of a pull in which the worker was killed at the third."""
+    """Return the frames of a pull in which the worker was killed at the third."""
     seen = 0
 
     def store(_frame):
@@ -120,10 +120,10 @@ def test_without_the_library_auto_is_grpc_and_nixl_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "nixl", None)
     monkeypatch.setitem(sys.modules, "nixl._api", None)
     assert agent_for("auto", encrypted=False) is None
-    said = r"kv\.carrier: nixl .* allowed without it: auto, grpc, object_ref"
-    with pytest.raises(InvalidConfiguration, match=said):
+    message = r"kv\.carrier: nixl .* allowed without it: auto, grpc, object_ref"
+    with pytest.raises(InvalidConfiguration, match=message):
         agent_for("nixl", encrypted=False)
-    with pytest.raises(InvalidConfiguration, match=said):
+    with pytest.raises(InvalidConfiguration, match=message):
         require("nixl")
     require("auto")
 

@@ -101,7 +101,7 @@ def test_collecting_leaves_the_lease_to_its_holder(ticket, collect):
         ({"fingerprint": "another layout"}, LayoutMismatch),
     ],
 )
-def test_who_may_not_collect_is_told(ticket, collect, changed, error):
+def test_collecting_without_the_right_is_refused(ticket, collect, changed, error):
     with pytest.raises(error):
         collect(replace(ticket, **changed))
 
@@ -145,7 +145,7 @@ def test_the_puller_skips_what_it_has(ticket, collect, relay, client):
         ({"fingerprint": "another layout"}, LayoutMismatch),
     ],
 )
-def test_who_may_not_pull_is_told(ticket, collect, relay, client, fields, error):
+def test_a_pull_without_the_right_is_refused(ticket, collect, relay, client, fields, error):
     relay.offer(ticket, collect(ticket))
     with pytest.raises(error):
         pull(client, relay, **fields)

@@ -1,4 +1,4 @@
-"""The load tester against the real front, over both protocols: every ending is told apart."""
+"""The load tester against the real front, over both protocols: every ending is distinguished."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ async def test_each_refusal_has_its_ending(protocol, error, after, ending, addre
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-async def test_what_is_shed_says_why(protocol, addresses, pipeline):
+async def test_a_shed_request_has_its_reason(protocol, addresses, pipeline):
     pipeline.fails = Overloaded("too late", 3.0, "deadline")
     asked = caller(protocol, addresses)
     async with asked.open():
@@ -235,12 +235,12 @@ async def test_a_scenario_runs_and_is_written_down(
             "seed": 3,
         }
     )
-    told: list[int] = []
+    reported: list[int] = []
     found = await session.find(
-        scenario, Source(demo_tokenizer, 3), lambda progress: told.append(progress.sent)
+        scenario, Source(demo_tokenizer, 3), lambda progress: reported.append(progress.sent)
     )
     assert [trial.qps for trial in found.trials] == [20.0, 40.0]
-    assert told[-1] == 12
+    assert reported[-1] == 12
     run = found.runs[0]
     assert {one.variant for one in run.outcomes} == {"keep 0.5", "dense"}
     origin = report.Provenance("cmd", 3, "now", {}, {})
@@ -313,7 +313,7 @@ def sleeping_process() -> Any:
 
 
 class Pools:
-    """Replicas as told."""
+    """Scripted replicas."""
 
     def __init__(self, pids: Callable[[str], list[int]]) -> None:
         self.replica_pids = pids

@@ -1,4 +1,4 @@
-"""What our own code adds to a decode step: no term grows with rows times vocabulary."""
+"""Cost of our own code in a decode step: no term grows with rows times vocabulary."""
 
 from types import SimpleNamespace
 

@@ -77,7 +77,7 @@ class GatedScorer(Scorer):
         self.batches.append(len(readings))
         super().look_ahead(readings)
 
-    async def held(self) -> None:
+    async def wait_until_held(self) -> None:
         """Until the thread has reached the gate."""
         assert await asyncio.to_thread(self.entered.wait, WAIT_S)
 

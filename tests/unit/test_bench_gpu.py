@@ -32,7 +32,7 @@ def test_sparse_prefill_sees_original_positions_in_any_chunks(model):
     torch.testing.assert_close(whole, eager, atol=1e-5, rtol=1e-4)
 
 
-def test_the_table_says_what_was_gained(tmp_path, capsys):
+def test_the_table_shows_the_gain(tmp_path, capsys):
     out = tmp_path / "gpu.json"
     code = gpu.main(
         ["--device", "cpu", "--main", "tiny", "--draft", "tiny", "--lengths", "1024",

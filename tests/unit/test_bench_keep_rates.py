@@ -11,7 +11,7 @@ from specprefill.core.types import Plan, PlanKind, Reason, Selection, Span
 POLICY = SelectionPolicy(min_kept_tokens=32, sink_tokens=0, tail_tokens=0)
 
 
-def kept(*runs: Span) -> Selection:
+def kept_selection(*runs: Span) -> Selection:
     return Selection(1000, runs, Plan(PlanKind.PRUNE, Reason.ASKED, 0.3))
 
 
@@ -29,13 +29,13 @@ def prompt(certainty: float = 1.0) -> Scored:
 
 def test_gold_survives_only_whole():
     gold = (Span(10, 20), Span(90, 110))
-    assert keep_rates.survival(gold, kept(Span(0, 100))) == 0.5
-    assert keep_rates.survival(gold, kept(Span(0, 15), Span(16, 200))) == 0.5
-    assert keep_rates.survival(gold, kept(Span(0, 200))) == 1.0
+    assert keep_rates.survival(gold, kept_selection(Span(0, 100))) == 0.5
+    assert keep_rates.survival(gold, kept_selection(Span(0, 15), Span(16, 200))) == 0.5
+    assert keep_rates.survival(gold, kept_selection(Span(0, 200))) == 1.0
 
 
 def test_where_all_of_the_prompt_is_gold_the_kept_share_counts():
-    assert keep_rates.survival((), kept(Span(0, 300))) == 0.3
+    assert keep_rates.survival((), kept_selection(Span(0, 300))) == 0.3
 
 
 def test_every_variant_selects_as_the_service_does():

@@ -1,4 +1,4 @@
-"""What the SLO benches make of answers: calibration, comparison, and what became of a burst."""
+"""The SLO benches' results from answers: calibration, comparison, and a burst's outcome."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ def answer(prompt, kept, *, output=5, wait_s=0.0):
     return Stream(RequestEnding.ANSWERED, "x", arrivals, arrivals[-1], output, prompt, report)
 
 
-def refused(ending, error):
+def refused_outcome(ending, error):
     return Stream(ending, "", (), 0.1, error=error)
 
 
@@ -43,7 +43,7 @@ def outcomes(*streams):
     ]
 
 
-def test_single_questions_tell_every_stage():
+def test_single_questions_calibrate_every_stage():
     answers = [answer(n, n // 3) for n in (600, 1200, 2400, 4800) for _ in range(5)]
     singles = [calibration.Single(each, each.end_s + 0.04) for each in answers]
     found = calibration.fit_engines(singles, decode_slots=16, machine=Machine(2.0))
@@ -57,7 +57,7 @@ def test_single_questions_tell_every_stage():
 
 
 def test_a_question_without_an_answer_is_no_calibration():
-    late = calibration.Single(refused(RequestEnding.TIMED_OUT, "504: late"), 0.0)
+    late = calibration.Single(refused_outcome(RequestEnding.TIMED_OUT, "504: late"), 0.0)
     with pytest.raises(RuntimeError, match="timed_out: 504: late"):
         calibration.fit_engines([late], 16, Machine(2.0))
 
@@ -70,7 +70,7 @@ CALIBRATED = calibration.Calibrated(
 )
 
 
-def test_the_rate_that_is_borne_is_the_machines_or_the_busiest_pools():
+def test_the_sustainable_rate_is_the_machines_or_the_busiest_pools():
     few = Trace(np.zeros(3), np.full(3, 3000.0), np.full(3, 7.0))  # 0.6 s of decoding each
     assert validation.sustainable_qps(few, CALIBRATED, 0.3) == pytest.approx(1.0)  # 1 s of one core
     single = Trace(np.zeros(3), np.full(3, 3000.0), np.ones(3))
@@ -94,7 +94,7 @@ def test_the_simulator_is_given_what_was_really_asked():
     assert trace.arrivals(keep=0.9).kept_tokens.tolist() == [300.0, 700.0]
     with pytest.raises(RuntimeError, match="request 1: failed: 500: broken"):
         validation.replayed_trace(
-            outcomes(answer(1000, 300), refused(RequestEnding.FAILED, "500: broken"))
+            outcomes(answer(1000, 300), refused_outcome(RequestEnding.FAILED, "500: broken"))
         )
 
 
@@ -112,8 +112,8 @@ def arm(*streams):
 
 
 def test_a_burst_in_numbers():
-    full = refused(RequestEnding.SHED, "429 deadline: the first token would come too late")
-    late = refused(RequestEnding.TIMED_OUT, "504: timeout_s: used up waiting for a turn")
+    full = refused_outcome(RequestEnding.SHED, "429 deadline: the first token would come too late")
+    late = refused_outcome(RequestEnding.TIMED_OUT, "504: timeout_s: used up waiting for a turn")
     one = arm(answer(1000, 300), answer(1000, 100, wait_s=2.0), full, full, late)
     assert one.shed_requests == {"deadline": 2}
     assert one.queued_requests == 1
@@ -125,10 +125,10 @@ def test_a_burst_in_numbers():
 
 
 def test_a_request_without_a_status_is_lost():
-    gone = refused(RequestEnding.TIMED_OUT, "client: not answered within 60 s")
-    cut = refused(RequestEnding.FAILED, "ServerDisconnectedError: Server disconnected")
-    told = refused(RequestEnding.FAILED, "in the stream: timeout_s: used up")
-    lost = burst.unexplained_endings(outcomes(answer(1000, 300), gone, cut, told))
+    gone = refused_outcome(RequestEnding.TIMED_OUT, "client: not answered within 60 s")
+    cut = refused_outcome(RequestEnding.FAILED, "ServerDisconnectedError: Server disconnected")
+    broken = refused_outcome(RequestEnding.FAILED, "in the stream: timeout_s: used up")
+    lost = burst.unexplained_endings(outcomes(answer(1000, 300), gone, cut, broken))
     assert [line.split(":")[0] for line in lost] == ["request 1", "request 2"]
 
 

@@ -1,4 +1,4 @@
-"""The comparison's arithmetic, and what is said where nothing was measured."""
+"""The comparison's arithmetic, and its output where nothing was measured."""
 
 from dataclasses import replace
 
@@ -58,7 +58,7 @@ def borne(name, *held):
     return max_qps.sustained_rate(name, Searched(trials, ()))
 
 
-def test_max_qps_beside_a_server_that_bears_nothing():
+def test_max_qps_beside_a_server_that_sustains_nothing():
     scores = {versus.PLAIN: 1.0, "keep 0.1": 0.98}
     plain = borne(versus.PLAIN, (0.5, True), (1.0, False))
     pruned = borne("keep 0.1", (0.5, True), (4.0, True), (5.0, False))
@@ -71,8 +71,8 @@ def test_max_qps_beside_a_server_that_bears_nothing():
 
 def test_the_ceiling_of_the_rate():
     stream = Stream(RequestEnding.ANSWERED, "a", (1.0,), 1.0, 1, 1000, None, "")
-    told = [{"kept_tokens": 100, "prompt_tokens": 1000, "speculate_s": 0.1}] * 2
-    answers = [[replace(stream, report=report) for report in told]] * 2
+    reports = [{"kept_tokens": 100, "prompt_tokens": 1000, "speculate_s": 0.1}] * 2
+    answers = [[replace(stream, report=report) for report in reports]] * 2
     assert max_qps.ceiling(answers, idle_s=2.0) == pytest.approx(1 / (0.1 + 0.05))
     assert max_qps.latency_s([[stream], [replace(stream, end_s=3.0)]]) == 2.0
 

@@ -1,4 +1,4 @@
-"""What a load test's numbers mean."""
+"""The meaning of a load test's numbers."""
 
 import math
 
@@ -74,7 +74,7 @@ def test_groups_keep_their_order():
     assert [row.name for row in rows] == ["b", "a"]
 
 
-def test_nothing_measured_is_not_zero():
+def test_a_missing_measurement_is_not_zero():
     assert math.isnan(Distribution.from_values([None]).p99)
     with pytest.raises(ValueError, match="no request"):
         summarise("all", [], RequestSlo())
@@ -88,12 +88,12 @@ def test_the_gate_names_what_was_missed():
     assert lines == ["attainment is 0.500, must be at least 0.9"]
 
 
-def trials(steps, bears):
-    """Run a search against a service that bears rates up to `bears`."""
+def trials(steps, sustains):
+    """Run a search against a service that sustains rates up to `sustains`."""
     qps = next(steps)
     while True:
-        good = [outcome(i, 0.1 if qps <= bears else 9.0) for i in range(8)]
-        ending = RequestEnding.ANSWERED if qps <= bears else RequestEnding.TIMED_OUT
+        good = [outcome(i, 0.1 if qps <= sustains else 9.0) for i in range(8)]
+        ending = RequestEnding.ANSWERED if qps <= sustains else RequestEnding.TIMED_OUT
         bad = [outcome(9 + i, ending=ending) for i in range(5)]
         try:
             qps = steps.send(summarise("all", good + bad, RequestSlo(ttft_s=1.0)))
@@ -109,9 +109,9 @@ def test_bisection_ends_next_to_the_highest_rate_that_holds():
     assert len(found) < 12
 
 
-@pytest.mark.parametrize(("bears", "tried"), [(0.5, [1.0]), (99.0, [1.0, 16.0])])
-def test_bisection_does_not_search_where_an_end_decides(bears, tried):
-    found = trials(search.max_qps(MaxQps(kind="max_qps", low=1, high=16)), bears)
+@pytest.mark.parametrize(("sustains", "tried"), [(0.5, [1.0]), (99.0, [1.0, 16.0])])
+def test_bisection_does_not_search_where_an_end_decides(sustains, tried):
+    found = trials(search.max_qps(MaxQps(kind="max_qps", low=1, high=16)), sustains)
     assert [trial.qps for trial in found] == tried
 
 

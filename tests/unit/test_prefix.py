@@ -1,4 +1,4 @@
-"""Which prompts begin alike, under a byte budget."""
+"""Prompts that start alike, under a byte budget."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def test_kv_beyond_the_cap_waits_for_all_of_it_and_goes_on():
     assert run_in_virtual_time(main()) == pytest.approx(2.0, abs=0.2)
 
 
-def test_who_gives_up_waiting_leaves_no_reservation():
+def test_giving_up_the_wait_leaves_no_reservation():
     async def main():
         worker = Worker()
         holder = asyncio.create_task(worker.prefill(9 * MEBI, hold_s=5.0))

@@ -209,7 +209,7 @@ def test_the_last_layer_stops_a_pass_that_only_reads(llama: PreTrainedModel) -> 
 def test_a_model_without_its_modules_computes_the_same(name: str, dtype: torch.dtype) -> None:
     draft = as_draft(tiny_model(name).to(dtype))
     assert draft.quick is not None
-    told = []
+    results = []
     for quick in (None, draft.quick):
         scorer = scorer_of(replace(draft, quick=quick))
         with (
@@ -219,9 +219,11 @@ def test_a_model_without_its_modules_computes_the_same(name: str, dtype: torch.d
             scorer.read(readings)
             logits = feed_token(draft.model, readings, quick)
             queries = torch.stack(readings[1].queries[-1])
-            told.append([each.float() for each in (logits, queries, readings[1].keys[:, :, :71])])
+            results.append(
+                [each.float() for each in (logits, queries, readings[1].keys[:, :, :71])]
+            )
     close = 1e-5 if dtype is torch.float32 else 3e-2
-    for theirs, ours in zip(*told, strict=True):
+    for theirs, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=close * float(theirs.abs().max()))
 
 

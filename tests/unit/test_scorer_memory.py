@@ -1,4 +1,4 @@
-"""What the scorer remembers of prompts changes no scores and stays within its budget."""
+"""Prompts that the scorer remembers change no scores and stay within its budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a server's processes take: counted by pool, and waited for."""
+"""Use of a server's processes: counted by pool, and waited for."""
 
 import asyncio
 import os
@@ -40,7 +40,7 @@ sys.stdin.read()
 """
 
 
-async def test_who_spins_is_waited_for():
+async def test_a_spinning_process_is_waited_for():
     command = [sys.executable, "-c", SPINS]
     program = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE)
     try:

@@ -97,7 +97,7 @@ def test_a_replica_that_is_not_wanted_any_more_never_becomes_ready():
     assert outcome.moments.ready[Pool.PREFILL].max() == 1
 
 
-def test_what_a_dead_replica_had_begun_runs_again():
+def test_what_a_dead_replica_had_started_runs_again():
     world = replace(WORLD, failures=(ReplicaFailure(2.0, Pool.PREFILL, 1),))
     outcome = simulate(requests(0.0), world, Fixed(sizes(prefill=2)), sizes(prefill=2))
     # Its prefill began at 1 s; both replicas' share of it is one half, rounded down: kept.
@@ -106,7 +106,7 @@ def test_what_a_dead_replica_had_begun_runs_again():
     assert alone.ttft_s[0] == pytest.approx(5.0 + 10.0 + 2.0)  # tick, cold start, prefill
 
 
-def test_under_overload_admission_bends_the_keep_rate_then_puts_behind_then_sheds():
+def test_under_overload_admission_lowers_the_keep_rate_then_puts_behind_then_sheds():
     curves = StageCurves(Curve(0.01), Curve(0.0, 1e-3), Curve(), Curve())
     world = replace(WORLD, engines=replace(SECOND_EACH, curves=curves), timeout_s=20.0)
     trace = requests(*np.linspace(0.0, 60.0, 240).tolist(), prompt=4000.0, output=1.0)
@@ -226,7 +226,7 @@ def test_the_command_writes_table_json_and_page(tmp_path, capsys):
     ).replace("http://creativecommons.org", "")
 
 
-def test_the_plan_tells_what_a_lower_keep_rate_saves(capsys):
+def test_the_plan_shows_what_a_lower_keep_rate_saves(capsys):
     assert main(["plan", "--slo", "2.5", "--qps", "20", "--lengths", "12000:0.5,200"]) == 0
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
     costs = {float(row[0]): float(row[4]) for row in rows}
@@ -235,7 +235,7 @@ def test_the_plan_tells_what_a_lower_keep_rate_saves(capsys):
 
 
 @pytest.mark.parametrize("arguments", [["plan", "--qps", "0"], ["simulate", "missing.jsonl"]])
-def test_a_misused_command_says_so(arguments, capsys):
+def test_a_misused_command_prints_its_error(arguments, capsys):
     assert main(arguments) == 2
     assert capsys.readouterr().err
 
@@ -296,7 +296,7 @@ def test_prompts_share_an_engines_steps():
     assert ends_s.tolist() == pytest.approx([0.4, 0.9, 1.0])
 
 
-def test_a_prompt_alone_takes_what_its_curve_says_in_any_number_of_steps():
+def test_a_lone_prompt_takes_the_time_of_its_curve_in_any_number_of_steps():
     curve = Curve(0.5, 0.001, 1e-7)
     engines = replace(SECOND_EACH, curves=replace(SECOND_EACH.curves, prefill=curve))
     trace = Trace(np.zeros(1), np.full(1, 1700.0), np.ones(1), np.full(1, 1700.0))

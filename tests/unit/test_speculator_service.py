@@ -98,7 +98,7 @@ async def test_a_cancelled_request_is_dropped_between_chunks(scorer: GatedScorer
     scorer.gate.clear()
     async with serving(scorer) as service:
         task = asyncio.create_task(service.select(request_of(300), PLAN, WAIT_S))
-        await scorer.held()
+        await scorer.wait_until_held()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -113,7 +113,7 @@ async def test_a_request_cancelled_in_the_queue_is_never_scored(scorer: GatedSco
     scorer.gate.clear()
     async with serving(scorer) as service:
         first = asyncio.create_task(service.select(request_of(90), PLAN, WAIT_S))
-        await scorer.held()
+        await scorer.wait_until_held()
         queued = asyncio.create_task(service.select(request_of(300), PLAN, WAIT_S))
         await asyncio.sleep(0)
         queued.cancel()
@@ -135,11 +135,13 @@ async def test_a_deadline_ends_the_wait_and_the_work(scorer: GatedScorer) -> Non
 
 
 @pytest.mark.asyncio
-async def test_a_time_out_says_whether_the_time_was_waited_or_scored(scorer: GatedScorer) -> None:
+async def test_a_time_out_reports_whether_the_time_was_waited_or_scored(
+    scorer: GatedScorer,
+) -> None:
     scorer.gate.clear()
     async with serving(scorer, Batching(max_batch=1)) as service:
         first = asyncio.create_task(service.select(request_of(90), PLAN, 0.2))
-        await scorer.held()
+        await scorer.wait_until_held()
         behind = asyncio.create_task(service.select(request_of(70), PLAN, 0.2))
         scored, waited = await asyncio.gather(first, behind, return_exceptions=True)
         scorer.gate.set()
@@ -156,7 +158,7 @@ async def test_a_full_queue_sheds_and_recovers(scorer: GatedScorer) -> None:
     batching = Batching(max_batch=1, max_wait_s=0.0, max_queued=2)
     async with serving(scorer, batching) as service:
         first = asyncio.create_task(service.select(request_of(90), PLAN, WAIT_S))
-        await scorer.held()
+        await scorer.wait_until_held()
         queued = [
             asyncio.create_task(service.select(request_of(70 + extra), PLAN, WAIT_S))
             for extra in range(2)
@@ -249,7 +251,7 @@ async def test_closing_fails_what_waits_and_is_idempotent(scorer: GatedScorer) -
         asyncio.create_task(service.select(request_of(100 + extra), PLAN, WAIT_S))
         for extra in range(3)
     ]
-    await scorer.held()
+    await scorer.wait_until_held()
     closing = asyncio.create_task(service.close())
     await asyncio.sleep(0.01)
     scorer.gate.set()
@@ -284,7 +286,7 @@ async def test_what_it_does_is_counted(scorer: GatedScorer) -> None:
         scorer.gate.clear()
         scorer.entered.clear()
         lost = asyncio.create_task(service.select(request_of(90), PLAN, 0.3))
-        await scorer.held()
+        await scorer.wait_until_held()
         queued = asyncio.create_task(service.select(request_of(70), PLAN, WAIT_S))
         await asyncio.sleep(0)
         with pytest.raises(Overloaded):

@@ -23,7 +23,7 @@ class ProofFinding:
     values: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        values = " ".join(f"{name}={_short(value)}" for name, value in self.values.items())
+        values = " ".join(f"{name}={_shorten(value)}" for name, value in self.values.items())
         return f"{_MARKS[self.ok]} {self.part}: {self.what}: {values}".rstrip(": ")
 
 
@@ -64,5 +64,5 @@ def read(out: Path) -> list[ProofFinding]:
     return [ProofFinding(**json.loads(line)) for line in path.read_text().splitlines()]
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -140,19 +140,19 @@ async def _every_length(sheet: Sheet, bench: Bench, left_s: Callable[[], float])
 def report(sheet: Sheet, bench: Bench, length: int, found: Round) -> None:
     """Write a row per plan, and one for the hand-over."""
     one_engine_s = median(found.one_engine_s)
-    dense_s = _median(found.plans["dense"], lambda run: run.token_s[0])
+    dense_s = _median_of(found.plans["dense"], lambda run: run.token_s[0])
     for name, runs in found.plans.items():
         sheet.measure(f"{length} tokens, {name}", **_row(runs, length, one_engine_s, dense_s))
     size = length * kv_bytes_per_token(bench.sizes.main, bench.machine.dtype)
-    transfer_s = _median(found.late, lambda run: run.report.transfer_s)
+    transfer_s = _median_of(found.late, lambda run: run.report.transfer_s)
     sheet.measure(
         f"{length} tokens, pulled late",
         gigabytes=size / 1e9,
         transfer_s=transfer_s,
         gb_per_s=size / 1e9 / transfer_s if transfer_s else None,
-        gap_s=_median(found.late, lambda run: run.gap_s),
-        early_gap_s=_median(found.plans["dense"], lambda run: run.gap_s),
-        itl_s=_median(found.late, lambda run: run.itl_s),
+        gap_s=_median_of(found.late, lambda run: run.gap_s),
+        early_gap_s=_median_of(found.plans["dense"], lambda run: run.gap_s),
+        itl_s=_median_of(found.late, lambda run: run.itl_s),
     )
     everything = [run for runs in (*found.plans.values(), found.late) for run in runs]
     recomputed = sum(run.report.recomputed for run in everything)
@@ -169,7 +169,7 @@ def _row(
 ) -> dict[str, Any]:
     """Return medians. `overhead_s` is the part of the first token's time outside every stage."""
     stages = {name: median(getattr(run.report, name) for run in runs) for name in STAGES}
-    first_s = _median(runs, lambda run: run.token_s[0])
+    first_s = _median_of(runs, lambda run: run.token_s[0])
     kept = runs[0].report.kept_tokens
     return {
         "kept_tokens": kept,
@@ -180,12 +180,12 @@ def _row(
         "over_one_engine": one_engine_s / first_s,
         "ceiling": 1.0 / (kept / length + stages["speculate_s"] / one_engine_s),
         "overhead_s": first_s - sum(stages[name] for name in BEFORE_FIRST),
-        "gap_s": _median(runs, lambda run: run.gap_s),
+        "gap_s": _median_of(runs, lambda run: run.gap_s),
         **stages,
     }
 
 
-def _median(runs: Sequence[gap.GapRun], value: Callable[[gap.GapRun], float]) -> float:
+def _median_of(runs: Sequence[gap.GapRun], value: Callable[[gap.GapRun], float]) -> float:
     return median(value(run) for run in runs)
 
 

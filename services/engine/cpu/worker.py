@@ -49,7 +49,7 @@ class SparseCPUModelRunner(CPUModelRunner):  # type: ignore[misc]
         """Sample; seeded requests still in their prompt get their generator's state back.
 
         Their token is discarded. vLLM rewinds the generator by an offset, which generators
-        on CPUs do not have: the engine would die of a seeded prompt of two chunks.
+        on CPUs do not have: a seeded prompt of two chunks would crash the engine.
         """
         states = {row: one.get_state() for row, one in self._partial_generators().items()}
         sampled = super()._sample(*args, **kwargs)

@@ -86,8 +86,8 @@ def refusal(model: str, reasons: tuple[str, ...]) -> str:
 def engine_reasons(model: MainModel, engine: EngineConfig) -> tuple[str, ...]:
     """Return why this deployment's engine would refuse to start; empty when it would not.
 
-    From the model's folder alone: no weights are read and no GPU is needed. A folder that vLLM
-    cannot make a model of is a reason in vLLM's words.
+    From the model's folder alone: no weights are read and no GPU is needed. If vLLM
+    rejects the folder, its message is the reason.
     """
     try:
         args = plain_args(model, engine)
@@ -198,7 +198,7 @@ def brings_model_state(model: ModelConfig) -> bool:
 def refuse_unreadable_caches(config: VllmConfig, caches: KVCacheConfig) -> None:
     """Raise UnsupportedModel unless every layer's pages hold plain keys and values.
 
-    The last net, below what configurations show: vLLM has built the model and chosen its
+    The last check, beyond what configurations show: vLLM has built the model and chosen its
     caches, and nothing has been computed.
     """
     model = config.model_config

@@ -33,11 +33,11 @@ def agent_for(carrier: str, *, encrypted: bool) -> NixlAgent | None:
     are not. Raises InvalidConfiguration if the carrier is `nixl` and it does not work here.
     """
     if carrier == "nixl":
-        return _started()
+        return _start_agent()
     if carrier != "auto" or encrypted:
         return None
     try:
-        return _started()
+        return _start_agent()
     except InvalidConfiguration as error:
         logger.info("gRPC carries the KV: %s", error)
         return None
@@ -51,7 +51,7 @@ def require(carrier: str) -> None:
         )
 
 
-def _started() -> NixlAgent:
+def _start_agent() -> NixlAgent:
     agent = NixlAgent(f"specprefill-{os.getpid()}-{uuid.uuid4().hex}")
     agent.start()
     return agent

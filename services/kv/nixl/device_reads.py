@@ -5,7 +5,7 @@ layout, but no message: the stream gives each frame's place and address, and the
 fetches its payload into device memory of its own. Nothing crosses the host, so there is no
 digest; the transport's own checks are all there is.
 
-The keeper does the talking. It knows device memory by its shadow: host memory of the same size
+The keeper answers the readers. It knows device memory by its shadow: host memory of the same size
 that nobody touches (so it costs nothing), in which frames have the offsets of the real ones.
 """
 

@@ -5,7 +5,7 @@ and messages, but the stream has the place of each message, and the reader's own
 it. The first item introduces the server's agent; the last lies nowhere: it is the trailer.
 
 The introduction opens all of the server's registered memory to the reader, so it is sent only
-to who knows a lease's secret; what a reader takes for a message must pass its digest.
+to readers that know a lease's secret; what a reader takes for a message must pass its digest.
 """
 
 from __future__ import annotations

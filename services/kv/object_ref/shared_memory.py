@@ -2,8 +2,8 @@
 
 `Locate` is to `Pull` what a map is to the bytes: the same leases, secret, layout and messages,
 but the answer has each message's place in the worker's shared memory. Its receiver holds
-the call open while it reads: until then no message moves. The messages'
-digests are checked where they are used, so that what lies there by mistake is no KV.
+the call open while it reads: until then no message moves. The messages' digests are checked
+where they are used, so that wrong bytes are never taken for KV.
 """
 
 from __future__ import annotations

@@ -53,16 +53,16 @@ def fit_draft(
     Raises ValueError where even `least_units` of haystack are too long.
     """
 
-    def drafted(units: int) -> TaskDraft:
+    def draft_of(units: int) -> TaskDraft:
         return draft(Order(random.Random(seed), units, prompt_tokens))
 
     def cost(units: int) -> int:
-        made = drafted(units)
+        made = draft_of(units)
         text = render(made.messages, made.tools, tokenizer)
         return len(tokenizer.encode(text, add_special_tokens=False))
 
     units, tokens = _most_units(cost, least_units, prompt_tokens)
-    return drafted(units), tokens
+    return draft_of(units), tokens
 
 
 def _most_units(cost: Callable[[int], int], least: int, limit: int) -> tuple[int, int]:

@@ -90,26 +90,26 @@ class Length(Strict):
 def times(process: Generated, length: Length, rng: np.random.Generator) -> Times:
     """Return the send times of a run."""
     if length.seconds is not None:
-        return _within(process, length.seconds, rng)
+        return _arrivals_within(process, length.seconds, rng)
     count = length.requests or 0
     if isinstance(process, Ramp):
         # The mean of both rates holds over the whole ramp, so this is how long it takes.
         whole_s = 2.0 * count / (process.start_qps + process.end_qps)
         return _ramp(process, whole_s, np.sort(rng.random(count)))
-    return _first(process, count, rng)
+    return _first_arrivals(process, count, rng)
 
 
-def _within(process: Generated, seconds: float, rng: np.random.Generator) -> Times:
+def _arrivals_within(process: Generated, seconds: float, rng: np.random.Generator) -> Times:
     if isinstance(process, Ramp):
         count = rng.poisson(seconds * (process.start_qps + process.end_qps) / 2.0)
         return _ramp(process, seconds, np.sort(rng.random(count)))
     expected = seconds * _highest_rate(process)
     enough = int(expected + 10.0 * np.sqrt(expected * _gap_variance(process)) + 50.0)
-    sent = _first(process, enough, rng)
+    sent = _first_arrivals(process, enough, rng)
     return sent[sent < seconds]
 
 
-def _first(
+def _first_arrivals(
     process: Constant | Poisson | Bursty | Burst, count: int, rng: np.random.Generator
 ) -> Times:
     """Return the first `count` arrivals. The first one of a constant rate is at 0."""

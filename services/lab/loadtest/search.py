@@ -29,18 +29,18 @@ def max_qps(search: MaxQps) -> Trials:
     """Yield rates and take each run's summary: the ends first, then the middle of what is left."""
     trials: list[Trial] = []
 
-    def judged(qps: float, summary: Summary) -> bool:
+    def judge(qps: float, summary: Summary) -> bool:
         trials.append(Trial(qps, summary.attainment >= search.attainment, summary))
         return trials[-1].held
 
     low, high = search.low, search.high
-    if not judged(low, (yield low)):
+    if not judge(low, (yield low)):
         return trials
-    if judged(high, (yield high)):
+    if judge(high, (yield high)):
         return trials
     while high - low > search.tolerance * high:
         middle = (low + high) / 2.0
-        if judged(middle, (yield middle)):
+        if judge(middle, (yield middle)):
             low = middle
         else:
             high = middle

@@ -1,6 +1,6 @@
 """One machine under all pools, as a laptop or a CI runner has it: its cores are shared evenly.
 
-Where every engine has an accelerator of its own, a stage takes what it takes. On a shared machine
+Where every engine has an accelerator of its own, a stage takes a fixed time. On a shared machine
 it takes longer while others compute. Work is counted in seconds of a thread that runs alone.
 """
 
@@ -35,7 +35,7 @@ class Machine:
 class Cores:
     """The jobs that compute on the machine, and the next to end.
 
-    All jobs advance at one speed, so the order of their ends is known when they begin: each ends
+    All jobs advance at one speed, so the order of their ends is known when they start: each ends
     when the work done by a thread since the start, `_work_s`, has grown by its own.
     """
 

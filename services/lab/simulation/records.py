@@ -64,7 +64,7 @@ class Records:
         self._moments.append(
             (
                 now_s,
-                *(float(station.provisioned) for station in stations),
+                *(float(station.size) for station in stations),
                 *(float(station.ready) for station in stations),
                 float(len(speculators.waiting) + len(prefills.waiting)),
                 sum(keeps) / len(keeps) if keeps else nan,

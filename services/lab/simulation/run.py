@@ -89,7 +89,7 @@ class _Run:
         self._schedule()
         events, times, arrived = self.events, self.time_s, 0
         count, now_s = len(times), 0.0
-        while arrived < count or self._open():
+        while arrived < count or self._has_open_requests():
             next_s = events[0][0] if self.cores is None else min(events[0][0], self.cores.due_s())
             if arrived < count and times[arrived] <= next_s:
                 now_s = times[arrived]
@@ -127,7 +127,7 @@ class _Run:
         else:
             self.cores.start(now_s, kind, request, run, work_s)
 
-    def _open(self) -> bool:
+    def _has_open_requests(self) -> bool:
         busy = any(station.running or station.waiting for station in self.stations)
         return busy or self.entering > 0
 

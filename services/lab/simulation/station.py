@@ -31,14 +31,14 @@ class Station:
         self.updated_s = 0.0
 
     @property
-    def provisioned(self) -> int:
+    def size(self) -> int:
         """Number of replicas that are ready or starting."""
         return self.ready + len(self.starts)
 
     def bill(self, now_s: float) -> None:
         """Count replica-seconds up to now. Call before a size changes."""
         retiring = -(-self.retiring // self.slots)
-        self.billed_s += (self.provisioned + retiring) * (now_s - self.updated_s)
+        self.billed_s += (self.size + retiring) * (now_s - self.updated_s)
         self.updated_s = now_s
 
     def wait(self, request: int, tag: float, late: int, work_s: float) -> None:
@@ -87,11 +87,11 @@ class Station:
         """
         self.bill(now_s)
         names = []
-        for _ in range(target - self.provisioned):
+        for _ in range(target - self.size):
             self.serial += 1
             names.append(self.serial)
         self.starts += names
-        while self.starts and self.provisioned > target:
+        while self.starts and self.size > target:
             self.starts.pop()
         self._retire(max(0, self.ready - target))
         return names
