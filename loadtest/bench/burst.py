@@ -32,7 +32,7 @@ from specprefill.lab.simulation.trace import Trace, bursty, poisson, write_trace
 
 from .calibration import calibrate
 from .processes import Watch
-from .servers import Served, run_ours
+from .servers import RunningServer, run_ours
 from .validation import BASE, KEEP, LENGTHS, LONGEST, OUT, draw_trace, sustainable_qps
 from .versus import serve_config
 
@@ -103,7 +103,12 @@ def burst_trace(most_qps: float, share: float, seed: int) -> Trace:
 
 
 async def ask(
-    name: str, served: Served, path: Path, requests: int, source: Source, args: argparse.Namespace
+    name: str,
+    served: RunningServer,
+    path: Path,
+    requests: int,
+    source: Source,
+    args: argparse.Namespace,
 ) -> BurstRun:
     """Send the trace once."""
     kind = Prompts(keep=ARMS[name], max_tokens=int(LENGTHS.output_tokens))
@@ -123,7 +128,7 @@ async def ask(
 
 
 async def measure(
-    args: argparse.Namespace, served: Served, config: AppConfig
+    args: argparse.Namespace, served: RunningServer, config: AppConfig
 ) -> tuple[float, Trace, list[BurstRun]]:
     """Calibrate, choose the rates, and ask in every arm, one after the other."""
     source = Source.load(local_path("models/demo-main"), args.seed)

@@ -40,7 +40,7 @@ _SPIN_NUMBERS = 4096  # they stay in a core's own cache
 
 
 @dataclass(frozen=True, slots=True)
-class Calibrated:
+class AppCalibration:
     """The cost of the app when nothing disturbs it, and the machine it runs on."""
 
     engines: Engines
@@ -50,7 +50,7 @@ class Calibrated:
 
 
 @dataclass(frozen=True, slots=True)
-class Single:
+class SingleAnswer:
     """An answer to a question alone, and its cost in core-seconds."""
 
     stream: Stream
@@ -59,7 +59,7 @@ class Single:
 
 async def calibrate(
     source: Source, caller: Caller, keep: float, output_tokens: int, decode_slots: int
-) -> Calibrated:
+) -> AppCalibration:
     """Ask some questions of each length, one after the other.
 
     Raises RuntimeError when one is not answered.
@@ -83,15 +83,17 @@ async def idle_cores() -> float:
     return average_between(before, read_use(), 0.0, IDLE_S).own
 
 
-async def _single(prompt: LoadPrompt, caller: Caller, idle: float) -> Single:
+async def _single(prompt: LoadPrompt, caller: Caller, idle: float) -> SingleAnswer:
     began_s, before = time.perf_counter(), read_use()
     stream = await runner.stream(prompt, caller, TIMEOUT_S)
     await asyncio.sleep(SETTLE_S)
     own_s, seconds = read_use().own_s - before.own_s, time.perf_counter() - began_s
-    return Single(stream, max(0.0, own_s - idle * seconds))
+    return SingleAnswer(stream, max(0.0, own_s - idle * seconds))
 
 
-def fit_engines(singles: Sequence[Single], decode_slots: int, machine: Machine) -> Calibrated:
+def fit_engines(
+    singles: Sequence[SingleAnswer], decode_slots: int, machine: Machine
+) -> AppCalibration:
     """Fit stage curves and the rest to answers to single requests that share no prefix."""
     models, front, aside = StageModels(), StageModel(_FRONT), StageModel(_FRONT)
     token_s = []
@@ -110,7 +112,7 @@ def fit_engines(singles: Sequence[Single], decode_slots: int, machine: Machine) 
             token_s.append(max(0.0, end_s - ttft_s - handed_s) / (stream.output_tokens - 1))
     engines = Engines(models.curves(), statistics.median(token_s), decode_slots)
     beside = aside.curve if aside.samples_seen > 0 else Curve()
-    return Calibrated(engines, front.curve, beside, machine)
+    return AppCalibration(engines, front.curve, beside, machine)
 
 
 def measured_machine(idle: float) -> Machine:

@@ -21,7 +21,7 @@ from typing import Any
 from specprefill.config import AppConfig, local_path
 from specprefill.lab.reporting.tables import markdown, provenance, write_json
 
-from .servers import Served, cores_option, run_ours, run_plain_vllm
+from .servers import RunningServer, cores_option, run_ours, run_plain_vllm
 from .ttft import flops_lines
 from .versus import (
     BASE,
@@ -89,7 +89,7 @@ async def ask_as_group(
 
 
 async def ask_as_groups(
-    args: argparse.Namespace, servers: Mapping[str, Served]
+    args: argparse.Namespace, servers: Mapping[str, RunningServer]
 ) -> list[ClientGroup]:
     """Run every number of clients, in every variant, after one question that warms up."""
     async with Client(load_tokenizer(), servers, args.seed).open() as client:

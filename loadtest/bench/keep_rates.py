@@ -42,7 +42,7 @@ ENOUGH = 0.95  # of dense, in every family
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class ScoredPrompt:
     """One prompt, as the selection sees it, and the spans that its answer needs."""
 
     family: str
@@ -127,7 +127,7 @@ def name_of(auto: AutoKeep) -> str:
     return f"{rule}, unsure: {unsure}"
 
 
-def measure_variant(variant: RuleVariant, prompts: Sequence[Scored]) -> Result:
+def measure_variant(variant: RuleVariant, prompts: Sequence[ScoredPrompt]) -> Result:
     """Measure how much of each family's gold is left."""
     families: dict[str, list[tuple[float, Selection]]] = {}
     for prompt in prompts:
@@ -167,17 +167,17 @@ def best_of_each_rule(results: Sequence[Result]) -> list[Result]:
 
 
 def _best_result(group: Sequence[Result]) -> Result:
-    return min(group, key=_merit)
+    return min(group, key=_rank_key)
 
 
-def _merit(result: Result) -> tuple[int, float]:
+def _rank_key(result: Result) -> tuple[int, float]:
     return result.lost_families, result.kept
 
 
 def overview(results: Sequence[Result]) -> str:
     """Return one line per variant; those that lose the fewest families first, then by tokens."""
     least = _best_result([result for result in results if result.variant.startswith("keep ")])
-    ordered = sorted(results, key=_merit)
+    ordered = sorted(results, key=_rank_key)
     return markdown(
         ("variant", "families lost", "worst family", "its survival", "kept", f"of {least.variant}"),
         [
@@ -210,12 +210,12 @@ def _cell(found: FamilyResult) -> str:
 
 def score_prompts(
     speculator: str, families: Sequence[str], seeds: Sequence[int], lengths: Sequence[int]
-) -> list[Scored]:
+) -> list[ScoredPrompt]:
     """Score every family's prompts by the speculator, as the gateway and the service do it."""
     from .scored_prompts import TaskScorer
 
     scoring = TaskScorer.load(SpeculatorConfig(path=speculator, dtype="float32"))
-    prompts: list[Scored] = []
+    prompts: list[ScoredPrompt] = []
     for family, length in itertools.product(families, lengths):
         tasks = (generate(family, seed, length, scoring.tokenizer) for seed in seeds)
         prompts.extend(map(scoring.score_task, tasks))

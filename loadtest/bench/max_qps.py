@@ -29,11 +29,11 @@ from specprefill.lab.loadtest.prompt_source import Source
 from specprefill.lab.loadtest.results import trial_table
 from specprefill.lab.loadtest.scenario import PaperProtocol, Prompts, Scenario, Target
 from specprefill.lab.loadtest.search import highest_rate
-from specprefill.lab.loadtest.session import Searched
+from specprefill.lab.loadtest.session import SearchResult
 from specprefill.lab.reporting.tables import markdown, provenance, write_json
 
 from . import server_processes
-from .servers import Served, cores_option, run_ours, run_plain_vllm
+from .servers import RunningServer, cores_option, run_ours, run_plain_vllm
 from .ttft import flops_lines
 from .versus import BASE, OUT, PLAIN, demo_scores, serve_config
 
@@ -56,12 +56,12 @@ class SustainedRate:
 
     name: str
     qps: float | None
-    searched: Searched
+    searched: SearchResult
     ceiling: float | None = None  # of its rate over plain vLLM's; None: plain vLLM itself
 
 
 def scenario(
-    served: Served,
+    served: RunningServer,
     keep: float | None,
     lengths: Sequence[int],
     args: argparse.Namespace,
@@ -87,7 +87,7 @@ def scenario(
 
 
 async def ask_alone(
-    served: Served, source: Source, lengths: Sequence[int], keep: float | None
+    served: RunningServer, source: Source, lengths: Sequence[int], keep: float | None
 ) -> list[list[Stream]]:
     """Return answers of one request at a time, by length."""
     caller = session.caller_of(Target(address=served.url, model=served.model))
@@ -122,7 +122,9 @@ def ceiling(answers: Sequence[Sequence[Stream]], idle_s: float) -> float:
     return 1.0 / (kept / tokens + ratio)
 
 
-def sustained_rate(name: str, searched: Searched, ceiling: float | None = None) -> SustainedRate:
+def sustained_rate(
+    name: str, searched: SearchResult, ceiling: float | None = None
+) -> SustainedRate:
     """Return the highest rate that held."""
     return SustainedRate(name, highest_rate(searched.trials), searched, ceiling)
 
@@ -142,7 +144,7 @@ def table(
 
 
 async def measure(
-    args: argparse.Namespace, plain: Served, mine: Served
+    args: argparse.Namespace, plain: RunningServer, mine: RunningServer
 ) -> tuple[float, SustainedRate, list[tuple[float, SustainedRate]]]:
     """Measure plain vLLM's idle latency and rate, and this service's rate at each keep rate."""
     source = Source.load(local_path("models/demo-main"), args.seed)
@@ -151,7 +153,7 @@ async def measure(
     print(f"vllm serve, idle: {idle_s:.2f} s; time-out {timeout_s:.2f} s", flush=True)
 
     async def search(
-        served: Served, keep: float | None, grid: Sequence[float], bound: float | None = None
+        served: RunningServer, keep: float | None, grid: Sequence[float], bound: float | None = None
     ) -> SustainedRate:
         await server_processes.wait_idle([plain.pid, mine.pid])
         name = PLAIN if keep is None else f"keep {keep:g}"

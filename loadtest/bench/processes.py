@@ -16,14 +16,14 @@ _PARENT, _USER, _SYSTEM = 1, 11, 12  # fields of /proc/PID/stat, counted from be
 
 
 @dataclass(frozen=True, slots=True)
-class Used:
+class CpuUse:
     """Core-seconds since the start: this program's with its descendants, and the machine's."""
 
     own_s: float
     all_s: float
 
 
-def read_use() -> Used:
+def read_use() -> CpuUse:
     """Read the use so far. That of ended descendants is not in `own_s`."""
     cpu, parents = {}, {}
     for folder in _PROC.iterdir():
@@ -36,11 +36,11 @@ def read_use() -> Used:
     own = sum(ticks for process, ticks in cpu.items() if _descends(process, os.getpid(), parents))
     first = (_PROC / "stat").read_text(encoding="utf-8").partition("\n")[0]
     user, nice, system, _idle, _waiting, *more = map(int, first.split()[1:9])
-    return Used(own / _TICKS_PER_S, (user + nice + system + sum(more)) / _TICKS_PER_S)
+    return CpuUse(own / _TICKS_PER_S, (user + nice + system + sum(more)) / _TICKS_PER_S)
 
 
 @dataclass(frozen=True, slots=True)
-class Busy:
+class BusyCores:
     """Cores at work, on average over a span that starts at `from_s`."""
 
     from_s: float
@@ -48,21 +48,21 @@ class Busy:
     others: float
 
 
-def average_between(before: Used, after: Used, from_s: float, seconds: float) -> Busy:
+def average_between(before: CpuUse, after: CpuUse, from_s: float, seconds: float) -> BusyCores:
     """Return the averages of a span."""
     own_s = max(0.0, after.own_s - before.own_s)
     others_s = max(0.0, after.all_s - before.all_s - own_s)
-    return Busy(from_s, own_s / seconds, others_s / seconds)
+    return BusyCores(from_s, own_s / seconds, others_s / seconds)
 
 
 class Watch:
     """Records the work between one look and the next; time counts from the first look."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
-        self.seen: list[Busy] = []
+        self.seen: list[BusyCores] = []
         self._now = now
         self._began_s = 0.0
-        self._last: tuple[float, Used] | None = None
+        self._last: tuple[float, CpuUse] | None = None
 
     def look(self) -> None:
         """Record the work since the last look."""

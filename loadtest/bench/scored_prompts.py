@@ -15,7 +15,7 @@ from specprefill.lab.families.fitting import render
 from specprefill.lab.families.task import Task
 from specprefill.speculator.scorer import Scorer, load_scorer
 
-from .keep_rates import Scored
+from .keep_rates import ScoredPrompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class TaskScorer:
         scorer = load_scorer(config, selection.pool_tokens)
         return cls(scorer, tokenizer, PromptOffsets(tokenizer), selection.tail_tokens)
 
-    def score_task(self, task: Task) -> Scored:
+    def score_task(self, task: Task) -> ScoredPrompt:
         """Render, tokenise, mark and score one task."""
         text = render(task.messages, task.tools, self.tokenizer)
         prompt = tuple(self.tokenizer.encode(text, add_special_tokens=False))
@@ -48,7 +48,7 @@ class TaskScorer:
             self.scorer.read([reading])
             self.scorer.look_ahead([reading])
             scores = self.scorer.rate(reading)
-        return Scored(
+        return ScoredPrompt(
             family=task.family,
             scores=scores,
             certainty=reading.certainty,

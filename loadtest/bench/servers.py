@@ -29,7 +29,7 @@ _READY_OURS = "ready"
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class RunningServer:
     """A server that answers."""
 
     url: str  # OpenAI base URL
@@ -46,7 +46,7 @@ def cores_option(parser: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def run_plain_vllm(config: AppConfig, threads: int, log: Path) -> Iterator[Served]:
+def run_plain_vllm(config: AppConfig, threads: int, log: Path) -> Iterator[RunningServer]:
     """Run `vllm serve` with the main model of `config` and its prefill engine's sizes."""
     port = free_port()
     engine = config.prefill
@@ -72,7 +72,7 @@ def run_plain_vllm(config: AppConfig, threads: int, log: Path) -> Iterator[Serve
         "SPECPREFILL_CPU_ENGINE": "0",
     }
     with _process(command, environment, _READY_VLLM, log) as pid:
-        yield Served(f"http://127.0.0.1:{port}/v1", MODEL, pid)
+        yield RunningServer(f"http://127.0.0.1:{port}/v1", MODEL, pid)
 
 
 @contextmanager
@@ -82,7 +82,7 @@ def run_ours(
     config: AppConfig | None = None,
     threads: int = 1,
     prefill_replicas: int | None = None,
-) -> Iterator[Served]:
+) -> Iterator[RunningServer]:
     """Run `specprefill serve` of the file `base`, with `config` in place of its arguments."""
     port = free_port()
     loaded = load(base)
@@ -96,7 +96,7 @@ def run_ours(
     file.write_text(yaml.safe_dump(raw), encoding="utf-8")
     command = [sys.executable, "-m", "specprefill.cli", "serve", str(file)]
     with _process(command, {}, _READY_OURS, folder / "specprefill.log") as pid:
-        yield Served(f"http://127.0.0.1:{port}/v1", model.served_name, pid)
+        yield RunningServer(f"http://127.0.0.1:{port}/v1", model.served_name, pid)
 
 
 def _with_config(raw: Mapping[str, Any], config: AppConfig, threads: int) -> dict[str, Any]:

@@ -36,9 +36,9 @@ from specprefill.lab.simulation.steps import StepLimits
 from specprefill.lab.simulation.trace import Lengths, Rate, Trace, generate, poisson, write_trace
 from specprefill.lab.simulation.world import World
 
-from .calibration import Calibrated, calibrate
+from .calibration import AppCalibration, calibrate
 from .processes import Watch
-from .servers import Served, run_ours
+from .servers import RunningServer, run_ours
 
 OUT = Path("out")
 BASE = "cluster/local.yaml"
@@ -52,7 +52,7 @@ PERCENTILES = (50, 95)
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
+class PercentilePair:
     """One percentile of the time to first token."""
 
     percentile: int
@@ -65,7 +65,9 @@ class Compared:
         return self.simulated_s / self.measured_s
 
 
-def world(found: Calibrated, config: AppConfig, others: tuple[tuple[float, float], ...]) -> World:
+def world(
+    found: AppCalibration, config: AppConfig, others: tuple[tuple[float, float], ...]
+) -> World:
     """Return the local app for the simulator: its stages, its steps, one machine under all.
 
     `others`: from when on, how many cores other programs were seen to take.
@@ -86,7 +88,7 @@ def world(found: Calibrated, config: AppConfig, others: tuple[tuple[float, float
     )
 
 
-def sustainable_qps(trace: Trace, found: Calibrated, keep: float) -> float:
+def sustainable_qps(trace: Trace, found: AppCalibration, keep: float) -> float:
     """Return the rate at which the busiest pool, or the machine, is always busy."""
     times = stage_times(trace.arrivals(keep), found.engines)
     outside_s = float(
@@ -119,15 +121,17 @@ def replayed_trace(outcomes: Sequence[RequestOutcome]) -> Trace:
     )
 
 
-def compare(measured_s: Floats, simulated_s: Floats) -> list[Compared]:
+def compare(measured_s: Floats, simulated_s: Floats) -> list[PercentilePair]:
     """Return each percentile of both."""
     return [
-        Compared(each, *(float(np.percentile(times, each)) for times in (measured_s, simulated_s)))
+        PercentilePair(
+            each, *(float(np.percentile(times, each)) for times in (measured_s, simulated_s))
+        )
         for each in PERCENTILES
     ]
 
 
-def table(name: str, found: Sequence[Compared]) -> str:
+def table(name: str, found: Sequence[PercentilePair]) -> str:
     """Return one line per percentile."""
     headers = (name, "measured", "simulated", "simulated / measured")
     rows = [
@@ -151,7 +155,7 @@ def variants(full: World) -> Mapping[str, World]:
 
 
 async def replay(
-    served: Served, path: Path, requests: int, source: Source, seed: int
+    served: RunningServer, path: Path, requests: int, source: Source, seed: int
 ) -> tuple[Run, Watch]:
     """Send the trace in `path` with the load tester, and watch the machine meanwhile."""
     scenario = Scenario(
@@ -170,8 +174,8 @@ async def replay(
 
 
 async def measure(
-    args: argparse.Namespace, served: Served, config: AppConfig
-) -> tuple[Calibrated, Run, Watch]:
+    args: argparse.Namespace, served: RunningServer, config: AppConfig
+) -> tuple[AppCalibration, Run, Watch]:
     """Calibrate, choose the rate, replay."""
     source = Source.load(local_path("models/demo-main"), args.seed)
     caller = session.caller_of(Target(address=served.url, model=served.model))

@@ -28,7 +28,7 @@ from specprefill.lab.reporting.tables import markdown, provenance, write_json
 from specprefill.synthetic.needles import ChatTokenizer, NeedlePrompt, needle_prompt
 
 from . import processes, server_processes
-from .servers import MODEL, Served, run_ours, run_plain_vllm
+from .servers import MODEL, RunningServer, run_ours, run_plain_vllm
 from .ttft import (
     MAIN,
     MAX_FLOPS_SHARE,
@@ -104,7 +104,9 @@ class TimedAnswer:
 class Client:
     """Asks the servers over HTTP, each question once."""
 
-    def __init__(self, tokenizer: ChatTokenizer, servers: Mapping[str, Served], seed: int) -> None:
+    def __init__(
+        self, tokenizer: ChatTokenizer, servers: Mapping[str, RunningServer], seed: int
+    ) -> None:
         self._tokenizer = tokenizer
         self._callers = {
             name: HttpCaller(server.url, server.model, None) for name, server in servers.items()
@@ -289,7 +291,9 @@ def serve_config(folder: Path, max_tokens: int, draft: Shape = SPECULATOR) -> Ap
     return config.model_copy(update={"model": named})
 
 
-async def speeds(args: argparse.Namespace, servers: Mapping[str, Served]) -> list[TimedAnswer]:
+async def speeds(
+    args: argparse.Namespace, servers: Mapping[str, RunningServer]
+) -> list[TimedAnswer]:
     """Measure long prompts in every variant, then short ones dense."""
     async with Client(load_tokenizer(), servers, args.seed).open() as client:
         asked = await measure(
@@ -302,7 +306,7 @@ async def speeds(args: argparse.Namespace, servers: Mapping[str, Served]) -> lis
         )
 
 
-def memory(plain: Served, mine: Served) -> dict[str, int]:
+def memory(plain: RunningServer, mine: RunningServer) -> dict[str, int]:
     """Return resident bytes of plain vLLM, and of each pool, when all have been at work."""
     running = server_processes.processes()
     return {
@@ -327,7 +331,7 @@ def _mib(size: int | None) -> str:
     return "-" if size is None else f"{size / (1 << 20):.0f} MiB"
 
 
-async def demo_scores(args: argparse.Namespace, served: Served) -> dict[str, float]:
+async def demo_scores(args: argparse.Namespace, served: RunningServer) -> dict[str, float]:
     """Return the demo pair's scores, whose dense answers stand for plain vLLM's, too."""
     pruned_or_not = [variant for variant in variants(args.keeps) if variant.server == OURS]
     async with Client(load_tokenizer(), {OURS: served}, args.seed).open() as client:

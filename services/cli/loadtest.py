@@ -15,7 +15,7 @@ from .exit_codes import Failed, Misused
 if TYPE_CHECKING:
     from ..lab.loadtest.runner import RunProgress
     from ..lab.loadtest.scenario import Scenario
-    from ..lab.loadtest.session import Searched
+    from ..lab.loadtest.session import SearchResult
 
 OUT = Path("out")
 
@@ -95,7 +95,7 @@ def _overridden(raw: Mapping[str, Any], args: argparse.Namespace) -> dict[str, A
     return changed
 
 
-def _searched(scenario: Scenario) -> Searched:
+def _searched(scenario: Scenario) -> SearchResult:
     """Make the prompts and run. Raises Misused or Failed."""
     from ..lab.loadtest import session
     from ..lab.loadtest.prompt_source import Source, UnknownTokenizer
@@ -109,7 +109,7 @@ def _searched(scenario: Scenario) -> Searched:
         raise Misused(str(error)) from error
     except session.NotReady as error:
         raise Failed(str(error)) from error
-    return session.Searched((), (run,))
+    return session.SearchResult((), (run,))
 
 
 def _tell(progress: RunProgress) -> None:

@@ -11,7 +11,7 @@ from .nixl.reads import NixlClient
 from .pull import KvClient
 
 
-class KvPulling(Protocol):
+class PullHandle(Protocol):
     """One lease being pulled."""
 
     def deliver_to(self, store: Callable[[Frame], None]) -> float:
@@ -27,12 +27,12 @@ class KvPulling(Protocol):
         ...
 
 
-class Pulls(Protocol):
+class PullClient(Protocol):
     """Starts pulls."""
 
     def pull(
         self, endpoint: str, ticket: dict[str, Any], fingerprint: str, start: int, timeout_s: float
-    ) -> KvPulling:
+    ) -> PullHandle:
         """Start to pull the tokens from `start` on."""
         ...
 
@@ -50,7 +50,7 @@ class KvPuller:
 
     def pull(
         self, endpoint: str, ticket: dict[str, Any], fingerprint: str, start: int, timeout_s: float
-    ) -> KvPulling:
+    ) -> PullHandle:
         """Start to pull the tokens from `start` on."""
         if self._nixl is not None and ticket["carrier"] == Carrier.NIXL:
             return self._nixl.pull(endpoint, ticket, fingerprint, start, timeout_s)

@@ -67,7 +67,7 @@ class KeeperLink:
             None if device is None else (*_introduction(device[0]), device[1].address),
         )
         self._link = _start_keeper(config)
-        self.address, self.carrier, self.pid = self._ready()
+        self.address, self.carrier, self.pid = self._await_ready()
         self._outbox: queue.SimpleQueue[tuple[bytes, Callable[[], None] | None] | None] = (
             queue.SimpleQueue()
         )
@@ -119,7 +119,7 @@ class KeeperLink:
                 link.shutdown(socket.SHUT_RDWR)  # closing alone would not wake who reads from it
             self._link.close()
 
-    def _ready(self) -> tuple[str, str, int]:
+    def _await_ready(self) -> tuple[str, str, int]:
         try:
             if not self._link.poll(_START_TIMEOUT_S):
                 raise KvTransferError(f"kv keeper: not ready within {_START_TIMEOUT_S:g} s")

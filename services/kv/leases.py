@@ -159,7 +159,7 @@ class LeaseStore:
         with self._lock:
             lease = self._leases.get(lease_id)
             if lease is None:
-                self._bury(lease_id, "released")
+                self._record_gone(lease_id, "released")
                 return False
             if not hmac.compare_digest(lease.secret, secret):
                 return False
@@ -172,7 +172,7 @@ class LeaseStore:
             if lease_id in self._leases:
                 self._drop(lease_id, "dropped")
             else:
-                self._bury(lease_id, "dropped")
+                self._record_gone(lease_id, "dropped")
 
     def sweep(self) -> int:
         """Drop complete leases past their time that nobody is reading. Returns their number."""
@@ -250,12 +250,12 @@ class LeaseStore:
         lease = self._leases.pop(lease_id)
         self._bytes_held -= lease.bytes_held
         self._totals[why] += 1
-        self._bury(lease_id, why)
+        self._record_gone(lease_id, why)
         lease.changed.notify_all()
         if not self._leases:
             self._emptied.notify_all()
 
-    def _bury(self, lease_id: str, why: str) -> None:
+    def _record_gone(self, lease_id: str, why: str) -> None:
         """Remember a gone lease, so that a late pull or frame fails at once."""
         self._gone[lease_id] = why
         while len(self._gone) > _TOMBSTONES:

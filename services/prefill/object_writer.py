@@ -32,9 +32,9 @@ class KvObjects:
         self._collector.close()
 
     @asynccontextmanager
-    async def start_storing(self) -> AsyncIterator[Storing]:
-        """Yield one request's `Storing`; what it has started ends with it."""
-        storing = Storing(self)
+    async def start_storing(self) -> AsyncIterator[PendingStore]:
+        """Yield one request's `PendingStore`; what it has started ends with it."""
+        storing = PendingStore(self)
         try:
             yield storing
         finally:
@@ -63,7 +63,7 @@ class KvObjects:
             return ray.put(kv)
 
 
-class Storing:
+class PendingStore:
     """One request's KV, requested shortly before its end: the answer then waits for the KV only."""
 
     def __init__(self, objects: KvObjects) -> None:

@@ -21,7 +21,7 @@ from ..engine.ray_metrics import ray_stat_loggers
 from ..kv.nixl.agent import require
 from ..kv.tls import read_tls
 from .kv_gauges import KvGauges
-from .object_writer import KvObjects, KvReference, Storing
+from .object_writer import KvObjects, KvReference, PendingStore
 from .service import PrefillService
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class PrefillReplica:
                     else:
                         yield pack((step, None)), []
 
-    async def _store_kv(self, prefilled: Prefilled, storing: Storing) -> list[KvReference]:
+    async def _store_kv(self, prefilled: Prefilled, storing: PendingStore) -> list[KvReference]:
         """Return the KV as Ray's objects. Empty: it stays with the worker for decode to pull."""
         if prefilled.ticket is None or self._kv.carrier != "object_ref":
             return []

@@ -32,7 +32,7 @@ class KeysStored(Exception):
     """Ends a forward pass in its last layer: every key is stored, the output is not needed."""
 
 
-class Attending(Protocol):
+class AttentionHook(Protocol):
     """The work of a forward pass at each attention layer."""
 
     def attend(
@@ -55,7 +55,7 @@ class ReadChunk:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
-        """See `Attending`. Raises KeysStored in the last layer."""
+        """See `AttentionHook`. Raises KeysStored in the last layer."""
         self.store(layer, key, value)
         layout = self.parts[0][0].layout
         if layer == layout.last_layer:
@@ -82,7 +82,7 @@ class ReadChunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class QueryRecorder:
     """Feeds one token of each reading and records its query in every layer."""
 
     readings: Sequence[Reading]
@@ -90,7 +90,7 @@ class Look:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
-        """See `Attending`."""
+        """See `AttentionHook`."""
         row = self.readings[0].layout.layers.index(layer)
         outputs = []
         for index, reading in enumerate(self.readings):
@@ -110,7 +110,7 @@ class LayoutProbe:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
-        """See `Attending`."""
+        """See `AttentionHook`."""
         self.seen[layer] = (scaling, key.shape[1], key.shape[3], value.shape[3])
         return causal_attention(query, key, value, 0, scaling)
 
@@ -135,7 +135,7 @@ def attend(
     value: Tensor,
     _attention_mask: Tensor | None,
     scaling: float | None = None,
-    attending: Attending | None = None,
+    attending: AttentionHook | None = None,
     **_ignored: Any,
 ) -> tuple[Tensor, None]:
     """Serve as transformers' attention function; several prompts' tokens come packed in one row.

@@ -147,7 +147,7 @@ def feed_token(
     """Feed each reading's next token and record its queries; return logits, [readings, V]."""
     tokens = [reading.next_token for reading in readings]
     ids, positions = _pack_tokens(model, tokens, [(reading, 1) for reading in readings])
-    looking = attention.Look(readings)
+    looking = attention.QueryRecorder(readings)
     if quick is None:
         logits: Tensor = _forward(model, ids, positions, looking).logits[0]
     else:
@@ -171,7 +171,7 @@ def _pack_tokens(
 
 
 def _forward(
-    model: PreTrainedModel, ids: Tensor, positions: Tensor, attending: attention.Attending
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, attending: attention.AttentionHook
 ) -> Any:
     """Make one pass over packed tokens."""
     return model(

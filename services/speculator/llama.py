@@ -19,7 +19,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from .attention import Attending, ReadChunk
+from .attention import AttentionHook, ReadChunk
 
 SHAPED_ALIKE = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
 
@@ -99,7 +99,7 @@ class Llama:
         key = self._project_heads(normed, last.key, turn)
         reading.store(last.number, key, self._project_heads(normed, last.value))
 
-    def logits(self, ids: Tensor, positions: Tensor, attending: Attending) -> Tensor:
+    def logits(self, ids: Tensor, positions: Tensor, attending: AttentionHook) -> Tensor:
         """Return the logits after each token: [tokens, vocabulary]."""
         hidden, turn = self._embed(ids, positions)
         for layer in self.layers:
@@ -115,7 +115,7 @@ class Llama:
         )
 
     def _run_layer(
-        self, layer: Layer, hidden: Tensor, turn: Rotation, attending: Attending
+        self, layer: Layer, hidden: Tensor, turn: Rotation, attending: AttentionHook
     ) -> Tensor:
         """Return the layer's output, in place of its input: [tokens, hidden]."""
         normed = self._normalize(hidden, layer.norm)

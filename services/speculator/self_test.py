@@ -32,7 +32,7 @@ TIMEOUT_S = 120.0  # for all of them
 _PLAN = Plan(PlanKind.PRUNE, Reason.ASKED, KEEP)
 
 
-class Selecting(Protocol):
+class SelectionService(Protocol):
     """The speculator service."""
 
     async def select(
@@ -50,7 +50,7 @@ class Question:
     gold: Span
 
 
-async def self_test(service: Selecting, main_path: str) -> float | None:
+async def self_test(service: SelectionService, main_path: str) -> float | None:
     """Return the share of facts that the service keeps; None: it could not be found out."""
     try:
         asked = await asyncio.to_thread(questions, main_path)
@@ -109,7 +109,7 @@ def _tokens_of(start: int, length: int, offsets: Sequence[tuple[int, int]]) -> S
     return Span(covering[0], covering[-1] + 1) if covering else None
 
 
-async def _keeps_answer(service: Selecting, number: int, question: Question) -> bool:
+async def _keeps_answer(service: SelectionService, number: int, question: Question) -> bool:
     request = Request(f"self-test-{number}", question.prompt, b"")
     selection = await service.select(request, _PLAN, TIMEOUT_S, POLICY)
     pruned = selection.plan.kind is PlanKind.PRUNE

@@ -48,7 +48,7 @@ class SamePrompt:
 
 
 @dataclass(frozen=True, slots=True)
-class Translated:
+class TranslatedPrompt:
     """A prompt in the draft's own tokens."""
 
     prompt: tuple[int, ...]  # [M] draft tokens
@@ -82,13 +82,13 @@ class Translator:
         """Size of the vocabulary that main token ids come from."""
         return max(self._main.get_vocab(with_added_tokens=True).values()) + 1
 
-    def translate(self, prompt: Sequence[int]) -> Translated:
+    def translate(self, prompt: Sequence[int]) -> TranslatedPrompt:
         """Return the prompt as the draft reads it."""
         text, main_offsets = decode(self._main, prompt)
         encoding = self._draft.encode(text, add_special_tokens=False)
         before = [] if self._draft_bos is None else [self._draft_bos]
         offsets = [(0, 0)] * len(before) + encoding.offsets
-        return Translated((*before, *encoding.ids), _offsets(offsets), _offsets(main_offsets))
+        return TranslatedPrompt((*before, *encoding.ids), _offsets(offsets), _offsets(main_offsets))
 
 
 def load_translator(main_path: str, draft_path: str) -> Translator | None:

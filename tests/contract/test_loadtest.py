@@ -27,7 +27,7 @@ from specprefill.lab.loadtest.http_stream import HttpCaller
 from specprefill.lab.loadtest.outcome import RequestEnding
 from specprefill.lab.loadtest.prompt_source import Source
 from specprefill.lab.loadtest.recorder import LoadPrompt
-from specprefill.lab.loadtest.runner import Planned, RunProgress
+from specprefill.lab.loadtest.runner import PlannedRequest, RunProgress
 from specprefill.lab.loadtest.scenario import Kill, Scenario
 from specprefill.rpc import specprefill_pb2_grpc as stubs
 
@@ -199,7 +199,7 @@ async def test_the_loop_is_open(addresses, pipeline):
     """A slow service does not slow the schedule: all requests are in flight at once."""
     pipeline.pause_s = 0.5
     asked = caller("http", addresses)
-    planned = [Planned(index, 0.05 * index, prompt()) for index in range(10)]
+    planned = [PlannedRequest(index, 0.05 * index, prompt()) for index in range(10)]
     async with asked.open():
         outcomes = await runner.run(planned, asked, PATIENCE_S, RunProgress(10))
     assert [one.index for one in outcomes] == list(range(10))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from loadtest.bench import keep_rates
-from loadtest.bench.keep_rates import FamilyResult, Result, Scored
+from loadtest.bench.keep_rates import FamilyResult, Result, ScoredPrompt
 from specprefill.core.selection import SelectionPolicy
 from specprefill.core.types import Plan, PlanKind, Reason, Selection, Span
 
@@ -20,11 +20,11 @@ def result(variant: str, kept_share: float, **families: float) -> Result:
     return Result(variant, found)
 
 
-def prompt(certainty: float = 1.0) -> Scored:
+def prompt(certainty: float = 1.0) -> ScoredPrompt:
     scores = np.full(3200, 0.001, dtype=np.float32)
     scores[320:352] = 1.0
     scores[0] = 0.002
-    return Scored("needles", scores, certainty, (), (Span(330, 340),))
+    return ScoredPrompt("needles", scores, certainty, (), (Span(330, 340),))
 
 
 def test_gold_survives_only_whole():
@@ -96,7 +96,7 @@ def test_a_fact_across_a_border_survives_by_the_share_of_the_next_chunk():
     scores = np.full(3200, 0.001, dtype=np.float32)
     scores[320:352] = 1.0
     scores[1600:2600] = 0.25  # more chunks than the budget has
-    asked = Scored("needles", scores, 1.0, (), (Span(340, 370),))
+    asked = ScoredPrompt("needles", scores, 1.0, (), (Span(340, 370),))
     survived = {
         variant.name: keep_rates.measure_variant(variant, [asked]).families["needles"].survival
         for variant in keep_rates.next_shares(POLICY)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from loadtest.bench import burst, calibration, validation
-from loadtest.bench.processes import Used, Watch, average_between, read_use
+from loadtest.bench.processes import CpuUse, Watch, average_between, read_use
 from specprefill.config import AppConfig
 from specprefill.control.scaling.values import Engines
 from specprefill.control.stages import Curve, StageCurves
@@ -45,7 +45,7 @@ def outcomes(*streams):
 
 def test_single_questions_calibrate_every_stage():
     answers = [answer(n, n // 3) for n in (600, 1200, 2400, 4800) for _ in range(5)]
-    singles = [calibration.Single(each, each.end_s + 0.04) for each in answers]
+    singles = [calibration.SingleAnswer(each, each.end_s + 0.04) for each in answers]
     found = calibration.fit_engines(singles, decode_slots=16, machine=Machine(2.0))
     engines = found.engines
     assert engines.curves.speculate.seconds(2000) == pytest.approx(0.02, rel=0.06)
@@ -57,12 +57,12 @@ def test_single_questions_calibrate_every_stage():
 
 
 def test_a_question_without_an_answer_is_no_calibration():
-    late = calibration.Single(refused_outcome(RequestEnding.TIMED_OUT, "504: late"), 0.0)
+    late = calibration.SingleAnswer(refused_outcome(RequestEnding.TIMED_OUT, "504: late"), 0.0)
     with pytest.raises(RuntimeError, match="timed_out: 504: late"):
         calibration.fit_engines([late], 16, Machine(2.0))
 
 
-CALIBRATED = calibration.Calibrated(
+CALIBRATED = calibration.AppCalibration(
     Engines(StageCurves(Curve(0.1), Curve(0.2), Curve(0.0), Curve(0.0)), output_token_s=0.1),
     front=Curve(0.06),
     aside=Curve(0.04),
@@ -150,7 +150,7 @@ def test_the_burst_is_served_with_admission():
 
 
 def test_what_others_compute_is_what_this_program_does_not():
-    busy = average_between(Used(1.0, 10.0), Used(4.0, 16.0), from_s=7.0, seconds=2.0)
+    busy = average_between(CpuUse(1.0, 10.0), CpuUse(4.0, 16.0), from_s=7.0, seconds=2.0)
     assert (busy.from_s, busy.own, busy.others) == (7.0, 1.5, 1.5)
 
 

@@ -7,7 +7,7 @@ import pytest
 from loadtest.bench import concurrency, max_qps, ttft, versus
 from specprefill.lab.loadtest.outcome import RequestEnding, Stream
 from specprefill.lab.loadtest.search import Trial
-from specprefill.lab.loadtest.session import Searched
+from specprefill.lab.loadtest.session import SearchResult
 from specprefill.lab.loadtest.statistics import RequestSlo, summarise
 
 from .test_load_numbers import outcome
@@ -55,7 +55,7 @@ def test_an_answer_that_failed_is_not_a_time():
 def borne(name, *held):
     summary = summarise("all", [outcome(0)], RequestSlo())
     trials = tuple(Trial(qps, is_held, summary) for qps, is_held in held)
-    return max_qps.sustained_rate(name, Searched(trials, ()))
+    return max_qps.sustained_rate(name, SearchResult(trials, ()))
 
 
 def test_max_qps_beside_a_server_that_sustains_nothing():

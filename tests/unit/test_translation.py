@@ -21,7 +21,7 @@ from specprefill.speculator.draft import Draft, as_draft
 from specprefill.speculator.jobs import Rating
 from specprefill.speculator.scorer import Scorer, load_scorer
 from specprefill.speculator.translation import (
-    Translated,
+    TranslatedPrompt,
     Translator,
     decode,
     load_translator,
@@ -74,8 +74,8 @@ def test_bytes_that_make_no_character_stand_for_no_text() -> None:
     assert decode(BYTES, ids[:-1]) == ("a", [(0, 1), (1, 1), (1, 1)])
 
 
-def translate(offsets: list[tuple[int, int]], main: list[tuple[int, int]]) -> Translated:
-    return Translated((0,) * len(offsets), np.array(offsets), np.array(main))
+def translate(offsets: list[tuple[int, int]], main: list[tuple[int, int]]) -> TranslatedPrompt:
+    return TranslatedPrompt((0,) * len(offsets), np.array(offsets), np.array(main))
 
 
 def test_scores_follow_the_characters() -> None:

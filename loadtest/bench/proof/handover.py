@@ -27,7 +27,7 @@ _NOBODY = ("127.0.0.1:9",)
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class FixedSelections:
     """The port `Speculator` with selections that were made before."""
 
     selections: dict[str, Selection]  # by request
@@ -118,7 +118,7 @@ def _prefiller(pipeline: Pipeline) -> LocalPrefiller:
 
 async def _handed_over(pipeline: Pipeline, job: PromptCase) -> tuple[GreedyAnswer, bool]:
     """Return the pipeline's answer, and whether the decode engine had to compute the prompt."""
-    chosen = replace(pipeline, speculator=Chosen({job.name: job.selection}))
+    chosen = replace(pipeline, speculator=FixedSelections({job.name: job.selection}))
     request = replace(job.request(max_tokens=OUTPUT_TOKENS, logprobs=TOP), plan=job.selection.plan)
     async with aclosing(chosen.generate(request)) as stream:
         chunks = [chunk async for chunk in stream]

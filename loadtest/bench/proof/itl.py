@@ -43,7 +43,7 @@ CPU = ItlSizes("cpu-main", (1, 4), 128, 24)
 
 
 @dataclass(frozen=True, slots=True)
-class Ours:
+class OurEngine:
     """The decode service at sparse positions; every request replays its first token."""
 
     service: DecodeService
@@ -57,7 +57,7 @@ class Ours:
 
 
 @dataclass(frozen=True, slots=True)
-class Plain:
+class PlainEngine:
     """vLLM without anything of ours, on as many tokens."""
 
     engine: Engine
@@ -94,7 +94,7 @@ async def _measure(sheet: Sheet, machine: ProofMachine, name: str, out: Path) ->
     started_s = time.monotonic()
     async with Engine(args) as engine:
         sheet.measure("engine started", start_s=time.monotonic() - started_s)
-        answering = Plain(engine) if name == PLAIN else Ours(DecodeService(engine))
+        answering = PlainEngine(engine) if name == PLAIN else OurEngine(DecodeService(engine))
         with device_to_itself(out):
             await _batch(answering, sizes, sizes.batches[-1], "warm-up")
             for batch in sizes.batches:
@@ -121,7 +121,7 @@ def _engine(machine: ProofMachine, sizes: ItlSizes) -> EngineConfig:
 
 
 async def _batch(
-    answering: Ours | Plain, sizes: ItlSizes, batch: int, seed: str
+    answering: OurEngine | PlainEngine, sizes: ItlSizes, batch: int, seed: str
 ) -> list[list[float]]:
     """Return when each token came, per request; all are sent at once."""
     length = 2 * sizes.kept_tokens
@@ -132,7 +132,9 @@ async def _batch(
     return await asyncio.gather(*(_times(answering, job, sizes.output_tokens) for job in some))
 
 
-async def _times(answering: Ours | Plain, job: PromptCase, output_tokens: int) -> list[float]:
+async def _times(
+    answering: OurEngine | PlainEngine, job: PromptCase, output_tokens: int
+) -> list[float]:
     times: list[float] = []
     async for count in answering.stream(job, output_tokens):
         times += [time.perf_counter()] * count

@@ -15,7 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 
 from ...core.errors import CorruptFrame, KvTransferError, LayoutMismatch
 from ...core.types import Span
-from ...kv.carriers import KvPuller, KvPulling, Pulls
+from ...kv.carriers import KvPuller, PullClient, PullHandle
 from ...kv.frames import FRAME_BYTES, Frame, from_token
 from ...kv.nixl.agent import NixlAgent
 from ...kv.nixl.arena import Arena
@@ -80,11 +80,11 @@ class Puller:
         self._ring = ring_of(device, config.staging_bytes, frame_bytes)
         self._lock = threading.Lock()
         self._results = KVConnectorTransferResults()
-        self._running: dict[str, list[KvPulling]] = {}
+        self._running: dict[str, list[PullHandle]] = {}
         self._exposed_s: dict[str, float] = {}
         self._threads = ThreadPoolExecutor(_PULL_THREADS, thread_name_prefix="kv-pull")
         self._landing = Landing(device, tls) if config.memory == "device" else None
-        self._client: Pulls
+        self._client: PullClient
         if self._landing is None:
             self._client = KvPuller(KvClient(tls, streams=config.streams), _nixl_client(nixl, tls))
         else:
@@ -208,10 +208,10 @@ class Puller:
                 kv[:, :, _head_slice(held, wanted)],
             )
 
-        self._land(arrival, frame, torch.Size(shape).numel() * cache.itemsize, store)
+        self._write_bytes(arrival, frame, torch.Size(shape).numel() * cache.itemsize, store)
         arrival.stops[frame.layer] = frame.stop
 
-    def _land(self, arrival: _Arrival, frame: Frame, size: int, store: Store) -> None:
+    def _write_bytes(self, arrival: _Arrival, frame: Frame, size: int, store: Store) -> None:
         """Write a frame's bytes, wherever they are, into the cache."""
         if len(frame.payload) != size:
             raise CorruptFrame(f"frame: {len(frame.payload)} bytes, {size} are expected")

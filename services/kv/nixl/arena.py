@@ -46,17 +46,17 @@ class Arena:
     def bytes_used(self) -> int:
         """Bytes that are taken, alignment included."""
         with self._lock:
-            self._tidy()
+            self._merge_free()
             return self._memory.nbytes - sum(stop - start for start, stop in self._free)
 
     def take(self, size: int) -> memoryview | None:
         """Return `size` uninitialised bytes; None if there is no room in one piece."""
         span = max(_ALIGNMENT, -(-size // _ALIGNMENT) * _ALIGNMENT)
         with self._lock:
-            self._tidy()
+            self._merge_free()
             for place, (start, stop) in enumerate(self._free):
                 if stop - start >= span:
-                    self._cut(place, start + span)
+                    self._take_front(place, start + span)
                     return self._view(start, start + span)[:size]
         return None
 
@@ -80,7 +80,7 @@ class Arena:
         offset = address_of(payload) - self._address
         return offset if 0 <= offset < self._memory.nbytes else None
 
-    def _cut(self, place: int, start: int) -> None:
+    def _take_front(self, place: int, start: int) -> None:
         """Take the front of a free place."""
         stop = self._free[place][1]
         self._free[place : place + 1] = [(start, stop)] if start < stop else []
@@ -91,7 +91,7 @@ class Arena:
         weakref.finalize(array, self._left.append, (start, stop)).atexit = False
         return array.data
 
-    def _tidy(self) -> None:
+    def _merge_free(self) -> None:
         """Join what was left with the free places beside it."""
         while self._left:
             start, stop = self._left.popleft()

@@ -44,7 +44,7 @@ class Region:
 
 
 @dataclass(frozen=True, slots=True)
-class Located:
+class MessagePlaces:
     """A lease's messages, in order: `(offset, size)` each, and the trailer itself."""
 
     region: Region
@@ -57,7 +57,7 @@ class Located:
         return packed
 
     @classmethod
-    def unpack(cls, message: bytes) -> Located:
+    def unpack(cls, message: bytes) -> MessagePlaces:
         """Invert `pack`."""
         region, places, end = msgpack.unpackb(message)
         return cls(Region(*region), [(offset, size) for offset, size in places], end)
@@ -123,7 +123,9 @@ class LocateHandler(grpc.GenericRpcHandler):
             yield located.pack()
             gone.wait()
 
-    def _locate_frames(self, query: PullQuery, lent: list[bytes | memoryview]) -> Located | None:
+    def _locate_frames(
+        self, query: PullQuery, lent: list[bytes | memoryview]
+    ) -> MessagePlaces | None:
         """Look frames up as they come, so that little is left to do after the last one."""
         places: list[tuple[int, int]] = []
         frames = self._leases.stream(query.lease_id, query.secret, timeout_s=query.timeout_s)
@@ -135,7 +137,7 @@ class LocateHandler(grpc.GenericRpcHandler):
                 places.append((offset, len(frame.message)))
                 lent.append(frame.message)
         end = encode(make_trailer(self._leases, query.lease_id, len(lent)), query.lease_id)
-        return Located(self._shared.region, places, end)
+        return MessagePlaces(self._shared.region, places, end)
 
 
 def _map_region(region: Region) -> Bytes | None:

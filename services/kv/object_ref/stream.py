@@ -29,7 +29,7 @@ from ..frames import TRAILER_LAYER, Trailer, decode, encode, layer_of
 from ..pull import transfer_error
 from ..rpc import PULL, PullQuery
 from ..tls import MutualTls
-from .shared_memory import LOCATE, Located, Mappings
+from .shared_memory import LOCATE, Mappings, MessagePlaces
 
 KvObject = list[NDArray[np.uint8]]  # the index as msgpack, then the arrays that it points into
 
@@ -73,7 +73,7 @@ class KvCollector:
             raise transfer_error(error) from error
         if message is None:
             return None
-        located = Located.unpack(message)
+        located = MessagePlaces.unpack(message)
         memory = self._mappings.view(peer, located.region)
         return None if memory is None else _lay_out(memory, located)
 
@@ -122,7 +122,7 @@ def part_of(kv: KvObject, query: PullQuery) -> Iterator[bytes]:
     raise CorruptFrame("kv: the object has no trailer")
 
 
-def _lay_out(memory: NDArray[np.uint8], located: Located) -> KvObject:
+def _lay_out(memory: NDArray[np.uint8], located: MessagePlaces) -> KvObject:
     """Return as few arrays over `memory` as hold all messages: neighbours stay together."""
     stretches: list[tuple[int, int]] = []
     index: list[tuple[int, int, int]] = []

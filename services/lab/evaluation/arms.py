@@ -79,13 +79,13 @@ def control_scores(
     elif chooser is Chooser.ENDS:
         ranks = [abs(2 * chunk + 1 - chunks) / chunks for chunk in range(chunks)]
     elif chooser is Chooser.EVEN:
-        ranks = [1.0 - _bisection_order(chunk) for chunk in _spread(chunks)]
+        ranks = [1.0 - _bisection_order(chunk) for chunk in _spread_chunks(chunks)]
     else:
         raise ValueError(f"{chooser} is no control")
     return np.repeat(np.asarray(ranks, dtype=np.float32), chunk_tokens)[:prompt_tokens]
 
 
-def _spread(chunks: int) -> range:
+def _spread_chunks(chunks: int) -> range:
     """Return 1..chunks in bisection order: place 0 would be first in every order."""
     return range(1, chunks + 1)
 

@@ -13,7 +13,7 @@ from ..reporting.tables import Provenance, markdown, write_json
 from .arms import CONTROLS, Arm, Chooser
 from .intervals import Interval
 from .outcomes import Cell
-from .suite import Measured, Suite
+from .suite import Suite, SuiteResult
 from .summary import (
     ENOUGH,
     Choice,
@@ -47,7 +47,7 @@ class EvaluationReport:
     """Everything that is printed and written."""
 
     suite: Suite
-    measured: Measured
+    measured: SuiteResult
     rows: tuple[Row, ...]
     subject: Mapping[str, str]  # what was measured: models, endpoint, selection
 
@@ -211,7 +211,7 @@ class EvaluationReport:
         return [*ours, *others]
 
 
-def report_of(measured: Measured, suite: Suite, subject: Mapping[str, str]) -> EvaluationReport:
+def report_of(measured: SuiteResult, suite: Suite, subject: Mapping[str, str]) -> EvaluationReport:
     """Summarise what was measured."""
     return EvaluationReport(suite, measured, tuple(rows_of(measured, suite)), subject)
 

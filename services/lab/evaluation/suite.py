@@ -50,7 +50,7 @@ class Suite:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class SuiteResult:
     """The results of a suite."""
 
     outcomes: tuple[ArmOutcome, ...]
@@ -68,7 +68,7 @@ def measure(
     workers: int,
     on_progress: ReportProgress,
     journal: Journal,
-) -> Measured:
+) -> SuiteResult:
     """Run the whole suite, `workers` prompts at a time, except those that the journal has."""
     outcomes: list[ArmOutcome] = []
     too_short: list[tuple[str, int]] = []
@@ -91,7 +91,7 @@ def measure(
             outcomes += found
             done += suite.items
             on_progress(done, f"{family} {length}")
-    return Measured(tuple(outcomes), tuple(too_short), tuple(beyond))
+    return SuiteResult(tuple(outcomes), tuple(too_short), tuple(beyond))
 
 
 class TooShort(Exception):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .arms import Arm, Chooser
 from .outcomes import ArmOutcome, Cell, cell
-from .suite import Measured, Suite
+from .suite import Suite, SuiteResult
 
 ENOUGH = 0.95  # of the dense score, in every family
 
@@ -42,7 +42,7 @@ class Choice:
         return self.worst_retained >= ENOUGH
 
 
-def rows_of(measured: Measured, suite: Suite) -> list[Row]:
+def rows_of(measured: SuiteResult, suite: Suite) -> list[Row]:
     """Return rows by length, then family."""
     rows = []
     for length in suite.lengths:

@@ -22,7 +22,7 @@ class Replicas(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Killed:
+class KilledReplica:
     """A fault that happened. `pid` is None where the pool had no replica to kill."""
 
     at_s: float
@@ -31,7 +31,7 @@ class Killed:
 
 
 async def inject(
-    kills: Sequence[Kill], replicas: Replicas, rng: random.Random, done: list[Killed]
+    kills: Sequence[Kill], replicas: Replicas, rng: random.Random, done: list[KilledReplica]
 ) -> None:
     """SIGKILL one replica per entry, `at_s` seconds from now; append what happened to `done`."""
     loop = asyncio.get_running_loop()
@@ -42,4 +42,4 @@ async def inject(
         pid = rng.choice(pids) if pids else None
         if pid is not None:
             os.kill(pid, signal.SIGKILL)
-        done.append(Killed(loop.time() - started_s, kill.pool, pid))
+        done.append(KilledReplica(loop.time() - started_s, kill.pool, pid))

@@ -11,7 +11,7 @@ from ...client.grpc import GRACE_S, generate_request, metadata, report_dict
 from ...client.question import Ask
 from ...rpc.specprefill_pb2_grpc import SpecPrefillStub
 from .outcome import RequestEnding
-from .recorder import LoadPrompt, Recorder, Refused
+from .recorder import LoadPrompt, Recorder, RequestRefused
 
 _ENDINGS = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: RequestEnding.SHED,
@@ -54,7 +54,7 @@ class GrpcCaller:
         except grpc.aio.AioRpcError as error:
             code = error.code()
             message = f"{code.name}: {error.details()}"
-            raise Refused(_ENDINGS.get(code, RequestEnding.FAILED), message) from error
+            raise RequestRefused(_ENDINGS.get(code, RequestEnding.FAILED), message) from error
         finally:
             call.cancel()  # a client that left early; nothing after the end
 

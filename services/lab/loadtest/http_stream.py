@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 
 from .outcome import RequestEnding
-from .recorder import LoadPrompt, Recorder, Refused
+from .recorder import LoadPrompt, Recorder, RequestRefused
 
 _DATA = b"data:"
 _SHED_REASON = "x-specprefill-shed-reason"
@@ -64,7 +64,9 @@ class HttpCaller:
                     if line.startswith(_DATA):
                         _record(line[len(_DATA) :].strip(), recorder)
         except aiohttp.ClientError as error:
-            raise Refused(RequestEnding.FAILED, f"{type(error).__name__}: {error}") from error
+            raise RequestRefused(
+                RequestEnding.FAILED, f"{type(error).__name__}: {error}"
+            ) from error
 
     def _body(self, prompt: LoadPrompt) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -96,7 +98,7 @@ def _record(data: bytes, recorder: Recorder) -> None:
         return
     event = json.loads(data)
     if "error" in event:
-        raise Refused(_ending_of(event["error"]), f"in the stream: {_error_message(event)}")
+        raise RequestRefused(_ending_of(event["error"]), f"in the stream: {_error_message(event)}")
     for choice in event.get("choices") or ():
         piece = _text(choice.get("delta") or {})
         if piece:
@@ -120,13 +122,15 @@ def _text(delta: dict[str, Any]) -> str:
     return (delta.get("content") or "") + (delta.get("reasoning") or "") + "".join(parts)
 
 
-def _refusal(status: int, reason: str | None, body: bytes) -> Refused:
+def _refusal(status: int, reason: str | None, body: bytes) -> RequestRefused:
     try:
         message = _error_message(json.loads(body))
     except ValueError:
         message = body[:_MESSAGE_CHARS].decode(errors="replace")
     place = str(status) if reason is None else f"{status} {reason}"
-    return Refused(_ENDINGS.get(HTTPStatus(status), RequestEnding.FAILED), f"{place}: {message}")
+    return RequestRefused(
+        _ENDINGS.get(HTTPStatus(status), RequestEnding.FAILED), f"{place}: {message}"
+    )
 
 
 def _error_message(event: Any) -> str:

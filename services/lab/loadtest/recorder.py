@@ -24,7 +24,7 @@ class LoadPrompt:
     ignore_eos: bool = False  # always `max_tokens` tokens, for benchmarks
 
 
-class Refused(Exception):
+class RequestRefused(Exception):
     """The service did not answer; `ending` is the kind of refusal."""
 
     def __init__(self, ending: RequestEnding, message: str) -> None:

@@ -11,12 +11,12 @@ import numpy as np
 
 from .arrivals import Times
 from .outcome import RequestEnding, RequestOutcome, Stream
-from .recorder import Caller, LoadPrompt, Recorder, Refused
+from .recorder import Caller, LoadPrompt, Recorder, RequestRefused
 from .scenario import Cancel
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class PlannedRequest:
     """One request of a run, decided before the run starts."""
 
     index: int
@@ -48,7 +48,7 @@ class RunProgress:
 
 def plan(
     times: Times, prompts: Sequence[LoadPrompt], cancel: Cancel | None, rng: np.random.Generator
-) -> list[Planned]:
+) -> list[PlannedRequest]:
     """Plan the run's requests; the clients that leave, and when, are drawn here."""
     leaving: list[float | None] = [None] * len(prompts)
     if cancel is not None:
@@ -58,13 +58,13 @@ def plan(
             float(after) if leave else None for leave, after in zip(leaves, after_s, strict=True)
         ]
     return [
-        Planned(index, float(at_s), prompt, leave)
+        PlannedRequest(index, float(at_s), prompt, leave)
         for index, (at_s, prompt, leave) in enumerate(zip(times, prompts, leaving, strict=True))
     ]
 
 
 async def run(
-    planned: Sequence[Planned],
+    planned: Sequence[PlannedRequest],
     caller: Caller,
     timeout_s: float,
     progress: RunProgress,
@@ -102,13 +102,13 @@ async def stream(
         return recorder.finish(
             RequestEnding.TIMED_OUT, f"client: not answered within {timeout_s:g} s"
         )
-    except Refused as refusal:
+    except RequestRefused as refusal:
         return recorder.finish(refusal.ending, str(refusal))
     return recorder.finish(RequestEnding.ANSWERED)
 
 
 async def _send(
-    request: Planned,
+    request: PlannedRequest,
     caller: Caller,
     timeout_s: float,
     started_s: float,

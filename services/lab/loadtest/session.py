@@ -14,13 +14,13 @@ import numpy as np
 from ...deployment.local_ray import ServeApi
 from . import arrivals, runner, search
 from . import recorded_trace as trace
-from .chaos import Killed, inject
+from .chaos import KilledReplica, inject
 from .grpc_stream import GrpcCaller
 from .http_stream import HttpCaller
 from .outcome import RequestEnding, RequestOutcome
 from .prompt_source import Source
 from .recorder import Caller
-from .runner import Planned, RunProgress
+from .runner import PlannedRequest, RunProgress
 from .scenario import Chaos, Scenario, Target
 from .statistics import Summary, summarise
 
@@ -38,11 +38,11 @@ class Run:
 
     outcomes: tuple[RequestOutcome, ...]
     summary: Summary
-    kills: tuple[Killed, ...] = ()
+    kills: tuple[KilledReplica, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Searched:
+class SearchResult:
     """A search's trials and the runs behind them, in the order in which they were made."""
 
     trials: tuple[search.Trial, ...]
@@ -59,7 +59,7 @@ async def measure(scenario: Scenario, source: Source, on_progress: ReportProgres
         return await _run(scenario, planned, caller, on_progress)
 
 
-async def find(scenario: Scenario, source: Source, on_progress: ReportProgress) -> Searched:
+async def find(scenario: Scenario, source: Source, on_progress: ReportProgress) -> SearchResult:
     """Run the scenario's search."""
     if scenario.search is None:
         raise ValueError("the scenario has no search")
@@ -72,7 +72,7 @@ async def find(scenario: Scenario, source: Source, on_progress: ReportProgress) 
         try:
             qps = trials.send(runs[-1].summary)
         except StopIteration as ended:
-            return Searched(tuple(ended.value), tuple(runs))
+            return SearchResult(tuple(ended.value), tuple(runs))
         await asyncio.sleep(pause_s)
 
 
@@ -83,7 +83,7 @@ def caller_of(target: Target) -> Caller:
     return kind(target.address, target.model, key)
 
 
-def _plan_run(scenario: Scenario, source: Source, rng: np.random.Generator) -> list[Planned]:
+def _plan_run(scenario: Scenario, source: Source, rng: np.random.Generator) -> list[PlannedRequest]:
     process = scenario.arrivals
     if isinstance(process, arrivals.RecordedTrace):
         lines = trace.read(Path(process.path), scenario.length.requests or 0)
@@ -106,10 +106,13 @@ async def _warm_up(scenario: Scenario, source: Source, caller: Caller) -> None:
 
 
 async def _run(
-    scenario: Scenario, planned: Sequence[Planned], caller: Caller, on_progress: ReportProgress
+    scenario: Scenario,
+    planned: Sequence[PlannedRequest],
+    caller: Caller,
+    on_progress: ReportProgress,
 ) -> Run:
     progress = RunProgress(len(planned))
-    kills: list[Killed] = []
+    kills: list[KilledReplica] = []
     beside = [
         asyncio.create_task(_report_often(progress, on_progress)),
         asyncio.create_task(_faults(scenario.chaos, scenario.seed, kills)),
@@ -128,7 +131,7 @@ async def _report_often(progress: RunProgress, on_progress: ReportProgress) -> N
         await asyncio.sleep(TELL_EVERY_S)
 
 
-async def _faults(chaos: Chaos | None, seed: int, done: list[Killed]) -> None:
+async def _faults(chaos: Chaos | None, seed: int, done: list[KilledReplica]) -> None:
     if chaos is not None:
         api = await asyncio.to_thread(ServeApi, chaos.dashboard)
         await inject(chaos.kills, api, random.Random(seed), done)
