@@ -36,7 +36,7 @@ class TrainingBatch:
 
 @dataclass(slots=True)
 class TrainingProgress:
-    """How far a training is; what a checkpoint holds beside weights and optimizer."""
+    """Progress of a training, stored in a checkpoint beside weights and optimizer."""
 
     step: int = 0
     tokens: int = 0

@@ -33,7 +33,7 @@ def pattern() -> str:
 
 
 def _uuid_pairs() -> list[str]:
-    """Return patterns of pairs with a leading hyphen, so that all 16 are one piece each."""
+    """Return patterns of pairs; a leading hyphen joins its pair, so that all 16 are a piece."""
     groups = ([f"{HEX}{{2}}"] * pairs for pairs in (4, 2, 2, 2, 6))
     pairs = [
         f"-{pair}" if number and not place else pair
@@ -53,7 +53,7 @@ def _name_letters() -> list[str]:
 
 
 def _each_within(parts: Sequence[str]) -> list[str]:
-    """Return each part, with all that come before and after it required around it."""
+    """Return patterns of each part with all others required before and after it."""
     return [
         f"(?<={''.join(parts[:i])}){part}(?={''.join(parts[i + 1 :])})"
         if i
@@ -63,7 +63,7 @@ def _each_within(parts: Sequence[str]) -> list[str]:
 
 
 def _split_evenly(character: str, sizes: Sequence[int]) -> list[str]:
-    """Return the parts of a run of exactly `sum(sizes)` characters."""
+    """Return patterns of the parts of a run of exactly `sum(sizes)` characters."""
     total, done, parts = sum(sizes), 0, []
     for size in sizes:
         before = f"(?<={character}{{{done}}})" if done else ""

@@ -43,8 +43,8 @@ SHORTEST = 1200  # longer than what goes dense by default, so that the arms diff
 MAX_TOKENS = LONGEST + 512
 PATIENCE_S = 120.0  # of the client: much more than the service's deadline
 QUEUED_S = 0.1  # a request that waited longer is counted as queued
-BENDING, FIXED = "keep rate bends", "keep rate fixed"
-ARMS = {BENDING: None, FIXED: KEEP}
+ADAPTIVE, FIXED = "keep rate bends", "keep rate fixed"
+ARMS = {ADAPTIVE: None, FIXED: KEEP}
 _STATUS = re.compile(r"\d{3}\b.*: .+|in the stream: .+")  # how the load tester reports a refusal
 _SHED = re.compile(r"429 (\w+): ")
 
@@ -194,7 +194,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
         default=0.15,
         help="base rate, as a share of what the app can sustain in theory",
     )
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=[BENDING, FIXED])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=[ADAPTIVE, FIXED])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT / "bench-burst.json")
     return parser.parse_args(argv)

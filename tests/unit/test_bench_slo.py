@@ -108,7 +108,7 @@ def test_percentiles_are_compared():
 def arm(*streams):
     found = outcomes(*streams)
     run = Run(tuple(found), summarise("all", found, RequestSlo(ttft_s=1.0)))
-    return burst.BurstRun(burst.BENDING, run, others=0.0)
+    return burst.BurstRun(burst.ADAPTIVE, run, others=0.0)
 
 
 def test_a_burst_in_numbers():

@@ -107,7 +107,7 @@ def main_model(folder: str, dtype: str, max_tokens: int, *, weights: bool) -> Ma
 
 
 def links(**values: Any) -> KvConfig:
-    """Return the carriers between engines of one machine."""
+    """Return the KV configuration between engines of one machine."""
     return KvConfig.model_validate(
         {
             "host": "127.0.0.1",
@@ -137,5 +137,5 @@ def device_to_itself(out: Path) -> Iterator[None]:
 
 
 def lock_file(out: Path) -> Path:
-    """Return the lock of every part that is not timed, which it shares for life."""
+    """Return the file that every untimed part locks, shared, for its life."""
     return out / "device.lock"

@@ -86,12 +86,12 @@ def control_scores(
 
 
 def _spread_chunks(chunks: int) -> range:
-    """Return 1..chunks in bisection order: place 0 would be first in every order."""
+    """Return the places 1..chunks; place 0 would be first in every order."""
     return range(1, chunks + 1)
 
 
 def _bisection_order(place: int) -> float:
-    """Return Van der Corput's sequence: the bits of `place`, mirrored behind the point."""
+    """Return Van der Corput's number: the bits of `place`, mirrored behind the point."""
     value, share = 0.0, 0.5
     while place > 0:
         value += share * (place & 1)

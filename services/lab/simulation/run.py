@@ -311,7 +311,7 @@ class _Run:
         self._decode(now_s)
 
     def _fail(self, pool: int, replicas: int, now_s: float) -> None:
-        """Run what the dead engines ran again, from its stage on, ahead of the others."""
+        """Rerun what ran on the dead engines, from its stage on, ahead of the others."""
         station = self.stations[pool]
         for request, run in list(station.die(replicas, now_s)):
             if self.cores is not None:
