@@ -1,4 +1,4 @@
-"""What vulture cannot see the use of: who uses it is said above each group."""
+"""Names that vulture sees no use of; the comment above each group names the user."""
 
 _ = object()
 
