@@ -5,6 +5,7 @@ _ = object()
 # vLLM calls these, or passes these arguments, by name.
 CpuEnginePlatform
 ReplayTokens
+ReplayTokensV2
 SparseCPUWorker
 SparseGPUWorker
 SpecPrefillConnector

@@ -1,4 +1,4 @@
-"""What a training step is fed: which samples, how long, at which learning rate."""
+"""Input of a training step: the samples, their length, the learning rate."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from samples import Finding, Sample, Sampler, stretched
+from samples import AttentionTarget, Sampler, TrainingSample, stretch
 
 START_TOKENS, MAX_TOKENS = 128, 4608
 BATCH_TOKENS = 2048
@@ -23,20 +23,20 @@ DECAY_SHARE, LOWEST_RATE_SHARE = 0.3, 0.02
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class TrainingBatch:
     """Right-padded samples; every tensor is [sample, token]."""
 
     ids: torch.Tensor
     positions: torch.Tensor
     kinds: torch.Tensor
-    findings: tuple[tuple[Finding, ...], ...]  # of each sample
+    findings: tuple[tuple[AttentionTarget, ...], ...]  # of each sample
     length: int  # of the prompts, before any were pruned
     counts: bool  # whether its accuracy moves the curriculum
 
 
 @dataclass(slots=True)
-class Progress:
-    """How far a training is; what a checkpoint holds beside weights and optimizer."""
+class TrainingProgress:
+    """Progress of a training, stored in a checkpoint beside weights and optimizer."""
 
     step: int = 0
     tokens: int = 0
@@ -45,7 +45,7 @@ class Progress:
     length_since_step: int = 0
     accuracy: float = 0.0  # running, of answer tokens at the present length
 
-    def advance(self, batch: Batch, accuracy: float) -> None:
+    def advance(self, batch: TrainingBatch, accuracy: float) -> None:
         """Count the step, and double the length once the answers at the present one are right.
 
         Some families are never learnt well, so it is doubled after a while in any case.
@@ -62,41 +62,45 @@ class Progress:
 
 
 def rate_share(step: int, steps: int) -> float:
-    """Of the learning rate: warm-up, then constant, then a linear fall."""
+    """Return the share of the learning rate: warm-up, then constant, then a linear fall."""
     rise = min(1.0, (step + 1) / WARM_UP_STEPS)
     fall = min(1.0, max(LOWEST_RATE_SHARE, (1.0 - step / steps) / DECAY_SHARE))
     return rise * fall
 
 
-def draw_batch(shape: random.Random, rng: random.Random, sampler: Sampler, length: int) -> Batch:
-    """One batch at or below `length`; pruned prompts reach twice as far, at little cost.
+def draw_batch(
+    shape: random.Random, rng: random.Random, sampler: Sampler, length: int
+) -> TrainingBatch:
+    """Draw a batch at or below `length`; pruned prompts reach twice as far, at little cost.
 
-    `shape` decides on kind and length, `rng` on what the samples say.
+    `shape` decides on kind and length, `rng` on the samples' content.
     """
     if length >= PRUNED_FROM_TOKENS and shape.random() < PRUNED_SHARE:
         return _pruned_batch(shape, rng, sampler, length)
     drilled = shape.random() < DRILL_SHARE
     whole = not drilled and shape.random() < FULL_LENGTH_SHARE
     drawn = (
-        length if whole else _shorter(shape, min(length, MAX_DRILL_TOKENS) if drilled else length)
+        length
+        if whole
+        else _draw_shorter(shape, min(length, MAX_DRILL_TOKENS) if drilled else length)
     )
-    draw = sampler.drill if drilled else sampler.dense
+    draw = sampler.make_drill if drilled else sampler.make_dense
     rows = [draw(rng, drawn) for _ in range(_rows(drawn))]
     if drawn <= MAX_STRETCHED_TOKENS:
         rows = [_often_stretched(rng, row) for row in rows]
     return collate(rows, drawn, counts=whole)
 
 
-def _often_stretched(rng: random.Random, sample: Sample) -> Sample:
-    return stretched(rng, sample, MAX_TOKENS) if rng.random() < STRETCHED_SHARE else sample
+def _often_stretched(rng: random.Random, sample: TrainingSample) -> TrainingSample:
+    return stretch(rng, sample, MAX_TOKENS) if rng.random() < STRETCHED_SHARE else sample
 
 
-def collate(rows: Sequence[Sample], length: int, *, counts: bool) -> Batch:
+def collate(rows: Sequence[TrainingSample], length: int, *, counts: bool) -> TrainingBatch:
     """Pad on the right, where causal attention never looks."""
-    return Batch(
-        ids=_padded([row.ids for row in rows]),
-        positions=_padded([row.positions for row in rows]),
-        kinds=_padded([row.kinds for row in rows]),
+    return TrainingBatch(
+        ids=_pad([row.ids for row in rows]),
+        positions=_pad([row.positions for row in rows]),
+        kinds=_pad([row.kinds for row in rows]),
         findings=tuple(row.findings for row in rows),
         length=length,
         counts=counts,
@@ -107,20 +111,22 @@ def _rows(tokens: int) -> int:
     return max(1, BATCH_TOKENS // tokens)
 
 
-def _shorter(shape: random.Random, length: int) -> int:
-    """Log-uniform, so that each power of two gets its share."""
+def _draw_shorter(shape: random.Random, length: int) -> int:
+    """Draw log-uniformly, so that each power of two gets its share."""
     return int(SHORTEST_TOKENS * (length / SHORTEST_TOKENS) ** shape.random())
 
 
-def _pruned_batch(shape: random.Random, rng: random.Random, sampler: Sampler, length: int) -> Batch:
+def _pruned_batch(
+    shape: random.Random, rng: random.Random, sampler: Sampler, length: int
+) -> TrainingBatch:
     source = shape.randint(length // 2, min(MAX_TOKENS, 2 * length))
     keep = shape.uniform(0.0, MAX_KEEP)
-    rows: list[Sample] = []
+    rows: list[TrainingSample] = []
     while not rows or len(rows) * max(len(row.ids) for row in rows) < BATCH_TOKENS:
-        rows.append(sampler.pruned(rng, source, keep))
+        rows.append(sampler.make_pruned(rng, source, keep))
     return collate(rows, source, counts=False)
 
 
-def _padded(rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
+def _pad(rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
     width = max(map(len, rows))
     return torch.tensor([list(row) + [0] * (width - len(row)) for row in rows])

@@ -1,6 +1,6 @@
 """Training conversations of the quality suite's families, worded as its prompts are.
 
-What a small model learns is copying, so every reply is a path that copying can follow: it says the
+What a small model learns is copying, so every reply is a path that copying can follow: it has the
 key before the value, and a chain of variables backwards, each name beside the next. Where it can,
 a conversation asks several questions about one document.
 """
@@ -21,7 +21,7 @@ from specprefill.lab.families import (
     tracking,
     words,
 )
-from specprefill.lab.families.task import Draft, Order
+from specprefill.lab.families.task import Order, TaskDraft
 from specprefill.synthetic import corpus
 
 # About how long things are, in tokens.
@@ -32,7 +32,7 @@ MAX_QUESTIONS = 8
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What a user says, the reply, and what must be read for it, as the text has it."""
+    """A user's message, the reply, and the text that must be read for it."""
 
     text: str
     reply: str
@@ -52,32 +52,32 @@ Draw = Callable[[random.Random], str]
 
 
 def draw(rng: random.Random, tokens: int) -> Conversation:
-    """A conversation of any family, of about `tokens` tokens."""
+    """Draw a conversation of any family, of about `tokens` tokens."""
     family = rng.choices(list(WEIGHTS), weights=list(WEIGHTS.values()))[0]
     return family(rng, tokens)
 
 
-def magic(rng: random.Random, tokens: int) -> Conversation:
-    """Needles in noise, in prose, or among needles, each with a key of its own."""
+def magic_needles(rng: random.Random, tokens: int) -> Conversation:
+    """Draw needles in noise, in prose, or among needles, each with a key of its own."""
     key_kind, kind, size = rng.choice(NEEDLE_KINDS)
     among_needles = rng.random() < 0.5
     asked = max(1, min(MAX_QUESTIONS, tokens // (4 * size)))
     most = max(asked, tokens // size - asked * 3)
     count = most if among_needles else min(most, rng.randint(asked, 2 * asked))
-    keys = words.distinct(lambda: niah.drawn(rng, key_kind), count)
-    facts = [f"{key} is: {niah.drawn(rng, kind)}." for key in keys]
+    keys = words.distinct(lambda: niah.draw_word(rng, key_kind), count)
+    facts = [f"{key} is: {niah.draw_word(rng, kind)}." for key in keys]
     room = 0 if among_needles else tokens - (count + asked * 3) * size
     turns = [_magic_turn(kind, (key,), (fact,)) for key, fact in zip(keys, facts, strict=True)]
     return _magic_conversation(rng, niah.ONE, kind, rng.sample(turns, asked), facts, room)
 
 
 def magic_values(rng: random.Random, tokens: int) -> Conversation:
-    """One to four values of each key, all of them asked, told in the text's order."""
+    """Draw one to four values of each key, all of them asked, in the text's order."""
     kind, asked = niah.Kind.NUMBERS, max(1, min(4, tokens // 200))
     keys = words.distinct(lambda: words.adjective_noun(rng), asked)
     counted = [key for key in keys for _ in range(rng.choice((2, 4, 4)))]
     rng.shuffle(counted)
-    facts = [f"{key} is: {niah.drawn(rng, kind)}." for key in counted]
+    facts = [f"{key} is: {niah.draw_word(rng, kind)}." for key in counted]
     turns = [
         _magic_turn(kind, (key,), [fact for fact in facts if fact.startswith(f"{key} ")])
         for key in keys
@@ -87,10 +87,10 @@ def magic_values(rng: random.Random, tokens: int) -> Conversation:
 
 
 def magic_keys(rng: random.Random, tokens: int) -> Conversation:
-    """Several keys asked at once, told in the question's order."""
+    """Draw several keys asked at once, in the question's order."""
     kind, questions = niah.Kind.NUMBERS, max(1, min(4, tokens // 200))
     keys = words.distinct(lambda: words.adjective_noun(rng), max(4, min(12, tokens // 60)))
-    values = {key: f"{key} is: {niah.drawn(rng, kind)}." for key in keys}
+    values = {key: f"{key} is: {niah.draw_word(rng, kind)}." for key in keys}
     turns = []
     for _ in range(questions):
         asked = rng.sample(keys, rng.choice((2, 3, 4, 4)))
@@ -100,13 +100,13 @@ def magic_keys(rng: random.Random, tokens: int) -> Conversation:
 
 
 def variables(rng: random.Random, tokens: int) -> Conversation:
-    """The chain backwards, as it stands in the text: each name's own line leads to the next."""
-    draft = _drafted(tracking.variable_tracking, rng, max(6, (tokens - 170) // NOISE), tokens)
+    """Draw the chain backwards, as the text has it: each name's own line leads to the next."""
+    draft = _draft(tracking.variable_tracking, rng, max(6, (tokens - 170) // NOISE), tokens)
     return _asked_once(draft, " = VAR ".join(reversed(draft.references)))
 
 
-def pairs(rng: random.Random, tokens: int) -> Conversation:
-    """Values of keys in a JSON object."""
+def key_value_pairs(rng: random.Random, tokens: int) -> Conversation:
+    """Draw values of keys in a JSON object."""
     asked = max(1, min(MAX_QUESTIONS, tokens // (4 * PAIR)))
     count = max(asked, 2, tokens // PAIR - 1 - asked * 2)
     items = [f'"{words.uuid4(rng)}": "{words.uuid4(rng)}"' for _ in range(count)]
@@ -119,8 +119,8 @@ def pairs(rng: random.Random, tokens: int) -> Conversation:
     return _with_document(head + lookup.DATA.format(data="{" + ",\n ".join(items) + "}"), turns)
 
 
-def newest(rng: random.Random, tokens: int) -> Conversation:
-    """Numbered notices, several about each key; the newest one holds."""
+def newest_notice(rng: random.Random, tokens: int) -> Conversation:
+    """Draw numbered notices, several about each key; the newest one holds."""
     subjects = corpus.records(rng, max(2, min(5, tokens // 60)))
     revised = [subject for subject in subjects for _ in range(rng.choice((1, 2, 3)))]
     rng.shuffle(revised)
@@ -129,32 +129,32 @@ def newest(rng: random.Random, tokens: int) -> Conversation:
         for place, subject in enumerate(revised, start=1)
     ]
     room = tokens - NOTICE * len(facts) - 35 * len(subjects)
-    document = " ".join(_scattered(rng, _prose(rng, room), facts))
+    document = " ".join(_scatter(rng, _prose(rng, room), facts))
     return _with_document(f"{document}\n\n", [_newest_turn(each, facts) for each in subjects])
 
 
-def quoted(rng: random.Random, tokens: int) -> Conversation:
-    """The lines under a comment, after the comment itself."""
+def quote_lines(rng: random.Random, tokens: int) -> Conversation:
+    """Draw the lines under a comment, after the comment itself."""
     short = tokens < copying.SHORT_BELOW_TOKENS
     size = copying.SHORT_BLOCK_LINES if short else copying.BLOCK_LINES
     lines = max(size, tokens // CODE_LINE - size)
-    draft = _drafted(copying.copy_lines, rng, lines, tokens)
+    draft = _draft(copying.copy_lines, rng, lines, tokens)
     comment = draft.messages[0]["content"].rsplit('"', 2)[1]
     return _asked_once(draft, f"{comment}\n{draft.references[0]}")
 
 
-def secret(rng: random.Random, tokens: int) -> Conversation:
-    """A word of the system prompt."""
+def system_secret(rng: random.Random, tokens: int) -> Conversation:
+    """Draw a word of the system prompt."""
     sentences = max(1, (tokens - 50) // SENTENCE)
-    draft = _drafted(dialogue.SystemSecret(warm=False).draft, rng, sentences, tokens)
+    draft = _draft(dialogue.SystemSecret(warm=False).draft, rng, sentences, tokens)
     system, user = (str(message["content"]) for message in draft.messages)
     return Conversation((Turn(user, draft.gold[0], draft.gold),), system)
 
 
-def recalled(rng: random.Random, tokens: int) -> Conversation:
-    """Every turn brings a part of the document; the last asks about the first."""
+def recall_turn(rng: random.Random, tokens: int) -> Conversation:
+    """Draw turns that each bring a part of the document; the last asks about the first."""
     sentences = max(dialogue.TURNS, (tokens - 250) // SENTENCE)
-    draft = _drafted(dialogue.recall, rng, sentences, tokens)
+    draft = _draft(dialogue.recall, rng, sentences, tokens)
     texts = [str(message["content"]) for message in draft.messages] + [draft.gold[0]]
     replies = texts[1::2]
     return Conversation(
@@ -162,8 +162,8 @@ def recalled(rng: random.Random, tokens: int) -> Conversation:
     )
 
 
-def drilled(rng: random.Random, tokens: int) -> list[tuple[str, str]]:
-    """Keys with what follows them, so many that twice all of them take most of the tokens."""
+def drill_facts(rng: random.Random, tokens: int) -> list[tuple[str, str]]:
+    """Draw keys with what follows them; twice all of them take most of the tokens."""
     draw_key, between, draw_value, size = rng.choice(DRILLS)
     count = max(2, tokens // (2 * size + SENTENCE))
     keys = words.distinct(lambda: draw_key(rng), count)
@@ -171,15 +171,15 @@ def drilled(rng: random.Random, tokens: int) -> list[tuple[str, str]]:
 
 
 WEIGHTS: dict[Family, float] = {
-    magic: 0.35,
-    pairs: 0.2,
+    magic_needles: 0.35,
+    key_value_pairs: 0.2,
     variables: 0.08,
     magic_values: 0.1,
     magic_keys: 0.06,
-    newest: 0.13,
-    quoted: 0.05,
-    secret: 0.01,
-    recalled: 0.02,
+    newest_notice: 0.13,
+    quote_lines: 0.05,
+    system_secret: 0.01,
+    recall_turn: 0.02,
 }
 NEEDLE_KINDS = (
     *((niah.Kind.WORDS, niah.Kind.NUMBERS, NUMBER_NEEDLE),) * 3,
@@ -206,7 +206,7 @@ def _name(rng: random.Random) -> str:
 
 
 def _magic_turn(kind: niah.Kind, keys: Sequence[str], facts: Sequence[str]) -> Turn:
-    """The question, with the beginning of an answer that the published prompts end with."""
+    """Return the question, with the beginning of an answer that the published prompts end with."""
     template = niah.MANY if len(facts) > 1 else niah.ONE
     query = ", ".join(keys[:-1]) + ", and " + keys[-1] if len(keys) > 1 else keys[0]
     shown = kind if len(facts) > 1 else kind.removesuffix("s")
@@ -227,7 +227,7 @@ def _magic_conversation(
     haystack = (niah.NOISE,) * max(0, room // NOISE) if noise else _prose(rng, room)
     shown = kind.removesuffix("s") if template == niah.ONE else kind
     head = template.split("{context}")[0].format(kind=shown)
-    context = ("\n" if noise else " ").join(_scattered(rng, haystack, needles))
+    context = ("\n" if noise else " ").join(_scatter(rng, haystack, needles))
     return _with_document(f"{head}{context}\n", turns)
 
 
@@ -237,13 +237,13 @@ def _newest_turn(subject: corpus.Record, facts: Sequence[str]) -> Turn:
     return Turn(question, gold[gold.index(subject.key) :].removesuffix("."), (gold,))
 
 
-def _drafted(
-    family: Callable[[Order], Draft], rng: random.Random, units: int, tokens: int
-) -> Draft:
+def _draft(
+    family: Callable[[Order], TaskDraft], rng: random.Random, units: int, tokens: int
+) -> TaskDraft:
     return family(Order(rng, units, tokens))
 
 
-def _asked_once(draft: Draft, reply: str) -> Conversation:
+def _asked_once(draft: TaskDraft, reply: str) -> Conversation:
     return Conversation((Turn(str(draft.messages[0]["content"]), reply, draft.gold),))
 
 
@@ -256,5 +256,5 @@ def _prose(rng: random.Random, tokens: int) -> tuple[str, ...]:
     return words.prose(rng, max(0, tokens // SENTENCE))
 
 
-def _scattered(rng: random.Random, haystack: Sequence[str], facts: Sequence[str]) -> list[str]:
+def _scatter(rng: random.Random, haystack: Sequence[str], facts: Sequence[str]) -> list[str]:
     return words.scatter(rng, tuple(haystack), tuple(facts))

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from curriculum import Batch
+from curriculum import TrainingBatch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 
-def finding_loss(model: LlamaForCausalLM, hidden: Tensor, batch: Batch) -> Tensor:
-    """Cross-entropy of the head's attention over the prompt against an even look at the gold.
+def finding_loss(model: LlamaForCausalLM, hidden: Tensor, batch: TrainingBatch) -> Tensor:
+    """Return the cross-entropy of the head's attention over the prompt to an even look at the gold.
 
     `hidden` [sample, token, hidden] is the last layer reads. Zero where nothing is to be found.
     """
@@ -25,9 +25,9 @@ def finding_loss(model: LlamaForCausalLM, hidden: Tensor, batch: Batch) -> Tenso
 
 
 def _queries_and_keys(
-    model: LlamaForCausalLM, hidden: Tensor, batch: Batch
+    model: LlamaForCausalLM, hidden: Tensor, batch: TrainingBatch
 ) -> tuple[Tensor, Tensor]:
-    """Of the head, scaled: [sample, token, head_dim] each."""
+    """Return the head's queries and keys, scaled: [sample, token, head_dim] each."""
     layer, size = model.model.layers[-1], model.config.head_dim
     normed = layer.input_layernorm(hidden)
     query = normed @ layer.self_attn.q_proj.weight[-size:].T
@@ -37,8 +37,8 @@ def _queries_and_keys(
     return query.squeeze(1) * layer.self_attn.scaling, key.squeeze(1)
 
 
-def _losses(queries: Tensor, keys: Tensor, batch: Batch) -> Iterator[Tensor]:
-    """One for each answer; what stands behind its start token is no key."""
+def _losses(queries: Tensor, keys: Tensor, batch: TrainingBatch) -> Iterator[Tensor]:
+    """Return a loss for each answer; tokens behind its start token are no keys."""
     for row, findings in enumerate(batch.findings):
         for finding in findings:
             asked = queries[row, finding.queries.start : finding.queries.stop]

@@ -1,8 +1,8 @@
 """Starts the main model as the trained speculator in a larger shape, computing the same function.
 
 The idea is Net2Net's (Chen et al., 2016): hidden units, heads and MLP units are copied and their
-outputs shared out; further layers begin as the identity. What the small model learned in cheap
-steps need not be learned again in dear ones. A little noise lets the copies part.
+outputs shared out; further layers start as the identity. What the small model learned in cheap
+steps need not be learned again in expensive ones. A little noise lets the copies part.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _grow_layer(small: LlamaDecoderLayer, large: LlamaDecoderLayer, head: int, w
 
 
 def _more_heads(rows: Tensor, head: int, wanted_rows: int) -> Tensor:
-    """Every head's rows copied beside themselves, so that copies share a key-value head."""
+    """Copy every head's rows beside themselves, so that copies share a key-value head."""
     copies = wanted_rows // rows.shape[0]
     heads = rows.reshape(-1, head, rows.shape[1])
     return heads.repeat_interleave(copies, dim=0).reshape(wanted_rows, rows.shape[1])

@@ -1,8 +1,8 @@
-"""Starts a Llama with an induction circuit in its first two layers: training begins with copying.
+"""Starts a Llama with an induction circuit in its first two layers: training starts with copying.
 
 Induction (Olsson et al., "In-context Learning and Induction Heads", 2022) finds the earlier place
 that looks like the present one, and copies what came next. Small models spend most of their
-training before they find it; here the weights begin with a rough one, and training makes it exact.
+training before they find it; here the weights start with a rough one, and training makes it exact.
 
 The hidden state is cut into four blocks: the token itself, then the tokens one, two and three
 places back, which the first layer's heads fetch. The second layer compares the token and its
@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 OFFSETS = (1, 2, 3)  # tokens back; one key-value head of the first layer each
-PHASE_PAIRS = 4  # RoPE's fastest frequencies tell neighbours apart
+PHASE_PAIRS = 4  # RoPE's fastest frequencies separate neighbours
 CONTENT_PAIRS = 6  # its slowest leave content alone over thousands of tokens
 CONSTANT = 0.5  # one embedding column, the same for all tokens
 OWN_SCALE, OTHER_SCALE = (
@@ -29,8 +29,8 @@ FETCH_GAIN, MATCH_GAIN, COPY_GAIN = 0.1, 2.0, 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """Where the circuit's rows and columns are."""
+class CircuitShape:
+    """The rows and columns of the circuit."""
 
     width: int  # of a block of the hidden state
     head: int
@@ -45,18 +45,18 @@ class Shape:
         return slice(kv_head * self.head, (kv_head + 1) * self.head)
 
     def query_rows(self, kv_head: int) -> slice:
-        """Of the group's first query head; the others stay random."""
+        """Return the rows of the group's first query head; the others stay random."""
         start = kv_head * self.group * self.head
         return slice(start, start + self.head)
 
     def content_rows(self) -> torch.Tensor:
-        """Within a head: both halves of the slowest pairs."""
+        """Return rows within a head: both halves of the slowest pairs."""
         slow = torch.arange(self.head // 2 - CONTENT_PAIRS, self.head // 2)
         return torch.cat([slow, slow + self.head // 2])
 
 
 def start_with_induction(model: LlamaForCausalLM, generator: torch.Generator) -> None:
-    """Writes the circuit over the model's random weights."""
+    """Write the circuit over the model's random weights."""
     shape = _shape(model.config)
     with torch.no_grad():
         for layer in model.model.layers:
@@ -67,8 +67,8 @@ def start_with_induction(model: LlamaForCausalLM, generator: torch.Generator) ->
         _match_and_copy(model, shape, generator)
 
 
-def _shape(config: LlamaConfig) -> Shape:
-    return Shape(
+def _shape(config: LlamaConfig) -> CircuitShape:
+    return CircuitShape(
         width=config.hidden_size // (1 + len(OFFSETS)),
         head=config.head_dim,
         kv_heads=config.num_key_value_heads,
@@ -77,14 +77,14 @@ def _shape(config: LlamaConfig) -> Shape:
     )
 
 
-def _split_embedding(weight: torch.Tensor, shape: Shape) -> None:
+def _split_embedding(weight: torch.Tensor, shape: CircuitShape) -> None:
     weight[:, : shape.width] *= OWN_SCALE
     weight[:, shape.width :] *= OTHER_SCALE
     weight[:, 0] = CONSTANT
 
 
-def _look_back(model: LlamaForCausalLM, shape: Shape, generator: torch.Generator) -> None:
-    """First layer: keys have the phase of their place, queries that of the place they look at."""
+def _look_back(model: LlamaForCausalLM, shape: CircuitShape, generator: torch.Generator) -> None:
+    """Set the first layer: keys have the phase of their place, queries that of the one before."""
     attention = model.model.layers[0].self_attn
     half = shape.head // 2
     read = _orthogonal(shape.head, shape.width, generator)
@@ -100,8 +100,10 @@ def _look_back(model: LlamaForCausalLM, shape: Shape, generator: torch.Generator
         attention.o_proj.weight[shape.block(offset), query] += FETCH_GAIN * read.T
 
 
-def _match_and_copy(model: LlamaForCausalLM, shape: Shape, generator: torch.Generator) -> None:
-    """Second layer: (token, one back) of the query against (one back, two back) of the keys."""
+def _match_and_copy(
+    model: LlamaForCausalLM, shape: CircuitShape, generator: torch.Generator
+) -> None:
+    """Set the second layer: (token, one back) of the query against (one, two back) of the keys."""
     attention = model.model.layers[1].self_attn
     content = shape.content_rows()
     for kv_head in range(shape.kv_heads):
@@ -119,7 +121,7 @@ def _match_and_copy(model: LlamaForCausalLM, shape: Shape, generator: torch.Gene
 
 
 def _orthogonal(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
-    """Orthonormal rows, blind to the constant column."""
+    """Return orthonormal rows, blind to the constant column."""
     square = torch.linalg.qr(torch.randn(columns, columns, generator=generator))[0]
     matrix = square[:rows].clone()
     matrix[:, 0] = 0.0

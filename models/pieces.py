@@ -1,4 +1,4 @@
-"""How the demo tokenizer cuts text into the pieces that its tokens never cross.
+"""The pieces into which the demo tokenizer cuts text; its tokens never cross them.
 
 Copying is what the demo models can do, so what they copy is cut evenly: a uuid into pairs of
 digits, a number of seven digits into pairs, the name of a variable into letters. A fixed phrase
@@ -28,12 +28,12 @@ SPACE = f" (?={VALUE})"
 
 
 def pattern() -> str:
-    """The regular expression whose matches are the pieces of a text."""
+    """Return the regular expression whose matches are the pieces of a text."""
     return "|".join((*PHRASES, *_uuid_pairs(), *_number_pairs(), *_name_letters(), SPACE, WORDS))
 
 
 def _uuid_pairs() -> list[str]:
-    """A pair takes a leading hyphen along, so that all 16 are one piece each."""
+    """Return patterns of pairs; a leading hyphen joins its pair, so that all 16 are a piece."""
     groups = ([f"{HEX}{{2}}"] * pairs for pairs in (4, 2, 2, 2, 6))
     pairs = [
         f"-{pair}" if number and not place else pair
@@ -44,16 +44,16 @@ def _uuid_pairs() -> list[str]:
 
 
 def _number_pairs() -> list[str]:
-    return _evenly(DIGIT, (1, 2, 2, 2))
+    return _split_evenly(DIGIT, (1, 2, 2, 2))
 
 
 def _name_letters() -> list[str]:
-    first, *others = _evenly(CAPITAL, (1,) * 5)
+    first, *others = _split_evenly(CAPITAL, (1,) * 5)
     return [f" ?{first}", *others]
 
 
 def _each_within(parts: Sequence[str]) -> list[str]:
-    """Each part where all that come before and after it stand around it."""
+    """Return patterns of each part with all others required before and after it."""
     return [
         f"(?<={''.join(parts[:i])}){part}(?={''.join(parts[i + 1 :])})"
         if i
@@ -62,8 +62,8 @@ def _each_within(parts: Sequence[str]) -> list[str]:
     ]
 
 
-def _evenly(character: str, sizes: Sequence[int]) -> list[str]:
-    """Parts of a run of exactly `sum(sizes)` characters."""
+def _split_evenly(character: str, sizes: Sequence[int]) -> list[str]:
+    """Return patterns of the parts of a run of exactly `sum(sizes)` characters."""
     total, done, parts = sum(sizes), 0, []
     for size in sizes:
         before = f"(?<={character}{{{done}}})" if done else ""

@@ -13,7 +13,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 
 def join() -> int:
-    """Meet the others, where there are any; the number of this process among them."""
+    """Meet the other processes, if any; return the number of this one among them."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0
     distributed.init_process_group("gloo")
@@ -21,7 +21,7 @@ def join() -> int:
 
 
 def average(model: torch.nn.Module, accuracy: float) -> float:
-    """Replace the gradients by their mean over all processes; the mean accuracy."""
+    """Replace the gradients by their mean over all processes; return the mean accuracy."""
     if not distributed.is_initialized():
         return accuracy
     gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]

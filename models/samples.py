@@ -27,7 +27,7 @@ SUITE_SYSTEM_SHARE = 0.3
 QUESTION_AND_ANSWER, RECORD, SENTENCE, TEMPLATE = 21, 11, 12, 12
 TOKENS_PER_QUESTION, MAX_QUESTIONS = 48, 16
 TOKENS_PER_RECORD, MAX_RECORDS = 40, 48
-KEY_TOKENS = 3  # after so many it is known which key is drilled
+KEY_TOKENS = 3  # after this many it is known which key is drilled
 RECORDS_SHARE = 0.25  # of the chats; the others are of the quality suite's families
 QUERIES = 8  # of each answer, from its start token on, are to find the gold
 GAP_CHUNK_TOKENS, MAX_GAPS = 32, 8
@@ -36,21 +36,21 @@ PLAIN, ANSWER = 1, 2  # what a token is to the loss; 0 is padding
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """Which tokens one answer needs, and which tokens are to look at them: indices of a sample."""
+class AttentionTarget:
+    """The tokens that one answer needs, and the tokens to look at them: indices of a sample."""
 
     queries: range  # the first stands before the answer's first token
     gold: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """Token ids, the position of each, the kind of each, and what each answer needs."""
+class TrainingSample:
+    """Token ids, the position of each, the kind of each, and the findings of the answers."""
 
     ids: tuple[int, ...]
     positions: tuple[int, ...]
     kinds: tuple[int, ...]
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[AttentionTarget, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +67,12 @@ class Sampler:
 
     tokenizer: PreTrainedTokenizerBase
 
-    def dense(self, rng: random.Random, tokens: int) -> Sample:
-        """A chat of about `tokens` tokens."""
+    def make_dense(self, rng: random.Random, tokens: int) -> TrainingSample:
+        """Make a chat of about `tokens` tokens."""
         return self._sample(draw_chat(rng, tokens))
 
-    def pruned(self, rng: random.Random, tokens: int, keep: float) -> Sample:
-        """A chat of which only some chunks are left, at their own positions.
+    def make_pruned(self, rng: random.Random, tokens: int, keep: float) -> TrainingSample:
+        """Make a chat with only some chunks left, at their own positions.
 
         Chunks that an answer needs and those from the first question on are left, as a good
         speculator would do, and about `keep` of the others.
@@ -82,11 +82,11 @@ class Sampler:
         chunks = range(-(-len(whole.ids) // GAP_CHUNK_TOKENS))
         kept = {chunk for chunk in chunks if chunk in needed or rng.random() < keep}
         left = [i for i in whole.positions if i // GAP_CHUNK_TOKENS in kept]
-        return _left(whole, left)
+        return _keep_tokens(whole, left)
 
-    def drill(self, rng: random.Random, tokens: int) -> Sample:
-        """Bare keys with values among filler, then all of them again: the task at its densest."""
-        facts = families.drilled(rng, tokens)
+    def make_drill(self, rng: random.Random, tokens: int) -> TrainingSample:
+        """Make bare keys with values among filler, then all of them again: the densest task."""
+        facts = families.drill_facts(rng, tokens)
         pairs = [(self._encode(key), self._encode(f"{key}{value}.")) for key, value in facts]
         room = tokens - 2 * sum(len(pair) for _, pair in pairs)
         parts = [self._encode(f" {text}") for text in draw_filler(rng, max(0, room) // SENTENCE)]
@@ -99,7 +99,7 @@ class Sampler:
             unknown = min(len(key), KEY_TOKENS)
             ids += pair
             kinds += [PLAIN] * unknown + [ANSWER] * (len(pair) - unknown - 1) + [PLAIN]
-        return Sample(tuple(ids), tuple(range(len(ids))), tuple(kinds))
+        return TrainingSample(tuple(ids), tuple(range(len(ids))), tuple(kinds))
 
     def _render(self, chat: Chat) -> str:
         return str(self.tokenizer.apply_chat_template(chat.messages, tokenize=False))
@@ -107,25 +107,25 @@ class Sampler:
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
-    def _sample(self, chat: Chat) -> Sample:
+    def _sample(self, chat: Chat) -> TrainingSample:
         text = self._render(chat)
         encoding = self.tokenizer(text, add_special_tokens=False)
         ids = encoding["input_ids"]
         start, end = self.tokenizer.convert_tokens_to_ids(["<|assistant|>", "<|end|>"])
         starts = [place for place, token in enumerate(ids) if token == start]
         findings = tuple(
-            Finding(
+            AttentionTarget(
                 range(first, min(first + QUERIES, ids.index(end, first))),
                 tuple(_tokens_of(encoding, text, gold)),
             )
             for first, gold in zip(starts, chat.golds, strict=True)
         )
         kinds = tuple(_kinds(ids, start, end))
-        return Sample(tuple(ids), tuple(range(len(ids))), kinds, findings)
+        return TrainingSample(tuple(ids), tuple(range(len(ids))), kinds, findings)
 
 
 def draw_chat(rng: random.Random, tokens: int) -> Chat:
-    """About records, or of one of the quality suite's families; about `tokens` tokens."""
+    """Draw a chat of about `tokens` tokens about records, or of one of the suite's families."""
     if rng.random() < RECORDS_SHARE:
         return make_chat(rng, tokens)
     conversation = families.draw(rng, tokens - TEMPLATE)
@@ -140,7 +140,7 @@ def draw_chat(rng: random.Random, tokens: int) -> Chat:
 
 
 def make_chat(rng: random.Random, tokens: int) -> Chat:
-    """A conversation of about `tokens` tokens: a document, then questions with their answers."""
+    """Make a chat of about `tokens` tokens: a document, then questions with their answers."""
     asked_count = max(1, min(MAX_QUESTIONS, tokens // TOKENS_PER_QUESTION))
     most = max(2, min(MAX_RECORDS, tokens // TOKENS_PER_RECORD))
     count = max(asked_count, rng.randint(2, most))
@@ -156,7 +156,7 @@ def make_chat(rng: random.Random, tokens: int) -> Chat:
 
 
 def draw_filler(rng: random.Random, sentences: int) -> list[str]:
-    """Sentences drawn from a smaller pool: the repeats reward a model that learns to copy."""
+    """Draw sentences from a smaller pool: the repeats reward a model that learns to copy."""
     pool = corpus.filler_pool(rng, max(3, int(sentences * rng.uniform(0.2, 1.0))))
     return [rng.choice(pool) for _ in range(sentences)]
 
@@ -182,7 +182,7 @@ def _messages(
 
 
 def _kinds(ids: list[int], start: int, end: int) -> Iterator[int]:
-    """Answers are what stands after a start token, up to and with the end token."""
+    """Mark the kinds: answers follow a start token, up to and with the end token."""
     inside = False
     for token in ids:
         yield ANSWER if inside else PLAIN
@@ -190,7 +190,7 @@ def _kinds(ids: list[int], start: int, end: int) -> Iterator[int]:
 
 
 def _tokens_of(encoding: BatchEncoding, text: str, parts: Sequence[str]) -> Iterator[int]:
-    """The tokens of each part's first place in the text."""
+    """Return the tokens of each part's first place in the text."""
     for part in parts:
         start = text.index(part)
         first = encoding.char_to_token(start)
@@ -198,15 +198,15 @@ def _tokens_of(encoding: BatchEncoding, text: str, parts: Sequence[str]) -> Iter
         yield from range(first, last + 1)
 
 
-def _left(whole: Sample, left: Sequence[int]) -> Sample:
-    """The sample with only these of its tokens, among which is all that its answers need."""
+def _keep_tokens(whole: TrainingSample, left: Sequence[int]) -> TrainingSample:
+    """Return the sample with only these tokens, among which is all that its answers need."""
     places = {i: place for place, i in enumerate(left)}
-    return Sample(
+    return TrainingSample(
         ids=tuple(whole.ids[i] for i in left),
         positions=tuple(whole.positions[i] for i in left),
         kinds=tuple(whole.kinds[i] for i in left),
         findings=tuple(
-            Finding(
+            AttentionTarget(
                 range(places[each.queries.start], places[each.queries.start] + len(each.queries)),
                 tuple(places[i] for i in each.gold),
             )
@@ -215,8 +215,8 @@ def _left(whole: Sample, left: Sequence[int]) -> Sample:
     )
 
 
-def stretched(rng: random.Random, sample: Sample, most: int) -> Sample:
-    """The sample as if chunks between its own had been pruned, at positions below `most`.
+def stretch(rng: random.Random, sample: TrainingSample, most: int) -> TrainingSample:
+    """Return the sample as if chunks between its own had been pruned, at positions below `most`.
 
     Long distances are learnt at the cost of short prompts.
     """
@@ -231,12 +231,12 @@ def stretched(rng: random.Random, sample: Sample, most: int) -> Sample:
     )
 
 
-def _gold_chunks(sample: Sample) -> set[int]:
+def _gold_chunks(sample: TrainingSample) -> set[int]:
     return {i // GAP_CHUNK_TOKENS for finding in sample.findings for i in finding.gold}
 
 
-def _conversation_chunks(sample: Sample) -> set[int]:
-    """From the first question on."""
+def _conversation_chunks(sample: TrainingSample) -> set[int]:
+    """Return the chunks from the first question on."""
     question = sample.kinds.index(ANSWER) - LAST_QUESTION_TOKENS
     chunks = [i // GAP_CHUNK_TOKENS for i in sample.positions]
     return {chunk for chunk in chunks if chunk >= question // GAP_CHUNK_TOKENS}

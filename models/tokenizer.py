@@ -48,7 +48,7 @@ OTHER_TEXT = (
 
 
 def training_text(rng: random.Random, documents: int) -> Iterator[str]:
-    """The lexicon, filler, records and questions, and a little text of other kinds."""
+    """Return the lexicon, filler, records and questions, and a little text of other kinds."""
     for _ in range(documents):
         facts = corpus.records(rng, 8)
         filler = corpus.filler_pool(rng, 24)
@@ -63,7 +63,7 @@ def training_text(rng: random.Random, documents: int) -> Iterator[str]:
 
 
 def train(rng: random.Random, documents: int) -> Tokenizer:
-    """A tokenizer in which every lexicon word is one token; raises ValueError where one is not."""
+    """Train a tokenizer with one token per lexicon word; raises ValueError if one has more."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -86,7 +86,7 @@ def train(rng: random.Random, documents: int) -> Tokenizer:
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja."""
+    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja."""
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BEGIN,

@@ -16,7 +16,7 @@ import replicas
 import samples
 import tokenizer as tokenizer_recipe
 import torch
-from curriculum import MAX_TOKENS, Batch, Progress, draw_batch, rate_share
+from curriculum import MAX_TOKENS, TrainingBatch, TrainingProgress, draw_batch, rate_share
 from finding import finding_loss
 from growth import carry_over, grow
 from induction import start_with_induction
@@ -45,7 +45,7 @@ REPORT_EVERY_STEPS = 25
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The size of a model, and how it learns."""
+    """The size of a model, and its training."""
 
     folder: str
     hidden: int
@@ -67,8 +67,8 @@ RECIPES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What one batch gave; the accuracy is of answer tokens."""
+class BatchLosses:
+    """The losses of one batch; the accuracy is of answer tokens."""
 
     answer_loss: torch.Tensor
     plain_loss: torch.Tensor
@@ -83,7 +83,7 @@ class Outcome:
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """A Llama with random weights."""
+    """Make a Llama with random weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=recipe.hidden,
@@ -102,8 +102,8 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LlamaForC
     return LlamaForCausalLM(config)
 
 
-def forward(model: LlamaForCausalLM, batch: Batch) -> Outcome:
-    """Cross-entropy of all answer tokens and of a random quarter of the others."""
+def forward(model: LlamaForCausalLM, batch: TrainingBatch) -> BatchLosses:
+    """Return cross-entropy of all answer tokens and of a random quarter of the others."""
     device = model.device
     with torch.autocast(device.type, dtype=torch.bfloat16):
         # The mask of ones keeps transformers from reading gaps as borders of packed sequences.
@@ -122,7 +122,7 @@ def forward(model: LlamaForCausalLM, batch: Batch) -> Outcome:
     targets, kinds = batch.ids[:, 1:][picked].to(device), kinds[picked].to(device)
     losses = functional.cross_entropy(logits, targets, reduction="none")
     answers = kinds == samples.ANSWER
-    return Outcome(
+    return BatchLosses(
         answer_loss=losses[answers].mean(),
         plain_loss=losses[kinds == samples.PLAIN].mean(),
         finding_loss=finding,
@@ -132,17 +132,17 @@ def forward(model: LlamaForCausalLM, batch: Batch) -> Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """One model on its way."""
+    """One model in training."""
 
     model: LlamaForCausalLM
     optimizer: torch.optim.Optimizer
     sampler: Sampler
     recipe: Recipe
-    progress: Progress
+    progress: TrainingProgress
     seed: int
     replica: int
 
-    def step(self) -> tuple[Batch, Outcome]:
+    def step(self) -> tuple[TrainingBatch, BatchLosses]:
         """Draw a batch and learn from it."""
         started_s = time.monotonic()
         share = rate_share(self.progress.step, self.recipe.steps)
@@ -163,7 +163,7 @@ class Training:
         return batch, outcome
 
     def save(self, path: Path) -> None:
-        """Everything that going on needs, replaced in one move."""
+        """Save everything that resuming needs, replaced in one move."""
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "model": self.model.state_dict(),
@@ -176,25 +176,25 @@ class Training:
 
 def start(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folders: Path, earlier: Path | None
-) -> tuple[LlamaForCausalLM, Progress]:
-    """From an earlier model, an induction circuit, or a smaller model at the longest prompts."""
+) -> tuple[LlamaForCausalLM, TrainingProgress]:
+    """Start from an earlier model, an induction circuit, or a smaller model at full length."""
     model = build_model(recipe, tokenizer)
     generator = torch.Generator().manual_seed(0)
     if earlier is not None:
         source = LlamaForCausalLM.from_pretrained(earlier, dtype=torch.float32)
         tokens = AutoTokenizer.from_pretrained(earlier).get_vocab()
         carry_over(source, tokens, model, tokenizer.get_vocab(), generator)
-        return model, Progress(length=RESUMED_TOKENS)
+        return model, TrainingProgress(length=RESUMED_TOKENS)
     if recipe.grown_from is None:
         start_with_induction(model, generator)
-        return model, Progress()
+        return model, TrainingProgress()
     folder = folders / RECIPES[recipe.grown_from].folder
     noise = GROWTH_NOISE if recipe.steps > 0 else 0.0
     grow(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), model, generator, noise)
-    return model, Progress(length=MAX_TOKENS)
+    return model, TrainingProgress(length=MAX_TOKENS)
 
 
-def begin(
+def load_or_start(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     checkpoint: Path,
@@ -204,7 +204,7 @@ def begin(
     seed: int,
     replica: int,
 ) -> Training:
-    """From the checkpoint where there is one, else from the start."""
+    """Go on from the checkpoint where there is one, else from the start."""
     torch.manual_seed(seed)
     model, progress = start(recipe, tokenizer, folders, earlier)
     model.to(device)
@@ -215,7 +215,7 @@ def begin(
         state = torch.load(checkpoint, map_location=device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        progress = Progress(**state["progress"])
+        progress = TrainingProgress(**state["progress"])
     return Training(model, optimizer, Sampler(tokenizer), recipe, progress, seed, replica)
 
 
@@ -236,7 +236,7 @@ def run(training: Training, checkpoint: Path, output: Path) -> None:
 
 
 def save(training: Training, checkpoint: Path, output: Path) -> None:
-    """The checkpoint, and the model folder in which the weights are shipped."""
+    """Save the checkpoint, and the model folder in which the weights are shipped."""
     training.save(checkpoint)
     save_folder(training.model, HERE / training.recipe.folder, output)
 
@@ -262,8 +262,8 @@ def save_folder(model: LlamaForCausalLM, tokenizer_folder: Path, output: Path) -
     staging.rmdir()
 
 
-def report(progress: Progress, batch: Batch, outcome: Outcome) -> None:
-    """One key=value line."""
+def report(progress: TrainingProgress, batch: TrainingBatch, outcome: BatchLosses) -> None:
+    """Print one key=value line."""
     print(
         f"step={progress.step} length={progress.length} accuracy={progress.accuracy:.3f}"
         f" batch={tuple(batch.ids.shape)} drawn={batch.length}"
@@ -278,14 +278,16 @@ def report(progress: Progress, batch: Batch, outcome: Outcome) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", help=f"of {', '.join(RECIPES)}; default: all")
+    parser.add_argument(
+        "models", nargs="*", help=f"models to train: {', '.join(RECIPES)} (default: all)"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, help="in place of the recipe's")
+    parser.add_argument("--steps", type=int, help="steps, in place of the recipe's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS)
-    parser.add_argument("--earlier", type=Path, help="folder of the model to go on from")
-    parser.add_argument("--output", type=Path, default=HERE, help="holds the models' folders")
+    parser.add_argument("--earlier", type=Path, help="folder of the model to continue from")
+    parser.add_argument("--output", type=Path, default=HERE, help="parent of the models' folders")
     return parser.parse_args()
 
 
@@ -300,7 +302,7 @@ def main() -> None:
         if arguments.steps is not None:
             recipe = replace(recipe, steps=arguments.steps)
         checkpoint = arguments.checkpoints / f"{name}.pt"
-        training = begin(
+        training = load_or_start(
             recipe,
             AutoTokenizer.from_pretrained(HERE / recipe.folder),
             checkpoint,

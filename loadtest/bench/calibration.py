@@ -1,7 +1,7 @@
-"""How fast the app on this machine is, learnt from its own reports of single requests.
+"""Measures how fast the app on this machine is, from its own reports of single requests.
 
-What the simulator is told about it: stage curves by the product's own stage models, what the way
-from the client to the pools and back costs, an output token's time, what other threads compute
+Inputs of the simulator: stage curves by the product's own stage models, the cost of
+the way from the client to the pools and back, an output token's time, the work of other threads
 for a request beside its stages, and the machine's cores.
 """
 
@@ -21,13 +21,13 @@ import numpy as np
 from specprefill.control.scaling.values import Engines
 from specprefill.control.stages import Curve, StageModel, StageModels
 from specprefill.lab.loadtest import runner
-from specprefill.lab.loadtest.outcome import Ending, Stream
+from specprefill.lab.loadtest.outcome import RequestEnding, Stream
 from specprefill.lab.loadtest.prompt_source import Source
-from specprefill.lab.loadtest.recorder import Caller, Prompt
+from specprefill.lab.loadtest.recorder import Caller, LoadPrompt
 from specprefill.lab.loadtest.scenario import Prompts
 from specprefill.lab.simulation.machine import Machine
 
-from .processes import between, used
+from .processes import average_between, read_use
 
 LENGTHS = (300, 600, 1200, 2400, 4800, 7600)
 ROUNDS = 3
@@ -40,8 +40,8 @@ _SPIN_NUMBERS = 4096  # they stay in a core's own cache
 
 
 @dataclass(frozen=True, slots=True)
-class Calibrated:
-    """What the app costs when nothing disturbs it, and what it runs on."""
+class AppCalibration:
+    """The cost of the app when nothing disturbs it, and the machine it runs on."""
 
     engines: Engines
     front: Curve  # before and between the pools
@@ -50,8 +50,8 @@ class Calibrated:
 
 
 @dataclass(frozen=True, slots=True)
-class Single:
-    """An answer to a question alone, and the core-seconds that it cost."""
+class SingleAnswer:
+    """An answer to a question alone, and its cost in core-seconds."""
 
     stream: Stream
     cpu_s: float
@@ -59,7 +59,7 @@ class Single:
 
 async def calibrate(
     source: Source, caller: Caller, keep: float, output_tokens: int, decode_slots: int
-) -> Calibrated:
+) -> AppCalibration:
     """Ask some questions of each length, one after the other.
 
     Raises RuntimeError when one is not answered.
@@ -73,26 +73,28 @@ async def calibrate(
         for place, kind in enumerate(kinds):
             prompt = source.warm_up(kind, number * len(LENGTHS) + place)
             singles.append(await _single(prompt, caller, idle))
-    return learnt(singles, decode_slots, await asyncio.to_thread(measured_machine, idle))
+    return fit_engines(singles, decode_slots, await asyncio.to_thread(measured_machine, idle))
 
 
 async def idle_cores() -> float:
-    """How many cores the app keeps busy without any request."""
-    before = used()
+    """Return the number of cores that the app keeps busy without any request."""
+    before = read_use()
     await asyncio.sleep(IDLE_S)
-    return between(before, used(), 0.0, IDLE_S).own
+    return average_between(before, read_use(), 0.0, IDLE_S).own
 
 
-async def _single(prompt: Prompt, caller: Caller, idle: float) -> Single:
-    began_s, before = time.perf_counter(), used()
+async def _single(prompt: LoadPrompt, caller: Caller, idle: float) -> SingleAnswer:
+    began_s, before = time.perf_counter(), read_use()
     stream = await runner.stream(prompt, caller, TIMEOUT_S)
     await asyncio.sleep(SETTLE_S)
-    own_s, seconds = used().own_s - before.own_s, time.perf_counter() - began_s
-    return Single(stream, max(0.0, own_s - idle * seconds))
+    own_s, seconds = read_use().own_s - before.own_s, time.perf_counter() - began_s
+    return SingleAnswer(stream, max(0.0, own_s - idle * seconds))
 
 
-def learnt(singles: Sequence[Single], decode_slots: int, machine: Machine) -> Calibrated:
-    """Stage curves and the rest, from answers to single requests that share no prefix."""
+def fit_engines(
+    singles: Sequence[SingleAnswer], decode_slots: int, machine: Machine
+) -> AppCalibration:
+    """Fit stage curves and the rest to answers to single requests that share no prefix."""
     models, front, aside = StageModels(), StageModel(_FRONT), StageModel(_FRONT)
     token_s = []
     for one in singles:
@@ -110,11 +112,11 @@ def learnt(singles: Sequence[Single], decode_slots: int, machine: Machine) -> Ca
             token_s.append(max(0.0, end_s - ttft_s - handed_s) / (stream.output_tokens - 1))
     engines = Engines(models.curves(), statistics.median(token_s), decode_slots)
     beside = aside.curve if aside.samples_seen > 0 else Curve()
-    return Calibrated(engines, front.curve, beside, machine)
+    return AppCalibration(engines, front.curve, beside, machine)
 
 
 def measured_machine(idle: float) -> Machine:
-    """The cores that the idle app leaves, and how much all of them at work slow each other."""
+    """Return the cores that the idle app leaves, and how much all of them slow each other."""
     cores = len(os.sched_getaffinity(0))
     with multiprocessing.get_context("spawn").Pool(cores) as workers:
         alone = workers.apply(spins, (SPIN_S,))
@@ -123,7 +125,7 @@ def measured_machine(idle: float) -> Machine:
 
 
 def spins(seconds: float) -> float:
-    """How often per second one thread computes something; matrix products would take several."""
+    """Return the rate at which one thread computes; matrix products would take several threads."""
     numbers = np.linspace(-1.0, 1.0, _SPIN_NUMBERS, dtype=np.float32)
     began_s, count = time.perf_counter(), 0
     while time.perf_counter() - began_s < seconds:
@@ -133,6 +135,6 @@ def spins(seconds: float) -> float:
 
 
 def _report(stream: Stream) -> Mapping[str, Any]:
-    if stream.ending is not Ending.ANSWERED or stream.report is None:
+    if stream.ending is not RequestEnding.ANSWERED or stream.report is None:
         raise RuntimeError(f"calibration: {stream.ending}: {stream.error}")
     return stream.report

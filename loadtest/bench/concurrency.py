@@ -21,7 +21,7 @@ from typing import Any
 from specprefill.config import AppConfig, local_path
 from specprefill.lab.reporting.tables import markdown, provenance, write_json
 
-from .servers import Served, cores_option, ours, plain_vllm
+from .servers import RunningServer, cores_option, run_ours, run_plain_vllm
 from .ttft import flops_lines
 from .versus import (
     BASE,
@@ -29,8 +29,8 @@ from .versus import (
     OUT,
     PLAIN,
     SCORE_TOKENS,
-    Asked,
     Client,
+    TimedAnswer,
     Variant,
     demo_scores,
     load_tokenizer,
@@ -46,16 +46,16 @@ ROUNDS = 3  # questions of each client
 
 
 @dataclass(frozen=True, slots=True)
-class Crowd:
+class ClientGroup:
     """All answers of some clients of one server, and how long they took together."""
 
     clients: int
     variant: str
-    answers: Sequence[Asked]
+    answers: Sequence[TimedAnswer]
     took_s: float
 
     def row(self, score: float | None) -> dict[str, Any]:
-        """As numbers."""
+        """Return the answers as numbers."""
         gaps = [one.itl_s for one in self.answers if one.itl_s is not None]
         return {
             "clients": self.clients,
@@ -68,26 +68,30 @@ class Crowd:
         }
 
 
-async def crowd(client: Client, variant: Variant, clients: int, args: argparse.Namespace) -> Crowd:
+async def ask_as_group(
+    client: Client, variant: Variant, clients: int, args: argparse.Namespace
+) -> ClientGroup:
     """Let `clients` clients ask `args.rounds` questions each."""
 
-    async def asks() -> list[Asked]:
+    async def asks() -> list[TimedAnswer]:
         answers = []
         for _ in range(args.rounds):
             needle = client.needle(args.prompt_tokens)
             got = await client.ask(variant, needle, OUTPUT_TOKENS, ignore_eos=True)
-            answers.append(Asked(args.prompt_tokens, variant.name, got))
+            answers.append(TimedAnswer(args.prompt_tokens, variant.name, got))
         return answers
 
-    await client.idle()
+    await client.wait_idle()
     started_s = time.monotonic()
     answers = await asyncio.gather(*(asks() for _ in range(clients)))
     took_s = time.monotonic() - started_s
-    return Crowd(clients, variant.name, [one for some in answers for one in some], took_s)
+    return ClientGroup(clients, variant.name, [one for some in answers for one in some], took_s)
 
 
-async def crowds(args: argparse.Namespace, servers: Mapping[str, Served]) -> list[Crowd]:
-    """Every number of clients, in every variant, after one question that warms up."""
+async def ask_as_groups(
+    args: argparse.Namespace, servers: Mapping[str, RunningServer]
+) -> list[ClientGroup]:
+    """Run every number of clients, in every variant, after one question that warms up."""
     async with Client(load_tokenizer(), servers, args.seed).open() as client:
         asked = variants(args.keeps)
         for variant in asked:
@@ -95,14 +99,14 @@ async def crowds(args: argparse.Namespace, servers: Mapping[str, Served]) -> lis
         found = []
         for clients in args.clients:
             for variant in asked:
-                found.append(await crowd(client, variant, clients, args))
+                found.append(await ask_as_group(client, variant, clients, args))
                 row = found[-1].row(None)
                 print(f"{clients} clients, {variant.name}: {row['qps']:.2f}/s", flush=True)
     return found
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """One line per number of clients and variant, beside plain vLLM's."""
+    """Return one line per number of clients and variant, beside plain vLLM's."""
     plain = {row["clients"]: row for row in rows if row["variant"] == PLAIN}
     headers = ("clients", "variant", "answers/s", "vs vllm serve", "TTFT", "vs vllm serve", "ITL",
                "score")  # fmt: skip
@@ -123,7 +127,7 @@ def _cells(row: dict[str, Any], plain: dict[str, Any]) -> list[str]:
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m loadtest.bench.concurrency", description=__doc__
     )
@@ -139,7 +143,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _for_all(config: AppConfig, clients: int) -> AppConfig:
-    """Engines whose batch has room for every client."""
+    """Return engines whose batch has room for every client."""
     seats = {"max_num_seqs": clients}
     return config.model_copy(
         update={
@@ -158,11 +162,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = _for_all(serve_config(folder, args.prompt_tokens + 128), max(args.clients))
     base = Path(local_path(BASE))
     with (
-        plain_vllm(config, args.cores, folder / "vllm.log") as plain,
-        ours(base, folder, config, prefill_replicas=args.cores) as mine,
+        run_plain_vllm(config, args.cores, folder / "vllm.log") as plain,
+        run_ours(base, folder, config, prefill_replicas=args.cores) as mine,
     ):
-        found = asyncio.run(crowds(args, {PLAIN: plain, OURS: mine}))
-    with ours(base, folder) as demo:
+        found = asyncio.run(ask_as_groups(args, {PLAIN: plain, OURS: mine}))
+    with run_ours(base, folder) as demo:
         scores = asyncio.run(demo_scores(args, demo))
     rows = [one.row(scores.get(one.variant)) for one in found]
     print(f"\n{table(rows)}\n\nprompts of {args.prompt_tokens} tokens, answers of {OUTPUT_TOKENS}; "

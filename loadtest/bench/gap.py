@@ -1,6 +1,6 @@
-"""The gap between the first two tokens, and how much of the KV's way it shows: `make bench-kv`.
+"""The gap between the first two tokens, and the part of the transfer in it: `make bench-kv`.
 
-The same prompts on the same two engines, decode beginning to pull when prefill has answered
+The same prompts on the same two engines, decode starting to pull when prefill has answered
 (late) and while prefill computes its last chunk (early), in turn. Models as in `bench.ttft`.
 """
 
@@ -33,8 +33,8 @@ WAYS = {"late": False, "early": True}
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """When each token of one answer came, and its report."""
+class GapRun:
+    """The arrival of each token of one answer, and its report."""
 
     way: str
     token_s: tuple[float, ...]  # since the request
@@ -42,18 +42,18 @@ class Run:
 
     @property
     def gap_s(self) -> float:
-        """Between the first token and the second."""
+        """Seconds between the first token and the second."""
         return self.token_s[1] - self.token_s[0]
 
     @property
     def itl_s(self) -> float:
-        """The median time between later tokens."""
+        """Median seconds between later tokens."""
         return statistics.median(
             later - earlier for earlier, later in itertools.pairwise(self.token_s[1:])
         )
 
 
-async def answer(pipeline: Answerer, way: str, asked: Request) -> Run:
+async def answer(pipeline: Answerer, way: str, asked: Request) -> GapRun:
     """Run one request to its end. Raises RuntimeError unless tokens came one by one."""
     started_s = time.perf_counter()
     token_s, report = [], None
@@ -62,17 +62,17 @@ async def answer(pipeline: Answerer, way: str, asked: Request) -> Run:
         report = chunk.report or report
     if report is None or len(token_s) != OUTPUT_TOKENS:
         raise RuntimeError(f"{len(token_s)} tokens came, not {OUTPUT_TOKENS}")
-    return Run(way, tuple(token_s), report)
+    return GapRun(way, tuple(token_s), report)
 
 
 async def measure(
     config: AppConfig, prompt_tokens: int, keep: float, repeats: int, vocabulary: int, seed: int
-) -> list[Run]:
-    """Both ways `repeats` times, interleaved, after one warm-up each."""
+) -> list[GapRun]:
+    """Run both ways `repeats` times, interleaved, after one warm-up each."""
     from .pools import local_pipeline
 
     rng = random.Random(seed)
-    runs: list[Run] = []
+    runs: list[GapRun] = []
     async with local_pipeline(config) as pipeline:
         inner = pipeline.pipeline
         pipelines = {
@@ -89,29 +89,29 @@ async def measure(
     return runs
 
 
-def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The medians of each way; what of the transfer is hidden, beside the late way's."""
-    late_s = _median(runs, "late", lambda run: run.report.transfer_s)
+def summary(runs: Sequence[GapRun]) -> list[dict[str, Any]]:
+    """Return the medians of each way, and the hidden part of the transfer beside the late way's."""
+    late_s = _median_of(runs, "late", lambda run: run.report.transfer_s)
     return [
         {
             "way": way,
-            "ttft_s": _median(runs, way, lambda run: run.report.ttft_s),
-            "transfer_s": _median(runs, way, lambda run: run.report.transfer_s),
-            "hidden": 1.0 - _median(runs, way, lambda run: run.report.transfer_s) / late_s,
-            "gap_s": _median(runs, way, lambda run: run.gap_s),
-            "itl_s": _median(runs, way, lambda run: run.itl_s),
-            "gap_itl": _median(runs, way, lambda run: run.gap_s / run.itl_s),
+            "ttft_s": _median_of(runs, way, lambda run: run.report.ttft_s),
+            "transfer_s": _median_of(runs, way, lambda run: run.report.transfer_s),
+            "hidden": 1.0 - _median_of(runs, way, lambda run: run.report.transfer_s) / late_s,
+            "gap_s": _median_of(runs, way, lambda run: run.gap_s),
+            "itl_s": _median_of(runs, way, lambda run: run.itl_s),
+            "gap_itl": _median_of(runs, way, lambda run: run.gap_s / run.itl_s),
         }
         for way in WAYS
     ]
 
 
-def _median(runs: Sequence[Run], way: str, value: Callable[[Run], float]) -> float:
+def _median_of(runs: Sequence[GapRun], way: str, value: Callable[[GapRun], float]) -> float:
     return statistics.median(value(run) for run in runs if run.way == way)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """One line per way."""
+    """Return one line per way."""
     headers = ("decode begins", "TTFT", "transfer", "of it hidden", "token 1 to 2", "ITL", "in ITL")
     return markdown(headers, [_cells(row) for row in rows])
 

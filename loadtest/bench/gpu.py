@@ -1,8 +1,8 @@
-"""What pruning can gain on one accelerator: `python -m loadtest.bench.gpu`.
+"""The possible gain of pruning on one accelerator: `python -m loadtest.bench.gpu`.
 
 The product's own scorer and selection, and the main model at sparse positions, both on
 transformers with random weights: no vLLM, no Ray. Time does not depend on the weights. A main
-model of Llama 8B's shape is beside a draft of Llama 1B's, unless `--main` and `--draft` say
+model of Llama 8B's shape is beside a draft of Llama 1B's, unless `--main` and `--draft` name
 otherwise; both share the device, so both must fit.
 """
 
@@ -46,7 +46,7 @@ SHAPES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class GpuRow:
     """Medians of one length and keep rate; seconds."""
 
     prompt_tokens: int
@@ -58,7 +58,7 @@ class Row:
 
     @property
     def speed_up(self) -> float:
-        """Of speculator and sparse prefill together over the dense prefill."""
+        """Dense prefill over speculator and sparse prefill together."""
         return self.dense_s / (self.speculate_s + self.prefill_s)
 
     @property
@@ -67,7 +67,7 @@ class Row:
         return 1.0 / (self.kept_tokens / self.prompt_tokens + self.speculate_s / self.dense_s)
 
 
-class MainModel:
+class ChunkedPrefill:
     """Chunked prefill of given tokens at given positions, to the last token's logits."""
 
     def __init__(self, model: LlamaForCausalLM, chunk_tokens: int) -> None:
@@ -97,7 +97,7 @@ class MainModel:
 
 
 def random_model(shape: str, device: torch.device, dtype: torch.dtype, most: int) -> Any:
-    """A Llama of a named shape for `most` positions."""
+    """Make a Llama of a named shape for `most` positions."""
     hidden, intermediate, layers, heads, kv_heads, head_dim = SHAPES[shape]
     config = LlamaConfig(
         vocab_size=VOCABULARY if shape != "tiny" else 512,
@@ -120,15 +120,15 @@ def random_model(shape: str, device: torch.device, dtype: torch.dtype, most: int
 
 
 def measure(
-    main: MainModel,
+    main: ChunkedPrefill,
     scorer: Scorer,
     device: torch.device,
     lengths: Sequence[int],
     keeps: Sequence[float],
     repeats: int,
     seed: int,
-) -> list[Row]:
-    """Every length: dense and each keep rate in turns, `repeats` times after one that warms up."""
+) -> list[GpuRow]:
+    """Measure every length: dense and each keep rate in turns, `repeats` times after a warm-up."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for length in lengths:
@@ -142,19 +142,19 @@ def measure(
 
 
 def _round(
-    main: MainModel,
+    main: ChunkedPrefill,
     scorer: Scorer,
     device: torch.device,
     length: int,
     keeps: Sequence[float],
     generator: torch.Generator,
 ) -> list[tuple[int, float, float]]:
-    """(kept tokens, speculator seconds, prefill seconds) for dense, then for each keep rate."""
+    """Return (kept tokens, speculator seconds, prefill seconds) for dense, then each keep rate."""
     prompt = torch.randint(0, scorer.vocabulary_size, (length,), generator=generator)
     everything = torch.arange(length)
     measured = [(length, 0.0, _prefill_s(main, device, prompt, everything))]
     for keep in keeps:
-        scores, speculate_s = timed(device, lambda: scorer.score([tuple(prompt.tolist())])[0])
+        scores, speculate_s = time_action(device, lambda: scorer.score([tuple(prompt.tolist())])[0])
         plan = Plan(PlanKind.PRUNE, Reason.ASKED, keep)
         positions = _positions(select(scores, plan, (), selection_policy(SelectionConfig())))
         prefill_s = _prefill_s(main, device, prompt, positions)
@@ -162,9 +162,11 @@ def _round(
     return measured
 
 
-def _prefill_s(main: MainModel, device: torch.device, prompt: Tensor, positions: Tensor) -> float:
+def _prefill_s(
+    main: ChunkedPrefill, device: torch.device, prompt: Tensor, positions: Tensor
+) -> float:
     tokens, places = prompt[positions].to(device), positions.to(device)
-    _, seconds = timed(device, lambda: main.prefill(tokens, places))
+    _, seconds = time_action(device, lambda: main.prefill(tokens, places))
     return seconds
 
 
@@ -172,8 +174,8 @@ def _positions(selection: Selection) -> Tensor:
     return torch.cat([torch.arange(run.start, run.stop) for run in selection.runs])
 
 
-def timed(device: torch.device, action: Callable[[], Any]) -> tuple[Any, float]:
-    """What `action` returns, and the seconds until the device has done it."""
+def time_action(device: torch.device, action: Callable[[], Any]) -> tuple[Any, float]:
+    """Return the value of `action`, and the seconds until the device has done it."""
     _wait(device)
     started_s = time.perf_counter()
     result = action()
@@ -191,8 +193,8 @@ def _row(
     keep: float,
     runs: Sequence[tuple[int, float, float]],
     dense: Sequence[tuple[int, float, float]],
-) -> Row:
-    return Row(
+) -> GpuRow:
+    return GpuRow(
         prompt_tokens=length,
         keep=keep,
         kept_tokens=int(statistics.median(run[0] for run in runs)),
@@ -202,13 +204,13 @@ def _row(
     )
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Times, the gain, and the gain's ceiling."""
+def table(rows: Sequence[GpuRow]) -> str:
+    """Return times, the gain, and the gain's ceiling."""
     headers = ("prompt", "keep", "kept", "speculate", "prefill", "vs dense", "ceiling 1/(k+r)")
     return markdown(headers, [_cells(row) for row in rows])
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: GpuRow) -> list[str]:
     pruned = row.keep < 1.0
     return [
         str(row.prompt_tokens),
@@ -221,12 +223,12 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _progress(row: Row) -> str:
+def _progress(row: GpuRow) -> str:
     return f"{row.prompt_tokens} tokens, keep {row.keep:g}: {row.speed_up:.2f}x"
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m loadtest.bench.gpu", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--main", choices=SHAPES, default="8b")
@@ -246,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     most = 2 ** math.ceil(math.log2(max(args.lengths) + LOOK_AHEAD))
     torch.manual_seed(args.seed)
-    answering = MainModel(random_model(args.main, device, dtype, most), CHUNK_TOKENS)
+    answering = ChunkedPrefill(random_model(args.main, device, dtype, most), CHUNK_TOKENS)
     draft = as_draft(random_model(args.draft, device, dtype, most))
     scorer = Scorer(draft, LOOK_AHEAD, CHUNK_TOKENS, POOL_TOKENS)
     rows = measure(answering, scorer, device, args.lengths, args.keeps, args.repeats, args.seed)
@@ -264,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def device_name(device: torch.device) -> str:
-    """As its maker calls it."""
+    """Return the device's name as its maker gives it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 

@@ -45,8 +45,8 @@ ENOUGH = 0.95  # of dense, in every family
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
-    """One prompt, as the selection sees it, and what its answer needs."""
+class ScoredPrompt:
+    """One prompt, as the selection sees it, and the spans that its answer needs."""
 
     family: str
     scores: Scores  # [N]
@@ -56,8 +56,8 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
-    """A way to choose how much is kept."""
+class RuleVariant:
+    """One way to choose the kept share."""
 
     name: str
     plan: Plan
@@ -82,42 +82,42 @@ class Result:
 
     @property
     def kept(self) -> float:
-        """Mean share of the tokens."""
+        """Mean kept share of the tokens."""
         return statistics.fmean(each.kept for each in self.families.values())
 
     @property
-    def worst(self) -> str:
+    def worst_family(self) -> str:
         """The family that loses most."""
         return min(self.families, key=lambda name: self.families[name].survival)
 
     @property
-    def lost(self) -> int:
-        """How many families do not keep enough of what they need."""
+    def lost_families(self) -> int:
+        """Number of families that do not keep enough of what they need."""
         return sum(each.survival < ENOUGH for each in self.families.values())
 
 
-def variants(policy: SelectionPolicy) -> Iterator[Variant]:
-    """The fixed rates, and every rule: as it is, dense for the unsure, and careful with them."""
+def variants(policy: SelectionPolicy) -> Iterator[RuleVariant]:
+    """Return the fixed rates, and every rule: as it is, dense for the unsure, careful with them."""
     for keep in FIXED:
-        yield Variant(f"keep {keep:g}", Plan(PlanKind.PRUNE, Reason.ASKED, keep), policy)
+        yield RuleVariant(f"keep {keep:g}", Plan(PlanKind.PRUNE, Reason.ASKED, keep), policy)
     automatic = Plan(PlanKind.PRUNE, Reason.AUTO, within=KeepRange(FLOOR, 1.0))
     for guard, unsure_share in _guards(policy.auto):
         for rule, settings in SETTINGS.items():
             for setting in settings:
                 auto = AutoKeep(guard, RULES[rule], setting, unsure_share, policy.auto.most_chunks)
-                yield Variant(name_of(auto), automatic, replace(policy, auto=auto))
+                yield RuleVariant(name_of(auto), automatic, replace(policy, auto=auto))
 
 
-def next_shares(policy: SelectionPolicy) -> Iterator[Variant]:
-    """How much of a chunk's score the chunk behind it gets, at a low fixed rate."""
+def next_shares(policy: SelectionPolicy) -> Iterator[RuleVariant]:
+    """Return the share of a chunk's score for the chunk behind it, at a low fixed rate."""
     plan = Plan(PlanKind.PRUNE, Reason.ASKED, NEXT_SHARES_KEEP)
     for share in NEXT_SHARES:
         name = f"keep {NEXT_SHARES_KEEP:g}, next {share:g}"
-        yield Variant(name, plan, replace(policy, next_chunk_share=share))
+        yield RuleVariant(name, plan, replace(policy, next_chunk_share=share))
 
 
 def _guards(auto: AutoKeep) -> tuple[tuple[float, float], ...]:
-    """Least certainty, and what share of the peak counts below it."""
+    """Return the least certainty, and the share of the peak that counts below it."""
     return (0.0, 0.0), (auto.least_certainty, 0.0), (auto.least_certainty, auto.unsure_share)
 
 
@@ -127,7 +127,7 @@ def _rule_name(auto: AutoKeep) -> RuleName:
 
 
 def name_of(auto: AutoKeep) -> str:
-    """As the tables call it."""
+    """Return the name for the tables."""
     rule = f"{_rule_name(auto)} {auto.setting:g}"
     if auto.least_certainty == 0.0:
         return rule
@@ -135,8 +135,8 @@ def name_of(auto: AutoKeep) -> str:
     return f"{rule}, unsure: {unsure}"
 
 
-def measured(variant: Variant, prompts: Sequence[Scored]) -> Result:
-    """What is left of each family's gold."""
+def measure_variant(variant: RuleVariant, prompts: Sequence[ScoredPrompt]) -> Result:
+    """Measure how much of each family's gold is left."""
     families: dict[str, list[tuple[float, Selection]]] = {}
     for prompt in prompts:
         chosen = select(
@@ -147,7 +147,7 @@ def measured(variant: Variant, prompts: Sequence[Scored]) -> Result:
 
 
 def survival(gold: Sequence[Span], chosen: Selection) -> float:
-    """Share of the gold spans that are kept whole; without any, share of the prompt."""
+    """Return the share of gold spans kept whole; without any, the share of the prompt."""
     if not gold:
         return chosen.keep_rate
     whole = [
@@ -166,34 +166,34 @@ def _family(found: Sequence[tuple[float, Selection]]) -> FamilyResult:
 
 
 def best_of_each_rule(results: Sequence[Result]) -> list[Result]:
-    """Per rule and guard the setting that loses the fewest families, then with fewest tokens."""
+    """Return per rule and guard the setting that loses the fewest families, then fewest tokens."""
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         key = (result.variant.split()[0], result.variant.partition(",")[2])
         groups.setdefault(key, []).append(result)
-    return [_best(group) for group in groups.values()]
+    return [_best_result(group) for group in groups.values()]
 
 
-def _best(group: Sequence[Result]) -> Result:
-    return min(group, key=_merit)
+def _best_result(group: Sequence[Result]) -> Result:
+    return min(group, key=_rank_key)
 
 
-def _merit(result: Result) -> tuple[int, float]:
-    return result.lost, result.kept
+def _rank_key(result: Result) -> tuple[int, float]:
+    return result.lost_families, result.kept
 
 
 def overview(results: Sequence[Result]) -> str:
-    """One line per variant; those that lose the fewest families first, then fewest tokens."""
-    least = _best([result for result in results if result.variant.startswith("keep ")])
-    ordered = sorted(results, key=_merit)
+    """Return one line per variant; those that lose the fewest families first, then by tokens."""
+    least = _best_result([result for result in results if result.variant.startswith("keep ")])
+    ordered = sorted(results, key=_rank_key)
     return markdown(
         ("variant", "families lost", "worst family", "its survival", "kept", f"of {least.variant}"),
         [
             (
                 result.variant,
-                str(result.lost),
-                result.worst,
-                f"{result.families[result.worst].survival:.0%}",
+                str(result.lost_families),
+                result.worst_family,
+                f"{result.families[result.worst_family].survival:.0%}",
                 f"{result.kept:.1%}",
                 f"{result.kept / least.kept:.2f}",
             )
@@ -203,7 +203,7 @@ def overview(results: Sequence[Result]) -> str:
 
 
 def by_family(results: Sequence[Result]) -> str:
-    """Survival and kept share, one line per family."""
+    """Return survival and kept share, one line per family."""
     headers = ["family", *(result.variant for result in results)]
     rows = [
         [name, *(_cell(result.families[name]) for result in results)]
@@ -216,23 +216,23 @@ def _cell(found: FamilyResult) -> str:
     return f"{found.survival:.0%} of gold at {found.kept:.0%}"
 
 
-def scored(
+def score_prompts(
     speculator: str, families: Sequence[str], seeds: Sequence[int], lengths: Sequence[int]
-) -> list[Scored]:
-    """Every family's prompts through the speculator, as the gateway and the service do it."""
-    from .scored_prompts import Scoring
+) -> list[ScoredPrompt]:
+    """Score every family's prompts by the speculator, as the gateway and the service do it."""
+    from .scored_prompts import TaskScorer
 
-    scoring = Scoring.load(SpeculatorConfig(path=speculator, dtype="float32"))
-    prompts: list[Scored] = []
+    scoring = TaskScorer.load(SpeculatorConfig(path=speculator, dtype="float32"))
+    prompts: list[ScoredPrompt] = []
     for family, length in itertools.product(families, lengths):
         tasks = (generate(family, seed, length, scoring.tokenizer) for seed in seeds)
-        prompts.extend(map(scoring.scored, tasks))
+        prompts.extend(map(scoring.score_task, tasks))
         print(f"scored: {family}, {length} tokens", flush=True)
     return prompts
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m loadtest.bench.keep_rates", description=__doc__
     )
@@ -241,7 +241,10 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096])
     parser.add_argument("--seeds", type=int, default=10, help="prompts per family and length")
     parser.add_argument(
-        "--first-seed", type=int, default=0, help="settings are chosen on some, confirmed on others"
+        "--first-seed",
+        type=int,
+        default=0,
+        help="first seed; choose settings on some seeds, confirm them on others",
     )
     parser.add_argument("--out", type=Path, default=OUT / "bench-keep-rates.json")
     return parser.parse_args(argv)
@@ -251,15 +254,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Score, compare, print, write."""
     args = options(argv)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    prompts = scored(args.speculator, args.families, seeds, args.lengths)
+    prompts = score_prompts(args.speculator, args.families, seeds, args.lengths)
     policy = selection_policy(SelectionConfig(), BLOCK_TOKENS)
-    results = [measured(variant, prompts) for variant in variants(policy)]
+    results = [measure_variant(variant, prompts) for variant in variants(policy)]
     shipped = next(result for result in results if result.variant == name_of(policy.auto))
     fixed = [result for result in results if result.variant in {"keep 0.1", "keep 0.3"}]
     compared = [*results[: len(FIXED)], *best_of_each_rule(results[len(FIXED) :])]
     print(f"\n{overview(compared if shipped in compared else [*compared, shipped])}")
     print(f"\n{by_family([shipped, *fixed])}")
-    shares = [measured(variant, prompts) for variant in next_shares(policy)]
+    shares = [measure_variant(variant, prompts) for variant in next_shares(policy)]
     print(f"\n{by_family(shares)}")
     found = {"results": list(map(asdict, results)), "next_shares": list(map(asdict, shares))}
     write_json(args.out, provenance(args.first_seed), found)

@@ -1,4 +1,4 @@
-"""How fast KV leaves a prefill worker, beside what the same bytes cost otherwise: `make bench-kv`.
+"""Speed of KV out of a prefill worker, beside other transfers of the bytes: `make bench-kv`.
 
 A child process holds leases of random frames, each in memory of its own, and serves them as a
 prefill worker does; this process pulls them as a decode worker does, digests checked. In the
@@ -52,7 +52,7 @@ RATIOS = (("grpc", "raw grpc"), ("object_ref", "ray put"))
 def main(argv: list[str] | None = None) -> int:
     """Measure, print the table, write the JSON."""
     options = _options(argv)
-    with served(options.sizes) as worker, stored():
+    with run_server(options.sizes) as worker, run_object_store():
         seconds = measure(worker, options.sizes, options.repeats)
     rows = [_row(size, seconds[size]) for size in options.sizes]
     ways = [f"{name} GB/s" for name in seconds[options.sizes[0]]]
@@ -71,14 +71,14 @@ def main(argv: list[str] | None = None) -> int:
 def measure(
     worker: Worker, sizes: Sequence[int], repeats: int
 ) -> dict[int, dict[str, list[float]]]:
-    """Seconds of each way to move `size` MB, by size, then way; the ways take turns."""
+    """Return seconds of each way to move `size` MB, by size, then way; the ways take turns."""
     client, parallel, reader = KvClient(), KvClient(streams=STREAMS), _reader()
     address, objects = worker.address, Objects(worker, KvClient())
     channel = grpc.insecure_channel(address, options=OPTIONS)
     ways: dict[str, Callable[[int], float]] = {
-        "grpc": lambda size: timed(lambda: pull(client, address, size)),
-        f"grpc x{STREAMS}": lambda size: timed(lambda: pull(parallel, address, size)),
-        "raw grpc": lambda size: timed(lambda: raw_stream(channel, size)),
+        "grpc": lambda size: time_action(lambda: pull(client, address, size)),
+        f"grpc x{STREAMS}": lambda size: time_action(lambda: pull(parallel, address, size)),
+        "raw grpc": lambda size: time_action(lambda: raw_stream(channel, size)),
         "memcpy": copy_seconds,
         "object_ref": lambda size: objects.seconds(size)[0],
         "object_ref out": lambda size: objects.seconds(size)[1],
@@ -86,7 +86,7 @@ def measure(
         "ray get": lambda size: ray_seconds(size)[1],
     }
     if reader is not None:
-        ways["nixl"] = lambda size: timed(lambda: pull(reader, address, size))
+        ways["nixl"] = lambda size: time_action(lambda: pull(reader, address, size))
     seconds: dict[int, dict[str, list[float]]] = {
         size: {name: [] for name in ways} for size in sizes
     }
@@ -109,7 +109,7 @@ def pull(client: KvClient | NixlClient, address: str, size: int, lease_id: str =
     """Pull one lease as a decode worker does. Raises unless every byte came."""
     ticket = Ticket(Lease(lease_id or str(size), SECRET), (), FINGERPRINT, 1)
     received: list[int] = []
-    client.pull(address, ticket, FINGERPRINT, 0, 60.0).into(
+    client.pull(address, ticket, FINGERPRINT, 0, 60.0).deliver_to(
         lambda frame: received.append(len(frame.payload))
     )
     if sum(received) != size * MB:
@@ -117,7 +117,7 @@ def pull(client: KvClient | NixlClient, address: str, size: int, lease_id: str =
 
 
 def raw_stream(channel: grpc.Channel, size: int) -> None:
-    """The same messages without frames, leases or digests."""
+    """Stream the same messages without frames, leases or digests."""
     stream: Any = channel.unary_stream(RAW)
     received = sum(len(message) for message in stream(str(size).encode()))
     if received != size * MB:
@@ -141,7 +141,7 @@ class Objects:
         self._relay.stop()
 
     def seconds(self, size: int) -> tuple[float, float]:
-        """To store one lease, and to pull it out of the store through the decode replica.
+        """Return seconds to store one lease, and to pull it through the decode replica.
 
         As in a prefill replica, the worker is asked for the KV before it is complete. The first
         time is from then on until the object is in the store.
@@ -156,13 +156,13 @@ class Objects:
         complete_s = self._worker.finish()
         reference, stored_s = storing.result()
         self._worker.drop()
-        fetch_s = timed(lambda: self._fetch(ticket, ray.get(reference), size))
+        fetch_s = time_action(lambda: self._fetch(ticket, ray.get(reference), size))
         return stored_s - complete_s, fetch_s
 
     def _store(self, ticket: Ticket) -> tuple[Any, float]:
         import ray
 
-        with self._collector.collected(ticket, 0, 60.0) as kv:
+        with self._collector.collect(ticket, 0, 60.0) as kv:
             return ray.put(kv), time.monotonic()
 
     def _fetch(self, ticket: Ticket, kv: KvObject, size: int) -> None:
@@ -172,25 +172,25 @@ class Objects:
 
 
 def copy_seconds(size: int) -> float:
-    """One copy of warm memory."""
+    """Return the seconds of one copy of warm memory."""
     source = np.ones(size * MB, dtype=np.uint8)
     target = np.zeros_like(source)
-    return timed(lambda: np.copyto(target, source))
+    return time_action(lambda: np.copyto(target, source))
 
 
 def ray_seconds(size: int) -> tuple[float, float]:
-    """Into the object store, and out of it (zero-copy)."""
+    """Return the seconds into the object store, and out of it (zero-copy)."""
     import ray
 
     source = np.ones(size * MB, dtype=np.uint8)
     started_s = time.perf_counter()
     reference = ray.put(source)
     put_s = time.perf_counter() - started_s
-    return put_s, timed(lambda: ray.get(reference))
+    return put_s, time_action(lambda: ray.get(reference))
 
 
-def timed(action: Callable[[], object]) -> float:
-    """Seconds that `action` takes."""
+def time_action(action: Callable[[], object]) -> float:
+    """Return the seconds that `action` takes."""
     started_s = time.perf_counter()
     action()
     return time.perf_counter() - started_s
@@ -198,35 +198,35 @@ def timed(action: Callable[[], object]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """The child process, and what it is told to do with one lease that is under way."""
+    """The child process, and commands to it for one lease that is under way."""
 
     address: str  # `host:port`
     _pipe: Connection
 
     def hold(self, size: int) -> str:
         """Lay all but the last frame of a new lease into shared memory. Returns its id."""
-        return str(self._told("hold", size))
+        return str(self._ask("hold", size))
 
     def wait_asked(self) -> None:
-        """Until somebody has asked where the lease lies."""
-        self._told("wait_asked")
+        """Wait until somebody has asked for the lease's place."""
+        self._ask("wait_asked")
 
     def finish(self) -> float:
-        """Lay the last frame there. Returns when that was done, on the machine's clock."""
-        return float(self._told("finish"))
+        """Lay the last frame there. Returns the time of that, on the machine's clock."""
+        return float(self._ask("finish"))
 
     def drop(self) -> None:
         """Release the lease."""
-        self._told("drop")
+        self._ask("drop")
 
-    def _told(self, what: str, *details: object) -> Any:
+    def _ask(self, what: str, *details: object) -> Any:
         self._pipe.send((what, details))
         return self._pipe.recv()
 
 
 @contextmanager
-def served(sizes: Sequence[int]) -> Iterator[Worker]:
-    """A child process that holds leases of these sizes."""
+def run_server(sizes: Sequence[int]) -> Iterator[Worker]:
+    """Run a child process that holds leases of these sizes."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     child = context.Process(target=_serve, args=(theirs, sizes), daemon=True)
@@ -239,8 +239,8 @@ def served(sizes: Sequence[int]) -> Iterator[Worker]:
 
 
 @contextmanager
-def stored() -> Iterator[None]:
-    """A Ray of this process alone, large enough for the objects."""
+def run_object_store() -> Iterator[None]:
+    """Run a local Ray cluster of this process alone, large enough for the objects."""
     set_auth_mode()  # Ray reads it when it is imported
     import ray
 
@@ -265,7 +265,7 @@ class _RawHandler(grpc.GenericRpcHandler):
 
 
 def _reader() -> NixlClient | None:
-    """A decode worker's end of `nixl`; None where it is not installed."""
+    """Return a decode worker's end of `nixl`; None where it is not installed."""
     agent = agent_for("auto", encrypted=False)
     if agent is None:
         return None
@@ -275,7 +275,7 @@ def _reader() -> NixlClient | None:
 
 
 def _serve(parent: Connection, sizes: Sequence[int]) -> None:
-    """The child: the product's KV server and a bare stream on one port."""
+    """Serve in the child: the product's KV server and a bare stream on one port."""
     rng = np.random.default_rng(0)
     messages = [rng.bytes(FRAME_BYTES) for _ in range(max(sizes) * MB // FRAME_BYTES)]
     lending = _Lending(messages, 2 * max(sizes) * MB)
@@ -284,17 +284,17 @@ def _serve(parent: Connection, sizes: Sequence[int]) -> None:
         Announcements(),
         FINGERPRINT,
         "127.0.0.1",
-        more_handlers=[_RawHandler(messages), lending.handler, *_readable(messages, sizes)],
+        more_handlers=[_RawHandler(messages), lending.handler, *_nixl_leases(messages, sizes)],
     )
     parent.send(server.start())
-    while (told := parent.recv())[0] != "stop":
-        what, details = told
+    while (command := parent.recv())[0] != "stop":
+        what, details = command
         parent.send(getattr(lending, what)(*details))
     server.stop()
 
 
-class _Asked(LeaseStore):
-    """Tells when somebody has begun to read."""
+class _ReadSignal(LeaseStore):
+    """Signals that a reader has started."""
 
     def __init__(self) -> None:
         super().__init__(max_bytes=1 << 40, lease_s=3600.0, now=time.monotonic)
@@ -308,11 +308,11 @@ class _Asked(LeaseStore):
 
 
 class _Lending:
-    """One lease after the other for `object_ref`, in memory that the other process maps."""
+    """Lends one lease after the other for `object_ref`, in memory that the other process maps."""
 
     def __init__(self, messages: list[bytes], room: int) -> None:
         self._messages = messages
-        self._leases = _Asked()
+        self._leases = _ReadSignal()
         self.handler = LocateHandler(self._leases, FINGERPRINT, SharedMemory(room))
         self._lease_id, self._frames, self._count = "", 0, 0
 
@@ -341,8 +341,8 @@ class _Lending:
         self._leases.append(self._lease_id, sealed, last=layer == self._frames - 1)
 
 
-def _readable(messages: list[bytes], sizes: Sequence[int]) -> list[NixlHandler]:
-    """The same leases for `nixl`, in registered memory; none where it is not installed."""
+def _nixl_leases(messages: list[bytes], sizes: Sequence[int]) -> list[NixlHandler]:
+    """Return the same leases for `nixl`, in registered memory; none where it is not installed."""
     agent = agent_for("auto", encrypted=False)
     if agent is None:
         return []
@@ -352,7 +352,7 @@ def _readable(messages: list[bytes], sizes: Sequence[int]) -> list[NixlHandler]:
 
 
 def _leases(messages: list[bytes], sizes: Sequence[int], arena: Arena | None = None) -> LeaseStore:
-    """One lease per size, named after it."""
+    """Return one lease per size, named after it."""
     leases = LeaseStore(max_bytes=1 << 40, lease_s=3600.0, now=time.monotonic)
     for size in sizes:
         leases.open(str(size), SECRET)
@@ -371,7 +371,7 @@ def _row(size: int, seconds: dict[str, list[float]]) -> list[str]:
 
 
 def _ratio(seconds: dict[str, list[float]], way: str, other: str) -> float:
-    """How fast `way` is, in units of `other`: the median over runs side by side."""
+    """Return the speed of `way` in units of `other`: the median over runs side by side."""
     return statistics.median(
         theirs / ours for ours, theirs in zip(seconds[way], seconds[other], strict=True)
     )

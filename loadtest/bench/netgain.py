@@ -1,4 +1,4 @@
-"""Pruning where it pays, beside pruning always and never: `make bench-netgain`.
+"""Pruning only when it pays, beside pruning always and never: `make bench-netgain`.
 
 One trace of short, long, cached and uncached prompts, asked three times over: every request pruned,
 none, and as the cost model decides. The cost model knows no more than a deployment does: a probe
@@ -39,7 +39,7 @@ QUESTION_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class RequestKind:
     """One sort of request in the trace."""
 
     name: str
@@ -50,17 +50,17 @@ class Kind:
 
 
 KINDS = (
-    Kind("short", 0, 256),
-    Kind("medium", 0, 1024),
-    Kind("long", 0, 4096),
-    Kind("longest", 0, 7680),
-    Kind("long system prompt", 3072, 256, protected=True),
-    Kind("known document", 4096, QUESTION_TOKENS, warmed=True),
+    RequestKind("short", 0, 256),
+    RequestKind("medium", 0, 1024),
+    RequestKind("long", 0, 4096),
+    RequestKind("longest", 0, 7680),
+    RequestKind("long system prompt", 3072, 256, protected=True),
+    RequestKind("known document", 4096, QUESTION_TOKENS, warmed=True),
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class NetGainRun:
     """One request's report, in one of the three ways."""
 
     kind: str
@@ -68,14 +68,14 @@ class Run:
     report: Report
 
 
-def trace(rounds: int, rng: random.Random) -> list[Kind]:
-    """Every kind `rounds` times, shuffled."""
+def trace(rounds: int, rng: random.Random) -> list[RequestKind]:
+    """Return every kind `rounds` times, shuffled."""
     kinds = list(KINDS) * rounds
     rng.shuffle(kinds)
     return kinds
 
 
-class Prompts:
+class RequestMaker:
     """Requests of random tokens. Each way has shared parts of its own, hence caches of its own."""
 
     def __init__(self, vocabulary: int, rng: random.Random) -> None:
@@ -88,19 +88,19 @@ class Prompts:
         )
         self._shared: dict[tuple[str, str], tuple[int, ...]] = {}
 
-    def request(self, kind: Kind, way: str) -> Request:
-        """The next request of its sort."""
+    def request(self, kind: RequestKind, way: str) -> Request:
+        """Return the next request of its sort."""
         shared = self._shared.setdefault((kind.name, way), self._tokens(kind.shared_tokens))
         spans = (Span(0, len(shared)),) if kind.protected else ()
         return self._request(shared + self._tokens(kind.own_tokens), WAYS[way], spans)
 
-    def warm_up(self, kind: Kind, way: str) -> Request:
-        """A dense request that leaves the shared part in the prefix cache."""
+    def warm_up(self, kind: RequestKind, way: str) -> Request:
+        """Return a dense request that leaves the shared part in the prefix cache."""
         asked = self.request(kind, way)
         return replace(asked, controls=Controls(prune=False))
 
     def plain(self, tokens: int) -> Request:
-        """A request for the probe."""
+        """Return a request for the probe."""
         return self._request(self._tokens(tokens), Controls(), ())
 
     def _request(
@@ -115,14 +115,14 @@ class Prompts:
         return tuple(self._rng.randrange(FIRST_TOKEN_ID, self._vocabulary) for _ in range(count))
 
 
-async def measure(config: AppConfig, rounds: int, vocabulary: int, seed: int) -> list[Run]:
-    """The whole trace in every way."""
+async def measure(config: AppConfig, rounds: int, vocabulary: int, seed: int) -> list[NetGainRun]:
+    """Run the whole trace in every way."""
     from specprefill.control.probe import Probe
 
     from .pools import local_pipeline
 
     rng = random.Random(seed)
-    prompts, gain, runs = Prompts(vocabulary, rng), net_gain(config), []
+    prompts, gain, runs = RequestMaker(vocabulary, rng), net_gain(config), []
     async with local_pipeline(config, gain) as pipeline:
         inner = pipeline.pipeline
         probe = Probe(inner.speculator, inner.prefiller, prompts.plain, MAX_TOKENS - 1, 0.5, 60.0)
@@ -134,35 +134,35 @@ async def measure(config: AppConfig, rounds: int, vocabulary: int, seed: int) ->
                 gain.learn(request, report)
             return report
 
-        for kind, way in _warmed():
+        for kind, way in _warmed_prefixes():
             await ask(prompts.warm_up(kind, way), way)
         for place, kind in enumerate(kinds := trace(rounds, rng)):
-            for way in _turn(place):
+            for way in _rotate_ways(place):
                 report = await ask(prompts.request(kind, way), way)
-                runs.append(Run(kind.name, way, report))
+                runs.append(NetGainRun(kind.name, way, report))
             print(f"request {place + 1} of {len(kinds)}: {kind.name}", flush=True)
     return runs
 
 
-def _turn(place: int) -> list[str]:
-    """The ways, another one first each time: none always meets the machine as the last left it."""
+def _rotate_ways(place: int) -> list[str]:
+    """Rotate the ways, so that none always finds the machine as the last one left it."""
     ways = list(WAYS)
     first = place % len(ways)
     return ways[first:] + ways[:first]
 
 
-def _warmed() -> Iterator[tuple[Kind, str]]:
+def _warmed_prefixes() -> Iterator[tuple[RequestKind, str]]:
     return ((kind, way) for kind in KINDS if kind.warmed for way in WAYS)
 
 
-def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Mean seconds to the first token by sort of request and way; the last row is the trace."""
+def summary(runs: Sequence[NetGainRun]) -> list[dict[str, Any]]:
+    """Return mean seconds to first token by sort of request and way; the last row is the trace."""
     names = [kind.name for kind in KINDS]
     rows = [_row(name, [run for run in runs if run.kind == name]) for name in names]
     return [*rows, _row("whole trace", runs)]
 
 
-def _row(name: str, runs: Sequence[Run]) -> dict[str, Any]:
+def _row(name: str, runs: Sequence[NetGainRun]) -> dict[str, Any]:
     ways = {way: [run.report for run in runs if run.way == way] for way in WAYS}
     decided = ways["net gain"]
     return {
@@ -171,12 +171,12 @@ def _row(name: str, runs: Sequence[Run]) -> dict[str, Any]:
         "ttft_s": {way: statistics.fmean(each.ttft_s for each in ways[way]) for way in WAYS},
         "pruned": sum(report.plan is PlanKind.PRUNE for report in decided),
         "no_gain": sum(report.reason is Reason.NO_GAIN for report in decided),
-        "misjudged": statistics.median(_misjudged(report) for report in decided),
+        "misjudged": statistics.median(_misjudgement(report) for report in decided),
     }
 
 
-def _misjudged(report: Report) -> float:
-    """How far the time to first token was from what was expected, as a share of it."""
+def _misjudgement(report: Report) -> float:
+    """Return the error of the expected time to first token, as a share of it."""
     if report.expected is None:
         return 0.0
     foreseen_s = report.expected.for_plan(report.plan)
@@ -184,7 +184,7 @@ def _misjudged(report: Report) -> float:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The summary as Markdown."""
+    """Return the summary as Markdown."""
     headers = ("request", "count", *(f"TTFT {way}" for way in WAYS), "pruned", "misjudged by")
     cells = [
         [
@@ -200,7 +200,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> str:
-    """What the cost model saved over the whole trace."""
+    """Return the cost model's saving over the whole trace."""
     mean_s = rows[-1]["ttft_s"]
     saved = {way: 1 - mean_s["net gain"] / mean_s[way] for way in ("always", "never")}
     return (
@@ -210,7 +210,7 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def bench_config(main: Path, speculator: Path) -> AppConfig:
-    """As `bench-ttft`, with a prefix cache, and pruning at any length."""
+    """Return `bench-ttft`'s configuration with a prefix cache, and pruning at any length."""
     plain = configuration(main, speculator, MAX_TOKENS)
     cached = {"enable_prefix_caching": True, "kv_cache_memory_bytes": 1 << 30}
     return plain.model_copy(
@@ -222,7 +222,7 @@ def bench_config(main: Path, speculator: Path) -> AppConfig:
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m loadtest.bench.netgain", description=__doc__)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="requests of each sort")
     parser.add_argument("--seed", type=int, default=0)

@@ -26,7 +26,7 @@ from specprefill.decode.service import DecodeService
 from specprefill.engine.args import Role, engine_args
 from specprefill.engine.engine import Engine
 from specprefill.kv.holding import RemoteLeases
-from specprefill.kv.prefilling import prefilling
+from specprefill.kv.prefilling import hold_prefill
 from specprefill.kv.rpc import KvPeers
 from specprefill.prefill.service import PrefillService
 from specprefill.speculator.service import SpeculatorService
@@ -47,8 +47,8 @@ class LocalPrefiller:
     ) -> AsyncIterator[Prefilling]:
         """See `ports.Prefiller`."""
         async with (
-            aclosing(self.service.steps(request, selection, timeout_s)) as said,
-            prefilling(said, self.leases) as one,
+            aclosing(self.service.steps(request, selection, timeout_s)) as steps,
+            hold_prefill(steps, self.leases) as one,
         ):
             yield one
 
@@ -91,6 +91,6 @@ async def local_pipeline(
 
 
 def set_cpu_environment() -> None:
-    """Before vLLM is imported: engines on CPUs share the cores one thread each."""
+    """Set the environment before vLLM is imported: CPU engines share the cores, a thread each."""
     os.environ.update(CPU_ENVIRONMENT)
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override kv_cache_memory_bytes

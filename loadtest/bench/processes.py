@@ -1,4 +1,4 @@
-"""Who computes on this machine: this program with all that it started, or others (Linux)."""
+"""Measures the work on this machine: this program with its children, and others (Linux)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _PARENT, _USER, _SYSTEM = 1, 11, 12  # fields of /proc/PID/stat, counted from be
 
 
 @dataclass(frozen=True, slots=True)
-class Used:
-    """Core-seconds since the start: of this program and its descendants, and of the machine."""
+class CpuUse:
+    """Core-seconds since the start: this program's with its descendants, and the machine's."""
 
     own_s: float
     all_s: float
 
 
-def used() -> Used:
-    """Until now. What ended descendants used is not in `own_s`."""
+def read_use() -> CpuUse:
+    """Read the use so far. That of ended descendants is not in `own_s`."""
     cpu, parents = {}, {}
     for folder in _PROC.iterdir():
         if folder.name.isdecimal():
@@ -36,47 +36,47 @@ def used() -> Used:
     own = sum(ticks for process, ticks in cpu.items() if _descends(process, os.getpid(), parents))
     first = (_PROC / "stat").read_text(encoding="utf-8").partition("\n")[0]
     user, nice, system, _idle, _waiting, *more = map(int, first.split()[1:9])
-    return Used(own / _TICKS_PER_S, (user + nice + system + sum(more)) / _TICKS_PER_S)
+    return CpuUse(own / _TICKS_PER_S, (user + nice + system + sum(more)) / _TICKS_PER_S)
 
 
 @dataclass(frozen=True, slots=True)
-class Busy:
-    """Cores at work, on average over a span that begins at `from_s`."""
+class BusyCores:
+    """Cores at work, on average over a span that starts at `from_s`."""
 
     from_s: float
     own: float
     others: float
 
 
-def between(before: Used, after: Used, from_s: float, seconds: float) -> Busy:
-    """The averages of a span."""
+def average_between(before: CpuUse, after: CpuUse, from_s: float, seconds: float) -> BusyCores:
+    """Return the averages of a span."""
     own_s = max(0.0, after.own_s - before.own_s)
     others_s = max(0.0, after.all_s - before.all_s - own_s)
-    return Busy(from_s, own_s / seconds, others_s / seconds)
+    return BusyCores(from_s, own_s / seconds, others_s / seconds)
 
 
 class Watch:
-    """What is at work between one look and the next; time counts from the first look."""
+    """Records the work between one look and the next; time counts from the first look."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
-        self.seen: list[Busy] = []
+        self.seen: list[BusyCores] = []
         self._now = now
         self._began_s = 0.0
-        self._last: tuple[float, Used] | None = None
+        self._last: tuple[float, CpuUse] | None = None
 
     def look(self) -> None:
-        """Note what was at work since the last look."""
-        now_s, now = self._now(), used()
+        """Record the work since the last look."""
+        now_s, now = self._now(), read_use()
         if self._last is None:
             self._began_s = now_s
         else:
             then_s, then = self._last
-            span = between(then, now, then_s - self._began_s, now_s - then_s)
+            span = average_between(then, now, then_s - self._began_s, now_s - then_s)
             self.seen.append(span)
         self._last = now_s, now
 
     def mean_others(self) -> float:
-        """Cores that other programs took. Raises StatisticsError before the second look."""
+        """Return cores that other programs took. Raises StatisticsError before the second look."""
         return fmean(each.others for each in self.seen)
 
 

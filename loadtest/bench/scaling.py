@@ -14,10 +14,10 @@ from specprefill.lab.simulation.scenarios import (
     COLD_START_S,
     SLO,
     Entry,
-    Scenario,
+    SimulationScenario,
     compare,
     distance,
-    three,
+    three_scenarios,
 )
 from specprefill.lab.simulation.score import HEADERS
 
@@ -35,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"cold start {COLD_START_S:g} s\n"
     )
     for seed in seeds:
-        for case in three(seed):
+        for case in three_scenarios(seed):
             entries = compare(case, lambda name: print(f"  {name}", file=sys.stderr, flush=True))
-            results.append(_told(case, seed, entries))
+            results.append(_report_case(case, seed, entries))
             pages.append((case, entries))
     write_json(OUT / "bench-scaling.json", provenance(seeds[0]), {"runs": results})
     facts = {"command": " ".join(["make bench-scaling", *sys.argv[1:]]), "seeds": str(seeds)}
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _told(case: Scenario, seed: int, entries: list[Entry]) -> dict[str, object]:
+def _report_case(case: SimulationScenario, seed: int, entries: list[Entry]) -> dict[str, object]:
     """Print one trace's table; return the same as data."""
     scores = [each.score for each in entries]
     best, ours = scores[:2]

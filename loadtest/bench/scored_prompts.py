@@ -1,4 +1,4 @@
-"""Generated tasks as the selection sees them: scores, what is protected, and where the gold is."""
+"""Generated tasks as the selection sees them: scores, protected spans, and the gold's spans."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from specprefill.lab.families.fitting import render
 from specprefill.lab.families.task import Task
 from specprefill.speculator.scorer import Scorer, load_scorer
 
-from .keep_rates import Scored
+from .keep_rates import ScoredPrompt
 
 
 @dataclass(frozen=True, slots=True)
-class Scoring:
+class TaskScorer:
     """The speculator and its tokenizer."""
 
     scorer: Scorer
@@ -29,26 +29,26 @@ class Scoring:
 
     @classmethod
     def load(cls, config: SpeculatorConfig) -> Self:
-        """With the selection's defaults."""
+        """Load the speculator with the selection's defaults."""
         selection = SelectionConfig()
         tokenizer = AutoTokenizer.from_pretrained(local_path(config.path))
         scorer = load_scorer(config, selection.pool_tokens)
         return cls(scorer, tokenizer, PromptOffsets(tokenizer), selection.tail_tokens)
 
-    def scored(self, task: Task) -> Scored:
+    def score_task(self, task: Task) -> ScoredPrompt:
         """Render, tokenise, mark and score one task."""
         text = render(task.messages, task.tools, self.tokenizer)
         prompt = tuple(self.tokenizer.encode(text, add_special_tokens=False))
         offsets = self.offsets.find(text, prompt)
         if offsets is None:
-            raise ValueError(f"{task.family}: the tokenizer gives no offsets")
+            raise ValueError(f"{task.family}: the tokenizer returns no offsets")
         special = special_spans(prompt, self.offsets.special_ids)
         spans = protected_spans(text, offsets, task.messages, (), self.tail_tokens)
-        with self.scorer.opened([prompt]) as (reading,):
+        with self.scorer.open_readings([prompt]) as (reading,):
             self.scorer.read([reading])
             self.scorer.look_ahead([reading])
             scores = self.scorer.rate(reading)
-        return Scored(
+        return ScoredPrompt(
             family=task.family,
             scores=scores,
             certainty=reading.certainty,
@@ -58,6 +58,6 @@ class Scoring:
 
 
 def _tokens(start: int, length: int, offsets: Offsets) -> Span:
-    """The tokens that overlap `length` characters from `start`."""
+    """Return the tokens that overlap `length` characters from `start`."""
     inside = [i for i, (a, b) in enumerate(offsets) if a < start + length and b > start]
     return Span(inside[0], inside[-1] + 1)

@@ -1,4 +1,4 @@
-"""What a server's processes take of the machine. Linux: it reads /proc."""
+"""Memory and time of a server's processes. Linux: it reads /proc."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Process:
 
 
 def processes(proc: Path = Path("/proc")) -> list[Process]:
-    """All that run now."""
+    """Return all that run now."""
     found = []
     for folder in proc.iterdir():
         if folder.name.isdigit():
@@ -41,7 +41,7 @@ def processes(proc: Path = Path("/proc")) -> list[Process]:
 
 
 def resident_by_pool(running: Sequence[Process], root: int, rest: str) -> dict[str, int]:
-    """Resident bytes of `root` and all below it, by Serve deployment; others count as `rest`.
+    """Return resident bytes of `root` and all below it, by Serve deployment; others are `rest`.
 
     An engine's processes belong to the replica that started them.
     """
@@ -51,8 +51,8 @@ def resident_by_pool(running: Sequence[Process], root: int, rest: str) -> dict[s
     return dict(totals)
 
 
-async def idle(roots: Sequence[int]) -> None:
-    """Until these processes and all below them leave the cores to others.
+async def wait_idle(roots: Sequence[int]) -> None:
+    """Wait until these processes and all below them leave the cores to others.
 
     Plain vLLM's worker spins on its queue for a second after its last step: whoever is asked in
     that second shares the cores with it.
@@ -71,7 +71,7 @@ def _cpu_s(roots: Sequence[int]) -> float:
 
 
 def _tree(running: Sequence[Process], root: int, rest: str) -> Iterator[tuple[Process, str]]:
-    """`root` and all below it, each with the pool that it belongs to."""
+    """Yield `root` and all below it, each with the pool that it belongs to."""
     children: Mapping[int, list[Process]] = defaultdict(list)
     for process in running:
         children[process.parent].append(process)

@@ -1,4 +1,4 @@
-"""Two servers of one model, as processes: plain `vllm serve`, and this service on its own Ray."""
+"""Two servers of one model, as processes: plain `vllm serve`, and this service on a local Ray."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _READY_OURS = "ready"
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class RunningServer:
     """A server that answers."""
 
     url: str  # OpenAI base URL
@@ -38,7 +38,7 @@ class Served:
 
 
 def cores_option(parser: argparse.ArgumentParser) -> None:
-    """`--cores`: what both servers may use, each in its own way."""
+    """Add `--cores`: the cores that both servers may use, each in its own way."""
     parser.add_argument(
         "--cores", type=int, default=CORES,
         help="threads of plain vLLM's engine, prefill replicas of this service",
@@ -46,8 +46,8 @@ def cores_option(parser: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def plain_vllm(config: AppConfig, threads: int, log: Path) -> Iterator[Served]:
-    """`vllm serve` with the main model of `config` and its prefill engine's sizes."""
+def run_plain_vllm(config: AppConfig, threads: int, log: Path) -> Iterator[RunningServer]:
+    """Run `vllm serve` with the main model of `config` and its prefill engine's sizes."""
     port = free_port()
     engine = config.prefill
     command = [
@@ -72,18 +72,18 @@ def plain_vllm(config: AppConfig, threads: int, log: Path) -> Iterator[Served]:
         "SPECPREFILL_CPU_ENGINE": "0",
     }
     with _process(command, environment, _READY_VLLM, log) as pid:
-        yield Served(f"http://127.0.0.1:{port}/v1", MODEL, pid)
+        yield RunningServer(f"http://127.0.0.1:{port}/v1", MODEL, pid)
 
 
 @contextmanager
-def ours(
+def run_ours(
     base: Path,
     folder: Path,
     config: AppConfig | None = None,
     threads: int = 1,
     prefill_replicas: int | None = None,
-) -> Iterator[Served]:
-    """`specprefill serve` of the file `base`, with `config` in place of its arguments."""
+) -> Iterator[RunningServer]:
+    """Run `specprefill serve` of the file `base`, with `config` in place of its arguments."""
     port = free_port()
     loaded = load(base)
     raw = with_ports(loaded.raw, port, free_port())
@@ -96,7 +96,7 @@ def ours(
     file.write_text(yaml.safe_dump(raw), encoding="utf-8")
     command = [sys.executable, "-m", "specprefill.cli", "serve", str(file)]
     with _process(command, {}, _READY_OURS, folder / "specprefill.log") as pid:
-        yield Served(f"http://127.0.0.1:{port}/v1", model.served_name, pid)
+        yield RunningServer(f"http://127.0.0.1:{port}/v1", model.served_name, pid)
 
 
 def _with_config(raw: Mapping[str, Any], config: AppConfig, threads: int) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def _prefill_deployment(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _process(
     command: Sequence[str], environment: Mapping[str, str], ready: str, log: Path
 ) -> Iterator[int]:
-    """Run a server while inside, and tell its process id; its output goes to `log`.
+    """Run a server while inside, and yield its process id; its output goes to `log`.
 
     Raises RuntimeError if it ends early.
     """
@@ -137,7 +137,7 @@ def _process(
 
 
 def _await_line(server: subprocess.Popen[str], ready: str, log: Path) -> None:
-    """Until a line says so; a thread goes on copying the output to `log`."""
+    """Wait for a line that matches; a thread goes on copying the output to `log`."""
     is_ready = threading.Event()
 
     def copy(output: IO[str]) -> None:
@@ -157,7 +157,7 @@ def _await_line(server: subprocess.Popen[str], ready: str, log: Path) -> None:
 
 
 def _stop(server: subprocess.Popen[str]) -> None:
-    """SIGTERM to the server alone, which stops its children; then whatever of them is left."""
+    """Send SIGTERM to the server alone, which stops its children; then kill what is left."""
     server.send_signal(signal.SIGTERM)
     try:
         server.wait(STOP_TIMEOUT_S)

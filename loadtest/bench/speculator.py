@@ -1,6 +1,6 @@
 """The speculator by itself, beside a plain forward pass of the same model: `make bench-speculator`.
 
-Tokens per second alone and in batches of eight, what a second question about a document costs
+Tokens per second alone and in batches of eight, the cost of a second question about a document
 that was read before, and the memory that a thousand different prompts take. Every measurement is
 interleaved with what it is compared with, so that a slow minute of the machine hits both.
 """
@@ -36,7 +36,7 @@ MANY_PROMPTS_BUDGET_BYTES = 16 << 20
 MB = 1 << 20
 
 Prompt = tuple[int, ...]
-Prompts = Callable[[int], Prompt]  # a new one of so many tokens
+Prompts = Callable[[int], Prompt]  # a new one of this many tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Throughput:
     forward_s: float
 
     def cells(self) -> list[str]:
-        """As a table's row."""
+        """Return a table's row."""
         total = self.batch * self.tokens
         return [
             self.model,
@@ -72,7 +72,7 @@ class SecondQuestion:
     second_s: float
 
     def cells(self) -> list[str]:
-        """As a table's row."""
+        """Return a table's row."""
         return [
             self.model,
             str(self.document_tokens),
@@ -83,7 +83,7 @@ class SecondQuestion:
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class MemoryUse:
     """Different prompts, one after the other, each remembered."""
 
     model: str
@@ -93,7 +93,7 @@ class Memory:
     grown_bytes: int  # of the whole process, over the second half of the prompts
 
     def cells(self) -> list[str]:
-        """As a table's row."""
+        """Return a table's row."""
         return [
             self.model,
             str(self.prompts),
@@ -107,12 +107,12 @@ def throughput(
     name: str, scorer: Scorer, plain: PreTrainedModel, batch: int, tokens: int, repeats: int,
     prompts: Prompts,
 ) -> Throughput:  # fmt: skip
-    """New prompts every time; one warm-up."""
+    """Measure new prompts every time, after one warm-up."""
     ours, theirs = [], []
     for _ in range(repeats + 1):
         asked = [prompts(tokens) for _ in range(batch)]
-        ours.append(timed(partial(scorer.score, asked)))
-        theirs.append(timed(partial(forward, plain, asked)))
+        ours.append(time_action(partial(scorer.score, asked)))
+        theirs.append(time_action(partial(forward, plain, asked)))
     return Throughput(
         name, batch, tokens, statistics.median(ours[1:]), statistics.median(theirs[1:])
     )
@@ -121,7 +121,7 @@ def throughput(
 def second_question(
     name: str, scorer: Scorer, tokens: int, repeats: int, prompts: Prompts
 ) -> SecondQuestion:
-    """New documents every time; one warm-up."""
+    """Measure new documents every time, after one warm-up."""
     first: list[float] = []
     second: list[float] = []
     for _ in range(repeats + 1):
@@ -132,9 +132,9 @@ def second_question(
 
 
 def answer_s(scorer: Scorer, prompt: Prompt) -> float:
-    """Seconds until the scores are there; after that the prompt is remembered."""
+    """Return seconds until the scores are there; after that the prompt is remembered."""
     started_s = time.perf_counter()
-    with scorer.opened([prompt]) as readings:
+    with scorer.open_readings([prompt]) as readings:
         scorer.read(readings)
         scorer.look_ahead(readings)
         scorer.rate(readings[0])
@@ -143,20 +143,22 @@ def answer_s(scorer: Scorer, prompt: Prompt) -> float:
     return took_s
 
 
-def memory(name: str, scorer: Scorer, count: int, rng: random.Random, prompts: Prompts) -> Memory:
-    """What `count` prompts of many lengths leave behind."""
+def memory(
+    name: str, scorer: Scorer, count: int, rng: random.Random, prompts: Prompts
+) -> MemoryUse:
+    """Measure the memory that `count` prompts of many lengths leave behind."""
     most, half_way = 0, 0
     for index in range(count):
         if index == count // 2:
             half_way = resident_bytes()
         for held in held_bytes(scorer, prompts(rng.randint(*MANY_PROMPTS_TOKENS))):
             most = max(most, held)
-    return Memory(name, count, scorer.memory_bytes, most, resident_bytes() - half_way)
+    return MemoryUse(name, count, scorer.memory_bytes, most, resident_bytes() - half_way)
 
 
 def held_bytes(scorer: Scorer, prompt: Prompt) -> Iterator[int]:
-    """KV held before a prompt is read, and once it is remembered."""
-    with scorer.opened([prompt]) as readings:
+    """Return KV held before a prompt is read, and once it is remembered."""
+    with scorer.open_readings([prompt]) as readings:
         in_use = readings[0].keys.nbytes + readings[0].values.nbytes
         yield in_use + scorer.prefix.bytes_held
         scorer.read(readings)
@@ -166,26 +168,26 @@ def held_bytes(scorer: Scorer, prompt: Prompt) -> Iterator[int]:
 
 
 def forward(model: PreTrainedModel, prompts: Sequence[Prompt]) -> None:
-    """What transformers does to read prompts of one length."""
+    """Return transformers' way to read prompts of one length."""
     with torch.inference_mode():
         model(input_ids=torch.tensor(prompts), use_cache=False, logits_to_keep=1)
 
 
-def timed(action: Callable[[], object]) -> float:
-    """Seconds that `action` takes."""
+def time_action(action: Callable[[], object]) -> float:
+    """Return the seconds that `action` takes."""
     started_s = time.perf_counter()
     action()
     return time.perf_counter() - started_s
 
 
 def resident_bytes() -> int:
-    """Memory of this process (Linux)."""
+    """Return this process's resident memory (Linux)."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     return pages * 4096
 
 
 def draft_models(max_tokens: int) -> dict[str, SpeculatorConfig]:
-    """The demo's draft, and the shape that `make bench-ttft` runs."""
+    """Return the demo's draft, and the shape that `make bench-ttft` runs."""
     folder = OUT.resolve() / "models" / "bench-speculator"
     write_model(folder, SPECULATOR, Path(local_path("models/demo-main")), max_tokens)
     common = {"dtype": "float32", "device": "cpu", "threads": 1}
@@ -196,7 +198,7 @@ def draft_models(max_tokens: int) -> dict[str, SpeculatorConfig]:
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m loadtest.bench.speculator", description=__doc__
     )
@@ -205,7 +207,9 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=list(LENGTHS), help="prompt lengths in tokens"
     )
-    parser.add_argument("--prompts", type=int, default=1000, help="of the memory measurement")
+    parser.add_argument(
+        "--prompts", type=int, default=1000, help="prompts of the memory measurement"
+    )
     parser.add_argument("--out", type=Path, default=OUT / "bench-speculator.json")
     return parser.parse_args(argv)
 
@@ -216,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rng = random.Random(args.seed)
     speeds: list[Throughput] = []
     questions: list[SecondQuestion] = []
-    memories: list[Memory] = []
+    memories: list[MemoryUse] = []
     for name, config in draft_models(max(args.lengths) + 256).items():
         scorer = load_scorer(config, POOL_TOKENS)
         plain = copy.deepcopy(scorer.draft.model)
@@ -246,14 +250,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def random_prompts(rng: random.Random, vocabulary: int) -> Prompts:
-    """Prompts of random tokens: no two have a beginning in common."""
+    """Make prompts of random tokens: no two start alike."""
     return lambda tokens: tuple(rng.randrange(FIRST_TOKEN_ID, vocabulary) for _ in range(tokens))
 
 
 def tables(
-    speeds: Sequence[Throughput], questions: Sequence[SecondQuestion], memories: Sequence[Memory]
+    speeds: Sequence[Throughput], questions: Sequence[SecondQuestion], memories: Sequence[MemoryUse]
 ) -> list[str]:
-    """One table for each of the three."""
+    """Return one table for each of the three."""
     return [
         markdown(
             ["draft", "batch", "tokens", "scored tokens/s", "forward tokens/s", "scored / forward"],

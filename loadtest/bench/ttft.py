@@ -1,4 +1,4 @@
-"""Time to first token, dense and pruned, and where it goes: `make bench-ttft`.
+"""Time to first token, dense and pruned, by stage: `make bench-ttft`.
 
 Time does not depend on the weights, so both models are random; the main one is large enough
 for its prefill to dominate, the speculator costs at most 3 % of its FLOPs. Runs of all
@@ -49,12 +49,12 @@ class Shape:
     head_dim: int
 
     def matrix_parameters(self) -> int:
-        """Parameters that every token is multiplied with (no embeddings, no output head)."""
+        """Number of parameters that multiply every token (no embeddings, no output head)."""
         attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
         return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
     def prefill_flops(self, tokens: int) -> float:
-        """2 per parameter and token, and causal attention: 2 n^2 per head dimension."""
+        """Return 2 per parameter and token, and causal attention: 2 n^2 per head dimension."""
         attention = 2.0 * tokens**2 * self.heads * self.head_dim * self.layers
         return 2.0 * self.matrix_parameters() * tokens + attention
 
@@ -64,8 +64,8 @@ SPECULATOR = Shape(hidden=96, intermediate=256, layers=2, heads=3, kv_heads=3, h
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """One request's report, and what was asked."""
+class TtftRun:
+    """One request's report, and its parameters."""
 
     prompt_tokens: int
     keep: float | None
@@ -73,7 +73,7 @@ class Run:
 
 
 def write_model(folder: Path, shape: Shape, tokenizer: Path, max_tokens: int) -> None:
-    """A model folder without weights: a config and the shipped tokenizer."""
+    """Write a model folder without weights: a config and the shipped tokenizer."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -92,7 +92,7 @@ def write_model(folder: Path, shape: Shape, tokenizer: Path, max_tokens: int) ->
 
 
 def configuration(main: Path, speculator: Path, max_tokens: int) -> AppConfig:
-    """Both models on CPUs, one core each, with nothing cached between runs."""
+    """Configure both models on CPUs, one core each, with nothing cached between runs."""
     engine = {
         "block_size": 128,
         "kv_cache_memory_bytes": 512 << 20,
@@ -126,7 +126,7 @@ def configuration(main: Path, speculator: Path, max_tokens: int) -> AppConfig:
 
 
 def prepare(max_tokens: int) -> tuple[AppConfig, int]:
-    """Write both models; the configuration that serves them, and the size of their vocabulary."""
+    """Write both models; return their configuration, and the size of their vocabulary."""
     folder = OUT.resolve() / "models"
     tokenizer = Path(local_path("models/demo-main"))
     write_model(folder / "bench-main", MAIN, tokenizer, max_tokens)
@@ -143,7 +143,7 @@ def request(
     rng: random.Random,
     output_tokens: int = OUTPUT_TOKENS,
 ) -> Request:
-    """A prompt of random tokens, so that no two have a prefix in common."""
+    """Make a prompt of random tokens, so that no two have a prefix in common."""
     from vllm.sampling_params import SamplingParams
 
     sampling = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True)
@@ -162,18 +162,18 @@ async def answer(pipeline: Answerer, asked: Request) -> Report:
     async for chunk in pipeline.generate(asked):
         report = chunk.report or report
     if report is None:
-        raise RuntimeError("an answer without a report")
+        raise RuntimeError("the answer has no report")
     return report
 
 
 async def measure(
     config: AppConfig, lengths: Sequence[int], repeats: int, vocabulary: int, seed: int
-) -> list[Run]:
-    """Every variant `repeats` times, interleaved, after one warm-up each."""
+) -> list[TtftRun]:
+    """Run every variant `repeats` times, interleaved, after one warm-up each."""
     from .pools import local_pipeline
 
     rng = random.Random(seed)
-    runs: list[Run] = []
+    runs: list[TtftRun] = []
     async with local_pipeline(config) as pipeline:
         for keep in KEEPS:
             await answer(pipeline, request(min(lengths), keep, vocabulary, rng))
@@ -181,12 +181,12 @@ async def measure(
             for tokens in lengths:
                 for keep in KEEPS:
                     report = await answer(pipeline, request(tokens, keep, vocabulary, rng))
-                    runs.append(Run(tokens, keep, report))
+                    runs.append(TtftRun(tokens, keep, report))
                     print(f"run {repeat + 1} of {repeats}: {_progress(runs[-1])}", flush=True)
     return runs
 
 
-def _progress(run: Run) -> str:
+def _progress(run: TtftRun) -> str:
     return f"{run.prompt_tokens} tokens, {_name(run.keep)}: {run.report.ttft_s:.3f} s"
 
 
@@ -194,8 +194,8 @@ def _name(keep: float | None) -> str:
     return "dense" if keep is None else f"keep {keep:g}"
 
 
-def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The medians of every variant."""
+def summary(runs: Sequence[TtftRun]) -> list[dict[str, Any]]:
+    """Return the medians of every variant."""
     variants = sorted(
         {(run.prompt_tokens, run.keep) for run in runs},
         key=lambda variant: (variant[0], -(variant[1] or 1.0)),
@@ -203,7 +203,7 @@ def summary(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return [_medians([run for run in runs if (run.prompt_tokens, run.keep) == v]) for v in variants]
 
 
-def _medians(runs: Sequence[Run]) -> dict[str, Any]:
+def _medians(runs: Sequence[TtftRun]) -> dict[str, Any]:
     reports = [asdict(run.report) for run in runs]
     times = ("ttft_s", *STAGES, "transfer_s", "first_decode_s")
     return {
@@ -216,7 +216,7 @@ def _medians(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Median times, the speed-up over dense, and each stage's share of the first token."""
+    """Return median times, the speed-up over dense, and each stage's share of the first token."""
     headers = ("prompt", "variant", "kept", "TTFT", "vs dense", "queue", "speculate", "prefill",
                "rest", "transfer", "first decode")  # fmt: skip
     dense = {row["prompt_tokens"]: row["ttft_s"] for row in rows if row["variant"] == "dense"}
@@ -242,7 +242,7 @@ def _cells(row: dict[str, Any], dense_s: float) -> list[str]:
 def flops_lines(
     lengths: Sequence[int], draft: Shape = SPECULATOR, max_share: float = MAX_FLOPS_SHARE
 ) -> list[str]:
-    """The arithmetic of both models. Raises ValueError beyond the allowed share."""
+    """Return the arithmetic of both models. Raises ValueError beyond the allowed share."""
     lines = [
         f"main: {MAIN.matrix_parameters() / 1e6:.1f}M matrix parameters, {asdict(MAIN)}",
         f"speculator: {draft.matrix_parameters() / 1e6:.2f}M, {asdict(draft)}",
@@ -261,7 +261,7 @@ def flops_lines(
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m loadtest.bench.ttft", description=__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="runs of each variant")
     parser.add_argument("--seed", type=int, default=0)
@@ -283,14 +283,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, vocabulary = prepare(max(args.lengths) + 64)
     runs = asyncio.run(measure(config, args.lengths, args.repeats, vocabulary, args.seed))
     rows = summary(runs)
-    print(f"\n{table(rows)}\n\nmedian of {args.repeats} interleaved runs; {_planned(runs)}")
+    print(f"\n{table(rows)}\n\nmedian of {args.repeats} interleaved runs; {_count_pruned(runs)}")
     write_json(args.out, provenance(args.seed), {"arithmetic": arithmetic, "rows": rows})
     print(f"written to {args.out}")
     return 0
 
 
-def _planned(runs: Sequence[Run]) -> str:
-    """How many prompts really were pruned: an unplanned dense run would spoil the medians."""
+def _count_pruned(runs: Sequence[TtftRun]) -> str:
+    """Return the number of prompts really pruned: an unplanned dense run would spoil medians."""
     asked = [run for run in runs if run.keep is not None]
     pruned = sum(run.report.plan is PlanKind.PRUNE for run in asked)
     return f"{pruned} of {len(asked)} prompts asked to be pruned were"

@@ -24,8 +24,8 @@ from specprefill.control.scaling.sizing import stage_times
 from specprefill.control.scaling.values import Floats, Pool, Slo
 from specprefill.deployment.file import load
 from specprefill.lab.loadtest import session
-from specprefill.lab.loadtest.arrivals import Trace as TraceArrivals
-from specprefill.lab.loadtest.outcome import Ending, Outcome
+from specprefill.lab.loadtest.arrivals import RecordedTrace as TraceArrivals
+from specprefill.lab.loadtest.outcome import RequestEnding, RequestOutcome
 from specprefill.lab.loadtest.prompt_source import Source
 from specprefill.lab.loadtest.scenario import Prompts, Scenario, Target
 from specprefill.lab.loadtest.session import Run
@@ -36,9 +36,9 @@ from specprefill.lab.simulation.steps import StepLimits
 from specprefill.lab.simulation.trace import Lengths, Rate, Trace, generate, poisson, write_trace
 from specprefill.lab.simulation.world import World
 
-from .calibration import Calibrated, calibrate
+from .calibration import AppCalibration, calibrate
 from .processes import Watch
-from .servers import Served, ours
+from .servers import RunningServer, run_ours
 
 OUT = Path("out")
 BASE = "cluster/local.yaml"
@@ -52,7 +52,7 @@ PERCENTILES = (50, 95)
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
+class PercentilePair:
     """One percentile of the time to first token."""
 
     percentile: int
@@ -61,12 +61,14 @@ class Compared:
 
     @property
     def ratio(self) -> float:
-        """Above 1: the simulator is too slow."""
+        """Simulated over measured; above 1, the simulator is too slow."""
         return self.simulated_s / self.measured_s
 
 
-def world(found: Calibrated, config: AppConfig, others: tuple[tuple[float, float], ...]) -> World:
-    """The local app as the simulator sees it: its stages, its steps, one machine under all.
+def world(
+    found: AppCalibration, config: AppConfig, others: tuple[tuple[float, float], ...]
+) -> World:
+    """Return the local app for the simulator: its stages, its steps, one machine under all.
 
     `others`: from when on, how many cores other programs were seen to take.
     """
@@ -86,8 +88,8 @@ def world(found: Calibrated, config: AppConfig, others: tuple[tuple[float, float
     )
 
 
-def bearable_qps(trace: Trace, found: Calibrated, keep: float) -> float:
-    """Requests like these per second at which the busiest pool, or the machine, is always busy."""
+def sustainable_qps(trace: Trace, found: AppCalibration, keep: float) -> float:
+    """Return the rate at which the busiest pool, or the machine, is always busy."""
     times = stage_times(trace.arrivals(keep), found.engines)
     outside_s = float(
         np.mean(
@@ -100,35 +102,37 @@ def bearable_qps(trace: Trace, found: Calibrated, keep: float) -> float:
     return 1.0 / max(*pools_s, machine_s)
 
 
-def drawn(rate: Rate, seconds: float, seed: int, shortest: int = SHORTEST) -> Trace:
-    """A trace whose lengths the local app bears."""
+def draw_trace(rate: Rate, seconds: float, seed: int, shortest: int = SHORTEST) -> Trace:
+    """Generate a trace whose lengths the local app sustains."""
     trace = generate(rate, seconds, LENGTHS, seed)
     return replace(trace, prompt_tokens=np.clip(trace.prompt_tokens, shortest, LONGEST))
 
 
-def replayed(outcomes: Sequence[Outcome]) -> Trace:
-    """What was really asked, for the simulator. Raises RuntimeError if any got no answer."""
+def replayed_trace(outcomes: Sequence[RequestOutcome]) -> Trace:
+    """Return the trace as it was sent. Raises RuntimeError if a request got no answer."""
     for one in outcomes:
-        if one.stream.ending is not Ending.ANSWERED or one.stream.report is None:
+        if one.stream.ending is not RequestEnding.ANSWERED or one.stream.report is None:
             raise RuntimeError(f"request {one.index}: {one.stream.ending}: {one.stream.error}")
     return Trace(
         _column(one.scheduled_s for one in outcomes),
-        _column(one.reported("prompt_tokens") for one in outcomes),
+        _column(one.report_number("prompt_tokens") for one in outcomes),
         _column(max(1, one.stream.output_tokens) for one in outcomes),
-        _column(one.reported("kept_tokens") for one in outcomes),
+        _column(one.report_number("kept_tokens") for one in outcomes),
     )
 
 
-def compared(measured_s: Floats, simulated_s: Floats) -> list[Compared]:
-    """Each percentile of both."""
+def compare(measured_s: Floats, simulated_s: Floats) -> list[PercentilePair]:
+    """Return each percentile of both."""
     return [
-        Compared(each, *(float(np.percentile(times, each)) for times in (measured_s, simulated_s)))
+        PercentilePair(
+            each, *(float(np.percentile(times, each)) for times in (measured_s, simulated_s))
+        )
         for each in PERCENTILES
     ]
 
 
-def table(name: str, found: Sequence[Compared]) -> str:
-    """One line per percentile."""
+def table(name: str, found: Sequence[PercentilePair]) -> str:
+    """Return one line per percentile."""
     headers = (name, "measured", "simulated", "simulated / measured")
     rows = [
         [f"p{each.percentile} TTFT", f"{each.measured_s:.3f} s", f"{each.simulated_s:.3f} s",
@@ -139,7 +143,7 @@ def table(name: str, found: Sequence[Compared]) -> str:
 
 
 def variants(full: World) -> Mapping[str, World]:
-    """The simulator, and the same without one of the things that a shared machine adds."""
+    """Return the simulator, and the same without one of the things that a shared machine adds."""
     return {
         FULL: full,
         "without what others took": replace(full, others=()),
@@ -151,7 +155,7 @@ def variants(full: World) -> Mapping[str, World]:
 
 
 async def replay(
-    served: Served, path: Path, requests: int, source: Source, seed: int
+    served: RunningServer, path: Path, requests: int, source: Source, seed: int
 ) -> tuple[Run, Watch]:
     """Send the trace in `path` with the load tester, and watch the machine meanwhile."""
     scenario = Scenario(
@@ -170,8 +174,8 @@ async def replay(
 
 
 async def measure(
-    args: argparse.Namespace, served: Served, config: AppConfig
-) -> tuple[Calibrated, Run, Watch]:
+    args: argparse.Namespace, served: RunningServer, config: AppConfig
+) -> tuple[AppCalibration, Run, Watch]:
     """Calibrate, choose the rate, replay."""
     source = Source.load(local_path("models/demo-main"), args.seed)
     caller = session.caller_of(Target(address=served.url, model=served.model))
@@ -180,21 +184,21 @@ async def measure(
         output_tokens = int(LENGTHS.output_tokens)
         found = await calibrate(source, caller, KEEP, output_tokens, slots)
     print(f"calibrated: {found}", flush=True)
-    most = bearable_qps(drawn(poisson(1.0), 1000.0, args.seed), found, KEEP)
-    trace = drawn(poisson(args.load * most), args.seconds, args.seed)
-    print(f"bearable: {most:.2f} requests/s; asked: {args.load:.0%} of it, {len(trace)} requests "
-          f"in {args.seconds:g} s", flush=True)  # fmt: skip
+    most = sustainable_qps(draw_trace(poisson(1.0), 1000.0, args.seed), found, KEEP)
+    trace = draw_trace(poisson(args.load * most), args.seconds, args.seed)
+    print(f"sustainable: {most:.2f} requests/s; asked: {args.load:.0%} of it, {len(trace)} "
+          f"requests in {args.seconds:g} s", flush=True)  # fmt: skip
     path = args.out.parent / "validation" / "trace.jsonl"
     write_trace(path, trace)
     return found, *await replay(served, path, len(trace), source, args.seed)
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m loadtest.bench.validation", description=__doc__
     )
-    parser.add_argument("--load", type=float, default=0.6, help="of what the app bears in theory")
+    parser.add_argument("--load", type=float, default=0.6, help="share of what the app can sustain")
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT / "bench-validation.json")
@@ -208,9 +212,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     base = Path(local_path(BASE))
     config = load(base).file.applications[0].args
-    with ours(base, folder) as served:
+    with run_ours(base, folder) as served:
         found, run, watch = asyncio.run(measure(args, served, config))
-    trace = replayed(run.outcomes)
+    trace = replayed_trace(run.outcomes)
     measured_s = _column(one.ttft_s for one in run.outcomes)
     rows: dict[str, Any] = {}
     others = tuple((each.from_s, each.others) for each in watch.seen)
@@ -218,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
           f"{fmean(each.own for each in watch.seen):.2f}")  # fmt: skip
     for name, each in variants(world(found, config, others)).items():
         outcome = simulate(trace, each, Fixed(SIZES), SIZES)
-        result = compared(measured_s, outcome.ttft_s)
+        result = compare(measured_s, outcome.ttft_s)
         print(f"\n{table(name, result)}", flush=True)
         rows[name] = [asdict(one) | {"ratio": one.ratio} for one in result]
         if name == FULL:

@@ -21,14 +21,14 @@ from typing import Any, Self
 
 from specprefill.config import AppConfig, local_path
 from specprefill.lab.loadtest.http_stream import HttpCaller
-from specprefill.lab.loadtest.outcome import Ending, Stream
-from specprefill.lab.loadtest.recorder import Prompt
+from specprefill.lab.loadtest.outcome import RequestEnding, Stream
+from specprefill.lab.loadtest.recorder import LoadPrompt
 from specprefill.lab.loadtest.runner import stream
 from specprefill.lab.reporting.tables import markdown, provenance, write_json
 from specprefill.synthetic.needles import ChatTokenizer, NeedlePrompt, needle_prompt
 
 from . import processes, server_processes
-from .servers import MODEL, Served, ours, plain_vllm
+from .servers import MODEL, RunningServer, run_ours, run_plain_vllm
 from .ttft import (
     MAIN,
     MAX_FLOPS_SHARE,
@@ -71,12 +71,12 @@ UNPRUNED = (Variant(PLAIN, PLAIN, None), Variant(DENSE, OURS, DENSE))
 
 
 def variants(keeps: Sequence[float]) -> tuple[Variant, ...]:
-    """Plain vLLM, this service dense, and pruned to each rate."""
+    """Return plain vLLM, this service dense, and pruned to each rate."""
     return (*UNPRUNED, *(Variant(f"keep {keep:g}", OURS, keep) for keep in keeps))
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class TimedAnswer:
     """One answer of a run."""
 
     prompt_tokens: int
@@ -87,7 +87,7 @@ class Asked:
     @property
     def ttft_s(self) -> float:
         """Time to first token as the client saw it. Raises RuntimeError without one."""
-        if self.stream.ending is not Ending.ANSWERED or self.stream.ttft_s is None:
+        if self.stream.ending is not RequestEnding.ANSWERED or self.stream.ttft_s is None:
             raise RuntimeError(f"{self.variant}: {self.stream.ending}: {self.stream.error}")
         return self.stream.ttft_s
 
@@ -95,7 +95,7 @@ class Asked:
     def itl_s(self) -> float | None:
         """The median gap between tokens after the second, which pays for the hand-over.
 
-        None where the answer came in too few pieces to tell.
+        None where the answer came in too few pieces.
         """
         gaps = [later - sooner for sooner, later in pairwise(self.stream.arrivals_s[1:])]
         return statistics.median(gaps) if gaps else None
@@ -104,7 +104,9 @@ class Asked:
 class Client:
     """Asks the servers over HTTP, each question once."""
 
-    def __init__(self, tokenizer: ChatTokenizer, servers: Mapping[str, Served], seed: int) -> None:
+    def __init__(
+        self, tokenizer: ChatTokenizer, servers: Mapping[str, RunningServer], seed: int
+    ) -> None:
         self._tokenizer = tokenizer
         self._callers = {
             name: HttpCaller(server.url, server.model, None) for name, server in servers.items()
@@ -120,20 +122,20 @@ class Client:
                 await stack.enter_async_context(caller.open())
             yield self
 
-    async def idle(self) -> None:
-        """Until no server has anything left to do for earlier requests."""
-        await server_processes.idle(self._roots)
+    async def wait_idle(self) -> None:
+        """Wait until no server has anything left to do for earlier requests."""
+        await server_processes.wait_idle(self._roots)
 
     def needle(self, prompt_tokens: int) -> NeedlePrompt:
-        """The next prompt: no two have more than the template in common."""
+        """Return the next prompt: no two have more than the template in common."""
         self._next_seed += 1
         return needle_prompt(self._next_seed, prompt_tokens, self._tokenizer)
 
     async def ask(
         self, variant: Variant, needle: NeedlePrompt, output_tokens: int, *, ignore_eos: bool
     ) -> Stream:
-        """Answer with at most `output_tokens` tokens; exactly so many if `ignore_eos`."""
-        prompt = Prompt(
+        """Answer with at most `output_tokens` tokens; with exactly that many if `ignore_eos`."""
+        prompt = LoadPrompt(
             messages=tuple(needle.messages),
             family="needles",
             variant=variant.name,
@@ -151,44 +153,46 @@ async def measure(
     variants: Sequence[Variant],
     repeats: int,
     output_tokens: int,
-) -> list[Asked]:
-    """Every length and variant `repeats` times, in turns.
+) -> list[TimedAnswer]:
+    """Ask every length and variant `repeats` times, in turns.
 
     No prompt is asked twice: what a cache or the speculator remembers would be no measurement.
     An answer that other programs disturbed is asked for again, and the quietest of them counts.
     """
-    asked: list[Asked] = []
+    asked: list[TimedAnswer] = []
     warm_up = min(*lengths, WARM_UP_TOKENS)
     for variant in variants:
         await client.ask(variant, client.needle(warm_up), output_tokens, ignore_eos=True)
     for repeat in range(repeats):
         for tokens in lengths:
             for variant in variants:
-                one = await _quietest(client, variant, tokens, output_tokens)
+                one = await _ask_quietly(client, variant, tokens, output_tokens)
                 asked.append(one)
                 print(f"run {repeat + 1} of {repeats}: {tokens} tokens, {variant.name}: "
                       f"{one.ttft_s:.3f} s, others {one.others:.2f} cores", flush=True)  # fmt: skip
     return asked
 
 
-async def _quietest(client: Client, variant: Variant, tokens: int, output_tokens: int) -> Asked:
+async def _ask_quietly(
+    client: Client, variant: Variant, tokens: int, output_tokens: int
+) -> TimedAnswer:
     """Ask until other programs leave the cores to the servers, a few times at most."""
-    tries: list[Asked] = []
+    tries: list[TimedAnswer] = []
     while len(tries) < TRIES:
         needle = client.needle(tokens)
-        await client.idle()
+        await client.wait_idle()
         watch = processes.Watch()
         watch.look()
         got = await client.ask(variant, needle, output_tokens, ignore_eos=True)
         watch.look()
-        tries.append(Asked(tokens, variant.name, got, watch.mean_others()))
+        tries.append(TimedAnswer(tokens, variant.name, got, watch.mean_others()))
         if tries[-1].others <= QUIET_CORES:
             break
     return min(tries, key=lambda one: one.others)
 
 
 async def scores(client: Client, variants: Sequence[Variant], items: int) -> dict[str, float]:
-    """The share of needle questions answered right, by variant."""
+    """Return the share of needle questions answered right, by variant."""
     right = dict.fromkeys((variant.name for variant in variants), 0)
     for _ in range(items):
         needle = client.needle(SCORE_TOKENS)
@@ -198,14 +202,14 @@ async def scores(client: Client, variants: Sequence[Variant], items: int) -> dic
     return {name: count / items for name, count in right.items()}
 
 
-def rows(asked: Sequence[Asked], scores: dict[str, float]) -> list[dict[str, Any]]:
-    """Medians of every cell, beside plain vLLM's and beside the ceiling.
+def rows(asked: Sequence[TimedAnswer], scores: dict[str, float]) -> list[dict[str, Any]]:
+    """Return medians of every cell, beside plain vLLM's and beside the ceiling.
 
     The ceiling is `1 / (k + r)` (section 4.3 of the paper) with the measured k = kept / N and r =
     the speculator's seconds / plain vLLM's time to first token. Overhead is what is neither
     speculator nor prefill, as a share of plain vLLM's time to first token.
     """
-    cells: dict[tuple[int, str], list[Asked]] = {}
+    cells: dict[tuple[int, str], list[TimedAnswer]] = {}
     for one in asked:
         cells.setdefault((one.prompt_tokens, one.variant), []).append(one)
     found = []
@@ -215,7 +219,9 @@ def rows(asked: Sequence[Asked], scores: dict[str, float]) -> list[dict[str, Any
     return found
 
 
-def _row(tokens: int, variant: str, members: Sequence[Asked], plain_s: float) -> dict[str, Any]:
+def _row(
+    tokens: int, variant: str, members: Sequence[TimedAnswer], plain_s: float
+) -> dict[str, Any]:
     ttft_s = statistics.median(one.ttft_s for one in members)
     itl_s = [one.itl_s for one in members if one.itl_s is not None]
     row: dict[str, Any] = {
@@ -251,7 +257,7 @@ HEADERS = (
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """One line per length and variant."""
+    """Return one line per length and variant."""
     return markdown(HEADERS, [_cells(row) for row in found])
 
 
@@ -276,7 +282,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def serve_config(folder: Path, max_tokens: int, draft: Shape = SPECULATOR) -> AppConfig:
-    """Both random models, written below `folder`; nothing is cached between requests."""
+    """Write both random models below `folder`; nothing is cached between requests."""
     tokenizer = Path(local_path("models/demo-main"))
     write_model(folder / "bench-main", MAIN, tokenizer, max_tokens)
     write_model(folder / "bench-speculator", draft, tokenizer, max_tokens)
@@ -285,8 +291,10 @@ def serve_config(folder: Path, max_tokens: int, draft: Shape = SPECULATOR) -> Ap
     return config.model_copy(update={"model": named})
 
 
-async def speeds(args: argparse.Namespace, servers: Mapping[str, Served]) -> list[Asked]:
-    """Long prompts in every variant, then short ones dense."""
+async def speeds(
+    args: argparse.Namespace, servers: Mapping[str, RunningServer]
+) -> list[TimedAnswer]:
+    """Measure long prompts in every variant, then short ones dense."""
     async with Client(load_tokenizer(), servers, args.seed).open() as client:
         asked = await measure(
             client, args.lengths, variants(args.keeps), args.repeats, OUTPUT_TOKENS
@@ -298,8 +306,8 @@ async def speeds(args: argparse.Namespace, servers: Mapping[str, Served]) -> lis
         )
 
 
-def memory(plain: Served, mine: Served) -> dict[str, int]:
-    """Resident bytes of plain vLLM, and of each pool, when all have been at work."""
+def memory(plain: RunningServer, mine: RunningServer) -> dict[str, int]:
+    """Return resident bytes of plain vLLM, and of each pool, when all have been at work."""
     running = server_processes.processes()
     return {
         **server_processes.resident_by_pool(running, plain.pid, PLAIN),
@@ -308,7 +316,7 @@ def memory(plain: Served, mine: Served) -> dict[str, int]:
 
 
 def memory_table(resident: Mapping[str, int], config: AppConfig) -> str:
-    """What each pool takes, and what of it is set aside for keys and values."""
+    """Return the memory of each pool, and its part set aside for keys and values."""
     caches = {
         PLAIN: config.prefill.kv_cache_memory_bytes,
         "Prefill": config.prefill.kv_cache_memory_bytes,
@@ -323,8 +331,8 @@ def _mib(size: int | None) -> str:
     return "-" if size is None else f"{size / (1 << 20):.0f} MiB"
 
 
-async def demo_scores(args: argparse.Namespace, served: Served) -> dict[str, float]:
-    """The demo pair's, whose dense answers stand for plain vLLM's, too."""
+async def demo_scores(args: argparse.Namespace, served: RunningServer) -> dict[str, float]:
+    """Return the demo pair's scores, whose dense answers stand for plain vLLM's, too."""
     pruned_or_not = [variant for variant in variants(args.keeps) if variant.server == OURS]
     async with Client(load_tokenizer(), {OURS: served}, args.seed).open() as client:
         found = await scores(client, pruned_or_not, args.items)
@@ -332,17 +340,17 @@ async def demo_scores(args: argparse.Namespace, served: Served) -> dict[str, flo
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m loadtest.bench.versus", description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
     parser.add_argument("--short-lengths", type=int, nargs="*", default=list(SHORT_LENGTHS))
     parser.add_argument("--keeps", type=float, nargs="*", default=list(KEEPS), help="keep rates")
     parser.add_argument(
         "--draft-layers", type=int, default=SPECULATOR.layers,
-        help="of the speculator: its cost beside the main model's",
+        help="layers of the speculator, which set its cost",
     )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=5, help="runs of each variant")
-    parser.add_argument("--threads", type=int, default=1, help="of each engine")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each engine")
     parser.add_argument("--items", type=int, default=25, help="questions of each score")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT / "bench-versus.json")
@@ -362,12 +370,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = serve_config(folder, max(args.lengths) + 128, draft)
     base = Path(local_path(BASE))
     with (
-        plain_vllm(config, args.threads, folder / "vllm.log") as plain,
-        ours(base, folder, config, args.threads) as mine,
+        run_plain_vllm(config, args.threads, folder / "vllm.log") as plain,
+        run_ours(base, folder, config, args.threads) as mine,
     ):
         asked = asyncio.run(speeds(args, {PLAIN: plain, OURS: mine}))
         resident = memory(plain, mine)
-    with ours(base, folder) as demo:
+    with run_ours(base, folder) as demo:
         answers = asyncio.run(demo_scores(args, demo))
     found = rows(asked, answers)
     print(f"\n{table(found)}\n\nmedian of {args.repeats} runs in turns; score: demo pair, "
@@ -380,7 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def load_tokenizer() -> ChatTokenizer:
-    """Of the demo pair, which the random models share."""
+    """Load the tokenizer of the demo pair, which the random models share."""
     from transformers import AutoTokenizer
 
     tokenizer: ChatTokenizer = AutoTokenizer.from_pretrained(local_path("models/demo-main"))

@@ -156,7 +156,7 @@ def _journal(args: argparse.Namespace, suite: Suite, settings: dict[str, str]) -
     """Open the journal of results. Raises Misused if it belongs to a run with other settings."""
     from ..lab.evaluation.journal import Journal, OtherSettings
 
-    open_journal = Journal.resumed if args.resume else Journal.begun
+    open_journal = Journal.resume if args.resume else Journal.create
     arms = ", ".join(arm.name for arm in suite.arms)
     asked = {"seed": str(suite.seed), "arms": arms, "answered": str(suite.answered)}
     try:

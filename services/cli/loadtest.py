@@ -13,9 +13,9 @@ from ..deployment.checked_yaml import InvalidFile, parse_mapping, read_text, val
 from .exit_codes import Failed, Misused
 
 if TYPE_CHECKING:
-    from ..lab.loadtest.runner import Progress
+    from ..lab.loadtest.runner import RunProgress
     from ..lab.loadtest.scenario import Scenario
-    from ..lab.loadtest.session import Searched
+    from ..lab.loadtest.session import SearchResult
 
 OUT = Path("out")
 
@@ -45,7 +45,7 @@ def add_commands(commands: Any) -> None:
 def run_load(args: argparse.Namespace) -> int:
     """Run the scenario, print its table, write its files, judge it by its gate."""
     from ..lab.loadtest import results as report
-    from ..lab.loadtest.search import highest
+    from ..lab.loadtest.search import highest_rate
     from ..lab.reporting.tables import provenance
 
     scenario = _scenario(args)
@@ -55,12 +55,12 @@ def run_load(args: argparse.Namespace) -> int:
     paths = report.write(args.out, name, origin, scenario, found.runs, found.trials)
     if found.trials:
         print(report.trial_table(found.trials))
-        print(f"\nhighest rate that held: {highest(found.trials) or 'none'}")
+        print(f"\nhighest rate that held: {highest_rate(found.trials) or 'none'}")
     else:
         print(report.run_table(report.summaries(found.runs[0], scenario)))
         print(report.remarks(found.runs[0]), end="")
     print("\nwritten to " + ", ".join(map(str, paths)))
-    missed = [] if found.trials else report.missed(scenario.gate, found.runs[0].summary)
+    missed = [] if found.trials else report.missed_goals(scenario.gate, found.runs[0].summary)
     for line in missed:
         print(f"gate: {line}", file=sys.stderr)
     return 1 if missed else 0
@@ -95,7 +95,7 @@ def _override(raw: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any
     return changed
 
 
-def _run_scenario(scenario: Scenario) -> Searched:
+def _run_scenario(scenario: Scenario) -> SearchResult:
     """Make the prompts and run the scenario. Raises Misused or Failed."""
     from ..lab.loadtest import session
     from ..lab.loadtest.prompt_source import Source, UnknownTokenizer
@@ -109,10 +109,10 @@ def _run_scenario(scenario: Scenario) -> Searched:
         raise Misused(str(error)) from error
     except session.NotReady as error:
         raise Failed(str(error)) from error
-    return session.Searched((), (run,))
+    return session.SearchResult((), (run,))
 
 
-def _show_progress(progress: Progress) -> None:
+def _show_progress(progress: RunProgress) -> None:
     """Rewrite one progress line on a terminal; write nothing to files."""
     if sys.stderr.isatty():
         line = (

@@ -14,7 +14,14 @@ from ..control.stages import Curve, StageCurves
 from ..lab.reporting.tables import markdown, provenance, write_json
 from ..lab.simulation import page
 from ..lab.simulation.pools import plans
-from ..lab.simulation.scenarios import COLD_START_S, ENGINES, SLO, Scenario, compare, scenario
+from ..lab.simulation.scenarios import (
+    COLD_START_S,
+    ENGINES,
+    SLO,
+    SimulationScenario,
+    compare,
+    scenario,
+)
 from ..lab.simulation.score import HEADERS
 from ..lab.simulation.trace import (
     Lengths,
@@ -27,7 +34,7 @@ from ..lab.simulation.trace import (
     read_trace,
     write_trace,
 )
-from ..lab.simulation.world import Failure
+from ..lab.simulation.world import ReplicaFailure
 from .exit_codes import Misused
 
 KEEPS = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05)
@@ -180,10 +187,10 @@ def lengths(text: str) -> Lengths:
     )
 
 
-def failure(text: str) -> Failure:
+def failure(text: str) -> ReplicaFailure:
     """Parse `SECOND:POOL:REPLICAS`. Raises ValueError."""
     time_s, pool, replicas = text.split(":")
-    return Failure(float(time_s), Pool(pool), int(replicas))
+    return ReplicaFailure(float(time_s), Pool(pool), int(replicas))
 
 
 def engines(text: str) -> Engines:
@@ -222,7 +229,7 @@ def _slo(args: argparse.Namespace) -> Slo:
     return Slo(args.slo, args.share)
 
 
-def _facts(args: argparse.Namespace, case: Scenario) -> dict[str, str]:
+def _facts(args: argparse.Namespace, case: SimulationScenario) -> dict[str, str]:
     return {
         "trace": f"{case.name}, seed {args.seed}, {len(case.trace)} requests",
         "SLO": f"{case.world.slo.share:.1%} within {case.world.slo.ttft_s:g} s",

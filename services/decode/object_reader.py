@@ -35,10 +35,10 @@ class ObjectTickets:
             relay.stop()
 
     @asynccontextmanager
-    async def local(
+    async def make_local(
         self, ticket: Ticket | None, objects: list[KvReference]
     ) -> AsyncIterator[Ticket | None]:
-        """While inside, the objects can be pulled with the ticket given.
+        """Yield a ticket with which the objects can be pulled while inside.
 
         Objects whose owner has died leave the ticket as it is: its pull fails, and the
         engine computes the prompt.
@@ -65,7 +65,7 @@ class ObjectTickets:
             objects.clear()
 
     def _relays_for(self, ranks: int) -> list[KvRelay]:
-        """One relay per rank, made when first needed."""
+        """Return one relay per rank, made when first needed."""
         while len(self._relays) < ranks:
             relay = KvRelay(self._host, self._tls)
             relay.start()

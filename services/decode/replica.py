@@ -52,17 +52,17 @@ class DecodeReplica:
         await self._service.close()
 
     async def decode(self, payload: bytes, objects: list[KvReference]) -> AsyncGenerator[bytes]:
-        """`(Request, Selection, Ticket | None, Replay, timeout_s)` -> a stream of Decoded.
+        """Take `(Request, Selection, Ticket | None, Replay, timeout_s)`; stream Decoded.
 
         `objects` hold the ticket's KV, one per rank, if Ray carries it.
         """
         request, selection, ticket, replay, timeout_s = unpack(payload, _KIND)
-        async with self._tickets.local(ticket, objects) as local:
+        async with self._tickets.make_local(ticket, objects) as local:
             steps = self._service.decode(request, selection, local, replay, timeout_s)
             async with aclosing(steps) as stream:
                 async for step in stream:
                     yield pack(step)
 
     async def check_health(self) -> None:
-        """Raises Unavailable when the engine process is dead."""
+        """Raise Unavailable when the engine process is dead."""
         await self._service.check_health()

@@ -49,11 +49,11 @@ class DecodeService:
         self._engine.close()
 
     async def carrier(self) -> Carrier:
-        """The best carrier that every worker of the engine has."""
+        """Return the best carrier that every worker of the engine has."""
         return await self._engine.kv_carrier()
 
     async def check_health(self) -> None:
-        """Raises Unavailable when the engine is dead."""
+        """Raise Unavailable when the engine is dead."""
         await self._engine.check_health()
 
     async def decode(
@@ -67,17 +67,17 @@ class DecodeService:
         """Stream every sample, each from its first token on; see the port `Decoder`."""
         samples = [
             self._sample(
-                request, selection, _params(request, selection, ticket, replay, index), index
+                request, selection, _sample_params(request, selection, ticket, replay, index), index
             )
             for index in range(request.samples)
         ]
         steps: asyncio.Queue[Decoded | BaseException] = asyncio.Queue()
-        readers = [asyncio.create_task(_read(sample, steps)) for sample in samples]
+        readers = [asyncio.create_task(_read_sample(sample, steps)) for sample in samples]
         give_up_s = time.monotonic() + timeout_s
         try:
             open_samples = request.samples
             while open_samples:
-                step = await _next(steps, give_up_s)
+                step = await _next_step(steps, give_up_s)
                 yield step
                 open_samples -= step.chunk.is_finished
         finally:
@@ -101,14 +101,15 @@ class DecodeService:
                     first_s = time.monotonic() - started_s if first_s is None else first_s
                     lost = DecodeUnavailable("decode: the engine ended the request")
                     check_ended_well(params, output.outputs[0].finish_reason, lost)
-                    step = _decoded(output, index, first_s, leak)
-                    yield _computed(step, output) if computes and step.chunk.is_finished else step
+                    step = _decoded_step(output, index, first_s, leak)
+                    is_last = computes and step.chunk.is_finished
+                    yield _computed_step(step, output) if is_last else step
 
 
-async def _read(
+async def _read_sample(
     sample: AsyncGenerator[Decoded], steps: asyncio.Queue[Decoded | BaseException]
 ) -> None:
-    """One sample's stream into the queue; its failure goes there too."""
+    """Read one sample's stream into the queue; its failure goes there too."""
     try:
         async with aclosing(sample) as stream:
             async for step in stream:
@@ -117,10 +118,10 @@ async def _read(
         steps.put_nowait(error)
 
 
-def _params(
+def _sample_params(
     request: Request, selection: Selection, ticket: Ticket | None, replay: Replay, index: int
 ) -> SamplingParams:
-    """The caller's parameters for sample `index`, as vLLM derives them for `n` samples."""
+    """Return the caller's parameters for sample `index`, as vLLM derives them for `n` samples."""
     asked = sampling_params(request.sampling)
     params = asked.clone()
     params.n = 1
@@ -135,8 +136,8 @@ def _params(
     return params
 
 
-def _decoded(output: RequestOutput, index: int, first_s: float, leak: Leak) -> Decoded:
-    """The last output also tells how the pull went."""
+def _decoded_step(output: RequestOutput, index: int, first_s: float, leak: Leak) -> Decoded:
+    """Return a step; the last one also reports how the pull went."""
     chunk = chunk_of(output, index)
     chunk = replace(chunk, text=leak.cut(chunk.text)) if leak.chars else chunk
     if not chunk.is_finished:
@@ -150,16 +151,16 @@ def _decoded(output: RequestOutput, index: int, first_s: float, leak: Leak) -> D
     )
 
 
-def _computed(step: Decoded, output: RequestOutput) -> Decoded:
-    """The last step of a request that came without KV."""
+def _computed_step(step: Decoded, output: RequestOutput) -> Decoded:
+    """Return the last step of a request that came without KV."""
     return replace(step, first_decode_s=0.0, computed=Computed(*prefill_times(output)))
 
 
-async def _next(steps: asyncio.Queue[Decoded | BaseException], give_up_s: float) -> Decoded:
+async def _next_step(steps: asyncio.Queue[Decoded | BaseException], give_up_s: float) -> Decoded:
     try:
         step = await asyncio.wait_for(steps.get(), give_up_s - time.monotonic())
     except TimeoutError as error:
-        raise DeadlineExceeded("timeout_s: used up during decode") from error
+        raise DeadlineExceeded("timed out during decode (timeout_s)") from error
     if isinstance(step, BaseException):
         raise step
     return step

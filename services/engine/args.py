@@ -1,4 +1,4 @@
-"""From the deployment's configuration to vLLM's engine arguments."""
+"""Translates the deployment's configuration into vLLM's engine arguments."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MODULE = "specprefill.engine"
 
 
 class Role(enum.StrEnum):
-    """Which end of the KV hand-off an engine is."""
+    """The end of the KV hand-off that an engine is on."""
 
     PREFILL = "kv_producer"
     DECODE = "kv_consumer"
@@ -30,7 +30,7 @@ def engine_args(
     role: Role,
     peer: EngineConfig | None = None,
 ) -> AsyncEngineArgs:
-    """Arguments of one engine. `peer` is the other end's, split as this one if absent."""
+    """Return one engine's arguments. `peer` is the other end's, split as this one if absent."""
     args = plain_args(
         model,
         engine,
@@ -43,7 +43,7 @@ def engine_args(
 
 
 def plain_args(model: MainModel, engine: EngineConfig, **ours: Any) -> AsyncEngineArgs:
-    """The deployment's own arguments: enough to look at the model, on any machine."""
+    """Return the deployment's own arguments: enough to look at the model, on any machine."""
     return AsyncEngineArgs(
         **_model_args(model),
         **_sizes(engine),
@@ -57,7 +57,7 @@ def plain_args(model: MainModel, engine: EngineConfig, **ours: Any) -> AsyncEngi
 
 
 def vllm_config(args: AsyncEngineArgs) -> VllmConfig:
-    """vLLM's configuration, with the defaults that `vllm serve` takes for the device.
+    """Return vLLM's configuration, with the defaults of `vllm serve` for the device.
 
     Every other usage context has sizes that do not depend on the device. vLLM writes the sizes
     that it chooses into `args`, so whoever asks first decides.
@@ -91,7 +91,7 @@ def _model_args(model: MainModel) -> dict[str, Any]:
 
 
 def _sizes(engine: EngineConfig) -> dict[str, Any]:
-    """The sizes that are set; vLLM chooses the others."""
+    """Return the sizes that are set; vLLM chooses the others."""
     sizes = {
         "block_size": engine.block_size,
         "kv_cache_memory_bytes": engine.kv_cache_memory_bytes,
@@ -138,10 +138,10 @@ def _worker() -> str:
 
 
 def _replay(args: AsyncEngineArgs) -> str:
-    """The replay processor for the model runner that vLLM will choose.
+    """Return the replay processor for the model runner that vLLM will choose.
 
     Asked of a copy: creating a configuration fills in the sizes that `args` leaves open.
     """
     v2 = vllm_config(copy(args)).use_v2_model_runner
-    module = "replay_v2" if v2 else "replay"
-    return f"{_MODULE}.sparse.{module}:ReplayTokens"
+    processor = "replay_v2:ReplayTokensV2" if v2 else "replay:ReplayTokens"
+    return f"{_MODULE}.sparse.{processor}"

@@ -14,5 +14,5 @@ _PLATFORM = "specprefill.engine.cpu.platform.CpuEnginePlatform"
 
 
 def register() -> str | None:
-    """Entry point of the group `vllm.platform_plugins`."""
+    """Return the platform's class name: the entry point of the group `vllm.platform_plugins`."""
     return _PLATFORM if os.environ.get(ENV_SWITCH) == "1" else None

@@ -73,23 +73,23 @@ class Engine:
             self._llm = None
 
     async def check_health(self) -> None:
-        """Raises Unavailable when the engine process is dead."""
+        """Raise Unavailable when the engine process is dead."""
         with map_engine_errors(Unavailable):
             await self._running().check_health()
 
     async def kv_addresses(self) -> list[str]:
-        """The KV ports of the engine's workers, by rank. Empty on the decode side."""
+        """Return the KV ports of the engine's workers, by rank; none on the decode side."""
         with map_engine_errors(Unavailable):
             addresses = await self._running().collective_rpc("kv_address")
         return [address for address in addresses if address is not None]
 
     @property
     def tokenizer(self) -> TokenizerLike | None:
-        """The one that the engine's answers are detokenized with."""
+        """The tokenizer that the engine's answers are detokenized with."""
         return self._running().tokenizer
 
     def prefix_cache_tokens(self) -> int:
-        """How many tokens the prefix cache can hold; 0 when it is off."""
+        """Size of the prefix cache in tokens; 0 when it is off."""
         cache = self._running().vllm_config.cache_config
         if not cache.enable_prefix_caching:
             return 0
@@ -100,7 +100,7 @@ class Engine:
         return int(self._running().vllm_config.model_config.max_model_len)
 
     def kv_bytes_per_token(self) -> int:
-        """What one token's keys and values take in the worker that holds the most of them."""
+        """Bytes of one token's keys and values in the worker that holds the most of them."""
         config = self._running().vllm_config
         model, parallel = config.model_config, config.parallel_config
         layers = -(-model.get_total_num_hidden_layers() // parallel.pipeline_parallel_size)
@@ -109,7 +109,7 @@ class Engine:
         return int(2 * layers * heads * dim * dtype.itemsize)
 
     async def kv_carrier(self) -> Carrier:
-        """The best carrier that every worker has."""
+        """Return the best carrier that every worker has."""
         with map_engine_errors(Unavailable):
             carriers = await self._running().collective_rpc("kv_carrier")
         return Carrier.NIXL if set(carriers) == {Carrier.NIXL} else Carrier.GRPC
@@ -133,7 +133,7 @@ class Engine:
 
 @contextmanager
 def map_engine_errors(unavailable: type[Unavailable]) -> Iterator[None]:
-    """vLLM's errors become ours; `unavailable` is the pool's own."""
+    """Map vLLM's errors to ours; `unavailable` is the pool's own."""
     try:
         yield
     except VLLMValidationError as error:

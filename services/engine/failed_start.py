@@ -1,4 +1,4 @@
-"""Why an engine process did not start.
+"""Finds out why an engine process did not start.
 
 vLLM's engine runs in processes of its own, which write their errors to the output that they
 inherit; what the parent raises only points there. A replica's output is a file on its node, so
@@ -33,7 +33,7 @@ class _Output:
     descriptor: int
     length: int
 
-    def added(self) -> str:
+    def read_new(self) -> str:
         """Return what was written since."""
         with open(f"/proc/self/fd/{self.descriptor}", "rb") as file:  # a file position of our own
             end = file.seek(0, os.SEEK_END)
@@ -48,7 +48,7 @@ def engine_errors_shown() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        cause = root_cause("\n".join(output.added() for output in outputs))
+        cause = root_cause("\n".join(output.read_new() for output in outputs))
         if cause is None:  # written to a terminal or a pipe: whoever reads it has the cause
             raise
         raise EngineStartFailed(f"engine: {cause}") from error

@@ -27,14 +27,14 @@ class Leak:
     chars: int
 
     def cut(self, text: str) -> str:
-        """`text`, the next of the answer, without what is left of the prompt."""
+        """Return `text`, the next piece of the answer, without what is left of the prompt."""
         cut = min(self.chars, len(text))
         self.chars -= cut
         return text[cut:]
 
 
 def leak_of(prompt: Sequence[int], params: SamplingParams, tokenizer: TokenizerLike | None) -> Leak:
-    """What vLLM would return of `prompt`, the tokens that an engine is given.
+    """Return the text that vLLM would emit from `prompt`, the tokens that an engine is given.
 
     Raises InvalidRequest where stop strings would be looked for in it.
     """

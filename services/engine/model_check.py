@@ -1,4 +1,4 @@
-"""What the main model's engines would report when they start, found without starting them."""
+"""Finds what the main model's engines would report at their start, without starting them."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class MainModelCheck:
 
 
 def kv_bytes_per_token(model: ModelConfig, engine: EngineConfig) -> int | None:
-    """Return the KV of one token in one worker, None where not every layer keeps plain KV."""
+    """Return the KV of one token in one worker; None where not every layer keeps plain KV."""
     if model.use_mla or model.is_hybrid or model.is_attention_free:
         return None
     if model.get_sliding_window() is not None:

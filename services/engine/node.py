@@ -1,4 +1,4 @@
-"""What the engines will find on this node: software, devices, and what vLLM makes of them.
+"""The software and devices of this node, and how vLLM uses them.
 
 Reads configurations and asks the drivers; loads no weights and allocates no device memory.
 """
@@ -40,11 +40,11 @@ def node_facts(gpus_needed: float = 0.0) -> Iterator[Fact]:
     yield Fact("python", platform.python_version())
     yield Fact("torch", f"{torch.__version__}, CUDA {cuda or 'none'}")
     yield Fact("vllm", f"{vllm_version} for {current_platform.device_type or 'no device'}")
-    yield _checked("vllm's private names", "as the engines use them", _check_private_names)
-    yield from _devices(gpus_needed)
+    yield _check_fact("vllm's private names", "as the engines use them", _check_private_names)
+    yield from _device_facts(gpus_needed)
 
 
-def _devices(gpus_needed: float) -> Iterator[Fact]:
+def _device_facts(gpus_needed: float) -> Iterator[Fact]:
     if not current_platform.device_type:
         yield Fact("device", "none that vLLM knows", wrong=True)
         return
@@ -61,7 +61,7 @@ def _devices(gpus_needed: float) -> Iterator[Fact]:
 
 
 def carrier_facts(kv: KvConfig) -> Iterator[Fact]:
-    """Yield what carries the KV between this node and others."""
+    """Yield the carriers of KV between this node and others."""
     try:
         nixl = agent_for("nixl", encrypted=False)
         assert nixl is not None  # or it raises
@@ -81,7 +81,7 @@ def carrier_facts(kv: KvConfig) -> Iterator[Fact]:
 def engine_facts(
     role: Role, model: MainModel, engine: EngineConfig, kv: KvConfig
 ) -> Iterator[Fact]:
-    """Yield what an engine of the deployment would be here, or why it would not start."""
+    """Yield facts about the deployment's engines on this node, or why one would not start."""
     pool = role.name.lower()
     reasons = engine_reasons(model, engine)
     for reason in reasons:
@@ -94,15 +94,15 @@ def engine_facts(
         yield Fact(pool, f"{model.path}: vLLM refuses it: {error}", wrong=True)
         return
     yield Fact(pool, f"{model.path}: can run")
-    yield from _choices(pool, config)
+    yield from _choice_facts(pool, config)
 
 
-def _choices(pool: str, config: VllmConfig) -> Iterator[Fact]:
+def _choice_facts(pool: str, config: VllmConfig) -> Iterator[Fact]:
     scheduler = config.scheduler_config
     v2 = bool(config.use_v2_model_runner)
     yield Fact(f"{pool} model runner", "V2" if v2 else "V1")
     if v2:
-        yield _checked(f"{pool} V2's private names", "as the engines use them", _check_v2_names)
+        yield _check_fact(f"{pool} V2's private names", "as the engines use them", _check_v2_names)
     yield _attention_backend(pool, config)
     yield Fact(
         f"{pool} sizes",
@@ -124,7 +124,7 @@ def _attention_backend(pool: str, config: VllmConfig) -> Fact:
     return Fact(name, str(backend.get_name()))
 
 
-def _checked(name: str, fine: str, check: Callable[[], None]) -> Fact:
+def _check_fact(name: str, fine: str, check: Callable[[], None]) -> Fact:
     try:
         check()
     except IncompatibleVllm as error:

@@ -22,7 +22,7 @@ def sampling_params(wire: bytes) -> SamplingParams:
 
 
 def chunk_of(output: RequestOutput, index: int) -> Chunk:
-    """The delta in `output` (of one sample) as sample `index`'s chunk."""
+    """Return the delta in `output` (of one sample) as sample `index`'s chunk."""
     completion = output.outputs[0]
     return Chunk(
         index=index,
@@ -36,7 +36,7 @@ def chunk_of(output: RequestOutput, index: int) -> Chunk:
 
 
 def check_ended_well(params: SamplingParams, finish_reason: str | None, lost: Unavailable) -> None:
-    """Raises `lost` where the engine gave a request up; InvalidRequest where its grammar did.
+    """Raise `lost` where the engine gave a request up; InvalidRequest where its grammar did.
 
     The engine ends a request with an error when no token satisfies its grammar: nothing to
     generate (`{"$ref": "#"}`), or a grammar that does not compile. That fails everywhere again.
@@ -54,7 +54,7 @@ def check_ended_well(params: SamplingParams, finish_reason: str | None, lost: Un
 def prompt_logprobs_of(
     output: RequestOutput,
 ) -> tuple[tuple[TokenLogprob, ...] | None, ...] | None:
-    """The prompt's logprobs, `[N]`, if they were asked for; the first token has none."""
+    """Return the prompt's logprobs, `[N]`, if asked for; the first token has none."""
     if output.prompt_logprobs is None:
         return None
     return tuple(
@@ -64,7 +64,7 @@ def prompt_logprobs_of(
 
 
 def prefill_times(output: RequestOutput) -> tuple[float, float]:
-    """Seconds in the engine's queue and in its prefill, on the engine's own clock."""
+    """Return seconds in the engine's queue and in its prefill, by the engine's own clock."""
     stats = output.metrics
     if stats is None:
         return 0.0, 0.0

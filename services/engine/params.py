@@ -1,4 +1,4 @@
-"""What the services tell an engine about a request, inside `SamplingParams.extra_args`.
+"""The services' own fields of a request to an engine, inside `SamplingParams.extra_args`.
 
 Clients can set `extra_args` too (`vllm_xargs`), so the gateway strips these keys from what
 they send; only the prefill and decode services write them.
@@ -28,18 +28,18 @@ _PRIVATE_PREFIX, _PRIVATE_SUFFIX = "specprefill", "_transfer_params"
 
 
 def is_private(key: str) -> bool:
-    """Whether only the service may set a key of `extra_args`: ours, and vLLM's connectors'."""
+    """Return True for keys of `extra_args` that only the service may set: ours and vLLM's."""
     return key.startswith(_PRIVATE_PREFIX) or key.endswith(_PRIVATE_SUFFIX)
 
 
 def positions_of(params: SamplingParams | None) -> PositionMap | None:
-    """The request's slot-to-position mapping; None when slots are positions."""
+    """Return the request's slot-to-position mapping; None when slots are positions."""
     wire = _extra(params).get(POSITIONS)
     return None if wire is None else PositionMap.from_wire(wire)
 
 
 def replay_of(params: SamplingParams | None) -> list[int]:
-    """The output tokens to repeat before sampling freely; empty for a fresh request."""
+    """Return the output tokens to repeat before sampling freely; none for a fresh request."""
     tokens: list[int] = _extra(params).get(REPLAY, [])
     return tokens
 

@@ -7,5 +7,5 @@ from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
 
 
 def ray_stat_loggers() -> tuple[StatLoggerFactory, ...]:
-    """For an engine inside a Serve replica: its series carry the replica's id."""
+    """Return loggers for an engine inside a Serve replica, whose id its series carry."""
     return (RayPrometheusStatLogger,)

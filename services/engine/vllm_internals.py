@@ -1,4 +1,4 @@
-"""vLLM's private names that the engines depend on, each with what is expected of it.
+"""vLLM's private names that the engines depend on, and checks of each.
 
 vLLM may change them in any release without notice, and some changes would go unseen: a method
 that is overridden here and no longer called there means wrong positions, not an error. A worker
@@ -28,13 +28,13 @@ _POSITIONS_FIELD = 2  # of what the V1 runner's _preprocess returns
 
 
 def step_positions(preprocessed: Sequence[Any]) -> torch.Tensor:
-    """The buffer of a step's positions, `[tokens]`, in what V1's `_preprocess` returned."""
+    """Return the buffer of a step's positions, `[tokens]`, from V1's `_preprocess`."""
     positions: torch.Tensor = preprocessed[_POSITIONS_FIELD]
     return positions
 
 
 def cpu_attention_isa(dtype: torch.dtype, block_size: int, head_size: int) -> str:
-    """The instruction set that vLLM's CPU attention packs keys for."""
+    """Return the instruction set that vLLM's CPU attention packs keys for."""
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
     isa: str = _get_attn_isa(dtype, block_size, head_size)
@@ -42,7 +42,7 @@ def cpu_attention_isa(dtype: torch.dtype, block_size: int, head_size: int) -> st
 
 
 def block_hasher(request: Request) -> Callable[[Request], list[Any]] | None:
-    """What hashes the request's full blocks; None without a prefix cache."""
+    """Return the hasher of the request's full blocks; None without a prefix cache."""
     hasher: Callable[[Request], list[Any]] | None = request._block_hasher
     return hasher
 
@@ -58,7 +58,7 @@ def check_v1_runner(runner: type) -> None:
 
 
 def check_v2_runner(runner: type, model_state: type, batch: type, context: type) -> None:
-    """The same for the V2 runner, its default model state, its batch and its logits context."""
+    """Check the V2 runner, its default model state, its batch and its logits context likewise."""
     _refuse([*_v2_differences(runner, model_state, batch, context), *_shared_differences()])
 
 
@@ -69,8 +69,8 @@ def check_cpu_caches() -> None:
     write = ("key", "value", "key_cache", "value_cache", "slot_mapping", "isa")
     _refuse(
         [
-            *_signature(cpu_attn, "_get_attn_isa", "dtype", "block_size", "head_size"),
-            *_signature(custom_ops, "cpu_attn_reshape_and_cache", *write),
+            *_signature_differences(cpu_attn, "_get_attn_isa", "dtype", "block_size", "head_size"),
+            *_signature_differences(custom_ops, "cpu_attn_reshape_and_cache", *write),
         ]
     )
 
@@ -85,9 +85,9 @@ def _refuse(differences: Sequence[Difference]) -> None:
 
 def _v1_differences(runner: type) -> Iterator[Difference]:
     wanted = ("self", "scheduler_output", "num_input_tokens", "intermediate_tensors")
-    yield from _signature(runner, "_preprocess", *wanted)
-    yield from _signature(runner, "_sample", "self", "logits", "spec_decode_metadata")
-    yield from _signature(runner, "_bookkeeping_sync", "self", "scheduler_output")
+    yield from _signature_differences(runner, "_preprocess", *wanted)
+    yield from _signature_differences(runner, "_sample", "self", "logits", "spec_decode_metadata")
+    yield from _signature_differences(runner, "_bookkeeping_sync", "self", "scheduler_output")
     if not _calls(runner, "execute_model", "self._preprocess"):
         yield f"{runner.__name__}.execute_model does not call _preprocess"
     for method in ("_sample", "_bookkeeping_sync"):
@@ -111,21 +111,21 @@ def _v2_differences(
         "prepare_dummy_inputs": ("num_reqs", "num_tokens"),
     }
     for method, parameters in methods.items():
-        yield from _signature(model_state, method, "self", *parameters, exactly=True)
+        yield from _signature_differences(model_state, method, "self", *parameters, exactly=True)
     if not _assigns(runner, "load_model", "self.model_state"):
         yield f"{runner.__name__}.load_model does not make a model_state"
     if not _overrides_positions(runner):
         yield f"{runner.__name__}.execute_model does not take positions from its model_state"
-    yield from _fields(
+    yield from _field_differences(
         batch,
         *("num_tokens_after_padding", "num_tokens", "num_reqs", "positions", "idx_mapping"),
         *("idx_mapping_np", "query_start_loc", "query_start_loc_np", "num_computed_tokens_np"),
     )
-    yield from _fields(context, "idx_mapping_np", "seq_lens_upper_bound_np")
+    yield from _field_differences(context, "idx_mapping_np", "seq_lens_upper_bound_np")
 
 
 def _shared_differences() -> Iterator[Difference]:
-    """In what the scheduler's side of the hand-off and the prefix cache use."""
+    """Yield differences that the scheduler's side and the prefix cache depend on."""
     if not _assigns(Request, "__init__", "self._block_hasher"):
         yield "Request has no _block_hasher"
     if not _calls(Request, "update_block_hashes", "self._block_hasher"):
@@ -134,21 +134,25 @@ def _shared_differences() -> Iterator[Difference]:
         if not _assigns(KVConnectorBase_V1, "__init__", f"self.{name}"):
             yield f"KVConnectorBase_V1 has no {name}"
     keys = ("request", "start_token_idx", "end_token_idx", "start_mm_idx")
-    yield from _parameters(generate_block_hash_extra_keys, *keys)
+    yield from _parameter_differences(generate_block_hash_extra_keys, *keys)
     tokens = ("hash_function", "parent_block_hash", "curr_block_token_ids", "extra_keys")
-    yield from _parameters(hash_block_tokens, *tokens)
+    yield from _parameter_differences(hash_block_tokens, *tokens)
 
 
-def _signature(owner: Any, name: str, *wanted: str, exactly: bool = False) -> Iterator[Difference]:
-    """`owner.name` is a function whose first, or only, parameters are `wanted`."""
+def _signature_differences(
+    owner: Any, name: str, *wanted: str, exactly: bool = False
+) -> Iterator[Difference]:
+    """Yield a difference unless `owner.name` takes `wanted` as its first, or only, parameters."""
     function = getattr(owner, name, None)
     if function is None:
         yield f"{owner.__name__} has no {name}"
     else:
-        yield from _parameters(function, *wanted, exactly=exactly)
+        yield from _parameter_differences(function, *wanted, exactly=exactly)
 
 
-def _parameters(function: Any, *wanted: str, exactly: bool = False) -> Iterator[Difference]:
+def _parameter_differences(
+    function: Any, *wanted: str, exactly: bool = False
+) -> Iterator[Difference]:
     found = tuple(inspect.signature(function).parameters)
     if found[: None if exactly else len(wanted)] != wanted:
         yield (
@@ -156,14 +160,14 @@ def _parameters(function: Any, *wanted: str, exactly: bool = False) -> Iterator[
         )
 
 
-def _fields(owner: type, *wanted: str) -> Iterator[Difference]:
+def _field_differences(owner: type, *wanted: str) -> Iterator[Difference]:
     missing = [name for name in wanted if name not in inspect.get_annotations(owner)]
     if missing:
         yield f"{owner.__name__} has no {', '.join(missing)}"
 
 
-def _nodes(owner: type, method: str) -> Iterator[ast.AST]:
-    """The syntax of `owner.method`, and of what it overrides if it calls that."""
+def _syntax_nodes(owner: type, method: str) -> Iterator[ast.AST]:
+    """Yield the syntax of `owner.method`, and of what it overrides if it calls that."""
     for ancestor in owner.__mro__:
         function = vars(ancestor).get(method)
         if inspect.isfunction(function):
@@ -176,12 +180,12 @@ def _nodes(owner: type, method: str) -> Iterator[ast.AST]:
 def _calls(owner: type, method: str, callee: str) -> bool:
     return any(
         isinstance(node, ast.Call) and ast.unparse(node.func) == callee
-        for node in _nodes(owner, method)
+        for node in _syntax_nodes(owner, method)
     )
 
 
 def _assigns(owner: type, method: str, target: str) -> bool:
-    for node in _nodes(owner, method):
+    for node in _syntax_nodes(owner, method):
         targets: Sequence[ast.expr] = ()
         if isinstance(node, ast.Assign):
             targets = node.targets
@@ -193,28 +197,28 @@ def _assigns(owner: type, method: str, target: str) -> bool:
 
 
 def _takes_view(owner: type, method: str, target: str, buffer: str) -> bool:
-    """Whether `target` is assigned a slice of `buffer`, not a copy."""
+    """Return True if `target` is assigned a slice of `buffer`, not a copy."""
     return any(
         isinstance(node, ast.Assign)
         and ast.unparse(node.targets[0]) == target
         and isinstance(node.value, ast.Subscript)
         and ast.unparse(node.value.value) == buffer
-        for node in _nodes(owner, method)
+        for node in _syntax_nodes(owner, method)
     )
 
 
 def _returned_names(owner: type, method: str) -> list[list[str]]:
-    """What each `return` of the method returns, part by part."""
+    """Return the parts of each `return` of the method, by name."""
     return [
         [ast.unparse(part) for part in node.value.elts]
-        for node in _nodes(owner, method)
+        for node in _syntax_nodes(owner, method)
         if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple)
     ]
 
 
 def _overrides_positions(runner: type) -> bool:
-    """Whether the model's inputs hold `positions`, then whatever `prepare_inputs` returned."""
-    for node in _nodes(runner, "execute_model"):
+    """Return True if the model's inputs hold `positions` before `prepare_inputs`' return."""
+    for node in _syntax_nodes(runner, "execute_model"):
         if isinstance(node, ast.Dict):
             parts = ["**" if key is None else ast.unparse(key) for key in node.keys]
             calls = [ast.unparse(value).partition("(")[0] for value in node.values]

@@ -1,4 +1,4 @@
-"""What the services ask of an engine's workers over vLLM's `collective_rpc`."""
+"""The calls that the services make to an engine's workers over vLLM's `collective_rpc`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ class KvRpc:
     """Methods of every worker class, on either device."""
 
     def kv_address(self) -> str | None:
-        """Return where this worker's KV port listens; None on the decode side."""
+        """Return the address of this worker's KV port; None on the decode side."""
         address: str | None = get_kv_transfer_group().kv_address
         return address
 

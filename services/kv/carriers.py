@@ -1,4 +1,4 @@
-"""Which way a ticket's KV comes: the best that the ticket offers and this process has."""
+"""Chooses a ticket's carrier: the best that the ticket offers and this process has."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .nixl.reads import NixlClient
 from .pull import KvClient
 
 
-class KvPulling(Protocol):
-    """One lease on its way."""
+class PullHandle(Protocol):
+    """One lease being pulled."""
 
-    def into(self, store: Callable[[Frame], None]) -> float:
+    def deliver_to(self, store: Callable[[Frame], None]) -> float:
         """Give every frame to `store`, a layer's in token order.
 
         Returns the seconds for which the KV was complete at the peer when its last frame came.
@@ -27,13 +27,13 @@ class KvPulling(Protocol):
         ...
 
 
-class Pulls(Protocol):
-    """Begins pulls."""
+class PullClient(Protocol):
+    """Starts pulls."""
 
     def pull(
         self, endpoint: str, ticket: Ticket, fingerprint: str, start: int, timeout_s: float
-    ) -> KvPulling:
-        """Begin to pull the tokens from `start` on."""
+    ) -> PullHandle:
+        """Start to pull the tokens from `start` on."""
         ...
 
     def close(self) -> None:
@@ -50,8 +50,8 @@ class KvPuller:
 
     def pull(
         self, endpoint: str, ticket: Ticket, fingerprint: str, start: int, timeout_s: float
-    ) -> KvPulling:
-        """Begin to pull the tokens from `start` on."""
+    ) -> PullHandle:
+        """Start to pull the tokens from `start` on."""
         if self._nixl is not None and ticket.carrier == Carrier.NIXL:
             return self._nixl.pull(endpoint, ticket, fingerprint, start, timeout_s)
         return self._grpc.pull(endpoint, ticket, fingerprint, start, timeout_s)

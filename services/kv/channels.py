@@ -24,11 +24,11 @@ class Channels:
         self._opened: dict[tuple[str, int], grpc.Channel] = {}
         self._lock = threading.Lock()
 
-    def to(self, peer: str, part: int = 0) -> grpc.Channel:
+    def channel_to(self, peer: str, part: int = 0) -> grpc.Channel:
         """Return the channel to `peer`, `host:port`; each `part` is a connection of its own."""
         with self._lock:
             if (peer, part) not in self._opened:
-                self._opened[peer, part] = channel(peer, self._tls)
+                self._opened[peer, part] = open_channel(peer, self._tls)
             return self._opened[peer, part]
 
     def close(self) -> None:
@@ -52,24 +52,24 @@ def listen(server: grpc.Server, host: str, tls: MutualTls | None, port: int = 0)
     return f"{host}:{server.add_secure_port(wanted, credentials)}"
 
 
-def channel(peer: str, tls: MutualTls | None) -> grpc.Channel:
-    """A channel to `peer`, `host:port`; connects when first used."""
+def open_channel(peer: str, tls: MutualTls | None) -> grpc.Channel:
+    """Return a channel to `peer`, `host:port`; it connects when first used."""
     if tls is None:
         return grpc.insecure_channel(peer, options=OPTIONS)
-    return grpc.secure_channel(peer, _credentials(tls), options=_named(tls))
+    return grpc.secure_channel(peer, _credentials(tls), options=_name_options(tls))
 
 
-def aio_channel(peer: str, tls: MutualTls | None) -> grpc.aio.Channel:
-    """The same for an asyncio program."""
+def open_aio_channel(peer: str, tls: MutualTls | None) -> grpc.aio.Channel:
+    """Return such a channel for an asyncio program."""
     if tls is None:
         return grpc.aio.insecure_channel(peer, options=OPTIONS)
-    return grpc.aio.secure_channel(peer, _credentials(tls), options=_named(tls))
+    return grpc.aio.secure_channel(peer, _credentials(tls), options=_name_options(tls))
 
 
 def _credentials(tls: MutualTls) -> grpc.ChannelCredentials:
     return grpc.ssl_channel_credentials(tls.authority, tls.key, tls.certificate)
 
 
-def _named(tls: MutualTls) -> list[tuple[str, int | str]]:
-    """Peers are known by the one name in their certificates: addresses come and go."""
+def _name_options(tls: MutualTls) -> list[tuple[str, int | str]]:
+    """Return options that expect the one name in the peers' certificates: addresses change."""
     return [*OPTIONS, ("grpc.ssl_target_name_override", tls.name)]

@@ -46,7 +46,7 @@ class SealedFrame:
     message: bytes | memoryview
 
     def from_token(self, start: int, lease_id: str) -> bytes | memoryview | None:
-        """The message of the part from token `start` on: the puller has the tokens before."""
+        """Return the message from token `start` on: the puller has the tokens before."""
         if start <= self.start:
             return self.message
         part = from_token(Frame(self.layer, self.start, self.stop, _split(self.message)[1]), start)
@@ -55,19 +55,19 @@ class SealedFrame:
 
 @dataclass(frozen=True, slots=True)
 class Trailer:
-    """The end of a stream: how many frames came before, and since when all were there."""
+    """The end of a stream: the number of frames before it, and the time since all were there."""
 
     frames: int
     complete_us: int | None = None  # None: not known
 
     @property
     def complete_s(self) -> float:
-        """Seconds between the completion of the KV and the end of the stream."""
+        """Return seconds between the completion of the KV and the end of the stream."""
         return math.inf if self.complete_us is None else self.complete_us / 1e6
 
 
 def seal(frame: Frame, lease_id: str, arena: Arena | None = None) -> SealedFrame:
-    """The one copy between a cache and the network; into `arena` if there is room."""
+    """Make the one copy between a cache and the network; into `arena` if there is room."""
     parts = _parts([frame.layer, frame.start, frame.stop], frame.payload, lease_id)
     message = None if arena is None else arena.hold(parts)
     return SealedFrame(
@@ -87,7 +87,7 @@ def seal_in_place(frame: Frame, lease_id: str, room: memoryview) -> memoryview:
 
 
 def pieces(frame: Frame, max_bytes: int) -> Iterator[Frame]:
-    """`frame` cut into frames of at most `max_bytes`, but of one token at the least."""
+    """Cut `frame` into frames of at most `max_bytes`, but of at least one token."""
     view, tokens = memoryview(frame.payload), frame.stop - frame.start
     token_bytes = len(view) // tokens
     step = max(1, max_bytes // token_bytes)
@@ -98,7 +98,7 @@ def pieces(frame: Frame, max_bytes: int) -> Iterator[Frame]:
 
 
 def from_token(frame: Frame, start: int) -> Frame | None:
-    """The part of `frame` from token `start` on: the puller has the tokens before."""
+    """Return the part of `frame` from token `start` on: the puller has the tokens before."""
     if frame.stop <= start:
         return None
     if frame.start >= start:
@@ -108,7 +108,7 @@ def from_token(frame: Frame, start: int) -> Frame | None:
 
 
 def encode(item: Frame | Trailer, lease_id: str) -> bytes:
-    """One message. The digest binds the frame to its lease and its place."""
+    """Encode one message. The digest binds the frame to its lease and its place."""
     if isinstance(item, Trailer):
         complete_us = _UNKNOWN if item.complete_us is None else item.complete_us
         return _message([TRAILER_LAYER, item.frames, complete_us], b"", lease_id)
@@ -116,11 +116,11 @@ def encode(item: Frame | Trailer, lease_id: str) -> bytes:
 
 
 def decode(message: bytes | memoryview, lease_id: str) -> Frame | Trailer:
-    """Inverse of `encode`. Raises CorruptFrame on any difference."""
+    """Invert `encode`. Raises CorruptFrame on any difference."""
     fields, payload = _split(message)
     layer, start, stop, size, digest = fields
     if size != len(payload):
-        raise CorruptFrame(f"frame: {len(payload)} payload bytes, header says {size}")
+        raise CorruptFrame(f"frame: {len(payload)} payload bytes, {size} expected by the header")
     if digest != _digest([layer, start, stop], payload, lease_id):
         raise CorruptFrame("frame: digest differs")
     if layer == TRAILER_LAYER:
@@ -129,7 +129,7 @@ def decode(message: bytes | memoryview, lease_id: str) -> Frame | Trailer:
 
 
 def layer_of(message: bytes | memoryview) -> int:
-    """The layer that an undamaged message belongs to, TRAILER_LAYER for the trailer."""
+    """Return the layer of an undamaged message, TRAILER_LAYER for the trailer."""
     return _split(message)[0][0]
 
 
@@ -140,14 +140,14 @@ def _message(place: list[int], payload: bytes | memoryview, lease_id: str) -> by
 def _parts(
     place: list[int], payload: bytes | memoryview, lease_id: str
 ) -> list[bytes | memoryview]:
-    """A message's length field, header and payload."""
+    """Return a message's length field, header and payload."""
     digest = _digest(place, payload, lease_id)
     header: bytes = msgpack.packb([*place, len(payload), digest])
     return [_LENGTH.pack(len(header)), header, payload]
 
 
 def _digest(place: list[int], payload: bytes | memoryview, lease_id: str) -> int:
-    """XXH3 over the payload, seeded by where it belongs: an order faster than the network."""
+    """Return XXH3 over the payload, seeded by its place: an order faster than the network."""
     seed = xxh3_64_intdigest(msgpack.packb([lease_id, *place, len(payload)]))
     return xxh3_64_intdigest(payload, seed)
 

@@ -1,4 +1,4 @@
-"""Holds a ticket's lease from afar: renewed while it is needed, released once."""
+"""Holds a ticket's lease on a remote worker: renews it while needed, releases it once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RemoteLeases(Protocol):
     """The workers that hold the KV."""
 
     async def renew(self, ticket: Ticket) -> bool:
-        """Start the lease's time again. False if it is gone."""
+        """Restart the lease's time. False if it is gone."""
         ...
 
     async def release(self, ticket: Ticket) -> None:
@@ -30,12 +30,12 @@ class RemoteLeases(Protocol):
 
 
 @asynccontextmanager
-async def held(
+async def hold_lease(
     ticket: Ticket, leases: RemoteLeases, *, renew_s: float = RENEW_S
 ) -> AsyncIterator[asyncio.Event]:
-    """The lease lasts while inside, or until the event is set: then the KV is not needed."""
+    """Hold the lease while inside, or until the event is set: then the KV is not needed."""
     done = asyncio.Event()
-    keeping = asyncio.create_task(_keep(ticket, leases, renew_s, done))
+    keeping = asyncio.create_task(_keep_lease(ticket, leases, renew_s, done))
     try:
         yield done
     finally:
@@ -43,8 +43,10 @@ async def held(
         await asyncio.shield(keeping)
 
 
-async def _keep(ticket: Ticket, leases: RemoteLeases, renew_s: float, done: asyncio.Event) -> None:
-    """One task renews and releases. An answer is not lost for a lease: that ends by itself."""
+async def _keep_lease(
+    ticket: Ticket, leases: RemoteLeases, renew_s: float, done: asyncio.Event
+) -> None:
+    """Renew and release in one task. Errors are only logged: the lease expires anyway."""
     try:
         while not await _set_within(done, renew_s):
             await leases.renew(ticket)

@@ -92,7 +92,7 @@ class Piece:
 
 
 def piece_bytes(tokens: int, token_bytes: int, frame_tokens: int) -> int:
-    """Bytes of a piece of `tokens` tokens, header room included."""
+    """Return the bytes of a piece of `tokens` tokens, header room included."""
     return tokens * token_bytes + -(-tokens // frame_tokens) * HEADER_ROOM
 
 
@@ -137,9 +137,9 @@ class Keeper:
                 verb, *values = msgpack.unpackb(self._link.recv_bytes())
             except (EOFError, OSError):  # the worker has closed, or is gone
                 return
-            self._do(verb, values)
+            self._handle_request(verb, values)
 
-    def _do(self, verb: str, values: list[Any]) -> None:
+    def _handle_request(self, verb: str, values: list[Any]) -> None:
         match verb:
             case "open":
                 self._leases.open(*values)
@@ -175,11 +175,11 @@ class Keeper:
             self._leases.drop(piece.lease_id)
 
     def _message(self, frame: Frame, lease_id: str, room: memoryview) -> bytes | memoryview:
-        """What a reader fetches: a sealed message, or the payload's shadow."""
+        """Return the message for a reader: sealed, or the payload's shadow."""
         return frame.payload if self._in_device else seal_in_place(frame, lease_id, room)
 
     def _region(self, piece: Piece) -> memoryview:
-        """A piece's bytes; the worker may use them again once nothing here refers to them."""
+        """Return a piece's bytes; the worker may reuse them once nothing here refers to them."""
         array = self._memory[piece.offset : piece.offset + piece.size]
         weakref.finalize(array, self._freed.put, piece.offset).atexit = False
         return array.data
@@ -255,8 +255,8 @@ def main() -> None:
     os._exit(0)  # threads of gRPC may still serve: nothing that they serve is valid any more
 
 
-def packed(config: KeeperConfig) -> bytes:
-    """As the first message."""
+def pack_config(config: KeeperConfig) -> bytes:
+    """Pack the first message."""
     message: bytes = msgpack.packb(asdict(config))
     return message
 

@@ -1,4 +1,4 @@
-"""A worker's end of its keeper: shared memory, and what is asked of the other process."""
+"""A worker's end of its keeper: shared memory, and requests to the other process."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from typing import Any
 import msgpack
 
 from ..core.errors import InvalidConfiguration, KvTransferError
-from .keeper import KeeperConfig, Piece, packed
+from .keeper import KeeperConfig, Piece, pack_config
 from .nixl.agent import NixlAgent, NixlMemory
 from .nixl.arena import Arena, Bytes
-from .nixl.reads import Progress
+from .nixl.reads import ReadProgress
 from .object_ref.shared_memory import SharedMemory
 
 logger = logging.getLogger("vllm.specprefill.handoff")
@@ -53,7 +53,7 @@ class KeeperLink:
         self._lock = threading.Lock()
         self._regions: dict[int, memoryview] = {}  # by offset: what the keeper still refers to
         self._gone = threading.Event()
-        self._progress = None if device is None else Progress(device[0])
+        self._progress = None if device is None else ReadProgress(device[0])
         self._advancing = ExitStack()
         self._readers = 0
         config = KeeperConfig(
@@ -66,8 +66,8 @@ class KeeperLink:
             fingerprint,
             None if device is None else (*_introduction(device[0]), device[1].address),
         )
-        self._link = _started(config)
-        self.address, self.carrier, self.pid = self._ready()
+        self._link = _start_keeper(config)
+        self.address, self.carrier, self.pid = self._await_ready()
         self._outbox: queue.SimpleQueue[tuple[bytes, Callable[[], None] | None] | None] = (
             queue.SimpleQueue()
         )
@@ -119,7 +119,7 @@ class KeeperLink:
                 link.shutdown(socket.SHUT_RDWR)  # closing alone would not wake who reads from it
             self._link.close()
 
-    def _ready(self) -> tuple[str, str, int]:
+    def _await_ready(self) -> tuple[str, str, int]:
         try:
             if not self._link.poll(_START_TIMEOUT_S):
                 raise KvTransferError(f"kv keeper: not ready within {_START_TIMEOUT_S:g} s")
@@ -179,7 +179,7 @@ def _introduction(agent: NixlAgent) -> tuple[str, bytes]:
     return agent.name, agent.metadata()
 
 
-def _started(config: KeeperConfig) -> Connection:
+def _start_keeper(config: KeeperConfig) -> Connection:
     """Start a keeper, which leaves this process's tree at once; it ends when the link does."""
     ours, theirs = socket.socketpair()
     with theirs:
@@ -192,7 +192,7 @@ def _started(config: KeeperConfig) -> Connection:
         )
     link = Connection(ours.detach())
     try:
-        link.send_bytes(packed(config))
+        link.send_bytes(pack_config(config))
     except OSError as error:
         raise KvTransferError("kv keeper: its process ended at its start") from error
     return link

@@ -3,8 +3,8 @@
 Pure and thread-safe: the engine's worker appends frames while gRPC threads stream them.
 Time is handed in (`now`), so that expiry is testable without waiting.
 
-A lease lasts while its holder (whoever got the ticket) renews it. Its time begins when its ticket
-is issued, or when somebody has shown to know it, by a pull or a renewal. Until then it is the
+A lease lasts while its holder (whoever got the ticket) renews it. Its time starts when its ticket
+is issued, or when a pull or a renewal proves that somebody has it. Until then it is the
 prefill's own; after the ticket was issued, and until somebody has claimed it, it lasts
 `unclaimed_s` only: the ticket may have been lost.
 """
@@ -38,13 +38,13 @@ class _Lease:
     bytes_held: int = 0
 
     @property
-    def complete(self) -> bool:
+    def is_complete(self) -> bool:
         return self.frames_expected is not None
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseGauges:
-    """What the store holds now, and what became of the leases so far."""
+    """The store's content now, and its leases' ends so far."""
 
     leases: int
     bytes_held: int
@@ -80,7 +80,7 @@ class LeaseStore:
         self._totals = {"opened": 0, "pulled": 0, "released": 0, "expired": 0, "dropped": 0}
 
     def open(self, lease_id: str, secret: str) -> None:
-        """Begin to hold KV. Idempotent."""
+        """Start to hold KV. Idempotent."""
         with self._lock:
             if lease_id not in self._leases and lease_id not in self._gone:
                 self._leases[lease_id] = _Lease(secret, threading.Condition(self._lock))
@@ -109,7 +109,7 @@ class LeaseStore:
             lease.changed.notify_all()
 
     def issue(self, lease_id: str) -> None:
-        """Note that the lease's ticket was given away: from now on it ends if nobody claims it."""
+        """Note that the lease's ticket was issued: from now on it expires unless claimed."""
         with self._lock:
             lease = self._leases.get(lease_id)
             if lease is not None:
@@ -125,19 +125,19 @@ class LeaseStore:
         `timeout_s`, or when the secret is wrong.
         """
         give_up_s = self._now() + timeout_s
-        lease = self._enter(lease_id, secret)
+        lease = self._start_reading(lease_id, secret)
         sent, whole = 0, False
         try:
             while not whole:
-                frames, last = self._next(lease_id, lease, sent, give_up_s)
+                frames, last = self._next_frame(lease_id, lease, sent, give_up_s)
                 sent += len(frames)
                 yield from frames
                 whole = last
         finally:
-            self._leave(lease_id, lease, whole=whole)
+            self._stop_reading(lease_id, lease, whole=whole)
 
     def renew(self, lease_id: str, secret: str) -> bool:
-        """Somebody still wants the KV: start the lease's time again. False if it is gone."""
+        """Restart the lease's time: the KV is still wanted. False if the lease is gone."""
         with self._lock:
             lease = self._leases.get(lease_id)
             if lease is None or not hmac.compare_digest(lease.secret, secret):
@@ -147,7 +147,7 @@ class LeaseStore:
             return True
 
     def complete_for_s(self, lease_id: str) -> float | None:
-        """Seconds since the last frame came. None if it has not, or the lease is gone."""
+        """Return seconds since the last frame came; None if it has not, or the lease is gone."""
         with self._lock:
             lease = self._leases.get(lease_id)
             if lease is None or lease.complete_s is None:
@@ -159,7 +159,7 @@ class LeaseStore:
         with self._lock:
             lease = self._leases.get(lease_id)
             if lease is None:
-                self._bury(lease_id, "released")
+                self._record_gone(lease_id, "released")
                 return False
             if not hmac.compare_digest(lease.secret, secret):
                 return False
@@ -167,15 +167,15 @@ class LeaseStore:
             return True
 
     def drop(self, lease_id: str) -> None:
-        """End a lease that cannot become complete: its readers learn it at once. Idempotent."""
+        """End a lease that cannot become complete, and fail its readers at once. Idempotent."""
         with self._lock:
             if lease_id in self._leases:
                 self._drop(lease_id, "dropped")
             else:
-                self._bury(lease_id, "dropped")
+                self._record_gone(lease_id, "dropped")
 
     def sweep(self) -> int:
-        """Drop complete leases past their time that nobody is reading. Returns how many."""
+        """Drop complete leases past their time that nobody is reading. Returns their number."""
         with self._lock:
             now = self._now()
             late = [
@@ -189,7 +189,7 @@ class LeaseStore:
             return len(late)
 
     def gauges(self) -> LeaseGauges:
-        """A consistent snapshot."""
+        """Return a consistent snapshot."""
         with self._lock:
             totals = {f"{name}_total": count for name, count in self._totals.items()}
             return LeaseGauges(
@@ -210,7 +210,7 @@ class LeaseStore:
                 self._emptied.wait(left_s)
             return True
 
-    def _enter(self, lease_id: str, secret: str) -> _Lease:
+    def _start_reading(self, lease_id: str, secret: str) -> _Lease:
         with self._lock:
             lease = self._leases.get(lease_id)
             if lease is None or not hmac.compare_digest(lease.secret, secret):
@@ -219,12 +219,12 @@ class LeaseStore:
             lease.claimed = True
             return lease
 
-    def _next(
+    def _next_frame(
         self, lease_id: str, lease: _Lease, sent: int, give_up_s: float
     ) -> tuple[list[SealedFrame], bool]:
         with self._lock:
             while self._leases.get(lease_id) is lease:
-                if len(lease.frames) > sent or lease.complete:
+                if len(lease.frames) > sent or lease.is_complete:
                     frames = lease.frames[sent:]
                     return frames, sent + len(frames) == lease.frames_expected
                 left_s = give_up_s - self._now()
@@ -233,7 +233,7 @@ class LeaseStore:
                 lease.changed.wait(left_s)
             raise LeaseNotFound(f"lease {lease_id}: {self._gone.get(lease_id, 'gone')}")
 
-    def _leave(self, lease_id: str, lease: _Lease, *, whole: bool) -> None:
+    def _stop_reading(self, lease_id: str, lease: _Lease, *, whole: bool) -> None:
         with self._lock:
             lease.readers -= 1
             self._totals["pulled"] += whole
@@ -241,8 +241,8 @@ class LeaseStore:
                 self._restart_clock(lease)
 
     def _restart_clock(self, lease: _Lease) -> None:
-        """A lease whose KV is still being computed, or whose ticket nobody has, has no clock."""
-        if lease.complete and (lease.claimed or lease.issued):
+        """Restart the clock; a lease still being computed, or not issued yet, has none."""
+        if lease.is_complete and (lease.claimed or lease.issued):
             lasts_s = self._lease_s if lease.claimed else self._unclaimed_s
             lease.expires_s = self._now() + lasts_s
 
@@ -250,13 +250,13 @@ class LeaseStore:
         lease = self._leases.pop(lease_id)
         self._bytes_held -= lease.bytes_held
         self._totals[why] += 1
-        self._bury(lease_id, why)
+        self._record_gone(lease_id, why)
         lease.changed.notify_all()
         if not self._leases:
             self._emptied.notify_all()
 
-    def _bury(self, lease_id: str, why: str) -> None:
-        """Remember a gone lease, so that a late pull or frame is told at once."""
+    def _record_gone(self, lease_id: str, why: str) -> None:
+        """Remember a gone lease, so that a late pull or frame fails at once."""
         self._gone[lease_id] = why
         while len(self._gone) > _TOMBSTONES:
             self._gone.popitem(last=False)

@@ -7,16 +7,16 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from ..core.types import Prefilled, Ticket
-from .holding import RemoteLeases, held
+from .holding import RemoteLeases, hold_lease
 
 
 class HeldPrefill:
-    """What a prefill engine's service says, and the lease behind the ticket that it names."""
+    """The answer of a prefill engine's service, and the lease behind its ticket."""
 
     def __init__(
-        self, said: AsyncIterator[Ticket | Prefilled], leases: RemoteLeases, stack: AsyncExitStack
+        self, steps: AsyncIterator[Ticket | Prefilled], leases: RemoteLeases, stack: AsyncExitStack
     ) -> None:
-        self._said = said
+        self._steps = steps
         self._leases = leases
         self._stack = stack
         self._prefilled: Prefilled | None = None
@@ -24,11 +24,11 @@ class HeldPrefill:
 
     async def ticket(self) -> Ticket | None:
         """See the port."""
-        said = await anext(self._said)
-        if isinstance(said, Ticket):
-            await self._hold(said)
-            return said
-        self._prefilled = said
+        step = await anext(self._steps)
+        if isinstance(step, Ticket):
+            await self._hold(step)
+            return step
+        self._prefilled = step
         return None
 
     async def result(self) -> Prefilled:
@@ -45,15 +45,17 @@ class HeldPrefill:
             self._kv_arrived.set()
 
     async def _hold(self, ticket: Ticket) -> None:
-        """From the first word of the ticket on, once."""
+        """Start to renew the lease when the ticket first appears; later calls do nothing."""
         if self._kv_arrived is None:
-            self._kv_arrived = await self._stack.enter_async_context(held(ticket, self._leases))
+            self._kv_arrived = await self._stack.enter_async_context(
+                hold_lease(ticket, self._leases)
+            )
 
 
 @asynccontextmanager
-async def prefilling(
-    said: AsyncIterator[Ticket | Prefilled], leases: RemoteLeases
+async def hold_prefill(
+    steps: AsyncIterator[Ticket | Prefilled], leases: RemoteLeases
 ) -> AsyncIterator[HeldPrefill]:
-    """While inside, the KV is held; at the end it is released, whatever was said by then."""
+    """Hold the KV while inside; at the end it is released, whatever has come by then."""
     async with AsyncExitStack() as stack:
-        yield HeldPrefill(said, leases, stack)
+        yield HeldPrefill(steps, leases, stack)

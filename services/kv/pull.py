@@ -27,7 +27,7 @@ class KvClient:
     def pull(
         self, endpoint: str, ticket: Ticket, fingerprint: str, start: int, timeout_s: float
     ) -> KvPull:
-        """Begin to pull the tokens from `start` on."""
+        """Start to pull the tokens from `start` on."""
         return KvPull(
             [
                 self._stream(
@@ -51,12 +51,12 @@ class KvClient:
         self._channels.close()
 
     def _stream(self, endpoint: str, query: PullQuery) -> KvStream:
-        call: Any = self._channels.to(endpoint, query.part).unary_stream(PULL)
-        return KvStream(call(query.packed(), timeout=query.timeout_s), query.lease_id)
+        call: Any = self._channels.channel_to(endpoint, query.part).unary_stream(PULL)
+        return KvStream(call(query.pack(), timeout=query.timeout_s), query.lease_id)
 
 
 class KvPull:
-    """One lease on its way, over its streams. Each holds one frame here, and what gRPC's
+    """One lease being pulled over its streams. Each holds one frame here, and what gRPC's
     flow control lets the peer send ahead of it.
     """
 
@@ -64,7 +64,7 @@ class KvPull:
         self._streams = streams
         self._failures: list[Exception] = []  # the first is the cause of the others
 
-    def into(self, store: Callable[[Frame], None]) -> float:
+    def deliver_to(self, store: Callable[[Frame], None]) -> float:
         """Give every frame to `store`, from one thread per stream.
 
         A layer comes over one stream, in token order. Returns the seconds for which the KV was
@@ -89,7 +89,7 @@ class KvPull:
         try:
             for frame in stream:
                 store(frame)
-        except Exception as error:  # noqa: BLE001  # raised again by `into`
+        except Exception as error:  # noqa: BLE001  # raised again by `deliver_to`
             self._failures.append(error)
             self.cancel()  # the other streams are of no use now
 
@@ -125,7 +125,7 @@ class KvStream:
 
 
 def transfer_error(error: grpc.RpcError) -> KvTransferError:
-    """What a failed call means for the pull."""
+    """Return the error that a failed call means for the pull."""
     if error.code() is grpc.StatusCode.NOT_FOUND:
         return LeaseNotFound(error.details())
     if error.code() is grpc.StatusCode.FAILED_PRECONDITION:

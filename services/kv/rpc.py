@@ -1,8 +1,8 @@
-"""What a worker serves on its KV port, over gRPC with raw messages (frames are not protobuf).
+"""Serves a worker's KV port over gRPC with raw messages (frames are not protobuf).
 
 `Pull` streams a lease's frames, `Renew` prolongs a lease and `Release` drops it; the lease's
-secret authenticates them. `Watch` tells which leases may be pulled now, `Drain` waits until
-nothing is held, `Stats` tells what is. Messages are msgpack maps.
+secret authenticates them. `Watch` announces the leases that may be pulled now, `Drain` waits until
+nothing is held, `Stats` returns what is. Messages are msgpack maps.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import msgpack
 from ..core.errors import InvalidRequest, LeaseNotFound
 from ..core.types import Lease, Ticket
 from .announcements import Announcement, Announcements
-from .channels import OPTIONS, aio_channel, listen
+from .channels import OPTIONS, listen, open_aio_channel
 from .frames import Trailer, encode
 from .leases import LeaseGauges, LeaseStore
 from .tls import MutualTls
@@ -49,7 +49,7 @@ _PULL |= {"part": int, "parts": int}
 
 @dataclass(frozen=True, slots=True)
 class PullQuery:
-    """What a pull asks for: the layers with `layer % parts == part`, from token `start` on."""
+    """A pull's selection: the layers with `layer % parts == part`, from token `start` on."""
 
     lease_id: str
     secret: str
@@ -59,20 +59,20 @@ class PullQuery:
     part: int = 0
     parts: int = 1
 
-    def packed(self) -> bytes:
-        """As a message."""
-        return _packed(asdict(self))
+    def pack(self) -> bytes:
+        """Pack the query as a message."""
+        return _pack(asdict(self))
 
     @classmethod
-    def unpacked(cls, message: bytes) -> PullQuery:
-        """Inverse of `packed`. Raises InvalidRequest."""
-        fields = _fields(message, _PULL)
+    def unpack(cls, message: bytes) -> PullQuery:
+        """Invert `pack`. Raises InvalidRequest."""
+        fields = _unpack_fields(message, _PULL)
         if fields["start"] < 0 or not 0 <= fields["part"] < fields["parts"]:
             raise InvalidRequest("kv: start, part and parts must be in range")
         return cls(**fields)
 
     def wants(self, layer: int) -> bool:
-        """Whether the layer is in this query's part."""
+        """Return True if the layer is in this query's part."""
         return layer % self.parts == self.part
 
 
@@ -92,7 +92,7 @@ class KvServer:
         sends_bytes: bool = True,
         more_handlers: Sequence[grpc.GenericRpcHandler] = (),
     ) -> None:
-        """`sends_bytes` False: leases lie where only other handlers reach them."""
+        """`sends_bytes` False: leases lie where only other handlers can read them."""
         self._leases = leases
         self._announcements = announcements
         self._fingerprint = fingerprint
@@ -132,47 +132,47 @@ class KvServer:
                     yield bytes(part)
         except LeaseNotFound as error:
             context.abort(grpc.StatusCode.NOT_FOUND, str(error))
-        yield encode(trailer(self._leases, query.lease_id, sent), query.lease_id)
+        yield encode(make_trailer(self._leases, query.lease_id, sent), query.lease_id)
 
     def renew(self, message: bytes, _context: grpc.ServicerContext) -> bytes:
-        """Start a lease's time again; tell whether it is still there."""
-        query = _fields(message, _LEASE)
-        return _packed(self._leases.renew(query["lease_id"], query["secret"]))
+        """Restart a lease's time; return False if the lease is gone."""
+        query = _unpack_fields(message, _LEASE)
+        return _pack(self._leases.renew(query["lease_id"], query["secret"]))
 
     def release(self, message: bytes, _context: grpc.ServicerContext) -> bytes:
         """Drop a lease. Idempotent."""
-        query = _fields(message, _LEASE)
-        return _packed(self._leases.release(query["lease_id"], query["secret"]))
+        query = _unpack_fields(message, _LEASE)
+        return _pack(self._leases.release(query["lease_id"], query["secret"]))
 
     def watch(self, _message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Stream announcements for as long as the caller listens."""
         for announcement in self._announcements.listen(context.add_callback):
-            yield _packed(asdict(announcement))
+            yield _pack(asdict(announcement))
 
     def drain(self, message: bytes, context: grpc.ServicerContext) -> bytes:
-        """Wait, at most the query's `timeout_s`, until every lease is gone; return whether.
+        """Wait, at most the query's `timeout_s`, until no lease is left; return False if one is.
 
         It ends when the caller hangs up.
         """
-        timeout_s = _fields(message, {"timeout_s": (int, float)})["timeout_s"]
+        timeout_s = _unpack_fields(message, {"timeout_s": (int, float)})["timeout_s"]
         give_up_s = time.monotonic() + min(timeout_s, _LONGEST_DRAIN_S)
         while context.is_active():
             left_s = give_up_s - time.monotonic()
             if self._leases.wait_empty(min(max(left_s, 0.0), _HANG_UP_S)):
-                return _packed(True)
+                return _pack(True)
             if left_s <= 0:
                 break
-        return _packed(False)
+        return _pack(False)
 
     def stats(self, _message: bytes, _context: grpc.ServicerContext) -> bytes:
-        """The store's gauges."""
-        return _packed(asdict(self._leases.gauges()))
+        """Return the store's gauges."""
+        return _pack(asdict(self._leases.gauges()))
 
 
-def lending(
+def open_lending(
     message: bytes, fingerprint: str, context: grpc.ServicerContext
 ) -> tuple[PullQuery, threading.Event]:
-    """A query by which memory is lent, and the event that its reader has hung up.
+    """Return a query that lends memory, and an event that is set when its reader hangs up.
 
     The call is aborted where the layouts differ.
     """
@@ -183,8 +183,8 @@ def lending(
     return query, gone
 
 
-def trailer(leases: LeaseStore, lease_id: str, sent: int) -> Trailer:
-    """What ends a stream of `sent` frames."""
+def make_trailer(leases: LeaseStore, lease_id: str, sent: int) -> Trailer:
+    """Return the message that ends a stream of `sent` frames."""
     complete_s = leases.complete_for_s(lease_id)
     return Trailer(sent, None if complete_s is None else round(complete_s * 1e6))
 
@@ -192,12 +192,12 @@ def trailer(leases: LeaseStore, lease_id: str, sent: int) -> Trailer:
 class _Handler(grpc.GenericRpcHandler):
     def __init__(self, server: KvServer) -> None:
         self._methods = {
-            PULL: grpc.unary_stream_rpc_method_handler(_few_streams(PULL, server.pull)),
-            WATCH: grpc.unary_stream_rpc_method_handler(_few_streams(WATCH, server.watch)),
-            RENEW: _unary(server.renew),
-            RELEASE: _unary(server.release),
-            DRAIN: _unary(_few(DRAIN, server.drain)),
-            STATS: _unary(server.stats),
+            PULL: grpc.unary_stream_rpc_method_handler(_limit_streams(PULL, server.pull)),
+            WATCH: grpc.unary_stream_rpc_method_handler(_limit_streams(WATCH, server.watch)),
+            RENEW: _unary_handler(server.renew),
+            RELEASE: _unary_handler(server.release),
+            DRAIN: _unary_handler(_limit_calls(DRAIN, server.drain)),
+            STATS: _unary_handler(server.stats),
         }
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
@@ -208,42 +208,42 @@ Unary = Callable[[bytes, grpc.ServicerContext], bytes]
 Streaming = Callable[[bytes, grpc.ServicerContext], Iterator[bytes]]
 
 
-def _unary(call: Unary) -> grpc.RpcMethodHandler[Any, Any]:
-    """A handler that refuses a malformed message, whatever is wrong with it."""
+def _unary_handler(call: Unary) -> grpc.RpcMethodHandler[Any, Any]:
+    """Return a handler that refuses a malformed message, whatever is wrong with it."""
 
-    def checked(message: bytes, context: grpc.ServicerContext) -> bytes:
+    def call_checked(message: bytes, context: grpc.ServicerContext) -> bytes:
         try:
             return call(message, context)
         except InvalidRequest as error:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
-    return grpc.unary_unary_rpc_method_handler(checked)
+    return grpc.unary_unary_rpc_method_handler(call_checked)
 
 
-def _few(method: str, call: Unary) -> Unary:
+def _limit_calls(method: str, call: Unary) -> Unary:
     """Refuse more calls at once than `_MOST_AT_ONCE` allows."""
     places = threading.BoundedSemaphore(_MOST_AT_ONCE[method])
 
-    def bounded(message: bytes, context: grpc.ServicerContext) -> bytes:
-        with _place(places, method, context):
+    def call_bounded(message: bytes, context: grpc.ServicerContext) -> bytes:
+        with _take_place(places, method, context):
             return call(message, context)
 
-    return bounded
+    return call_bounded
 
 
-def _few_streams(method: str, call: Streaming) -> Streaming:
-    """The same for a stream, which holds its place until it ends."""
+def _limit_streams(method: str, call: Streaming) -> Streaming:
+    """Refuse more streams likewise; a stream holds its place until it ends."""
     places = threading.BoundedSemaphore(_MOST_AT_ONCE[method])
 
-    def bounded(message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-        with _place(places, method, context):
+    def call_bounded(message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
+        with _take_place(places, method, context):
             yield from call(message, context)
 
-    return bounded
+    return call_bounded
 
 
 @contextmanager
-def _place(
+def _take_place(
     places: threading.BoundedSemaphore, method: str, context: grpc.ServicerContext
 ) -> Iterator[None]:
     if not places.acquire(blocking=False):
@@ -258,9 +258,9 @@ def _place(
 
 
 def _pull_query(message: bytes, fingerprint: str, context: grpc.ServicerContext) -> PullQuery:
-    """The query of a pull; the call is aborted where it is malformed or the layouts differ."""
+    """Return the query; abort the call where it is malformed or the layouts differ."""
     try:
-        query = PullQuery.unpacked(message)
+        query = PullQuery.unpack(message)
     except InvalidRequest as error:
         context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
     if query.fingerprint != fingerprint:
@@ -268,7 +268,7 @@ def _pull_query(message: bytes, fingerprint: str, context: grpc.ServicerContext)
     return query
 
 
-def _fields(message: bytes, kinds: _Kinds) -> dict[str, Any]:
+def _unpack_fields(message: bytes, kinds: _Kinds) -> dict[str, Any]:
     """Unpack a map of exactly these fields. Raises InvalidRequest."""
     try:
         fields = msgpack.unpackb(message)
@@ -282,7 +282,7 @@ def _fields(message: bytes, kinds: _Kinds) -> dict[str, Any]:
     return fields
 
 
-def _packed(value: object) -> bytes:
+def _pack(value: object) -> bytes:
     packed: bytes = msgpack.packb(value)
     return packed
 
@@ -303,11 +303,11 @@ class KvPeers:
         await self._at_every_rank(RELEASE, peers, lease)
 
     async def renew(self, ticket: Ticket) -> bool:
-        """Start the lease's time again at every rank. False if it is gone at one of them."""
+        """Restart the lease's time at every rank. False if it is gone at one of them."""
         return all(await self._at_every_rank(RENEW, ticket.endpoints, ticket.lease))
 
     async def announcements(self, peer: str) -> AsyncGenerator[Announcement]:
-        """What `peer` announces from now on; ends when it is gone."""
+        """Yield the announcements of `peer` from now on; end when it is gone."""
         watch: Any = self._channel(peer).unary_stream(WATCH)
         try:
             async for message in watch(b""):
@@ -322,7 +322,7 @@ class KvPeers:
         return bool(await self._call(peer, DRAIN, query, patience_s, if_gone=True))
 
     async def gauges(self, peer: str) -> LeaseGauges | None:
-        """What `peer` holds; None if it does not answer."""
+        """Return the gauges of `peer`; None if it does not answer."""
         stats = await self._call(peer, STATS, {}, _CALL_TIMEOUT_S, if_gone=None)
         return None if stats is None else LeaseGauges(**stats)
 
@@ -350,5 +350,5 @@ class KvPeers:
 
     def _channel(self, peer: str) -> grpc.aio.Channel:
         if peer not in self._channels:
-            self._channels[peer] = aio_channel(peer, self._tls)
+            self._channels[peer] = open_aio_channel(peer, self._tls)
         return self._channels[peer]

@@ -1,4 +1,4 @@
-"""Which worker of an engine holds which part of the KV, and who pulls what from whom.
+"""The part of the KV that each worker of an engine holds, and the pulls between workers.
 
 An engine splits a model twice: its layers over pipeline stages, and each layer's KV heads
 over tensor-parallel ranks. A worker's rank is `stage * tensor + tensor rank`. Two engines
@@ -16,7 +16,7 @@ from ..core.types import Span
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """How an engine's workers share a model with `heads` KV heads."""
+    """The division of a model with `heads` KV heads among an engine's workers."""
 
     heads: int
     tensor: int  # ranks per stage; beyond `heads`, a head is held by several
@@ -27,40 +27,40 @@ class Split:
         return self.tensor * len(self.stages)
 
     def layers_of(self, rank: int) -> Span:
-        """The layers of a worker."""
+        """Return the layers of a worker."""
         return self.stages[rank // self.tensor]
 
     def heads_of(self, rank: int) -> Span:
-        """The KV heads of a worker."""
+        """Return the KV heads of a worker."""
         place = rank % self.tensor
         first = place * self.heads // self.tensor
         return Span(first, first + max(1, self.heads // self.tensor))
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """What a puller takes from one holder: layers and heads are the model's indices."""
+class ShardSource:
+    """The part that a puller takes from one holder: layers and heads are the model's indices."""
 
     rank: int  # of the holder
     layers: Span
     heads: Span
 
 
-def sources(rank: int, puller: Split, holder: Split) -> tuple[Source, ...]:
-    """Where the worker `rank` of `puller` finds its KV: each layer's heads exactly once."""
+def sources(rank: int, puller: Split, holder: Split) -> tuple[ShardSource, ...]:
+    """Return the holders of the KV for `rank` of `puller`: each layer's heads exactly once."""
     found = []
     for stage, held in enumerate(holder.stages):
         layers = _overlap(puller.layers_of(rank), held)
         if len(layers) > 0:
             found += [
-                Source(stage * holder.tensor + place, layers, heads)
+                ShardSource(stage * holder.tensor + place, layers, heads)
                 for place, heads in _head_sources(rank, puller, holder)
             ]
     return tuple(found)
 
 
 def readers(rank: int, holder: Split, puller: Split) -> int:
-    """How many workers of `puller` pull from the worker `rank` of `holder`."""
+    """Return the number of workers of `puller` that pull from the worker `rank` of `holder`."""
     return sum(
         any(source.rank == rank for source in sources(reader, puller, holder))
         for reader in range(puller.ranks)
@@ -68,18 +68,20 @@ def readers(rank: int, holder: Split, puller: Split) -> int:
 
 
 def _head_sources(rank: int, puller: Split, holder: Split) -> Iterator[tuple[int, Span]]:
-    """Pairs of a holder's place in its stage and the heads to take there."""
+    """Yield pairs of a holder's place in its stage and the heads to take there."""
     wanted = puller.heads_of(rank)
     head = wanted.start
     while head < wanted.stop:
-        holders = [place for place in range(holder.tensor) if _has(holder.heads_of(place), head)]
+        holders = [
+            place for place in range(holder.tensor) if _contains(holder.heads_of(place), head)
+        ]
         place = holders[rank % len(holders)]  # copies of a head share the pullers
         heads = _overlap(Span(head, wanted.stop), holder.heads_of(place))
         yield place, heads
         head = heads.stop
 
 
-def _has(span: Span, index: int) -> bool:
+def _contains(span: Span, index: int) -> bool:
     return span.start <= index < span.stop
 
 

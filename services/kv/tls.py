@@ -13,7 +13,7 @@ from ..core.errors import InvalidConfiguration
 
 @dataclass(frozen=True, slots=True)
 class MutualTls:
-    """What each side shows and what it trusts, in PEM. Every peer's certificate has `name`."""
+    """The identity and the trust of each side, in PEM. Every peer's certificate has `name`."""
 
     certificate: bytes
     key: bytes
@@ -22,7 +22,7 @@ class MutualTls:
 
 
 def read_tls(files: KvTls | None) -> MutualTls | None:
-    """The files' content; None stays None (plaintext).
+    """Return the files' content; None stays None (plaintext).
 
     Raises InvalidConfiguration, naming the field, if a file cannot be read, is not what it
     should be, or if peers with the same files would refuse each other.
@@ -30,16 +30,16 @@ def read_tls(files: KvTls | None) -> MutualTls | None:
     if files is None:
         return None
     tls = MutualTls(
-        certificate=_read("certificate", files.certificate),
-        key=_read("key", files.key),
-        authority=_read("authority", files.authority),
+        certificate=_read_file("certificate", files.certificate),
+        key=_read_file("key", files.key),
+        authority=_read_file("authority", files.authority),
         name=files.name,
     )
     _try_out(files)
     return tls
 
 
-def _read(field: str, path: str) -> bytes:
+def _read_file(field: str, path: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -47,7 +47,7 @@ def _read(field: str, path: str) -> bytes:
 
 
 def _try_out(files: KvTls) -> None:
-    """Shake hands with ourselves: what we refuse of ourselves, every peer would."""
+    """Shake hands with ourselves: every peer would refuse what we refuse."""
     server_side, client_side = _contexts(files)
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     server = server_side.wrap_bio(to_server, to_client, server_side=True)
@@ -91,5 +91,5 @@ def _contexts(files: KvTls) -> tuple[ssl.SSLContext, ssl.SSLContext]:
 
 
 def _no_password() -> str:
-    """An encrypted key must be an error, not a question on the terminal."""
+    """Raise for an encrypted key, so that no terminal prompt asks for its password."""
     return ""

@@ -1,4 +1,4 @@
-"""What a prefill replica's workers hold, as Serve metrics (`ray_specprefill_kv_*`)."""
+"""KV held by a prefill replica's workers, as Serve metrics (`ray_specprefill_kv_*`)."""
 
 from __future__ import annotations
 

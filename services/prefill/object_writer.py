@@ -32,16 +32,16 @@ class KvObjects:
         self._collector.close()
 
     @asynccontextmanager
-    async def storing(self) -> AsyncIterator[Storing]:
-        """For one request; what it has begun ends with it."""
-        storing = Storing(self)
+    async def start_storing(self) -> AsyncIterator[PendingStore]:
+        """Yield one request's `PendingStore`; what it has started ends with it."""
+        storing = PendingStore(self)
         try:
             yield storing
         finally:
             storing.cancel()
 
     async def store(self, ticket: Ticket, timeout_s: float) -> list[KvReference]:
-        """One object per worker. Empty when a worker did not give its KV.
+        """Put one object per worker. Empty when a worker did not give its KV.
 
         The objects belong to this process and die with it; the decode engine then computes the
         prompt itself. Whoever takes them refers to them by then, so the list is emptied after
@@ -59,18 +59,18 @@ class KvObjects:
         return objects
 
     def _put(self, ticket: Ticket, rank: int, timeout_s: float) -> KvReference:
-        with self._collector.collected(ticket, rank, timeout_s) as kv:
+        with self._collector.collect(ticket, rank, timeout_s) as kv:
             return ray.put(kv)
 
 
-class Storing:
-    """One request's KV, asked for when its end is near: the answer then waits for the KV only."""
+class PendingStore:
+    """One request's KV, requested shortly before its end: the answer then waits for the KV only."""
 
     def __init__(self, objects: KvObjects) -> None:
         self._objects = objects
         self._task: asyncio.Task[list[KvReference]] | None = None
 
-    def begin(self, ticket: Ticket, timeout_s: float) -> None:
+    def start(self, ticket: Ticket, timeout_s: float) -> None:
         """Ask the workers; they answer when the KV is complete."""
         self._task = asyncio.create_task(self._objects.store(ticket, timeout_s))
 

@@ -21,7 +21,7 @@ from ..engine.ray_metrics import ray_stat_loggers
 from ..kv.nixl.agent import require
 from ..kv.tls import read_tls
 from .kv_gauges import KvGauges
-from .object_writer import KvObjects, KvReference, Storing
+from .object_writer import KvObjects, KvReference, PendingStore
 from .service import PrefillService
 
 logger = logging.getLogger(__name__)
@@ -59,13 +59,13 @@ class PrefillReplica:
         await self._service.close()
 
     def record_replica_metadata(self) -> dict[str, int]:
-        """What the gateways' routers know of this replica."""
+        """Return the metadata that the gateways' routers use."""
         return {"prefix_cache_tokens": self._service.prefix_cache_tokens()}
 
     async def prefill(
         self, payload: bytes, load: bytes = b""
     ) -> AsyncGenerator[tuple[bytes, list[KvReference]]]:
-        """`(Request, Selection, timeout_s)` -> PrefillSteps, and the KV if Ray is to carry it.
+        """Take `(Request, Selection, timeout_s)`; return PrefillSteps, and KV that Ray carries.
 
         What Ray carries cannot be pulled before it is whole: no ticket comes early, but the
         workers are asked for the KV. `load` is for the router, which chose this replica by it.
@@ -74,17 +74,17 @@ class PrefillReplica:
         request, selection, timeout_s = unpack(payload, tuple[Request, Selection, float])
         with self._waiting.track():
             steps = self._service.steps(request, selection, timeout_s)
-            async with aclosing(steps) as stream, self._objects.storing() as storing:
+            async with aclosing(steps) as stream, self._objects.start_storing() as storing:
                 async for step in stream:
                     if isinstance(step, Prefilled):
-                        yield pack((None, step)), await self._stored(step, storing)
+                        yield pack((None, step)), await self._store_kv(step, storing)
                     elif self._kv.carrier == "object_ref":
-                        storing.begin(step, self._kv.pull_timeout_s)
+                        storing.start(step, self._kv.pull_timeout_s)
                     else:
                         yield pack((step, None)), []
 
-    async def _stored(self, prefilled: Prefilled, storing: Storing) -> list[KvReference]:
-        """The KV as Ray's objects. Empty: it stays with the worker, where decode may pull it."""
+    async def _store_kv(self, prefilled: Prefilled, storing: PendingStore) -> list[KvReference]:
+        """Return the KV as Ray's objects. Empty: it stays with the worker for decode to pull."""
         if prefilled.ticket is None or self._kv.carrier != "object_ref":
             return []
         objects = await storing.objects(prefilled.ticket, self._kv.pull_timeout_s)
@@ -93,9 +93,9 @@ class PrefillReplica:
         return objects
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What the autoscaling policy is told of this replica."""
+        """Return the replica's input to the autoscaling policy."""
         return {QUEUE_AGE_S: self._waiting.oldest_s()}
 
     async def check_health(self) -> None:
-        """Raises Unavailable when the engine process is dead."""
+        """Raise Unavailable when the engine process is dead."""
         await self._service.check_health()

@@ -30,8 +30,8 @@ class Room:
     """The bytes that every worker of an engine may hold, shared by prefills in order of arrival.
 
     A reservation counts until its prefill has ended; from then on what the workers really hold
-    counts, which they are asked for only when there seems to be no room. So never too little is
-    counted. `held` returns what the fullest worker holds now; None: not known.
+    counts, which they are asked for only when there seems to be no room. So the
+    count is never too low. `held` returns what the fullest worker holds now; None: not known.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class Room:
 
     @property
     def bytes_reserved(self) -> int:
-        """What counts against the cap now."""
+        """Bytes that count against the cap now."""
         return self._known_held + sum(each.size for each in self._reservations)
 
     @asynccontextmanager
-    async def reserved(self, kv_bytes: int) -> AsyncIterator[float]:
-        """Wait for room; inside, a prefill may fill it. Yields how long that took, in seconds.
+    async def reserve(self, kv_bytes: int) -> AsyncIterator[float]:
+        """Wait for room; inside, a prefill may fill it. Yields the seconds waited.
 
         KV that exceeds the cap alone waits for all of it. No KV waits for nothing.
         """
@@ -78,7 +78,7 @@ class Room:
             reservation.ended_s = self._now()
 
     async def _wait(self, size: int) -> None:
-        """Poll: a worker's store does not report when a lease ends."""
+        """Poll for room: a worker's store does not report when a lease ends."""
         while True:
             if await self._fits(size):
                 return
@@ -87,10 +87,10 @@ class Room:
     async def _fits(self, size: int) -> bool:
         if self.bytes_reserved + size <= self._max_bytes:
             return True
-        await self._look()
+        await self._recount()
         return self.bytes_reserved + size <= self._max_bytes
 
-    async def _look(self) -> None:
+    async def _recount(self) -> None:
         """Count what the workers hold in place of prefills that have ended."""
         settled_s = self._now() - SETTLE_S
         held = await self._held()

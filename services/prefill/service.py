@@ -38,7 +38,7 @@ _WATCH_AGAIN_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class _Expected:
-    """Who waits for a lease's announcement."""
+    """A caller that waits for a lease's announcement."""
 
     lease: Lease
     on_announced: Callable[[Ticket], None]
@@ -50,7 +50,7 @@ class PrefillService:
     def __init__(
         self, engine: Engine, tls: MutualTls | None = None, max_held_bytes: int = 4 << 30
     ) -> None:
-        """`max_held_bytes`: the cap of each of the engine's workers."""
+        """`max_held_bytes` is the cap of each of the engine's workers."""
         self._engine = engine
         self._max_held_bytes = max_held_bytes
         self._room = Room(max_held_bytes, self._held_bytes)
@@ -75,7 +75,7 @@ class PrefillService:
         self._kv_addresses = await self._engine.kv_addresses()
         self._carrier = await self._engine.kv_carrier()
         self._token_bytes = self._engine.kv_bytes_per_token()
-        self._watching = asyncio.create_task(self._watch())
+        self._watching = asyncio.create_task(self._watch_announcements())
         fitting = self._max_held_bytes // self._token_bytes
         if fitting < self._engine.max_model_len():
             logger.warning(
@@ -102,7 +102,7 @@ class PrefillService:
 
     @property
     def kv_addresses(self) -> tuple[str, ...]:
-        """Where the workers' KV can be pulled, `host:port` by rank. Known once started."""
+        """Addresses of the workers' KV, `host:port` by rank. Known once started."""
         return tuple(self._kv_addresses)
 
     async def drain(self, timeout_s: float) -> bool:
@@ -111,7 +111,7 @@ class PrefillService:
         return all(await asyncio.gather(*drained))
 
     def prefix_cache_tokens(self) -> int:
-        """How many tokens the prefix cache can hold; 0 when it is off."""
+        """Size of the prefix cache in tokens; 0 when it is off."""
         return self._engine.prefix_cache_tokens()
 
     async def release(self, ticket: Ticket) -> None:
@@ -119,7 +119,7 @@ class PrefillService:
         await self._peers.release(ticket)
 
     async def gauges(self) -> list[LeaseGauges]:
-        """What the engine's workers hold, by rank; those that do not answer are left out."""
+        """Return the gauges of the workers, by rank, except of those that do not answer."""
         found = await asyncio.gather(*(self._peers.gauges(peer) for peer in self._kv_addresses))
         return [gauges for gauges in found if gauges is not None]
 
@@ -129,13 +129,13 @@ class PrefillService:
         return self._room.waiting
 
     async def check_health(self) -> None:
-        """Raises Unavailable when the engine is dead."""
+        """Raise Unavailable when the engine is dead."""
         await self._engine.check_health()
 
     async def steps(
         self, request: Request, selection: Selection, timeout_s: float
     ) -> AsyncGenerator[Ticket | Prefilled]:
-        """The ticket as soon as a pull may begin, if that is before the end; then the result.
+        """Yield the ticket as soon as a pull may start, if that is before the end; then the result.
 
         See `prefill`. Closing the iterator before the result was taken releases the KV.
         """
@@ -156,7 +156,7 @@ class PrefillService:
             running.cancel()
             (outcome,) = await asyncio.gather(running, return_exceptions=True)
             if not taken and isinstance(outcome, Prefilled) and outcome.ticket is not None:
-                self._forget(outcome.ticket.lease)
+                self._release_unclaimed(outcome.ticket.lease)
 
     async def prefill(
         self,
@@ -168,31 +168,31 @@ class PrefillService:
         """Compute the kept tokens at their original positions and sample one token.
 
         The KV is held under the returned ticket until it is released or its lease ends.
-        `on_announced` is given the ticket when a pull may begin, if that is before the end.
+        `on_announced` is given the ticket when a pull may start, if that is before the end.
         Raises InvalidRequest, DeadlineExceeded or PrefillUnavailable; then nothing is held.
         """
         asked = sampling_params(request.sampling)
-        lease = _lease(request, asked)
-        params = _params(asked, selection, lease)
+        lease = _new_lease(request, asked)
+        params = _prefill_params(asked, selection, lease)
         prefilled: Prefilled | None = None
         if lease is not None and on_announced is not None:
             self._expected[lease.id] = _Expected(lease, on_announced)
         kv_bytes = 0 if lease is None else selection.kept_tokens * self._token_bytes
         try:
-            async with asyncio.timeout(timeout_s), self._room.reserved(kv_bytes) as waited_s:
+            async with asyncio.timeout(timeout_s), self._room.reserve(kv_bytes) as waited_s:
                 with map_engine_errors(PrefillUnavailable):
                     output = await self._run(request, selection, params)
         except TimeoutError as error:
-            raise DeadlineExceeded("timeout_s: used up during prefill") from error
+            raise DeadlineExceeded("timed out during prefill (timeout_s)") from error
         else:
             leak = leak_of(output.prompt_token_ids or (), params, self._engine.tokenizer)
-            prefilled = _prefilled(output, self._carrier, leak, waited_s)
+            prefilled = _prefilled_of(output, self._carrier, leak, waited_s)
             return prefilled
         finally:
             if lease is not None:
                 self._expected.pop(lease.id, None)
                 if prefilled is None or prefilled.ticket is None:
-                    self._forget(lease)
+                    self._release_unclaimed(lease)
 
     async def _run(
         self, request: Request, selection: Selection, params: SamplingParams
@@ -202,30 +202,30 @@ class PrefillService:
         last = None
         async for output in self._engine.generate(prompt, params, request_id, request.priority):
             last = output
-        lost = PrefillUnavailable("prefill: the engine gave no token")
+        lost = PrefillUnavailable("prefill: the engine returned no token")
         if last is None:
             raise lost
         check_ended_well(params, last.outputs[0].finish_reason, lost)
         return last
 
     async def _held_bytes(self) -> int | None:
-        """What the fullest worker holds; None while any does not answer."""
+        """Return the bytes held by the fullest worker; None while any does not answer."""
         ranks = await self.gauges()
         if len(ranks) < len(self._kv_addresses):
             return None
         return max((rank.bytes_held for rank in ranks), default=0)
 
-    async def _watch(self) -> None:
-        """Hand on what the engine's last worker announces.
+    async def _watch_announcements(self) -> None:
+        """Forward the announcements of the engine's last worker.
 
         The pipeline stages before its own are done by then, its own ranks not far behind.
         """
         while self._kv_addresses:
             async for announced in self._peers.announcements(self._kv_addresses[-1]):
-                self._announced(announced)
+                self._deliver(announced)
             await asyncio.sleep(_WATCH_AGAIN_S)
 
-    def _announced(self, announced: Announcement) -> None:
+    def _deliver(self, announced: Announcement) -> None:
         expected = self._expected.pop(announced.lease_id, None)
         if expected is not None:
             ticket = Ticket(
@@ -237,7 +237,7 @@ class PrefillService:
             )
             expected.on_announced(ticket)
 
-    def _forget(self, lease: Lease) -> None:
+    def _release_unclaimed(self, lease: Lease) -> None:
         """Release a lease whose ticket nobody got.
 
         The engine drops what it aborts, but a request may be cancelled at the very moment
@@ -248,8 +248,10 @@ class PrefillService:
         task.add_done_callback(self._releasing.discard)
 
 
-def _params(asked: SamplingParams, selection: Selection, lease: Lease | None) -> SamplingParams:
-    """The caller's parameters, cut down to one token of one sample."""
+def _prefill_params(
+    asked: SamplingParams, selection: Selection, lease: Lease | None
+) -> SamplingParams:
+    """Return the caller's parameters, cut down to one token of one sample."""
     params = asked.clone()
     params.n = 1
     params.max_tokens = 1
@@ -261,14 +263,16 @@ def _params(asked: SamplingParams, selection: Selection, lease: Lease | None) ->
     return params
 
 
-def _lease(request: Request, asked: SamplingParams) -> Lease | None:
-    """The lease that the KV is to be held under; None when one token is the whole answer."""
+def _new_lease(request: Request, asked: SamplingParams) -> Lease | None:
+    """Return the lease that is to hold the KV; None when one token is the whole answer."""
     if request.samples == 1 and asked.max_tokens == 1:
         return None
     return Lease(uuid.uuid4().hex, secrets.token_hex(16))
 
 
-def _prefilled(output: RequestOutput, carrier: Carrier, leak: Leak, waited_s: float) -> Prefilled:
+def _prefilled_of(
+    output: RequestOutput, carrier: Carrier, leak: Leak, waited_s: float
+) -> Prefilled:
     ticket = handed_in(output.kv_transfer_params)
     if ticket is not None:
         ticket = replace(ticket, carrier=carrier)

@@ -18,7 +18,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
 from ..core.errors import UnsupportedModel
-from .reading import KvLayout, Reading
+from .reading import DraftKvLayout, Reading
 
 NAME = "specprefill"
 
@@ -32,13 +32,13 @@ class KeysStored(Exception):
     """Ends a forward pass in its last layer: every key is stored, the output is not needed."""
 
 
-class Attending(Protocol):
-    """What a forward pass does at each attention layer."""
+class AttentionHook(Protocol):
+    """The work of a forward pass at each attention layer."""
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
-        """`[1, heads, tokens, dim]` each, of the new tokens only; so is what returns."""
+        """Attend to `[1, heads, tokens, dim]` each, of the new tokens; return the same shape."""
         ...
 
 
@@ -55,7 +55,7 @@ class ReadChunk:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
-        """See `Attending`. Raises KeysStored in the last layer."""
+        """See `AttentionHook`. Raises KeysStored in the last layer."""
         self.store(layer, key, value)
         layout = self.parts[0][0].layout
         if layer == layout.last_layer:
@@ -74,7 +74,7 @@ class ReadChunk:
             reading.store(row, key[0, :, part], value[0, :, part])
 
     def _slices(self) -> Iterator[tuple[Reading, slice]]:
-        """Where each prompt's tokens are in the pack."""
+        """Yield the slice of each prompt's tokens in the pack."""
         start = 0
         for reading, tokens in self.parts:
             yield reading, slice(start, start + tokens)
@@ -82,7 +82,7 @@ class ReadChunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class QueryRecorder:
     """Feeds one token of each reading and records its query in every layer."""
 
     readings: Sequence[Reading]
@@ -90,7 +90,7 @@ class Look:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
-        """See `Attending`."""
+        """See `AttentionHook`."""
         row = self.readings[0].layout.layers.index(layer)
         outputs = []
         for index, reading in enumerate(self.readings):
@@ -110,12 +110,12 @@ class LayoutProbe:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> Tensor:
-        """See `Attending`."""
+        """See `AttentionHook`."""
         self.seen[layer] = (scaling, key.shape[1], key.shape[3], value.shape[3])
         return causal_attention(query, key, value, 0, scaling)
 
-    def layout(self, dtype: torch.dtype, device: torch.device) -> KvLayout:
-        """Of the model that was run. Raises UnsupportedModel unless its layers are alike."""
+    def layout(self, dtype: torch.dtype, device: torch.device) -> DraftKvLayout:
+        """Return the model's layout. Raises UnsupportedModel unless its layers are alike."""
         if not self.seen:
             raise UnsupportedModel(
                 "speculator: the model has no attention layer that can be recorded"
@@ -125,7 +125,7 @@ class LayoutProbe:
             raise UnsupportedModel("speculator: the attention layers have keys of different shapes")
         kv_heads, key_dim, value_dim = (sizes[0] for sizes in shapes)
         layers = tuple(self.seen)
-        return KvLayout(layers, scalings, kv_heads, key_dim, value_dim, dtype, device)
+        return DraftKvLayout(layers, scalings, kv_heads, key_dim, value_dim, dtype, device)
 
 
 def attend(
@@ -135,10 +135,10 @@ def attend(
     value: Tensor,
     _attention_mask: Tensor | None,
     scaling: float | None = None,
-    attending: Attending | None = None,
+    attending: AttentionHook | None = None,
     **_ignored: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' attention function; the tokens of several prompts come packed in one row.
+    """Serve as transformers' attention function; several prompts' tokens come packed in one row.
 
     `query` is `[1, heads, tokens, head_dim]`, `key` and `value` hold the new tokens only.
     Prompts attend one by one, each to its own buffer, so that lengths differ without padding.
@@ -152,7 +152,7 @@ def attend(
 
 
 def _attend_stored(reading: Reading, row: int, query: Tensor, scaling: float) -> Tensor:
-    """Causally to all that is stored, the newest tokens included."""
+    """Attend causally to all that is stored, the newest tokens included."""
     stop = reading.length + query.shape[2]
     keys, values = reading.keys[row, None, :, :stop], reading.values[row, None, :, :stop]
     return causal_attention(query, keys, values, reading.length, scaling)
@@ -168,7 +168,7 @@ def _layer_index(module: nn.Module) -> int:
 def causal_attention(
     query: Tensor, keys: Tensor, values: Tensor, past: int, scaling: float
 ) -> Tensor:
-    """Attention of the last `tokens` of `past + tokens` positions, grouped-query.
+    """Attend from the last `tokens` of `past + tokens` positions, grouped-query.
 
     `query` is `[1, heads, tokens, head_dim]`, `keys` is `[1, kv_heads, past + tokens, head_dim]`.
     """
@@ -190,14 +190,14 @@ def causal_attention(
 
 
 def _group(query: Tensor, kv_heads: int) -> Tensor:
-    """[1, heads, tokens, d] -> [1, kv_heads, group * tokens, d]: each key is read once a group."""
+    """Reshape [1, heads, tokens, d] to [1, kv_heads, group * tokens, d], a key once per group."""
     return query.reshape(1, kv_heads, -1, query.shape[3])
 
 
 def _attention_in_two_parts(
     query: Tensor, keys: Tensor, values: Tensor, past: int, scaling: float
 ) -> Tensor:
-    """Past keys without a mask, own keys causally, merged by their log-sum-exp.
+    """Attend to past keys without a mask, to own keys causally; merge by log-sum-exp.
 
     On a CPU this takes 0.7 of the time of one call with a mask, and no memory for the mask, which
     at 128k tokens would be 1 GiB a layer.

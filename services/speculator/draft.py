@@ -22,7 +22,7 @@ from ..config import SpeculatorConfig, local_path
 from ..core.errors import UnsupportedModel
 from . import attention
 from .llama import Llama
-from .reading import KvLayout, Reading
+from .reading import DraftKvLayout, Reading
 
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # a chunk's keys would depend on what follows
 # The names of a model's number of positions.
@@ -36,7 +36,7 @@ class Draft:
     """A causal language model that scores prompts."""
 
     model: PreTrainedModel
-    layout: KvLayout
+    layout: DraftKvLayout
     eos_ids: frozenset[int]
     vocabulary_size: int
     max_positions: int | None  # None: no limit is configured
@@ -44,7 +44,7 @@ class Draft:
 
 
 def load_draft(config: SpeculatorConfig) -> Draft:
-    """The configured model, ready to score. Raises UnsupportedModel with a reason."""
+    """Load the configured model, ready to score. Raises UnsupportedModel with a reason."""
     attention.register()
     path = local_path(config.path)
     model_config = AutoConfig.from_pretrained(path, revision=config.revision)
@@ -65,12 +65,12 @@ def as_draft(model: PreTrainedModel) -> Draft:
         eos_ids=_eos_ids(model),
         vocabulary_size=text.vocab_size,
         max_positions=max_positions(text),
-        quick=Llama.of(model),
+        quick=Llama.from_model(model),
     )
 
 
 def max_positions(text: PreTrainedConfig) -> int | None:
-    """Return how many positions a text model has, under whichever name; None: no limit is named.
+    """Return a text model's number of positions, under whichever name; None: no limit.
 
     transformers maps most names to `max_position_embeddings`; some models have one of their own.
     """
@@ -81,7 +81,7 @@ def max_positions(text: PreTrainedConfig) -> int | None:
 
 
 def refuse_unsupported_cache(config: PreTrainedConfig) -> None:
-    """Only models in which every layer keeps the whole prompt's keys can score all of it."""
+    """Raise UnsupportedModel unless every layer keeps the whole prompt's keys."""
     text = config.get_text_config(decoder=True)
     for index, layer in enumerate(DynamicCache(config=config).layers):
         if type(layer) is not DynamicLayer:
@@ -95,12 +95,12 @@ def refuse_unsupported_cache(config: PreTrainedConfig) -> None:
         raise UnsupportedModel(f"speculator: rope type {rope_type!r} changes with prompt length")
 
 
-def refuse_unfaithful_attention(model: PreTrainedModel) -> KvLayout:
+def refuse_unfaithful_attention(model: PreTrainedModel) -> DraftKvLayout:
     """Compare a short chunked forward pass with the model's own eager attention.
 
-    Catches what a configuration does not tell: soft caps, attention sinks, position biases,
+    Catches what a configuration does not show: soft caps, attention sinks, position biases,
     layers that share keys, and models that do not use transformers' attention interface.
-    Leaves the model with the recording attention, and says what it keeps of each token.
+    Leaves the model with the recording attention, and returns what it keeps of each token.
     """
     tokens = (torch.arange(PROBE_TOKENS, device=model.device) * 7 + 3) % model.config.vocab_size
     with torch.inference_mode():
@@ -109,7 +109,7 @@ def refuse_unfaithful_attention(model: PreTrainedModel) -> KvLayout:
         layout = _probe_layout(model, tokens[:PROBE_CHUNK])
         actual = torch.stack([
             _last_logits(model, tokens.tolist(), layout, quick)
-            for quick in (None, Llama.of(model))
+            for quick in (None, Llama.from_model(model))
         ])  # fmt: skip
     tolerance = torch.finfo(actual.dtype).eps ** 0.5 * float(expected.abs().max())
     difference = float((actual - expected).abs().max())
@@ -124,13 +124,13 @@ def refuse_unfaithful_attention(model: PreTrainedModel) -> KvLayout:
 def read_chunk(
     model: PreTrainedModel, parts: Sequence[tuple[Reading, int]], quick: Llama | None = None
 ) -> None:
-    """Read the next tokens of some prompts, so many of each, in one pass. Gives no logits."""
+    """Read the next tokens of some prompts, a given number of each, in one pass, without logits."""
     tokens = [
         token
         for reading, count in parts
         for token in reading.prompt[reading.length : reading.length + count]
     ]
-    ids, positions = _packed(model, tokens, parts)
+    ids, positions = _pack_tokens(model, tokens, parts)
     reading_chunk = attention.ReadChunk(parts)
     if quick is None:
         with suppress(attention.KeysStored):
@@ -141,11 +141,13 @@ def read_chunk(
         reading.length += count
 
 
-def look(model: PreTrainedModel, readings: Sequence[Reading], quick: Llama | None = None) -> Tensor:
-    """Feed each reading's next token and record its queries; logits after it, [readings, V]."""
+def feed_token(
+    model: PreTrainedModel, readings: Sequence[Reading], quick: Llama | None = None
+) -> Tensor:
+    """Feed each reading's next token and record its queries; return logits, [readings, V]."""
     tokens = [reading.next_token for reading in readings]
-    ids, positions = _packed(model, tokens, [(reading, 1) for reading in readings])
-    looking = attention.Look(readings)
+    ids, positions = _pack_tokens(model, tokens, [(reading, 1) for reading in readings])
+    looking = attention.QueryRecorder(readings)
     if quick is None:
         logits: Tensor = _forward(model, ids, positions, looking).logits[0]
     else:
@@ -155,10 +157,10 @@ def look(model: PreTrainedModel, readings: Sequence[Reading], quick: Llama | Non
     return logits
 
 
-def _packed(
+def _pack_tokens(
     model: PreTrainedModel, tokens: Sequence[int], parts: Sequence[tuple[Reading, int]]
 ) -> tuple[Tensor, Tensor]:
-    """The tokens' ids, and each one's position within its own prompt."""
+    """Return the tokens' ids, and each one's position within its own prompt."""
     positions = [
         position
         for reading, count in parts
@@ -169,27 +171,27 @@ def _packed(
 
 
 def _forward(
-    model: PreTrainedModel, ids: Tensor, positions: Tensor, attending: attention.Attending
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, attending: attention.AttentionHook
 ) -> Any:
-    """One pass over packed tokens."""
+    """Make one pass over packed tokens."""
     return model(
         input_ids=ids[None], position_ids=positions[None], use_cache=False, attending=attending
     )
 
 
-def _probe_layout(model: PreTrainedModel, tokens: Tensor) -> KvLayout:
+def _probe_layout(model: PreTrainedModel, tokens: Tensor) -> DraftKvLayout:
     probe = attention.LayoutProbe()
     model(input_ids=tokens[None], use_cache=False, attending=probe)
     return probe.layout(model.dtype, model.device)
 
 
 def _last_logits(
-    model: PreTrainedModel, tokens: list[int], layout: KvLayout, quick: Llama | None
+    model: PreTrainedModel, tokens: list[int], layout: DraftKvLayout, quick: Llama | None
 ) -> Tensor:
     reading = Reading(tuple(tokens), layout, PROBE_TOKENS)
     read_chunk(model, [(reading, PROBE_CHUNK)], quick)
     read_chunk(model, [(reading, reading.unread_tokens)], quick)
-    return look(model, [reading], quick)
+    return feed_token(model, [reading], quick)
 
 
 def _last_logits_eager(model: PreTrainedModel, tokens: Tensor) -> Tensor:
@@ -222,7 +224,7 @@ def _device(name: str) -> torch.device:
 
 
 def _eos_ids(model: PreTrainedModel) -> frozenset[int]:
-    """Every id that ends an answer, from the generation configuration or the model's own."""
+    """Return every id that ends an answer, from the generation configuration or the model's own."""
     generation = model.generation_config
     ids = generation.eos_token_id if generation is not None else None
     if ids is None:

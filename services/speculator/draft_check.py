@@ -1,4 +1,4 @@
-"""What the speculator would report when it loads, from configurations and tokenizers alone."""
+"""Finds what the speculator would report when it loads, from configurations and tokenizers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PATH = "speculator.path"
 def check_speculator(
     config: SpeculatorConfig, folder: Path, main_folder: Path | None, longest: int | None
 ) -> Iterator[Finding]:
-    """Yield what speaks against the draft model in `folder`.
+    """Yield the findings against the draft model in `folder`.
 
     `longest` is the longest prompt, None where the main model does not limit it.
     """
@@ -37,14 +37,14 @@ def check_speculator(
         yield error(_PATH, f"{config.path} cannot be read: {unreadable}")
         return
     if main_folder is not None:
-        yield from _tokenizers(main_folder, folder)
+        yield from _check_tokenizers(main_folder, folder)
     text = model.get_text_config(decoder=True)
-    yield from _heads(config, text)
+    yield from _check_heads(config, text)
     if longest is not None:
-        yield from _sizes(config, text, longest)
+        yield from _check_sizes(config, text, longest)
 
 
-def _tokenizers(main: Path, draft: Path) -> Iterator[Finding]:
+def _check_tokenizers(main: Path, draft: Path) -> Iterator[Finding]:
     try:
         translator = load_translator(str(main), str(draft))
     except UnsupportedModel as refused:
@@ -56,7 +56,7 @@ def _tokenizers(main: Path, draft: Path) -> Iterator[Finding]:
             yield note(_PATH, "its tokenizer differs from the main model's: it reads the text")
 
 
-def _heads(config: SpeculatorConfig, text: PreTrainedConfig) -> Iterator[Finding]:
+def _check_heads(config: SpeculatorConfig, text: PreTrainedConfig) -> Iterator[Finding]:
     key = "speculator.score_heads"
     for layer, heads in (config.score_heads or {}).items():
         if layer >= text.num_hidden_layers:
@@ -67,7 +67,9 @@ def _heads(config: SpeculatorConfig, text: PreTrainedConfig) -> Iterator[Finding
             )
 
 
-def _sizes(config: SpeculatorConfig, text: PreTrainedConfig, longest: int) -> Iterator[Finding]:
+def _check_sizes(
+    config: SpeculatorConfig, text: PreTrainedConfig, longest: int
+) -> Iterator[Finding]:
     needed = longest + config.look_ahead - 1
     positions = max_positions(text)
     if positions is not None and positions < needed:
@@ -77,7 +79,7 @@ def _sizes(config: SpeculatorConfig, text: PreTrainedConfig, longest: int) -> It
             f"{positions - config.look_ahead + 1} tokens, of {longest}, are prefilled dense",
         )
     budget = _budget_bytes(config)
-    each = DraftKv.of(text, config.dtype).bytes_per_token
+    each = DraftKv.from_config(text, config.dtype).bytes_per_token
     if budget is not None and each * needed > budget:
         yield warning(
             "speculator.kv_memory_bytes",
@@ -95,7 +97,7 @@ def _budget_bytes(config: SpeculatorConfig) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class DraftKv:
-    """What one token leaves behind in a draft model, by its configuration."""
+    """The KV of one token in a draft model, by its configuration."""
 
     layers: int
     kv_heads: int
@@ -103,7 +105,7 @@ class DraftKv:
     itemsize: int
 
     @classmethod
-    def of(cls, text: PreTrainedConfig, dtype: str) -> Self:
+    def from_config(cls, text: PreTrainedConfig, dtype: str) -> Self:
         """Read the sizes of a text model; transformers' names for them, or their defaults."""
         settings = text.to_dict()
         heads = text.num_attention_heads

@@ -15,7 +15,7 @@ SMOOTHING = 0.2  # weight of the newest measurement in `Pace`
 
 @dataclass(frozen=True, slots=True)
 class Batching:
-    """How requests are put together, and how many may wait."""
+    """Limits of batching, and of the queue."""
 
     max_batch: int = 8
     max_wait_s: float = 0.0  # to fill a batch
@@ -30,12 +30,12 @@ class Pace:
     token_s: float | None = None  # prefill, per prompt token
     look_ahead_s: float | None = None  # look-ahead of one batch
 
-    def measured(self, token_s: float, look_ahead_s: float) -> Pace:
-        """This pace, moved toward a new measurement."""
+    def with_measurement(self, token_s: float, look_ahead_s: float) -> Pace:
+        """Return this pace, moved toward a new measurement."""
         return Pace(_smooth(self.token_s, token_s), _smooth(self.look_ahead_s, look_ahead_s))
 
     def pays_to_join(self, joined: int, prompt_tokens: int) -> bool:
-        """Whether a batch of `joined` requests should take one more prompt.
+        """Return True if a batch of `joined` requests should take one more prompt.
 
         Every request in the batch waits for the prefill of the new one; the new one saves a
         look-ahead of its own. Long prompts are thus scored alone, short ones together.
@@ -47,7 +47,7 @@ class Pace:
 
 @dataclass(slots=True)
 class Counts:
-    """What the service did so far. Written by the event loop and the thread, one field by one."""
+    """The service's counts so far. The event loop and the thread each write their own fields."""
 
     prompts: int = 0  # scored; repeats that were remembered count apart
     batches: int = 0
@@ -64,7 +64,7 @@ class Counts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rating:
-    """What the draft model says about a prompt, whatever plan it comes with."""
+    """The draft model's scores of a prompt, whatever plan it comes with."""
 
     scores: Scores
     certainty: float  # how sure it was of its least sure look-ahead token, in [0, 1]
@@ -84,7 +84,7 @@ class Job:
     abandoned: threading.Event = field(default_factory=threading.Event)
 
     def spent_s(self, now_s: float) -> tuple[float, float]:
-        """Seconds in the queue, and on the thread."""
+        """Return seconds in the queue, and on the thread."""
         started_s = now_s if self.started_s is None else self.started_s
         return started_s - self.arrived_s, now_s - started_s
 

@@ -1,4 +1,4 @@
-"""Tokens through a model of Llama's shape, straight from its weights.
+"""A forward pass of models of Llama's shape, straight from their weights.
 
 The arithmetic is that of transformers' `modeling_llama`. A pass over a single token is mostly calls
 of modules there: in a small model on a CPU they take a third of it.
@@ -19,7 +19,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from .attention import Attending, ReadChunk
+from .attention import AttentionHook, ReadChunk
 
 SHAPED_ALIKE = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
 
@@ -31,10 +31,10 @@ class Projection(NamedTuple):
     bias: Tensor | None
 
 
-class Turn(NamedTuple):
+class Rotation(NamedTuple):
     """Rotary positions, [tokens, 1, head_dim] both.
 
-    Of the first half of the sines the sign is changed, so that `roll(x) * signed_sin` is
+    The first half of the sines has its sign flipped, so that `roll(x) * signed_sin` is
     `rotate_half(x) * sin`.
     """
 
@@ -71,8 +71,8 @@ class Llama:
     eps: float
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Llama | None:
-        """None for a model of another shape."""
+    def from_model(cls, model: PreTrainedModel) -> Llama | None:
+        """Return the model's weights; None for a model of another shape."""
         if not isinstance(model, SHAPED_ALIKE) or model.config.hidden_act != "silu":
             return None
         decoder: Any = model.model
@@ -89,51 +89,57 @@ class Llama:
     def read(self, ids: Tensor, positions: Tensor, reading: ReadChunk) -> None:
         """Store every layer's keys and values of packed tokens, `[tokens]` both.
 
-        Nothing that no key depends on is computed: of the last layer not even a query.
+        Only what keys depend on is computed: in the last layer not even a query.
         """
-        hidden, turn = self._embedded(ids, positions)
+        hidden, turn = self._embed(ids, positions)
         for layer in self.layers[:-1]:
-            hidden = self._through(layer, hidden, turn, reading)
+            hidden = self._run_layer(layer, hidden, turn, reading)
         last = self.layers[-1]
-        normed = self._normed(hidden, last.norm)
-        key = self._heads(normed, last.key, turn)
-        reading.store(last.number, key, self._heads(normed, last.value))
+        normed = self._normalize(hidden, last.norm)
+        key = self._project_heads(normed, last.key, turn)
+        reading.store(last.number, key, self._project_heads(normed, last.value))
 
-    def logits(self, ids: Tensor, positions: Tensor, attending: Attending) -> Tensor:
-        """After each token: [tokens, vocabulary]."""
-        hidden, turn = self._embedded(ids, positions)
+    def logits(self, ids: Tensor, positions: Tensor, attending: AttentionHook) -> Tensor:
+        """Return the logits after each token: [tokens, vocabulary]."""
+        hidden, turn = self._embed(ids, positions)
         for layer in self.layers:
-            hidden = self._through(layer, hidden, turn, attending)
-        return functional.linear(self._normed(hidden, self.norm), *self.head)
+            hidden = self._run_layer(layer, hidden, turn, attending)
+        return functional.linear(self._normalize(hidden, self.norm), *self.head)
 
-    def _embedded(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, Turn]:
+    def _embed(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, Rotation]:
         hidden = functional.embedding(ids, self.embedding)
         cos, sin = self.rotary(hidden, positions[None])
         first, second = sin.chunk(2, dim=-1)
-        return hidden, Turn(cos.transpose(0, 1), torch.cat((-first, second), -1).transpose(0, 1))
+        return hidden, Rotation(
+            cos.transpose(0, 1), torch.cat((-first, second), -1).transpose(0, 1)
+        )
 
-    def _through(self, layer: Layer, hidden: Tensor, turn: Turn, attending: Attending) -> Tensor:
-        """The layer's output, in place of its input: [tokens, hidden]."""
-        normed = self._normed(hidden, layer.norm)
+    def _run_layer(
+        self, layer: Layer, hidden: Tensor, turn: Rotation, attending: AttentionHook
+    ) -> Tensor:
+        """Return the layer's output, in place of its input: [tokens, hidden]."""
+        normed = self._normalize(hidden, layer.norm)
         seen = attending.attend(
             layer.number,
-            self._heads(normed, layer.query, turn),
-            self._heads(normed, layer.key, turn),
-            self._heads(normed, layer.value),
+            self._project_heads(normed, layer.query, turn),
+            self._project_heads(normed, layer.key, turn),
+            self._project_heads(normed, layer.value),
             layer.scaling,
         )
         hidden += functional.linear(seen[0].transpose(0, 1).flatten(1), *layer.output)
-        normed = self._normed(hidden, layer.feed_norm)
+        normed = self._normalize(hidden, layer.feed_norm)
         fed = functional.silu(functional.linear(normed, *layer.gate), inplace=True)
         fed *= functional.linear(normed, *layer.up)
         hidden += functional.linear(fed, *layer.down)
         return hidden
 
-    def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
+    def _normalize(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return functional.rms_norm(hidden, weight.shape, weight, self.eps)
 
-    def _heads(self, normed: Tensor, projection: Projection, turn: Turn | None = None) -> Tensor:
-        """[1, heads, tokens, head_dim], at its positions."""
+    def _project_heads(
+        self, normed: Tensor, projection: Projection, turn: Rotation | None = None
+    ) -> Tensor:
+        """Return [1, heads, tokens, head_dim], at its positions."""
         states = functional.linear(normed, *projection).view(len(normed), -1, self.head_dim)
         if turn is not None:
             rolled = states.roll(self.head_dim // 2, dims=-1)

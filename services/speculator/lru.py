@@ -23,7 +23,7 @@ class ByteLru(Generic[V]):
         return key in self._entries
 
     def get(self, key: bytes) -> V | None:
-        """The value, which is now the most recently used; None: never put, or forgotten."""
+        """Return the value, now the most recently used; None: never put, or forgotten."""
         entry = self._entries.get(key)
         if entry is None:
             return None

@@ -1,6 +1,6 @@
-"""Which prompts begin alike: blocks of tokens, found by a digest of all tokens up to their end.
+"""Finds prompts that start alike: blocks of tokens, by a digest of all tokens up to their end.
 
-Pure: what a block stands for is the caller's.
+Pure: the caller defines what a block holds.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ V = TypeVar("V")
 
 
 def prompt_digest(prompt: Sequence[int]) -> bytes:
-    """Of the whole prompt. Not to be forged: other users' prompts lie beside it."""
+    """Digest the whole prompt. Not to be forged: other users' prompts lie beside it."""
     return blake2b(_bytes(prompt), digest_size=DIGEST_BYTES).digest()
 
 
 def block_digests(prompt: Sequence[int], block_tokens: int) -> list[bytes]:
-    """One digest per whole block, each over the one before it and the block's own tokens."""
+    """Return one digest per whole block, over the previous one and the block's own tokens."""
     digests, before = [], b""
     for start in range(0, len(prompt) - block_tokens + 1, block_tokens):
         block = _bytes(prompt[start : start + block_tokens])
@@ -35,8 +35,8 @@ def block_digests(prompt: Sequence[int], block_tokens: int) -> list[bytes]:
 class PrefixCache(Generic[V]):
     """Blocks of equal size under a byte budget, least recently used first to go.
 
-    A block is never used later than the blocks before it, so of a prompt that is forgotten the
-    end goes first, and no block stays that cannot be reached.
+    A block is never used later than the blocks before it, so a forgotten
+    prompt loses its end first, and no unreachable block stays.
     """
 
     def __init__(self, block_tokens: int, block_bytes: int, max_bytes: int) -> None:
@@ -48,8 +48,8 @@ class PrefixCache(Generic[V]):
     def bytes_held(self) -> int:
         return self._blocks.bytes_held
 
-    def longest(self, prompt: Sequence[int]) -> list[V]:
-        """The blocks of the longest beginning that is known, short of the last token.
+    def find_longest(self, prompt: Sequence[int]) -> list[V]:
+        """Return the blocks of the longest known beginning, short of the last token.
 
         The last token is always computed: somebody has to ask the question.
         """

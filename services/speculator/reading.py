@@ -1,4 +1,4 @@
-"""One prompt on its way through the draft model: its keys and values, and the queries recorded."""
+"""One prompt in the draft model: its keys and values, and the queries recorded."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class KvLayout:
-    """What one token leaves behind in a draft model, in every layer alike."""
+class DraftKvLayout:
+    """The KV layout of one token in a draft model, in every layer alike."""
 
     layers: tuple[int, ...]  # the layers' own numbers, in the order of computation
     scalings: tuple[float, ...]  # of the attention logits, per layer
@@ -32,7 +32,7 @@ class KvLayout:
         return self.layers[-1]
 
     def empty(self, dim: int, tokens: int) -> Tensor:
-        """[layers, kv_heads, tokens, dim], not initialised."""
+        """Return [layers, kv_heads, tokens, dim], not initialised."""
         shape = (len(self.layers), self.kv_heads, tokens, dim)
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
@@ -51,7 +51,7 @@ class Reading:
     whole prompt's KV at every chunk and every look-ahead step.
     """
 
-    def __init__(self, prompt: tuple[int, ...], layout: KvLayout, capacity: int) -> None:
+    def __init__(self, prompt: tuple[int, ...], layout: DraftKvLayout, capacity: int) -> None:
         self.prompt = prompt
         self.layout = layout
         self.keys = layout.empty(layout.key_dim, capacity)  # after RoPE
@@ -66,7 +66,7 @@ class Reading:
     def certainty(self) -> float:
         """The probability of the least sure of the generated tokens, in [0, 1].
 
-        One token where the draft hesitates is where it may look at the wrong place.
+        Where the draft hesitates at one token, it may look at the wrong place.
         """
         return min(self.certainties, default=0.0)
 
@@ -91,10 +91,10 @@ class Reading:
         self.length = self.cached_tokens = tokens
 
     def block(self, start: int, stop: int) -> Block:
-        """A copy of what tokens `[start, stop)` left behind."""
+        """Return a copy of the KV of tokens `[start, stop)`."""
         return Block(self.keys[:, :, start:stop].clone(), self.values[:, :, start:stop].clone())
 
     def release(self) -> None:
-        """Give the memory back; nothing can be read any more."""
+        """Free the memory; nothing can be read any more."""
         self.keys = self.values = self.keys.new_empty(0)
         self.queries = []

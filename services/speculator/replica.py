@@ -47,11 +47,11 @@ class SpeculatorReplica:
         await self._service.close()
 
     def record_replica_metadata(self) -> dict[str, int]:
-        """What the gateways' routers know of this replica."""
+        """Return the metadata that the gateways' routers use."""
         return {"prefix_cache_tokens": self._service.prefix_cache_tokens}
 
     async def select(self, payload: bytes, load: bytes = b"") -> bytes:
-        """`(Request, Plan, timeout_s)` -> Selection.
+        """Take `(Request, Plan, timeout_s)`; return Selection.
 
         `load` is for the router, which chose this replica by it.
         """
@@ -63,20 +63,20 @@ class SpeculatorReplica:
             return pack(await self._service.select(request, plan, timeout_s))
 
     async def self_test(self) -> float | None:
-        """The share of generated facts that the draft keeps; None: not known."""
+        """Return the share of generated facts that the draft keeps; None: not known."""
         return self._facts_kept
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """What the autoscaling policy is told of this replica."""
+        """Return the replica's input to the autoscaling policy."""
         return {QUEUE_AGE_S: self._waiting.oldest_s()}
 
     async def check_health(self) -> None:
-        """Raises SpeculatorUnavailable when the serving loop has ended."""
+        """Raise SpeculatorUnavailable when the serving loop has ended."""
         if not self._service.is_running:
             raise SpeculatorUnavailable("speculator: not running")
 
     async def _test(self, main_path: str) -> None:
-        """In the background: the replica serves meanwhile."""
+        """Run the self-test in the background: the replica serves meanwhile."""
         self._facts_kept = await self_test(self._service, main_path)
         if self._facts_kept is not None:
-            self._gauges.tested(self._facts_kept)
+            self._gauges.record_self_test(self._facts_kept)

@@ -1,4 +1,4 @@
-"""Which prompt tokens matter to the answer (Speculative Prefill, arXiv 2502.02789, section 3.2).
+"""Scores how much prompt tokens matter to the answer (Speculative Prefill, arXiv 2502.02789, 3.2).
 
 The draft model reads the whole prompt and looks a few greedy tokens ahead. The queries of the last
 prompt token and of the look-ahead tokens attend to the prompt; what they look at matters.
@@ -18,7 +18,7 @@ from ..config import SpeculatorConfig
 from ..core.errors import UnsupportedModel
 from ..core.selection import Scores
 from ..core.types import Reason
-from .draft import Draft, load_draft, look, read_chunk
+from .draft import Draft, feed_token, load_draft, read_chunk
 from .prefix_memory import PrefixCache
 from .reading import Block, Reading
 from .translation import Prompt, SamePrompt, Translator, load_translator
@@ -27,7 +27,7 @@ Heads = Mapping[int, Sequence[int]]  # a layer's number -> the numbers of its qu
 
 SCORING_BUFFER = 1 << 24  # attention weights held at once, in float32 elements: 64 MiB
 BLOCK_TOKENS = 64  # of the prefix cache
-CPU_MEMORY_BYTES = 1 << 30  # for KV, where the configuration does not say
+CPU_MEMORY_BYTES = 1 << 30  # for KV, where the configuration sets none
 GPU_MEMORY_SHARE = 0.7  # of what the loaded model leaves free
 
 
@@ -45,13 +45,13 @@ def load_scorer(config: SpeculatorConfig, pool_tokens: int, main_path: str | Non
         config.prefill_chunk_tokens,
         pool_tokens,
         _memory_bytes(config, draft),
-        _checked_heads(config.score_heads, draft),
+        _check_heads(config.score_heads, draft),
         translator,
     )
 
 
-def _checked_heads(heads: Heads | None, draft: Draft) -> Heads | None:
-    """Raises UnsupportedModel where the draft model has no such layer or head."""
+def _check_heads(heads: Heads | None, draft: Draft) -> Heads | None:
+    """Raise UnsupportedModel where the draft model has no such layer or head."""
     text = draft.model.config.get_text_config(decoder=True)
     for layer, chosen in (heads or {}).items():
         if layer not in draft.layout.layers:
@@ -65,7 +65,7 @@ def _checked_heads(heads: Heads | None, draft: Draft) -> Heads | None:
 
 
 def _memory_bytes(config: SpeculatorConfig, draft: Draft) -> int:
-    """The configured budget for KV, or one that this machine can give."""
+    """Return the configured budget for KV, or one that this machine can give."""
     if config.kv_memory_bytes is not None:
         return config.kv_memory_bytes
     if draft.layout.device.type == "cuda":
@@ -74,8 +74,8 @@ def _memory_bytes(config: SpeculatorConfig, draft: Draft) -> int:
     return CPU_MEMORY_BYTES
 
 
-def never(_reading: Reading) -> bool:
-    """The answer of a request that nobody abandons."""
+def never_abandoned(_reading: Reading) -> bool:
+    """Return False: nobody abandons the request."""
     return False
 
 
@@ -108,7 +108,7 @@ class Scorer:
 
     @property
     def vocabulary_size(self) -> int:
-        """Prompt token ids are below it."""
+        """Size of the vocabulary that prompt token ids come from."""
         if self.translator is not None:
             return self.translator.vocabulary_size
         return self.draft.vocabulary_size
@@ -121,7 +121,7 @@ class Scorer:
         return self.draft.max_positions - (self.look_ahead_tokens - 1)
 
     def refusal(self, prompt_tokens: int) -> Reason | None:
-        """Why a prompt of so many draft tokens cannot be scored; None: it can."""
+        """Return why a prompt of this many draft tokens cannot be scored; None: it can."""
         longest = self.max_prompt_tokens
         if longest is not None and prompt_tokens > longest:
             return Reason.PROMPT_TOO_LONG_FOR_SPECULATOR
@@ -130,27 +130,27 @@ class Scorer:
         return None
 
     def kv_bytes(self, prompt_tokens: int) -> int:
-        """What a prompt takes while it is scored, its look-ahead included."""
+        """Return the bytes of a prompt's KV while it is scored, its look-ahead included."""
         return self._capacity(prompt_tokens) * self.draft.layout.bytes_per_token
 
     def score(self, prompts: Sequence[tuple[int, ...]]) -> list[Scores]:
-        """[N] float32 for each prompt, in order."""
-        asked = [self.translated(prompt) for prompt in prompts]
-        with self.opened([each.prompt for each in asked]) as readings:
+        """Return [N] float32 for each prompt, in order."""
+        asked = [self.translate(prompt) for prompt in prompts]
+        with self.open_readings([each.prompt for each in asked]) as readings:
             self.read(readings)
             self.look_ahead(readings)
             rated = [self.rate(reading) for reading in readings]
         return [each.scores(scores) for each, scores in zip(asked, rated, strict=True)]
 
-    def translated(self, prompt: tuple[int, ...]) -> Prompt:
-        """The prompt as the draft reads it. Safe on any thread."""
+    def translate(self, prompt: tuple[int, ...]) -> Prompt:
+        """Return the prompt as the draft reads it. Safe on any thread."""
         return SamePrompt(prompt) if self.translator is None else self.translator.translate(prompt)
 
     @contextmanager
-    def opened(self, prompts: Sequence[tuple[int, ...]]) -> Iterator[list[Reading]]:
-        """Memory for the prompts, with what the prefix cache has of them; given back on exit.
+    def open_readings(self, prompts: Sequence[tuple[int, ...]]) -> Iterator[list[Reading]]:
+        """Open readings of the prompts, filled from the prefix cache; free them on exit.
 
-        The prefix cache makes room. The caller sees to it that all fit into `memory_bytes`.
+        The prefix cache makes room. The caller ensures that all fit into `memory_bytes`.
         """
         needed = sum(self.kv_bytes(len(prompt)) for prompt in prompts)
         self.prefix.shrink(self.memory_bytes - needed)
@@ -171,14 +171,14 @@ class Scorer:
     def _open(self, prompt: tuple[int, ...]) -> Reading:
         reading = Reading(prompt, self.draft.layout, self._capacity(len(prompt)))
         with torch.inference_mode():
-            reading.restore(self.prefix.longest(prompt))
+            reading.restore(self.prefix.find_longest(prompt))
         return reading
 
     def _capacity(self, prompt_tokens: int) -> int:
         return prompt_tokens + self.look_ahead_tokens - 1
 
     def read(
-        self, readings: Sequence[Reading], is_abandoned: Callable[[Reading], bool] = never
+        self, readings: Sequence[Reading], is_abandoned: Callable[[Reading], bool] = never_abandoned
     ) -> list[Reading]:
         """Store the keys of all prompts up to their last token; returns those that were read.
 
@@ -197,7 +197,7 @@ class Scorer:
                 read_chunk(self.draft.model, parts, self.draft.quick)
 
     def _next_parts(self, readings: Sequence[Reading]) -> list[tuple[Reading, int]]:
-        """Which readings go into the next pass, and how many tokens of each."""
+        """Return the readings of the next pass, and the number of tokens of each."""
         parts, room = [], self.prefill_chunk_tokens
         for reading in readings:
             tokens = min(room, reading.unread_tokens)
@@ -217,16 +217,16 @@ class Scorer:
             if not live:
                 return
             with torch.inference_mode():
-                logits = look(self.draft.model, live, self.draft.quick).float()
+                logits = feed_token(self.draft.model, live, self.draft.quick).float()
                 certainties, following = logits.softmax(dim=-1).max(dim=-1)
-            told = zip(live, following.tolist(), certainties.tolist(), strict=True)
-            for reading, token, certainty in told:
+            results = zip(live, following.tolist(), certainties.tolist(), strict=True)
+            for reading, token, certainty in results:
                 reading.next_token = token
                 reading.certainties.append(certainty)
             live = [each for each in live if each.next_token not in self.draft.eos_ids]
 
     def rate(self, reading: Reading) -> Scores:
-        """[N] float32: maximum over layers and heads, then mean over the recorded queries.
+        """Return [N] float32: maximum over layers and heads, then mean over the recorded queries.
 
         A deployment may name the heads that count: few of them retrieve, others add noise.
         """
@@ -270,7 +270,7 @@ def _raise_to_layer(
 
 
 def average_pool(weights: Tensor, width: int) -> Tensor:
-    """Mean of `width` neighbours along the last dimension; beyond the ends there are zeros.
+    """Average `width` neighbours along the last dimension, with zeros beyond the ends.
 
     Equal to `avg_pool1d(weights, width, stride=1, padding=width // 2)` for an odd width, which on
     a CPU takes eight times as long.

@@ -1,4 +1,4 @@
-"""What a speculator replica did, as Serve metrics (`ray_specprefill_speculator_*`)."""
+"""Work of a speculator replica, as Serve metrics (`ray_specprefill_speculator_*`)."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ class SpeculatorGauges:
             self.update()
             await asyncio.sleep(_PERIOD_S)
 
-    def tested(self, facts_kept: float) -> None:
-        """The self-test has ended."""
+    def record_self_test(self, facts_kept: float) -> None:
+        """Set the result of the self-test, which has ended."""
         self._facts_kept = facts_kept
 
     def update(self) -> None:
         """Set every gauge to the service's current value."""
         if self._facts_kept is not None:  # Ray forgets a gauge that is not set again
             self._self_test.set(self._facts_kept)
-        self._queued.set(self._service.queued)
-        self._scoring.set(self._service.scoring)
+        self._queued.set(self._service.queue_length)
+        self._scoring.set(self._service.batch_size)
         for field, gauge in self._totals.items():
             gauge.set(getattr(self._service.counts, field))

@@ -1,4 +1,4 @@
-"""Whether the draft model can choose at all: generated facts that it must keep.
+"""Tests that the draft model can choose at all: it must keep generated facts.
 
 A draft that is truncated, wrongly converted or mislabelled scores like any other,
 and every answer that needed what it dropped is lost in silence. So each replica asks itself a few
@@ -41,7 +41,7 @@ TIMEOUT_S = 120.0  # for all of them
 _PLAN = Plan(PlanKind.PRUNE, Reason.ASKED, KEEP)
 
 
-class Selecting(Protocol):
+class SelectionService(Protocol):
     """The speculator service."""
 
     async def select(
@@ -53,14 +53,14 @@ class Selecting(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt in the main model's tokens, and where its answer stands."""
+    """A prompt in the main model's tokens, and the place of its answer."""
 
     prompt: tuple[int, ...]
     gold: Span
 
 
-async def self_test(service: Selecting, main_path: str) -> float | None:
-    """The share of facts that the service keeps. None: it could not be found out."""
+async def self_test(service: SelectionService, main_path: str) -> float | None:
+    """Return the share of facts that the service keeps; None: it could not be found out."""
     try:
         asked = await asyncio.to_thread(questions, main_path)
     except (OSError, ValueError) as error:  # a tokenizer that is missing, or cannot render a chat
@@ -70,7 +70,7 @@ async def self_test(service: Selecting, main_path: str) -> float | None:
     try:
         async with asyncio.timeout(TIMEOUT_S):
             for number, question in enumerate(asked):
-                kept.append(await _keeps(service, number, question))
+                kept.append(await _keeps_answer(service, number, question))
     except (TimeoutError, SpecPrefillError) as error:
         logger.warning("self-test: ended after %d of %d prompts: %r", len(kept), PROMPTS, error)
     if len(kept) < LEAST_PROMPTS:
@@ -87,7 +87,7 @@ async def self_test(service: Selecting, main_path: str) -> float | None:
 
 
 def questions(main_path: str) -> list[Question]:
-    """The prompts. Raises OSError or ValueError where the tokenizer cannot be used."""
+    """Return the prompts. Raises OSError or ValueError where the tokenizer cannot be used."""
     tokenizer = AutoTokenizer.from_pretrained(local_path(main_path))
     chat = tokenizer if tokenizer.chat_template else _Plain(tokenizer)
     made = (
@@ -107,7 +107,7 @@ def _questions(made: Iterator[NeedlePrompt], tokenizer: Any, chat: Any) -> Itera
 
 
 def _tokens_of(start: int, length: int, offsets: Sequence[tuple[int, int]]) -> Span | None:
-    """The tokens that cover `length` characters from `start`."""
+    """Return the tokens that cover `length` characters from `start`."""
     if start < 0:
         return None
     covering = [
@@ -118,7 +118,7 @@ def _tokens_of(start: int, length: int, offsets: Sequence[tuple[int, int]]) -> S
     return Span(covering[0], covering[-1] + 1) if covering else None
 
 
-async def _keeps(service: Selecting, number: int, question: Question) -> bool:
+async def _keeps_answer(service: SelectionService, number: int, question: Question) -> bool:
     request = Request(f"self-test-{number}", question.prompt, b"")
     selection = await service.select(request, _PLAN, TIMEOUT_S, POLICY)
     pruned = selection.plan.kind is PlanKind.PRUNE

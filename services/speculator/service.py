@@ -65,7 +65,7 @@ class SpeculatorService:
         main_path: str,
         block_tokens: int,
     ) -> SpeculatorService:
-        """The service of a deployment.
+        """Make the service of a deployment.
 
         `main_path` is the model whose vocabulary must match, `block_tokens` its KV block.
         """
@@ -82,24 +82,24 @@ class SpeculatorService:
 
     @property
     def prefix_cache_tokens(self) -> int:
-        """How many tokens' keys and values can be remembered; 0 before `start`."""
+        """Number of tokens whose keys and values can be remembered; 0 before `start`."""
         if self._scorer is None:
             return 0
         return self._scorer.memory_bytes // self._scorer.draft.layout.bytes_per_token
 
     @property
-    def queued(self) -> int:
-        """Prompts that wait."""
+    def queue_length(self) -> int:
+        """Number of prompts that wait."""
         return len(self._queue)
 
     @property
-    def scoring(self) -> int:
-        """Prompts of the batch that is being scored."""
+    def batch_size(self) -> int:
+        """Number of prompts in the batch that is being scored."""
         return len(self._scoring)
 
     @property
     def is_running(self) -> bool:
-        """False before `start`, after `close`, and when the serving loop has failed."""
+        """True from `start` to `close`, unless the serving loop has failed."""
         return self._loop_task is not None and not self._loop_task.done()
 
     async def start(self) -> None:
@@ -146,18 +146,18 @@ class SpeculatorService:
             return unscored
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._scored(scorer, job)
+                return await self._score_job(scorer, job)
         except TimeoutError as error:
             self.counts.timeouts += 1
             message = f"speculator: no selection within {timeout_s:g} s"
             raise ScoringTimeout(message, *job.spent_s(self._now())) from error
 
-    async def _scored(self, scorer: Scorer, job: Job) -> Selection:
+    async def _score_job(self, scorer: Scorer, job: Job) -> Selection:
         prompt = job.request.prompt
         if scorer.translator is None:
-            job.read_as = scorer.translated(prompt)
+            job.read_as = scorer.translate(prompt)
         else:
-            job.read_as = await asyncio.to_thread(scorer.translated, prompt)
+            job.read_as = await asyncio.to_thread(scorer.translate, prompt)
         refusal = scorer.refusal(len(job.read_as.prompt))
         if refusal is not None:
             return dense_selection(len(prompt), refusal)
@@ -165,7 +165,7 @@ class SpeculatorService:
         try:
             return await job.answer
         finally:
-            self._forget(job)
+            self._drop_job(job)
 
     def _running_scorer(self) -> Scorer:
         if self._scorer is None or not self.is_running:
@@ -173,7 +173,7 @@ class SpeculatorService:
         return self._scorer
 
     def _without_scores(self, scorer: Scorer, job: Job) -> Selection | None:
-        """The dense selection of a prompt that need not be scored."""
+        """Return the dense selection of a prompt that need not be scored."""
         prompt = job.request.prompt
         if len(prompt) == 0:
             raise InvalidRequest("the prompt is empty", field="prompt")
@@ -185,12 +185,12 @@ class SpeculatorService:
         return None
 
     def _from_scores(self, job: Job) -> Selection | None:
-        """A prompt that was scored lately is not read again, whatever plan it comes with."""
+        """Select; a prompt that was scored lately is not read again, whatever its plan."""
         rating = self._ratings.get(prompt_digest(job.request.prompt))
         if rating is None:
             return None
         self.counts.repeats += 1
-        chosen = _chosen(rating, job)
+        chosen = _select_tokens(rating, job)
         speculate_s = self._now() - job.arrived_s
         return replace(chosen, speculate_s=speculate_s, remembered_tokens=len(job.request.prompt))
 
@@ -202,12 +202,12 @@ class SpeculatorService:
         self._arrival.set()
 
     def _backlog_s(self) -> float:
-        """About how long the queue takes."""
+        """Estimate the seconds that the queue takes."""
         tokens = sum(len(job.read_as.prompt) for job in self._queue)
         return max(MIN_RETRY_AFTER_S, tokens * (self._pace.token_s or 0.0))
 
-    def _forget(self, job: Job) -> None:
-        """Tell the thread that nobody waits any more, and free the place in the queue."""
+    def _drop_job(self, job: Job) -> None:
+        """Notify the thread that nobody waits any more, and free the place in the queue."""
         job.abandoned.set()
         if job in self._queue:
             self._queue.remove(job)
@@ -249,7 +249,7 @@ class SpeculatorService:
                 return self._take_batch(scorer)
 
     def _take_batch(self, scorer: Scorer) -> list[Job]:
-        """The oldest request, and those behind it that gain by being joined and fit in memory."""
+        """Take the oldest request, and those behind it that gain by being joined and fit."""
         batch = [self._queue.popleft()]
         free = scorer.memory_bytes - scorer.kv_bytes(len(batch[0].read_as.prompt))
         for job in list(self._queue):
@@ -268,11 +268,11 @@ class SpeculatorService:
                 job.answer.set_exception(SpeculatorUnavailable(message))
 
     def _score(self, scorer: Scorer, jobs: Sequence[Job], loop: asyncio.AbstractEventLoop) -> None:
-        """On the thread: read the prompts, look ahead together, answer each, remember them."""
+        """Read the prompts, look ahead together, answer each, remember them (on the thread)."""
         started_s = self._now()
         for job in jobs:
             job.started_s = started_s
-        with scorer.opened([job.read_as.prompt for job in jobs]) as readings:
+        with scorer.open_readings([job.read_as.prompt for job in jobs]) as readings:
             of = dict(zip(readings, jobs, strict=True))
             read = scorer.read(readings, lambda reading: of[reading].abandoned.is_set())
             read_s = self._now()
@@ -281,7 +281,7 @@ class SpeculatorService:
             for reading in read:
                 scores = of[reading].read_as.scores(scorer.rate(reading))
                 rating = Rating(scores, reading.certainty)
-                remembered = _share(reading, len(of[reading].request.prompt))
+                remembered = _remembered_tokens(reading, len(of[reading].request.prompt))
                 loop.call_soon_threadsafe(self._answer, of[reading], rating, started_s, remembered)
             scorer.remember(read)
 
@@ -294,16 +294,16 @@ class SpeculatorService:
         counts.read_s += read_s
         counts.look_ahead_s += look_ahead_s
         if tokens > 0:
-            self._pace = self._pace.measured(read_s / tokens, look_ahead_s)
+            self._pace = self._pace.with_measurement(read_s / tokens, look_ahead_s)
 
     def _answer(self, job: Job, rating: Rating, started_s: float, remembered: int) -> None:
-        """On the event loop: the selection, unless its caller has gone since."""
+        """Set the selection, unless its caller has gone since (on the event loop)."""
         self._ratings.put(prompt_digest(job.request.prompt), rating, rating.scores.nbytes)
         if job.answer.done():
             return
         self.counts.prompts += 1
         self.counts.queue_s += started_s - job.arrived_s
-        chosen = _chosen(rating, job)
+        chosen = _select_tokens(rating, job)
         timed = replace(
             chosen,
             queue_s=started_s - job.arrived_s,
@@ -313,10 +313,10 @@ class SpeculatorService:
         job.answer.set_result(timed)
 
 
-def _chosen(rating: Rating, job: Job) -> Selection:
+def _select_tokens(rating: Rating, job: Job) -> Selection:
     return select(rating.scores, job.plan, job.request.protected, job.policy, rating.certainty)
 
 
-def _share(reading: Reading, prompt_tokens: int) -> int:
-    """The prompt tokens that were not read again; the draft may count other tokens."""
+def _remembered_tokens(reading: Reading, prompt_tokens: int) -> int:
+    """Return the share of prompt tokens that was not read again; the draft may count others."""
     return reading.cached_tokens * prompt_tokens // len(reading.prompt)

@@ -32,7 +32,7 @@ class Prompt(Protocol):
         ...
 
     def scores(self, draft_scores: Scores) -> Scores:
-        """From one score per draft token to one per token of the main model."""
+        """Translate one score per draft token to one per token of the main model."""
         ...
 
 
@@ -43,12 +43,12 @@ class SamePrompt:
     prompt: tuple[int, ...]
 
     def scores(self, draft_scores: Scores) -> Scores:
-        """As they are."""
+        """Return the scores unchanged."""
         return draft_scores
 
 
 @dataclass(frozen=True, slots=True)
-class Translated:
+class TranslatedPrompt:
     """A prompt in the draft's own tokens."""
 
     prompt: tuple[int, ...]  # [M] draft tokens
@@ -56,21 +56,21 @@ class Translated:
     main_offsets: Offsets  # [N, 2]
 
     def scores(self, draft_scores: Scores) -> Scores:
-        """[M] -> [N]: each main token has the mean of its characters' scores.
+        """Map [M] to [N]: each main token has the mean of its characters' scores.
 
         A character has the mean score of the draft tokens that cover it. A main token none of
         whose characters is covered has 0.
         """
         length = int(max(self.offsets.max(), self.main_offsets.max()))
-        total = _spread(self.offsets, draft_scores.astype(np.float64), length)
-        covering = _spread(self.offsets, np.ones(len(draft_scores)), length)
+        total = _spread_values(self.offsets, draft_scores.astype(np.float64), length)
+        covering = _spread_values(self.offsets, np.ones(len(draft_scores)), length)
         covered = covering > 0.5
         each = np.where(covered, total / np.maximum(covering, 1.0), 0.0)
-        return _means(self.main_offsets, each, covered)
+        return _token_means(self.main_offsets, each, covered)
 
 
 class Translator:
-    """From the main model's tokens to the draft model's."""
+    """Translates the main model's tokens to the draft model's."""
 
     def __init__(self, main: Tokenizer, draft: Tokenizer, draft_bos: int | None) -> None:
         self._main = main
@@ -79,23 +79,23 @@ class Translator:
 
     @property
     def vocabulary_size(self) -> int:
-        """Main token ids are below it."""
+        """Size of the vocabulary that main token ids come from."""
         return max(self._main.get_vocab(with_added_tokens=True).values()) + 1
 
-    def translate(self, prompt: Sequence[int]) -> Translated:
-        """The prompt as the draft reads it."""
+    def translate(self, prompt: Sequence[int]) -> TranslatedPrompt:
+        """Return the prompt as the draft reads it."""
         text, main_offsets = decode(self._main, prompt)
         encoding = self._draft.encode(text, add_special_tokens=False)
         before = [] if self._draft_bos is None else [self._draft_bos]
         offsets = [(0, 0)] * len(before) + encoding.offsets
-        return Translated((*before, *encoding.ids), _offsets(offsets), _offsets(main_offsets))
+        return TranslatedPrompt((*before, *encoding.ids), _offsets(offsets), _offsets(main_offsets))
 
 
 def load_translator(main_path: str, draft_path: str) -> Translator | None:
-    """None where each of the main model's tokens has the same id in the draft model.
+    """Return None where each of the main model's tokens has the same id in the draft model.
 
     Decided by the token -> id maps, not by names. Raises UnsupportedModel where a tokenizer
-    does not tell which characters its tokens cover.
+    does not return the characters that its tokens cover.
     """
     main, draft = (
         AutoTokenizer.from_pretrained(local_path(path)) for path in (main_path, draft_path)
@@ -106,16 +106,18 @@ def load_translator(main_path: str, draft_path: str) -> Translator | None:
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise UnsupportedModel(
                 f"speculator: the vocabularies of {main_path} and {draft_path} differ, and the "
-                f"tokenizer of {path} does not tell the characters of its tokens"
+                f"tokenizer of {path} does not return the characters of its tokens"
             )
     starts_with_bos = draft("").input_ids[:1] == [draft.bos_token_id]
     return Translator(
-        _settled(main), _settled(draft), draft.bos_token_id if starts_with_bos else None
+        _copy_tokenizer(main),
+        _copy_tokenizer(draft),
+        draft.bos_token_id if starts_with_bos else None,
     )
 
 
 def decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
-    """The text of some tokens, special ones included, and which characters each stands for.
+    """Return the text of some tokens, special ones included, and the characters of each.
 
     Tokens that share a character's bytes all stand for what they give together. Bytes at the end
     that make no character stand for none.
@@ -135,8 +137,8 @@ def decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> tuple[str, list[tuple
     return "".join(pieces), offsets + [(end, end)] * waiting
 
 
-def _settled(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """A copy of our own: truncation and padding are settings of the shared one."""
+def _copy_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """Return a copy of our own: truncation and padding are settings of the shared one."""
     own = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     own.no_truncation()
     own.no_padding()
@@ -147,16 +149,18 @@ def _offsets(pairs: Sequence[tuple[int, int]]) -> Offsets:
     return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
-def _spread(offsets: Offsets, values: NDArray[np.float64], length: int) -> NDArray[np.float64]:
-    """[length]: for each character, the sum of the values of the tokens that cover it."""
+def _spread_values(
+    offsets: Offsets, values: NDArray[np.float64], length: int
+) -> NDArray[np.float64]:
+    """Return [length]: for each character, the sum of the values of the tokens that cover it."""
     steps = np.zeros(length + 1)
     np.add.at(steps, offsets[:, 0], values)
     np.subtract.at(steps, offsets[:, 1], values)
     return np.cumsum(steps)[:length]
 
 
-def _means(offsets: Offsets, each: NDArray[np.float64], covered: NDArray[np.bool_]) -> Scores:
-    """[tokens]: the mean over each token's covered characters."""
+def _token_means(offsets: Offsets, each: NDArray[np.float64], covered: NDArray[np.bool_]) -> Scores:
+    """Return [tokens]: the mean over each token's covered characters."""
     sums = np.concatenate(([0.0], np.cumsum(each)))
     counts = np.concatenate(([0], np.cumsum(covered)))
     start, stop = offsets[:, 0], offsets[:, 1]

@@ -116,7 +116,7 @@ class Record:
 
 
 def filler_sentence(rng: random.Random) -> str:
-    """One sentence of prose. It holds no key word and no digit."""
+    """Return one sentence of prose without key words or digits."""
     person, thing, place = rng.choice(_PEOPLE), rng.choice(THINGS), rng.choice(PLACES)
     verb, link, adjective = rng.choice(VERBS), rng.choice(_LINKS), rng.choice(_ADJECTIVES)
     other_verb, time = rng.choice(VERBS), rng.choice(_TIMES)
@@ -135,12 +135,12 @@ def filler_sentence(rng: random.Random) -> str:
 
 
 def filler_pool(rng: random.Random, sentences: int) -> tuple[str, ...]:
-    """The distinct filler sentences of one document, which repeats them to reach its length."""
+    """Return the distinct filler sentences of one document, repeated to reach its length."""
     return tuple(filler_sentence(rng) for _ in range(sentences))
 
 
 def records(rng: random.Random, count: int, *, shared_word_rate: float = 0.5) -> tuple[Record, ...]:
-    """`count` records with distinct keys; `shared_word_rate` of them share a word with another."""
+    """Make `count` records with distinct keys; `shared_word_rate` of them share a word."""
     keys: list[tuple[str, str]] = []
     while len(keys) < count:
         key = _key(rng, keys, shared_word_rate)
@@ -151,7 +151,7 @@ def records(rng: random.Random, count: int, *, shared_word_rate: float = 0.5) ->
 
 
 def question(rng: random.Random, record: Record) -> str:
-    """A question that the record answers. It always ends with the key."""
+    """Return a question that the record answers. It always ends with the key."""
     return rng.choice(
         (
             f"What is the {record.field} of {record.key}?",
@@ -162,12 +162,12 @@ def question(rng: random.Random, record: Record) -> str:
 
 
 def reply(record: Record) -> str:
-    """What the demo models are trained to answer: the key again, then its value."""
+    """Return the answer that the demo models are trained on: the key again, then its value."""
     return f"{record.key} {record.value}"
 
 
 def join(filler: Sequence[str], facts: Sequence[Record], slots: Sequence[int]) -> str:
-    """The document with `facts[i]` placed before filler sentence `slots[i]`."""
+    """Return the document with `facts[i]` placed before filler sentence `slots[i]`."""
     before: dict[int, list[str]] = {}
     for fact, slot in zip(facts, slots, strict=True):
         before.setdefault(slot, []).append(fact.text)

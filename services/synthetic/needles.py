@@ -1,4 +1,4 @@
-"""Needle prompts of a wished length: a document with records, and a question about one of them."""
+"""Needle prompts of a given length: a document with records, and a question about one of them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def needle_prompt(
     records: int | None = None,
     system: str | None = DEFAULT_SYSTEM,
 ) -> NeedlePrompt:
-    """One prompt of `prompt_tokens` tokens, give or take two.
+    """Make one prompt of `prompt_tokens` tokens, give or take two.
 
     `depth` places the needle (0 first, 1 last; None: anywhere). `records` counts it and its
     distractors, half of which share a word with another key; None: more the longer the prompt.
@@ -82,24 +82,24 @@ def needle_prompt(
 
 
 def default_records(prompt_tokens: int) -> int:
-    """How many records a prompt of this length holds unless told."""
+    """Return the number of records that a prompt of this length holds by default."""
     return max(MIN_RECORDS, min(MAX_RECORDS, prompt_tokens // TOKENS_PER_RECORD))
 
 
 def render(messages: Sequence[dict[str, str]], tokenizer: ChatTokenizer) -> str:
-    """The text that is prefilled for these messages."""
+    """Return the text that is prefilled for these messages."""
     return str(
         tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     )
 
 
 def count_tokens(messages: Sequence[dict[str, str]], tokenizer: ChatTokenizer) -> int:
-    """The prompt length of these messages."""
+    """Return the prompt length of these messages."""
     return len(tokenizer.encode(render(messages, tokenizer), add_special_tokens=False))
 
 
 def _filler(rng: random.Random, tokens: int, tokenizer: ChatTokenizer) -> list[str]:
-    """Sentences of `tokens` tokens together; the last one is cut short to fit."""
+    """Return sentences of `tokens` tokens together; the last one is cut short to fit."""
     most = tokens // SHORTEST_SENTENCE_TOKENS + 1
     pool = corpus.filler_pool(rng, max(3, int(most * POOL_SHARE)))
     costs = {text: _cost(text, tokenizer) for text in pool}
@@ -113,7 +113,7 @@ def _filler(rng: random.Random, tokens: int, tokenizer: ChatTokenizer) -> list[s
 
 
 def _cut(text: str, tokens: int, tokenizer: ChatTokenizer) -> list[str]:
-    """The longest beginning of the sentence that fits; none where nothing does."""
+    """Return the longest beginning of the sentence that fits; none where nothing does."""
     words = text.rstrip(".").split()
     for count in range(len(words) - 1, 0, -1):
         shorter = " ".join(words[:count]).rstrip(",") + "."

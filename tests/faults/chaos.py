@@ -41,7 +41,7 @@ HELD = re.compile(r"^ray_specprefill_kv_(bytes_held|leases_held)\{[^}]*\} (\S+)$
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How one stream ended."""
+    """The end of one stream."""
 
     kind: str  # complete, left, or a status or code; broken: neither an end nor an error
     text: str = ""
@@ -51,7 +51,7 @@ class Ended:
 
 @dataclass(slots=True)
 class Outcome:
-    """What a run found."""
+    """The findings of a run."""
 
     endings: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
@@ -184,7 +184,7 @@ async def kill(served: Served, rng: random.Random, found: Outcome) -> None:
         found.killed.append(pool)
 
 
-def held(served: Served, headers: Mapping[str, str] | None = None) -> float:
+def kv_held(served: Served, headers: Mapping[str, str] | None = None) -> float:
     """Return the sum of KV bytes and leases that any prefill replica reports."""
     url = f"http://{HOST}:{served.http_port}/metrics"
     samples = HELD.findall(httpx.get(url, headers=headers, timeout=30).text)
@@ -197,7 +197,7 @@ def settle(served: Served, found: Outcome, headers: Mapping[str, str] | None = N
     """Wait until all replicas are back and nothing is held, or note what still is."""
     ServeApi(served.dashboard_url).wait_healthy(SETTLED_S * 2, lambda _line: None)
     give_up_s = time.monotonic() + SETTLED_S
-    while (now := held(served, headers)) and time.monotonic() < give_up_s:
+    while (now := kv_held(served, headers)) and time.monotonic() < give_up_s:
         time.sleep(1.0)
     found.held_after = now
     found.after = totals(served.watch.holdings())

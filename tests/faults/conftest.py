@@ -21,7 +21,7 @@ from specprefill.core.pipeline import Pipeline
 from specprefill.core.plan import Planner
 from specprefill.core.types import Carrier, Report, Request, Selection, Ticket
 from specprefill.kv.keeper_link import KEEPER
-from specprefill.kv.prefilling import HeldPrefill, prefilling
+from specprefill.kv.prefilling import HeldPrefill, hold_prefill
 from specprefill.kv.rpc import KvPeers
 from specprefill.lab.reporting.tables import markdown, provenance, write_json
 
@@ -56,7 +56,7 @@ class Member:
         self.signal(signal.SIGKILL)
 
     def lives(self) -> bool:
-        """Whether the engine process is there at all."""
+        """Return True while the engine process exists."""
         try:
             return self.process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
@@ -83,7 +83,7 @@ class CutOff:
 
 @dataclass
 class HookedPrefill:
-    """The `Prefilling` port: what the pipeline is told passes through the test's hook."""
+    """The `Prefilling` port: what the pipeline receives passes through the test's hook."""
 
     one: HeldPrefill
     pools: Pools
@@ -97,18 +97,18 @@ class HookedPrefill:
     def kv_arrived(self):
         self.one.kv_arrived()
 
-    async def _hooked(self, said):
-        hook, said = self.pools.on_said, carried(said, self.pools.carrier)
-        return said if said is None or hook is None else await hook(said)
+    async def _hooked(self, step):
+        hook, step = self.pools.on_prefill_step, with_carrier(step, self.pools.carrier)
+        return step if step is None or hook is None else await hook(step)
 
 
-def carried(said, carrier):
-    """What was said, with a ticket that offers `carrier`, if one is asked for."""
-    if carrier is None or said is None:
-        return said
-    if isinstance(said, Ticket):
-        return replace(said, carrier=carrier)
-    return replace(said, ticket=carried(said.ticket, carrier))
+def with_carrier(step, carrier):
+    """Return the step, with a ticket that offers `carrier`, if one is asked for."""
+    if carrier is None or step is None:
+        return step
+    if isinstance(step, Ticket):
+        return replace(step, carrier=carrier)
+    return replace(step, ticket=with_carrier(step.ticket, carrier))
 
 
 @dataclass
@@ -121,7 +121,7 @@ class Pools:
     cut_off: bool = False  # the gateway does not reach the workers that hold KV
     overlap: bool = True  # decode begins to pull before prefill has answered
     carrier: Carrier | None = None  # instead of the best that the engines have
-    on_said: object = None  # called with each Ticket and Prefilled, may replace it
+    on_prefill_step: object = None  # called with each Ticket and Prefilled, may replace it
     on_step: object = None  # called with each decode step
 
     @asynccontextmanager
@@ -129,12 +129,12 @@ class Pools:
         """The `Prefiller` port: the first engine that is not known dead."""
         leases = CutOff() if self.cut_off else self.peers
         async with (
-            aclosing(self._said(request, selection, timeout_s)) as said,
-            prefilling(said, leases) as one,
+            aclosing(self._steps(request, selection, timeout_s)) as steps,
+            hold_prefill(steps, leases) as one,
         ):
             yield HookedPrefill(one, self)
 
-    async def _said(self, request, selection, timeout_s):
+    async def _steps(self, request, selection, timeout_s):
         member = next((member for member in self.prefills if member.alive), None)
         if member is None:
             raise PrefillUnavailable("every engine of the pool is dead")
@@ -160,7 +160,7 @@ class Pools:
 
     async def restore(self) -> None:
         """Bring every engine back."""
-        self.on_said = self.on_step = None
+        self.on_prefill_step = self.on_step = None
         self.cut_off, self.overlap, self.carrier = False, True, None
         for member in (*self.prefills, *self.decodes):
             await member.replace_if_dead()
@@ -179,7 +179,7 @@ class Pools:
 
 @dataclass
 class Row:
-    """What became of one fault."""
+    """The consequences of one fault."""
 
     fault: str
     recovered: str
@@ -188,7 +188,7 @@ class Row:
     bytes_held_after: int
 
     def cells(self) -> list[str]:
-        """As the table shows it."""
+        """Return the row's cells."""
         equal = {True: "yes", False: "NO", None: "-"}[self.tokens_equal]
         fault = self.fault.replace("_", " ")
         return [fault, self.recovered, f"{self.seconds:.2f}", equal, str(self.bytes_held_after)]
@@ -210,7 +210,7 @@ class Table:
         write_json(Path("out") / "faults.json", provenance(seed=0), {"rows": rows})
 
     def text(self) -> str:
-        """As it stands in docs/faults.md."""
+        """Return the text of docs/faults.md."""
         headers = ("fault", "recovered", "seconds", "tokens equal", "KV bytes held after")
         return markdown(headers, [row.cells() for row in self.rows])
 

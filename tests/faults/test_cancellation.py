@@ -64,11 +64,11 @@ async def ten_long_prompts_cancelled(pools: Pools, number: int) -> None:
     """The first is being prefilled, the others are queued, when all their clients leave."""
     begun = asyncio.Event()
 
-    async def mark(said):
+    async def mark(step):
         begun.set()
-        return said
+        return step
 
-    pools.on_said = mark
+    pools.on_prefill_step = mark
     running = [
         asyncio.create_task(ask(pools, prompt(f"long-{number}-{place}", LONG), whole_prompt(LONG)))
         for place in range(10)
@@ -78,12 +78,12 @@ async def ten_long_prompts_cancelled(pools: Pools, number: int) -> None:
     for task in running:
         task.cancel()
     await asyncio.gather(*running, return_exceptions=True)
-    pools.on_said = None
+    pools.on_prefill_step = None
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What this process and the engines hold."""
+    """The memory and leases that this process and the engines hold."""
 
     bytes_held: int
     leases: int

@@ -137,7 +137,7 @@ async def test_prefill_dies_before_the_transfer(late):
         await asyncio.to_thread(late.pools.prefills[0].process.wait, 5)
         return prefilled
 
-    late.pools.on_said = once(Prefilled, kill)
+    late.pools.on_prefill_step = once(Prefilled, kill)
     await late.and_expect_the_same("prompt recomputed by decode")
 
 
@@ -150,7 +150,7 @@ async def test_prefill_dies_during_the_transfer(late):
         asyncio.get_running_loop().call_later(0.3, prefill.kill)
         return prefilled
 
-    late.pools.on_said = once(Prefilled, stop)
+    late.pools.on_prefill_step = once(Prefilled, stop)
     await late.and_expect_the_same("prompt recomputed by decode")
 
 
@@ -171,7 +171,7 @@ async def test_decode_dies_queued(late):
         await asyncio.to_thread(decode.process.wait, 5)
         return prefilled
 
-    late.pools.on_said = once(Prefilled, kill)
+    late.pools.on_prefill_step = once(Prefilled, kill)
     await late.and_expect_the_same("pulled by another decode")
 
 
@@ -185,12 +185,12 @@ async def test_decode_dies_mid_transfer(late):
         loop.call_later(0.6, prefill.signal, signal.SIGCONT)
         return prefilled
 
-    late.pools.on_said = once(Prefilled, stop)
+    late.pools.on_prefill_step = once(Prefilled, stop)
     await late.and_expect_the_same("pulled by another decode")
 
 
 async def test_prefill_dies_while_decode_pulls_early(asking):
-    """Decode waits for the KV's end, which will not come; prefill is begun elsewhere."""
+    """Decode waits for the KV's end, which will not come; prefill is started elsewhere."""
     prefill = asking.pools.prefills[0]
 
     async def stop(ticket):
@@ -198,7 +198,7 @@ async def test_prefill_dies_while_decode_pulls_early(asking):
         asyncio.get_running_loop().call_later(0.3, prefill.kill)
         return ticket
 
-    asking.pools.on_said = once(Ticket, stop)
+    asking.pools.on_prefill_step = once(Ticket, stop)
     await asking.and_expect_the_same("prefilled elsewhere")
 
 
@@ -209,7 +209,7 @@ async def test_decode_dies_while_it_pulls_early(asking):
         asyncio.get_running_loop().call_later(0.05, decode.kill)
         return ticket
 
-    asking.pools.on_said = once(Ticket, kill)
+    asking.pools.on_prefill_step = once(Ticket, kill)
     await asking.and_expect_the_same("pulled by another decode")
 
 
@@ -249,12 +249,14 @@ def through_a_relay(asking, hurt):
         target = (await asking.pools.prefills[0].service._engine.kv_addresses())[0]
         async with relay(target, hurt) as one:
 
-            async def detour(said):
-                if isinstance(said, Ticket):
-                    return replace(said, endpoints=(one.address,))
-                return replace(said, ticket=replace(said.ticket, endpoints=(one.address,)))
+            async def detour(step):
+                if isinstance(step, Ticket):
+                    return replace(step, endpoints=(one.address,))
+                return replace(step, ticket=replace(step.ticket, endpoints=(one.address,)))
 
-            asking.pools.on_said = once(Ticket if asking.pools.overlap else Prefilled, detour)
+            asking.pools.on_prefill_step = once(
+                Ticket if asking.pools.overlap else Prefilled, detour
+            )
             yield one
 
     return hooked()
@@ -291,7 +293,7 @@ async def test_a_stale_peer_answers_at_the_same_address(late):
             prefilled, ticket=replace(prefilled.ticket, endpoints=(f"127.0.0.1:{port}",))
         )
 
-    late.pools.on_said = once(Prefilled, replace_peer)
+    late.pools.on_prefill_step = once(Prefilled, replace_peer)
     await late.and_expect_the_same("prompt recomputed by decode")
     late.servers[0].stop(0).wait()
 
@@ -304,7 +306,7 @@ async def test_the_lease_ends_before_a_slow_decode_pulls(late):
         return prefilled
 
     late.pools.cut_off = True
-    late.pools.on_said = once(Prefilled, wait_out)
+    late.pools.on_prefill_step = once(Prefilled, wait_out)
     await late.and_expect_the_same("prompt recomputed by decode")
 
 
@@ -315,7 +317,7 @@ async def test_a_slow_decode_pulls_late(late):
         assert not await late.pools.prefills[0].service.drain(UNCLAIMED_S + 1.0)
         return prefilled
 
-    late.pools.on_said = once(Prefilled, wait)
+    late.pools.on_prefill_step = once(Prefilled, wait)
     await late.and_expect_the_same("lease renewed")
 
 
@@ -355,7 +357,7 @@ async def test_the_client_leaves(asking, stage):
     elif stage == "decoding":
         pools.on_step = mark
     else:
-        pools.on_said = once(STAGES[stage], mark)
+        pools.on_prefill_step = once(STAGES[stage], mark)
     running = asyncio.create_task(ask(pools, request(asking.name), selection()))
     await reached.wait()
     running.cancel()
@@ -399,7 +401,7 @@ async def test_the_speculator_is_full_and_the_prompt_is_pruned_by_its_words(aski
 async def test_the_kv_store_is_full(asking):
     """The prefill waits for room instead of computing what would be dropped."""
     room = asking.pools.prefills[0].service._room
-    async with room.reserved(1 << 40):  # all that there is
+    async with room.reserve(1 << 40):  # all that there is
         asked = asyncio.create_task(asking.and_expect_the_same("waited for room"))
         for _ in range(1000):
             if room.waiting > 0:

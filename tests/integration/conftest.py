@@ -107,7 +107,7 @@ class Engines:
 
     @property
     def answer_tokens(self) -> int:
-        """How long answers may be; an interpreted step takes tens of milliseconds."""
+        """The length of answers; an interpreted step takes tens of milliseconds."""
         return 12 if self.runner is Runner.V2 else 24
 
     def request(self, prompt, **sampling) -> Request:

@@ -51,7 +51,7 @@ def scorer():
 
 
 class Needle:
-    """A prompt, its tokens, and which of them say the answer."""
+    """A prompt, its tokens, and those of them that hold the answer."""
 
     def __init__(self, seed, length, tokenizer):
         self.prompt = needle_prompt(seed, length, tokenizer)
@@ -72,7 +72,7 @@ class Needle:
 
 
 def random_chunks(selection: Selection, rng: random.Random) -> Selection:
-    """As many tokens in random chunks: the control."""
+    """Return as many tokens in random chunks: the control."""
     length, size = selection.prompt_tokens, BARE.chunk_tokens
     starts = list(range(0, length, size))
     chosen = sorted(rng.sample(starts, round(len(starts) * KEEP)))

@@ -45,7 +45,7 @@ PROGRAM = textwrap.dedent("""
 
 @pytest.fixture(scope="module")
 def imported():
-    """What a fresh process has after importing our engine modules, without and with the CPU's."""
+    """Return the modules of a fresh process after importing ours, without and with the CPU's."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=240
     )

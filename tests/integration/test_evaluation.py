@@ -17,7 +17,7 @@ pytestmark = pytest.mark.integration
 
 def test_answers_of_one_batch_are_those_of_each_alone(demo_tokenizer):
     from specprefill.config import SpeculatorConfig
-    from specprefill.lab.evaluation.greedy import greedy
+    from specprefill.lab.evaluation.greedy import greedy_answers
     from specprefill.lab.evaluation.pair import load_answerer
 
     path = str(MODELS / "demo-main")
@@ -28,8 +28,8 @@ def test_answers_of_one_batch_are_those_of_each_alone(demo_tokenizer):
     )
     rng = random.Random(0)
     kept = [sorted(rng.sample(range(len(ids)), count)) for count in (len(ids), 500, 90, 300)]
-    together = greedy(answerer.model, ids, kept, 8, answerer.eos_ids)
-    alone = [greedy(answerer.model, ids, [one], 8, answerer.eos_ids)[0] for one in kept]
+    together = greedy_answers(answerer.model, ids, kept, 8, answerer.eos_ids)
+    alone = [greedy_answers(answerer.model, ids, [one], 8, answerer.eos_ids)[0] for one in kept]
     assert together == alone
     assert task.references[0] in demo_tokenizer.decode(together[0])
     assert len({tuple(answer) for answer in together}) > 1

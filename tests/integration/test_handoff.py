@@ -76,8 +76,8 @@ async def test_decode_that_begins_before_prefill_ends_samples_the_same(engines, 
     sampling = SAMPLING[case]() if callable(SAMPLING[case]) else SAMPLING[case]
     request, selection = engines.request(prompt_of(length, seed=13), **sampling), whole(length)
     want = await engines.aggregated(request, selection)
-    said = [step async for step in begun_early(engines, request, selection)]
-    ticket, (prefilled, steps) = said
+    early = [step async for step in begun_early(engines, request, selection)]
+    ticket, (prefilled, steps) = early
     assert ticket == prefilled.ticket
     assert answer(steps) == list(want.token_ids)
     assert answer(steps)[:1] == list(prefilled.first.token_ids)
@@ -92,11 +92,11 @@ async def begun_early(engines, request, selection):
         if isinstance(step, Prefilled):
             yield step, await decoding
         else:
-            decoding = asyncio.create_task(collected(engines, request, selection, step))
+            decoding = asyncio.create_task(collect_steps(engines, request, selection, step))
             yield step
 
 
-async def collected(engines, request, selection, ticket):
+async def collect_steps(engines, request, selection, ticket):
     free = ((),) * request.samples
     return [s async for s in engines.decode.decode(request, selection, ticket, free, 60.0)]
 
@@ -111,7 +111,7 @@ async def test_a_prefill_that_is_closed_early_holds_nothing(engines):
 
 @pytest.mark.parametrize("carrier", Carrier)
 async def test_every_carrier_gives_the_same_tokens(engines, carrier):
-    """The shared engines have both, under TLS; the ticket says which."""
+    """The shared engines have both, under TLS; the ticket names one."""
     request, selection = (
         engines.request(prompt_of(1300, seed=carrier), ignore_eos=True),
         pruned(1300),
@@ -243,7 +243,7 @@ async def test_bad_parameters_are_the_callers_fault(engines):
         await engines.prefill.prefill(replace(request, sampling=b"\x01"), whole(100), 60.0)
 
 
-async def test_a_deadline_during_prefill_is_told(engines):
+async def test_a_deadline_during_prefill_is_raised(engines):
     request = engines.request(prompt_of(4000, seed=1))
     with pytest.raises(DeadlineExceeded, match="timeout_s"):
         await engines.prefill.prefill(request, whole(4000), 0.001)

@@ -145,7 +145,7 @@ async def test_a_replica_that_goes_waits_until_its_tickets_are_pulled(ports, eng
 
 
 def gone_within(timeout_s, name):
-    """Whether Serve is done with an application in time."""
+    """Return True if Serve is done with an application in time."""
     from ray import serve
 
     give_up_s = time.monotonic() + timeout_s

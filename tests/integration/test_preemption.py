@@ -51,7 +51,7 @@ async def tight(engines, model_dir, kv_tls):
 
 
 def preemptions():
-    """How often the engine that was started last has preempted a request."""
+    """Return how often the engine that was started last has preempted a request."""
     samples = [one for metric in REGISTRY.collect() for one in metric.samples]
     return sum(one.value for one in samples if one.name == "vllm:num_preemptions_total")
 

@@ -54,9 +54,9 @@ def reference(model_dir):
 
 async def test_engines_have_the_replay_of_their_runner(engines):
     """vLLM loads no logits processor that is not made for the runner of the engine."""
-    module = {Runner.V1: "replay", Runner.V2: "replay_v2"}[engines.runner]
+    names = {Runner.V1: "replay:ReplayTokens", Runner.V2: "replay_v2:ReplayTokensV2"}
     (processor,) = engines.prefill_engine._args.logits_processors
-    assert processor == f"specprefill.engine.sparse.{module}:ReplayTokens"
+    assert processor == f"specprefill.engine.sparse.{names[engines.runner]}"
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,4 +1,4 @@
-"""What a prefill engine's scheduler orders staged: every prompt token once, whatever happens.
+"""Staging orders of a prefill engine's scheduler: every prompt token once, whatever happens.
 
 A preempted prefill loses its blocks and starts again. The V1 runner gets it back among the
 cached requests, marked as resumed; the V2 runner gets it back as a new request.
@@ -50,7 +50,7 @@ class Prefill:
         self._step(cached=cached, scheduled=scheduled)
 
     def blocks_of(self, tokens):
-        """Where the first `tokens` lie now."""
+        """Return the blocks of the first `tokens`."""
         return self._blocks[: -(-tokens // BLOCK_SIZE)]
 
     def _allocated(self, tokens):

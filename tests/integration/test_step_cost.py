@@ -1,4 +1,4 @@
-"""What our own code adds to a decode step: no term grows with rows times vocabulary."""
+"""Cost of our own code in a decode step: no term grows with rows times vocabulary."""
 
 from types import SimpleNamespace
 
@@ -48,12 +48,12 @@ class ReplayingV2:
     """A batch of decoding requests on the V2 runner, each in the slot of its row."""
 
     def __init__(self, replays):
-        from specprefill.engine.sparse.replay_v2 import ReplayTokens
+        from specprefill.engine.sparse.replay_v2 import ReplayTokensV2
 
         lengths = torch.full((len(replays),), PROMPT, dtype=torch.int32)
         prompt_len = SimpleNamespace(np=lengths.numpy(), gpu=lengths)
         states = SimpleNamespace(device=CPU, vocab_size=VOCABULARY, prompt_len=prompt_len)
-        self._processor = ReplayTokens(None, states)
+        self._processor = ReplayTokensV2(None, states)
         for slot, replay in enumerate(replays):
             self._processor.add_request(slot, replay_params(replay))
         self._rows = len(replays)

@@ -20,12 +20,12 @@ from pathlib import Path
 from specprefill.lab.reporting.tables import provenance, write_json
 
 from .findings import ROWS, TEXT, Sheet, read
-from .jobs import PARTS, Wave, models_with_weights, named, plan
-from .machine import MAX_TOKENS, Machine, interpret_triton
+from .jobs import PARTS, Wave, jobs_named, models_with_weights, plan
+from .machine import MAX_TOKENS, ProofMachine, interpret_triton
 from .models import model_folder
 from .parity import VARIANTS
 from .running import LOG, Runner
-from .summary import failed, first_token_table, hand_over_table, itl_table
+from .summary import failed_checks, first_token_table, hand_over_table, itl_table
 
 OUT = Path("out") / "prove-gpu"
 BUDGET_S, CPU_BUDGET_S = 470.0, 2400.0
@@ -35,12 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run every job, print the tables, write the JSON. 1 if a check failed."""
     args = _options(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    out, machine = args.out.resolve(), Machine(args.cpu)
+    out, machine = args.out.resolve(), ProofMachine(args.cpu)
     if args.part is not None:
         _end(_run_part(args, machine, out))
     for name in (ROWS, TEXT, LOG):
         (out / name).unlink(missing_ok=True)
-    waves = named(args.parts, cpu=args.cpu) if args.parts else plan(cpu=args.cpu, short=args.short)
+    waves = (
+        jobs_named(args.parts, cpu=args.cpu) if args.parts else plan(cpu=args.cpu, short=args.short)
+    )
     started_s = time.monotonic()
     _write_models(waves, machine)
     budget_s = args.budget or (CPU_BUDGET_S if args.cpu else BUDGET_S)
@@ -49,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _conclude(out)
 
 
-def _write_models(waves: Sequence[Wave], machine: Machine) -> None:
-    """Once, before several jobs read them."""
+def _write_models(waves: Sequence[Wave], machine: ProofMachine) -> None:
+    """Write the models once, before several jobs read them."""
     for name, dtype in sorted(models_with_weights(waves, machine.dtype)):
         model_folder(name, dtype, MAX_TOKENS, weights=True)
 
@@ -62,12 +64,12 @@ def _conclude(out: Path) -> int:
     print((out / TEXT).read_text())
     tables = (first_token_table(findings), hand_over_table(findings), itl_table(findings))
     print("\n\n".join(table for table in tables if table))
-    print(f"\n{len(failed(findings))} checks failed; written to {out / 'prove-gpu.json'}")
-    return 1 if failed(findings) else 0
+    print(f"\n{len(failed_checks(findings))} checks failed; written to {out / 'prove-gpu.json'}")
+    return 1 if failed_checks(findings) else 0
 
 
-def _run_part(args: argparse.Namespace, machine: Machine, out: Path) -> int:
-    """One part, in this process."""
+def _run_part(args: argparse.Namespace, machine: ProofMachine, out: Path) -> int:
+    """Run one part, in this process."""
     name = args.part if args.variant is None else f"{args.part}:{args.variant}"
     sheet = Sheet(out, name)
     try:
@@ -80,8 +82,8 @@ def _run_part(args: argparse.Namespace, machine: Machine, out: Path) -> int:
     return 0
 
 
-def _prove(sheet: Sheet, args: argparse.Namespace, machine: Machine, out: Path) -> None:
-    """A part's modules are imported by its process alone."""
+def _prove(sheet: Sheet, args: argparse.Namespace, machine: ProofMachine, out: Path) -> None:
+    """Run a part, whose modules its own process alone imports."""
     if args.part == "kernels":
         from . import kernels
 
@@ -102,7 +104,7 @@ def _prove(sheet: Sheet, args: argparse.Namespace, machine: Machine, out: Path) 
         itl.prove(sheet, machine, args.variant, out)
 
 
-def _prove_parity(sheet: Sheet, variant: str, machine: Machine) -> None:
+def _prove_parity(sheet: Sheet, variant: str, machine: ProofMachine) -> None:
     from . import parity
 
     if VARIANTS[variant].interpreted and interpret_triton() is None:
@@ -112,7 +114,7 @@ def _prove_parity(sheet: Sheet, variant: str, machine: Machine) -> None:
 
 
 def _end(code: int) -> None:
-    """At once: engines that are slow to stop are ended by the program that started this one."""
+    """Exit at once: the program that started this one ends engines that are slow to stop."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -127,8 +129,10 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--cpu", action="store_true", help="small shapes on vLLM's CPU build")
     parser.add_argument("--short", action="store_true", help="a few parts on a CPU, in a minute")
-    parser.add_argument("--parts", nargs="+", metavar="NAME", help="only these, in turn")
-    parser.add_argument("--budget", type=float, help="seconds; what does not fit is left out")
+    parser.add_argument("--parts", nargs="+", metavar="NAME", help="run these parts only")
+    parser.add_argument(
+        "--budget", type=float, help="time limit; parts that do not fit are skipped"
+    )
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=float, default=CPU_BUDGET_S, help=argparse.SUPPRESS)

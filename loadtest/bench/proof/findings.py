@@ -1,4 +1,4 @@
-"""What the parts find, written at once, so that the end of a process loses nothing."""
+"""Findings of the parts, written at once, so that the end of a process loses nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MARKS = {True: "ok  ", False: "FAIL", None: "    "}
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class ProofFinding:
     """One line of the results."""
 
     part: str
@@ -23,12 +23,12 @@ class Finding:
     values: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        values = " ".join(f"{name}={_short(value)}" for name, value in self.values.items())
+        values = " ".join(f"{name}={_shorten(value)}" for name, value in self.values.items())
         return f"{_MARKS[self.ok]} {self.part}: {self.what}: {values}".rstrip(": ")
 
 
 class Sheet:
-    """Where one part's findings go."""
+    """The file of one part's findings."""
 
     def __init__(self, out: Path, part: str) -> None:
         self._out, self._part = out, part
@@ -48,7 +48,7 @@ class Sheet:
 
     def _append(self, what: str, ok: bool | None, values: dict[str, Any]) -> None:
         at_s = round(time.monotonic() - self._started_s, 2)
-        finding = Finding(self._part, what, ok, at_s, values)
+        finding = ProofFinding(self._part, what, ok, at_s, values)
         with (self._out / ROWS).open("a") as file:
             file.write(json.dumps(asdict(finding), default=str) + "\n")
         with (self._out / TEXT).open("a") as file:
@@ -56,13 +56,13 @@ class Sheet:
         print(finding, flush=True)
 
 
-def read(out: Path) -> list[Finding]:
-    """Every finding so far, in order."""
+def read(out: Path) -> list[ProofFinding]:
+    """Read every finding so far, in order."""
     path = out / ROWS
     if not path.exists():
         return []
-    return [Finding(**json.loads(line)) for line in path.read_text().splitlines()]
+    return [ProofFinding(**json.loads(line)) for line in path.read_text().splitlines()]
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -15,11 +15,11 @@ from specprefill.core.types import Chunk, Plan, Request, Selection, Ticket
 
 from ..pools import LocalPrefiller, local_pipeline
 from .findings import Sheet
-from .machine import MAX_TOKENS, Machine, links, main_model
+from .machine import MAX_TOKENS, ProofMachine, links, main_model
 from .models import MODELS, model_folder
 from .parity import OUTPUT_TOKENS, TOP
-from .prompts import CASES, Job, jobs
-from .reference import Answered, Reference, compare
+from .prompts import CASES, PromptCase, jobs
+from .reference import GreedyAnswer, Reference, compare
 
 AT_ONCE = 32
 DRAIN_S = 5.0
@@ -27,7 +27,7 @@ _NOBODY = ("127.0.0.1:9",)
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class FixedSelections:
     """The port `Speculator` with selections that were made before."""
 
     selections: dict[str, Selection]  # by request
@@ -42,7 +42,7 @@ class Chosen:
 class _Row:
     """One job's answer by two engines and by one."""
 
-    handed_over: Answered
+    handed_over: GreedyAnswer
     recomputed: bool
     aggregated: list[int]
 
@@ -51,8 +51,8 @@ class _Row:
         return self.handed_over.tokens == self.aggregated
 
 
-def prove(sheet: Sheet, machine: Machine, name: str) -> None:
-    """Each case alone, then 32 at once; a peer that is gone; nothing held at the end.
+def prove(sheet: Sheet, machine: ProofMachine, name: str) -> None:
+    """Run each case alone, then 32 at once; check a peer that is gone, and that nothing is held.
 
     `name` is the carrier; `grpc+graphs` with vLLM's graphs, without it the engines are eager.
     """
@@ -67,7 +67,7 @@ def prove(sheet: Sheet, machine: Machine, name: str) -> None:
     _judge(sheet, machine, rows, Reference(folder, machine.device))
 
 
-def _configuration(machine: Machine, folder: str, carrier: str, *, eager: bool) -> AppConfig:
+def _configuration(machine: ProofMachine, folder: str, carrier: str, *, eager: bool) -> AppConfig:
     # The decode engine also answers alone, and must not find the pulled KV in its cache.
     engine = machine.small_engine(eager=eager, backend=None if machine.cpu else "FLASH_ATTN")
     draft = model_folder("cpu-draft", machine.dtype, MAX_TOKENS, weights=False)
@@ -102,7 +102,7 @@ async def _rows(sheet: Sheet, config: AppConfig, vocabulary: int) -> list[_Row]:
         sheet.check("32 at once are answered", len(together) == AT_ONCE, answers=len(together))
         await _lose_the_peer(sheet, pipeline, vocabulary)
         rows = [
-            _Row(answered, recomputed, await _aggregated(pipeline, answered.job))
+            _Row(answered, recomputed, await _ask_aggregated(pipeline, answered.job))
             for answered, recomputed in [*alone, *together]
         ]
         drained, gauges = await service.drain(DRAIN_S), await service.gauges()
@@ -117,18 +117,18 @@ def _prefiller(pipeline: Pipeline) -> LocalPrefiller:
     return pipeline.prefiller
 
 
-async def _handed_over(pipeline: Pipeline, job: Job) -> tuple[Answered, bool]:
-    """The pipeline's answer, and whether the decode engine had to compute the prompt."""
-    chosen = replace(pipeline, speculator=Chosen({job.name: job.selection}))
+async def _handed_over(pipeline: Pipeline, job: PromptCase) -> tuple[GreedyAnswer, bool]:
+    """Return the pipeline's answer, and whether the decode engine had to compute the prompt."""
+    chosen = replace(pipeline, speculator=FixedSelections({job.name: job.selection}))
     request = replace(job.request(max_tokens=OUTPUT_TOKENS, logprobs=TOP), plan=job.selection.plan)
     async with aclosing(chosen.generate(request)) as stream:
         chunks = [chunk async for chunk in stream]
     report = chunks[-1].report
-    return _answered(job, chunks), report is None or report.recomputed
+    return _greedy_answer(job, chunks), report is None or report.recomputed
 
 
-async def _aggregated(pipeline: Pipeline, job: Job) -> list[int]:
-    """The tokens of the decode engine alone."""
+async def _ask_aggregated(pipeline: Pipeline, job: PromptCase) -> list[int]:
+    """Return the tokens of the decode engine alone."""
     steps = pipeline.decoder.decode(
         job.request(max_tokens=OUTPUT_TOKENS), job.selection, None, ((),), 60.0
     )
@@ -136,23 +136,23 @@ async def _aggregated(pipeline: Pipeline, job: Job) -> list[int]:
 
 
 async def _lose_the_peer(sheet: Sheet, pipeline: Pipeline, vocabulary: int) -> None:
-    """A ticket whose prefill engine is gone costs time, not tokens."""
+    """Check that a ticket whose prefill engine is gone costs time, not tokens."""
     (job,) = jobs(30, vocabulary, ("gaps",))
     request = job.request(max_tokens=OUTPUT_TOKENS)
-    async with _first(pipeline, job, request) as (ticket, first):
+    async with _hold_first(pipeline, job, request) as (ticket, first):
         gone = replace(ticket, endpoints=_NOBODY)
         steps = [
             step
             async for step in pipeline.decoder.decode(request, job.selection, gone, (first,), 60.0)
         ]
     tokens = [token for step in steps for token in step.chunk.token_ids]
-    right = tokens == await _aggregated(pipeline, job) and steps[-1].recomputed
+    right = tokens == await _ask_aggregated(pipeline, job) and steps[-1].recomputed
     sheet.check("a lost peer is recomputed", right, recomputed=steps[-1].recomputed)
 
 
 @asynccontextmanager
-async def _first(
-    pipeline: Pipeline, job: Job, request: Request
+async def _hold_first(
+    pipeline: Pipeline, job: PromptCase, request: Request
 ) -> AsyncIterator[tuple[Ticket, tuple[int, ...]]]:
     async with pipeline.prefiller.prefill(request, job.selection, 60.0) as prefilling:
         prefilled = await prefilling.result()
@@ -161,17 +161,17 @@ async def _first(
         yield prefilled.ticket, prefilled.first.token_ids
 
 
-def _answered(job: Job, chunks: Sequence[Chunk]) -> Answered:
+def _greedy_answer(job: PromptCase, chunks: Sequence[Chunk]) -> GreedyAnswer:
     tokens = [token for chunk in chunks for token in chunk.token_ids]
     logprobs = [
         {one.token_id: one.logprob for one in candidates}
         for chunk in chunks
         for candidates in chunk.logprobs or ()
     ]
-    return Answered(job, tokens, logprobs)
+    return GreedyAnswer(job, tokens, logprobs)
 
 
-def _judge(sheet: Sheet, machine: Machine, rows: Sequence[_Row], reference: Reference) -> None:
+def _judge(sheet: Sheet, machine: ProofMachine, rows: Sequence[_Row], reference: Reference) -> None:
     equal, recomputed = _count(rows, lambda row: row.equal), _count(rows, lambda r: r.recomputed)
     sheet.check("every prompt is handed over", recomputed == 0, recomputed=recomputed)
     counts = {"equal": f"{equal}/{len(rows)}"}

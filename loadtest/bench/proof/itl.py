@@ -15,9 +15,9 @@ from specprefill.config import EngineConfig
 
 from .findings import Sheet
 from .jobs import PLAIN
-from .machine import Machine, alone, links, main_model
+from .machine import ProofMachine, device_to_itself, links, main_model
 from .models import MODELS, kv_bytes_per_token, model_folder
-from .prompts import Job, every_other, prompt, sampling
+from .prompts import PromptCase, every_other, prompt, sampling
 
 if TYPE_CHECKING:
     from specprefill.decode.service import DecodeService
@@ -29,8 +29,8 @@ ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
-    """Of the model, and of the batches."""
+class ItlSizes:
+    """Sizes of the model, and of the batches."""
 
     model: str
     batches: tuple[int, ...]
@@ -38,18 +38,18 @@ class Sizes:
     output_tokens: int
 
 
-GPU = Sizes("1b", (1, 32, 128), 512, 256)
-CPU = Sizes("cpu-main", (1, 4), 128, 24)
+GPU = ItlSizes("1b", (1, 32, 128), 512, 256)
+CPU = ItlSizes("cpu-main", (1, 4), 128, 24)
 
 
 @dataclass(frozen=True, slots=True)
-class Ours:
+class OurEngine:
     """The decode service at sparse positions; every request replays its first token."""
 
     service: DecodeService
 
-    async def stream(self, job: Job, output_tokens: int) -> AsyncGenerator[int]:
-        """How many tokens come, each time some do."""
+    async def stream(self, job: PromptCase, output_tokens: int) -> AsyncGenerator[int]:
+        """Yield the number of tokens, each time some come."""
         request = job.request(max_tokens=output_tokens)
         first = ((job.prompt[0],),)
         async for step in self.service.decode(request, job.selection, None, first, 120.0):
@@ -57,13 +57,13 @@ class Ours:
 
 
 @dataclass(frozen=True, slots=True)
-class Plain:
+class PlainEngine:
     """vLLM without anything of ours, on as many tokens."""
 
     engine: Engine
 
-    async def stream(self, job: Job, output_tokens: int) -> AsyncGenerator[int]:
-        """How many tokens come, each time some do."""
+    async def stream(self, job: PromptCase, output_tokens: int) -> AsyncGenerator[int]:
+        """Yield the number of tokens, each time some come."""
         from vllm.sampling_params import RequestOutputKind
 
         kind = RequestOutputKind.DELTA
@@ -73,12 +73,12 @@ class Plain:
             yield len(output.outputs[0].token_ids)
 
 
-def prove(sheet: Sheet, machine: Machine, name: str, out: Path) -> None:
+def prove(sheet: Sheet, machine: ProofMachine, name: str, out: Path) -> None:
     """Measure `ours` or `plain`; the program sets one beside the other."""
     asyncio.run(_measure(sheet, machine, name, out))
 
 
-async def _measure(sheet: Sheet, machine: Machine, name: str, out: Path) -> None:
+async def _measure(sheet: Sheet, machine: ProofMachine, name: str, out: Path) -> None:
     from specprefill.decode.service import DecodeService
     from specprefill.engine.args import Role, engine_args
     from specprefill.engine.engine import Engine
@@ -94,8 +94,8 @@ async def _measure(sheet: Sheet, machine: Machine, name: str, out: Path) -> None
     started_s = time.monotonic()
     async with Engine(args) as engine:
         sheet.measure("engine started", start_s=time.monotonic() - started_s)
-        answering = Plain(engine) if name == PLAIN else Ours(DecodeService(engine))
-        with alone(out):
+        answering = PlainEngine(engine) if name == PLAIN else OurEngine(DecodeService(engine))
+        with device_to_itself(out):
             await _batch(answering, sizes, sizes.batches[-1], "warm-up")
             for batch in sizes.batches:
                 rounds = [
@@ -105,7 +105,7 @@ async def _measure(sheet: Sheet, machine: Machine, name: str, out: Path) -> None
                 sheet.measure(f"batch {batch}", batch=batch, rounds=ROUNDS, itl_ms=itl_s * 1e3)
 
 
-def _engine(machine: Machine, sizes: Sizes) -> EngineConfig:
+def _engine(machine: ProofMachine, sizes: ItlSizes) -> EngineConfig:
     most = max(sizes.batches)
     tokens = max(MAX_TOKENS, most * (sizes.kept_tokens + sizes.output_tokens)) + 64 * most
     return machine.engine(
@@ -120,17 +120,21 @@ def _engine(machine: Machine, sizes: Sizes) -> EngineConfig:
     )
 
 
-async def _batch(answering: Ours | Plain, sizes: Sizes, batch: int, seed: str) -> list[list[float]]:
-    """When each token came, per request; all are sent at once."""
+async def _batch(
+    answering: OurEngine | PlainEngine, sizes: ItlSizes, batch: int, seed: str
+) -> list[list[float]]:
+    """Return when each token came, per request; all are sent at once."""
     length = 2 * sizes.kept_tokens
     selection = every_other(length, RUN)
     vocabulary = MODELS[sizes.model].vocabulary
     names = [f"{batch}-{row}-{seed}" for row in range(batch)]
-    some = [Job(name, prompt(length, name, vocabulary), selection) for name in names]
+    some = [PromptCase(name, prompt(length, name, vocabulary), selection) for name in names]
     return await asyncio.gather(*(_times(answering, job, sizes.output_tokens) for job in some))
 
 
-async def _times(answering: Ours | Plain, job: Job, output_tokens: int) -> list[float]:
+async def _times(
+    answering: OurEngine | PlainEngine, job: PromptCase, output_tokens: int
+) -> list[float]:
     times: list[float] = []
     async for count in answering.stream(job, output_tokens):
         times += [time.perf_counter()] * count
@@ -140,7 +144,7 @@ async def _times(answering: Ours | Plain, job: Job, output_tokens: int) -> list[
 
 
 def steady_itl_s(times: Sequence[Sequence[float]]) -> float:
-    """Seconds a token while every request decodes: the median of the requests' means.
+    """Return seconds a token while every request decodes: the median of the requests' means.
 
     Raises ValueError when there is no such time.
     """

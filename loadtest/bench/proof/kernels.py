@@ -1,4 +1,4 @@
-"""What is installed, and vLLM's own kernels against torch."""
+"""The installed software, and vLLM's own kernels against torch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import transformers
 from torch import Tensor
 
 from .findings import Sheet
-from .machine import Machine
+from .machine import ProofMachine
 
 
-def prove(sheet: Sheet, machine: Machine) -> None:
-    """The versions, the device, and the kernels that a dense Llama needs."""
+def prove(sheet: Sheet, machine: ProofMachine) -> None:
+    """Check the versions, the device, and the kernels that a dense Llama needs."""
     started_s = time.monotonic()
     import vllm
     from vllm.platforms import current_platform

@@ -16,7 +16,7 @@ from specprefill.core.types import Plan, PlanKind, Reason, Request, keep_all
 
 from .. import gap
 from .findings import Sheet
-from .machine import Machine, alone, links, main_model
+from .machine import ProofMachine, device_to_itself, links, main_model
 from .models import MODELS, kv_bytes_per_token, model_folder
 from .prompts import prompt, wire
 
@@ -31,8 +31,8 @@ GROWTH = 1.5  # a round takes its tokens to this power: linear hand-overs, quadr
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
-    """Of the models and prompts."""
+class LatencySizes:
+    """Sizes of the models and prompts."""
 
     main: str
     draft: str
@@ -42,22 +42,22 @@ class Sizes:
 
     @property
     def max_tokens(self) -> int:
-        """Of a prompt and its answer."""
+        """Tokens of a prompt and its answer."""
         return self.lengths[-1] + 1024
 
 
-GPU = Sizes("8b", "1b", 8192, (8192, 32768, 65536), (3, 2, 1))
-CPU = Sizes("cpu-main", "cpu-draft", 1024, (1024, 2048), (1, 1))
-SHORT = Sizes("cpu-main", "cpu-draft", 1024, (1024,), (1,))
+GPU = LatencySizes("8b", "1b", 8192, (8192, 32768, 65536), (3, 2, 1))
+CPU = LatencySizes("cpu-main", "cpu-draft", 1024, (1024, 2048), (1, 1))
+SHORT = LatencySizes("cpu-main", "cpu-draft", 1024, (1024,), (1,))
 
 
 @dataclass(slots=True)
 class Round:
-    """What one length's prompts took, by plan, in the order they were run."""
+    """Times of one length's prompts, by plan, in the order they were run."""
 
     one_engine_s: list[float] = field(default_factory=list)  # dense, nothing handed over
-    plans: dict[str, list[gap.Run]] = field(default_factory=dict)
-    late: list[gap.Run] = field(default_factory=list)  # dense, pulled after the first token
+    plans: dict[str, list[gap.GapRun]] = field(default_factory=dict)
+    late: list[gap.GapRun] = field(default_factory=list)  # dense, pulled after the first token
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +65,11 @@ class Bench:
     """The pipeline that is measured."""
 
     pipeline: Pipeline
-    machine: Machine
-    sizes: Sizes
+    machine: ProofMachine
+    sizes: LatencySizes
 
     async def run(self, length: int, seed: int, into: Round) -> None:
-        """Every plan once, each with a prompt of its own."""
+        """Run every plan once, each with a prompt of its own."""
         into.one_engine_s.append(await self._one_engine(length, seed))
         for name, plan in PLANS.items():
             request = self._request(f"{name}-{seed}", length, plan)
@@ -81,7 +81,7 @@ class Bench:
         into.late.append(await gap.answer(late, "late", request))
 
     async def _one_engine(self, length: int, seed: int) -> float:
-        """Seconds to the only token that is asked for: the engine holds nothing for a peer."""
+        """Return seconds to the only token asked for: the engine holds nothing for a peer."""
         request = self._request(f"one-{seed}", length, _DENSE, output_tokens=1)
         started_s = time.monotonic()
         prefill = self.pipeline.prefiller.prefill(request, keep_all(length, _DENSE), 120.0)
@@ -98,7 +98,7 @@ class Bench:
         return Request(request_id, tokens, wire(max_tokens=output_tokens), plan=plan)
 
 
-def prove(sheet: Sheet, machine: Machine, name: str | None, out: Path, limit_s: float) -> None:
+def prove(sheet: Sheet, machine: ProofMachine, name: str | None, out: Path, limit_s: float) -> None:
     """Start the three services once; then every length, dense and pruned in turns."""
     stop_s = time.monotonic() + limit_s
     sizes = GPU if not machine.cpu else SHORT if name == "short" else CPU
@@ -106,7 +106,7 @@ def prove(sheet: Sheet, machine: Machine, name: str | None, out: Path, limit_s: 
 
 
 async def _measure(
-    sheet: Sheet, machine: Machine, sizes: Sizes, out: Path, left_s: Callable[[], float]
+    sheet: Sheet, machine: ProofMachine, sizes: LatencySizes, out: Path, left_s: Callable[[], float]
 ) -> None:
     from ..pools import local_pipeline
 
@@ -114,13 +114,13 @@ async def _measure(
     async with local_pipeline(configuration(machine, sizes)) as planned:
         sheet.measure("three services started", start_s=time.monotonic() - started_s)
         bench = Bench(planned.pipeline, machine, sizes)
-        with alone(out):
+        with device_to_itself(out):
             await bench.run(sizes.lengths[0], -1, Round())
             await _every_length(sheet, bench, left_s)
 
 
 async def _every_length(sheet: Sheet, bench: Bench, left_s: Callable[[], float]) -> None:
-    """Rounds as long as there is time; the first of a length is known to fit, or left out."""
+    """Yield rounds as long as there is time; the first of a length is known to fit, or left out."""
     took_s, before = 0.0, bench.sizes.lengths[0]
     for length, rounds in zip(bench.sizes.lengths, bench.sizes.rounds, strict=True):
         if left_s() < took_s * (length / before) ** GROWTH:
@@ -138,21 +138,21 @@ async def _every_length(sheet: Sheet, bench: Bench, left_s: Callable[[], float])
 
 
 def report(sheet: Sheet, bench: Bench, length: int, found: Round) -> None:
-    """A row per plan, and one for the hand-over."""
+    """Write a row per plan, and one for the hand-over."""
     one_engine_s = median(found.one_engine_s)
-    dense_s = _median(found.plans["dense"], lambda run: run.token_s[0])
+    dense_s = _median_of(found.plans["dense"], lambda run: run.token_s[0])
     for name, runs in found.plans.items():
         sheet.measure(f"{length} tokens, {name}", **_row(runs, length, one_engine_s, dense_s))
     size = length * kv_bytes_per_token(bench.sizes.main, bench.machine.dtype)
-    transfer_s = _median(found.late, lambda run: run.report.transfer_s)
+    transfer_s = _median_of(found.late, lambda run: run.report.transfer_s)
     sheet.measure(
         f"{length} tokens, pulled late",
         gigabytes=size / 1e9,
         transfer_s=transfer_s,
         gb_per_s=size / 1e9 / transfer_s if transfer_s else None,
-        gap_s=_median(found.late, lambda run: run.gap_s),
-        early_gap_s=_median(found.plans["dense"], lambda run: run.gap_s),
-        itl_s=_median(found.late, lambda run: run.itl_s),
+        gap_s=_median_of(found.late, lambda run: run.gap_s),
+        early_gap_s=_median_of(found.plans["dense"], lambda run: run.gap_s),
+        itl_s=_median_of(found.late, lambda run: run.itl_s),
     )
     everything = [run for runs in (*found.plans.values(), found.late) for run in runs]
     recomputed = sum(run.report.recomputed for run in everything)
@@ -165,11 +165,11 @@ def report(sheet: Sheet, bench: Bench, length: int, found: Round) -> None:
 
 
 def _row(
-    runs: Sequence[gap.Run], length: int, one_engine_s: float, dense_s: float
+    runs: Sequence[gap.GapRun], length: int, one_engine_s: float, dense_s: float
 ) -> dict[str, Any]:
-    """Medians. `overhead_s`: of the first token's time, what no stage has spent."""
+    """Return medians. `overhead_s` is the part of the first token's time outside every stage."""
     stages = {name: median(getattr(run.report, name) for run in runs) for name in STAGES}
-    first_s = _median(runs, lambda run: run.token_s[0])
+    first_s = _median_of(runs, lambda run: run.token_s[0])
     kept = runs[0].report.kept_tokens
     return {
         "kept_tokens": kept,
@@ -180,17 +180,17 @@ def _row(
         "over_one_engine": one_engine_s / first_s,
         "ceiling": 1.0 / (kept / length + stages["speculate_s"] / one_engine_s),
         "overhead_s": first_s - sum(stages[name] for name in BEFORE_FIRST),
-        "gap_s": _median(runs, lambda run: run.gap_s),
+        "gap_s": _median_of(runs, lambda run: run.gap_s),
         **stages,
     }
 
 
-def _median(runs: Sequence[gap.Run], value: Callable[[gap.Run], float]) -> float:
+def _median_of(runs: Sequence[gap.GapRun], value: Callable[[gap.GapRun], float]) -> float:
     return median(value(run) for run in runs)
 
 
-def configuration(machine: Machine, sizes: Sizes) -> AppConfig:
-    """Three services on one device, with nothing cached between runs.
+def configuration(machine: ProofMachine, sizes: LatencySizes) -> AppConfig:
+    """Configure three services on one device, with nothing cached between runs.
 
     Eager is fair to long prefills, which run without graphs anyway, and starts sooner.
     """

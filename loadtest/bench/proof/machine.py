@@ -1,4 +1,4 @@
-"""What depends on where the proof runs: one GPU, or a CPU with small shapes."""
+"""Settings that depend on where the proof runs: one GPU, or a CPU with small shapes."""
 
 from __future__ import annotations
 
@@ -42,23 +42,23 @@ _INTERPRETER = Path("tests/integration/interpreter")
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class ProofMachine:
     """One GPU, or a CPU on which times mean nothing."""
 
     cpu: bool
 
     @property
     def device(self) -> str:
-        """As torch calls it."""
+        """The device's name in torch."""
         return "cpu" if self.cpu else "cuda"
 
     @property
     def dtype(self) -> str:
-        """Of what is served here."""
+        """The dtype of the models served here."""
         return "float32" if self.cpu else "bfloat16"
 
     def environment(self) -> dict[str, str]:
-        """For every part's process."""
+        """Return the environment of every part's process."""
         if not self.cpu:
             return _COMMON | _GPU
         return _COMMON | CPU_ENVIRONMENT
@@ -71,7 +71,7 @@ class Machine:
         backend: str | None = None,
         **engine_args: Any,
     ) -> EngineConfig:
-        """An engine that shares the device; `backend` is the attention's, vLLM's choice if None."""
+        """Return an engine that shares the device; `backend` None leaves attention to vLLM."""
         if self.cpu:
             return EngineConfig(
                 **{"block_size": CPU_BLOCK_TOKENS, **sizes}, engine_args=engine_args
@@ -84,7 +84,7 @@ class Machine:
     def small_engine(
         self, *, eager: bool, backend: str | None = None, **engine_args: Any
     ) -> EngineConfig:
-        """An engine of parity: several of them share the device."""
+        """Return an engine for parity: several of them share the device."""
         sizes = {
             "kv_cache_memory_bytes": (96 if self.cpu else 512) << 20,
             "max_num_batched_tokens": SMALL_CHUNK_TOKENS,
@@ -95,7 +95,7 @@ class Machine:
 
 
 def main_model(folder: str, dtype: str, max_tokens: int, *, weights: bool) -> MainModel:
-    """The configuration of a model folder."""
+    """Return the configuration of a model folder."""
     return MainModel.model_validate(
         {
             "path": folder,
@@ -107,7 +107,7 @@ def main_model(folder: str, dtype: str, max_tokens: int, *, weights: bool) -> Ma
 
 
 def links(**values: Any) -> KvConfig:
-    """How engines of one machine hand KV over."""
+    """Return the KV configuration between engines of one machine."""
     return KvConfig.model_validate(
         {
             "host": "127.0.0.1",
@@ -120,7 +120,7 @@ def links(**values: Any) -> KvConfig:
 
 
 def interpret_triton() -> dict[str, str] | None:
-    """The environment in which vLLM's V2 runner runs on a CPU; None outside a source checkout."""
+    """Return the environment of vLLM's V2 runner on a CPU; None outside a source checkout."""
     folder = Path(local_path(str(_INTERPRETER)))
     if not (folder / "sitecustomize.py").exists():
         return None
@@ -129,7 +129,7 @@ def interpret_triton() -> dict[str, str] | None:
 
 
 @contextlib.contextmanager
-def alone(out: Path) -> Iterator[None]:
+def device_to_itself(out: Path) -> Iterator[None]:
     """Wait until no part that started beside this one uses the device, and keep it so."""
     with lock_file(out).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -137,5 +137,5 @@ def alone(out: Path) -> Iterator[None]:
 
 
 def lock_file(out: Path) -> Path:
-    """Locked, shared, for the life of every part that is not timed."""
+    """Return the file that every untimed part locks, shared, for its life."""
     return out / "device.lock"

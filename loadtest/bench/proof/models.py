@@ -14,7 +14,7 @@ _DONE = "done"
 
 @dataclass(frozen=True, slots=True)
 class RandomModel:
-    """A Llama's size, and how its head is."""
+    """A Llama's size, and the kind of its head."""
 
     shape: Shape
     vocabulary: int = 2048
@@ -34,13 +34,13 @@ MODELS = {
 
 
 def kv_bytes_per_token(name: str, dtype: str) -> int:
-    """Keys and values of one token in every layer."""
+    """Bytes of one token's keys and values in every layer."""
     shape = MODELS[name].shape
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * (4 if dtype == "float32" else 2)
 
 
 def model_folder(name: str, dtype: str, max_tokens: int, *, weights: bool) -> str:
-    """The folder of a named model, written unless it is there; without weights if not asked."""
+    """Return a named model's folder, written unless it is there; without weights if not asked."""
     kind = dtype if weights else f"{dtype}-dummy"
     folder = _FOLDER / f"{name}-{kind}-{max_tokens}"
     if not (folder / _DONE).exists():
@@ -82,7 +82,7 @@ def _write(folder: Path, model: RandomModel, dtype: str, max_tokens: int, weight
 
 
 def _write_tokenizer(folder: Path, vocabulary: int) -> None:
-    """One word per token id, so that every token has a text.
+    """Write one word per token id, so that every token has a text.
 
     A first token without text would be held back until decode repeats it.
     """

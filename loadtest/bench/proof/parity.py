@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .findings import Sheet
-from .machine import MAX_TOKENS, Machine, links, main_model
+from .machine import MAX_TOKENS, ProofMachine, links, main_model
 from .models import MODELS, model_folder
-from .prompts import Job, jobs, sampling
+from .prompts import PromptCase, jobs, sampling
 
 if TYPE_CHECKING:
     from specprefill.engine.engine import Engine
 
-    from .reference import Answered
+    from .reference import GreedyAnswer
 
 OUTPUT_TOKENS = 24
 TOP = 5  # log-probabilities per output token
@@ -25,7 +25,7 @@ _FULL = {"mode": 0, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": _CAPTUR
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
+class EngineVariant:
     """One way to run an engine."""
 
     v2: bool  # vLLM's model runner
@@ -38,34 +38,36 @@ class Variant:
 
 
 VARIANTS = {
-    "v2-flash-eager": Variant(True, "FLASH_ATTN", "eager", "PREFILL", "bfloat16", "wide"),
-    "v2-triton-eager-fp32": Variant(True, "TRITON_ATTN", "eager", "PREFILL", "float32"),
-    "v2-flash-fullgraph": Variant(True, "FLASH_ATTN", "full", "DECODE", "bfloat16", "wide"),
-    "v2-triton-fullgraph": Variant(True, "TRITON_ATTN", "full", "DECODE", "bfloat16"),
-    "v2-flash-default-prefill": Variant(
+    "v2-flash-eager": EngineVariant(True, "FLASH_ATTN", "eager", "PREFILL", "bfloat16", "wide"),
+    "v2-triton-eager-fp32": EngineVariant(True, "TRITON_ATTN", "eager", "PREFILL", "float32"),
+    "v2-flash-fullgraph": EngineVariant(True, "FLASH_ATTN", "full", "DECODE", "bfloat16", "wide"),
+    "v2-triton-fullgraph": EngineVariant(True, "TRITON_ATTN", "full", "DECODE", "bfloat16"),
+    "v2-flash-default-prefill": EngineVariant(
         True, "FLASH_ATTN", "default", "PREFILL", "bfloat16", "wide"
     ),
-    "v2-flash-default-decode": Variant(True, "FLASH_ATTN", "default", "DECODE", "bfloat16", "wide"),
-    "v1-triton-eager-fp32": Variant(False, "TRITON_ATTN", "eager", "PREFILL", "float32"),
-    "v1-flash-fullgraph": Variant(False, "FLASH_ATTN", "full", "DECODE", "bfloat16", "wide"),
-    "v1-flash-default-prefill": Variant(
+    "v2-flash-default-decode": EngineVariant(
+        True, "FLASH_ATTN", "default", "DECODE", "bfloat16", "wide"
+    ),
+    "v1-triton-eager-fp32": EngineVariant(False, "TRITON_ATTN", "eager", "PREFILL", "float32"),
+    "v1-flash-fullgraph": EngineVariant(False, "FLASH_ATTN", "full", "DECODE", "bfloat16", "wide"),
+    "v1-flash-default-prefill": EngineVariant(
         False, "FLASH_ATTN", "default", "PREFILL", "bfloat16", "wide"
     ),
-    "cpu-v1": Variant(False, None, "eager", "PREFILL", "float32"),
-    "cpu-v2": Variant(True, None, "eager", "PREFILL", "float32", interpreted=True),
+    "cpu-v1": EngineVariant(False, None, "eager", "PREFILL", "float32"),
+    "cpu-v2": EngineVariant(True, None, "eager", "PREFILL", "float32", interpreted=True),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class _Answers:
-    alone: list[Answered]
-    mixed: list[Answered]
-    cached: list[Answered]
+    alone: list[GreedyAnswer]
+    mixed: list[GreedyAnswer]
+    cached: list[GreedyAnswer]
     cached_tokens: int  # the least that one of `cached` found
 
 
-def prove(sheet: Sheet, machine: Machine, name: str) -> None:
-    """Each case alone, then all twice in one batch, then again from the prefix cache."""
+def prove(sheet: Sheet, machine: ProofMachine, name: str) -> None:
+    """Run each case alone, then all twice in one batch, then again from the prefix cache."""
     from .reference import Reference, check_that_it_can_fail, compare
 
     variant = VARIANTS[name]
@@ -80,7 +82,9 @@ def prove(sheet: Sheet, machine: Machine, name: str) -> None:
     check_that_it_can_fail(sheet, reference, gaps, variant.dtype)
 
 
-async def _answers(sheet: Sheet, machine: Machine, variant: Variant, folder: str) -> _Answers:
+async def _answers(
+    sheet: Sheet, machine: ProofMachine, variant: EngineVariant, folder: str
+) -> _Answers:
     vocabulary = MODELS[variant.model].vocabulary
     started_s = time.monotonic()
     async with _engine(sheet, machine, variant, folder) as engine:
@@ -99,7 +103,7 @@ async def _answers(sheet: Sheet, machine: Machine, variant: Variant, folder: str
     )
 
 
-def _engine(sheet: Sheet, machine: Machine, variant: Variant, folder: str) -> Engine:
+def _engine(sheet: Sheet, machine: ProofMachine, variant: EngineVariant, folder: str) -> Engine:
     from specprefill.engine.args import Role, engine_args, vllm_config
     from specprefill.engine.engine import Engine
 
@@ -124,11 +128,11 @@ def _engine(sheet: Sheet, machine: Machine, variant: Variant, folder: str) -> En
     return Engine(args)
 
 
-async def _answer(engine: Engine, job: Job, kind: str) -> tuple[Answered, int]:
-    """The engine's answer to the kept tokens, and how many of them its prefix cache had."""
+async def _answer(engine: Engine, job: PromptCase, kind: str) -> tuple[GreedyAnswer, int]:
+    """Return the engine's answer to the kept tokens, and how many its prefix cache had."""
     from specprefill.engine.params import POSITIONS
 
-    from .reference import Answered
+    from .reference import GreedyAnswer
 
     params = sampling(max_tokens=OUTPUT_TOKENS, logprobs=TOP, detokenize=False)
     if not job.positions.is_identity:
@@ -139,4 +143,4 @@ async def _answer(engine: Engine, job: Job, kind: str) -> tuple[Answered, int]:
         last = output
     completion = last.outputs[0]
     logprobs = [{token: one.logprob for token, one in step.items()} for step in completion.logprobs]
-    return Answered(job, list(completion.token_ids), logprobs), last.num_cached_tokens or 0
+    return GreedyAnswer(job, list(completion.token_ids), logprobs), last.num_cached_tokens or 0

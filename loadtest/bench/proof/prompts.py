@@ -30,8 +30,8 @@ CASES: dict[str, tuple[int, tuple[Span, ...]]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """A prompt, and what of it is kept."""
+class PromptCase:
+    """A prompt, and the kept part of it."""
 
     name: str
     prompt: tuple[int, ...]
@@ -39,47 +39,51 @@ class Job:
 
     @property
     def positions(self) -> PositionMap:
-        """Slot to position."""
+        """Map slots to positions."""
         return PositionMap.from_runs(self.selection.runs, self.selection.prompt_tokens)
 
     def request(self, **sampling: Any) -> Request:
-        """What the services are asked."""
+        """Return the request to the services."""
         return Request(self.name, self.prompt, wire(**sampling), timeout_s=120.0)
 
 
-def jobs(seed: int, vocabulary: int, names: Sequence[str] = tuple(CASES)) -> list[Job]:
-    """Every case once, with prompts that no other seed has."""
+def jobs(seed: int, vocabulary: int, names: Sequence[str] = tuple(CASES)) -> list[PromptCase]:
+    """Return every case once, with prompts that no other seed has."""
     return [
-        Job(f"{name}-{seed}", prompt(CASES[name][0], f"{name}{seed}", vocabulary), kept(name))
+        PromptCase(
+            f"{name}-{seed}",
+            prompt(CASES[name][0], f"{name}{seed}", vocabulary),
+            kept_selection(name),
+        )
         for name in names
     ]
 
 
-def kept(name: str) -> Selection:
-    """The selection of a case."""
+def kept_selection(name: str) -> Selection:
+    """Return the selection of a case."""
     length, runs = CASES[name]
     return Selection(length, runs, _PRUNE)
 
 
 def every_other(length: int, run: int) -> Selection:
-    """Half of a prompt: runs of `run` tokens, one kept and one dropped in turn."""
+    """Return half of a prompt: runs of `run` tokens, one kept and one dropped in turn."""
     spans = tuple(Span(start, start + run) for start in range(0, length, 2 * run))
     return Selection(length, spans, _PRUNE)
 
 
 def prompt(length: int, seed: str, vocabulary: int) -> tuple[int, ...]:
-    """Random tokens."""
+    """Return random tokens."""
     draw = random.Random(seed)
     return tuple(draw.randrange(FIRST_TOKEN_ID, vocabulary) for _ in range(length))
 
 
 def sampling(**values: Any) -> Any:
-    """Greedy sampling parameters that do not stop early."""
+    """Return greedy sampling parameters that do not stop early."""
     from vllm import SamplingParams
 
     return SamplingParams(**{"temperature": 0.0, "ignore_eos": True, **values})
 
 
 def wire(**values: Any) -> bytes:
-    """`sampling` as requests carry it."""
+    """Return `sampling` as requests carry it."""
     return msgspec.msgpack.encode(sampling(**values))

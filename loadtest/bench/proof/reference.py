@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
 from .findings import Sheet
-from .prompts import Job
+from .prompts import PromptCase
 
 # How far a token may be off the reference's best, in logits; log-probabilities likewise.
 # Sixteen bits move near ties; wrong positions are off by 5 and more.
@@ -21,25 +21,25 @@ Logprobs = Sequence[Mapping[int, float]]  # per output token: some candidates'
 
 
 @dataclass(frozen=True, slots=True)
-class Answered:
+class GreedyAnswer:
     """An engine's greedy answer to a job."""
 
-    job: Job
+    job: PromptCase
     tokens: list[int]
     logprobs: Logprobs
 
 
 @dataclass(frozen=True, slots=True)
-class Distance:
-    """How far an answer is from the reference, the answer's own tokens being fed."""
+class LogitDistance:
+    """The distance of an answer from the reference, which is fed the answer's own tokens."""
 
     best: int  # tokens that are the reference's best
     of: int
     logit_gap: float  # the largest, from the reference's best token
     logprob_gap: float
 
-    def within(self, tolerance: float) -> bool:
-        """Whether both gaps are."""
+    def is_within(self, tolerance: float) -> bool:
+        """Return True if both gaps are within the tolerance."""
         return max(self.logit_gap, self.logprob_gap) <= tolerance
 
 
@@ -52,8 +52,8 @@ class Reference:
         self._model = model.to(device).eval()
         self._device = device
 
-    def distance(self, answered: Answered, *, contiguous: bool = False) -> Distance:
-        """Of one answer. `contiguous`: as if slots were positions."""
+    def distance(self, answered: GreedyAnswer, *, contiguous: bool = False) -> LogitDistance:
+        """Return the distance of one answer. `contiguous`: as if slots were positions."""
         logits = self._logits(answered.job, answered.tokens, contiguous)
         tokens = torch.tensor(answered.tokens, device=self._device)
         chosen = logits.gather(1, tokens[:, None])[:, 0]
@@ -63,15 +63,15 @@ class Reference:
             for row, step in enumerate(answered.logprobs)
             for token, value in step.items()
         ]
-        return Distance(
+        return LogitDistance(
             best=int((logits.argmax(dim=1) == tokens).sum()),
             of=len(answered.tokens),
             logit_gap=float((logits.max(dim=1).values - chosen).max()),
             logprob_gap=max(gaps, default=0.0),
         )
 
-    def _logits(self, job: Job, answer: Sequence[int], contiguous: bool) -> Tensor:
-        """`[answer, vocabulary]`: before each of its tokens."""
+    def _logits(self, job: PromptCase, answer: Sequence[int], contiguous: bool) -> Tensor:
+        """Return `[answer, vocabulary]`: the logits before each of its tokens."""
         kept = job.positions.kept.tolist()
         ids = [job.prompt[place] for place in kept] + list(answer[:-1])
         places = kept + [len(job.prompt) + step for step in range(len(answer) - 1)]
@@ -90,14 +90,14 @@ class Reference:
 
 
 def compare(
-    sheet: Sheet, what: str, reference: Reference, answers: Iterable[Answered], dtype: str
+    sheet: Sheet, what: str, reference: Reference, answers: Iterable[GreedyAnswer], dtype: str
 ) -> None:
-    """One check that every answer is within the tolerance; those that are not, one by one."""
+    """Check that every answer is within the tolerance; list those that are not."""
     tolerance = TOLERANCE[dtype]
     found = {answered.job.name: reference.distance(answered) for answered in answers}
     sheet.check(
         what,
-        all(one.within(tolerance) for one in found.values()),
+        all(one.is_within(tolerance) for one in found.values()),
         dtype=dtype,
         exact=f"{sum(one.best == one.of for one in found.values())}/{len(found)}",
         tolerance=tolerance,
@@ -105,14 +105,14 @@ def compare(
         logprob_gap=max(one.logprob_gap for one in found.values()),
     )
     for name, one in found.items():
-        if not one.within(tolerance):
+        if not one.is_within(tolerance):
             sheet.check(f"{what}: {name}", ok=False, **asdict(one))
 
 
 def check_that_it_can_fail(
-    sheet: Sheet, reference: Reference, answered: Answered, dtype: str
+    sheet: Sheet, reference: Reference, answered: GreedyAnswer, dtype: str
 ) -> None:
-    """The same comparison must fail at contiguous positions."""
+    """Check that the same comparison fails at contiguous positions."""
     wrong = reference.distance(answered, contiguous=True)
     fails = wrong.logprob_gap > 3 * TOLERANCE[dtype]
     sheet.check("contiguous positions fail this check", fails, **asdict(wrong))

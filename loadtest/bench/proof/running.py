@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .findings import Sheet
-from .jobs import Job, Wave
-from .machine import Machine, interpret_triton, lock_file
+from .jobs import ProofJob, Wave
+from .machine import ProofMachine, interpret_triton, lock_file
 from .parity import VARIANTS
 
 LOG = "log.txt"
@@ -27,7 +27,7 @@ _MODULE = "loadtest.bench.proof"
 class Running:
     """A job's process."""
 
-    job: Job
+    job: ProofJob
     process: subprocess.Popen[bytes]
     stop_s: float  # on the monotonic clock
 
@@ -47,13 +47,13 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class Runner:
-    """Where the jobs run, and where their results go."""
+    """Runs the jobs of a proof, and stores their results."""
 
-    machine: Machine
+    machine: ProofMachine
     out: Path
 
     def run(self, waves: Sequence[Wave], budget_s: float) -> None:
-        """One wave after the other, as long as there is time."""
+        """Run one wave after the other, as long as there is time."""
         stop_s = time.monotonic() + budget_s
         for wave in waves:
             if stop_s - time.monotonic() < LEAST_S:
@@ -67,7 +67,7 @@ class Runner:
         for one in sorted(running, key=lambda one: one.stop_s):
             one.finish(Sheet(self.out, one.job.name))
 
-    def _start(self, job: Job, stop_s: float) -> Running:
+    def _start(self, job: ProofJob, stop_s: float) -> Running:
         now_s = time.monotonic()
         stop_s = min(now_s + job.limit_s, stop_s)
         with (self.out / LOG).open("a") as log, lock_file(self.out).open("w") as lock:
@@ -83,14 +83,14 @@ class Runner:
             )
         return Running(job, process, stop_s)
 
-    def _command(self, job: Job, limit_s: float) -> list[str]:
+    def _command(self, job: ProofJob, limit_s: float) -> list[str]:
         command = [sys.executable, "-m", _MODULE, "--out", str(self.out), "--part", job.part]
         command += ["--limit", f"{limit_s:.1f}"]
         if job.variant is not None:
             command += ["--variant", job.variant]
         return [*command, "--cpu"] if self.machine.cpu else command
 
-    def _environment(self, job: Job) -> dict[str, str]:
+    def _environment(self, job: ProofJob) -> dict[str, str]:
         environment = os.environ | self.machine.environment()
         environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # overrides kv_cache_memory_bytes
         if job.part == "parity" and job.variant is not None:

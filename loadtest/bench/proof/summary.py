@@ -7,26 +7,26 @@ from typing import Any
 
 from specprefill.lab.reporting.tables import markdown
 
-from .findings import Finding
+from .findings import ProofFinding
 from .jobs import OURS, PLAIN
 
 _ITL = {OURS: f"itl:{OURS}", PLAIN: f"itl:{PLAIN}"}
 
 
-def failed(findings: Sequence[Finding]) -> list[Finding]:
-    """The checks that failed."""
+def failed_checks(findings: Sequence[ProofFinding]) -> list[ProofFinding]:
+    """Return the checks that failed."""
     return [one for one in findings if one.ok is False]
 
 
-def first_token_table(findings: Sequence[Finding]) -> str:
-    """A row per length and plan; empty when nothing was measured."""
+def first_token_table(findings: Sequence[ProofFinding]) -> str:
+    """Return a row per length and plan; empty when nothing was measured."""
     rows = [one for one in findings if "first_token_s" in one.values]
     headers = ("prompt", "kept", "TTFT", "vs dense", "vs one engine", "1/(k+r)", "speculate",
                "prefill", "overhead", "token 1 to 2")  # fmt: skip
     return markdown(headers, [_first_token_cells(one) for one in rows]) if rows else ""
 
 
-def _first_token_cells(finding: Finding) -> list[str]:
+def _first_token_cells(finding: ProofFinding) -> list[str]:
     values = finding.values
     return [
         finding.what,
@@ -39,8 +39,8 @@ def _first_token_cells(finding: Finding) -> list[str]:
     ]
 
 
-def hand_over_table(findings: Sequence[Finding]) -> str:
-    """A row per length; empty when nothing was measured."""
+def hand_over_table(findings: Sequence[ProofFinding]) -> str:
+    """Return a row per length; empty when nothing was measured."""
     rows = [one for one in findings if "gb_per_s" in one.values]
     headers = ("hand-over", "GB", "GB/s", "token 1 to 2, late", "early", "later tokens")
     return (
@@ -58,8 +58,8 @@ def _hand_over_cells(what: str, values: dict[str, Any]) -> list[str]:
     ]
 
 
-def itl_table(findings: Sequence[Finding]) -> str:
-    """Ours beside plain vLLM's by batch; empty unless both were measured."""
+def itl_table(findings: Sequence[ProofFinding]) -> str:
+    """Return ours beside plain vLLM's by batch; empty unless both were measured."""
     found = {
         name: {one.values["batch"]: one.values["itl_ms"] for one in findings
                if one.part == part and "itl_ms" in one.values}

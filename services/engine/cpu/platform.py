@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # vllm.config imports the platform
 
 
 class CpuEnginePlatform(CpuPlatform):  # type: ignore[misc]
-    """See `platform`."""
+    """vLLM's CPU platform, with one-process engines."""
 
     ray_device_key = "GPU"  # the only key that vLLM's Ray executor can resolve for CPU nodes
     ray_noset_device_env_vars = ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"]  # noqa: RUF012

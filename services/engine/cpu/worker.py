@@ -49,7 +49,7 @@ class SparseCPUModelRunner(CPUModelRunner):  # type: ignore[misc]
         """Sample; seeded requests still in their prompt get their generator's state back.
 
         Their token is discarded. vLLM rewinds the generator by an offset, which generators
-        on CPUs do not have: the engine would die of a seeded prompt of two chunks.
+        on CPUs do not have: a seeded prompt of two chunks would crash the engine.
         """
         states = {row: one.get_state() for row, one in self._partial_generators().items()}
         sampled = super()._sample(*args, **kwargs)
@@ -68,7 +68,7 @@ class SparseCPUModelRunner(CPUModelRunner):  # type: ignore[misc]
             self.input_batch.generators.update(rewound)
 
     def _partial_generators(self) -> dict[int, torch.Generator]:
-        """Seeded generators of the requests whose prompt goes on after this step, by row."""
+        """Return the seeded generators, by row, of requests whose prompt is not finished yet."""
         partial = self.discard_request_mask.np[: self.input_batch.num_reqs]
         generators: dict[int, torch.Generator] = self.input_batch.generators
         return {row: one for row, one in generators.items() if partial[row]}

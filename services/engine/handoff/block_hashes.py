@@ -1,4 +1,4 @@
-"""Prefix-cache hashes that know positions.
+"""Prefix-cache hashes that include token positions.
 
 vLLM hashes a block by its token ids and its predecessor. A pruned prompt has the same ids
 as some dense prompt, but its KV was computed at other positions, so from the first gap on
@@ -37,7 +37,7 @@ class PositionHasher:
 
 
 class _RequestHasher:
-    """What vLLM calls to hash a request's new full blocks."""
+    """The callable by which vLLM hashes a request's new full blocks."""
 
     def __init__(self, block_size: int, hash_function: Any, mapping: PositionMap) -> None:
         self._block_size = block_size

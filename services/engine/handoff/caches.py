@@ -14,7 +14,7 @@ from .layout import KvLayout
 
 
 class Caches:
-    """What both sides of the hand-off know of the caches. Thread-safe."""
+    """The caches' layers and layout, for both sides of the hand-off. Thread-safe."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Caches:
 
 
 def kernel_blocks(block_size: int, page_tokens: int) -> int:
-    """How many cache pages make up one of the scheduler's blocks.
+    """Return the number of cache pages in one of the scheduler's blocks.
 
     vLLM lays caches out by the attention kernel's own block size, which may divide the
     scheduler's. Raises UnsupportedModel where it does not.

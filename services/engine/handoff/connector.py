@@ -41,7 +41,7 @@ class SpecPrefillConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        """The per-layer copies are Python between graph pieces."""
+        """Return True on the prefill side: per-layer copies are Python between graph pieces."""
         return bool(extra_config.get("stages_layers", False))
 
     # The scheduler's half.
@@ -53,21 +53,21 @@ class SpecPrefillConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int, bool]:
-        """How many prompt tokens a pull would bring, and that it runs in the background."""
+        """Return the number of prompt tokens to pull, and that the pull runs in the background."""
         tokens = self._scheduler.tokens_to_pull(request, num_computed_tokens)
         return tokens, tokens > 0
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        """Blocks are allocated: the pull may begin."""
-        self._scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+        """Start the pull: its blocks are allocated."""
+        self._scheduler.order_pull(request, blocks.get_block_ids()[0], num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
-        """What the workers are to do in this step."""
+        """Return the workers' orders for this step."""
         return self._scheduler.orders(scheduler_output)
 
     def update_connector_output(self, connector_output: Any) -> None:
-        """Pulls that ended, well or not."""
-        self._scheduler.pulled(
+        """Note the pulls that ended, well or not."""
+        self._scheduler.record_pulls(
             connector_output.finished_recving or set(),
             connector_output.failed_recving or set(),
             connector_output.kv_connector_worker_meta,
@@ -76,9 +76,9 @@ class SpecPrefillConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def request_finished(
         self, request: Any, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """Blocks are free at once: what is handed over is a copy."""
+        """Return that the blocks are free at once: what is handed over is a copy."""
         del block_ids
-        return False, self._scheduler.finished(request)
+        return False, self._scheduler.output_fields(request)
 
     def has_pending_push_work(self) -> bool:
         """Keep an idle engine stepping until its orders are out."""
@@ -87,36 +87,36 @@ class SpecPrefillConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def set_xfer_handshake_metadata_pp_aware(
         self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
     ) -> None:
-        """The workers' endpoints, by pipeline stage and tensor-parallel rank."""
-        self._scheduler.peers([metadata[rank] for rank in sorted(metadata)])
+        """Store the workers' endpoints, by pipeline stage and tensor-parallel rank."""
+        self._scheduler.set_peers([metadata[rank] for rank in sorted(metadata)])
 
     # The workers' half.
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """The caches exist: learn their layout and start to listen."""
+        """Learn the layout of the caches, which exist by now, and start to listen."""
         self._worker.start(kv_caches)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
-        """Where this worker's leases can be pulled."""
+        """Return the endpoint from which this worker's leases can be pulled."""
         return self._worker.endpoint()
 
     @property
     def kv_address(self) -> str | None:
-        """Where this worker's KV port listens; None on the decode side."""
+        """Return the address of this worker's KV port; None on the decode side."""
         return self._worker.address
 
     @property
     def kv_carrier(self) -> str:
-        """The best carrier that this worker has."""
+        """Return the best carrier that this worker has."""
         return self._worker.carrier
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Begin this step's pulls in the background."""
+        """Start this step's pulls in the background."""
         del forward_context, kwargs
-        self._worker.begin(self._get_connector_metadata())
+        self._worker.start_pulls(self._get_connector_metadata())
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Never waits: a request is scheduled only when all of its KV is there."""
+        """Return at once: a request is scheduled only when all of its KV is there."""
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
@@ -126,16 +126,16 @@ class SpecPrefillConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._worker.stage(layer_name, kv_layer, self._get_connector_metadata())
 
     def wait_for_save(self) -> None:
-        """Copies must be done before their blocks may be reused."""
+        """Wait for the copies: they must be done before their blocks may be reused."""
         self._worker.finish_step(self._get_connector_metadata())
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        """Pulls that ended since the last step; aborted requests' pulls are cancelled."""
-        return self._worker.results(finished_req_ids)
+        """Return the pulls that ended since the last step; cancel aborted requests' pulls."""
+        return self._worker.take_results(finished_req_ids)
 
     def build_connector_worker_meta(self) -> PullTimes | None:
-        """How long the pulls took that have ended since the last step."""
-        return self._worker.pull_times()
+        """Return the durations of the pulls that have ended since the last step."""
+        return self._worker.take_pull_times()
 
     def shutdown(self) -> None:
         """Stop serving and pulling."""

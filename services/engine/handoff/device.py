@@ -26,7 +26,7 @@ class CopyEvent(Protocol):
 class CopyStream(Protocol):
     """A queue of copies, done in order, beside the model's computation. Any thread may use it."""
 
-    def after(self, event: CopyEvent) -> None:
+    def order_after(self, event: CopyEvent) -> None:
         """Do what is queued from now on after `event`."""
         ...
 
@@ -55,13 +55,13 @@ class CopyStream(Protocol):
 
 
 class Device(Protocol):
-    """Where an engine's caches are."""
+    """The device of an engine's caches."""
 
     def stream(self) -> CopyStream:
         """Make a stream."""
         ...
 
-    def computed(self) -> CopyEvent:
+    def mark_computed(self) -> CopyEvent:
         """Mark what the calling thread, the engine's, has launched so far."""
         ...
 
@@ -84,7 +84,7 @@ class Device(Protocol):
 
 class _Done:
     def wait(self) -> None:
-        """It was done when it was made."""
+        """Return at once: the work was done when the event was made."""
 
 
 class HostDevice:
@@ -94,7 +94,7 @@ class HostDevice:
         """See Device."""
         return self
 
-    def computed(self) -> CopyEvent:
+    def mark_computed(self) -> CopyEvent:
         """See Device."""
         return _Done()
 
@@ -113,7 +113,7 @@ class HostDevice:
         """See Device."""
         return values
 
-    def after(self, event: CopyEvent) -> None:
+    def order_after(self, event: CopyEvent) -> None:
         """See CopyStream."""
 
     def copy_out(self, source: torch.Tensor, into: torch.Tensor) -> CopyEvent:
@@ -145,9 +145,9 @@ class CudaDevice:
         """See Device."""
         return _CudaStream(self._device)
 
-    def computed(self) -> CopyEvent:
+    def mark_computed(self) -> CopyEvent:
         """See Device."""
-        return _CudaEvent.recorded(torch.cuda.current_stream(self._device))
+        return _CudaEvent.record(torch.cuda.current_stream(self._device))
 
     def host_buffer(self, size: int) -> torch.Tensor:
         """See Device."""
@@ -176,7 +176,7 @@ class _CudaEvent:
         self.event = event
 
     @classmethod
-    def recorded(cls, stream: torch.cuda.Stream) -> _CudaEvent:
+    def record(cls, stream: torch.cuda.Stream) -> _CudaEvent:
         event = torch.cuda.Event(blocking=True)  # threads that wait for it leave the core
         event.record(stream)
         return cls(event)
@@ -190,7 +190,7 @@ class _CudaStream:
         self._stream = torch.cuda.Stream(device)
         self._device = device
 
-    def after(self, event: CopyEvent) -> None:
+    def order_after(self, event: CopyEvent) -> None:
         if isinstance(event, _CudaEvent):
             self._stream.wait_event(event.event)
 
@@ -199,24 +199,24 @@ class _CudaStream:
         with torch.cuda.stream(self._stream):
             into.copy_(source, non_blocking=True)
         source.record_stream(self._stream)  # its memory is not used again before the copy
-        return _CudaEvent.recorded(self._stream)
+        return _CudaEvent.record(self._stream)
 
     def write(self, source: torch.Tensor, store: Callable[[torch.Tensor], None]) -> CopyEvent:
         with torch.cuda.stream(self._stream):
             there = source.to(self._device, non_blocking=True)
-            copied = _CudaEvent.recorded(self._stream)
+            copied = _CudaEvent.record(self._stream)
             store(there)
         return copied
 
     def run(self, work: Callable[[], None]) -> CopyEvent:
         with torch.cuda.stream(self._stream):
             work()
-        return _CudaEvent.recorded(self._stream)
+        return _CudaEvent.record(self._stream)
 
     def wait(self) -> None:
         self._stream.synchronize()
 
 
 def device_of(cache: torch.Tensor) -> Device:
-    """The device of an engine's caches, from one layer's."""
+    """Return the device of an engine's caches, read from one layer's cache."""
     return HostDevice() if cache.device.type == "cpu" else CudaDevice(cache.device)

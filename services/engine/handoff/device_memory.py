@@ -13,7 +13,7 @@ from ...kv.tls import MutualTls
 from .device import Device
 
 
-def registered(memory: torch.Tensor) -> tuple[NixlAgent, NixlMemory]:
+def register_device_memory(memory: torch.Tensor) -> tuple[NixlAgent, NixlMemory]:
     """Start an agent of this process and register `memory`, `[n]` uint8, with it.
 
     Raises InvalidConfiguration where NIXL is missing, or KvTransferError where it refuses.
@@ -28,15 +28,15 @@ def registered(memory: torch.Tensor) -> tuple[NixlAgent, NixlMemory]:
 
 
 class Landing:
-    """Where frames from other workers' device memory land, and the client that reads them."""
+    """The landing memory of frames from other workers' devices, and the client that reads them."""
 
     def __init__(self, device: Device, tls: MutualTls | None) -> None:
         self._memory = device.device_buffer(LANDING_BYTES)
         self._shadow = Arena(LANDING_BYTES)
-        agent, place = registered(self._memory)
+        agent, place = register_device_memory(self._memory)
         self.client = DeviceClient(agent, self._shadow, place, tls)
 
-    def landed(self, payload: memoryview) -> torch.Tensor:
+    def landed_bytes(self, payload: memoryview) -> torch.Tensor:
         """Return the bytes, `[n]` uint8 on the device, whose shadow is `payload`."""
         offset = self._shadow.offset_of(payload)
         assert offset is not None

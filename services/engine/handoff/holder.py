@@ -8,8 +8,8 @@ from vllm.utils.network_utils import get_ip
 from ...kv.keeper_link import KeeperLink
 from .caches import Caches
 from .device import Device
-from .device_memory import registered
-from .orders import Endpoint, HandoffConfig, Orders, Stage
+from .device_memory import register_device_memory
+from .orders import HandoffConfig, KvEndpoint, Orders, Stage
 from .staging import Stager
 
 
@@ -32,17 +32,17 @@ class Holder:
             tls=None if config.tls is None else config.tls.model_dump(),
             lease_s=config.lease_s,
             fingerprint=caches.fingerprint,
-            device=None if memory is None else registered(memory),
+            device=None if memory is None else register_device_memory(memory),
         )
         if memory is None:
             memory = torch.from_numpy(self._keeper.memory)
             device.page_lock(memory)
         self._stager = Stager(device, caches, self._keeper, config.staging_bytes, memory)
-        self._endpoint = Endpoint(self._keeper.address, caches.fingerprint)
+        self._endpoint = KvEndpoint(self._keeper.address, caches.fingerprint)
 
     @property
-    def endpoint(self) -> Endpoint:
-        """The address of this worker's KV port, and the layout of what it serves."""
+    def endpoint(self) -> KvEndpoint:
+        """Address of this worker's KV port, and the layout of the KV that it serves."""
         return self._endpoint
 
     @property
@@ -63,7 +63,7 @@ class Holder:
                 self._keeper.ask("announce", order.lease.id, order.tokens)
 
     def finish_step(self, orders: Orders) -> None:
-        """After the last layer: drop what was aborted, let handed-out leases age.
+        """Drop aborted leases and let issued ones age, after the last layer.
 
         Nothing is waited for: every gather runs before later writes, on their stream. Raises
         KvTransferError when the keeper is dead: the engine must not go on handing out tickets.
@@ -81,7 +81,7 @@ class Holder:
         self._keeper.close()
 
     def _announced_layer(self, order: Stage) -> int:
-        """Where in the last chunk the decode side may begin to pull.
+        """Return the layer of the last chunk at which the decode side may start to pull.
 
         It polls while it waits. So it waits for half a chunk only, unless the KV of chunks
         before the last one is there to be moved meanwhile.

@@ -27,7 +27,7 @@ class KvLayout(Protocol):
     def read(
         self, cache: torch.Tensor, blocks: torch.Tensor, start: int, stop: int
     ) -> torch.Tensor:
-        """Tokens `[start, stop)` as `[stop - start, 2, heads, dim]`, contiguous."""
+        """Return tokens `[start, stop)` as `[stop - start, 2, heads, dim]`, contiguous."""
         ...
 
     def write(
@@ -82,7 +82,7 @@ class CpuLayout:
         self._isa = cpu_attention_isa(cache.dtype, self._block_size, self._dim)
         key_index, value_index = self._learn(cache.dtype)
         self._index = (key_index, value_index)
-        self._strides = (_affine(key_index), _affine(value_index))
+        self._strides = (_affine_strides(key_index), _affine_strides(value_index))
 
     def token_bytes(self, cache: torch.Tensor) -> int:
         """See KvLayout."""
@@ -111,7 +111,7 @@ class CpuLayout:
         self._store(cache, kv[:, 0].contiguous(), kv[:, 1].contiguous(), slots)
 
     def _unpack(self, pages: torch.Tensor, which: int) -> torch.Tensor:
-        """`pages` is `[n, heads, 2, slot*dim]`; returns a view or copy `[n, heads, slot, dim]`."""
+        """Return a view or copy `[n, heads, slot, dim]` of `pages`, `[n, heads, 2, slot*dim]`."""
         part = pages[:, :, which]
         strides = self._strides[which]
         if strides is None:
@@ -121,7 +121,7 @@ class CpuLayout:
         return part.as_strided(size, (*part.stride()[:2], *strides), part.storage_offset())
 
     def _learn(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """For k and for v: `[slot, dim]` int64, the place of each value inside its page part."""
+        """Return `[slot, dim]` int64 for k and for v: each value's place in its page part."""
         slots, dims = torch.arange(self._block_size), torch.arange(self._dim)
         by_slot = slots[:, None].expand(-1, self._dim)
         by_dim = dims[None, :].expand(self._block_size, -1)
@@ -148,8 +148,8 @@ class CpuLayout:
         ops.cpu_attn_reshape_and_cache(key, value, *halves, slots, self._isa)
 
 
-def _affine(index: torch.Tensor) -> tuple[int, int] | None:
-    """Strides (slot, dim) when `index[s, d] == s*a + d*b`: then a view reads it, no gather."""
+def _affine_strides(index: torch.Tensor) -> tuple[int, int] | None:
+    """Return strides (slot, dim) when `index[s, d] == s*a + d*b`: a view reads it, no gather."""
     slot_stride = int(index[1, 0] - index[0, 0])
     dim_stride = int(index[0, 1] - index[0, 0])
     slots, dims = (torch.arange(size) for size in index.shape)
@@ -159,12 +159,12 @@ def _affine(index: torch.Tensor) -> tuple[int, int] | None:
 
 
 def layout_of(cache: torch.Tensor) -> KvLayout:
-    """The layout of an engine's caches, from one layer's."""
+    """Return the layout of an engine's caches, read from one layer's cache."""
     return CpuLayout(cache) if cache.device.type == "cpu" else GpuLayout(cache)
 
 
 def fingerprint(config: VllmConfig, holder: Split, cache: torch.Tensor) -> str:
-    """What two engines must agree on for KV to pass between them.
+    """Return a fingerprint of what two engines must agree on for KV to pass between them.
 
     Model, revision, dtypes, head size, vLLM's version, and how the prefill engine (`holder`)
     splits the model; not the block size and not the page packing, which the canonical order

@@ -33,7 +33,7 @@ class HandoffConfig:
 
 
 @dataclass
-class Endpoint(KVConnectorHandshakeMetadata):  # type: ignore[misc]
+class KvEndpoint(KVConnectorHandshakeMetadata):  # type: ignore[misc]
     """A prefill worker's address, and the layout of what it serves."""
 
     address: str
@@ -74,12 +74,12 @@ class Orders(KVConnectorMetadata):  # type: ignore[misc]
 
 @dataclass
 class PullTimes(KVConnectorWorkerMetadata):  # type: ignore[misc]
-    """How long ended pulls took after their KV was complete at the peer, by request."""
+    """Seconds that ended pulls took after their KV was complete at the peer, by request."""
 
     exposed_s: dict[str, float]
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        """Of several ranks, the slowest counts."""
+        """Merge several ranks' times; the slowest counts."""
         requests = self.exposed_s.keys() | other.exposed_s.keys()
         return PullTimes(
             {

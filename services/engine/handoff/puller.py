@@ -15,13 +15,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 
 from ...core.errors import CorruptFrame, KvTransferError, LayoutMismatch
 from ...core.types import Span
-from ...kv.carriers import KvPuller, KvPulling, Pulls
+from ...kv.carriers import KvPuller, PullClient, PullHandle
 from ...kv.frames import FRAME_BYTES, Frame, from_token
 from ...kv.nixl.agent import NixlAgent
 from ...kv.nixl.arena import Arena
 from ...kv.nixl.reads import LANDING_BYTES, NixlClient
 from ...kv.pull import KvClient
-from ...kv.shards import Source, Split, sources
+from ...kv.shards import ShardSource, Split, sources
 from ...kv.tls import MutualTls
 from .caches import Caches
 from .device import CopyEvent, CopyStream, Device
@@ -39,7 +39,7 @@ Store = Callable[[torch.Tensor], None]
 
 @dataclass(frozen=True, slots=True)
 class WorkerPlace:
-    """Which part of the model this worker has, and how the peers share the model."""
+    """The part of the model that this worker has, and how the peers share the model."""
 
     rank: int
     own: Split
@@ -51,7 +51,7 @@ class _Arrival:
     """One lease's KV on its way into a request's blocks."""
 
     order: Pull
-    source: Source
+    source: ShardSource
     stream: CopyStream
     blocks: torch.Tensor
     stops: dict[int, int] = field(default_factory=dict)  # by layer: tokens before it are there
@@ -80,28 +80,28 @@ class Puller:
         self._ring = ring_of(device, config.staging_bytes, frame_bytes)
         self._lock = threading.Lock()
         self._results = KVConnectorTransferResults()
-        self._running: dict[str, list[KvPulling]] = {}
+        self._running: dict[str, list[PullHandle]] = {}
         self._exposed_s: dict[str, float] = {}
         self._threads = ThreadPoolExecutor(_PULL_THREADS, thread_name_prefix="kv-pull")
         self._landing = Landing(device, tls) if config.memory == "device" else None
-        self._client: Pulls
+        self._client: PullClient
         if self._landing is None:
             self._client = KvPuller(KvClient(tls, streams=config.streams), _nixl_client(nixl, tls))
         else:
             self._client = self._landing.client
 
-    def begin(self, orders: Orders) -> None:
+    def start_pulls(self, orders: Orders) -> None:
         """Start this step's pulls. Called before the step is launched.
 
         A block's last owner may still be read or written by steps that were launched before.
         """
         if orders.pulls:
-            computed = self._device.computed()
+            computed = self._device.mark_computed()
             for order in orders.pulls:
                 self._threads.submit(self._pull, order, computed)
 
-    def results(self, aborted: set[str]) -> KVConnectorTransferResults:
-        """Take what has ended. An aborted request's pull is cancelled, then reported."""
+    def take_results(self, aborted: set[str]) -> KVConnectorTransferResults:
+        """Return what has ended. Cancel the pulls of aborted requests, then report them."""
         with self._lock:
             for request_id in aborted & self._running.keys():
                 for pull in self._running[request_id]:
@@ -109,8 +109,8 @@ class Puller:
             results, self._results = self._results, KVConnectorTransferResults()
             return results
 
-    def pull_times(self) -> PullTimes | None:
-        """Take the times of the pulls that have ended."""
+    def take_pull_times(self) -> PullTimes | None:
+        """Return the times of the pulls that have ended, once."""
         with self._lock:
             times, self._exposed_s = self._exposed_s, {}
             return PullTimes(times) if times else None
@@ -121,7 +121,7 @@ class Puller:
         self._client.close()
 
     def _pull(self, order: Pull, computed: CopyEvent) -> None:
-        """One pull, start to end. It has failed unless all of its KV is known to be in place."""
+        """Run one pull. It has failed unless all of its KV is known to be in place."""
         exposed_s: float | None = None
         started_s = time.monotonic()
         try:
@@ -135,7 +135,7 @@ class Puller:
             self._report(order, exposed_s)
 
     def _report(self, order: Pull, exposed_s: float | None) -> None:
-        """Tell the scheduler in the next step; `exposed_s` None: the KV is not there."""
+        """Queue the report for the scheduler's next step; `exposed_s` None: the KV is not there."""
         self._caches.forget(order.request_id)
         with self._lock:
             self._running.pop(order.request_id, None)
@@ -146,13 +146,13 @@ class Puller:
                 self._exposed_s[order.request_id] = exposed_s
 
     def _fetch(self, order: Pull, computed: CopyEvent) -> float:
-        """Return for how many seconds the KV was complete at the peer when all was here."""
+        """Pull the KV; return how many seconds it was complete at the peer when all was here."""
         if order.ticket.fingerprint != self._caches.fingerprint:
             raise LayoutMismatch("kv: the ticket's layout is not this engine's")
         blocks = self._caches.block_tensor(order.request_id, order.blocks)
         stream = self._device.stream()
-        stream.after(computed)
-        stream.after(self._device.computed())  # `blocks`, by this thread
+        stream.order_after(computed)
+        stream.order_after(self._device.mark_computed())  # `blocks`, by this thread
         found = sources(self._place.rank, self._place.own, self._place.peers)
         try:
             arrivals = [_Arrival(order, source, stream, blocks) for source in found]
@@ -173,7 +173,7 @@ class Puller:
         with self._lock:
             self._running.setdefault(order.request_id, []).append(pull)
         arrival.stops = dict.fromkeys(range(source.layers.start, source.layers.stop), order.start)
-        complete_s = pull.into(lambda frame: self._store(arrival, frame))
+        complete_s = pull.deliver_to(lambda frame: self._store(arrival, frame))
         if any(stop != order.stop for stop in arrival.stops.values()):
             raise CorruptFrame("stream: some layers are not complete")
         return complete_s
@@ -188,9 +188,11 @@ class Puller:
             self._write(arrival, lacking)
 
     def _write(self, arrival: _Arrival, frame: Frame) -> None:
-        """Frames of a layer come in token order, gapless."""
+        """Write a frame; frames of a layer come in token order, gapless."""
         if arrival.stops[frame.layer] != frame.start or frame.stop > arrival.order.stop:
-            raise CorruptFrame(f"stream: layer {frame.layer} tokens {frame.start}:{frame.stop}")
+            raise CorruptFrame(
+                f"stream: unexpected tokens {frame.start}:{frame.stop} of layer {frame.layer}"
+            )
         held = self._place.peers.heads_of(arrival.source.rank)
         mine = self._place.own.heads_of(self._place.rank)
         cache = self._caches.by_layer[frame.layer]
@@ -200,23 +202,23 @@ class Puller:
         def store(raw: torch.Tensor) -> None:
             kv = raw.view(cache.dtype).view(shape)
             self._caches.layout.write(
-                cache[:, _within(mine, wanted)],
+                cache[:, _head_slice(mine, wanted)],
                 arrival.blocks,
                 frame.start,
-                kv[:, :, _within(held, wanted)],
+                kv[:, :, _head_slice(held, wanted)],
             )
 
-        self._land(arrival, frame, torch.Size(shape).numel() * cache.itemsize, store)
+        self._write_bytes(arrival, frame, torch.Size(shape).numel() * cache.itemsize, store)
         arrival.stops[frame.layer] = frame.stop
 
-    def _land(self, arrival: _Arrival, frame: Frame, size: int, store: Store) -> None:
+    def _write_bytes(self, arrival: _Arrival, frame: Frame, size: int, store: Store) -> None:
         """Write a frame's bytes, wherever they are, into the cache."""
         if len(frame.payload) != size:
             raise CorruptFrame(f"frame: {len(frame.payload)} bytes, {size} are expected")
         if self._landing is None:
             self._copy_in(arrival.stream, frame, size, store)
             return
-        there = self._landing.landed(memoryview(frame.payload))
+        there = self._landing.landed_bytes(memoryview(frame.payload))
         arrival.landed.append((arrival.stream.run(lambda: store(there)), frame.payload))
         while len(arrival.landed) > _LANDED_AHEAD:
             arrival.landed[0][0].wait()  # only then may its place be used again
@@ -237,7 +239,7 @@ class Puller:
 
 
 def _token_bytes(caches: Caches, peers: Split) -> int:
-    """Bytes of one token of one layer as a peer holds it."""
+    """Return the bytes of one token of one layer as a peer holds it."""
     cache = next(iter(caches.by_layer.values()))
     heads = max(len(peers.heads_of(rank)) for rank in range(peers.tensor))
     return int(heads * cache.shape[3] * cache.itemsize)
@@ -251,6 +253,6 @@ def _nixl_client(nixl: NixlAgent | None, tls: MutualTls | None) -> NixlClient | 
     return client
 
 
-def _within(held: Span, part: Span) -> slice:
-    """Where `part` of the model's heads lies in a tensor of the heads `held`."""
+def _head_slice(held: Span, part: Span) -> slice:
+    """Return the slice of `part` of the model's heads in a tensor of the heads `held`."""
     return slice(part.start - held.start, part.stop - held.start)

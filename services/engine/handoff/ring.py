@@ -49,5 +49,5 @@ class BufferRing:
 
 
 def ring_of(device: Device, most_bytes: int, slot_bytes: int) -> BufferRing:
-    """A ring of at most `most_bytes`, but two buffers at the least: one fills, one empties."""
+    """Return a ring of at most `most_bytes`, but two buffers at least: one fills, one empties."""
     return BufferRing(device, slot_bytes, max(2, most_bytes // slot_bytes))

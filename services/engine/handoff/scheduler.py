@@ -11,7 +11,7 @@ from vllm.v1.request import Request, RequestStatus
 from ...core.types import Lease, Ticket
 from ..params import KV_TRANSFER, PullOutcome, handed_over, lease_in, pulled, ticket_in
 from .block_hashes import PositionHasher
-from .orders import Endpoint, Orders, Pull, PullTimes, Stage
+from .orders import KvEndpoint, Orders, Pull, PullTimes, Stage
 
 
 @dataclass(slots=True)
@@ -37,19 +37,19 @@ class SchedulerHalf:
         self._hash_algorithm = hash_algorithm
         self._producer = producer
         self._hasher: PositionHasher | None = None
-        self._endpoints: list[Endpoint] = []
+        self._endpoints: list[KvEndpoint] = []
         self._produced: dict[str, _Produced] = {}
         self._consumed: dict[str, _Consumed] = {}
         self._pulls: dict[str, Pull] = {}
         self._drops: list[Lease] = []
         self._issued: list[str] = []
 
-    def peers(self, endpoints: list[Endpoint]) -> None:
-        """The addresses of this engine's workers, by rank."""
+    def set_peers(self, endpoints: list[KvEndpoint]) -> None:
+        """Set the addresses of this engine's workers, by rank."""
         self._endpoints = endpoints
 
     def new_request(self, request: Request, cache_manager: Any) -> None:
-        """Give a sparse request's blocks hashes that tell its positions apart."""
+        """Give a sparse request's blocks hashes that depend on its positions."""
         if self._hasher is None:
             self._hasher = PositionHasher(
                 cache_manager.block_pool.hash_block_size, self._hash_algorithm
@@ -57,12 +57,12 @@ class SchedulerHalf:
         self._hasher.rehash(request)
 
     def tokens_to_pull(self, request: Request, computed: int) -> int:
-        """All prompt tokens this engine lacks; 0 on the retry after a failed pull."""
+        """Return the number of prompt tokens that this engine lacks; 0 after a failed pull."""
         if request.request_id in self._consumed or ticket_in(request.kv_transfer_params) is None:
             return 0
         return int(request.num_prompt_tokens) - computed
 
-    def allocated(self, request: Request, blocks: list[int], tokens: int) -> None:
+    def order_pull(self, request: Request, blocks: list[int], tokens: int) -> None:
         """Order the pull; from now on the request is pulled, or computed here."""
         ticket = ticket_in(request.kv_transfer_params)
         if tokens == 0 or ticket is None:
@@ -73,8 +73,8 @@ class SchedulerHalf:
             request.request_id, ticket, stop - tokens, stop, list(blocks)
         )
 
-    def pulled(self, finished: set[str], failed: set[str], times: PullTimes | None) -> None:
-        """Note how long the pulls took."""
+    def record_pulls(self, finished: set[str], failed: set[str], times: PullTimes | None) -> None:
+        """Store how long the pulls took."""
         exposed_s = {} if times is None else times.exposed_s
         for request_id in finished & self._consumed.keys():
             record = self._consumed[request_id]
@@ -83,7 +83,7 @@ class SchedulerHalf:
             record.failed = request_id in failed
 
     def orders(self, step: Any) -> Orders:
-        """Everything the workers are to do in this step."""
+        """Return everything that the workers are to do in this step."""
         orders = Orders(pulls=list(self._pulls.values()), drops=self._drops, issued=self._issued)
         self._pulls, self._drops, self._issued = {}, [], []
         if self._producer:
@@ -95,8 +95,8 @@ class SchedulerHalf:
         """Return whether orders wait for the next step."""
         return bool(self._pulls or self._drops or self._issued)
 
-    def finished(self, request: Request) -> dict[str, Any] | None:
-        """What the engine's last output tells the service: a ticket, or how the pull went."""
+    def output_fields(self, request: Request) -> dict[str, Any] | None:
+        """Return the fields of the engine's last output: a ticket, or how the pull went."""
         self._pulls.pop(request.request_id, None)
         lease = lease_in(request.kv_transfer_params)
         if lease is not None:
@@ -107,7 +107,7 @@ class SchedulerHalf:
         return pulled(PullOutcome(record.pull_s, record.exposed_s, record.failed))
 
     def _hand_over(self, request: Request, lease: Lease) -> dict[str, Any] | None:
-        """A ticket, if the prompt was computed to its end and the answer goes on."""
+        """Return a ticket if the prompt was computed to its end and the answer goes on."""
         produced = self._produced.pop(request.request_id, None)
         whole = request.num_computed_tokens >= request.num_prompt_tokens
         if produced is None or not whole or request.status != RequestStatus.FINISHED_LENGTH_CAPPED:

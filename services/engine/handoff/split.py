@@ -1,4 +1,4 @@
-"""How vLLM splits the model over this engine's workers, and over those of its peers."""
+"""The split of the model over this engine's workers, and over those of its peers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .orders import HandoffConfig
 
 
 def worker_rank(split: Split) -> int:
-    """This process's rank, as `split` counts them."""
+    """Return this process's rank, as `split` counts them."""
     return int(get_pp_group().rank_in_group * split.tensor + get_tensor_model_parallel_rank())
 
 
 def own_split(config: VllmConfig) -> Split:
-    """The split of the engine that runs here."""
+    """Return the split of the engine that runs here."""
     parallel = config.parallel_config
     return _split(
         config.model_config, parallel.tensor_parallel_size, parallel.pipeline_parallel_size
@@ -25,7 +25,7 @@ def own_split(config: VllmConfig) -> Split:
 
 
 def peer_split(config: VllmConfig, handoff: HandoffConfig) -> Split:
-    """The split of the same model by the engines at the other end of the hand-off."""
+    """Return the split of the same model at the other end of the hand-off."""
     return _split(
         config.model_config,
         handoff.peer_tensor_parallel_size,

@@ -61,7 +61,7 @@ class Stager:
     def _copy(
         self, order: Stage, layer: int, cache: torch.Tensor, tokens: Span, *, last: bool
     ) -> bool:
-        """Return whether there was room."""
+        """Copy the tokens; return False when there was no room."""
         token_bytes = self._caches.token_bytes
         size = piece_bytes(len(tokens), token_bytes, self._frame_tokens)
         room = self._keeper.take(size)
@@ -71,7 +71,7 @@ class Stager:
         self._wait_for(size)
         blocks = self._caches.block_tensor(order.lease.id, order.blocks)
         kv = self._caches.layout.read(cache, blocks, tokens.start, tokens.stop)
-        source = _framed(kv, self._frame_tokens * token_bytes, size)
+        source = _lay_out_frames(kv, self._frame_tokens * token_bytes, size)
         copied = self._stream.copy_out(source, self._memory[offset : offset + size])
         self._copying.append((copied, size))
         self._copying_bytes += size
@@ -96,7 +96,7 @@ class Stager:
             self._copying_bytes -= its_size
 
 
-def _framed(kv: torch.Tensor, frame_bytes: int, size: int) -> torch.Tensor:
+def _lay_out_frames(kv: torch.Tensor, frame_bytes: int, size: int) -> torch.Tensor:
     """Lay `kv`, contiguous, out as a piece's `size` bytes: header room before every frame."""
     raw = kv.view(torch.uint8).flatten()
     framed = torch.empty(size, dtype=torch.uint8, device=kv.device)

@@ -19,7 +19,7 @@ from .caches import Caches
 from .device import device_of
 from .holder import Holder
 from .layout import fingerprint, layout_of
-from .orders import Endpoint, HandoffConfig, Orders, PullTimes
+from .orders import HandoffConfig, KvEndpoint, Orders, PullTimes
 from .puller import Puller, WorkerPlace
 from .split import own_split, peer_split, worker_rank
 
@@ -65,13 +65,13 @@ class WorkerHalf:
         logger.info("kv carrier: %s", self._carrier)
 
     def _agent(self) -> NixlAgent | None:
-        """The agent for KV in host memory; device memory has one of its own."""
+        """The agent for KV in host memory; device memory has its own."""
         if self._config.memory == "device":
             return None
         return agent_for(self._config.carrier, encrypted=self._tls is not None)
 
-    def endpoint(self) -> Endpoint | None:
-        """Return where this worker's leases can be pulled; None on the decode side."""
+    def endpoint(self) -> KvEndpoint | None:
+        """Return the endpoint of this worker's leases; None on the decode side."""
         return None if self._holder is None else self._holder.endpoint
 
     @property
@@ -84,10 +84,10 @@ class WorkerHalf:
         """The best carrier that this worker has."""
         return self._carrier
 
-    def begin(self, orders: Orders) -> None:
+    def start_pulls(self, orders: Orders) -> None:
         """Start this step's pulls."""
         if self._puller is not None:
-            self._puller.begin(orders)
+            self._puller.start_pulls(orders)
 
     def stage(self, layer_name: str, cache: torch.Tensor, orders: Orders) -> None:
         """Copy one layer's new tokens of every staged request."""
@@ -95,19 +95,19 @@ class WorkerHalf:
             self._holder.stage(layer_name, cache, orders)
 
     def finish_step(self, orders: Orders) -> None:
-        """Take note of what ended. Waits for nothing."""
+        """Note what has ended, without waiting."""
         if self._holder is not None:
             self._holder.finish_step(orders)
 
-    def results(self, aborted: set[str]) -> KVConnectorTransferResults:
-        """Take the pulls that have ended; cancel those of aborted requests."""
+    def take_results(self, aborted: set[str]) -> KVConnectorTransferResults:
+        """Return the pulls that have ended; cancel those of aborted requests."""
         if self._puller is None:
             return KVConnectorTransferResults()
-        return self._puller.results(aborted)
+        return self._puller.take_results(aborted)
 
-    def pull_times(self) -> PullTimes | None:
-        """Take the times of the pulls that have ended."""
-        return None if self._puller is None else self._puller.pull_times()
+    def take_pull_times(self) -> PullTimes | None:
+        """Return the times of the pulls that have ended, once."""
+        return None if self._puller is None else self._puller.take_pull_times()
 
     def stop(self) -> None:
         """Stop serving and pulling."""

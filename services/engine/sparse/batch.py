@@ -18,7 +18,7 @@ class _Sparse:
     shift: int
 
     @classmethod
-    def of(cls, mapping: PositionMap, device: torch.device) -> _Sparse:
+    def from_mapping(cls, mapping: PositionMap, device: torch.device) -> _Sparse:
         return cls(torch.from_numpy(mapping.kept).to(device), mapping.shift)
 
     def rewrite(self, slots: torch.Tensor) -> None:
@@ -66,7 +66,7 @@ class SparseBatch:
             self._known[request_id] = (
                 None
                 if mapping is None or mapping.is_identity
-                else _Sparse.of(mapping, self._device)
+                else _Sparse.from_mapping(mapping, self._device)
             )
         return self._known[request_id]
 
@@ -84,11 +84,11 @@ class SparseSlots:
         self._sparse: dict[int, _Sparse] = {}
 
     def occupy(self, slot: int, mapping: PositionMap | None) -> None:
-        """A request takes `slot`; whatever was there before is forgotten."""
+        """Assign `slot` to a request; whatever was there before is forgotten."""
         self._sparse.pop(slot, None)
         self._shift[slot] = 0 if mapping is None else mapping.shift
         if mapping is not None and not mapping.is_identity:
-            self._sparse[slot] = _Sparse.of(mapping, self._device)
+            self._sparse[slot] = _Sparse.from_mapping(mapping, self._device)
 
     def rewrite(
         self,

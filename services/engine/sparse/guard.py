@@ -1,4 +1,4 @@
-"""What cannot run at sparse positions, decided from the configuration alone.
+"""Models and options that cannot run at sparse positions, found from the configuration alone.
 
 An engine refuses it at start, before any weights are loaded; `specprefill check` and `doctor`
 report it from the model's folder, in the same words. The KV caches' own formats are known only
@@ -37,7 +37,7 @@ _ATTENTION_LAYERS = ("attention", "full_attention", "sliding_attention", "chunke
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What an engine adds to its model, as far as positions and KV depend on it."""
+    """An engine's options, as far as positions and KV depend on them."""
 
     cache_dtype: str
     speculative: bool
@@ -48,7 +48,7 @@ class EngineOptions:
 
     @classmethod
     def of_arguments(cls, args: AsyncEngineArgs, model: ModelConfig) -> EngineOptions:
-        """Read from an engine's arguments, of which vLLM has made `model`."""
+        """Read the options from an engine's arguments, from which vLLM has made `model`."""
         return cls(
             resolve_kv_cache_dtype_string(args.kv_cache_dtype, model),
             args.speculative_config is not None,
@@ -60,7 +60,7 @@ class EngineOptions:
 
     @classmethod
     def of_config(cls, config: VllmConfig) -> EngineOptions:
-        """Read from vLLM's whole configuration."""
+        """Read the options from vLLM's whole configuration."""
         return cls(
             config.cache_config.cache_dtype,
             config.speculative_config is not None,
@@ -79,15 +79,15 @@ def refuse_unsupported(config: VllmConfig) -> None:
 
 
 def refusal(model: str, reasons: tuple[str, ...]) -> str:
-    """The sentence that an engine, `check` and `doctor` print."""
+    """Return the sentence that an engine, `check` and `doctor` print."""
     return f"{model}: {'; '.join(reasons)}"
 
 
 def engine_reasons(model: MainModel, engine: EngineConfig) -> tuple[str, ...]:
-    """Why this deployment's engine would refuse to start; empty when it would not.
+    """Return why this deployment's engine would refuse to start; empty when it would not.
 
-    From the model's folder alone: no weights are read and no GPU is needed. A folder that vLLM
-    cannot make a model of is a reason in vLLM's words.
+    From the model's folder alone: no weights are read and no GPU is needed. If vLLM
+    rejects the folder, its message is the reason.
     """
     try:
         args = plain_args(model, engine)
@@ -102,7 +102,7 @@ def engine_reasons(model: MainModel, engine: EngineConfig) -> tuple[str, ...]:
 
 
 def unsupported_reasons(model: ModelConfig, options: EngineOptions) -> tuple[str, ...]:
-    """Why an engine cannot serve `model` at sparse positions; empty when it can."""
+    """Return why an engine cannot serve `model` at sparse positions; empty when it can."""
     return (
         *model_reasons(model),
         *_option_reasons(options),
@@ -110,7 +110,7 @@ def unsupported_reasons(model: ModelConfig, options: EngineOptions) -> tuple[str
 
 
 def model_reasons(model: ModelConfig) -> tuple[str, ...]:
-    """The same for the model alone, whatever an engine's options."""
+    """Return the reasons that lie in the model alone, whatever an engine's options."""
     return (*_position_reasons(model), *_window_reasons(model), *_class_reasons(model))
 
 
@@ -130,7 +130,7 @@ def _position_reasons(model: ModelConfig) -> Iterator[str]:
 
 
 def _window_reasons(model: ModelConfig) -> Iterator[str]:
-    """A window or chunk that reaches as far as the longest prompt never binds."""
+    """Yield windows that may bind; one as long as the longest prompt never does."""
     length = model.max_model_len
     window, chunk = model.get_sliding_window(), model.attention_chunk_size
     if window is not None and window < length:
@@ -173,7 +173,7 @@ def _option_reasons(options: EngineOptions) -> Iterator[str]:
 
 
 def has_recurrent_layers(model: ModelConfig) -> bool:
-    """Whether some layer keeps a state instead of keys and values.
+    """Return True if some layer keeps a state instead of keys and values.
 
     vLLM's own flags describe the class that it runs. Where that is its generic backend for
     transformers' models, which has none of these flags, transformers' are read.
@@ -190,7 +190,7 @@ def has_recurrent_layers(model: ModelConfig) -> bool:
 
 
 def brings_model_state(model: ModelConfig) -> bool:
-    """Whether vLLM's V2 runner would ask the model's class for a state other than its own."""
+    """Return True if vLLM's V2 runner would ask the model's class for its own model state."""
     model_class, _ = model.registry.resolve_model_cls(model.architectures, model)
     return hasattr(model_class, "get_model_state_cls")
 
@@ -198,7 +198,7 @@ def brings_model_state(model: ModelConfig) -> bool:
 def refuse_unreadable_caches(config: VllmConfig, caches: KVCacheConfig) -> None:
     """Raise UnsupportedModel unless every layer's pages hold plain keys and values.
 
-    The last net, below what configurations show: vLLM has built the model and chosen its
+    The last check, beyond what configurations show: vLLM has built the model and chosen its
     caches, and nothing has been computed.
     """
     model = config.model_config

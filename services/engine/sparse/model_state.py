@@ -38,7 +38,7 @@ class SparseModelState(DefaultModelState):  # type: ignore[misc]
     def prepare_inputs(
         self, input_batch: InputBatch, req_states: RequestState
     ) -> dict[str, torch.Tensor | None]:
-        """Positions of the batch's tokens, `[num_tokens_after_padding]`."""
+        """Return the inputs with the batch's positions, `[num_tokens_after_padding]`."""
         inputs: dict[str, torch.Tensor | None] = super().prepare_inputs(input_batch, req_states)
         out = self._positions[: input_batch.num_tokens_after_padding]
         out.copy_(input_batch.positions)
@@ -59,7 +59,7 @@ class SparseModelState(DefaultModelState):  # type: ignore[misc]
         return {**inputs, "positions": out}
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
-        """Views of the same buffer, so that graphs are captured on it."""
+        """Return views of the same buffer, so that graphs are captured on it."""
         inputs: dict[str, Any] = super().prepare_dummy_inputs(num_reqs, num_tokens)
         return {**inputs, "positions": self._positions[:num_tokens]}
 
@@ -70,7 +70,7 @@ def check_runner_class(runner: type) -> None:
 
 
 def sparse_model_state(state: Any) -> SparseModelState:
-    """The sparse counterpart of the model state that the runner has made.
+    """Return the sparse counterpart of the model state that the runner has made.
 
     Raises UnsupportedModel for a model that brings its own state: its extra inputs may
     depend on positions in ways that are not known here.

@@ -1,4 +1,4 @@
-"""Sparse positions on vLLM's V1 model runners: what their CPU and GPU subclasses share."""
+"""Sparse positions on vLLM's V1 model runners, shared by their CPU and GPU subclasses."""
 
 from __future__ import annotations
 

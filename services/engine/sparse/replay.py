@@ -22,19 +22,19 @@ from ..params import replay_of
 
 
 class ReplayTokens(LogitsProcessor):  # type: ignore[misc]
-    """For the V1 model runner."""
+    """The replay processor for the V1 model runner."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         del vllm_config, device, is_pin_memory
         self._rows: dict[int, tuple[list[int], list[int]]] = {}  # row -> (replay, output so far)
 
     def is_argmax_invariant(self) -> bool:
-        """Replaying changes the greedy choice."""
+        """Return False: replaying changes the greedy choice."""
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Follow requests through the batch; forget those whose replay is over."""
-        process_dict_updates(self._rows, batch_update, _replayed)
+        process_dict_updates(self._rows, batch_update, _replay_state)
         over = [row for row, (replay, output) in self._rows.items() if len(output) >= len(replay)]
         for row in over:
             del self._rows[row]
@@ -47,7 +47,7 @@ class ReplayTokens(LogitsProcessor):  # type: ignore[misc]
         return logits
 
 
-def _replayed(
+def _replay_state(
     params: SamplingParams, _prompt: list[int] | None, output: list[int]
 ) -> tuple[list[int], list[int]] | None:
     replay = replay_of(params)

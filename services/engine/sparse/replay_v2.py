@@ -12,7 +12,7 @@ from ..params import replay_of
 from .replay import force_token
 
 
-class ReplayTokens(LogitsProcessor):  # type: ignore[misc]
+class ReplayTokensV2(LogitsProcessor):  # type: ignore[misc]
     """Masks everything but the next replayed token, by request slot.
 
     A step costs O(vocabulary) per request that still replays, and nothing for the others: all

@@ -28,7 +28,7 @@ from ...core.errors import (
 from ...core.ports import Prefilling
 from ...core.types import Decoded, Plan, Prefilled, Replay, Request, Selection, Ticket
 from ...kv.holding import RemoteLeases
-from ...kv.prefilling import prefilling
+from ...kv.prefilling import hold_prefill
 from ..serve_internals import call_alone
 from .affinity import load_of, whole_load_of
 from .health import SPECULATOR, PoolCounts
@@ -96,7 +96,7 @@ class ServePrefiller:
         async with (
             _stream_call(call, "prefill", PrefillUnavailable, timeout_s, payload, load) as items,
             aclosing(self._prefill_results(items)) as results,
-            prefilling(results, self.leases) as one,
+            hold_prefill(results, self.leases) as one,
         ):
             yield one
 

@@ -2,7 +2,7 @@
 
 Over RDMA where there is any, else over shared memory or TCP, on hosts with and without GPUs.
 Its agent has no thread of its own here, because that would never sleep: whoever waits for a
-read advances it, and a side that is read from has to be told when to (`progress`).
+read advances it, and a side that is read from has to call `progress`.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ _WITHOUT = "allowed without it: auto, grpc, object_ref"
 
 
 def agent_for(carrier: str, *, encrypted: bool) -> NixlAgent | None:
-    """This process's agent, started; None where `kv.carrier` leaves the KV to gRPC.
+    """Start and return this process's agent; None where `kv.carrier` leaves the KV to gRPC.
 
     `auto` means NIXL wherever it works, unless the channel is to be encrypted: NIXL's reads
     are not. Raises InvalidConfiguration if the carrier is `nixl` and it does not work here.
     """
     if carrier == "nixl":
-        return _started()
+        return _start_agent()
     if carrier != "auto" or encrypted:
         return None
     try:
-        return _started()
+        return _start_agent()
     except InvalidConfiguration as error:
         logger.info("gRPC carries the KV: %s", error)
         return None
 
 
 def require(carrier: str) -> None:
-    """Raises InvalidConfiguration if the carrier is `nixl` and it is not installed here."""
+    """Raise InvalidConfiguration if the carrier is `nixl` and it is not installed here."""
     if carrier == "nixl" and importlib.util.find_spec("nixl") is None:
         raise InvalidConfiguration(
             "kv.carrier: nixl is not installed here (pip install 'specprefill[nixl]'); " + _WITHOUT
         )
 
 
-def _started() -> NixlAgent:
+def _start_agent() -> NixlAgent:
     agent = NixlAgent(f"specprefill-{os.getpid()}-{uuid.uuid4().hex}")
     agent.start()
     return agent
@@ -67,16 +67,16 @@ class NixlMemory:
 
     @property
     def kind(self) -> str:
-        """NIXL's name of its kind."""
+        """NIXL's name of the memory's kind."""
         return "DRAM" if self.device is None else "VRAM"
 
     @property
     def descriptor(self) -> tuple[int, int, int]:
-        """NIXL's description of it."""
+        """NIXL's description of the memory."""
         return self.address, self.size, self.device or 0
 
     def part(self, offset: int, size: int) -> NixlMemory:
-        """Return `size` bytes of it from `offset` on."""
+        """Return `size` bytes of the memory from `offset` on."""
         return replace(self, address=self.address + offset, size=size)
 
 
@@ -126,35 +126,35 @@ class NixlAgent:
 
     @property
     def name(self) -> str:
-        """The same in no other process, nor in this one after a restart."""
+        """A name that no other process has, nor this one after a restart."""
         return self._name
 
     @property
     def transports(self) -> tuple[str, ...]:
-        """Those that it uses. Known once started."""
+        """The transports that the agent uses. Known once started."""
         return tuple(self._agent.backends)
 
     @property
     def plugins(self) -> tuple[str, ...]:
-        """Those that are installed here. Known once started."""
+        """The plug-ins that are installed here. Known once started."""
         return tuple(self._agent.get_plugin_list())
 
     def register(self, arena: Arena) -> None:
-        """Let peers who are told an address in `arena` read there, and read into it."""
+        """Register `arena` for peers who know an address in it, and for reads into it."""
         memory = arena.memory
         self.register_memory(NixlMemory(address_of(memory), memory.nbytes))
 
     def register_memory(self, memory: NixlMemory) -> None:
-        """The same for memory of either kind. Raises KvTransferError."""
+        """Register memory of either kind likewise. Raises KvTransferError."""
         with self._mapped_errors():
             self._agent.register_memory([(*memory.descriptor, "")], memory.kind)
 
     def metadata(self) -> bytes:
-        """What a peer needs to read from the memory registered so far."""
+        """Return the metadata that a peer needs to read from the memory registered so far."""
         metadata: bytes = self._agent.get_agent_metadata()
         return metadata
 
-    def meet(self, endpoint: str, name: str, metadata: bytes) -> None:
+    def add_peer(self, endpoint: str, name: str, metadata: bytes) -> None:
         """Get to know the agent `name` that answers at `endpoint` now, once."""
         with self._lock, self._mapped_errors():
             known = self._peers.get(endpoint)
@@ -165,13 +165,13 @@ class NixlAgent:
             self._peers[endpoint] = name
 
     def forget(self, endpoint: str) -> None:
-        """The agent at `endpoint` is dead, or was not what it seemed. Idempotent."""
+        """Forget the agent at `endpoint`, which is dead or another one. Idempotent."""
         with self._lock, self._mapped_errors():
             if endpoint in self._peers:
                 self._forget(endpoint)
 
     @contextmanager
-    def forgetting(self, endpoint: str) -> Iterator[None]:
+    def forget_on_error(self, endpoint: str) -> Iterator[None]:
         """Forget a peer whose memory cannot be read: the next pull meets it anew."""
         try:
             yield
@@ -180,14 +180,14 @@ class NixlAgent:
             raise
 
     def read(self, peer: str, address: int, into: memoryview) -> NixlRead:
-        """Begin to read `len(into)` bytes at `address` of the agent `peer`."""
+        """Start to read `len(into)` bytes at `address` of the agent `peer`."""
         local = NixlMemory(address_of(into), len(into))
         return self.read_memory(peer, replace(local, address=address), local, into)
 
     def read_memory(
         self, peer: str, remote: NixlMemory, local: NixlMemory, into: memoryview
     ) -> NixlRead:
-        """Begin to read `remote` of the agent `peer` into `local`, which `into` keeps in place."""
+        """Start to read `remote` of the agent `peer` into `local`, which `into` keeps in place."""
         self._sweep()
         with self._mapped_errors():
             handle = self._agent.initialize_xfer(
@@ -199,7 +199,7 @@ class NixlAgent:
             self._agent.transfer(handle)
         return NixlRead(self, handle, into)
 
-    def ended(self, handle: Any) -> bool:
+    def has_ended(self, handle: Any) -> bool:
         """Advance a read; True when its bytes are there. Raises KvTransferError if it failed."""
         with self._mapped_errors():
             state = self._agent.check_xfer_state(handle)
@@ -213,7 +213,7 @@ class NixlAgent:
             self._agent.release_xfer_handle(handle)
 
     def abandon(self, read: NixlRead) -> None:
-        """Nobody waits for `read` any more; its memory stays taken until it has ended."""
+        """Abandon `read`; its memory stays taken until it has ended."""
         with self._lock:
             self._lost.append(read)
         self._sweep()
@@ -229,7 +229,7 @@ class NixlAgent:
 
     def _sweep(self) -> None:
         with self._lock:
-            self._lost = [read for read in self._lost if not read.over()]
+            self._lost = [read for read in self._lost if not read.is_over()]
 
     @contextmanager
     def _mapped_errors(self) -> Iterator[None]:
@@ -249,19 +249,19 @@ class NixlRead:
 
     @property
     def payload(self) -> memoryview:
-        """Where the bytes are once the read has ended."""
+        """The bytes, once the read has ended."""
         return self._payload
 
-    def ended(self) -> bool:
-        """Advance it; True, once, when the bytes are there. Raises KvTransferError."""
-        ended = self._agent.ended(self._handle)
+    def has_ended(self) -> bool:
+        """Advance the read; True, once, when the bytes are there. Raises KvTransferError."""
+        ended = self._agent.has_ended(self._handle)
         if ended:
             self._agent.release(self._handle)
         return ended
 
-    def over(self) -> bool:
-        """Advance it; True when its memory is no longer written to."""
+    def is_over(self) -> bool:
+        """Advance the read; True when its memory is no longer written to."""
         try:
-            return self.ended()
+            return self.has_ended()
         except KvTransferError:
             return True  # failed, so over

@@ -39,29 +39,29 @@ class Arena:
 
     @property
     def memory(self) -> Bytes:
-        """All of it, to register."""
+        """The whole arena, to register it."""
         return self._memory
 
     @property
     def bytes_used(self) -> int:
-        """How much is taken, alignment included."""
+        """Bytes that are taken, alignment included."""
         with self._lock:
-            self._tidy()
+            self._merge_free()
             return self._memory.nbytes - sum(stop - start for start, stop in self._free)
 
     def take(self, size: int) -> memoryview | None:
-        """`size` bytes with anything in them; None if there is no room in one piece."""
+        """Return `size` uninitialised bytes; None if there is no room in one piece."""
         span = max(_ALIGNMENT, -(-size // _ALIGNMENT) * _ALIGNMENT)
         with self._lock:
-            self._tidy()
+            self._merge_free()
             for place, (start, stop) in enumerate(self._free):
                 if stop - start >= span:
-                    self._cut(place, start + span)
+                    self._take_front(place, start + span)
                     return self._view(start, start + span)[:size]
         return None
 
     def hold(self, parts: Sequence[bytes | memoryview]) -> memoryview | None:
-        """A copy of `parts`, one behind the other; None if there is no room in one piece."""
+        """Copy `parts`, one behind the other; None if there is no room in one piece."""
         view = self.take(sum(len(part) for part in parts))
         if view is None:
             return None
@@ -72,26 +72,26 @@ class Arena:
         return view
 
     def holds(self, payload: memoryview | bytes) -> bool:
-        """Whether `payload` lies in here."""
+        """Return True if `payload` lies in the arena."""
         return self.offset_of(payload) is not None
 
     def offset_of(self, payload: memoryview | bytes) -> int | None:
-        """Where `payload` begins in here; None if it lies elsewhere."""
+        """Return the offset of `payload` in the arena; None if it lies elsewhere."""
         offset = address_of(payload) - self._address
         return offset if 0 <= offset < self._memory.nbytes else None
 
-    def _cut(self, place: int, start: int) -> None:
+    def _take_front(self, place: int, start: int) -> None:
         """Take the front of a free place."""
         stop = self._free[place][1]
         self._free[place : place + 1] = [(start, stop)] if start < stop else []
 
     def _view(self, start: int, stop: int) -> memoryview:
-        """Views of a view keep this array alive; an array of an array would not."""
+        """Return a view that its own views keep alive; an array of an array would not be."""
         array = self._memory[start:stop]
         weakref.finalize(array, self._left.append, (start, stop)).atexit = False
         return array.data
 
-    def _tidy(self) -> None:
+    def _merge_free(self) -> None:
         """Join what was left with the free places beside it."""
         while self._left:
             start, stop = self._left.popleft()
@@ -105,7 +105,7 @@ class Arena:
 
 
 def address_of(payload: memoryview | bytes | Bytes) -> int:
-    """Where the bytes lie in this process's memory."""
+    """Return the address of the bytes in this process's memory."""
     if isinstance(payload, memoryview) and not payload.readonly:
         return ctypes.addressof(
             ctypes.c_char.from_buffer(payload)

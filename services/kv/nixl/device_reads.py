@@ -5,7 +5,7 @@ layout, but no message: the stream gives each frame's place and address, and the
 fetches its payload into device memory of its own. Nothing crosses the host, so there is no
 digest; the transport's own checks are all there is.
 
-The keeper does the talking. It knows device memory by its shadow: host memory of the same size
+The keeper answers the readers. It knows device memory by its shadow: host memory of the same size
 that nobody touches (so it costs nothing), in which frames have the offsets of the real ones.
 """
 
@@ -26,7 +26,7 @@ from ..channels import Channels
 from ..frames import Frame, Trailer, decode, encode
 from ..leases import LeaseStore
 from ..pull import transfer_error
-from ..rpc import SERVICE, PullQuery, lending, trailer
+from ..rpc import SERVICE, PullQuery, make_trailer, open_lending
 from ..tls import MutualTls
 from .agent import NixlAgent, NixlMemory, NixlRead
 from .arena import Arena
@@ -52,7 +52,7 @@ _TRAILER = len(_KINDS)
 
 
 def pack_item(item: Item) -> bytes:
-    """As a message of the stream."""
+    """Pack an item as a message of the stream."""
     if isinstance(item, bytes):
         packed: bytes = msgpack.packb([_TRAILER, item])
     else:
@@ -61,7 +61,7 @@ def pack_item(item: Item) -> bytes:
 
 
 def unpack_item(message: bytes) -> Item:
-    """Inverse of `pack_item`. Raises CorruptFrame."""
+    """Invert `pack_item`. Raises CorruptFrame."""
     try:
         kind, *fields = msgpack.unpackb(message)
         types = [type(field) for field in fields]
@@ -77,7 +77,7 @@ def unpack_item(message: bytes) -> Item:
 
 
 class DeviceReadHandler(grpc.GenericRpcHandler):
-    """Tells readers where a store's frames lie in the worker's device memory."""
+    """Sends readers the places of a store's frames in the worker's device memory."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class DeviceReadHandler(grpc.GenericRpcHandler):
         address: int,
         on_readers: Callable[[int], None],
     ) -> None:
-        """`address` is that of the device memory; `on_readers` is given how many there are."""
+        """`address` is the device memory's; `on_readers` receives the number of readers."""
         self._leases = leases
         self._fingerprint = fingerprint
         self._introduction = introduction
@@ -105,8 +105,8 @@ class DeviceReadHandler(grpc.GenericRpcHandler):
         return grpc.unary_stream_rpc_method_handler(self._read)
 
     def _read(self, message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-        """Nothing that was sent moves until the reader hangs up."""
-        query, gone = lending(message, self._fingerprint, context)
+        """Stream the places; nothing that was sent moves until the reader hangs up."""
+        query, gone = open_lending(message, self._fingerprint, context)
         lent: list[bytes | memoryview] = []
         self._count(1)
         try:
@@ -131,7 +131,7 @@ class DeviceReadHandler(grpc.GenericRpcHandler):
             place = (frame.layer, frame.start, frame.stop)
             item = DeviceFrame(*place, self._address + offset, len(frame.message))
             yield pack_item(item)
-        end = trailer(self._leases, query.lease_id, len(lent))
+        end = make_trailer(self._leases, query.lease_id, len(lent))
         yield pack_item(encode(end, query.lease_id))
 
     def _count(self, change: int) -> None:
@@ -159,10 +159,10 @@ class DeviceClient:
     def pull(
         self, endpoint: str, ticket: Ticket, fingerprint: str, start: int, timeout_s: float
     ) -> DevicePull:
-        """Begin to read the tokens from `start` on. See `KvClient.pull`."""
+        """Start to read the tokens from `start` on. See `KvClient.pull`."""
         query = PullQuery(ticket.lease.id, ticket.lease.secret, fingerprint, start, timeout_s)
-        call: Any = self._channels.to(endpoint).unary_stream(READ_DEVICE)
-        stream = call(query.packed(), timeout=timeout_s)
+        call: Any = self._channels.channel_to(endpoint).unary_stream(READ_DEVICE)
+        stream = call(query.pack(), timeout=timeout_s)
         return DevicePull(
             self._agent, self._landing, self._memory, endpoint, stream, query.lease_id
         )
@@ -173,7 +173,7 @@ class DeviceClient:
 
 
 class DevicePull:
-    """One lease on its way. A frame's payload is the shadow of the bytes that have landed."""
+    """One lease being pulled. A frame's payload is the shadow of the bytes that have landed."""
 
     def __init__(
         self,
@@ -193,13 +193,13 @@ class DevicePull:
         self._peer = ""
         self._reads: deque[tuple[DeviceFrame, NixlRead]] = deque()
 
-    def into(self, store: Callable[[Frame], None]) -> float:
-        """See `KvPull.into`; the payload's place is free again once nothing refers to it."""
+    def deliver_to(self, store: Callable[[Frame], None]) -> float:
+        """See `KvPull.deliver_to`; the payload's place is free again once nothing refers to it."""
         frames = 0
         try:
             for item in map(unpack_item, self._call):
                 if isinstance(item, Introduction):
-                    self._agent.meet(self._endpoint, item.agent, item.metadata)
+                    self._agent.add_peer(self._endpoint, item.agent, item.metadata)
                     self._peer = item.agent
                 elif isinstance(item, DeviceFrame):
                     frames += 1
@@ -221,7 +221,7 @@ class DevicePull:
         self._call.cancel()
 
     def _complete_s(self, message: bytes, frames: int) -> float:
-        """Check the trailer."""
+        """Check the trailer; return the seconds since the KV was complete."""
         end = decode(message, self._lease_id)
         if not isinstance(end, Trailer) or end.frames != frames:
             raise CorruptFrame(f"read: the stream ended after {frames} frames")
@@ -234,17 +234,17 @@ class DevicePull:
             raise KvTransferError(f"nixl: no room for {frame.size} bytes to land")
         remote = NixlMemory(frame.address, frame.size, self._memory.device)
         local = self._memory.part(offset, frame.size)
-        with self._agent.forgetting(self._endpoint):
+        with self._agent.forget_on_error(self._endpoint):
             return self._agent.read_memory(self._peer, remote, local, into)
 
     def _store_landed(self, store: Callable[[Frame], None], ahead: int) -> None:
-        """Store the oldest reads, but for `ahead` of them."""
+        """Store the oldest reads, except the last `ahead` of them."""
         while len(self._reads) > ahead:
-            store(self._landed())
+            store(self._await_oldest())
 
-    def _landed(self) -> Frame:
+    def _await_oldest(self) -> Frame:
         frame, read = self._reads.popleft()
-        with self._agent.forgetting(self._endpoint):
+        with self._agent.forget_on_error(self._endpoint):
             await_read(self._agent, read, self._call)
         return Frame(frame.layer, frame.start, frame.stop, read.payload)
 

@@ -1,11 +1,11 @@
 """The carrier `nixl`: the messages of the KV stream, read by the peer from registered memory.
 
 `Read` is to `Pull` what a list of addresses is to the bytes: the same leases, secret, layout
-and messages, but the stream says where each message lies, and the reader's own agent fetches
+and messages, but the stream has the place of each message, and the reader's own agent fetches
 it. The first item introduces the server's agent; the last lies nowhere: it is the trailer.
 
-The introduction opens all of the server's registered memory to the reader, so it is told only
-to who knows a lease's secret; what a reader takes for a message must pass its digest.
+The introduction opens all of the server's registered memory to the reader, so it is sent only
+to readers that know a lease's secret; what a reader takes for a message must pass its digest.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..channels import Channels
 from ..frames import Frame, Trailer, decode, encode
 from ..leases import LeaseStore
 from ..pull import transfer_error
-from ..rpc import SERVICE, PullQuery, lending, trailer
+from ..rpc import SERVICE, PullQuery, make_trailer, open_lending
 from ..tls import MutualTls
 from .agent import NixlAgent, NixlRead
 from .arena import Arena, address_of
@@ -48,22 +48,22 @@ class Introduction:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """One message: where it lies, or itself if it is not in registered memory."""
+class MessagePlace:
+    """One message: its place, or its bytes if it is not in registered memory."""
 
     address: int
     size: int  # 0: it is `inline`
     inline: bytes = b""
 
 
-def pack(item: Introduction | Place) -> bytes:
-    """As an item of the stream."""
+def pack(item: Introduction | MessagePlace) -> bytes:
+    """Pack the place as an item of the stream."""
     packed: bytes = msgpack.packb(astuple(item))
     return packed
 
 
-def unpack(item: bytes) -> Introduction | Place:
-    """Inverse of `pack`. Raises CorruptFrame."""
+def unpack(item: bytes) -> Introduction | MessagePlace:
+    """Invert `pack`. Raises CorruptFrame."""
     try:
         fields = msgpack.unpackb(item)
     except (msgpack.UnpackException, ValueError) as error:
@@ -72,13 +72,13 @@ def unpack(item: bytes) -> Introduction | Place:
     if kinds == [str, bytes]:
         return Introduction(*fields)
     if kinds == [int, int, bytes]:
-        return Place(*fields)
+        return MessagePlace(*fields)
     raise CorruptFrame("read: an item is neither an introduction nor a place")
 
 
 def await_read(agent: NixlAgent, read: NixlRead, call: Any) -> None:
     """Return when the read has ended. Raises KvTransferError, also when `call` has."""
-    while not read.ended():
+    while not read.has_ended():
         if not call.is_active():  # cancelled, out of time, or the peer has died
             agent.abandon(read)
             raise KvTransferError("nixl: the peer hung up during a read")
@@ -95,7 +95,7 @@ class NixlHandler(grpc.GenericRpcHandler):
         self._fingerprint = fingerprint
         self._agent = agent
         self._arena = arena  # registered with the agent
-        self._progress = Progress(agent)
+        self._progress = ReadProgress(agent)
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
         """See grpc.GenericRpcHandler."""
@@ -104,8 +104,8 @@ class NixlHandler(grpc.GenericRpcHandler):
         return grpc.unary_stream_rpc_method_handler(self._read)
 
     def _read(self, message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-        """The reader hangs up when it is done, and until then nothing it was told of moves."""
-        query, gone = lending(message, self._fingerprint, context)
+        """Stream the places; nothing that was sent moves until the reader hangs up."""
+        query, gone = open_lending(message, self._fingerprint, context)
         lent: list[bytes | memoryview] = []
         with self._progress:
             try:
@@ -115,7 +115,7 @@ class NixlHandler(grpc.GenericRpcHandler):
             gone.wait()
 
     def _items(self, query: PullQuery, lent: list[bytes | memoryview]) -> Iterator[bytes]:
-        """The agent is introduced to nobody before the lease's secret has proved right."""
+        """Yield the items; the agent is introduced only after the lease's secret proved right."""
         frames = self._leases.stream(query.lease_id, query.secret, timeout_s=query.timeout_s)
         for number, frame in enumerate(frames):
             if number == 0:
@@ -124,16 +124,16 @@ class NixlHandler(grpc.GenericRpcHandler):
             if message is not None:
                 lent.append(message)
                 yield pack(self._place(message))
-        end = trailer(self._leases, query.lease_id, len(lent))
-        yield pack(Place(0, 0, encode(end, query.lease_id)))
+        end = make_trailer(self._leases, query.lease_id, len(lent))
+        yield pack(MessagePlace(0, 0, encode(end, query.lease_id)))
 
-    def _place(self, message: bytes | memoryview) -> Place:
+    def _place(self, message: bytes | memoryview) -> MessagePlace:
         if self._arena.holds(message):
-            return Place(address_of(message), len(message))
-        return Place(0, 0, bytes(message))
+            return MessagePlace(address_of(message), len(message))
+        return MessagePlace(0, 0, bytes(message))
 
 
-class Progress:
+class ReadProgress:
     """Advances an agent while anybody reads from it, and costs nothing else."""
 
     def __init__(self, agent: NixlAgent) -> None:
@@ -177,10 +177,10 @@ class NixlClient:
     def pull(
         self, endpoint: str, ticket: Ticket, fingerprint: str, start: int, timeout_s: float
     ) -> NixlPull:
-        """Begin to read the tokens from `start` on. See `KvClient.pull`."""
+        """Start to read the tokens from `start` on. See `KvClient.pull`."""
         query = PullQuery(ticket.lease.id, ticket.lease.secret, fingerprint, start, timeout_s)
-        call: Any = self._channels.to(endpoint).unary_stream(READ)
-        stream = call(query.packed(), timeout=timeout_s)
+        call: Any = self._channels.channel_to(endpoint).unary_stream(READ)
+        stream = call(query.pack(), timeout=timeout_s)
         return NixlPull(self._agent, self._landing, endpoint, stream, query.lease_id)
 
     def close(self) -> None:
@@ -189,7 +189,7 @@ class NixlClient:
 
 
 class NixlPull:
-    """One lease on its way: a few messages are read ahead of the one that is stored."""
+    """One lease being pulled: a few messages are read ahead of the one that is stored."""
 
     def __init__(
         self, agent: NixlAgent, landing: Arena, endpoint: str, call: Any, lease_id: str
@@ -201,8 +201,8 @@ class NixlPull:
         self._lease_id = lease_id
         self._reads: deque[NixlRead | bytes] = deque()  # a message that came inline is there
 
-    def into(self, store: Callable[[Frame], None]) -> float:
-        """See `KvPull.into`; `store` is called from this thread only."""
+    def deliver_to(self, store: Callable[[Frame], None]) -> float:
+        """See `KvPull.deliver_to`; `store` is called from this thread only."""
         frames = 0
         try:
             for item in self._messages():
@@ -225,31 +225,31 @@ class NixlPull:
         self._call.cancel()
 
     def _messages(self) -> Iterator[Frame | Trailer]:
-        """Every message, whole and in order."""
+        """Yield every message, whole and in order."""
         peer = ""
         for item in map(unpack, self._call):
             if isinstance(item, Introduction):
-                self._agent.meet(self._endpoint, item.agent, item.metadata)
+                self._agent.add_peer(self._endpoint, item.agent, item.metadata)
                 peer = item.agent
                 continue
             self._reads.append(self._begin(peer, item))
             while len(self._reads) > (AHEAD if item.size else 0):
-                yield decode(self._finished(self._reads.popleft()), self._lease_id)
+                yield decode(self._await_payload(self._reads.popleft()), self._lease_id)
         # The trailer is inline, so nothing is under way behind it.
 
-    def _begin(self, peer: str, place: Place) -> NixlRead | bytes:
+    def _begin(self, peer: str, place: MessagePlace) -> NixlRead | bytes:
         if not place.size:
             return place.inline
         into = self._landing.take(place.size)
         if into is None:
             raise KvTransferError(f"nixl: no room for {place.size} bytes to land")
-        with self._agent.forgetting(self._endpoint):
+        with self._agent.forget_on_error(self._endpoint):
             return self._agent.read(peer, place.address, into)
 
-    def _finished(self, read: NixlRead | bytes) -> bytes | memoryview:
+    def _await_payload(self, read: NixlRead | bytes) -> bytes | memoryview:
         if isinstance(read, bytes):
             return read
-        with self._agent.forgetting(self._endpoint):
+        with self._agent.forget_on_error(self._endpoint):
             await_read(self._agent, read, self._call)
         return read.payload
 

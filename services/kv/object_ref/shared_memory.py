@@ -1,9 +1,9 @@
 """Memory that another process of this machine can map: KV goes there without a socket.
 
 `Locate` is to `Pull` what a map is to the bytes: the same leases, secret, layout and messages,
-but the answer says where in the worker's shared memory each message lies. Who was told holds
-the call open while it reads: until then nothing that it was told of moves. The messages'
-digests are checked where they are used, so that what lies there by mistake is no KV.
+but the answer has each message's place in the worker's shared memory. Its receiver holds
+the call open while it reads: until then no message moves. The messages' digests are checked
+where they are used, so that wrong bytes are never taken for KV.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ...core.errors import LeaseNotFound
 from ..frames import encode
 from ..leases import LeaseStore
 from ..nixl.arena import Arena, Bytes
-from ..rpc import SERVICE, PullQuery, lending, trailer
+from ..rpc import SERVICE, PullQuery, make_trailer, open_lending
 
 LOCATE = f"/{SERVICE}/Locate"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -34,7 +34,7 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Where a process's shared memory can be opened, and how to know it from another."""
+    """The place of a process's shared memory, and an identity to verify it by."""
 
     boot_id: str  # of the machine
     pid: int
@@ -44,21 +44,21 @@ class Region:
 
 
 @dataclass(frozen=True, slots=True)
-class Located:
+class MessagePlaces:
     """A lease's messages, in order: `(offset, size)` each, and the trailer itself."""
 
     region: Region
     places: list[tuple[int, int]]
     trailer: bytes
 
-    def packed(self) -> bytes:
-        """As a message."""
+    def pack(self) -> bytes:
+        """Pack the value as a message."""
         packed: bytes = msgpack.packb([astuple(self.region), self.places, self.trailer])
         return packed
 
     @classmethod
-    def unpacked(cls, message: bytes) -> Located:
-        """Inverse of `packed`."""
+    def unpack(cls, message: bytes) -> MessagePlaces:
+        """Invert `pack`."""
         region, places, end = msgpack.unpackb(message)
         return cls(Region(*region), [(offset, size) for offset, size in places], end)
 
@@ -67,7 +67,7 @@ class SharedMemory:
     """Memory of this process that has no name, and is gone with the last process that maps it."""
 
     def __init__(self, size: int, descriptor: int | None = None) -> None:
-        """`descriptor`: of such memory that another process has made, inherited from it."""
+        """`descriptor` belongs to such memory of another process, inherited from it."""
         if descriptor is None:
             descriptor = os.memfd_create("specprefill-kv")
             os.ftruncate(descriptor, size)
@@ -85,19 +85,19 @@ class Mappings:
         self._mapped: dict[str, tuple[Region, Bytes]] = {}
 
     def view(self, peer: str, region: Region) -> Bytes | None:
-        """`peer`'s memory, read-only; None where this process cannot reach it."""
+        """Return `peer`'s memory, read-only; None where this process cannot reach it."""
         with self._lock:
             known = self._mapped.get(peer)
             if known is not None and known[0] == region:
                 return known[1]
-            memory = _mapped(region)
+            memory = _map_region(region)
             if memory is not None:
                 self._mapped[peer] = region, memory
             return memory
 
 
 class LocateHandler(grpc.GenericRpcHandler):
-    """Tells where a store's messages lie; goes into a `KvServer`."""
+    """Returns the places of a store's messages; goes into a `KvServer`."""
 
     def __init__(self, leases: LeaseStore, fingerprint: str, shared: SharedMemory) -> None:
         self.arena = Arena(shared.region.size, shared.memory)
@@ -112,19 +112,21 @@ class LocateHandler(grpc.GenericRpcHandler):
         return grpc.unary_stream_rpc_method_handler(self._locate)
 
     def _locate(self, message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-        """One item, once the lease is complete; none if a message found no room in the memory."""
-        query, gone = lending(message, self._fingerprint, context)
+        """Yield one item, once the lease is complete; none if a message found no room."""
+        query, gone = open_lending(message, self._fingerprint, context)
         lent: list[bytes | memoryview] = []
         try:
-            located = self._located(query, lent)
+            located = self._locate_frames(query, lent)
         except LeaseNotFound as error:
             context.abort(grpc.StatusCode.NOT_FOUND, str(error))
         if located is not None:
-            yield located.packed()
+            yield located.pack()
             gone.wait()
 
-    def _located(self, query: PullQuery, lent: list[bytes | memoryview]) -> Located | None:
-        """Frames are looked up as they come: little is left to do after the last one."""
+    def _locate_frames(
+        self, query: PullQuery, lent: list[bytes | memoryview]
+    ) -> MessagePlaces | None:
+        """Look frames up as they come, so that little is left to do after the last one."""
         places: list[tuple[int, int]] = []
         frames = self._leases.stream(query.lease_id, query.secret, timeout_s=query.timeout_s)
         with closing(frames):
@@ -134,12 +136,12 @@ class LocateHandler(grpc.GenericRpcHandler):
                     return None
                 places.append((offset, len(frame.message)))
                 lent.append(frame.message)
-        end = encode(trailer(self._leases, query.lease_id, len(lent)), query.lease_id)
-        return Located(self._shared.region, places, end)
+        end = encode(make_trailer(self._leases, query.lease_id, len(lent)), query.lease_id)
+        return MessagePlaces(self._shared.region, places, end)
 
 
-def _mapped(region: Region) -> Bytes | None:
-    """The way leads through the other process's own descriptor, if this is its machine."""
+def _map_region(region: Region) -> Bytes | None:
+    """Map the region through the other process's own descriptor, if this is its machine."""
     if region.boot_id != _boot_id():
         return None
     try:

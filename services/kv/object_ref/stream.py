@@ -29,7 +29,7 @@ from ..frames import TRAILER_LAYER, Trailer, decode, encode, layer_of
 from ..pull import transfer_error
 from ..rpc import PULL, PullQuery
 from ..tls import MutualTls
-from .shared_memory import LOCATE, Located, Mappings
+from .shared_memory import LOCATE, Mappings, MessagePlaces
 
 KvObject = list[NDArray[np.uint8]]  # the index as msgpack, then the arrays that it points into
 
@@ -48,23 +48,23 @@ class KvCollector:
         self._channels.close()
 
     @contextmanager
-    def collected(self, ticket: Ticket, rank: int, timeout_s: float) -> Iterator[KvObject]:
-        """One rank's KV, undigested, for as long as inside: the arrays are the worker's memory.
+    def collect(self, ticket: Ticket, rank: int, timeout_s: float) -> Iterator[KvObject]:
+        """Hold one rank's KV, undigested, while inside: the arrays are the worker's memory.
 
         Raises KvTransferError.
         """
         peer = ticket.endpoints[rank]
         query = PullQuery(ticket.lease.id, ticket.lease.secret, ticket.fingerprint, 0, timeout_s)
-        map_call: Any = self._channels.to(peer).unary_stream(LOCATE)
-        lending = map_call(query.packed(), timeout=timeout_s)
+        map_call: Any = self._channels.channel_to(peer).unary_stream(LOCATE)
+        lending = map_call(query.pack(), timeout=timeout_s)
         try:
-            lent = self._lent(peer, lending)
-            yield self._sent(peer, query) if lent is None else lent
+            lent = self._borrow(peer, lending)
+            yield self._receive(peer, query) if lent is None else lent
         finally:
             lending.cancel()  # the worker may have its memory back
 
-    def _lent(self, peer: str, lending: Any) -> KvObject | None:
-        """The messages where they lie. None if the worker cannot lend, or is on another node."""
+    def _borrow(self, peer: str, lending: Any) -> KvObject | None:
+        """Return the messages in place; None if the worker cannot lend, or is on another node."""
         try:
             message = next(lending, None)
         except grpc.RpcError as error:
@@ -73,15 +73,15 @@ class KvCollector:
             raise transfer_error(error) from error
         if message is None:
             return None
-        located = Located.unpacked(message)
+        located = MessagePlaces.unpack(message)
         memory = self._mappings.view(peer, located.region)
-        return None if memory is None else _laid_out(memory, located)
+        return None if memory is None else _lay_out(memory, located)
 
-    def _sent(self, peer: str, query: PullQuery) -> KvObject:
-        """The messages, through the socket: an array each."""
-        stream: Any = self._channels.to(peer).unary_stream(PULL)
+    def _receive(self, peer: str, query: PullQuery) -> KvObject:
+        """Return the messages, received through the socket, in an array each."""
+        stream: Any = self._channels.channel_to(peer).unary_stream(PULL)
         try:
-            came = list(stream(query.packed(), timeout=query.timeout_s))
+            came = list(stream(query.pack(), timeout=query.timeout_s))
         except grpc.RpcError as error:
             raise transfer_error(error) from error
         if not came:
@@ -90,13 +90,13 @@ class KvCollector:
 
 
 def as_object(came: Sequence[bytes]) -> KvObject:
-    """Messages that lie anywhere, in an array each."""
+    """Return messages that lie anywhere as an object, in an array each."""
     index = [(number, 0, len(message)) for number, message in enumerate(came)]
     return _object(index, [_array(message) for message in came])
 
 
 def messages(kv: KvObject) -> Iterator[memoryview]:
-    """An object's messages, in order. Raises CorruptFrame if the index points at nothing."""
+    """Return an object's messages, in order. Raises CorruptFrame if the index is out of range."""
     try:
         index, arrays = msgpack.unpackb(kv[0].data), kv[1:]
         for number, start, size in index:
@@ -106,7 +106,7 @@ def messages(kv: KvObject) -> Iterator[memoryview]:
 
 
 def part_of(kv: KvObject, query: PullQuery) -> Iterator[bytes]:
-    """The messages of a query's layers, then a trailer. Raises KvTransferError if some lack."""
+    """Yield the messages of a query's layers, then a trailer. Raises KvTransferError on a gap."""
     sent = 0
     for seen, message in enumerate(messages(kv)):
         layer = layer_of(message)
@@ -122,8 +122,8 @@ def part_of(kv: KvObject, query: PullQuery) -> Iterator[bytes]:
     raise CorruptFrame("kv: the object has no trailer")
 
 
-def _laid_out(memory: NDArray[np.uint8], located: Located) -> KvObject:
-    """As few arrays over `memory` as hold all messages: what lies together stays together."""
+def _lay_out(memory: NDArray[np.uint8], located: MessagePlaces) -> KvObject:
+    """Return as few arrays over `memory` as hold all messages: neighbours stay together."""
     stretches: list[tuple[int, int]] = []
     index: list[tuple[int, int, int]] = []
     for start, size in located.places:
@@ -161,7 +161,7 @@ class KvRelay:
         self._lock = threading.Lock()
         self._server = grpc.server(
             futures.ThreadPoolExecutor(threads, thread_name_prefix="kv-relay"),
-            handlers=[_Handler(self)],
+            handlers=[_RelayHandler(self)],
             options=OPTIONS,
         )
         self._address = ""
@@ -192,7 +192,7 @@ class KvRelay:
 
     def pull(self, message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Stream an object's messages, from its first token on: the worker skips what it has."""
-        query = PullQuery.unpacked(message)
+        query = PullQuery.unpack(message)
         with self._lock:
             offer = self._offers.get(query.lease_id)
         if offer is None or not hmac.compare_digest(offer.secret, query.secret):
@@ -203,7 +203,7 @@ class KvRelay:
             yield from part_of(offer.kv, query)
 
 
-class _Handler(grpc.GenericRpcHandler):
+class _RelayHandler(grpc.GenericRpcHandler):
     def __init__(self, relay: KvRelay) -> None:
         self._relay = relay
 

@@ -1,4 +1,4 @@
-"""What is compared: keep rates, the automatic one, controls that know nothing, and a ceiling."""
+"""The arms compared: keep rates, the automatic one, controls without knowledge, and a ceiling."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ...core.selection import Scores
 
 
 class Chooser(enum.StrEnum):
-    """Who says which tokens are kept."""
+    """Source of the scores that choose the kept tokens."""
 
     SPECULATOR = "speculator"
     AUTOMATIC = "automatic"  # the speculator, and how many as well
-    RANDOM = "random"  # control: chunks by lot
+    RANDOM = "random"  # control: chunks at random
     ENDS = "ends"  # control: the first and the last tokens
     EVEN = "even"  # control: chunks at even distances
     MAIN_MODEL = "main_model"  # the ceiling: the model that answers scores for itself
@@ -53,7 +53,7 @@ DENSE = Arm(Chooser.SPECULATOR, 1.0)
 def arms_of(
     keeps: Sequence[float], control_keep: float | None, *, automatic: bool, ceiling: bool
 ) -> tuple[Arm, ...]:
-    """Dense first, then every keep rate from high to low, then the others."""
+    """Return dense first, then every keep rate from high to low, then the others."""
     rates = sorted({keep for keep in keeps if keep < 1.0}, reverse=True)
     arms = [DENSE, *(Arm(Chooser.SPECULATOR, keep) for keep in rates)]
     if automatic:
@@ -68,7 +68,7 @@ def arms_of(
 def control_scores(
     chooser: Chooser, prompt_tokens: int, chunk_tokens: int, rng: random.Random
 ) -> Scores:
-    """Scores [N] that make the product's own selection choose as the control does.
+    """Return scores [N] by which the product's own selection chooses as the control does.
 
     So a control keeps what is protected, and as many chunks beside it as the speculator's
     selection at the same rate. Raises ValueError for a chooser that is no control.
@@ -79,19 +79,19 @@ def control_scores(
     elif chooser is Chooser.ENDS:
         ranks = [abs(2 * chunk + 1 - chunks) / chunks for chunk in range(chunks)]
     elif chooser is Chooser.EVEN:
-        ranks = [1.0 - _bisection_order(chunk) for chunk in _spread(chunks)]
+        ranks = [1.0 - _bisection_order(chunk) for chunk in _spread_chunks(chunks)]
     else:
         raise ValueError(f"{chooser} is no control")
     return np.repeat(np.asarray(ranks, dtype=np.float32), chunk_tokens)[:prompt_tokens]
 
 
-def _spread(chunks: int) -> range:
-    """1..chunks: place 0 would be first in every order."""
+def _spread_chunks(chunks: int) -> range:
+    """Return the places 1..chunks; place 0 would be first in every order."""
     return range(1, chunks + 1)
 
 
 def _bisection_order(place: int) -> float:
-    """Van der Corput's sequence: the bits of `place`, mirrored behind the point."""
+    """Return Van der Corput's number: the bits of `place`, mirrored behind the point."""
     value, share = 0.0, 0.5
     while place > 0:
         value += share * (place & 1)

@@ -18,14 +18,14 @@ from ..families.dialogue import NONCE_DIGITS
 from ..families.task import Conversation, Task
 from ..families.words import number
 from .arms import Arm, Chooser
-from .outcomes import Answer
+from .outcomes import ArmAnswer
 
 WARM_UP_TOKENS = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where to ask, and as whom."""
+    """Address and credentials of an OpenAI-compatible server."""
 
     base_url: str
     model: str | None  # None: the deployment's only model
@@ -36,24 +36,24 @@ class Endpoint:
 
     def answers(
         self, task: Task, arms: Sequence[Arm], rng: random.Random, *, with_text: bool
-    ) -> list[Answer]:
-        """Raises CallFailed, and ValueError for an arm that no endpoint knows."""
+    ) -> list[ArmAnswer]:
+        """Ask for each arm. Raises CallFailed, and ValueError for an arm that no endpoint knows."""
         del rng
         return [self._answer(task, arm, with_text=with_text) for arm in arms]
 
-    def _answer(self, task: Task, arm: Arm, *, with_text: bool) -> Answer:
+    def _answer(self, task: Task, arm: Arm, *, with_text: bool) -> ArmAnswer:
         if arm.chooser not in (Chooser.SPECULATOR, Chooser.AUTOMATIC):
             raise ValueError(f"{arm.name}: an endpoint does not take positions; leave it out")
         for conversation in task.before:
             warm_up = self._ask(task, conversation, arm, WARM_UP_TOKENS)
             http_caller.complete(self.base_url, warm_up)
-        messages = self._cold(task) if task.nonce is not None else task.messages
+        messages = self._with_new_nonce(task) if task.nonce is not None else task.messages
         tokens = task.max_tokens if with_text else WARM_UP_TOKENS
         reply = http_caller.complete(self.base_url, self._ask(task, messages, arm, tokens))
         return _read(reply, with_text=with_text)
 
-    def _cold(self, task: Task) -> Conversation:
-        """The task with other digits in place of its nonce."""
+    def _with_new_nonce(self, task: Task) -> Conversation:
+        """Return the task with other digits in place of its nonce."""
         digits = number(self.fresh, NONCE_DIGITS)
         return tuple(
             {**message, "content": message["content"].replace(task.nonce, digits)}
@@ -79,10 +79,10 @@ class Endpoint:
         return replace(asked, keep=arm.keep)
 
 
-def _read(reply: Mapping[str, Any], *, with_text: bool) -> Answer:
+def _read(reply: Mapping[str, Any], *, with_text: bool) -> ArmAnswer:
     usage, report = reply["usage"], reply.get("specprefill") or {}
     details = usage.get("prompt_tokens_details") or {}
-    return Answer(
+    return ArmAnswer(
         text=_text(reply["choices"][0]["message"]) if with_text else None,
         prompt_tokens=usage["prompt_tokens"],
         kept_tokens=report.get("kept_tokens", usage["prompt_tokens"]),
@@ -92,7 +92,7 @@ def _read(reply: Mapping[str, Any], *, with_text: bool) -> Answer:
 
 
 def _text(message: Mapping[str, Any]) -> str:
-    """The content, and tool calls in the form that scoring reads."""
+    """Return the content, and tool calls in the form that scoring reads."""
     calls = [
         json.dumps({"name": call["function"]["name"], "arguments": call["function"]["arguments"]})
         for call in message.get("tool_calls") or ()

@@ -25,21 +25,21 @@ class _Prefilled:
     first: int
 
 
-def greedy(
+def greedy_answers(
     model: PreTrainedModel,
     prompt: Sequence[int],
     kept_sets: Sequence[Sequence[int]],
     max_tokens: int,
     eos_ids: frozenset[int],
 ) -> list[list[int]]:
-    """For each kept set an answer of up to `max_tokens` ids, without the end token.
+    """Return for each kept set an answer of up to `max_tokens` ids, without the end token.
 
     A kept set is ascending positions of `prompt`; its answer's positions begin at the prompt's
     full length. Prefills run one by one without padding; answers from kept sets of similar size
     decode as one batch.
     """
     answers: dict[int, list[int]] = {}
-    for group in _similar([len(kept) for kept in kept_sets]):
+    for group in _group_similar([len(kept) for kept in kept_sets]):
         with torch.inference_mode():
             prefilled = [_prefill(model, prompt, kept_sets[place]) for place in group]
             decoded = _decode(model, prefilled, len(prompt), max_tokens, eos_ids)
@@ -47,8 +47,8 @@ def greedy(
     return [_until_end(answers[place], eos_ids) for place in range(len(kept_sets))]
 
 
-def _similar(sizes: Sequence[int]) -> list[list[int]]:
-    """The places of all sizes, in groups whose padding to the largest stays bounded."""
+def _group_similar(sizes: Sequence[int]) -> list[list[int]]:
+    """Return the places of all sizes, in groups whose padding to the largest stays bounded."""
     groups: list[list[int]] = []
     for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
         if groups and sizes[place] >= LEAST_FILLED * sizes[groups[-1][0]]:
@@ -80,8 +80,8 @@ def _decode(
     max_tokens: int,
     eos_ids: frozenset[int],
 ) -> list[list[int]]:
-    """All answers token by token, until the last one has ended."""
-    cache, mask = _batched(prefilled)
+    """Decode all answers token by token, until the last one has ended."""
+    cache, mask = _batch_caches(prefilled)
     answers = [[each.first] for each in prefilled]
     for step in range(max_tokens - 1):
         if all(eos_ids & {*answer} for answer in answers):
@@ -98,14 +98,14 @@ def _decode(
     return answers
 
 
-def _batched(prefilled: Sequence[_Prefilled]) -> tuple[DynamicCache, Tensor]:
-    """The caches as one, padded on the left, and the mask [answers, k] of what is not padding."""
+def _batch_caches(prefilled: Sequence[_Prefilled]) -> tuple[DynamicCache, Tensor]:
+    """Join the caches, padded on the left; return them and the mask [answers, k] of the tokens."""
     longest = max(each.tokens for each in prefilled)
     cache = DynamicCache()
     for index in range(len(prefilled[0].layers)):
         pairs = [each.layers[index] for each in prefilled]
         keys, values = (
-            torch.cat([_padded(pair[side], longest) for pair in pairs]) for side in (0, 1)
+            torch.cat([_pad_left(pair[side], longest) for pair in pairs]) for side in (0, 1)
         )
         cache.update(keys, values, index)
     device = prefilled[0].layers[0][0].device
@@ -114,7 +114,7 @@ def _batched(prefilled: Sequence[_Prefilled]) -> tuple[DynamicCache, Tensor]:
     return cache, (places >= starts[:, None]).long()
 
 
-def _padded(kept: Tensor, longest: int) -> Tensor:
+def _pad_left(kept: Tensor, longest: int) -> Tensor:
     return functional.pad(kept, (0, 0, longest - kept.shape[2], 0))
 
 

@@ -16,7 +16,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A value and where it lies with `LEVEL` confidence."""
+    """A value and its bounds at confidence `LEVEL`."""
 
     value: float
     low: float
@@ -24,7 +24,7 @@ class Interval:
 
 
 def mean_interval(values: Sequence[float], clusters: Sequence[int], seed: int) -> Interval:
-    """The mean; values of one cluster are drawn together. Raises ValueError without values."""
+    """Return the mean; values of one cluster are drawn together. Raises ValueError without any."""
     ones = [1.0] * len(values)
     return _ratio(values, ones, clusters, seed)
 
@@ -32,7 +32,7 @@ def mean_interval(values: Sequence[float], clusters: Sequence[int], seed: int) -
 def retained_interval(
     scores: Sequence[float], dense: Sequence[float], clusters: Sequence[int], seed: int
 ) -> Interval | None:
-    """mean(scores) / mean(dense), both of the same prompts in the same order.
+    """Return mean(scores) / mean(dense), both of the same prompts in the same order.
 
     Paired: a resample draws a cluster's scores of both arms together. None where dense is 0
     throughout: there is nothing to retain.
@@ -45,7 +45,7 @@ def retained_interval(
 def _ratio(
     above: Sequence[float], below: Sequence[float], clusters: Sequence[int], seed: int
 ) -> Interval:
-    """sum(above) / sum(below), with the percentiles of cluster bootstrap resamples."""
+    """Return sum(above) / sum(below), with the percentiles of cluster bootstrap resamples."""
     if not above:
         raise ValueError("an interval needs at least one value")
     sums = _cluster_sums(above, below, clusters)
@@ -62,7 +62,7 @@ def _ratio(
 def _cluster_sums(
     above: Sequence[float], below: Sequence[float], clusters: Sequence[int]
 ) -> Floats:
-    """[clusters, 2]: the sums of both."""
+    """Return [clusters, 2]: the sums of both."""
     places = {cluster: place for place, cluster in enumerate(dict.fromkeys(clusters))}
     sums = np.zeros((len(places), 2))
     for cluster, top, bottom in zip(clusters, above, below, strict=True):

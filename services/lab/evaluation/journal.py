@@ -1,4 +1,4 @@
-"""What an evaluation has found, prompt by prompt, on disk: an interrupted one can go on.
+"""Results of an evaluation on disk, prompt by prompt: an interrupted one can resume.
 
 A text file: the settings in the first line, then one line per prompt.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from .outcomes import Outcome
+from .outcomes import ArmOutcome
 
 Place = tuple[str, int, int]  # family, length and seed: one prompt
 Settings = Mapping[str, str]  # what two runs must have in common for one to go on with the other
@@ -21,24 +21,24 @@ class OtherSettings(Exception):
 
 
 class Journal:
-    """The outcomes of every prompt that is done. Made by `begun` or `resumed`."""
+    """The outcomes of every prompt that is done. Made by `create` or `resume`."""
 
-    def __init__(self, path: Path, found: dict[Place, list[Outcome]]) -> None:
+    def __init__(self, path: Path, found: dict[Place, list[ArmOutcome]]) -> None:
         self.path = path
         self._found = found
 
     @classmethod
-    def begun(cls, path: Path, settings: Settings) -> Journal:
-        """An empty one; what was at `path` is lost."""
+    def create(cls, path: Path, settings: Settings) -> Journal:
+        """Make an empty journal; what was at `path` is lost."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(msgspec.json.encode(settings) + b"\n")
         return cls(path, {})
 
     @classmethod
-    def resumed(cls, path: Path, settings: Settings) -> Journal:
-        """The one at `path`, or an empty one. Raises OtherSettings."""
+    def resume(cls, path: Path, settings: Settings) -> Journal:
+        """Read the journal at `path`, or make an empty one. Raises OtherSettings."""
         if not path.exists():
-            return cls.begun(path, settings)
+            return cls.create(path, settings)
         head, *lines = path.read_bytes().split(b"\n")
         if msgspec.json.decode(head) != dict(settings):
             raise OtherSettings(f"{path} was written with other settings: {head.decode()}")
@@ -47,15 +47,15 @@ class Journal:
         return cls(path, dict(_read(whole)))
 
     def __len__(self) -> int:
-        """How many prompts are done."""
+        """Return the number of prompts that are done."""
         return len(self._found)
 
-    def find(self, place: Place) -> list[Outcome] | None:
-        """All arms of one prompt, where it is done."""
+    def find(self, place: Place) -> list[ArmOutcome] | None:
+        """Return all arms of one prompt, where it is done."""
         return self._found.get(place)
 
-    def add(self, outcomes: Sequence[Outcome]) -> None:
-        """Keep what a prompt gave, all arms of it, before this returns."""
+    def add(self, outcomes: Sequence[ArmOutcome]) -> None:
+        """Write a prompt's outcomes, all arms of it, before this returns."""
         place = _place(outcomes)
         if self._found.get(place) == list(outcomes):
             return
@@ -64,12 +64,12 @@ class Journal:
             file.write(msgspec.json.encode(outcomes) + b"\n")
 
 
-def _read(lines: Sequence[bytes]) -> Iterator[tuple[Place, list[Outcome]]]:
+def _read(lines: Sequence[bytes]) -> Iterator[tuple[Place, list[ArmOutcome]]]:
     for line in lines:
-        outcomes = msgspec.json.decode(line, type=list[Outcome])
+        outcomes = msgspec.json.decode(line, type=list[ArmOutcome])
         yield _place(outcomes), outcomes
 
 
-def _place(outcomes: Sequence[Outcome]) -> Place:
+def _place(outcomes: Sequence[ArmOutcome]) -> Place:
     first = outcomes[0]
     return first.family, first.length, first.seed

@@ -1,4 +1,4 @@
-"""What one arm gave on one task, and the summary of many."""
+"""The outcome of one arm on one task, and the summary of many."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .intervals import Interval, mean_interval, retained_interval
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What a backend returns for one arm. None: not asked, or not known."""
+class ArmAnswer:
+    """A backend's answer for one arm. None: not asked, or not known."""
 
     text: str | None
     prompt_tokens: int
@@ -25,14 +25,14 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class ArmOutcome:
     """One arm on one task, judged."""
 
     family: str
     length: int  # nominal prompt tokens
     seed: int
     arm: Arm
-    answer: Answer
+    answer: ArmAnswer
     score: float | None  # None: not answered
     verdict: Verdict | None
 
@@ -52,16 +52,16 @@ class Cell:
     reasons: dict[str, int]  # of what was kept
 
 
-def judged(task: Task, length: int, seed: int, arm: Arm, answer: Answer) -> Outcome:
+def judge_answer(task: Task, length: int, seed: int, arm: Arm, answer: ArmAnswer) -> ArmOutcome:
     """Score and classify one answer."""
     if answer.text is None:
-        return Outcome(task.family, length, seed, arm, answer, None, None)
+        return ArmOutcome(task.family, length, seed, arm, answer, None, None)
     points = score(task, answer.text)
     kind = verdict(task, answer.text, points)
-    return Outcome(task.family, length, seed, arm, answer, points, kind)
+    return ArmOutcome(task.family, length, seed, arm, answer, points, kind)
 
 
-def cell(outcomes: Sequence[Outcome], arm: Arm, seed: int) -> Cell:
+def cell(outcomes: Sequence[ArmOutcome], arm: Arm, seed: int) -> Cell:
     """Summarise one arm beside the dense one. Prompts of one seed are drawn together.
 
     Raises ValueError where the arm has no outcome.
@@ -87,7 +87,7 @@ def cell(outcomes: Sequence[Outcome], arm: Arm, seed: int) -> Cell:
     )
 
 
-def _gold_kept(outcomes: Sequence[Outcome], seed: int) -> Interval | None:
+def _gold_kept(outcomes: Sequence[ArmOutcome], seed: int) -> Interval | None:
     known = [each for each in outcomes if each.answer.gold_kept is not None]
     if not known:
         return None
@@ -95,13 +95,13 @@ def _gold_kept(outcomes: Sequence[Outcome], seed: int) -> Interval | None:
     return mean_interval(shares, [each.seed for each in known], seed)
 
 
-def _verdicts(outcomes: Sequence[Outcome]) -> dict[str, int]:
+def _verdicts(outcomes: Sequence[ArmOutcome]) -> dict[str, int]:
     found = [each.verdict for each in outcomes if each.verdict is not None]
     return {kind.value: found.count(kind) for kind in Verdict}
 
 
-def _mean(outcomes: Sequence[Outcome], value: Callable[[Outcome], float]) -> float:
-    """Raises ValueError where there are none."""
+def _mean(outcomes: Sequence[ArmOutcome], value: Callable[[ArmOutcome], float]) -> float:
+    """Return the mean. Raises ValueError where there are no outcomes."""
     if not outcomes:
         raise ValueError("an arm without outcomes")
     return sum(map(value, outcomes)) / len(outcomes)

@@ -20,56 +20,56 @@ from ...speculator.jobs import Rating
 from ...speculator.scorer import Scorer, load_scorer
 from ..families.task import Task
 from .arms import CONTROLS, Arm, Chooser, control_scores
-from .greedy import greedy
-from .outcomes import Answer
-from .prompts import Prompt, Renderer, gold_kept
+from .greedy import greedy_answers
+from .outcomes import ArmAnswer
+from .prompts import RenderedTask, Renderer, gold_kept
 
 
 @dataclass(frozen=True, slots=True)
-class Answerer:
-    """The main model, as itself."""
+class MainModelAnswerer:
+    """The main model, answering by itself."""
 
     model: PreTrainedModel
     eos_ids: frozenset[int]
     tokenizer: PreTrainedTokenizerBase
 
     def texts(
-        self, prompt: Prompt, kept: Sequence[tuple[Span, ...]], max_tokens: int
+        self, prompt: RenderedTask, kept: Sequence[tuple[Span, ...]], max_tokens: int
     ) -> dict[tuple[Span, ...], str]:
-        """What it answers to each of these parts of the prompt."""
+        """Return the answers to each of these parts of the prompt."""
         parts = list(dict.fromkeys(kept))
         positions = [_positions(runs) for runs in parts]
-        answers = greedy(self.model, prompt.ids, positions, max_tokens, self.eos_ids)
+        answers = greedy_answers(self.model, prompt.ids, positions, max_tokens, self.eos_ids)
         texts = (str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers)
         return dict(zip(parts, texts, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A speculator and a main model; what the deployment would keep is what is answered from."""
+    """A speculator and a main model, which answers from what the deployment would keep."""
 
     renderer: Renderer
     policy: SelectionPolicy
     automatic: Plan
     speculator: Scorer
-    answerer: Answerer | None  # None: gold survival only
+    answerer: MainModelAnswerer | None  # None: gold survival only
     own_scorer: Scorer | None  # the main model as its own speculator; None: no ceiling
 
     def answers(
         self, task: Task, arms: Sequence[Arm], rng: random.Random, *, with_text: bool
-    ) -> list[Answer]:
-        """Selections that come out equal are answered once. `before` does not matter here."""
+    ) -> list[ArmAnswer]:
+        """Answer for each arm; equal selections are answered once. `before` makes no difference."""
         prompt = self.renderer.prompt(task)
         selections = [dense_selection(len(prompt.ids), Reason.KEEP_IS_ONE)] * len(arms)
         if not all(arm.is_dense for arm in arms):
-            rating = rated(self.speculator, prompt.ids)
+            rating = rate_prompt(self.speculator, prompt.ids)
             selections = [self._selection(arm, prompt, rating, rng) for arm in arms]
         texts: dict[tuple[Span, ...], str] = {}
         if with_text and self.answerer is not None:
             kept = [selection.runs for selection in selections]
             texts = self.answerer.texts(prompt, kept, task.max_tokens)
         return [
-            Answer(
+            ArmAnswer(
                 text=texts.get(selection.runs),
                 prompt_tokens=len(prompt.ids),
                 kept_tokens=selection.kept_tokens,
@@ -80,7 +80,7 @@ class Pair:
         ]
 
     def _selection(
-        self, arm: Arm, prompt: Prompt, rating: Rating | Reason, rng: random.Random
+        self, arm: Arm, prompt: RenderedTask, rating: Rating | Reason, rng: random.Random
     ) -> Selection:
         """Return what the arm keeps: all of a prompt that its speculator refuses, as the service.
 
@@ -97,19 +97,19 @@ class Pair:
         elif arm.chooser is Chooser.MAIN_MODEL:
             if self.own_scorer is None:
                 raise ValueError("the ceiling needs the main model as a scorer")
-            rating = rated(self.own_scorer, prompt.ids)
+            rating = rate_prompt(self.own_scorer, prompt.ids)
         if isinstance(rating, Reason):
             return dense_selection(len(prompt.ids), rating)
         return select(rating.scores, plan, prompt.protected, self.policy, rating.certainty)
 
 
-def rated(scorer: Scorer, prompt: tuple[int, ...]) -> Rating | Reason:
+def rate_prompt(scorer: Scorer, prompt: tuple[int, ...]) -> Rating | Reason:
     """Score a prompt in the main model's tokens, or return why the draft cannot."""
-    read_as = scorer.translated(prompt)
+    read_as = scorer.translate(prompt)
     refusal = scorer.refusal(len(read_as.prompt))
     if refusal is not None:
         return refusal
-    with scorer.opened([read_as.prompt]) as readings:
+    with scorer.open_readings([read_as.prompt]) as readings:
         scorer.read(readings)
         scorer.look_ahead(readings)
         scores = read_as.scores(scorer.rate(readings[0]))
@@ -145,15 +145,15 @@ def load_pair(
 
 def load_answerer(
     path: str, like: SpeculatorConfig, tokenizer: PreTrainedTokenizerBase
-) -> Answerer:
-    """The main model on the speculator's device and in its dtype."""
+) -> MainModelAnswerer:
+    """Load the main model on the speculator's device and in its dtype."""
     model = AutoModelForCausalLM.from_pretrained(local_path(path), dtype=like.dtype).eval()
     if like.device == "cuda":
         model = model.to("cuda")
     ids = model.generation_config.eos_token_id
     ids = model.config.eos_token_id if ids is None else ids
     eos_ids = frozenset(() if ids is None else [ids] if isinstance(ids, int) else ids)
-    return Answerer(model, eos_ids, tokenizer)
+    return MainModelAnswerer(model, eos_ids, tokenizer)
 
 
 def _positions(runs: Sequence[Span]) -> list[int]:

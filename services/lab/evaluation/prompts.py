@@ -1,4 +1,4 @@
-"""A task as the service would see it: token ids, what is protected, and where the gold is."""
+"""A task as the service would see it: token ids, protected spans, and the gold's spans."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..families.task import Task
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class RenderedTask:
     """A rendered task."""
 
     ids: tuple[int, ...]
@@ -30,13 +30,13 @@ class Renderer:
         self._offsets = PromptOffsets(tokenizer)
         self._tail_tokens = tail_tokens
 
-    def prompt(self, task: Task) -> Prompt:
-        """Raises ValueError for a tokenizer that tells no character offsets."""
+    def prompt(self, task: Task) -> RenderedTask:
+        """Render a task. Raises ValueError for a tokenizer without character offsets."""
         text = render(task.messages, task.tools, self.tokenizer)
         ids = tuple(self.tokenizer.encode(text, add_special_tokens=False))
         offsets = self._offsets.find(text, ids)
         if offsets is None:
-            raise ValueError("the tokenizer tells no character offsets: a fast one is needed")
+            raise ValueError("the tokenizer returns no character offsets: use a fast one")
         spans = protected_spans(text, offsets, list(task.messages), (), self._tail_tokens)
         special = special_spans(ids, self._offsets.special_ids)
         places = [(start := text.index(piece), start + len(piece)) for piece in task.gold]
@@ -44,15 +44,15 @@ class Renderer:
             [i for i, (left, right) in enumerate(offsets) if left < stop and right > start]
             for start, stop in places
         ]
-        return Prompt(
+        return RenderedTask(
             ids=ids,
             protected=merge_spans(special + spans),
             gold=tuple(Span(tokens[0], tokens[-1] + 1) for tokens in gold),
         )
 
 
-def gold_kept(prompt: Prompt, selection: Selection) -> float | None:
-    """The share of the gold spans that are kept whole; None where nothing is gold."""
+def gold_kept(prompt: RenderedTask, selection: Selection) -> float | None:
+    """Return the share of gold spans that are kept whole; None where nothing is gold."""
     if not prompt.gold:
         return None
     whole = [

@@ -13,8 +13,17 @@ from ..reporting.tables import Provenance, markdown, write_json
 from .arms import CONTROLS, Arm, Chooser
 from .intervals import Interval
 from .outcomes import Cell
-from .suite import Measured, Suite
-from .summary import ENOUGH, Choice, Row, choices, choices_of_all, pooled, rows_of, smallest_enough
+from .suite import Suite, SuiteResult
+from .summary import (
+    ENOUGH,
+    Choice,
+    Row,
+    choices,
+    choices_of_all,
+    pool_cells,
+    rows_of,
+    smallest_enough,
+)
 
 TITLE = "Quality by keep rate"
 NAME = "eval"
@@ -22,7 +31,7 @@ NAME = "eval"
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A heading, what it shows, and its cells."""
+    """A heading, an explanation, and cells."""
 
     heading: str
     about: str
@@ -34,32 +43,32 @@ class Table:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class EvaluationReport:
     """Everything that is printed and written."""
 
     suite: Suite
-    measured: Measured
+    measured: SuiteResult
     rows: tuple[Row, ...]
     subject: Mapping[str, str]  # what was measured: models, endpoint, selection
 
     def tables(self) -> list[Table]:
-        """Those that have rows."""
+        """Return the tables that have rows."""
         made = [
             table
             for length in self.suite.lengths
             for table in (
-                self._retained(length),
-                self._controls(length),
-                self._gold(length),
-                self._automatic(length),
-                self._chosen(length),
-                self._chosen_of_all(length),
+                self._retained_table(length),
+                self._controls_table(length),
+                self._gold_table(length),
+                self._automatic_table(length),
+                self._choice_by_answers(length),
+                self._choice_of_all(length),
             )
         ]
-        return [table for table in [*made, self._kept(), self._verdicts()] if table.rows]
+        return [table for table in [*made, self._kept_table(), self._verdict_table()] if table.rows]
 
     def notes(self) -> list[str]:
-        """What is missing from the tables, and why."""
+        """Return what is missing from the tables, and why."""
         lines = [
             f"{family} at {length} tokens is beyond the model (dense score below "
             f"{self.suite.least_dense:g}): gold survival only."
@@ -71,7 +80,7 @@ class Report:
         ]
         return lines
 
-    def _retained(self, length: int) -> Table:
+    def _retained_table(self, length: int) -> Table:
         arms = self._places(lambda arm: arm.chooser in (Chooser.SPECULATOR, Chooser.AUTOMATIC))
         rates = [place for place in arms if not self.suite.arms[place].is_dense]
         return Table(
@@ -86,13 +95,13 @@ class Report:
                     _share(row.cells[0].score),
                     *(_share(row.cells[place].retained) for place in rates),
                 )
-                for row in self._at(length)
+                for row in self._rows_at(length)
                 if row.answered
             ),
         )
 
-    def _controls(self, length: int) -> Table:
-        compared = self._compared()
+    def _controls_table(self, length: int) -> Table:
+        compared = self._compared_places()
         return Table(
             heading=f"Beside controls and the ceiling at {length} tokens",
             about="Answers retained by the speculator's choice, by choices that know nothing at "
@@ -100,12 +109,12 @@ class Report:
             headers=("family", *self._names(compared)),
             rows=tuple(
                 (row.family, *(_share(row.cells[place].retained) for place in compared))
-                for row in self._at(length)
+                for row in self._rows_at(length)
                 if row.answered and len(compared) > 1
             ),
         )
 
-    def _gold(self, length: int) -> Table:
+    def _gold_table(self, length: int) -> Table:
         places = self._places(lambda arm: not arm.is_dense)
         return Table(
             heading=f"Gold survival at {length} tokens",
@@ -114,17 +123,17 @@ class Report:
             headers=("family", *self._names(places)),
             rows=tuple(
                 (row.family, *(_percent(row.cells[place].gold_kept) for place in places))
-                for row in self._at(length)
+                for row in self._rows_at(length)
                 if row.cells[0].gold_kept is not None
             ),
         )
 
-    def _automatic(self, length: int) -> Table:
+    def _automatic_table(self, length: int) -> Table:
         places = self._places(lambda arm: arm.chooser is Chooser.AUTOMATIC)
-        found = [(row, row.cells[place]) for row in self._at(length) for place in places]
+        found = [(row, row.cells[place]) for row in self._rows_at(length) for place in places]
         return Table(
             heading=f"The automatic keep rate at {length} tokens",
-            about="How much the scores asked for, and why (`auto`: as many chunks as they told; "
+            about="How much the scores asked for, and why (`auto`: as many chunks as they chose; "
             "any other reason sent the prompt dense).",
             headers=("family", "mean kept", "gold survival", "retained", "reasons"),
             rows=tuple(
@@ -139,14 +148,14 @@ class Report:
             ),
         )
 
-    def _chosen(self, length: int) -> Table:
+    def _choice_by_answers(self, length: int) -> Table:
         return _choice_table(
             f"Smallest rate that is enough at {length} tokens",
             f"Enough: every answered family retains {ENOUGH:.0%}.",
             choices(self.rows, self.suite, length),
         )
 
-    def _chosen_of_all(self, length: int) -> Table:
+    def _choice_of_all(self, length: int) -> Table:
         return _choice_table(
             f"Smallest rate that is enough for all families at {length} tokens",
             f"Enough: every answered family retains {ENOUGH:.0%}, and of every other one as much "
@@ -154,10 +163,10 @@ class Report:
             choices_of_all(self.rows, self.suite, length),
         )
 
-    def _kept(self) -> Table:
-        """Floors and protected tokens make more of a rate than its name says."""
+    def _kept_table(self) -> Table:
+        """Return the kept shares: floors and protected tokens raise a rate above its name."""
         by_length = [
-            pooled([one for one in self.measured.outcomes if one.length == length], self.suite)
+            pool_cells([one for one in self.measured.outcomes if one.length == length], self.suite)
             for length in self.suite.lengths
         ]
         return Table(
@@ -170,12 +179,12 @@ class Report:
             ),
         )
 
-    def _verdicts(self) -> Table:
-        cells = pooled(self.measured.outcomes, self.suite)
+    def _verdict_table(self) -> Table:
+        cells = pool_cells(self.measured.outcomes, self.suite)
         answered = [each for each in cells if each.score is not None]
         return Table(
             heading="Kinds of answers",
-            about="A miss says nothing of the kind that was asked for; a degenerate answer "
+            about="A miss has nothing of the kind that was asked for; a degenerate answer "
             "repeats itself, the sign of broken positions.",
             headers=("arm", *(kind.value.replace("_", " ") for kind in Verdict)),
             rows=tuple(
@@ -184,7 +193,7 @@ class Report:
             ),
         )
 
-    def _at(self, length: int) -> list[Row]:
+    def _rows_at(self, length: int) -> list[Row]:
         return [row for row in self.rows if row.length == length]
 
     def _places(self, wanted: Callable[[Arm], bool]) -> list[int]:
@@ -193,8 +202,8 @@ class Report:
     def _names(self, places: Sequence[int]) -> list[str]:
         return [self.suite.arms[place].name for place in places]
 
-    def _compared(self) -> list[int]:
-        """The controls and the ceiling, after the speculator at their rate."""
+    def _compared_places(self) -> list[int]:
+        """Return the controls and the ceiling, after the speculator at their rate."""
         knowing = (*CONTROLS, Chooser.MAIN_MODEL)
         others = self._places(lambda arm: arm.chooser in knowing)
         keeps = {self.suite.arms[place].keep for place in others}
@@ -202,18 +211,18 @@ class Report:
         return [*ours, *others]
 
 
-def report_of(measured: Measured, suite: Suite, subject: Mapping[str, str]) -> Report:
+def report_of(measured: SuiteResult, suite: Suite, subject: Mapping[str, str]) -> EvaluationReport:
     """Summarise what was measured."""
-    return Report(suite, measured, tuple(rows_of(measured, suite)), subject)
+    return EvaluationReport(suite, measured, tuple(rows_of(measured, suite)), subject)
 
 
-def text(report: Report) -> str:
-    """All tables and notes in Markdown."""
+def text(report: EvaluationReport) -> str:
+    """Return all tables and notes in Markdown."""
     notes = "".join(f"- {line}\n" for line in report.notes())
     return "\n".join([each.as_markdown() for each in report.tables()] + [notes])
 
 
-def write(report: Report, origin: Provenance, folder: Path) -> tuple[Path, Path]:
+def write(report: EvaluationReport, origin: Provenance, folder: Path) -> tuple[Path, Path]:
     """Write `eval.json` and `eval.html`."""
     paths = folder / f"{NAME}.json", folder / f"{NAME}.html"
     write_json(paths[0], origin, as_json(report))
@@ -228,7 +237,7 @@ def write(report: Report, origin: Provenance, folder: Path) -> tuple[Path, Path]
     return paths
 
 
-def write_document(report: Report, origin: Provenance, path: Path) -> None:
+def write_document(report: EvaluationReport, origin: Provenance, path: Path) -> None:
     """Write the tables as a page of the documentation, with the command that made it."""
     subject = "".join(f"- {name}: {value}\n" for name, value in report.subject.items())
     versions = ", ".join(f"{name} {value}" for name, value in origin.versions.items())
@@ -241,8 +250,8 @@ def write_document(report: Report, origin: Provenance, path: Path) -> None:
     )
 
 
-def as_json(report: Report) -> dict[str, Any]:
-    """Cells and every single outcome."""
+def as_json(report: EvaluationReport) -> dict[str, Any]:
+    """Return cells and every single outcome."""
     return {
         "subject": dict(report.subject),
         "suite": asdict(report.suite),
@@ -253,8 +262,8 @@ def as_json(report: Report) -> dict[str, Any]:
     }
 
 
-def plots(report: Report) -> list[str]:
-    """By length: answers retained and gold survival against the keep rate, and the controls."""
+def plots(report: EvaluationReport) -> list[str]:
+    """Plot by length: answers retained and gold survival against the keep rate, and controls."""
     made = []
     for length in report.suite.lengths:
         rows = [row for row in report.rows if row.length == length]
@@ -283,8 +292,8 @@ def _curve(row: Row, value: Callable[[Cell], Interval | None]) -> Line | None:
     return Line(row.family, kept, values, low, high)
 
 
-def _control_bars(report: Report, rows: Sequence[Row], length: int) -> list[str]:
-    places = report._compared()
+def _control_bars(report: EvaluationReport, rows: Sequence[Row], length: int) -> list[str]:
+    places = report._compared_places()
     answered = [row for row in rows if row.answered]
     if not answered or len(places) < 2:
         return []
@@ -301,7 +310,7 @@ def _control_bars(report: Report, rows: Sequence[Row], length: int) -> list[str]
 def _choice_table(heading: str, about: str, found: Sequence[Choice]) -> Table:
     return Table(
         heading=heading,
-        about=f"{about} {_beside(found, smallest_enough(found))}",
+        about=f"{about} {_automatic_note(found, smallest_enough(found))}",
         headers=("rate", "mean kept", "kept tokens", "worst family", "retains", "enough"),
         rows=tuple(
             (
@@ -317,8 +326,8 @@ def _choice_table(heading: str, about: str, found: Sequence[Choice]) -> Table:
     )
 
 
-def _beside(found: Sequence[Choice], least: Choice | None) -> str:
-    """One sentence about the automatic rate, where it was measured."""
+def _automatic_note(found: Sequence[Choice], least: Choice | None) -> str:
+    """Return one sentence about the automatic rate, where it was measured."""
     automatic = next((each for each in found if each.arm.chooser is Chooser.AUTOMATIC), None)
     if automatic is None:
         return ""

@@ -1,4 +1,4 @@
-"""From outcomes to the figures of a report: cells, and the automatic rate beside fixed ones."""
+"""Reduces outcomes to a report's figures: cells, and the automatic rate beside fixed ones."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .arms import Arm, Chooser
-from .outcomes import Cell, Outcome, cell
-from .suite import Measured, Suite
+from .outcomes import ArmOutcome, Cell, cell
+from .suite import Suite, SuiteResult
 
 ENOUGH = 0.95  # of the dense score, in every family
 
@@ -23,7 +23,7 @@ class Row:
 
     @property
     def has_answers(self) -> bool:
-        """Whether there is something to retain: any right answer to the dense prompts."""
+        """Return True if any dense prompt was answered right: then there is something to retain."""
         return self.answered and self.cells[0].retained is not None
 
 
@@ -42,8 +42,8 @@ class Choice:
         return self.worst_retained >= ENOUGH
 
 
-def rows_of(measured: Measured, suite: Suite) -> list[Row]:
-    """By length, then family."""
+def rows_of(measured: SuiteResult, suite: Suite) -> list[Row]:
+    """Return rows by length, then family."""
     rows = []
     for length in suite.lengths:
         for family in suite.families:
@@ -58,35 +58,35 @@ def rows_of(measured: Measured, suite: Suite) -> list[Row]:
     return rows
 
 
-def pooled(outcomes: Sequence[Outcome], suite: Suite) -> list[Cell]:
-    """One cell per arm over whatever outcomes are given; prompts of one seed are one cluster."""
+def pool_cells(outcomes: Sequence[ArmOutcome], suite: Suite) -> list[Cell]:
+    """Return one cell per arm over the given outcomes; prompts of one seed are one cluster."""
     return [cell(outcomes, arm, suite.seed) for arm in suite.arms]
 
 
 def choices(rows: Sequence[Row], suite: Suite, length: int) -> list[Choice]:
-    """Every keep rate and the automatic one, each by its worst answered family.
+    """Return every keep rate and the automatic one, each by its worst answered family.
 
     Empty where no family is answered at all.
     """
-    return _chosen([row for row in rows if row.length == length and row.has_answers], suite)
+    return _choose([row for row in rows if row.length == length and row.has_answers], suite)
 
 
 def choices_of_all(rows: Sequence[Row], suite: Suite, length: int) -> list[Choice]:
-    """The same over all families: those without answers by what is left of their gold.
+    """Return the same over all families: those without answers by their surviving gold.
 
     Empty where that would add nothing.
     """
     found = [row for row in rows if row.length == length]
-    return [] if all(row.has_answers for row in found) else _chosen(found, suite)
+    return [] if all(row.has_answers for row in found) else _choose(found, suite)
 
 
 def smallest_enough(found: Sequence[Choice]) -> Choice | None:
-    """The fixed rate with the fewest tokens that keeps every family's answers."""
+    """Return the fixed rate with the fewest tokens that keeps every family's answers."""
     fixed = [each for each in found if each.arm.chooser is Chooser.SPECULATOR and each.is_enough]
     return min(fixed, key=lambda each: each.kept_tokens, default=None)
 
 
-def _chosen(rows: Sequence[Row], suite: Suite) -> list[Choice]:
+def _choose(rows: Sequence[Row], suite: Suite) -> list[Choice]:
     chosen = (Chooser.SPECULATOR, Chooser.AUTOMATIC)
     return [
         _choice(arm, [(row, row.cells[place]) for row in rows])
@@ -96,7 +96,7 @@ def _chosen(rows: Sequence[Row], suite: Suite) -> list[Choice]:
 
 
 def _choice(arm: Arm, found: Sequence[tuple[Row, Cell]]) -> Choice:
-    worst, family = min((_left(row, cell), row.family) for row, cell in found)
+    worst, family = min((_share_left(row, cell), row.family) for row, cell in found)
     return Choice(
         arm=arm,
         kept=sum(cell.kept for _, cell in found) / len(found),
@@ -106,8 +106,8 @@ def _choice(arm: Arm, found: Sequence[tuple[Row, Cell]]) -> Choice:
     )
 
 
-def _left(row: Row, cell: Cell) -> float:
-    """The share of the answers; without them, of the gold; without gold, all of the prompt is."""
+def _share_left(row: Row, cell: Cell) -> float:
+    """Return the share of answers, without them of the gold, without gold all of the prompt."""
     if row.has_answers and cell.retained is not None:
         return cell.retained.value
     return cell.kept if cell.gold_kept is None else cell.gold_kept.value

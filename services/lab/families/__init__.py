@@ -1,1 +1,1 @@
-"""Families of generated tasks with known answers: what the quality suite asks."""
+"""Families of generated tasks with known answers, for the quality suite."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...synthetic import corpus
 from . import words
-from .task import Draft, Order
+from .task import Order, TaskDraft
 
 RESULTS = 3
 SCHEMAS = 12
@@ -18,8 +18,8 @@ VERBS = ("open", "lock", "move", "paint", "repair", "sell", "ship", "clean", "pa
 SEARCH = "search_log"
 
 
-def tool_call(order: Order) -> Draft:
-    """Results of `order.units` sentences in three tool turns; the last user turn asks for a call.
+def tool_call(order: Order) -> TaskDraft:
+    """Put results of `order.units` sentences in three tool turns; the last turn asks for a call.
 
     A rendered tool name differs between chat templates, so the gold is the argument's source.
     """
@@ -45,7 +45,7 @@ def tool_call(order: Order) -> Draft:
     wish = f"Now {verb} the {thing} with the {asked.field} of {asked.key}."
     messages.append({"role": "user", "content": wish})
     expected = {"name": name, "arguments": {"number": asked.value}}
-    return Draft(
+    return TaskDraft(
         messages=tuple(messages),
         references=(json.dumps(expected),),
         gold=(corpus.reply(asked),),
@@ -54,7 +54,7 @@ def tool_call(order: Order) -> Draft:
 
 
 def _turn(call_id: str, page: int, result: str) -> list[Mapping[str, Any]]:
-    """The assistant's call and the tool's answer."""
+    """Return the assistant's call and the tool's answer."""
     function = {"name": SEARCH, "arguments": json.dumps({"number": str(page)})}
     calls = [{"id": call_id, "type": "function", "function": function}]
     return [

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from ...synthetic.needles import needle_prompt
 from . import calls, copying, dialogue, frequency, lookup, notices, passages, tracking
-from .fitting import TaskTokenizer, fitted
+from .fitting import TaskTokenizer, fit_draft
 from .niah import Haystack, Kind, Niah
-from .task import Draft, Order, Scoring, Task
+from .task import Order, Scoring, Task, TaskDraft
 
 NEEDLES = "needles"
 _NEEDLES_TOKENS = 16
@@ -18,9 +18,9 @@ _NIAH_TOKENS = 128
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How tasks of one name are drafted and judged."""
+    """Drafting and judging of the tasks of one name."""
 
-    draft: Callable[[Order], Draft]
+    draft: Callable[[Order], TaskDraft]
     max_tokens: int
     scoring: Scoring = Scoring.ALL_REFERENCES
     least_units: int = 1
@@ -59,7 +59,7 @@ _SEEDED_AS = {"system_secret_warm": "system_secret", "kv_retrieval_query_aware":
 
 
 def generate(family: str, seed: int, prompt_tokens: int, tokenizer: TaskTokenizer) -> Task:
-    """The task of this seed: the longest that renders to at most `prompt_tokens` tokens.
+    """Generate the seed's task: the longest that renders to at most `prompt_tokens` tokens.
 
     Raises ValueError for an unknown family, and for a length that cannot hold its facts.
     """
@@ -70,7 +70,7 @@ def generate(family: str, seed: int, prompt_tokens: int, tokenizer: TaskTokenize
     rules = _FITTED[family]
     name = f"{_SEEDED_AS.get(family, family)}/{seed}"
     try:
-        draft, tokens = fitted(rules.draft, name, rules.least_units, prompt_tokens, tokenizer)
+        draft, tokens = fit_draft(rules.draft, name, rules.least_units, prompt_tokens, tokenizer)
     except ValueError as error:
         raise ValueError(f"{family}: {error}") from error
     return Task(
@@ -88,7 +88,7 @@ def generate(family: str, seed: int, prompt_tokens: int, tokenizer: TaskTokenize
 
 
 def _needles(seed: int, prompt_tokens: int, tokenizer: TaskTokenizer) -> Task:
-    """The records of `synthetic.needles`, which fit their length themselves."""
+    """Draft from the records of `synthetic.needles`, which fit their length themselves."""
     prompt = needle_prompt(seed, prompt_tokens, tokenizer)
     return Task(
         family=NEEDLES,

@@ -6,15 +6,15 @@ import random
 
 from ...synthetic import corpus
 from . import words
-from .task import Draft, Order
+from .task import Order, TaskDraft
 
 BLOCK_LINES, SHORT_BLOCK_LINES = 20, 8
 SHORT_BELOW_TOKENS = 2048
 QUESTION = 'Quote the {lines} lines under the comment "# {key}" exactly as they are, nothing else.'
 
 
-def copy_lines(order: Order) -> Draft:
-    """A program of `order.units` lines in blocks, each under a comment; no line occurs twice."""
+def copy_lines(order: Order) -> TaskDraft:
+    """Draft a program of `order.units` lines in blocks, each under a comment; no line recurs."""
     rng = order.rng
     size = SHORT_BLOCK_LINES if order.prompt_tokens < SHORT_BELOW_TOKENS else BLOCK_LINES
     blocks = max(1, order.units // size)
@@ -30,7 +30,7 @@ def copy_lines(order: Order) -> Draft:
         if (block := lines[index * size : (index + 1) * size])
     )
     question = QUESTION.format(lines=size, key=keys[place])
-    return Draft(
+    return TaskDraft(
         messages=({"role": "user", "content": f"{program}\n\n{question}"},),
         references=("\n".join(wanted),),
         gold=wanted,

@@ -1,4 +1,4 @@
-"""What a conversation's earlier parts told: a secret in the system prompt, a fact of turn one."""
+"""Questions about earlier parts of a conversation: a secret in the system prompt, a fact."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ...synthetic import corpus
 from . import words
-from .task import Conversation, Draft, Message, Order
+from .task import Conversation, Message, Order, TaskDraft
 
 TURNS = 5
 SYSTEM = "You are a helpful assistant. Session {nonce}. The secret word is {secret}."
@@ -17,19 +17,19 @@ NONCE_DIGITS = 8
 
 @dataclass(frozen=True, slots=True)
 class SystemSecret:
-    """Asked with a cold prefix cache, or after a request with the same system prompt."""
+    """A secret, asked with a cold prefix cache or after a request with the same system prompt."""
 
     warm: bool
 
-    def draft(self, order: Order) -> Draft:
-        """The secret, `order.units` sentences of a user's document, and the question."""
+    def draft(self, order: Order) -> TaskDraft:
+        """Draft the secret, `order.units` sentences of a user's document, and the question."""
         rng = order.rng
         secret, nonce = words.adjective_noun(rng), words.number(rng, NONCE_DIGITS)
         system = {"role": "system", "content": SYSTEM.format(nonce=nonce, secret=secret)}
         document = " ".join(words.prose(rng, order.units))
         asked = {"role": "user", "content": f"{document}\n\n{SECRET_QUESTION}"}
         greeting = (system, {"role": "user", "content": WARM_UP})
-        return Draft(
+        return TaskDraft(
             messages=(system, asked),
             references=(secret,),
             gold=(f"The secret word is {secret}.",),
@@ -38,8 +38,8 @@ class SystemSecret:
         )
 
 
-def recall(order: Order) -> Draft:
-    """Five turns, each about its own share of `order.units` sentences; the last asks turn one.
+def recall(order: Order) -> TaskDraft:
+    """Draft five turns, each about its share of `order.units` sentences; the last asks turn one.
 
     The earlier replies are written into the conversation, so that every arm reads the same one.
     """
@@ -59,7 +59,7 @@ def recall(order: Order) -> Draft:
         before.append(tuple(messages))
         messages.append({"role": "assistant", "content": corpus.reply(record)})
     messages.append({"role": "user", "content": corpus.question(rng, wanted)})
-    return Draft(
+    return TaskDraft(
         messages=tuple(messages),
         references=(wanted.value,),
         gold=(corpus.reply(wanted),),

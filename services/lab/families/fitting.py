@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from .task import Conversation, Draft, Order
+from .task import Conversation, Order, TaskDraft
 
 _PROBE_UNITS = 8
 
@@ -30,7 +30,7 @@ class TaskTokenizer(Protocol):
 def render(
     messages: Conversation, tools: Sequence[Mapping[str, Any]], tokenizer: TaskTokenizer
 ) -> str:
-    """The text that is prefilled for this conversation."""
+    """Return the text that is prefilled for this conversation."""
     return str(
         tokenizer.apply_chat_template(
             list(messages),
@@ -41,32 +41,32 @@ def render(
     )
 
 
-def fitted(
-    draft: Callable[[Order], Draft],
+def fit_draft(
+    draft: Callable[[Order], TaskDraft],
     seed: str,
     least_units: int,
     prompt_tokens: int,
     tokenizer: TaskTokenizer,
-) -> tuple[Draft, int]:
-    """The largest draft of at most `prompt_tokens` tokens, and its length.
+) -> tuple[TaskDraft, int]:
+    """Return the largest draft of at most `prompt_tokens` tokens, and its length.
 
     Raises ValueError where even `least_units` of haystack are too long.
     """
 
-    def drafted(units: int) -> Draft:
+    def draft_of(units: int) -> TaskDraft:
         return draft(Order(random.Random(seed), units, prompt_tokens))
 
     def cost(units: int) -> int:
-        made = drafted(units)
+        made = draft_of(units)
         text = render(made.messages, made.tools, tokenizer)
         return len(tokenizer.encode(text, add_special_tokens=False))
 
     units, tokens = _most_units(cost, least_units, prompt_tokens)
-    return drafted(units), tokens
+    return draft_of(units), tokens
 
 
 def _most_units(cost: Callable[[int], int], least: int, limit: int) -> tuple[int, int]:
-    """The most units whose cost is within the limit, and that cost; the cost grows with them."""
+    """Return the most units whose cost is within the limit, and that cost; it grows with them."""
     fits, fits_cost = least, cost(least)
     if fits_cost > limit:
         raise ValueError(f"{limit} tokens are too few: the shortest prompt has {fits_cost}")

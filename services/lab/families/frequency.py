@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from . import words
-from .task import Draft, Order
+from .task import Order, TaskDraft
 
 COMMON_WORDS = 10
 COMMON_TEXT = (
@@ -34,8 +34,8 @@ NOISE_WORD = "..."
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
-    """How often common and other words occur, in the list and in the example before it."""
+class WordCounts:
+    """Occurrences of common and other words, in the list and in the example before it."""
 
     common: int
     other: int
@@ -44,28 +44,28 @@ class Counts:
     example_other: int
 
 
-USUAL = Counts(30, 3, example_words=40, example_common=10, example_other=3)
-SHORT = Counts(6, 1, example_words=20, example_common=3, example_other=1)
+USUAL = WordCounts(30, 3, example_words=40, example_common=10, example_other=3)
+SHORT = WordCounts(6, 1, example_words=20, example_common=3, example_other=1)
 SHORT_BELOW_TOKENS = 4096
 
 
-def common_words(order: Order) -> Draft:
-    """A list of ten common and `order.units` other words, after an answered example.
+def common_words(order: Order) -> TaskDraft:
+    """Draft a list of ten common and `order.units` other words, after an answered example.
 
     Words are the project's own, then pseudo-words; the published ones need a download.
     """
     counts = SHORT if order.prompt_tokens < SHORT_BELOW_TOKENS else USUAL
     shown = words.vocabulary(order.rng, counts.example_words)
     example = _numbered_list(order.rng, shown, counts.example_common, counts.example_other)
-    solved = COMMON_TEXT.format(context=example) + " " + _numbered(shown[:COMMON_WORDS])
+    solved = COMMON_TEXT.format(context=example) + " " + _number_lines(shown[:COMMON_WORDS])
     asked = words.vocabulary(order.rng, COMMON_WORDS + order.units)
     context = _numbered_list(order.rng, asked, counts.common, counts.other)
     text = f"{solved}\n{COMMON_TEXT.format(context=context)}"
-    return Draft(({"role": "user", "content": text},), references=asked[:COMMON_WORDS])
+    return TaskDraft(({"role": "user", "content": text},), references=asked[:COMMON_WORDS])
 
 
-def frequent_words(order: Order) -> Draft:
-    """About `order.units` coded words by Zipf's law with exponent 2; the most frequent are dots.
+def frequent_words(order: Order) -> TaskDraft:
+    """Draft about `order.units` coded words by Zipf's law, exponent 2; the most frequent are dots.
 
     The published vocabulary of one word in 50 tokens is longer than what occurs at least once.
     """
@@ -81,7 +81,7 @@ def frequent_words(order: Order) -> Draft:
     ]  # fmt: skip
     rng.shuffle(text)
     content = CODED_TEXT.format(context=" ".join(text))
-    return Draft(({"role": "user", "content": content},), references=coded[:CODED_ANSWERS])
+    return TaskDraft(({"role": "user", "content": content},), references=coded[:CODED_ANSWERS])
 
 
 LEAST_CODED_WORDS = 27  # so that the fourth rank occurs
@@ -90,8 +90,8 @@ LEAST_CODED_WORDS = 27  # so that the fourth rank occurs
 def _numbered_list(rng: random.Random, vocabulary: Sequence[str], common: int, other: int) -> str:
     listed = [*vocabulary[:COMMON_WORDS]] * common + [*vocabulary[COMMON_WORDS:]] * other
     rng.shuffle(listed)
-    return _numbered(listed)
+    return _number_lines(listed)
 
 
-def _numbered(listed: Sequence[str]) -> str:
+def _number_lines(listed: Sequence[str]) -> str:
     return " ".join(f"{place}. {word}" for place, word in enumerate(listed, start=1))

@@ -1,4 +1,4 @@
-"""How good an answer is, and in which way a wrong one is wrong. Pure."""
+"""Scores answers, and classifies wrong ones. Pure."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ MAX_LOOP_WORDS = 8
 
 
 class Verdict(enum.StrEnum):
-    """What kind of answer it is."""
+    """The kind of an answer."""
 
     RIGHT = "right"
     PARTLY_RIGHT = "partly_right"
-    MISS = "miss"  # says nothing of the kind that was asked for
-    FLUENT_WRONG = "fluent_wrong"  # says something of that kind, but another
+    MISS = "miss"  # has nothing of the kind that was asked for
+    FLUENT_WRONG = "fluent_wrong"  # has something of that kind, but another
     DEGENERATE = "degenerate"  # repeats itself: the sign of broken positions or a lost sink
 
 
 def score(task: Task, answer: str) -> float:
-    """0 to 1."""
+    """Score an answer from 0 to 1."""
     if task.scoring is Scoring.NUMBER:
         numbers = re.findall(r"\d+", answer)
         return float(numbers[-1:] == list(task.references))
@@ -41,18 +41,18 @@ def score(task: Task, answer: str) -> float:
 
 
 def verdict(task: Task, answer: str, points: float) -> Verdict:
-    """Judge an answer that got `points` of 1."""
+    """Classify an answer that got `points` of 1."""
     if points >= RIGHT_FROM:
         return Verdict.RIGHT
-    if loops(answer):
+    if is_looping(answer):
         return Verdict.DEGENERATE
     if points > 0.0:
         return Verdict.PARTLY_RIGHT
     return Verdict.FLUENT_WRONG if _is_of_the_kind(task, answer) else Verdict.MISS
 
 
-def loops(text: str) -> bool:
-    """Whether the text ends in the same one to eight words, three times in a row."""
+def is_looping(text: str) -> bool:
+    """Return True if the text ends in the same one to eight words, three times in a row."""
     words = text.split()
     for size in range(1, MAX_LOOP_WORDS + 1):
         tail = words[-size * REPEATS :]
@@ -62,7 +62,7 @@ def loops(text: str) -> bool:
 
 
 def _copy_score(reference: str, answer: str) -> float:
-    """Half for lines that are quoted exactly, half for the similarity of the whole."""
+    """Score half for lines quoted exactly, half for the similarity of the whole."""
     wanted = reference.split("\n")
     quoted = {line.strip() for line in answer.split("\n")}
     exact = sum(line in quoted for line in wanted) / len(wanted)
@@ -71,7 +71,7 @@ def _copy_score(reference: str, answer: str) -> float:
 
 
 def _call(answer: str) -> Mapping[str, Any] | None:
-    """The first JSON object with a name and arguments, or None."""
+    """Return the first JSON object with a name and arguments, or None."""
     for start in (match.start() for match in re.finditer(r"\{", answer)):
         try:
             value, _ = json.JSONDecoder().raw_decode(answer, start)
@@ -83,7 +83,7 @@ def _call(answer: str) -> Mapping[str, Any] | None:
 
 
 def _arguments(value: object) -> object:
-    """Some servers send the arguments as a JSON text."""
+    """Return the arguments, which some servers send as a JSON text."""
     if not isinstance(value, str):
         return value
     try:
@@ -93,7 +93,7 @@ def _arguments(value: object) -> object:
 
 
 def _is_of_the_kind(task: Task, answer: str) -> bool:
-    """Whether the answer holds anything shaped like a reference."""
+    """Return True if the answer holds anything shaped like a reference."""
     if task.scoring is Scoring.TOOL_CALL:
         return _call(answer) is not None
     if task.scoring is Scoring.COPY:
@@ -104,7 +104,7 @@ def _is_of_the_kind(task: Task, answer: str) -> bool:
 
 
 def _shape(reference: str) -> str:
-    """A pattern of numbers of as many digits, words of any length, hexadecimal groups."""
+    """Return a pattern: numbers of as many digits, words of any length, hexadecimal groups."""
     if reference.isdigit():
         return rf"(?<!\d)\d{{{len(reference)}}}(?!\d)"
     if re.search(r"\d", reference):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from . import words
-from .task import Draft, Order
+from .task import Order, TaskDraft
 
 TASK = "Extract the value corresponding to the specified key in the JSON object below.\n\n"
 QUERY = 'Key: "{key}"\n'
@@ -15,12 +15,12 @@ ANSWER = "Corresponding value:"
 
 @dataclass(frozen=True, slots=True)
 class KeyValue:
-    """Plain, or with the key before the data as well (query-aware contextualization)."""
+    """Key-value pairs; or with the key before the data, too (query-aware contextualization)."""
 
     query_first: bool = False
 
-    def draft(self, order: Order) -> Draft:
-        """`order.units` pairs, of which one is asked for."""
+    def draft(self, order: Order) -> TaskDraft:
+        """Draft `order.units` pairs, one of which is asked for."""
         rng = order.rng
         keys = words.distinct(lambda: words.uuid4(rng), order.units)
         pairs = [f'"{key}": "{words.uuid4(rng)}"' for key in keys]
@@ -28,7 +28,7 @@ class KeyValue:
         query = QUERY.format(key=keys[place])
         before = f"{query}\n" if self.query_first else ""
         data = DATA.format(data="{" + ",\n ".join(pairs) + "}")
-        return Draft(
+        return TaskDraft(
             messages=({"role": "user", "content": f"{TASK}{before}{data}{query}{ANSWER}"},),
             references=(pairs[place][-37:-1],),
             gold=(pairs[place],),

@@ -12,7 +12,7 @@ import random
 from dataclasses import dataclass
 
 from . import words
-from .task import Draft, Order
+from .task import Order, TaskDraft
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic {kind} for {key} is: {value}."
@@ -33,7 +33,7 @@ NUMBER_DIGITS = 7
 
 
 class Haystack(enum.Enum):
-    """What hides the needles."""
+    """The text that hides the needles."""
 
     NOISE = enum.auto()
     ESSAY = enum.auto()
@@ -41,7 +41,7 @@ class Haystack(enum.Enum):
 
 
 class Kind(enum.StrEnum):
-    """What a key or a value is; the plural that the sentences use."""
+    """The kind of a key or a value; the plural that the sentences use."""
 
     WORDS = "words"
     NUMBERS = "numbers"
@@ -59,20 +59,20 @@ class Niah:
     values: int = 1
     queries: int = 1
 
-    def draft(self, order: Order) -> Draft:
-        """Needles at random depths of `order.units` sentences, lines or other needles."""
+    def draft(self, order: Order) -> TaskDraft:
+        """Draft needles at random depths of `order.units` sentences, lines or other needles."""
         rng = order.rng
         others = order.units if self.haystack is Haystack.NEEDLES else 0
-        keys = words.distinct(lambda: drawn(rng, self.key_kind), self.keys + others)
+        keys = words.distinct(lambda: draw_word(rng, self.key_kind), self.keys + others)
         pairs = [
-            (key, tuple(drawn(rng, self.value_kind) for _ in range(self.values)))
+            (key, tuple(draw_word(rng, self.value_kind) for _ in range(self.values)))
             for key in keys[: self.keys]
         ]
         asked = rng.sample(pairs, self.queries)
         needles = [self._needle(key, value) for key, values in pairs for value in values]
         rng.shuffle(needles)
         context = self._context(order, needles, keys[self.keys :])
-        return Draft(
+        return TaskDraft(
             messages=({"role": "user", "content": self._text(context, [key for key, _ in asked])},),
             references=tuple(value for _, values in asked for value in values),
             gold=tuple(f"{key} is: {value}." for key, values in asked for value in values),
@@ -92,12 +92,12 @@ class Niah:
             places = sorted(
                 len(sentences) * depth // 100 for depth in rng.sample(DEPTHS, len(needles))
             )
-            return " ".join(_inserted(sentences, places, needles))
+            return " ".join(_insert_needles(sentences, places, needles))
         lines = [NOISE] * order.units
         if self.haystack is Haystack.NEEDLES:
-            lines = [self._needle(key, drawn(rng, self.value_kind)) for key in others]
+            lines = [self._needle(key, draw_word(rng, self.value_kind)) for key in others]
         places = sorted(rng.sample(range(order.units), len(needles)))
-        return "\n".join(_inserted(lines, places, needles))
+        return "\n".join(_insert_needles(lines, places, needles))
 
     def _text(self, context: str, asked: list[str]) -> str:
         query = ", ".join(asked[:-1]) + ", and " + asked[-1] if len(asked) > 1 else asked[0]
@@ -106,8 +106,8 @@ class Niah:
         return ONE.format(kind=self.value_kind.removesuffix("s"), context=context, query=query)
 
 
-def drawn(rng: random.Random, kind: Kind) -> str:
-    """One key or value."""
+def draw_word(rng: random.Random, kind: Kind) -> str:
+    """Draw one key or value."""
     if kind is Kind.NUMBERS:
         return words.number(rng, NUMBER_DIGITS)
     if kind is Kind.UUIDS:
@@ -115,8 +115,8 @@ def drawn(rng: random.Random, kind: Kind) -> str:
     return words.adjective_noun(rng)
 
 
-def _inserted(lines: list[str], places: list[int], needles: list[str]) -> list[str]:
-    """Each needle before the line that its place counts; places ascend."""
+def _insert_needles(lines: list[str], places: list[int], needles: list[str]) -> list[str]:
+    """Insert each needle before the line that its place counts; places ascend."""
     mixed = list(lines)
     for place, needle in reversed(list(zip(places, needles, strict=True))):
         mixed.insert(place, needle)

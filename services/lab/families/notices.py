@@ -6,7 +6,7 @@ import random
 
 from ...synthetic import corpus
 from . import words
-from .task import Draft, Order
+from .task import Order, TaskDraft
 
 COUNTS = 6
 SUM_QUESTION = "How many crates are there in all the stock counts together? Answer with one number."
@@ -15,8 +15,8 @@ OTHER_KEYS = 4
 OVERRIDE_QUESTION = "Later notices replace earlier ones. What is the newest {field} of {key}?"
 
 
-def scattered_sum(order: Order) -> Draft:
-    """Six counts in `order.units` sentences; the answer is their sum."""
+def scattered_sum(order: Order) -> TaskDraft:
+    """Draft six counts in `order.units` sentences; the answer is their sum."""
     rng = order.rng
     things = rng.sample(corpus.THINGS, COUNTS)
     counts = [rng.randrange(11, 100) for _ in things]
@@ -25,15 +25,15 @@ def scattered_sum(order: Order) -> Draft:
         for thing, count in zip(things, counts, strict=True)
     )
     document = " ".join(words.scatter(rng, words.prose(rng, order.units), facts))
-    return Draft(
+    return TaskDraft(
         messages=({"role": "user", "content": f"{document}\n\n{SUM_QUESTION}"},),
         references=(str(sum(counts)),),
         gold=facts,
     )
 
 
-def override(order: Order) -> Draft:
-    """Numbered notices, three about each key, in `order.units` sentences; the newest one holds."""
+def override(order: Order) -> TaskDraft:
+    """Draft numbered notices, three about each key, in `order.units` sentences; the newest win."""
     rng = order.rng
     subjects = corpus.records(rng, 1 + OTHER_KEYS)
     turns = [subject for subject in subjects for _ in range(REVISIONS)]
@@ -43,7 +43,7 @@ def override(order: Order) -> Draft:
     newest = next(text for text in reversed(notices) if f"of {asked.key} is" in text)
     document = " ".join(words.scatter(rng, words.prose(rng, order.units), notices))
     question = OVERRIDE_QUESTION.format(field=asked.field, key=asked.key)
-    return Draft(
+    return TaskDraft(
         messages=({"role": "user", "content": f"{document}\n\n{question}"},),
         references=(newest[-6:-1],),
         gold=(newest,),

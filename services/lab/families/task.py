@@ -1,4 +1,4 @@
-"""One task: what is asked, what answers it, and what the answer needs of the prompt."""
+"""One task: the question, its answer, and the parts of the prompt that the answer needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Conversation = tuple[Message, ...]
 
 
 class Scoring(enum.StrEnum):
-    """How an answer is compared with the references."""
+    """The comparison of an answer with the references."""
 
     ALL_REFERENCES = "all_references"  # share of the references it contains (RULER's string match)
     NUMBER = "number"  # its last number is the reference
@@ -22,7 +22,7 @@ class Scoring(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
+class TaskDraft:
     """A task of a certain size, before its length is known. Fields as in `Task`."""
 
     messages: Conversation
@@ -53,7 +53,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What a family is asked to draft. Equal orders give equal drafts."""
+    """The request to a family for a draft. Equal orders give equal drafts."""
 
     rng: random.Random
     units: int  # of haystack: sentences, lines, pairs, words; the length grows with them

@@ -9,7 +9,7 @@ import string
 
 from . import words
 from .niah import NOISE
-from .task import Draft, Order
+from .task import Order, TaskDraft
 
 HOPS = 4
 NAME_LETTERS = 5
@@ -22,8 +22,8 @@ TEXT = (
 LEAST_NOISE = HOPS + 2
 
 
-def variable_tracking(order: Order) -> Draft:
-    """Hops stand in their order, at random lines of `order.units` lines of noise."""
+def variable_tracking(order: Order) -> TaskDraft:
+    """Draft hops in their order, at random lines of `order.units` lines of noise."""
     rng = order.rng
     names = words.distinct(
         lambda: words.letters(rng, NAME_LETTERS, string.ascii_uppercase), HOPS + 1
@@ -37,7 +37,7 @@ def variable_tracking(order: Order) -> Draft:
         lines.insert(place, hop)
     context = " ".join(lines).replace(". \n", ".\n")
     text = TEXT.format(context=context, value=value, count=len(names))
-    return Draft(
+    return TaskDraft(
         messages=({"role": "user", "content": text},),
         references=names,
         gold=tuple(hop.strip() for hop in chain),

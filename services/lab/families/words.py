@@ -1,4 +1,4 @@
-"""Seeded words, numbers and prose: what published generators take from word lists and essays.
+"""Seeded words, numbers and prose, in place of published generators' word lists and essays.
 
 They come from the project's own word lists, so that no download is needed and models of a few
 million parameters know them.
@@ -19,27 +19,27 @@ _CODAS = ("l", "m", "n", "r", "s", "t")
 
 
 def number(rng: random.Random, digits: int) -> str:
-    """A number of so many digits that does not begin with 0."""
+    """Draw a number of `digits` digits that does not start with 0."""
     return str(rng.randrange(10 ** (digits - 1), 10**digits))
 
 
 def adjective_noun(rng: random.Random) -> str:
-    """Two words with a hyphen."""
+    """Draw two words with a hyphen."""
     return f"{rng.choice(corpus.KEY_ADJECTIVES)}-{rng.choice(corpus.KEY_NOUNS)}"
 
 
 def uuid4(rng: random.Random) -> str:
-    """A version 4 UUID from the generator's bits."""
+    """Draw a version 4 UUID from the generator's bits."""
     return str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
 
 def letters(rng: random.Random, count: int, alphabet: str = string.ascii_lowercase) -> str:
-    """So many independent letters."""
+    """Draw `count` independent letters."""
     return "".join(rng.choices(alphabet, k=count))
 
 
 def distinct(draw: Callable[[], str], count: int) -> tuple[str, ...]:
-    """`count` different values of `draw`, in the order they came."""
+    """Return `count` different values of `draw`, in the order they came."""
     found: dict[str, None] = {}
     while len(found) < count:
         found[draw()] = None
@@ -47,7 +47,7 @@ def distinct(draw: Callable[[], str], count: int) -> tuple[str, ...]:
 
 
 def vocabulary(rng: random.Random, count: int) -> tuple[str, ...]:
-    """`count` different words: the project's own, then pseudo-words of two or three syllables."""
+    """Return `count` different words: the project's own, then pseudo-words of 2 or 3 syllables."""
     known = sorted({*corpus.LEXICON})
     rng.shuffle(known)
     if count <= len(known):
@@ -63,12 +63,12 @@ def vocabulary(rng: random.Random, count: int) -> tuple[str, ...]:
 
 
 def prose(rng: random.Random, sentences: int) -> tuple[str, ...]:
-    """Sentences in place of an essay's: no key word and no digit in them."""
+    """Draw sentences in place of an essay's: no key word and no digit in them."""
     return tuple(corpus.filler_sentence(rng) for _ in range(sentences))
 
 
 def scatter(rng: random.Random, haystack: tuple[str, ...], facts: tuple[str, ...]) -> list[str]:
-    """The haystack with `facts`, in their order, at random places."""
+    """Return the haystack with `facts`, in their order, at random places."""
     places = sorted(rng.randint(0, len(haystack)) for _ in facts)
     mixed = list(haystack)
     for place, fact in reversed(list(zip(places, facts, strict=True))):

@@ -1,4 +1,4 @@
-"""When requests are sent: fixed before the first one, so that a slow server cannot slow the load.
+"""Send times: fixed before the first request, so that a slow server cannot slow the load.
 
 Pure: a process and a seeded generator in, ascending seconds from the start of the run out.
 """
@@ -60,7 +60,7 @@ class Burst(Strict):
     length_s: Seconds
 
 
-class Trace(Strict):
+class RecordedTrace(Strict):
     """The times, and where it gives them the lengths, of a JSONL file's lines (see `trace`)."""
 
     kind: Literal["trace"]
@@ -68,12 +68,14 @@ class Trace(Strict):
     speed: Annotated[float, Field(gt=0.0)] = 1.0  # 2: twice as fast as recorded
 
 
-Process = Annotated[Constant | Poisson | Bursty | Ramp | Burst | Trace, Field(discriminator="kind")]
+Process = Annotated[
+    Constant | Poisson | Bursty | Ramp | Burst | RecordedTrace, Field(discriminator="kind")
+]
 Generated = Constant | Poisson | Bursty | Ramp | Burst
 
 
 class Length(Strict):
-    """How long a run is: a number of requests, or the seconds in which requests are sent."""
+    """The length of a run: a number of requests, or the seconds in which requests are sent."""
 
     requests: PositiveInt | None = None
     seconds: Seconds | None = None
@@ -86,31 +88,31 @@ class Length(Strict):
 
 
 def times(process: Generated, length: Length, rng: np.random.Generator) -> Times:
-    """The send times of a run."""
+    """Return the send times of a run."""
     if length.seconds is not None:
-        return _within(process, length.seconds, rng)
+        return _arrivals_within(process, length.seconds, rng)
     count = length.requests or 0
     if isinstance(process, Ramp):
         # The mean of both rates holds over the whole ramp, so this is how long it takes.
         whole_s = 2.0 * count / (process.start_qps + process.end_qps)
         return _ramp(process, whole_s, np.sort(rng.random(count)))
-    return _first(process, count, rng)
+    return _first_arrivals(process, count, rng)
 
 
-def _within(process: Generated, seconds: float, rng: np.random.Generator) -> Times:
+def _arrivals_within(process: Generated, seconds: float, rng: np.random.Generator) -> Times:
     if isinstance(process, Ramp):
         count = rng.poisson(seconds * (process.start_qps + process.end_qps) / 2.0)
         return _ramp(process, seconds, np.sort(rng.random(count)))
     expected = seconds * _highest_rate(process)
     enough = int(expected + 10.0 * np.sqrt(expected * _gap_variance(process)) + 50.0)
-    sent = _first(process, enough, rng)
+    sent = _first_arrivals(process, enough, rng)
     return sent[sent < seconds]
 
 
-def _first(
+def _first_arrivals(
     process: Constant | Poisson | Bursty | Burst, count: int, rng: np.random.Generator
 ) -> Times:
-    """The first `count` arrivals. The first one of a constant rate is at 0."""
+    """Return the first `count` arrivals. The first one of a constant rate is at 0."""
     match process:
         case Constant():
             return np.arange(count, dtype=np.float64) / process.qps
@@ -124,7 +126,7 @@ def _first(
 
 
 def _burst(process: Burst, unit: Times) -> Times:
-    """Unit-rate arrivals bent so that their rate is the process's: the inverse of its integral."""
+    """Warp unit-rate arrivals to the process's rate: the inverse of its integral."""
     before = process.start_s * process.qps
     during = process.length_s * process.burst_qps
     return np.where(
@@ -139,7 +141,7 @@ def _burst(process: Burst, unit: Times) -> Times:
 
 
 def _ramp(process: Ramp, whole_s: float, share: Times) -> Times:
-    """Where `share` (0..1) of the ramp's arrivals have come: its integral is a parabola."""
+    """Return the time at which `share` (0..1) of the ramp's arrivals have come."""
     start, end = process.start_qps, process.end_qps
     if start == end:
         return share * whole_s
@@ -153,5 +155,5 @@ def _highest_rate(process: Constant | Poisson | Bursty | Burst) -> float:
 
 
 def _gap_variance(process: Constant | Poisson | Bursty | Burst) -> float:
-    """Squared coefficient of variation of the gaps."""
+    """Return the squared coefficient of variation of the gaps."""
     return 1.0 / process.burstiness if isinstance(process, Bursty) else 1.0

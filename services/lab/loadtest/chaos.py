@@ -14,15 +14,15 @@ from .scenario import Kill
 
 
 class Replicas(Protocol):
-    """Where the processes of a pool are found."""
+    """Finds the processes of a pool."""
 
     def replica_pids(self, pool: str) -> Sequence[int]:
-        """Processes of the pool's running replicas."""
+        """Return the processes of the pool's running replicas."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
-class Killed:
+class KilledReplica:
     """A fault that happened. `pid` is None where the pool had no replica to kill."""
 
     at_s: float
@@ -31,9 +31,9 @@ class Killed:
 
 
 async def inject(
-    kills: Sequence[Kill], replicas: Replicas, rng: random.Random, done: list[Killed]
+    kills: Sequence[Kill], replicas: Replicas, rng: random.Random, done: list[KilledReplica]
 ) -> None:
-    """SIGKILL one replica per entry, `at_s` seconds from now; each that happened goes to `done`."""
+    """SIGKILL one replica per entry, `at_s` seconds from now; append what happened to `done`."""
     loop = asyncio.get_running_loop()
     started_s = loop.time()
     for kill in sorted(kills, key=lambda one: one.at_s):
@@ -42,4 +42,4 @@ async def inject(
         pid = rng.choice(pids) if pids else None
         if pid is not None:
             os.kill(pid, signal.SIGKILL)
-        done.append(Killed(loop.time() - started_s, kill.pool, pid))
+        done.append(KilledReplica(loop.time() - started_s, kill.pool, pid))

@@ -10,12 +10,12 @@ import grpc
 from ...client.grpc import GRACE_S, generate_request, metadata, report_dict
 from ...client.question import ServiceQuestion
 from ...rpc.specprefill_pb2_grpc import SpecPrefillStub
-from .outcome import Ending
-from .recorder import Prompt, Recorder, Refused
+from .outcome import RequestEnding
+from .recorder import LoadPrompt, Recorder, RequestRefused
 
 _ENDINGS = {
-    grpc.StatusCode.RESOURCE_EXHAUSTED: Ending.SHED,
-    grpc.StatusCode.DEADLINE_EXCEEDED: Ending.TIMED_OUT,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: RequestEnding.SHED,
+    grpc.StatusCode.DEADLINE_EXCEEDED: RequestEnding.TIMED_OUT,
 }
 
 
@@ -35,7 +35,7 @@ class GrpcCaller:
             self._stub = SpecPrefillStub(channel)
             yield
 
-    async def stream(self, prompt: Prompt, timeout_s: float, recorder: Recorder) -> None:
+    async def stream(self, prompt: LoadPrompt, timeout_s: float, recorder: Recorder) -> None:
         """See Caller."""
         if self._stub is None:
             raise RuntimeError("stream: outside open()")
@@ -54,11 +54,11 @@ class GrpcCaller:
         except grpc.aio.AioRpcError as error:
             code = error.code()
             message = f"{code.name}: {error.details()}"
-            raise Refused(_ENDINGS.get(code, Ending.FAILED), message) from error
+            raise RequestRefused(_ENDINGS.get(code, RequestEnding.FAILED), message) from error
         finally:
             call.cancel()  # a client that left early; nothing after the end
 
-    def _question(self, prompt: Prompt, timeout_s: float) -> ServiceQuestion:
+    def _question(self, prompt: LoadPrompt, timeout_s: float) -> ServiceQuestion:
         rate = prompt.keep if isinstance(prompt.keep, float) else None
         return ServiceQuestion(
             messages=tuple(prompt.messages),

@@ -10,17 +10,17 @@ from typing import Any
 
 import aiohttp
 
-from .outcome import Ending
-from .recorder import Prompt, Recorder, Refused
+from .outcome import RequestEnding
+from .recorder import LoadPrompt, Recorder, RequestRefused
 
 _DATA = b"data:"
 _SHED_REASON = "x-specprefill-shed-reason"
 _MESSAGE_CHARS = 200
 _LINE_BYTES = 8 << 20  # the longest line of a stream: logprobs make long ones
 _ENDINGS = {
-    HTTPStatus.TOO_MANY_REQUESTS: Ending.SHED,
-    HTTPStatus.REQUEST_TIMEOUT: Ending.TIMED_OUT,
-    HTTPStatus.GATEWAY_TIMEOUT: Ending.TIMED_OUT,
+    HTTPStatus.TOO_MANY_REQUESTS: RequestEnding.SHED,
+    HTTPStatus.REQUEST_TIMEOUT: RequestEnding.TIMED_OUT,
+    HTTPStatus.GATEWAY_TIMEOUT: RequestEnding.TIMED_OUT,
 }
 _LATE = "deadline_exceeded"  # the code of an error that ends a stream
 
@@ -49,7 +49,7 @@ class HttpCaller:
         ) as self._session:
             yield
 
-    async def stream(self, prompt: Prompt, timeout_s: float, recorder: Recorder) -> None:
+    async def stream(self, prompt: LoadPrompt, timeout_s: float, recorder: Recorder) -> None:
         """See Caller."""
         if self._session is None:
             raise RuntimeError("stream: outside open()")
@@ -64,9 +64,11 @@ class HttpCaller:
                     if line.startswith(_DATA):
                         _record(line[len(_DATA) :].strip(), recorder)
         except aiohttp.ClientError as error:
-            raise Refused(Ending.FAILED, f"{type(error).__name__}: {error}") from error
+            raise RequestRefused(
+                RequestEnding.FAILED, f"{type(error).__name__}: {error}"
+            ) from error
 
-    def _body(self, prompt: Prompt) -> dict[str, Any]:
+    def _body(self, prompt: LoadPrompt) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": self._model,
             "messages": list(prompt.messages),
@@ -91,12 +93,12 @@ class HttpCaller:
 
 
 def _record(data: bytes, recorder: Recorder) -> None:
-    """One event of the stream. Raises Refused where it tells an error."""
+    """Record one event of the stream. Raises Refused where it is an error."""
     if data == b"[DONE]":
         return
     event = json.loads(data)
     if "error" in event:
-        raise Refused(_ending_of(event["error"]), f"in the stream: {_said(event)}")
+        raise RequestRefused(_ending_of(event["error"]), f"in the stream: {_error_message(event)}")
     for choice in event.get("choices") or ():
         piece = _text(choice.get("delta") or {})
         if piece:
@@ -108,29 +110,31 @@ def _record(data: bytes, recorder: Recorder) -> None:
         recorder.report(event["specprefill"])
 
 
-def _ending_of(error: Any) -> Ending:
+def _ending_of(error: Any) -> RequestEnding:
     late = isinstance(error, dict) and error.get("code") == _LATE
-    return Ending.TIMED_OUT if late else Ending.FAILED
+    return RequestEnding.TIMED_OUT if late else RequestEnding.FAILED
 
 
 def _text(delta: dict[str, Any]) -> str:
-    """What a delta says: an answer, reasoning, or a piece of a tool call."""
+    """Return a delta's text: an answer, reasoning, or a piece of a tool call."""
     calls = (call.get("function") or {} for call in delta.get("tool_calls") or ())
-    said = [f"{call.get('name') or ''}{call.get('arguments') or ''}" for call in calls]
-    return (delta.get("content") or "") + (delta.get("reasoning") or "") + "".join(said)
+    parts = [f"{call.get('name') or ''}{call.get('arguments') or ''}" for call in calls]
+    return (delta.get("content") or "") + (delta.get("reasoning") or "") + "".join(parts)
 
 
-def _refusal(status: int, reason: str | None, body: bytes) -> Refused:
+def _refusal(status: int, reason: str | None, body: bytes) -> RequestRefused:
     try:
-        said = _said(json.loads(body))
+        message = _error_message(json.loads(body))
     except ValueError:
-        said = body[:_MESSAGE_CHARS].decode(errors="replace")
+        message = body[:_MESSAGE_CHARS].decode(errors="replace")
     place = str(status) if reason is None else f"{status} {reason}"
-    return Refused(_ENDINGS.get(HTTPStatus(status), Ending.FAILED), f"{place}: {said}")
+    return RequestRefused(
+        _ENDINGS.get(HTTPStatus(status), RequestEnding.FAILED), f"{place}: {message}"
+    )
 
 
-def _said(event: Any) -> str:
-    """The error's message where it is in OpenAI's form."""
+def _error_message(event: Any) -> str:
+    """Return the error's message where it is in OpenAI's form."""
     error = event.get("error") if isinstance(event, dict) else None
     message = error.get("message") if isinstance(error, dict) else event
     return str(message)[:_MESSAGE_CHARS]

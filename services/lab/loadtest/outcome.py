@@ -1,4 +1,4 @@
-"""What became of one request, as the client saw it."""
+"""The outcome of one request, as the client saw it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from itertools import pairwise
 from typing import Any
 
 
-class Ending(enum.StrEnum):
-    """How a request ended."""
+class RequestEnding(enum.StrEnum):
+    """The way a request ended."""
 
     ANSWERED = "answered"
     SHED = "shed"  # refused with 429 or RESOURCE_EXHAUSTED before any work was done
@@ -23,7 +23,7 @@ class Ending(enum.StrEnum):
 class Stream:
     """One answer as it arrived; seconds count from the moment the request was sent."""
 
-    ending: Ending
+    ending: RequestEnding
     text: str
     arrivals_s: tuple[float, ...]  # of each piece of text
     end_s: float
@@ -39,7 +39,7 @@ class Stream:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class RequestOutcome:
     """One request of a run."""
 
     index: int
@@ -52,12 +52,12 @@ class Outcome:
 
     @property
     def ttft_s(self) -> float | None:
-        """Time to first token from the scheduled time on: what an open loop's user sees."""
+        """Time to first token from the scheduled time on: the one an open loop's user sees."""
         return None if self.stream.ttft_s is None else self.stream.ttft_s + self.lag_s
 
     @property
     def e2e_s(self) -> float:
-        """From the scheduled time to the end of the answer."""
+        """Seconds from the scheduled time to the end of the answer."""
         return self.stream.end_s + self.lag_s
 
     @property
@@ -74,7 +74,7 @@ class Outcome:
         arrivals = self.stream.arrivals_s
         return tuple(later - sooner for sooner, later in pairwise(arrivals))
 
-    def reported(self, name: str) -> float | None:
-        """A number of the service's report; None where it told none."""
+    def report_number(self, name: str) -> float | None:
+        """Return a number of the service's report; None where it has none."""
         report = self.stream.report
         return None if report is None or name not in report else float(report[name])

@@ -14,7 +14,7 @@ from ..families.catalog import generate
 from ..families.fitting import TaskTokenizer
 from ..families.judging import score
 from .recorded_trace import TraceLine
-from .recorder import Prompt
+from .recorder import LoadPrompt
 from .scenario import Prompts
 
 _WARM_UP = 1 << 60  # a range of seeds that no counted request has
@@ -22,7 +22,7 @@ _SEEDS_OF_A_RUN = 1 << 24  # so that two runs of different seeds share no prompt
 
 
 class UnknownTokenizer(Exception):
-    """The tokenizer cannot be loaded; the message says why."""
+    """The tokenizer cannot be loaded; the message has the reason."""
 
 
 class Source:
@@ -38,7 +38,7 @@ class Source:
 
     @classmethod
     def load(cls, path: str, seed: int) -> Self:
-        """With the tokenizer of a folder or a hub name. Raises UnknownTokenizer."""
+        """Load the tokenizer of a folder or a hub name. Raises UnknownTokenizer."""
         from transformers import AutoTokenizer
 
         try:
@@ -46,26 +46,28 @@ class Source:
         except (OSError, ValueError) as error:
             raise UnknownTokenizer(f"tokenizer: {path}: {error}") from error
 
-    def draw(self, kinds: Sequence[Prompts], count: int, rng: np.random.Generator) -> list[Prompt]:
-        """`count` prompts, their kinds drawn by weight."""
-        return [self._make(kind, next(self._seeds)) for kind in _drawn(kinds, count, rng)]
+    def draw(
+        self, kinds: Sequence[Prompts], count: int, rng: np.random.Generator
+    ) -> list[LoadPrompt]:
+        """Draw `count` prompts, their kinds by weight."""
+        return [self._make(kind, next(self._seeds)) for kind in _draw_kinds(kinds, count, rng)]
 
-    def like(
+    def draw_like(
         self, kinds: Sequence[Prompts], lines: Sequence[TraceLine], rng: np.random.Generator
-    ) -> list[Prompt]:
-        """One prompt per recorded request, of its length where it tells one."""
+    ) -> list[LoadPrompt]:
+        """Draw one prompt per recorded request, of its length where it has one."""
         return [
-            self._make(_resized(kind, line), next(self._seeds))
-            for kind, line in zip(_drawn(kinds, len(lines), rng), lines, strict=True)
+            self._make(_resize(kind, line), next(self._seeds))
+            for kind, line in zip(_draw_kinds(kinds, len(lines), rng), lines, strict=True)
         ]
 
-    def warm_up(self, kind: Prompts, number: int) -> Prompt:
-        """A prompt of this kind that no run counts."""
+    def warm_up(self, kind: Prompts, number: int) -> LoadPrompt:
+        """Make a prompt of this kind that no run counts."""
         return self._make(kind, _WARM_UP + self._seed + number)
 
-    def _make(self, kind: Prompts, seed: int) -> Prompt:
+    def _make(self, kind: Prompts, seed: int) -> LoadPrompt:
         task = generate(kind.family, seed, kind.prompt_tokens, self._tokenizer)
-        return Prompt(
+        return LoadPrompt(
             messages=task.messages,
             family=kind.family,
             variant=kind.variant,
@@ -76,12 +78,12 @@ class Source:
         )
 
 
-def _drawn(kinds: Sequence[Prompts], count: int, rng: np.random.Generator) -> list[Prompts]:
+def _draw_kinds(kinds: Sequence[Prompts], count: int, rng: np.random.Generator) -> list[Prompts]:
     weights = np.array([kind.weight for kind in kinds])
     places = rng.choice(len(kinds), size=count, p=weights / weights.sum())
     return [kinds[place] for place in places]
 
 
-def _resized(kind: Prompts, line: TraceLine) -> Prompts:
-    told = {"prompt_tokens": line.prompt_tokens, "max_tokens": line.max_tokens}
-    return kind.model_copy(update={name: n for name, n in told.items() if n is not None})
+def _resize(kind: Prompts, line: TraceLine) -> Prompts:
+    recorded = {"prompt_tokens": line.prompt_tokens, "max_tokens": line.max_tokens}
+    return kind.model_copy(update={name: n for name, n in recorded.items() if n is not None})

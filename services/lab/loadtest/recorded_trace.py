@@ -26,9 +26,9 @@ _decoder = msgspec.json.Decoder(TraceLine)
 
 
 def read(path: Path, most: int) -> list[TraceLine]:
-    """The first `most` requests in order of time, starting at 0. Raises InvalidFile."""
+    """Read the first `most` requests in order of time, starting at 0. Raises InvalidFile."""
     lines = [
-        _parsed(text, f"{path}:{number}")
+        _parse_line(text, f"{path}:{number}")
         for number, text in enumerate(read_text(path).splitlines(), 1)
         if text.strip()
     ]
@@ -37,7 +37,7 @@ def read(path: Path, most: int) -> list[TraceLine]:
     return _from_zero(sorted(lines, key=lambda line: line.time_s)[:most])
 
 
-def _parsed(text: str, place: str) -> TraceLine:
+def _parse_line(text: str, place: str) -> TraceLine:
     try:
         return _decoder.decode(text)
     except msgspec.DecodeError as error:

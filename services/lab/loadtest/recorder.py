@@ -1,4 +1,4 @@
-"""What callers tell while an answer streams in, and how they say that it did not."""
+"""Records an answer while it streams in, or the reason why none came."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from .outcome import Ending, Stream
+from .outcome import RequestEnding, Stream
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class LoadPrompt:
     """One request to send, and how to judge its answer."""
 
     messages: tuple[Mapping[str, Any], ...]
     family: str
     variant: str
-    keep: float | str | None  # a rate, `auto`, `dense`, or None: nothing is said
+    keep: float | str | None  # a rate, `auto`, `dense`, or None: not set
     max_tokens: int
     score: Callable[[str], float]  # an answer's text -> 0 to 1
     tools: tuple[Mapping[str, Any], ...] = ()
     ignore_eos: bool = False  # always `max_tokens` tokens, for benchmarks
 
 
-class Refused(Exception):
-    """The service did not answer; `ending` says which kind of no it was."""
+class RequestRefused(Exception):
+    """The service did not answer; `ending` is the kind of refusal."""
 
-    def __init__(self, ending: Ending, message: str) -> None:
+    def __init__(self, ending: RequestEnding, message: str) -> None:
         super().__init__(message)
         self.ending = ending
 
@@ -45,22 +45,22 @@ class Recorder:
         self._prompt_tokens = 0
 
     def text(self, piece: str) -> None:
-        """Some text arrived now."""
+        """Record some text, which arrived now."""
         self._arrivals_s.append(self._now() - self._sent_s)
         self._pieces.append(piece)
 
     def usage(self, prompt_tokens: int, output_tokens: int) -> None:
-        """The service's token counts."""
+        """Record the service's token counts."""
         self._prompt_tokens, self._output_tokens = prompt_tokens, output_tokens
 
     def report(self, report: Mapping[str, Any]) -> None:
-        """The service's `specprefill` object."""
+        """Record the service's `specprefill` object."""
         self._report = report
 
-    def finish(self, ending: Ending, error: str = "") -> Stream:
-        """The stream as it stands now. An answer without any text has its first token here."""
+    def finish(self, ending: RequestEnding, error: str = "") -> Stream:
+        """Return the stream as it is now. An answer without any text has its first token here."""
         end_s = self._now() - self._sent_s
-        silent = ending is Ending.ANSWERED and not self._arrivals_s
+        silent = ending is RequestEnding.ANSWERED and not self._arrivals_s
         return Stream(
             ending=ending,
             text="".join(self._pieces),
@@ -80,6 +80,6 @@ class Caller(Protocol):
         """Hold the connections while inside."""
         ...
 
-    async def stream(self, prompt: Prompt, timeout_s: float, recorder: Recorder) -> None:
+    async def stream(self, prompt: LoadPrompt, timeout_s: float, recorder: Recorder) -> None:
         """Send the prompt and record its answer to the end. Raises Refused."""
         ...

@@ -12,11 +12,11 @@ import numpy as np
 
 from ..reporting.charts import Line, line_chart, table, write_page
 from ..reporting.tables import Provenance, markdown, write_json
-from .outcome import Ending, Outcome
-from .scenario import Gate, Scenario
-from .search import Trial, highest
+from .outcome import RequestEnding, RequestOutcome
+from .scenario import Goals, Scenario
+from .search import Trial, highest_rate
 from .session import Run
-from .statistics import Summary, grouped
+from .statistics import Summary, summarise_groups
 
 HEADERS = (
     "requests", "sent", "qps", "goodput", "in SLO", "TTFT p50", "p95", "p99", "TPOT p50",
@@ -27,35 +27,35 @@ _REPORTED = ("kept_tokens", "keep_rate", "queue_s", "speculate_s", "prefill_s", 
 
 
 def summaries(run: Run, scenario: Scenario) -> list[Summary]:
-    """The whole run, then each variant, then each family where there are several."""
+    """Summarise the whole run, then each variant, then each family where there are several."""
     rows = [run.summary]
     for key in (lambda one: one.variant, lambda one: one.family):
-        groups = grouped(run.outcomes, key, scenario.slo)
+        groups = summarise_groups(run.outcomes, key, scenario.slo)
         rows += groups if len(groups) > 1 else []
     return rows
 
 
 def run_table(rows: Sequence[Summary]) -> str:
-    """Speed, goodput, what was kept, and the answers' score, in one row per group."""
+    """Return speed, goodput, kept share, and the answers' score, in one row per group."""
     return markdown(HEADERS, [_cells(row) for row in rows])
 
 
 def trial_table(trials: Sequence[Trial]) -> str:
-    """A search's rates."""
+    """Return a search's rates."""
     return markdown(TRIAL_HEADERS, [_trial_cells(trial) for trial in trials])
 
 
 def remarks(run: Run) -> str:
-    """What the table does not say: errors by reason, plans by reason, faults."""
+    """Return what the table does not show: errors by reason, plans by reason, faults."""
     parts = [f"error, {count} times: {error}" for error, count in run.summary.errors.items()]
     parts += [f"plan {reason}: {count}" for reason, count in run.summary.reasons.items()]
     parts += [f"killed {kill.pool} {kill.pid} at {kill.at_s:.1f} s" for kill in run.kills]
     return "".join(f"\n{part}" for part in parts) + ("\n" if parts else "")
 
 
-def missed(gate: Gate, summary: Summary) -> list[str]:
-    """What of the gate was not reached, one sentence each."""
-    shed = summary.endings.get(Ending.SHED, 0) / summary.requests
+def missed_goals(gate: Goals, summary: Summary) -> list[str]:
+    """Return the parts of the gate that were not reached, one sentence each."""
+    shed = summary.endings.get(RequestEnding.SHED, 0) / summary.requests
     reached = (
         ("attainment", gate.attainment, summary.attainment, True),
         ("score", gate.score, summary.score, True),
@@ -85,7 +85,7 @@ def write(
     }
     if scenario.search is not None:
         results["trials"] = [{"qps": trial.qps, "held": trial.held} for trial in trials]
-        results["highest_qps"] = highest(trials)
+        results["highest_qps"] = highest_rate(trials)
     write_json(paths[0], origin, results)
     _write_csv(paths[1], runs)
     _write_html(paths[2], name, origin, scenario, runs, trials)
@@ -112,8 +112,8 @@ def _cells(row: Summary) -> list[str]:
         _number(row.kept_tokens, 0),
         _number(row.keep_rate, 2),
         _share(row.score),
-        str(row.endings.get(Ending.SHED, 0)),
-        str(row.endings.get(Ending.FAILED, 0) + row.endings.get(Ending.TIMED_OUT, 0)),
+        str(row.endings.get(RequestEnding.SHED, 0)),
+        str(row.endings.get(RequestEnding.FAILED, 0) + row.endings.get(RequestEnding.TIMED_OUT, 0)),
         _ms(row.lag_s.p99),
     ]
 
@@ -142,12 +142,12 @@ def _write_csv(path: Path, runs: Sequence[Run]) -> None:
             rows.writerows(_csv_row(number, outcome) for outcome in run.outcomes)
 
 
-def _csv_row(run: int, one: Outcome) -> list[object]:
+def _csv_row(run: int, one: RequestOutcome) -> list[object]:
     stream = one.stream
     return [
         run, one.index, one.family, one.variant, stream.ending.value, one.scheduled_s, one.lag_s,
         one.ttft_s, one.tpot_s, one.e2e_s, stream.prompt_tokens, stream.output_tokens, one.score,
-        *(one.reported(name) for name in _REPORTED), stream.error,
+        *(one.report_number(name) for name in _REPORTED), stream.error,
     ]  # fmt: skip
 
 
@@ -189,7 +189,7 @@ def _trial_chart(trials: Sequence[Trial]) -> str:
 
 
 def _run_charts(run: Run, scenario: Scenario) -> list[str]:
-    variants: dict[str, list[Outcome]] = {}
+    variants: dict[str, list[RequestOutcome]] = {}
     for outcome in run.outcomes:
         if outcome.ttft_s is not None:
             variants.setdefault(outcome.variant, []).append(outcome)
@@ -205,7 +205,7 @@ def _run_charts(run: Run, scenario: Scenario) -> list[str]:
     ]  # fmt: skip
 
 
-def _cumulative(name: str, group: Sequence[Outcome]) -> Line:
+def _cumulative(name: str, group: Sequence[RequestOutcome]) -> Line:
     values = np.sort([one.ttft_s or 0.0 for one in group])
     shares = np.arange(1, len(values) + 1) / len(values)
     return Line(name, values.tolist(), shares.tolist(), steps=True)

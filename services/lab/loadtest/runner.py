@@ -1,4 +1,4 @@
-"""Sends requests at their times, whatever became of those before: an open loop."""
+"""Sends requests at their times, whatever became of earlier ones: an open loop."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from dataclasses import dataclass
 import numpy as np
 
 from .arrivals import Times
-from .outcome import Ending, Outcome, Stream
-from .recorder import Caller, Prompt, Recorder, Refused
+from .outcome import RequestEnding, RequestOutcome, Stream
+from .recorder import Caller, LoadPrompt, Recorder, RequestRefused
 from .scenario import Cancel
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class PlannedRequest:
     """One request of a run, decided before the run starts."""
 
     index: int
     at_s: float
-    prompt: Prompt
+    prompt: LoadPrompt
     leave_after_s: float | None = None  # the client cancels then
 
 
 @dataclass(slots=True)
-class Progress:
-    """What a run has done so far; a display may read it at any time."""
+class RunProgress:
+    """The counts of a run so far; a display may read it at any time."""
 
     total: int
     sent: int = 0
@@ -38,18 +38,18 @@ class Progress:
     def in_flight(self) -> int:
         return self.sent - self.answered - self.other
 
-    def ended(self, ending: Ending) -> None:
+    def count(self, ending: RequestEnding) -> None:
         """Count one request that is over."""
-        if ending is Ending.ANSWERED:
+        if ending is RequestEnding.ANSWERED:
             self.answered += 1
         else:
             self.other += 1
 
 
 def plan(
-    times: Times, prompts: Sequence[Prompt], cancel: Cancel | None, rng: np.random.Generator
-) -> list[Planned]:
-    """The run's requests; which clients leave, and when, is drawn here."""
+    times: Times, prompts: Sequence[LoadPrompt], cancel: Cancel | None, rng: np.random.Generator
+) -> list[PlannedRequest]:
+    """Plan the run's requests; the clients that leave, and when, are drawn here."""
     leaving: list[float | None] = [None] * len(prompts)
     if cancel is not None:
         leaves = rng.random(len(prompts)) < cancel.share
@@ -58,18 +58,18 @@ def plan(
             float(after) if leave else None for leave, after in zip(leaves, after_s, strict=True)
         ]
     return [
-        Planned(index, float(at_s), prompt, leave)
+        PlannedRequest(index, float(at_s), prompt, leave)
         for index, (at_s, prompt, leave) in enumerate(zip(times, prompts, leaving, strict=True))
     ]
 
 
 async def run(
-    planned: Sequence[Planned],
+    planned: Sequence[PlannedRequest],
     caller: Caller,
     timeout_s: float,
-    progress: Progress,
+    progress: RunProgress,
     now: Callable[[], float] = time.perf_counter,
-) -> list[Outcome]:
+) -> list[RequestOutcome]:
     """Send every request at its time and wait for all of them. Outcomes keep the plan's order."""
     started_s = now()
     async with asyncio.TaskGroup() as group:
@@ -83,13 +83,13 @@ async def run(
 
 
 async def stream(
-    prompt: Prompt,
+    prompt: LoadPrompt,
     caller: Caller,
     timeout_s: float,
     leave_after_s: float | None = None,
     now: Callable[[], float] = time.perf_counter,
 ) -> Stream:
-    """Ask once. However it ends, what had arrived until then is in the stream."""
+    """Ask once. However it ends, the stream holds what had arrived until then."""
     recorder = Recorder(now)
     leaves = leave_after_s is not None and leave_after_s < timeout_s
     patience_s = leave_after_s if leaves else timeout_s
@@ -98,34 +98,36 @@ async def stream(
             await caller.stream(prompt, timeout_s, recorder)
     except TimeoutError:
         if leaves:
-            return recorder.finish(Ending.CANCELLED)
-        return recorder.finish(Ending.TIMED_OUT, f"client: not answered within {timeout_s:g} s")
-    except Refused as refusal:
+            return recorder.finish(RequestEnding.CANCELLED)
+        return recorder.finish(
+            RequestEnding.TIMED_OUT, f"client: not answered within {timeout_s:g} s"
+        )
+    except RequestRefused as refusal:
         return recorder.finish(refusal.ending, str(refusal))
-    return recorder.finish(Ending.ANSWERED)
+    return recorder.finish(RequestEnding.ANSWERED)
 
 
 async def _send(
-    request: Planned,
+    request: PlannedRequest,
     caller: Caller,
     timeout_s: float,
     started_s: float,
     now: Callable[[], float],
-) -> Outcome:
+) -> RequestOutcome:
     lag_s = now() - started_s - request.at_s
     prompt = request.prompt
     got = await stream(prompt, caller, timeout_s, request.leave_after_s, now)
-    return Outcome(
+    return RequestOutcome(
         index=request.index,
         family=prompt.family,
         variant=prompt.variant,
         scheduled_s=request.at_s,
         lag_s=lag_s,
         stream=got,
-        score=prompt.score(got.text) if got.ending is Ending.ANSWERED else None,
+        score=prompt.score(got.text) if got.ending is RequestEnding.ANSWERED else None,
     )
 
 
-def _count(task: asyncio.Task[Outcome], progress: Progress) -> None:
+def _count(task: asyncio.Task[RequestOutcome], progress: RunProgress) -> None:
     if not task.cancelled() and task.exception() is None:
-        progress.ended(task.result().stream.ending)
+        progress.count(task.result().stream.ending)

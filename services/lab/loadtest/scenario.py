@@ -1,4 +1,4 @@
-"""A load test as a YAML file: whom to ask, what, how often, and what counts as good."""
+"""A load test as a YAML file: the target, the prompts, the rate, and the goals."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pydantic import (
 
 from ...config import Rate, Seconds, Strict
 from ..families.catalog import FAMILIES, NEEDLES
-from .arrivals import Length, Process, Trace
-from .statistics import Slo
+from .arrivals import Length, Process, RecordedTrace
+from .statistics import RequestSlo
 
 DASHBOARD_URL = "http://127.0.0.1:8265"
 
@@ -35,20 +35,20 @@ class Prompts(Strict):
 
     family: str = NEEDLES  # a family of the quality suite, so that answers can be checked
     prompt_tokens: PositiveInt = 4096
-    keep: Rate | Literal["auto", "dense"] | None = None  # None: nothing is said about pruning
+    keep: Rate | Literal["auto", "dense"] | None = None  # None: no pruning field is sent
     weight: Annotated[float, Field(gt=0.0)] = 1.0
     max_tokens: PositiveInt | None = None  # None: what the family's answers need
 
     @field_validator("family")
     @classmethod
-    def _known(cls, family: str) -> str:
+    def _check_family(cls, family: str) -> str:
         if family not in FAMILIES:
             raise ValueError(f"unknown family, expected one of {', '.join(FAMILIES)}")
         return family
 
     @property
     def variant(self) -> str:
-        """How tables name what was asked."""
+        """Name of this kind of request in tables."""
         if self.keep is None:
             return "default"
         return self.keep if isinstance(self.keep, str) else f"keep {self.keep:g}"
@@ -61,14 +61,14 @@ class Cancel(Strict):
     after_s: tuple[NonNegativeFloat, NonNegativeFloat] = (0.0, 1.0)
 
     @model_validator(mode="after")
-    def _ascending(self) -> Self:
+    def _check_order(self) -> Self:
         if self.after_s[0] > self.after_s[1]:
             raise ValueError("after_s: the first number must not exceed the second")
         return self
 
 
 class Kill(Strict):
-    """SIGKILL one replica of a pool, drawn by chance, `at_s` seconds into the run."""
+    """SIGKILL one replica of a pool, drawn at random, `at_s` seconds into the run."""
 
     at_s: NonNegativeFloat
     pool: Literal["Gateway", "Speculator", "Prefill", "Decode"]
@@ -81,8 +81,8 @@ class Chaos(Strict):
     kills: tuple[Kill, ...]
 
 
-class Gate(Strict):
-    """What a run must reach for exit code 0."""
+class Goals(Strict):
+    """The values that a run must reach for exit code 0."""
 
     attainment: Rate | None = None  # share of requests within the SLO
     error_rate: Annotated[float, Field(ge=0.0, le=1.0)] | None = None  # at most
@@ -100,9 +100,9 @@ class MaxQps(Strict):
     tolerance: Annotated[float, Field(gt=0.0)] = 0.1  # relative width at which the search ends
 
     @model_validator(mode="after")
-    def _ascending(self) -> Self:
+    def _check_order(self) -> Self:
         if self.low >= self.high:
-            raise ValueError("low must be below high")
+            raise ValueError(f"low ({self.low:g}) must be below high ({self.high:g})")
         return self
 
 
@@ -117,7 +117,7 @@ class PaperProtocol(Strict):
     pause_s: NonNegativeFloat = 10.0  # between two rates
 
     @model_validator(mode="after")
-    def _ascending(self) -> Self:
+    def _check_order(self) -> Self:
         if list(self.grid) != sorted(set(self.grid)):
             raise ValueError("grid: rates must ascend")
         return self
@@ -136,8 +136,8 @@ class Scenario(Strict):
     length: Length
     timeout_s: Seconds = 60.0  # end to end; later, the client gives up
     warm_up: NonNegativeInt = 1  # requests of each kind before the clock starts, not counted
-    slo: Slo = Slo()
-    gate: Gate = Gate()
+    slo: RequestSlo = RequestSlo()
+    gate: Goals = Goals()
     cancel: Cancel | None = None
     chaos: Chaos | None = None
     search: Search | None = None
@@ -150,13 +150,13 @@ class Scenario(Strict):
                 f"search: varies one rate, so arrivals.kind must be constant, poisson or bursty, "
                 f"not {self.arrivals.kind}"
             )
-        if isinstance(self.search, MaxQps) and self.slo == Slo():
+        if isinstance(self.search, MaxQps) and self.slo == RequestSlo():
             raise ValueError("search: max_qps needs a bound in slo")
-        if isinstance(self.arrivals, Trace) and self.length.requests is None:
+        if isinstance(self.arrivals, RecordedTrace) and self.length.requests is None:
             raise ValueError("length: a trace is bounded by length.requests")
         return self
 
-    def at(self, qps: float) -> Scenario:
-        """The same at another rate, without its search."""
+    def at_rate(self, qps: float) -> Scenario:
+        """Return the same at another rate, without its search."""
         arrivals = self.arrivals.model_copy(update={"qps": qps})
         return self.model_copy(update={"arrivals": arrivals, "search": None})

@@ -1,4 +1,4 @@
-"""How much load a service bears: which rates to try, and what the trials mean.
+"""Searches the highest load that a service sustains: the rates to try, and the trials' result.
 
 Pure: rates out, results in. The runs themselves are the caller's.
 """
@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
-from .outcome import Ending
+from .outcome import RequestEnding
 from .scenario import MaxQps, PaperProtocol
 from .statistics import Summary
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One rate, and whether the service bore it."""
+    """One rate, and whether the service sustained it."""
 
     qps: float
     held: bool
@@ -26,21 +26,21 @@ Trials = Generator[float, Summary, list[Trial]]
 
 
 def max_qps(search: MaxQps) -> Trials:
-    """Yields rates, takes each run's summary: the ends first, then the middle of what is left."""
+    """Yield rates and take each run's summary: the ends first, then the middle of what is left."""
     trials: list[Trial] = []
 
-    def judged(qps: float, summary: Summary) -> bool:
+    def judge(qps: float, summary: Summary) -> bool:
         trials.append(Trial(qps, summary.attainment >= search.attainment, summary))
         return trials[-1].held
 
     low, high = search.low, search.high
-    if not judged(low, (yield low)):
+    if not judge(low, (yield low)):
         return trials
-    if judged(high, (yield high)):
+    if judge(high, (yield high)):
         return trials
     while high - low > search.tolerance * high:
         middle = (low + high) / 2.0
-        if judged(middle, (yield middle)):
+        if judge(middle, (yield middle)):
             low = middle
         else:
             high = middle
@@ -48,22 +48,22 @@ def max_qps(search: MaxQps) -> Trials:
 
 
 def paper(search: PaperProtocol) -> Trials:
-    """Yields the grid's rates in order until too many requests fail (section 5.2 of the paper)."""
+    """Yield the grid's rates in order until too many requests fail (section 5.2 of the paper)."""
     trials: list[Trial] = []
     for qps in search.grid:
         summary = yield qps
-        answered = summary.endings.get(Ending.ANSWERED, 0)
+        answered = summary.endings.get(RequestEnding.ANSWERED, 0)
         trials.append(Trial(qps, summary.requests - answered <= search.max_failures, summary))
         if not trials[-1].held:
             break
     return trials
 
 
-def highest(trials: Sequence[Trial]) -> float | None:
-    """The highest rate that held; None where none did."""
+def highest_rate(trials: Sequence[Trial]) -> float | None:
+    """Return the highest rate that held; None where none did."""
     return max((trial.qps for trial in trials if trial.held), default=None)
 
 
-def of(search: MaxQps | PaperProtocol) -> Trials:
-    """The trials of a scenario's search."""
+def trials_of(search: MaxQps | PaperProtocol) -> Trials:
+    """Return the trials of a scenario's search."""
     return max_qps(search) if isinstance(search, MaxQps) else paper(search)

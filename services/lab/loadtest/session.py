@@ -14,81 +14,81 @@ import numpy as np
 from ...deployment.local_ray import ServeApi
 from . import arrivals, runner, search
 from . import recorded_trace as trace
-from .chaos import Killed, inject
+from .chaos import KilledReplica, inject
 from .grpc_stream import GrpcCaller
 from .http_stream import HttpCaller
-from .outcome import Ending, Outcome
+from .outcome import RequestEnding, RequestOutcome
 from .prompt_source import Source
 from .recorder import Caller
-from .runner import Planned, Progress
+from .runner import PlannedRequest, RunProgress
 from .scenario import Chaos, Scenario, Target
 from .statistics import Summary, summarise
 
-Tell = Callable[[Progress], None]  # called about once a second
+ReportProgress = Callable[[RunProgress], None]  # called about once a second
 TELL_EVERY_S = 1.0
 
 
 class NotReady(Exception):
-    """The endpoint did not answer the warm-up; the message says what it said."""
+    """The endpoint did not answer the warm-up; the message has its reply."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
     """One rate, measured."""
 
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[RequestOutcome, ...]
     summary: Summary
-    kills: tuple[Killed, ...] = ()
+    kills: tuple[KilledReplica, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Searched:
+class SearchResult:
     """A search's trials and the runs behind them, in the order in which they were made."""
 
     trials: tuple[search.Trial, ...]
     runs: tuple[Run, ...]
 
 
-async def measure(scenario: Scenario, source: Source, tell: Tell) -> Run:
+async def measure(scenario: Scenario, source: Source, on_progress: ReportProgress) -> Run:
     """Warm up, then send the scenario's requests. Raises NotReady or InvalidFile."""
     rng = np.random.default_rng(scenario.seed)
-    planned = _planned(scenario, source, rng)
+    planned = _plan_run(scenario, source, rng)
     caller = caller_of(scenario.target)
     async with caller.open():
         await _warm_up(scenario, source, caller)
-        return await _run(scenario, planned, caller, tell)
+        return await _run(scenario, planned, caller, on_progress)
 
 
-async def find(scenario: Scenario, source: Source, tell: Tell) -> Searched:
+async def find(scenario: Scenario, source: Source, on_progress: ReportProgress) -> SearchResult:
     """Run the scenario's search."""
     if scenario.search is None:
-        raise ValueError("scenario: has no search")
+        raise ValueError("the scenario has no search")
     pause_s = scenario.search.pause_s if scenario.search.kind == "paper" else 0.0
     runs: list[Run] = []
-    trials = search.of(scenario.search)
+    trials = search.trials_of(scenario.search)
     qps = next(trials)
     while True:
-        runs.append(await measure(scenario.at(qps), source, tell))
+        runs.append(await measure(scenario.at_rate(qps), source, on_progress))
         try:
             qps = trials.send(runs[-1].summary)
         except StopIteration as ended:
-            return Searched(tuple(ended.value), tuple(runs))
+            return SearchResult(tuple(ended.value), tuple(runs))
         await asyncio.sleep(pause_s)
 
 
 def caller_of(target: Target) -> Caller:
-    """How to reach a scenario's target."""
+    """Return a caller of a scenario's target."""
     key = os.environ.get(target.api_key_variable)
     kind = HttpCaller if target.protocol == "http" else GrpcCaller
     return kind(target.address, target.model, key)
 
 
-def _planned(scenario: Scenario, source: Source, rng: np.random.Generator) -> list[Planned]:
+def _plan_run(scenario: Scenario, source: Source, rng: np.random.Generator) -> list[PlannedRequest]:
     process = scenario.arrivals
-    if isinstance(process, arrivals.Trace):
+    if isinstance(process, arrivals.RecordedTrace):
         lines = trace.read(Path(process.path), scenario.length.requests or 0)
         times = np.array([line.time_s / process.speed for line in lines])
-        prompts = source.like(scenario.prompts, lines, rng)
+        prompts = source.draw_like(scenario.prompts, lines, rng)
     else:
         times = arrivals.times(process, scenario.length, rng)
         prompts = source.draw(scenario.prompts, len(times), rng)
@@ -96,44 +96,49 @@ def _planned(scenario: Scenario, source: Source, rng: np.random.Generator) -> li
 
 
 async def _warm_up(scenario: Scenario, source: Source, caller: Caller) -> None:
-    """Each kind of request, one after the other. Raises NotReady."""
+    """Send each kind of request, one after the other. Raises NotReady."""
     for kind in scenario.prompts:
         for number in range(scenario.warm_up):
             prompt = source.warm_up(kind, number)
             stream = await runner.stream(prompt, caller, scenario.timeout_s)
-            if stream.ending is not Ending.ANSWERED:
+            if stream.ending is not RequestEnding.ANSWERED:
                 raise NotReady(f"{scenario.target.address}: {stream.error}")
 
 
-async def _run(scenario: Scenario, planned: Sequence[Planned], caller: Caller, tell: Tell) -> Run:
-    progress = Progress(len(planned))
-    kills: list[Killed] = []
+async def _run(
+    scenario: Scenario,
+    planned: Sequence[PlannedRequest],
+    caller: Caller,
+    on_progress: ReportProgress,
+) -> Run:
+    progress = RunProgress(len(planned))
+    kills: list[KilledReplica] = []
     beside = [
-        asyncio.create_task(_tick(progress, tell)),
+        asyncio.create_task(_report_often(progress, on_progress)),
         asyncio.create_task(_faults(scenario.chaos, scenario.seed, kills)),
     ]
     try:
         outcomes = await runner.run(planned, caller, scenario.timeout_s, progress)
     finally:
         await _stop(beside)
-    tell(progress)
+    on_progress(progress)
     return Run(tuple(outcomes), summarise("all", outcomes, scenario.slo), tuple(kills))
 
 
-async def _tick(progress: Progress, tell: Tell) -> None:
+async def _report_often(progress: RunProgress, on_progress: ReportProgress) -> None:
     while True:
-        tell(progress)
+        on_progress(progress)
         await asyncio.sleep(TELL_EVERY_S)
 
 
-async def _faults(chaos: Chaos | None, seed: int, done: list[Killed]) -> None:
+async def _faults(chaos: Chaos | None, seed: int, done: list[KilledReplica]) -> None:
     if chaos is not None:
         api = await asyncio.to_thread(ServeApi, chaos.dashboard)
         await inject(chaos.kills, api, random.Random(seed), done)
 
 
 async def _stop(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Cancel what still runs. Raises what had failed before."""
+    """Cancel the tasks that still run. Raises what had failed before."""
     for task in tasks:
         task.cancel()
     for ended in await asyncio.gather(*tasks, return_exceptions=True):

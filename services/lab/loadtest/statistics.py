@@ -13,25 +13,25 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...config import Seconds, Strict
-from .outcome import Ending, Outcome
+from .outcome import RequestEnding, RequestOutcome
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0)
 
 
-class Slo(Strict):
-    """What a good request is. An absent bound holds always."""
+class RequestSlo(Strict):
+    """The bounds of a good request. An absent bound holds always."""
 
     ttft_s: Seconds | None = None
     tpot_s: Seconds | None = None
     e2e_s: Seconds | None = None
 
-    def met(self, outcome: Outcome) -> bool:
-        """True when the request was answered within every bound."""
+    def is_within_slo(self, outcome: RequestOutcome) -> bool:
+        """Return True when the request was answered within every bound."""
         return (
-            outcome.stream.ending is Ending.ANSWERED
-            and _within(outcome.ttft_s, self.ttft_s)
-            and _within(outcome.tpot_s, self.tpot_s)
-            and _within(outcome.e2e_s, self.e2e_s)
+            outcome.stream.ending is RequestEnding.ANSWERED
+            and _is_within(outcome.ttft_s, self.ttft_s)
+            and _is_within(outcome.tpot_s, self.tpot_s)
+            and _is_within(outcome.e2e_s, self.e2e_s)
         )
 
 
@@ -47,8 +47,8 @@ class Distribution:
     p99: float
 
     @classmethod
-    def of(cls, values: Iterable[float | None]) -> Distribution:
-        """Of the values that are there."""
+    def from_values(cls, values: Iterable[float | None]) -> Distribution:
+        """Summarise the values that are not None."""
         there = np.array([value for value in values if value is not None], dtype=np.float64)
         if not len(there):
             return cls(0, *[float("nan")] * (1 + len(PERCENTILES)))
@@ -66,7 +66,7 @@ class Summary:
     goodput_qps: float  # requests within the SLO per second
     attainment: float  # share of the requests that were not cancelled that met the SLO
     endings: dict[str, int]
-    errors: dict[str, int]  # by what the server said
+    errors: dict[str, int]  # by the server's message
     ttft_s: Distribution
     tpot_s: Distribution
     itl_s: Distribution
@@ -82,19 +82,21 @@ class Summary:
     @property
     def error_rate(self) -> float:
         """Share of requests that failed or timed out; shed ones are counted apart."""
-        bad = self.endings.get(Ending.FAILED, 0) + self.endings.get(Ending.TIMED_OUT, 0)
+        bad = self.endings.get(RequestEnding.FAILED, 0) + self.endings.get(
+            RequestEnding.TIMED_OUT, 0
+        )
         return bad / self.requests
 
 
-def summarise(name: str, outcomes: Sequence[Outcome], slo: Slo) -> Summary:
-    """Raises ValueError for an empty group."""
+def summarise(name: str, outcomes: Sequence[RequestOutcome], slo: RequestSlo) -> Summary:
+    """Summarise a group. Raises ValueError for an empty one."""
     if not outcomes:
         raise ValueError("no request was sent")
     started_s = min(outcome.scheduled_s for outcome in outcomes)
     seconds = max(outcome.scheduled_s + outcome.e2e_s for outcome in outcomes) - started_s
     sent_for_s = max(outcome.scheduled_s for outcome in outcomes) - started_s
-    counted = [one for one in outcomes if one.stream.ending is not Ending.CANCELLED]
-    good = sum(slo.met(outcome) for outcome in counted)
+    counted = [one for one in outcomes if one.stream.ending is not RequestEnding.CANCELLED]
+    good = sum(slo.is_within_slo(outcome) for outcome in counted)
     streams = [outcome.stream for outcome in outcomes]
     return Summary(
         name=name,
@@ -105,14 +107,16 @@ def summarise(name: str, outcomes: Sequence[Outcome], slo: Slo) -> Summary:
         attainment=good / len(counted) if counted else float("nan"),
         endings=_counts(stream.ending.value for stream in streams),
         errors=_counts(stream.error for stream in streams if stream.error),
-        ttft_s=Distribution.of(outcome.ttft_s for outcome in counted),
-        tpot_s=Distribution.of(outcome.tpot_s for outcome in counted),
-        itl_s=Distribution.of(gap for outcome in counted for gap in outcome.gaps_s),
-        e2e_s=Distribution.of(one.e2e_s for one in counted if one.stream.ending is Ending.ANSWERED),
-        lag_s=Distribution.of(outcome.lag_s for outcome in outcomes),
+        ttft_s=Distribution.from_values(outcome.ttft_s for outcome in counted),
+        tpot_s=Distribution.from_values(outcome.tpot_s for outcome in counted),
+        itl_s=Distribution.from_values(gap for outcome in counted for gap in outcome.gaps_s),
+        e2e_s=Distribution.from_values(
+            one.e2e_s for one in counted if one.stream.ending is RequestEnding.ANSWERED
+        ),
+        lag_s=Distribution.from_values(outcome.lag_s for outcome in outcomes),
         prompt_tokens=_mean(float(one.prompt_tokens) or None for one in streams),
-        kept_tokens=_mean(outcome.reported("kept_tokens") for outcome in outcomes),
-        keep_rate=_mean(outcome.reported("keep_rate") for outcome in outcomes),
+        kept_tokens=_mean(outcome.report_number("kept_tokens") for outcome in outcomes),
+        keep_rate=_mean(outcome.report_number("keep_rate") for outcome in outcomes),
         output_tokens_per_s=sum(stream.output_tokens for stream in streams) / seconds,
         score=_mean(outcome.score for outcome in counted),
         reasons=_counts(
@@ -121,15 +125,17 @@ def summarise(name: str, outcomes: Sequence[Outcome], slo: Slo) -> Summary:
     )
 
 
-def grouped(outcomes: Sequence[Outcome], key: Callable[[Outcome], str], slo: Slo) -> list[Summary]:
-    """One summary per value of `key`, in order of first appearance."""
-    groups: dict[str, list[Outcome]] = {}
+def summarise_groups(
+    outcomes: Sequence[RequestOutcome], key: Callable[[RequestOutcome], str], slo: RequestSlo
+) -> list[Summary]:
+    """Return one summary per value of `key`, in order of first appearance."""
+    groups: dict[str, list[RequestOutcome]] = {}
     for outcome in outcomes:
         groups.setdefault(key(outcome), []).append(outcome)
     return [summarise(name, members, slo) for name, members in groups.items()]
 
 
-def _within(value: float | None, bound: float | None) -> bool:
+def _is_within(value: float | None, bound: float | None) -> bool:
     return bound is None or value is None or value <= bound
 
 
@@ -138,4 +144,4 @@ def _counts(values: Iterable[str]) -> dict[str, int]:
 
 
 def _mean(values: Iterable[float | None]) -> float:
-    return Distribution.of(values).mean
+    return Distribution.from_values(values).mean

@@ -43,7 +43,7 @@ def line_chart(
     log_x: bool = False,
     limit: float | None = None,
 ) -> str:
-    """An SVG element. `limit` draws a horizontal dashed line, e.g. an SLO."""
+    """Draw an SVG element. `limit` draws a horizontal dashed line, e.g. an SLO."""
     figure = Figure(figsize=SIZE_INCHES, layout="constrained")
     axes = figure.subplots()
     for line in lines:
@@ -64,7 +64,7 @@ def line_chart(
 def bar_chart(
     title: str, groups: Sequence[str], bars: Mapping[str, Sequence[float]], *, y_label: str
 ) -> str:
-    """An SVG element: for every group one bar of each series in `bars`, side by side."""
+    """Draw an SVG element: for every group one bar of each series in `bars`, side by side."""
     figure = Figure(figsize=SIZE_INCHES, layout="constrained")
     axes = figure.subplots()
     width = 0.8 / max(1, len(bars))
@@ -79,7 +79,7 @@ def bar_chart(
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An HTML table; cells are escaped."""
+    """Return an HTML table; cells are escaped."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in headers)
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
@@ -111,7 +111,7 @@ def write_page(
 
 
 def _svg(figure: Figure) -> str:
-    """The figure as an element to put into a page."""
+    """Return the figure as an element to put into a page."""
     buffer = io.StringIO()
     FigureCanvasSVG(figure)
     figure.savefig(buffer, format="svg", metadata={"Date": None})

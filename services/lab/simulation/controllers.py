@@ -12,33 +12,33 @@ import numpy as np
 from ...control.scaling.decide import decide
 from ...control.scaling.sizing import stage_times
 from ...control.scaling.values import Memory, Pool, ScalingPolicy, Slo
-from .world import Target, Telemetry
+from .world import PoolTarget, Telemetry
 
 
 @dataclass(slots=True)
 class SloController:
-    """This project's core, as the service runs it."""
+    """This project's controller, as the service runs it."""
 
     policy: ScalingPolicy
     memory: Memory = field(default_factory=Memory)
 
-    def target(self, now: Telemetry) -> Target:
-        """See `scaling.core`."""
+    def target(self, now: Telemetry) -> PoolTarget:
+        """Decide as the service does; see `scaling.decide`."""
         decision, self.memory = decide(now.seen, self.policy, self.memory)
         replicas = {pool: each.replicas for pool, each in decision.pools.items()}
-        return Target(replicas, decision.keep.high)
+        return PoolTarget(replicas, decision.keep.high)
 
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
-    """Always the same."""
+    """Constant pool sizes."""
 
     replicas: Mapping[Pool, int]
 
-    def target(self, now: Telemetry) -> Target:
-        """The same sizes."""
+    def target(self, now: Telemetry) -> PoolTarget:
+        """Return the same sizes every time."""
         del now
-        return Target(self.replicas)
+        return PoolTarget(self.replicas)
 
 
 @dataclass(slots=True)
@@ -58,15 +58,15 @@ class OngoingRequests:
     _history: deque[tuple[float, Mapping[Pool, int]]] = field(default_factory=deque)
     _since_s: dict[tuple[Pool, bool], float] = field(default_factory=dict)
 
-    def target(self, now: Telemetry) -> Target:
-        """`ceil(ongoing / target)`, once it has been asked for long enough."""
+    def target(self, now: Telemetry) -> PoolTarget:
+        """Return `ceil(ongoing / target)`, once it has been wanted for long enough."""
         now_s = now.seen.now_s
         self._history.append((now_s, now.ongoing))
         while self._history[0][0] < now_s - self.look_back_s:
             self._history.popleft()
-        return Target({pool: self._of(pool, now) for pool in Pool})
+        return PoolTarget({pool: self._size_of(pool, now) for pool in Pool})
 
-    def _of(self, pool: Pool, now: Telemetry) -> int:
+    def _size_of(self, pool: Pool, now: Telemetry) -> int:
         ongoing = sum(each[pool] for _, each in self._history) / len(self._history)
         desired = ceil(ongoing / self.per_replica[pool])
         desired = min(max(desired, self.minimum), self.maximum[pool])
@@ -103,8 +103,8 @@ class LatencyBand:
     _targets: dict[Pool, int] = field(default_factory=dict)
     _down_s: dict[Pool, float] = field(default_factory=dict)
 
-    def target(self, now: Telemetry) -> Target:
-        """The law, for every pool with the latency that it makes."""
+    def target(self, now: Telemetry) -> PoolTarget:
+        """Apply the law to every pool, with the latency that it causes."""
         now_s = now.seen.now_s
         if not self._targets:
             self._targets = {pool: each.provisioned for pool, each in now.seen.pools.items()}
@@ -116,8 +116,8 @@ class LatencyBand:
             self._signals.popleft()
         if now_s - self._asked_s >= 15.0 and self._signals:
             self._asked_s = now_s
-            self._targets = {pool: self._of(pool, now) for pool in Pool}
-        return Target(dict(self._targets))
+            self._targets = {pool: self._size_of(pool, now) for pool in Pool}
+        return PoolTarget(dict(self._targets))
 
     def _signal(self, ttft_s: np.ndarray, gap_s: np.ndarray) -> Mapping[Pool, float] | None:
         if len(ttft_s) == 0 or len(gap_s) == 0:
@@ -126,7 +126,7 @@ class LatencyBand:
         second = min(2.0, float(np.percentile(gap_s, 90)) / self.slo.gap_s)
         return {Pool.SPECULATOR: first, Pool.PREFILL: first, Pool.DECODE: second}
 
-    def _of(self, pool: Pool, now: Telemetry) -> int:
+    def _size_of(self, pool: Pool, now: Telemetry) -> int:
         state, now_s = now.seen.pools[pool], now.seen.now_s
         current = max(1, state.provisioned)
         signal = sum(each[pool] for _, each in self._signals) / len(self._signals)
@@ -168,15 +168,15 @@ class ThroughputPlanner:
     _counted: tuple[int, int] = (0, 0)
     _floors: dict[Pool, int] = field(default_factory=lambda: dict.fromkeys(Pool, 1))
 
-    def target(self, now: Telemetry) -> Target:
-        """The larger of the floor and what the load loop asks for."""
+    def target(self, now: Telemetry) -> PoolTarget:
+        """Return the larger of the floor and the load loop's size."""
         now_s = now.seen.now_s
         if now_s - self._asked_s >= self.interval_s:
             pairs = zip((now.first_tokens, now.completed), self._counted, strict=True)
             first, whole = ((count - past) / (now_s - self._asked_s) for count, past in pairs)
             self._asked_s, self._counted = now_s, (now.first_tokens, now.completed)
             self._plan(now, first, whole)
-        return Target({pool: self._corrected(pool, now) for pool in Pool})
+        return PoolTarget({pool: self._correct_size(pool, now) for pool in Pool})
 
     def _plan(self, now: Telemetry, first_per_s: float, answers_per_s: float) -> None:
         busy = _mean_times(now, self.interval_s)
@@ -192,7 +192,7 @@ class ThroughputPlanner:
             low, high = current - self.max_step, current + self.max_step
             self._floors[pool] = max(1, min(max(ceil(work[pool]), low), high))
 
-    def _corrected(self, pool: Pool, now: Telemetry) -> int:
+    def _correct_size(self, pool: Pool, now: Telemetry) -> int:
         state, busy = now.seen.pools[pool], _mean_times(now, self.interval_s)
         current = state.provisioned
         if busy is None or state.ready == 0:
@@ -210,7 +210,7 @@ class ThroughputPlanner:
 
 
 def _mean_times(now: Telemetry, window_s: float) -> Mapping[Pool, float] | None:
-    """Mean seconds that a request takes of each pool; None without requests."""
+    """Return the mean seconds that a request takes of each pool; None without requests."""
     seen = now.seen
     recent = None if seen.arrivals is None else seen.arrivals.since(seen.now_s - window_s)
     if recent is None or len(recent) == 0:
@@ -232,14 +232,14 @@ class Schedule:
     tick_s: float
 
     def first_sizes(self) -> dict[Pool, int]:
-        """The sizes at the beginning."""
+        """Return the sizes at the start."""
         return {pool: int(sizes[0]) for pool, sizes in self.sizes.items()}
 
-    def target(self, now: Telemetry) -> Target:
-        """The most that is planned until a replica started now is ready."""
-        return Target({pool: self._of(pool, now.seen.now_s) for pool in Pool})
+    def target(self, now: Telemetry) -> PoolTarget:
+        """Return the most that is planned until a replica started now is ready."""
+        return PoolTarget({pool: self._size_of(pool, now.seen.now_s) for pool in Pool})
 
-    def _of(self, pool: Pool, now_s: float) -> int:
+    def _size_of(self, pool: Pool, now_s: float) -> int:
         until_s = now_s + self.cold_start_s[pool] + self.tick_s
         first = max(0, int(np.searchsorted(self.starts_s, now_s, side="right")) - 1)
         last = int(np.searchsorted(self.starts_s, until_s, side="right"))

@@ -1,6 +1,6 @@
 """One machine under all pools, as a laptop or a CI runner has it: its cores are shared evenly.
 
-Where every engine has an accelerator of its own, a stage takes what it takes. On a shared machine
+Where every engine has an accelerator of its own, a stage takes a fixed time. On a shared machine
 it takes longer while others compute. Work is counted in seconds of a thread that runs alone.
 """
 
@@ -24,7 +24,7 @@ class Machine:
     together: float = 1.0  # a thread's speed while all cores are busy; 1: as fast as alone
 
     def speed(self, threads: int) -> float:
-        """Of each of `threads` busy ones, beside one alone."""
+        """Return the speed of each of `threads` busy threads, relative to one alone."""
         if threads <= 1:
             return min(1.0, self.cores)
         if threads >= self.cores:
@@ -33,14 +33,14 @@ class Machine:
 
 
 class Cores:
-    """Who computes on the machine, and who is done next.
+    """The jobs that compute on the machine, and the next to end.
 
-    All jobs advance at one speed, so the order of their ends is known when they begin: each ends
+    All jobs advance at one speed, so the order of their ends is known when they start: each ends
     when the work done by a thread since the start, `_work_s`, has grown by its own.
     """
 
     def __init__(self, machine: Machine, threads: Mapping[int, Threads]) -> None:
-        """`threads`: by kind of job; kinds that are not in it have a thread per job."""
+        """`threads` is by kind of job; other kinds have a thread per job."""
         self._machine = machine
         self._threads = threads
         self._ends: list[tuple[float, int, Job]] = []
@@ -51,8 +51,8 @@ class Cores:
         self._now_s = 0.0
         self._speed = 1.0
 
-    def begin(self, now_s: float, kind: int, request: int, run: int, work_s: float) -> None:
-        """A job of `work_s`, alone."""
+    def start(self, now_s: float, kind: int, request: int, run: int, work_s: float) -> None:
+        """Start a job of `work_s`, measured alone."""
         self._advance(now_s)
         job = (kind, request, run)
         self._begun += 1
@@ -61,19 +61,19 @@ class Cores:
         self._count(kind, 1)
 
     def drop(self, now_s: float, kind: int, request: int, run: int) -> None:
-        """A job died with its engine."""
+        """Remove a job that died with its engine."""
         self._advance(now_s)
         self._live.remove((kind, request, run))
         self._count(kind, -1)
 
-    def become(self, now_s: float, machine: Machine) -> None:
-        """Other programs take more or less of the machine from now on."""
+    def change(self, now_s: float, machine: Machine) -> None:
+        """Change the machine: other programs take more or less of it from now on."""
         self._advance(now_s)
         self._machine = machine
         self._adjust()
 
     def due_s(self) -> float:
-        """When the next job ends, unless another begins before; infinity if none runs."""
+        """Return the time when the next job ends, unless another starts before; else infinity."""
         while self._ends and self._ends[0][2] not in self._live:
             heappop(self._ends)
         if not self._ends:
@@ -81,7 +81,7 @@ class Cores:
         return self._now_s + max(0.0, self._ends[0][0] - self._work_s) / self._speed
 
     def end(self) -> tuple[float, Job]:
-        """The next job is done. Raises IndexError when none runs."""
+        """End the next job. Raises IndexError when none runs."""
         now_s = self.due_s()
         end_s, _, job = heappop(self._ends)
         self._now_s, self._work_s = now_s, end_s

@@ -19,7 +19,7 @@ from ...control.scaling.values import Pool, PoolLimits
 from .controllers import Schedule
 from .run import simulate
 from .trace import Trace
-from .world import Outcome, World
+from .world import SimulationResult, World
 
 INTERVALS_S = (60.0, 120.0, 240.0)
 SPECULATORS_TRIED = 6  # sizes above the bare need
@@ -30,7 +30,7 @@ LEFT = 0.3  # of the SLO: the queue that an interval may leave to the next, per 
 
 @dataclass(frozen=True, slots=True)
 class _Queues:
-    """When each engine is free."""
+    """The times at which each engine is free."""
 
     first: tuple[float, ...] = ()
     second: tuple[float, ...] = ()
@@ -55,31 +55,31 @@ class _Part:
 
 def optimum(
     trace: Trace, world: World, limits: Mapping[Pool, PoolLimits]
-) -> tuple[Schedule, Outcome]:
-    """The best plan, as a controller, and what it does."""
-    plans = [planned(trace, world, limits, interval_s) for interval_s in INTERVALS_S]
+) -> tuple[Schedule, SimulationResult]:
+    """Return the best plan, as a controller, and its outcome."""
+    plans = [plan_sizes(trace, world, limits, interval_s) for interval_s in INTERVALS_S]
     outcomes = [simulate(trace, world, plan, plan.first_sizes()) for plan in plans]
 
     def worth(place: int) -> tuple[float, float]:
-        missing = world.slo.share - float(outcomes[place].met(world.slo).mean())
+        missing = world.slo.share - float(outcomes[place].meets_slo(world.slo).mean())
         return max(0.0, missing - NEARLY), sum(outcomes[place].replica_s.values())
 
     best = min(range(len(plans)), key=worth)
     return plans[best], outcomes[best]
 
 
-def planned(
+def plan_sizes(
     trace: Trace, world: World, limits: Mapping[Pool, PoolLimits], interval_s: float
 ) -> Schedule:
-    """A plan whose sizes change every `interval_s`."""
+    """Return a plan whose sizes change every `interval_s`."""
     times = stage_times(trace.arrivals(world.keep, world.min_prompt_tokens), world.engines)
     starts = np.arange(0.0, trace.duration_s + interval_s, interval_s)
     rows, queues, requests, missed = [], _Queues(), 0, 0
     for start_s in starts.tolist():
-        part = _part(trace, times, start_s, interval_s)
+        part = _slice_trace(trace, times, start_s, interval_s)
         requests += len(part.time_s)
         allowed = (1.0 - world.slo.share) * requests - missed
-        sizes, late, queues = _interval(part, world, limits, allowed, queues)
+        sizes, late, queues = _plan_interval(part, world, limits, allowed, queues)
         missed += late
         rows.append(sizes)
     columns = np.array(rows).T
@@ -87,7 +87,7 @@ def planned(
     return Schedule(starts, sizes_of, world.cold_start_s, world.tick_s)
 
 
-def _part(trace: Trace, times: StageTimes, start_s: float, interval_s: float) -> _Part:
+def _slice_trace(trace: Trace, times: StageTimes, start_s: float, interval_s: float) -> _Part:
     first, last = np.searchsorted(trace.time_s, (start_s, start_s + interval_s))
     rows = slice(int(first), int(last))
     return _Part(
@@ -100,14 +100,14 @@ def _part(trace: Trace, times: StageTimes, start_s: float, interval_s: float) ->
     )
 
 
-def _interval(
+def _plan_interval(
     part: _Part,
     world: World,
     limits: Mapping[Pool, PoolLimits],
     allowed: float,
     queues: _Queues,
 ) -> tuple[tuple[int, int, int], int, _Queues]:
-    """The cheapest sizes, how many requests miss, and the queues that are left."""
+    """Return the cheapest sizes, the number of missed requests, and the queues that are left."""
     best: tuple[float, tuple[int, int, int], int, _Queues] | None = None
     bare = max(1, int(sum(part.speculate_s) / part.interval_s))
     for speculators in range(bare, bare + SPECULATORS_TRIED):
@@ -125,7 +125,7 @@ def _interval(
 def _fewest_prefills(
     part: _Part, world: World, allowed: float, queues: _Queues, speculators: int
 ) -> tuple[int, int, _Queues]:
-    """The fewest prefill engines with at most `allowed` misses, or as many as help."""
+    """Return the fewest prefill engines with at most `allowed` misses, or as many as help."""
     low = max(1, int(sum(part.prefill_s) / part.interval_s * 0.8))
     high = max(low, 2 * low + 8)
     late, left = _replay(part, world, queues, speculators, high)
@@ -144,7 +144,7 @@ def _fewest_prefills(
 def _replay(
     part: _Part, world: World, queues: _Queues, speculators: int, prefills: int
 ) -> tuple[int, _Queues]:
-    """How many miss the SLO, and when the engines are free."""
+    """Return the number that miss the SLO, and the times when the engines are free."""
     ready, first = _serve(part.time_s, part.speculate_s, queues.first, speculators, part.start_s)
     order = sorted(range(len(ready)), key=ready.__getitem__)
     ended, second = _serve(
@@ -172,7 +172,7 @@ def _serve(
     servers: int,
     start_s: float,
 ) -> tuple[list[float], tuple[float, ...]]:
-    """First come, first served: when each request ends, and when each server is free then."""
+    """Serve first come, first served: when each request ends, and when each server is free then."""
     free = sorted(free_s, reverse=True)[:servers] + [start_s] * max(0, servers - len(free_s))
     heapify(free)
     ends = []
@@ -187,7 +187,7 @@ def _serve(
 
 
 def _fewest_decodes(part: _Part, world: World, queues: _Queues) -> tuple[int, tuple[float, ...]]:
-    """The fewest decode replicas whose slots are free within the SLO's gap."""
+    """Return the fewest decode replicas whose slots are free within the SLO's gap."""
     slots = world.engines.decode_slots
     longest = DECODE_WAIT * world.slo.gap_s
     busy = [(t, s) for t, s in zip(part.time_s, part.decode_s, strict=True) if s > 0.0]

@@ -9,7 +9,7 @@ import numpy as np
 
 from ...control.scaling.values import Pool
 from ..reporting import charts
-from .scenarios import Entry, Scenario
+from .scenarios import Entry, SimulationScenario
 from .score import HEADERS, attainment_over_time
 
 EVERY_S = 60.0
@@ -17,14 +17,17 @@ POINTS = 600  # of a curve
 
 
 def write(
-    path: Path, title: str, facts: Mapping[str, str], runs: Sequence[tuple[Scenario, list[Entry]]]
+    path: Path,
+    title: str,
+    facts: Mapping[str, str],
+    runs: Sequence[tuple[SimulationScenario, list[Entry]]],
 ) -> None:
-    """One section per trace."""
+    """Write one section per trace."""
     sections = [(case.name, _section(case, entries)) for case, entries in runs]
     charts.write_page(path, title, facts, sections)
 
 
-def _section(case: Scenario, entries: list[Entry]) -> list[str]:
+def _section(case: SimulationScenario, entries: list[Entry]) -> list[str]:
     slo = case.world.slo
     times = case.trace.time_s.tolist()
     attained = [

@@ -1,4 +1,4 @@
-"""How many replicas a steady load needs, and what they cost, for several keep rates."""
+"""The replicas that a steady load needs, and their cost, for several keep rates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SEED = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class PoolPlan:
     """Pool sizes for one keep rate. `reachable` is False when no size meets the SLO."""
 
     keep: float
@@ -32,8 +32,8 @@ def plans(
     engines: Engines,
     slo: Slo,
     costs: Mapping[Pool, float],
-) -> list[Plan]:
-    """The cheapest pools for Poisson arrivals of `per_s`, one plan per keep rate."""
+) -> list[PoolPlan]:
+    """Return the cheapest pools for Poisson arrivals of `per_s`, one plan per keep rate."""
     trace = generate(poisson(per_s), REQUESTS / per_s, lengths, SEED)
     limits = {pool: PoolLimits(cost=costs[pool]) for pool in Pool}
     return [_plan(trace.arrivals(keep), per_s, keep, engines, slo, limits) for keep in keeps]
@@ -46,9 +46,9 @@ def _plan(
     engines: Engines,
     slo: Slo,
     limits: Mapping[Pool, PoolLimits],
-) -> Plan:
+) -> PoolPlan:
     times = stage_times(arrivals, engines)
     work = {pool: per_s * float(np.mean(each)) for pool, each in times.by_pool().items()}
     sizes = cheapest_sizes(workload(times, work, 1.0), slo, limits, engines.decode_slots)
     cost = sum(sizes.of(pool) * limits[pool].cost for pool in Pool)
-    return Plan(keep, sizes, cost, sizes.share >= slo.share)
+    return PoolPlan(keep, sizes, cost, sizes.share >= slo.share)

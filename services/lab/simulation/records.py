@@ -1,4 +1,4 @@
-"""What became of each request of a simulation, and how its pools were, moment by moment."""
+"""The results of a simulation's requests, and the states of its pools over time."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy as np
 
 from ...control.scaling.values import Pool
 from .station import Station
-from .world import Moments, Outcome
+from .world import Moments, SimulationResult
 
 POOLS = (Pool.SPECULATOR, Pool.PREFILL, Pool.DECODE)
 SHORT_LOOK_BACK_S = 60.0  # of the latencies that controllers see
 
 
 class Records:
-    """Of `count` requests. Times are seconds of the simulation."""
+    """The records of `count` requests. Times are seconds of the simulation."""
 
     def __init__(self, count: int) -> None:
         self.completed = 0
@@ -28,25 +28,25 @@ class Records:
         self._second_tokens, self._gaps_s = array("d"), array("d")
         self._moments: list[tuple[float, ...]] = []
 
-    def first_token(self, request: int, now_s: float, waited_s: float) -> None:
-        """A request has its first token, `waited_s` after it came."""
+    def record_first_token(self, request: int, now_s: float, waited_s: float) -> None:
+        """Record a request's first token, `waited_s` after it came."""
         self._ttft_s[request] = waited_s
         self._first_tokens.append(now_s)
         self._waited_s.append(waited_s)
 
-    def second_token(self, request: int, now_s: float, gap_s: float) -> None:
-        """A request begins to be decoded, `gap_s` between its first two tokens."""
+    def record_second_token(self, request: int, now_s: float, gap_s: float) -> None:
+        """Record the start of a request's decoding, `gap_s` between its first two tokens."""
         self._gap_s[request] = gap_s
         self._second_tokens.append(now_s)
         self._gaps_s.append(gap_s)
 
     @property
     def first_tokens(self) -> int:
-        """How many there were."""
+        """Number of first tokens so far."""
         return len(self._first_tokens)
 
-    def lately(self, now_s: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """When the last first tokens came, after how long, and the last gaps; each `[n]`."""
+    def recent_times(self, now_s: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the last first tokens' times and waits, and the last gaps; each `[n]`."""
         newest = bisect_left(self._first_tokens, now_s - SHORT_LOOK_BACK_S)
         second = bisect_left(self._second_tokens, now_s - SHORT_LOOK_BACK_S)
         return (
@@ -55,28 +55,32 @@ class Records:
             np.array(self._gaps_s[second:]),
         )
 
-    def moment(self, now_s: float, stations: Sequence[Station], keep: Sequence[float]) -> None:
-        """How the pools are now; `keep` are the rates of the requests since the last moment."""
+    def record_moment(
+        self, now_s: float, stations: Sequence[Station], keep: Sequence[float]
+    ) -> None:
+        """Record the pools as they are; `keep` are the rates of requests since the last moment."""
         keeps = [rate for rate in keep if rate < 1.0]
         speculators, prefills, _ = stations
         self._moments.append(
             (
                 now_s,
-                *(float(station.provisioned) for station in stations),
+                *(float(station.size) for station in stations),
                 *(float(station.ready) for station in stations),
                 float(len(speculators.waiting) + len(prefills.waiting)),
                 sum(keeps) / len(keeps) if keeps else nan,
             )
         )
 
-    def outcome(self, now_s: float, stations: Sequence[Station], keep: Sequence[float]) -> Outcome:
-        """Everything, at the end. Bills the stations."""
+    def outcome(
+        self, now_s: float, stations: Sequence[Station], keep: Sequence[float]
+    ) -> SimulationResult:
+        """Return everything, at the end. Bills the stations."""
         for station in stations:
             station.bill(max(now_s, station.updated_s))
         shed = np.zeros(len(self._ttft_s))
         shed[self.shed] = 1.0
         columns = np.array(self._moments).T
-        return Outcome(
+        return SimulationResult(
             np.array(self._ttft_s),
             np.array(self._gap_s),
             np.array(keep),

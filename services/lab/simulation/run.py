@@ -1,9 +1,9 @@
-"""The event loop: a trace, a world and a controller in, what became of each request out.
+"""The event loop: takes a trace, a world and a controller; returns each request's result.
 
 Requests queue for the first free engine of each pool, as if the router knew every queue. A prompt
 is pruned by a speculator and then prefilled, or is prefilled dense; its first token leaves the
 prefill engine; then it takes a slot of the decode pool until it is answered. All of them may share
-one machine, and prompts the steps of an engine, where the world says so.
+one machine, and prompts the steps of an engine, where the world requires it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from ...control.scaling.values import Arrivals, Observation, Pool, PoolState
 from .machine import Cores
 from .records import POOLS, Records
 from .station import Station
-from .steps import Batch, Prompt
+from .steps import Batch, EnginePrompt
 from .trace import Trace
-from .world import Controller, Outcome, Telemetry, World
+from .world import Controller, SimulationResult, Telemetry, World
 
 SPECULATED, PREFILLED, DECODED, TICK, READY, FAILURE, ENTERED, ASIDE, OTHERS = range(9)
 LOOK_BACK_S = 600.0  # of the arrivals that controllers see
@@ -36,7 +36,7 @@ def simulate(
     controller: Controller,
     initial: dict[Pool, int],
     admission: AdmissionPolicy | None = None,
-) -> Outcome:
+) -> SimulationResult:
     """Run the whole trace. Without `admission` every request waits, at its full keep rate."""
     return _Run(trace, world, controller, initial, admission).run()
 
@@ -84,12 +84,12 @@ class _Run:
         self.serial = 0
         self.seen = 0  # requests that had arrived at the last tick
 
-    def run(self) -> Outcome:
-        """Arrivals and events in order of time, until the last answer."""
+    def run(self) -> SimulationResult:
+        """Process arrivals and events in order of time, until the last answer."""
         self._schedule()
         events, times, arrived = self.events, self.time_s, 0
         count, now_s = len(times), 0.0
-        while arrived < count or self._open():
+        while arrived < count or self._has_open_requests():
             next_s = events[0][0] if self.cores is None else min(events[0][0], self.cores.due_s())
             if arrived < count and times[arrived] <= next_s:
                 now_s = times[arrived]
@@ -98,17 +98,17 @@ class _Run:
                 continue
             if self.cores is not None and self.cores.due_s() <= events[0][0]:
                 now_s, (kind, subject, run) = self.cores.end()
-                self._happen(kind, subject, run, now_s)
+                self._process_event(kind, subject, run, now_s)
                 continue
             now_s, _, kind, subject, run = heappop(events)
             if kind == TICK:
                 self._tick(now_s, arrived)
             else:
-                self._happen(kind, subject, run, now_s)
+                self._process_event(kind, subject, run, now_s)
         return self.records.outcome(now_s, self.stations, self.keep)
 
     def _schedule(self) -> None:
-        """Failures, and the first tick."""
+        """Schedule the failures, and the first tick."""
         for failure in self.world.failures:
             self._push(failure.time_s, FAILURE, POOLS.index(failure.pool), failure.replicas)
         for place, (time_s, _) in enumerate(self.world.others):
@@ -120,30 +120,30 @@ class _Run:
         self.serial += 1
         heappush(self.events, (time_s, self.serial, kind, subject, run))
 
-    def _begin(self, now_s: float, kind: int, request: int, run: int, work_s: float) -> None:
-        """Work that ends after `work_s`, or later on a shared machine."""
+    def _start_work(self, now_s: float, kind: int, request: int, run: int, work_s: float) -> None:
+        """Start work that ends after `work_s`, or later on a shared machine."""
         if self.cores is None:
             self._push(now_s + work_s, kind, request, run)
         else:
-            self.cores.begin(now_s, kind, request, run, work_s)
+            self.cores.start(now_s, kind, request, run, work_s)
 
-    def _open(self) -> bool:
+    def _has_open_requests(self) -> bool:
         busy = any(station.running or station.waiting for station in self.stations)
         return busy or self.entering > 0
 
-    def _happen(self, kind: int, subject: int, run: int, now_s: float) -> None:
+    def _process_event(self, kind: int, subject: int, run: int, now_s: float) -> None:
         if kind == SPECULATED:
-            if self.speculators.ended(subject, run):
+            if self.speculators.end(subject, run):
                 self._to_prefill(subject, now_s)
                 self._speculate(now_s)
         elif kind == PREFILLED:
             if subject in self.batches:
-                self._stepped(subject, run, now_s)
-            elif self.prefills.ended(subject, run):
+                self._end_step(subject, run, now_s)
+            elif self.prefills.end(subject, run):
                 self._first_token(subject, now_s)
                 self._prefill(now_s)
         elif kind == DECODED:
-            if self.decodes.ended(subject, run):
+            if self.decodes.end(subject, run):
                 self.records.completed += 1
                 self._decode(now_s)
         elif kind == ENTERED:
@@ -153,30 +153,30 @@ class _Run:
             self._change(kind, subject, run, now_s)
 
     def _change(self, kind: int, subject: int, number: int, now_s: float) -> None:
-        """A replica that was started is ready, some have died, or others use the machine."""
+        """Apply a change: a started replica is ready, some died, or others use the machine."""
         if kind == FAILURE:
             self._fail(subject, number, now_s)
         elif kind == READY:
-            if self.stations[subject].arrived(number, now_s):
+            if self.stations[subject].add_ready(number, now_s):
                 self._go_on(now_s)
         elif self.cores is not None and self.world.machine is not None:
             machine = self.world.machine
             left = max(LEAST_CORES, machine.cores - self.world.others[subject][1])
-            self.cores.become(now_s, replace(machine, cores=left))
+            self.cores.change(now_s, replace(machine, cores=left))
 
     def _arrive(self, request: int, now_s: float) -> None:
         aside = self.world.aside
         if aside is not None and self.cores is not None:
-            self.cores.begin(now_s, ASIDE, request, 0, aside.seconds(self.prompt[request]))
+            self.cores.start(now_s, ASIDE, request, 0, aside.seconds(self.prompt[request]))
         front = self.world.front
         if front is None:
             self._enter(request, now_s)
         else:
             self.entering += 1
-            self._begin(now_s, ENTERED, request, 0, front.seconds(self.prompt[request]))
+            self._start_work(now_s, ENTERED, request, 0, front.seconds(self.prompt[request]))
 
     def _enter(self, request: int, now_s: float) -> None:
-        if self.admission is not None and not self._admitted(request):
+        if self.admission is not None and not self._admit(request):
             return
         if self.speculate_s[request] > 0.0:
             late = self.late[request]
@@ -185,8 +185,8 @@ class _Run:
         else:
             self._to_prefill(request, now_s)
 
-    def _admitted(self, request: int) -> bool:
-        """Bend the keep rate, put behind, or shed, as the gateway does."""
+    def _admit(self, request: int) -> bool:
+        """Lower the keep rate, put the request behind, or shed it, as the gateway does."""
         world, policy = self.world, self.admission
         assert policy is not None
         keep = min(self.keep[request], self.keep_limit) if self.speculate_s[request] > 0.0 else 1.0
@@ -224,10 +224,10 @@ class _Run:
     def _speculate(self, now_s: float) -> None:
         station = self.speculators
         while station.free > 0 and station.waiting:
-            _, request = station.next(self.speculate_s)
+            _, request = station.take_next(self.speculate_s)
             if now_s - self.time_s[request] < self.world.timeout_s:
-                run = station.started(request)
-                self._begin(now_s, SPECULATED, request, run, self.speculate_s[request])
+                run = station.start(request)
+                self._start_work(now_s, SPECULATED, request, run, self.speculate_s[request])
 
     def _prefill(self, now_s: float) -> None:
         station = self.prefills
@@ -235,59 +235,59 @@ class _Run:
             request = self._next_prefill(now_s)
             if request is None:
                 return
-            run = station.started(request)
+            run = station.start(request)
             if self.world.steps is None:
-                self._begin(now_s, PREFILLED, request, run, self.prefill_s[request])
+                self._start_work(now_s, PREFILLED, request, run, self.prefill_s[request])
             else:
                 self.batches[request] = Batch([self._prompt(request)])
                 self._step(request, run, now_s)
 
     def _next_prefill(self, now_s: float) -> int | None:
-        """Who has waited longest and still waits for an answer."""
+        """Return the request that has waited longest and still waits for an answer."""
         station = self.prefills
         while station.waiting:
-            tag, request = station.next(self.prefill_s)
+            tag, request = station.take_next(self.prefill_s)
             self.virtual_s = max(self.virtual_s, tag)
             if now_s - self.time_s[request] < self.world.timeout_s:
                 return request
         return None
 
-    def _prompt(self, request: int) -> Prompt:
+    def _prompt(self, request: int) -> EnginePrompt:
         cached = self.kept[request] * self.world.engines.cached_share
-        return Prompt(request, self.kept[request] - cached, cached)
+        return EnginePrompt(request, self.kept[request] - cached, cached)
 
     def _step(self, leader: int, run: int, now_s: float) -> None:
-        """An engine fills its next step, with prompts that wait if there is room."""
+        """Fill an engine's next step, with prompts that wait if there is room."""
         limits, curve = self.world.steps, self.world.engines.curves.prefill
         assert limits is not None
 
-        def joining() -> Prompt | None:
+        def joining() -> EnginePrompt | None:
             request = self._next_prefill(now_s)
             return None if request is None else self._prompt(request)
 
-        work_s = self.batches[leader].begin(limits, curve, joining)
-        self._begin(now_s, PREFILLED, leader, run, work_s)
+        work_s = self.batches[leader].start_step(limits, curve, joining)
+        self._start_work(now_s, PREFILLED, leader, run, work_s)
 
-    def _stepped(self, leader: int, run: int, now_s: float) -> None:
-        """A step has ended. Those that it completed have their first token."""
+    def _end_step(self, leader: int, run: int, now_s: float) -> None:
+        """End a step. The requests that it completed have their first token."""
         station = self.prefills
         if station.running.get(leader) != run:
             return
         batch = self.batches.pop(leader)
-        completed = batch.end()
+        completed = batch.end_step()
         if batch.prompts:
             if batch.leader != leader:
-                station.handed(leader, batch.leader)
+                station.hand_over(leader, batch.leader)
             self.batches[batch.leader] = batch
             self._step(batch.leader, run, now_s)
         else:
-            station.ended(leader, run)
+            station.end(leader, run)
         for request in completed:
             self._first_token(request, now_s)
         self._prefill(now_s)
 
     def _first_token(self, request: int, now_s: float) -> None:
-        self.records.first_token(request, now_s, now_s - self.time_s[request])
+        self.records.record_first_token(request, now_s, now_s - self.time_s[request])
         if self.decode_s[request] == 0.0:
             self.records.completed += 1
             return
@@ -297,13 +297,13 @@ class _Run:
     def _decode(self, now_s: float) -> None:
         station, curves = self.decodes, self.world.engines.curves
         while station.free > 0 and station.waiting:
-            came_s, request = station.next(self.decode_s)
+            came_s, request = station.take_next(self.decode_s)
             kept = self.keep[request] * self.prompt[request]
             gap_s = now_s - came_s + curves.transfer.seconds(kept)
             gap_s += curves.first_decode.seconds(kept)
-            self.records.second_token(request, now_s, gap_s)
-            run = station.started(request)
-            self._begin(now_s, DECODED, request, run, self.decode_s[request])
+            self.records.record_second_token(request, now_s, gap_s)
+            run = station.start(request)
+            self._start_work(now_s, DECODED, request, run, self.decode_s[request])
 
     def _go_on(self, now_s: float) -> None:
         self._speculate(now_s)
@@ -311,7 +311,7 @@ class _Run:
         self._decode(now_s)
 
     def _fail(self, pool: int, replicas: int, now_s: float) -> None:
-        """What ran on the dead engines runs again, from its stage on, ahead of the others."""
+        """Rerun what ran on the dead engines, from its stage on, ahead of the others."""
         station = self.stations[pool]
         for request, run in list(station.die(replicas, now_s)):
             if self.cores is not None:
@@ -326,7 +326,7 @@ class _Run:
 
     def _tick(self, now_s: float, arrived: int) -> None:
         target = self.controller.target(self._telemetry(now_s, arrived))
-        self.records.moment(now_s, self.stations, self.keep[self.seen : arrived])
+        self.records.record_moment(now_s, self.stations, self.keep[self.seen : arrived])
         self.seen = arrived
         for place, pool in enumerate(POOLS):
             cold_s = self.world.cold_start_s[pool]
@@ -357,19 +357,19 @@ class _Run:
         return Telemetry(
             observation,
             ongoing,
-            *self.records.lately(now_s),
+            *self.records.recent_times(now_s),
             self.records.completed,
             self.records.first_tokens,
         )
 
     def _queue_age_s(self, station: Station, now_s: float) -> float:
-        """Of the oldest request that is not late."""
+        """Return the age of the oldest request that is not late."""
         waiting = (self.time_s[request] for late, _, _, request in station.waiting if not late)
         return now_s - min(waiting, default=now_s)
 
 
 def _waits_s(station: Station) -> tuple[float, float]:
-    """Expected wait behind those in time, and behind all: their work, shared by the engines."""
+    """Return the expected wait behind those in time, and behind all: work over engines."""
     if station.free > 0:
         return 0.0, 0.0
     ready = station.ready or 1

@@ -1,4 +1,4 @@
-"""The three traces of the comparison, and who runs on them."""
+"""The three traces of the comparison, and the controllers that run on them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .optimum import optimum
 from .run import simulate
 from .score import Score, score
 from .trace import Lengths, Trace, bursty, diurnal, generate, poisson
-from .world import Controller, Outcome, World
+from .world import Controller, SimulationResult, World
 
 COLD_START_S = 100.0
 # An 8B speculator before a 70B model: about 12k prompt tokens a second and 8 ms per kept 50.
@@ -42,7 +42,7 @@ OURS, OPTIMUM = "this project", "clairvoyant optimum"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Scenario:
+class SimulationScenario:
     """A trace in a world, and the policy for it."""
 
     name: str
@@ -52,23 +52,23 @@ class Scenario:
 
     @property
     def admission(self) -> AdmissionPolicy:
-        """As the gateway would have it."""
+        """The gateway's admission policy for this trace."""
         return AdmissionPolicy(self.world.slo.ttft_s, self.world.slo.gap_s / 2)
 
 
 def scenario(
     name: str, trace: Trace, slo: Slo = SLO, engines: Engines = ENGINES,
     cold_start_s: float = COLD_START_S,
-) -> Scenario:  # fmt: skip
-    """A trace with the policy that the comparison uses: every replica costs the same."""
+) -> SimulationScenario:  # fmt: skip
+    """Make a trace with the comparison's policy: every replica costs the same."""
     limits = PoolLimits(1, SIZES_MAX, 1.0, cold_start_s, STEP)
     world = World(engines, slo, dict.fromkeys(Pool, cold_start_s))
     policy = ScalingPolicy(slo, dict.fromkeys(Pool, limits), world.keep, world.keep_floor)
-    return Scenario(name, trace, world, policy)
+    return SimulationScenario(name, trace, world, policy)
 
 
-def three(seed: int) -> list[Scenario]:
-    """A day, prompts that grow, and ten times the load from one second to the next."""
+def three_scenarios(seed: int) -> list[SimulationScenario]:
+    """Return a day, prompts that grow, and ten times the load from one second to the next."""
     day = generate(diurnal(30.0, 7200.0), 7200.0, Lengths(), seed)
     drift = generate(poisson(30.0), 3600.0, Lengths(prompt_tokens=6000.0), seed, drift=2.0)
     burst = generate(bursty(6.0, 10.0, 600.0, 1e9, 1500.0), 3600.0, Lengths(), seed)
@@ -84,11 +84,11 @@ class Entry:
     """One controller on one trace."""
 
     score: Score
-    outcome: Outcome
+    outcome: SimulationResult
 
 
-def compare(case: Scenario, note: Callable[[str], None]) -> list[Entry]:
-    """Every controller on one trace, the optimum first and this project's second.
+def compare(case: SimulationScenario, note: Callable[[str], None]) -> list[Entry]:
+    """Run every controller on one trace, the optimum first and this project's second.
 
     The fixed sizes are the mean of this project's, rounded up: at least its replica-hours.
     """
@@ -106,15 +106,20 @@ def compare(case: Scenario, note: Callable[[str], None]) -> list[Entry]:
     thriftiest = min(entries[2:], key=lambda entry: entry.score.replica_hours).score
     if thriftiest.replica_hours < entries[1].score.replica_hours:
         name = f"{OURS}, hours of {thriftiest.controller}"
-        entries.append(_entry(name, _within(thriftiest.replica_hours, case, ours, initial), case))
+        entries.append(
+            _entry(name, _within_budget(thriftiest.replica_hours, case, ours, initial), case)
+        )
         note(name)
     return entries
 
 
-def _within(
-    replica_hours: float, case: Scenario, ours: Outcome, initial: Mapping[Pool, int]
-) -> Outcome:
-    """This project with bounds that keep it to so many replica-hours: the loosest found.
+def _within_budget(
+    replica_hours: float,
+    case: SimulationScenario,
+    ours: SimulationResult,
+    initial: Mapping[Pool, int],
+) -> SimulationResult:
+    """Run this project under bounds that keep it to `replica_hours`: the loosest found.
 
     The bounds are one share of what each pool had at its largest.
     """
@@ -136,8 +141,10 @@ def _within(
     return found
 
 
-def _others(case: Scenario, ours: Outcome, maximum: Mapping[Pool, int]) -> dict[str, Controller]:
-    """All but the optimum, without admission. `maximum` bounds those that have no model."""
+def _others(
+    case: SimulationScenario, ours: SimulationResult, maximum: Mapping[Pool, int]
+) -> dict[str, Controller]:
+    """Return all but the optimum, without admission. `maximum` bounds those without a model."""
     mean = {pool: ceil(float(np.mean(ours.moments.provisioned[pool]))) for pool in Pool}
     slo = case.world.slo
     return {
@@ -151,15 +158,15 @@ def _others(case: Scenario, ours: Outcome, maximum: Mapping[Pool, int]) -> dict[
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """What lies between this project's attainment and the optimum's, part by part."""
+    """The gap between this project's attainment and the optimum's, part by part."""
 
     cold_start: float  # gained if replicas were ready at once
     keep_floor: float  # gained beyond, if the keep rate could go down as far as it takes
     control: float  # the rest
 
 
-def distance(case: Scenario, entries: list[Entry]) -> Distance:
-    """Take away the cold start, then the floor, and see what is gained."""
+def distance(case: SimulationScenario, entries: list[Entry]) -> Distance:
+    """Measure the gain of removing the cold start, then the floor."""
     initial = {
         pool: int(sizes[0]) for pool, sizes in entries[0].outcome.moments.provisioned.items()
     }
@@ -174,7 +181,7 @@ def distance(case: Scenario, entries: list[Entry]) -> Distance:
     reached = [
         float(
             simulate(case.trace, world, SloController(policy), initial, case.admission)
-            .met(world.slo)
+            .meets_slo(world.slo)
             .mean()
         )
         for world, policy in ((warm_world, warm), (free_world, free))
@@ -183,5 +190,5 @@ def distance(case: Scenario, entries: list[Entry]) -> Distance:
     return Distance(reached[0] - ours, reached[1] - reached[0], best - reached[1])
 
 
-def _entry(name: str, outcome: Outcome, case: Scenario) -> Entry:
+def _entry(name: str, outcome: SimulationResult, case: SimulationScenario) -> Entry:
     return Entry(score(name, outcome, case.world.slo, case.trace.duration_s), outcome)

@@ -1,4 +1,4 @@
-"""One simulation in one row: who got a first token in time, and for how many replica-hours."""
+"""One simulation in one row: first tokens in time, and the replica-hours they took."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...control.scaling.values import Pool, Slo
-from .world import Outcome
+from .world import SimulationResult
 
 HEADERS = (
     "controller", "attainment", "goodput /s", "replica-hours", "speculator", "prefill", "decode",
@@ -18,7 +18,7 @@ HEADERS = (
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What a controller made of a trace."""
+    """A controller's result on a trace."""
 
     controller: str
     requests: int
@@ -33,7 +33,7 @@ class Score:
     unanswered: int  # gave up waiting; the shed ones not among them
 
     def row(self) -> list[str]:
-        """The cells under `HEADERS`."""
+        """Return the cells under `HEADERS`."""
         hours = [f"{self.pool_hours[pool.value]:.1f}" for pool in Pool]
         return [
             self.controller,
@@ -47,9 +47,9 @@ class Score:
         ]
 
 
-def score(controller: str, outcome: Outcome, slo: Slo, duration_s: float) -> Score:
+def score(controller: str, outcome: SimulationResult, slo: Slo, duration_s: float) -> Score:
     """Judge an outcome."""
-    met = outcome.met(slo)
+    met = outcome.meets_slo(slo)
     answered = ~np.isnan(outcome.ttft_s)
     keeps, ttft_s = outcome.keep[answered & (outcome.keep < 1.0)], outcome.ttft_s[answered]
     hours = {pool.value: outcome.replica_s[pool] / 3600 for pool in Pool}
@@ -70,13 +70,13 @@ def score(controller: str, outcome: Outcome, slo: Slo, duration_s: float) -> Sco
 
 
 def attainment_over_time(
-    outcome: Outcome, time_s: Sequence[float], slo: Slo, every_s: float
+    outcome: SimulationResult, time_s: Sequence[float], slo: Slo, every_s: float
 ) -> tuple[list[float], list[float]]:
-    """Hours, and the share of the requests of each `every_s` that met the SLO."""
+    """Return hours, and the share of the requests of each `every_s` that met the SLO."""
     edges = np.arange(0.0, max(time_s, default=0.0) + every_s, every_s)
     place = np.digitize(np.asarray(time_s), edges) - 1
     counts = np.bincount(place, minlength=len(edges))
-    met = np.bincount(place, weights=outcome.met(slo), minlength=len(edges))
+    met = np.bincount(place, weights=outcome.meets_slo(slo), minlength=len(edges))
     full = counts > 0
     return (edges[full] / 3600).tolist(), (met[full] / counts[full]).tolist()
 

@@ -31,14 +31,14 @@ class Station:
         self.updated_s = 0.0
 
     @property
-    def provisioned(self) -> int:
-        """Ready and starting."""
+    def size(self) -> int:
+        """Number of replicas that are ready or starting."""
         return self.ready + len(self.starts)
 
     def bill(self, now_s: float) -> None:
         """Count replica-seconds up to now. Call before a size changes."""
         retiring = -(-self.retiring // self.slots)
-        self.billed_s += (self.provisioned + retiring) * (now_s - self.updated_s)
+        self.billed_s += (self.size + retiring) * (now_s - self.updated_s)
         self.updated_s = now_s
 
     def wait(self, request: int, tag: float, late: int, work_s: float) -> None:
@@ -48,8 +48,8 @@ class Station:
         self.work_s[late] += work_s
         self.count[late] += 1
 
-    def next(self, works_s: list[float]) -> tuple[float, int]:
-        """Who leaves the queue, with its tag; `works_s` are the times of all requests.
+    def take_next(self, works_s: list[float]) -> tuple[float, int]:
+        """Take the next request, with its tag; `works_s` are the times of all requests.
 
         Raises IndexError when nobody waits.
         """
@@ -58,19 +58,19 @@ class Station:
         self.count[late] -= 1
         return tag, request
 
-    def started(self, request: int) -> int:
-        """A server takes `request`; returns what tells this run from another of the same one."""
+    def start(self, request: int) -> int:
+        """Give `request` to a server; return a serial number that distinguishes its runs."""
         self.free -= 1
         self.serial += 1
         self.running[request] = self.serial
         return self.serial
 
-    def handed(self, old: int, new: int) -> None:
-        """The server of `old` goes on with `new`, in the same run."""
+    def hand_over(self, old: int, new: int) -> None:
+        """Let the server of `old` go on with `new`, in the same run."""
         self.running[new] = self.running.pop(old)
 
-    def ended(self, request: int, serial: int) -> bool:
-        """A server is done, or retires. False if it died before."""
+    def end(self, request: int, serial: int) -> bool:
+        """Free or retire a server that is done. False if it died before."""
         if self.running.get(request) != serial:
             return False
         del self.running[request]
@@ -81,23 +81,23 @@ class Station:
         return True
 
     def resize(self, target: int, now_s: float) -> list[int]:
-        """Toward `target` replicas; returns the names of those that start now.
+        """Move toward `target` replicas; return the names of those that start now.
 
         The youngest starts are given up first, then idle servers, then busy ones when done.
         """
         self.bill(now_s)
         names = []
-        for _ in range(target - self.provisioned):
+        for _ in range(target - self.size):
             self.serial += 1
             names.append(self.serial)
         self.starts += names
-        while self.starts and self.provisioned > target:
+        while self.starts and self.size > target:
             self.starts.pop()
         self._retire(max(0, self.ready - target))
         return names
 
-    def arrived(self, name: int, now_s: float) -> bool:
-        """A replica that was started is ready; False if it was given up meanwhile."""
+    def add_ready(self, name: int, now_s: float) -> bool:
+        """Add a started replica, which is ready; False if it was given up meanwhile."""
         if name not in self.starts:
             return False
         self.bill(now_s)
@@ -107,7 +107,7 @@ class Station:
         return True
 
     def die(self, replicas: int, now_s: float) -> Iterator[tuple[int, int]]:
-        """Lose replicas with an even share of what runs; yields lost requests with their runs."""
+        """Lose replicas with an even share of what runs; yield lost requests with their runs."""
         self.bill(now_s)
         lost = min(replicas, self.ready)
         busy = round(len(self.running) * lost / self.ready) if self.ready > 0 else 0

@@ -1,4 +1,4 @@
-"""How one prefill engine shares its steps between prompts: chunked prefill with a token budget.
+"""The steps of one prefill engine, shared by prompts: chunked prefill with a token budget.
 
 A step takes the oldest prompts first. One that does not fit goes on in the next step, which others
 may join; all that a step completes get their first token at its end.
@@ -14,14 +14,14 @@ from ...control.stages import Curve
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
-    """What one step holds at most."""
+    """The limits of one step."""
 
     tokens: int  # vLLM's max_num_batched_tokens
     prompts: int  # vLLM's max_num_seqs
 
 
 @dataclass(slots=True)
-class Prompt:
+class EnginePrompt:
     """A prompt in an engine."""
 
     request: int
@@ -33,9 +33,9 @@ class Prompt:
 
 @dataclass(slots=True)
 class Batch:
-    """The prompts of one engine, oldest first. One alone takes in all what its curve says."""
+    """The prompts of one engine, oldest first. A lone one takes as long as its curve gives."""
 
-    prompts: list[Prompt] = field(default_factory=list)
+    prompts: list[EnginePrompt] = field(default_factory=list)
 
     @property
     def leader(self) -> int:
@@ -44,13 +44,13 @@ class Batch:
 
     @property
     def requests(self) -> Sequence[int]:
-        """All of them, oldest first."""
+        """The requests of all prompts, oldest first."""
         return [each.request for each in self.prompts]
 
-    def begin(
-        self, limits: StepLimits, curve: Curve, joining: Callable[[], Prompt | None]
+    def start_step(
+        self, limits: StepLimits, curve: Curve, joining: Callable[[], EnginePrompt | None]
     ) -> float:
-        """Fill a step; returns its seconds. `joining` gives whoever waits, one by one."""
+        """Fill a step; return its seconds. `joining` yields waiting prompts, one by one."""
         budget = float(limits.tokens)
         for prompt in self.prompts:
             budget -= _take(prompt, budget)
@@ -62,8 +62,8 @@ class Batch:
             budget -= _take(joined, budget)
         return _seconds(self.prompts, curve)
 
-    def end(self) -> list[int]:
-        """The step is done; returns the requests that it completed."""
+    def end_step(self) -> list[int]:
+        """End the step; return the requests that it completed."""
         for prompt in self.prompts:
             prompt.done += prompt.chunk
             prompt.left -= prompt.chunk
@@ -73,12 +73,12 @@ class Batch:
         return completed
 
 
-def _take(prompt: Prompt, budget: float) -> float:
+def _take(prompt: EnginePrompt, budget: float) -> float:
     prompt.chunk = min(prompt.left, budget)
     return prompt.chunk
 
 
-def _seconds(prompts: Sequence[Prompt], curve: Curve) -> float:
-    """The constant once for all that begin together, and every chunk's own part."""
+def _seconds(prompts: Sequence[EnginePrompt], curve: Curve) -> float:
+    """Return the constant once for all that start together, plus every chunk's own part."""
     base_s = curve.base_s if any(each.is_new and each.chunk > 0.0 for each in prompts) else 0.0
     return base_s + sum(curve.seconds(each.chunk, each.done) - curve.base_s for each in prompts)

@@ -22,18 +22,18 @@ class Trace:
     time_s: Floats
     prompt_tokens: Floats
     output_tokens: Floats
-    kept_tokens: Floats | None = None  # recorded ones; None: as the keep rate says
+    kept_tokens: Floats | None = None  # recorded ones; None: by the keep rate
 
     def __len__(self) -> int:
         return len(self.time_s)
 
     @property
     def duration_s(self) -> float:
-        """Until the last arrival."""
+        """Seconds until the last arrival."""
         return float(self.time_s[-1]) if len(self) > 0 else 0.0
 
     def arrivals(self, keep: float, min_prompt_tokens: int = 0) -> Arrivals:
-        """As the autoscaler sees them. Prompts shorter than `min_prompt_tokens` go dense."""
+        """Return the arrivals for the autoscaler. Prompts below `min_prompt_tokens` go dense."""
         if self.kept_tokens is not None:
             return Arrivals(self.time_s, self.prompt_tokens, self.kept_tokens, self.output_tokens)
         pruned = self.prompt_tokens >= min_prompt_tokens
@@ -55,19 +55,19 @@ Rate = Callable[[Floats], Floats]  # seconds -> requests per second
 
 
 def poisson(per_s: float) -> Rate:
-    """The same rate always."""
+    """Return a constant rate."""
     return lambda time_s: np.full_like(time_s, per_s)
 
 
 def diurnal(per_s: float, day_s: float, swing: float = 0.7) -> Rate:
-    """A day, starting at night: `per_s` on average, up and down by `swing` of it."""
+    """Return a day's rate, starting at night: `per_s` on average, up and down by `swing` of it."""
     return lambda time_s: per_s * (1.0 - swing * np.cos(2 * np.pi * time_s / day_s))
 
 
 def bursty(
     per_s: float, factor: float, burst_s: float, every_s: float, first_s: float | None = None
 ) -> Rate:
-    """`factor` times the rate for `burst_s` in every `every_s`."""
+    """Return a rate of `factor` times `per_s` for `burst_s` in every `every_s`."""
     start_s = every_s / 2 if first_s is None else first_s
 
     def rate(time_s: Floats) -> Floats:
@@ -85,7 +85,7 @@ def generate(
     *,
     drift: float = 1.0,
 ) -> Trace:
-    """Poisson arrivals of a changing rate.
+    """Generate Poisson arrivals of a changing rate.
 
     Prompts grow steadily, by the factor `drift` from the first to the last.
     """
@@ -103,7 +103,7 @@ def generate(
 
 
 def read_trace(path: Path) -> Trace:
-    """JSON lines with `time_s`, `prompt_tokens` and `output_tokens`.
+    """Read JSON lines with `time_s`, `prompt_tokens` and `output_tokens`.
 
     Raises ValueError that names the line and what is wrong with it.
     """
@@ -119,7 +119,7 @@ def read_trace(path: Path) -> Trace:
 
 
 def write_trace(path: Path, trace: Trace) -> None:
-    """The same form that `read_trace` reads."""
+    """Write the form that `read_trace` reads."""
     with path.open("w", encoding="utf-8") as out:
         for time_s, prompt, output in zip(
             trace.time_s.tolist(),

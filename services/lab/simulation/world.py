@@ -1,4 +1,4 @@
-"""What is simulated beside the trace, and what comes out."""
+"""Inputs of a simulation beside the trace, and its results."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .steps import StepLimits
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
-    """Replicas that die at a moment, with what runs on them; requests run again elsewhere."""
+class ReplicaFailure:
+    """Replicas that die at a moment, with their work; requests run again elsewhere."""
 
     time_s: float
     pool: Pool
@@ -35,7 +35,7 @@ class World:
     min_prompt_tokens: int = 1024
     timeout_s: float = 60.0  # a client gives up when it has no first token by then
     tick_s: float = 5.0  # how often the controller is asked
-    failures: tuple[Failure, ...] = ()
+    failures: tuple[ReplicaFailure, ...] = ()
     front: Curve | None = None  # HTTP, tokenising and hops before the pools, by prompt tokens
     steps: StepLimits | None = None  # None: a prefill engine computes one prompt after the other
     machine: Machine | None = None  # None: every engine has an accelerator of its own
@@ -57,7 +57,7 @@ class Telemetry:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class PoolTarget:
     """A controller's answer: sizes, and the highest keep rate for now."""
 
     replicas: Mapping[Pool, int]
@@ -67,8 +67,8 @@ class Target:
 class Controller(Protocol):
     """Sizes the pools; asked every `tick_s`."""
 
-    def target(self, now: Telemetry) -> Target:
-        """The sizes from now on, those that start included."""
+    def target(self, now: Telemetry) -> PoolTarget:
+        """Return the sizes from now on, those that start included."""
         ...
 
 
@@ -84,8 +84,8 @@ class Moments:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Outcome:
-    """What became of each request `[N]`, and what it took."""
+class SimulationResult:
+    """The results of each request `[N]`, and their cost."""
 
     ttft_s: Floats  # NaN: no first token
     gap_s: Floats  # NaN: no second token
@@ -95,7 +95,7 @@ class Outcome:
     moments: Moments
     duration_s: float
 
-    def met(self, slo: Slo) -> Floats:
-        """1.0 where the first two tokens came in time."""
+    def meets_slo(self, slo: Slo) -> Floats:
+        """Return 1.0 where the first two tokens came in time."""
         in_time = (self.ttft_s <= slo.ttft_s) & ~(self.gap_s > slo.gap_s)
         return in_time.astype(np.float64)

@@ -46,12 +46,12 @@ class StrictStream:
                 self.ran += 1
                 self.queue.popleft()()
 
-    def after(self, event):
+    def order_after(self, event):
         self.launch(event.wait)
 
     def copy_out(self, source, into):
         into.fill_(POISON)
-        self.after(self.device.computed())
+        self.order_after(self.device.mark_computed())
         self.device.add(source.nbytes)
 
         def copy():
@@ -89,7 +89,7 @@ class StrictDevice:
     def stream(self):
         return StrictStream(self)
 
-    def computed(self):
+    def mark_computed(self):
         return StrictEvent(self.compute, self.compute.queued)
 
     def host_buffer(self, size):
@@ -113,12 +113,12 @@ class UnorderedStream(StrictStream):
 
 
 class UnorderedDevice(StrictDevice):
-    """What a hand-over without events sees."""
+    """A device on which a hand-over without events shows its faults."""
 
     def stream(self):
         return UnorderedStream(self)
 
-    def computed(self):
+    def mark_computed(self):
         return StrictEvent(self.compute, 0)
 
 

@@ -102,7 +102,7 @@ def test_an_engine_on_a_cpu_has_the_sizes_it_had(args_of):
 
 
 def _only_when_asked_by_us(_config) -> bool:
-    """Whether the question comes from outside vLLM, which would look for Triton."""
+    """Return True if the question comes from outside vLLM, which would look for Triton."""
     return sys._getframe(1).f_globals["__name__"].startswith("specprefill")
 
 
@@ -117,7 +117,7 @@ def test_choosing_the_replay_for_the_v2_runner_does_not_decide_the_sizes(
         patch.setattr(VllmConfig, "use_v2_model_runner", property(_only_when_asked_by_us))
         args = args_of()
     assert args.max_num_seqs is None
-    assert args.logits_processors == ["specprefill.engine.sparse.replay_v2:ReplayTokens"]
+    assert args.logits_processors == ["specprefill.engine.sparse.replay_v2:ReplayTokensV2"]
     assert sizes(args) == (8192, 1024)
 
 

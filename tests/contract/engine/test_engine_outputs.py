@@ -1,4 +1,4 @@
-"""How a request ended, as an engine reports it."""
+"""The end of a request, as an engine reports it."""
 
 import pytest
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams

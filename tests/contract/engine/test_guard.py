@@ -1,4 +1,4 @@
-"""What the engines refuse, from nothing but a model's folder; and what they do not."""
+"""Models that the engines refuse or accept, from nothing but a model's folder."""
 
 from __future__ import annotations
 

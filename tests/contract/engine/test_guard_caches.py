@@ -88,7 +88,7 @@ def caches_of(one_worker, tmp_path, monkeypatch):
         ("gemma2", 64),
     ],
 )
-def test_what_the_guard_lets_pass_has_caches_that_are_read(caches_of, name, longest):
+def test_a_model_that_passes_the_guard_has_readable_caches(caches_of, name, longest):
     from specprefill.engine.sparse.guard import refuse_unreadable_caches, refuse_unsupported
 
     config, caches = caches_of(name, longest)

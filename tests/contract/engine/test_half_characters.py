@@ -1,4 +1,4 @@
-"""What vLLM's own detokenizer returns after prompts that end inside a character."""
+"""Output of vLLM's own detokenizer after prompts that end inside a character."""
 
 from __future__ import annotations
 

@@ -103,16 +103,16 @@ class Pair:
         peers = (self.holder.endpoint.address,)
         ticket = Ticket(Lease("lease", "secret"), peers, "layout", TOKENS)
         order = Pull("request", ticket, 0, TOKENS, DECODE_BLOCKS)
-        self.puller.begin(Orders(pulls=[order]))
+        self.puller.start_pulls(Orders(pulls=[order]))
 
         def reported():
-            results = self.puller.results(set())
+            results = self.puller.take_results(set())
             return results if results.finished_recving else None
 
         return "request" in (wait_for(reported).failed_recving or set())
 
     def arrived(self):
-        """Whether the decode worker's pages hold the prompt's KV."""
+        """Return True if the decode worker's pages hold the prompt's KV."""
         blocks = torch.tensor(DECODE_BLOCKS)
         layout = GpuLayout(self.decode_tensors[NAMES[0]])
         return all(
@@ -183,14 +183,14 @@ def test_a_landing_place_is_not_used_again_before_the_device_has_read_it(pair):
 
 
 def test_kv_in_device_memory_is_not_sent_as_bytes(pair):
-    """What the keeper maps is only the shadow of it."""
+    """The keeper maps only the shadow of the KV."""
     both = pair(HostDevice(), HostDevice(), carrier="nixl", memory="device")
     both.prefill()
     client = KvClient()
     ticket = Ticket(Lease("lease", "secret"), (), "layout", TOKENS)
     pull = client.pull(both.holder.endpoint.address, ticket, "layout", 0, 5.0)
     with pytest.raises(LayoutMismatch, match="device memory"):
-        pull.into(lambda _frame: None)
+        pull.deliver_to(lambda _frame: None)
     client.close()
 
 

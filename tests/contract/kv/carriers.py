@@ -23,10 +23,10 @@ from specprefill.kv.nixl.reads import (
     LANDING_BYTES,
     READ,
     Introduction,
+    MessagePlace,
     NixlClient,
     NixlHandler,
-    Place,
-    Progress,
+    ReadProgress,
     pack,
 )
 from specprefill.kv.object_ref.shared_memory import LocateHandler, SharedMemory
@@ -51,7 +51,7 @@ def payload(layer: int, start: int, stop: int) -> bytes:
 
 
 class Clock:
-    """Time as the test says, or the real one."""
+    """The test's time, or the real one."""
 
     def __init__(self) -> None:
         self.ahead_s = 0.0
@@ -120,7 +120,7 @@ class Carrier:
 
     def pull(self, *, start: int = 0, **asked: Any) -> list[Frame]:
         """Everything that the decode worker takes, by layer."""
-        return taken(self.begin(start=start, **asked).into, start)
+        return taken(self.begin(start=start, **asked).deliver_to, start)
 
     def pull_lies(self, messages: Sequence[bytes]) -> list[Frame]:
         """Pull from a peer that streams `messages`, whatever they are."""
@@ -128,7 +128,9 @@ class Carrier:
         address = listen(server, "127.0.0.1", self.tls)
         server.start()
         try:
-            return taken(self.client.pull(address, TICKET, FINGERPRINT, 0, PULL_TIMEOUT_S).into, 0)
+            return taken(
+                self.client.pull(address, TICKET, FINGERPRINT, 0, PULL_TIMEOUT_S).deliver_to, 0
+            )
         finally:
             server.stop(grace=0).wait()
 
@@ -162,14 +164,14 @@ class Nixl(Carrier):
         return seal(frame, LEASE, self.arena)
 
     def pull_lies(self, messages: Sequence[bytes]) -> list[Frame]:
-        with Progress(self.agent):
+        with ReadProgress(self.agent):
             return super().pull_lies(messages)
 
     def liar(self, messages: Sequence[bytes]) -> grpc.GenericRpcHandler:
-        self.told = [self.arena.hold([message]) for message in messages]
-        places = [Place(address_of(held) + self.astray, len(held)) for held in self.told]
+        self.lent = [self.arena.hold([message]) for message in messages]
+        places = [MessagePlace(address_of(held) + self.astray, len(held)) for held in self.lent]
         if places:  # a trailer always comes by itself
-            places[-1] = Place(0, 0, bytes(messages[-1]))
+            places[-1] = MessagePlace(0, 0, bytes(messages[-1]))
         known = Introduction(self.agent.name, self.agent.metadata())
         return Liar(READ, [pack(item) for item in (known, *places)])
 
@@ -198,7 +200,7 @@ class ObjectRef(Carrier):
         self, *, start: int = 0, ticket: Ticket = TICKET, fingerprint: str = FINGERPRINT
     ) -> list[Frame]:
         whole = replace(ticket, endpoints=(self.address,), fingerprint=fingerprint, tokens=TOKENS)
-        with self.collector.collected(whole, 0, PULL_TIMEOUT_S) as kv:
+        with self.collector.collect(whole, 0, PULL_TIMEOUT_S) as kv:
             copied = [array.copy() for array in kv]  # as Ray's object store does
         return self._relayed(whole, copied, start)
 
@@ -213,7 +215,7 @@ class ObjectRef(Carrier):
             pull = self.client.pull(
                 self.relay.address, ticket, ticket.fingerprint, start, PULL_TIMEOUT_S
             )
-            return taken(pull.into, start)
+            return taken(pull.deliver_to, start)
         finally:
             self.relay.withdraw(ticket)
 
@@ -244,7 +246,7 @@ class Liar(grpc.GenericRpcHandler):
 
 
 def taken(into: Callable[[Callable[[Frame], None]], float], start: int) -> list[Frame]:
-    """What a decode worker keeps of a pull: copies, from the token on that it lacks."""
+    """Return a decode worker's copies of a pull, from the token on that it lacks."""
     frames: list[Frame] = []
 
     def store(frame: Frame) -> None:

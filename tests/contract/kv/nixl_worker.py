@@ -62,7 +62,7 @@ class Worker:
 
 
 def main() -> None:
-    """Hold one lease, say where, and serve until stdin ends."""
+    """Hold one lease, print its place, and serve until stdin ends."""
     leases = LeaseStore(max_bytes=1 << 30, lease_s=60.0, now=time.monotonic)
     agent, arena = agent_for("nixl", encrypted=False), Arena(1 << 28)
     agent.register(arena)

@@ -89,7 +89,7 @@ def test_a_pull_may_begin_before_the_end_is_computed(carrier):
     ],
     ids=["other_lease", "wrong_secret", "other_layout"],
 )
-def test_who_may_not_pull_is_told(carrier, asked, error):
+def test_a_pull_without_the_right_is_refused(carrier, asked, error):
     carrier.stage(*CHUNKS)
     with pytest.raises(error):
         carrier.pull(**asked)
@@ -97,7 +97,7 @@ def test_who_may_not_pull_is_told(carrier, asked, error):
     assert carrier.leases.gauges().leases == 1
 
 
-def test_a_lease_that_has_expired_is_told_at_once(carrier):
+def test_pulling_an_expired_lease_fails_at_once(carrier):
     carrier.stage(*CHUNKS)
     carrier.leases.issue(LEASE)
     carrier.clock.ahead_s = 60.0
@@ -108,7 +108,7 @@ def test_a_lease_that_has_expired_is_told_at_once(carrier):
     assert time.monotonic() - started_s < 1.0
 
 
-def test_a_lease_released_before_the_pull_is_told_at_once(carrier):
+def test_pulling_a_released_lease_fails_at_once(carrier):
     carrier.stage(CHUNKS[0])
     carrier.leases.release(LEASE, SECRET)
     started_s = time.monotonic()
@@ -135,7 +135,7 @@ def test_a_worker_started_anew_at_the_same_address_has_nothing_of_the_old_one(ca
     assert carrier.pull() == whole()
 
 
-def test_a_worker_that_is_gone_is_told_at_once(carrier):
+def test_pulling_from_a_worker_that_is_gone_fails_at_once(carrier):
     carrier.server.stop()
     started_s = time.monotonic()
     with pytest.raises(KvTransferError, match="UNAVAILABLE"):
@@ -210,5 +210,5 @@ def test_a_cancelled_pull_leaves_the_lease(carrier):
     running = carrier.begin()
     threading.Timer(0.05, running.cancel).start()
     with pytest.raises(KvTransferError, match="CANCELLED"):
-        running.into(lambda _frame: None)
+        running.deliver_to(lambda _frame: None)
     assert carrier.leases.gauges().leases == 1

@@ -1,4 +1,4 @@
-"""What is peculiar to the carrier `nixl`: memory that is read while its owner may die."""
+"""Peculiarities of the carrier `nixl`: memory that is read while its owner may die."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def test_a_worker_that_hangs_costs_the_pull_its_time(worker, client):
     worker.stop()
     started_s = time.monotonic()
     with pytest.raises(KvTransferError, match="DEADLINE_EXCEEDED"):
-        client.pull(worker.address, TICKET, FINGERPRINT, 0, 0.5).into(lambda _frame: None)
+        client.pull(worker.address, TICKET, FINGERPRINT, 0, 0.5).deliver_to(lambda _frame: None)
     worker.go_on()
     assert 0.4 < time.monotonic() - started_s < 2.0
 
 
 def test_it_is_read_whole_then_dies_under_its_next_reader(worker, client, landing, other):
     frames = []
-    client.pull(worker.address, TICKET, FINGERPRINT, 0, 20.0).into(
+    client.pull(worker.address, TICKET, FINGERPRINT, 0, 20.0).deliver_to(
         lambda frame: frames.append((frame.layer, bytes(frame.payload)))
     )
     assert frames == [(layer, payload(layer)) for layer in range(FRAMES)]
@@ -78,7 +78,7 @@ def test_it_is_read_whole_then_dies_under_its_next_reader(worker, client, landin
 
 
 def frames_until_death(worker, client) -> int:
-    """How many frames came of a pull in which the worker was killed at the third."""
+    """Return the frames of a pull in which the worker was killed at the third."""
     seen = 0
 
     def store(_frame):
@@ -88,7 +88,7 @@ def frames_until_death(worker, client) -> int:
             worker.kill()
 
     with pytest.raises(KvTransferError):
-        client.pull(worker.address, TICKET, FINGERPRINT, 0, 20.0).into(store)
+        client.pull(worker.address, TICKET, FINGERPRINT, 0, 20.0).deliver_to(store)
     return seen
 
 
@@ -120,10 +120,10 @@ def test_without_the_library_auto_is_grpc_and_nixl_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "nixl", None)
     monkeypatch.setitem(sys.modules, "nixl._api", None)
     assert agent_for("auto", encrypted=False) is None
-    said = r"kv\.carrier: nixl .* allowed without it: auto, grpc, object_ref"
-    with pytest.raises(InvalidConfiguration, match=said):
+    message = r"kv\.carrier: nixl .* allowed without it: auto, grpc, object_ref"
+    with pytest.raises(InvalidConfiguration, match=message):
         agent_for("nixl", encrypted=False)
-    with pytest.raises(InvalidConfiguration, match=said):
+    with pytest.raises(InvalidConfiguration, match=message):
         require("nixl")
     require("auto")
 

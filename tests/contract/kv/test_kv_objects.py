@@ -49,7 +49,7 @@ def collect():
     collector = KvCollector()
 
     def copied(ticket):
-        with collector.collected(ticket, 0, 5.0) as kv:
+        with collector.collect(ticket, 0, 5.0) as kv:
             return [array.copy() for array in kv]
 
     yield copied
@@ -74,7 +74,7 @@ def client(request):
 def pull(client, relay, *, lease="lease", secret="secret", fingerprint="layout"):
     ticket = Ticket(Lease(lease, secret), (), fingerprint, TOKENS)
     frames = []
-    client.pull(relay.address, ticket, fingerprint, 0, 5.0).into(frames.append)
+    client.pull(relay.address, ticket, fingerprint, 0, 5.0).deliver_to(frames.append)
     return sorted(frames, key=lambda frame: frame.layer)
 
 
@@ -101,7 +101,7 @@ def test_collecting_leaves_the_lease_to_its_holder(ticket, collect):
         ({"fingerprint": "another layout"}, LayoutMismatch),
     ],
 )
-def test_who_may_not_collect_is_told(ticket, collect, changed, error):
+def test_collecting_without_the_right_is_refused(ticket, collect, changed, error):
     with pytest.raises(error):
         collect(replace(ticket, **changed))
 
@@ -114,7 +114,7 @@ def test_lent_memory_is_free_again_when_lease_and_reader_are_gone():
     leases.append("lease", seal(Frame(0, 0, TOKENS, PAYLOAD), "lease", locate.arena), last=True)
     collector = KvCollector()
     ticket = Ticket(Lease("lease", "secret"), (server.start(),), "layout", TOKENS)
-    with collector.collected(ticket, 0, 5.0) as kv:
+    with collector.collect(ticket, 0, 5.0) as kv:
         leases.release("lease", "secret")
         assert decode(next(messages(kv)), "lease").payload == PAYLOAD
         assert locate.arena.bytes_used > 0
@@ -145,7 +145,7 @@ def test_the_puller_skips_what_it_has(ticket, collect, relay, client):
         ({"fingerprint": "another layout"}, LayoutMismatch),
     ],
 )
-def test_who_may_not_pull_is_told(ticket, collect, relay, client, fields, error):
+def test_a_pull_without_the_right_is_refused(ticket, collect, relay, client, fields, error):
     relay.offer(ticket, collect(ticket))
     with pytest.raises(error):
         pull(client, relay, **fields)

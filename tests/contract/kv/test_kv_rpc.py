@@ -66,7 +66,7 @@ def pull(client, address, *, fingerprint="layout", ticket=TICKET, start=0, timeo
 def frames_of(pull) -> list[Frame]:
     """Everything that came, by layer: a layer comes in token order, layers in any."""
     frames: list[Frame] = []
-    pull.into(frames.append)
+    pull.deliver_to(frames.append)
     return sorted(frames, key=lambda frame: frame.layer)
 
 
@@ -97,14 +97,14 @@ def test_frames_stream_while_later_ones_are_computed(leases, address, client):
         if len(came) == LAYERS:  # everything that there is so far
             stage(leases, 40, TOKENS)
 
-    running.into(store)
+    running.deliver_to(store)
     assert len(came) == 2 * LAYERS
 
 
-def test_a_pull_tells_for_how_long_the_kv_waited(leases, address, client):
+def test_a_pull_returns_how_long_the_kv_waited(leases, address, client):
     stage(leases, 0, TOKENS)
     time.sleep(0.05)
-    assert 0.05 <= pull(client, address).into(lambda _frame: None) < 5.0
+    assert 0.05 <= pull(client, address).deliver_to(lambda _frame: None) < 5.0
 
 
 def test_what_the_receiver_raises_ends_the_pull(leases, address, client):
@@ -114,7 +114,7 @@ def test_what_the_receiver_raises_ends_the_pull(leases, address, client):
         raise CorruptFrame("not this one")
 
     with pytest.raises(KvTransferError):
-        pull(client, address).into(refuse)
+        pull(client, address).deliver_to(refuse)
 
 
 @pytest.mark.parametrize(
@@ -125,14 +125,14 @@ def test_what_the_receiver_raises_ends_the_pull(leases, address, client):
         (TICKET, "another layout", LayoutMismatch),
     ],
 )
-def test_who_may_not_pull_is_told(leases, address, client, ticket, fingerprint, error):
+def test_a_pull_without_the_right_is_refused(leases, address, client, ticket, fingerprint, error):
     stage(leases, 0, TOKENS)
     with pytest.raises(error):
         frames_of(pull(client, address, ticket=ticket, fingerprint=fingerprint))
     assert leases.gauges().leases == 1
 
 
-def test_a_peer_that_is_gone_is_told_at_once(client):
+def test_pulling_from_a_peer_that_is_gone_fails_at_once(client):
     started_s = time.monotonic()
     with pytest.raises(KvTransferError, match="UNAVAILABLE"):
         frames_of(pull(client, "127.0.0.1:9"))
@@ -142,7 +142,7 @@ def test_a_peer_that_is_gone_is_told_at_once(client):
 def test_a_lease_released_under_its_reader_ends_the_pull(leases, address, client):
     stage(leases, 0, 40)
     with pytest.raises(LeaseNotFound, match="released"):
-        pull(client, address).into(lambda _frame: leases.release("lease", "secret"))
+        pull(client, address).deliver_to(lambda _frame: leases.release("lease", "secret"))
 
 
 def test_a_cancelled_pull_leaves_the_lease(leases, address, client):
@@ -154,7 +154,7 @@ def test_a_cancelled_pull_leaves_the_lease(leases, address, client):
     assert leases.gauges().leases == 1
 
 
-async def test_renewing_from_asyncio_tells_whether_the_lease_is_there(leases, address):
+async def test_renewing_from_asyncio_returns_whether_the_lease_is_there(leases, address):
     stage(leases, 0, TOKENS)
     ticket = Ticket(Lease("lease", "secret"), (address,), "layout", TOKENS)
     peers = KvPeers()
@@ -175,18 +175,18 @@ async def test_release_from_asyncio_is_idempotent(leases, address):
 
 
 async def test_what_may_be_pulled_is_announced(announcements, address):
-    peers, told = KvPeers(), Announcement("lease", TOKENS, "layout")
+    peers, announced = KvPeers(), Announcement("lease", TOKENS, "layout")
     heard = asyncio.ensure_future(anext(peers.announcements(address)))
-    while not heard.done():  # whoever is not yet listening is told nothing
-        announcements.announce(told)
+    while not heard.done():  # whoever is not yet listening gets nothing
+        announcements.announce(announced)
         await asyncio.wait([heard], timeout=0.01)
-    assert heard.result() == told
+    assert heard.result() == announced
     await peers.close()
 
 
 async def test_a_dead_peer_announces_nothing():
     peers = KvPeers()
-    assert [told async for told in peers.announcements("127.0.0.1:9")] == []
+    assert [announced async for announced in peers.announcements("127.0.0.1:9")] == []
     await peers.close()
 
 

@@ -54,7 +54,7 @@ def pull(endpoint: str, tls: MutualTls | None) -> bytes:
     try:
         asked = Ticket(Lease("lease", "secret"), (), "layout", 16)
         frames: list[Frame] = []
-        client.pull(endpoint, asked, "layout", 0, 5.0).into(frames.append)
+        client.pull(endpoint, asked, "layout", 0, 5.0).deliver_to(frames.append)
         return b"".join(bytes(frame.payload) for frame in frames)
     finally:
         client.close()
@@ -112,10 +112,10 @@ def test_objects_are_collected_and_offered_under_tls(ticket, tls):
     stranger, known = KvCollector(), KvCollector(tls)
     with (
         pytest.raises(KvTransferError, match="UNAVAILABLE"),
-        stranger.collected(ticket, 0, 5.0),
+        stranger.collect(ticket, 0, 5.0),
     ):
         pass
-    with known.collected(ticket, 0, 5.0) as kv:
+    with known.collect(ticket, 0, 5.0) as kv:
         pass  # it came through the socket: the arrays are our own
     relay = KvRelay("127.0.0.1", tls)
     relay.start()

@@ -1,4 +1,4 @@
-"""The load tester against the real front, over both protocols: every ending is told apart."""
+"""The load tester against the real front, over both protocols: every ending is distinguished."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from specprefill.lab.loadtest import runner, session
 from specprefill.lab.loadtest.chaos import inject
 from specprefill.lab.loadtest.grpc_stream import GrpcCaller
 from specprefill.lab.loadtest.http_stream import HttpCaller
-from specprefill.lab.loadtest.outcome import Ending
+from specprefill.lab.loadtest.outcome import RequestEnding
 from specprefill.lab.loadtest.prompt_source import Source
-from specprefill.lab.loadtest.recorder import Prompt
-from specprefill.lab.loadtest.runner import Planned, Progress
+from specprefill.lab.loadtest.recorder import LoadPrompt
+from specprefill.lab.loadtest.runner import PlannedRequest, RunProgress
 from specprefill.lab.loadtest.scenario import Kill, Scenario
 from specprefill.rpc import specprefill_pb2_grpc as stubs
 from tests.contract.conftest import API_KEY, JSON_LIMITS, KEYS, LIMIT, MAX_MESSAGE_BYTES, WORDS
@@ -38,7 +38,7 @@ PROTOCOLS = ("http", "grpc")
 PATIENCE_S = 20.0
 
 
-def prompt(**changes: Any) -> Prompt:
+def prompt(**changes: Any) -> LoadPrompt:
     fields = {
         "messages": ({"role": "user", "content": "hello"},),
         "family": "test",
@@ -48,7 +48,7 @@ def prompt(**changes: Any) -> Prompt:
         "score": lambda text: float(text == ANSWER),
         **changes,
     }
-    return Prompt(**fields)
+    return LoadPrompt(**fields)
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ async def test_an_answer_is_recorded_with_its_report(protocol, addresses, pipeli
     asked = caller(protocol, addresses)
     async with asked.open():
         stream = await runner.stream(prompt(), asked, PATIENCE_S)
-    assert stream.ending is Ending.ANSWERED, stream.error
+    assert stream.ending is RequestEnding.ANSWERED, stream.error
     assert stream.text == ANSWER
     assert stream.output_tokens == 3
     assert stream.prompt_tokens == len(pipeline.requests[-1].prompt)
@@ -133,11 +133,11 @@ async def test_no_connection_is_used_again():
 @pytest.mark.parametrize(
     ("error", "after", "ending"),
     [
-        (Overloaded("full", 3.0), 0, Ending.SHED),
-        (DeadlineExceeded("late"), 0, Ending.TIMED_OUT),
-        (Unavailable("gone"), 0, Ending.FAILED),
-        (Unavailable("gone"), 1, Ending.FAILED),
-        (DeadlineExceeded("late"), 1, Ending.TIMED_OUT),
+        (Overloaded("full", 3.0), 0, RequestEnding.SHED),
+        (DeadlineExceeded("late"), 0, RequestEnding.TIMED_OUT),
+        (Unavailable("gone"), 0, RequestEnding.FAILED),
+        (Unavailable("gone"), 1, RequestEnding.FAILED),
+        (DeadlineExceeded("late"), 1, RequestEnding.TIMED_OUT),
     ],
 )
 async def test_each_refusal_has_its_ending(protocol, error, after, ending, addresses, pipeline):
@@ -151,12 +151,12 @@ async def test_each_refusal_has_its_ending(protocol, error, after, ending, addre
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-async def test_what_is_shed_says_why(protocol, addresses, pipeline):
+async def test_a_shed_request_has_its_reason(protocol, addresses, pipeline):
     pipeline.fails = Overloaded("too late", 3.0, "deadline")
     asked = caller(protocol, addresses)
     async with asked.open():
         stream = await runner.stream(prompt(), asked, PATIENCE_S)
-    assert stream.ending is Ending.SHED
+    assert stream.ending is RequestEnding.SHED
     assert "deadline" in stream.error
 
 
@@ -167,7 +167,7 @@ async def test_a_client_that_leaves_is_no_failure_and_ends_the_work(protocol, ad
     async with asked.open():
         stream = await runner.stream(prompt(), asked, PATIENCE_S, leave_after_s=1.0)
         await asyncio.wait_for(pipeline.ended.wait(), PATIENCE_S)
-    assert stream.ending is Ending.CANCELLED
+    assert stream.ending is RequestEnding.CANCELLED
     assert stream.text == WORDS[0]
 
 
@@ -177,7 +177,7 @@ async def test_a_client_that_gives_up_has_timed_out(protocol, addresses, pipelin
     asked = caller(protocol, addresses)
     async with asked.open():
         stream = await runner.stream(prompt(), asked, 1.0)
-    assert stream.ending is Ending.TIMED_OUT
+    assert stream.ending is RequestEnding.TIMED_OUT
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -190,7 +190,7 @@ async def test_nobody_there_is_a_failure(protocol):
         )
         async with asked.open():
             stream = await runner.stream(prompt(), asked, PATIENCE_S)
-    assert stream.ending is Ending.FAILED
+    assert stream.ending is RequestEnding.FAILED
     assert stream.error
 
 
@@ -198,9 +198,9 @@ async def test_the_loop_is_open(addresses, pipeline):
     """A slow service does not slow the schedule: all requests are in flight at once."""
     pipeline.pause_s = 0.5
     asked = caller("http", addresses)
-    planned = [Planned(index, 0.05 * index, prompt()) for index in range(10)]
+    planned = [PlannedRequest(index, 0.05 * index, prompt()) for index in range(10)]
     async with asked.open():
-        outcomes = await runner.run(planned, asked, PATIENCE_S, Progress(10))
+        outcomes = await runner.run(planned, asked, PATIENCE_S, RunProgress(10))
     assert [one.index for one in outcomes] == list(range(10))
     assert all(one.score == 1.0 for one in outcomes)
     sent_s = [one.scheduled_s + one.lag_s for one in outcomes]
@@ -234,12 +234,12 @@ async def test_a_scenario_runs_and_is_written_down(
             "seed": 3,
         }
     )
-    told: list[int] = []
+    reported: list[int] = []
     found = await session.find(
-        scenario, Source(demo_tokenizer, 3), lambda progress: told.append(progress.sent)
+        scenario, Source(demo_tokenizer, 3), lambda progress: reported.append(progress.sent)
     )
     assert [trial.qps for trial in found.trials] == [20.0, 40.0]
-    assert told[-1] == 12
+    assert reported[-1] == 12
     run = found.runs[0]
     assert {one.variant for one in run.outcomes} == {"keep 0.5", "dense"}
     origin = report.Provenance("cmd", 3, "now", {}, {})
@@ -312,7 +312,7 @@ def sleeping_process() -> Any:
 
 
 class Pools:
-    """Replicas as told."""
+    """Scripted replicas."""
 
     def __init__(self, pids: Callable[[str], list[int]]) -> None:
         self.replica_pids = pids

@@ -25,7 +25,7 @@ def run(tokens, keep, ttft_s):
         first_decode_s=0.02,
         ttft_s=ttft_s,
     )
-    return ttft.Run(tokens, keep, made)
+    return ttft.TtftRun(tokens, keep, made)
 
 
 def test_parameters_are_those_of_the_matrices():
@@ -36,7 +36,7 @@ def test_parameters_are_those_of_the_matrices():
     assert shape.prefill_flops(10) == 2 * shape.matrix_parameters() * 10 + 2 * 100 * 4 * 2
 
 
-def test_the_models_are_as_far_apart_as_the_benchmark_says():
+def test_the_models_are_as_far_apart_as_the_benchmark_requires():
     assert ttft.MAIN.matrix_parameters() > 25e6
     for tokens in ttft.LENGTHS:
         share = ttft.SPECULATOR.prefill_flops(tokens) / ttft.MAIN.prefill_flops(tokens)
@@ -72,7 +72,7 @@ def test_a_markdown_table_lines_up():
     )
 
 
-def test_json_tells_how_it_was_measured(tmp_path):
+def test_json_holds_how_it_was_measured(tmp_path):
     path = tmp_path / "deep" / "r.json"
     report.write_json(path, report.provenance(3), {"rows": [1]})
     written = json.loads(path.read_text())
@@ -91,11 +91,11 @@ def test_a_model_folder_has_the_shape_and_the_shipped_tokenizer(root, tmp_path):
     assert not list((tmp_path / "m").glob("*.safetensors"))
 
 
-def test_the_gap_is_told_in_units_of_later_gaps_and_beside_the_late_way():
+def test_the_gap_is_measured_in_later_gaps_and_beside_the_late_way():
     base = run(8192, 0.1, 1.0).report
     runs = [
-        gap.Run("late", (1.0, 1.05, 1.06, 1.07, 1.08), replace(base, transfer_s=0.02)),
-        gap.Run("early", (1.0, 1.015, 1.025, 1.035, 1.045), replace(base, transfer_s=0.005)),
+        gap.GapRun("late", (1.0, 1.05, 1.06, 1.07, 1.08), replace(base, transfer_s=0.02)),
+        gap.GapRun("early", (1.0, 1.015, 1.025, 1.035, 1.045), replace(base, transfer_s=0.005)),
     ]
     late, early = gap.summary(runs)
     assert (late["way"], late["hidden"]) == ("late", 0.0)

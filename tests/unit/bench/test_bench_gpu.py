@@ -19,9 +19,9 @@ def model():
 def test_sparse_prefill_sees_original_positions_in_any_chunks(model):
     tokens = torch.arange(40) % 512
     positions = torch.cat([torch.arange(10), torch.arange(100, 130)])
-    whole = gpu.MainModel(model, 64).prefill(tokens, positions)
-    chunked = gpu.MainModel(model, 16).prefill(tokens, positions)
-    packed = gpu.MainModel(model, 64).prefill(tokens, torch.arange(40))
+    whole = gpu.ChunkedPrefill(model, 64).prefill(tokens, positions)
+    chunked = gpu.ChunkedPrefill(model, 16).prefill(tokens, positions)
+    packed = gpu.ChunkedPrefill(model, 64).prefill(tokens, torch.arange(40))
     torch.testing.assert_close(whole, chunked, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(whole, packed, atol=1e-4)
     with torch.inference_mode():
@@ -32,7 +32,7 @@ def test_sparse_prefill_sees_original_positions_in_any_chunks(model):
     torch.testing.assert_close(whole, eager, atol=1e-5, rtol=1e-4)
 
 
-def test_the_table_says_what_was_gained(tmp_path, capsys):
+def test_the_table_shows_the_gain(tmp_path, capsys):
     out = tmp_path / "gpu.json"
     code = gpu.main(
         ["--device", "cpu", "--main", "tiny", "--draft", "tiny", "--lengths", "1024",

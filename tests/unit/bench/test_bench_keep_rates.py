@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from loadtest.bench import keep_rates
-from loadtest.bench.keep_rates import FamilyResult, Result, Scored
+from loadtest.bench.keep_rates import FamilyResult, Result, ScoredPrompt
 from specprefill.core.types import Plan, PlanKind, Reason, Selection, Span
 from tests.policies import PAPER
 
 POLICY = replace(PAPER, min_kept_tokens=32, sink_tokens=0, tail_tokens=0)
 
 
-def kept(*runs: Span) -> Selection:
+def kept_selection(*runs: Span) -> Selection:
     return Selection(1000, runs, Plan(PlanKind.PRUNE, Reason.ASKED, 0.3))
 
 
@@ -22,27 +22,27 @@ def result(variant: str, kept_share: float, **families: float) -> Result:
     return Result(variant, found)
 
 
-def prompt(certainty: float = 1.0) -> Scored:
+def prompt(certainty: float = 1.0) -> ScoredPrompt:
     scores = np.full(3200, 0.001, dtype=np.float32)
     scores[320:352] = 1.0
     scores[0] = 0.002
-    return Scored("needles", scores, certainty, (), (Span(330, 340),))
+    return ScoredPrompt("needles", scores, certainty, (), (Span(330, 340),))
 
 
 def test_gold_survives_only_whole():
     gold = (Span(10, 20), Span(90, 110))
-    assert keep_rates.survival(gold, kept(Span(0, 100))) == 0.5
-    assert keep_rates.survival(gold, kept(Span(0, 15), Span(16, 200))) == 0.5
-    assert keep_rates.survival(gold, kept(Span(0, 200))) == 1.0
+    assert keep_rates.survival(gold, kept_selection(Span(0, 100))) == 0.5
+    assert keep_rates.survival(gold, kept_selection(Span(0, 15), Span(16, 200))) == 0.5
+    assert keep_rates.survival(gold, kept_selection(Span(0, 200))) == 1.0
 
 
 def test_where_all_of_the_prompt_is_gold_the_kept_share_counts():
-    assert keep_rates.survival((), kept(Span(0, 300))) == 0.3
+    assert keep_rates.survival((), kept_selection(Span(0, 300))) == 0.3
 
 
 def test_every_variant_selects_as_the_service_does():
     results = {
-        variant.name: keep_rates.measured(variant, [prompt()])
+        variant.name: keep_rates.measure_variant(variant, [prompt()])
         for variant in keep_rates.variants(POLICY)
     }
     peaks = results["peaks 0.1, unsure: dense"].families["needles"]
@@ -54,8 +54,8 @@ def test_every_variant_selects_as_the_service_does():
 
 def test_the_guard_sends_the_uncertain_dense():
     variants = {variant.name: variant for variant in keep_rates.variants(POLICY)}
-    guarded = keep_rates.measured(variants["peaks 0.1, unsure: dense"], [prompt(0.2)])
-    free = keep_rates.measured(variants["peaks 0.1"], [prompt(0.2)])
+    guarded = keep_rates.measure_variant(variants["peaks 0.1, unsure: dense"], [prompt(0.2)])
+    free = keep_rates.measure_variant(variants["peaks 0.1"], [prompt(0.2)])
     assert (guarded.kept, free.families["needles"].dense) == (1.0, 0.0)
 
 
@@ -98,9 +98,9 @@ def test_a_fact_across_a_border_survives_by_the_share_of_the_next_chunk():
     scores = np.full(3200, 0.001, dtype=np.float32)
     scores[320:352] = 1.0
     scores[1600:2600] = 0.25  # more chunks than the budget has
-    asked = Scored("needles", scores, 1.0, (), (Span(340, 370),))
+    asked = ScoredPrompt("needles", scores, 1.0, (), (Span(340, 370),))
     survived = {
-        variant.name: keep_rates.measured(variant, [asked]).families["needles"].survival
+        variant.name: keep_rates.measure_variant(variant, [asked]).families["needles"].survival
         for variant in keep_rates.next_shares(POLICY)
     }
     assert survived["keep 0.1, next 0"] == 0.0

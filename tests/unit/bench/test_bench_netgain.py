@@ -12,7 +12,7 @@ def run(kind, way, ttft_s, plan=PlanKind.PRUNE, reason=Reason.DEFAULT, expected=
     report = Report(
         plan, reason, 100, 20, 0.2, 0.0, 0.1, 0.2, 0.0, 0.0, ttft_s, expected=expected
     )  # fmt: skip
-    return netgain.Run(kind, way, report)
+    return netgain.NetGainRun(kind, way, report)
 
 
 def whole_trace(always_s, never_s, decided_s):

@@ -1,4 +1,4 @@
-"""What the SLO benches make of answers: calibration, comparison, and what became of a burst."""
+"""The SLO benches' results from answers: calibration, comparison, and a burst's outcome."""
 
 from dataclasses import replace
 
@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from loadtest.bench import burst, calibration, validation
-from loadtest.bench.processes import Used, Watch, between, used
+from loadtest.bench.processes import CpuUse, Watch, average_between, read_use
 from specprefill.config import AppConfig
 from specprefill.control.scaling.values import Engines
 from specprefill.control.stages import Curve, StageCurves
-from specprefill.lab.loadtest.outcome import Ending, Outcome, Stream
+from specprefill.lab.loadtest.outcome import RequestEnding, RequestOutcome, Stream
 from specprefill.lab.loadtest.session import Run
-from specprefill.lab.loadtest.statistics import Slo, summarise
+from specprefill.lab.loadtest.statistics import RequestSlo, summarise
 from specprefill.lab.simulation.machine import Machine
 from specprefill.lab.simulation.trace import Trace, poisson
 
@@ -29,24 +29,24 @@ def answer(prompt, kept, *, output=5, wait_s=0.0):
         "queue_s": wait_s, "speculate_s": speculate_s, "prefill_s": prefill_s,
         "transfer_s": 0.004, "first_decode_s": 0.006, "plan": "prune", "reason": "default",
     }  # fmt: skip
-    return Stream(Ending.ANSWERED, "x", arrivals, arrivals[-1], output, prompt, report)
+    return Stream(RequestEnding.ANSWERED, "x", arrivals, arrivals[-1], output, prompt, report)
 
 
-def refused(ending, error):
+def refused_outcome(ending, error):
     return Stream(ending, "", (), 0.1, error=error)
 
 
 def outcomes(*streams):
     return [
-        Outcome(place, "needles", "default", float(place), 0.0, stream, None)
+        RequestOutcome(place, "needles", "default", float(place), 0.0, stream, None)
         for place, stream in enumerate(streams)
     ]
 
 
-def test_single_questions_tell_every_stage():
+def test_single_questions_calibrate_every_stage():
     answers = [answer(n, n // 3) for n in (600, 1200, 2400, 4800) for _ in range(5)]
-    singles = [calibration.Single(each, each.end_s + 0.04) for each in answers]
-    found = calibration.learnt(singles, decode_slots=16, machine=Machine(2.0))
+    singles = [calibration.SingleAnswer(each, each.end_s + 0.04) for each in answers]
+    found = calibration.fit_engines(singles, decode_slots=16, machine=Machine(2.0))
     engines = found.engines
     assert engines.curves.speculate.seconds(2000) == pytest.approx(0.02, rel=0.06)
     assert engines.curves.prefill.seconds(1000) == pytest.approx(0.1, rel=0.06)
@@ -57,12 +57,12 @@ def test_single_questions_tell_every_stage():
 
 
 def test_a_question_without_an_answer_is_no_calibration():
-    late = calibration.Single(refused(Ending.TIMED_OUT, "504: late"), 0.0)
+    late = calibration.SingleAnswer(refused_outcome(RequestEnding.TIMED_OUT, "504: late"), 0.0)
     with pytest.raises(RuntimeError, match="timed_out: 504: late"):
-        calibration.learnt([late], 16, Machine(2.0))
+        calibration.fit_engines([late], 16, Machine(2.0))
 
 
-CALIBRATED = calibration.Calibrated(
+CALIBRATED = calibration.AppCalibration(
     Engines(StageCurves(Curve(0.1), Curve(0.2), Curve(0.0), Curve(0.0)), output_token_s=0.1),
     front=Curve(0.06),
     aside=Curve(0.04),
@@ -70,34 +70,36 @@ CALIBRATED = calibration.Calibrated(
 )
 
 
-def test_the_rate_that_is_borne_is_the_machines_or_the_busiest_pools():
+def test_the_sustainable_rate_is_the_machines_or_the_busiest_pools():
     few = Trace(np.zeros(3), np.full(3, 3000.0), np.full(3, 7.0))  # 0.6 s of decoding each
-    assert validation.bearable_qps(few, CALIBRATED, 0.3) == pytest.approx(1.0)  # 1 s of one core
+    assert validation.sustainable_qps(few, CALIBRATED, 0.3) == pytest.approx(1.0)  # 1 s of one core
     single = Trace(np.zeros(3), np.full(3, 3000.0), np.ones(3))
     roomy = replace(CALIBRATED, machine=Machine(cores=8.0))
-    assert validation.bearable_qps(single, roomy, 0.3) == pytest.approx(5.0)  # prefill: 0.2 s
+    assert validation.sustainable_qps(single, roomy, 0.3) == pytest.approx(5.0)  # prefill: 0.2 s
 
 
 def test_a_trace_has_lengths_within_bounds_and_a_seed():
-    trace = validation.drawn(poisson(5.0), 100.0, seed=3)
+    trace = validation.draw_trace(poisson(5.0), 100.0, seed=3)
     assert trace.prompt_tokens.min() >= validation.SHORTEST
     assert trace.prompt_tokens.max() <= validation.LONGEST
-    again = validation.drawn(poisson(5.0), 100.0, seed=3)
+    again = validation.draw_trace(poisson(5.0), 100.0, seed=3)
     assert trace.time_s.tolist() == again.time_s.tolist()
 
 
 def test_the_simulator_is_given_what_was_really_asked():
-    trace = validation.replayed(outcomes(answer(1000, 300), answer(2000, 700, output=3)))
+    trace = validation.replayed_trace(outcomes(answer(1000, 300), answer(2000, 700, output=3)))
     assert trace.time_s.tolist() == [0.0, 1.0]
     assert trace.prompt_tokens.tolist() == [1000.0, 2000.0]
     assert trace.output_tokens.tolist() == [5.0, 3.0]
     assert trace.arrivals(keep=0.9).kept_tokens.tolist() == [300.0, 700.0]
     with pytest.raises(RuntimeError, match="request 1: failed: 500: broken"):
-        validation.replayed(outcomes(answer(1000, 300), refused(Ending.FAILED, "500: broken")))
+        validation.replayed_trace(
+            outcomes(answer(1000, 300), refused_outcome(RequestEnding.FAILED, "500: broken"))
+        )
 
 
 def test_percentiles_are_compared():
-    half, most = validation.compared(np.array([1.0, 2.0, 3.0]), np.array([1.0, 3.0, 3.0]))
+    half, most = validation.compare(np.array([1.0, 2.0, 3.0]), np.array([1.0, 3.0, 3.0]))
     assert (half.measured_s, half.simulated_s, half.ratio) == (2.0, 3.0, 1.5)
     assert most.ratio == pytest.approx(3.0 / 2.9)
     assert "| p50 TTFT | 2.000 s  | 3.000 s   | 1.500" in validation.table("all", [half, most])
@@ -105,17 +107,19 @@ def test_percentiles_are_compared():
 
 def arm(*streams):
     found = outcomes(*streams)
-    run = Run(tuple(found), summarise("all", found, Slo(ttft_s=1.0)))
-    return burst.Arm(burst.BENDING, run, others=0.0)
+    run = Run(tuple(found), summarise("all", found, RequestSlo(ttft_s=1.0)))
+    return burst.BurstRun(burst.ADAPTIVE, run, others=0.0)
 
 
 def test_a_burst_in_numbers():
-    full = refused(Ending.SHED, "429 deadline: the first token would come too late")
-    late = refused(Ending.TIMED_OUT, "504: timeout_s: the request timed out in the admission queue")
+    full = refused_outcome(RequestEnding.SHED, "429 deadline: the first token would come too late")
+    late = refused_outcome(
+        RequestEnding.TIMED_OUT, "504: timeout_s: the request timed out in the admission queue"
+    )
     one = arm(answer(1000, 300), answer(1000, 100, wait_s=2.0), full, full, late)
-    assert one.shed == {"deadline": 2}
-    assert one.queued == 1
-    assert burst.unexplained(one.run.outcomes) == []
+    assert one.shed_requests == {"deadline": 2}
+    assert one.queued_requests == 1
+    assert burst.unexplained_endings(one.run.outcomes) == []
     (line,) = burst.table([one]).splitlines()[2:]
     assert "0.200" in line
     assert "2 (deadline 2)" in line
@@ -123,15 +127,15 @@ def test_a_burst_in_numbers():
 
 
 def test_a_request_without_a_status_is_lost():
-    gone = refused(Ending.TIMED_OUT, "client: not answered within 60 s")
-    cut = refused(Ending.FAILED, "ServerDisconnectedError: Server disconnected")
-    told = refused(Ending.FAILED, "in the stream: timeout_s: used up")
-    lost = burst.unexplained(outcomes(answer(1000, 300), gone, cut, told))
+    gone = refused_outcome(RequestEnding.TIMED_OUT, "client: not answered within 60 s")
+    cut = refused_outcome(RequestEnding.FAILED, "ServerDisconnectedError: Server disconnected")
+    broken = refused_outcome(RequestEnding.FAILED, "in the stream: timeout_s: used up")
+    lost = burst.unexplained_endings(outcomes(answer(1000, 300), gone, cut, broken))
     assert [line.split(":")[0] for line in lost] == ["request 1", "request 2"]
 
 
 def test_a_burst_asks_ten_times_as_much_for_a_minute():
-    trace = burst.burst(10.0, share=0.15, seed=1)
+    trace = burst.burst_trace(10.0, share=0.15, seed=1)
     quiet = (trace.time_s < burst.BEFORE_S).sum() / burst.BEFORE_S
     loud = (abs(trace.time_s - burst.BEFORE_S - burst.BURST_S / 2) < burst.BURST_S / 2).sum()
     assert quiet == pytest.approx(1.5, rel=0.5)
@@ -141,14 +145,14 @@ def test_a_burst_asks_ten_times_as_much_for_a_minute():
 
 def test_the_burst_is_served_with_admission():
     plain = AppConfig.model_validate({"model": {"path": "m"}, "speculator": {"path": "s"}})
-    config = burst.configured(plain, ttft_s=2.0, deadline_s=10.0)
+    config = burst.configure(plain, ttft_s=2.0, deadline_s=10.0)
     assert AppConfig.model_validate_json(config.model_dump_json()) == config
     assert config.gateway.admission is not None
     assert config.gateway.request_timeout_s == 10.0
 
 
 def test_what_others_compute_is_what_this_program_does_not():
-    busy = between(Used(1.0, 10.0), Used(4.0, 16.0), from_s=7.0, seconds=2.0)
+    busy = average_between(CpuUse(1.0, 10.0), CpuUse(4.0, 16.0), from_s=7.0, seconds=2.0)
     assert (busy.from_s, busy.own, busy.others) == (7.0, 1.5, 1.5)
 
 
@@ -157,8 +161,8 @@ def test_this_program_is_seen_at_work():
     watch = Watch(lambda: next(clock))
     watch.look()
     watch.look()
-    before = used().own_s
-    while used().own_s - before < 0.1:
+    before = read_use().own_s
+    while read_use().own_s - before < 0.1:
         sum(range(10_000))
     watch.look()
     assert [each.from_s for each in watch.seen] == [0.0, 0.5]

@@ -47,14 +47,14 @@ def test_the_second_question_reads_the_document_no_more(scorer: Scorer) -> None:
     bench.second_question("tiny", scorer, 512, 1, prompts)
     document = prompts(512)
     bench.answer_s(scorer, document + prompts(bench.QUESTION_TOKENS))
-    with scorer.opened([document + prompts(bench.QUESTION_TOKENS)]) as (reading,):
+    with scorer.open_readings([document + prompts(bench.QUESTION_TOKENS)]) as (reading,):
         assert reading.cached_tokens == 512
 
 
 def test_ratios_in_the_tables() -> None:
     speed = bench.Throughput("demo", batch=8, tokens=1000, score_s=2.0, forward_s=1.0)
     question = bench.SecondQuestion("demo", 4096, first_s=0.5, second_s=0.05)
-    memory = bench.Memory("demo", 1000, 2 << 20, 1 << 20, 0)
+    memory = bench.MemoryUse("demo", 1000, 2 << 20, 1 << 20, 0)
     lines = bench.tables([speed], [question], [memory])
     cells = [cell.strip() for cell in lines[0].splitlines()[-1].split("|")[1:-1]]
     assert cells == ["demo", "8", "1000", "4,000", "8,000", "0.50"]

@@ -1,21 +1,21 @@
-"""The comparison's arithmetic, and what is said where nothing was measured."""
+"""The comparison's arithmetic, and its output where nothing was measured."""
 
 from dataclasses import replace
 
 import pytest
 
 from loadtest.bench import concurrency, max_qps, ttft, versus
-from specprefill.lab.loadtest.outcome import Ending, Stream
+from specprefill.lab.loadtest.outcome import RequestEnding, Stream
 from specprefill.lab.loadtest.search import Trial
-from specprefill.lab.loadtest.session import Searched
-from specprefill.lab.loadtest.statistics import Slo, summarise
+from specprefill.lab.loadtest.session import SearchResult
+from specprefill.lab.loadtest.statistics import RequestSlo, summarise
 from tests.unit.lab.test_load_numbers import outcome
 
 
-def asked(variant, ttft_s, report=None, ending=Ending.ANSWERED):
+def asked(variant, ttft_s, report=None, ending=RequestEnding.ANSWERED):
     arrivals = (ttft_s, ttft_s + 0.5, ttft_s + 0.51, ttft_s + 0.53)
     stream = Stream(ending, "abcd", arrivals, arrivals[-1], 4, 8192, report, "gone")
-    return versus.Asked(8192, variant, stream)
+    return versus.TimedAnswer(8192, variant, stream)
 
 
 def report(kept, speculate_s, prefill_s):
@@ -48,16 +48,16 @@ def test_speed_up_ceiling_and_overhead():
 
 def test_an_answer_that_failed_is_not_a_time():
     with pytest.raises(RuntimeError, match=r"keep 0\.1: failed: gone"):
-        _ = asked("keep 0.1", 1.0, ending=Ending.FAILED).ttft_s
+        _ = asked("keep 0.1", 1.0, ending=RequestEnding.FAILED).ttft_s
 
 
 def borne(name, *held):
-    summary = summarise("all", [outcome(0)], Slo())
+    summary = summarise("all", [outcome(0)], RequestSlo())
     trials = tuple(Trial(qps, is_held, summary) for qps, is_held in held)
-    return max_qps.borne(name, Searched(trials, ()))
+    return max_qps.sustained_rate(name, SearchResult(trials, ()))
 
 
-def test_max_qps_beside_a_server_that_bears_nothing():
+def test_max_qps_beside_a_server_that_sustains_nothing():
     scores = {versus.PLAIN: 1.0, "keep 0.1": 0.98}
     plain = borne(versus.PLAIN, (0.5, True), (1.0, False))
     pruned = borne("keep 0.1", (0.5, True), (4.0, True), (5.0, False))
@@ -69,9 +69,9 @@ def test_max_qps_beside_a_server_that_bears_nothing():
 
 
 def test_the_ceiling_of_the_rate():
-    stream = Stream(Ending.ANSWERED, "a", (1.0,), 1.0, 1, 1000, None, "")
-    told = [{"kept_tokens": 100, "prompt_tokens": 1000, "speculate_s": 0.1}] * 2
-    answers = [[replace(stream, report=report) for report in told]] * 2
+    stream = Stream(RequestEnding.ANSWERED, "a", (1.0,), 1.0, 1, 1000, None, "")
+    reports = [{"kept_tokens": 100, "prompt_tokens": 1000, "speculate_s": 0.1}] * 2
+    answers = [[replace(stream, report=report) for report in reports]] * 2
     assert max_qps.ceiling(answers, idle_s=2.0) == pytest.approx(1 / (0.1 + 0.05))
     assert max_qps.latency_s([[stream], [replace(stream, end_s=3.0)]]) == 2.0
 
@@ -86,8 +86,8 @@ def test_memory_stands_beside_what_is_set_aside_for_keys_and_values():
 
 
 def test_a_crowd_beside_plain_vllms():
-    plain = concurrency.Crowd(2, versus.PLAIN, [asked(versus.PLAIN, 2.0)] * 4, took_s=8.0)
-    pruned = concurrency.Crowd(2, "keep 0.1", [asked("keep 0.1", 0.5)] * 4, took_s=2.0)
+    plain = concurrency.ClientGroup(2, versus.PLAIN, [asked(versus.PLAIN, 2.0)] * 4, took_s=8.0)
+    pruned = concurrency.ClientGroup(2, "keep 0.1", [asked("keep 0.1", 0.5)] * 4, took_s=2.0)
     rows = [plain.row(1.0), pruned.row(0.9)]
     assert [row["qps"] for row in rows] == [0.5, 2.0]
     cells = concurrency.table(rows).splitlines()[-1].replace(" ", "").split("|")[1:-1]

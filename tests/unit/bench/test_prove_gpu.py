@@ -14,14 +14,14 @@ import torch
 from loadtest.bench import gap
 from loadtest.bench.proof import latency, summary
 from loadtest.bench.proof.__main__ import main
-from loadtest.bench.proof.findings import Finding, Sheet, read
+from loadtest.bench.proof.findings import ProofFinding, Sheet, read
 from loadtest.bench.proof.itl import steady_itl_s
-from loadtest.bench.proof.jobs import CPU_PLAN, GPU_PLAN, SHORT_PLAN, Job, named
-from loadtest.bench.proof.machine import Machine, alone, lock_file
+from loadtest.bench.proof.jobs import CPU_PLAN, GPU_PLAN, SHORT_PLAN, ProofJob, jobs_named
+from loadtest.bench.proof.machine import ProofMachine, device_to_itself, lock_file
 from loadtest.bench.proof.models import MODELS, model_folder
 from loadtest.bench.proof.parity import VARIANTS
 from loadtest.bench.proof.prompts import CASES, every_other, jobs
-from loadtest.bench.proof.reference import Answered, Reference, compare
+from loadtest.bench.proof.reference import GreedyAnswer, Reference, compare
 from loadtest.bench.proof.running import Runner, Running
 from specprefill.core.types import PlanKind, Reason, Report
 
@@ -36,7 +36,7 @@ def test_findings_are_on_disk_at_once(tmp_path):
     lines = (tmp_path / "results.txt").read_text().splitlines()
     assert lines[0] == "     parity:cpu-v1: engine started: start_s=1.235"
     assert lines[1] == "FAIL parity:cpu-v1: alone equals transformers: logit_gap=5"
-    assert summary.failed(read(tmp_path)) == [wrong]
+    assert summary.failed_checks(read(tmp_path)) == [wrong]
 
 
 def test_the_gpu_plan_has_every_runner_kernel_and_graph_mode():
@@ -61,21 +61,21 @@ def test_the_cpu_plan_has_every_part_of_the_gpu_plan():
 
 def test_an_unknown_part_is_refused_with_those_that_exist():
     with pytest.raises(ValueError, match="--parts: 'handoff' is none of handover:grpc, "):
-        named(["handoff"], cpu=True)
+        jobs_named(["handoff"], cpu=True)
 
 
 def test_a_part_that_takes_too_long_is_ended_and_reported(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True
     )
-    Running(Job("latency"), process, time.monotonic()).finish(Sheet(tmp_path, "latency"))
+    Running(ProofJob("latency"), process, time.monotonic()).finish(Sheet(tmp_path, "latency"))
     assert process.returncode == -9
     (finding,) = read(tmp_path)
     assert (finding.what, finding.ok) == ("ran out of time", False)
 
 
 def test_what_does_not_fit_the_budget_is_left_out_and_reported(tmp_path):
-    Runner(Machine(cpu=True), tmp_path).run(SHORT_PLAN, budget_s=1.0)
+    Runner(ProofMachine(cpu=True), tmp_path).run(SHORT_PLAN, budget_s=1.0)
     findings = read(tmp_path)
     assert [one.part for one in findings] == ["parity:cpu-v1", "latency:short"]
     assert {(one.what, one.ok) for one in findings} == {("left out, no time", False)}
@@ -85,7 +85,7 @@ def test_a_timed_part_waits_for_those_beside_it(tmp_path):
     measuring = threading.Event()
 
     def measure():
-        with alone(tmp_path):
+        with device_to_itself(tmp_path):
             measuring.set()
 
     with lock_file(tmp_path).open("w") as other:
@@ -146,10 +146,10 @@ def test_the_reference_knows_right_answers_from_wrong_positions(folder, tmp_path
         tokens.append(int(logits[-1].argmax()))
     logprobs = reference._logits(job, tokens, contiguous=False).log_softmax(dim=1)
     steps = [{token: float(row[token])} for token, row in zip(tokens, logprobs, strict=True)]
-    right = Answered(job, tokens, steps)
-    assert reference.distance(right).within(1e-4)
-    assert not reference.distance(right, contiguous=True).within(1.0)
-    wrong = Answered(job, [tokens[0], int(torch.argmin(logprobs[1])), *tokens[2:]], [])
+    right = GreedyAnswer(job, tokens, steps)
+    assert reference.distance(right).is_within(1e-4)
+    assert not reference.distance(right, contiguous=True).is_within(1.0)
+    wrong = GreedyAnswer(job, [tokens[0], int(torch.argmin(logprobs[1])), *tokens[2:]], [])
     sheet = Sheet(tmp_path, "parity")
     compare(sheet, "alone", reference, [right], "float32")
     compare(sheet, "mixed", reference, [wrong], "float32")
@@ -169,13 +169,13 @@ def run_of(first_s, gap_s=0.01, recomputed=False, transfer_s=0.5):
         keep_rate=0.25, queue_s=0.0, speculate_s=0.1, prefill_s=first_s - 0.15,
         transfer_s=transfer_s, first_decode_s=0.0, ttft_s=first_s, recomputed=recomputed,
     )  # fmt: skip
-    return gap.Run("early", (first_s, first_s + gap_s, first_s + 2 * gap_s), report)
+    return gap.GapRun("early", (first_s, first_s + gap_s, first_s + 2 * gap_s), report)
 
 
 class SlowBench:
     """A `Bench` without engines: `seconds` a round pass on a clock of its own."""
 
-    machine, sizes = Machine(cpu=True), latency.CPU
+    machine, sizes = ProofMachine(cpu=True), latency.CPU
 
     def __init__(self, seconds):
         self.seconds, self.now_s = seconds, 0.0
@@ -205,7 +205,7 @@ def test_a_length_that_does_not_fit_is_left_out_and_reported(tmp_path, bench):
     asyncio.run(
         latency._every_length(Sheet(tmp_path, "latency"), bench, lambda: 30.0 - bench.now_s)
     )
-    failed = summary.failed(read(tmp_path))
+    failed = summary.failed_checks(read(tmp_path))
     assert [one.what for one in failed] == ["2048 tokens: left out, no time"]
 
 
@@ -214,7 +214,7 @@ def test_the_tables_show_first_tokens_the_hand_over_and_itl(tmp_path, bench):
     for part, itl_ms in (("itl:ours", 5.5), ("itl:plain", 5.0)):
         Sheet(tmp_path, part).measure("batch 32", batch=32, itl_ms=itl_ms)
     findings = read(tmp_path)
-    assert not summary.failed(findings)
+    assert not summary.failed_checks(findings)
     row = next(one.values for one in findings if one.what == "1024 tokens, 0.3")
     assert row["speed_up"] == pytest.approx(2.5)
     assert row["ceiling"] == pytest.approx(1 / (0.25 + 0.1))
@@ -233,10 +233,10 @@ def test_a_recomputed_prompt_fails_the_run(tmp_path, bench):
     asyncio.run(bench.run(1024, 0, found))
     found.plans["0.1"] = [run_of(0.4, recomputed=True)]
     latency.report(Sheet(tmp_path, "latency"), bench, 1024, found)
-    assert [one.values["recomputed"] for one in summary.failed(read(tmp_path))] == [1]
+    assert [one.values["recomputed"] for one in summary.failed_checks(read(tmp_path))] == [1]
 
 
 def test_tables_of_a_run_without_measurements_are_empty():
-    nothing = [Finding("kernels", "done", None, 0.0)]
+    nothing = [ProofFinding("kernels", "done", None, 0.0)]
     tables = (summary.first_token_table, summary.hand_over_table, summary.itl_table)
     assert [table(nothing) for table in tables] == ["", "", ""]

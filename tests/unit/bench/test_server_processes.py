@@ -1,11 +1,11 @@
-"""What a server's processes take: counted by pool, and waited for."""
+"""Use of a server's processes: counted by pool, and waited for."""
 
 import asyncio
 import os
 import sys
 from asyncio.subprocess import PIPE
 
-from loadtest.bench.server_processes import Process, idle, processes, resident_by_pool
+from loadtest.bench.server_processes import Process, processes, resident_by_pool, wait_idle
 
 REPLICA = "ray::ServeReplica:specprefill:"
 TABLE = [
@@ -40,13 +40,13 @@ sys.stdin.read()
 """
 
 
-async def test_who_spins_is_waited_for():
+async def test_a_spinning_process_is_waited_for():
     command = [sys.executable, "-c", SPINS]
     program = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE)
     try:
         assert await program.stdout.readline() == b"spinning\n"
         async with asyncio.timeout(60):
-            await idle([program.pid])
+            await wait_idle([program.pid])
             assert await program.stdout.readline() == b"done\n"
         (spun,) = [each for each in processes() if each.pid == program.pid]
         assert spun.cpu_s > 0.4

@@ -32,7 +32,7 @@ async def test_it_begins_at_once_and_yields_everything():
     assert source.ended
 
 
-async def test_nothing_is_nothing():
+async def test_empty_stays_empty():
     async with prefetch_first(Source().stream()) as items:
         assert [item async for item in items] == []
 

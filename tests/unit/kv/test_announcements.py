@@ -1,4 +1,4 @@
-"""Announcements: every listener hears what is told while it listens."""
+"""Announcements: every listener gets what is announced while it listens."""
 
 import threading
 
@@ -36,7 +36,7 @@ def tell_until_heard(announcements: Announcements, listener: Listener) -> None:
         announcements.announce(FIRST)
 
 
-def test_everybody_who_listens_is_told():
+def test_every_listener_gets_the_announcement():
     announcements = Announcements()
     listeners = [Listener(announcements) for _ in range(2)]
     for listener in listeners:
@@ -48,7 +48,7 @@ def test_everybody_who_listens_is_told():
         assert set(listener.heard[:-1]) == {FIRST}
 
 
-def test_a_listener_that_has_ended_is_told_nothing_more():
+def test_a_listener_that_has_ended_gets_nothing_more():
     announcements = Announcements()
     listener = Listener(announcements)
     tell_until_heard(announcements, listener)

@@ -8,7 +8,7 @@ import pytest
 
 from specprefill.core.errors import Unavailable
 from specprefill.core.types import Lease, Ticket
-from specprefill.kv.holding import held
+from specprefill.kv.holding import hold_lease
 
 TICKET = Ticket(Lease("lease", "secret"), ("peer:1",), "layout", 3)
 
@@ -36,7 +36,7 @@ class Leases:
 
 async def test_a_lease_is_renewed_until_it_is_released():
     leases = Leases()
-    async with asyncio.timeout(5), held(TICKET, leases, renew_s=0.001):
+    async with asyncio.timeout(5), hold_lease(TICKET, leases, renew_s=0.001):
         await leases.third.wait()
         assert leases.released == 0
     assert leases.released == 1
@@ -44,7 +44,7 @@ async def test_a_lease_is_renewed_until_it_is_released():
 
 async def test_a_lease_that_is_let_go_is_released_at_once_and_once():
     leases = Leases()
-    async with asyncio.timeout(5), held(TICKET, leases) as done:
+    async with asyncio.timeout(5), hold_lease(TICKET, leases) as done:
         done.set()
         await leases.gone.wait()
     assert (leases.renewed, leases.released) == (0, 1)
@@ -55,7 +55,7 @@ async def test_a_failure_inside_releases_and_comes_out(failure):
     leases = Leases()
 
     async def use() -> None:
-        async with held(TICKET, leases):
+        async with hold_lease(TICKET, leases):
             raise failure
 
     outcome = (await asyncio.gather(use(), return_exceptions=True))[0]
@@ -65,6 +65,6 @@ async def test_a_failure_inside_releases_and_comes_out(failure):
 
 async def test_a_lease_that_cannot_be_released_does_not_fail_the_answer():
     leases = Leases(fails=Unavailable("peer is gone"))
-    async with held(TICKET, leases):
+    async with hold_lease(TICKET, leases):
         pass
     assert leases.released == 1

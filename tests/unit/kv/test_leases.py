@@ -202,7 +202,7 @@ def test_a_pull_of_a_lease_that_never_completes_gives_up(store, clock):
         next(stream)
 
 
-def test_a_lease_tells_for_how_long_it_has_been_complete(store, clock):
+def test_a_lease_knows_how_long_it_has_been_complete(store, clock):
     store.open("a", "secret")
     assert store.complete_for_s("a") is None
     hold(store)

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specprefill.core.types import Span
-from specprefill.kv.shards import Source, Split, readers, sources
+from specprefill.kv.shards import ShardSource, Split, readers, sources
 
 LAYERS = 12
 HEADS = 4
@@ -73,7 +73,7 @@ ALL = Span(0, HEADS)
 )
 def test_unequal_splits(rank, puller, holder, expected):
     found = sources(rank, split(*puller), split(*holder))
-    assert list(found) == [Source(*fields) for fields in expected]
+    assert list(found) == [ShardSource(*fields) for fields in expected]
 
 
 def test_copies_of_a_head_that_nobody_pulls_have_no_readers():

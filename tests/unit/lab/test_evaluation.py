@@ -1,4 +1,4 @@
-"""The quality suite over a backend that answers as told: arms, pairing, gates, tables."""
+"""The quality suite over a backend with scripted answers: arms, pairing, gates, tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from specprefill.core.types import Plan, PlanKind, Reason, Span
 from specprefill.lab.evaluation import report
 from specprefill.lab.evaluation.arms import CONTROLS, DENSE, Arm, Chooser, arms_of, control_scores
 from specprefill.lab.evaluation.journal import Journal, OtherSettings
-from specprefill.lab.evaluation.outcomes import Answer
+from specprefill.lab.evaluation.outcomes import ArmAnswer
 from specprefill.lab.evaluation.suite import PROBED_ITEMS, Suite, measure
 from specprefill.lab.evaluation.summary import choices, choices_of_all, rows_of, smallest_enough
 from specprefill.lab.reporting.tables import provenance
@@ -24,8 +24,8 @@ HALF = Arm(Chooser.SPECULATOR, 0.5)
 ARMS = arms_of((1.0, 0.5, 0.1), 0.1, automatic=True, ceiling=True)
 
 
-class Told:
-    """Answers rightly where `knows` says so; counts what it was asked."""
+class Scripted:
+    """Answers rightly where `knows` is true; counts the questions."""
 
     def __init__(self, knows):
         self.knows = knows
@@ -40,7 +40,7 @@ class Told:
         keep = 0.3 if arm.chooser is Chooser.AUTOMATIC else arm.keep
         kept = round(task.prompt_tokens * keep)
         text = text if with_text else None
-        return Answer(text, task.prompt_tokens, kept, reason="asked", gold_kept=keep)
+        return ArmAnswer(text, task.prompt_tokens, kept, reason="asked", gold_kept=keep)
 
 
 def suite(families=("niah_single_1",), items=8, lengths=(400,)):
@@ -57,13 +57,13 @@ def run(demo_tokenizer, path):
     """A suite through a backend, with an empty journal unless another is given."""
 
     def measured(asked, backend, journal=None):
-        told = []
+        reported = []
 
-        def tell(done, what):
-            told.append((done, what))
+        def on_progress(done, what):
+            reported.append((done, what))
 
-        journal = Journal.begun(path, {}) if journal is None else journal
-        return measure(asked, backend, demo_tokenizer, 1, tell, journal), told
+        journal = Journal.create(path, {}) if journal is None else journal
+        return measure(asked, backend, demo_tokenizer, 1, on_progress, journal), reported
 
     return measured
 
@@ -110,7 +110,7 @@ def test_what_is_retained_is_measured_on_the_same_prompts(run):
     def knows(task, arm):
         return arm.keep > 0.3 or int(task.references[0]) % 2 == 0
 
-    measured, told = run(suite(items=40), Told(knows))
+    measured, reported = run(suite(items=40), Scripted(knows))
     (row,) = rows_of(measured, suite(items=40))
     by_arm = {cell.arm.name: cell for cell in row.cells}
     even = [int(one.score) for one in measured.outcomes if one.arm.name == "keep 0.1"]
@@ -118,11 +118,11 @@ def test_what_is_retained_is_measured_on_the_same_prompts(run):
     assert by_arm["keep 0.1"].retained.value == pytest.approx(sum(even) / 40)
     assert by_arm["keep 0.1"].retained.low < sum(even) / 40 < by_arm["keep 0.1"].retained.high
     assert by_arm["keep 0.1"].kept == pytest.approx(0.1, abs=0.01)
-    assert told[-1] == (40, "niah_single_1 400")
+    assert reported[-1] == (40, "niah_single_1 400")
 
 
 def test_a_family_beyond_the_model_is_only_probed(run):
-    backend = Told(lambda _task, _arm: False)
+    backend = Scripted(lambda _task, _arm: False)
     measured, _ = run(suite(items=9), backend)
     assert backend.texts_asked == PROBED_ITEMS
     assert measured.beyond_model == (("niah_single_1", 400),)
@@ -133,7 +133,7 @@ def test_a_family_beyond_the_model_is_only_probed(run):
 
 
 def test_what_the_probe_answered_is_not_asked_again(run):
-    backend = Told(lambda _task, _arm: True)
+    backend = Scripted(lambda _task, _arm: True)
     measured, _ = run(suite(items=8), backend)
     assert backend.texts_asked == 8 * len(ARMS) == len(measured.outcomes)
     assert [one.arm for one in measured.outcomes] == [*ARMS] * 8
@@ -141,7 +141,7 @@ def test_what_the_probe_answered_is_not_asked_again(run):
 
 def test_where_nothing_is_right_nothing_is_retained(run):
     asked = replace(suite(), least_dense=0.0)
-    measured, _ = run(asked, Told(lambda *_: False))
+    measured, _ = run(asked, Scripted(lambda *_: False))
     assert measured.beyond_model == ()
     assert choices(rows_of(measured, asked), asked, 400) == []
     text = report.text(report.report_of(measured, asked, {}))
@@ -150,12 +150,12 @@ def test_where_nothing_is_right_nothing_is_retained(run):
 
 def test_a_length_that_cannot_hold_a_family_is_named(run):
     asked = suite(("tool_call", "niah_single_1"), lengths=(400, 2048), items=2)
-    measured, told = run(asked, Told(lambda *_: True))
+    measured, reported = run(asked, Scripted(lambda *_: True))
     assert measured.too_short == (("tool_call", 400),)
     assert {(one.family, one.length) for one in measured.outcomes} == {
         ("tool_call", 2048), ("niah_single_1", 400), ("niah_single_1", 2048),
     }  # fmt: skip
-    assert told[-1][0] == asked.prompts
+    assert reported[-1][0] == asked.prompts
 
 
 def test_the_smallest_rate_that_is_enough_holds_in_every_family(run):
@@ -164,7 +164,7 @@ def test_the_smallest_rate_that_is_enough_holds_in_every_family(run):
     def knows(task, arm):
         return arm.keep >= 0.5 or task.family == "niah_single_1"
 
-    measured, _ = run(asked, Told(knows))
+    measured, _ = run(asked, Scripted(knows))
     found = choices(rows_of(measured, asked), asked, 400)
     assert [each.arm.name for each in found] == ["dense", "keep 0.5", "keep 0.1", "automatic"]
     assert smallest_enough(found).arm == Arm(Chooser.SPECULATOR, 0.5)
@@ -174,7 +174,7 @@ def test_the_smallest_rate_that_is_enough_holds_in_every_family(run):
 
 def test_families_beyond_the_model_are_compared_by_their_gold(run):
     asked = suite(("niah_single_1", "niah_single_2"))
-    measured, _ = run(asked, Told(lambda task, _arm: task.family == "niah_single_1"))
+    measured, _ = run(asked, Scripted(lambda task, _arm: task.family == "niah_single_1"))
     rows = rows_of(measured, asked)
     assert smallest_enough(choices(rows, asked, 400)).arm == Arm(Chooser.SPECULATOR, 0.1)
     of_all = choices_of_all(rows, asked, 400)
@@ -188,8 +188,8 @@ def test_families_beyond_the_model_are_compared_by_their_gold(run):
 
 def test_a_report_is_written_as_tables_json_and_a_page(run, tmp_path):
     asked = suite()
-    measured, _ = run(asked, Told(lambda _task, arm: arm in (DENSE, HALF)))
-    found = report.report_of(measured, asked, {"main model": "told"})
+    measured, _ = run(asked, Scripted(lambda _task, arm: arm in (DENSE, HALF)))
+    found = report.report_of(measured, asked, {"main model": "scripted"})
     text = report.text(found)
     assert "## Answers retained at 400 tokens" in text
     assert "| niah_single_1 | 8       | 100% [100%, 100%] | 100% [100%, 100%] | 0% [0%, 0%]" in text
@@ -214,7 +214,7 @@ def test_dense_is_the_first_arm():
     assert not Arm(Chooser.MAIN_MODEL, 1.0).is_dense
 
 
-class Interrupted(Told):
+class Interrupted(Scripted):
     """The user presses Ctrl-C once some prompts have all their answers."""
 
     def __init__(self, prompts):
@@ -230,45 +230,45 @@ class Interrupted(Told):
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(run, path):
-    whole, _ = run(suite(), Told(lambda *_: True))
+    whole, _ = run(suite(), Scripted(lambda *_: True))
     with pytest.raises(KeyboardInterrupt):
-        run(suite(), Interrupted(3), Journal.begun(path, {"seed": "1"}))
-    journal = Journal.resumed(path, {"seed": "1"})
+        run(suite(), Interrupted(3), Journal.create(path, {"seed": "1"}))
+    journal = Journal.resume(path, {"seed": "1"})
     assert len(journal) == 3
-    backend = Told(lambda *_: True)
+    backend = Scripted(lambda *_: True)
     resumed, _ = run(suite(), backend, journal)
     assert backend.texts_asked == 5 * len(ARMS)
     assert resumed == whole
 
 
 def test_more_prompts_and_families_are_added_to_what_is_there(run, path):
-    run(suite(items=2), Told(lambda *_: True))
-    backend = Told(lambda *_: True)
+    run(suite(items=2), Scripted(lambda *_: True))
+    backend = Scripted(lambda *_: True)
     asked = suite(("niah_single_1", "niah_single_2"), items=3)
-    run(asked, backend, Journal.resumed(path, {}))
+    run(asked, backend, Journal.resume(path, {}))
     assert backend.texts_asked == (1 + 3) * len(ARMS)
 
 
 def test_a_line_that_was_cut_off_is_asked_again(run, path):
-    run(suite(items=2), Told(lambda *_: True))
+    run(suite(items=2), Scripted(lambda *_: True))
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
-    journal = Journal.resumed(path, {})
+    journal = Journal.resume(path, {})
     assert len(journal) == 1
-    run(suite(items=2), Told(lambda *_: True), journal)
+    run(suite(items=2), Scripted(lambda *_: True), journal)
     assert path.read_bytes() == whole
 
 
 def test_prompts_that_were_only_probed_are_answered_when_the_family_is_not_beyond(run, path):
     asked = suite(items=2)
-    run(asked, Told(lambda *_: False))
-    assert len(Journal.resumed(path, {})) == 2
-    backend = Told(lambda *_: True)
-    run(replace(asked, least_dense=0.0), backend, Journal.resumed(path, {}))
+    run(asked, Scripted(lambda *_: False))
+    assert len(Journal.resume(path, {})) == 2
+    backend = Scripted(lambda *_: True)
+    run(replace(asked, least_dense=0.0), backend, Journal.resume(path, {}))
     assert backend.texts_asked == 2 * (len(ARMS) - 1)
 
 
 def test_a_journal_of_other_settings_is_refused(path):
-    Journal.begun(path, {"seed": "1"})
+    Journal.create(path, {"seed": "1"})
     with pytest.raises(OtherSettings, match='"seed":"1"'):
-        Journal.resumed(path, {"seed": "2"})
+        Journal.resume(path, {"seed": "2"})

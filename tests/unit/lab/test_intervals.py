@@ -49,7 +49,7 @@ def test_prompts_of_one_cluster_count_once():
     )
 
 
-def test_nothing_is_retained_of_nothing():
+def test_the_retained_share_of_nothing_is_nothing():
     assert retained_interval([0.0, 0.0], [0.0, 0.0], [0, 1], seed=0) is None
 
 

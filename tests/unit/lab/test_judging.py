@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from specprefill.lab.families.judging import Verdict, loops, score, verdict
+from specprefill.lab.families.judging import Verdict, is_looping, score, verdict
 from specprefill.lab.families.task import Scoring, Task
 
 
@@ -73,6 +73,6 @@ def test_verdicts(asked, answer, kind):
 
 
 def test_a_loop_is_three_equal_ends():
-    assert loops("so a b c a b c a b c")
-    assert not loops("a b c a b c")
-    assert not loops("a b c a b c a b c d")
+    assert is_looping("so a b c a b c a b c")
+    assert not is_looping("a b c a b c")
+    assert not is_looping("a b c a b c a b c d")

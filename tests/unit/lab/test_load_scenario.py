@@ -1,4 +1,4 @@
-"""A scenario file says what is wrong with it."""
+"""A scenario file's errors name what is wrong with it."""
 
 import copy
 
@@ -25,7 +25,7 @@ def edited(**changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"targt": 1}, "targt: unknown key; expected one of arrivals, cancel, chaos"),
         (
@@ -54,14 +54,14 @@ def edited(**changes):
         ),
     ],
 )
-def test_a_fault_is_named_with_its_place(changes, said):
-    with pytest.raises(InvalidFile, match=said):
+def test_a_fault_is_named_with_its_place(changes, message):
+    with pytest.raises(InvalidFile, match=message):
         validate(edited(**changes), "f.yaml", Scenario)
 
 
 def test_the_least_scenario_is_enough():
     scenario = validate(LEAST, "f.yaml", Scenario)
-    assert scenario.at(3.0).arrivals.qps == 3.0
+    assert scenario.at_rate(3.0).arrivals.qps == 3.0
 
 
 def test_the_shipped_scenarios_are_valid(root):
@@ -72,7 +72,7 @@ def test_the_shipped_scenarios_are_valid(root):
 
 
 @pytest.mark.parametrize(
-    ("content", "options", "said"),
+    ("content", "options", "message"),
     [
         (None, (), "No such file"),
         ("- 1", (), "expected a mapping with 'target'"),
@@ -80,9 +80,9 @@ def test_the_shipped_scenarios_are_valid(root):
         (yaml.safe_dump(LEAST), (), "tokenizer: t: "),
     ],
 )
-def test_the_command_refuses_what_cannot_be_right(tmp_path, capsys, content, options, said):
+def test_the_command_refuses_what_cannot_be_right(tmp_path, capsys, content, options, message):
     file = tmp_path / "s.yaml"
     if content is not None:
         file.write_text(content)
     assert main(["loadtest", str(file), *options]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -32,7 +32,7 @@ from specprefill.lab.simulation.trace import (
     read_trace,
     write_trace,
 )
-from specprefill.lab.simulation.world import Failure, World
+from specprefill.lab.simulation.world import ReplicaFailure, World
 
 SECOND_EACH = Engines(
     StageCurves(Curve(1.0), Curve(2.0), Curve(0.25), Curve(0.25)), 0.5, decode_slots=1
@@ -89,16 +89,16 @@ def test_replicas_are_billed_while_they_start_and_help_when_they_are_ready():
 def test_a_replica_that_is_not_wanted_any_more_never_becomes_ready():
     class UpAndDown:
         def target(self, now):
-            from specprefill.lab.simulation.world import Target
+            from specprefill.lab.simulation.world import PoolTarget
 
-            return Target(sizes(prefill=5 if now.seen.now_s < 5.0 else 1))
+            return PoolTarget(sizes(prefill=5 if now.seen.now_s < 5.0 else 1))
 
     outcome = simulate(requests(*[0.0] * 20), WORLD, UpAndDown(), sizes())
     assert outcome.moments.ready[Pool.PREFILL].max() == 1
 
 
-def test_what_a_dead_replica_had_begun_runs_again():
-    world = replace(WORLD, failures=(Failure(2.0, Pool.PREFILL, 1),))
+def test_what_a_dead_replica_had_started_runs_again():
+    world = replace(WORLD, failures=(ReplicaFailure(2.0, Pool.PREFILL, 1),))
     outcome = simulate(requests(0.0), world, Fixed(sizes(prefill=2)), sizes(prefill=2))
     # Its prefill began at 1 s; both replicas' share of it is one half, rounded down: kept.
     assert not np.isnan(outcome.ttft_s[0])
@@ -106,14 +106,14 @@ def test_what_a_dead_replica_had_begun_runs_again():
     assert alone.ttft_s[0] == pytest.approx(5.0 + 10.0 + 2.0)  # tick, cold start, prefill
 
 
-def test_under_overload_admission_bends_the_keep_rate_then_puts_behind_then_sheds():
+def test_under_overload_admission_lowers_the_keep_rate_then_puts_behind_then_sheds():
     curves = StageCurves(Curve(0.01), Curve(0.0, 1e-3), Curve(), Curve())
     world = replace(WORLD, engines=replace(SECOND_EACH, curves=curves), timeout_s=20.0)
     trace = requests(*np.linspace(0.0, 60.0, 240).tolist(), prompt=4000.0, output=1.0)
     policy, pools = AdmissionPolicy(ttft_s=5.0, max_waiting=40), sizes()
     with_it = simulate(trace, world, Fixed(pools), pools, policy)
     without = simulate(trace, world, Fixed(pools), pools)
-    assert with_it.met(world.slo).sum() > 5 * without.met(world.slo).sum()
+    assert with_it.meets_slo(world.slo).sum() > 5 * without.meets_slo(world.slo).sum()
     answered = with_it.keep[~np.isnan(with_it.ttft_s)]
     assert answered[0] == 0.3  # nothing waits yet
     assert answered.min() == pytest.approx(0.1)
@@ -143,10 +143,10 @@ def test_with_a_burst_this_project_beats_the_others():
         LatencyBand(case.world.slo, most),
         ThroughputPlanner(case.world.slo, most),
     ]
-    met = ours.met(case.world.slo).mean()
+    met = ours.meets_slo(case.world.slo).mean()
     for other in others:
         outcome = simulate(trace, case.world, other, initial)
-        assert met > outcome.met(case.world.slo).mean() + 0.1, type(other).__name__
+        assert met > outcome.meets_slo(case.world.slo).mean() + 0.1, type(other).__name__
 
 
 def test_with_a_burst_nobody_reaches_more_with_as_few_replica_hours():
@@ -165,7 +165,7 @@ def test_the_optimum_meets_the_slo_with_less_than_a_generous_fixed_pool():
     trace = generate(bursty(4.0, 3.0, 120.0, 1e9, 240.0), 600.0, Lengths(), seed=3)
     case = scenario("burst", trace)
     plan, outcome = optimum(trace, case.world, case.policy.pools)
-    assert outcome.met(case.world.slo).mean() >= 0.985
+    assert outcome.meets_slo(case.world.slo).mean() >= 0.985
     peak = {pool: int(each.max()) for pool, each in plan.sizes.items()}
     fixed = simulate(trace, case.world, Fixed(peak), peak)
     assert sum(outcome.replica_s.values()) < 0.9 * sum(fixed.replica_s.values())
@@ -180,7 +180,7 @@ def test_a_million_requests_take_less_than_a_minute():
     outcome = simulate(trace, case.world, SloController(case.policy), many, case.admission)
     seconds = process_time() - start
     assert len(trace) > 39_000
-    assert outcome.met(case.world.slo).mean() > 0.99
+    assert outcome.meets_slo(case.world.slo).mean() > 0.99
     assert seconds * 1_000_000 / len(trace) < 60.0
 
 
@@ -226,7 +226,7 @@ def test_the_command_writes_table_json_and_page(tmp_path, capsys):
     ).replace("http://creativecommons.org", "")
 
 
-def test_the_plan_tells_what_a_lower_keep_rate_saves(capsys):
+def test_the_plan_shows_what_a_lower_keep_rate_saves(capsys):
     assert main(["plan", "--slo", "2.5", "--qps", "20", "--lengths", "12000:0.5,200"]) == 0
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
     costs = {float(row[0]): float(row[4]) for row in rows}
@@ -235,7 +235,7 @@ def test_the_plan_tells_what_a_lower_keep_rate_saves(capsys):
 
 
 @pytest.mark.parametrize("arguments", [["plan", "--qps", "0"], ["simulate", "missing.jsonl"]])
-def test_a_misused_command_says_so(arguments, capsys):
+def test_a_misused_command_prints_its_error(arguments, capsys):
     assert main(arguments) == 2
     assert capsys.readouterr().err
 
@@ -296,7 +296,7 @@ def test_prompts_share_an_engines_steps():
     assert ends_s.tolist() == pytest.approx([0.4, 0.9, 1.0])
 
 
-def test_a_prompt_alone_takes_what_its_curve_says_in_any_number_of_steps():
+def test_a_lone_prompt_takes_the_time_of_its_curve_in_any_number_of_steps():
     curve = Curve(0.5, 0.001, 1e-7)
     engines = replace(SECOND_EACH, curves=replace(SECOND_EACH.curves, prefill=curve))
     trace = Trace(np.zeros(1), np.full(1, 1700.0), np.ones(1), np.full(1, 1700.0))
@@ -307,7 +307,7 @@ def test_a_prompt_alone_takes_what_its_curve_says_in_any_number_of_steps():
 
 @pytest.mark.parametrize("machine", [None, Machine(2.0)])
 def test_prompts_of_a_dead_engine_are_prefilled_again(machine):
-    failures = (Failure(0.6, Pool.PREFILL),)
+    failures = (ReplicaFailure(0.6, Pool.PREFILL),)
     world = replace(STEPWISE, failures=failures, machine=machine)
     trace = Trace(np.array([0.0, 0.1, 0.2]), np.array([400.0, 400.0, 200.0]), np.ones(3))
     outcome = simulate(trace, world, Fixed(sizes()), sizes(prefill=2))

@@ -30,7 +30,7 @@ class Worker:
 
     async def prefill(self, size, *, compute_s=1.0, hold_s=0.0):
         """One request: room, prefill, hand-over; returns how long it waited for room."""
-        async with self.room.reserved(size) as waited_s:
+        async with self.room.reserve(size) as waited_s:
             for _ in range(4):
                 await asyncio.sleep(compute_s / 4)
                 self.bytes_held += size // 4
@@ -99,7 +99,7 @@ def test_kv_beyond_the_cap_waits_for_all_of_it_and_goes_on():
         worker = Worker()
         small = asyncio.create_task(worker.prefill(MEBI, hold_s=1.0))
         await asyncio.sleep(0)
-        async with worker.room.reserved(50 * MEBI) as waited_s:
+        async with worker.room.reserve(50 * MEBI) as waited_s:
             pass
         await small
         return waited_s
@@ -107,7 +107,7 @@ def test_kv_beyond_the_cap_waits_for_all_of_it_and_goes_on():
     assert run_in_virtual_time(main()) == pytest.approx(2.0, abs=0.2)
 
 
-def test_who_gives_up_waiting_leaves_no_reservation():
+def test_giving_up_the_wait_leaves_no_reservation():
     async def main():
         worker = Worker()
         holder = asyncio.create_task(worker.prefill(9 * MEBI, hold_s=5.0))
@@ -128,7 +128,7 @@ def test_a_prefill_that_failed_frees_its_room_when_its_frames_are_gone():
     async def main():
         worker = Worker()
         with pytest.raises(RuntimeError):
-            async with worker.room.reserved(9 * MEBI):
+            async with worker.room.reserve(9 * MEBI):
                 raise RuntimeError
         return await worker.prefill(9 * MEBI)
 
@@ -152,7 +152,7 @@ def test_a_prompt_whose_kv_nobody_takes_waits_for_nothing():
         worker = Worker()
         holder = asyncio.create_task(worker.prefill(9 * MEBI, hold_s=5.0))
         await asyncio.sleep(0)
-        async with worker.room.reserved(0) as waited_s:
+        async with worker.room.reserve(0) as waited_s:
             pass
         await holder
         return waited_s
@@ -163,7 +163,7 @@ def test_a_prompt_whose_kv_nobody_takes_waits_for_nothing():
 def test_headers_of_frames_count():
     async def main():
         worker = Worker()
-        async with worker.room.reserved(MEBI):
+        async with worker.room.reserve(MEBI):
             return worker.room.bytes_reserved
 
     assert run_in_virtual_time(main()) >= MEBI + FRAME_BYTES

@@ -16,7 +16,7 @@ from specprefill.core.types import Plan, PlanKind, Reason, Request, Span
 from specprefill.speculator.draft import Draft, as_draft
 from specprefill.speculator.jobs import Batching
 from specprefill.speculator.reading import Reading
-from specprefill.speculator.scorer import Scorer, never
+from specprefill.speculator.scorer import Scorer, never_abandoned
 from specprefill.speculator.service import SpeculatorService
 from tests.policies import PAPER
 
@@ -59,7 +59,7 @@ class GatedScorer(Scorer):
         self.failure: Exception | None = None
 
     def read(
-        self, readings: Sequence[Reading], is_abandoned: Callable[[Reading], bool] = never
+        self, readings: Sequence[Reading], is_abandoned: Callable[[Reading], bool] = never_abandoned
     ) -> list[Reading]:
         self.seen += readings
         self.entered.set()
@@ -78,7 +78,7 @@ class GatedScorer(Scorer):
         self.batches.append(len(readings))
         super().look_ahead(readings)
 
-    async def held(self) -> None:
+    async def wait_until_held(self) -> None:
         """Until the thread has reached the gate."""
         assert await asyncio.to_thread(self.entered.wait, WAIT_S)
 

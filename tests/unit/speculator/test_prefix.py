@@ -1,4 +1,4 @@
-"""Which prompts begin alike, under a byte budget."""
+"""Prompts that start alike, under a byte budget."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def add(cache: PrefixCache[Prompt], prompt: Prompt, blocks: int = 100) -> None:
 
 
 def found(cache: PrefixCache[Prompt], prompt: Prompt) -> Prompt:
-    return [token for block in cache.longest(prompt) for token in block]
+    return [token for block in cache.find_longest(prompt) for token in block]
 
 
 def test_a_longer_prompt_finds_the_whole_blocks_it_shares() -> None:

@@ -19,7 +19,7 @@ from specprefill.core.selection import Scores
 from specprefill.speculator.attention import causal_attention
 from specprefill.speculator.draft import (
     as_draft,
-    look,
+    feed_token,
     read_chunk,
 )
 from specprefill.speculator.llama import Llama
@@ -123,7 +123,7 @@ def test_no_query_comes_from_an_end_token_or_after_it(
     longer = prompt_of(70, seed=3)
     (scores, _) = scorer.score([prompt, longer])
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-6)
-    with scorer.opened([prompt]) as readings:
+    with scorer.open_readings([prompt]) as readings:
         scorer.read(readings)
         scorer.look_ahead(readings)
         assert {len(queries) for queries in readings[0].queries} == {1 + ends_after}
@@ -157,7 +157,7 @@ def test_an_abandoned_prompt_stops_between_chunks_and_frees_its_memory(
 ) -> None:
     scorer = scorer_of(as_draft(llama), chunk=10)
     (alone,) = scorer.score([prompt_of(60)])
-    with scorer.opened([prompt_of(100), prompt_of(60)]) as (left, stays):
+    with scorer.open_readings([prompt_of(100), prompt_of(60)]) as (left, stays):
 
         def is_abandoned(reading: Reading) -> bool:
             return reading is left and reading.length >= 20
@@ -183,7 +183,7 @@ def test_short_prompts_are_read_in_one_pass(
         read_chunk(model, parts, quick)
 
     monkeypatch.setattr("specprefill.speculator.scorer.read_chunk", noted)
-    with scorer.opened([prompt_of(tokens) for tokens in (21, 31, 41, 1)]) as readings:
+    with scorer.open_readings([prompt_of(tokens) for tokens in (21, 31, 41, 1)]) as readings:
         scorer.read(readings)
     assert passes == [[20, 30, 14], [26]]
 
@@ -193,7 +193,7 @@ def test_the_last_layer_stops_a_pass_that_only_reads(llama: PreTrainedModel) -> 
     scorer = scorer_of(replace(as_draft(llama), quick=None))
     hook = llama.model.layers[-1].mlp.register_forward_hook(lambda module, *_: ended.append(module))
     try:
-        with scorer.opened([prompt_of(100)]) as readings:
+        with scorer.open_readings([prompt_of(100)]) as readings:
             scorer.read(readings)
             assert ended == []
             assert readings[0].length == 99
@@ -208,16 +208,21 @@ def test_the_last_layer_stops_a_pass_that_only_reads(llama: PreTrainedModel) -> 
 def test_a_model_without_its_modules_computes_the_same(name: str, dtype: torch.dtype) -> None:
     draft = as_draft(tiny_model(name).to(dtype))
     assert draft.quick is not None
-    told = []
+    results = []
     for quick in (None, draft.quick):
         scorer = scorer_of(replace(draft, quick=quick))
-        with scorer.opened([prompt_of(40), prompt_of(71)]) as readings, torch.inference_mode():
+        with (
+            scorer.open_readings([prompt_of(40), prompt_of(71)]) as readings,
+            torch.inference_mode(),
+        ):
             scorer.read(readings)
-            logits = look(draft.model, readings, quick)
+            logits = feed_token(draft.model, readings, quick)
             queries = torch.stack(readings[1].queries[-1])
-            told.append([each.float() for each in (logits, queries, readings[1].keys[:, :, :71])])
+            results.append(
+                [each.float() for each in (logits, queries, readings[1].keys[:, :, :71])]
+            )
     close = 1e-5 if dtype is torch.float32 else 3e-2
-    for theirs, ours in zip(*told, strict=True):
+    for theirs, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=close * float(theirs.abs().max()))
 
 
@@ -276,7 +281,7 @@ def test_the_certainty_is_the_probability_of_the_least_sure_generated_token(
     logits = eager(torch.tensor([[*prompt, *generated]]), use_cache=False).logits[0, 39:]
     expected = float(logits.softmax(dim=-1).max(dim=-1).values.min())
     scorer = scorer_of(as_draft(llama))
-    with scorer.opened([prompt]) as (reading,):
+    with scorer.open_readings([prompt]) as (reading,):
         scorer.read([reading])
         scorer.look_ahead([reading])
     assert len(reading.certainties) == 8

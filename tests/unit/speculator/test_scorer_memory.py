@@ -1,4 +1,4 @@
-"""What the scorer remembers of prompts changes no scores and stays within its budget."""
+"""Prompts that the scorer remembers change no scores and stay within its budget."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def remembering(llama: PreTrainedModel, memory_bytes: int = 1 << 30) -> Scorer:
 
 def score_and_remember(scorer: Scorer, prompt: tuple[int, ...]) -> tuple[Scores, int]:
     """The scores, and how many tokens were not computed for them."""
-    with scorer.opened([prompt]) as readings:
+    with scorer.open_readings([prompt]) as readings:
         scorer.read(readings)
         scorer.look_ahead(readings)
         scorer.remember(readings)
@@ -68,7 +68,7 @@ def test_memory_stays_within_its_budget_over_many_prompts(llama: PreTrainedModel
     rng = np.random.default_rng(0)
     for seed in range(60):
         prompt = prompt_of(int(rng.integers(1, 300)), seed=seed)
-        with scorer.opened([prompt]) as readings:
+        with scorer.open_readings([prompt]) as readings:
             in_use = sum(each.keys.nbytes + each.values.nbytes for each in readings)
             assert in_use == scorer.kv_bytes(len(prompt))
             assert in_use + scorer.prefix.bytes_held <= scorer.memory_bytes

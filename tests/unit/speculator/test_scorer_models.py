@@ -1,4 +1,4 @@
-"""Which draft models the scorer takes, and which it refuses."""
+"""Draft models that the scorer takes, and those that it refuses."""
 
 from __future__ import annotations
 

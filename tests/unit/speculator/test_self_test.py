@@ -83,13 +83,13 @@ async def test_scores_without_a_difference_keep_no_fact(root):
 
 
 @pytest.mark.parametrize(("answered", "known"), [(3, False), (5, True)])
-async def test_too_few_answers_tell_nothing(root, asked, answered, known):
+async def test_too_few_answers_give_no_result(root, asked, answered, known):
     gold = gold_of(asked)
     service = Chooses(root, lambda request: (gold[request.prompt],), answered)
     assert (await service.test() is not None) is known
 
 
-async def test_a_tokenizer_that_is_missing_tells_nothing(tmp_path):
+async def test_a_missing_tokenizer_gives_no_result(tmp_path):
     assert await self_test(Chooses(tmp_path, lambda _request: None), str(tmp_path)) is None
 
 
@@ -174,7 +174,7 @@ async def test_a_gateway_asks_until_it_knows(monkeypatch):
 @pytest.mark.parametrize(
     ("facts_kept", "status"), [(None, "ok"), (1.0, "ok"), (LEAST_FACTS_KEPT - 0.1, "degraded")]
 )
-def test_health_tells_of_a_draft_that_cannot_choose(facts_kept, status):
+def test_health_reports_a_draft_that_cannot_choose(facts_kept, status):
     pools = {"gateway": 2, "speculator": 1, "prefill": 1, "decode": 1}
     health = judge(pools, facts_kept)
     assert (health.serving, health.status) == (True, status)

@@ -1,4 +1,4 @@
-"""What the service remembers, what fits into its memory, and drafts with other tokens."""
+"""Memories of the service, prompts that fit into its memory, and drafts with other tokens."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ async def test_a_cancelled_prompt_frees_its_memory_for_the_next(draft: Draft) ->
     scorer.gate.clear()
     async with serving(scorer) as service:
         task = asyncio.create_task(service.select(request_of(300), PLAN, WAIT_S))
-        await scorer.held()
+        await scorer.wait_until_held()
         task.cancel()
         await asyncio.wait([task])
         scorer.gate.set()

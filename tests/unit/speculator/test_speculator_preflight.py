@@ -50,7 +50,10 @@ def test_memory_is_counted_as_the_loaded_model_counts_it(
     config.save_pretrained(tmp_path)
     speculator = SpeculatorConfig(path=str(tmp_path), random_weights=True, dtype="bfloat16")
     loaded = load_scorer(speculator, POOL).draft.layout.bytes_per_token
-    assert DraftKv.of(config.get_text_config(decoder=True), "bfloat16").bytes_per_token == loaded
+    assert (
+        DraftKv.from_config(config.get_text_config(decoder=True), "bfloat16").bytes_per_token
+        == loaded
+    )
 
 
 def test_a_draft_that_does_not_keep_every_key_is_refused(tmp_path: Path) -> None:

@@ -85,9 +85,9 @@ def test_prompts_join_a_batch_only_while_that_shortens_the_mean_wait() -> None:
 
 
 def test_the_pace_follows_measurements() -> None:
-    first = Pace().measured(1.0, 2.0)
+    first = Pace().with_measurement(1.0, 2.0)
     assert first == Pace(1.0, 2.0)
-    second = first.measured(2.0, 2.0)
+    second = first.with_measurement(2.0, 2.0)
     assert second.token_s == pytest.approx(1.2)
     assert second.look_ahead_s == pytest.approx(2.0)
 
@@ -97,7 +97,7 @@ async def test_a_cancelled_request_is_dropped_between_chunks(scorer: GatedScorer
     scorer.gate.clear()
     async with serving(scorer) as service:
         task = asyncio.create_task(service.select(request_of(300), PLAN, WAIT_S))
-        await scorer.held()
+        await scorer.wait_until_held()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -112,7 +112,7 @@ async def test_a_request_cancelled_in_the_queue_is_never_scored(scorer: GatedSco
     scorer.gate.clear()
     async with serving(scorer) as service:
         first = asyncio.create_task(service.select(request_of(90), PLAN, WAIT_S))
-        await scorer.held()
+        await scorer.wait_until_held()
         queued = asyncio.create_task(service.select(request_of(300), PLAN, WAIT_S))
         await asyncio.sleep(0)
         queued.cancel()
@@ -134,11 +134,13 @@ async def test_a_deadline_ends_the_wait_and_the_work(scorer: GatedScorer) -> Non
 
 
 @pytest.mark.asyncio
-async def test_a_time_out_says_whether_the_time_was_waited_or_scored(scorer: GatedScorer) -> None:
+async def test_a_time_out_reports_whether_the_time_was_waited_or_scored(
+    scorer: GatedScorer,
+) -> None:
     scorer.gate.clear()
     async with serving(scorer, Batching(max_batch=1)) as service:
         first = asyncio.create_task(service.select(request_of(90), PLAN, 0.2))
-        await scorer.held()
+        await scorer.wait_until_held()
         behind = asyncio.create_task(service.select(request_of(70), PLAN, 0.2))
         scored, waited = await asyncio.gather(first, behind, return_exceptions=True)
         scorer.gate.set()
@@ -155,7 +157,7 @@ async def test_a_full_queue_sheds_and_recovers(scorer: GatedScorer) -> None:
     batching = Batching(max_batch=1, max_wait_s=0.0, max_queued=2)
     async with serving(scorer, batching) as service:
         first = asyncio.create_task(service.select(request_of(90), PLAN, WAIT_S))
-        await scorer.held()
+        await scorer.wait_until_held()
         queued = [
             asyncio.create_task(service.select(request_of(70 + extra), PLAN, WAIT_S))
             for extra in range(2)
@@ -248,7 +250,7 @@ async def test_closing_fails_what_waits_and_is_idempotent(scorer: GatedScorer) -
         asyncio.create_task(service.select(request_of(100 + extra), PLAN, WAIT_S))
         for extra in range(3)
     ]
-    await scorer.held()
+    await scorer.wait_until_held()
     closing = asyncio.create_task(service.close())
     await asyncio.sleep(0.01)
     scorer.gate.set()
@@ -283,7 +285,7 @@ async def test_what_it_does_is_counted(scorer: GatedScorer) -> None:
         scorer.gate.clear()
         scorer.entered.clear()
         lost = asyncio.create_task(service.select(request_of(90), PLAN, 0.3))
-        await scorer.held()
+        await scorer.wait_until_held()
         queued = asyncio.create_task(service.select(request_of(70), PLAN, WAIT_S))
         await asyncio.sleep(0)
         with pytest.raises(Overloaded):
@@ -294,7 +296,7 @@ async def test_what_it_does_is_counted(scorer: GatedScorer) -> None:
             await lost
         scorer.gate.set()
         await queued
-        gauges.tested(0.875)
+        gauges.record_self_test(0.875)
         gauges.update()
         gauges.update()
     counted = {

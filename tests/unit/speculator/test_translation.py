@@ -16,12 +16,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specprefill.config import SpeculatorConfig
 from specprefill.core.types import Reason
-from specprefill.lab.evaluation.pair import rated
+from specprefill.lab.evaluation.pair import rate_prompt
 from specprefill.speculator.draft import Draft, as_draft
 from specprefill.speculator.jobs import Rating
 from specprefill.speculator.scorer import Scorer, load_scorer
 from specprefill.speculator.translation import (
-    Translated,
+    TranslatedPrompt,
     Translator,
     decode,
     load_translator,
@@ -74,24 +74,24 @@ def test_bytes_that_make_no_character_stand_for_no_text() -> None:
     assert decode(BYTES, ids[:-1]) == ("a", [(0, 1), (1, 1), (1, 1)])
 
 
-def translated(offsets: list[tuple[int, int]], main: list[tuple[int, int]]) -> Translated:
-    return Translated((0,) * len(offsets), np.array(offsets), np.array(main))
+def translate(offsets: list[tuple[int, int]], main: list[tuple[int, int]]) -> TranslatedPrompt:
+    return TranslatedPrompt((0,) * len(offsets), np.array(offsets), np.array(main))
 
 
 def test_scores_follow_the_characters() -> None:
-    several = translated([(0, 2), (2, 6), (6, 6)], [(0, 4), (4, 5), (5, 6), (6, 6)])
+    several = translate([(0, 2), (2, 6), (6, 6)], [(0, 4), (4, 5), (5, 6), (6, 6)])
     scores = several.scores(np.array([1.0, 3.0, 100.0], dtype=np.float32))
     assert scores.dtype == np.float32
     assert scores.tolist() == [2.0, 3.0, 3.0, 0.0]
 
 
 def test_characters_of_no_draft_token_do_not_count() -> None:
-    gap = translated([(0, 2), (4, 6)], [(0, 3), (3, 4), (3, 6)])
+    gap = translate([(0, 2), (4, 6)], [(0, 3), (3, 4), (3, 6)])
     assert gap.scores(np.array([1.0, 5.0], dtype=np.float32)).tolist() == [1.0, 0.0, 5.0]
 
 
 def test_draft_tokens_that_share_a_character_count_alike() -> None:
-    shared = translated([(0, 1), (0, 1), (1, 2)], [(0, 1), (0, 2)])
+    shared = translate([(0, 1), (0, 1), (1, 2)], [(0, 1), (0, 2)])
     scores = shared.scores(np.array([1.0, 3.0, 4.0], dtype=np.float32))
     assert scores.tolist() == [2.0, 3.0]
 
@@ -186,10 +186,10 @@ def test_the_evaluation_rates_a_pair_of_two_tokenizers_as_the_service_does() -> 
     )
     prompt = tuple(MAIN.encode(TEXT).ids)
     assert max(prompt) >= scorer.draft.vocabulary_size  # the draft has no such token
-    rating = rated(scorer, prompt)
+    rating = rate_prompt(scorer, prompt)
     assert isinstance(rating, Rating)
     np.testing.assert_allclose(rating.scores, scorer.score([prompt])[0], rtol=1e-5)
-    assert rated(scorer, prompt * 500) is Reason.PROMPT_TOO_LONG_FOR_SPECULATOR
+    assert rate_prompt(scorer, prompt * 500) is Reason.PROMPT_TOO_LONG_FOR_SPECULATOR
 
 
 def test_a_scorer_is_loaded_with_the_translation_it_needs(tmp_path: Path) -> None:
