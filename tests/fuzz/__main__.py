@@ -152,7 +152,13 @@ def _figures(tally: Tally) -> dict[str, Any]:
 def strangers(served: Served, document: dict[str, Any], calls: list[GrpcCase]) -> list[str]:
     """Return what answers somebody who has no key."""
     found = asyncio.run(open_routes(HOST, served.http_port, document, request))
-    some = [case for case in calls if case.method in ("Generate", "GenerateStream", "Score")][:200]
+    # Serve itself answers NOT_FOUND where the metadata names another application.
+    some = [
+        case
+        for case in calls
+        if case.method in ("Generate", "GenerateStream", "Score")
+        and "application" not in dict(case.metadata)
+    ][:200]
     tally = asyncio.run(over_grpc(f"{HOST}:{served.grpc_port}", some))
     refused = {"UNAUTHENTICATED", "INVALID_ARGUMENT"}  # bytes that are no message are read first
     found += [f"gRPC: {n} x {code}" for code, n in tally.counts.items() if code not in refused]

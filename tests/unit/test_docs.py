@@ -10,7 +10,7 @@ import yaml
 
 from specprefill.autoscaling.gauges import PolicyGauges
 from specprefill.config import AppConfig
-from specprefill.control.scaling.values import Reason as ScalingReason
+from specprefill.control.scaling.values import ScalingReason
 from specprefill.core.types import Reason
 from specprefill.deployment import file as deployment_file
 from specprefill.gateway.observe.key_usage import KeyUsage

@@ -10,14 +10,14 @@ import pytest
 
 from specprefill.control.admission import AdmissionPolicy
 from specprefill.control.from_config import net_gain, planner, selection_policy
-from specprefill.control.gate import AdmittingPipeline, Engines, Gate
+from specprefill.control.gate import AdmittingPipeline, GatewayShare, Gate
 from specprefill.core import prefix_digests
 from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator
 from specprefill.core.pipeline import Pipeline
 from specprefill.core.plan import Planner
 from specprefill.core.types import Plan, Request
 from specprefill.gateway.observe.traffic import ArrivalCounts, GatewayTraffic
-from specprefill.gateway.observe.watched import Learning, Watched
+from specprefill.gateway.observe.watched import LearningObserver, ObservedPipeline
 from specprefill.gateway.pools.affinity import load_of, whole_load_of
 from tests.contract.conftest import configuration
 
@@ -75,13 +75,13 @@ def client(gateway: Any) -> Any:
         per_engine=1,
         fair_keys=False,
         curves=gain.models.curves,
-        engines=lambda: Engines(1, 1, 1),
+        engines=lambda: GatewayShare(1, 1, 1),
         now=time.monotonic,
     )
     counts = ArrivalCounts(
         GatewayTraffic(), selection_policy(config.selection, 128), time.monotonic
     )
-    watched = Watched(AdmittingPipeline(pipeline, gate), [counts, Learning(gain.learn)])
+    watched = ObservedPipeline(AdmittingPipeline(pipeline, gate), [counts, LearningObserver(gain.learn)])
     made = build_client(config, watched, planner(config.selection, gain))
     yield made
     made.renderer.shutdown()
