@@ -8,6 +8,7 @@ one machine, and prompts the steps of an engine, where the world requires it.
 
 from __future__ import annotations
 
+import enum
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
 
@@ -19,15 +20,35 @@ from ...control.scaling.values import Arrivals, Observation, Pool, PoolState
 from .machine import Cores
 from .records import POOLS, Records
 from .station import Station
-from .steps import Batch, EnginePrompt
+from .steps import Batch, EnginePrompt, StepLimits
 from .trace import Trace
 from .world import Controller, SimulationResult, Telemetry, World
 
-SPECULATED, PREFILLED, DECODED, TICK, READY, FAILURE, ENTERED, ASIDE, OTHERS = range(9)
 LOOK_BACK_S = 600.0  # of the arrivals that controllers see
 LEAST_CORES = 0.1  # of a machine, whatever others take of it
 
-Event = tuple[float, int, int, int, int]  # time, serial, kind, request or pool, run or name
+
+class EventKind(enum.IntEnum):
+    """The things that happen at a time."""
+
+    SPECULATED = enum.auto()
+    PREFILLED = enum.auto()  # or a step of an engine's batch has ended
+    DECODED = enum.auto()
+    TICK = enum.auto()  # the controller decides
+    READY = enum.auto()  # a replica has started
+    FAILURE = enum.auto()
+    ENTERED = enum.auto()  # a request has passed the front
+    ASIDE = enum.auto()  # work beside the request's way has ended
+    OTHERS = enum.auto()  # other programs take more or less of the machine
+
+
+# The end of a request's work in each pool.
+_END_OF_WORK = {
+    Pool.SPECULATOR: EventKind.SPECULATED,
+    Pool.PREFILL: EventKind.PREFILLED,
+    Pool.DECODE: EventKind.DECODED,
+}
+Event = tuple[float, int, EventKind, int, int]  # time, serial, kind, request or place, run or name
 
 
 def simulate(
@@ -38,10 +59,10 @@ def simulate(
     admission: AdmissionPolicy | None = None,
 ) -> SimulationResult:
     """Run the whole trace. Without `admission` every request waits, at its full keep rate."""
-    return _Run(trace, world, controller, initial, admission).run()
+    return _Simulation(trace, world, controller, initial, admission).run()
 
 
-class _Run:
+class _Simulation:
     """The state of one simulation."""
 
     def __init__(
@@ -52,9 +73,10 @@ class _Run:
         initial: dict[Pool, int],
         admission: AdmissionPolicy | None,
     ) -> None:
-        self.trace, self.world, self.controller, self.admission = (
-            trace, world, controller, admission,
-        )  # fmt: skip
+        self.trace = trace
+        self.world = world
+        self.controller = controller
+        self.admission = admission
         self.arrivals = trace.arrivals(world.keep, world.min_prompt_tokens)
         times = stage_times(self.arrivals, world.engines)
         self.time_s: list[float] = trace.time_s.tolist()
@@ -62,21 +84,25 @@ class _Run:
         self.speculate_s: list[float] = times.speculate_s.tolist()
         self.prefill_s: list[float] = times.prefill_s.tolist()
         self.decode_s: list[float] = times.decode_s.tolist()
-        slots = (1, 1, world.engines.decode_slots)
-        self.stations = [Station(initial[p], n) for p, n in zip(POOLS, slots, strict=True)]
-        self.speculators, self.prefills, self.decodes = self.stations
+        self.speculators = Station(initial[Pool.SPECULATOR], 1, self.speculate_s)
+        self.prefills = Station(initial[Pool.PREFILL], 1, self.prefill_s)
+        slots = world.engines.decode_slots
+        self.decodes = Station(initial[Pool.DECODE], slots, self.decode_s)
+        self.stations = (self.speculators, self.prefills, self.decodes)  # as in POOLS
         self.kept: list[float] = self.arrivals.kept_tokens.tolist()
         self.batches: dict[int, Batch] = {}  # by the oldest request in it
         self.cores = None
         if world.machine is not None:  # a decode engine's sequences are one thread's work
-            self.cores = Cores(world.machine, {DECODED: lambda: max(1, self.decodes.ready)})
+            self.cores = Cores(
+                world.machine, {EventKind.DECODED: lambda: max(1, self.decodes.ready)}
+            )
         count = len(trace)
         self.records = Records(count)
         nominal = np.full(count, world.keep)
         if trace.kept_tokens is not None:
             nominal = trace.kept_tokens / trace.prompt_tokens
         self.keep = np.where(times.speculate_s > 0, nominal, 1.0).tolist()
-        self.late = bytearray(count)
+        self.late = [False] * count
         self.keep_limit = world.keep
         self.entering = 0  # requests at the front
         self.virtual_s = 0.0  # fair-share tag of the prefill in service
@@ -97,11 +123,11 @@ class _Run:
                 arrived += 1
                 continue
             if self.cores is not None and self.cores.due_s() <= events[0][0]:
-                now_s, (kind, subject, run) = self.cores.end()
-                self._process_event(kind, subject, run, now_s)
+                now_s, (ended, subject, run) = self.cores.end()
+                self._process_event(EventKind(ended), subject, run, now_s)
                 continue
             now_s, _, kind, subject, run = heappop(events)
-            if kind == TICK:
+            if kind is EventKind.TICK:
                 self._tick(now_s, arrived)
             else:
                 self._process_event(kind, subject, run, now_s)
@@ -110,17 +136,21 @@ class _Run:
     def _schedule(self) -> None:
         """Schedule the failures, and the first tick."""
         for failure in self.world.failures:
-            self._push(failure.time_s, FAILURE, POOLS.index(failure.pool), failure.replicas)
+            self._push(
+                failure.time_s, EventKind.FAILURE, POOLS.index(failure.pool), failure.replicas
+            )
         for place, (time_s, _) in enumerate(self.world.others):
-            self._push(time_s, OTHERS, place, 0)
-        self._push(0.0, TICK, 0, 0)
+            self._push(time_s, EventKind.OTHERS, place, 0)
+        self._push(0.0, EventKind.TICK, 0, 0)
         heapify(self.events)
 
-    def _push(self, time_s: float, kind: int, subject: int, run: int) -> None:
+    def _push(self, time_s: float, kind: EventKind, subject: int, run: int) -> None:
         self.serial += 1
         heappush(self.events, (time_s, self.serial, kind, subject, run))
 
-    def _start_work(self, now_s: float, kind: int, request: int, run: int, work_s: float) -> None:
+    def _start_work(
+        self, now_s: float, kind: EventKind, request: int, run: int, work_s: float
+    ) -> None:
         """Start work that ends after `work_s`, or later on a shared machine."""
         if self.cores is None:
             self._push(now_s + work_s, kind, request, run)
@@ -131,64 +161,76 @@ class _Run:
         busy = any(station.running or station.waiting for station in self.stations)
         return busy or self.entering > 0
 
-    def _process_event(self, kind: int, subject: int, run: int, now_s: float) -> None:
-        if kind == SPECULATED:
-            if self.speculators.end(subject, run):
-                self._to_prefill(subject, now_s)
-                self._speculate(now_s)
-        elif kind == PREFILLED:
-            if subject in self.batches:
-                self._end_step(subject, run, now_s)
-            elif self.prefills.end(subject, run):
-                self._first_token(subject, now_s)
-                self._prefill(now_s)
-        elif kind == DECODED:
-            if self.decodes.end(subject, run):
-                self.records.completed += 1
-                self._decode(now_s)
-        elif kind == ENTERED:
-            self.entering -= 1
-            self._enter(subject, now_s)
-        elif kind != ASIDE:
-            self._change(kind, subject, run, now_s)
+    def _process_event(self, kind: EventKind, subject: int, run: int, now_s: float) -> None:
+        match kind:
+            case EventKind.SPECULATED:
+                self._end_speculation(subject, run, now_s)
+            case EventKind.PREFILLED:
+                self._end_prefill(subject, run, now_s)
+            case EventKind.DECODED:
+                self._end_decoding(subject, run, now_s)
+            case EventKind.ENTERED:
+                self.entering -= 1
+                self._enter(subject, now_s)
+            case EventKind.READY:
+                if self.stations[subject].add_ready(run, now_s):
+                    self._go_on(now_s)
+            case EventKind.FAILURE:
+                self._fail(POOLS[subject], run, now_s)
+            case EventKind.OTHERS:
+                self._share_machine(subject, now_s)
 
-    def _change(self, kind: int, subject: int, number: int, now_s: float) -> None:
-        """Apply a change: a started replica is ready, some died, or others use the machine."""
-        if kind == FAILURE:
-            self._fail(subject, number, now_s)
-        elif kind == READY:
-            if self.stations[subject].add_ready(number, now_s):
-                self._go_on(now_s)
-        elif self.cores is not None and self.world.machine is not None:
-            machine = self.world.machine
-            left = max(LEAST_CORES, machine.cores - self.world.others[subject][1])
+    def _end_speculation(self, request: int, run: int, now_s: float) -> None:
+        if self.speculators.end(request, run):
+            self._to_prefill(request, now_s)
+            self._speculate(now_s)
+
+    def _end_prefill(self, request: int, run: int, now_s: float) -> None:
+        if request in self.batches:
+            self._end_step(request, run, now_s)
+        elif self.prefills.end(request, run):
+            self._first_token(request, now_s)
+            self._prefill(now_s)
+
+    def _end_decoding(self, request: int, run: int, now_s: float) -> None:
+        if self.decodes.end(request, run):
+            self.records.completed += 1
+            self._decode(now_s)
+
+    def _share_machine(self, place: int, now_s: float) -> None:
+        """Leave the part of the machine that other programs take from now on."""
+        machine = self.world.machine
+        if self.cores is not None and machine is not None:
+            left = max(LEAST_CORES, machine.cores - self.world.others[place][1])
             self.cores.change(now_s, replace(machine, cores=left))
 
     def _arrive(self, request: int, now_s: float) -> None:
         aside = self.world.aside
         if aside is not None and self.cores is not None:
-            self.cores.start(now_s, ASIDE, request, 0, aside.seconds(self.prompt[request]))
+            self.cores.start(
+                now_s, EventKind.ASIDE, request, 0, aside.seconds(self.prompt[request])
+            )
         front = self.world.front
         if front is None:
             self._enter(request, now_s)
         else:
             self.entering += 1
-            self._start_work(now_s, ENTERED, request, 0, front.seconds(self.prompt[request]))
+            self._start_work(
+                now_s, EventKind.ENTERED, request, 0, front.seconds(self.prompt[request])
+            )
 
     def _enter(self, request: int, now_s: float) -> None:
-        if self.admission is not None and not self._admit(request):
+        if self.admission is not None and not self._admit(request, self.admission):
             return
         if self.speculate_s[request] > 0.0:
-            late = self.late[request]
-            self.speculators.wait(request, now_s, late, self.speculate_s[request])
+            self.speculators.wait(request, now_s, late=self.late[request])
             self._speculate(now_s)
         else:
             self._to_prefill(request, now_s)
 
-    def _admit(self, request: int) -> bool:
+    def _admit(self, request: int, policy: AdmissionPolicy) -> bool:
         """Lower the keep rate, put the request behind, or shed it, as the gateway does."""
-        world, policy = self.world, self.admission
-        assert policy is not None
+        world = self.world
         keep = min(self.keep[request], self.keep_limit) if self.speculate_s[request] > 0.0 else 1.0
         floor = min(keep, world.keep_floor)
         ask = AdmissionRequest(int(self.prompt[request]), keep, floor, world.timeout_s)
@@ -205,29 +247,30 @@ class _Run:
 
     def _backlog(self) -> Backlog:
         first, second = self.speculators, self.prefills
-        in_time, late = _waits_s(second)
+        in_time_s, late_s = second.waits_s()
         return Backlog(
-            _waits_s(first)[0],
-            in_time,
-            late,
-            _waits_s(self.decodes)[0] / self.decodes.slots,
-            first.count[0] + second.count[0],
-            first.count[1] + second.count[1],
+            first.waits_s()[0],
+            in_time_s,
+            late_s,
+            self.decodes.waits_s()[0] / self.decodes.slots,
+            first.in_time.count + second.in_time.count,
+            first.late.count + second.late.count,
         )
 
     def _to_prefill(self, request: int, now_s: float) -> None:
         work_s = self.prefill_s[request]
         tag = now_s if self.admission is None else self.virtual_s + work_s
-        self.prefills.wait(request, tag, self.late[request], work_s)
+        self.prefills.wait(request, tag, late=self.late[request])
         self._prefill(now_s)
 
     def _speculate(self, now_s: float) -> None:
         station = self.speculators
         while station.free > 0 and station.waiting:
-            _, request = station.take_next(self.speculate_s)
+            _, request = station.take_next()
             if now_s - self.time_s[request] < self.world.timeout_s:
                 run = station.start(request)
-                self._start_work(now_s, SPECULATED, request, run, self.speculate_s[request])
+                work_s = self.speculate_s[request]
+                self._start_work(now_s, EventKind.SPECULATED, request, run, work_s)
 
     def _prefill(self, now_s: float) -> None:
         station = self.prefills
@@ -237,16 +280,17 @@ class _Run:
                 return
             run = station.start(request)
             if self.world.steps is None:
-                self._start_work(now_s, PREFILLED, request, run, self.prefill_s[request])
+                work_s = self.prefill_s[request]
+                self._start_work(now_s, EventKind.PREFILLED, request, run, work_s)
             else:
                 self.batches[request] = Batch([self._prompt(request)])
-                self._step(request, run, now_s)
+                self._step(request, run, now_s, self.world.steps)
 
     def _next_prefill(self, now_s: float) -> int | None:
         """Return the request that has waited longest and still waits for an answer."""
         station = self.prefills
         while station.waiting:
-            tag, request = station.take_next(self.prefill_s)
+            tag, request = station.take_next()
             self.virtual_s = max(self.virtual_s, tag)
             if now_s - self.time_s[request] < self.world.timeout_s:
                 return request
@@ -256,17 +300,16 @@ class _Run:
         cached = self.kept[request] * self.world.engines.cached_share
         return EnginePrompt(request, self.kept[request] - cached, cached)
 
-    def _step(self, leader: int, run: int, now_s: float) -> None:
+    def _step(self, leader: int, run: int, now_s: float, limits: StepLimits) -> None:
         """Fill an engine's next step, with prompts that wait if there is room."""
-        limits, curve = self.world.steps, self.world.engines.curves.prefill
-        assert limits is not None
+        curve = self.world.engines.curves.prefill
 
         def joining() -> EnginePrompt | None:
             request = self._next_prefill(now_s)
             return None if request is None else self._prompt(request)
 
         work_s = self.batches[leader].start_step(limits, curve, joining)
-        self._start_work(now_s, PREFILLED, leader, run, work_s)
+        self._start_work(now_s, EventKind.PREFILLED, leader, run, work_s)
 
     def _end_step(self, leader: int, run: int, now_s: float) -> None:
         """End a step. The requests that it completed have their first token."""
@@ -275,11 +318,11 @@ class _Run:
             return
         batch = self.batches.pop(leader)
         completed = batch.end_step()
-        if batch.prompts:
+        if batch.prompts and self.world.steps is not None:
             if batch.leader != leader:
                 station.hand_over(leader, batch.leader)
             self.batches[batch.leader] = batch
-            self._step(batch.leader, run, now_s)
+            self._step(batch.leader, run, now_s, self.world.steps)
         else:
             station.end(leader, run)
         for request in completed:
@@ -291,37 +334,37 @@ class _Run:
         if self.decode_s[request] == 0.0:
             self.records.completed += 1
             return
-        self.decodes.wait(request, now_s, self.late[request], self.decode_s[request])
+        self.decodes.wait(request, now_s, late=self.late[request])
         self._decode(now_s)
 
     def _decode(self, now_s: float) -> None:
         station, curves = self.decodes, self.world.engines.curves
         while station.free > 0 and station.waiting:
-            came_s, request = station.take_next(self.decode_s)
+            came_s, request = station.take_next()
             kept = self.keep[request] * self.prompt[request]
             gap_s = now_s - came_s + curves.transfer.seconds(kept)
             gap_s += curves.first_decode.seconds(kept)
             self.records.record_second_token(request, now_s, gap_s)
             run = station.start(request)
-            self._start_work(now_s, DECODED, request, run, self.decode_s[request])
+            work_s = self.decode_s[request]
+            self._start_work(now_s, EventKind.DECODED, request, run, work_s)
 
     def _go_on(self, now_s: float) -> None:
         self._speculate(now_s)
         self._prefill(now_s)
         self._decode(now_s)
 
-    def _fail(self, pool: int, replicas: int, now_s: float) -> None:
+    def _fail(self, pool: Pool, replicas: int, now_s: float) -> None:
         """Rerun what ran on the dead engines, from its stage on, ahead of the others."""
-        station = self.stations[pool]
+        station = self.stations[POOLS.index(pool)]
         for request, run in list(station.die(replicas, now_s)):
             if self.cores is not None:
-                self.cores.drop(now_s, pool, request, run)
-            batch = self.batches.pop(request, None) if pool == PREFILLED else None
+                self.cores.drop(now_s, _END_OF_WORK[pool], request, run)
+            batch = self.batches.pop(request, None) if pool is Pool.PREFILL else None
             for lost in (request,) if batch is None else batch.requests:
-                work_s = (self.speculate_s, self.prefill_s, self.decode_s)[pool][lost]
-                station.wait(lost, 0.0, 0, work_s)
-                if pool == PREFILLED:
-                    self.late[lost] = 0
+                station.wait(lost, 0.0, late=False)
+                if pool is Pool.PREFILL:
+                    self.late[lost] = False
         self._go_on(now_s)
 
     def _tick(self, now_s: float, arrived: int) -> None:
@@ -331,9 +374,9 @@ class _Run:
         for place, pool in enumerate(POOLS):
             cold_s = self.world.cold_start_s[pool]
             for name in self.stations[place].resize(target.replicas[pool], now_s):
-                self._push(now_s + cold_s, READY, place, name)
+                self._push(now_s + cold_s, EventKind.READY, place, name)
         self.keep_limit = self.world.keep if target.keep is None else target.keep
-        self._push(now_s + self.world.tick_s, TICK, 0, 0)
+        self._push(now_s + self.world.tick_s, EventKind.TICK, 0, 0)
 
     def _telemetry(self, now_s: float, arrived: int) -> Telemetry:
         start_s = max(0.0, now_s - LOOK_BACK_S)
@@ -366,13 +409,3 @@ class _Run:
         """Return the age of the oldest request that is not late."""
         waiting = (self.time_s[request] for late, _, _, request in station.waiting if not late)
         return now_s - min(waiting, default=now_s)
-
-
-def _waits_s(station: Station) -> tuple[float, float]:
-    """Return the expected wait behind those in time, and behind all: work over engines."""
-    if station.free > 0:
-        return 0.0, 0.0
-    ready = station.ready or 1
-    running_s = station.work_s[0] / max(1, station.count[0]) / 2 / ready  # till one is free
-    in_time = running_s + station.work_s[0] / ready
-    return in_time, in_time + station.work_s[1] / ready

@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from heapq import heappop, heappush
 
-Waiting = tuple[int, float, int, int]  # late, tag, serial, request
+Waiting = tuple[bool, float, int, int]  # late, tag, serial, request
+
+
+@dataclass(slots=True)
+class QueuedWork:
+    """Requests that wait, and the seconds that they take together."""
+
+    count: int = 0
+    work_s: float = 0.0
+
+    def add(self, work_s: float) -> None:
+        """Count a request that joins."""
+        self.count += 1
+        self.work_s += work_s
+
+    def remove(self, work_s: float) -> None:
+        """Count a request that leaves."""
+        self.count -= 1
+        self.work_s -= work_s
 
 
 class Station:
-    """A replica has `slots` servers. The tag orders the queue: arrival, or fair-share tag."""
+    """A replica has `slots` servers. The tag orders the queue: arrival, or fair-share tag.
+
+    `times_s` are the seconds that every request takes here; they may change until it waits.
+    """
 
     __slots__ = (
-        "billed_s", "count", "free", "ready", "retiring", "running", "serial", "slots",
-        "starts", "updated_s", "waiting", "work_s",
+        "billed_s", "free", "in_time", "late", "ready", "retiring", "running", "serial", "slots",
+        "starts", "times_s", "updated_s", "waiting",
     )  # fmt: skip
 
-    def __init__(self, replicas: int, slots: int) -> None:
+    def __init__(self, replicas: int, slots: int, times_s: Sequence[float]) -> None:
         self.slots = slots
+        self.times_s = times_s
         self.ready = replicas
         self.starts: list[int] = []  # names of those that start, oldest first
         self.retiring = 0  # servers that stop when their request ends
@@ -25,8 +48,7 @@ class Station:
         self.waiting: list[Waiting] = []
         self.running: dict[int, int] = {}  # request -> the serial of its start
         self.serial = 0
-        self.work_s = [0.0, 0.0]  # of those that wait: in time, late
-        self.count = [0, 0]
+        self.in_time, self.late = QueuedWork(), QueuedWork()  # the late ones come last
         self.billed_s = 0.0
         self.updated_s = 0.0
 
@@ -41,22 +63,26 @@ class Station:
         self.billed_s += (self.size + retiring) * (now_s - self.updated_s)
         self.updated_s = now_s
 
-    def wait(self, request: int, tag: float, late: int, work_s: float) -> None:
+    def wait(self, request: int, tag: float, *, late: bool) -> None:
         """Join the queue."""
         self.serial += 1
         heappush(self.waiting, (late, tag, self.serial, request))
-        self.work_s[late] += work_s
-        self.count[late] += 1
+        (self.late if late else self.in_time).add(self.times_s[request])
 
-    def take_next(self, works_s: list[float]) -> tuple[float, int]:
-        """Take the next request, with its tag; `works_s` are the times of all requests.
-
-        Raises IndexError when nobody waits.
-        """
+    def take_next(self) -> tuple[float, int]:
+        """Take the next request, with its tag. Raises IndexError when nobody waits."""
         late, tag, _, request = heappop(self.waiting)
-        self.work_s[late] -= works_s[request]
-        self.count[late] -= 1
+        (self.late if late else self.in_time).remove(self.times_s[request])
         return tag, request
+
+    def waits_s(self) -> tuple[float, float]:
+        """Return the expected wait behind those in time, and behind all: work over engines."""
+        if self.free > 0:
+            return 0.0, 0.0
+        ready = self.ready or 1
+        until_free_s = self.in_time.work_s / max(1, self.in_time.count) / 2 / ready
+        in_time_s = until_free_s + self.in_time.work_s / ready
+        return in_time_s, in_time_s + self.late.work_s / ready
 
     def start(self, request: int) -> int:
         """Give `request` to a server; return a serial number that distinguishes its runs."""
