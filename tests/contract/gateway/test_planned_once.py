@@ -81,7 +81,9 @@ def client(gateway: Any) -> Any:
     counts = ArrivalCounts(
         GatewayTraffic(), selection_policy(config.selection, 128), time.monotonic
     )
-    watched = ObservedPipeline(AdmittingPipeline(pipeline, gate), [counts, LearningObserver(gain.learn)])
+    watched = ObservedPipeline(
+        AdmittingPipeline(pipeline, gate), [counts, LearningObserver(gain.learn)]
+    )
     made = build_client(config, watched, planner(config.selection, gain))
     yield made
     made.renderer.shutdown()
