@@ -10,7 +10,7 @@ import pytest
 
 from specprefill.control.admission import AdmissionPolicy
 from specprefill.control.from_config import net_gain, planner, selection_policy
-from specprefill.control.gate import AdmittingPipeline, GatewayShare, Gate
+from specprefill.control.gate import AdmittingPipeline, Gate, GatewayShare
 from specprefill.core import prefix_digests
 from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator
 from specprefill.core.pipeline import Pipeline
