@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from . import specprefill_pb2 as specprefill_dot_rpc_dot_specprefill__pb2
+from specprefill.rpc import specprefill_pb2 as specprefill_dot_rpc_dot_specprefill__pb2
 
 GRPC_GENERATED_VERSION = '1.71.2'
 GRPC_VERSION = grpc.__version__
