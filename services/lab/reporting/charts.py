@@ -6,10 +6,12 @@ import html
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
+if TYPE_CHECKING:  # a node that serves has no matplotlib
+    from matplotlib.figure import Figure
 
 SIZE_INCHES = (7.0, 3.6)
 _STYLE = """
@@ -44,7 +46,7 @@ def line_chart(
     limit: float | None = None,
 ) -> str:
     """Draw an SVG element. `limit` draws a horizontal dashed line, e.g. an SLO."""
-    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+    figure = _new_figure()
     axes = figure.subplots()
     for line in lines:
         style = "steps-post" if line.steps else "default"
@@ -65,7 +67,7 @@ def bar_chart(
     title: str, groups: Sequence[str], bars: Mapping[str, Sequence[float]], *, y_label: str
 ) -> str:
     """Draw an SVG element: for every group one bar of each series in `bars`, side by side."""
-    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+    figure = _new_figure()
     axes = figure.subplots()
     width = 0.8 / max(1, len(bars))
     for place, (name, heights) in enumerate(bars.items()):
@@ -110,8 +112,21 @@ def write_page(
     )
 
 
+def is_installed() -> bool:
+    """Return whether matplotlib, which the extra `lab` brings, is there."""
+    return find_spec("matplotlib") is not None
+
+
+def _new_figure() -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=SIZE_INCHES, layout="constrained")
+
+
 def _svg(figure: Figure) -> str:
     """Return the figure as an element to put into a page."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     buffer = io.StringIO()
     FigureCanvasSVG(figure)
     figure.savefig(buffer, format="svg", metadata={"Date": None})
