@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, replace
 
 from .types import (
     Chunk,
-    Computed,
-    Decoded,
+    DecodeStep,
+    LocalPrefillTimes,
     PlanKind,
-    Prefilled,
     PrefilledBy,
+    PrefillResult,
     Replay,
     Report,
     Request,
@@ -68,14 +68,14 @@ class Answer:
     `prefilled` None: the decode engine computes the prompt and sends every token.
     """
 
-    def __init__(self, request: Request, prefilled: Prefilled | None) -> None:
+    def __init__(self, request: Request, prefilled: PrefillResult | None) -> None:
         self._request = request
         self._prefilled = prefilled
         self._samples = [_Sample() for _ in range(request.samples)]
         self._transfer_s = 0.0
         self._first_decode_s = 0.0
         self._recomputed = False
-        self._computed = Computed(0.0, 0.0)
+        self._computed = LocalPrefillTimes(0.0, 0.0)
         first = None if prefilled is None else prefilled.first
         self._cached_tokens = 0 if first is None else first.cached_tokens
         self._prompt_logprobs = None if first is None else first.prompt_logprobs  # until sent
@@ -109,7 +109,7 @@ class Answer:
             repeated[0] = self._prefilled.first.token_ids
         return tuple(repeated)
 
-    def add_step(self, step: Decoded) -> list[Chunk]:
+    def add_step(self, step: DecodeStep) -> list[Chunk]:
         """Return the part of a decode step that is new to the client. Raises Diverged."""
         if step.transfer_s is not None:
             self._transfer_s = step.transfer_s

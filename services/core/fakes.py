@@ -18,11 +18,11 @@ from .plan import Planner
 from .ports import Answerer
 from .types import (
     Chunk,
-    Computed,
-    Decoded,
+    DecodeStep,
     Lease,
+    LocalPrefillTimes,
     Plan,
-    Prefilled,
+    PrefillResult,
     Replay,
     Request,
     Selection,
@@ -78,9 +78,9 @@ class FakePrefiller:
         token = selection.kept_token_ids(request.prompt)[0]
         chunk = Chunk(0, (token,), text_of(token))
         ticket = Ticket(Lease("lease", "secret"), ("peer:1",), "layout", selection.kept_tokens)
-        prefilled = Prefilled(chunk, ticket, queue_s=0.0, prefill_s=0.5)
+        prefilled = PrefillResult(chunk, ticket, queue_s=0.0, prefill_s=0.5)
         if self.ends_answer:
-            prefilled = Prefilled(_finish(chunk, "stop"), None, queue_s=0.0, prefill_s=0.5)
+            prefilled = PrefillResult(_finish(chunk, "stop"), None, queue_s=0.0, prefill_s=0.5)
         prefilling = FakePrefilling(self, error, ticket if self.early else None, prefilled)
         try:
             yield prefilling
@@ -95,7 +95,7 @@ class FakePrefilling:
     prefiller: FakePrefiller
     error: SpecPrefillError | None
     early: Ticket | None
-    outcome: Prefilled
+    outcome: PrefillResult
     holds: bool = False
 
     async def ticket(self) -> Ticket | None:
@@ -104,7 +104,7 @@ class FakePrefilling:
             self._hold()
         return self.early
 
-    async def result(self) -> Prefilled:
+    async def result(self) -> PrefillResult:
         """See the port."""
         await asyncio.sleep(0)
         if self.error is not None:
@@ -148,7 +148,7 @@ class FakeDecoder:
         ticket: Ticket | None,
         replay: Replay,
         timeout_s: float,
-    ) -> AsyncGenerator[Decoded]:
+    ) -> AsyncGenerator[DecodeStep]:
         """See the port."""
         del timeout_s
         self.replays.append(replay)
@@ -170,10 +170,10 @@ class FakeDecoder:
             self.closed += 1
 
 
-def _decode_step(chunk: Chunk, ticket: Ticket | None) -> Decoded:
+def _decode_step(chunk: Chunk, ticket: Ticket | None) -> DecodeStep:
     if ticket is None:
-        return Decoded(chunk, 0.0, 0.0, computed=Computed(queue_s=0.0, prefill_s=0.375))
-    return Decoded(chunk, 0.125, 0.0625)
+        return DecodeStep(chunk, 0.0, 0.0, computed=LocalPrefillTimes(queue_s=0.0, prefill_s=0.375))
+    return DecodeStep(chunk, 0.125, 0.0625)
 
 
 def text_of(token: int) -> str:

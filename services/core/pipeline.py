@@ -14,7 +14,6 @@ from contextlib import (
 from dataclasses import dataclass, field, replace
 
 from .answer import Answer, Diverged
-from .begun import prefetch_first
 from .errors import (
     DeadlineExceeded,
     DecodeUnavailable,
@@ -27,12 +26,13 @@ from .errors import (
 from .fallback import Fallback, Patience
 from .plan import plan_of
 from .ports import Decoder, LocalPrefill, Prefiller, Prefilling, Speculator
+from .prefetch import prefetch_first
 from .types import (
     Chunk,
-    Decoded,
+    DecodeStep,
     Plan,
     PlanKind,
-    Prefilled,
+    PrefillResult,
     Reason,
     Request,
     Selection,
@@ -64,8 +64,8 @@ class _PrefillOutcome:
     """
 
     prefilling: Prefilling | None = None
-    prefilled: Prefilled | None = None
-    steps: AsyncGenerator[Decoded] | None = None
+    prefilled: PrefillResult | None = None
+    steps: AsyncGenerator[DecodeStep] | None = None
 
 
 @dataclass(slots=True)
@@ -170,7 +170,7 @@ class Pipeline:
         prefill = self.prefiller.prefill(request, selection, deadline.left_s())
         prefilling = await inside.enter_async_context(prefill)
         ticket = await prefilling.ticket()
-        steps: AsyncGenerator[Decoded] | None = None
+        steps: AsyncGenerator[DecodeStep] | None = None
         if ticket is not None and self.overlap:
             decode = self.decoder.decode(
                 request, selection, ticket, ((),) * request.samples, deadline.left_s()
@@ -231,7 +231,7 @@ class Pipeline:
 
 
 async def _new_chunks(
-    answer: Answer, steps: AsyncGenerator[Decoded], prefilling: Prefilling | None
+    answer: Answer, steps: AsyncGenerator[DecodeStep], prefilling: Prefilling | None
 ) -> AsyncGenerator[Chunk, None]:
     """Yield the parts of a decode engine's steps that are new to the client. Raises Diverged."""
     async with aclosing(steps) as stream:

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Protocol
 
-from .types import Chunk, Decoded, Plan, Prefilled, Replay, Request, Selection, Ticket
+from .types import Chunk, DecodeStep, Plan, PrefillResult, Replay, Request, Selection, Ticket
 
 
 class Speculator(Protocol):
@@ -34,7 +34,7 @@ class Prefilling(Protocol):
         """
         ...
 
-    async def result(self) -> Prefilled:
+    async def result(self) -> PrefillResult:
         """Return the first token and the ticket for the KV."""
         ...
 
@@ -63,7 +63,7 @@ class Decoder(Protocol):
         ticket: Ticket | None,
         replay: Replay,
         timeout_s: float,
-    ) -> AsyncGenerator[Decoded]:
+    ) -> AsyncGenerator[DecodeStep]:
         """Stream every sample of the answer, from its first token on.
 
         Each sample first repeats its tokens in `replay`: they are forced, one step each, so

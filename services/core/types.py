@@ -225,7 +225,7 @@ class Ticket:
 
 
 @dataclass(frozen=True, slots=True)
-class Prefilled:
+class PrefillResult:
     """The result of a prefill engine: the first token at once, and a ticket for the KV."""
 
     first: Chunk
@@ -238,22 +238,22 @@ Replay = tuple[tuple[int, ...], ...]  # per sample: output tokens to repeat befo
 
 
 @dataclass(frozen=True, slots=True)
-class Computed:
-    """A prompt that the decode engine computed, because nothing was to be handed over."""
+class LocalPrefillTimes:
+    """Times of a prompt that the decode engine computed itself: nothing was handed over."""
 
     queue_s: float
     prefill_s: float
 
 
 @dataclass(frozen=True, slots=True)
-class Decoded:
+class DecodeStep:
     """One step of a decode engine's stream; the last one carries the KV transfer time."""
 
     chunk: Chunk
     transfer_s: float | None = None  # the part of the pull that did not overlap with prefill
     first_decode_s: float | None = None
     recomputed: bool = False  # the pull failed; the pruned prompt was prefilled here
-    computed: Computed | None = None  # on the last, where there was no ticket
+    computed: LocalPrefillTimes | None = None  # on the last, where there was no ticket
 
 
 class PrefilledBy(enum.StrEnum):

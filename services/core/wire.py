@@ -6,11 +6,11 @@ from typing import TypeVar, cast
 
 import msgspec
 
-from .types import Prefilled, Ticket
+from .types import PrefillResult, Ticket
 
 T = TypeVar("T")
 
-PrefillStep = tuple[Ticket | None, Prefilled | None]  # one of them
+PrefillStep = tuple[Ticket | None, PrefillResult | None]  # one of them
 PREFILL_STEP = cast("type[PrefillStep]", PrefillStep)
 
 _encoder = msgspec.msgpack.Encoder()

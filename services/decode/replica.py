@@ -52,7 +52,7 @@ class DecodeReplica:
         await self._service.close()
 
     async def decode(self, payload: bytes, objects: list[KvReference]) -> AsyncGenerator[bytes]:
-        """Take `(Request, Selection, Ticket | None, Replay, timeout_s)`; stream Decoded.
+        """Take `(Request, Selection, Ticket | None, Replay, timeout_s)`; stream DecodeStep.
 
         `objects` hold the ticket's KV, one per rank, if Ray carries it.
         """

@@ -13,7 +13,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from ..core.errors import DeadlineExceeded, DecodeUnavailable
-from ..core.types import Carrier, Computed, Decoded, Replay, Request, Selection, Ticket
+from ..core.types import Carrier, DecodeStep, LocalPrefillTimes, Replay, Request, Selection, Ticket
 from ..engine.engine import Engine, map_engine_errors
 from ..engine.half_characters import Leak, leak_of
 from ..engine.outputs import check_ended_well, chunk_of, prefill_times, sampling_params
@@ -63,7 +63,7 @@ class DecodeService:
         ticket: Ticket | None,
         replay: Replay,
         timeout_s: float,
-    ) -> AsyncGenerator[Decoded]:
+    ) -> AsyncGenerator[DecodeStep]:
         """Stream every sample, each from its first token on; see the port `Decoder`."""
         samples = [
             self._sample(
@@ -71,7 +71,7 @@ class DecodeService:
             )
             for index in range(request.samples)
         ]
-        steps: asyncio.Queue[Decoded | BaseException] = asyncio.Queue()
+        steps: asyncio.Queue[DecodeStep | BaseException] = asyncio.Queue()
         readers = [asyncio.create_task(_read_sample(sample, steps)) for sample in samples]
         give_up_s = time.monotonic() + timeout_s
         try:
@@ -87,7 +87,7 @@ class DecodeService:
 
     async def _sample(
         self, request: Request, selection: Selection, params: SamplingParams, index: int
-    ) -> AsyncGenerator[Decoded]:
+    ) -> AsyncGenerator[DecodeStep]:
         prompt = selection.kept_token_ids(request.prompt)
         request_id = f"decode-{index}-{request.request_id}"
         started_s = time.monotonic()
@@ -107,7 +107,7 @@ class DecodeService:
 
 
 async def _read_sample(
-    sample: AsyncGenerator[Decoded], steps: asyncio.Queue[Decoded | BaseException]
+    sample: AsyncGenerator[DecodeStep], steps: asyncio.Queue[DecodeStep | BaseException]
 ) -> None:
     """Read one sample's stream into the queue; its failure goes there too."""
     try:
@@ -136,14 +136,14 @@ def _sample_params(
     return params
 
 
-def _decoded_step(output: RequestOutput, index: int, first_s: float, leak: Leak) -> Decoded:
+def _decoded_step(output: RequestOutput, index: int, first_s: float, leak: Leak) -> DecodeStep:
     """Return a step; the last one also reports how the pull went."""
     chunk = chunk_of(output, index)
     chunk = replace(chunk, text=leak.cut(chunk.text)) if leak.chars else chunk
     if not chunk.is_finished:
-        return Decoded(chunk)
+        return DecodeStep(chunk)
     pull = pulled_in(output.kv_transfer_params) or PullOutcome(0.0, 0.0, recomputed=False)
-    return Decoded(
+    return DecodeStep(
         chunk,
         transfer_s=pull.exposed_s,
         first_decode_s=max(0.0, first_s - pull.pull_s),
@@ -151,12 +151,14 @@ def _decoded_step(output: RequestOutput, index: int, first_s: float, leak: Leak)
     )
 
 
-def _computed_step(step: Decoded, output: RequestOutput) -> Decoded:
+def _computed_step(step: DecodeStep, output: RequestOutput) -> DecodeStep:
     """Return the last step of a request that came without KV."""
-    return replace(step, first_decode_s=0.0, computed=Computed(*prefill_times(output)))
+    return replace(step, first_decode_s=0.0, computed=LocalPrefillTimes(*prefill_times(output)))
 
 
-async def _next_step(steps: asyncio.Queue[Decoded | BaseException], give_up_s: float) -> Decoded:
+async def _next_step(
+    steps: asyncio.Queue[DecodeStep | BaseException], give_up_s: float
+) -> DecodeStep:
     try:
         step = await asyncio.wait_for(steps.get(), give_up_s - time.monotonic())
     except TimeoutError as error:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
-from ..core.types import Prefilled, Ticket
+from ..core.types import PrefillResult, Ticket
 from .holding import RemoteLeases, hold_lease
 
 
@@ -14,12 +14,15 @@ class HeldPrefill:
     """The answer of a prefill engine's service, and the lease behind its ticket."""
 
     def __init__(
-        self, steps: AsyncIterator[Ticket | Prefilled], leases: RemoteLeases, stack: AsyncExitStack
+        self,
+        steps: AsyncIterator[Ticket | PrefillResult],
+        leases: RemoteLeases,
+        stack: AsyncExitStack,
     ) -> None:
         self._steps = steps
         self._leases = leases
         self._stack = stack
-        self._prefilled: Prefilled | None = None
+        self._prefilled: PrefillResult | None = None
         self._kv_arrived: asyncio.Event | None = None  # None: no lease is held
 
     async def ticket(self) -> Ticket | None:
@@ -31,7 +34,7 @@ class HeldPrefill:
         self._prefilled = step
         return None
 
-    async def result(self) -> Prefilled:
+    async def result(self) -> PrefillResult:
         """See the port."""
         while self._prefilled is None:
             await self.ticket()
@@ -54,7 +57,7 @@ class HeldPrefill:
 
 @asynccontextmanager
 async def hold_prefill(
-    steps: AsyncIterator[Ticket | Prefilled], leases: RemoteLeases
+    steps: AsyncIterator[Ticket | PrefillResult], leases: RemoteLeases
 ) -> AsyncIterator[HeldPrefill]:
     """Hold the KV while inside; at the end it is released, whatever has come by then."""
     async with AsyncExitStack() as stack:

@@ -13,7 +13,7 @@ from ..autoscaling.waiting import Waiting
 from ..config import AppConfig
 from ..core import heap
 from ..core.replica_logging import log_with_serve
-from ..core.types import Prefilled, Request, Selection
+from ..core.types import PrefillResult, Request, Selection
 from ..core.wire import pack, unpack
 from ..engine.args import Role, engine_args
 from ..engine.engine import Engine
@@ -76,14 +76,14 @@ class PrefillReplica:
             steps = self._service.steps(request, selection, timeout_s)
             async with aclosing(steps) as stream, self._objects.start_storing() as storing:
                 async for step in stream:
-                    if isinstance(step, Prefilled):
+                    if isinstance(step, PrefillResult):
                         yield pack((None, step)), await self._store_kv(step, storing)
                     elif self._kv.carrier == "object_ref":
                         storing.start(step, self._kv.pull_timeout_s)
                     else:
                         yield pack((step, None)), []
 
-    async def _store_kv(self, prefilled: Prefilled, storing: PendingStore) -> list[KvReference]:
+    async def _store_kv(self, prefilled: PrefillResult, storing: PendingStore) -> list[KvReference]:
         """Return the KV as Ray's objects. Empty: it stays with the worker for decode to pull."""
         if prefilled.ticket is None or self._kv.carrier != "object_ref":
             return []

@@ -14,7 +14,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from ..core.errors import DeadlineExceeded, PrefillUnavailable
-from ..core.types import Carrier, Lease, Prefilled, Request, Selection, Ticket
+from ..core.types import Carrier, Lease, PrefillResult, Request, Selection, Ticket
 from ..engine.engine import Engine, map_engine_errors
 from ..engine.half_characters import Leak, leak_of
 from ..engine.outputs import (
@@ -134,7 +134,7 @@ class PrefillService:
 
     async def steps(
         self, request: Request, selection: Selection, timeout_s: float
-    ) -> AsyncGenerator[Ticket | Prefilled]:
+    ) -> AsyncGenerator[Ticket | PrefillResult]:
         """Yield the ticket as soon as a pull may start, if that is before the end; then the result.
 
         See `prefill`. Closing the iterator before the result was taken releases the KV.
@@ -155,7 +155,7 @@ class PrefillService:
         finally:
             running.cancel()
             (outcome,) = await asyncio.gather(running, return_exceptions=True)
-            if not taken and isinstance(outcome, Prefilled) and outcome.ticket is not None:
+            if not taken and isinstance(outcome, PrefillResult) and outcome.ticket is not None:
                 self._release_unclaimed(outcome.ticket.lease)
 
     async def prefill(
@@ -164,7 +164,7 @@ class PrefillService:
         selection: Selection,
         timeout_s: float,
         on_announced: Callable[[Ticket], None] | None = None,
-    ) -> Prefilled:
+    ) -> PrefillResult:
         """Compute the kept tokens at their original positions and sample one token.
 
         The KV is held under the returned ticket until it is released or its lease ends.
@@ -174,7 +174,7 @@ class PrefillService:
         asked = sampling_params(request.sampling)
         lease = _new_lease(request, asked)
         params = _prefill_params(asked, selection, lease)
-        prefilled: Prefilled | None = None
+        prefilled: PrefillResult | None = None
         if lease is not None and on_announced is not None:
             self._expected[lease.id] = _Expected(lease, on_announced)
         kv_bytes = 0 if lease is None else selection.kept_tokens * self._token_bytes
@@ -272,7 +272,7 @@ def _new_lease(request: Request, asked: SamplingParams) -> Lease | None:
 
 def _prefilled_of(
     output: RequestOutput, carrier: Carrier, leak: Leak, waited_s: float
-) -> Prefilled:
+) -> PrefillResult:
     ticket = handed_in(output.kv_transfer_params)
     if ticket is not None:
         ticket = replace(ticket, carrier=carrier)
@@ -281,4 +281,4 @@ def _prefilled_of(
     first = replace(first, text=leak.cut(first.text))
     if ticket is not None:  # one token was all that was asked of this engine: not the end
         first = replace(first, finish_reason=None, stop_reason=None)
-    return Prefilled(first, ticket, queue_s=waited_s + queue_s, prefill_s=prefill_s)
+    return PrefillResult(first, ticket, queue_s=waited_s + queue_s, prefill_s=prefill_s)

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from ray import serve
 
 from specprefill.config import AppConfig
-from specprefill.core.types import Chunk, Plan, Prefilled, Request, Selection, Span
+from specprefill.core.types import Chunk, Plan, PrefillResult, Request, Selection, Span
 from specprefill.core.wire import pack, unpack
 
 SPECULATE_S = 0.02
@@ -56,7 +56,7 @@ class Prefill(Timed):
         prefill_s = PREFILL_TOKEN_S * selection.kept_tokens
         queue_s = await self._work(prefill_s)
         first = Chunk(0, request.prompt[:1], "a", finish_reason="length")
-        yield pack((None, Prefilled(first, None, queue_s, prefill_s))), []
+        yield pack((None, PrefillResult(first, None, queue_s, prefill_s))), []
 
 
 class Decode:

@@ -121,7 +121,7 @@ class Pools:
     cut_off: bool = False  # the gateway does not reach the workers that hold KV
     overlap: bool = True  # decode begins to pull before prefill has answered
     carrier: Carrier | None = None  # instead of the best that the engines have
-    on_prefill_step: object = None  # called with each Ticket and Prefilled, may replace it
+    on_prefill_step: object = None  # called with each Ticket and PrefillResult, may replace it
     on_step: object = None  # called with each decode step
 
     @asynccontextmanager

@@ -19,10 +19,10 @@ from specprefill.core.fallback import OnOverload, static_selection
 from specprefill.core.types import (
     Carrier,
     Controls,
-    Decoded,
+    DecodeStep,
     Plan,
     PlanKind,
-    Prefilled,
+    PrefillResult,
     Reason,
     Request,
     Selection,
@@ -90,7 +90,7 @@ def asking(whole, table, request) -> Ask:
 
 
 def once(kind, action):
-    """A hook that acts on the first `kind` (of Ticket, Prefilled and Decoded) only."""
+    """A hook that acts on the first `kind` (of Ticket, PrefillResult and DecodeStep) only."""
     done = False
 
     async def hook(*args):
@@ -137,7 +137,7 @@ async def test_prefill_dies_before_the_transfer(late):
         await asyncio.to_thread(late.pools.prefills[0].process.wait, 5)
         return prefilled
 
-    late.pools.on_prefill_step = once(Prefilled, kill)
+    late.pools.on_prefill_step = once(PrefillResult, kill)
     await late.and_expect_the_same("prompt recomputed by decode")
 
 
@@ -150,7 +150,7 @@ async def test_prefill_dies_during_the_transfer(late):
         asyncio.get_running_loop().call_later(0.3, prefill.kill)
         return prefilled
 
-    late.pools.on_prefill_step = once(Prefilled, stop)
+    late.pools.on_prefill_step = once(PrefillResult, stop)
     await late.and_expect_the_same("prompt recomputed by decode")
 
 
@@ -159,7 +159,7 @@ async def test_prefill_dies_after_the_transfer(asking):
     async def kill(_member, _step):
         asking.pools.prefills[0].kill()
 
-    asking.pools.on_step = once(Decoded, kill)
+    asking.pools.on_step = once(DecodeStep, kill)
     await asking.and_expect_the_same("nothing to do")
 
 
@@ -171,7 +171,7 @@ async def test_decode_dies_queued(late):
         await asyncio.to_thread(decode.process.wait, 5)
         return prefilled
 
-    late.pools.on_prefill_step = once(Prefilled, kill)
+    late.pools.on_prefill_step = once(PrefillResult, kill)
     await late.and_expect_the_same("pulled by another decode")
 
 
@@ -185,7 +185,7 @@ async def test_decode_dies_mid_transfer(late):
         loop.call_later(0.6, prefill.signal, signal.SIGCONT)
         return prefilled
 
-    late.pools.on_prefill_step = once(Prefilled, stop)
+    late.pools.on_prefill_step = once(PrefillResult, stop)
     await late.and_expect_the_same("pulled by another decode")
 
 
@@ -255,7 +255,7 @@ def through_a_relay(asking, hurt):
                 return replace(step, ticket=replace(step.ticket, endpoints=(one.address,)))
 
             asking.pools.on_prefill_step = once(
-                Ticket if asking.pools.overlap else Prefilled, detour
+                Ticket if asking.pools.overlap else PrefillResult, detour
             )
             yield one
 
@@ -293,7 +293,7 @@ async def test_a_stale_peer_answers_at_the_same_address(late):
             prefilled, ticket=replace(prefilled.ticket, endpoints=(f"127.0.0.1:{port}",))
         )
 
-    late.pools.on_prefill_step = once(Prefilled, replace_peer)
+    late.pools.on_prefill_step = once(PrefillResult, replace_peer)
     await late.and_expect_the_same("prompt recomputed by decode")
     late.servers[0].stop(0).wait()
 
@@ -306,7 +306,7 @@ async def test_the_lease_ends_before_a_slow_decode_pulls(late):
         return prefilled
 
     late.pools.cut_off = True
-    late.pools.on_prefill_step = once(Prefilled, wait_out)
+    late.pools.on_prefill_step = once(PrefillResult, wait_out)
     await late.and_expect_the_same("prompt recomputed by decode")
 
 
@@ -317,7 +317,7 @@ async def test_a_slow_decode_pulls_late(late):
         assert not await late.pools.prefills[0].service.drain(UNCLAIMED_S + 1.0)
         return prefilled
 
-    late.pools.on_prefill_step = once(Prefilled, wait)
+    late.pools.on_prefill_step = once(PrefillResult, wait)
     await late.and_expect_the_same("lease renewed")
 
 
@@ -338,8 +338,8 @@ async def test_nobody_pulls(whole, table):
 STAGES = {
     "prefilling": None,
     "pulling early": Ticket,
-    "handing over": Prefilled,
-    "decoding": Decoded,
+    "handing over": PrefillResult,
+    "decoding": DecodeStep,
 }
 
 

@@ -25,7 +25,7 @@ os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
 
 from specprefill.config import EngineConfig, KvConfig, MainModel
 from specprefill.core.positions import PositionMap
-from specprefill.core.types import Plan, PlanKind, Prefilled, Reason, Request, Selection, Span
+from specprefill.core.types import Plan, PlanKind, PrefillResult, Reason, Request, Selection, Span
 from specprefill.kv.rpc import KvPeers
 from specprefill.kv.tls import read_tls
 
@@ -126,7 +126,7 @@ class Engines:
         prefilled = await self.prefill.prefill(request, selection, 60.0)
         return prefilled, await self.decoded(request, selection, prefilled)
 
-    async def decoded(self, request, selection, prefilled: Prefilled, replay=None):
+    async def decoded(self, request, selection, prefilled: PrefillResult, replay=None):
         """Every step of the decode engine, which replays the first token if nothing else.
 
         The lease is released at the end, as the pipeline does.

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from specprefill.core.errors import DeadlineExceeded, InvalidRequest
-from specprefill.core.types import Carrier, Prefilled, Span, Ticket
+from specprefill.core.types import Carrier, PrefillResult, Span, Ticket
 
 from .conftest import BLOCK_SIZE, Runner, answer, kept, prompt_of, text
 
@@ -89,7 +89,7 @@ async def begun_early(engines, request, selection):
     """The early ticket; then the result, and what decode made of the ticket alone."""
     decoding = None
     async for step in engines.prefill.steps(request, selection, 60.0):
-        if isinstance(step, Prefilled):
+        if isinstance(step, PrefillResult):
             yield step, await decoding
         else:
             decoding = asyncio.create_task(collect_steps(engines, request, selection, step))

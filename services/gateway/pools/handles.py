@@ -26,7 +26,7 @@ from ...core.errors import (
     Unavailable,
 )
 from ...core.ports import Prefilling
-from ...core.types import Decoded, Plan, Prefilled, Replay, Request, Selection, Ticket
+from ...core.types import DecodeStep, Plan, PrefillResult, Replay, Request, Selection, Ticket
 from ...kv.holding import RemoteLeases
 from ...kv.prefilling import hold_prefill
 from ..serve_internals import call_alone
@@ -102,7 +102,7 @@ class ServePrefiller:
 
     async def _prefill_results(
         self, items: AsyncGenerator[Any]
-    ) -> AsyncGenerator[Ticket | Prefilled]:
+    ) -> AsyncGenerator[Ticket | PrefillResult]:
         """Yield perhaps an early ticket, then the result. Objects are kept until this is closed."""
         async with aclosing(items):
             async for payload, objects in items:
@@ -134,7 +134,7 @@ class ServeDecoder:
         ticket: Ticket | None,
         replay: Replay,
         timeout_s: float,
-    ) -> AsyncGenerator[Decoded]:
+    ) -> AsyncGenerator[DecodeStep]:
         """See `ports.Decoder`."""
         payload = wire.pack((request, selection, ticket, replay, timeout_s))
         objects = [] if ticket is None else self.carried.get(ticket.lease.id, [])
@@ -142,7 +142,7 @@ class ServeDecoder:
         decoding = _stream_call(call, "decode", DecodeUnavailable, timeout_s, payload, objects)
         async with decoding as items:
             async for item in items:
-                yield wire.unpack(item, Decoded)
+                yield wire.unpack(item, DecodeStep)
 
 
 @asynccontextmanager

@@ -11,7 +11,7 @@ from specprefill.control.probe import Probe
 from specprefill.control.stages import Curve, StageModels
 from specprefill.core.errors import PrefillUnavailable
 from specprefill.core.fakes import FakePrefiller, FakePrefilling, FakeSpeculator
-from specprefill.core.types import Chunk, PlanKind, Prefilled, Request, Selection, Span
+from specprefill.core.types import Chunk, PlanKind, PrefillResult, Request, Selection, Span
 
 SPECULATE = Curve(base_s=0.01, token_s=1e-5)
 PREFILL = Curve(base_s=0.02, token_s=2e-4)
@@ -37,7 +37,7 @@ class TimedPrefiller:
         self.lengths.append(len(request.prompt))
         seconds = PREFILL.seconds(len(request.prompt))
         chunk = Chunk(0, (1,), "a", finish_reason="length")
-        yield FakePrefilling(FakePrefiller(), None, None, Prefilled(chunk, None, 0.0, seconds))
+        yield FakePrefilling(FakePrefiller(), None, None, PrefillResult(chunk, None, 0.0, seconds))
 
 
 def probe(speculator, prefiller, longest=100_000, budget_s=0.5) -> Probe:

@@ -26,11 +26,11 @@ from specprefill.core.errors import (
 )
 from specprefill.core.types import (
     Chunk,
-    Decoded,
+    DecodeStep,
     Lease,
     Plan,
     PlanKind,
-    Prefilled,
+    PrefillResult,
     Reason,
     Replay,
     Request,
@@ -53,7 +53,7 @@ SELECTION = dense_selection(3, Reason.ASKED_OFF)
 TICKET = Ticket(Lease("lease", "secret"), ("peer:1",), "layout", 3)
 REPLAY: Replay = ((1,),)
 OBJECTS = ["a reference"]
-PREFILLED = Prefilled(Chunk(0, (1,), "a"), TICKET, 0.0, 0.0)
+PREFILLED = PrefillResult(Chunk(0, (1,), "a"), TICKET, 0.0, 0.0)
 
 
 class Response:
@@ -77,7 +77,7 @@ class Response:
         item = self._items.pop(0)
         if isinstance(item, BaseException):
             raise item
-        if isinstance(item, Prefilled):
+        if isinstance(item, PrefillResult):
             return wire.pack((None, item)), OBJECTS
         return (wire.pack((item, None)), []) if isinstance(item, Ticket) else wire.pack(item)
 
@@ -257,7 +257,7 @@ async def test_an_early_ticket_and_the_results_are_one_lease() -> None:
 
 
 async def test_decode_streams_and_always_cancels() -> None:
-    steps = [Decoded(Chunk(0, (token,), "x")) for token in (1, 2)]
+    steps = [DecodeStep(Chunk(0, (token,), "x")) for token in (1, 2)]
     handle = Handle(*steps)
     seen = [
         s async for s in ServeDecoder(handle, {}).decode(REQUEST, SELECTION, TICKET, ((1,),), 5.0)
@@ -268,7 +268,7 @@ async def test_decode_streams_and_always_cancels() -> None:
 
 
 async def test_closing_a_decode_stream_cancels_it() -> None:
-    handle = Handle(*[Decoded(Chunk(0, (1,), "x"))] * 3)
+    handle = Handle(*[DecodeStep(Chunk(0, (1,), "x"))] * 3)
     stream = ServeDecoder(handle, {}).decode(REQUEST, SELECTION, TICKET, ((1,),), 5.0)
     await anext(stream)
     assert handle.response.cancelled is False
@@ -277,7 +277,7 @@ async def test_closing_a_decode_stream_cancels_it() -> None:
 
 
 async def test_a_decode_stream_ends_at_its_deadline() -> None:
-    handle = Handle(Decoded(Chunk(0, (1,), "x")), pause_s=5.0)
+    handle = Handle(DecodeStep(Chunk(0, (1,), "x")), pause_s=5.0)
     with pytest.raises(DeadlineExceeded):
         await anext(ServeDecoder(handle, {}).decode(REQUEST, SELECTION, TICKET, ((1,),), 0.01))
     assert handle.response.cancelled is True
@@ -339,7 +339,7 @@ async def test_the_newest_counts_are_not_remembered_ones() -> None:
 
 async def test_kv_that_ray_carries_goes_along_and_is_dropped_at_the_end() -> None:
     carried: Carried = {}
-    handle = Handle(Decoded(Chunk(0, (1,), "x", finish_reason="stop")))
+    handle = Handle(DecodeStep(Chunk(0, (1,), "x", finish_reason="stop")))
     prefiller = ServePrefiller(Handle(PREFILLED), Leases(), carried)
     async with prefiller.prefill(REQUEST, SELECTION, 1.0) as prefilling:
         await prefilling.result()

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from specprefill.core.begun import prefetch_first
+from specprefill.core.prefetch import prefetch_first
 
 
 class Source:
