@@ -295,7 +295,7 @@ async def ask(
     planner = Planner(enabled=True, keep=0.5, min_prompt_tokens=1)
     speculator, fallback = FixedSpeculator(selection), Fallback()
     if on_overload is not None:
-        speculator, fallback = FullSpeculator(), Fallback(on_overload)
+        speculator, fallback = FullSpeculator(), Fallback(on_overload, SHIPPED)
     pipeline = Pipeline(speculator, pools, pools, fallback=fallback, overlap=pools.overlap)
     started_s = time.monotonic()
     async with asyncio.timeout(90):
