@@ -28,6 +28,8 @@ from specprefill.lab.reporting.tables import markdown, provenance, write_json
 # The tiny random model and the environment of engines on CPUs.
 from tests.integration.conftest import BLOCK_SIZE, model_dir  # noqa: F401
 
+from ..policies import SHIPPED
+
 
 class Member:
     """One engine of a pool: its service, its process, and how to replace it."""
