@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 
@@ -10,12 +11,20 @@ _MOST = 3.0  # twice the size: 2 where the cost is linear, 4 where it is quadrat
 
 
 def cpu_s(step: Callable[[], object]) -> float:
-    """The least CPU time of this thread that `step` took in a few tries."""
+    """Return the least CPU time of this thread that `step` took in a few tries.
+
+    Without the garbage collector, which walks everything that other tests left in memory.
+    """
     taken = []
-    for _ in range(_TRIES):
-        started = time.thread_time()
-        step()
-        taken.append(time.thread_time() - started)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(_TRIES):
+            started = time.thread_time()
+            step()
+            taken.append(time.thread_time() - started)
+    finally:
+        gc.enable()
     return min(taken)
 
 
