@@ -8,7 +8,6 @@ one machine, and prompts the steps of an engine, where the world requires it.
 
 from __future__ import annotations
 
-import enum
 from dataclasses import replace
 from heapq import heapify, heappop, heappush
 
@@ -17,6 +16,7 @@ import numpy as np
 from ...control.admission import AdmissionPolicy, AdmissionRequest, Backlog, Shed, judge
 from ...control.scaling.sizing import stage_times
 from ...control.scaling.values import Arrivals, Observation, Pool, PoolState
+from .events import END_OF_WORK, Event, EventKind
 from .machine import Cores
 from .records import POOLS, Records
 from .station import Station
@@ -26,29 +26,6 @@ from .world import Controller, SimulationResult, Telemetry, World
 
 LOOK_BACK_S = 600.0  # of the arrivals that controllers see
 LEAST_CORES = 0.1  # of a machine, whatever others take of it
-
-
-class EventKind(enum.IntEnum):
-    """The things that happen at a time."""
-
-    SPECULATED = enum.auto()
-    PREFILLED = enum.auto()  # or a step of an engine's batch has ended
-    DECODED = enum.auto()
-    TICK = enum.auto()  # the controller decides
-    READY = enum.auto()  # a replica has started
-    FAILURE = enum.auto()
-    ENTERED = enum.auto()  # a request has passed the front
-    ASIDE = enum.auto()  # work beside the request's way has ended
-    OTHERS = enum.auto()  # other programs take more or less of the machine
-
-
-# The end of a request's work in each pool.
-_END_OF_WORK = {
-    Pool.SPECULATOR: EventKind.SPECULATED,
-    Pool.PREFILL: EventKind.PREFILLED,
-    Pool.DECODE: EventKind.DECODED,
-}
-Event = tuple[float, int, EventKind, int, int]  # time, serial, kind, request or place, run or name
 
 
 def simulate(
@@ -359,7 +336,7 @@ class _Simulation:
         station = self.stations[POOLS.index(pool)]
         for request, run in list(station.die(replicas, now_s)):
             if self.cores is not None:
-                self.cores.drop(now_s, _END_OF_WORK[pool], request, run)
+                self.cores.drop(now_s, END_OF_WORK[pool], request, run)
             batch = self.batches.pop(request, None) if pool is Pool.PREFILL else None
             for lost in (request,) if batch is None else batch.requests:
                 station.wait(lost, 0.0, late=False)
