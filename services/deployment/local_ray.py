@@ -140,7 +140,7 @@ def _environment(folder: Path, file: Path | None) -> dict[str, str]:
 
     `folder` is this process's own, for the front's files; `file` is the deployment file.
     """
-    http, grpc = port_range(), port_range()
+    http, grpc, own = _distinct_port_ranges(3)
     defaults = {
         **SHORT_PATHS,
         "RAY_SERVE_HAPROXY_BINARY_PATH": front_program(),
@@ -153,10 +153,10 @@ def _environment(folder: Path, file: Path | None) -> dict[str, str]:
         "RAY_worker_niceness": "0",  # else any other process goes first
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",  # HAProxy learns of it at once
         # Another Ray cluster may run here.
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
-        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(own[0]),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(own[1]),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(own[2]),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(own[3]),
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(http.start),
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(http.stop),
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(grpc.start),
@@ -349,6 +349,13 @@ def port_range(width: int = 100) -> range:
         start = secrets.choice(range(*REPLICA_PORTS, width))
         if not any(port_in_use("127.0.0.1", port) for port in range(start, start + 4)):
             return range(start, start + width)
+
+
+def _distinct_port_ranges(count: int) -> list[range]:
+    ranges: set[range] = set()
+    while len(ranges) < count:
+        ranges.add(port_range())
+    return list(ranges)
 
 
 def port_in_use(host: str, port: int) -> bool:

@@ -1,9 +1,11 @@
 """Serve's answers, read."""
 
 import re
+from pathlib import Path
 
 import pytest
 
+from specprefill.deployment import local_ray
 from specprefill.deployment.front import FILE_VARIABLE
 from specprefill.deployment.local_ray import (
     SHORT_PATHS,
@@ -148,3 +150,13 @@ def test_two_services_draw_ports_that_the_system_gives_to_no_client(monkeypatch)
     for drawn in (port_range(), port_range()):
         assert len(drawn) == 100
         assert 12_000 <= drawn.start < drawn.stop <= 30_000
+
+
+def test_no_port_that_is_drawn_for_later_is_an_ephemeral_one(tmp_path):
+    """Ray's own processes draw those while they start: HAProxy could not bind its port then."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    settings = local_ray._environment(tmp_path, None)
+    ports = {name: int(value) for name, value in settings.items() if name.endswith("_PORT")}
+    drawn = {name: port for name, port in ports.items() if name.startswith("RAY_SERVE_")}
+    assert len(drawn) == 8
+    assert max(drawn.values()) < lowest
