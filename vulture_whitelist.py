@@ -101,6 +101,10 @@ _.closed
 _.released
 _.wait_until_idle
 
+# The support of a model: the modes that pipelines choose by.
+_.hands_over
+_.keeps_positions
+
 # Fields that are read as a whole (`asdict`), protocols' parameters, and the like.
 _.atexit  # of weakref.finalize
 _.bytes_used

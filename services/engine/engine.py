@@ -22,7 +22,7 @@ from ..core.errors import InvalidRequest, Unavailable
 from ..core.types import Carrier
 from .args import vllm_config
 from .failed_start import engine_errors_shown
-from .sparse.guard import refuse_unsupported
+from .support import refuse_unsupported
 
 
 class Engine:

@@ -11,9 +11,10 @@ from vllm.config import ModelConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from ..config import AppConfig, EngineConfig
-from ..core.findings import Finding, error, warning
+from ..core.findings import Finding, error, note, warning
+from ..core.support import Support
 from .args import plain_args
-from .sparse.guard import EngineOptions, unsupported_reasons
+from .support import EngineOptions, is_served, support_of
 
 _POOLS = ("prefill", "decode")
 
@@ -28,7 +29,7 @@ class MainModelCheck:
 
     def findings(self) -> Iterator[Finding]:
         """Yield what keeps each engine from starting, or makes it serve worse than configured."""
-        reasons: dict[str, None] = {}  # each once, in order
+        found: dict[Finding, None] = {}  # each once, in order
         for pool in _POOLS:
             args = self._args(pool)
             if isinstance(args, Finding):
@@ -41,9 +42,17 @@ class MainModelCheck:
                 return
             yield from self._sizes(pool, self.model)
             options = EngineOptions.of_arguments(args, self.model)
-            reasons.update(dict.fromkeys(unsupported_reasons(self.model, options)))
-        for reason in reasons:
-            yield error("model.path", f"{self.config.model.path}: {reason}")
+            found.update(dict.fromkeys(self._mode(support_of(self.model, options))))
+        yield from found
+
+    def _mode(self, support: Support) -> Iterator[Finding]:
+        path = self.config.model.path
+        if not is_served(support):
+            for reason in support.reasons:
+                yield error("model.path", f"{path}: {reason}")
+            return
+        for line in support.lines():
+            yield note("model.path", f"{path}: {support.mode}: {line}")
 
     def _args(self, pool: str) -> AsyncEngineArgs | Finding:
         model = self.config.model.model_copy(update={"path": str(self.folder)})

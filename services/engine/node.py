@@ -19,7 +19,7 @@ from ..config import EngineConfig, KvConfig, MainModel
 from ..core.errors import IncompatibleVllm, InvalidConfiguration
 from ..kv.nixl.agent import agent_for
 from .args import Role, engine_args, vllm_config
-from .sparse.guard import engine_reasons
+from .support import engine_support, is_served
 from .vllm_internals import check_cpu_caches, check_v1_runner
 
 _GIB = 1 << 30
@@ -83,10 +83,10 @@ def engine_facts(
 ) -> Iterator[Fact]:
     """Yield facts about the deployment's engines on this node, or why one would not start."""
     pool = role.name.lower()
-    reasons = engine_reasons(model, engine)
-    for reason in reasons:
-        yield Fact(pool, f"{model.path}: {reason}", wrong=True)
-    if reasons:
+    support = engine_support(model, engine)
+    if not is_served(support):
+        for reason in support.reasons:
+            yield Fact(pool, f"{model.path}: {reason}", wrong=True)
         return
     try:
         config = vllm_config(engine_args(model, engine, kv, role))
@@ -94,6 +94,7 @@ def engine_facts(
         yield Fact(pool, f"{model.path}: vLLM refuses it: {error}", wrong=True)
         return
     yield Fact(pool, f"{model.path}: can run")
+    yield Fact(f"{pool} mode", "; ".join((support.mode, *support.lines())))
     yield from _choice_facts(pool, config)
 
 

@@ -16,8 +16,9 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from ..sparse.batch import SparseBatch
-from ..sparse.guard import refuse_unreadable_caches, refuse_unsupported
+from ..sparse.guard import refuse_unreadable_caches
 from ..sparse.positions_v1 import rewrite_positions
+from ..support import refuse_unsupported
 from ..vllm_internals import check_cpu_caches, check_v1_runner, step_positions
 from ..worker_rpc import KvRpc
 

@@ -15,9 +15,10 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from ..sparse.batch import SparseBatch
-from ..sparse.guard import refuse_unreadable_caches, refuse_unsupported
+from ..sparse.guard import refuse_unreadable_caches
 from ..sparse.model_state import check_runner_class, sparse_model_state
 from ..sparse.positions_v1 import rewrite_positions
+from ..support import refuse_unsupported
 from ..vllm_internals import check_v1_runner, step_positions
 from ..worker_rpc import KvRpc
 

@@ -84,11 +84,12 @@ def test_a_deployment_that_can_run(capsys):
 
 def test_a_model_that_the_engines_would_refuse(capsys, deployment, tmp_path):
     from specprefill.config import EngineConfig, MainModel
-    from specprefill.engine.sparse.guard import engine_reasons
+    from specprefill.engine.support import engine_support
 
     folder = str(model_folders.write("bloom", tmp_path))
     code, lines = report(capsys, deployment(model={"path": folder, "max_model_len": 2048}))
-    (reason,) = engine_reasons(MainModel(path=folder, max_model_len=2048), EngineConfig())
+    support = engine_support(MainModel(path=folder, max_model_len=2048), EngineConfig())
+    (reason,) = support.reasons
     assert code == 1
     assert starting(lines, "prefill") == f"FAIL  prefill: {folder}: {reason}"
     assert starting(lines, "decode") == f"FAIL  decode: {folder}: {reason}"

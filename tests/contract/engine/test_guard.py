@@ -44,9 +44,11 @@ def _in_this_process(monkeypatch):
 
 
 def reasons(folder, engine=None, **model) -> tuple[str, ...]:
-    from specprefill.engine.sparse.guard import engine_reasons
+    from specprefill.engine.support import engine_support
 
-    return engine_reasons(MainModel(path=str(folder), **model), EngineConfig(**(engine or {})))
+    return engine_support(
+        MainModel(path=str(folder), **model), EngineConfig(**(engine or {}))
+    ).reasons
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -76,12 +78,12 @@ def test_plain_caches_are_handed_over(dtype, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["fp8", "fp8_e4m3", "fp8_e5m2"])
 def test_fp8_caches_pass_as_bytes_but_on_a_cpu(dtype, tmp_path, monkeypatch):
-    from specprefill.engine.sparse import guard
+    from specprefill.engine import support
 
     folder = model_folders.write("llama", tmp_path)
     engine = {"engine_args": {"kv_cache_dtype": dtype}}
     assert "cannot be handed over" in reasons(folder, engine)[0]
-    monkeypatch.setattr(guard.current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(support.current_platform, "is_cpu", lambda: False)
     assert reasons(folder, engine) == ()
 
 
@@ -90,9 +92,9 @@ def test_fp8_caches_pass_as_bytes_but_on_a_cpu(dtype, tmp_path, monkeypatch):
     ["nvfp4", "nvfp4_4over6", "int8_per_token_head", "fp8_per_token_head", "ultraquant_4bit"],
 )
 def test_caches_with_scales_inside_are_refused_on_every_device(dtype, tmp_path, monkeypatch):
-    from specprefill.engine.sparse import guard
+    from specprefill.engine import support
 
-    monkeypatch.setattr(guard.current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr(support.current_platform, "is_cpu", lambda: False)
     folder = model_folders.write("llama", tmp_path)
     (found,) = reasons(folder, {"engine_args": {"kv_cache_dtype": dtype}})
     assert found == (

@@ -89,7 +89,8 @@ def caches_of(one_worker, tmp_path, monkeypatch):
     ],
 )
 def test_a_model_that_passes_the_guard_has_readable_caches(caches_of, name, longest):
-    from specprefill.engine.sparse.guard import refuse_unreadable_caches, refuse_unsupported
+    from specprefill.engine.sparse.guard import refuse_unreadable_caches
+    from specprefill.engine.support import refuse_unsupported
 
     config, caches = caches_of(name, longest)
     refuse_unsupported(config)
