@@ -213,7 +213,8 @@ class ApiKey(Strict):
     key: str | None = Field(None, min_length=1, repr=False)
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None  # of the key, in hex
     env: str | None = None  # an environment variable of the gateways' nodes
-    file: str | None = None  # a file on the gateways' nodes that holds the key alone
+    # A file on the gateways' nodes: a key, or several, one a line. Read again when it changes.
+    file: str | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

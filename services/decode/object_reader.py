@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 
 from ..core.types import Carrier, Ticket
 from ..kv.object_ref.stream import KvObject, KvRelay
-from ..kv.tls import MutualTls
+from ..kv.tls import TlsSource
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ KvReference: TypeAlias = ray.ObjectRef  # of a KvObject
 class ObjectTickets:
     """Turns a ticket for objects into one that the engine's workers can pull from this node."""
 
-    def __init__(self, host: str, tls: MutualTls | None = None) -> None:
+    def __init__(self, host: str, tls: TlsSource | None = None) -> None:
         self._host = host
         self._tls = tls
         self._relays: list[KvRelay] = []

@@ -18,7 +18,7 @@ from ..engine.args import Role, engine_args
 from ..engine.engine import Engine
 from ..engine.ray_metrics import ray_stat_loggers
 from ..kv.nixl.agent import require
-from ..kv.tls import read_tls
+from ..kv.tls import watch_tls
 from .object_reader import KvReference, ObjectTickets
 from .service import DecodeService
 
@@ -35,7 +35,7 @@ class DecodeReplica:
         log_with_serve()
         config = AppConfig.model_validate_json(config_json)
         require(config.kv.carrier)
-        tls = read_tls(config.kv.tls)
+        tls = watch_tls(config.kv.tls)
         args = engine_args(config.model, config.decode, config.kv, Role.DECODE, peer=config.prefill)
         engine = Engine(
             args, cpu_threads=config.decode.cpu_threads, stat_loggers=ray_stat_loggers()

@@ -12,7 +12,7 @@ hurt, and then runs HAProxy. Its settings are `gateway.front` of the deployment 
 - *Serve's own time limit and disconnect switch* are taken out of requests: the gateway keeps
   time, and answers in the right form;
 - *ports and the admin socket* closed, or bound to the host that is configured;
-- *TLS* for HTTP and gRPC.
+- *TLS* for HTTP and gRPC, with certificates that are replaced when their files change.
 
 A line that is not where this module expects it stops the start: another version of Ray needs
 a review.
@@ -25,7 +25,6 @@ import os
 import re
 import resource
 import shutil
-import ssl
 import sys
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
@@ -33,6 +32,7 @@ from pathlib import Path
 
 from ..config import ApiKey, FrontConfig, FrontTls, GatewayConfig
 from ..core.errors import InvalidConfiguration
+from .certificates import CertificateFiles, WatchOrder, admin_socket, start_watch
 
 PROGRAM = "specprefill-front"
 FILE_VARIABLE = "SPECPREFILL_DEPLOYMENT_FILE"
@@ -43,6 +43,7 @@ _SERVES_TIMEOUT_HEADER = "x-request-timeout-seconds"
 _SERVES_DISCONNECT_HEADER = "x-request-disconnect-disabled"
 _FILES_BESIDE_CONNECTIONS = 512
 _ANSWER_GRACE_S = 30.0  # the gateway's own time limit comes first
+_CHECK_ONLY = "-c"  # HAProxy's argument
 _CLOSED_GRPC = ("/grpc.reflection.", "/ray.serve.RayServeAPIService/ListApplications")
 
 # Status, OpenAI's type, code, message.
@@ -213,11 +214,15 @@ def _tls_parameters(tls: FrontTls | None, folder: Path) -> str:
     shown = f' ssl crt "{_pem_file(folder)}"'
     if tls.client_authority is None:
         return shown
-    return f'{shown} ca-file "{tls.client_authority}" verify required'
+    return f'{shown} ca-file "{_authority_file(folder)}" verify required'
 
 
 def _pem_file(folder: Path) -> Path:
     return folder / "front.pem"
+
+
+def _authority_file(folder: Path) -> Path:
+    return folder / "front-authority.pem"
 
 
 def require_front(gateway: GatewayConfig, environ: Mapping[str, str]) -> None:
@@ -238,30 +243,18 @@ def require_front(gateway: GatewayConfig, environ: Mapping[str, str]) -> None:
 
 def check_tls(tls: FrontTls | None) -> None:
     """Raise InvalidConfiguration, naming the field, unless the files can be used."""
-    if tls is None:
-        return
-    for field, path in tls.model_dump(exclude_none=True).items():
-        try:
-            Path(path).read_bytes()
-        except OSError as error:
-            raise InvalidConfiguration(
-                f"gateway.front.tls.{field}: {path}: {error.strerror}"
-            ) from error
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(tls.certificate, tls.key, password=lambda: "")
-    except (ssl.SSLError, ValueError) as error:
-        raise InvalidConfiguration(
-            "gateway.front.tls.certificate, gateway.front.tls.key: not a PEM certificate and its "
-            f"key without a password: {error}"
-        ) from error
-    if tls.client_authority is not None:
-        try:
-            context.load_verify_locations(tls.client_authority)
-        except ssl.SSLError as error:
-            raise InvalidConfiguration(
-                f"gateway.front.tls.client_authority: not a PEM certificate: {error}"
-            ) from error
+    if tls is not None:
+        _certificate_files(tls).check()
+
+
+def _certificate_files(tls: FrontTls) -> CertificateFiles:
+    return CertificateFiles(tls.certificate, tls.key, tls.client_authority)
+
+
+def _watch_of(tls: FrontTls, config: Path) -> WatchOrder:
+    folder = config.parent
+    copies = (str(_pem_file(folder)), str(_authority_file(folder)))
+    return WatchOrder(_certificate_files(tls), *copies, admin_socket(config.read_text()))
 
 
 def rewrite_file(path: Path, gateway: GatewayConfig) -> None:
@@ -272,7 +265,7 @@ def rewrite_file(path: Path, gateway: GatewayConfig) -> None:
 
 
 def write_files(folder: Path, tls: FrontTls | None) -> None:
-    """Write the files that the configuration names: error responses and the certificate.
+    """Write the files that the configuration names: error responses and copies of certificates.
 
     HAProxy wants the certificate and its key in one file; only its owner may read it.
     """
@@ -287,10 +280,11 @@ def write_files(folder: Path, tls: FrontTls | None) -> None:
         _error_file(folder, status).write_bytes("\r\n".join([*head, "", body]).encode())
     if tls is None:
         return
-    parts = [Path(tls.certificate).read_bytes(), Path(tls.key).read_bytes()]
+    if tls.client_authority is not None:
+        _authority_file(folder).write_bytes(Path(tls.client_authority).read_bytes())
     descriptor = os.open(_pem_file(folder), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
-        file.write(b"\n".join(parts))
+        file.write(_certificate_files(tls).pem())
 
 
 def _most_connections() -> int:
@@ -357,7 +351,10 @@ def main() -> None:
         program = _haproxy()
         if "-f" in arguments:
             path = Path(arguments[arguments.index("-f") + 1])
-            rewrite_file(path, read_settings(path.parent, os.environ.get(FILE_VARIABLE)))
+            gateway = read_settings(path.parent, os.environ.get(FILE_VARIABLE))
+            rewrite_file(path, gateway)
+            if gateway.front.tls is not None and _CHECK_ONLY not in arguments:
+                start_watch(_watch_of(gateway.front.tls, path))
     except (UnknownTemplate, InvalidConfiguration, InvalidFile, OSError) as error:
         sys.exit(f"{PROGRAM}: {error}")
     os.execv(program, [program, *arguments])

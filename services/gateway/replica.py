@@ -36,7 +36,7 @@ from ..core.replica_logging import log_with_serve
 from ..deployment.file import DRAINING
 from ..deployment.front import require_front
 from ..kv.rpc import KvPeers
-from ..kv.tls import read_tls
+from ..kv.tls import watch_tls
 from ..rpc import specprefill_pb2 as pb
 from .grpc.api import GrpcApi
 from .grpc.failed_calls import log_refusals_in_one_line
@@ -88,7 +88,7 @@ class GatewayReplica:
             "prefill": prefill.deployment_name,
             "decode": decode.deployment_name,
         }
-        self._peers = KvPeers(read_tls(self._config.kv.tls))
+        self._peers = KvPeers(watch_tls(self._config.kv.tls))
         self._health = ServeHealth(context.app_name, pools, serve.status)
         if (
             self._config.kv.carrier == "object_ref"

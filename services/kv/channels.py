@@ -6,7 +6,7 @@ import threading
 
 import grpc
 
-from .tls import MutualTls
+from .tls import MutualTls, TlsSource
 
 OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.max_receive_message_length", -1),
@@ -17,29 +17,79 @@ OPTIONS: list[tuple[str, int | str]] = [
 
 
 class Channels:
-    """Channels to peers, opened when first asked for and kept. Thread-safe."""
+    """Channels to peers, opened when first asked for and kept. Thread-safe.
 
-    def __init__(self, tls: MutualTls | None) -> None:
+    After a change of certificates a peer's next call opens a new channel; the one before is
+    closed at the change after that, when its calls have ended long since.
+    """
+
+    def __init__(self, tls: TlsSource | None) -> None:
         self._tls = tls
         self._opened: dict[tuple[str, int], grpc.Channel] = {}
+        self._retired: list[grpc.Channel] = []
+        self._used: MutualTls | None = None
         self._lock = threading.Lock()
 
     def channel_to(self, peer: str, part: int = 0) -> grpc.Channel:
         """Return the channel to `peer`, `host:port`; each `part` is a connection of its own."""
         with self._lock:
+            self._retire_if_changed()
             if (peer, part) not in self._opened:
-                self._opened[peer, part] = open_channel(peer, self._tls)
+                self._opened[peer, part] = open_channel(peer, self._used)
             return self._opened[peer, part]
 
     def close(self) -> None:
         """Close every channel; calls under way fail."""
         with self._lock:
-            for opened in self._opened.values():
+            for opened in (*self._opened.values(), *self._retired):
                 opened.close()
             self._opened.clear()
+            self._retired.clear()
+
+    def _retire_if_changed(self) -> None:
+        now = None if self._tls is None else self._tls.current()
+        if now is self._used:
+            return
+        for retired in self._retired:
+            retired.close()
+        self._retired = list(self._opened.values())
+        self._opened.clear()
+        self._used = now
 
 
-def listen(server: grpc.Server, host: str, tls: MutualTls | None, port: int = 0) -> str:
+class AioChannels:
+    """Channels of an asyncio program, one per peer; otherwise as `Channels`."""
+
+    def __init__(self, tls: TlsSource | None) -> None:
+        self._tls = tls
+        self._opened: dict[str, grpc.aio.Channel] = {}
+        self._retired: list[grpc.aio.Channel] = []
+        self._used: MutualTls | None = None
+
+    async def channel_to(self, peer: str) -> grpc.aio.Channel:
+        """Return the channel to `peer`, `host:port`."""
+        now = None if self._tls is None else self._tls.current()
+        if now is not self._used:
+            outdated, self._retired = self._retired, list(self._opened.values())
+            self._opened, self._used = {}, now
+            await _close_all(outdated)
+        if peer not in self._opened:
+            self._opened[peer] = open_aio_channel(peer, self._used)
+        return self._opened[peer]
+
+    async def close(self) -> None:
+        """Close every channel."""
+        channels = [*self._opened.values(), *self._retired]
+        self._opened, self._retired = {}, []
+        await _close_all(channels)
+
+
+async def _close_all(channels: list[grpc.aio.Channel]) -> None:
+    for opened in channels:
+        await opened.close()
+
+
+def listen(server: grpc.Server, host: str, tls: TlsSource | None, port: int = 0) -> str:
     """Bind `port` of `host`, 0 for a free one; with `tls`, callers must show a certificate.
 
     Returns `host:port`.
@@ -47,9 +97,18 @@ def listen(server: grpc.Server, host: str, tls: MutualTls | None, port: int = 0)
     wanted = f"{host}:{port}"
     if tls is None:
         return f"{host}:{server.add_insecure_port(wanted)}"
-    pair = (tls.key, tls.certificate)
-    credentials = grpc.ssl_server_credentials([pair], tls.authority, require_client_auth=True)
-    return f"{host}:{server.add_secure_port(wanted, credentials)}"
+    return f"{host}:{server.add_secure_port(wanted, _server_credentials(tls))}"
+
+
+def _server_credentials(tls: TlsSource) -> grpc.ServerCredentials:
+    """Return credentials that each handshake takes from `tls` anew."""
+
+    def newest() -> grpc.ServerCertificateConfiguration:
+        now = tls.current()
+        pair = (now.key, now.certificate)
+        return grpc.ssl_server_certificate_configuration([pair], now.authority)
+
+    return grpc.dynamic_ssl_server_credentials(newest(), newest, require_client_authentication=True)
 
 
 def open_channel(peer: str, tls: MutualTls | None) -> grpc.Channel:

@@ -37,7 +37,7 @@ from .nixl.device_reads import DeviceReadHandler
 from .nixl.reads import Introduction, NixlHandler
 from .object_ref.shared_memory import LocateHandler, SharedMemory
 from .rpc import KvServer
-from .tls import read_tls
+from .tls import watch_tls
 
 logger = logging.getLogger("specprefill.kv.keeper")
 
@@ -112,7 +112,7 @@ class Keeper:
         self._fingerprint = config.fingerprint
         self._in_device = config.device is not None
         self._freed: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # offsets of regions
-        tls = read_tls(None if config.tls is None else KvTls(**config.tls))
+        tls = watch_tls(None if config.tls is None else KvTls(**config.tls))
         in_worker = config.device is not None
         nixl = None if in_worker else agent_for(config.carrier, encrypted=tls is not None)
         self._carrier = "nixl" if in_worker or nixl is not None else "grpc"

@@ -14,13 +14,13 @@ from ..core.types import Ticket
 from .channels import Channels
 from .frames import Frame, Trailer, decode
 from .rpc import PULL, PullQuery
-from .tls import MutualTls
+from .tls import TlsSource
 
 
 class KvClient:
     """One connection per peer and stream, kept open."""
 
-    def __init__(self, tls: MutualTls | None = None, *, streams: int = 1) -> None:
+    def __init__(self, tls: TlsSource | None = None, *, streams: int = 1) -> None:
         self._streams = streams
         self._channels = Channels(tls)
 

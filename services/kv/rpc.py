@@ -22,10 +22,10 @@ import msgpack
 from ..core.errors import InvalidRequest, LeaseNotFound
 from ..core.types import Lease, Ticket
 from .announcements import Announcement, Announcements
-from .channels import OPTIONS, listen, open_aio_channel
+from .channels import OPTIONS, AioChannels, listen
 from .frames import Trailer, encode
 from .leases import LeaseGauges, LeaseStore
-from .tls import MutualTls
+from .tls import TlsSource
 
 SERVICE = "specprefill.v1.KvCache"
 PULL = f"/{SERVICE}/Pull"
@@ -87,7 +87,7 @@ class KvServer:
         host: str,
         *,
         port: int = 0,
-        tls: MutualTls | None = None,
+        tls: TlsSource | None = None,
         threads: int = _THREADS,
         sends_bytes: bool = True,
         more_handlers: Sequence[grpc.GenericRpcHandler] = (),
@@ -290,9 +290,8 @@ def _pack(value: object) -> bytes:
 class KvPeers:
     """Talks to prefill workers' KV ports from an asyncio program; one channel per peer."""
 
-    def __init__(self, tls: MutualTls | None = None) -> None:
-        self._tls = tls
-        self._channels: dict[str, grpc.aio.Channel] = {}
+    def __init__(self, tls: TlsSource | None = None) -> None:
+        self._channels = AioChannels(tls)
 
     async def release(self, ticket: Ticket) -> None:
         """Drop the lease at every rank. A peer that is gone holds nothing: not an error."""
@@ -308,7 +307,7 @@ class KvPeers:
 
     async def announcements(self, peer: str) -> AsyncGenerator[Announcement]:
         """Yield the announcements of `peer` from now on; end when it is gone."""
-        watch: Any = self._channel(peer).unary_stream(WATCH)
+        watch: Any = (await self._channels.channel_to(peer)).unary_stream(WATCH)
         try:
             async for message in watch(b""):
                 yield Announcement(**msgpack.unpackb(message))
@@ -328,9 +327,7 @@ class KvPeers:
 
     async def close(self) -> None:
         """Close every channel."""
-        channels, self._channels = self._channels, {}
-        for opened in channels.values():
-            await opened.close()
+        await self._channels.close()
 
     async def _at_every_rank(self, method: str, peers: Sequence[str], lease: Lease) -> list[bool]:
         query = {"lease_id": lease.id, "secret": lease.secret}
@@ -342,13 +339,8 @@ class KvPeers:
     async def _call(
         self, peer: str, method: str, query: dict[str, Any], timeout_s: float, *, if_gone: Any
     ) -> Any:
-        call: Any = self._channel(peer).unary_unary(method)
+        call: Any = (await self._channels.channel_to(peer)).unary_unary(method)
         try:
             return msgpack.unpackb(await call(msgpack.packb(query), timeout=timeout_s))
         except grpc.aio.AioRpcError:
             return if_gone
-
-    def _channel(self, peer: str) -> grpc.aio.Channel:
-        if peer not in self._channels:
-            self._channels[peer] = open_aio_channel(peer, self._tls)
-        return self._channels[peer]

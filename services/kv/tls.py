@@ -1,14 +1,26 @@
-"""Mutual TLS between KV ports: the files, read and tried out before anything listens."""
+"""Mutual TLS between KV ports: the files, read and tried out before anything listens.
+
+Files are read again when they change. New connections use the new ones; connections that exist
+stay as they are.
+"""
 
 from __future__ import annotations
 
+import logging
 import ssl
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from ..config import KvTls
 from ..core.errors import InvalidConfiguration
+
+logger = logging.getLogger(__name__)
+
+RELOAD_S = 1.0  # between two looks at the files
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +32,67 @@ class MutualTls:
     authority: bytes
     name: str
 
+    def current(self) -> MutualTls:
+        """See TlsSource."""
+        return self
+
+
+class TlsSource(Protocol):
+    """Where connections take their identity and trust from."""
+
+    def current(self) -> MutualTls:
+        """Return what the next connection uses."""
+        ...
+
+
+class RenewedTls:
+    """The files' content, read again when they change. Thread-safe.
+
+    Files that peers would refuse, or that do not fit each other yet, change nothing.
+    """
+
+    def __init__(
+        self, files: KvTls, first: MutualTls, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._files = files
+        self._known = first
+        self._now = now
+        self._looked_s = now()
+        self._complaint = ""
+        self._lock = threading.Lock()
+
+    def current(self) -> MutualTls:
+        """See TlsSource."""
+        with self._lock:
+            if self._now() - self._looked_s >= RELOAD_S:
+                self._looked_s = self._now()
+                self._reload()
+            return self._known
+
+    def _reload(self) -> None:
+        try:
+            renewed = self._read_changed()
+        except InvalidConfiguration as error:
+            self._complain_once(str(error))
+            return
+        self._complaint = ""
+        if renewed is not None:
+            self._known = renewed
+            logger.info("kv.tls: certificate, key or authority changed; new connections use them")
+
+    def _read_changed(self) -> MutualTls | None:
+        """Return the files' content if it differs from what is known. Raises as `read_tls` does."""
+        known = self._known
+        content = tuple(_read_file(field, path) for field, path in _paths(self._files))
+        if content == (known.certificate, known.key, known.authority):
+            return None
+        return _read_valid(self._files)
+
+    def _complain_once(self, complaint: str) -> None:
+        if complaint != self._complaint:
+            logger.warning("kv.tls: kept as it was: %s", complaint)
+        self._complaint = complaint
+
 
 def read_tls(files: KvTls | None) -> MutualTls | None:
     """Return the files' content; None stays None (plaintext).
@@ -27,16 +100,26 @@ def read_tls(files: KvTls | None) -> MutualTls | None:
     Raises InvalidConfiguration, naming the field, if a file cannot be read, is not what it
     should be, or if peers with the same files would refuse each other.
     """
-    if files is None:
-        return None
-    tls = MutualTls(
-        certificate=_read_file("certificate", files.certificate),
-        key=_read_file("key", files.key),
-        authority=_read_file("authority", files.authority),
-        name=files.name,
-    )
+    return None if files is None else _read_valid(files)
+
+
+def watch_tls(files: KvTls | None) -> RenewedTls | None:
+    """Return the files' content for as long as a process lives. Raises as `read_tls` does."""
+    return None if files is None else RenewedTls(files, _read_valid(files))
+
+
+def _read_valid(files: KvTls) -> MutualTls:
+    certificate, key, authority = (_read_file(field, path) for field, path in _paths(files))
     _try_out(files)
-    return tls
+    return MutualTls(certificate, key, authority, files.name)
+
+
+def _paths(files: KvTls) -> tuple[tuple[str, str], ...]:
+    return (
+        ("certificate", files.certificate),
+        ("key", files.key),
+        ("authority", files.authority),
+    )
 
 
 def _read_file(field: str, path: str) -> bytes:

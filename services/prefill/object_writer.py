@@ -14,7 +14,7 @@ from ..core.errors import KvTransferError
 from ..core.types import Ticket
 from ..kv.leases import UNCLAIMED_S
 from ..kv.object_ref.stream import KvCollector
-from ..kv.tls import MutualTls
+from ..kv.tls import TlsSource
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ KvReference: TypeAlias = ray.ObjectRef  # of a KvObject
 class KvObjects:
     """Makes objects of what an engine's workers hold."""
 
-    def __init__(self, tls: MutualTls | None) -> None:
+    def __init__(self, tls: TlsSource | None) -> None:
         self._collector = KvCollector(tls)
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ from ..engine.args import Role, engine_args
 from ..engine.engine import Engine
 from ..engine.ray_metrics import ray_stat_loggers
 from ..kv.nixl.agent import require
-from ..kv.tls import read_tls
+from ..kv.tls import watch_tls
 from .kv_gauges import KvGauges
 from .object_writer import KvObjects, KvReference, PendingStore
 from .service import PrefillService
@@ -34,7 +34,7 @@ class PrefillReplica:
         log_with_serve()
         config = AppConfig.model_validate_json(config_json)
         require(config.kv.carrier)
-        tls = read_tls(config.kv.tls)
+        tls = watch_tls(config.kv.tls)
         args = engine_args(
             config.model, config.prefill, config.kv, Role.PREFILL, peer=config.decode
         )

@@ -28,7 +28,7 @@ from ..engine.params import handed_in, position_args, produce_args
 from ..kv.announcements import Announcement
 from ..kv.leases import LeaseGauges
 from ..kv.rpc import KvPeers
-from ..kv.tls import MutualTls
+from ..kv.tls import TlsSource
 from .room import Room
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class PrefillService:
     """Owns one engine."""
 
     def __init__(
-        self, engine: Engine, tls: MutualTls | None = None, max_held_bytes: int = 4 << 30
+        self, engine: Engine, tls: TlsSource | None = None, max_held_bytes: int = 4 << 30
     ) -> None:
         """`max_held_bytes` is the cap of each of the engine's workers."""
         self._engine = engine

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
 import ssl
 import time
 from pathlib import Path
@@ -258,3 +259,55 @@ def test_logs_know_keys_by_their_names(app, https):
     log = app.log("Gateway")
     assert "key=team-b" in log
     assert "key-b" not in log
+
+
+def presented(app, files):
+    """The certificate that the front shows to a new connection, in DER."""
+    context = ssl.create_default_context(cafile=files.authority)
+    context.load_cert_chain(files.certificate, files.key)
+    with (
+        socket.create_connection(("localhost", app.http_port), timeout=10) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as connection,
+    ):
+        return connection.getpeercert(binary_form=True)
+
+
+def statuses(client, key):
+    """Of enough requests that every gateway gets some."""
+    headers = {"x-api-key": key}
+    return {client.get("/v1/models", headers=headers).status_code for _ in range(12)}
+
+
+def test_renewed_keys_and_certificates_need_no_restart(app, closed, https, secure_channel):
+    gateways = app.replica_pids("Gateway")
+    folder = Path(closed.certificate).parent
+    key_file = folder.parent / "team-b.key"
+    stub, hello = SpecPrefillStub(secure_channel), pb.ScoreRequest(text="Hello " * 40)
+    assert statuses(https, "key-b") == {200}
+    key_file.write_text("renewed")
+    Authority(folder).files(name="localhost")  # by another authority: every file changes
+    renewed = ssl.PEM_cert_to_DER_cert(Path(closed.certificate).read_text())
+    until(lambda: statuses(https, "renewed") == {200})  # the connection is an old one: it goes on
+    assert statuses(https, "key-b") == {401}
+    stub.Score(hello, metadata=(("x-api-key", "renewed"),), timeout=30)
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.Score(hello, metadata=(("x-api-key", "key-b"),), timeout=30)
+    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+    def is_shown():
+        try:
+            return presented(app, closed) == renewed
+        except (ssl.SSLError, OSError):  # the old authority still decides
+            return False
+
+    until(is_shown)
+    assert app.replica_pids("Gateway") == gateways
+    key_file.write_text("key-b\n")
+    until(lambda: statuses(https, "key-b") == {200})
+
+
+def until(condition):
+    give_up_s = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < give_up_s
+        time.sleep(0.1)

@@ -9,7 +9,7 @@ from ...kv.nixl.agent import NixlAgent, NixlMemory, agent_for
 from ...kv.nixl.arena import Arena
 from ...kv.nixl.device_reads import DeviceClient
 from ...kv.nixl.reads import LANDING_BYTES
-from ...kv.tls import MutualTls
+from ...kv.tls import TlsSource
 from .device import Device
 
 
@@ -30,7 +30,7 @@ def register_device_memory(memory: torch.Tensor) -> tuple[NixlAgent, NixlMemory]
 class Landing:
     """The landing memory of frames from other workers' devices, and the client that reads them."""
 
-    def __init__(self, device: Device, tls: MutualTls | None) -> None:
+    def __init__(self, device: Device, tls: TlsSource | None) -> None:
         self._memory = device.device_buffer(LANDING_BYTES)
         self._shadow = Arena(LANDING_BYTES)
         agent, place = register_device_memory(self._memory)

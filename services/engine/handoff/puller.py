@@ -22,7 +22,7 @@ from ...kv.nixl.arena import Arena
 from ...kv.nixl.reads import LANDING_BYTES, NixlClient
 from ...kv.pull import KvClient
 from ...kv.shards import ShardSource, Split, sources
-from ...kv.tls import MutualTls
+from ...kv.tls import TlsSource
 from .caches import Caches
 from .device import CopyEvent, CopyStream, Device
 from .device_memory import Landing
@@ -69,7 +69,7 @@ class Puller:
         place: WorkerPlace,
         *,
         nixl: NixlAgent | None,
-        tls: MutualTls | None,
+        tls: TlsSource | None,
     ) -> None:
         self._caches = caches
         self._device = device
@@ -245,7 +245,7 @@ def _token_bytes(caches: Caches, peers: Split) -> int:
     return int(heads * cache.shape[3] * cache.itemsize)
 
 
-def _nixl_client(nixl: NixlAgent | None, tls: MutualTls | None) -> NixlClient | None:
+def _nixl_client(nixl: NixlAgent | None, tls: TlsSource | None) -> NixlClient | None:
     if nixl is None:
         return None
     client = NixlClient(nixl, Arena(LANDING_BYTES), tls)

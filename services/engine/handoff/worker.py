@@ -14,7 +14,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 from ...core.types import Carrier
 from ...kv.nixl.agent import NixlAgent, agent_for
 from ...kv.shards import readers
-from ...kv.tls import read_tls
+from ...kv.tls import watch_tls
 from .caches import Caches
 from .device import device_of
 from .holder import Holder
@@ -33,7 +33,7 @@ class WorkerHalf:
         self._vllm_config = vllm_config
         self._config = config
         self._producer = producer
-        self._tls = read_tls(config.tls)
+        self._tls = watch_tls(config.tls)
         own = own_split(vllm_config)
         self._place = WorkerPlace(worker_rank(own), own, peer_split(vllm_config, config))
         self._carrier = Carrier.GRPC

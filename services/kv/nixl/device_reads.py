@@ -27,7 +27,7 @@ from ..frames import Frame, Trailer, decode, encode
 from ..leases import LeaseStore
 from ..pull import transfer_error
 from ..rpc import SERVICE, PullQuery, make_trailer, open_lending
-from ..tls import MutualTls
+from ..tls import TlsSource
 from .agent import NixlAgent, NixlMemory, NixlRead
 from .arena import Arena
 from .reads import AHEAD, Introduction, await_read
@@ -148,7 +148,7 @@ class DeviceClient:
         agent: NixlAgent,
         landing: Arena,
         memory: NixlMemory,
-        tls: MutualTls | None = None,
+        tls: TlsSource | None = None,
     ) -> None:
         """`memory` is registered with the agent; `landing` is its shadow, of the same size."""
         self._agent = agent

@@ -28,7 +28,7 @@ from ..frames import Frame, Trailer, decode, encode
 from ..leases import LeaseStore
 from ..pull import transfer_error
 from ..rpc import SERVICE, PullQuery, make_trailer, open_lending
-from ..tls import MutualTls
+from ..tls import TlsSource
 from .agent import NixlAgent, NixlRead
 from .arena import Arena, address_of
 
@@ -165,7 +165,7 @@ class ReadProgress:
 class NixlClient:
     """Reads leases of other workers; one control channel per peer, kept open."""
 
-    def __init__(self, agent: NixlAgent, landing: Arena, tls: MutualTls | None = None) -> None:
+    def __init__(self, agent: NixlAgent, landing: Arena, tls: TlsSource | None = None) -> None:
         self._agent = agent
         self._landing = landing  # where all reads under way go
         self._channels = Channels(tls)

@@ -28,7 +28,7 @@ from ..channels import OPTIONS, Channels, listen
 from ..frames import TRAILER_LAYER, Trailer, decode, encode, layer_of
 from ..pull import transfer_error
 from ..rpc import PULL, PullQuery
-from ..tls import MutualTls
+from ..tls import TlsSource
 from .shared_memory import LOCATE, Mappings, MessagePlaces
 
 KvObject = list[NDArray[np.uint8]]  # the index as msgpack, then the arrays that it points into
@@ -39,7 +39,7 @@ _GAP = 64  # messages no further apart are one array
 class KvCollector:
     """Takes KV from prefill workers; connections and mappings are kept. Thread-safe."""
 
-    def __init__(self, tls: MutualTls | None = None) -> None:
+    def __init__(self, tls: TlsSource | None = None) -> None:
         self._mappings = Mappings()
         self._channels = Channels(tls)
 
@@ -154,7 +154,7 @@ class _Offer:
 class KvRelay:
     """Serves objects to an engine's decode workers, as their prefill worker would."""
 
-    def __init__(self, host: str, tls: MutualTls | None = None, *, threads: int = 8) -> None:
+    def __init__(self, host: str, tls: TlsSource | None = None, *, threads: int = 8) -> None:
         self._host = host
         self._tls = tls
         self._offers: dict[str, _Offer] = {}

@@ -4,7 +4,7 @@ import pytest
 
 from specprefill.config import ApiKey, GatewayConfig, key_digest
 from specprefill.core.errors import InvalidConfiguration
-from specprefill.gateway.openai.keys import read_keys
+from specprefill.gateway.openai.keys import RELOAD_S, KeyFile, KeyRing, read_keys
 
 
 def test_keys_come_from_the_file_the_environment_and_other_files(tmp_path):
@@ -71,3 +71,79 @@ def test_a_key_does_not_show_in_the_configuration_as_text():
 def test_vllms_own_list_of_keys_is_refused():
     with pytest.raises(ValueError, match=r"gateway\.api_keys"):
         GatewayConfig(vllm_args=("--api-key=k",))
+
+
+class Clock:
+    now_s = 100.0
+
+    def __call__(self):
+        return self.now_s
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def key_file(tmp_path):
+    path = tmp_path / "team.key"
+    path.write_text("old\n")
+    return path
+
+
+@pytest.fixture
+def accepted(key_file, clock):
+    """The names of keys, a moment after the file was last looked at."""
+    file = KeyFile("team", key_file)
+    file.read()
+    ring = KeyRing({"fixed": key_digest("fixed")}, [file], clock)
+
+    def names(*keys):
+        clock.now_s += RELOAD_S
+        return [ring.name_of({"x-api-key": key}) for key in keys]
+
+    return names
+
+
+def test_a_changed_file_replaces_its_keys(key_file, accepted):
+    assert accepted("old", "new") == ["team", None]
+    key_file.write_text("new\n")
+    assert accepted("old", "new", "fixed") == [None, "team", "fixed"]
+
+
+def test_a_file_may_hold_the_old_key_beside_the_new_one(key_file, accepted):
+    key_file.write_text("old\nnew\n")
+    assert accepted("old", "new", "") == ["team", "team", None]
+
+
+def test_a_file_that_is_replaced_by_a_renamed_one_is_noticed(key_file, accepted, tmp_path):
+    other = tmp_path / "other"
+    other.write_text("new\n")  # as long as the old one
+    other.rename(key_file)
+    assert accepted("old", "new") == [None, "team"]
+
+
+def test_a_removed_file_revokes_its_keys_and_opens_nothing(key_file, accepted):
+    key_file.unlink()
+    assert accepted("old", "", "anything", "fixed") == [None, None, None, "fixed"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe"], ids=["empty", "not_text"])
+def test_a_half_written_file_changes_nothing_until_it_is_whole(key_file, accepted, caplog, content):
+    key_file.write_bytes(content)
+    assert accepted("old") == ["team"]
+    assert "name=team kept as it was" in caplog.text
+    key_file.write_text("new\n")
+    assert accepted("old", "new") == [None, "team"]
+
+
+def test_files_are_looked_at_once_a_second(key_file, clock):
+    file = KeyFile("team", key_file)
+    file.read()
+    ring = KeyRing({}, [file], clock)
+    key_file.unlink()
+    assert ring.name_of({"x-api-key": "old"}) == "team"
+    clock.now_s += RELOAD_S
+    assert ring.name_of({"x-api-key": "old"}) is None
+    assert len(ring) == 1  # a ring that is empty would accept everybody

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from specprefill.core.errors import InvalidConfiguration
-from specprefill.kv.tls import read_tls
+from specprefill.kv.tls import RELOAD_S, RenewedTls, read_tls
 from tests.certificates import Authority
 
 
@@ -79,3 +79,57 @@ def test_a_certificate_for_another_name_is_refused(authority):
 def test_an_old_certificate_is_refused(authority):
     with pytest.raises(InvalidConfiguration, match=r"peers would refuse it: .*expired"):
         read_tls(authority.files(days=-1))
+
+
+class Clock:
+    now_s = 100.0
+
+    def __call__(self):
+        return self.now_s
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def renewed(authority, clock):
+    files = authority.files()
+    return RenewedTls(files, read_tls(files), clock)
+
+
+def test_renewed_files_are_used_from_the_next_look_on(authority, renewed, clock):
+    before = renewed.current()
+    files = authority.files()  # the same paths, another certificate
+    assert renewed.current() is before
+    clock.now_s += RELOAD_S
+    assert renewed.current() == read_tls(files) != before
+    assert renewed.current() is renewed.current()
+
+
+def test_unchanged_files_are_the_same_value(renewed, clock):
+    before = renewed.current()
+    clock.now_s += RELOAD_S
+    assert renewed.current() is before
+
+
+def test_a_certificate_without_its_key_yet_changes_nothing(authority, renewed, clock, caplog):
+    before = renewed.current()
+    key = Path(authority.files().key)
+    right = key.read_bytes()
+    key.write_bytes(before.key)
+    for _ in range(3):
+        clock.now_s += RELOAD_S
+        assert renewed.current() is before
+    assert caplog.text.count("kept as it was") == 1
+    key.write_bytes(right)
+    clock.now_s += RELOAD_S
+    assert renewed.current().key == right
+
+
+def test_a_file_that_vanishes_changes_nothing(authority, renewed, clock):
+    before = renewed.current()
+    Path(authority.folder / "authority.pem").unlink()
+    clock.now_s += RELOAD_S
+    assert renewed.current() is before
