@@ -299,6 +299,9 @@ class PoolScaling(Strict):
 class ScalingConfig(Strict):
     """The bounds by which the pools are sized for the SLO."""
 
+    # True: the autoscaler decides and reports, and changes nothing. Every pool keeps its size,
+    # within its bounds; on a new deployment that is min_replicas.
+    advisory: bool = False
     speculator: PoolScaling = PoolScaling()
     prefill: PoolScaling = PoolScaling()
     decode: PoolScaling = PoolScaling()

@@ -40,6 +40,8 @@ class SloPolicy:
         self._policy: ScalingPolicy | None = None
         self._decided_s = 0.0
         self._targets: dict[Pool, int] = {}
+        self._wishes: dict[Pool, int] = {}
+        self._advisory = False
 
     def __call__(self, contexts: Contexts) -> tuple[dict[Any, int], dict[Any, dict[str, Any]]]:
         """Return targets by deployment id. A pool without a decision keeps its target."""
@@ -62,20 +64,25 @@ class SloPolicy:
         if self._observer is None or self._policy is None:
             config = AppConfig.model_validate(self._args)
             self._policy = scaling_policy(config)
+            self._advisory = config.scaling.advisory
             self._observer = ClusterObserver(self._policy.window_s, config.decode.max_num_seqs)
         seen = self._observer.observe(now_s, LatestSignals.read(contexts, now_s), views)
         decision, self._memory = self._core(seen, self._policy, self._memory)
-        self._adopt(decision)
+        self._report(decision)
+        self._targets = (
+            {pool: view.target for pool, view in views.items()} if self._advisory else self._wishes
+        )
 
-    def _adopt(self, decision: Decision) -> None:
+    def _report(self, decision: Decision) -> None:
+        """Log what has changed since the last decision, and record all of it."""
         for pool, decided in decision.pools.items():
-            if self._targets.get(pool) != decided.replicas:
+            if self._wishes.get(pool) != decided.replicas:
                 logger.info(
-                    "autoscaling: pool=%s replicas=%d wanted=%d reason=%s",
-                    pool, decided.replicas, decided.wanted, decided.reason,
+                    "autoscaling: pool=%s replicas=%d wanted=%d reason=%s advisory=%s",
+                    pool, decided.replicas, decided.wanted, decided.reason, self._advisory,
                 )  # fmt: skip
-        self._targets = {pool: decided.replicas for pool, decided in decision.pools.items()}
-        self._gauges.record_decision(decision)
+        self._wishes = {pool: decided.replicas for pool, decided in decision.pools.items()}
+        self._gauges.record_decision(decision, advisory=self._advisory)
 
     def _give_up(self, error: Exception, views: Mapping[Pool, PoolView]) -> None:
         """Hold every pool until a decision succeeds."""

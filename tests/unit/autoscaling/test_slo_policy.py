@@ -6,6 +6,7 @@ import pytest
 from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue
 from ray.serve.config import AutoscalingContext
 
+from specprefill.autoscaling.gauges import PolicyGauges
 from specprefill.autoscaling.policy import SloPolicy
 from specprefill.autoscaling.signals import (
     CACHED_SHARE,
@@ -195,3 +196,40 @@ def test_between_two_decisions_the_targets_stay():
     for step in range(4):
         policy(cluster(NOW_S + 0.1 * step))
     assert len(seen) == 1
+
+
+ADVISORY = {**ARGS, "scaling": {**ARGS["scaling"], "advisory": True}}
+
+
+def test_an_advisory_policy_keeps_every_target_and_records_its_decisions(caplog):
+    caplog.set_level("INFO", "ray.serve")
+    policy = SloPolicy(ADVISORY)
+    policy(cluster(arrived=0))
+    held, _ = policy(cluster(NOW_S + 1, arrived=200, target=5))
+    assert held[PREFILL] == 5
+    assert held[DECODE] == 1
+    assert "pool=prefill replicas=8 wanted=" in caplog.text
+    assert "reason=at_maximum advisory=True" in caplog.text
+
+
+class Gauge:
+    """Remembers the last value for each set of tags."""
+
+    def __init__(self):
+        self.values = {}
+
+    def set(self, value, tags=None):
+        self.values[tuple(sorted((tags or {}).items()))] = value
+
+
+def test_the_reason_of_the_last_decision_alone_is_one():
+    gauges = PolicyGauges()
+    gauges._reason = reasons = Gauge()
+    keep = KeepBounds(0.1, 0.3, KeepReason.NOMINAL)
+    for reason in (ScalingReason.STEADY, ScalingReason.AT_MAXIMUM, ScalingReason.AT_MAXIMUM):
+        decided = {Pool.PREFILL: PoolDecision(2, 3, reason)}
+        gauges.record_decision(Decision(decided, keep), advisory=False)
+    assert reasons.values == {
+        (("pool", "prefill"), ("reason", "steady")): 0,
+        (("pool", "prefill"), ("reason", "at_maximum")): 1,
+    }
