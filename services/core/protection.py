@@ -7,6 +7,7 @@ own substrings, and special tokens. The contents of other messages may be pruned
 
 from __future__ import annotations
 
+import enum
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,12 +31,39 @@ _MOST_READ = 512
 Offsets = NDArray[np.int64]  # [N, 2], per token: [start, stop) in characters, both ascending
 
 
+class KeptBy(enum.StrEnum):
+    """The reason why a span of a prompt is kept."""
+
+    SYSTEM = "system"  # a system or developer message
+    TOOLS = "tools"  # the schemas of the tools
+    PROTECTED = "protected"  # the caller's own substrings
+    CODE = "code"  # fenced code, where the deployment protects it
+    TAIL = "tail"  # the end of the last user turn, and of the prompt
+    TEMPLATE = "template"  # the chat template's own text, and special tokens
+    SINK = "sink"  # the first tokens
+    BLOCK = "block"  # the rest of a KV block that a protected prefix ends in
+    SCORED = "scored"  # the chunk's score
+    STATIC = "static"  # chosen without scores: the speculator had no time
+    WHOLE_PROMPT = "whole_prompt"  # a dense plan drops nothing
+
+
 @dataclass(frozen=True, slots=True)
 class _Content:
     """One piece of message text and its place in the rendered prompt (None: altered)."""
 
     role: str
     place: tuple[int, int] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Protection:
+    """What must survive of one prompt."""
+
+    messages: Sequence[Mapping[str, Any]] | None  # an OpenAI list; None: a plain completion
+    protect: Sequence[str] = ()  # the caller's own substrings
+    tail_tokens: int  # of the last user turn
+    fences: bool = False  # protect fenced code, too
+    tool_names: Sequence[str] = ()  # template text with one of them holds the tools' schemas
 
 
 def protected_spans(
@@ -50,24 +78,54 @@ def protected_spans(
 ) -> tuple[Span, ...]:
     """Return the token spans that must survive: sorted, disjoint, not adjacent.
 
-    `messages` is an OpenAI list, or None for a plain completion, where only `protect` counts.
-    `fences` protects fenced code, too. A content that the template altered cannot be found; the
-    region where it must lie is then not protected. Raises `occurrences.Cancelled`
-    soon after `is_cancelled()`.
+    A content that the template altered cannot be found; the region where it must lie is then not
+    protected. Raises `occurrences.Cancelled` soon after `is_cancelled()`.
     """
-    index = _TokenIndex(offsets)
-    places: list[tuple[int, int]] = []
-    query: list[Span] = []
-    if fences:
-        places += [match.span() for match in _FENCED.finditer(text)]
-    if messages:
-        contents = _locate(text, messages)
-        places += _template_text(text, contents)
-        query = _query_spans(contents, index, tail_tokens)
-    ranges = np.array(places, dtype=np.int64).reshape(-1, 2)
-    return index.spans(
-        np.concatenate((ranges, find_occurrences(text, protect, is_cancelled))), query
+    rules = Protection(
+        messages=messages, protect=protect, tail_tokens=tail_tokens, fences=fences
     )
+    index = _TokenIndex(offsets)
+    found = _find_ranges(text, rules, index, is_cancelled)
+    return index.spans(np.concatenate(list(found.ranges.values())), found.query)
+
+
+def protected_by_reason(
+    text: str,
+    offsets: Offsets,
+    rules: Protection,
+    is_cancelled: Callable[[], bool] = lambda: False,
+) -> dict[KeptBy, tuple[Span, ...]]:
+    """Return the spans of `protected_spans`, by reason; a token may have several."""
+    index = _TokenIndex(offsets)
+    found = _find_ranges(text, rules, index, is_cancelled)
+    spans = {reason: index.spans(ranges, ()) for reason, ranges in found.ranges.items()}
+    return {**spans, KeptBy.TAIL: merge_spans(found.query)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Character ranges by reason, and the tokens of the query."""
+
+    ranges: dict[KeptBy, Ranges]
+    query: Sequence[Span]
+
+
+def _find_ranges(
+    text: str, rules: Protection, index: _TokenIndex, is_cancelled: Callable[[], bool]
+) -> _Found:
+    places: dict[KeptBy, list[tuple[int, int]]] = {KeptBy.CODE: []}
+    query: list[Span] = []
+    if rules.fences:
+        places[KeptBy.CODE] = [match.span() for match in _FENCED.finditer(text)]
+    if rules.messages:
+        contents = _locate(text, rules.messages)
+        places |= _split_template(text, contents, rules.tool_names)
+        query = _query_spans(contents, index, rules.tail_tokens)
+    ranges = {
+        reason: np.array(each, dtype=np.int64).reshape(-1, 2) for reason, each in places.items()
+    }
+    ranges[KeptBy.PROTECTED] = find_occurrences(text, rules.protect, is_cancelled)
+    return _Found(ranges, query)
 
 
 def altered_piece(
@@ -157,21 +215,39 @@ def _locate(text: str, messages: Sequence[Mapping[str, Any]]) -> list[_Content]:
     return contents
 
 
-def _template_text(text: str, contents: Sequence[_Content]) -> Iterator[tuple[int, int]]:
-    """Yield the ranges of the text outside the contents that may be pruned."""
+def _split_template(
+    text: str, contents: Sequence[_Content], tool_names: Sequence[str]
+) -> dict[KeptBy, list[tuple[int, int]]]:
+    """Return the ranges of the text outside the contents that may be pruned, by reason."""
+    names = [name for name in tool_names if name]
+    found: dict[KeptBy, list[tuple[int, int]]] = {
+        KeptBy.SYSTEM: [each.place for each in contents if _is_kept(each) and each.place],
+        KeptBy.TOOLS: [],
+        KeptBy.TEMPLATE: [],
+    }
+    for start, stop in _template_text(contents, len(text)):
+        holds_tools = any(text.find(name, start, stop) >= 0 for name in names)
+        found[KeptBy.TOOLS if holds_tools else KeptBy.TEMPLATE].append((start, stop))
+    return found
+
+
+def _is_kept(content: _Content) -> bool:
+    return content.role in _KEPT_ROLES
+
+
+def _template_text(contents: Sequence[_Content], length: int) -> Iterator[tuple[int, int]]:
+    """Yield the ranges of the template's own text, before, between and after the contents."""
     known_until: int | None = 0  # None: an altered content lies somewhere after the last found one
     for content in contents:
         if content.place is None:
-            known_until = None if content.role not in _KEPT_ROLES else known_until
+            known_until = known_until if _is_kept(content) else None
             continue
         start, stop = content.place
-        if content.role in _KEPT_ROLES:
-            yield start, stop
         if known_until is not None:
             yield known_until, start
         known_until = stop
     if known_until is not None:
-        yield known_until, len(text)
+        yield known_until, length
 
 
 def _query_spans(contents: Sequence[_Content], index: _TokenIndex, tail_tokens: int) -> list[Span]:

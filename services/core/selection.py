@@ -13,7 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .keep_rate import AutoKeep, chunks_needed
-from .types import KeepRange, Plan, PlanKind, Reason, Selection, Span, dense_selection
+from .types import (
+    ChunkScores,
+    KeepRange,
+    Plan,
+    PlanKind,
+    Reason,
+    Selection,
+    Span,
+    dense_selection,
+)
 
 Scores = NDArray[np.float32]  # [N], one score per prompt token
 Mask = NDArray[np.bool_]  # [N]
@@ -66,7 +75,7 @@ def select(
     means = _chunk_means(scores, policy.chunk_tokens)
     if _is_flat(means):
         return dense_selection(len(scores), Reason.FLAT_SCORES)
-    kept = _protected_mask(len(scores), protected, policy)
+    kept = protected_mask(len(scores), protected, policy)
     anything_protected = bool(kept.any())
     worth = _chunk_worth(scores, kept, policy)
     if plan.within is not None:
@@ -80,6 +89,19 @@ def select(
         reason = Reason.PROTECTED_SPANS if anything_protected else Reason.KEEP_IS_ONE
         return dense_selection(len(scores), reason)
     return Selection(len(scores), _true_runs(kept), plan)
+
+
+def chunk_scores(
+    scores: Scores, protected: Sequence[Span], policy: SelectionPolicy, certainty: float
+) -> ChunkScores:
+    """Return the scores by which `select` chooses chunks, whatever the plan.
+
+    Of a prompt with a score that is not finite, which is not pruned, they are all 0.
+    """
+    flat = _is_flat(_chunk_means(scores, policy.chunk_tokens))
+    usable = np.where(np.isfinite(scores).all(), scores, np.float32(0.0))
+    worth = _chunk_worth(usable, protected_mask(len(scores), protected, policy), policy)
+    return ChunkScores(tuple(worth.tolist()), certainty, flat)
 
 
 def settle(
@@ -96,7 +118,7 @@ def settle(
         return dense_selection(prompt_tokens, Reason.KEEP_IS_ONE)
     if policy.min_kept_tokens >= prompt_tokens:
         return dense_selection(prompt_tokens, Reason.SHORT_PROMPT)
-    free = prompt_tokens - int(_protected_mask(prompt_tokens, protected, policy).sum())
+    free = prompt_tokens - int(protected_mask(prompt_tokens, protected, policy).sum())
     if free < policy.chunk_tokens:
         return dense_selection(prompt_tokens, Reason.PROTECTED_SPANS)
     return None
@@ -113,7 +135,7 @@ def expected_kept(
     prompt_tokens: int, keep: float, protected: Sequence[Span], policy: SelectionPolicy
 ) -> int:
     """Estimate, without scores, how many tokens `select` would keep."""
-    held = int(_protected_mask(prompt_tokens, protected, policy).sum())
+    held = int(protected_mask(prompt_tokens, protected, policy).sum())
     budget = budget_chunks(prompt_tokens, keep, policy) * policy.chunk_tokens
     return min(prompt_tokens, max(budget, held + budget // 2))
 
@@ -123,11 +145,7 @@ def leading_tokens(protected: Sequence[Span]) -> int:
     return protected[0].stop if protected and protected[0].start == 0 else 0
 
 
-def _requested_chunks(chunks: int, keep: float) -> int:
-    return max(1, math.ceil(chunks * keep - ROUNDING))
-
-
-def _protected_mask(prompt_tokens: int, protected: Sequence[Span], policy: SelectionPolicy) -> Mask:
+def protected_mask(prompt_tokens: int, protected: Sequence[Span], policy: SelectionPolicy) -> Mask:
     """Return the mask of tokens that must survive. Spans are clipped to the prompt.
 
     A protected prefix of half a block or more is rounded up to whole blocks: engines share the KV
@@ -141,6 +159,10 @@ def _protected_mask(prompt_tokens: int, protected: Sequence[Span], policy: Selec
     leading = prompt_tokens if bool(mask.all()) else int(np.argmin(mask))
     mask[: _whole_blocks(leading, policy.block_tokens)] = True
     return mask
+
+
+def _requested_chunks(chunks: int, keep: float) -> int:
+    return max(1, math.ceil(chunks * keep - ROUNDING))
 
 
 def _whole_blocks(tokens: int, block_tokens: int) -> int:

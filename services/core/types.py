@@ -126,6 +126,16 @@ class Request:
     timeout_s: float = 300.0
     priority: int = 0
     key: str | None = None  # the owner of the fair share that it uses; None: a share of its own
+    wants_scores: bool = False  # the selection is to carry the scores behind it
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkScores:
+    """The scores that chunks were chosen by; with the protected tokens, enough to choose again."""
+
+    worth: tuple[float, ...]  # [chunks], of what keeping each would add; 0: all of it is protected
+    certainty: float  # of the draft model's least sure look-ahead token, in [0, 1]
+    is_flat: bool  # no chunk stands out, or a score is not finite: the prompt is not pruned
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +151,7 @@ class Selection:
     queue_s: float = 0.0  # waited for the speculator
     speculate_s: float = 0.0  # computed in the speculator
     remembered_tokens: int = 0  # prompt tokens that the speculator had read before
+    scores: ChunkScores | None = None  # where the request wants them, and there are any
 
     @property
     def kept_tokens(self) -> int:

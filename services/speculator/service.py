@@ -19,7 +19,7 @@ from types import TracebackType
 from ..config import SelectionConfig, SpeculatorConfig
 from ..control.from_config import selection_policy
 from ..core.errors import InvalidRequest, Overloaded, ScoringTimeout, SpeculatorUnavailable
-from ..core.selection import SelectionPolicy, select, settle
+from ..core.selection import SelectionPolicy, chunk_scores, select, settle
 from ..core.types import Plan, Request, Selection, dense_selection
 from .jobs import Batching, Counts, Job, Pace, Rating
 from .lru import ByteLru
@@ -314,7 +314,11 @@ class SpeculatorService:
 
 
 def _select_tokens(rating: Rating, job: Job) -> Selection:
-    return select(rating.scores, job.plan, job.request.protected, job.policy, rating.certainty)
+    protected, certainty = job.request.protected, rating.certainty
+    chosen = select(rating.scores, job.plan, protected, job.policy, certainty)
+    if not job.request.wants_scores:
+        return chosen
+    return replace(chosen, scores=chunk_scores(rating.scores, protected, job.policy, certainty))
 
 
 def _remembered_tokens(reading: Reading, prompt_tokens: int) -> int:

@@ -85,7 +85,7 @@ class PipelineClient(RemoteEngineClient):
         self._tail_tokens = tail_tokens
         self._protect_fences = protect_fences
         self._count_tokens = count_tokens
-        self._offsets = PromptOffsets(self.renderer.tokenizer)
+        self.offsets = PromptOffsets(self.renderer.tokenizer)
 
     @override
     async def generate(
@@ -127,10 +127,10 @@ class PipelineClient(RemoteEngineClient):
                     if output is not None:
                         yield output
         except SpecPrefillError as error:
-            raise _record_failure(context, error) from error
+            raise record_failure(context, error) from error
         except Exception as error:  # the edge: an unexpected error becomes a plain 500
             logger.exception("request_id=%s failed", request_id)
-            raise _record_failure(context, SpecPrefillError(str(error))) from error
+            raise record_failure(context, SpecPrefillError(str(error))) from error
 
     async def chunks(self, request: Request) -> AsyncGenerator[Chunk, None]:
         """Yield the pipeline's chunks. Closing this generator closes the pipeline's."""
@@ -154,7 +154,16 @@ class PipelineClient(RemoteEngineClient):
 
     async def select(self, request: Request) -> Selection:
         """Return the selection without answering."""
-        return await self._pipeline.select(request)
+        log = RequestLog(replace(request, samples=0))
+        try:
+            return await self._pipeline.select(request)
+        except Exception as error:  # ours or not: logged, and passed on
+            log.record_failure(error)
+            raise
+        finally:
+            logger.info(log.line())
+            if self._count_tokens is not None and request.key is not None:
+                self._count_tokens(request.key, len(request.prompt), 0)
 
     async def render_text(self, text: str) -> EngineInput:
         """Tokenise a plain prompt. Raises InvalidRequest."""
@@ -262,11 +271,11 @@ class PipelineClient(RemoteEngineClient):
         context: RequestContext,
         is_cancelled: Callable[[], bool],
     ) -> tuple[Span, ...]:
-        special = special_spans(request.prompt, self._offsets.special_ids)
+        special = special_spans(request.prompt, self.offsets.special_ids)
         protect = request.controls.protect
         if context.messages is None and not protect and not self._protect_fences:
             return special
-        placed = self._offsets.locate_tokens(text, request.prompt, is_cancelled)
+        placed = self.offsets.locate_tokens(text, request.prompt, is_cancelled)
         altered = altered_piece(placed.text, context.messages or (), protect)
         if altered is not None:
             raise InvalidRequest(
@@ -337,7 +346,7 @@ def _refuse_unsupported(admitted: EngineCoreRequest, controls: Controls) -> None
         raise InvalidRequest("cache_salt: not supported", "cache_salt")
 
 
-class _Refused(GenerationError):  # type: ignore[misc]
+class Refused(GenerationError):  # type: ignore[misc]
     """A failure that vLLM's handlers pass on with its status, without a traceback in the log."""
 
     def __init__(self, error: SpecPrefillError) -> None:
@@ -346,7 +355,7 @@ class _Refused(GenerationError):  # type: ignore[misc]
         self.status_code = HTTPStatus(failure.status)
 
 
-def _record_failure(context: RequestContext, error: SpecPrefillError) -> _Refused:
+def record_failure(context: RequestContext, error: SpecPrefillError) -> Refused:
     """Record the failure for the middleware, and return one for vLLM's handlers."""
     context.error = error
-    return _Refused(error)
+    return Refused(error)

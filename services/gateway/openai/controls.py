@@ -17,7 +17,7 @@ FIELD = "specprefill"
 _ENABLED_SPELLINGS = ("speculative_prefill",)
 _KEEP_SPELLINGS = ("specprefill_keep_pct", "speculative_prefill_keep_pct")
 _OBJECT_FIELDS = ("enabled", "keep", "floor", "ceiling", "protect")
-_AUTO = "auto"
+AUTO = "auto"
 _MAX_PROTECT = 64  # each one is searched for in the whole prompt
 _SHOWN = 80  # characters of a refused value in the error's message
 
@@ -37,8 +37,8 @@ def pop_controls(body: dict[str, Any]) -> Controls:
     if isinstance(value, Mapping):
         _refuse_unknown(value)
         enabled[f"{FIELD}.enabled"] = _switch(f"{FIELD}.enabled", value.get("enabled"))
-        auto = value.get("keep") == _AUTO
-        keep[f"{FIELD}.keep"] = None if auto else _keep_rate(f"{FIELD}.keep", value.get("keep"))
+        auto = value.get("keep") == AUTO
+        keep[f"{FIELD}.keep"] = None if auto else keep_rate(f"{FIELD}.keep", value.get("keep"))
         floor = rate(f"{FIELD}.floor", value.get("floor"))
         ceiling = rate(f"{FIELD}.ceiling", value.get("ceiling"))
         protect = strings(f"{FIELD}.protect", value.get("protect"))
@@ -53,24 +53,27 @@ def pop_controls(body: dict[str, Any]) -> Controls:
     )
 
 
-def check_order(controls: Controls) -> Controls:
-    """Check the rates. Raises InvalidRequest unless floor <= keep <= ceiling, no keep with auto."""
+def check_order(controls: Controls, prefix: str = f"{FIELD}.") -> Controls:
+    """Check the rates. Raises InvalidRequest unless floor <= keep <= ceiling, no keep with auto.
+
+    `prefix` is put before the fields' names in errors.
+    """
     rates = {"floor": controls.floor, "keep": controls.keep, "ceiling": controls.ceiling}
     given = [(name, value) for name, value in rates.items() if value is not None]
     for (lower, low), (upper, high) in pairwise(given):
         if low > high:
             raise InvalidRequest(
-                f"{FIELD}.{lower} ({low:g}) must not exceed {FIELD}.{upper} ({high:g})",
-                f"{FIELD}.{lower}",
+                f"{prefix}{lower} ({low:g}) must not exceed {prefix}{upper} ({high:g})",
+                f"{prefix}{lower}",
             )
     if controls.auto and controls.keep is not None:
         raise InvalidRequest(
-            f'{FIELD}.keep: got both "auto" and {controls.keep:g}; give one', f"{FIELD}.keep"
+            f'{prefix}keep: got both "auto" and {controls.keep:g}; give one', f"{prefix}keep"
         )
     return controls
 
 
-def _keep_rate(field: str, value: object) -> float | None:
+def keep_rate(field: str, value: object) -> float | None:
     """Parse a rate; refuse any word but `auto`, which the caller has handled."""
     if isinstance(value, str):
         _refuse(field, 'a number above 0 and at most 1, or "auto"', value)

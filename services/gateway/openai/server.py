@@ -22,6 +22,7 @@ from vllm.renderers.chat_utils import load_chat_template
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from ...config import AppConfig, local_path
+from ...control.from_config import kv_block_tokens, selection_policy
 from ...core.plan import Planner
 from ...core.ports import Answerer
 from ..observe.scrape import MetricsText, metrics_route
@@ -29,12 +30,14 @@ from ..pools.health import PoolCounts, health_route, not_tested
 from .access import AccessMiddleware, LimitMiddleware, RequestLimit
 from .bodies import BodyReader
 from .client import CountTokens, PipelineClient
+from .explaining import SelectionExplainer
 from .input_items import check_input_items
 from .keys import KeyRing
 from .messages_log import log_messages_refused_in_one_line
 from .middleware import RequestMiddleware
 from .request_json import JsonLimits
 from .routes import serve_only_known
+from .selections import add_selections_route
 from .surface import TASKS
 
 
@@ -84,6 +87,11 @@ async def build_http_app(
     app: FastAPI = build_app(args, TASKS, client.model_config)
     await init_app_state(client, app.state, args, TASKS)
     app.state.server = _NoServer()
+    policy = selection_policy(config.selection, kv_block_tokens(config.prefill))
+    explainer = SelectionExplainer(
+        client, policy, protect_fences=config.selection.protect_fences
+    )
+    add_selections_route(app, client, explainer, config.model.served_name)
     serve_only_known(app)
     # Before vLLM's own.
     app.router.routes[:0] = [health_route(count, limit, facts_kept), metrics_route(metrics)]
