@@ -352,8 +352,13 @@ class AdmittingPipeline:
                     yield _add_wait(chunk, admitted.waited_s)
 
     async def select(self, request: Request) -> Selection:
-        """See Pipeline.select."""
-        return await self._pipeline.select(request)
+        """See Pipeline.select. It is admitted as an answer is; no prefill engine works for it."""
+        async with self._gate.admit(request, plan_of(request)) as admitted:
+            admitted.prefill_s = 0.0
+            left_s = max(0.0, request.timeout_s - admitted.waited_s)
+            bounded = replace(request, plan=admitted.plan, timeout_s=left_s)
+            selection = await self._pipeline.select(bounded)
+        return replace(selection, queue_s=selection.queue_s + admitted.waited_s)
 
 
 def _with_keep(plan: Plan, keep: float) -> Plan:

@@ -59,7 +59,11 @@ def _protection_reasons(
 ) -> Reasons:
     reasons = np.zeros(prompt_tokens, dtype=np.int32)
     tail = Span(max(0, prompt_tokens - policy.tail_tokens), prompt_tokens)
-    rules = [*protected.items(), (KeptBy.SINK, [Span(0, policy.sink_tokens)]), (KeptBy.TAIL, [tail])]
+    rules = [
+        *protected.items(),
+        (KeptBy.SINK, [Span(0, policy.sink_tokens)]),
+        (KeptBy.TAIL, [tail]),
+    ]
     for reason, spans in rules:
         for span in spans:
             reasons[span.start : span.stop] |= _bit(reason)

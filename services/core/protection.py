@@ -81,9 +81,7 @@ def protected_spans(
     A content that the template altered cannot be found; the region where it must lie is then not
     protected. Raises `occurrences.Cancelled` soon after `is_cancelled()`.
     """
-    rules = Protection(
-        messages=messages, protect=protect, tail_tokens=tail_tokens, fences=fences
-    )
+    rules = Protection(messages=messages, protect=protect, tail_tokens=tail_tokens, fences=fences)
     index = _TokenIndex(offsets)
     found = _find_ranges(text, rules, index, is_cancelled)
     return index.spans(np.concatenate(list(found.ranges.values())), found.query)

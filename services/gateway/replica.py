@@ -53,7 +53,7 @@ from .observe.watched import LearningObserver, ObservedPipeline, Observer
 from .openai.access import RequestLimit
 from .openai.keys import read_keys
 from .openai.request_json import JsonLimits
-from .openai.server import build_client, build_http_app
+from .openai.server import build_client, build_explainer, build_http_app
 from .pools.draft_state import SelfTestWatch
 from .pools.handles import Carried, ServeDecoder, ServePrefiller, ServeSpeculator
 from .pools.health import GATEWAY
@@ -123,6 +123,7 @@ class GatewayReplica:
             self._self_test.start()
         self._grpc = GrpcApi(
             self._client,
+            build_explainer(self._config, self._client),
             self._config.model.served_name,
             self._keys,
             self._limit,

@@ -214,20 +214,22 @@ class GenerateChunk(_message.Message):
     def __init__(self, output: _Optional[_Union[Output, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("model", "conversation", "text", "token_ids", "prune", "timeout_s")
+    __slots__ = ("model", "conversation", "text", "token_ids", "prune", "timeout_s", "explain")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     CONVERSATION_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PRUNE_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    EXPLAIN_FIELD_NUMBER: _ClassVar[int]
     model: str
     conversation: Conversation
     text: str
     token_ids: TokenIds
     prune: Prune
     timeout_s: float
-    def __init__(self, model: _Optional[str] = ..., conversation: _Optional[_Union[Conversation, _Mapping]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., prune: _Optional[_Union[Prune, _Mapping]] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+    explain: bool
+    def __init__(self, model: _Optional[str] = ..., conversation: _Optional[_Union[Conversation, _Mapping]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., prune: _Optional[_Union[Prune, _Mapping]] = ..., timeout_s: _Optional[float] = ..., explain: bool = ...) -> None: ...
 
 class Span(_message.Message):
     __slots__ = ("start", "stop")
@@ -238,16 +240,80 @@ class Span(_message.Message):
     def __init__(self, start: _Optional[int] = ..., stop: _Optional[int] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
-    __slots__ = ("kept", "decision", "queue_s", "speculate_s")
+    __slots__ = ("kept", "decision", "queue_s", "speculate_s", "explanation")
     KEPT_FIELD_NUMBER: _ClassVar[int]
     DECISION_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     SPECULATE_S_FIELD_NUMBER: _ClassVar[int]
+    EXPLANATION_FIELD_NUMBER: _ClassVar[int]
     kept: _containers.RepeatedCompositeFieldContainer[Span]
     decision: Decision
     queue_s: float
     speculate_s: float
-    def __init__(self, kept: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., decision: _Optional[_Union[Decision, _Mapping]] = ..., queue_s: _Optional[float] = ..., speculate_s: _Optional[float] = ...) -> None: ...
+    explanation: Explanation
+    def __init__(self, kept: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., decision: _Optional[_Union[Decision, _Mapping]] = ..., queue_s: _Optional[float] = ..., speculate_s: _Optional[float] = ..., explanation: _Optional[_Union[Explanation, _Mapping]] = ...) -> None: ...
+
+class PromptSpan(_message.Message):
+    __slots__ = ("start", "end", "first_token", "end_token", "chunk", "reasons")
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    END_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    REASONS_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    end: int
+    first_token: int
+    end_token: int
+    chunk: int
+    reasons: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ..., first_token: _Optional[int] = ..., end_token: _Optional[int] = ..., chunk: _Optional[int] = ..., reasons: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class SelectionRule(_message.Message):
+    __slots__ = ("chunk_tokens", "min_kept_tokens", "is_flat", "least_certainty", "peak_share", "unsure_share", "most_chunks")
+    CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MIN_KEPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    IS_FLAT_FIELD_NUMBER: _ClassVar[int]
+    LEAST_CERTAINTY_FIELD_NUMBER: _ClassVar[int]
+    PEAK_SHARE_FIELD_NUMBER: _ClassVar[int]
+    UNSURE_SHARE_FIELD_NUMBER: _ClassVar[int]
+    MOST_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    chunk_tokens: int
+    min_kept_tokens: int
+    is_flat: bool
+    least_certainty: float
+    peak_share: float
+    unsure_share: float
+    most_chunks: float
+    def __init__(self, chunk_tokens: _Optional[int] = ..., min_kept_tokens: _Optional[int] = ..., is_flat: bool = ..., least_certainty: _Optional[float] = ..., peak_share: _Optional[float] = ..., unsure_share: _Optional[float] = ..., most_chunks: _Optional[float] = ...) -> None: ...
+
+class Explanation(_message.Message):
+    __slots__ = ("text", "kept_text", "spans", "chunk_scores", "certainty", "threshold", "keep", "tokenize_s", "remembered_tokens", "expected_dense_ttft_s", "expected_prune_ttft_s", "rule")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    KEPT_TEXT_FIELD_NUMBER: _ClassVar[int]
+    SPANS_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_SCORES_FIELD_NUMBER: _ClassVar[int]
+    CERTAINTY_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZE_S_FIELD_NUMBER: _ClassVar[int]
+    REMEMBERED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_DENSE_TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_PRUNE_TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    RULE_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    kept_text: str
+    spans: _containers.RepeatedCompositeFieldContainer[PromptSpan]
+    chunk_scores: _containers.RepeatedScalarFieldContainer[float]
+    certainty: float
+    threshold: float
+    keep: float
+    tokenize_s: float
+    remembered_tokens: int
+    expected_dense_ttft_s: float
+    expected_prune_ttft_s: float
+    rule: SelectionRule
+    def __init__(self, text: _Optional[str] = ..., kept_text: _Optional[str] = ..., spans: _Optional[_Iterable[_Union[PromptSpan, _Mapping]]] = ..., chunk_scores: _Optional[_Iterable[float]] = ..., certainty: _Optional[float] = ..., threshold: _Optional[float] = ..., keep: _Optional[float] = ..., tokenize_s: _Optional[float] = ..., remembered_tokens: _Optional[int] = ..., expected_dense_ttft_s: _Optional[float] = ..., expected_prune_ttft_s: _Optional[float] = ..., rule: _Optional[_Union[SelectionRule, _Mapping]] = ...) -> None: ...
 
 class HealthRequest(_message.Message):
     __slots__ = ()

@@ -79,6 +79,9 @@ VALID: tuple[tuple[str, dict[str, Any]], ...] = (
         "/v1/messages/count_tokens",
         {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]},
     ),
+    ("/v1/selections", {"context": "hello " * 40, "question": "who?", "keep": 0.3}),
+    ("/v1/selections", {"messages": CHAT["messages"], "tools": [TOOL], "keep": "auto"}),
+    ("/v1/selections", {"model": MODEL, "prompt": [5, 6, 7], "floor": 0.1, "ceiling": 0.5}),
     ("/tokenize", {"model": MODEL, "prompt": "hello"}),
     ("/tokenize", {"model": MODEL, "messages": CHAT["messages"]}),
     ("/detokenize", {"model": MODEL, "tokens": [5, 6, 7]}),
@@ -106,6 +109,7 @@ FIELDS = (
     "logits_processors", "use_beam_search", "length_penalty", "instructions", "text", "store",
     "previous_response_id", "background", "include", "system", "thinking", "specprefill",
     "speculative_prefill", "specprefill_keep_pct", "speculative_prefill_keep_pct", "tokens",
+    "context", "question", "keep", "floor", "ceiling", "protect",
     "mm_processor_kwargs", "guided_json", "extra_args", "position_ids", "", "unknown",
 )  # fmt: skip
 NASTY_BYTES = (

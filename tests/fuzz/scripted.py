@@ -60,7 +60,7 @@ async def serve(grpc_port: int, folder: Path) -> None:
     """Serve until cancelled."""
     from specprefill.gateway.grpc.api import GrpcApi
     from specprefill.gateway.grpc.serving import add_SpecPrefillServicer_to_server
-    from specprefill.gateway.openai.server import build_client, build_http_app
+    from specprefill.gateway.openai.server import build_client, build_explainer, build_http_app
     from tests.contract import conftest as contract
     from tests.contract.fronts import running, serve_config, serving
     from tests.contract.gateway.test_gateway_grpc import JSON_LIMITS, MAX_MESSAGE_BYTES, Servicer
@@ -88,7 +88,7 @@ async def serve(grpc_port: int, folder: Path) -> None:
         await send({"type": "http.response.body", "body": b"ok"})
 
     api = GrpcApi(
-        client, "demo", contract.KEYS, contract.LIMIT, health,
+        client, build_explainer(config, client), "demo", contract.KEYS, contract.LIMIT, health,
         max_message_bytes=MAX_MESSAGE_BYTES, json_limits=JSON_LIMITS,
     )  # fmt: skip
     server = grpc.aio.server()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import grpc
@@ -16,8 +18,9 @@ from ...core.types import Request
 from ...rpc import specprefill_pb2 as pb
 from ..openai.access import RequestLimit
 from ..openai.client import PipelineClient
-from ..openai.context import RequestContext, fair_key
+from ..openai.context import RequestContext, fair_key, function_names
 from ..openai.controls import shorten
+from ..openai.explaining import SelectionExplainer
 from ..openai.failures import RpcFailed, rpc_failure
 from ..openai.keys import KeyRing
 from ..openai.request_json import JsonLimits
@@ -26,6 +29,7 @@ from .messages import (
     AnswerBuilder,
     chat_messages,
     chunk_output,
+    explanation_message,
     prune_controls,
     report_message,
     sampling_params,
@@ -48,12 +52,23 @@ class CallContext(Protocol):
     def set_details(self, details: str) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A planned request, and what it was made from."""
+
+    request: Request
+    prompt: EngineInput
+    context: RequestContext
+    tokenize_s: float
+
+
 class GrpcApi:
     """One method per RPC of `specprefill.v1.SpecPrefill`."""
 
     def __init__(
         self,
         client: PipelineClient,
+        explainer: SelectionExplainer,
         model_name: str,
         keys: KeyRing,
         limit: RequestLimit,
@@ -63,6 +78,7 @@ class GrpcApi:
         json_limits: JsonLimits,
     ) -> None:
         self._client = client
+        self._explainer = explainer
         self._model_name = model_name
         self._keys = keys
         self._limit = limit
@@ -99,10 +115,18 @@ class GrpcApi:
                     yield out
 
     async def score(self, message: pb.ScoreRequest, context: CallContext) -> pb.ScoreResponse:
-        """Return the prompt tokens that would be kept."""
+        """Return the prompt tokens that would be kept, and why where the caller asks."""
         with self._guard_call(context):
-            request = await self._request(message, context)
-            return score_message(await self._client.select(request))
+            prepared = await self._prepare(message, context)
+            if not message.explain:
+                return score_message(await self._client.select(prepared.request))
+            explained = await self._explainer.select(
+                prepared.request, prepared.prompt, prepared.context
+            )
+            response = score_message(explained.selection)
+            explanation = explanation_message(explained, prepared.tokenize_s)
+            response.explanation.CopyFrom(explanation)
+            return response
 
     async def health(self, message: pb.HealthRequest, context: CallContext) -> pb.HealthResponse:
         """Return the pools' health. Needs no API key."""
@@ -111,9 +135,12 @@ class GrpcApi:
         pools = [pb.PoolHealth(name=n, healthy_replicas=r) for n, r in health.pools.items()]
         return pb.HealthResponse(serving=health.serving, reason=health.reason, pools=pools)
 
-    async def _request(
+    async def _request(self, message: pb.GenerateRequest, call: CallContext) -> Request:
+        return (await self._prepare(message, call)).request
+
+    async def _prepare(
         self, message: pb.GenerateRequest | pb.ScoreRequest, call: CallContext
-    ) -> Request:
+    ) -> _Prepared:
         self._check_message(message)
         if message.HasField("model") and message.model != self._model_name:
             raise UnknownModel(f"model: {shorten(message.model)} is not served here", "model")
@@ -126,13 +153,16 @@ class GrpcApi:
             timeout_s=timeout_s(message),
             key=self._key_name(call) or fair_key(_metadata(call).get("authorization")),
         )
+        started_s = time.perf_counter()
         prompt = await self._prompt(message, context)
+        tokenize_s = time.perf_counter() - started_s
         params = sampling_params(
             sampling, self._client.model_config.get_diff_sampling_param(), self._json_limits
         )
-        return await self._client.prepare(
+        request = await self._client.prepare(
             prompt, params, f"grpc-{uuid.uuid4().hex[:16]}", context, priority
         )
+        return _Prepared(request, prompt, context, tokenize_s)
 
     def _check_message(self, message: pb.GenerateRequest | pb.ScoreRequest | Unparsable) -> None:
         if isinstance(message, Unparsable):
@@ -153,6 +183,7 @@ class GrpcApi:
             return await self._client.render_text(message.text)
         context.messages = chat_messages(message.conversation, self._json_limits)
         listed = tool_list(message.conversation, self._json_limits)
+        context.tool_names = function_names(listed)
         return await self._client.render_chat(context.messages, listed)
 
     @contextmanager

@@ -13,7 +13,9 @@ from ...core.types import Chunk, Controls, Report, Selection, TokenLogprob
 from ...rpc import specprefill_pb2 as pb
 from ..openai.client import CLIENT_ERRORS, as_invalid
 from ..openai.controls import check_order, rate, strings, timeout
+from ..openai.explaining import ExplainedSelection, TextSpan
 from ..openai.request_json import JsonLimits, parse_json
+from ..openai.selection_json import selection_rule
 
 _PLAIN_SAMPLING = (
     "max_tokens",
@@ -142,6 +144,37 @@ def score_message(selection: Selection) -> pb.ScoreResponse:
         ),
         queue_s=selection.queue_s,
         speculate_s=selection.speculate_s,
+    )
+
+
+def explanation_message(explained: ExplainedSelection, tokenize_s: float) -> pb.Explanation:
+    """Return the explanation of a selection as a message."""
+    selection = explained.selection
+    scores, expected = selection.scores, selection.plan.expected
+    return pb.Explanation(
+        text=explained.text,
+        kept_text=explained.kept_text(),
+        spans=map(_prompt_span, explained.spans),
+        chunk_scores=() if scores is None else scores.worth,
+        certainty=None if scores is None else scores.certainty,
+        threshold=explained.threshold,
+        keep=selection.plan.keep,
+        tokenize_s=tokenize_s,
+        remembered_tokens=selection.remembered_tokens,
+        expected_dense_ttft_s=None if expected is None else expected.dense_s,
+        expected_prune_ttft_s=None if expected is None else expected.prune_s,
+        rule=pb.SelectionRule(**selection_rule(explained)),
+    )
+
+
+def _prompt_span(each: TextSpan) -> pb.PromptSpan:
+    return pb.PromptSpan(
+        start=each.start,
+        end=each.stop,
+        first_token=each.span.tokens.start,
+        end_token=each.span.tokens.stop,
+        chunk=each.span.chunk,
+        reasons=[reason.value for reason in each.span.reasons],
     )
 
 

@@ -23,6 +23,7 @@ class RequestContext:
 
     controls: Controls = field(default_factory=Controls)
     messages: Messages | None = None  # as the caller sent them; None: not a conversation
+    tool_names: Sequence[str] = ()  # where a selection is explained
     timeout_s: float | None = None  # None: the deployment's limit
     key: str | None = None  # whose fair share of the service the request takes
     anthropic: bool = False  # errors have Anthropic's form
@@ -44,6 +45,13 @@ def _prompt_order(request_id: str) -> tuple[int, str]:
 
 
 CURRENT: ContextVar[RequestContext | None] = ContextVar("specprefill_request", default=None)
+
+
+def function_names(tools: Sequence[Mapping[str, Any]] | None) -> list[str]:
+    """Return the names of the functions among OpenAI's tools."""
+    functions = (tool.get("function") for tool in tools or ())
+    named = (each.get("name") for each in functions if isinstance(each, Mapping))
+    return [name for name in named if isinstance(name, str)]
 
 
 def fair_key(authorization: str | None) -> str | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from vllm.inputs import EngineInput
 
 from ...core.explanation import ExplainedSpan, explain
 from ...core.protection import (
@@ -20,11 +21,11 @@ from ...core.protection import (
 from ...core.selection import SelectionPolicy
 from ...core.types import Request, Selection
 from .client import PipelineClient
-from .context import Messages
+from .context import RequestContext
 from .offsets import PlacedPrompt
 
 # Undecodable bytes of token prompts, which JSON and protobuf cannot carry.
-_ESCAPES = {code: 0xFFFD for code in range(0xD800, 0xE000)}
+_ESCAPES = dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,28 +65,21 @@ class SelectionExplainer:
         self._protect_fences = protect_fences
 
     async def select(
-        self,
-        request: Request,
-        text: str | None,
-        messages: Messages | None,
-        tool_names: Sequence[str] = (),
+        self, request: Request, prompt: EngineInput, context: RequestContext
     ) -> ExplainedSelection:
-        """Select for a prepared request. `text` None: the prompt was given as token ids.
-
-        Raises as Pipeline.select.
-        """
+        """Select for a request that was prepared from `prompt`. Raises as Pipeline.select."""
         selection = await self._client.select(replace(request, wants_scores=True))
         rules = Protection(
-            messages=messages,
+            messages=context.messages,
             protect=request.controls.protect,
             tail_tokens=self._policy.tail_tokens,
             fences=self._protect_fences,
-            tool_names=tool_names,
+            tool_names=context.tool_names,
         )
         cancelled = threading.Event()
         try:
             return await asyncio.to_thread(
-                self._explain, request, selection, text, rules, cancelled.is_set
+                self._explain, request, selection, prompt.get("prompt"), rules, cancelled.is_set
             )
         finally:
             cancelled.set()
@@ -94,7 +88,7 @@ class SelectionExplainer:
         self,
         request: Request,
         selection: Selection,
-        text: str | None,
+        text: str | None,  # None: the prompt was given as token ids
         rules: Protection,
         is_cancelled: Callable[[], bool],
     ) -> ExplainedSelection:
@@ -125,4 +119,3 @@ def _place(
         TextSpan(start, stop, span, None if worth is None else worth[span.chunk])
         for span, start, stop in zip(spans, edges[:-1], edges[1:], strict=True)
     ]
-

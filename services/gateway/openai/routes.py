@@ -15,8 +15,6 @@ SERVED = (
     | frozenset(
         (
             "/v1/selections",
-            "/playground",
-            "/playground/{name}",
             "/v1/models",
             "/v1/responses/{response_id}",
             "/v1/responses/{response_id}/cancel",

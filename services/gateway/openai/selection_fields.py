@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +23,6 @@ class SelectionFields:
     prompt: str | list[int] | None
     tools: list[dict[str, Any]] | None
     controls: Controls
-
-    @property
-    def tool_names(self) -> list[str]:
-        """The names of the functions among the tools."""
-        functions = (tool.get("function") for tool in self.tools or ())
-        named = (each.get("name") for each in functions if isinstance(each, Mapping))
-        return [name for name in named if isinstance(name, str)]
 
 
 def read_selection_fields(body: Mapping[str, Any]) -> SelectionFields:
@@ -57,7 +50,10 @@ def read_selection_fields(body: Mapping[str, Any]) -> SelectionFields:
 
 
 def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    context, question = _text("context", body.get("context")), _text("question", body.get("question"))
+    context, question = (
+        _text("context", body.get("context")),
+        _text("question", body.get("question")),
+    )
     if context is None:
         if question is not None:
             raise InvalidRequest("question: goes with context only", "question")
@@ -106,7 +102,6 @@ def _text(field: str, value: object) -> str | None:
 def _objects(field: str, value: object) -> list[dict[str, Any]] | None:
     if value is None:
         return None
-    is_list = isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
-    if is_list and all(isinstance(each, dict) for each in value):  # type: ignore[attr-defined]
-        return list(value)  # type: ignore[call-overload]
+    if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+        return value
     raise InvalidRequest(f"{field}: must be a list of objects, not {shorten(value)}", field)

@@ -22,7 +22,7 @@ from vllm.sampling_params import SamplingParams
 
 from ...core.errors import SpecPrefillError
 from .client import PipelineClient, record_failure
-from .context import CURRENT, RequestContext
+from .context import CURRENT, RequestContext, function_names
 from .explaining import SelectionExplainer
 from .middleware import REQUEST_ID_HEADER
 from .selection_fields import SelectionFields, read_selection_fields
@@ -36,7 +36,7 @@ def add_selections_route(
 ) -> None:
     """Add the route to vLLM's app: its renderers read the prompt, as they do for an answer."""
 
-    @with_cancellation
+    @with_cancellation  # type: ignore[untyped-decorator]
     async def create_selection(
         body: Annotated[dict[str, Any], Body()], raw_request: HttpRequest
     ) -> Response:
@@ -44,6 +44,7 @@ def add_selections_route(
         try:
             fields = read_selection_fields(body)
             context.controls, context.messages = fields.controls, fields.messages
+            context.tool_names = function_names(fields.tools)
             context.protect_field = "protect"
             started_s = time.perf_counter()
             rendered = await _render(app, fields, model_name)
@@ -53,9 +54,7 @@ def add_selections_route(
             request = await client.prepare(
                 rendered, SamplingParams(max_tokens=1), _request_id(raw_request), context
             )
-            explained = await explainer.select(
-                request, rendered.get("prompt"), fields.messages, fields.tool_names
-            )
+            explained = await explainer.select(request, rendered, context)
         except SpecPrefillError as error:
             raise record_failure(context, error) from error
         content = selection_json(explained, model_name, tokenize_s)
@@ -76,7 +75,10 @@ def add_selections_route(
             404: {"model": ErrorResponse},
         },
         openapi_extra={
-            "requestBody": {"required": True, "content": {"application/json": {"schema": REQUEST_SCHEMA}}}
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": REQUEST_SCHEMA}},
+            }
         },
     )
 

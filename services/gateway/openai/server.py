@@ -68,6 +68,12 @@ def build_client(
     )
 
 
+def build_explainer(config: AppConfig, client: PipelineClient) -> SelectionExplainer:
+    """Build the explainer of selections, with the speculators' own policy."""
+    policy = selection_policy(config.selection, kv_block_tokens(config.prefill))
+    return SelectionExplainer(client, policy, protect_fences=config.selection.protect_fences)
+
+
 async def build_http_app(
     config: AppConfig,
     client: PipelineClient,
@@ -87,11 +93,7 @@ async def build_http_app(
     app: FastAPI = build_app(args, TASKS, client.model_config)
     await init_app_state(client, app.state, args, TASKS)
     app.state.server = _NoServer()
-    policy = selection_policy(config.selection, kv_block_tokens(config.prefill))
-    explainer = SelectionExplainer(
-        client, policy, protect_fences=config.selection.protect_fences
-    )
-    add_selections_route(app, client, explainer, config.model.served_name)
+    add_selections_route(app, client, build_explainer(config, client), config.model.served_name)
     serve_only_known(app)
     # Before vLLM's own.
     app.router.routes[:0] = [health_route(count, limit, facts_kept), metrics_route(metrics)]

@@ -26,7 +26,13 @@ pytestmark = [
 
 JSON = {"content-type": "application/json"}
 DEEP = 20_000
-POSTS = [*sorted(GENERATING), "/v1/messages/count_tokens", "/tokenize", "/detokenize"]
+POSTS = [
+    *sorted(GENERATING),
+    "/v1/messages/count_tokens",
+    "/v1/selections",
+    "/tokenize",
+    "/detokenize",
+]
 PRIVATE = {
     "specprefill_positions": {"runs": [0, 1], "prompt_tokens": 9},
     "specprefill_replay": [3],

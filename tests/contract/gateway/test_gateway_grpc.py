@@ -16,7 +16,13 @@ from specprefill.core.types import Controls
 from specprefill.gateway.grpc.serving import add_SpecPrefillServicer_to_server
 from specprefill.rpc import specprefill_pb2 as pb
 from specprefill.rpc import specprefill_pb2_grpc as stubs
-from tests.contract.conftest import JSON_LIMITS, KEYS, LIMIT, MAX_MESSAGE_BYTES
+from tests.contract.conftest import (
+    JSON_LIMITS,
+    KEYS,
+    LIMIT,
+    MAX_MESSAGE_BYTES,
+    configuration,
+)
 
 TEXT = " alpha bravo charlie"
 KEY = (("authorization", "Bearer test-key"),)
@@ -58,10 +64,12 @@ class Servicer(stubs.SpecPrefillServicer):
 @pytest.fixture
 async def channel(gateway: Any, pipeline: Any, health: Any) -> AsyncIterator[grpc.aio.Channel]:
     from specprefill.gateway.grpc.api import GrpcApi
+    from specprefill.gateway.openai.server import build_explainer
 
     server = grpc.aio.server()
     api = GrpcApi(
         gateway[0],
+        build_explainer(configuration(), gateway[0]),
         "demo",
         KEYS,
         LIMIT,
@@ -226,6 +234,28 @@ async def test_score_returns_what_would_be_kept(stub: Any, pipeline: Any) -> Non
     assert [(run.start, run.stop) for run in answer.kept] == [(0, 2), (4, 5)]
     assert (answer.decision.kept_tokens, answer.decision.reason) == (3, "asked")
     assert (answer.queue_s, answer.speculate_s) == (0.25, 0.5)
+
+
+async def test_score_explains_itself_where_asked(stub: Any, pipeline: Any) -> None:
+    plain = await stub.Score(pb.ScoreRequest(text="one two three"), metadata=KEY)
+    assert not plain.HasField("explanation")
+    message = pb.Message(role="user", content="one two three")
+    for prompt in ({"text": "one two three"}, {"conversation": {"messages": [message]}}):
+        request = pb.ScoreRequest(**prompt, explain=True)
+        answer = await stub.Score(request, metadata=KEY)
+        told, text = answer.explanation, answer.explanation.text
+        assert answer.decision == pb.Decision(
+            plan="prune", reason="asked", keep_rate=answer.decision.keep_rate,
+            prompt_tokens=answer.decision.prompt_tokens, kept_tokens=3,
+        )  # fmt: skip
+        assert "one two three" in text
+        assert "".join(text[each.start : each.end] for each in told.spans) == text
+        kept = [each for each in told.spans if each.reasons]
+        assert told.kept_text == "".join(text[each.start : each.end] for each in kept)
+        assert sum(each.end_token - each.first_token for each in kept) == 3
+        assert (told.rule.chunk_tokens, told.keep) == (32, 0.5)
+        assert told.tokenize_s > 0
+        assert not told.HasField("certainty")
 
 
 async def test_health_needs_no_key(stub: Any, health: Any) -> None:

@@ -30,7 +30,15 @@ from specprefill.lab.loadtest.recorder import LoadPrompt
 from specprefill.lab.loadtest.runner import PlannedRequest, RunProgress
 from specprefill.lab.loadtest.scenario import Kill, Scenario
 from specprefill.rpc import specprefill_pb2_grpc as stubs
-from tests.contract.conftest import API_KEY, JSON_LIMITS, KEYS, LIMIT, MAX_MESSAGE_BYTES, WORDS
+from tests.contract.conftest import (
+    API_KEY,
+    JSON_LIMITS,
+    KEYS,
+    LIMIT,
+    MAX_MESSAGE_BYTES,
+    WORDS,
+    configuration,
+)
 from tests.contract.gateway.test_gateway_grpc import Servicer
 
 ANSWER = "".join(WORDS)
@@ -55,6 +63,7 @@ def prompt(**changes: Any) -> LoadPrompt:
 async def addresses(gateway: Any, pipeline: Any, health: Any) -> AsyncIterator[dict[str, str]]:
     """The gateway on real ports."""
     from specprefill.gateway.grpc.api import GrpcApi
+    from specprefill.gateway.openai.server import build_explainer
 
     client, app, _, _ = gateway
     with socket.socket() as listening:
@@ -65,6 +74,7 @@ async def addresses(gateway: Any, pipeline: Any, health: Any) -> AsyncIterator[d
         server = grpc.aio.server()
         api = GrpcApi(
             client,
+            build_explainer(configuration(), client),
             "demo",
             KEYS,
             LIMIT,

@@ -205,6 +205,49 @@ async def test_under_load_the_rate_is_lowered_and_the_wait_is_reported():
     assert report.queue_s == pytest.approx(0.75)
 
 
+async def test_a_selection_waits_its_turn_and_gets_the_rate_of_an_answer():
+    setup = AdmissionSetup()
+    front = setup.hold()
+    await settled()
+    behind = asyncio.create_task(setup.pipeline.select(Request("r", setup.prompt, b"")))
+    await settled()
+    assert (setup.gate.running, setup.gate.waiting) == (1, 1)
+    setup.now_s = 0.75
+    front.cancel()
+    selection = await behind
+    assert selection.plan.reason is Reason.LOAD
+    assert selection.queue_s == pytest.approx(0.75)
+    assert (setup.gate.running, setup.gate.waiting) == (0, 0)
+
+
+async def test_a_selection_is_shed_where_an_answer_is():
+    setup = AdmissionSetup(max_waiting=1)
+    tasks = [setup.hold() for _ in range(2)]
+    await settled()
+    with pytest.raises(Overloaded, match="queue is full"):
+        await setup.pipeline.select(Request("r", setup.prompt, b""))
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+
+
+async def test_a_selection_holds_no_prefill_engine():
+    setup = AdmissionSetup()
+    request = Request("r", setup.prompt, b"")
+    asked = []
+
+    class Watching(FakeSpeculator):
+        async def select(self, request, plan, timeout_s):
+            asked.append(setup.gate.backlog().prefill_s)
+            return await super().select(request, plan, timeout_s)
+
+    pipeline = Pipeline(Watching(), FakePrefiller(), FakeDecoder())
+    admitting = PlannedPipeline(AdmittingPipeline(pipeline, setup.gate), setup.planner)
+    await admitting.select(request)
+    [_ async for _ in admitting.generate(request)]
+    assert asked[0] == 0.0 < asked[1]
+
+
 @pytest.mark.parametrize(
     ("controls", "least"), [(Controls(floor=0.25), 1000), (Controls(keep=0.2), 800)]
 )

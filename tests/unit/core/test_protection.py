@@ -10,7 +10,14 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specprefill.core.protection import merge_spans, protected_spans, special_spans
+from specprefill.core.protection import (
+    KeptBy,
+    Protection,
+    merge_spans,
+    protected_by_reason,
+    protected_spans,
+    special_spans,
+)
 from specprefill.core.selection import SelectionPolicy, select
 from specprefill.core.types import KeepRange, Plan, PlanKind, Reason
 from tests.policies import PAPER
@@ -78,6 +85,11 @@ def test_protected_text_is_kept_at_any_budget_length_and_mix(
 
     chosen = select(scores, plan, protected, policy, certainty)
 
+    rules = Protection(messages=messages, protect=marked, tail_tokens=policy.tail_tokens)
+    by_reason = protected_by_reason(text, np.array(offsets).reshape(-1, 2), rules)
+    every = [span for spans in by_reason.values() for span in spans]
+    assert merge_spans([*special_spans(range(len(tokens)), special), *every]) == protected
+
     kept = {index for run in chosen.runs for index in range(run.start, run.stop)}
     assert kept >= set(range(min(policy.sink_tokens, len(tokens))))  # BOS and the sink
     assert kept >= special
@@ -103,3 +115,26 @@ def rendered(
         bodies.append((role, len(text), len(text) + len(content.strip())))
         text += content.strip() + "</>"
     return text + "<assistant>", bodies
+
+
+def test_every_part_of_a_conversation_has_its_reason() -> None:
+    text, _ = rendered(
+        [("system", "be brief"), ("user", "alpha bravo"), ("user", "who")], tools=True
+    )
+    offsets = np.array([match.span() for match in TOKEN.finditer(text)])
+    messages = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "alpha bravo"},
+        {"role": "user", "content": "who"},
+    ]
+    rules = Protection(messages=messages, protect=("bravo",), tail_tokens=1, tool_names=("search",))
+
+    def covered(reason: KeptBy) -> list[str]:
+        spans = protected_by_reason(text, offsets, rules)[reason]
+        return [text[offsets[span.start][0] : offsets[span.stop - 1][1]] for span in spans]
+
+    assert covered(KeptBy.SYSTEM) == ["be brief"]
+    assert covered(KeptBy.TOOLS) == ["<s><tools>{'name': 'search'}</tools><system>"]
+    assert covered(KeptBy.TEMPLATE) == ["</><user>", "</><user>", "</><assistant>"]
+    assert covered(KeptBy.PROTECTED) == [" bravo"]
+    assert covered(KeptBy.TAIL) == ["who"]

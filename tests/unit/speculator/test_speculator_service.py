@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from specprefill.core.errors import (
     SpeculatorUnavailable,
     UnsupportedModel,
 )
-from specprefill.core.selection import select
-from specprefill.core.types import Plan, PlanKind, Reason, Request, Span
+from specprefill.core.selection import chunk_scores, select
+from specprefill.core.types import Plan, PlanKind, Reason, Request, Selection, Span
+from specprefill.core.wire import pack, unpack
 from specprefill.speculator.jobs import Batching, Pace
 from specprefill.speculator.scorer import Scorer
 from specprefill.speculator.scoring_gauges import SpeculatorGauges
@@ -47,6 +49,19 @@ async def test_a_request_gets_the_selection_of_its_scores_and_its_times(
     assert selection.plan == PLAN
     assert selection.speculate_s > 0
     assert 0 <= selection.queue_s < WAIT_S
+
+
+@pytest.mark.asyncio
+async def test_a_selection_carries_its_scores_where_they_are_wanted(scorer: GatedScorer) -> None:
+    request = request_of(200, protected=(Span(50, 53),))
+    async with serving(scorer) as service:
+        plain = await service.select(request, PLAN, WAIT_S)
+        wanted = await service.select(replace(request, wants_scores=True), PLAN, WAIT_S)
+    scores = scorer.score([request.prompt])[0]
+    assert plain.scores is None
+    assert wanted.runs == plain.runs
+    assert wanted.scores == chunk_scores(scores, request.protected, POLICY, wanted.scores.certainty)
+    assert unpack(pack(wanted), Selection) == wanted
 
 
 @pytest.mark.asyncio
