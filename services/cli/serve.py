@@ -1,4 +1,4 @@
-"""The commands `specprefill serve | deploy | check | status`: deployment files and clusters."""
+"""The commands `specprefill serve | deploy | check`: deployment files and clusters."""
 
 from __future__ import annotations
 
@@ -32,7 +32,6 @@ from ..deployment.local_ray import (
     DeploymentFailed,
     LocalRay,
     ServeApi,
-    Snapshot,
     StartFailed,
     answers_strangers,
     open_cluster,
@@ -63,13 +62,6 @@ def add_commands(commands: Any) -> None:
         "--no-models", action="store_true", help="check the file alone, not the models"
     )
     check.set_defaults(run=run_check)
-    status = commands.add_parser(
-        "status",
-        help="show the pools and their replicas",
-        description="Show every pool of a running cluster. Exits 1 unless all are healthy.",
-    )
-    _add_dashboard(status)
-    status.set_defaults(run=run_status)
 
 
 def _add_serve(commands: Any) -> None:
@@ -225,26 +217,6 @@ def run_deploy(args: argparse.Namespace) -> int:
     show("ready")
     print(how_to_call(loaded.file, args.address))
     return 0
-
-
-def run_status(args: argparse.Namespace) -> int:
-    """Print the pools."""
-    snapshot = _api(args.address).snapshot()
-    print(status_text(snapshot))
-    return 0 if snapshot.is_healthy else 1
-
-
-def status_text(snapshot: Snapshot) -> str:
-    """Return the applications and their pools, a line each."""
-    if not snapshot.applications:
-        return "nothing is deployed"
-    lines = []
-    for name, status in snapshot.applications.items():
-        lines.append(f"{name}: {status.lower()}")
-        lines += [f"  {pool.line()}" for pool in snapshot.pools if pool.application == name]
-        if snapshot.messages[name]:
-            lines.append(f"  {snapshot.messages[name]}")
-    return "\n".join(lines)
 
 
 class ProgressLines:

@@ -249,7 +249,18 @@ class ServeApi:
         set_auth_mode()
         from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
-        self._client = ServeSubmissionClient(dashboard_url)
+        class Dashboard(ServeSubmissionClient):  # type: ignore[misc]
+            """Serve's client, and what else the dashboard answers."""
+
+            def scrape_targets(self) -> list[dict[str, Any]]:
+                """Return the exporters, as Prometheus' HTTP service discovery wants them."""
+                answer = self._do_request("GET", "/api/prometheus/sd")
+                if answer.status_code != 200:
+                    self._raise_error(answer)
+                targets: list[dict[str, Any]] = answer.json()
+                return targets
+
+        self._client = Dashboard(dashboard_url)
 
     def deploy(self, raw: Mapping[str, Any]) -> None:
         """Make the cluster run exactly the applications of a deployment file."""
@@ -268,6 +279,12 @@ class ServeApi:
         """Return Serve's whole state."""
         details: dict[str, Any] = self._client.get_serve_details()
         return details
+
+    def exporters(self) -> list[str]:
+        """Return the URLs of every node's metrics."""
+        targets = self._client.scrape_targets()
+        addresses = {address for each in targets for address in each["targets"]}
+        return [f"http://{address}/metrics" for address in sorted(addresses)]
 
     def replica_pids(self, pool: str) -> list[int]:
         """Return the processes of a pool's running replicas, in any application."""

@@ -4,12 +4,10 @@ import pytest
 
 from specprefill.cli import main as cli
 from specprefill.cli.ask import highlight, split
-from specprefill.cli.serve import how_to_call, status_text
+from specprefill.cli.serve import how_to_call
 from specprefill.client.question import report_line
 from specprefill.core.types import Span
 from specprefill.deployment.file import load
-from specprefill.deployment.local_ray import snapshot_of
-from tests.unit.deployment.test_cluster import details
 
 REPORT = {
     "plan": "prune", "reason": "asked", "kept_tokens": 10, "prompt_tokens": 100,
@@ -73,16 +71,6 @@ def test_check_refuses_a_typo_and_names_it(capsys, root, tmp_path):
     file.write_text(text.replace("max_num_seqs", "max_seqs"))
     assert cli.main(["check", str(file)]) == 2
     assert f"{file}: applications[0].args.prefill.max_seqs: unknown key" in capsys.readouterr().err
-
-
-def test_the_status_names_pools_and_problems():
-    text = status_text(snapshot_of(details(app_status="DEPLOY_FAILED", message="no model")))
-    assert text.splitlines() == [
-        "specprefill: deploy_failed",
-        "  Prefill     healthy     1 of 1 replicas",
-        "  app: no model",
-    ]
-    assert status_text(snapshot_of({"applications": {}})) == "nothing is deployed"
 
 
 def test_the_endpoints_are_printed(root):

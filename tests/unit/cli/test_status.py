@@ -1,0 +1,141 @@
+"""`specprefill status`: what a person and a program read."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from specprefill.cli import main as cli
+from specprefill.cli import status
+from specprefill.control.scaling.values import ScalingReason
+from specprefill.deployment.readings import parse
+from specprefill.deployment.service_status import (
+    Cost,
+    PoolStatus,
+    ServiceStatus,
+    SloStatus,
+    WaitingRequests,
+)
+
+POOLS = (
+    PoolStatus("Gateway", "HEALTHY", 2, 2, 0.0),
+    PoolStatus("Prefill", "HEALTHY", 2, 2, 4.0, 3, 9, "at_maximum"),
+    PoolStatus("Decode", "UPSCALING", 1, 2, 4.0, 2, 2, "slo_at_risk"),
+)
+SERVICE = ServiceStatus(
+    "app", "RUNNING", "", POOLS, True, SloStatus(2.0, 0.95, 0.9712, 1234),
+    WaitingRequests(3, 0, None), Cost("GPU-s", 0.82, 2.1),
+)  # fmt: skip
+
+
+def test_every_line_of_a_service_with_an_slo():
+    assert status.status_text([SERVICE]).splitlines() == [
+        "app: running",
+        "  Gateway     healthy     2 of 2 replicas",
+        "  Prefill     healthy     2 of 2 replicas    autoscaler: 3 (at max_replicas; "
+        "the SLO needs 9)",
+        "  Decode      upscaling   1 of 2 replicas    autoscaler: 2 (grows: the SLO is at risk)",
+        "  autoscaler    advisory: it changes nothing",
+        "  first tokens  0.971 of 1234 requests within 2 s (0.95 wanted)",
+        "  waiting       3 for admission, 0 for the speculator",
+        "  cost          0.82 GPU-s per 1,000 prompt tokens; about 2.1 dense (61% saved)",
+    ]
+
+
+def test_a_failed_application_shows_its_message():
+    failed = ServiceStatus(
+        "app", "DEPLOY_FAILED", "no model", (), False, None, WaitingRequests(None, None, None), None
+    )
+    assert status.status_text([failed]).splitlines() == ["app: deploy_failed", "  no model"]
+    assert status.status_text([]) == "nothing is deployed"
+
+
+def test_every_reason_of_the_autoscaler_has_words():
+    assert set(status._REASONS) == {reason.value for reason in ScalingReason}
+
+
+class Api:
+    """A cluster whose counters grow by 1,000 prompt tokens, 300 of them kept, at each look."""
+
+    looks = 0
+
+    def __init__(self, address):
+        pass
+
+    def exporters(self):
+        return ["http://nowhere/metrics"]
+
+    def details(self):
+        replica = {"state": "RUNNING", "start_time_s": 0.0}
+        pool = {"status": "HEALTHY", "target_num_replicas": 1, "replicas": [replica]}
+        names = ("Gateway", "Speculator", "Prefill", "Decode")
+        return {
+            "applications": {
+                "app": {
+                    "status": "RUNNING",
+                    "message": "",
+                    "deployed_app_config": {"args": {}},
+                    "deployments": dict.fromkeys(names, pool),
+                }
+            }
+        }
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    Api.looks = 0
+
+    def collect(urls, headers):
+        Api.looks += 1
+        return parse(
+            [
+                "# TYPE ray_specprefill_prompt_tokens_total counter\n"
+                f"ray_specprefill_prompt_tokens_total {1000 * Api.looks}\n"
+                "# TYPE ray_specprefill_kept_tokens_total counter\n"
+                f"ray_specprefill_kept_tokens_total {300 * Api.looks}\n"
+                "# TYPE ray_specprefill_speculator_queued gauge\n"
+                "ray_specprefill_speculator_queued 5\n"
+            ]
+        )
+
+    monkeypatch.setattr(status, "ServeApi", Api)
+    monkeypatch.setattr(status, "collect", collect)
+
+
+def test_json_has_every_field(cluster, capsys):
+    assert cli.main(["status", "--json"]) == 0
+    (service,) = json.loads(capsys.readouterr().out)
+    assert service["healthy"]
+    assert [pool["name"] for pool in service["pools"]] == [
+        "Gateway", "Speculator", "Prefill", "Decode",
+    ]  # fmt: skip
+    assert service["backlog"]["speculator"] == 5
+    assert service["cost"]["unit"] == "replica-s"
+    assert service["cost"]["saved"] == pytest.approx(1 - 3 / (1 / 0.3 + 1))
+
+
+def test_a_watch_counts_from_its_own_start_and_ends_with_ctrl_c(cluster, capsys, monkeypatch):
+    naps = []
+
+    def sleep(seconds):
+        naps.append(seconds)
+        if len(naps) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(status.time, "sleep", sleep)
+    assert cli.main(["status", "--watch", "7", "--json"]) == 0
+    first, *later = [json.loads(line)[0] for line in capsys.readouterr().out.splitlines()]
+    assert naps == [7.0, 7.0, 7.0]
+    assert first["cost"] is None
+    assert [service["backlog"]["speculator"] for service in later] == [5, 5]
+    assert all(service["cost"]["saved"] == pytest.approx(0.3077, abs=1e-3) for service in later)
+
+
+def test_an_unreachable_dashboard_is_an_error(capsys, monkeypatch):
+    def refuse(address):
+        raise ConnectionError("refused")
+
+    monkeypatch.setattr(status, "ServeApi", refuse)
+    assert cli.main(["status", "--address", "http://127.0.0.1:1"]) == 1
+    assert "no Ray dashboard at http://127.0.0.1:1" in capsys.readouterr().err
