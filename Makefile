@@ -73,14 +73,14 @@ fuzz: $(INSTALLED) ## Send the running service 20,000 requests that nobody shoul
 ##@ Checks
 
 .PHONY: check
-check: $(INSTALLED) ## Format, lint, dead code, types, import contracts, generated stubs
+check: $(INSTALLED) ## Format, lint, dead code, types, import contracts, stubs, manifests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/vulture
 	@mkdir -p out/types && ln -sfn ../../services out/types/specprefill
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	@$(MAKE) --no-print-directory proto-check
+	@$(MAKE) --no-print-directory proto-check manifests-check
 
 .PHONY: format
 format: $(INSTALLED) ## Format and fix what can be fixed
@@ -138,6 +138,25 @@ proto: stubs ## Generate the gRPC stubs again
 proto-check: stubs ## Fail if the committed stubs differ from proto/
 	@for stub in $(STUBS); do diff -u services/rpc/$$stub out/stubs/specprefill/rpc/$$stub; done
 	@echo "stubs: as in proto/"
+
+# Kubernetes' JSON schemas, in an environment of their own: 100 MB that nothing else reads.
+SCHEMA_VENV := $(VENV)-schemas
+SCHEMA_PACKAGE := kubernetes-validate==1.37.0
+SCHEMAS_OF := v1.34.0-local-strict
+SCHEMAS := $(SCHEMA_VENV)/schemas
+
+$(SCHEMAS):
+	@$(PYTHON) -m venv $(SCHEMA_VENV)
+	@$(SCHEMA_VENV)/bin/python -m pip install -qq --progress-bar off --no-deps '$(SCHEMA_PACKAGE)'
+	@ln -sfn $$($(SCHEMA_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/kubernetes_validate/kubernetes-json-schema/$(SCHEMAS_OF) $@
+
+.PHONY: manifests
+manifests: $(INSTALLED) ## Write the deployment files of cluster/kuberay from their overrides
+	@$(PY) .ci/manifests.py --write
+
+.PHONY: manifests-check
+manifests-check: $(INSTALLED) $(SCHEMAS) ## Check cluster/kuberay and cluster/ray-up.yaml against their schemas
+	@$(PY) .ci/manifests.py --schemas $(SCHEMAS)
 
 .PHONY: models
 models: $(INSTALLED) ## Train the demo pair again (an hour or two on a CPU, minutes on a GPU)

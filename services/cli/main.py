@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import ask, doctor, evaluate, loadtest, serve, simulate
+from . import ask, doctor, drain, evaluate, loadtest, serve, simulate, status
 from .exit_codes import FAILED, MISUSED, Failed, Misused
 
 _EXAMPLES = """\
@@ -16,7 +16,7 @@ examples:
   specprefill ask --prompt-file report.txt "Who signed the contract?"
   specprefill score --keep 0.1 --prompt-file report.txt "Who signed the contract?"
   specprefill doctor cluster/local.yaml
-  specprefill status
+  specprefill status --watch
   specprefill eval --quick
   specprefill loadtest loadtest/smoke.yaml --qps 2
   specprefill plan --slo 2 --qps 10 --lengths 12000
@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     )
     root.add_argument("--version", action="version", version=f"specprefill {__version__}")
     commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (serve, doctor, ask, evaluate, loadtest, simulate):
+    for command in (serve, status, drain, doctor, ask, evaluate, loadtest, simulate):
         command.add_commands(commands)
     return root
 

@@ -282,16 +282,22 @@ def test_renewed_keys_and_certificates_need_no_restart(app, closed, https, secur
     gateways = app.replica_pids("Gateway")
     folder = Path(closed.certificate).parent
     key_file = folder.parent / "team-b.key"
-    stub, hello = SpecPrefillStub(secure_channel), pb.ScoreRequest(text="Hello " * 40)
+
+    def generate(key):
+        request = pb.GenerateRequest(text="Hello", sampling=pb.Sampling(max_tokens=1))
+        metadata = (("x-api-key", key),)
+        return SpecPrefillStub(secure_channel).Generate(request, metadata=metadata, timeout=30)
+
     assert statuses(https, "key-b") == {200}
+    assert generate("key-b").outputs  # both connections are old ones from here on: they go on
     key_file.write_text("renewed")
     Authority(folder).files(name="localhost")  # by another authority: every file changes
     renewed = ssl.PEM_cert_to_DER_cert(Path(closed.certificate).read_text())
-    until(lambda: statuses(https, "renewed") == {200})  # the connection is an old one: it goes on
+    until(lambda: statuses(https, "renewed") == {200})
     assert statuses(https, "key-b") == {401}
-    stub.Score(hello, metadata=(("x-api-key", "renewed"),), timeout=30)
+    assert generate("renewed").outputs
     with pytest.raises(grpc.RpcError) as caught:
-        stub.Score(hello, metadata=(("x-api-key", "key-b"),), timeout=30)
+        generate("key-b")
     assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
     def is_shown():

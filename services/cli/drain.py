@@ -1,0 +1,57 @@
+"""The command `specprefill drain`: before a node or a pod is stopped."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from ..deployment.local_ray import ServeApi, set_auth_mode
+from ..deployment.node_drain import DrainRefused, begin_drain, wait_until_empty
+from .exit_codes import FAILED, OK, Failed
+from .serve import ProgressLines
+
+TIMEOUT_S = 330.0  # the default gateway.request_timeout_s, and what a replica needs to stop
+
+
+def add_commands(commands: Any) -> None:
+    """Register the command with the parser."""
+    drain = commands.add_parser(
+        "drain",
+        help="move the replicas of this Ray node elsewhere",
+        description="Run on a node of the cluster before it is stopped: no new replica comes here, "
+        "Serve starts others elsewhere, and those here end their requests. Returns when none "
+        "is left. A pod's preStop hook runs it (cluster/kuberay).",
+    )
+    drain.add_argument(
+        "--timeout", type=float, default=TIMEOUT_S, metavar="S",
+        help="seconds to wait; Ray may end the node after that (default: %(default)g)",
+    )  # fmt: skip
+    drain.add_argument("--node-id", metavar="ID", help="another node's (default: this one)")
+    drain.set_defaults(run=run_drain)
+
+
+def run_drain(args: argparse.Namespace) -> int:
+    """Drain the node. Exit code 1: replicas were left after the timeout."""
+    show = ProgressLines()
+    set_auth_mode()
+    import ray
+
+    try:
+        context = ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+    except ConnectionError as error:
+        raise Failed(f"no Ray runs on this machine: {error}") from error
+    try:
+        runtime = ray.get_runtime_context()
+        node_id = args.node_id or runtime.get_node_id()
+        api = ServeApi(f"http://{context.dashboard_url}")
+        show(f"draining node {node_id}")
+        begin_drain(runtime.gcs_address, node_id, args.timeout)
+        if wait_until_empty(api.details, node_id, args.timeout, show):
+            show("drained")
+            return OK
+        show("replicas are left; their requests will be cut off")
+        return FAILED
+    except DrainRefused as error:
+        raise Failed(f"Ray refused to drain: {error}") from error
+    finally:
+        ray.shutdown()

@@ -1,0 +1,76 @@
+"""Drains one Ray node: Serve moves its replicas elsewhere, and requests under way end first."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+POLL_S = 1.0
+_REASON = "DRAIN_NODE_REASON_PREEMPTION"  # of Ray's two the one that a busy node accepts
+_COMMAND_TIMEOUT_S = 60.0
+
+
+class DrainRefused(Exception):
+    """Ray refused to drain the node; the message holds the reason."""
+
+
+def replicas_on(details: Mapping[str, Any], node_id: str) -> list[str]:
+    """Return the replicas on a node, of any application and in any state, from Serve's details."""
+    return [
+        replica["replica_id"]
+        for application in details.get("applications", {}).values()
+        for deployment in application["deployments"].values()
+        for replica in deployment["replicas"]
+        if replica["node_id"] == node_id
+    ]
+
+
+def wait_until_empty(
+    details: Callable[[], Mapping[str, Any]],
+    node_id: str,
+    timeout_s: float,
+    show: Callable[[str], None],
+    *,
+    now: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> bool:
+    """Wait until no replica is left on the node. False if `timeout_s` passed first."""
+    give_up_s = now() + timeout_s
+    shown: list[str] = []
+    while True:
+        left = replicas_on(details(), node_id)
+        if not left:
+            return True
+        if left != shown:
+            show(f"waiting for {', '.join(left)}")
+        shown = left
+        if now() >= give_up_s:
+            return False
+        sleep(POLL_S)
+
+
+def begin_drain(gcs_address: str, node_id: str, timeout_s: float) -> None:
+    """Let Ray place nothing on the node any more, and Serve move what runs. Raises DrainRefused.
+
+    Ray may end the node's processes after `timeout_s`.
+    """
+    command = [
+        sys.executable, "-m", "ray.scripts.scripts", "drain-node",
+        "--address", gcs_address,
+        "--node-id", node_id,
+        "--reason", _REASON,
+        "--reason-message", "specprefill drain",
+        "--deadline-remaining-seconds", str(int(timeout_s)),
+    ]  # fmt: skip
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise DrainRefused(f"Ray did not answer within {_COMMAND_TIMEOUT_S:g} s") from error
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise DrainRefused(lines[-1] if lines else f"exit status {done.returncode}")

@@ -1,0 +1,58 @@
+"""A node is drained when Serve has no replica there any more."""
+
+import pytest
+
+from specprefill.deployment.node_drain import replicas_on, wait_until_empty
+
+
+def details(*placed):
+    """Serve's details of replicas, given as (name, node)."""
+    replicas = [{"replica_id": name, "node_id": node} for name, node in placed]
+    return {"applications": {"app": {"deployments": {"Decode": {"replicas": replicas}}}}}
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self):
+        return self.now_s
+
+    def sleep(self, seconds):
+        self.now_s += seconds
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def waiting(states, clock, timeout_s=10.0):
+    lines = []
+    states = iter(states)
+    last = [details()]
+
+    def read():
+        last[0] = next(states, last[0])
+        return last[0]
+
+    ended = wait_until_empty(read, "here", timeout_s, lines.append, now=clock, sleep=clock.sleep)
+    return ended, lines
+
+
+def test_replicas_of_other_nodes_do_not_count():
+    assert replicas_on(details(("a", "here"), ("b", "there")), "here") == ["a"]
+    assert replicas_on({}, "here") == []
+
+
+def test_it_ends_with_the_last_replica_and_shows_each_change_once(clock):
+    both, one = details(("a", "here"), ("b", "here")), details(("b", "here"), ("c", "there"))
+    ended, lines = waiting([both, both, one, details(("c", "there"))], clock)
+    assert ended
+    assert lines == ["waiting for a, b", "waiting for b"]
+    assert clock.now_s == 3.0
+
+
+def test_it_gives_up_after_its_time(clock):
+    ended, _ = waiting([details(("a", "here"))] * 100, clock, timeout_s=5.0)
+    assert not ended
+    assert clock.now_s == 5.0
