@@ -258,7 +258,8 @@ class GatewayConfig(Strict):
     )
     # Any of them is accepted; empty: no authentication. A plain string is a key in the file.
     api_keys: tuple[ApiKey | Annotated[str, Field(min_length=1)], ...] = ()
-    # Answered without a key. `/metrics` shows how much each key asks for.
+    # Answered without a key. `/metrics` shows how much each key asks for; `/playground` is a page
+    # that asks for a key.
     open_paths: tuple[str, ...] = ("/health", "/ping")
     vllm_args: tuple[str, ...] = ()  # more arguments of `vllm serve`'s front, e.g. a tool parser
 

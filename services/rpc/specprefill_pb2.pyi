@@ -270,7 +270,7 @@ class PromptSpan(_message.Message):
     def __init__(self, start: _Optional[int] = ..., end: _Optional[int] = ..., first_token: _Optional[int] = ..., end_token: _Optional[int] = ..., chunk: _Optional[int] = ..., reasons: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SelectionRule(_message.Message):
-    __slots__ = ("chunk_tokens", "min_kept_tokens", "is_flat", "least_certainty", "peak_share", "unsure_share", "most_chunks")
+    __slots__ = ("chunk_tokens", "min_kept_tokens", "is_flat", "least_certainty", "peak_share", "unsure_share", "most_chunks", "floor", "ceiling")
     CHUNK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MIN_KEPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     IS_FLAT_FIELD_NUMBER: _ClassVar[int]
@@ -278,6 +278,8 @@ class SelectionRule(_message.Message):
     PEAK_SHARE_FIELD_NUMBER: _ClassVar[int]
     UNSURE_SHARE_FIELD_NUMBER: _ClassVar[int]
     MOST_CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    FLOOR_FIELD_NUMBER: _ClassVar[int]
+    CEILING_FIELD_NUMBER: _ClassVar[int]
     chunk_tokens: int
     min_kept_tokens: int
     is_flat: bool
@@ -285,7 +287,9 @@ class SelectionRule(_message.Message):
     peak_share: float
     unsure_share: float
     most_chunks: float
-    def __init__(self, chunk_tokens: _Optional[int] = ..., min_kept_tokens: _Optional[int] = ..., is_flat: bool = ..., least_certainty: _Optional[float] = ..., peak_share: _Optional[float] = ..., unsure_share: _Optional[float] = ..., most_chunks: _Optional[float] = ...) -> None: ...
+    floor: float
+    ceiling: float
+    def __init__(self, chunk_tokens: _Optional[int] = ..., min_kept_tokens: _Optional[int] = ..., is_flat: bool = ..., least_certainty: _Optional[float] = ..., peak_share: _Optional[float] = ..., unsure_share: _Optional[float] = ..., most_chunks: _Optional[float] = ..., floor: _Optional[float] = ..., ceiling: _Optional[float] = ...) -> None: ...
 
 class Explanation(_message.Message):
     __slots__ = ("text", "kept_text", "spans", "chunk_scores", "certainty", "threshold", "keep", "tokenize_s", "remembered_tokens", "expected_dense_ttft_s", "expected_prune_ttft_s", "rule")

@@ -19,7 +19,7 @@ from ...core.protection import (
     special_spans,
 )
 from ...core.selection import SelectionPolicy
-from ...core.types import Request, Selection
+from ...core.types import KeepRange, Request, Selection
 from .client import PipelineClient
 from .context import RequestContext
 from .offsets import PlacedPrompt
@@ -44,6 +44,7 @@ class ExplainedSelection:
 
     selection: Selection
     policy: SelectionPolicy
+    bounds: KeepRange  # of an automatic keep rate: the request's, or the deployment's
     text: str  # the rendered prompt
     spans: tuple[TextSpan, ...]  # in order; their characters are the whole text
     threshold: float | None  # lowest score of a chunk that was kept for its score
@@ -58,10 +59,16 @@ class SelectionExplainer:
     """Selects through the pipeline, and explains with the policy that the speculator has."""
 
     def __init__(
-        self, client: PipelineClient, policy: SelectionPolicy, *, protect_fences: bool
+        self,
+        client: PipelineClient,
+        policy: SelectionPolicy,
+        bounds: KeepRange,
+        *,
+        protect_fences: bool,
     ) -> None:
         self._client = client
         self._policy = policy
+        self._bounds = bounds
         self._protect_fences = protect_fences
 
     async def select(
@@ -101,6 +108,7 @@ class SelectionExplainer:
         return ExplainedSelection(
             selection,
             self._policy,
+            selection.plan.within or self._bounds,
             placed.text.translate(_ESCAPES),
             tuple(_place(explanation.spans, selection, placed)),
             explanation.threshold,

@@ -15,6 +15,8 @@ SERVED = (
     | frozenset(
         (
             "/v1/selections",
+            "/playground",
+            "/playground/{name}",
             "/v1/models",
             "/v1/responses/{response_id}",
             "/v1/responses/{response_id}/cancel",

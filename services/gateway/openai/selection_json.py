@@ -52,6 +52,8 @@ def selection_rule(explained: ExplainedSelection) -> dict[str, Any]:
         "peak_share": policy.auto.setting,
         "unsure_share": policy.auto.unsure_share,
         "most_chunks": policy.auto.most_chunks,
+        "floor": explained.bounds.floor,
+        "ceiling": explained.bounds.ceiling,
     }
 
 
@@ -162,6 +164,8 @@ RESPONSE_SCHEMA: dict[str, Any] = _record(
                 "peak_share": {"type": "number"},
                 "unsure_share": {"type": "number"},
                 "most_chunks": {"type": "number"},
+                "floor": {"type": "number"},
+                "ceiling": {"type": "number"},
             }
         ),
     }

@@ -25,7 +25,9 @@ from ...config import AppConfig, local_path
 from ...control.from_config import kv_block_tokens, selection_policy
 from ...core.plan import Planner
 from ...core.ports import Answerer
+from ...core.types import KeepRange
 from ..observe.scrape import MetricsText, metrics_route
+from ..playground.page_routes import open_paths_of, playground_routes
 from ..pools.health import PoolCounts, health_route, not_tested
 from .access import AccessMiddleware, LimitMiddleware, RequestLimit
 from .bodies import BodyReader
@@ -71,7 +73,9 @@ def build_client(
 def build_explainer(config: AppConfig, client: PipelineClient) -> SelectionExplainer:
     """Build the explainer of selections, with the speculators' own policy."""
     policy = selection_policy(config.selection, kv_block_tokens(config.prefill))
-    return SelectionExplainer(client, policy, protect_fences=config.selection.protect_fences)
+    selection = config.selection
+    bounds = KeepRange(selection.floor, selection.ceiling)
+    return SelectionExplainer(client, policy, bounds, protect_fences=selection.protect_fences)
 
 
 async def build_http_app(
@@ -96,11 +100,15 @@ async def build_http_app(
     add_selections_route(app, client, build_explainer(config, client), config.model.served_name)
     serve_only_known(app)
     # Before vLLM's own.
-    app.router.routes[:0] = [health_route(count, limit, facts_kept), metrics_route(metrics)]
+    app.router.routes[:0] = [
+        health_route(count, limit, facts_kept),
+        metrics_route(metrics),
+        *playground_routes(client.model_config.max_model_len, needs_key=len(keys) > 0),
+    ]
     gateway = config.gateway
     # Outermost first: unauthenticated requests get no further; only complete ones hold a slot.
     app.user_middleware.insert(
-        0, Middleware(AccessMiddleware, keys=keys, open_paths=gateway.open_paths)
+        0, Middleware(AccessMiddleware, keys=keys, open_paths=open_paths_of(gateway.open_paths))
     )
     bodies = BodyReader(
         gateway.max_body_bytes, gateway.body_timeout_s, gateway.max_buffered_bytes, limit.on_shed
