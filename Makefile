@@ -58,6 +58,10 @@ test-unit: $(INSTALLED) ## Run the fast tests only
 coverage: $(INSTALLED) ## The lines that unit and contract tests run, by file; pages in out/coverage
 	@$(PY) -m pytest tests/unit tests/contract --cov --cov-report=term --cov-report=html
 
+.PHONY: models-matrix
+models-matrix: $(INSTALLED) ## Serve every architecture on both runners; write docs/models.md
+	@$(PY) -m tests.integration.models_page
+
 .PHONY: test-faults
 test-faults: $(INSTALLED) ## Kill engines, cut streams, cancel requests; print the outcome of each
 	@$(PY) -m pytest tests/faults

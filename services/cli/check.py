@@ -10,10 +10,11 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..config import AppConfig
+from ..config import AppConfig, local_path
 from ..core.findings import Finding, error, note
 from ..deployment.file import Application, DeploymentFile
 from ..deployment.model_files import locate_model
+from .model_report import MainModelReport, gain_lines
 
 
 def check(file: DeploymentFile, *, served_here: bool = True) -> Iterator[Finding]:
@@ -47,6 +48,24 @@ def _check_application(application: Application, *, served_here: bool) -> Iterat
 
         main_folder = main if isinstance(main, Path) else None
         yield from check_speculator(speculator, draft, main_folder, longest)
+
+
+def describe(file: DeploymentFile) -> Iterator[str]:
+    """Yield how each application's main model is served, and the gain expected of pruning it.
+
+    Of models that are on this machine, in a deployment without faults.
+    """
+    for application in file.applications:
+        config = application.args
+        paths = (config.model.path, config.speculator.path)
+        main, draft = (Path(local_path(path)) for path in paths)
+        if not main.is_dir():
+            continue
+        report = MainModelReport.of(config.model, config.prefill)
+        keep = config.selection.keep
+        gains = gain_lines(main, draft, keep) if draft.is_dir() and keep != "auto" else ()
+        for name, sentence in (*report.lines(), *gains):
+            yield f"{application.name}: {name}: {sentence}"
 
 
 def _gateway(config: AppConfig, folder: Path) -> Iterator[Finding]:

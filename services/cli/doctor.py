@@ -1,4 +1,4 @@
-"""The `specprefill doctor` command: checks this node for the engines."""
+"""The `specprefill doctor` command: checks this node for the engines, or a pair of models."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import KvConfig
+from ..config import EngineConfig, KvConfig, MainModel, SelectionConfig, SpeculatorConfig
 from ..core.errors import SpecPrefillError
+from ..core.findings import Severity
 from ..deployment.checked_yaml import InvalidFile
 from ..deployment.file import Application, load
 from .exit_codes import Misused
+from .model_report import MainModelReport, gain_lines
 
 if TYPE_CHECKING:  # importing vLLM takes seconds, and its platform follows the environment
     from ..engine.node import Fact
@@ -27,14 +29,35 @@ def add_commands(commands: Any) -> None:
     """Register this module's commands with the parser."""
     doctor = commands.add_parser(
         "doctor",
-        help="check this node for the engines",
+        help="check this node for the engines, or a pair of models",
         description="Show this node's versions, devices and KV carriers; with FILE, also "
         "each engine of the deployment as it would run here (model runner, attention backend, "
         "sizes) or the reason why it would not start; with --peer, whether that KV port answers. "
+        "With MAIN instead, show how that model is served and, with DRAFT, what pruning by that "
+        "speculator is expected to gain, from their configurations alone. "
         "Starts nothing. Exits 1 if something would fail at start.",
     )
     doctor.add_argument(
-        "file", type=Path, nargs="?", metavar="FILE", help="a deployment file, if there is one"
+        "target",
+        nargs="?",
+        metavar="FILE | MAIN",
+        help="a deployment file (.yaml), or the main model: a folder or a hub name",
+    )
+    doctor.add_argument(
+        "draft", nargs="?", metavar="DRAFT", help="the speculator: a folder or a hub name"
+    )
+    doctor.add_argument(
+        "--keep",
+        type=_rate,
+        metavar="RATE",
+        default=_nominal_keep(),
+        help="with MAIN: the share of a prompt that is kept (default: %(default)g)",
+    )
+    doctor.add_argument(
+        "--max-model-len",
+        type=int,
+        metavar="TOKENS",
+        help="with MAIN: the longest request (default: the model's)",
     )
     doctor.add_argument(
         "--application", metavar="NAME", help="the application of FILE (default: the only one)"
@@ -46,6 +69,19 @@ def add_commands(commands: Any) -> None:
     doctor.set_defaults(run=run_doctor)
 
 
+def _nominal_keep() -> float:
+    keep = SelectionConfig().keep
+    assert isinstance(keep, float)
+    return keep
+
+
+def _rate(text: str) -> float:
+    rate = float(text)
+    if not 0.0 < rate <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0 and at most 1")
+    return rate
+
+
 def _address(text: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
@@ -55,16 +91,61 @@ def _address(text: str) -> tuple[str, int]:
 
 def run_doctor(args: argparse.Namespace) -> int:
     """Print a line for each fact as it is found."""
-    application = _application(args.file, args.application)
-    if application is not None:
-        os.environ.update(application.runtime_env.env_vars)
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"  # the report holds what vLLM would log
+    if args.draft is not None or _is_model(args.target):
+        facts = _model_facts(args)
+    else:
+        file = None if args.target is None else Path(args.target)
+        application = _application(file, args.application)
+        if application is not None:
+            os.environ.update(application.runtime_env.env_vars)
+        facts = _facts(application, args.peer)
     wrong = 0
-    for fact in _facts(application, args.peer):
+    for fact in facts:
         print(line(fact), flush=True)
         wrong += fact.wrong
     print(f"{wrong} would fail at start" if wrong else "nothing found that would fail at start")
     return 1 if wrong else 0
+
+
+def _is_model(target: str | None) -> bool:
+    """Return True for a folder or a hub name, False for a deployment file."""
+    if target is None or Path(target).suffix in (".yaml", ".yml"):
+        return False
+    return not Path(target).is_file()
+
+
+def _model_facts(args: argparse.Namespace) -> Iterator[Fact]:
+    """Yield how the main model is served, and what the speculator is expected to gain."""
+    os.environ.setdefault("SPECPREFILL_CPU_ENGINE", "1")  # a configuration needs no device
+    from ..engine.node import Fact
+    from ..engine.support import is_served
+
+    main, draft = args.target, args.draft
+    model = MainModel(path=main, max_model_len=args.max_model_len)
+    report = MainModelReport.of(model, EngineConfig())
+    if not is_served(report.support):
+        for reason in report.support.reasons:
+            yield Fact("main", f"{main}: {reason}", wrong=True)
+        return
+    for name, sentence in report.lines():
+        yield Fact(f"main {name}", sentence)
+    if draft is not None:
+        yield from _draft_facts(main, draft, args.max_model_len)
+        for name, sentence in gain_lines(main, draft, args.keep):
+            yield Fact(name, sentence)
+
+
+def _draft_facts(main: str, draft: str, longest: int | None) -> Iterator[Fact]:
+    from ..engine.node import Fact
+    from ..speculator.draft_check import check_speculator
+
+    config = SpeculatorConfig(path=draft)
+    findings = list(check_speculator(config, Path(draft), Path(main), longest))
+    for finding in findings:
+        yield Fact("speculator", finding.message, wrong=finding.severity is Severity.ERROR)
+    if all(finding.severity is not Severity.ERROR for finding in findings):
+        yield Fact("speculator", f"{draft}: can score")
 
 
 def line(fact: Fact) -> str:

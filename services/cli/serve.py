@@ -118,6 +118,7 @@ def run_check(args: argparse.Namespace) -> int:
     loaded = _load(args.file)
     if not args.no_models:
         _report(args.file, loaded.file, served_here=True)
+        _describe(args.file, loaded.file)
     _warn(open_cluster(os.environ))
     names = ", ".join(application.name for application in loaded.file.applications)
     print(f"{args.file}: fine ({names})")
@@ -135,6 +136,14 @@ def _report(path: Path, file: DeploymentFile, *, served_here: bool) -> None:
         print(f"{path}: {finding.line()}")
     if any(finding.severity is Severity.ERROR for finding in findings):
         raise Misused(f"{path}: this deployment would not start")
+
+
+def _describe(path: Path, file: DeploymentFile) -> None:
+    """Print how the models are served."""
+    from .check import describe
+
+    for sentence in describe(file):
+        print(f"{path}: {sentence}")
 
 
 def _check_beside(path: Path) -> subprocess.Popen[str]:

@@ -14,6 +14,8 @@ from vllm.usage.usage_lib import UsageContext
 from ..config import EngineConfig, KvConfig, MainModel, local_path
 
 _MODULE = "specprefill.engine"
+# Images are refused by request: a vision-language model's towers are neither loaded nor profiled.
+_TEXT_ONLY = {"language_model_only": True}
 
 
 class Role(enum.StrEnum):
@@ -52,7 +54,7 @@ def plain_args(model: MainModel, engine: EngineConfig, **ours: Any) -> AsyncEngi
         enforce_eager=engine.enforce_eager,
         enable_prefix_caching=engine.enable_prefix_caching,
         **ours,
-        **engine.engine_args,
+        **{**_TEXT_ONLY, **engine.engine_args},
     )
 
 

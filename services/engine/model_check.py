@@ -96,8 +96,6 @@ def kv_bytes_per_token(model: ModelConfig, engine: EngineConfig) -> int | None:
     """Return the KV of one token in one worker; None where not every layer keeps plain KV."""
     if model.use_mla or model.is_hybrid or model.is_attention_free:
         return None
-    if model.get_sliding_window() is not None:
-        return None
     layers = -(-model.get_total_num_hidden_layers() // engine.pipeline_parallel_size)
     heads = max(1, model.get_total_num_kv_heads() // engine.tensor_parallel_size)
     cached = str(engine.engine_args.get("kv_cache_dtype", "auto"))

@@ -22,7 +22,7 @@ from ..core.support import Mode, Support
 from .args import plain_args
 
 # The modes in which engines serve; a model of another one is refused.
-SERVED_MODES = frozenset({Mode.EXACT})
+SERVED_MODES = frozenset({Mode.EXACT, Mode.WINDOWED})
 
 # Key and value side by side, a number each, of this very type.
 _PLAIN_CACHES = ("auto", "float16", "bfloat16")
@@ -101,6 +101,14 @@ def engine_support(model: MainModel, engine: EngineConfig) -> Support:
     return support_of(found, EngineOptions.of_arguments(args, found))
 
 
+def model_config(model: MainModel, engine: EngineConfig) -> ModelConfig | None:
+    """Return vLLM's configuration of the model; None where vLLM refuses it."""
+    try:
+        return plain_args(model, engine).create_model_config()
+    except (TypeError, ValueError, OSError):
+        return None
+
+
 def support_of_config(config: VllmConfig) -> Support:
     """Return the support of the model that an engine is about to load."""
     return support_of(config.model_config, EngineOptions.of_config(config))
@@ -135,8 +143,6 @@ def _refusals(model: ModelConfig) -> Iterator[str]:
 
 def _position_reasons(model: ModelConfig) -> Iterator[str]:
     """Yield why kept tokens would not attend as they do at their original positions."""
-    if model.uses_mrope:
-        yield "multimodal rope has several positions per token"
     if model.use_mla:
         yield "MLA caches are not mapped to sparse positions"
     if has_recurrent_layers(model):
@@ -156,14 +162,9 @@ def _window_reasons(model: ModelConfig) -> Iterator[str]:
     length = model.max_model_len
     window, chunk = model.get_sliding_window(), model.attention_chunk_size
     if window is not None and window < length:
-        yield (
-            f"a sliding window ({window}, max_model_len {length}) counts cache slots, not positions"
-        )
+        yield f"a sliding window ({window}, max_model_len {length}) counts kept tokens"
     if chunk is not None and chunk < length:
-        yield (
-            f"chunked attention (chunks of {chunk}, max_model_len {length}) counts cache slots, "
-            "not positions"
-        )
+        yield f"chunked attention (chunks of {chunk}, max_model_len {length}) counts kept tokens"
 
 
 def _handoff_reasons(model: ModelConfig) -> Iterator[str]:

@@ -28,7 +28,7 @@ _POSITIONS_FIELD = 2  # of what the V1 runner's _preprocess returns
 
 
 def step_positions(preprocessed: Sequence[Any]) -> torch.Tensor:
-    """Return the buffer of a step's positions, `[tokens]`, from V1's `_preprocess`."""
+    """Return the buffer of a step's positions, `[..., tokens]`, from V1's `_preprocess`."""
     positions: torch.Tensor = preprocessed[_POSITIONS_FIELD]
     return positions
 

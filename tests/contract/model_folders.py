@@ -82,6 +82,20 @@ CONFIGS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
     "falcon": lambda: _falcon(new_decoder_architecture=True, num_kv_heads=2),
     "falcon-alibi": lambda: _falcon(alibi=True, multi_query=False),
     "bloom": lambda: hf.BloomConfig(**_GPT, hidden_size=128, n_layer=3, n_head=4),
+    "bert": lambda: hf.BertConfig(
+        vocab_size=512, hidden_size=128, num_hidden_layers=3, num_attention_heads=4
+    ),
+    "qwen2-vl": lambda: hf.Qwen2VLConfig(
+        text_config={
+            **_SHAPE,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [4, 6, 6],
+            },
+        },
+        vision_config={"depth": 1, "embed_dim": 32, "hidden_size": 128, "num_heads": 2},
+    ),
     "mpt": lambda: hf.MptConfig(
         vocab_size=512, d_model=128, n_heads=4, n_layers=3, attn_config={"alibi": True}
     ),
@@ -120,7 +134,11 @@ CONFIGS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
         quantization_config={"quant_method": "modelopt", "kv_cache_quant_algo": "NVFP4"}
     ),
 }
-_ARCHITECTURES = {"mpt": "MPTForCausalLM"}
+_ARCHITECTURES = {
+    "mpt": "MPTForCausalLM",
+    "bert": "BertModel",
+    "qwen2-vl": "Qwen2VLForConditionalGeneration",
+}
 
 
 def write(name: str, folder: Path) -> Path:
@@ -128,6 +146,6 @@ def write(name: str, folder: Path) -> Path:
     config = CONFIGS[name]()
     if not config.architectures:
         names = hf.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        config.architectures = [_ARCHITECTURES.get(name, names[config.model_type])]
+        config.architectures = [_ARCHITECTURES.get(name) or names[config.model_type]]
     config.save_pretrained(folder / name)
     return folder / name

@@ -1,4 +1,8 @@
-"""Rope positions of a mixed batch, some of whose requests are sparse (V1 model runner)."""
+"""Positions of a mixed batch, some of whose requests are sparse, for both model runners.
+
+Multimodal rope has a row of positions per dimension. In a prompt of text alone, which is all
+that may be sparse, every row holds the same numbers: the cache slots, before they are rewritten.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ class _Sparse:
         return cls(torch.from_numpy(mapping.kept).to(device), mapping.shift)
 
     def rewrite(self, slots: torch.Tensor) -> None:
-        """Turn `slots`, `[n]` integers, into positions, in place."""
+        """Turn `slots`, `[n]` or `[rows, n]` integers, into positions, in place."""
         k = len(self.kept)
         inside = self.kept[slots.clamp(max=k - 1)]
         slots.copy_(torch.where(slots < k, inside, slots + self.shift))
@@ -47,7 +51,7 @@ class SparseBatch:
         scheduled: Mapping[str, int],
         requests: Mapping[str, Any],
     ) -> None:
-        """Rewrite `positions`, `[tokens]`, in place, for the batch in its order.
+        """Rewrite `positions`, `[tokens]` or `[rows, tokens]`, in place, in the batch's order.
 
         In place, because captured CUDA graphs read this very buffer; vLLM fills it anew
         every step, and cache slots were computed from it before.
@@ -57,7 +61,7 @@ class SparseBatch:
             tokens = scheduled[request_id]
             sparse = self._lookup(request_id, requests)
             if sparse is not None:
-                sparse.rewrite(positions[offset : offset + tokens])
+                sparse.rewrite(positions[..., offset : offset + tokens])
             offset += tokens
 
     def _lookup(self, request_id: str, requests: Mapping[str, Any]) -> _Sparse | None:
@@ -97,7 +101,7 @@ class SparseSlots:
         starts: torch.Tensor,
         rows: Iterable[tuple[int, int, int, int]],
     ) -> None:
-        """Rewrite `positions`, `[tokens]`, in place: cache slots in, positions out.
+        """Rewrite `positions`, `[tokens]` or `[rows, tokens]`, in place, from cache slots.
 
         `slots` is `[requests]`, the batch's request slots; `starts` is `[requests + 1]`,
         where each request's tokens begin; `rows` holds the same on the host, as (slot,
@@ -107,12 +111,12 @@ class SparseSlots:
         if not sparse_rows:
             return
         in_prompt = [
-            (self._sparse[slot], positions[start:stop], positions[start:stop].clone())
+            (self._sparse[slot], positions[..., start:stop], positions[..., start:stop].clone())
             for slot, start, stop, computed in sparse_rows
             if computed < len(self._sparse[slot].kept)
         ]
         shift = self._shift[slots]
-        positions += torch.repeat_interleave(shift, starts.diff(), output_size=len(positions))
+        positions += torch.repeat_interleave(shift, starts.diff(), output_size=positions.shape[-1])
         for sparse, view, original in in_prompt:
             sparse.rewrite(original)
             view.copy_(original)

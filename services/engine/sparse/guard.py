@@ -27,12 +27,12 @@ def refuse_unreadable_caches(config: VllmConfig, caches: KVCacheConfig) -> None:
     The last check, before anything is computed.
     """
     model = config.model_config
-    reasons = tuple(dict.fromkeys(_cache_reasons(caches, model.max_model_len)))
+    reasons = tuple(dict.fromkeys(_cache_reasons(caches)))
     if reasons:
         raise UnsupportedModel(f"{model.model}: {'; '.join(reasons)}")
 
 
-def _cache_reasons(caches: KVCacheConfig, length: int) -> Iterator[str]:
+def _cache_reasons(caches: KVCacheConfig) -> Iterator[str]:
     groups = len(caches.kv_cache_groups)
     if groups > 1:
         yield f"the layers' KV caches are paged in {groups} groups, and one is handed over"
@@ -40,12 +40,12 @@ def _cache_reasons(caches: KVCacheConfig, length: int) -> Iterator[str]:
         spec = group.kv_cache_spec
         if isinstance(spec, UniformTypeKVCacheSpecs):
             for layer in spec.kv_cache_specs.values():
-                yield from _layer_reasons(layer, length)
+                yield from _layer_reasons(layer)
         else:
-            yield from _layer_reasons(spec, length)
+            yield from _layer_reasons(spec)
 
 
-def _layer_reasons(spec: KVCacheSpec, length: int) -> Iterator[str]:
+def _layer_reasons(spec: KVCacheSpec) -> Iterator[str]:
     if type(spec) not in (FullAttentionSpec, SlidingWindowSpec):
         yield f"KV caches of kind {type(spec).__name__} cannot be handed over"
         return
@@ -57,7 +57,3 @@ def _layer_reasons(spec: KVCacheSpec, length: int) -> Iterator[str]:
     width = 2 * spec.head_size * spec.dtype.itemsize
     if spec.state_content_size_bytes != width or spec.num_heads != spec.num_kv_heads:
         yield "the KV caches' pages are packed in a format that is not known"
-    chunk = spec.attention_chunk_size if isinstance(spec, FullAttentionSpec) else None
-    for reach in (spec.sliding_window, chunk):
-        if reach is not None and reach < length:
-            yield f"a layer attends to {reach} cache slots of at most {length}"

@@ -38,14 +38,16 @@ class SparseModelState(DefaultModelState):  # type: ignore[misc]
     def prepare_inputs(
         self, input_batch: InputBatch, req_states: RequestState
     ) -> dict[str, torch.Tensor | None]:
-        """Return the inputs with the batch's positions, `[num_tokens_after_padding]`."""
+        """Return the inputs with the batch's positions, `[..., num_tokens_after_padding]`."""
         inputs: dict[str, torch.Tensor | None] = super().prepare_inputs(input_batch, req_states)
-        out = self._positions[: input_batch.num_tokens_after_padding]
-        out.copy_(input_batch.positions)
+        out = inputs.get("positions")  # multimodal rope's, `[rows, tokens]`: vLLM's own buffer
+        if out is None:
+            out = self._positions[: input_batch.num_tokens_after_padding]
+            out.copy_(input_batch.positions)
         requests = input_batch.num_reqs
         starts = input_batch.query_start_loc_np[: requests + 1].tolist()
         self._sparse_slots.rewrite(
-            out[: input_batch.num_tokens],
+            out[..., : input_batch.num_tokens],
             input_batch.idx_mapping[:requests],
             input_batch.query_start_loc[: requests + 1],
             zip(
@@ -61,7 +63,7 @@ class SparseModelState(DefaultModelState):  # type: ignore[misc]
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         """Return views of the same buffer, so that graphs are captured on it."""
         inputs: dict[str, Any] = super().prepare_dummy_inputs(num_reqs, num_tokens)
-        return {**inputs, "positions": self._positions[:num_tokens]}
+        return {"positions": self._positions[:num_tokens], **inputs}
 
 
 def check_runner_class(runner: type) -> None:

@@ -21,7 +21,7 @@ class SparseRunner(Protocol):
 def rewrite_positions(
     runner: SparseRunner, scheduler_output: SchedulerOutput, positions: torch.Tensor
 ) -> None:
-    """Turn a step's cache slots, `[tokens]`, into positions, in place."""
+    """Turn a step's cache slots, `[tokens]` or `[rows, tokens]`, into positions, in place."""
     runner.sparse_batch.forget(scheduler_output.finished_req_ids)
     runner.sparse_batch.rewrite(
         positions,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 from pathlib import Path
@@ -15,7 +16,9 @@ from specprefill.kv.leases import LeaseStore
 from specprefill.kv.rpc import KvServer
 from tests.contract import model_folders
 
-LOCAL = Path(__file__).resolve().parents[3] / "cluster" / "local.yaml"
+ROOT = Path(__file__).resolve().parents[3]
+MAIN, DRAFT = ROOT / "models" / "demo-main", ROOT / "models" / "demo-speculator"
+LOCAL = ROOT / "cluster" / "local.yaml"
 
 
 @pytest.fixture(autouse=True)
@@ -86,9 +89,9 @@ def test_a_model_that_the_engines_would_refuse(capsys, deployment, tmp_path):
     from specprefill.config import EngineConfig, MainModel
     from specprefill.engine.support import engine_support
 
-    folder = str(model_folders.write("bloom", tmp_path))
-    code, lines = report(capsys, deployment(model={"path": folder, "max_model_len": 2048}))
-    support = engine_support(MainModel(path=folder, max_model_len=2048), EngineConfig())
+    folder = str(model_folders.write("bert", tmp_path))
+    code, lines = report(capsys, deployment(model={"path": folder, "max_model_len": None}))
+    support = engine_support(MainModel(path=folder), EngineConfig())
     (reason,) = support.reasons
     assert code == 1
     assert starting(lines, "prefill") == f"FAIL  prefill: {folder}: {reason}"
@@ -171,3 +174,53 @@ def test_an_address_that_is_none(capsys, peer):
         cli.main(["doctor", "--peer", peer])
     assert ended.value.code == 2
     assert "is not HOST:PORT" in capsys.readouterr().err
+
+
+def test_a_pair_of_models_from_their_folders(capsys):
+    code, lines = report(capsys, str(MAIN), str(DRAFT), "--keep", "0.25")
+    assert code == 0
+    assert starting(lines, "main mode") == "ok    main mode: exact"
+    assert starting(lines, "main kv hand-over").endswith(": yes")
+    assert starting(lines, "main kv bytes per token").endswith(": 3072 in each worker")
+    assert starting(lines, "speculator").endswith("can score")
+    for tokens in ("8k", "32k", "128k"):
+        gain = starting(lines, f"expected gain at {tokens} tokens")
+        speedup, kept, scoring = (float(each) for each in re.findall(r"\d+\.\d{2,3}", gain)[:3])
+        assert speedup == pytest.approx(1 / (kept + scoring), rel=0.01)
+        assert kept < 0.25
+        assert 0.25 < scoring < 0.35
+
+
+def test_a_windowed_model_has_its_mode_and_the_reason(capsys, tmp_path):
+    code, lines = report(capsys, str(model_folders.write("gemma2", tmp_path)))
+    assert code == 0
+    assert starting(lines, "main mode").endswith(
+        "main mode: windowed; a sliding window (64, max_model_len 8192) counts kept tokens"
+    )
+
+
+def test_a_model_that_no_mode_fits_is_refused_by_all_in_the_same_words(
+    capsys, deployment, tmp_path, monkeypatch
+):
+    from specprefill.config import EngineConfig, KvConfig, MainModel
+    from specprefill.core.errors import UnsupportedModel
+    from specprefill.engine import engine as module
+    from specprefill.engine.args import Role, engine_args
+
+    folder = str(model_folders.write("bert", tmp_path))
+    words = f"{folder}: the model writes no text"
+    file = deployment(model={"path": folder, "max_model_len": None})
+    for arguments in (["doctor", folder], ["doctor", file], ["check", file]):
+        assert cli.main(arguments) != 0
+        assert words in capsys.readouterr().out
+    monkeypatch.setattr(module, "AsyncLLM", None)  # nothing is started
+    args = engine_args(MainModel(path=folder), EngineConfig(), KvConfig(), Role.PREFILL)
+    with pytest.raises(UnsupportedModel) as refused:
+        module.Engine(args).start()
+    assert str(refused.value) == words
+
+
+def test_a_keep_rate_that_is_no_share_is_misused(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["doctor", str(MAIN), "--keep", "3"])
+    assert "3 must be above 0 and at most 1" in capsys.readouterr().err

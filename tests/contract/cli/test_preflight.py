@@ -30,7 +30,18 @@ def check(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Cal
 
 
 def test_the_shipped_file_is_fine(check: Callable[..., Any]) -> None:
-    assert check() == (0, "fine (specprefill)\n")
+    code, printed = check()
+    assert code == 0
+    *described, fine = printed.splitlines()
+    assert fine == "fine (specprefill)"
+    assert described[:3] == [
+        "specprefill: mode: exact",
+        "specprefill: kv hand-over: yes",
+        "specprefill: kv bytes per token: 6144 in each worker",
+    ]
+    assert [line.split(": ")[1] for line in described[3:]] == [
+        f"expected gain at {tokens}k tokens" for tokens in (8, 32, 128)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -78,7 +89,7 @@ def test_what_starts_and_serves_worse_is_a_warning(
 ) -> None:
     code, printed = check(**changed)
     assert code == 0
-    warning, fine = printed.splitlines()
+    warning, *_described, fine = printed.splitlines()
     assert warning.startswith("warning: applications[0].args.")
     assert finding in warning
     assert fine == "fine (specprefill)"

@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 import re
+import sys
 from types import SimpleNamespace
 
 import pytest
 
 from specprefill.config import EngineConfig, MainModel
 from specprefill.core.errors import UnsupportedModel
+from specprefill.core.support import Mode, Support
 from tests.contract import model_folders
+from tests.no_vision import vision_modules
 
-SERVED = (
+EXACT = (
     *("llama", "llama-yarn", "qwen2", "qwen3", "qwen3-moe", "mistral", "gemma", "phi3", "granite"),
     *("cohere", "glm4", "gpt2", "opt", "falcon"),
     *("gpt-neox", "olmo2", "phi", "starcoder2", "smollm3"),
     *("mistral-window-of-its-length", "phi3-far-window", "llama4-chunk-of-its-length"),
 )
-WINDOW = r"sliding window \(64, max_model_len 8192\) counts cache slots, not positions"
-REFUSED = {
-    "mistral-window": WINDOW,
-    "gemma2": WINDOW,
-    "gemma3": WINDOW,
-    "gpt-oss": WINDOW,
-    "llama4": r"chunked attention \(chunks of 64, max_model_len 8192\) counts cache slots",
-    "dual-chunk": "dual chunk attention counts cache slots",
-    "falcon-alibi": "ALiBi",
-    "bloom": "ALiBi",
-    "mpt": "vLLM refuses it: .* is not supported anymore",
-    "bamba": "recurrent layers",
-    "jamba": "recurrent layers",
-    "mamba": "recurrent layers",
-    "deepseek2": "MLA",
+WINDOW = r"a sliding window \(64, max_model_len 8192\) counts kept tokens"
+OTHERS = {
+    "mistral-window": (Mode.WINDOWED, WINDOW),
+    "gemma2": (Mode.WINDOWED, WINDOW),
+    "gemma3": (Mode.WINDOWED, WINDOW),
+    "gpt-oss": (Mode.WINDOWED, WINDOW),
+    "llama4": (
+        Mode.WINDOWED,
+        r"chunked attention \(chunks of 64, max_model_len 8192\) counts kept tokens",
+    ),
+    "dual-chunk": (Mode.TEXT, "dual chunk attention counts cache slots"),
+    "falcon-alibi": (Mode.TEXT, "ALiBi"),
+    "bloom": (Mode.TEXT, "ALiBi"),
+    "bamba": (Mode.TEXT, "recurrent layers"),
+    "jamba": (Mode.TEXT, "recurrent layers"),
+    "mamba": (Mode.TEXT, "recurrent layers"),
+    "deepseek2": (Mode.TEXT, "MLA"),
+    "mpt": (Mode.REFUSED, "vLLM refuses it: .* is not supported anymore"),
+    "bert": (Mode.REFUSED, "the model writes no text"),
 }
 
 
@@ -43,31 +50,49 @@ def _in_this_process(monkeypatch):
     monkeypatch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
 
 
-def reasons(folder, engine=None, **model) -> tuple[str, ...]:
+def support_of(folder, engine=None, **model):
     from specprefill.engine.support import engine_support
 
-    return engine_support(
-        MainModel(path=str(folder), **model), EngineConfig(**(engine or {}))
-    ).reasons
+    return engine_support(MainModel(path=str(folder), **model), EngineConfig(**(engine or {})))
 
 
-@pytest.mark.parametrize("name", SERVED)
-def test_a_model_whose_layers_see_positions_is_served(name, tmp_path):
-    assert reasons(model_folders.write(name, tmp_path)) == ()
+def reasons(folder, engine=None, **model) -> tuple[str, ...]:
+    return support_of(folder, engine, **model).reasons
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_model_whose_layers_count_slots_is_refused(name, tmp_path):
-    found = reasons(model_folders.write(name, tmp_path))
-    assert len(found) == 1
-    assert re.search(REFUSED[name], found[0])
+@pytest.mark.parametrize("name", EXACT)
+def test_a_model_whose_layers_see_positions_is_exact(name, tmp_path):
+    support = support_of(model_folders.write(name, tmp_path))
+    assert support == Support(Mode.EXACT)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_model_has_the_best_mode_and_the_reason(name, tmp_path):
+    mode, reason = OTHERS[name]
+    support = support_of(model_folders.write(name, tmp_path))
+    assert support.mode is mode
+    (found,) = support.reasons
+    assert re.search(reason, found)
 
 
 @pytest.mark.parametrize("name", ["mistral-window", "gemma2", "llama4"])
-def test_a_window_that_no_prompt_outgrows_is_served(name, tmp_path):
+def test_a_window_that_no_prompt_outgrows_is_exact(name, tmp_path):
     folder = model_folders.write(name, tmp_path)
-    assert reasons(folder, max_model_len=64) == ()
-    assert len(reasons(folder, max_model_len=65)) == 1
+    assert support_of(folder, max_model_len=64).mode is Mode.EXACT
+    assert support_of(folder, max_model_len=65).mode is Mode.WINDOWED
+
+
+def test_multimodal_rope_is_exact_for_prompts_of_text(tmp_path, monkeypatch):
+    for name, module in vision_modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    assert support_of(model_folders.write("qwen2-vl", tmp_path)) == Support(Mode.EXACT)
+
+
+@pytest.mark.parametrize("name", ["deepseek2", "jamba", "mamba"])
+def test_caches_without_keys_and_values_are_not_handed_over(name, tmp_path):
+    support = support_of(model_folders.write(name, tmp_path))
+    assert not support.hands_over
+    assert "wire format" in support.handoff_reasons[0]
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float16", "bfloat16"])
@@ -155,7 +180,7 @@ def test_the_engine_refuses_at_start_in_the_same_words(tmp_path, monkeypatch):
     from specprefill.engine import engine as module
     from specprefill.engine.args import Role, engine_args
 
-    folder = model_folders.write("mistral-window", tmp_path)
+    folder = model_folders.write("bert", tmp_path)
     model, engine = MainModel(path=str(folder), dtype="float32"), EngineConfig(enforce_eager=True)
     monkeypatch.setattr(module, "AsyncLLM", None)  # nothing is started
     args = engine_args(model, engine, KvConfig(), Role.PREFILL)
@@ -190,6 +215,10 @@ class TestCaches:
         self.check(self.spec(sliding_window=4096, attention_chunk_size=8192))
         self.check(self.spec("SlidingWindowSpec", sliding_window=4096))
 
+    def test_windows_that_bind_are_read(self):
+        self.check(self.spec(sliding_window=64, attention_chunk_size=64))
+        self.check(self.spec("SlidingWindowSpec", sliding_window=64))
+
     def test_layers_of_different_heads_in_one_group_are_read(self):
         from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
 
@@ -199,9 +228,6 @@ class TestCaches:
     @pytest.mark.parametrize(
         ("kind", "more", "reason"),
         [
-            ("FullAttentionSpec", {"sliding_window": 4095}, "attends to 4095 cache slots of"),
-            ("FullAttentionSpec", {"attention_chunk_size": 64}, "attends to 64 cache slots"),
-            ("SlidingWindowSpec", {"sliding_window": 64}, "attends to 64 cache slots"),
             ("FullAttentionSpec", {"head_size_v": 16}, "packed in a format"),
             ("FullAttentionSpec", {"num_head_slots": 4}, "packed in a format"),
             ("FullAttentionSpec", {"state_content_bytes": 36}, "packed in a format"),
