@@ -136,3 +136,4 @@ _.exc_text
 _.levelname
 _.levelno
 _.msg
+_.encode_special_tokens  # tokenizers reads it

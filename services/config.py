@@ -82,6 +82,13 @@ class SelectionConfig(Strict):
     """The share of a prompt that is kept, and the tokens that always are."""
 
     enabled: bool = True  # False: prune only when a request asks
+    # How the main model gets what is kept. positions: the kept tokens at their original positions.
+    # text: the kept text, tokenised again, at consecutive positions. dense: nothing is ever
+    # dropped. auto: the first of these that the model can.
+    mode: Literal["auto", "positions", "text", "dense"] = "auto"
+    # What stands in kept text where something was dropped. Line breaks keep what is cut on both
+    # sides from being read as one word or sentence; the dots are how writers mark an omission.
+    gap_mark: Annotated[str, Field(min_length=1, max_length=64)] = "\n...\n"
     keep: Rate | Literal["auto"] = 0.3  # default keep rate; auto: the scores choose
     floor: Rate = 0.05  # of the rates that the scores choose from
     ceiling: Rate = 1.0

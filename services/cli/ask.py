@@ -13,7 +13,7 @@ from typing import Any
 from ..client import grpc as grpc_caller
 from ..client import http as http_caller
 from ..client.question import CallFailed, ServiceQuestion, report_line
-from ..core.types import Span
+from ..core.types import PromptMode, Span
 from .arguments import API_KEY_VARIABLE, rate
 from .exit_codes import Failed, Misused
 
@@ -74,6 +74,10 @@ def _add_question(command: argparse.ArgumentParser) -> None:
         help="share of the prompt to keep, above 0 and at most 1 (default: the deployment's)",
     )  # fmt: skip
     how.add_argument("--dense", action="store_true", help="keep the whole prompt")
+    command.add_argument(
+        "--mode", type=PromptMode, choices=(PromptMode.POSITIONS, PromptMode.TEXT),
+        help="how to send what is kept (default: the deployment's)",
+    )  # fmt: skip
 
 
 def run_ask(args: argparse.Namespace) -> int:
@@ -140,6 +144,7 @@ def _question(
         model=args.model,
         keep=args.keep,
         dense=args.dense,
+        mode=args.mode,
         max_tokens=max_tokens,
         temperature=temperature,
         timeout_s=args.timeout,

@@ -32,6 +32,7 @@ JOURNAL = "eval-journal.jsonl"
 LENGTHS = (1024, 4096)
 KEEPS = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05)
 CONTROL_KEEP = 0.1
+TEXT_KEEPS = (0.3, 0.1)
 ITEMS, LEAST_DENSE = 8, 0.2
 QUICK_FAMILIES, QUICK_LENGTHS, QUICK_KEEPS, QUICK_ITEMS = ("needles", "vt"), (768,), (1.0, 0.1), 2
 BAR_WIDTH = 30
@@ -98,6 +99,10 @@ def _add_size(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--control-keep", type=rate, default=CONTROL_KEEP, metavar="R",
         help="keep rate of the controls and the ceiling (default: %(default)s)",
+    )  # fmt: skip
+    command.add_argument(
+        "--text-keeps", nargs="*", type=rate, default=TEXT_KEEPS, metavar="R",
+        help="keep rates in text mode; without values: none",
     )  # fmt: skip
     command.add_argument(
         "--no-controls", action="store_true", help="skip the controls and the ceiling"
@@ -212,6 +217,7 @@ def _arms(args: argparse.Namespace) -> tuple[Arm, ...]:
     return arms_of(
         QUICK_KEEPS if args.quick else args.keeps,
         None if remote or args.no_controls else args.control_keep,
+        text_keeps=(CONTROL_KEEP,) if args.quick else args.text_keeps,
         automatic=True,
         ceiling=not (args.no_ceiling or args.gold_only),
     )

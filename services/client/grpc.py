@@ -86,7 +86,7 @@ def _decision(decision: pb.Decision) -> dict[str, Any]:
 def _prune(question: ServiceQuestion) -> pb.Prune:
     if question.dense:
         return pb.Prune(enabled=False)
-    return pb.Prune(keep=question.keep)
+    return pb.Prune(keep=question.keep, mode=question.mode)
 
 
 def metadata(question: ServiceQuestion) -> tuple[tuple[str, str], ...]:

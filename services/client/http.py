@@ -103,9 +103,9 @@ def _chat(question: ServiceQuestion) -> dict[str, Any]:
 def _prune(question: ServiceQuestion) -> bool | dict[str, float | str] | None:
     if question.dense:
         return False
-    if question.auto:
-        return {"keep": "auto"}
-    return None if question.keep is None else {"keep": question.keep}
+    keep = "auto" if question.auto else question.keep
+    fields = {"keep": keep, "mode": question.mode}
+    return {name: value for name, value in fields.items() if value is not None} or None
 
 
 def _model(question: ServiceQuestion) -> dict[str, str]:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..core.types import PromptMode
+
 Message = Mapping[str, Any]
 
 
@@ -21,6 +23,7 @@ class ServiceQuestion:
     model: str | None = None  # None: the deployment's only model
     keep: float | None = None  # (0, 1]; None: the deployment's default
     dense: bool = False  # keep the whole prompt
+    mode: PromptMode | None = None  # how to send what is kept; None: the deployment's default
     auto: bool = False  # let the scores choose the keep rate; over HTTP only
     max_tokens: int = 128
     temperature: float = 0.0

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..config import AppConfig, EngineConfig, KvConfig, SelectionConfig, SpeculatorConfig
+from ..core.errors import UnsupportedModel
 from ..core.fallback import Fallback, OnOverload, Patience
 from ..core.keep_rate import AutoKeep
-from ..core.plan import Planner
+from ..core.plan import EVERY_MODE, Planner, PromptModes
+from ..core.ports import LocalPrefill
 from ..core.prefix_digests import BLOCK_TOKENS
 from ..core.selection import SelectionPolicy
+from ..core.support import Mode, Support
+from ..core.types import PromptMode
 from .gain import NetGain
-from .local_prefill import LocalPrefillRule
+from .local_prefill import EveryPromptLocal, LocalPrefillRule
 from .prefixes import CacheForecast, PrefixMemory
 from .stages import StageModels
 
@@ -36,12 +40,12 @@ def kv_block_tokens(prefill: EngineConfig) -> int:
     return prefill.block_size or BLOCK_TOKENS
 
 
-def net_gain(config: AppConfig) -> NetGain:
+def net_gain(config: AppConfig, *, hands_over: bool = True) -> NetGain:
     """Return an estimator that knows only the shapes of the stages."""
     block_tokens = kv_block_tokens(config.prefill)
     prefill_cache, draft_cache = (CacheForecast(PrefixMemory(REMEMBERED_BLOCKS)) for _ in range(2))
     policy = selection_policy(config.selection, block_tokens)
-    return NetGain(StageModels(), prefill_cache, draft_cache, policy)
+    return NetGain(StageModels(hands_over=hands_over), prefill_cache, draft_cache, policy)
 
 
 def patience(speculator: SpeculatorConfig) -> Patience:
@@ -55,15 +59,45 @@ def fallback(config: AppConfig) -> Fallback:
     return Fallback(OnOverload(config.speculator.on_overload), policy)
 
 
-def local_prefill(kv: KvConfig, models: StageModels) -> LocalPrefillRule | None:
+def local_prefill(
+    kv: KvConfig, models: StageModels, *, hands_over: bool = True
+) -> LocalPrefill | None:
     """Return the rule for prompts that decode computes; None: it computes none."""
+    if not hands_over:
+        return EveryPromptLocal()
     if kv.local_prefill_tokens == 0:
         return None
     return LocalPrefillRule(kv.local_prefill_tokens, models.curves)
 
 
+def prompt_modes(selection: SelectionConfig, support: Support) -> PromptModes:
+    """Return the forms in which a main model of this support gets what is kept.
+
+    Raises UnsupportedModel if `selection.mode` names one that it cannot have.
+    """
+    if selection.mode == "dense":
+        return PromptModes(PromptMode.DENSE, (), "selection.mode is dense")
+    reason = "; ".join(support.reasons)
+    offered = _offered_modes(support)
+    if selection.mode == "auto":
+        return PromptModes(offered[0] if offered else PromptMode.DENSE, offered, reason)
+    usual = PromptMode(selection.mode)
+    if usual not in offered:
+        raise UnsupportedModel(f"selection.mode: the model cannot have '{usual}': {reason}")
+    return PromptModes(usual, offered, reason)
+
+
+def _offered_modes(support: Support) -> tuple[PromptMode, ...]:
+    if support.keeps_positions:
+        return (PromptMode.POSITIONS, PromptMode.TEXT)
+    return (PromptMode.TEXT,) if support.mode is Mode.TEXT else ()
+
+
 def planner(
-    selection: SelectionConfig, gain: NetGain, unfit: Callable[[], bool] | None = None
+    selection: SelectionConfig,
+    gain: NetGain,
+    unfit: Callable[[], bool] | None = None,
+    modes: PromptModes = EVERY_MODE,
 ) -> Planner:
     """Return the deployment's planner; `unfit` returns True if the draft chooses badly."""
     return Planner(
@@ -75,4 +109,5 @@ def planner(
         gain=None if selection.min_gain is None else gain,
         unfit=unfit,
         min_gain=selection.min_gain or 0.0,
+        modes=modes,
     )

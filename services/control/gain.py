@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ..core.prefix_digests import digests_of
 from ..core.selection import SelectionPolicy, expected_kept, leading_tokens
-from ..core.types import UNSCORED, PlanKind, PrefilledBy, Reason, Report, Request, TtftEstimate
+from ..core.types import UNSCORED, PlanKind, Reason, Report, Request, TtftEstimate
 from .prefixes import CacheForecast
 from .stages import Curve, StageModel, StageModels
 
@@ -67,14 +67,14 @@ class NetGain:
     def learn(self, request: Request, report: Report) -> None:
         """Learn from the report of a finished request."""
         self.models.observe(report)
-        if report.prefilled_by is PrefilledBy.PREFILL:
+        if self.models.is_usual(report):
             self._learn_overhead(report)
         self._learn_keep(report)
         digests, tokens = digests_of(request), len(request.prompt)
         self._recover(report)
         if report.speculate_s > 0 and report.reason not in UNSCORED:
             self._draft_cache.learn(digests, tokens, report.remembered_tokens)
-        if report.prefilled_by is PrefilledBy.DECODE:
+        if not self.models.is_usual(report):
             return  # the prefill pool's caches know nothing of it
         if report.plan is PlanKind.PRUNE:
             tokens = leading_tokens(request.protected)

@@ -15,6 +15,16 @@ from ..core.types import PlanKind, Request, Selection
 from .stages import StageCurves
 
 
+class EveryPromptLocal:
+    """The rule where the model's KV cannot be handed over."""
+
+    @contextmanager
+    def decide(self, request: Request, selection: Selection) -> Iterator[bool]:
+        """Yield True."""
+        del request, selection
+        yield True
+
+
 class LocalPrefillRule:
     """The rule, and its count of this gateway's running requests."""
 

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 
-from ..core.ports import Prefiller, Speculator
-from ..core.types import Plan, PlanKind, Reason, Request, keep_all
+from ..core.errors import DecodeUnavailable
+from ..core.ports import Decoder, Prefiller, Prefilling, Speculator
+from ..core.types import (
+    DecodeStep,
+    Plan,
+    PlanKind,
+    PrefillResult,
+    Reason,
+    Request,
+    Selection,
+    Ticket,
+    keep_all,
+)
 from .stages import StageModel, StageModels
 
 PROBE_PLAN = Plan(PlanKind.PRUNE, Reason.ASKED, keep=0.3)
@@ -14,6 +26,43 @@ DENSE_PLAN = Plan(PlanKind.DENSE, Reason.ASKED_OFF)
 WARM_UP_TOKENS = 64  # the first call pays one-time costs
 FIRST_TOKENS = 512
 GROWTH = 4  # from one length to the next
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillByDecoder:
+    """A prefiller where KV is not handed over: the decode pool computes the prompt."""
+
+    decoder: Decoder
+
+    @asynccontextmanager
+    async def prefill(
+        self, request: Request, selection: Selection, timeout_s: float
+    ) -> AsyncIterator[Prefilling]:
+        """See the port; the request asks for one token."""
+        steps = self.decoder.decode(request, selection, None, ((),), timeout_s)
+        async with aclosing(steps) as stream:
+            yield _DecodedPrompt(stream)
+
+
+@dataclass(frozen=True, slots=True)
+class _DecodedPrompt:
+    """See `ports.Prefilling`."""
+
+    steps: AsyncGenerator[DecodeStep]
+
+    async def ticket(self) -> Ticket | None:
+        return None
+
+    async def result(self) -> PrefillResult:
+        async for step in self.steps:
+            if step.computed is not None:
+                return PrefillResult(
+                    step.chunk, None, step.computed.queue_s, step.computed.prefill_s
+                )
+        raise DecodeUnavailable("decode: the prompt was not computed")
+
+    def kv_arrived(self) -> None:
+        """Do nothing: no KV is held."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -183,7 +183,9 @@ class StageModel:
 class StageModels:
     """Learns every stage from the reports of finished requests."""
 
-    def __init__(self, prior: StageCurves = DEFAULT_CURVES) -> None:
+    def __init__(self, prior: StageCurves = DEFAULT_CURVES, *, hands_over: bool = True) -> None:
+        """`hands_over` False: the decode engines compute every prompt, and that is learnt."""
+        self.hands_over = hands_over
         self.speculate = StageModel(prior.speculate)
         self.prefill = StageModel(prior.prefill)
         self.transfer = StageModel(prior.transfer)
@@ -196,13 +198,17 @@ class StageModels:
             self.speculate.observe_at_least(unread, report.speculate_s)
         else:
             self.speculate.observe(unread, report.speculate_s, report.remembered_tokens)
-        if report.prefilled_by is PrefilledBy.DECODE:
+        if not self.is_usual(report):
             return  # computed on another engine, next to its decoding
-        computed = report.kept_tokens - report.cached_tokens
+        computed = report.engine_tokens - report.cached_tokens
         self.prefill.observe(computed, report.prefill_s, report.cached_tokens)
-        if not report.recomputed:
-            self.transfer.observe(report.kept_tokens, report.transfer_s)
-            self.first_decode.observe(report.kept_tokens, report.first_decode_s)
+        if self.hands_over and not report.recomputed:
+            self.transfer.observe(report.engine_tokens, report.transfer_s)
+            self.first_decode.observe(report.engine_tokens, report.first_decode_s)
+
+    def is_usual(self, report: Report) -> bool:
+        """Return True if the prompt was computed in the pool that computes most prompts."""
+        return self.hands_over == (report.prefilled_by is PrefilledBy.PREFILL)
 
     def curves(self) -> StageCurves:
         """Return the learnt curves, as plain data."""

@@ -11,6 +11,7 @@ from .types import (
     PlanKind,
     PrefilledBy,
     PrefillResult,
+    PromptMode,
     Replay,
     Report,
     Request,
@@ -128,14 +129,13 @@ class Answer:
 
     def report(self, selection: Selection, ttft_s: float) -> Report:
         """Return the request's report, once the last sample has finished."""
-        kept_all = selection.kept_tokens == selection.prompt_tokens
         by, times = (
             (PrefilledBy.DECODE, self._computed)
             if self._prefilled is None
             else (PrefilledBy.PREFILL, self._prefilled)
         )
         return Report(
-            plan=PlanKind.DENSE if kept_all else PlanKind.PRUNE,
+            plan=PlanKind.DENSE if selection.mode is PromptMode.DENSE else PlanKind.PRUNE,
             reason=selection.plan.reason,
             prompt_tokens=selection.prompt_tokens,
             kept_tokens=selection.kept_tokens,
@@ -151,12 +151,14 @@ class Answer:
             expected=selection.plan.expected,
             remembered_tokens=selection.remembered_tokens,
             prefilled_by=by,
+            mode=selection.mode,
+            text_tokens=None if selection.text is None else len(selection.text),
         )
 
     def _send(self, chunk: Chunk) -> list[Chunk]:
         self._samples[chunk.index].append(chunk)
-        chunk = replace(
-            chunk, cached_tokens=self._cached_tokens, prompt_logprobs=self._prompt_logprobs
-        )
-        self._prompt_logprobs = None
+        chunk = replace(chunk, cached_tokens=self._cached_tokens)
+        if self._prompt_logprobs is not None:
+            chunk = replace(chunk, prompt_logprobs=self._prompt_logprobs)
+            self._prompt_logprobs = None
         return [chunk]

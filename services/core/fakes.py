@@ -75,7 +75,7 @@ class FakePrefiller:
         del timeout_s
         error = self.fails.pop(0) if self.fails else None
         self.selections.append(selection)
-        token = selection.kept_token_ids(request.prompt)[0]
+        token = selection.engine_prompt(request.prompt)[0]
         chunk = Chunk(0, (token,), text_of(token))
         ticket = Ticket(Lease("lease", "secret"), ("peer:1",), "layout", selection.kept_tokens)
         prefilled = PrefillResult(chunk, ticket, queue_s=0.0, prefill_s=0.5)
@@ -153,7 +153,7 @@ class FakeDecoder:
         del timeout_s
         self.replays.append(replay)
         error = self.fails.pop(0) if self.fails else None
-        tokens = selection.kept_token_ids(request.prompt)[: self.max_tokens]
+        tokens = selection.engine_prompt(request.prompt)[: self.max_tokens]
         if self.samples_first is not None and not any(replay):
             tokens[0] = self.samples_first
         try:

@@ -25,7 +25,7 @@ from .errors import (
 )
 from .fallback import Fallback, Patience
 from .plan import plan_of
-from .ports import Decoder, LocalPrefill, Prefiller, Prefilling, Speculator
+from .ports import Decoder, LocalPrefill, Prefiller, Prefilling, Speculator, TextWriter
 from .prefetch import prefetch_first
 from .types import (
     Chunk,
@@ -33,6 +33,7 @@ from .types import (
     Plan,
     PlanKind,
     PrefillResult,
+    PromptMode,
     Reason,
     Request,
     Selection,
@@ -81,6 +82,7 @@ class Pipeline:
     on_unscored: Callable[[Request, float], None] | None = None
     overlap: bool = True  # decode pulls the KV while the last of it is computed
     local: LocalPrefill | None = None  # None: every prompt is computed by the prefill pool
+    texts: TextWriter | None = None  # None: no plan may have text mode
     attempts: int = 2  # engines per stage: a request that kills engines must not kill a pool
     now: Callable[[], float] = field(default=time.monotonic)
 
@@ -186,6 +188,21 @@ class Pipeline:
         return await self._select(request, Deadline(self.now() + request.timeout_s, self.now))
 
     async def _select(self, request: Request, deadline: Deadline) -> Selection:
+        """Select tokens, and in text mode write them as a prompt of its own."""
+        selection = await self._select_tokens(request, deadline)
+        if selection.mode is not PromptMode.TEXT:
+            return selection
+        if self.texts is None:
+            raise ValueError(f"request {request.request_id}: no text can be written here")
+        written = await self.texts.write(request, selection)
+        if written.engine_tokens < selection.prompt_tokens:
+            return written
+        # The marks take as many tokens as the gaps save.
+        plan = Plan(PlanKind.DENSE, Reason.NO_GAIN, expected=selection.plan.expected)
+        whole = keep_all(selection.prompt_tokens, plan).runs
+        return replace(selection, runs=whole, plan=plan)
+
+    async def _select_tokens(self, request: Request, deadline: Deadline) -> Selection:
         """Select tokens. Losing the speculator costs time, never the answer."""
         if not request.prompt:
             raise InvalidRequest("prompt: must hold at least one token", "prompt")

@@ -6,7 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from .types import Controls, KeepRange, Plan, PlanKind, Reason, Request, TtftEstimate
+from .errors import InvalidRequest
+from .types import (
+    Controls,
+    KeepRange,
+    Plan,
+    PlanKind,
+    PromptMode,
+    Reason,
+    Request,
+    TtftEstimate,
+)
 
 # The share of its self-test's facts that a draft must keep. By chance it keeps one in seven;
 # five or more of eight once in 500 tests.
@@ -22,6 +32,26 @@ class Gain(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class PromptModes:
+    """The forms in which a deployment sends what is kept of a prompt."""
+
+    usual: PromptMode = PromptMode.POSITIONS  # DENSE: no prompt is pruned
+    offered: tuple[PromptMode, ...] = (PromptMode.POSITIONS, PromptMode.TEXT)
+    reason: str = ""  # why the others are not offered
+
+    def check(self, controls: Controls, field: str) -> None:
+        """Raise InvalidRequest, naming `field`, if the caller asked for a form not offered."""
+        if controls.mode is None or controls.mode in self.offered:
+            return
+        offered = " or ".join(f'"{mode}"' for mode in self.offered) or "absent"
+        message = f'{field}: must be {offered} here, not "{controls.mode}": {self.reason}'
+        raise InvalidRequest(message, field)
+
+
+EVERY_MODE = PromptModes()
+
+
+@dataclass(frozen=True, slots=True)
 class Planner:
     """The deployment's policy; a request's own controls override it."""
 
@@ -33,6 +63,7 @@ class Planner:
     gain: Gain | None = None  # None: prune whether it pays or not
     unfit: Callable[[], bool] | None = None  # returns True if the draft is known to choose badly
     min_gain: float = 0.0  # least share of the dense time to first token that pruning must save
+    modes: PromptModes = EVERY_MODE
 
     def with_plan(self, request: Request) -> Request:
         """Return the request with its plan, made now unless it has one."""
@@ -43,7 +74,7 @@ class Planner:
         refusal = self.dense_reason(request)
         if refusal is not None:
             return Plan(PlanKind.DENSE, refusal)
-        plan = self._pruning_plan(request.controls)
+        plan = replace(self._pruning_plan(request.controls), mode=self._mode(request.controls))
         if plan.kind is PlanKind.DENSE or self.gain is None:
             return plan
         keep = plan.keep if plan.within is None else None
@@ -70,6 +101,9 @@ class Planner:
             return Plan(PlanKind.DENSE, Reason.KEEP_IS_ONE)
         return Plan(PlanKind.PRUNE, Reason.ASKED if is_asked(controls) else Reason.DEFAULT, keep)
 
+    def _mode(self, controls: Controls) -> PromptMode:
+        return self.modes.usual if controls.mode is None else controls.mode
+
     def _is_worthwhile(self, expected: TtftEstimate) -> bool:
         return expected.prune_s < expected.dense_s * (1.0 - self.min_gain)
 
@@ -80,6 +114,8 @@ class Planner:
             return Reason.ASKED_OFF
         if request.prompt_logprobs:
             return Reason.PROMPT_LOGPROBS
+        if self._mode(controls) is PromptMode.DENSE:
+            return Reason.DENSE_MODE
         if not self.enabled and not (is_asked(controls) or controls.auto):
             return Reason.DISABLED
         # Asking for pruning does not make a short prompt worth it; asking for a rate does.

@@ -21,6 +21,14 @@ class Speculator(Protocol):
         ...
 
 
+class TextWriter(Protocol):
+    """Writes the kept text of a prompt as a prompt of its own."""
+
+    async def write(self, request: Request, selection: Selection) -> Selection:
+        """Return the selection in text mode, its runs widened to whole characters."""
+        ...
+
+
 class Prefilling(Protocol):
     """A prefill under way.
 

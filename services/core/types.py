@@ -24,6 +24,14 @@ class PlanKind(enum.StrEnum):
     DENSE = "dense"
 
 
+class PromptMode(enum.StrEnum):
+    """The form in which the main model gets what is kept of a prompt."""
+
+    POSITIONS = "positions"  # the kept tokens, at their original positions
+    TEXT = "text"  # the kept text, tokenised again, at consecutive positions
+    DENSE = "dense"  # all of the prompt
+
+
 class Reason(enum.StrEnum):
     """The reason for a plan. The caller sees it in every response."""
 
@@ -32,6 +40,7 @@ class Reason(enum.StrEnum):
     AUTO = "auto"  # the keep rate that the scores chose
     ASKED_OFF = "asked_off"  # the caller switched pruning off
     DISABLED = "disabled"  # the deployment prunes only on request
+    DENSE_MODE = "dense_mode"  # the model, or selection.mode, lets no prompt be pruned
     KEEP_IS_ONE = "keep_is_one"
     SHORT_PROMPT = "short_prompt"
     LOAD = "load"  # a lower keep rate than the default's, so that many get their answers in time
@@ -86,6 +95,7 @@ class Plan:
     keep: float = 1.0  # keep rate in (0, 1]; of no meaning until the scores chose it from `within`
     within: KeepRange | None = None  # not None: the scores choose the keep rate
     expected: TtftEstimate | None = None  # None: not estimated
+    mode: PromptMode = PromptMode.POSITIONS  # if tokens are dropped
 
     @property
     def highest_keep(self) -> float:
@@ -103,6 +113,7 @@ class Controls:
     protect: tuple[str, ...] = ()  # substrings of the prompt that must survive
     ceiling: float | None = None  # (0, 1]: when pruning, the service never keeps more
     auto: bool = False  # the scores choose the keep rate, from floor to ceiling
+    mode: PromptMode | None = None  # how to send what is kept: positions or text
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,17 +163,30 @@ class Selection:
     speculate_s: float = 0.0  # computed in the speculator
     remembered_tokens: int = 0  # prompt tokens that the speculator had read before
     scores: ChunkScores | None = None  # where the request wants them, and there are any
+    text: tuple[int, ...] | None = None  # text mode: the kept text's token ids, with its marks
 
     @property
     def kept_tokens(self) -> int:
         return sum(len(run) for run in self.runs)
 
     @property
+    def engine_tokens(self) -> int:
+        """The length of the prompt that the engines compute."""
+        return self.kept_tokens if self.text is None else len(self.text)
+
+    @property
+    def mode(self) -> PromptMode:
+        """The form in which the engines get the prompt."""
+        return PromptMode.DENSE if self.kept_tokens == self.prompt_tokens else self.plan.mode
+
+    @property
     def keep_rate(self) -> float:
         return self.kept_tokens / self.prompt_tokens
 
-    def kept_token_ids(self, prompt: tuple[int, ...]) -> list[int]:
-        """Return the kept token ids, in order. `prompt` is `[N]`."""
+    def engine_prompt(self, prompt: tuple[int, ...]) -> list[int]:
+        """Return the token ids that the engines compute. `prompt` is the caller's, `[N]`."""
+        if self.text is not None:
+            return list(self.text)
         return [token for run in self.runs for token in prompt[run.start : run.stop]]
 
 
@@ -294,3 +318,10 @@ class Report:
     expected: TtftEstimate | None = None  # the estimate behind the plan
     remembered_tokens: int = 0  # prompt tokens that the speculator had read before
     prefilled_by: PrefilledBy = PrefilledBy.PREFILL
+    mode: PromptMode = PromptMode.POSITIONS
+    text_tokens: int | None = None  # text mode: the kept text's tokens, with its marks
+
+    @property
+    def engine_tokens(self) -> int:
+        """The length of the prompt that the engines computed."""
+        return self.kept_tokens if self.text_tokens is None else self.text_tokens

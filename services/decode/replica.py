@@ -17,6 +17,7 @@ from ..core.wire import pack, unpack
 from ..engine.args import Role, engine_args
 from ..engine.engine import Engine
 from ..engine.ray_metrics import ray_stat_loggers
+from ..engine.support import hands_over
 from ..kv.nixl.agent import require
 from ..kv.tls import watch_tls
 from .object_reader import KvReference, ObjectTickets
@@ -36,7 +37,14 @@ class DecodeReplica:
         config = AppConfig.model_validate_json(config_json)
         require(config.kv.carrier)
         tls = watch_tls(config.kv.tls)
-        args = engine_args(config.model, config.decode, config.kv, Role.DECODE, peer=config.prefill)
+        args = engine_args(
+            config.model,
+            config.decode,
+            config.kv,
+            Role.DECODE,
+            peer=config.prefill,
+            hands_over=hands_over(config.model, config.prefill, config.decode),
+        )
         engine = Engine(
             args, cpu_threads=config.decode.cpu_threads, stat_loggers=ray_stat_loggers()
         )

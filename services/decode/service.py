@@ -16,7 +16,13 @@ from ..core.errors import DeadlineExceeded, DecodeUnavailable
 from ..core.types import Carrier, DecodeStep, LocalPrefillTimes, Replay, Request, Selection, Ticket
 from ..engine.engine import Engine, map_engine_errors
 from ..engine.half_characters import Leak, leak_of
-from ..engine.outputs import check_ended_well, chunk_of, prefill_times, sampling_params
+from ..engine.outputs import (
+    check_ended_well,
+    chunk_of,
+    prefill_times,
+    prompt_logprobs_of,
+    sampling_params,
+)
 from ..engine.params import (
     KV_TRANSFER,
     REPLAY,
@@ -88,7 +94,7 @@ class DecodeService:
     async def _sample(
         self, request: Request, selection: Selection, params: SamplingParams, index: int
     ) -> AsyncGenerator[DecodeStep]:
-        prompt = selection.kept_token_ids(request.prompt)
+        prompt = selection.engine_prompt(request.prompt)
         request_id = f"decode-{index}-{request.request_id}"
         started_s = time.monotonic()
         first_s: float | None = None
@@ -126,7 +132,8 @@ def _sample_params(
     params = asked.clone()
     params.n = 1
     params.seed = None if asked.seed is None else asked.seed + index
-    params.prompt_logprobs = None  # computed by prefill
+    if ticket is not None or replay[index] or index > 0:  # computed once, where the prompt is
+        params.prompt_logprobs = None
     params.output_kind = RequestOutputKind.DELTA
     params.extra_args = {**(asked.extra_args or {}), **position_args(selection)}
     if ticket is not None:
@@ -140,6 +147,8 @@ def _decoded_step(output: RequestOutput, index: int, first_s: float, leak: Leak)
     """Return a step; the last one also reports how the pull went."""
     chunk = chunk_of(output, index)
     chunk = replace(chunk, text=leak.cut(chunk.text)) if leak.chars else chunk
+    if output.prompt_logprobs is not None:
+        chunk = replace(chunk, prompt_logprobs=prompt_logprobs_of(output))
     if not chunk.is_finished:
         return DecodeStep(chunk)
     pull = pulled_in(output.kv_transfer_params) or PullOutcome(0.0, 0.0, recomputed=False)

@@ -31,17 +31,28 @@ def engine_args(
     kv: KvConfig,
     role: Role,
     peer: EngineConfig | None = None,
+    *,
+    hands_over: bool = True,
 ) -> AsyncEngineArgs:
-    """Return one engine's arguments. `peer` is the other end's, split as this one if absent."""
+    """Return one engine's arguments. `peer` is the other end's, split as this one if absent.
+
+    An engine that hands no KV over, because the model's cannot be, computes its prompts itself.
+    """
+    transfer = _transfer(kv, role, engine if peer is None else peer) if hands_over else None
     args = plain_args(
         model,
         engine,
         distributed_executor_backend=_executor(engine),
-        kv_transfer_config=_transfer(kv, role, engine if peer is None else peer),
+        kv_transfer_config=transfer,
         worker_cls=f"{_MODULE}.{_worker()}",
     )
     args.logits_processors = [_replay(args), *(args.logits_processors or [])]
     return args
+
+
+def is_ours(config: VllmConfig) -> bool:
+    """Return True for an engine with a worker of ours: any other is a plain vLLM engine."""
+    return str(config.parallel_config.worker_cls).startswith(_MODULE)
 
 
 def plain_args(model: MainModel, engine: EngineConfig, **ours: Any) -> AsyncEngineArgs:

@@ -20,9 +20,10 @@ from vllm.v1.metrics.loggers import StatLoggerFactory
 
 from ..core.errors import InvalidRequest, Unavailable
 from ..core.types import Carrier
-from .args import vllm_config
+from .args import is_ours, vllm_config
 from .failed_start import engine_errors_shown
-from .support import refuse_unsupported
+from .params import POSITIONS
+from .support import refuse_unsupported, support_of_config
 
 
 class Engine:
@@ -38,6 +39,7 @@ class Engine:
         self._args = args
         self._stat_loggers = list(stat_loggers)
         self._cpu_threads = cpu_threads
+        self._keeps_positions = False
         self._llm: AsyncLLM | None = None
 
     async def __aenter__(self) -> Self:
@@ -55,8 +57,9 @@ class Engine:
         """
         os.environ.setdefault("OMP_NUM_THREADS", str(self._cpu_threads))
         config = vllm_config(self._args)
-        if config.kv_transfer_config is not None:  # else a plain vLLM engine
+        if is_ours(config):
             refuse_unsupported(config)
+            self._keeps_positions = support_of_config(config).keeps_positions
         with engine_errors_shown():
             self._llm = AsyncLLM.from_vllm_config(
                 config,
@@ -117,7 +120,12 @@ class Engine:
     async def generate(
         self, prompt: list[int], params: SamplingParams, request_id: str, priority: int = 0
     ) -> AsyncGenerator[RequestOutput]:
-        """Stream the engine's outputs. Closing the iterator aborts the request."""
+        """Stream the engine's outputs. Closing the iterator aborts the request.
+
+        Raises InvalidRequest for sparse positions where the model has none to keep.
+        """
+        if POSITIONS in (params.extra_args or {}) and not self._keeps_positions:
+            raise InvalidRequest("positions: the engine's model has none to keep")
         outputs = self._running().generate(
             {"prompt_token_ids": prompt}, params, request_id, priority=priority
         )

@@ -11,6 +11,8 @@ from vllm.config import ModelConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from ..config import AppConfig, EngineConfig
+from ..control.from_config import prompt_modes
+from ..core.errors import UnsupportedModel
 from ..core.findings import Finding, error, note, warning
 from ..core.support import Support
 from .args import plain_args
@@ -51,6 +53,10 @@ class MainModelCheck:
             for reason in support.reasons:
                 yield error("model.path", f"{path}: {reason}")
             return
+        try:
+            prompt_modes(self.config.selection, support)
+        except UnsupportedModel as unfit:
+            yield error("selection.mode", str(unfit).removeprefix("selection.mode: "))
         for line in support.lines():
             yield note("model.path", f"{path}: {support.mode}: {line}")
 

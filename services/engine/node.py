@@ -89,7 +89,7 @@ def engine_facts(
             yield Fact(pool, f"{model.path}: {reason}", wrong=True)
         return
     try:
-        config = vllm_config(engine_args(model, engine, kv, role))
+        config = vllm_config(engine_args(model, engine, kv, role, hands_over=support.hands_over))
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         yield Fact(pool, f"{model.path}: vLLM refuses it: {error}", wrong=True)
         return

@@ -54,7 +54,12 @@ class PullOutcome:
 
 
 def position_args(selection: Selection) -> dict[str, Any]:
-    """Return the `extra_args` that give the kept tokens their original positions."""
+    """Return the `extra_args` that give the kept tokens their original positions.
+
+    None in text mode: the kept text is a prompt of its own.
+    """
+    if selection.text is not None:
+        return {}
     mapping = PositionMap.from_runs(selection.runs, selection.prompt_tokens)
     return {} if mapping.is_identity else {POSITIONS: mapping.to_wire()}
 

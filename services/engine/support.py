@@ -7,7 +7,7 @@ check` and `doctor` report it from the model's folder, in the same words.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import transformers
 from pydantic import ValidationError
@@ -22,7 +22,7 @@ from ..core.support import Mode, Support
 from .args import plain_args
 
 # The modes in which engines serve; a model of another one is refused.
-SERVED_MODES = frozenset({Mode.EXACT, Mode.WINDOWED})
+SERVED_MODES = frozenset({Mode.EXACT, Mode.WINDOWED, Mode.TEXT, Mode.DENSE})
 
 # Key and value side by side, a number each, of this very type.
 _PLAIN_CACHES = ("auto", "float16", "bfloat16")
@@ -112,6 +112,24 @@ def model_config(model: MainModel, engine: EngineConfig) -> ModelConfig | None:
 def support_of_config(config: VllmConfig) -> Support:
     """Return the support of the model that an engine is about to load."""
     return support_of(config.model_config, EngineOptions.of_config(config))
+
+
+def hands_over(model: MainModel, *engines: EngineConfig) -> bool:
+    """Return True if each of the engines can hand the model's KV over, or take it over."""
+    return all(engine_support(model, engine).hands_over for engine in engines)
+
+
+def support_elsewhere(model: ModelConfig, deployed: MainModel, *engines: EngineConfig) -> Support:
+    """Return the support in engines of other machines, which may have GPUs.
+
+    KV is handed over if each of them can.
+    """
+    found = []
+    for engine in engines:
+        options = EngineOptions.of_arguments(plain_args(deployed, engine), model)
+        found.append(support_of(model, replace(options, on_cpu=False)))
+    reasons = dict.fromkeys(reason for each in found for reason in each.handoff_reasons)
+    return replace(found[0], handoff_reasons=tuple(reasons))
 
 
 def support_of(model: ModelConfig, options: EngineOptions) -> Support:

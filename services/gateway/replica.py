@@ -18,6 +18,7 @@ from grpc_health.v1.health_pb2 import (
 from ray import serve
 from ray.serve.grpc_util import RayServegRPCContext
 from ray.serve.handle import DeploymentHandle
+from vllm.tokenizers.registry import cached_tokenizer_from_config
 
 from ..config import AppConfig
 from ..control.from_config import (
@@ -27,6 +28,7 @@ from ..control.from_config import (
     net_gain,
     patience,
     planner,
+    prompt_modes,
     selection_policy,
 )
 from ..control.gain import NetGain
@@ -35,6 +37,7 @@ from ..core.pipeline import Pipeline
 from ..core.replica_logging import log_with_serve
 from ..deployment.file import DRAINING
 from ..deployment.front import require_front
+from ..engine.support import support_elsewhere
 from ..kv.rpc import KvPeers
 from ..kv.tls import watch_tls
 from ..rpc import specprefill_pb2 as pb
@@ -53,7 +56,8 @@ from .observe.watched import LearningObserver, ObservedPipeline, Observer
 from .openai.access import RequestLimit
 from .openai.keys import read_keys
 from .openai.request_json import JsonLimits
-from .openai.server import build_client, build_explainer, build_http_app
+from .openai.server import build_client, build_explainer, build_http_app, front_config
+from .openai.text_writer import PromptTextWriter
 from .pools.draft_state import SelfTestWatch
 from .pools.handles import Carried, ServeDecoder, ServePrefiller, ServeSpeculator
 from .pools.health import GATEWAY
@@ -94,10 +98,13 @@ class GatewayReplica:
             self._config.kv.carrier == "object_ref"
         ):  # over gRPC, Serve would keep the object references forever
             prefill, decode = by_reference(prefill), by_reference(decode)
+        front = front_config(self._config)
+        engines = self._config.prefill, self._config.decode
+        support = support_elsewhere(front.model_config, self._config.model, *engines)
         carried: Carried = {}
         pool = ServeSpeculator(speculator, self._health.count_afresh)
         self._self_test = SelfTestWatch(pool.self_test)
-        gain = net_gain(self._config)
+        gain = net_gain(self._config, hands_over=support.hands_over)
         pipeline = Pipeline(
             speculator=pool,
             prefiller=ServePrefiller(prefill, self._peers, carried),
@@ -106,7 +113,10 @@ class GatewayReplica:
             fallback=fallback(self._config),
             on_unscored=gain.learn_unscored,
             overlap=self._config.kv.overlap,
-            local=local_prefill(self._config.kv, gain.models),
+            local=local_prefill(self._config.kv, gain.models, hands_over=support.hands_over),
+            texts=PromptTextWriter(
+                cached_tokenizer_from_config(front.model_config), self._config.selection.gap_mark
+            ),
         )
         admitting = behind_gate(pipeline, self._config.gateway, gain.models, self._health.count)
         self._traffic, self._models = GatewayTraffic(), gain.models
@@ -115,8 +125,9 @@ class GatewayReplica:
             self._shadowing = ShadowSampler(pipeline, self._config.quality, ShadowMetrics())
         live = ObservedPipeline(admitting, self._observers(counted, gain))
         usage = KeyUsage().count if self._keys else None
-        rules = planner(self._config.selection, gain, self._self_test.is_unfit)
-        self._client = build_client(self._config, live, rules, usage)
+        modes = prompt_modes(self._config.selection, support)
+        rules = planner(self._config.selection, gain, self._self_test.is_unfit, modes)
+        self._client = build_client(self._config, live, rules, usage, front)
         self._calibration = calibration(pipeline, gain.models, self._client.model_config)
         self._calibration.start()
         if self._config.speculator.self_test:

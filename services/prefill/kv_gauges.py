@@ -7,6 +7,7 @@ import asyncio
 from ray.serve import metrics
 
 from ..kv.leases import LeaseGauges
+from .idle import IdlePrefill
 from .service import PrefillService
 
 _PERIOD_S = 1.0
@@ -15,7 +16,7 @@ _PERIOD_S = 1.0
 class KvGauges:
     """Reads the gauges once a second, until cancelled."""
 
-    def __init__(self, service: PrefillService) -> None:
+    def __init__(self, service: PrefillService | IdlePrefill) -> None:
         self._service = service
         self._bytes_held = _gauge("bytes_held", "KV bytes waiting to be pulled")
         self._waiting = _gauge("waiting_for_room", "Prefills that wait until their KV has room")

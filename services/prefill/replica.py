@@ -18,8 +18,10 @@ from ..core.wire import pack, unpack
 from ..engine.args import Role, engine_args
 from ..engine.engine import Engine
 from ..engine.ray_metrics import ray_stat_loggers
+from ..engine.support import hands_over
 from ..kv.nixl.agent import require
-from ..kv.tls import watch_tls
+from ..kv.tls import TlsSource, watch_tls
+from .idle import IdlePrefill
 from .kv_gauges import KvGauges
 from .object_writer import KvObjects, KvReference, PendingStore
 from .service import PrefillService
@@ -35,13 +37,7 @@ class PrefillReplica:
         config = AppConfig.model_validate_json(config_json)
         require(config.kv.carrier)
         tls = watch_tls(config.kv.tls)
-        args = engine_args(
-            config.model, config.prefill, config.kv, Role.PREFILL, peer=config.decode
-        )
-        engine = Engine(
-            args, cpu_threads=config.prefill.cpu_threads, stat_loggers=ray_stat_loggers()
-        )
-        self._service = PrefillService(engine, tls, config.kv.max_held_bytes)
+        self._service = _service(config, tls)
         self._objects = KvObjects(tls)
         self._kv = config.kv
         self._waiting = Waiting(time.monotonic)
@@ -99,3 +95,12 @@ class PrefillReplica:
     async def check_health(self) -> None:
         """Raise Unavailable when the engine process is dead."""
         await self._service.check_health()
+
+
+def _service(config: AppConfig, tls: TlsSource | None) -> PrefillService | IdlePrefill:
+    """Return an engine's service; an idle one where the decode engines do all the work."""
+    if not hands_over(config.model, config.prefill, config.decode):
+        return IdlePrefill()
+    args = engine_args(config.model, config.prefill, config.kv, Role.PREFILL, peer=config.decode)
+    engine = Engine(args, cpu_threads=config.prefill.cpu_threads, stat_loggers=ray_stat_loggers())
+    return PrefillService(engine, tls, config.kv.max_held_bytes)

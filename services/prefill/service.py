@@ -177,7 +177,7 @@ class PrefillService:
         prefilled: PrefillResult | None = None
         if lease is not None and on_announced is not None:
             self._expected[lease.id] = _Expected(lease, on_announced)
-        kv_bytes = 0 if lease is None else selection.kept_tokens * self._token_bytes
+        kv_bytes = 0 if lease is None else selection.engine_tokens * self._token_bytes
         try:
             async with asyncio.timeout(timeout_s), self._room.reserve(kv_bytes) as waited_s:
                 with map_engine_errors(PrefillUnavailable):
@@ -197,7 +197,7 @@ class PrefillService:
     async def _run(
         self, request: Request, selection: Selection, params: SamplingParams
     ) -> RequestOutput:
-        prompt = selection.kept_token_ids(request.prompt)
+        prompt = selection.engine_prompt(request.prompt)
         request_id = f"prefill-{request.request_id}"
         last = None
         async for output in self._engine.generate(prompt, params, request_id, request.priority):

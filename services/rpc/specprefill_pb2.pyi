@@ -66,20 +66,22 @@ class Sampling(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., n: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., logprobs: _Optional[int] = ..., ignore_eos: bool = ..., json_schema: _Optional[str] = ..., regex: _Optional[str] = ...) -> None: ...
 
 class Prune(_message.Message):
-    __slots__ = ("enabled", "keep", "floor", "protect", "auto", "ceiling")
+    __slots__ = ("enabled", "keep", "floor", "protect", "auto", "ceiling", "mode")
     ENABLED_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIELD_NUMBER: _ClassVar[int]
     FLOOR_FIELD_NUMBER: _ClassVar[int]
     PROTECT_FIELD_NUMBER: _ClassVar[int]
     AUTO_FIELD_NUMBER: _ClassVar[int]
     CEILING_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
     enabled: bool
     keep: float
     floor: float
     protect: _containers.RepeatedScalarFieldContainer[str]
     auto: bool
     ceiling: float
-    def __init__(self, enabled: bool = ..., keep: _Optional[float] = ..., floor: _Optional[float] = ..., protect: _Optional[_Iterable[str]] = ..., auto: bool = ..., ceiling: _Optional[float] = ...) -> None: ...
+    mode: str
+    def __init__(self, enabled: bool = ..., keep: _Optional[float] = ..., floor: _Optional[float] = ..., protect: _Optional[_Iterable[str]] = ..., auto: bool = ..., ceiling: _Optional[float] = ..., mode: _Optional[str] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("model", "conversation", "text", "token_ids", "sampling", "prune", "timeout_s", "priority")
@@ -168,18 +170,22 @@ class Times(_message.Message):
     def __init__(self, queue_s: _Optional[float] = ..., speculate_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., first_decode_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., expected_dense_ttft_s: _Optional[float] = ..., expected_prune_ttft_s: _Optional[float] = ...) -> None: ...
 
 class Decision(_message.Message):
-    __slots__ = ("plan", "reason", "prompt_tokens", "kept_tokens", "keep_rate")
+    __slots__ = ("plan", "reason", "prompt_tokens", "kept_tokens", "keep_rate", "mode", "text_tokens")
     PLAN_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     KEPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     KEEP_RATE_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    TEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     plan: str
     reason: str
     prompt_tokens: int
     kept_tokens: int
     keep_rate: float
-    def __init__(self, plan: _Optional[str] = ..., reason: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., kept_tokens: _Optional[int] = ..., keep_rate: _Optional[float] = ...) -> None: ...
+    mode: str
+    text_tokens: int
+    def __init__(self, plan: _Optional[str] = ..., reason: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., kept_tokens: _Optional[int] = ..., keep_rate: _Optional[float] = ..., mode: _Optional[str] = ..., text_tokens: _Optional[int] = ...) -> None: ...
 
 class Report(_message.Message):
     __slots__ = ("decision", "times", "recomputed", "prefilled_by")

@@ -158,7 +158,7 @@ class Engines:
             params.extra_args = {POSITIONS: mapping.to_wire()}
         self.count += 1
         last = None
-        prompt = selection.kept_token_ids(request.prompt)
+        prompt = selection.engine_prompt(request.prompt)
         async for output in engine.generate(prompt, params, f"whole-{self.count}"):
             last = output
         return last.outputs[0]

@@ -115,7 +115,7 @@ def test_the_needle_survives_for_a_main_model_with_another_tokenizer(scorer, tok
         ids = tuple(main.encode(text).ids)
         assert len(ids) == len(text)
         selection = select(translating.score([ids])[0], PLAN, (), policy)
-        found += prompt.gold in main.decode(selection.kept_token_ids(ids))
+        found += prompt.gold in main.decode(selection.engine_prompt(ids))
     assert found >= 48
 
 
@@ -140,7 +140,7 @@ async def answered(engine, needle, selection, name) -> bool:
     mapping = PositionMap.from_runs(selection.runs, selection.prompt_tokens)
     extra = None if mapping.is_identity else {POSITIONS: mapping.to_wire()}
     params = SamplingParams(temperature=0.0, max_tokens=16, extra_args=extra)
-    async for output in engine.generate(selection.kept_token_ids(needle.ids), params, name):
+    async for output in engine.generate(selection.engine_prompt(needle.ids), params, name):
         text = output.outputs[0].text
     return needle.prompt.answer in text
 

@@ -260,7 +260,7 @@ class TestPrefixCache:
 
     async def test_a_dense_prompt_never_hits_a_pruned_ones_blocks(self, engines):
         prompt, selection = prompt_of(900, seed=20), pruned(900)
-        packed = selection.kept_token_ids(tuple(prompt))
+        packed = selection.engine_prompt(tuple(prompt))
         await self.hits(engines, prompt, selection)
         request = engines.request(packed, ignore_eos=True, max_tokens=8)
         want = await engines.plain_vllm(request)

@@ -89,6 +89,6 @@ async def test_the_positions_are_what_makes_the_difference(engines, reference):
     """The same kept tokens at contiguous positions give another answer: the test can fail."""
     length, runs = CASES["gaps"]
     prompt, selection = prompt_of(length), kept(length, *runs)
-    packed = selection.kept_token_ids(tuple(prompt))
+    packed = selection.engine_prompt(tuple(prompt))
     contiguous = reference(packed, kept(len(packed), Span(0, len(packed))), 12)
     assert contiguous != reference(prompt, selection, 12)

@@ -3,8 +3,10 @@
 import pytest
 from pydantic import ValidationError
 
-from specprefill.config import AppConfig, MainModel, local_path
-from specprefill.control.from_config import net_gain, planner
+from specprefill.config import AppConfig, MainModel, SelectionConfig, local_path
+from specprefill.control.from_config import net_gain, planner, prompt_modes
+from specprefill.core.errors import UnsupportedModel
+from specprefill.core.support import Mode, Support
 
 LEAST = {"model": {"path": "main"}, "speculator": {"path": "small"}}
 
@@ -134,3 +136,34 @@ def test_engines_with_kv_of_two_formats_are_refused(name):
     )
     engines["decode"] = engines["prefill"]
     AppConfig.model_validate({**LEAST, **engines})
+
+
+EXACT = Support(Mode.EXACT)
+WINDOWED = Support(Mode.WINDOWED, ("a window",))
+TEXT = Support(Mode.TEXT, ("a state",))
+
+
+@pytest.mark.parametrize(
+    ("mode", "support", "usual", "offered"),
+    [
+        ("auto", EXACT, "positions", ("positions", "text")),
+        ("auto", WINDOWED, "positions", ("positions", "text")),
+        ("auto", TEXT, "text", ("text",)),
+        ("auto", Support(Mode.DENSE, ("a reason",)), "dense", ()),
+        ("text", EXACT, "text", ("positions", "text")),
+        ("dense", EXACT, "dense", ()),
+        ("positions", WINDOWED, "positions", ("positions", "text")),
+    ],
+)
+def test_the_model_and_the_mode_choose_how_prompts_are_sent(mode, support, usual, offered):
+    modes = prompt_modes(SelectionConfig(mode=mode), support)
+    assert (modes.usual, modes.offered) == (usual, offered)
+
+
+@pytest.mark.parametrize(
+    ("mode", "support"),
+    [("positions", TEXT), ("text", Support(Mode.DENSE, ("a state",)))],
+)
+def test_a_mode_that_the_model_cannot_have_is_refused(mode, support):
+    with pytest.raises(UnsupportedModel, match=f"selection.mode.*'{mode}': a state"):
+        prompt_modes(SelectionConfig(mode=mode), support)

@@ -68,7 +68,7 @@ class PlainEngine:
 
         kind = RequestOutputKind.DELTA
         params = sampling(max_tokens=output_tokens, output_kind=kind)
-        kept = job.selection.kept_token_ids(job.prompt)
+        kept = job.selection.engine_prompt(job.prompt)
         async for output in self.engine.generate(kept, params, job.name):
             yield len(output.outputs[0].token_ids)
 

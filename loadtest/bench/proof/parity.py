@@ -138,7 +138,7 @@ async def _answer(engine: Engine, job: PromptCase, kind: str) -> tuple[GreedyAns
     if not job.positions.is_identity:
         params.extra_args = {POSITIONS: job.positions.to_wire()}
     last: Any = None
-    kept = job.selection.kept_token_ids(job.prompt)
+    kept = job.selection.engine_prompt(job.prompt)
     async for output in engine.generate(kept, params, f"{kind}-{job.name}"):
         last = output
     completion = last.outputs[0]

@@ -18,7 +18,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from ..sparse.batch import SparseBatch
 from ..sparse.guard import refuse_unreadable_caches
 from ..sparse.positions_v1 import rewrite_positions
-from ..support import refuse_unsupported
+from ..support import refuse_unsupported, support_of_config
 from ..vllm_internals import check_cpu_caches, check_v1_runner, step_positions
 from ..worker_rpc import KvRpc
 
@@ -94,13 +94,17 @@ class SparseCPUWorker(KvRpc, CPUWorker):  # type: ignore[misc]
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the KV caches, whose format is known by now."""
-        refuse_unreadable_caches(self.vllm_config, kv_cache_config)
+        if self.vllm_config.kv_transfer_config is not None:
+            refuse_unreadable_caches(self.vllm_config, kv_cache_config)
         super().initialize_from_config(kv_cache_config)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Load the weights; the V2 runner's model state is replaced by the sparse one."""
+        """Load the weights; the V2 runner's model state is replaced by the sparse one.
+
+        Not where the model has no positions to keep: its state may be one of its own.
+        """
         super().load_model(*args, **kwargs)
-        if self.use_v2_model_runner:
+        if self.use_v2_model_runner and support_of_config(self.vllm_config).keeps_positions:
             from ..sparse.model_state import sparse_model_state  # see init_device
 
             self.model_runner.model_state = sparse_model_state(self.model_runner.model_state)

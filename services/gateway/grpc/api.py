@@ -149,7 +149,7 @@ class GrpcApi:
             sampling, priority = message.sampling, message.priority
         context = RequestContext(
             controls=prune_controls(message.prune),
-            protect_field="prune.protect",
+            controls_prefix="prune.",
             timeout_s=timeout_s(message),
             key=self._key_name(call) or fair_key(_metadata(call).get("authorization")),
         )

@@ -12,7 +12,7 @@ from ...core.errors import InvalidRequest
 from ...core.types import Chunk, Controls, Report, Selection, TokenLogprob
 from ...rpc import specprefill_pb2 as pb
 from ..openai.client import CLIENT_ERRORS, as_invalid
-from ..openai.controls import check_order, rate, strings, timeout
+from ..openai.controls import check_order, prompt_mode, rate, strings, timeout
 from ..openai.explaining import ExplainedSelection, TextSpan
 from ..openai.request_json import JsonLimits, parse_json
 from ..openai.selection_json import selection_rule
@@ -63,6 +63,7 @@ def prune_controls(prune: pb.Prune) -> Controls:
             floor=rate("prune.floor", _optional(prune, "floor")),
             ceiling=rate("prune.ceiling", _optional(prune, "ceiling")),
             protect=strings("prune.protect", list(prune.protect)),
+            mode=prompt_mode("prune.mode", _optional(prune, "mode")),
         )
     )
 
@@ -115,6 +116,8 @@ def report_message(report: Report) -> pb.Report:
             prompt_tokens=report.prompt_tokens,
             kept_tokens=report.kept_tokens,
             keep_rate=report.keep_rate,
+            mode=report.mode.value,
+            text_tokens=report.text_tokens,
         ),
         times=pb.Times(
             queue_s=report.queue_s,
@@ -141,6 +144,8 @@ def score_message(selection: Selection) -> pb.ScoreResponse:
             prompt_tokens=selection.prompt_tokens,
             kept_tokens=selection.kept_tokens,
             keep_rate=selection.keep_rate,
+            mode=selection.mode.value,
+            text_tokens=None if selection.text is None else len(selection.text),
         ),
         queue_s=selection.queue_s,
         speculate_s=selection.speculate_s,

@@ -10,10 +10,11 @@ import msgspec
 from vllm.config import ModelConfig
 from vllm.sampling_params import SamplingParams
 
-from ...control.probe import Probe
+from ...control.probe import PrefillByDecoder, Probe
 from ...control.stages import StageModels
 from ...core.errors import SpecPrefillError
 from ...core.pipeline import Pipeline
+from ...core.ports import Prefiller
 from ...core.types import Request
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,10 @@ def calibration(pipeline: Pipeline, models: StageModels, model: ModelConfig) -> 
     """Return the calibration of `models` on the pools of `pipeline`, which serve `model`."""
     prompts = ProbePrompts(model.get_vocab_size(), random.Random())
     longest = model.max_model_len - 1  # one token is the answer
-    probe = Probe(pipeline.speculator, pipeline.prefiller, prompts, longest, BUDGET_S, TIMEOUT_S)
+    prefiller: Prefiller = pipeline.prefiller
+    if not models.hands_over:
+        prefiller = PrefillByDecoder(pipeline.decoder)
+    probe = Probe(pipeline.speculator, prefiller, prompts, longest, BUDGET_S, TIMEOUT_S)
     return Calibration(probe, models)
 
 

@@ -35,7 +35,10 @@ class PipelineMetrics:
             "requests_total", "Requests by how they ended", "outcome", "plan", "reason"
         )
         self._prompt_tokens = counter("prompt_tokens_total", "Prompt tokens that callers sent")
-        self._kept_tokens = counter("kept_tokens_total", "Prompt tokens that were prefilled")
+        self._kept_tokens = counter("kept_tokens_total", "Prompt tokens that were kept")
+        self._modes = counter(
+            "prompts_total", "Prompts by the form in which the main model got them", "mode"
+        )
         self._recomputed = counter(
             "recomputed_total", "Requests whose KV was computed again by decode"
         )
@@ -68,6 +71,7 @@ class PipelineMetrics:
         plan, reason = report.plan.value, report.reason.value
         self._requests.inc(1, {"outcome": outcome, "plan": plan, "reason": reason})
         self._kept_tokens.inc(report.kept_tokens)
+        self._modes.inc(1, {"mode": report.mode.value})
         if report.recomputed:
             self._recomputed.inc(1)
         self._prefilled.inc(1, {"pool": report.prefilled_by.value})

@@ -40,6 +40,7 @@ class RequestLog:
             pairs |= {
                 "plan": self._report.plan.value,
                 "reason": self._report.reason.value,
+                "mode": self._report.mode.value,
                 "kept_tokens": self._report.kept_tokens,
                 "prefilled_by": self._report.prefilled_by.value,
                 "ttft_s": f"{self._report.ttft_s:.4f}",

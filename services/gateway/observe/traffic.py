@@ -44,7 +44,7 @@ class GatewayTraffic:
 
     def record_answer(self, report: Report, output_tokens: int, decode_s: float) -> None:
         """Learn from an answer whose last token came `decode_s` after its first."""
-        cached = report.cached_tokens / report.kept_tokens
+        cached = report.cached_tokens / report.engine_tokens
         self._cached_share += _NEWEST * (cached - self._cached_share)
         if report.plan is PlanKind.PRUNE:
             self.keep_rate += _NEWEST * (report.keep_rate - self.keep_rate)

@@ -210,6 +210,7 @@ class PipelineClient(RemoteEngineClient):
                 f"priority: must be within {_MAX_PRIORITY} of 0, not {shorten(priority)}",
                 "priority",
             )
+        self._planner.modes.check(context.controls, f"{context.controls_prefix}mode")
         admitted = await self._admit(prompt, sampling_params, request_id, priority)
         params = admitted.sampling_params
         _limit_tokens(params, self.model_config.max_model_len - len(admitted.prompt_token_ids))
@@ -278,10 +279,11 @@ class PipelineClient(RemoteEngineClient):
         placed = self.offsets.locate_tokens(text, request.prompt, is_cancelled)
         altered = altered_piece(placed.text, context.messages or (), protect)
         if altered is not None:
+            field = f"{context.controls_prefix}protect"
             raise InvalidRequest(
-                f"{context.protect_field}: {shorten(altered)} is in a message, but the chat "
-                "template changes it; choose a part that it leaves unchanged",
-                context.protect_field,
+                f"{field}: {shorten(altered)} is in a message, but the chat template changes it; "
+                "choose a part that it leaves unchanged",
+                field,
             )
         spans = protected_spans(
             placed.text,

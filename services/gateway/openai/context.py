@@ -27,7 +27,7 @@ class RequestContext:
     timeout_s: float | None = None  # None: the deployment's limit
     key: str | None = None  # whose fair share of the service the request takes
     anthropic: bool = False  # errors have Anthropic's form
-    protect_field: str = "specprefill.protect"  # its name in the caller's API
+    controls_prefix: str = "specprefill."  # of the controls' names in the caller's API
     prompts_started: int = 0
     reports: dict[str, Report] = field(default_factory=dict)  # by the server's request id
     error: SpecPrefillError | None = None

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any, NoReturn, TypeVar
 
 from ...core.errors import InvalidRequest
-from ...core.types import Controls
+from ...core.types import Controls, PromptMode
 from .context import Messages
 
 T = TypeVar("T")
@@ -16,9 +16,10 @@ T = TypeVar("T")
 FIELD = "specprefill"
 _ENABLED_SPELLINGS = ("speculative_prefill",)
 _KEEP_SPELLINGS = ("specprefill_keep_pct", "speculative_prefill_keep_pct")
-_OBJECT_FIELDS = ("enabled", "keep", "floor", "ceiling", "protect")
+_OBJECT_FIELDS = ("enabled", "keep", "floor", "ceiling", "protect", "mode")
 AUTO = "auto"
 _MAX_PROTECT = 64  # each one is searched for in the whole prompt
+_MODES = (PromptMode.POSITIONS, PromptMode.TEXT)  # `false` is dense
 _SHOWN = 80  # characters of a refused value in the error's message
 
 
@@ -33,6 +34,7 @@ def pop_controls(body: dict[str, Any]) -> Controls:
     floor: float | None = None
     ceiling: float | None = None
     protect: tuple[str, ...] = ()
+    mode: PromptMode | None = None
     value = body.pop(FIELD, None)
     if isinstance(value, Mapping):
         _refuse_unknown(value)
@@ -42,6 +44,7 @@ def pop_controls(body: dict[str, Any]) -> Controls:
         floor = rate(f"{FIELD}.floor", value.get("floor"))
         ceiling = rate(f"{FIELD}.ceiling", value.get("ceiling"))
         protect = strings(f"{FIELD}.protect", value.get("protect"))
+        mode = prompt_mode(f"{FIELD}.mode", value.get("mode"))
     elif value is None or isinstance(value, bool):
         enabled[FIELD] = value
     else:
@@ -49,7 +52,7 @@ def pop_controls(body: dict[str, Any]) -> Controls:
     enabled |= {name: _switch(name, body.pop(name, None)) for name in _ENABLED_SPELLINGS}
     keep |= {name: rate(name, body.pop(name, None)) for name in _KEEP_SPELLINGS}
     return check_order(
-        Controls(_single_value(enabled), _single_value(keep), floor, protect, ceiling, auto)
+        Controls(_single_value(enabled), _single_value(keep), floor, protect, ceiling, auto, mode)
     )
 
 
@@ -87,6 +90,15 @@ def rate(field: str, value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         _refuse(field, "a number above 0 and at most 1", value)
     return float(value)
+
+
+def prompt_mode(field: str, value: object) -> PromptMode | None:
+    """Parse the form in which what is kept is sent; None where absent."""
+    if value is None:
+        return None
+    if not isinstance(value, str) or value not in _MODES:
+        _refuse(field, " or ".join(f'"{mode}"' for mode in _MODES), value)
+    return PromptMode(value)
 
 
 def strings(field: str, value: object) -> tuple[str, ...]:

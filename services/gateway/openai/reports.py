@@ -17,6 +17,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "prompt_tokens": report.prompt_tokens,
         "kept_tokens": report.kept_tokens,
         "keep_rate": round(report.keep_rate, _DECIMALS),
+        "mode": report.mode.value,
         "prefilled_by": report.prefilled_by.value,
         "recomputed": report.recomputed,
         "queue_s": round(report.queue_s, _DECIMALS),
@@ -26,6 +27,8 @@ def report_json(report: Report) -> dict[str, Any]:
         "first_decode_s": round(report.first_decode_s, _DECIMALS),
         "ttft_s": round(report.ttft_s, _DECIMALS),
     }
+    if report.text_tokens is not None:
+        content["text_tokens"] = report.text_tokens
     if report.expected is not None:
         content["expected_dense_ttft_s"] = round(report.expected.dense_s, _DECIMALS)
         content["expected_prune_ttft_s"] = round(report.expected.prune_s, _DECIMALS)

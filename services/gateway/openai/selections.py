@@ -45,7 +45,7 @@ def add_selections_route(
             fields = read_selection_fields(body)
             context.controls, context.messages = fields.controls, fields.messages
             context.tool_names = function_names(fields.tools)
-            context.protect_field = "protect"
+            context.controls_prefix = ""
             started_s = time.perf_counter()
             rendered = await _render(app, fields, model_name)
             if isinstance(rendered, ErrorResponse):

@@ -55,11 +55,15 @@ def build_client(
     pipeline: Answerer,
     planner: Planner,
     count_tokens: CountTokens | None = None,
+    loaded: VllmConfig | None = None,
 ) -> PipelineClient:
-    """Build the engine client: load the model's config and tokenizer, no weights."""
+    """Build the engine client: load the model's config and tokenizer, no weights.
+
+    `loaded` is the result of `front_config`, where it was asked for already.
+    """
     args = server_args(config)
     return PipelineClient(
-        _vllm_config(args),
+        front_config(config) if loaded is None else loaded,
         pipeline,
         planner,
         chat=_chat_defaults(args),
@@ -156,13 +160,13 @@ def _chat_defaults(args: Namespace) -> ChatParams:
     )
 
 
-def _vllm_config(args: Namespace) -> VllmConfig:
-    """Build a configuration without an engine, as vLLM's render server does.
+def front_config(config: AppConfig) -> VllmConfig:
+    """Build vLLM's configuration without an engine, as its render server does.
 
     The gateway may run where no accelerator is: quantisation and cache checks are the
     engines' own.
     """
-    engine_args = AsyncEngineArgs.from_cli_args(args)
+    engine_args = AsyncEngineArgs.from_cli_args(server_args(config))
     model_config = engine_args.create_model_config()
     model_config.quantization = None
     return VllmConfig(

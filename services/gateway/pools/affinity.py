@@ -40,7 +40,7 @@ def load_of(request: Request, selection: Selection) -> PrefillLoad:
     """Return the load of the kept tokens; blocks after the first gap are never shared."""
     first = selection.runs[0]
     dense = first.stop if first.start == 0 else 0
-    return PrefillLoad(selection.kept_tokens, digests_of(request)[: dense // BLOCK_TOKENS])
+    return PrefillLoad(selection.engine_tokens, digests_of(request)[: dense // BLOCK_TOKENS])
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""The arms compared: keep rates, the automatic one, controls without knowledge, and a ceiling."""
+"""The arms compared: keep rates, text mode, the automatic rate, controls and a ceiling."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ class Chooser(enum.StrEnum):
     """Source of the scores that choose the kept tokens."""
 
     SPECULATOR = "speculator"
+    TEXT = "text"  # the speculator; what is kept goes to the main model as text
     AUTOMATIC = "automatic"  # the speculator, and how many as well
     RANDOM = "random"  # control: chunks at random
     ENDS = "ends"  # control: the first and the last tokens
@@ -51,11 +52,21 @@ DENSE = Arm(Chooser.SPECULATOR, 1.0)
 
 
 def arms_of(
-    keeps: Sequence[float], control_keep: float | None, *, automatic: bool, ceiling: bool
+    keeps: Sequence[float],
+    control_keep: float | None,
+    *,
+    automatic: bool,
+    ceiling: bool,
+    text_keeps: Sequence[float] = (),
 ) -> tuple[Arm, ...]:
-    """Return dense first, then every keep rate from high to low, then the others."""
+    """Return dense first, then every keep rate from high to low, then the others.
+
+    `text_keeps` are the rates in text mode.
+    """
     rates = sorted({keep for keep in keeps if keep < 1.0}, reverse=True)
     arms = [DENSE, *(Arm(Chooser.SPECULATOR, keep) for keep in rates)]
+    as_text = sorted({keep for keep in text_keeps if keep < 1.0}, reverse=True)
+    arms += [Arm(Chooser.TEXT, keep) for keep in as_text]
     if automatic:
         arms.append(Arm(Chooser.AUTOMATIC, 1.0))
     if control_keep is not None:

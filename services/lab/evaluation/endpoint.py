@@ -14,6 +14,7 @@ from typing import Any
 
 from ...client import http as http_caller
 from ...client.question import ServiceQuestion
+from ...core.types import PromptMode
 from ..families.dialogue import NONCE_DIGITS
 from ..families.task import Conversation, Task
 from ..families.words import number
@@ -42,7 +43,7 @@ class Endpoint:
         return [self._answer(task, arm, with_text=with_text) for arm in arms]
 
     def _answer(self, task: Task, arm: Arm, *, with_text: bool) -> ArmAnswer:
-        if arm.chooser not in (Chooser.SPECULATOR, Chooser.AUTOMATIC):
+        if arm.chooser not in (Chooser.SPECULATOR, Chooser.AUTOMATIC, Chooser.TEXT):
             raise ValueError(f"{arm.name}: an endpoint does not take positions; leave it out")
         for conversation in task.before:
             warm_up = self._ask(task, conversation, arm, WARM_UP_TOKENS)
@@ -76,7 +77,8 @@ class Endpoint:
             return replace(asked, dense=True)
         if arm.chooser is Chooser.AUTOMATIC:
             return replace(asked, auto=True)
-        return replace(asked, keep=arm.keep)
+        mode = PromptMode.TEXT if arm.chooser is Chooser.TEXT else None
+        return replace(asked, keep=arm.keep, mode=mode)
 
 
 def _read(reply: Mapping[str, Any], *, with_text: bool) -> ArmAnswer:
@@ -88,6 +90,7 @@ def _read(reply: Mapping[str, Any], *, with_text: bool) -> ArmAnswer:
         kept_tokens=report.get("kept_tokens", usage["prompt_tokens"]),
         reason=report.get("reason"),
         cached_tokens=details.get("cached_tokens"),
+        text_tokens=report.get("text_tokens"),
     )
 
 

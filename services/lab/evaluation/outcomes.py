@@ -22,6 +22,7 @@ class ArmAnswer:
     reason: str | None = None  # why as much was kept
     gold_kept: float | None = None  # share of the gold spans that were kept whole
     cached_tokens: int | None = None
+    text_tokens: int | None = None  # in text mode: what the main model read, with its marks
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class Cell:
     prompts: int
     kept: float  # mean of kept / prompt tokens
     kept_tokens: float  # mean
+    read_tokens: float  # mean, by the main model: the kept ones, in text mode those of the text
     gold_kept: Interval | None
     score: Interval | None
     retained: Interval | None  # of the dense score
@@ -79,12 +81,17 @@ def cell(outcomes: Sequence[ArmOutcome], arm: Arm, seed: int) -> Cell:
             [*ours.values()], lambda each: each.answer.kept_tokens / each.answer.prompt_tokens
         ),
         kept_tokens=_mean([*ours.values()], lambda each: each.answer.kept_tokens),
+        read_tokens=_mean([*ours.values()], lambda each: _read_tokens(each.answer)),
         gold_kept=_gold_kept([*ours.values()], seed),
         score=mean_interval(points, clusters, seed) if points else None,
         retained=retained_interval(points, dense_points, clusters, seed) if points else None,
         verdicts=_verdicts([*ours.values()]),
         reasons=dict(Counter(each.answer.reason or "unknown" for each in ours.values())),
     )
+
+
+def _read_tokens(answer: ArmAnswer) -> int:
+    return answer.kept_tokens if answer.text_tokens is None else answer.text_tokens
 
 
 def _gold_kept(outcomes: Sequence[ArmOutcome], seed: int) -> Interval | None:

@@ -7,7 +7,7 @@ takes. Spans, selection and scoring are the product's; only the answers come fro
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -15,7 +15,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from ...config import SelectionConfig, SpeculatorConfig, local_path
 from ...control.from_config import selection_policy
 from ...core.selection import SelectionPolicy, select
-from ...core.types import KeepRange, Plan, PlanKind, Reason, Selection, Span, dense_selection
+from ...core.types import (
+    KeepRange,
+    Plan,
+    PlanKind,
+    PromptMode,
+    Reason,
+    Selection,
+    Span,
+    dense_selection,
+)
+from ...gateway.openai.text_writer import PromptTextWriter
 from ...speculator.jobs import Rating
 from ...speculator.scorer import Scorer, load_scorer
 from ..families.task import Task
@@ -43,6 +53,12 @@ class MainModelAnswerer:
         texts = (str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers)
         return dict(zip(parts, texts, strict=True))
 
+    def text_of(self, prompt: Sequence[int], max_tokens: int) -> str:
+        """Return the answer to a prompt of its own."""
+        whole = [range(len(prompt))]
+        answer = greedy_answers(self.model, prompt, whole, max_tokens, self.eos_ids)[0]
+        return str(self.tokenizer.decode(answer, skip_special_tokens=True))
+
 
 @dataclass(frozen=True, slots=True)
 class Pair:
@@ -54,6 +70,7 @@ class Pair:
     speculator: Scorer
     answerer: MainModelAnswerer | None  # None: gold survival only
     own_scorer: Scorer | None  # the main model as its own speculator; None: no ceiling
+    texts: PromptTextWriter
 
     def answers(
         self, task: Task, arms: Sequence[Arm], rng: random.Random, *, with_text: bool
@@ -64,20 +81,36 @@ class Pair:
         if not all(arm.is_dense for arm in arms):
             rating = rate_prompt(self.speculator, prompt.ids)
             selections = [self._selection(arm, prompt, rating, rng) for arm in arms]
-        texts: dict[tuple[Span, ...], str] = {}
+        answers: list[str | None] = [None] * len(arms)
         if with_text and self.answerer is not None:
-            kept = [selection.runs for selection in selections]
-            texts = self.answerer.texts(prompt, kept, task.max_tokens)
+            answers = [*self._texts(self.answerer, prompt, selections, task.max_tokens)]
         return [
             ArmAnswer(
-                text=texts.get(selection.runs),
+                text=answer,
                 prompt_tokens=len(prompt.ids),
                 kept_tokens=selection.kept_tokens,
                 reason=selection.plan.reason.value,
                 gold_kept=gold_kept(prompt, selection),
+                text_tokens=None if selection.text is None else len(selection.text),
             )
-            for selection in selections
+            for selection, answer in zip(selections, answers, strict=True)
         ]
+
+    def _texts(
+        self,
+        answerer: MainModelAnswerer,
+        prompt: RenderedTask,
+        selections: Sequence[Selection],
+        max_tokens: int,
+    ) -> Iterator[str]:
+        """Yield the answer of each selection."""
+        kept = [selection.runs for selection in selections if selection.text is None]
+        found = answerer.texts(prompt, kept, max_tokens)
+        for selection in selections:
+            if selection.text is None:
+                yield found[selection.runs]
+            else:
+                yield answerer.text_of(selection.text, max_tokens)
 
     def _selection(
         self, arm: Arm, prompt: RenderedTask, rating: Rating | Reason, rng: random.Random
@@ -100,7 +133,10 @@ class Pair:
             rating = rate_prompt(self.own_scorer, prompt.ids)
         if isinstance(rating, Reason):
             return dense_selection(len(prompt.ids), rating)
-        return select(rating.scores, plan, prompt.protected, self.policy, rating.certainty)
+        selection = select(rating.scores, plan, prompt.protected, self.policy, rating.certainty)
+        if arm.chooser is not Chooser.TEXT or selection.mode is PromptMode.DENSE:
+            return selection
+        return self.texts.written(prompt.ids, prompt.protected, selection)
 
 
 def rate_prompt(scorer: Scorer, prompt: tuple[int, ...]) -> Rating | Reason:
@@ -140,6 +176,7 @@ def load_pair(
         speculator=scorer,
         answerer=load_answerer(model, speculator, tokenizer) if answered else None,
         own_scorer=load_scorer(own, selection.pool_tokens) if ceiling else None,
+        texts=PromptTextWriter(tokenizer, selection.gap_mark),
     )
 
 

@@ -58,6 +58,7 @@ class EvaluationReport:
             for length in self.suite.lengths
             for table in (
                 self._retained_table(length),
+                self._text_table(length),
                 self._controls_table(length),
                 self._gold_table(length),
                 self._automatic_table(length),
@@ -100,6 +101,45 @@ class EvaluationReport:
             ),
         )
 
+    def _text_table(self, length: int) -> Table:
+        """Compare text mode with original positions, at the same kept tokens."""
+        as_text = self._places(lambda arm: arm.chooser is Chooser.TEXT)
+        pairs = [
+            (ours, place)
+            for place in as_text
+            for ours in self._places(lambda arm: arm.chooser is Chooser.SPECULATOR)
+            if self.suite.arms[ours].keep == self.suite.arms[place].keep
+        ]
+        compared = [place for pair in pairs for place in pair]
+        rows = [row for row in self._rows_at(length) if row.answered and compared]
+        return Table(
+            heading=f"Text mode beside original positions at {length} tokens",
+            about="Answers retained from the same kept tokens, at their original positions (keep) "
+            "and as text at consecutive positions (text). Below: the kept tokens, and the tokens "
+            "that the main model reads, marks included.",
+            headers=("family", *self._names(compared)),
+            rows=(
+                *(
+                    (row.family, *(_share(row.cells[place].retained) for place in compared))
+                    for row in rows
+                ),
+                *self._token_rows(rows, compared),
+            ),
+        )
+
+    def _token_rows(self, rows: Sequence[Row], places: Sequence[int]) -> list[tuple[str, ...]]:
+        """Return the means over `rows` of kept tokens and of those that the main model reads."""
+        if not rows:
+            return []
+
+        def mean(place: int, tokens: Callable[[Cell], float]) -> str:
+            return f"{sum(tokens(row.cells[place]) for row in rows) / len(rows):.0f}"
+
+        return [
+            ("kept tokens", *(mean(place, lambda cell: cell.kept_tokens) for place in places)),
+            ("tokens read", *(mean(place, lambda cell: cell.read_tokens) for place in places)),
+        ]
+
     def _controls_table(self, length: int) -> Table:
         compared = self._compared_places()
         return Table(
@@ -115,7 +155,7 @@ class EvaluationReport:
         )
 
     def _gold_table(self, length: int) -> Table:
-        places = self._places(lambda arm: not arm.is_dense)
+        places = self._places(lambda arm: not arm.is_dense and arm.chooser is not Chooser.TEXT)
         return Table(
             heading=f"Gold survival at {length} tokens",
             about="Share of the spans that the answer needs which were kept whole; without "

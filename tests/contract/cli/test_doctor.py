@@ -99,6 +99,15 @@ def test_a_model_that_the_engines_would_refuse(capsys, deployment, tmp_path):
     assert lines[-1] == "2 would fail at start"
 
 
+def test_a_model_without_positions_runs_in_text_mode(capsys, deployment, tmp_path):
+    folder = str(model_folders.write("bloom", tmp_path))
+    code, lines = report(capsys, deployment(model={"path": folder, "max_model_len": 2048}))
+    assert code == 0
+    for pool in ("prefill", "decode"):
+        assert starting(lines, pool) == f"ok    {pool}: {folder}: can run"
+        assert starting(lines, f"{pool} mode").startswith(f"ok    {pool} mode: text; ALiBi")
+
+
 def test_an_option_that_one_engine_alone_has(capsys, deployment):
     file = deployment(decode={"engine_args": {"speculative_config": {"method": "ngram"}}})
     code, lines = report(capsys, file)

@@ -98,18 +98,50 @@ def test_what_starts_and_serves_worse_is_a_warning(
 def test_a_model_that_is_not_supported_is_refused_with_the_engines_own_words(
     check: Callable[..., Any], tmp_path: Path, root: Path
 ) -> None:
-    folder = tmp_path / "recurrent"
+    kind = '"model_type": "bert", "architectures": ["BertModel"]'
+    folder = model_folder(tmp_path, root, f'{kind}, "max_position_embeddings": 65536')
+    code, printed = check(model={"path": str(folder)})
+    assert code == 2
+    assert f"error: applications[0].args.model.path: {folder}: " in printed
+    assert "the model writes no text" in printed
+
+
+MAMBA = '"model_type": "mamba", "architectures": ["MambaForCausalLM"], "state_size": 16'
+
+
+def test_a_model_without_positions_is_served_as_text(
+    check: Callable[..., Any], tmp_path: Path, root: Path
+) -> None:
+    folder = model_folder(tmp_path, root, MAMBA)
+    code, printed = check(model={"path": str(folder)})
+    assert code == 0
+    assert f"note: applications[0].args.model.path: {folder}: text: recurrent layers" in printed
+    assert "text: KV is not handed over: " in printed
+
+
+def test_a_mode_that_the_model_cannot_have_is_an_error(
+    check: Callable[..., Any], tmp_path: Path, root: Path
+) -> None:
+    folder = model_folder(tmp_path, root, MAMBA)
+    code, printed = check(model={"path": str(folder)}, selection={"mode": "positions"})
+    assert code == 2
+    assert (
+        "error: applications[0].args.selection.mode: the model cannot have 'positions': "
+        "recurrent layers have no positions to keep" in printed
+    )
+
+
+def model_folder(tmp_path: Path, root: Path, kind: str) -> Path:
+    """A model's folder without weights, with the demo model's tokenizer."""
+    folder = tmp_path / "model"
     folder.mkdir()
     for file in (root / "models" / "demo-main").glob("tokenizer*"):
         (folder / file.name).write_bytes(file.read_bytes())
     (folder / "config.json").write_text(
-        '{"model_type": "mamba", "architectures": ["MambaForCausalLM"], "hidden_size": 64, '
-        '"num_hidden_layers": 2, "state_size": 16, "vocab_size": 2533}'
+        f'{{{kind}, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, '
+        '"vocab_size": 2533}'
     )
-    code, printed = check(model={"path": str(folder)})
-    assert code == 2
-    assert f"error: applications[0].args.model.path: {folder}: " in printed
-    assert "recurrent" in printed
+    return folder
 
 
 def test_a_model_that_is_elsewhere_is_no_fault(root: Path, capsys: Any) -> None:

@@ -139,3 +139,19 @@ def test_the_engine_starts_with_those_sizes_and_that_context(args_of, on_device,
     scheduler = started["config"].scheduler_config
     assert (scheduler.max_num_batched_tokens, scheduler.max_num_seqs) == (8192, 1024)
     assert started["usage_context"] is UsageContext.OPENAI_API_SERVER
+
+
+@pytest.mark.parametrize("hands_over", [True, False])
+def test_an_engine_that_hands_nothing_over_has_no_connector(hands_over, tmp_path, monkeypatch):
+    from vllm.model_executor.models import registry
+
+    from specprefill.engine.args import Role, engine_args, is_ours, plain_args, vllm_config
+
+    monkeypatch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
+    model = MainModel(path=str(model_folders.write("llama", tmp_path)), dtype="float32")
+    engine = EngineConfig(enforce_eager=True)
+    args = engine_args(model, engine, KvConfig(), Role.DECODE, hands_over=hands_over)
+    config = vllm_config(args)
+    assert (config.kv_transfer_config is not None) == hands_over
+    assert is_ours(config)
+    assert not is_ours(vllm_config(plain_args(model, engine)))

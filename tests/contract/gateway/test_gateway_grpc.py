@@ -303,6 +303,7 @@ async def test_every_failure_has_its_code(
         (text_request(prune=pb.Prune(keep=0.0)), "prune.keep"),
         (text_request(prune=pb.Prune(keep=1.5)), "prune.keep"),
         (text_request(prune=pb.Prune(protect=[""])), "prune.protect"),
+        (text_request(prune=pb.Prune(mode="dense")), "prune.mode"),
         (text_request(timeout_s=0.0), "timeout_s"),
         (text_request("long " * 4000), ""),
         (pb.GenerateRequest(token_ids=pb.TokenIds(ids=[10**6])), "vocabulary"),

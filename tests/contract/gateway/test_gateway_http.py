@@ -248,6 +248,7 @@ async def test_an_answer_that_breaks_off_is_a_failure(
         ({"model": "other"}, 404, "model"),
         ({"temperature": -1}, 400, "temperature"),
         ({"specprefill": {"keep": 2}}, 400, "specprefill.keep"),
+        ({"specprefill": {"mode": "dense"}}, 400, "specprefill.mode"),
         ({"logprobs": True, "top_logprobs": 2000}, 400, None),
         ({"prompt_logprobs": 1, "specprefill": True}, 400, "prompt_logprobs"),
         ({"cache_salt": "tenant"}, 400, "cache_salt"),

@@ -130,7 +130,7 @@ async def test_what_the_template_changes_cannot_be_protected(
     context = RequestContext(
         controls=Controls(prune=True, protect=("PASSWORD", "swordfish")),
         messages=[{"role": "user", "content": PROMPT}],
-        protect_field=field,
+        controls_prefix=field.removesuffix("protect"),
     )
     with pytest.raises(InvalidRequest) as refused:
         await client.prepare(prompt, SamplingParams(), "r", context)

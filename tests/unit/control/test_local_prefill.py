@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from specprefill.control.local_prefill import LocalPrefillRule
-from specprefill.control.stages import Curve, StageCurves
-from specprefill.core.errors import DecodeUnavailable
+from specprefill.control.local_prefill import EveryPromptLocal, LocalPrefillRule
+from specprefill.control.probe import PrefillByDecoder
+from specprefill.control.stages import Curve, StageCurves, StageModels
+from specprefill.core.errors import DecodeUnavailable, PrefillUnavailable
 from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator
 from specprefill.core.pipeline import Pipeline
 from specprefill.core.plan import Planner
@@ -22,6 +23,7 @@ from specprefill.core.types import (
     Span,
     dense_selection,
 )
+from specprefill.prefill.idle import IdlePrefill
 
 # A token takes a millisecond to compute; taking KV over takes 50.
 CURVES = StageCurves(
@@ -121,3 +123,71 @@ class TestPipeline:
     async def test_a_stop_string_holds_nothing_back_twice(self):
         chunks, _, _ = await self.run(replace(request(), hold_back_chars=3))
         assert [token for chunk in chunks for token in chunk.token_ids] == [100, 101, 102, 103]
+
+
+class TestWithoutHandOver:
+    """The model's KV cannot be handed over: decode computes every prompt."""
+
+    @staticmethod
+    async def run(asked, **decoder):
+        prefiller, decoder = FakePrefiller(), FakeDecoder(**decoder)
+        planner = Planner(enabled=True, keep=0.5, min_prompt_tokens=10)
+        rule = EveryPromptLocal()
+        pipeline = Pipeline(FakeSpeculator(), prefiller, decoder, local=rule)
+        chunks = [chunk async for chunk in pipeline.generate(planner.with_plan(asked))]
+        assert prefiller.selections == []
+        return chunks
+
+    async def test_pruned_prompts_too(self):
+        chunks = await self.run(request(controls=Controls(keep=0.2)))
+        report = chunks[-1].report
+        assert (report.plan, report.prefilled_by) == (PlanKind.PRUNE, PrefilledBy.DECODE)
+        assert report.prefill_s == 0.375
+
+    async def test_several_samples_too(self):
+        chunks = await self.run(request(samples=3))
+        for index in range(3):
+            found = [t for chunk in chunks if chunk.index == index for t in chunk.token_ids]
+            assert found == [100, 101, 102, 103]
+
+    async def test_logprobs_of_the_prompt_come_from_decode(self):
+        class Decoder(FakeDecoder):
+            async def decode(self, *args):
+                first = True
+                async for step in super().decode(*args):
+                    logprobs = (None, None) if first else None
+                    chunk = replace(step.chunk, prompt_logprobs=logprobs)
+                    yield replace(step, chunk=chunk)
+                    first = False
+
+        planner = Planner(enabled=True, keep=0.5, min_prompt_tokens=10)
+        rule = EveryPromptLocal()
+        pipeline = Pipeline(FakeSpeculator(), FakePrefiller(), Decoder(), local=rule)
+        asked = planner.with_plan(request(prompt_logprobs=True))
+        chunks = [chunk async for chunk in pipeline.generate(asked)]
+        assert [chunk.prompt_logprobs for chunk in chunks] == [(None, None), None, None, None]
+
+    async def test_the_time_of_decode_s_prefills_is_learnt(self):
+        models = StageModels(hands_over=False)
+        chunks = await self.run(request())
+        models.observe(chunks[-1].report)
+        assert models.prefill.samples_seen == 1
+        assert models.transfer.samples_seen == models.first_decode.samples_seen == 0
+
+    async def test_the_first_measurement_is_of_a_prefill_by_decode(self):
+        asked = request()
+        selection = dense_selection(len(asked.prompt), Reason.ASKED_OFF)
+        prefiller = PrefillByDecoder(FakeDecoder(max_tokens=1))
+        async with prefiller.prefill(asked, selection, 1.0) as prefilling:
+            assert await prefilling.ticket() is None
+            found = await prefilling.result()
+            prefilling.kv_arrived()
+        assert (found.first.token_ids, found.prefill_s) == ((100,), 0.375)
+
+    async def test_the_prefill_pool_stands_by(self):
+        idle = IdlePrefill()
+        selection = dense_selection(1, Reason.ASKED_OFF)
+        with pytest.raises(PrefillUnavailable, match="cannot be handed over"):
+            await anext(idle.steps(request(), selection, 1.0))
+        assert await idle.drain(1.0)
+        assert await idle.gauges() == []

@@ -23,7 +23,7 @@ from specprefill.core.fakes import (
 from specprefill.core.fallback import Fallback, OnOverload, Patience
 from specprefill.core.pipeline import Pipeline
 from specprefill.core.plan import Planner
-from specprefill.core.types import Controls, PlanKind, Reason, Request
+from specprefill.core.types import Controls, PlanKind, PromptMode, Reason, Request
 from tests.policies import PAPER
 
 PROMPT = tuple(range(100, 200))
@@ -318,3 +318,56 @@ async def test_a_request_that_kills_engines_is_given_up():
     with pytest.raises(DecodeUnavailable):
         await pools.run()
     assert len(pools.decoder.replays) == 2
+
+
+class FakeTextWriter:
+    """Writes the kept tokens, each with `marks` marks behind it."""
+
+    def __init__(self, marks: int = 1) -> None:
+        self.marks = marks
+
+    async def write(self, request, selection):
+        kept = selection.engine_prompt(request.prompt)
+        return replace(selection, text=tuple(t for k in kept for t in (k, *(7,) * self.marks)))
+
+
+async def test_in_text_mode_the_engines_get_the_written_text():
+    pools = Pools()
+    pools.pipeline.texts = FakeTextWriter()
+    chunks = await pools.run(controls=Controls(keep=0.2, mode=PromptMode.TEXT))
+    assert tokens(chunks) == [100, 7, 101, 7]
+    report = chunks[-1].report
+    assert (report.plan, report.mode) == (PlanKind.PRUNE, PromptMode.TEXT)
+    assert (report.prompt_tokens, report.kept_tokens, report.text_tokens) == (100, 20, 40)
+    assert report.engine_tokens == 40
+
+
+async def test_text_that_is_no_shorter_than_the_prompt_is_not_sent():
+    pools = Pools()
+    pools.pipeline.texts = FakeTextWriter(marks=4)
+    chunks = await pools.run(controls=Controls(keep=0.2, mode=PromptMode.TEXT))
+    report = chunks[-1].report
+    assert (report.plan, report.reason) == (PlanKind.DENSE, Reason.NO_GAIN)
+    assert (report.mode, report.kept_tokens, report.text_tokens) == (PromptMode.DENSE, 100, None)
+    assert report.speculate_s == 0.25
+    assert tokens(chunks) == [100, 101, 102, 103]
+
+
+@pytest.mark.parametrize(
+    ("controls", "mode"),
+    [
+        (Controls(keep=0.2), PromptMode.POSITIONS),
+        (Controls(prune=False, mode=PromptMode.TEXT), PromptMode.DENSE),
+    ],
+)
+async def test_no_other_prompt_is_written_as_text(controls, mode):
+    chunks = await Pools().run(controls=controls)
+    assert (chunks[-1].report.mode, chunks[-1].report.text_tokens) == (mode, None)
+
+
+async def test_the_selection_alone_is_written_as_text_too():
+    pools = Pools()
+    pools.pipeline.texts = FakeTextWriter()
+    asked = request(controls=Controls(keep=0.2, mode=PromptMode.TEXT))
+    found = await pools.planned.select(asked)
+    assert (found.mode, found.kept_tokens, found.engine_tokens) == (PromptMode.TEXT, 20, 40)

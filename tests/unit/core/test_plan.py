@@ -2,8 +2,9 @@
 
 import pytest
 
-from specprefill.core.plan import Planner
-from specprefill.core.types import Controls, KeepRange, PlanKind, Reason, Request
+from specprefill.core.errors import InvalidRequest
+from specprefill.core.plan import Planner, PromptModes
+from specprefill.core.types import Controls, KeepRange, PlanKind, PromptMode, Reason, Request
 
 PLANNER = Planner(enabled=True, keep=0.3, min_prompt_tokens=1000)
 
@@ -93,3 +94,43 @@ def test_a_deployment_can_prune_on_request_only():
     planner = Planner(enabled=False, keep=0.3, min_prompt_tokens=1000)
     assert plan(planner=planner).reason is Reason.DISABLED
     assert plan(Controls(prune=True), planner=planner).kind is PlanKind.PRUNE
+
+
+TEXT_ONLY = PromptModes(PromptMode.TEXT, (PromptMode.TEXT,), "recurrent layers")
+DENSE_ONLY = PromptModes(PromptMode.DENSE, (), "selection.mode is dense")
+
+
+@pytest.mark.parametrize(
+    ("asked", "modes", "mode"),
+    [
+        (None, PromptModes(), PromptMode.POSITIONS),
+        (PromptMode.TEXT, PromptModes(), PromptMode.TEXT),
+        (None, TEXT_ONLY, PromptMode.TEXT),
+        (PromptMode.POSITIONS, PromptModes(PromptMode.TEXT), PromptMode.POSITIONS),
+    ],
+)
+def test_the_callers_mode_comes_before_the_usual_one(asked, modes, mode):
+    planner = Planner(enabled=True, keep=0.3, min_prompt_tokens=1000, modes=modes)
+    got = plan(Controls(mode=asked), planner=planner)
+    assert (got.kind, got.mode) == (PlanKind.PRUNE, mode)
+
+
+@pytest.mark.parametrize("controls", [Controls(), Controls(prune=True), Controls(keep=0.1)])
+def test_a_dense_mode_prunes_nothing_whoever_asks(controls):
+    planner = Planner(enabled=True, keep=0.3, min_prompt_tokens=1000, modes=DENSE_ONLY)
+    got = plan(controls, planner=planner)
+    assert (got.kind, got.reason) == (PlanKind.DENSE, Reason.DENSE_MODE)
+
+
+@pytest.mark.parametrize(
+    ("modes", "message"),
+    [
+        (TEXT_ONLY, 'x.mode: must be "text" here, not "positions": recurrent layers'),
+        (DENSE_ONLY, 'x.mode: must be absent here, not "positions": selection.mode is dense'),
+    ],
+)
+def test_a_mode_that_is_not_offered_is_refused(modes, message):
+    with pytest.raises(InvalidRequest) as refused:
+        modes.check(Controls(mode=PromptMode.POSITIONS), "x.mode")
+    assert (refused.value.message, refused.value.field) == (message, "x.mode")
+    modes.check(Controls(), "x.mode")

@@ -16,7 +16,7 @@ from specprefill.core.errors import (
     Unavailable,
     UnknownModel,
 )
-from specprefill.core.types import Controls, PlanKind, Reason, Report
+from specprefill.core.types import Controls, PlanKind, PromptMode, Reason, Report
 from specprefill.gateway.openai.bodies import BodyReader
 from specprefill.gateway.openai.context import CURRENT, RequestContext
 from specprefill.gateway.openai.controls import conversation, pop_controls, timeout
@@ -45,6 +45,9 @@ REPORT = Report(PlanKind.PRUNE, Reason.ASKED, 100, 30, 0.3, 0.0, 0.1, 0.2, 0.0, 
             {"specprefill": {"keep": "auto", "floor": 0.1, "ceiling": 0.5}},
             Controls(auto=True, floor=0.1, ceiling=0.5),
         ),
+        ({"specprefill": {"mode": "text"}}, Controls(mode=PromptMode.TEXT)),
+        ({"specprefill": {"mode": "positions"}}, Controls(mode=PromptMode.POSITIONS)),
+        ({"specprefill": {"mode": None}}, Controls()),
         ({"specprefill_keep_pct": 0.2}, Controls(keep=0.2)),
         (
             {"speculative_prefill": True, "speculative_prefill_keep_pct": 0.4},
@@ -72,6 +75,8 @@ def test_every_spelling_is_understood(fields: dict[str, Any], controls: Controls
         ({"specprefill": {"floor": -1}}, "specprefill.floor"),
         ({"specprefill": {"floor": 0.5, "keep": 0.3}}, "specprefill.floor"),
         ({"specprefill": {"enabled": 1}}, "specprefill.enabled"),
+        ({"specprefill": {"mode": "dense"}}, "specprefill.mode"),
+        ({"specprefill": {"mode": ["text"]}}, "specprefill.mode"),
         ({"specprefill": {"protect": "a"}}, "specprefill.protect"),
         ({"specprefill": {"protect": [""]}}, "specprefill.protect"),
         ({"specprefill": {"protect": ["a"] * 65}}, "specprefill.protect"),

@@ -51,6 +51,7 @@ async def test_an_answer_is_counted_with_its_plan_and_its_tokens():
     assert rig.requests("answered", "prune", "asked") == 1
     assert rig.counted.total("specprefill_kept_tokens_total") == 20
     assert rig.counted.total("specprefill_prompt_tokens_total") == 100
+    assert rig.counted.total("specprefill_prompts_total", "positions") == 1
     assert rig.counted.total("specprefill_prefilled_total", "prefill") == 1
     assert rig.counted.total("specprefill_stage_seconds", "speculate") == 0.25
     assert rig.counted.observed("specprefill_keep_rate") == [0.2]

@@ -18,7 +18,7 @@ def test_a_finished_request() -> None:
     log.add(Chunk(0, (6,), "", finish_reason="stop", report=REPORT))
     assert log.line() == (
         "request_id=r1 outcome=finished prompt_tokens=3 output_tokens=3 "
-        "plan=prune reason=asked kept_tokens=2 prefilled_by=prefill ttft_s=0.2500"
+        "plan=prune reason=asked mode=positions kept_tokens=2 prefilled_by=prefill ttft_s=0.2500"
     )
 
 
