@@ -205,20 +205,14 @@ def _pools(application: Application) -> Iterator[Fact]:
 
 def _speculator(application: Application) -> Fact:
     """Check the speculator's model by its configuration."""
-    from transformers import AutoConfig
-
-    from ..config import local_path
     from ..engine.node import Fact
-    from ..speculator.draft import refuse_unsupported_cache
+    from ..speculator.draft import read_config, refuse_unsupported_cache
 
     speculator = application.args.speculator
     try:
-        found = AutoConfig.from_pretrained(
-            local_path(speculator.path), revision=speculator.revision
-        )
-        refuse_unsupported_cache(found)
-    except (SpecPrefillError, ValueError, OSError) as error:
-        reason = str(error).partition("\n")[0]
+        refuse_unsupported_cache(read_config(speculator.path, speculator.revision))
+    except SpecPrefillError as error:
+        reason = str(error).removeprefix("speculator: ")
         return Fact("speculator", f"{speculator.path}: {reason}", wrong=True)
     return Fact("speculator", f"{speculator.path}: can score")
 

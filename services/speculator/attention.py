@@ -18,7 +18,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface
 
 from ..core.errors import UnsupportedModel
-from .reading import DraftKvLayout, Reading
+from .reading import AttentionRule, DraftKvLayout, Reading
 
 NAME = "specprefill"
 
@@ -36,7 +36,7 @@ class AttentionHook(Protocol):
     """The work of a forward pass at each attention layer."""
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule
     ) -> Tensor:
         """Attend to `[1, heads, tokens, dim]` each, of the new tokens; return the same shape."""
         ...
@@ -53,7 +53,7 @@ class ReadChunk:
     parts: Sequence[tuple[Reading, int]]  # and how many tokens of each
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule
     ) -> Tensor:
         """See `AttentionHook`. Raises KeysStored in the last layer."""
         self.store(layer, key, value)
@@ -62,7 +62,7 @@ class ReadChunk:
             raise KeysStored
         row = layout.layers.index(layer)
         outputs = [
-            _attend_stored(reading, row, query[:, :, part], scaling)
+            _attend_stored(reading, row, query[:, :, part], rule)
             for reading, part in self._slices()
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
@@ -88,7 +88,7 @@ class QueryRecorder:
     readings: Sequence[Reading]
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule
     ) -> Tensor:
         """See `AttentionHook`."""
         row = self.readings[0].layout.layers.index(layer)
@@ -97,7 +97,7 @@ class QueryRecorder:
             own = slice(index, index + 1)
             reading.store(row, key[0, :, own], value[0, :, own])
             reading.queries[row].append(query[0, :, index].clone())
-            outputs.append(_attend_stored(reading, row, query[:, :, own], scaling))
+            outputs.append(_attend_stored(reading, row, query[:, :, own], rule))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
@@ -105,14 +105,14 @@ class QueryRecorder:
 class LayoutProbe:
     """Plain causal attention that notes each layer's shapes."""
 
-    seen: dict[int, tuple[float, int, int, int]] = field(default_factory=dict)
+    seen: dict[int, tuple[AttentionRule, int, int, int]] = field(default_factory=dict)
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule
     ) -> Tensor:
         """See `AttentionHook`."""
-        self.seen[layer] = (scaling, key.shape[1], key.shape[3], value.shape[3])
-        return causal_attention(query, key, value, 0, scaling)
+        self.seen[layer] = (rule, key.shape[1], key.shape[3], value.shape[3])
+        return causal_attention(query, key, value, 0, rule.scaling)
 
     def layout(self, dtype: torch.dtype, device: torch.device) -> DraftKvLayout:
         """Return the model's layout. Raises UnsupportedModel unless its layers are alike."""
@@ -120,12 +120,12 @@ class LayoutProbe:
             raise UnsupportedModel(
                 "speculator: the model has no attention layer that can be recorded"
             )
-        scalings, *shapes = zip(*self.seen.values(), strict=True)
+        rules, *shapes = zip(*self.seen.values(), strict=True)
         if any(len(set(sizes)) > 1 for sizes in shapes):
             raise UnsupportedModel("speculator: the attention layers have keys of different shapes")
         kv_heads, key_dim, value_dim = (sizes[0] for sizes in shapes)
         layers = tuple(self.seen)
-        return DraftKvLayout(layers, scalings, kv_heads, key_dim, value_dim, dtype, device)
+        return DraftKvLayout(layers, rules, kv_heads, key_dim, value_dim, dtype, device)
 
 
 def attend(
@@ -136,6 +136,9 @@ def attend(
     _attention_mask: Tensor | None,
     scaling: float | None = None,
     attending: AttentionHook | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_ignored: Any,
 ) -> tuple[Tensor, None]:
     """Serve as transformers' attention function; several prompts' tokens come packed in one row.
@@ -146,16 +149,39 @@ def attend(
     """
     if attending is None:
         raise UnsupportedModel("speculator: the model does not reach its attention with our state")
+    if softcap is not None:
+        raise UnsupportedModel("speculator: attention with a soft cap is not supported")
+    if s_aux is not None:
+        raise UnsupportedModel("speculator: attention with learned sinks is not supported")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = attending.attend(_layer_index(module), query, key, value, scale)
+    rule = AttentionRule(scale, sliding_window)
+    output = attending.attend(_layer_index(module), query, key, value, rule)
     return output.transpose(1, 2).contiguous(), None
 
 
-def _attend_stored(reading: Reading, row: int, query: Tensor, scaling: float) -> Tensor:
-    """Attend causally to all that is stored, the newest tokens included."""
+def _attend_stored(reading: Reading, row: int, query: Tensor, rule: AttentionRule) -> Tensor:
+    """Attend causally to what is stored, the newest tokens included, within the layer's window."""
     stop = reading.length + query.shape[2]
-    keys, values = reading.keys[row, None, :, :stop], reading.values[row, None, :, :stop]
-    return causal_attention(query, keys, values, reading.length, scaling)
+    start = 0 if rule.window is None else max(0, reading.length + 1 - rule.window)
+    keys = reading.keys[row, None, :, start:stop]
+    values = reading.values[row, None, :, start:stop]
+    past = reading.length - start
+    if rule.window is None or stop - start <= rule.window:  # it does not bind
+        return causal_attention(query, keys, values, past, rule.scaling)
+    return _window_attention(query, keys, values, past, rule)
+
+
+def _window_attention(
+    query: Tensor, keys: Tensor, values: Tensor, past: int, rule: AttentionRule
+) -> Tensor:
+    """Attend from the last tokens of `past + tokens` to at most `rule.window` of them each."""
+    tokens = query.shape[2]
+    places = torch.arange(past + tokens, device=query.device)
+    distance = places[past:, None] - places
+    mask = (distance >= 0) & (distance < (rule.window or len(places)))
+    return functional.scaled_dot_product_attention(
+        query, keys, values, attn_mask=mask, scale=rule.scaling, enable_gqa=True
+    )
 
 
 def _layer_index(module: nn.Module) -> int:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..config import SpeculatorConfig, local_path
 from ..core.errors import UnsupportedModel
@@ -29,6 +29,7 @@ LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # a chunk's keys would depend o
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "model_max_length")
 PROBE_TOKENS = 24
 PROBE_CHUNK = 16
+PROBE_WINDOW = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +47,33 @@ class Draft:
 def load_draft(config: SpeculatorConfig) -> Draft:
     """Load the configured model, ready to score. Raises UnsupportedModel with a reason."""
     attention.register()
-    path = local_path(config.path)
-    model_config = AutoConfig.from_pretrained(path, revision=config.revision)
+    model_config = read_config(config.path, config.revision)
     refuse_unsupported_cache(model_config)
-    model = _build(path, model_config, config).to(_device(config.device)).eval()
-    return as_draft(model)
+    with refused_as_unsupported(config.path):
+        model = _build(local_path(config.path), model_config, config)
+    return as_draft(model.to(_device(config.device)).eval())
+
+
+def read_config(path: str, revision: str | None = None) -> PreTrainedConfig:
+    """Read a model's configuration. Raises UnsupportedModel with a reason. Runs no code of it."""
+    with refused_as_unsupported(path):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            local_path(path), revision=revision, trust_remote_code=False
+        )
+    return config
+
+
+@contextmanager
+def refused_as_unsupported(path: str) -> Iterator[None]:
+    """Turn transformers' refusals to load something from `path` into UnsupportedModel."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        if "trust_remote_code" in str(error):
+            reason = "it brings code of its own, which is not run here"
+        raise UnsupportedModel(f"speculator: {path} cannot be loaded: {reason}") from error
 
 
 def as_draft(model: PreTrainedModel) -> Draft:
@@ -81,18 +104,46 @@ def max_positions(text: PreTrainedConfig) -> int | None:
 
 
 def refuse_unsupported_cache(config: PreTrainedConfig) -> None:
-    """Raise UnsupportedModel unless every layer keeps the whole prompt's keys."""
+    """Raise UnsupportedModel unless every layer is attention, and some see the whole prompt."""
     text = config.get_text_config(decoder=True)
-    for index, layer in enumerate(DynamicCache(config=config).layers):
-        if type(layer) is not DynamicLayer:
+    if config.is_encoder_decoder:
+        raise UnsupportedModel(f"speculator: {config.model_type} is an encoder-decoder model")
+    kinds = [type(layer) for layer in _cache_layers(config)]
+    for index, kind in enumerate(kinds):
+        if kind not in (DynamicLayer, DynamicSlidingWindowLayer) or _is_chunked(text, index):
             raise UnsupportedModel(
-                f"speculator: layer {index} of {text.model_type} keeps a {type(layer).__name__}, "
-                "not the keys of every prompt token (sliding-window, chunked and recurrent layers "
-                "are not supported)"
+                f"speculator: layer {index} of {text.model_type} is neither full nor "
+                "sliding-window attention (chunked and recurrent layers are not supported)"
             )
+    if kinds and DynamicLayer not in kinds and not _windows_never_bind(text):
+        raise UnsupportedModel(
+            f"speculator: every layer of {text.model_type} sees a window of the prompt "
+            f"({text.sliding_window} tokens); some must see all of it"
+        )
     rope_type = (text.to_dict().get("rope_parameters") or {}).get("rope_type")
     if rope_type in LENGTH_DEPENDENT_ROPE:
         raise UnsupportedModel(f"speculator: rope type {rope_type!r} changes with prompt length")
+
+
+def _cache_layers(config: PreTrainedConfig) -> Sequence[Any]:
+    try:
+        layers: Sequence[Any] = DynamicCache(config=config).layers
+    except (KeyError, AttributeError) as error:  # a kind of layer that transformers does not name
+        raise UnsupportedModel(
+            f"speculator: the layers of {config.model_type} are of a kind that is not supported "
+            f"({error})"
+        ) from error
+    return layers
+
+
+def _is_chunked(text: PreTrainedConfig, layer: int) -> bool:
+    kinds = text.to_dict().get("layer_types") or ()
+    return "chunked_attention" in kinds[layer : layer + 1]
+
+
+def _windows_never_bind(text: PreTrainedConfig) -> bool:
+    limit = max_positions(text)
+    return limit is not None and text.sliding_window >= limit
 
 
 def refuse_unfaithful_attention(model: PreTrainedModel) -> DraftKvLayout:
@@ -104,13 +155,15 @@ def refuse_unfaithful_attention(model: PreTrainedModel) -> DraftKvLayout:
     """
     tokens = (torch.arange(PROBE_TOKENS, device=model.device) * 7 + 3) % model.config.vocab_size
     with torch.inference_mode():
-        expected = _last_logits_eager(model, tokens)
         model.set_attn_implementation(attention.NAME)
-        layout = _probe_layout(model, tokens[:PROBE_CHUNK])
-        actual = torch.stack([
-            _last_logits(model, tokens.tolist(), layout, quick)
-            for quick in (None, Llama.from_model(model))
-        ])  # fmt: skip
+        layout = _without_idle_windows(_probe_layout(model, tokens[:PROBE_CHUNK]), model)
+        with _narrow_windows(model):
+            expected = _last_logits_eager(model, tokens)
+            model.set_attn_implementation(attention.NAME)
+            actual = torch.stack([
+                _last_logits(model, tokens.tolist(), layout, quick)
+                for quick in (None, Llama.from_model(model))
+            ])  # fmt: skip
     tolerance = torch.finfo(actual.dtype).eps ** 0.5 * float(expected.abs().max())
     difference = float((actual - expected).abs().max())
     if not difference <= tolerance:
@@ -119,6 +172,34 @@ def refuse_unfaithful_attention(model: PreTrainedModel) -> DraftKvLayout:
             f"(its logits differ by {difference:.3g}, more than {tolerance:.3g})"
         )
     return layout
+
+
+def _without_idle_windows(layout: DraftKvLayout, model: PreTrainedModel) -> DraftKvLayout:
+    """Drop windows that no prompt outgrows: these layers see all of it."""
+    limit = max_positions(model.config.get_text_config(decoder=True))
+    rules = tuple(
+        replace(rule, window=None)
+        if rule.window is not None and limit is not None and rule.window >= limit
+        else rule
+        for rule in layout.rules
+    )
+    return replace(layout, rules=rules)
+
+
+@contextmanager
+def _narrow_windows(model: PreTrainedModel) -> Iterator[None]:
+    """Make sliding windows so short inside that they bind in a probe."""
+    text = model.config.get_text_config(decoder=True)
+    holders: list[Any] = [text, *model.modules()]
+    found = [(each, vars(each).get("sliding_window")) for each in holders]
+    windowed = [(each, window) for each, window in found if isinstance(window, int)]
+    try:
+        for each, _ in windowed:
+            each.sliding_window = PROBE_WINDOW
+        yield
+    finally:
+        for each, window in windowed:
+            each.sliding_window = window
 
 
 def read_chunk(
@@ -207,7 +288,11 @@ def _build(path: str, model_config: PreTrainedConfig, config: SpeculatorConfig) 
     model: PreTrainedModel
     if not config.random_weights:
         model = AutoModelForCausalLM.from_pretrained(
-            path, config=model_config, revision=config.revision, dtype=config.dtype
+            path,
+            config=model_config,
+            revision=config.revision,
+            dtype=config.dtype,
+            trust_remote_code=False,
         )
         return model
     dtype: Any = model_config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from ..config import SpeculatorConfig
 from ..core.errors import UnsupportedModel
 from ..core.findings import Finding, error, note, warning
-from .draft import max_positions, refuse_unsupported_cache
+from .draft import max_positions, read_config, refuse_unsupported_cache
 from .scorer import CPU_MEMORY_BYTES
 from .translation import load_translator
 
@@ -28,13 +28,10 @@ def check_speculator(
     `longest` is the longest prompt, None where the main model does not limit it.
     """
     try:
-        model = AutoConfig.from_pretrained(folder)
+        model = read_config(str(folder))
         refuse_unsupported_cache(model)
     except UnsupportedModel as refused:
         yield error(_PATH, str(refused).removeprefix("speculator: "))
-        return
-    except (OSError, ValueError, KeyError) as unreadable:
-        yield error(_PATH, f"{config.path} cannot be read: {unreadable}")
         return
     if main_folder is not None:
         yield from _check_tokenizers(main_folder, folder)
@@ -49,8 +46,6 @@ def _check_tokenizers(main: Path, draft: Path) -> Iterator[Finding]:
         translator = load_translator(str(main), str(draft))
     except UnsupportedModel as refused:
         yield error(_PATH, str(refused).removeprefix("speculator: "))
-    except (OSError, ValueError, KeyError) as unreadable:
-        yield error(_PATH, f"the tokenizers of both models are needed: {unreadable}")
     else:
         if translator is not None:
             yield note(_PATH, "its tokenizer differs from the main model's: it reads the text")

@@ -18,8 +18,10 @@ from transformers import (
     PreTrainedModel,
     Qwen2ForCausalLM,
 )
+from transformers.models.mistral.modeling_mistral import MistralAttention
 
 from .attention import AttentionHook, ReadChunk
+from .reading import AttentionRule
 
 SHAPED_ALIKE = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
 
@@ -46,7 +48,7 @@ class Layer(NamedTuple):
     """One decoder layer. No copies: the tensors are the model's own."""
 
     number: int
-    scaling: float  # of the attention logits
+    rule: AttentionRule
     norm: Tensor
     query: Projection
     key: Projection
@@ -76,6 +78,8 @@ class Llama:
         if not isinstance(model, SHAPED_ALIKE) or model.config.hidden_act != "silu":
             return None
         decoder: Any = model.model
+        if not all(type(each) is nn.Linear for layer in decoder.layers for each in _linears(layer)):
+            return None  # quantised weights are not plain numbers
         return cls(
             embedding=decoder.embed_tokens.weight,
             layers=tuple(map(_layer, decoder.layers)),
@@ -124,7 +128,7 @@ class Llama:
             self._project_heads(normed, layer.query, turn),
             self._project_heads(normed, layer.key, turn),
             self._project_heads(normed, layer.value),
-            layer.scaling,
+            layer.rule,
         )
         hidden += functional.linear(seen[0].transpose(0, 1).flatten(1), *layer.output)
         normed = self._normalize(hidden, layer.feed_norm)
@@ -147,11 +151,19 @@ class Llama:
         return states.transpose(0, 1)[None]
 
 
+def _linears(module: Any) -> tuple[nn.Module, ...]:
+    attention, network = module.self_attn, module.mlp
+    return (
+        *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
+        *(network.gate_proj, network.up_proj, network.down_proj),
+    )
+
+
 def _layer(module: Any) -> Layer:
     attention, network = module.self_attn, module.mlp
     return Layer(
         number=attention.layer_idx,
-        scaling=attention.scaling,
+        rule=AttentionRule(attention.scaling, _window(attention)),
         norm=module.input_layernorm.weight,
         query=_projection(attention.q_proj),
         key=_projection(attention.k_proj),
@@ -162,6 +174,14 @@ def _layer(module: Any) -> Layer:
         up=_projection(network.up_proj),
         down=_projection(network.down_proj),
     )
+
+
+def _window(attention: Any) -> int | None:
+    """Return the layer's window, where transformers' attention function gets it from."""
+    if isinstance(attention, MistralAttention):
+        window: int | None = attention.config.sliding_window
+        return window
+    return getattr(attention, "sliding_window", None)  # Llama's has none
 
 
 def _projection(module: nn.Linear) -> Projection:

@@ -11,11 +11,19 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionRule:
+    """What a layer's attention does beside softmax."""
+
+    scaling: float  # of the logits
+    window: int | None = None  # a token sees itself and window - 1 before it; None: all
+
+
+@dataclass(frozen=True, slots=True)
 class DraftKvLayout:
     """The KV layout of one token in a draft model, in every layer alike."""
 
     layers: tuple[int, ...]  # the layers' own numbers, in the order of computation
-    scalings: tuple[float, ...]  # of the attention logits, per layer
+    rules: tuple[AttentionRule, ...]  # per layer
     kv_heads: int
     key_dim: int
     value_dim: int
@@ -30,6 +38,12 @@ class DraftKvLayout:
     @property
     def last_layer(self) -> int:
         return self.layers[-1]
+
+    @property
+    def scoring_layers(self) -> tuple[int, ...]:
+        """The layers that see the whole prompt."""
+        pairs = zip(self.layers, self.rules, strict=True)
+        return tuple(layer for layer, rule in pairs if rule.window is None)
 
     def empty(self, dim: int, tokens: int) -> Tensor:
         """Return [layers, kv_heads, tokens, dim], not initialised."""

@@ -56,6 +56,11 @@ def _check_heads(heads: Heads | None, draft: Draft) -> Heads | None:
     for layer, chosen in (heads or {}).items():
         if layer not in draft.layout.layers:
             raise UnsupportedModel(f"speculator.score_heads: there is no layer {layer}")
+        if layer not in draft.layout.scoring_layers:
+            raise UnsupportedModel(
+                f"speculator.score_heads: layer {layer} sees a window of the prompt; choose among "
+                f"{', '.join(map(str, draft.layout.scoring_layers))}"
+            )
         if not chosen or not all(0 <= head < text.num_attention_heads for head in chosen):
             raise UnsupportedModel(
                 f"speculator.score_heads: layer {layer} has heads 0 to "
@@ -228,12 +233,15 @@ class Scorer:
     def rate(self, reading: Reading) -> Scores:
         """Return [N] float32: maximum over layers and heads, then mean over the recorded queries.
 
-        A deployment may name the heads that count: few of them retrieve, others add noise.
+        Layers that see a window of the prompt do not count: they cannot look where a fact is. A
+        deployment may name the heads that count: few of them retrieve, others add noise.
         """
         shape = (len(reading.queries[0]), len(reading.prompt))
         with torch.inference_mode():
             highest = torch.zeros(shape, dtype=torch.float32, device=reading.keys.device)
             for row, layer in enumerate(reading.layout.layers):
+                if layer not in reading.layout.scoring_layers:
+                    continue
                 if self.heads is None or layer in self.heads:
                     heads = None if self.heads is None else self.heads[layer]
                     _raise_to_layer(highest, reading, row, self.pool_tokens, heads)
@@ -264,7 +272,7 @@ def _raise_to_layer(
         queries, keys = queries[list(heads)], keys[[head // group for head in heads]]
     at_once = max(1, SCORING_BUFFER // (queries.shape[1] * prompt_tokens))
     for some, theirs in zip(queries.split(at_once), keys.split(at_once), strict=True):
-        logits = some.float() @ theirs.float().transpose(1, 2) * layout.scalings[row]
+        logits = some.float() @ theirs.float().transpose(1, 2) * layout.rules[row].scaling
         pooled = average_pool(logits.softmax(dim=-1), pool_tokens)
         torch.maximum(highest, pooled.view(-1, steps, prompt_tokens).amax(dim=0), out=highest)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,9 +97,7 @@ def load_translator(main_path: str, draft_path: str) -> Translator | None:
     Decided by the token -> id maps, not by names. Raises UnsupportedModel where a tokenizer
     does not return the characters that its tokens cover.
     """
-    main, draft = (
-        AutoTokenizer.from_pretrained(local_path(path)) for path in (main_path, draft_path)
-    )
+    main, draft = (_read_tokenizer(path) for path in (main_path, draft_path))
     if main.get_vocab().items() <= draft.get_vocab().items():
         return None
     for path, tokenizer in ((main_path, main), (draft_path, draft)):
@@ -114,6 +112,17 @@ def load_translator(main_path: str, draft_path: str) -> Translator | None:
         _copy_tokenizer(draft),
         draft.bos_token_id if starts_with_bos else None,
     )
+
+
+def _read_tokenizer(path: str) -> Any:
+    """Read a model's tokenizer. Raises UnsupportedModel with a reason. Runs no code of it."""
+    try:
+        return AutoTokenizer.from_pretrained(local_path(path), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UnsupportedModel(
+            f"speculator: the tokenizer of {path} cannot be loaded: {reason}"
+        ) from error
 
 
 def decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:

@@ -43,7 +43,6 @@ CONFIGS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
     "llama-yarn": lambda: _llama(
         rope_parameters={**_YARN, "original_max_position_embeddings": 2048}
     ),
-    "bert": _of(hf.BertConfig, architectures=["BertModel"]),
     "qwen2": _of(hf.Qwen2Config),
     "qwen3": _of(hf.Qwen3Config, head_dim=32),
     "qwen3-moe": _of(

@@ -40,7 +40,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @torch.inference_mode()
 def reference_scores(
-    model: PreTrainedModel, prompt: tuple[int, ...], look_ahead: int, eos: frozenset[int]
+    model: PreTrainedModel,
+    prompt: tuple[int, ...],
+    look_ahead: int,
+    eos: frozenset[int],
+    layers: Sequence[int] = (0, 1, 2),
 ) -> tuple[Scores, list[int]]:
     """The paper's score from whole eager forward passes, and the tokens generated on the way."""
     eager = copy.deepcopy(model)
@@ -52,11 +56,12 @@ def reference_scores(
             break
         tokens.append(following)
     output = eager(torch.tensor([tokens]), use_cache=False, output_attentions=True)
-    weights = torch.cat(output.attentions)[:, :, len(prompt) - 1 :, : len(prompt)]
+    chosen_layers = [output.attentions[layer] for layer in layers]
+    weights = torch.cat(chosen_layers)[:, :, len(prompt) - 1 :, : len(prompt)]
     weights = weights / weights.sum(dim=-1, keepdim=True)  # the softmax over the prompt alone
-    layers, heads, steps, length = weights.shape
+    count, heads, steps, length = weights.shape
     pooled = functional.avg_pool1d(weights.reshape(-1, steps, length), POOL, 1, POOL // 2)
-    highest = pooled.view(layers * heads, steps, length).amax(dim=0)
+    highest = pooled.view(count * heads, steps, length).amax(dim=0)
     return highest.mean(dim=0).numpy(), tokens[len(prompt) :]
 
 

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    Exaone4Config,
+    Exaone4ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GptOssConfig,
+    GptOssForCausalLM,
+    JambaConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    MistralForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    T5Config,
 )
 
 from specprefill.config import SpeculatorConfig
@@ -29,6 +47,7 @@ from specprefill.speculator.draft import (
     refuse_unsupported_cache,
 )
 from specprefill.speculator.scorer import load_scorer
+from tests.unit.speculator.test_scorer import reference_scores
 from tests.unit.speculator.tiny_models import (
     POOL,
     VOCABULARY,
@@ -39,12 +58,19 @@ from tests.unit.speculator.tiny_models import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+FULL = ["full_attention"] * 3
+
 
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (tiny_config(MistralConfig, sliding_window=64), "DynamicSlidingWindowLayer"),
-        (tiny_config(GptOssConfig), "DynamicSlidingWindowLayer"),
+        (tiny_config(MistralConfig, sliding_window=64), "every layer of mistral sees a window"),
+        (tiny_config(JambaConfig), "layer 0 of jamba is neither"),
+        (
+            tiny_config(Llama4TextConfig, attention_chunk_size=16),
+            "layer 0 of llama4_text is neither",
+        ),
+        (T5Config(), "t5 is an encoder-decoder model"),
         (
             tiny_config(
                 LlamaConfig,
@@ -66,12 +92,143 @@ def test_recurrent_models_are_refused() -> None:
         refuse_unsupported_cache(MambaConfig(num_hidden_layers=2))
 
 
-def test_attention_with_a_soft_cap_is_refused() -> None:
-    config = tiny_config(
-        Gemma2Config, attn_logit_softcapping=0.5, layer_types=["full_attention"] * 3
+@pytest.mark.parametrize(
+    ("config", "kind", "reason"),
+    [
+        (tiny_config(Gemma2Config, layer_types=FULL), Gemma2ForCausalLM, "soft cap"),
+        (
+            tiny_config(GptOssConfig, layer_types=FULL, num_local_experts=2, num_experts_per_tok=1),
+            GptOssForCausalLM,
+            "learned sinks",
+        ),
+    ],
+)
+def test_attention_that_is_no_plain_softmax_is_refused(
+    config: PreTrainedConfig, kind: type[PreTrainedModel], reason: str
+) -> None:
+    with pytest.raises(UnsupportedModel, match=reason):
+        as_draft(kind(config).eval())
+
+
+WINDOWED = {
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, {"query_pre_attn_scalar": 8}),
+    "cohere2": (Cohere2Config, Cohere2ForCausalLM, {}),
+    "exaone4": (Exaone4Config, Exaone4ForCausalLM, {}),
+    "olmo3": (Olmo3Config, Olmo3ForCausalLM, {}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"use_sliding_window": True}),
+}
+WINDOW = 16
+
+
+def windowed_model(name: str) -> PreTrainedModel:
+    """A model whose middle layer sees a window of the prompt."""
+    config, model, more = WINDOWED[name]
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    torch.manual_seed(1)
+    return model(tiny_config(config, sliding_window=WINDOW, layer_types=kinds, **more)).eval()
+
+
+@pytest.mark.parametrize("tokens", [5, WINDOW, WINDOW + 1, 131])
+@pytest.mark.parametrize("name", WINDOWED)
+def test_windowed_drafts_score_with_the_layers_that_see_all(name: str, tokens: int) -> None:
+    model = windowed_model(name)
+    draft = as_draft(model)
+    assert draft.layout.scoring_layers == (0, 2)
+    prompt = prompt_of(tokens, seed=tokens)
+    expected, _ = reference_scores(model, prompt, 8, frozenset(), layers=(0, 2))
+    for chunk in (7, 64, 1000):
+        (scores,) = scorer_of(draft, chunk=chunk).score([prompt])
+        np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_of_a_windowed_draft_equals_single_requests() -> None:
+    scorer = scorer_of(as_draft(windowed_model("gemma3")))
+    prompts = [prompt_of(tokens, seed=tokens) for tokens in (40, 150, 3)]
+    for prompt, scores in zip(prompts, scorer.score(prompts), strict=True):
+        np.testing.assert_allclose(scores, scorer.score([prompt])[0], rtol=1e-4, atol=1e-7)
+
+
+def test_the_quick_pass_of_a_windowed_draft_is_used_and_equal() -> None:
+    draft = as_draft(windowed_model("qwen2"))
+    assert draft.quick is not None
+    slow = replace(draft, quick=None)
+    prompt = prompt_of(90)
+    (quick,), (plain,) = (scorer_of(each).score([prompt]) for each in (draft, slow))
+    np.testing.assert_allclose(quick, plain, rtol=1e-4, atol=1e-7)
+
+
+def test_a_window_that_no_prompt_outgrows_counts_as_none() -> None:
+    torch.manual_seed(1)
+    model = MistralForCausalLM(tiny_config(MistralConfig, sliding_window=2048)).eval()
+    draft = as_draft(model)
+    assert draft.layout.scoring_layers == (0, 1, 2)
+    assert model.config.sliding_window == 2048
+
+
+def test_heads_of_a_windowed_layer_are_refused(tmp_path: Path) -> None:
+    windowed_model("qwen2").save_pretrained(tmp_path)
+    config = SpeculatorConfig(path=str(tmp_path), dtype="float32", score_heads={1: (0,)})
+    with pytest.raises(UnsupportedModel, match=r"layer 1 sees a window .* choose among 0, 2"):
+        load_scorer(config, POOL)
+
+
+CONFIGURATIONS = {
+    "an empty folder": (None, "cannot be loaded: "),
+    "an unknown architecture": ({"model_type": "no-such"}, "cannot be loaded: .*no-such"),
+    "code of its own": (
+        {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}},
+        "brings code of its own",
+    ),
+    "no weights": ("llama", "cannot be loaded: .*model.safetensors"),
+    "an encoder": ({"model_type": "vit"}, "cannot be loaded: "),
+    "a quantisation that is not installed": (
+        {"quantization_config": {"quant_method": "hqq"}}, "cannot be loaded: ",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_what_transformers_cannot_load_is_refused_with_its_reason(
+    tmp_path: Path, name: str
+) -> None:
+    written, reason = CONFIGURATIONS[name]
+    if written is not None:
+        tiny_config(LlamaConfig).save_pretrained(tmp_path)
+        file = tmp_path / "config.json"
+        settings = json.loads(file.read_text()) | (written if isinstance(written, dict) else {})
+        file.write_text(json.dumps(settings))
+    config = SpeculatorConfig(path=str(tmp_path), dtype="float32", device="cpu")
+    with pytest.raises(UnsupportedModel, match=f"speculator: {tmp_path} .*{reason}"):
+        load_scorer(config, POOL)
+
+
+def test_a_draft_without_a_tokenizer_is_refused(
+    tmp_path: Path, llama: PreTrainedModel, root: Path
+) -> None:
+    llama.save_pretrained(tmp_path)
+    config = SpeculatorConfig(path=str(tmp_path), dtype="float32", device="cpu")
+    with pytest.raises(UnsupportedModel, match=f"the tokenizer of {tmp_path} cannot be loaded"):
+        load_scorer(config, POOL, str(root / "models" / "demo-main"))
+
+
+def test_weights_that_are_not_plain_are_read_through_the_modules(llama: PreTrainedModel) -> None:
+    class Packed(torch.nn.Linear):
+        """A linear layer whose weight is not the matrix that it applies, as quantised ones."""
+
+        def forward(self, given: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.linear(given, -self.weight)
+
+    packed = copy.deepcopy(llama)
+    for layer in packed.model.layers:
+        plain = layer.mlp.down_proj
+        layer.mlp.down_proj = Packed(plain.in_features, plain.out_features, bias=False)
+        layer.mlp.down_proj.weight = torch.nn.Parameter(-plain.weight)
+    draft = as_draft(packed)
+    assert draft.quick is None
+    (scores,), (wanted,) = (
+        scorer_of(each).score([prompt_of(60)]) for each in (draft, as_draft(llama))
     )
-    with pytest.raises(UnsupportedModel, match="gemma2"):
-        as_draft(Gemma2ForCausalLM(config).eval())
+    np.testing.assert_allclose(scores, wanted, rtol=1e-4, atol=1e-7)
 
 
 def test_the_longest_prompt_of_a_draft_with_learned_positions_is_known() -> None:

@@ -56,9 +56,9 @@ def test_memory_is_counted_as_the_loaded_model_counts_it(
     )
 
 
-def test_a_draft_that_does_not_keep_every_key_is_refused(tmp_path: Path) -> None:
+def test_a_draft_whose_layers_all_have_a_window_is_refused(tmp_path: Path) -> None:
     (finding,) = findings(tiny_config(MistralConfig, sliding_window=64), tmp_path, 100)
-    assert finding.startswith("error: speculator.path: layer 0 of mistral keeps a ")
+    assert finding.startswith("error: speculator.path: every layer of mistral sees a window")
 
 
 @pytest.mark.parametrize(
@@ -76,4 +76,4 @@ def test_a_configuration_that_cannot_be_read_is_an_error(tmp_path: Path) -> None
     (tmp_path / "config.json").write_text("{}")
     config = SpeculatorConfig(path=str(tmp_path))
     (found,) = check_speculator(config, tmp_path, None, 100)
-    assert found.line().startswith(f"error: speculator.path: {tmp_path} cannot be read: ")
+    assert found.line().startswith(f"error: speculator.path: {tmp_path} cannot be loaded: ")
