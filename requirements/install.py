@@ -244,9 +244,7 @@ def progress(step: str, lines: Sequence[str]) -> Iterator[None]:
             show(f"{step}: {took_s:.0f} s")
 
 
-def show_activity(
-    step: str, lines: Sequence[str], done: threading.Event, started_s: float
-) -> None:
+def show_activity(step: str, lines: Sequence[str], done: threading.Event, started_s: float) -> None:
     """Write a line that is rewritten on a terminal; elsewhere one now and then."""
     terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns - 1

@@ -7,12 +7,14 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import ask, doctor, drain, evaluate, loadtest, serve, simulate, status
+from . import ask, doctor, drain, evaluate, loadtest, quickstart, serve, simulate, status
 from .exit_codes import FAILED, MISUSED, Failed, Misused
 
 _EXAMPLES = """\
 examples:
   specprefill serve cluster/local.yaml              serve the demo pair on this machine
+  specprefill serve MODEL --speculator DRAFT        serve your own: folders, GGUF, hub names
+  specprefill init MODEL --speculator DRAFT         write the deployment file for it
   specprefill ask --prompt-file report.txt "Who signed the contract?"
   specprefill score --keep 0.1 --prompt-file report.txt "Who signed the contract?"
   specprefill doctor cluster/local.yaml
@@ -37,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     )
     root.add_argument("--version", action="version", version=f"specprefill {__version__}")
     commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (serve, status, drain, doctor, ask, evaluate, loadtest, simulate):
+    for command in (serve, quickstart, status, drain, doctor, ask, evaluate, loadtest, simulate):
         command.add_commands(commands)
     return root
 

@@ -37,6 +37,8 @@ from ..deployment.local_ray import (
     open_cluster,
     port_in_use,
 )
+from . import quickstart
+from .draft_verdict import show_verdict
 from .exit_codes import MISUSED, OK, Failed, Misused
 
 START_TIMEOUT_S = 600.0
@@ -67,11 +69,15 @@ def add_commands(commands: Any) -> None:
 def _add_serve(commands: Any) -> None:
     serve = commands.add_parser(
         "serve",
-        help="serve a deployment file on this machine",
-        description="Start a local Ray cluster, deploy FILE on it, wait until every pool is "
-        "healthy, and serve until Ctrl-C or SIGTERM; then stop everything.",
+        help="serve a model or a deployment file on this machine",
+        description="Start a local Ray cluster, deploy a file on it, wait until every pool is "
+        "healthy, and serve until Ctrl-C or SIGTERM; then stop everything. For a MODEL the file "
+        "is written first, as by `specprefill init`.",
     )
-    _add_file(serve)
+    serve.add_argument(
+        "target", metavar="MODEL|FILE",
+        help="a folder, a GGUF file or a hub name; or a deployment file (*.yaml)",
+    )  # fmt: skip
     serve.add_argument(
         "--timeout", type=float, default=START_TIMEOUT_S, metavar="S",
         help="seconds to wait until all pools are healthy (default: %(default)g)",
@@ -80,6 +86,7 @@ def _add_serve(commands: Any) -> None:
         "--drain", type=float, default=DRAIN_TIMEOUT_S, metavar="S",
         help="seconds that running requests get to end after the signal (default: %(default)g)",
     )  # fmt: skip
+    quickstart.add_options(serve)
     serve.set_defaults(run=run_serve)
 
 
@@ -166,21 +173,27 @@ def _await_check(checking: subprocess.Popen[str], show: ProgressLines) -> None:
 
 def run_serve(args: argparse.Namespace) -> int:
     """Start a local Ray cluster and the application, and wait for the signal to stop."""
-    loaded = _load(args.file)
+    show = ProgressLines()
+    if quickstart.is_file(args.target):
+        quickstart.refuse_options(args)
+        path = Path(args.target)
+    else:
+        path = quickstart.write_for_serve(args, show)
+    loaded = _load(path)
     _warn(open_cluster(os.environ))
     _refuse_unusable_files(loaded.file)
     _refuse_taken_ports(loaded.file)
-    show = ProgressLines()
     show("starting a local Ray cluster")
     stop = threading.Event()
-    with _check_beside(args.file) as checking, _local_ray(args.file) as ray:
+    with _check_beside(path) as checking, _local_ray(path) as ray:
         _stop_on_signals(stop)
         _await_check(checking, show)
         api = ServeApi(ray.dashboard_url)
-        show(f"deploying {args.file} (dashboard {ray.dashboard_url})")
+        show(f"deploying {path} (dashboard {ray.dashboard_url})")
         _deploy(api, loaded, args.timeout, show)
         show("ready")
         print(how_to_call(loaded.file, ray.dashboard_url), flush=True)
+        show_verdict(loaded.file, stop, show)
         stop.wait()
         stop.clear()
         _drain(ray, api, args.drain, stop, show)
@@ -250,6 +263,7 @@ def how_to_call(file: DeploymentFile, dashboard_url: str) -> str:
     return f"""
   HTTP (OpenAI API)  {base}/v1
   gRPC               {http.host}:{grpc.port}  service specprefill.v1.SpecPrefill
+  metrics            {base}/metrics
   dashboard          {dashboard_url}
 
   specprefill ask --http {base} --prompt-file FILE "QUESTION"

@@ -1,0 +1,56 @@
+"""The written file fits our own schema, and holds what was chosen."""
+
+from __future__ import annotations
+
+import pytest
+
+from specprefill.deployment.file import parse
+from specprefill.quickstart.document import Choices, document
+from specprefill.quickstart.machine import Machine
+from specprefill.quickstart.plan import fit
+
+from .test_sizes import BIG, LAPTOP, MIDDLE, SMALL, TINY, h100s
+
+
+@pytest.mark.parametrize(
+    ("machine", "main", "draft"),
+    [
+        (LAPTOP, TINY, TINY),
+        (h100s(1), MIDDLE, SMALL),
+        (h100s(2), MIDDLE, SMALL),
+        (h100s(5), BIG, SMALL),
+    ],
+    ids=["cpu", "one GPU", "two GPUs", "five GPUs"],
+)
+def test_the_file_holds_what_was_chosen(machine: Machine, main, draft) -> None:
+    pools, times = fit(machine, main, draft, None)
+    choices = Choices("/models/my main: 1", "org/draft", "mine", "auto", "0.0.0.0", 8123, 9123)
+    text = document(choices, pools, times)
+    file = parse(text, "written").file
+    (application,) = file.applications
+    args = application.args
+    assert (args.model.path, args.model.name) == ("/models/my main: 1", "mine")
+    assert args.model.max_model_len == pools.tokens
+    assert args.speculator.path == "org/draft"
+    assert args.speculator.kv_memory_bytes == pools.draft.kv_bytes
+    assert args.speculator.timeout_token_s == times.scoring_token_s
+    assert args.selection.keep == "auto"
+    assert args.prefill.kv_cache_memory_bytes == pools.prefill.kv_bytes
+    assert args.decode.tensor_parallel_size == pools.decode.tensor_parallel
+    assert args.kv.max_held_bytes == pools.held_bytes
+    assert (file.http_options.host, file.http_options.port) == ("0.0.0.0", 8123)
+    assert file.grpc_options.port == 9123
+    options = {each.name: each.ray_actor_options for each in application.deployments}
+    assert (options["Prefill"].num_gpus or 0) == pools.prefill.gpus
+    on_cpu = application.runtime_env.env_vars.get("SPECPREFILL_CPU_ENGINE") == "1"
+    assert on_cpu == (not machine.gpus)
+    threads = options["Decode"].runtime_env.env_vars.get("OMP_NUM_THREADS")
+    assert threads == (str(LAPTOP.cores // 2) if on_cpu else None)
+
+
+def test_the_head_names_both_models_and_the_length() -> None:
+    pools, times = fit(LAPTOP, TINY, TINY, None)
+    text = document(Choices("main", "draft", "main"), pools, times)
+    assert text.startswith("# main, pruned by draft: sizes for this machine (CPU).\n")
+    assert f"has {pools.tokens} tokens" in text
+    assert parse(text, "written").file.applications[0].args.selection.keep == 0.3

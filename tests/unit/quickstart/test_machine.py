@@ -1,0 +1,56 @@
+"""The machine is measured within the limits of a container."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from specprefill.quickstart import machine as measured
+
+
+def test_this_machine_has_memory_and_cores() -> None:
+    found = measured.read_machine()
+    assert found.memory_bytes > 1 << 28
+    assert found.cores == len(os.sched_getaffinity(0))
+
+
+def test_a_containers_limit_counts(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("400\n")
+    assert measured.container_memory(tmp_path) == 600
+    (tmp_path / "memory.max").write_text("max\n")
+    assert measured.container_memory(tmp_path) is None
+    assert measured.container_memory(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize(
+    ("visible", "sizes"),
+    [
+        (None, (81559, 24576)),
+        ("1", (24576,)),
+        ("", ()),
+        ("GPU-1234", (81559,)),
+        ("0,1", (81559, 24576)),
+    ],
+)
+def test_gpus_are_those_that_cuda_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, sizes: tuple[int, ...]
+) -> None:
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\nprintf '81559\\n24576\\n'\n")
+    driver.chmod(driver.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert tuple(size >> 20 for size in measured.read_machine().gpus) == sizes
+
+
+@pytest.mark.parametrize(
+    ("flags", "fast"), [("fpu avx2", False), ("avx512f avx512_bf16", True), ("amx_bf16", True)]
+)
+def test_a_cpu_that_multiplies_bfloat16_is_known_by_its_flags(flags: str, fast: bool) -> None:
+    assert measured.has_fast_bfloat16(f"processor\t: 0\nflags\t\t: {flags}\n") is fast
