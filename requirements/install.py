@@ -38,7 +38,10 @@ NEEDED_CUDA_BYTES = 9 * GIB
 QUIET_S = 2.0  # a step that takes longer shows what it does
 LINE_EVERY_S = 10.0  # where lines cannot be rewritten
 SHOWN_ERRORS = 15
-ACTIVITY = re.compile(r"^\s*(?:Collecting|Downloading|Using cached|Installing|Building|Preparing) ")
+ACTIVITY = re.compile(
+    r"^\s*(Collecting|Downloading|Using cached|Installing|Building|Preparing) (.*)"
+)
+WHEEL_TAGS = re.compile(r"-(?:cp|py)\d\S*\.whl(?:\.metadata)?")
 
 # What a failed step's output holds, and what to do about it.
 REMEDIES = (
@@ -111,6 +114,7 @@ class Installer:
         command = [str(self.python), "-m", "pip", "install", "--progress-bar", "off"]
         if self.uv is not None and not with_pip:
             command = [self.uv, "pip", "install", "--python", str(self.python)]
+            command.append("--compile-bytecode")  # as pip does: the first start is no slower
         run(step, [*command, "--constraint", str(CONSTRAINTS), *arguments], log=self.log)
 
 
@@ -250,9 +254,8 @@ def show_activity(step: str, lines: Sequence[str], done: threading.Event, starte
     width = shutil.get_terminal_size().columns - 1
     wait_s = QUIET_S
     while not done.wait(wait_s):
-        acts = [line for line in lines[-50:] if ACTIVITY.match(line)]
-        act = " ".join(acts[-1].split())[:60] if acts else ""
-        line = f"{step}: {time.monotonic() - started_s:.0f} s  {act}".rstrip()
+        took_s = time.monotonic() - started_s
+        line = f"{step}: {took_s:.0f} s  {activity(lines[-50:])}".rstrip()
         if terminal:
             print(f"\r{line:<{width}.{width}}", end="", flush=True)
         else:
@@ -260,6 +263,17 @@ def show_activity(step: str, lines: Sequence[str], done: threading.Event, starte
         wait_s = 1.0 if terminal else LINE_EVERY_S
     if terminal:
         print(f"\r{'':<{width}}\r", end="", flush=True)
+
+
+def activity(lines: Sequence[str]) -> str:
+    """Return what pip or uv did last, in a few words."""
+    found = [match for match in map(ACTIVITY.match, lines) if match]
+    if not found:
+        return ""
+    verb, rest = found[-1].groups()
+    if rest.startswith("collected packages:"):
+        rest = f"{rest.count(',') + 1} packages"
+    return f"{verb} {WHEEL_TAGS.sub('', rest)}"[:60]
 
 
 def show(line: str) -> None:

@@ -14,6 +14,7 @@ from ..config import AppConfig, local_path
 from ..core.findings import Finding, error, note
 from ..deployment.file import Application, DeploymentFile
 from ..deployment.model_files import locate_model
+from ..deployment.weight_files import check_weights
 from .model_report import MainModelReport, gain_lines
 
 
@@ -35,6 +36,10 @@ def _check_application(application: Application, *, served_here: bool) -> Iterat
     draft = locate_model("speculator.path", speculator.path, speculator.revision, offline=offline)
     missing = [found for found in (main, draft) if isinstance(found, Finding)]
     yield from (found if served_here else note(found.key, found.message) for found in missing)
+    if model.load_format != "dummy":
+        yield from _weights("model.path", model.path, main)
+    if not speculator.random_weights:
+        yield from _weights("speculator.path", speculator.path, draft)
     longest = model.max_model_len
     if isinstance(main, Path):
         from ..engine.model_check import MainModelCheck
@@ -66,6 +71,12 @@ def describe(file: DeploymentFile) -> Iterator[str]:
         gains = gain_lines(main, draft, keep) if draft.is_dir() and keep != "auto" else ()
         for name, sentence in (*report.lines(), *gains):
             yield f"{application.name}: {name}: {sentence}"
+
+
+def _weights(key: str, path: str, found: Path | Finding) -> Iterator[Finding]:
+    """Yield faults of the weights; those of a hub's model may still be downloaded."""
+    if isinstance(found, Path):
+        yield from check_weights(key, found, is_complete=Path(local_path(path)).is_dir())
 
 
 def _gateway(config: AppConfig, folder: Path) -> Iterator[Finding]:

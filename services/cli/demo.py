@@ -29,7 +29,7 @@ PROMPT_TOKENS = 4000
 WARM_UP_TOKENS = 1200
 KEEP = 0.1
 ANSWER_TOKENS = 24
-START_TIMEOUT_S = 300.0
+START_TIMEOUT_S = 600.0
 _STAGES = ("queue_s", "speculate_s", "prefill_s", "transfer_s", "first_decode_s")
 
 Caller = Callable[[ServiceQuestion], ServiceReply]

@@ -46,8 +46,9 @@ def plan(wish: Wish, machine: Machine, show: Callable[[str], None]) -> Planned:
     Raises UnsupportedModel or InvalidConfiguration with what is needed.
     """
     machine = with_gpus(machine, wish.gpus)
+    draft_name = wish.speculator or _draft_for(wish.model, show)
     main = find_model("MODEL", wish.model, show)
-    draft = find_model("--speculator", wish.speculator or _draft_for(wish.model, show), show)
+    draft = find_model("--speculator", draft_name, show)
     main_shape, draft_shape = read_shape(main.folder), read_shape(draft.folder)
     pools, times = fit(machine, main_shape, draft_shape, wish.longest)
     for line in _describe(main_shape, pools):
@@ -121,7 +122,7 @@ def _draft_for(model: str, show: Callable[[str], None]) -> str:
 def _describe(main: ModelShape, pools: PoolSizes) -> tuple[str, ...]:
     limit = "" if main.positions in (None, pools.tokens) else f" of the model's {main.positions}"
     if not pools.decode.gpus:
-        place = f"{pools.dtype} on the CPU, {pools.prefill.threads} threads a pool"
+        place = f"{pools.dtype} on the CPU, threads of each pool: {pools.prefill.threads}"
     else:
         place = f"on GPUs: {pools.prefill.gpus:g} for prefill, {pools.decode.gpus:g} for decode, "
         place += f"{pools.draft.gpus:g} for the draft"
