@@ -11,8 +11,8 @@ from typing import Any
 
 from ..core.errors import InvalidConfiguration, UnsupportedModel
 from ..deployment.file import parse
-from ..quickstart.machine import read_machine
-from ..quickstart.plan import Planned, Wish, plan
+from ..quickstart.local_machine import read_machine
+from ..quickstart.planning import Planned, Wish, plan
 from .arguments import rate
 from .exit_codes import OK, Misused
 

@@ -44,10 +44,12 @@ def safetensors_fault(file: Path) -> str | None:
     """Return what is wrong with a safetensors file, by its header and its length; or None."""
     size = file.stat().st_size
     with file.open("rb") as opened:
+        if size <= _LENGTH_BYTES:
+            return "empty"
         length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
         start = _LENGTH_BYTES + length
         if length > min(size, _MOST_HEADER_BYTES):
-            return "not a safetensors file" if size > _LENGTH_BYTES else "empty"
+            return "not a safetensors file"
         try:
             header = json.loads(opened.read(length))
             ends = [each["data_offsets"][1] for name, each in header.items() if name[0] != "_"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..core.errors import InvalidConfiguration
-from .machine import Machine
+from .local_machine import LocalMachine
 from .shapes import ModelShape
 from .sizes import (
     BLOCK_TOKENS,
@@ -33,7 +33,7 @@ _SLOW_READ = 4e9
 
 
 def cpu_sizes(
-    machine: Machine, main: ModelShape, draft: ModelShape, longest: int | None
+    machine: LocalMachine, main: ModelShape, draft: ModelShape, longest: int | None
 ) -> PoolSizes:
     """Return sizes that fit; `longest` bounds a prompt with its answer.
 
@@ -68,17 +68,17 @@ def cpu_sizes(
     )
 
 
-def cpu_speed(machine: Machine) -> Speed:
+def cpu_speed(machine: LocalMachine) -> Speed:
     """Return what the slowest usual CPU does with as many cores."""
     return Speed(_SLOW_CORE * threads(machine), _SLOW_READ)
 
 
-def threads(machine: Machine) -> int:
+def threads(machine: LocalMachine) -> int:
     """Return the threads of each pool: two of the three are at work at a time."""
     return max(1, machine.cores // 2)
 
 
-def _dtype(machine: Machine, main: ModelShape, draft: ModelShape, usable: int) -> str:
+def _dtype(machine: LocalMachine, main: ModelShape, draft: ModelShape, usable: int) -> str:
     """Return float32 where it has room and the CPU would convert every bfloat16."""
     has_room = 2 * main.memory(4) + draft.memory(4) <= usable // 2
     return "float32" if has_room and not machine.fast_bfloat16 else "bfloat16"

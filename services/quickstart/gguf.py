@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,10 @@ from ..core.errors import UnsupportedModel
 
 _DIGESTED_BYTES = 1 << 20  # the head of the file, with its metadata
 _NEEDED = ("gguf", "accelerate")
+# What transformers raises about a file that it cannot read.
+_UNREADABLE = (
+    ImportError, KeyError, NotImplementedError, OSError, RuntimeError, ValueError, struct.error,
+)  # fmt: skip
 _FORMAT = 1  # of what is written; another one is converted again
 
 
@@ -60,7 +65,8 @@ def _convert_apart(file: Path, folder: Path) -> None:
     command = [sys.executable, "-m", __name__, str(file), str(folder)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        reason = done.stdout.strip() or f"the conversion ended with {done.returncode}"
+        ended = f"the conversion ended with {done.returncode}; its error is above"
+        reason = done.stdout.strip() or ended
         raise UnsupportedModel(f"{file}: {reason}")
 
 
@@ -97,7 +103,7 @@ def main(argv: list[str]) -> int:
     file, folder = map(Path, argv)
     try:
         write_folder(file, folder)
-    except (ImportError, KeyError, NotImplementedError, OSError, RuntimeError, ValueError) as error:
+    except _UNREADABLE as error:
         sys.stdout.write(f"transformers cannot read it: {str(error).partition(chr(10))[0]}\n")
         shutil.rmtree(folder, ignore_errors=True)
         return 1

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..core.errors import InvalidConfiguration
-from .machine import Machine
+from .local_machine import LocalMachine
 from .shapes import ModelShape
 from .sizes import (
     FREE_SHARE,
@@ -44,7 +44,7 @@ class _Layout:
 
 
 def gpu_sizes(
-    machine: Machine, main: ModelShape, draft: ModelShape, longest: int | None
+    machine: LocalMachine, main: ModelShape, draft: ModelShape, longest: int | None
 ) -> PoolSizes:
     """Return sizes that fit; `longest` bounds a prompt with its answer.
 
@@ -67,7 +67,7 @@ def gpu_sizes(
     )
 
 
-def _layout(machine: Machine, main: ModelShape, draft: ModelShape) -> _Layout:
+def _layout(machine: LocalMachine, main: ModelShape, draft: ModelShape) -> _Layout:
     """Give every pool GPUs of its own; one or two GPUs are shared."""
     layouts = list(_own_layouts(machine, main, draft))
     if layouts:
@@ -78,7 +78,7 @@ def _layout(machine: Machine, main: ModelShape, draft: ModelShape) -> _Layout:
     raise InvalidConfiguration(_need(machine, main, draft, LEAST_TOKENS))
 
 
-def _own_layouts(machine: Machine, main: ModelShape, draft: ModelShape) -> Iterator[_Layout]:
+def _own_layouts(machine: LocalMachine, main: ModelShape, draft: ModelShape) -> Iterator[_Layout]:
     """Yield what fits, with more and more GPUs for each engine."""
     memory = int(min(machine.gpus) * FREE_SHARE)
     draft_room = memory - draft.memory(None) - _PROCESS
@@ -93,7 +93,7 @@ def _own_layouts(machine: Machine, main: ModelShape, draft: ModelShape) -> Itera
             yield _Layout(engine, engine, DraftSizes(whole_mib(draft_room), gpus=1.0), tokens)
 
 
-def _shared_layout(machine: Machine, main: ModelShape, draft: ModelShape) -> _Layout:
+def _shared_layout(machine: LocalMachine, main: ModelShape, draft: ModelShape) -> _Layout:
     """Put all pools on one GPU; or prefill and the draft on one, and decode on another."""
     total = min(machine.gpus)
     engines = 2 if len(machine.gpus) == 1 else 1
@@ -120,7 +120,7 @@ def _share(size: int, total: int) -> float:
     return math.ceil(100 * size / total) / 100
 
 
-def _need(machine: Machine, main: ModelShape, draft: ModelShape, tokens: int) -> str:
+def _need(machine: LocalMachine, main: ModelShape, draft: ModelShape, tokens: int) -> str:
     engine = main.memory(None) + _PROCESS + tokens * main.kv_bytes(None)
     small = draft.memory(None) + _PROCESS + tokens * draft.kv_bytes(None)
     return (

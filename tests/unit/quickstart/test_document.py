@@ -6,8 +6,8 @@ import pytest
 
 from specprefill.deployment.file import parse
 from specprefill.quickstart.document import Choices, document
-from specprefill.quickstart.machine import Machine
-from specprefill.quickstart.plan import fit
+from specprefill.quickstart.local_machine import LocalMachine
+from specprefill.quickstart.planning import fit
 
 from .test_sizes import BIG, LAPTOP, MIDDLE, SMALL, TINY, h100s
 
@@ -22,7 +22,7 @@ from .test_sizes import BIG, LAPTOP, MIDDLE, SMALL, TINY, h100s
     ],
     ids=["cpu", "one GPU", "two GPUs", "five GPUs"],
 )
-def test_the_file_holds_what_was_chosen(machine: Machine, main, draft) -> None:
+def test_the_file_holds_what_was_chosen(machine: LocalMachine, main, draft) -> None:
     pools, times = fit(machine, main, draft, None)
     choices = Choices("/models/my main: 1", "org/draft", "mine", "auto", "0.0.0.0", 8123, 9123)
     text = document(choices, pools, times)

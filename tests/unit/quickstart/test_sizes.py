@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specprefill.core.errors import InvalidConfiguration
-from specprefill.quickstart.machine import Machine
-from specprefill.quickstart.plan import fit, with_gpus
+from specprefill.quickstart.local_machine import LocalMachine
+from specprefill.quickstart.planning import fit, with_gpus
 from specprefill.quickstart.shapes import ModelShape
 from specprefill.quickstart.sizes import FREE_SHARE, GIB, LEAST_TOKENS
 
-LAPTOP = Machine(memory_bytes=24 * GIB, cores=8)
+LAPTOP = LocalMachine(memory_bytes=24 * GIB, cores=8)
 # The shapes of Llama 3.1 70B, 8B and 3.2 1B, in bfloat16.
 BIG = ModelShape(80, 8192, 64, 8, 163_840, 131_072, 141 * 10**9, 2)
 MIDDLE = ModelShape(32, 4096, 32, 8, 65_536, 131_072, 16 * 10**9, 2)
@@ -22,8 +22,8 @@ SMALL = ModelShape(16, 2048, 32, 8, 16_384, 131_072, 2_470_000_000, 2)
 TINY = ModelShape(30, 576, 9, 3, 11_520, 8192, 270_000_000, 2)
 
 
-def h100s(count: int) -> Machine:
-    return Machine(memory_bytes=500 * GIB, cores=64, gpus=(80 * GIB,) * count)
+def h100s(count: int) -> LocalMachine:
+    return LocalMachine(memory_bytes=500 * GIB, cores=64, gpus=(80 * GIB,) * count)
 
 
 shapes = st.builds(
@@ -44,7 +44,7 @@ shapes = st.builds(
     main=shapes,
     draft=shapes,
     machine=st.builds(
-        Machine,
+        LocalMachine,
         memory_bytes=st.integers(1 << 30, 2000 << 30),
         cores=st.integers(1, 128),
         gpus=st.lists(st.just(80 * GIB), max_size=8).map(tuple),
@@ -52,7 +52,7 @@ shapes = st.builds(
     ),
 )
 def test_whatever_fits_holds_one_longest_request_in_every_cache(
-    main: ModelShape, draft: ModelShape, machine: Machine
+    main: ModelShape, draft: ModelShape, machine: LocalMachine
 ) -> None:
     try:
         pools, times = fit(machine, main, draft, None)
@@ -143,14 +143,14 @@ def test_a_model_that_fits_no_gpu_is_refused_with_what_it_needs() -> None:
 def test_gpus_are_those_asked_for_or_all_that_vllm_can_use(
     monkeypatch: pytest.MonkeyPatch, asked: int | None, cuda: bool, left: int
 ) -> None:
-    monkeypatch.setattr("specprefill.quickstart.plan._has_cuda_build", lambda: cuda)
+    monkeypatch.setattr("specprefill.quickstart.planning._has_cuda_build", lambda: cuda)
     assert len(with_gpus(h100s(2), asked).gpus) == left
 
 
 def test_gpus_that_are_not_there_or_cannot_be_used_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("specprefill.quickstart.plan._has_cuda_build", lambda: False)
+    monkeypatch.setattr("specprefill.quickstart.planning._has_cuda_build", lambda: False)
     with pytest.raises(InvalidConfiguration, match=r"--gpus \(3\) must not exceed the 2 GPUs"):
         with_gpus(h100s(2), 3)
     with pytest.raises(InvalidConfiguration, match="vLLM's CUDA build"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from specprefill.quickstart import machine as measured
+from specprefill.quickstart import local_machine as measured
 
 
 def test_this_machine_has_memory_and_cores() -> None:

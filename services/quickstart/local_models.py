@@ -19,7 +19,7 @@ _DUPLICATES = ("original/*", "onnx/*", "openvino/*", "*.msgpack", "*.h5")
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class LocalModel:
     """A model on this machine."""
 
     path: str  # for the deployment file: a folder, or a hub name that is in the cache
@@ -27,7 +27,7 @@ class Source:
     folder: Path
 
 
-def find_model(option: str, given: str, show: Callable[[str], None]) -> Source:
+def find_model(option: str, given: str, show: Callable[[str], None]) -> LocalModel:
     """Return the model that `given` names; `option` names the argument in messages.
 
     Converts GGUF files and downloads from the hub, which `show` reports. Raises UnsupportedModel
@@ -40,20 +40,20 @@ def find_model(option: str, given: str, show: Callable[[str], None]) -> Source:
         return _of_file(option, _only_gguf(option, path), show)
     found = locate_model(option, given, None, offline=False)
     if isinstance(found, Path) and path.is_dir():
-        return Source(str(found.resolve()), path.resolve().name, found)
+        return LocalModel(str(found.resolve()), path.resolve().name, found)
     if isinstance(found, Finding) and found.severity is Severity.ERROR:
         raise UnsupportedModel(f"{option}: {found.message}")
-    return Source(given, given, _download(option, given, show))
+    return LocalModel(given, given, _download(option, given, show))
 
 
-def _of_file(option: str, file: Path, show: Callable[[str], None]) -> Source:
+def _of_file(option: str, file: Path, show: Callable[[str], None]) -> LocalModel:
     if file.suffix.lower() != ".gguf":
         raise UnsupportedModel(
             f"{option}: {file} is neither a GGUF file nor a folder with a model; deployment files "
             "end in .yaml"
         )
     folder = convert(file.resolve(), show)
-    return Source(str(folder), file.stem, folder)
+    return LocalModel(str(folder), file.stem, folder)
 
 
 def _only_gguf(option: str, folder: Path) -> Path:

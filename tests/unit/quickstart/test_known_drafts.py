@@ -2,7 +2,7 @@
 
 import pytest
 
-from specprefill.quickstart.pairs import known_draft
+from specprefill.quickstart.known_drafts import known_draft
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class KnownPair:
     """Main models, by a pattern of their names, and the draft for them."""
 
     main: str  # matched against the last part of a hub name or folder, whatever its case
@@ -21,8 +21,10 @@ class Pair:
 
 
 PAIRS = (
-    Pair(r"(meta-)?llama-?3\.[123]-(?P<size>\d+)b-instruct", "meta-llama/Llama-3.2-1B-Instruct", 3),
-    Pair(r"qwen3-(?P<size>\d+)b", "Qwen/Qwen3-0.6B", 4),
+    KnownPair(
+        r"(meta-)?llama-?3\.[123]-(?P<size>\d+)b-instruct", "meta-llama/Llama-3.2-1B-Instruct", 3
+    ),
+    KnownPair(r"qwen3-(?P<size>\d+)b", "Qwen/Qwen3-0.6B", 4),
 )
 
 

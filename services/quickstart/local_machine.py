@@ -17,7 +17,7 @@ _ASK_TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class LocalMachine:
     """What the pools of one deployment may use together."""
 
     memory_bytes: int  # of the host, that is free now
@@ -26,10 +26,10 @@ class Machine:
     fast_bfloat16: bool = False  # the CPU multiplies bfloat16 itself
 
 
-def read_machine() -> Machine:
+def read_machine() -> LocalMachine:
     """Measure this machine, within the limits of the container that this process is in."""
     free, allowed = _free_memory(), container_memory()
-    return Machine(
+    return LocalMachine(
         memory_bytes=free if allowed is None else min(free, allowed),
         cores=len(os.sched_getaffinity(0)),
         gpus=tuple(_gpu_memory()),

@@ -10,11 +10,11 @@ from ..core.errors import InvalidConfiguration, UnsupportedModel
 from .cpu_sizes import cpu_sizes, cpu_speed
 from .document import GRPC_PORT, HOST, PORT, Choices, document
 from .gpu_sizes import GPU_SPEED, gpu_sizes
-from .machine import Machine
-from .pairs import families, known_draft
+from .known_drafts import families, known_draft
+from .local_machine import LocalMachine
+from .local_models import find_model
 from .shapes import ModelShape, read_shape
 from .sizes import PoolSizes, Timeouts, gib
-from .sources import find_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Planned:
     text: str
 
 
-def plan(wish: Wish, machine: Machine, show: Callable[[str], None]) -> Planned:
+def plan(wish: Wish, machine: LocalMachine, show: Callable[[str], None]) -> Planned:
     """Return the deployment file for a wish; `show` reports each choice.
 
     Raises UnsupportedModel or InvalidConfiguration with what is needed.
@@ -65,7 +65,7 @@ def plan(wish: Wish, machine: Machine, show: Callable[[str], None]) -> Planned:
     return Planned(choices.name, document(choices, pools, times))
 
 
-def with_gpus(machine: Machine, count: int | None) -> Machine:
+def with_gpus(machine: LocalMachine, count: int | None) -> LocalMachine:
     """Return the machine with `count` of its GPUs; None: all that vLLM's build can use.
 
     Raises InvalidConfiguration where there are fewer.
@@ -84,7 +84,7 @@ def with_gpus(machine: Machine, count: int | None) -> Machine:
 
 
 def fit(
-    machine: Machine, main: ModelShape, draft: ModelShape, longest: int | None
+    machine: LocalMachine, main: ModelShape, draft: ModelShape, longest: int | None
 ) -> tuple[PoolSizes, Timeouts]:
     """Return sizes and time-outs for a pair. Raises InvalidConfiguration."""
     if longest is not None and main.positions is not None and longest > main.positions:
