@@ -263,6 +263,7 @@ def how_to_call(file: DeploymentFile, dashboard_url: str) -> str:
     return f"""
   HTTP (OpenAI API)  {base}/v1
   gRPC               {http.host}:{grpc.port}  service specprefill.v1.SpecPrefill
+  playground         {base}/playground
   metrics            {base}/metrics
   dashboard          {dashboard_url}
 

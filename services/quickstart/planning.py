@@ -49,6 +49,7 @@ def plan(wish: Wish, machine: LocalMachine, show: Callable[[str], None]) -> Plan
     draft_name = wish.speculator or _draft_for(wish.model, show)
     main = find_model("MODEL", wish.model, show)
     draft = find_model("--speculator", draft_name, show)
+    show("reading both models' configurations")
     main_shape, draft_shape = read_shape(main.folder), read_shape(draft.folder)
     pools, times = fit(machine, main_shape, draft_shape, wish.longest)
     for line in _describe(main_shape, pools):
