@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ _MOST_CHARACTERS = 2000
 # `(EngineCore pid=7) ERROR 11-28 06:30:00 [core.py:1510] ` before what was logged.
 _PREFIX = re.compile(r"^(?:\([^()]*pid=\d+\) ?)?(?:[A-Z]+ \d\d-\d\d [\d:]+ \[[^\]]*\] ?)?")
 _ERROR = re.compile(r"^(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Model|Configuration)\b: \S")
+_SIGNAL = re.compile(r"Failed core proc\(s\): \{[^}]*: -(\d+)")  # an exit code below 0 is a signal
 # An error that only points to where the cause stands.
 _POINTERS = ("root cause", "EngineDeadError")
 
@@ -48,7 +50,9 @@ def engine_errors_shown() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        cause = root_cause("\n".join(output.read_new() for output in outputs))
+        cause = killed_by(str(error))
+        if cause is None:
+            cause = root_cause("\n".join(output.read_new() for output in outputs))
         if cause is None:  # written to a terminal or a pipe: whoever reads it has the cause
             raise
         raise EngineStartFailed(f"engine: {cause}") from error
@@ -62,6 +66,21 @@ def _outputs() -> Sequence[_Output]:
         if stat.S_ISREG(status.st_mode):
             found[status.st_dev, status.st_ino] = _Output(descriptor, status.st_size)
     return tuple(found.values())
+
+
+def killed_by(message: str) -> str | None:
+    """Return which signal ended the engine process, by vLLM's own error; None: it ended itself."""
+    found = _SIGNAL.search(message)
+    if found is None:
+        return None
+    name = signal.Signals(int(found[1])).name
+    advice = (
+        "Linux does this where memory runs out: smaller models, a smaller kv_cache_memory_bytes, "
+        "or a container with more memory"
+        if name == "SIGKILL"
+        else "its log on this node ends with what it did last"
+    )
+    return f"its process was ended by {name} ({advice})"
 
 
 def root_cause(text: str) -> str | None:

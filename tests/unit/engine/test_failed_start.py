@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from specprefill.engine.failed_start import root_cause
+from specprefill.engine.failed_start import killed_by, root_cause
 
 _TAG = "(EngineCore pid=77) ERROR 11-28 06:30:00 [core.py:1510] "
 _POINTER = "RuntimeError: Engine core initialization failed. See root cause above."
@@ -34,6 +34,20 @@ def test_the_cause_is_found_behind_the_pointers_to_it(text: str) -> None:
 @pytest.mark.parametrize("text", ["", "all is well", logged("Loading: weights"), _POINTER])
 def test_nothing_is_made_up(text: str) -> None:
     assert root_cause(text) is None
+
+
+@pytest.mark.parametrize(
+    ("code", "cause"),
+    [(-9, "ended by SIGKILL (Linux does this where memory runs out"), (-11, "ended by SIGSEGV")],
+)
+def test_a_process_that_was_killed_left_no_error_but_its_signal(code: int, cause: str) -> None:
+    found = killed_by(f"{_POINTER} Failed core proc(s): {{'EngineCore_DP0': {code}}}")
+    assert found is not None
+    assert cause in found
+
+
+def test_a_process_that_ended_itself_was_not_killed() -> None:
+    assert killed_by(f"{_POINTER} Failed core proc(s): {{'EngineCore_DP0': 1}}") is None
 
 
 _PROGRAM = """
