@@ -272,7 +272,7 @@ def activity(lines: Sequence[str]) -> str:
         return ""
     verb, rest = found[-1].groups()
     if rest.startswith("collected packages:"):
-        rest = f"{rest.count(',') + 1} packages"
+        rest = f"packages: {rest.count(',') + 1}"
     return f"{verb} {WHEEL_TAGS.sub('', rest)}"[:60]
 
 

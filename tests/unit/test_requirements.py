@@ -126,7 +126,7 @@ def test_a_long_step_shows_what_it_does(install, monkeypatch, capsys):
             "  Downloading torch-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl (530.6 MB)",
             "Downloading torch-2.13.0 (530.6 MB)",
         ),
-        ("Installing collected packages: a, b, c", "Installing 3 packages"),
+        ("Installing collected packages: a, b, c", "Installing packages: 3"),
         ("Requirement already satisfied: a", ""),
     ],
 )
