@@ -10,7 +10,15 @@ from collections.abc import AsyncIterator
 from ray import serve
 
 from specprefill.config import AppConfig
-from specprefill.core.types import Chunk, Plan, PrefillResult, Request, Selection, Span
+from specprefill.core.types import (
+    Chunk,
+    Plan,
+    PrefillResult,
+    Request,
+    Selection,
+    Span,
+    TokenLogprob,
+)
 from specprefill.core.wire import pack, unpack
 
 SPECULATE_S = 0.02
@@ -55,7 +63,10 @@ class Prefill(Timed):
         request, selection, _timeout_s = unpack(payload, tuple[Request, Selection, float])
         prefill_s = PREFILL_TOKEN_S * selection.kept_tokens
         queue_s = await self._work(prefill_s)
-        first = Chunk(0, request.prompt[:1], "a", finish_reason="length")
+        # Another token, where another part of the prompt is kept.
+        token = request.prompt[selection.kept_tokens - 1]
+        candidates = TokenLogprob(token, -0.1, 1, "a"), TokenLogprob(token + 1, -2.0, 2, "b")
+        first = Chunk(0, (token,), "a", logprobs=(candidates,), finish_reason="length")
         yield pack((None, PrefillResult(first, None, queue_s, prefill_s))), []
 
 
