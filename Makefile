@@ -97,12 +97,20 @@ $(DOCS_INSTALLED): $(INSTALLED)
 	@touch $@
 
 .PHONY: docs
-docs: $(DOCS_INSTALLED) docs-config ## The documentation as a site in site/
+docs: $(DOCS_INSTALLED) docs-config docs-metrics ## The documentation as a site in site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .PHONY: docs-config
 docs-config: $(INSTALLED) ## Write docs/configuration.md from the configuration classes
 	@$(PY) .ci/config_reference.py
+
+.PHONY: docs-metrics
+docs-metrics: $(INSTALLED) ## Write docs/metrics.md from the code that makes the metrics
+	@$(PY) .ci/metrics_reference.py
+
+.PHONY: dashboards
+dashboards: $(INSTALLED) ## Write the Grafana dashboards from cluster/grafana/panels.yaml
+	@$(PY) .ci/dashboards.py
 
 ##@ Generated files
 

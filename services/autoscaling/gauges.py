@@ -2,37 +2,41 @@
 
 from __future__ import annotations
 
-from ray.util.metrics import Counter, Gauge
+from typing import Any
+
+from ray.util import metrics
 
 from ..control.scaling.values import Decision, Pool, ScalingReason
 
 
 class PolicyGauges:
-    """The metrics of one policy; create them where the policy runs."""
+    """The metrics of one policy; create them where it runs. `make` is as `ray.util.metrics`."""
 
-    def __init__(self) -> None:
-        self._replicas = Gauge(
-            "specprefill_scaling_replicas", "Replicas that the policy asks for", ("pool",)
+    def __init__(self, make: Any = metrics) -> None:
+        def gauge(name: str, description: str, *tags: str) -> Any:
+            return make.Gauge(f"specprefill_scaling_{name}", description=description, tag_keys=tags)
+
+        def counter(name: str, description: str, *tags: str) -> Any:
+            return make.Counter(
+                f"specprefill_scaling_{name}", description=description, tag_keys=tags
+            )
+
+        self._replicas = gauge(
+            "replicas", "Replicas that the policy requests, within its bounds", "pool"
         )
-        self._wanted = Gauge(
-            "specprefill_scaling_wanted", "Replicas that the SLO asks for", ("pool",)
+        self._wanted = gauge("wanted", "Replicas that the SLO needs", "pool")
+        self._reasons = counter("decisions_total", "Decisions by reason", "pool", "reason")
+        self._failures = counter(
+            "failures_total", "Decisions that failed; the pools keep their sizes", "reason"
         )
-        self._reasons = Counter(
-            "specprefill_scaling_decisions_total", "Decisions by reason", ("pool", "reason")
+        self._keep_high = gauge(
+            "keep_high", "Upper bound of the keep rate, as the policy would set it"
         )
-        self._reason = Gauge(
-            "specprefill_scaling_reason",
-            "1 for the reason of the last decision",
-            ("pool", "reason"),
-        )
+        self._reason = gauge("reason", "1 for the reason of the last decision", "pool", "reason")
         self._reason_of: dict[Pool, ScalingReason] = {}
-        self._advisory = Gauge(
-            "specprefill_scaling_advisory", "1: decisions are reported and change nothing"
+        self._advisory = gauge(
+            "advisory", "1: decisions are reported and change nothing (`scaling.advisory`)"
         )
-        self._failures = Counter(
-            "specprefill_scaling_failures_total", "Decisions that failed", ("reason",)
-        )
-        self._keep_high = Gauge("specprefill_scaling_keep_high", "Upper bound of the keep rate")
 
     def record_decision(self, decision: Decision, *, advisory: bool) -> None:
         """Record a decision, with its reasons."""

@@ -25,6 +25,9 @@ class Role(enum.StrEnum):
     DECODE = "kv_consumer"
 
 
+_POOLS = {Role.PREFILL: "prefill", Role.DECODE: "decode"}
+
+
 def engine_args(
     model: MainModel,
     engine: EngineConfig,
@@ -46,6 +49,8 @@ def engine_args(
         kv_transfer_config=transfer,
         worker_cls=f"{_MODULE}.{_worker()}",
     )
+    if args.served_model_name is None:  # the label `model_name` of the engine's metrics
+        args.served_model_name = f"{model.served_name}/{_POOLS[role]}"
     args.logits_processors = [_replay(args), *(args.logits_processors or [])]
     return args
 

@@ -54,6 +54,7 @@ class LeaseGauges:
     expired_total: int
     dropped_total: int  # over the byte cap
     stranded_bytes_total: int  # held by leases that expired, which nobody pulled
+    staged_bytes_total: int = 0  # laid under leases so far
 
 
 class LeaseStore:
@@ -77,6 +78,7 @@ class LeaseStore:
         self._gone: OrderedDict[str, str] = OrderedDict()  # lease id -> why it is gone
         self._bytes_held = 0
         self._stranded_bytes = 0
+        self._staged_bytes = 0
         self._totals = {"opened": 0, "pulled": 0, "released": 0, "expired": 0, "dropped": 0}
 
     def open(self, lease_id: str, secret: str) -> None:
@@ -102,6 +104,7 @@ class LeaseStore:
             lease.frames.append(frame)
             lease.bytes_held += size
             self._bytes_held += size
+            self._staged_bytes += size
             if last:
                 lease.frames_expected = len(lease.frames)
                 lease.complete_s = self._now()
@@ -197,6 +200,7 @@ class LeaseStore:
                 self._bytes_held,
                 **totals,
                 stranded_bytes_total=self._stranded_bytes,
+                staged_bytes_total=self._staged_bytes,
             )
 
     def wait_empty(self, timeout_s: float) -> bool:

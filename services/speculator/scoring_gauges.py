@@ -7,6 +7,7 @@ from typing import Any
 
 from ray.serve import metrics
 
+from ..core.rising import RisingTotal
 from .service import SpeculatorService
 
 _PERIOD_S = 1.0
@@ -14,12 +15,12 @@ _TOTALS = {  # field of `Counts` -> metric and description
     "prompts": ("prompts_total", "Prompts that were scored"),
     "repeats": ("repeated_prompts_total", "Prompts whose scores were remembered"),
     "batches": ("batches_total", "Batches of prompts"),
-    "tokens": ("tokens_total", "Tokens of scored prompts"),
+    "tokens": ("tokens_total", "Tokens of scored prompts, as the draft model counts them"),
     "cached_tokens": ("cached_tokens_total", "Tokens whose keys and values were remembered"),
-    "read_s": ("read_seconds_total", "Reading prompts"),
-    "look_ahead_s": ("look_ahead_seconds_total", "Looking ahead"),
-    "queue_s": ("queue_seconds_total", "Waiting of scored prompts"),
-    "timeouts": ("timeouts_total", "Prompts that were given up"),
+    "read_s": ("read_seconds_total", "Seconds spent reading prompts"),
+    "look_ahead_s": ("look_ahead_seconds_total", "Seconds spent on look-ahead"),
+    "queue_s": ("queue_seconds_total", "Seconds that scored prompts waited"),
+    "timeouts": ("timeouts_total", "Prompts that were not scored in time"),
     "shed": ("shed_total", "Prompts that found the queue full"),
     "failures": ("failures_total", "Batches that failed"),
 }
@@ -33,11 +34,25 @@ class SpeculatorGauges:
             return make.Gauge(f"specprefill_speculator_{name}", description=description)
 
         self._service = service
-        self._queued = gauge("queued", "Prompts that wait")
+        self._queued = gauge("queued", "Prompts in the queue")
         self._scoring = gauge("scoring", "Prompts of the batch that is being scored")
-        self._self_test = gauge("self_test", "Share of generated facts that the draft model keeps")
+        self._remembered = gauge(
+            "remembered_bytes", "Keys and values of earlier prompts that are remembered"
+        )
+        self._memory = gauge(
+            "memory_bytes", "Room for keys and values: `speculator.kv_memory_bytes`"
+        )
+        self._self_test = gauge(
+            "self_test",
+            "Share of generated facts that the draft keeps; below 0.6 it prunes only on request",
+        )
         self._facts_kept: float | None = None
-        self._totals = {field: gauge(*named) for field, named in _TOTALS.items()}
+        self._totals = {
+            field: RisingTotal(
+                make.Counter(f"specprefill_speculator_{name}", description=description)
+            )
+            for field, (name, description) in _TOTALS.items()
+        }
 
     async def run(self) -> None:
         """Keep the metrics up to date."""
@@ -50,10 +65,12 @@ class SpeculatorGauges:
         self._facts_kept = facts_kept
 
     def update(self) -> None:
-        """Set every gauge to the service's current value."""
+        """Set every metric to the service's current value."""
         if self._facts_kept is not None:  # Ray forgets a gauge that is not set again
             self._self_test.set(self._facts_kept)
         self._queued.set(self._service.queue_length)
         self._scoring.set(self._service.batch_size)
-        for field, gauge in self._totals.items():
-            gauge.set(getattr(self._service.counts, field))
+        self._remembered.set(self._service.remembered_bytes)
+        self._memory.set(self._service.memory_bytes)
+        for field, total in self._totals.items():
+            total.follow(getattr(self._service.counts, field))

@@ -88,6 +88,16 @@ class SpeculatorService:
         return self._scorer.memory_bytes // self._scorer.draft.layout.bytes_per_token
 
     @property
+    def memory_bytes(self) -> int:
+        """Room for keys and values; 0 before `start`."""
+        return 0 if self._scorer is None else self._scorer.memory_bytes
+
+    @property
+    def remembered_bytes(self) -> int:
+        """Bytes of keys and values that are remembered."""
+        return 0 if self._scorer is None else self._scorer.prefix.bytes_held
+
+    @property
     def queue_length(self) -> int:
         """Number of prompts that wait."""
         return len(self._queue)

@@ -8,31 +8,16 @@ from urllib.parse import unquote
 import pytest
 import yaml
 
-from specprefill.autoscaling.gauges import PolicyGauges
 from specprefill.config import AppConfig
 from specprefill.control.scaling.values import ScalingReason
 from specprefill.core.types import Reason
 from specprefill.deployment import file as deployment_file
-from specprefill.gateway.observe.key_usage import KeyUsage
-from specprefill.gateway.observe.metrics import PipelineMetrics
-from specprefill.gateway.observe.shadowing import ShadowMetrics
-from specprefill.prefill.kv_gauges import KvGauges
-from specprefill.speculator.scoring_gauges import SpeculatorGauges
 
 FENCE = re.compile(r"^( *)```([\w-]*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 CODE_SPAN = re.compile(r"`[^`\n]*`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ +(.+?) *#*$", re.MULTILINE)
-METRICS_IMPORT = re.compile(r"from ray\.serve import metrics|from ray\.util\.metrics import")
-METRIC_MAKERS = {
-    "autoscaling/gauges.py": PolicyGauges,
-    "gateway/observe/key_usage.py": KeyUsage,
-    "gateway/observe/metrics.py": PipelineMetrics,
-    "gateway/observe/shadowing.py": ShadowMetrics,
-    "prefill/kv_gauges.py": lambda: KvGauges(service=None),
-    "speculator/scoring_gauges.py": lambda: SpeculatorGauges(service=None),
-}
-ADDED_BY_THE_SCRAPE = "specprefill_metrics_nodes"
+METRICS_IMPORT = re.compile(r"from ray\.serve import metrics|from ray\.util import metrics")
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +26,25 @@ def pages(root):
     return {path: path.read_text() for path in files + sorted((root / "docs").glob("*.md"))}
 
 
+def script(root, name):
+    """A script of `.ci`, as a module."""
+    spec = importlib.util.spec_from_file_location(name, root / ".ci" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="module")
 def reference(root):
-    path = root / ".ci" / "config_reference.py"
-    spec = importlib.util.spec_from_file_location("config_reference", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["config_reference"] = module
-    spec.loader.exec_module(module)
-    yield module
+    yield script(root, "config_reference")
     del sys.modules["config_reference"]
+
+
+@pytest.fixture(scope="module")
+def metrics(root):
+    yield script(root, "metrics_reference")
+    del sys.modules["metrics_reference"]
 
 
 def prose(text):
@@ -156,28 +151,30 @@ def test_every_key_of_args_has_a_meaning(reference):
     assert set(reference.MEANINGS) <= without_comment, "the field's comment is its meaning"
 
 
-@pytest.fixture
-def metric_names(monkeypatch):
-    """The names of all metrics that are made while a test runs."""
-    made = set()
-    from ray.util.metrics import Metric
-
-    original = Metric.__init__
-
-    def record(self, name, *args, **kwargs):
-        made.add(name)
-        original(self, name, *args, **kwargs)
-
-    monkeypatch.setattr(Metric, "__init__", record)
-    return made
+def test_the_metrics_page_is_up_to_date(metrics):
+    assert metrics.PAGE.read_text() == metrics.page(), "run `make docs-metrics`"
 
 
-def test_the_metrics_page_names_every_metric(root, metric_names):
-    for make in METRIC_MAKERS.values():
-        make()
-    page = (root / "docs" / "metrics.md").read_text()
-    named = set(re.findall(r"`(?:ray_)?(specprefill_[a-z0-9_]+)`", page))
-    assert named == metric_names | {ADDED_BY_THE_SCRAPE}
+def test_every_metric_is_named_by_its_kind_and_explained(metrics):
+    made = [metric for group in metrics.GROUPS for metric in group.metrics()]
+    assert len({metric.name for metric in made}) == len(made)
+    for metric in made:
+        assert metric.name.endswith("_total") == (metric.kind == "counter"), metric
+        assert len(metric.meaning.split()) > 2, metric
+
+
+def test_every_condition_names_a_metric_of_its_group(metrics):
+    for group in metrics.GROUPS:
+        names = {each.name.removeprefix("ray_specprefill_") for each in group.metrics()}
+        assert group.conditions.keys() <= names
+
+
+@pytest.mark.parametrize("name", ["metrics.md", "observability.md", "security.md", "scaling.md"])
+def test_pages_name_no_metric_that_is_not_there(root, metrics, name):
+    made = {metric.name for group in metrics.GROUPS for metric in group.metrics()}
+    page = (root / "docs" / name).read_text()
+    named = set(re.findall(r"`((?:ray_)?specprefill_[a-z0-9_]+)`", page))
+    assert named <= made | {metrics.NODES}
 
 
 @pytest.mark.parametrize(("name", "reasons"), [("api.md", Reason), ("metrics.md", ScalingReason)])
@@ -186,11 +183,11 @@ def test_every_reason_is_explained(root, name, reasons):
     assert [each for each in reasons if f"`{each.value}`" not in page] == []
 
 
-def test_every_module_that_makes_metrics_is_known_here(root):
+def test_every_module_that_makes_metrics_is_on_the_page(root, metrics):
     services = root / "services"
     found = {
         str(path.relative_to(services))
         for path in services.rglob("*.py")
-        if METRICS_IMPORT.search(path.read_text()) and "specprefill_" in path.read_text()
+        if METRICS_IMPORT.search(path.read_text()) and "make: Any = metrics" in path.read_text()
     }
-    assert found == set(METRIC_MAKERS)
+    assert found == {group.module for group in metrics.GROUPS}

@@ -15,6 +15,7 @@ from ...control.gate import AdmittingPipeline, Gate, GatewayShare
 from ...control.stages import StageModels
 from ...core.pipeline import Pipeline
 from ...core.ports import Answerer
+from ...core.request_spans import Tracer
 from ..pools.health import GATEWAY, PREFILL, SPECULATOR, PoolCounts
 
 logger = logging.getLogger(__name__)
@@ -45,19 +46,17 @@ class EngineCounts:
         self._known = GatewayShare(counts[SPECULATOR], counts[PREFILL], counts[GATEWAY])
 
 
-def behind_gate(
-    pipeline: Pipeline, config: GatewayConfig, models: StageModels, count: PoolCounts
-) -> Answerer:
-    """Return the pipeline, behind a gate if the configuration has one."""
+def gate_of(config: GatewayConfig, models: StageModels, count: PoolCounts) -> Gate | None:
+    """Return the configured gate; None without admission control."""
     admission = config.admission
     if admission is None or admission.ttft_s is None:
-        return pipeline
+        return None
     policy = AdmissionPolicy(
         admission.ttft_s,
         max_waiting=admission.max_waiting,
         max_waiting_per_key=admission.max_waiting_per_key,
     )
-    gate = Gate(
+    return Gate(
         policy,
         keep_floor=admission.keep_floor,
         per_engine=admission.per_engine,
@@ -66,4 +65,8 @@ def behind_gate(
         engines=EngineCounts(count),
         now=time.monotonic,
     )
-    return AdmittingPipeline(pipeline, gate)
+
+
+def behind_gate(pipeline: Pipeline, gate: Gate | None, tracer: Tracer) -> Answerer:
+    """Return the pipeline, behind the gate if there is one."""
+    return pipeline if gate is None else AdmittingPipeline(pipeline, gate, tracer)

@@ -1,17 +1,19 @@
-"""Counts tokens by API key, as a Serve metric (`ray_specprefill_key_tokens`)."""
+"""Counts tokens by API key, as a Serve metric (`ray_specprefill_key_tokens_total`)."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from ray.serve import metrics
 
 
 class KeyUsage:
-    """Tokens by the name of the key. The names are the configuration's, so they are few."""
+    """Tokens by the name of the key: names are the configuration's, so they are few."""
 
-    def __init__(self) -> None:
-        self._tokens = metrics.Counter(
-            "specprefill_key_tokens",
-            description="Tokens of finished requests by the name of their API key",
+    def __init__(self, make: Any = metrics) -> None:
+        self._tokens = make.Counter(
+            "specprefill_key_tokens_total",
+            description="Tokens of finished requests by their API key; kinds: `prompt`, `output`",
             tag_keys=("key", "kind"),
         )
 

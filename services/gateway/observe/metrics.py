@@ -10,7 +10,7 @@ from typing import Any
 from ray.serve import metrics
 
 from ...core.errors import Overloaded
-from ...core.types import Report, Request
+from ...core.types import Chunk, Report, Request
 from .watched import Ending, RequestObserver
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)
@@ -32,28 +32,48 @@ class PipelineMetrics:
             )
 
         self._requests = counter(
-            "requests_total", "Requests by how they ended", "outcome", "plan", "reason"
+            "requests_total",
+            "Requests by their end: `answered`, `client_closed`, or the error's name",
+            "outcome",
+            "plan",
+            "reason",
         )
         self._prompt_tokens = counter("prompt_tokens_total", "Prompt tokens that callers sent")
         self._kept_tokens = counter("kept_tokens_total", "Prompt tokens that were kept")
+        self._saved_tokens = counter(
+            "saved_tokens_total", "Prompt tokens of answered requests that were not kept"
+        )
         self._modes = counter(
-            "prompts_total", "Prompts by the form in which the main model got them", "mode"
+            "prompts_total",
+            "Prompts by the form in which the main model got them: `positions`, `text`, `dense`",
+            "mode",
+        )
+        self._output_tokens = counter("output_tokens_total", "Tokens of answers, sent to clients")
+        self._prefilled = counter(
+            "prefilled_total", "Prompts by the pool that computed them: `prefill`, `decode`", "pool"
         )
         self._recomputed = counter(
-            "recomputed_total", "Requests whose KV was computed again by decode"
+            "recomputed_total", "Requests whose KV the decode engine computed again"
         )
-        self._prefilled = counter(
-            "prefilled_total", "Prompts by the pool that computed them", "pool"
+        self._shed = counter(
+            "shed_total", "Requests refused under load; [reasons](api.md#errors)", "reason"
         )
-        self._shed = counter("shed_total", "Requests refused under load", "reason")
         self._ttft = histogram(
-            "time_to_first_token_seconds", "Until the first token", _SECONDS, "plan"
+            "time_to_first_token_seconds",
+            "Until the first token left the pipeline, of answered requests",
+            _SECONDS,
+            "plan",
         )
-        self._stage = histogram("stage_seconds", "Time in a stage", _SECONDS, "stage")
+        self._stage = histogram(
+            "stage_seconds",
+            "Time in a stage: `queue`, `speculate`, `prefill`, `transfer`, `first_decode`",
+            _SECONDS,
+            "stage",
+        )
         self._keep_rate = histogram("keep_rate", "Kept share of pruned prompts", _RATES)
         self._ttft_foreseen = histogram(
             "time_to_first_token_ratio",
-            "Time to first token over what the plan was decided on",
+            "Measured over expected time to first token; far from 1, the stage models are wrong",
             _RATIOS,
             "plan",
         )
@@ -62,15 +82,19 @@ class PipelineMetrics:
         """Count a request that was refused under load."""
         self._shed.inc(1, {"reason": reason})
 
-    def count_request(self, request: Request, outcome: str, report: Report | None) -> None:
+    def count_request(
+        self, request: Request, outcome: str, report: Report | None, output_tokens: int = 0
+    ) -> None:
         """Count a request; `report` None: it has no answer."""
-        self._prompt_tokens.inc(max(1, len(request.prompt)))
+        _add(self._prompt_tokens, len(request.prompt))
+        _add(self._output_tokens, output_tokens)
         if report is None:
             self._requests.inc(1, {"outcome": outcome, "plan": "", "reason": ""})
             return
         plan, reason = report.plan.value, report.reason.value
         self._requests.inc(1, {"outcome": outcome, "plan": plan, "reason": reason})
-        self._kept_tokens.inc(report.kept_tokens)
+        _add(self._kept_tokens, report.kept_tokens)
+        _add(self._saved_tokens, report.prompt_tokens - report.kept_tokens)
         self._modes.inc(1, {"mode": report.mode.value})
         if report.recomputed:
             self._recomputed.inc(1)
@@ -109,14 +133,26 @@ class _RequestMetrics(RequestObserver):
     def __init__(self, request: Request, metrics: PipelineMetrics) -> None:
         self._request = request
         self._metrics = metrics
+        self._output_tokens = 0
+
+    def on_chunk(self, chunk: Chunk) -> None:
+        self._output_tokens += len(chunk.token_ids)
 
     def on_end(self, ending: Ending) -> None:
         if isinstance(ending.error, Overloaded):
             self._metrics.count_shed(ending.error.reason)
-        self._metrics.count_request(self._request, _outcome(ending), ending.report)
+        self._metrics.count_request(
+            self._request, _outcome(ending), ending.report, self._output_tokens
+        )
 
 
 def _outcome(ending: Ending) -> str:
     if ending.report is not None or ending.is_exhausted:
         return ENDED
     return CLOSED if ending.error is None else type(ending.error).__name__
+
+
+def _add(counter: Any, value: int) -> None:
+    """Add to a counter, which takes no zero."""
+    if value > 0:
+        counter.inc(value)

@@ -51,8 +51,7 @@ class ShadowMetrics:
         )
         self._logprob_gap = histogram(
             "logprob_gap_nats",
-            "At the first difference: log-probability of the dense token less that of the pruned "
-            "one",
+            "At the first difference, how strongly the dense model prefers its own token",
             _NATS,
         )
 
