@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from math import ceil, exp, inf
@@ -18,6 +18,7 @@ from math import ceil, exp, inf
 from ..core.errors import DeadlineExceeded, Overloaded
 from ..core.pipeline import Pipeline
 from ..core.plan import plan_of
+from ..core.request_spans import NoTracer, Tracer
 from ..core.types import Chunk, Plan, PlanKind, Reason, Request, Selection
 from .admission import (
     MIN_RETRY_AFTER_S,
@@ -337,13 +338,17 @@ class Gate:
 class AdmittingPipeline:
     """A pipeline behind a gate. The wait for a slot counts in the report."""
 
-    def __init__(self, pipeline: Pipeline, gate: Gate) -> None:
+    def __init__(self, pipeline: Pipeline, gate: Gate, tracer: Tracer | None = None) -> None:
         self._pipeline = pipeline
         self._gate = gate
+        self._tracer = NoTracer() if tracer is None else tracer
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
         """See Pipeline.generate. Raises Overloaded at once, when the request is shed."""
-        async with self._gate.admit(request, plan_of(request)) as admitted:
+        async with AsyncExitStack() as held:
+            with self._tracer.start_within("admission", request.trace):
+                gate = self._gate.admit(request, plan_of(request))
+                admitted = await held.enter_async_context(gate)
             left_s = max(0.0, request.timeout_s - admitted.waited_s)
             bounded = replace(request, plan=admitted.plan, timeout_s=left_s)
             async with aclosing(self._pipeline.generate(bounded)) as chunks:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from .request_spans import TraceContext
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Span:
@@ -138,6 +140,7 @@ class Request:
     priority: int = 0
     key: str | None = None  # the owner of the fair share that it uses; None: a share of its own
     wants_scores: bool = False  # the selection is to carry the scores behind it
+    trace: TraceContext | None = None  # the span that its spans belong to; None: not traced
 
 
 @dataclass(frozen=True, slots=True)

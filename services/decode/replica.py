@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import cast
+from typing import Any, cast
 
 from ray.util import get_node_ip_address
 
 from ..config import AppConfig
 from ..core import heap
-from ..core.replica_logging import log_with_serve
-from ..core.types import Replay, Request, Selection, Ticket
+from ..core.replica_logging import log_call, log_with_serve
+from ..core.types import DecodeStep, Replay, Request, Selection, Ticket
 from ..core.wire import pack, unpack
 from ..engine.args import Role, engine_args
 from ..engine.engine import Engine
@@ -20,8 +22,11 @@ from ..engine.ray_metrics import ray_stat_loggers
 from ..engine.support import hands_over
 from ..kv.nixl.agent import require
 from ..kv.tls import watch_tls
+from ..tracing.environment import tracer_for
 from .object_reader import KvReference, ObjectTickets
+from .pull_metrics import PullMetrics
 from .service import DecodeService
+from .stream_gauge import StreamGauge
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +38,7 @@ class DecodeReplica:
     """Serve awaits the constructor, checks the health, and calls `__del__` after draining."""
 
     async def __init__(self, config_json: str) -> None:  # type: ignore[misc]
-        log_with_serve()
+        log = log_with_serve()
         config = AppConfig.model_validate_json(config_json)
         require(config.kv.carrier)
         tls = watch_tls(config.kv.tls)
@@ -48,14 +53,19 @@ class DecodeReplica:
         engine = Engine(
             args, cpu_threads=config.decode.cpu_threads, stat_loggers=ray_stat_loggers()
         )
-        self._service = DecodeService(engine)
+        tracer = tracer_for("decode", os.environ)
+        self._service = DecodeService(engine, tracer, PullMetrics().record)
         await self._service.start()
+        log.reopen()
         logger.info("kv carrier: %s", await self._service.carrier())
         host = get_node_ip_address() if config.kv.host is None else config.kv.host
         self._tickets = ObjectTickets(host, tls)
+        self._streams = StreamGauge()
+        self._gauge = asyncio.create_task(self._streams.run())
         heap.freeze()
 
     async def __del__(self) -> None:
+        self._gauge.cancel()
         self._tickets.close()
         await self._service.close()
 
@@ -65,12 +75,25 @@ class DecodeReplica:
         `objects` hold the ticket's KV, one per rank, if Ray carries it.
         """
         request, selection, ticket, replay, timeout_s = unpack(payload, _KIND)
-        async with self._tickets.make_local(ticket, objects) as local:
-            steps = self._service.decode(request, selection, local, replay, timeout_s)
-            async with aclosing(steps) as stream:
-                async for step in stream:
-                    yield pack(step)
+        with self._streams.track(), log_call(logger, "decode", request.request_id) as pairs:
+            pairs |= {"output_tokens": 0, "open_samples": request.samples}
+            async with self._tickets.make_local(ticket, objects) as local:
+                steps = self._service.decode(request, selection, local, replay, timeout_s)
+                async with aclosing(steps) as stream:
+                    async for step in stream:
+                        _count_step(pairs, step)
+                        yield pack(step)
 
     async def check_health(self) -> None:
         """Raise Unavailable when the engine process is dead."""
         await self._service.check_health()
+
+
+def _count_step(pairs: dict[str, Any], step: DecodeStep) -> None:
+    """Add a step to the request's log line."""
+    pairs["output_tokens"] += len(step.chunk.token_ids)
+    pairs["open_samples"] -= step.chunk.is_finished
+    if pairs["open_samples"] == 0:
+        pairs["outcome"] = "finished"
+    if step.transfer_s is not None:
+        pairs |= {"transfer_s": step.transfer_s, "recomputed": step.recomputed}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Self
@@ -13,6 +13,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from ..core.errors import DeadlineExceeded, DecodeUnavailable
+from ..core.request_spans import Attributes, NoTracer, SpanKind, SpanPart, Tracer, consecutive_parts
 from ..core.types import Carrier, DecodeStep, LocalPrefillTimes, Replay, Request, Selection, Ticket
 from ..engine.engine import Engine, map_engine_errors
 from ..engine.half_characters import Leak, leak_of
@@ -36,8 +37,16 @@ from ..engine.params import (
 class DecodeService:
     """Owns one engine."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tracer: Tracer | None = None,
+        on_pull: Callable[[PullOutcome], None] | None = None,
+    ) -> None:
+        """`on_pull` is called with the outcome of each pull."""
         self._engine = engine
+        self._on_pull = on_pull
+        self._tracer = NoTracer() if tracer is None else tracer
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -91,6 +100,10 @@ class DecodeService:
                 reader.cancel()
             await asyncio.gather(*readers, return_exceptions=True)
 
+    def _record_pull(self, pull: PullOutcome | None) -> None:
+        if pull is not None and self._on_pull is not None:
+            self._on_pull(pull)
+
     async def _sample(
         self, request: Request, selection: Selection, params: SamplingParams, index: int
     ) -> AsyncGenerator[DecodeStep]:
@@ -100,14 +113,25 @@ class DecodeService:
         first_s: float | None = None
         computes = KV_TRANSFER not in params.extra_args
         leak = leak_of(prompt, params, self._engine.tokenizer)
-        with map_engine_errors(DecodeUnavailable):
-            outputs = self._engine.generate(prompt, params, request_id, request.priority)
+        with (
+            self._tracer.start_within("decode.run", request.trace, SpanKind.SERVER) as span,
+            map_engine_errors(DecodeUnavailable),
+        ):
+            outputs = self._engine.generate(
+                prompt, params, request_id, request.priority, span.context
+            )
             async with aclosing(outputs) as stream:
                 async for output in stream:
                     first_s = time.monotonic() - started_s if first_s is None else first_s
                     lost = DecodeUnavailable("decode: the engine ended the request")
                     check_ended_well(params, output.outputs[0].finish_reason, lost)
                     step = _decoded_step(output, index, first_s, leak)
+                    if step.chunk.is_finished:
+                        pull = pulled_in(output.kv_transfer_params)
+                        self._record_pull(pull)
+                        for stage in _stages(pull, output, started_s, started_s + first_s):
+                            span.record(*stage)
+                        span.end()
                     is_last = computes and step.chunk.is_finished
                     yield _computed_step(step, output) if is_last else step
 
@@ -158,6 +182,22 @@ def _decoded_step(output: RequestOutput, index: int, first_s: float, leak: Leak)
         first_decode_s=max(0.0, first_s - pull.pull_s),
         recomputed=pull.recomputed,
     )
+
+
+def _stages(
+    pull: PullOutcome | None, output: RequestOutput, started_s: float, first_token_s: float
+) -> list[tuple[SpanPart, Attributes]]:
+    """Return what the engine did until its first token: the pull, or the prompt's prefill."""
+    if pull is None:
+        queue_s, prefill_s = prefill_times(output)
+        own = ("decode.queue", queue_s), ("decode.prefill", prefill_s)
+        return [(stage, {}) for stage in consecutive_parts(started_s, *own)]
+    pulled_s = pull.started_s + pull.pull_s
+    outcome = {"specprefill.exposed_s": pull.exposed_s, "specprefill.recomputed": pull.recomputed}
+    return [
+        (SpanPart("kv.pull", pull.started_s, pulled_s), outcome),
+        (SpanPart("decode.first_token", pulled_s, first_token_s), {}),
+    ]
 
 
 def _computed_step(step: DecodeStep, output: RequestOutput) -> DecodeStep:

@@ -19,6 +19,7 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerFactory
 
 from ..core.errors import InvalidRequest, Unavailable
+from ..core.request_spans import TraceContext
 from ..core.types import Carrier
 from .args import is_ours, vllm_config
 from .failed_start import engine_errors_shown
@@ -118,20 +119,35 @@ class Engine:
         return Carrier.NIXL if set(carriers) == {Carrier.NIXL} else Carrier.GRPC
 
     async def generate(
-        self, prompt: list[int], params: SamplingParams, request_id: str, priority: int = 0
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        request_id: str,
+        priority: int = 0,
+        trace: TraceContext | None = None,
     ) -> AsyncGenerator[RequestOutput]:
         """Stream the engine's outputs. Closing the iterator aborts the request.
 
+        `trace` is the parent of vLLM's own span, where `otlp_traces_endpoint` is set.
         Raises InvalidRequest for sparse positions where the model has none to keep.
         """
         if POSITIONS in (params.extra_args or {}) and not self._keeps_positions:
             raise InvalidRequest("positions: the engine's model has none to keep")
         outputs = self._running().generate(
-            {"prompt_token_ids": prompt}, params, request_id, priority=priority
+            {"prompt_token_ids": prompt},
+            params,
+            request_id,
+            priority=priority,
+            trace_headers=self._trace_headers(trace),
         )
         async with aclosing(outputs) as stream:
             async for output in stream:
                 yield output
+
+    def _trace_headers(self, trace: TraceContext | None) -> dict[str, str] | None:
+        if trace is None or self._args.otlp_traces_endpoint is None:
+            return None
+        return {"traceparent": trace.traceparent, "tracestate": trace.tracestate}
 
     def _running(self) -> AsyncLLM:
         if self._llm is None:

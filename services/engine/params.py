@@ -51,6 +51,7 @@ class PullOutcome:
     pull_s: float
     exposed_s: float  # of which after the KV was complete at the peer
     recomputed: bool  # it failed: the engine computed the prompt
+    started_s: float = 0.0  # `time.monotonic()` of the engine's node
 
 
 def position_args(selection: Selection) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import AsyncGenerator
@@ -41,16 +42,20 @@ from ..engine.support import support_elsewhere
 from ..kv.rpc import KvPeers
 from ..kv.tls import watch_tls
 from ..rpc import specprefill_pb2 as pb
+from ..tracing.environment import tracer_for
 from .grpc.api import GrpcApi
 from .grpc.failed_calls import log_refusals_in_one_line
 from .grpc.health_service import GrpcHealth
 from .grpc.serve_ports import bind_grpc_as_http
 from .observe.calibration import calibration
-from .observe.gate_metrics import behind_gate
+from .observe.gate_metrics import behind_gate, gate_of
 from .observe.key_usage import KeyUsage
+from .observe.latencies import ClientLatencies
+from .observe.load_gauges import LoadGauges
 from .observe.metrics import PipelineMetrics, RequestMetrics
 from .observe.scrape import ServiceMetrics
 from .observe.shadowing import ShadowMetrics, ShadowSampler
+from .observe.traced_pools import TracedPools
 from .observe.traffic import ArrivalCounts, GatewayTraffic
 from .observe.watched import LearningObserver, ObservedPipeline, Observer
 from .openai.access import RequestLimit
@@ -85,6 +90,7 @@ class GatewayReplica:
         counted = PipelineMetrics()
         self._keys = read_keys(self._config.gateway.api_keys, os.environ)
         self._limit = RequestLimit(self._config.gateway.max_concurrent_requests, counted.count_shed)
+        self._tracer = tracer_for(GATEWAY, os.environ)
         context = serve.get_replica_context()
         pools = {
             GATEWAY: context.deployment,
@@ -105,10 +111,11 @@ class GatewayReplica:
         pool = ServeSpeculator(speculator, self._health.count_afresh)
         self._self_test = SelfTestWatch(pool.self_test)
         gain = net_gain(self._config, hands_over=support.hands_over)
+        traced = TracedPools(self._tracer)
         pipeline = Pipeline(
-            speculator=pool,
-            prefiller=ServePrefiller(prefill, self._peers, carried),
-            decoder=ServeDecoder(decode, carried),
+            speculator=traced.speculator(pool),
+            prefiller=traced.prefiller(ServePrefiller(prefill, self._peers, carried)),
+            decoder=traced.decoder(ServeDecoder(decode, carried)),
             patience=patience(self._config.speculator),
             fallback=fallback(self._config),
             on_unscored=gain.learn_unscored,
@@ -118,12 +125,15 @@ class GatewayReplica:
                 cached_tokenizer_from_config(front.model_config), self._config.selection.gap_mark
             ),
         )
-        admitting = behind_gate(pipeline, self._config.gateway, gain.models, self._health.count)
+        gate = gate_of(self._config.gateway, gain.models, self._health.count)
+        admitting = behind_gate(pipeline, gate, self._tracer)
+        load = LoadGauges(lambda: self._limit.held, gate)
+        self._load_gauges = asyncio.create_task(load.run())
         self._traffic, self._models = GatewayTraffic(), gain.models
         self._shadowing: ShadowSampler | None = None
         if self._config.quality.shadow_share > 0:
             self._shadowing = ShadowSampler(pipeline, self._config.quality, ShadowMetrics())
-        live = ObservedPipeline(admitting, self._observers(counted, gain))
+        live = traced.pipeline(ObservedPipeline(admitting, self._observers(counted, gain)))
         usage = KeyUsage().count if self._keys else None
         modes = prompt_modes(self._config.selection, support)
         rules = planner(self._config.selection, gain, self._self_test.is_unfit, modes)
@@ -141,6 +151,7 @@ class GatewayReplica:
             self._health.count,
             max_message_bytes=self._config.gateway.max_body_bytes,
             json_limits=JsonLimits(self._config.gateway.max_request_items),
+            tracer=self._tracer,
         )
         self._grpc_health = GrpcHealth(self._health.count, self._limit)
         heap.freeze()
@@ -150,6 +161,7 @@ class GatewayReplica:
         observers: list[Observer] = [
             ArrivalCounts(self._traffic, policy, time.monotonic),
             RequestMetrics(counted),
+            ClientLatencies(self._config.model.served_name),
             LearningObserver(gain.learn),
         ]
         return observers if self._shadowing is None else [*observers, self._shadowing]
@@ -160,6 +172,7 @@ class GatewayReplica:
             self._limit.drain()
 
     async def __del__(self) -> None:
+        self._load_gauges.cancel()
         if self._shadowing is not None:
             await self._shadowing.close()
         await self._calibration.close()
@@ -176,6 +189,7 @@ class GatewayReplica:
             self._limit,
             ServiceMetrics(ray.nodes).text,
             lambda: self._self_test.facts_kept,
+            self._tracer,
         )
 
     def record_autoscaling_stats(self) -> dict[str, float]:

@@ -15,6 +15,7 @@ class IdlePrefill:
     carrier = Carrier.GRPC
     kv_addresses: tuple[str, ...] = ()
     waiting_for_room = 0
+    max_held_bytes = 0
     _no_steps: tuple[Ticket, ...] = ()
 
     async def start(self) -> None:

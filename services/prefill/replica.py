@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -12,7 +13,7 @@ from ..autoscaling.signals import QUEUE_AGE_S
 from ..autoscaling.waiting import Waiting
 from ..config import AppConfig
 from ..core import heap
-from ..core.replica_logging import log_with_serve
+from ..core.replica_logging import log_call, log_with_serve
 from ..core.types import PrefillResult, Request, Selection
 from ..core.wire import pack, unpack
 from ..engine.args import Role, engine_args
@@ -21,6 +22,7 @@ from ..engine.ray_metrics import ray_stat_loggers
 from ..engine.support import hands_over
 from ..kv.nixl.agent import require
 from ..kv.tls import TlsSource, watch_tls
+from ..tracing.environment import tracer_for
 from .idle import IdlePrefill
 from .kv_gauges import KvGauges
 from .object_writer import KvObjects, KvReference, PendingStore
@@ -33,7 +35,7 @@ class PrefillReplica:
     """Serve awaits the constructor, checks the health, and calls `__del__` after draining."""
 
     async def __init__(self, config_json: str) -> None:  # type: ignore[misc]
-        log_with_serve()
+        log = log_with_serve()
         config = AppConfig.model_validate_json(config_json)
         require(config.kv.carrier)
         tls = watch_tls(config.kv.tls)
@@ -42,6 +44,7 @@ class PrefillReplica:
         self._kv = config.kv
         self._waiting = Waiting(time.monotonic)
         await self._service.start()
+        log.reopen()
         heap.freeze()
         ports = ", ".join(self._service.kv_addresses)
         logger.info("kv carrier: %s; kv ports: %s", self._service.carrier, ports)
@@ -68,11 +71,20 @@ class PrefillReplica:
         """
         del load
         request, selection, timeout_s = unpack(payload, tuple[Request, Selection, float])
-        with self._waiting.track():
+        with (
+            self._waiting.track(),
+            log_call(logger, "prefill", request.request_id) as pairs,
+        ):
+            pairs["kept_tokens"] = selection.kept_tokens
             steps = self._service.steps(request, selection, timeout_s)
             async with aclosing(steps) as stream, self._objects.start_storing() as storing:
                 async for step in stream:
                     if isinstance(step, PrefillResult):
+                        pairs |= {
+                            "outcome": "finished",
+                            "queue_s": step.queue_s,
+                            "prefill_s": step.prefill_s,
+                        }
                         yield pack((None, step)), await self._store_kv(step, storing)
                     elif self._kv.carrier == "object_ref":
                         storing.start(step, self._kv.pull_timeout_s)
@@ -103,4 +115,5 @@ def _service(config: AppConfig, tls: TlsSource | None) -> PrefillService | IdleP
         return IdlePrefill()
     args = engine_args(config.model, config.prefill, config.kv, Role.PREFILL, peer=config.decode)
     engine = Engine(args, cpu_threads=config.prefill.cpu_threads, stat_loggers=ray_stat_loggers())
-    return PrefillService(engine, tls, config.kv.max_held_bytes)
+    tracer = tracer_for("prefill", os.environ)
+    return PrefillService(engine, tls, config.kv.max_held_bytes, tracer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from ..core.errors import DeadlineExceeded, PrefillUnavailable
+from ..core.request_spans import NoTracer, SpanKind, Tracer, consecutive_parts
 from ..core.types import Carrier, Lease, PrefillResult, Request, Selection, Ticket
 from ..engine.engine import Engine, map_engine_errors
 from ..engine.half_characters import Leak, leak_of
@@ -48,10 +50,15 @@ class PrefillService:
     """Owns one engine."""
 
     def __init__(
-        self, engine: Engine, tls: TlsSource | None = None, max_held_bytes: int = 4 << 30
+        self,
+        engine: Engine,
+        tls: TlsSource | None = None,
+        max_held_bytes: int = 4 << 30,
+        tracer: Tracer | None = None,
     ) -> None:
         """`max_held_bytes` is the cap of each of the engine's workers."""
         self._engine = engine
+        self._tracer = NoTracer() if tracer is None else tracer
         self._max_held_bytes = max_held_bytes
         self._room = Room(max_held_bytes, self._held_bytes)
         self._token_bytes = 0  # known once started
@@ -94,6 +101,11 @@ class PrefillService:
             self._watching = None
         await self._peers.close()
         self._engine.close()
+
+    @property
+    def max_held_bytes(self) -> int:
+        """The most bytes that all workers together may hold. Known once started."""
+        return self._max_held_bytes * len(self._kv_addresses)
 
     @property
     def carrier(self) -> Carrier:
@@ -171,6 +183,22 @@ class PrefillService:
         `on_announced` is given the ticket when a pull may start, if that is before the end.
         Raises InvalidRequest, DeadlineExceeded or PrefillUnavailable; then nothing is held.
         """
+        started_s = time.monotonic()
+        with self._tracer.start_within("prefill.run", request.trace, SpanKind.SERVER) as span:
+            inside = replace(request, trace=span.context)
+            prefilled = await self._prefill(inside, selection, timeout_s, on_announced)
+            stages = ("prefill.queue", prefilled.queue_s), ("prefill.compute", prefilled.prefill_s)
+            for stage in consecutive_parts(started_s, *stages):
+                span.record(stage)
+            return prefilled
+
+    async def _prefill(
+        self,
+        request: Request,
+        selection: Selection,
+        timeout_s: float,
+        on_announced: Callable[[Ticket], None] | None,
+    ) -> PrefillResult:
         asked = sampling_params(request.sampling)
         lease = _new_lease(request, asked)
         params = _prefill_params(asked, selection, lease)
@@ -200,7 +228,8 @@ class PrefillService:
         prompt = selection.engine_prompt(request.prompt)
         request_id = f"prefill-{request.request_id}"
         last = None
-        async for output in self._engine.generate(prompt, params, request_id, request.priority):
+        outputs = self._engine.generate(prompt, params, request_id, request.priority, request.trace)
+        async for output in outputs:
             last = output
         lost = PrefillUnavailable("prefill: the engine returned no token")
         if last is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import time
 
 from ..autoscaling.signals import QUEUE_AGE_S
@@ -12,12 +14,16 @@ from ..control.from_config import kv_block_tokens
 from ..core import heap
 from ..core.errors import SpeculatorUnavailable
 from ..core.plan import can_choose, is_asked
-from ..core.replica_logging import log_with_serve
-from ..core.types import Plan, Reason, Request, dense_selection
+from ..core.replica_logging import log_call, log_with_serve
+from ..core.request_spans import SpanKind, consecutive_parts
+from ..core.types import Plan, Reason, Request, Selection, dense_selection
 from ..core.wire import pack, unpack
+from ..tracing.environment import tracer_for
 from .scoring_gauges import SpeculatorGauges
 from .self_test import self_test
 from .service import SpeculatorService
+
+logger = logging.getLogger(__name__)
 
 
 class SpeculatorReplica:
@@ -33,6 +39,7 @@ class SpeculatorReplica:
             kv_block_tokens(config.prefill),
         )
         self._waiting = Waiting(time.monotonic)
+        self._tracer = tracer_for("speculator", os.environ)
         await self._service.start()
         heap.freeze()
         self._gauges = SpeculatorGauges(self._service)
@@ -60,7 +67,28 @@ class SpeculatorReplica:
         if not can_choose(self._facts_kept) and not is_asked(request.controls):
             return pack(dense_selection(len(request.prompt), Reason.SPECULATOR_UNFIT))
         with self._waiting.track():
-            return pack(await self._service.select(request, plan, timeout_s))
+            return pack(await self._select(request, plan, timeout_s))
+
+    async def _select(self, request: Request, plan: Plan, timeout_s: float) -> Selection:
+        """Select, with a span and a log line."""
+        started_s = time.monotonic()
+        with (
+            self._tracer.start_within("speculator.select", request.trace, SpanKind.SERVER) as span,
+            log_call(logger, "speculator", request.request_id) as pairs,
+        ):
+            selection = await self._service.select(request, plan, timeout_s)
+            pairs |= {
+                "kept_tokens": selection.kept_tokens,
+                "queue_s": selection.queue_s,
+                "speculate_s": selection.speculate_s,
+            }
+            stages = (
+                ("speculator.queue", selection.queue_s),
+                ("speculator.score", selection.speculate_s),
+            )
+            for stage in consecutive_parts(started_s, *stages):
+                span.record(stage)
+            return selection
 
     async def self_test(self) -> float | None:
         """Return the share of generated facts that the draft keeps; None: not known."""

@@ -23,7 +23,10 @@ from specprefill.deployment.file import load, with_ports
 from specprefill.deployment.front import FILE_VARIABLE
 from specprefill.deployment.local_ray import ServeApi, Snapshot, free_port, set_auth_mode
 
+from .collector import Collector
+
 START_TIMEOUT_S = 300.0
+EXPORT_S = 2.0  # how often Ray exports metrics; ten seconds unless it is set
 STOP_TIMEOUT_S = 90.0
 SPECULATOR_TIMEOUT_S = 5.0  # longer than a dead replica is taken for a living one
 BIN = Path(sys.executable).parent
@@ -82,6 +85,12 @@ class App:
         }
         return "".join(Path(path).read_text() for path in sorted(paths))
 
+    def session_logs(self) -> Path:
+        """The folder of the Ray session's logs."""
+        files = psutil.Process(self.replica_pids("Speculator")[0]).open_files()
+        (path,) = {Path(file.path) for file in files if Path(file.path).name.startswith("replica_")}
+        return path.parent.parent
+
     def replica_pids(self, deployment: str) -> list[int]:
         """The processes of one pool."""
         return self.api.replica_pids(deployment)
@@ -97,20 +106,41 @@ def command(argv, *, code=0) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="package")
-def app(root, tmp_path_factory):
+def collector():
+    """What the application exports its traces to."""
+    with Collector() as collector:
+        yield collector
+
+
+def tracing(collector: Collector) -> dict[str, str]:
+    """OpenTelemetry's variables: only what a caller samples is traced, and exported soon."""
+    return {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.port}",
+        "OTEL_TRACES_SAMPLER": "parentbased_always_off",
+        "OTEL_BSP_SCHEDULE_DELAY": "200",
+    }
+
+
+@pytest.fixture(scope="package")
+def app(root, tmp_path_factory, collector):
     """`specprefill serve` of the shipped file on free ports; stopped by SIGTERM at the end."""
     set_auth_mode()
     file = tmp_path_factory.mktemp("e2e") / "local.yaml"
     http_port, grpc_port = free_port(), free_port()
     raw = with_ports(load(root / "cluster" / "local.yaml").raw, http_port, grpc_port)
     raw["applications"][0]["args"]["speculator"]["timeout_s"] = SPECULATOR_TIMEOUT_S
+    raw["applications"][0]["runtime_env"]["env_vars"] |= tracing(collector)
     file.write_text(yaml.safe_dump(raw))
     server = subprocess.Popen(
         [BIN / "specprefill", "serve", file, "--timeout", str(START_TIMEOUT_S)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        env={
+            **os.environ,
+            "PYTHONUNBUFFERED": "1",
+            "RAY_metrics_report_interval_ms": str(int(1000 * EXPORT_S)),
+        },
     )
     try:
         dashboard_url = _dashboard_url(server)

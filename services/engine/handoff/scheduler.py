@@ -104,7 +104,8 @@ class SchedulerHalf:
         record = self._consumed.pop(request.request_id, None)
         if record is None or record.pull_s is None:
             return None
-        return pulled(PullOutcome(record.pull_s, record.exposed_s, record.failed))
+        outcome = PullOutcome(record.pull_s, record.exposed_s, record.failed, record.started_s)
+        return pulled(outcome)
 
     def _hand_over(self, request: Request, lease: Lease) -> dict[str, Any] | None:
         """Return a ticket if the prompt was computed to its end and the answer goes on."""

@@ -14,12 +14,21 @@ import grpc
 from vllm.inputs import EngineInput, tokens_input
 
 from ...core.errors import InvalidRequest, SpecPrefillError, Unauthenticated, UnknownModel
+from ...core.request_spans import NoTracer, SpanKind, TraceContext, Tracer
 from ...core.types import Request
 from ...rpc import specprefill_pb2 as pb
 from ..openai.access import RequestLimit
 from ..openai.client import PipelineClient
 from ..openai.context import RequestContext, fair_key, function_names
 from ..openai.controls import shorten
+from ..openai.correlation import (
+    MAX_ID,
+    REQUEST_ID_HEADER,
+    TRACEPARENT,
+    TRACESTATE,
+    is_request_id,
+    trace_parent,
+)
 from ..openai.explaining import SelectionExplainer
 from ..openai.failures import RpcFailed, rpc_failure
 from ..openai.keys import KeyRing
@@ -41,6 +50,8 @@ from .serving import Unparsable
 
 logger = logging.getLogger(__name__)
 
+_SERVICE = "specprefill.v1.SpecPrefill"
+
 
 class CallContext(Protocol):
     """The used part of a gRPC servicer context: Serve's context offers it, too."""
@@ -50,6 +61,8 @@ class CallContext(Protocol):
     def set_code(self, code: grpc.StatusCode) -> None: ...
 
     def set_details(self, details: str) -> None: ...
+
+    def set_trailing_metadata(self, trailing_metadata: list[tuple[str, str]]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +89,7 @@ class GrpcApi:
         *,
         max_message_bytes: int,
         json_limits: JsonLimits,
+        tracer: Tracer | None = None,
     ) -> None:
         self._client = client
         self._explainer = explainer
@@ -85,13 +99,14 @@ class GrpcApi:
         self._count = count
         self._max_message_bytes = max_message_bytes
         self._json_limits = json_limits
+        self._tracer = NoTracer() if tracer is None else tracer
 
     async def generate(
         self, message: pb.GenerateRequest, context: CallContext
     ) -> pb.GenerateResponse:
         """Answer in one message."""
-        with self._guard_call(context):
-            request = await self._request(message, context)
+        with self._guard_call(context, "Generate") as call:
+            request = await self._request(message, call)
             answer = AnswerBuilder(len(request.prompt), request.samples)
             async with aclosing(self._client.chunks(request)) as chunks:
                 async for chunk in chunks:
@@ -102,8 +117,8 @@ class GrpcApi:
         self, message: pb.GenerateRequest, context: CallContext
     ) -> AsyncGenerator[pb.GenerateChunk, None]:
         """Answer as it is generated; the last message carries usage and report."""
-        with self._guard_call(context):
-            request = await self._request(message, context)
+        with self._guard_call(context, "GenerateStream") as call:
+            request = await self._request(message, call)
             answer = AnswerBuilder(len(request.prompt), request.samples)
             async with aclosing(self._client.chunks(request)) as chunks:
                 async for chunk in chunks:
@@ -116,8 +131,8 @@ class GrpcApi:
 
     async def score(self, message: pb.ScoreRequest, context: CallContext) -> pb.ScoreResponse:
         """Return the prompt tokens that would be kept, and why where the caller asks."""
-        with self._guard_call(context):
-            prepared = await self._prepare(message, context)
+        with self._guard_call(context, "Score") as call:
+            prepared = await self._prepare(message, call)
             if not message.explain:
                 return score_message(await self._client.select(prepared.request))
             explained = await self._explainer.select(
@@ -135,11 +150,11 @@ class GrpcApi:
         pools = [pb.PoolHealth(name=n, healthy_replicas=r) for n, r in health.pools.items()]
         return pb.HealthResponse(serving=health.serving, reason=health.reason, pools=pools)
 
-    async def _request(self, message: pb.GenerateRequest, call: CallContext) -> Request:
+    async def _request(self, message: pb.GenerateRequest, call: _Call) -> Request:
         return (await self._prepare(message, call)).request
 
     async def _prepare(
-        self, message: pb.GenerateRequest | pb.ScoreRequest, call: CallContext
+        self, message: pb.GenerateRequest | pb.ScoreRequest, call: _Call
     ) -> _Prepared:
         self._check_message(message)
         if message.HasField("model") and message.model != self._model_name:
@@ -151,7 +166,9 @@ class GrpcApi:
             controls=prune_controls(message.prune),
             controls_prefix="prune.",
             timeout_s=timeout_s(message),
-            key=self._key_name(call) or fair_key(_metadata(call).get("authorization")),
+            key=self._keys.name_of(call.metadata) or fair_key(call.metadata.get("authorization")),
+            request_id=call.request_id,
+            trace=call.trace,
         )
         started_s = time.perf_counter()
         prompt = await self._prompt(message, context)
@@ -160,7 +177,7 @@ class GrpcApi:
             sampling, self._client.model_config.get_diff_sampling_param(), self._json_limits
         )
         request = await self._client.prepare(
-            prompt, params, f"grpc-{uuid.uuid4().hex[:16]}", context, priority
+            prompt, params, f"grpc-{call.request_id}", context, priority
         )
         return _Prepared(request, prompt, context, tokenize_s)
 
@@ -187,21 +204,52 @@ class GrpcApi:
         return await self._client.render_chat(context.messages, listed)
 
     @contextmanager
-    def _guard_call(self, context: CallContext) -> Iterator[None]:
-        """Authenticate, hold a slot, and turn failures into the call's status."""
+    def _guard_call(self, context: CallContext, method: str) -> Iterator[_Call]:
+        """Authenticate, hold a slot, record a span, and turn failures into the call's status."""
+        metadata = _metadata(context)
+        parent = trace_parent(metadata.get(TRACEPARENT), metadata.get(TRACESTATE))
         try:
-            if self._keys and self._key_name(context) is None:
+            if self._keys and self._keys.name_of(metadata) is None:
                 raise Unauthenticated
-            with self._limit.slot():
-                yield
+            name = f"{_SERVICE}/{method}"
+            with self._limit.slot(), self._tracer.start(name, parent, SpanKind.SERVER) as span:
+                span.annotate({"rpc.system": "grpc", "rpc.service": _SERVICE, "rpc.method": method})
+                call = _Call(metadata, _request_id(metadata), span.context)
+                context.set_trailing_metadata(list(call.trailing_metadata()))
+                yield call
         except SpecPrefillError as error:
             raise _set_status(context, rpc_failure(error)) from error
         except Exception as error:  # the edge: an unexpected error becomes INTERNAL
             logger.exception("gRPC call failed")
             raise _set_status(context, rpc_failure(SpecPrefillError())) from error
 
-    def _key_name(self, context: CallContext) -> str | None:
-        return self._keys.name_of(_metadata(context))
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One call: its metadata, its id, and its span."""
+
+    metadata: dict[str, str]
+    request_id: str
+    trace: TraceContext | None
+
+    def trailing_metadata(self) -> Iterator[tuple[str, str]]:
+        yield REQUEST_ID_HEADER, self.request_id
+        if self.trace is not None:
+            yield TRACEPARENT, self.trace.traceparent
+
+
+def _request_id(metadata: dict[str, str]) -> str:
+    """Return the caller's id, or a new one. Raises InvalidRequest."""
+    value = metadata.get(REQUEST_ID_HEADER)
+    if value is None:
+        return uuid.uuid4().hex[:16]
+    if not is_request_id(value):
+        raise InvalidRequest(
+            f"{REQUEST_ID_HEADER}: must be at most {MAX_ID} printable characters, "
+            f"not {shorten(value)}",
+            REQUEST_ID_HEADER,
+        )
+    return value
 
 
 def _metadata(context: CallContext) -> dict[str, str]:

@@ -26,8 +26,8 @@ class RequestLog:
         """Record why the answer ended early."""
         self._error = error
 
-    def line(self) -> str:
-        """Return the line; `outcome=closed` means that the client left before the end."""
+    def pairs(self) -> dict[str, object]:
+        """Return the line's pairs; the outcome `closed`: the client left before the end."""
         pairs: dict[str, object] = {
             "request_id": self._request.request_id,
             "outcome": self._outcome(),
@@ -43,11 +43,11 @@ class RequestLog:
                 "mode": self._report.mode.value,
                 "kept_tokens": self._report.kept_tokens,
                 "prefilled_by": self._report.prefilled_by.value,
-                "ttft_s": f"{self._report.ttft_s:.4f}",
+                "ttft_s": self._report.ttft_s,
             }
         if self._error is not None:
-            pairs["error"] = repr(str(self._error))
-        return " ".join(f"{key}={value}" for key, value in pairs.items())
+            pairs["error"] = str(self._error)
+        return pairs
 
     def _outcome(self) -> str:
         if self._error is not None:

@@ -135,6 +135,7 @@ def dense_request(request: Request, sampling: bytes) -> Request:
         sampling=sampling,
         controls=Controls(prune=False),
         plan=Plan(PlanKind.DENSE, Reason.ASKED_OFF),
+        trace=None,  # its span has ended
     )
 
 

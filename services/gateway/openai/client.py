@@ -35,6 +35,7 @@ from ...core.plan import Planner
 from ...core.ports import Answerer
 from ...core.prefix_digests import prefix_digests
 from ...core.protection import altered_piece, merge_spans, protected_spans, special_spans
+from ...core.replica_logging import log_pairs
 from ...core.types import Chunk, Controls, Request, Selection, Span
 from ...engine.params import is_private
 from ..observe.request_log import RequestLog
@@ -148,7 +149,7 @@ class PipelineClient(RemoteEngineClient):
             log.record_failure(error)
             raise
         finally:
-            logger.info(log.line())
+            log_pairs(logger, log.pairs())
             if self._count_tokens is not None and request.key is not None:
                 self._count_tokens(request.key, len(request.prompt), log.output_tokens)
 
@@ -161,7 +162,7 @@ class PipelineClient(RemoteEngineClient):
             log.record_failure(error)
             raise
         finally:
-            logger.info(log.line())
+            log_pairs(logger, log.pairs())
             if self._count_tokens is not None and request.key is not None:
                 self._count_tokens(request.key, len(request.prompt), 0)
 
@@ -231,6 +232,7 @@ class PipelineClient(RemoteEngineClient):
             priority=priority,
             key=context.key,
             digests=tuple(prefix_digests(admitted.prompt_token_ids)),
+            trace=context.trace,
         )
         if self._planner.dense_reason(request) is None:
             protected = await self._protected_spans(request, prompt, context)

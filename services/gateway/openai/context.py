@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...core.errors import SpecPrefillError
+from ...core.request_spans import TraceContext
 from ...core.types import Controls, Report
 
 Messages = Sequence[Mapping[str, Any]]
@@ -28,6 +29,8 @@ class RequestContext:
     key: str | None = None  # whose fair share of the service the request takes
     anthropic: bool = False  # errors have Anthropic's form
     controls_prefix: str = "specprefill."  # of the controls' names in the caller's API
+    request_id: str | None = None  # the client's, or one made for it; None: not known
+    trace: TraceContext | None = None  # the span of the call; None: not traced
     prompts_started: int = 0
     reports: dict[str, Report] = field(default_factory=dict)  # by the server's request id
     error: SpecPrefillError | None = None

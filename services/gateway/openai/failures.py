@@ -57,25 +57,33 @@ class Failure:
     retry_after_s: float | None = None
     shed_reason: str | None = None
 
-    def body(self, *, anthropic: bool = False) -> bytes:
-        """Return OpenAI's `{"error": {...}}`, or Anthropic's form of it."""
+    def body(self, *, anthropic: bool = False, request_id: str | None = None) -> bytes:
+        """Return OpenAI's `{"error": {...}}`, or Anthropic's form of it, with the request's id."""
         if anthropic:
-            return anthropic_error(self.status, self.message)
+            return anthropic_error(self.status, self.message, request_id)
         error = {
             "message": self.message,
             "type": self.kind,
             "param": self.field,
             "code": self.code,
         }
-        return json.dumps({"error": error}, ensure_ascii=False).encode()
+        return _json({"error": error, **request_id_field(request_id)})
 
 
-def anthropic_error(status: int, message: str) -> bytes:
+def anthropic_error(status: int, message: str, request_id: str | None = None) -> bytes:
     """Return an error in the form of Anthropic's API."""
     kind = _ANTHROPIC_KINDS.get(status, "invalid_request_error" if status < 500 else "api_error")
-    return json.dumps(
-        {"type": "error", "error": {"type": kind, "message": message}}, ensure_ascii=False
-    ).encode()
+    error = {"type": kind, "message": message}
+    return _json({"type": "error", "error": error, **request_id_field(request_id)})
+
+
+def request_id_field(request_id: str | None) -> dict[str, str]:
+    """Return the field of an error's body that names the request, where its id is known."""
+    return {} if request_id is None else {"request_id": request_id}
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()
 
 
 def http_failure(error: SpecPrefillError) -> Failure:

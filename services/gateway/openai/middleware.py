@@ -21,7 +21,23 @@ from ...deployment.front import TIMEOUT_HEADER as FRONT_TIMEOUT_HEADER
 from .bodies import BodyReader, BodyTooLarge, BodyTooSlow, Disconnected
 from .context import CURRENT, RequestContext, fair_key
 from .controls import FIELD, conversation, pop_controls, shorten, timeout
-from .failures import Failure, anthropic_error, http_failure, too_large, too_slow
+from .correlation import (
+    MADE,
+    MAX_ID,
+    REQUEST_ID_HEADER,
+    TRACE,
+    is_request_id,
+    named_scope,
+    request_id_of,
+)
+from .failures import (
+    Failure,
+    anthropic_error,
+    http_failure,
+    request_id_field,
+    too_large,
+    too_slow,
+)
 from .keys import KEY_NAME
 from .reports import reports_json
 from .request_json import JsonLimits, parse_json
@@ -33,8 +49,6 @@ CheckFields = Callable[[Mapping[str, Any]], Awaitable[None]]  # raises InvalidRe
 
 TIMEOUT_HEADER = "x-request-timeout-seconds"
 SHED_REASON_HEADER = "x-specprefill-shed-reason"
-REQUEST_ID_HEADER = "x-request-id"
-_MAX_ID = 256  # characters of a request id: every log line holds it
 # Errors of validators that read a value of an unexpected type.
 _OVER_VALUES = (AttributeError, LookupError, RecursionError, AssertionError)
 _DATA = b"data: "
@@ -80,6 +94,8 @@ class RequestMiddleware:
         except (InvalidRequest, Overloaded) as error:
             await send_failure(scope, send, http_failure(error))
             return
+        if context.request_id is not None:
+            scope = named_scope(scope, context.request_id)
         reply = _Reply(scope, send, context)
         token = CURRENT.set(context)
         try:
@@ -148,6 +164,8 @@ def _read_request(
         timeout_s=_timeout_s(headers),
         key=scope.get(KEY_NAME) or fair_key(headers.get("authorization")),
         anthropic=_path(scope) in ANTHROPIC,
+        request_id=request_id_of(scope),
+        trace=scope.get(TRACE),
     )
     _check_id(REQUEST_ID_HEADER, headers.get(REQUEST_ID_HEADER))
     if not body or not _may_be_json(headers):
@@ -158,6 +176,9 @@ def _read_request(
     if fields.get("use_beam_search"):
         raise InvalidRequest("use_beam_search: beam search is not supported", "use_beam_search")
     _check_id("request_id", fields.get("request_id"))
+    named = fields.get("request_id")  # Anthropic's API has no such field
+    if scope.get(MADE) and isinstance(named, str) and not context.anthropic:
+        context.request_id = named
     sent = len(fields)
     context.controls = pop_controls(fields)
     context.messages = conversation(_path(scope), fields)
@@ -176,9 +197,9 @@ def _may_be_json(headers: Headers) -> bool:
 
 def _check_id(field: str, value: object) -> None:
     """Refuse an id that would break log lines; vLLM refuses one that is no text."""
-    if isinstance(value, str) and not (len(value) <= _MAX_ID and value.isprintable()):
+    if isinstance(value, str) and not is_request_id(value):
         raise InvalidRequest(
-            f"{field}: must be at most {_MAX_ID} printable characters, not {shorten(value)}",
+            f"{field}: must be at most {MAX_ID} printable characters, not {shorten(value)}",
             field,
         )
 
@@ -223,6 +244,9 @@ class _Reply:
 
     async def _send(self, message: Message) -> None:
         self.started = True
+        if message["type"] == "http.response.start" and self._context.request_id is not None:
+            headers = MutableHeaders(raw=message["headers"])
+            headers[REQUEST_ID_HEADER] = self._context.request_id
         await self._to_client(message)
 
     async def _send_event(self, message: Message) -> None:
@@ -250,8 +274,8 @@ class _Reply:
         body = bytes(self._body)
         if start["status"] == 200:
             body = _amend_json(body, self._context)
-        elif self._context.anthropic:
-            body = _in_anthropic_form(body, start["status"])
+        else:
+            body = _named_error(body, start["status"], self._context)
         if len(body) != len(self._body):
             MutableHeaders(raw=start["headers"])["content-length"] = str(len(body))
         await self._send(start)
@@ -285,7 +309,9 @@ def _amend_line(line: bytes, context: RequestContext) -> bytes:
         return line
     event = json.loads(line[len(_DATA) :])
     if context.error is not None:
-        failure = http_failure(context.error).body(anthropic=context.anthropic)
+        failure = http_failure(context.error).body(
+            anthropic=context.anthropic, request_id=context.request_id
+        )
         return _DATA + failure if "error" in event else line
     reports = context.ordered_reports()
     if reports is None or not _ends_answer(event):
@@ -305,23 +331,25 @@ def _dumps(value: object) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _in_anthropic_form(body: bytes, status: int) -> bytes:
-    """Convert FastAPI's refusals to Anthropic's form; vLLM's handlers use it already."""
+def _named_error(body: bytes, status: int, context: RequestContext) -> bytes:
+    """Add the request's id to vLLM's refusals; those of FastAPI get Anthropic's form on its API."""
     try:
         answer = json.loads(body)
     except ValueError:
         return body
     error = answer.get("error") if isinstance(answer, dict) else None
-    if not isinstance(error, dict) or answer.get("type") == "error":
+    if not isinstance(error, dict):
         return body
-    return anthropic_error(status, str(error.get("message")))
+    if context.anthropic and answer.get("type") != "error":
+        return anthropic_error(status, str(error.get("message")), context.request_id)
+    return _dumps({**answer, **request_id_field(context.request_id)})
 
 
 async def send_failure(
     scope: Scope, send: Send, failure: Failure, inherited: Headers | None = None
 ) -> None:
     """Answer a request of `scope` with `failure`, in the form of the API that it is for."""
-    body = failure.body(anthropic=_path(scope) in ANTHROPIC)
+    body = failure.body(anthropic=_path(scope) in ANTHROPIC, request_id=request_id_of(scope))
     headers = MutableHeaders(raw=[] if inherited is None else list(inherited.raw))
     headers["content-type"] = "application/json"
     headers["content-length"] = str(len(body))

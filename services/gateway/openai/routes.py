@@ -8,13 +8,15 @@ from fastapi import FastAPI
 GENERATING = frozenset(
     ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"),
 )
+SELECTIONS = "/v1/selections"
+TRACED = GENERATING | {SELECTIONS}
 ANTHROPIC = frozenset(("/v1/messages", "/v1/messages/count_tokens"))
 SERVED = (
     GENERATING
     | ANTHROPIC
     | frozenset(
         (
-            "/v1/selections",
+            SELECTIONS,
             "/playground",
             "/playground/{name}",
             "/v1/models",

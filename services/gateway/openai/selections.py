@@ -23,12 +23,11 @@ from vllm.sampling_params import SamplingParams
 from ...core.errors import SpecPrefillError
 from .client import PipelineClient, record_failure
 from .context import CURRENT, RequestContext, function_names
+from .correlation import REQUEST_ID_HEADER
 from .explaining import SelectionExplainer
-from .middleware import REQUEST_ID_HEADER
+from .routes import SELECTIONS
 from .selection_fields import SelectionFields, read_selection_fields
 from .selection_json import REQUEST_SCHEMA, RESPONSE_SCHEMA, selection_json
-
-PATH = "/v1/selections"
 
 
 def add_selections_route(
@@ -62,7 +61,7 @@ def add_selections_route(
         return Response(encoded, media_type="application/json")
 
     app.add_api_route(
-        PATH,
+        SELECTIONS,
         create_selection,
         methods=["POST"],
         dependencies=[Depends(validate_json_request)],

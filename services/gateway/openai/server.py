@@ -25,6 +25,7 @@ from ...config import AppConfig, local_path
 from ...control.from_config import kv_block_tokens, selection_policy
 from ...core.plan import Planner
 from ...core.ports import Answerer
+from ...core.request_spans import NoTracer, Tracer
 from ...core.types import KeepRange
 from ..observe.scrape import MetricsText, metrics_route
 from ..playground.page_routes import open_paths_of, playground_routes
@@ -32,6 +33,7 @@ from ..pools.health import PoolCounts, health_route, not_tested
 from .access import AccessMiddleware, LimitMiddleware, RequestLimit
 from .bodies import BodyReader
 from .client import CountTokens, PipelineClient
+from .correlation import CorrelationMiddleware
 from .explaining import SelectionExplainer
 from .input_items import check_input_items
 from .keys import KeyRing
@@ -90,11 +92,12 @@ async def build_http_app(
     limit: RequestLimit,
     metrics: MetricsText,
     facts_kept: Callable[[], float | None] = not_tested,
+    tracer: Tracer | None = None,
 ) -> FastAPI:
     """Build vLLM's OpenAI app on `client`.
 
     `count` returns each pool's healthy replicas, `metrics` those of the whole service,
-    `facts_kept` the result of the draft's self-test.
+    `facts_kept` the result of the draft's self-test. `tracer` None: no spans.
     """
     args = server_args(config)
     log_messages_refused_in_one_line()
@@ -111,9 +114,10 @@ async def build_http_app(
     ]
     gateway = config.gateway
     # Outermost first: unauthenticated requests get no further; only complete ones hold a slot.
-    app.user_middleware.insert(
-        0, Middleware(AccessMiddleware, keys=keys, open_paths=open_paths_of(gateway.open_paths))
-    )
+    app.user_middleware[:0] = [
+        Middleware(CorrelationMiddleware, tracer=tracer or NoTracer()),
+        Middleware(AccessMiddleware, keys=keys, open_paths=open_paths_of(gateway.open_paths)),
+    ]
     bodies = BodyReader(
         gateway.max_body_bytes, gateway.body_timeout_s, gateway.max_buffered_bytes, limit.on_shed
     )

@@ -49,6 +49,7 @@ async def test_messages_fail_in_anthropics_form(
     assert (answer.status_code, answer.headers["retry-after"]) == (429, "4")
     assert answer.json() == {
         "type": "error", "error": {"type": "rate_limit_error", "message": "full"},
+        "request_id": answer.headers["x-request-id"],
     }  # fmt: skip
 
 
@@ -68,4 +69,7 @@ async def test_a_failing_stream_ends_in_anthropics_form(
     events = [
         json.loads(line[6:]) for line in answer.text.split("\n") if line.startswith("data: {")
     ]
-    assert events[-1] == {"type": "error", "error": {"type": "overloaded_error", "message": "gone"}}
+    assert events[-1] == {
+        "type": "error", "error": {"type": "overloaded_error", "message": "gone"},
+        "request_id": answer.headers["x-request-id"],
+    }  # fmt: skip

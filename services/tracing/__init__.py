@@ -1,0 +1,1 @@
+"""OpenTelemetry: records the spans of requests and exports them by OTLP."""
