@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from specprefill.cli.status import ClusterReader
 from specprefill.deployment.local_ray import LocalRay, ServeApi, free_port, set_auth_mode
 
 pytestmark = pytest.mark.timeout(300)
@@ -43,7 +44,7 @@ class Cluster:
     def __init__(self, api, port):
         self.api, self.port = api, port
 
-    def deploy(self, policy=POLICY, others=1):
+    def deploy(self, policy=POLICY, others=1, args=ARGS):
         self.api.deploy(
             {
                 "proxy_location": "HeadOnly",
@@ -53,10 +54,10 @@ class Cluster:
                         "name": "pools",
                         "route_prefix": "/",
                         "import_path": "light_pools:build",
-                        "args": ARGS,
+                        "args": args,
                         "autoscaling_policy": {
                             "policy_function": policy,
-                            "policy_kwargs": {"args": ARGS},
+                            "policy_kwargs": {"args": args},
                         },
                     },
                     {
@@ -94,6 +95,21 @@ class Cluster:
         while time.monotonic() < give_up_s:
             assert self.sizes() == sizes
             time.sleep(0.2)
+
+    def status(self):
+        """What `specprefill status` reads: the state of the pools' application."""
+        services = ClusterReader(self.api, None).read()
+        return next(service for service in services if service.name == "pools")
+
+    def status_when(self, condition, *, load=0):
+        """The status as soon as it meets `condition`: metrics are exported every ten seconds."""
+        give_up_s = time.monotonic() + PATIENCE_S
+        while not condition(status := self.status()):
+            assert time.monotonic() < give_up_s, status
+            if load:
+                self.front(arrivals=load)
+            time.sleep(0.2)
+        return status
 
     def kill_one(self, deployment):
         replicas = self.api._client.get_serve_details()["applications"]["pools"]["deployments"][
@@ -151,3 +167,22 @@ def test_a_core_that_raises_leaves_floors_and_other_applications_alone(cluster):
     assert cluster.other() == "here"
     cluster.deploy()
     assert cluster.seconds_until(TOP, load=100) < PATIENCE_S
+
+
+def decided(status, pool="Prefill"):
+    return next(each for each in status.pools if each.name == pool)
+
+
+def test_an_advisory_policy_changes_nothing_and_the_status_shows_what_it_would_do(cluster):
+    cluster.deploy(args={**ARGS, "scaling": {**ARGS["scaling"], "advisory": True}})
+    before = cluster.sizes()
+    status = cluster.status_when(
+        lambda status: status.advisory and decided(status).decided == TOP["Prefill"], load=100
+    )
+    assert decided(status).reason in ("at_maximum", "slo_at_risk", "steady")
+    assert decided(status).wanted >= TOP["Prefill"]
+    assert cluster.sizes() == before
+    assert decided(status).target == before["Prefill"]
+    cluster.deploy()
+    status = cluster.status_when(lambda status: not status.advisory and decided(status).reason)
+    cluster.seconds_until(FLOOR)

@@ -1,6 +1,7 @@
 """The `specprefill` command against the running application."""
 
 import json
+import time
 
 import pytest
 
@@ -17,6 +18,21 @@ def test_ray_and_our_own_status_say_healthy(app):
     assert ours.count("2 of 2 replicas") == 1  # gateways
     assert "status: RUNNING" in rays
     assert rays.count("status: HEALTHY") == 4
+
+
+@pytest.mark.parametrize("through_a_gateway", [False, True])
+def test_the_status_shows_what_a_prompt_token_costs(app, through_a_gateway):
+    command([BIN / "specprefill", "ask", "--http", app.http_url, "--max-tokens", 1, "Hello"])
+    more = ["--metrics", app.http_url] if through_a_gateway else []
+    ask = [BIN / "specprefill", "status", "--json", "--address", app.dashboard_url, *more]
+    give_up_s = time.monotonic() + 40  # Ray exports every ten seconds
+    while (service := json.loads(command(ask).stdout)[0])["cost"] is None:
+        assert time.monotonic() < give_up_s, service
+        time.sleep(0.5)
+    assert service["healthy"]
+    assert service["cost"]["unit"] == "replica-s"
+    assert service["cost"]["per_1k_tokens"] > 0
+    assert service["backlog"]["speculator"] == 0
 
 
 @pytest.mark.parametrize("over", ["http", "grpc"])
