@@ -117,7 +117,6 @@ def _is_model(target: str | None) -> bool:
 
 def _model_facts(args: argparse.Namespace) -> Iterator[Fact]:
     """Yield how the main model is served, and what the speculator is expected to gain."""
-    os.environ.setdefault("SPECPREFILL_CPU_ENGINE", "1")  # a configuration needs no device
     from ..engine.node import Fact
     from ..engine.support import is_served
 

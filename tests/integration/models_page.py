@@ -34,6 +34,7 @@ _HEAD = (
 def run(runner: str, names: Sequence[str], folder: Path) -> Iterator[Row]:
     """Yield the rows of these architectures on one runner; none after a crash."""
     command = [sys.executable, "-m", f"{__package__}.matrix", str(folder), *names]
+    failed = False
     with (folder / "errors.txt").open("w") as errors:
         process = subprocess.Popen(
             command, cwd=ROOT, env=_environment(runner), stdout=subprocess.PIPE, stderr=errors,
@@ -43,9 +44,11 @@ def run(runner: str, names: Sequence[str], folder: Path) -> Iterator[Row]:
             assert process.stdout is not None
             for line in process.stdout:
                 if line.startswith(MARK):
-                    yield Row(**json.loads(line.removeprefix(MARK)))
-    if process.returncode:
-        print((folder / "errors.txt").read_text()[-4000:], file=sys.stderr)
+                    row = Row(**json.loads(line.removeprefix(MARK)))
+                    failed |= bool(row.error)
+                    yield row
+    if process.returncode or failed:
+        print((folder / "errors.txt").read_text()[-8000:], file=sys.stderr)
 
 
 def _environment(runner: str) -> dict[str, str]:
@@ -55,13 +58,14 @@ def _environment(runner: str) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "v2")),
     }
     environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
     if runner == "v2":
         environment["TRITON_INTERPRET"] = "1"
+        environment["TORCHDYNAMO_DISABLE"] = "1"  # nothing compiles to an interpreted kernel
         environment["PYTHONPATH"] = str(Path(__file__).with_name("interpreter"))
     return environment
 

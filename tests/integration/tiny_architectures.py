@@ -16,6 +16,8 @@ import transformers as hf
 
 from specprefill.core.support import Mode
 
+from .quantised import Quantisation, quantise
+
 TOKENIZER = Path(__file__).resolve().parents[2] / "models" / "demo-main"
 LENGTH = 8192
 WINDOW = 64  # less than most prompts keep: it binds
@@ -42,9 +44,13 @@ class Architecture:
     config: Callable[[int], hf.PreTrainedConfig]  # by vocabulary size
     model_class: str = ""  # in transformers; empty: the causal language model of the config
     note: str = ""  # printed in the table
+    quantisation: Quantisation | None = None  # of the linear layers; the config is a float model's
 
     def write(self, folder: Path) -> Path:
-        """Write weights, configuration and tokenizer to a folder below `folder`; return it."""
+        """Write weights, configuration and tokenizer to a folder below `folder`; return it.
+
+        Quantised, it lies beside a float model of the same numbers (`quantised.plain_folder`).
+        """
         import torch
 
         tokenizer = hf.AutoTokenizer.from_pretrained(TOKENIZER)
@@ -67,6 +73,8 @@ class Architecture:
         path = folder / self.name
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
+        if self.quantisation is not None:
+            quantise(path, self.quantisation)
         return path
 
 
@@ -260,6 +268,17 @@ _EXACT = (
     Architecture("opt", "OPT", Mode.EXACT, _opt, note="learned positions"),
 )  # fmt: skip
 
+_QUANTISED = (
+    Architecture(
+        "llama-gptq", "Llama and others as GPTQ, 4 bits", Mode.EXACT,
+        _of("LlamaConfig", head_dim=32), quantisation=Quantisation.GPTQ,
+    ),
+    Architecture(
+        "llama-awq", "Llama and others as AWQ, 4 bits", Mode.EXACT,
+        _of("LlamaConfig", head_dim=32), quantisation=Quantisation.AWQ,
+    ),
+)  # fmt: skip
+
 _TOWER = {"depth": 1, "embed_dim": 32, "hidden_size": 128, "num_heads": 2}
 _MROPE = (
     Architecture(
@@ -307,7 +326,8 @@ _WINDOWED = (
         "gpt-oss", "gpt-oss 20B, 120B", Mode.WINDOWED,
         _of("GptOssConfig", head_dim=32, num_local_experts=4, num_experts_per_tok=2,
             sliding_window=WINDOW, intermediate_size=128,
-            rope_parameters={**_YARN, "original_max_position_embeddings": 4096}),
+            rope_parameters={**_YARN, "original_max_position_embeddings": 4096,
+                             "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}),
         note="with attention sinks",
     ),
     Architecture("phi3-window", "Phi-3 mini 4k", Mode.WINDOWED,
@@ -351,5 +371,5 @@ _TEXT = (
                  note="ALiBi"),
 )  # fmt: skip
 
-CATALOGUE = (*_EXACT, *_MROPE, *_WINDOWED, *_TEXT)
+CATALOGUE = (*_EXACT, *_QUANTISED, *_MROPE, *_WINDOWED, *_TEXT)
 BY_NAME = {each.name: each for each in CATALOGUE}

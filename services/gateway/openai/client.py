@@ -346,6 +346,8 @@ def _refuse_unsupported(admitted: EngineCoreRequest, controls: Controls) -> None
         raise InvalidRequest(
             "prompt_logprobs: needs the whole prompt; set specprefill to false", "prompt_logprobs"
         )
+    if admitted.mm_features:
+        raise InvalidRequest("images, audio and video are not supported: only text", "messages")
     if admitted.cache_salt is not None:
         raise InvalidRequest("cache_salt: not supported", "cache_salt")
 

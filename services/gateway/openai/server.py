@@ -142,6 +142,7 @@ def server_args(config: AppConfig) -> Namespace:
     argv = ["--model", local_path(model.path), "--served-model-name", model.served_name]
     argv += ["--dtype", model.dtype, "--enable-request-id-headers"]
     argv += ["--enable-prompt-tokens-details", "--disable-log-stats"]
+    argv.append("--language-model-only")  # images of vision-language models are refused
     if model.revision is not None:
         argv += ["--revision", model.revision]
     if model.max_model_len is not None:

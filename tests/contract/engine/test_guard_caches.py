@@ -5,10 +5,13 @@ The model is built, without weights and without an engine, as a worker builds it
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from specprefill.config import EngineConfig, KvConfig, MainModel
 from tests.contract import model_folders
+from tests.no_vision import vision_modules
 
 _BUDGET = 64 << 20
 
@@ -39,6 +42,8 @@ def caches_of(one_worker, tmp_path, monkeypatch):
     from vllm.model_executor.models import registry
 
     monkeypatch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
+    for name, module in vision_modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
 
     def build(name: str, longest: int | None = None):
         from vllm.config import set_current_vllm_config
@@ -89,6 +94,7 @@ def caches_of(one_worker, tmp_path, monkeypatch):
         ("mistral-window", None),
         ("gemma2", None),
         ("gpt-oss", None),
+        ("qwen2-vl", None),
     ],
 )
 def test_a_model_that_passes_the_guard_has_readable_caches(caches_of, name, longest):
