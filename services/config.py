@@ -86,6 +86,9 @@ class SelectionConfig(Strict):
     # text: the kept text, tokenised again, at consecutive positions. dense: nothing is ever
     # dropped. auto: the first of these that the model can.
     mode: Literal["auto", "positions", "text", "dense"] = "auto"
+    # Text mode: the longest prompt with its answer, before anything is dropped. What is kept must
+    # fit into model.max_model_len: the limit of every other prompt, and of all prompts if absent.
+    max_text_mode_len: PositiveInt | None = None
     # What stands in kept text where something was dropped. Line breaks keep what is cut on both
     # sides from being read as one word or sentence; the dots are how writers mark an omission.
     gap_mark: Annotated[str, Field(min_length=1, max_length=64)] = "\n...\n"

@@ -138,7 +138,10 @@ class GatewayReplica:
         modes = prompt_modes(self._config.selection, support)
         rules = planner(self._config.selection, gain, self._self_test.is_unfit, modes)
         self._client = build_client(self._config, live, rules, usage, front)
-        self._calibration = calibration(pipeline, gain.models, self._client.model_config)
+        vocabulary = self._client.model_config.get_vocab_size()
+        self._calibration = calibration(
+            pipeline, gain.models, vocabulary, self._client.engine_tokens
+        )
         self._calibration.start()
         if self._config.speculator.self_test:
             self._self_test.start()

@@ -7,7 +7,6 @@ import logging
 import random
 
 import msgspec
-from vllm.config import ModelConfig
 from vllm.sampling_params import SamplingParams
 
 from ...control.probe import PrefillByDecoder, Probe
@@ -56,10 +55,15 @@ class Calibration:
                 return
 
 
-def calibration(pipeline: Pipeline, models: StageModels, model: ModelConfig) -> Calibration:
-    """Return the calibration of `models` on the pools of `pipeline`, which serve `model`."""
-    prompts = ProbePrompts(model.get_vocab_size(), random.Random())
-    longest = model.max_model_len - 1  # one token is the answer
+def calibration(
+    pipeline: Pipeline, models: StageModels, vocabulary: int, max_model_len: int
+) -> Calibration:
+    """Return the calibration of `models` on the pools of `pipeline`.
+
+    Their model has `vocabulary` tokens, and takes `max_model_len` of them.
+    """
+    prompts = ProbePrompts(vocabulary, random.Random())
+    longest = max_model_len - 1  # one token is the answer
     prefiller: Prefiller = pipeline.prefiller
     if not models.hands_over:
         prefiller = PrefillByDecoder(pipeline.decoder)

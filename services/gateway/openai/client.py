@@ -31,12 +31,12 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.kv_hints import KvHintsEnvelope
 
 from ...core.errors import InvalidRequest, RefusedByVllm, SpecPrefillError, Unavailable
-from ...core.plan import Planner
+from ...core.plan import Planner, plan_of
 from ...core.ports import Answerer
 from ...core.prefix_digests import prefix_digests
 from ...core.protection import altered_piece, merge_spans, protected_spans, special_spans
 from ...core.replica_logging import log_pairs
-from ...core.types import Chunk, Controls, Request, Selection, Span
+from ...core.types import Chunk, Controls, PlanKind, PromptMode, Request, Selection, Span
 from ...engine.params import is_private
 from ..observe.request_log import RequestLog
 from .context import CURRENT, Messages, RequestContext
@@ -74,9 +74,13 @@ class PipelineClient(RemoteEngineClient):
         tail_tokens: int,
         protect_fences: bool,
         count_tokens: CountTokens | None = None,
+        max_text_mode_len: int | None = None,
     ) -> None:
+        """`max_text_mode_len`: see the configuration; vLLM's own checks then allow as much."""
         self.vllm_config = vllm_config
         self.model_config = vllm_config.model_config
+        self.engine_tokens = int(self.model_config.max_model_len)  # of a prompt and its answer
+        self.model_config.max_model_len = max(self.engine_tokens, max_text_mode_len or 0)
         self.renderer = renderer_from_config(vllm_config)
         self.input_processor = InputProcessor(vllm_config, self.renderer)
         self._pipeline = pipeline
@@ -214,16 +218,17 @@ class PipelineClient(RemoteEngineClient):
         self._planner.modes.check(context.controls, f"{context.controls_prefix}mode")
         admitted = await self._admit(prompt, sampling_params, request_id, priority)
         params = admitted.sampling_params
-        _limit_tokens(params, self.model_config.max_model_len - len(admitted.prompt_token_ids))
         params.extra_args = _caller_args(params.extra_args)
         if params.seed is None and params.temperature > 0:  # both engines must draw alike
             params.seed = secrets.randbits(_SEED_BITS)
         controls = context.controls
+        if len(admitted.prompt_token_ids) >= self.engine_tokens and controls.prune is None:
+            controls = replace(controls, prune=True)  # or it could not be answered
         _refuse_unsupported(admitted, controls)
         request = Request(
             request_id=_own_id(request_id),
             prompt=tuple(admitted.prompt_token_ids),
-            sampling=_pack_params(params),
+            sampling=b"",  # packed when the plan is known
             samples=params.n,
             controls=controls,
             prompt_logprobs=params.prompt_logprobs is not None,
@@ -237,7 +242,28 @@ class PipelineClient(RemoteEngineClient):
         if self._planner.dense_reason(request) is None:
             protected = await self._protected_spans(request, prompt, context)
             request = replace(request, protected=protected)
-        return self._planner.with_plan(request)
+        request = self._planner.with_plan(request)
+        _limit_tokens(params, self._most_output_tokens(request))
+        return replace(request, sampling=_pack_params(params))
+
+    def _most_output_tokens(self, request: Request) -> int:
+        """Return the output tokens that the model has positions for.
+
+        Of text that is yet to be written, an engine ends the answer at its own last position.
+        Raises InvalidRequest for a prompt that fits only if its text is sent.
+        """
+        plan = plan_of(request)
+        if plan.kind is PlanKind.PRUNE and plan.mode is PromptMode.TEXT:
+            return self.engine_tokens - 1
+        left = self.engine_tokens - len(request.prompt)
+        if left < 1:
+            raise InvalidRequest(
+                f"prompt: has {len(request.prompt)} tokens; with its answer it must have at most "
+                f"{self.engine_tokens} (model.max_model_len), unless it is pruned in text mode "
+                f"(this one is not: {plan.reason})",
+                "prompt",
+            )
+        return left
 
     def _time_limit_s(self, asked_s: float | None) -> float:
         return self._timeout_s if asked_s is None else min(asked_s, self._timeout_s)

@@ -73,6 +73,7 @@ def build_client(
         tail_tokens=config.selection.tail_tokens,
         protect_fences=config.selection.protect_fences,
         count_tokens=count_tokens,
+        max_text_mode_len=config.selection.max_text_mode_len,
     )
 
 

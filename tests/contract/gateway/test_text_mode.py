@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import httpx
+import msgspec
 import openai
 import pytest
 
@@ -198,3 +199,59 @@ async def test_the_log_line_names_the_mode(ask: Any, caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.INFO):
         await ask(keep=0.2, mode="text")
     assert "plan=prune reason=asked mode=text" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def long_client(gateway: Any, prefiller: EndsPrefiller) -> Iterator[Any]:
+    """A gateway whose text prompts may be longer than its model's 2048 tokens."""
+    from specprefill.gateway.openai.server import build_client
+    from specprefill.gateway.openai.text_writer import PromptTextWriter
+
+    config = configuration()
+    selection = config.selection.model_copy(update={"max_text_mode_len": 8192})
+    texts = PromptTextWriter(gateway[0].renderer.tokenizer, MARK)
+    pipeline = Pipeline(EndsSpeculator(), prefiller, FakeDecoder(), texts=texts)
+    made = build_client(config.model_copy(update={"selection": selection}), pipeline, PLANNER)
+    yield made
+    made.renderer.shutdown()
+
+
+async def prepared(client: Any, words: int, **controls: Any) -> Any:
+    from vllm.sampling_params import SamplingParams
+
+    from specprefill.core.types import Controls
+    from specprefill.gateway.openai.context import RequestContext
+
+    prompt = await client.render_text("word " * words)
+    context = RequestContext(controls=Controls(**controls))
+    return await client.prepare(prompt, SamplingParams(max_tokens=3000), "r", context)
+
+
+def output_tokens(request: Any) -> int:
+    return int(msgspec.msgpack.decode(request.sampling)["max_tokens"])
+
+
+async def test_in_text_mode_a_prompt_may_be_longer_than_the_model(long_client: Any) -> None:
+    request = await prepared(long_client, 2500, mode=PromptMode.TEXT)
+    assert len(request.prompt) > long_client.engine_tokens == 2048
+    assert (request.plan.kind, request.plan.mode) == ("prune", "text")
+    assert output_tokens(request) == 2047
+    found = await long_client.select(request)
+    assert found.engine_tokens < 2048
+
+
+@pytest.mark.parametrize(("controls", "reason"), [({}, "asked"), ({"prune": False}, "asked_off")])
+async def test_no_other_prompt_may(long_client: Any, controls: Any, reason: str) -> None:
+    from specprefill.core.errors import InvalidRequest
+
+    with pytest.raises(InvalidRequest, match=f"at most 2048 .* text mode .*{reason}") as refused:
+        await prepared(long_client, 2500, **controls)
+    assert refused.value.field == "prompt"
+
+
+@pytest.mark.parametrize(("mode", "most"), [(PromptMode.POSITIONS, 2048), (None, 2048)])
+async def test_other_answers_end_at_the_models_last_position(
+    long_client: Any, mode: PromptMode | None, most: int
+) -> None:
+    request = await prepared(long_client, 500, mode=mode)
+    assert output_tokens(request) == most - len(request.prompt)
