@@ -300,3 +300,18 @@ def test_a_costly_protect_is_answered_like_any_other(app):
     assert reply.status_code == 200, reply.text
     assert reply.json()["specprefill"]["reason"] == "protected_spans"
     assert time.monotonic() - started_s < 60  # most of it is the dense prefill
+
+
+# --- text mode ------------------------------------------------------------------------------
+
+
+def test_what_is_kept_can_be_sent_as_text(chat, long_prompt):
+    answer = chat(extra_body={"specprefill": {"keep": KEEP, "mode": "text"}})
+    assert answer.choices[0].finish_reason in {"stop", "length"}
+    assert answer.usage.prompt_tokens == long_prompt.prompt_tokens
+    report = answer.specprefill
+    assert (report["plan"], report["mode"]) == ("prune", "text")
+    assert 0 < report["text_tokens"] < 0.6 * long_prompt.prompt_tokens
+    assert report["prefilled_by"] == "prefill"
+    assert not report["recomputed"]
+    assert chat().specprefill["mode"] == "positions"

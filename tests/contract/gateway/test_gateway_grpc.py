@@ -246,7 +246,7 @@ async def test_score_explains_itself_where_asked(stub: Any, pipeline: Any) -> No
         told, text = answer.explanation, answer.explanation.text
         assert answer.decision == pb.Decision(
             plan="prune", reason="asked", keep_rate=answer.decision.keep_rate,
-            prompt_tokens=answer.decision.prompt_tokens, kept_tokens=3,
+            prompt_tokens=answer.decision.prompt_tokens, kept_tokens=3, mode="positions",
         )  # fmt: skip
         assert "one two three" in text
         assert "".join(text[each.start : each.end] for each in told.spans) == text
