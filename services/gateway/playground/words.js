@@ -7,6 +7,7 @@ const PLANS = {
   load: "at a rate that was lowered under load",
   asked_off: "because pruning was switched off",
   disabled: "because this deployment prunes only on request",
+  dense_mode: "because the model, or selection.mode, lets no prompt be pruned",
   keep_is_one: "because the keep rate keeps every chunk",
   short_prompt: "because the prompt is short",
   no_gain: "because a dense prefill is expected to give the first token sooner",

@@ -40,6 +40,7 @@ async def test_the_report_is_in_the_answer(client: openai.AsyncOpenAI, pipeline:
         "prompt_tokens": len(pipeline.requests[0].prompt),
         "kept_tokens": len(pipeline.requests[0].prompt) // 2,
         "keep_rate": 0.5,
+        "mode": "positions",
         "prefilled_by": "prefill",
         "recomputed": False,
         "queue_s": 0.0,
