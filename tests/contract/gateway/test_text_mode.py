@@ -124,6 +124,9 @@ class Call:
     def set_details(self, details: str) -> None:
         self.details = details
 
+    def set_trailing_metadata(self, trailing_metadata: list[tuple[str, str]]) -> None:
+        self.trailing = trailing_metadata
+
 
 def generate_request(mode: str) -> pb.GenerateRequest:
     turns = [pb.Message(role=each["role"], content=each["content"]) for each in MESSAGES]
