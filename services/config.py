@@ -59,6 +59,7 @@ class SpeculatorConfig(Strict):
     # absent: 1 GiB on a CPU, most of the free memory on a GPU.
     kv_memory_bytes: PositiveInt | None = None
     score_cache_bytes: NonNegativeInt = 64 << 20  # scores of recent prompts, for exact repeats
+    kept_memory_bytes: NonNegativeInt = 32 << 20  # what recent prompts kept, for their next turns
     max_batch: PositiveInt = 8
     # To fill a batch. While one is scored the next one fills by itself, so waiting rarely pays.
     max_wait_s: Annotated[float, Field(ge=0.0)] = 0.0
@@ -117,6 +118,9 @@ class SelectionConfig(Strict):
     pool_tokens: PositiveInt = 13
     sink_tokens: PositiveInt = 4  # the first tokens: the attention sink
     tail_tokens: PositiveInt = 64  # the last tokens of the last user turn: the query
+    # The next turn of a conversation keeps what the last one kept, so that engines share its KV.
+    carry_over: bool = True
+    whole_turn_tokens: NonNegativeInt = 512  # a turn's new tokens, up to this many, are all kept
     protect_fences: bool = False  # code between ``` fences is never pruned
 
 

@@ -75,7 +75,11 @@ def generate_request(question: ServiceQuestion) -> pb.GenerateRequest:
 def report_dict(report: pb.Report) -> dict[str, Any]:
     """Return the report under the names that the HTTP API uses."""
     times = {field.name: getattr(report.times, field.name) for field in pb.Times.DESCRIPTOR.fields}
-    outcome = {"prefilled_by": report.prefilled_by, "recomputed": report.recomputed}
+    outcome = {
+        "prefilled_by": report.prefilled_by,
+        "recomputed": report.recomputed,
+        "carried_tokens": report.carried_tokens,
+    }
     return {**_decision(report.decision), **times, **outcome}
 
 

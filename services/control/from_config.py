@@ -32,6 +32,8 @@ def selection_policy(selection: SelectionConfig, block_tokens: int = 1) -> Selec
         block_tokens=block_tokens,
         next_chunk_share=selection.next_chunk_share,
         auto=AutoKeep(least_certainty=selection.least_certainty),
+        carry_over=selection.carry_over,
+        whole_turn_tokens=selection.whole_turn_tokens,
     )
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from ..core.prefix_digests import digests_of
 from ..core.selection import SelectionPolicy, expected_kept, leading_tokens
-from ..core.types import UNSCORED, PlanKind, Reason, Report, Request, TtftEstimate
-from .prefixes import CacheForecast
+from ..core.types import UNSCORED, PlanKind, PromptMode, Reason, Report, Request, TtftEstimate
+from .prefixes import CacheForecast, Turn, TurnMemory
 from .stages import Curve, StageModel, StageModels
 
+REMEMBERED_TURNS = 1 << 14
 SMOOTHING = 0.1  # weight of the newest prompt in what the scores choose
 TYPICAL_KEEP = 0.3  # what the scores choose, before any prompt was scored
 FORGETTING = 0.02  # per unscored prompt: how fast bad experience with pruning is forgotten
@@ -36,6 +37,7 @@ class NetGain:
         self._prefill_cache = prefill_cache
         self._draft_cache = draft_cache
         self._policy = policy
+        self._turns = TurnMemory(REMEMBERED_TURNS)
         self._typical_keep = TYPICAL_KEEP
         self._retry_after = RETRY_AFTER
         self._dense_since = 0  # prompts that went dense since the speculator was last tried
@@ -55,6 +57,9 @@ class NetGain:
         digests = digests_of(request)
         cached = self._prefill_cache.cached_tokens(digests, tokens)
         shared = min(cached, leading_tokens(request.protected), kept - 1)
+        turn = self._turns.last_turn(digests, tokens) if self._policy.carry_over else None
+        if turn is not None and tokens - turn.tokens <= self._policy.whole_turn_tokens:
+            kept, shared = turn.kept + tokens - turn.tokens, turn.kept
         read = self._draft_cache.cached_tokens(digests, tokens)
         speculate_s = self._draft_cache.seconds(self.models.speculate.curve, tokens, read)
         return TtftEstimate(
@@ -77,6 +82,8 @@ class NetGain:
         if not self.models.is_usual(report):
             return  # the prefill pool's caches know nothing of it
         if report.plan is PlanKind.PRUNE:
+            if report.mode is PromptMode.POSITIONS:
+                self._turns.remember(digests, Turn(tokens, report.kept_tokens))
             tokens = leading_tokens(request.protected)
         self._prefill_cache.learn(digests, tokens, report.cached_tokens)
 

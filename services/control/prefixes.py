@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from ..core.prefix_digests import BLOCK_TOKENS
 from .stages import Curve
@@ -59,6 +60,35 @@ class PrefixMemory:
         """
         within = digests[: max(0, tokens - 1) // self._block_tokens]
         return self._block_tokens * self._blocks.longest_match(within)
+
+
+class Turn(NamedTuple):
+    """A pruned prompt that a later one may extend."""
+
+    tokens: int  # N
+    kept: int  # k
+
+
+class TurnMemory:
+    """Remembers how much pruned prompts kept, to predict what their next turns carry over."""
+
+    def __init__(self, max_turns: int) -> None:
+        self._max_turns = max_turns
+        self._turns: OrderedDict[int, Turn] = OrderedDict()
+
+    def remember(self, digests: Sequence[int], turn: Turn) -> None:
+        """Remember a prompt under its whole blocks but the last: its end may differ next time."""
+        if len(digests) < 2:
+            return
+        self._turns[digests[-2]] = turn
+        self._turns.move_to_end(digests[-2])
+        if len(self._turns) > self._max_turns:
+            self._turns.popitem(last=False)
+
+    def last_turn(self, digests: Sequence[int], tokens: int) -> Turn | None:
+        """Return the longest remembered prompt that one of `tokens` tokens seems to extend."""
+        turns = (self._turns.get(digest) for digest in reversed(digests))
+        return next((turn for turn in turns if turn is not None and turn.tokens < tokens), None)
 
 
 class CacheForecast:

@@ -150,6 +150,7 @@ class Answer:
             cached_tokens=self._cached_tokens,
             expected=selection.plan.expected,
             remembered_tokens=selection.remembered_tokens,
+            carried_tokens=selection.carried_tokens,
             prefilled_by=by,
             mode=selection.mode,
             text_tokens=None if selection.text is None else len(selection.text),

@@ -27,7 +27,8 @@ WIRE_PROMPT_TOKENS = "prompt_tokens"
 class PositionMap:
     """The mapping from slots to positions of one request.
 
-    `kept` is `[k]`, strictly increasing, below `prompt_tokens` (N).
+    `kept` is `[k]`, distinct, below `prompt_tokens` (N). It increases, except where a turn of a
+    conversation fetched text that an earlier one had dropped: at its own positions, in later slots.
     """
 
     kept: Positions
@@ -36,10 +37,10 @@ class PositionMap:
     def __post_init__(self) -> None:
         if self.kept.ndim != 1 or len(self.kept) == 0:
             raise ValueError("positions: at least one prompt token must be kept")
-        if self.kept[0] < 0 or self.kept[-1] >= self.prompt_tokens:
+        if int(self.kept.min()) < 0 or int(self.kept.max()) >= self.prompt_tokens:
             raise ValueError(f"positions: must lie in [0, {self.prompt_tokens})")
-        if len(self.kept) > 1 and int(np.diff(self.kept).min()) < 1:
-            raise ValueError("positions: must increase strictly")
+        if len(np.unique(self.kept)) < len(self.kept):
+            raise ValueError("positions: must be distinct")
 
     @property
     def slots(self) -> int:
@@ -90,7 +91,7 @@ class PositionMap:
 
     @classmethod
     def from_runs(cls, runs: Iterable[Span], prompt_tokens: int) -> PositionMap:
-        """Build the map from runs of original positions, sorted and disjoint."""
+        """Build the map from disjoint runs of original positions, in the order of their slots."""
         parts = [np.arange(run.start, run.stop, dtype=np.int64) for run in runs]
         kept = np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
         return cls(kept, prompt_tokens)

@@ -44,6 +44,8 @@ class SelectionPolicy:
     # a fact starts, and the fact continues behind it. 0: as in the paper.
     next_chunk_share: float
     auto: AutoKeep  # where a plan lets the scores choose
+    carry_over: bool  # a prompt that extends another one keeps what that one kept
+    whole_turn_tokens: int  # new tokens of such a prompt, up to this many, are all kept
 
 
 def select(
@@ -77,7 +79,7 @@ def select(
         return dense_selection(len(scores), Reason.FLAT_SCORES)
     kept = protected_mask(len(scores), protected, policy)
     anything_protected = bool(kept.any())
-    worth = _chunk_worth(scores, kept, policy)
+    worth = chunk_worth(scores, kept, policy)
     if plan.within is not None:
         chosen = _choose_keep(worth, kept, plan.within, policy, certainty)
         if isinstance(chosen, Reason):
@@ -88,7 +90,7 @@ def select(
     if len(kept) - int(kept.sum()) < policy.chunk_tokens:
         reason = Reason.PROTECTED_SPANS if anything_protected else Reason.KEEP_IS_ONE
         return dense_selection(len(scores), reason)
-    return Selection(len(scores), _true_runs(kept), plan)
+    return Selection(len(scores), true_runs(kept), plan)
 
 
 def chunk_scores(
@@ -100,7 +102,7 @@ def chunk_scores(
     """
     flat = _is_flat(_chunk_means(scores, policy.chunk_tokens))
     usable = np.where(np.isfinite(scores).all(), scores, np.float32(0.0))
-    worth = _chunk_worth(usable, protected_mask(len(scores), protected, policy), policy)
+    worth = chunk_worth(usable, protected_mask(len(scores), protected, policy), policy)
     return ChunkScores(tuple(worth.tolist()), certainty, flat)
 
 
@@ -184,7 +186,7 @@ def _is_flat(means: NDArray[np.float64]) -> bool:
     return float(np.ptp(inner)) <= FLAT_SPREAD * float(np.abs(inner).max())
 
 
-def _chunk_worth(scores: Scores, protected: Mask, policy: SelectionPolicy) -> NDArray[np.float64]:
+def chunk_worth(scores: Scores, protected: Mask, policy: SelectionPolicy) -> NDArray[np.float64]:
     """Score what keeping each chunk would add, `[N]` -> `[chunks]`; 0: all of it is protected."""
     free = _free_tokens(protected, policy.chunk_tokens)
     starts = np.arange(0, len(scores), policy.chunk_tokens)
@@ -236,7 +238,7 @@ def _free_tokens(protected: Mask, size: int) -> NDArray[np.int64]:
     return np.add.reduceat(~protected, np.arange(0, len(protected), size), dtype=np.int64)
 
 
-def _true_runs(kept: Mask) -> tuple[Span, ...]:
+def true_runs(kept: Mask) -> tuple[Span, ...]:
     """Return the maximal runs of True."""
     edges = np.flatnonzero(np.diff(kept, prepend=False, append=False))
     return tuple(map(Span, edges[::2].tolist(), edges[1::2].tolist()))

@@ -40,6 +40,9 @@ class Reason(enum.StrEnum):
     ASKED = "asked"  # the caller set a keep rate or switched pruning on
     DEFAULT = "default"  # the deployment's default keep rate
     AUTO = "auto"  # the keep rate that the scores chose
+    CARRIED_OVER = "carried_over"  # what the conversation's last turn kept, and the new part
+    EXTENDED = "extended"  # the same, and dropped text that the new question needs
+    RESELECTED = "reselected"  # chosen anew: what the last turn kept does not serve this one
     ASKED_OFF = "asked_off"  # the caller switched pruning off
     DISABLED = "disabled"  # the deployment prunes only on request
     DENSE_MODE = "dense_mode"  # the model, or selection.mode, lets no prompt be pruned
@@ -156,7 +159,9 @@ class ChunkScores:
 class Selection:
     """The prompt tokens that go to the main model, as runs of original positions.
 
-    `runs` are sorted, disjoint and not adjacent. A dense plan has the one run `[0, N)`.
+    `runs` are disjoint, in the order of their slots; none is continued by the next. They are
+    sorted, except that an `EXTENDED` selection has text that earlier turns had dropped behind what
+    those kept. A dense plan has the one run `[0, N)`.
     """
 
     prompt_tokens: int  # N
@@ -167,6 +172,7 @@ class Selection:
     remembered_tokens: int = 0  # prompt tokens that the speculator had read before
     scores: ChunkScores | None = None  # where the request wants them, and there are any
     text: tuple[int, ...] | None = None  # text mode: the kept text's token ids, with its marks
+    carried_tokens: int = 0  # of the first kept tokens: an earlier turn has them in the same slots
 
     @property
     def kept_tokens(self) -> int:
@@ -320,6 +326,7 @@ class Report:
     cached_tokens: int = 0  # kept tokens found in the prefix cache of the engine that computed them
     expected: TtftEstimate | None = None  # the estimate behind the plan
     remembered_tokens: int = 0  # prompt tokens that the speculator had read before
+    carried_tokens: int = 0  # kept tokens that an earlier turn of the conversation kept
     prefilled_by: PrefilledBy = PrefilledBy.PREFILL
     mode: PromptMode = PromptMode.POSITIONS
     text_tokens: int | None = None  # text mode: the kept text's tokens, with its marks

@@ -21,6 +21,7 @@ class Batching:
     max_wait_s: float = 0.0  # to fill a batch
     max_queued: int = 64  # more are shed
     score_cache_bytes: int = 64 << 20  # of recent prompts' scores
+    kept_memory_bytes: int = 32 << 20  # of what recent prompts kept
 
 
 @dataclass(frozen=True, slots=True)

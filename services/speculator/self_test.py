@@ -35,6 +35,8 @@ POLICY = SelectionPolicy(
     block_tokens=1,
     next_chunk_share=0.0,
     auto=AutoKeep(least_certainty=0.0),
+    carry_over=False,
+    whole_turn_tokens=0,
 )
 LEAST_PROMPTS = 4  # fewer prove nothing
 TIMEOUT_S = 120.0  # for all of them

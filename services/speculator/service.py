@@ -18,10 +18,12 @@ from types import TracebackType
 
 from ..config import SelectionConfig, SpeculatorConfig
 from ..control.from_config import selection_policy
+from ..core.carry_over import continue_selection
 from ..core.errors import InvalidRequest, Overloaded, ScoringTimeout, SpeculatorUnavailable
 from ..core.selection import SelectionPolicy, chunk_scores, select, settle
-from ..core.types import Plan, Request, Selection, dense_selection
+from ..core.types import Plan, PromptMode, Request, Selection, dense_selection
 from .jobs import Batching, Counts, Job, Pace, Rating
+from .kept_memory import KeptMemory
 from .lru import ByteLru
 from .prefix_memory import prompt_digest
 from .reading import Reading
@@ -49,6 +51,7 @@ class SpeculatorService:
         self._now = now
         self._queue: deque[Job] = deque()
         self._ratings: ByteLru[Rating] = ByteLru(batching.score_cache_bytes)
+        self._kept = KeptMemory(batching.kept_memory_bytes)
         self._arrival = asyncio.Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="speculator")
         self._pace = Pace()
@@ -77,6 +80,7 @@ class SpeculatorService:
                 config.max_wait_s,
                 max_queued=config.max_queued,
                 score_cache_bytes=config.score_cache_bytes,
+                kept_memory_bytes=config.kept_memory_bytes,
             ),
         )
 
@@ -200,7 +204,7 @@ class SpeculatorService:
         if rating is None:
             return None
         self.counts.repeats += 1
-        chosen = _select_tokens(rating, job)
+        chosen = self._select_tokens(rating, job)
         speculate_s = self._now() - job.arrived_s
         return replace(chosen, speculate_s=speculate_s, remembered_tokens=len(job.request.prompt))
 
@@ -313,7 +317,7 @@ class SpeculatorService:
             return
         self.counts.prompts += 1
         self.counts.queue_s += started_s - job.arrived_s
-        chosen = _select_tokens(rating, job)
+        chosen = self._select_tokens(rating, job)
         timed = replace(
             chosen,
             queue_s=started_s - job.arrived_s,
@@ -322,13 +326,22 @@ class SpeculatorService:
         )
         job.answer.set_result(timed)
 
-
-def _select_tokens(rating: Rating, job: Job) -> Selection:
-    protected, certainty = job.request.protected, rating.certainty
-    chosen = select(rating.scores, job.plan, protected, job.policy, certainty)
-    if not job.request.wants_scores:
+    def _select_tokens(self, rating: Rating, job: Job) -> Selection:
+        """Select as the conversation's last turn did, and remember it for the next."""
+        request, scores, policy = job.request, rating.scores, job.policy
+        protected, certainty = request.protected, rating.certainty
+        if request.wants_scores:
+            chosen = select(scores, job.plan, protected, policy, certainty)
+            return replace(chosen, scores=chunk_scores(scores, protected, policy, certainty))
+        carries = policy.carry_over and job.plan.mode is PromptMode.POSITIONS
+        before = self._kept.find(request.prompt) if carries else None
+        if before is None:
+            chosen = select(scores, job.plan, protected, policy, certainty)
+        else:
+            chosen = continue_selection(scores, job.plan, protected, policy, certainty, before)
+        if carries:
+            self._kept.remember(request.prompt, chosen, job.plan.reason)
         return chosen
-    return replace(chosen, scores=chunk_scores(rating.scores, protected, job.policy, certainty))
 
 
 def _remembered_tokens(reading: Reading, prompt_tokens: int) -> int:

@@ -287,6 +287,21 @@ class TestPrefixCache:
         assert cached == (selection.kept_tokens - 1) // BLOCK_SIZE * BLOCK_SIZE
         assert got == want
 
+    async def test_the_next_turn_computes_what_is_new_alone(self, engines):
+        """Fetched text and the new part follow what the last turn kept, in the same slots."""
+        prompt = prompt_of(1000, seed=26)
+        runs = (Span(0, 40), Span(300, 420), Span(700, 800))
+        await self.hits(engines, prompt[:800], kept(800, *runs))
+        turn = kept(1000, *runs, Span(100, 132), Span(800, 1000))
+        cached, got = await self.hits(engines, prompt, turn)
+        assert cached == 260 // BLOCK_SIZE * BLOCK_SIZE
+        request = engines.request([7, *prompt[1:]], ignore_eos=True, max_tokens=8)  # cold
+        assert got != list((await engines.aggregated(request, turn)).token_ids)
+        want = await engines.aggregated(
+            engines.request(prompt, ignore_eos=True, max_tokens=8), turn
+        )
+        assert got == list(want.token_ids)
+
     async def test_pruned_and_dense_requests_share_a_dense_prefix(self, engines):
         system, length = prompt_of(128, seed=23), 600
         dense_prompt = system + prompt_of(length - 128, seed=24)

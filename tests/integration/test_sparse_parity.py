@@ -22,6 +22,7 @@ CASES = {
     "one_block_exactly": (500, (Span(0, 16), Span(400, 416))),
     "chunked_prefill": (1500, (Span(0, 4), Span(32, 64), Span(500, 1100), Span(1400, 1500))),
     "chunked_whole": (1300, (Span(0, 1300),)),
+    "fetched_behind": (700, (Span(0, 40), Span(300, 350), Span(100, 132), Span(650, 700))),
     "long_gaps": (6000, tuple(Span(start, start + 33) for start in range(0, 6000, 400))),
 }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys, hash_block_tokens
 from vllm.v1.request import Request
@@ -59,6 +60,6 @@ class _RequestHasher:
 
     def _position_key(self, start: int, stop: int) -> tuple[Any, ...]:
         positions = self._mapping.positions(start, stop)
-        if positions[0] == start and positions[-1] == stop - 1:
-            return ()  # strictly increasing, so every slot is its own position
+        if np.array_equal(positions, np.arange(start, stop)):
+            return ()  # every slot is its own position
         return (("positions", positions.tobytes()),)

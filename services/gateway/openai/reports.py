@@ -16,6 +16,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "reason": report.reason.value,
         "prompt_tokens": report.prompt_tokens,
         "kept_tokens": report.kept_tokens,
+        "carried_tokens": report.carried_tokens,
         "keep_rate": round(report.keep_rate, _DECIMALS),
         "mode": report.mode.value,
         "prefilled_by": report.prefilled_by.value,

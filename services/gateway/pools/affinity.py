@@ -10,6 +10,8 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import xxhash
+
 from ...control.prefixes import DigestMemory
 from ...core.prefix_digests import BLOCK_TOKENS, digests_of
 from ...core.types import Request, Selection
@@ -37,10 +39,29 @@ def whole_load_of(request: Request) -> PrefillLoad:
 
 
 def load_of(request: Request, selection: Selection) -> PrefillLoad:
-    """Return the load of the kept tokens; blocks after the first gap are never shared."""
-    first = selection.runs[0]
+    """Return the load of the kept tokens.
+
+    Its prefix has a digest for every `BLOCK_TOKENS` kept tokens: up to the first gap the prompt's
+    own, then digests that also stand for how much was kept, so that the next turn of a conversation
+    finds the KV of what it carries over.
+    """
+    digests, first = digests_of(request), selection.runs[0]
     dense = first.stop if first.start == 0 else 0
-    return PrefillLoad(selection.engine_tokens, digests_of(request)[: dense // BLOCK_TOKENS])
+    prefix = list(digests[: dense // BLOCK_TOKENS])
+    kept = 0
+    for run in selection.runs:
+        while len(prefix) < (kept + len(run)) // BLOCK_TOKENS:
+            at = run.start + (len(prefix) + 1) * BLOCK_TOKENS - kept
+            if at < BLOCK_TOKENS or at // BLOCK_TOKENS > len(digests):
+                break
+            prefix.append(_sparse_digest(digests[at // BLOCK_TOKENS - 1], at))
+        kept += len(run)
+    return PrefillLoad(selection.engine_tokens, tuple(prefix))
+
+
+def _sparse_digest(digest: int, position: int) -> int:
+    """Digest a kept block: the prompt before it, and the position where the block ends."""
+    return xxhash.xxh3_64_intdigest(position.to_bytes(8, "little"), seed=digest)
 
 
 @dataclass(slots=True)

@@ -42,6 +42,7 @@ async def test_the_report_is_in_the_answer(client: openai.AsyncOpenAI, pipeline:
         "keep_rate": 0.5,
         "mode": "positions",
         "prefilled_by": "prefill",
+        "carried_tokens": 0,
         "recomputed": False,
         "queue_s": 0.0,
         "speculate_s": 0.125,

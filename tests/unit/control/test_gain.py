@@ -84,6 +84,18 @@ def test_a_pruned_prompt_warms_its_protected_prefix_only():
     assert plan.expected.dense_s == pytest.approx(0.01 + 1e-4 * (10_000 - 992), rel=0.05)
 
 
+def test_the_next_turn_of_a_pruned_conversation_costs_its_new_tokens():
+    known = gain()
+    asked = request(10_000)
+    known.learn(asked, report(PlanKind.PRUNE, kept_tokens=2000))
+    turn = replace(asked, prompt=(*asked.prompt, *range(200)))
+    expected = planner(known).plan(turn).expected
+    unread_s = CURVES.speculate.seconds(10_200)
+    assert expected.prune_s == pytest.approx(unread_s + CURVES.prefill.seconds(200), rel=0.1)
+    other = replace(asked, prompt=(5, *turn.prompt[1:]))
+    assert planner(known).plan(other).expected.prune_s > expected.prune_s + 0.1
+
+
 def test_protection_that_leaves_little_to_drop_goes_dense():
     asked = request(4000, protected=(Span(0, 3800),))
     assert planner(gain()).plan(asked).reason is Reason.NO_GAIN

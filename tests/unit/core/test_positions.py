@@ -12,8 +12,9 @@ from specprefill.core.types import Span
 @st.composite
 def mappings(draw):
     prompt_tokens = draw(st.integers(1, 400))
-    kept = draw(st.sets(st.integers(0, prompt_tokens - 1), min_size=1))
-    return PositionMap(np.array(sorted(kept), dtype=np.int64), prompt_tokens)
+    kept = sorted(draw(st.sets(st.integers(0, prompt_tokens - 1), min_size=1)))
+    behind = draw(st.integers(0, len(kept)))  # some of them in later slots
+    return PositionMap(np.array(kept[behind:] + kept[:behind], dtype=np.int64), prompt_tokens)
 
 
 def test_output_tokens_continue_at_the_original_length():
@@ -61,7 +62,7 @@ def test_a_dropped_tail_is_no_identity():
 
 @pytest.mark.parametrize(
     ("kept", "prompt_tokens"),
-    [([], 4), ([0, 0], 4), ([2, 1], 4), ([-1, 2], 4), ([0, 4], 4)],
+    [([], 4), ([0, 0], 4), ([2, 1, 2], 4), ([-1, 2], 4), ([0, 4], 4)],
 )
 def test_malformed_positions_are_refused(kept, prompt_tokens):
     with pytest.raises(ValueError, match="positions"):

@@ -50,7 +50,22 @@ class TestLoad:
     def test_a_prompt_that_lost_its_start_shares_nothing(self):
         runs = (Span(200, 800),)
         selection = Selection(len(PROMPT), runs, Plan(PlanKind.PRUNE, Reason.ASKED, 0.3))
-        assert load_of(request(PROMPT), selection).prefix == ()
+        dense = load_of(request(PROMPT), dense_selection(len(PROMPT), Reason.ASKED_OFF))
+        assert not set(load_of(request(PROMPT), selection).prefix) & set(dense.prefix)
+
+    def test_the_next_turn_shares_what_it_carries_over(self):
+        def prefix(tokens, *runs):
+            plan = Plan(PlanKind.PRUNE, Reason.DEFAULT, 0.3)
+            selection = Selection(tokens, runs, plan)
+            return load_of(request(PROMPT[:tokens]), selection).prefix
+
+        first = prefix(700, Span(0, 150), Span(300, 470), Span(600, 700))
+        second = prefix(800, Span(0, 150), Span(300, 470), Span(600, 700), Span(200, 210))
+        other = prefix(800, Span(0, 150), Span(310, 480), Span(600, 800))
+        assert len(first) == 420 // BLOCK_TOKENS
+        assert second[: len(first)] == first
+        assert other[1:] != second[1:]
+        assert other[0] == second[0]
 
     def test_a_digest_covers_the_whole_prefix(self):
         changed = (PROMPT[0] + 1, *PROMPT[1:])

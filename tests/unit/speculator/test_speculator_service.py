@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,10 +17,13 @@ from specprefill.core.errors import (
     SpeculatorUnavailable,
     UnsupportedModel,
 )
+from specprefill.core.positions import PositionMap
 from specprefill.core.selection import chunk_scores, select
 from specprefill.core.types import Plan, PlanKind, Reason, Request, Selection, Span
 from specprefill.core.wire import pack, unpack
+from specprefill.speculator.draft import Draft
 from specprefill.speculator.jobs import Batching, Pace
+from specprefill.speculator.reading import Reading
 from specprefill.speculator.scorer import Scorer
 from specprefill.speculator.scoring_gauges import SpeculatorGauges
 from specprefill.speculator.service import MAX_FAILURES_IN_A_ROW, SpeculatorService
@@ -49,6 +53,44 @@ async def test_a_request_gets_the_selection_of_its_scores_and_its_times(
     assert selection.plan == PLAN
     assert selection.speculate_s > 0
     assert 0 <= selection.queue_s < WAIT_S
+
+
+class PeakedScorer(GatedScorer):
+    """A scorer that finds the same chunk of every prompt important."""
+
+    def rate(self, reading: Reading) -> np.ndarray:
+        scores = np.random.default_rng(0).uniform(0.01, 0.02, len(reading.prompt))
+        scores[80:88] = 1.0
+        return scores.astype(np.float32)
+
+
+@pytest.mark.asyncio
+async def test_the_next_turn_keeps_what_the_last_one_kept(draft: Draft) -> None:
+    plan = replace(PLAN, reason=Reason.DEFAULT)
+    first = request_of(400)
+    turn = replace(first, prompt=(*first.prompt, *first.prompt[:20]))
+    async with serving(PeakedScorer(draft)) as service:
+        before = await service.select(first, plan, WAIT_S)
+        after = await service.select(turn, plan, WAIT_S)
+        anew = await service.select(turn, replace(plan, reason=Reason.ASKED, keep=0.6), WAIT_S)
+    assert after.plan.reason is Reason.CARRIED_OVER
+    assert after.carried_tokens == before.kept_tokens
+    earlier, later = (PositionMap.from_runs(each.runs, 420).kept for each in (before, after))
+    assert later[: len(earlier)].tolist() == earlier.tolist()
+    assert later[-20:].tolist() == list(range(400, 420))
+    assert (anew.plan.reason, anew.carried_tokens) == (Reason.RESELECTED, 0)
+
+
+@pytest.mark.asyncio
+async def test_without_carry_over_each_turn_is_selected_by_itself(scorer: GatedScorer) -> None:
+    plan = replace(PLAN, reason=Reason.DEFAULT)
+    first = request_of(400)
+    turn = replace(first, prompt=(*first.prompt, *first.prompt[:20]))
+    policy = replace(POLICY, carry_over=False)
+    async with serving(scorer) as service:
+        await service.select(first, plan, WAIT_S, policy)
+        after = await service.select(turn, plan, WAIT_S, policy)
+    assert after.plan == plan
 
 
 @pytest.mark.asyncio

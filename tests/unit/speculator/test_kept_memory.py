@@ -1,0 +1,81 @@
+"""What earlier prompts kept, found by those that extend them."""
+
+import random
+
+from specprefill.core.types import Plan, PlanKind, Reason, Selection, Span, dense_selection
+from specprefill.speculator.kept_memory import BLOCK_TOKENS, MOST_REPLACED, KeptMemory
+
+RNG = random.Random(1)
+PROMPT = [RNG.randrange(30000) for _ in range(5 * BLOCK_TOKENS + 40)]
+RUNS = (Span(0, 64), Span(200, 230), Span(len(PROMPT) - 100, len(PROMPT)))
+
+
+def pruned(prompt, runs=RUNS, reason=Reason.DEFAULT) -> Selection:
+    return Selection(len(prompt), runs, Plan(PlanKind.PRUNE, reason, 0.3))
+
+
+def remembering(prompt=PROMPT, selection=None, room=1 << 20) -> KeptMemory:
+    memory = KeptMemory(room)
+    memory.remember(prompt, selection or pruned(prompt), Reason.DEFAULT)
+    return memory
+
+
+def test_a_longer_prompt_finds_what_its_beginning_kept():
+    before = remembering().find([*PROMPT, 1, 2, 3])
+    assert (before.tokens, before.runs) == (len(PROMPT), RUNS)
+
+
+def test_the_same_prompt_is_not_its_own_next_turn():
+    assert remembering().find(PROMPT) is None
+
+
+def test_the_last_tokens_may_differ_as_templates_do():
+    before = remembering().find([*PROMPT[:-10], *range(50)])
+    assert before.tokens == len(PROMPT) - 10
+    assert before.runs[-1] == Span(len(PROMPT) - 100, len(PROMPT) - 10)
+
+
+def test_another_question_about_the_same_text_is_not_a_next_turn():
+    assert remembering().find([*PROMPT[: -MOST_REPLACED - 1], *range(30001, 30201)]) is None
+
+
+def test_the_longest_turn_is_found():
+    memory, longer = remembering(), [*PROMPT, *range(300)]
+    runs = (*RUNS[:-1], Span(RUNS[-1].start, len(longer)))
+    memory.remember(longer, pruned(longer, runs), Reason.CARRIED_OVER)
+    assert memory.find([*longer, 5]).tokens == len(longer)
+    assert memory.find([*PROMPT, 5]).tokens == len(PROMPT)
+
+
+def test_branches_of_one_conversation_are_told_apart():
+    memory, branches = KeptMemory(1 << 20), []
+    for branch in range(3):
+        prompt = [*PROMPT, branch]
+        branches.append((prompt, (Span(0, 64 + branch), Span(len(PROMPT), len(prompt)))))
+        memory.remember(prompt, pruned(*branches[-1]), Reason.DEFAULT)
+    for prompt, runs in branches:
+        assert memory.find([*prompt, 9]).runs == runs
+
+
+def test_dense_and_short_prompts_are_not_remembered():
+    short = PROMPT[: 2 * BLOCK_TOKENS - 1]
+    assert remembering(short, pruned(short, (Span(0, 64),))).find([*short, 1]) is None
+    dense = dense_selection(len(PROMPT), Reason.NO_GAIN)
+    assert remembering(selection=dense).find([*PROMPT, 1]) is None
+
+
+def test_a_rate_is_remembered_only_where_it_was_asked_for():
+    memory = KeptMemory(1 << 20)
+    memory.remember(PROMPT, pruned(PROMPT), Reason.ASKED)
+    assert memory.find([*PROMPT, 1]).keep == 0.3
+    assert remembering().find([*PROMPT, 1]).keep is None
+
+
+def test_the_oldest_is_forgotten_beyond_the_budget():
+    memory = KeptMemory(6000)
+    prompts = [[each, *PROMPT] for each in range(8)]
+    for prompt in prompts:
+        memory.remember(prompt, pruned(prompt), Reason.DEFAULT)
+    found = [memory.find([*prompt, 1]) is not None for prompt in prompts]
+    assert found == sorted(found)
+    assert 0 < sum(found) < len(prompts)
