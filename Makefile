@@ -190,6 +190,10 @@ bench: $(INSTALLED) ## Time to first token beside plain `vllm serve` on the same
 bench-ttft: $(INSTALLED) ## Time to first token, dense and pruned, at 1k, 4k and 8k tokens
 	@$(PY) -m loadtest.bench.ttft
 
+.PHONY: bench-conversation
+bench-conversation: $(INSTALLED) ## Every turn of a conversation, beside plain `vllm serve` with prefix caching
+	@$(PY) -m loadtest.bench.conversation
+
 .PHONY: bench-netgain
 bench-netgain: $(INSTALLED) ## Pruning where it pays, beside pruning always and never
 	@$(PY) -m loadtest.bench.netgain

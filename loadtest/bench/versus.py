@@ -281,10 +281,12 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def serve_config(folder: Path, max_tokens: int, draft: Shape = SPECULATOR) -> AppConfig:
+def serve_config(
+    folder: Path, max_tokens: int, draft: Shape = SPECULATOR, main: Shape = MAIN
+) -> AppConfig:
     """Write both random models below `folder`; nothing is cached between requests."""
     tokenizer = Path(local_path("models/demo-main"))
-    write_model(folder / "bench-main", MAIN, tokenizer, max_tokens)
+    write_model(folder / "bench-main", main, tokenizer, max_tokens)
     write_model(folder / "bench-speculator", draft, tokenizer, max_tokens)
     config = configuration(folder / "bench-main", folder / "bench-speculator", max_tokens)
     named = config.model.model_copy(update={"name": MODEL})
