@@ -1,9 +1,9 @@
 """Time to first token of every turn of a conversation: `make bench-conversation`.
 
 Plain `vllm serve` with prefix caching, and this service dense, pruned with every turn selected
-anew, and at its defaults. Both servers run at the same time and are asked in turns over HTTP. The main
-model has random weights, since time does not depend on them; the speculator is the trained one of
-the demo pair, since what it chooses decides what a turn can share.
+anew, and at its defaults. Both servers run at the same time and are asked in turns over HTTP. The
+main model has random weights, since time does not depend on them; the speculator is the trained
+one of the demo pair, since what it chooses decides what a turn can share.
 """
 
 from __future__ import annotations
