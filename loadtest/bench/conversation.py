@@ -114,10 +114,11 @@ async def measure(
     roots = [server.pid for server in servers.values()]
     found: list[TimedTurn] = []
     async with AsyncExitStack() as stack:
-        callers = {}
-        for name, server in servers.items():
-            caller = HttpCaller(server.url, server.model, None)
-            callers[name] = await stack.enter_async_context(caller.open())
+        callers = {
+            name: HttpCaller(server.url, server.model, None) for name, server in servers.items()
+        }
+        for caller in callers.values():
+            await stack.enter_async_context(caller.open())
         for repeat in range(-1, args.repeats):  # the first one warms up
             growths = args.growths if repeat >= 0 else args.growths[:1]
             for growth in growths:

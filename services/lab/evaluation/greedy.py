@@ -34,9 +34,9 @@ def greedy_answers(
 ) -> list[list[int]]:
     """Return for each kept set an answer of up to `max_tokens` ids, without the end token.
 
-    A kept set is ascending positions of `prompt`; its answer's positions begin at the prompt's
-    full length. Prefills run one by one without padding; answers from kept sets of similar size
-    decode as one batch.
+    A kept set is positions of `prompt` in the order of their slots; its answer's positions begin at
+    the prompt's full length. Prefills run one by one without padding; answers from kept sets of
+    similar size decode as one batch.
     """
     answers: dict[int, list[int]] = {}
     for group in _group_similar([len(kept) for kept in kept_sets]):

@@ -49,9 +49,14 @@ class MainModelAnswerer:
         """Return the answers to each of these parts of the prompt."""
         parts = list(dict.fromkeys(kept))
         positions = [_positions(runs) for runs in parts]
-        answers = greedy_answers(self.model, prompt.ids, positions, max_tokens, self.eos_ids)
-        texts = (str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers)
-        return dict(zip(parts, texts, strict=True))
+        return dict(zip(parts, self.answers(prompt.ids, positions, max_tokens), strict=True))
+
+    def answers(
+        self, prompt: Sequence[int], kept_sets: Sequence[Sequence[int]], max_tokens: int
+    ) -> list[str]:
+        """Return the answers to these positions of the prompt, in the order of their slots."""
+        answers = greedy_answers(self.model, prompt, kept_sets, max_tokens, self.eos_ids)
+        return [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers]
 
     def text_of(self, prompt: Sequence[int], max_tokens: int) -> str:
         """Return the answer to a prompt of its own."""

@@ -1,0 +1,208 @@
+"""Answers over the turns of a conversation: `python -m loadtest.bench.turns`.
+
+The demo pair in this process, dense, with every turn selected anew, and with what earlier turns
+kept carried over. The questions move to other facts of the document, to new text, and back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from specprefill.config import SelectionConfig, SpeculatorConfig, local_path
+from specprefill.control.from_config import selection_policy
+from specprefill.core.carry_over import continue_selection
+from specprefill.core.selection import SelectionPolicy, select
+from specprefill.core.types import Plan, PlanKind, Reason, Selection
+from specprefill.lab.evaluation.pair import MainModelAnswerer, load_answerer
+from specprefill.lab.families import words
+from specprefill.lab.families.fitting import render
+from specprefill.lab.families.task import Message, Scoring, Task
+from specprefill.lab.reporting.tables import markdown, provenance, write_json
+from specprefill.speculator.kept_memory import KeptMemory
+from specprefill.synthetic import corpus
+
+from .scored_prompts import TaskScorer
+
+OUT = Path("out")
+MAIN, SPECULATOR = "models/demo-main", "models/demo-speculator"
+KEEPS = (0.3, 0.1)
+ANSWER_TOKENS, KV_BLOCK_TOKENS, MEMORY_BYTES = 24, 16, 1 << 24
+RECORDS, IN_DOCUMENT, NEW_SENTENCES = 8, 5, 12
+# What each turn asks about: a record of the document, or one in text that comes with the question.
+SCRIPT = (("document", 0), ("moved", 1), ("new", 5), ("moved", 2), ("again", 5), ("again", 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One turn at one keep rate; `right` by arm: dense, anew, carried over."""
+
+    seed: int
+    keep: float
+    turn: int
+    kind: str
+    prompt_tokens: int
+    anew_tokens: int  # kept, and computed, where every turn is selected anew
+    carried_tokens: int
+    computed_tokens: int  # kept beside them
+    reason: str
+    right: tuple[bool, bool, bool]
+
+
+def conversation(seed: int, sentences: int) -> Iterator[tuple[str, list[Message], corpus.Record]]:
+    """Yield for each turn its kind, the messages so far, and the record that it asks about."""
+    rng = random.Random(seed)
+    records = corpus.records(rng, RECORDS)
+    prose = words.prose(rng, sentences + NEW_SENTENCES)
+    facts = tuple(record.text for record in records[:IN_DOCUMENT])
+    document = " ".join(words.scatter(rng, prose[:sentences], facts))
+    messages: list[Message] = []
+    for kind, place in SCRIPT:
+        record = records[place]
+        parts = {
+            "document": document,
+            "new": " ".join(words.scatter(rng, prose[sentences:], (record.text,))),
+        }
+        text = "\n\n".join(filter(None, (parts.get(kind), corpus.question(rng, record))))
+        messages.append({"role": "user", "content": text})
+        yield kind, list(messages), record
+        messages.append({"role": "assistant", "content": corpus.reply(record)})
+
+
+def hold(
+    seed: int, keep: float, sentences: int, scorer: TaskScorer, main: MainModelAnswerer
+) -> Iterator[Outcome]:
+    """Hold one conversation, and answer each turn in every arm."""
+    policy = selection_policy(SelectionConfig(), KV_BLOCK_TOKENS)
+    plan = Plan(PlanKind.PRUNE, Reason.DEFAULT, keep)
+    memory = KeptMemory(MEMORY_BYTES)
+    for turn, (kind, messages, record) in enumerate(conversation(seed, sentences), start=1):
+        task = Task("turns", tuple(messages), (), (), 0, Scoring.ALL_REFERENCES, 0)
+        prompt = _prompt(messages, scorer)
+        anew, carried = _selections(task, prompt, plan, policy, scorer, memory)
+        memory.remember(prompt, carried, plan.reason)
+        whole = list(range(len(prompt)))
+        answers = main.answers(prompt, [whole, *map(_positions, (anew, carried))], ANSWER_TOKENS)
+        dense, fresh, over = (record.value in answer for answer in answers)
+        yield Outcome(
+            seed,
+            keep,
+            turn,
+            kind,
+            len(prompt),
+            anew.kept_tokens,
+            carried.carried_tokens,
+            carried.kept_tokens - carried.carried_tokens,
+            carried.plan.reason.value,
+            (dense, fresh, over),
+        )
+
+
+def _prompt(messages: Sequence[Message], scorer: TaskScorer) -> tuple[int, ...]:
+    text = render(tuple(messages), (), scorer.tokenizer)
+    return tuple(scorer.tokenizer.encode(text, add_special_tokens=False))
+
+
+def _selections(
+    task: Task,
+    prompt: tuple[int, ...],
+    plan: Plan,
+    policy: SelectionPolicy,
+    scorer: TaskScorer,
+    memory: KeptMemory,
+) -> tuple[Selection, Selection]:
+    """Return what is kept anew, and what is kept with the earlier turns'."""
+    scored = scorer.score_task(task)
+    given = (scored.scores, plan, scored.protected, policy, scored.certainty)
+    before = memory.find(prompt)
+    anew = select(*given)
+    return anew, anew if before is None else continue_selection(*given, before)
+
+
+def _positions(selection: Selection) -> list[int]:
+    return [place for run in selection.runs for place in range(run.start, run.stop)]
+
+
+def rows(found: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Return per keep rate the share of right answers and the computed tokens of later turns."""
+    made = []
+    for keep in dict.fromkeys(each.keep for each in found):
+        later = [each for each in found if each.keep == keep and each.turn > 1]
+        shares = [sum(each.right[arm] for each in later) / len(later) for arm in range(3)]
+        made.append(
+            {
+                "keep": keep,
+                "turns": len(later),
+                "dense": shares[0],
+                "anew": shares[1],
+                "carried_over": shares[2],
+                "anew_tokens": sum(each.anew_tokens for each in later) / len(later),
+                "computed_tokens": sum(each.computed_tokens for each in later) / len(later),
+                "reselected": sum(each.reason == Reason.RESELECTED for each in later),
+            }
+        )
+    return made
+
+
+HEADERS = (
+    "keep", "turns", "dense", "selected anew", "carried over", "computed anew",
+    "computed, carried over", "reselected",
+)  # fmt: skip
+
+
+def table(found: Sequence[dict[str, Any]]) -> str:
+    """Return one line per keep rate."""
+    return markdown(HEADERS, [_cells(row) for row in found])
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    return [
+        f"{row['keep']:g}",
+        str(row["turns"]),
+        *(f"{row[arm]:.0%}" for arm in ("dense", "anew", "carried_over")),
+        f"{row['anew_tokens']:.0f} tokens",
+        f"{row['computed_tokens']:.0f} tokens",
+        str(row["reselected"]),
+    ]
+
+
+def options(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="python -m loadtest.bench.turns", description=__doc__)
+    parser.add_argument("--conversations", type=int, default=10)
+    parser.add_argument("--sentences", type=int, default=200, help="of the document")
+    parser.add_argument("--first-seed", type=int, default=1000)
+    parser.add_argument("--out", type=Path, default=OUT / "bench-turns.json")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, write."""
+    args = options(argv)
+    config = SpeculatorConfig(path=SPECULATOR, dtype="float32")
+    scorer = TaskScorer.load(config)
+    tokenizer = AutoTokenizer.from_pretrained(local_path(MAIN))
+    main_model = load_answerer(MAIN, config, tokenizer)
+    found: list[Outcome] = []
+    for seed in range(args.first_seed, args.first_seed + args.conversations):
+        for keep in KEEPS:
+            found += hold(seed, keep, args.sentences, scorer, main_model)
+            print(f"seed {seed}, keep {keep:g}: {found[-1].prompt_tokens} tokens", flush=True)
+    summary = rows(found)
+    print(
+        f"\n{table(summary)}\n\nright answers, and tokens to compute, of turns 2 to {len(SCRIPT)}"
+    )
+    write_json(args.out, provenance(args.first_seed), {"rows": summary})
+    print(f"written to {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
