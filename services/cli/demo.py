@@ -19,7 +19,13 @@ from ..client.question import CallFailed, ServiceQuestion, ServiceReply
 from ..config import local_path
 from ..deployment.checked_yaml import InvalidFile
 from ..deployment.file import LoadedFile, load, with_ports
-from ..deployment.local_ray import DeploymentFailed, LocalRay, ServeApi, free_port
+from ..deployment.local_ray import (
+    DeploymentFailed,
+    LocalRay,
+    ServeApi,
+    StartFailed,
+    free_port,
+)
 from ..lab.reporting.tables import markdown
 from ..synthetic.needles import NeedlePrompt, needle_prompt
 from .serve import ProgressLines
@@ -120,7 +126,10 @@ def needles(loaded: LoadedFile, seed: int) -> list[NeedlePrompt]:
 
 
 def run(file: Path, seed: int, show: Callable[[str], None]) -> list[DemoResult]:
-    """Start the service, ask, and stop it. Raises InvalidFile, DeploymentFailed or CallFailed."""
+    """Start the service, ask, and stop it.
+
+    Raises InvalidFile, StartFailed, DeploymentFailed or CallFailed.
+    """
     loaded = load(file)
     http_port, grpc_port = free_port(), free_port()
     warm_up, first, second = needles(loaded, seed)
@@ -160,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         results = run(args.file, args.seed, ProgressLines())
-    except (InvalidFile, DeploymentFailed, CallFailed) as error:
+    except (InvalidFile, StartFailed, DeploymentFailed, CallFailed) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     print(f"\nThe prompt ends with: {results[0].prompt.messages[-1]['content'].splitlines()[-1]}")

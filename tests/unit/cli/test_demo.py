@@ -1,7 +1,11 @@
 """The demo fails when an answer is wrong or a plan was not the one asked for."""
 
+import pytest
+
 from specprefill.cli import demo
-from specprefill.client.question import ServiceReply
+from specprefill.client.question import CallFailed, ServiceReply
+from specprefill.deployment.checked_yaml import InvalidFile
+from specprefill.deployment.local_ray import DeploymentFailed, StartFailed
 from specprefill.synthetic.needles import needle_prompt
 from tests.unit.cli.test_cli import REPORT
 
@@ -42,3 +46,13 @@ def test_the_question_asks_for_the_plan(demo_tokenizer):
 def test_a_missing_deployment_file_ends_with_1(capsys, tmp_path):
     assert demo.main(["--file", str(tmp_path / "none.yaml")]) == 1
     assert "none.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [StartFailed, DeploymentFailed, InvalidFile, CallFailed])
+def test_a_failed_step_is_one_line(monkeypatch, capsys, error):
+    def fail(*_):
+        raise error("this is why")
+
+    monkeypatch.setattr(demo, "run", fail)
+    assert demo.main([]) == 1
+    assert capsys.readouterr().err == "demo: this is why\n"
