@@ -159,14 +159,18 @@ def _check_beside(path: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def _await_check(checking: subprocess.Popen[str], show: ProgressLines) -> None:
-    """Show the findings of the check. Raises Misused if it refuses the file."""
+def _await_check(checking: subprocess.Popen[str], path: Path, show: ProgressLines) -> None:
+    """Show what the check found, and how the models are served.
+
+    Raises Misused if it refuses the file.
+    """
     output = checking.communicate()[0]
-    findings = [line for line in output.splitlines() if _FINDING.search(line)]
+    ours = [line for line in output.splitlines() if line.startswith(f"{path}: ")]
     if checking.returncode == MISUSED:
-        raise Misused("\n".join(findings))
-    for finding in findings:
-        show(finding)
+        raise Misused("\n".join(line for line in ours if _FINDING.search(line)))
+    for line in ours:
+        if not line.startswith(f"{path}: fine "):
+            show(line.removeprefix(f"{path}: "))
     if checking.returncode != OK:
         show(f"the models were not checked: {output.strip().rpartition(chr(10))[2]}")
 
@@ -187,7 +191,7 @@ def run_serve(args: argparse.Namespace) -> int:
     stop = threading.Event()
     with _check_beside(path) as checking, _local_ray(path) as ray:
         _stop_on_signals(stop)
-        _await_check(checking, show)
+        _await_check(checking, path, show)
         api = ServeApi(ray.dashboard_url)
         show(f"deploying {path} (dashboard {ray.dashboard_url})")
         _deploy(api, loaded, args.timeout, show)
