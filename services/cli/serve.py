@@ -200,7 +200,10 @@ def run_serve(args: argparse.Namespace) -> int:
         show_verdict(loaded.file, stop, show)
         stop.wait()
         stop.clear()
-        _drain(ray, api, args.drain, stop, show)
+        try:
+            _drain(ray, api, args.drain, stop, show)
+        except OSError as error:
+            show(f"Ray's dashboard does not answer ({error}): cutting off the remaining requests")
         show("stopping")
     show("stopped")
     return 0
@@ -310,7 +313,7 @@ def _deploy(api: ServeApi, loaded: LoadedFile, timeout_s: float, show: ProgressL
     try:
         api.deploy(without_keys(loaded.raw))
         api.wait_healthy(timeout_s, show)
-    except (DeploymentFailed, RuntimeError) as error:  # RuntimeError: the REST API's refusal
+    except (DeploymentFailed, OSError, RuntimeError) as error:  # RuntimeError: the API refused
         raise Failed(str(error)) from error
 
 

@@ -24,6 +24,7 @@ from .front import FILE_VARIABLE, PROGRAM
 
 DASHBOARD_URL = "http://127.0.0.1:8265"
 POLL_S = 1.0
+SILENCE_S = 60.0  # of a dashboard on a busy machine
 ASK_TIMEOUT_S = 10.0
 REPLICA_PORTS = (12_000, 30_000)
 OBJECT_STORE_BYTES = 256 << 20  # nothing large travels through it
@@ -307,9 +308,17 @@ class ServeApi:
     def wait_healthy(self, timeout_s: float, show: Callable[[str], None]) -> Snapshot:
         """Poll until every pool is healthy; `show` gets each change. Raises DeploymentFailed."""
         give_up_s = time.monotonic() + timeout_s
+        answered_s = time.monotonic()
         shown: set[str] = set()
         while True:
-            now = self.snapshot()
+            try:
+                now = self.snapshot()
+            except OSError as error:  # a connection that it closed between two questions
+                if time.monotonic() > min(give_up_s, answered_s + SILENCE_S):
+                    raise DeploymentFailed(f"Ray's dashboard does not answer: {error}") from error
+                time.sleep(POLL_S)
+                continue
+            answered_s = time.monotonic()
             lines = [pool.line() for pool in now.pools]
             for line in lines:
                 if line not in shown:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import requests
 
 from specprefill.deployment import local_ray
 from specprefill.deployment.front import FILE_VARIABLE
@@ -43,7 +44,10 @@ class Client:
         self._answers = list(answers)
 
     def get_serve_details(self):
-        return self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
 
 @pytest.fixture
@@ -123,6 +127,18 @@ def test_waiting_ends_at_a_failure(api):
     bad = details(app_status="DEPLOY_FAILED", message="why")
     with pytest.raises(DeploymentFailed, match="why"):
         api(details(status="UPDATING"), bad).wait_healthy(10, lambda _: None)
+
+
+def test_waiting_goes_on_when_the_dashboard_drops_a_connection(api):
+    dropped = requests.ConnectionError("Remote end closed connection without response")
+    assert api(dropped, details()).wait_healthy(10, lambda _: None).is_healthy
+
+
+def test_waiting_ends_when_the_dashboard_is_silent_for_long(api, monkeypatch):
+    monkeypatch.setattr("specprefill.deployment.local_ray.SILENCE_S", 0.0)
+    dropped = requests.ConnectionError("refused")
+    with pytest.raises(DeploymentFailed, match="dashboard does not answer: refused"):
+        api(dropped).wait_healthy(10, lambda _: None)
 
 
 def test_waiting_ends_with_its_time(api):
