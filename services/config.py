@@ -207,6 +207,9 @@ class AdmissionConfig(Strict):
     max_waiting: PositiveInt = 1024  # more are shed
     max_waiting_per_key: PositiveInt = 256  # of one API key, where there are several
     per_engine: PositiveInt = 2  # requests admitted for each speculator and prefill replica
+    # One process decides for all gateways; while it is away, each gateway decides by an equal part
+    # of the pools. `false`: always so. With one gateway, it decides by itself.
+    shared: bool = True
 
 
 def key_digest(key: str) -> str:
@@ -384,10 +387,12 @@ class AppConfig(Strict):
     def for_gateways(self) -> AppConfig:
         """Return the gateways' configuration: its admission holds the SLO itself."""
         admission = self.gateway.admission
-        if self.slo is None or admission is None:
+        if admission is None:
             return self.model_copy(update={"slo": None})
-        named = admission.model_copy(update={"ttft_s": self.slo.ttft_s})
-        gateway = self.gateway.model_copy(update={"admission": named})
+        ttft_s = admission.ttft_s if self.slo is None else self.slo.ttft_s
+        shared = admission.shared and self.scaling.gateway_replicas > 1
+        known = admission.model_copy(update={"ttft_s": ttft_s, "shared": shared})
+        gateway = self.gateway.model_copy(update={"admission": known})
         return self.model_copy(update={"gateway": gateway, "slo": None})
 
 

@@ -9,30 +9,26 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from math import ceil, exp, inf
+from math import exp, inf
 
 from ..core.errors import DeadlineExceeded, Overloaded
-from ..core.pipeline import Pipeline
-from ..core.plan import plan_of
-from ..core.request_spans import NoTracer, Tracer
-from ..core.types import Chunk, Plan, PlanKind, Reason, Request, Selection
+from ..core.types import Plan, PlanKind, Reason
 from .admission import (
     MIN_RETRY_AFTER_S,
     AdmissionPolicy,
-    AdmissionRequest,
     Backlog,
     Shed,
     ShedReason,
     judge,
 )
+from .arrival import Arrival
 from .fair_queue import FairQueue
+from .gateway_share import GatewayShare
 from .stages import StageCurves
 
-_BELOW_DENSE = 0.999  # the highest keep rate of a plan whose rate the scores choose
 _NEWEST = 0.3  # weight of the newest wait behind other gateways' requests
 _SWEPT_FROM = 64  # requests in the queue that may have left it
 _MESSAGES = {
@@ -42,53 +38,11 @@ _MESSAGES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class GatewayShare:
-    """This gateway's share of the engines: the replicas known to serve, and their gateways.
-
-    Gateways do not communicate. Each takes an equal part of what the pools can do: a
-    fraction of an engine where there are more gateways than engines.
-    """
-
-    speculators: int = 1
-    prefills: int = 1
-    gateways: int = 1
-
-    @property
-    def speculator_share(self) -> float:
-        """This gateway's part of the speculators, in replicas."""
-        return max(1, self.speculators) / max(1, self.gateways)
-
-    @property
-    def prefill_share(self) -> float:
-        """This gateway's part of the prefill engines, in replicas."""
-        return max(1, self.prefills) / max(1, self.gateways)
-
-    @property
-    def prefill_speed(self) -> float:
-        """The server-seconds per second that one prompt of this gateway gets in prefill.
-
-        With a share below one engine it is unknown when this gateway's prompt runs: 0, the whole
-        prompt counts until it is answered.
-        """
-        share = self.prefill_share
-        return 0.0 if share < 1.0 else share / ceil(share)
-
-    @property
-    def prefills_at_once(self) -> int:
-        """The number of this gateway's prompts that the prefill engines compute at a time."""
-        return ceil(self.prefill_share)
-
-    def slots(self, per_engine: int) -> float:
-        """Return this gateway's part of the requests that may be before their first token."""
-        return per_engine * max(1, self.speculators + self.prefills) / max(1, self.gateways)
-
-
 @dataclass(eq=False, slots=True)
 class GatedRequest:
     """One request, from its admission to its first token."""
 
-    request: Request
+    arrival: Arrival
     plan: Plan
     speculate_s: float
     prefill_s: float
@@ -113,12 +67,38 @@ class GatedRequest:
     def is_hopeless(self, now_s: float) -> bool:
         """Return True if its first token would come too late even if it started at once."""
         own_s = self.speculate_s + self.prefill_s
-        return now_s - self.arrived_s + own_s > self.request.timeout_s
+        return now_s - self.arrived_s + own_s > self.arrival.timeout_s
 
     def unread_s(self, now_s: float) -> float:
         """Return the speculation work left, in server-seconds."""
         elapsed_s = 0.0 if self.started_s is None else now_s - self.started_s
         return max(0.0, self.speculate_s - elapsed_s)
+
+
+@dataclass(frozen=True, slots=True)
+class GateSlot:
+    """The place of one request in a gate, which it holds until its first token."""
+
+    gate: Gate
+    admitted: GatedRequest
+
+    @property
+    def plan(self) -> Plan:
+        """The plan to serve the request with."""
+        return self.admitted.plan
+
+    @property
+    def waited_s(self) -> float:
+        """The seconds that the request waited for the slot."""
+        return self.admitted.waited_s
+
+    def record_first_token(self) -> None:
+        """Release the slot at the first token. Idempotent."""
+        self.gate.record_first_token(self.admitted)
+
+    def release(self) -> None:
+        """Release the slot. Idempotent."""
+        self.gate.release(self.admitted)
 
 
 class Gate:
@@ -128,7 +108,6 @@ class Gate:
         self,
         policy: AdmissionPolicy,
         *,
-        keep_floor: float,
         per_engine: int,
         fair_keys: bool,
         curves: Callable[[], StageCurves],
@@ -136,7 +115,6 @@ class Gate:
         now: Callable[[], float],
     ) -> None:
         self._policy = policy
-        self._keep_floor = keep_floor
         self._per_engine = per_engine
         self._fair_keys = fair_keys
         self._curves = curves
@@ -159,19 +137,16 @@ class Gate:
         """The number of admitted requests without a first token."""
         return len(self._running)
 
-    @asynccontextmanager
-    async def admit(self, request: Request, plan: Plan) -> AsyncIterator[GatedRequest]:
-        """Wait in the queue, then hold a slot until `release` or the exit.
-
-        Raises Overloaded with a reason, or DeadlineExceeded.
-        """
-        admitted = self._admit(request, plan)
+    async def enter(self, arrival: Arrival) -> GateSlot:
+        """Wait in the queue for a slot. Raises Overloaded with a reason, or DeadlineExceeded."""
+        admitted = self._admit(arrival)
         self._enqueue(admitted)
         try:
             await self._wait_for_turn(admitted)
-            yield admitted
-        finally:
+        except BaseException:
             self.release(admitted)
+            raise
+        return GateSlot(self, admitted)
 
     def record_first_token(self, admitted: GatedRequest) -> None:
         """Release the slot at the first token; learn the wait behind other gateways."""
@@ -223,56 +198,38 @@ class Gate:
             waiting_of_key=0 if key is None else self._by_key[key],
         )
 
-    def _admit(self, request: Request, plan: Plan) -> GatedRequest:
-        curves, tokens = self._curves(), len(request.prompt)
-        ask = self._admission_request(request, plan)
-        key = request.key if self._fair_keys else None
+    def _admit(self, arrival: Arrival) -> GatedRequest:
+        curves, ask = self._curves(), arrival.admission_request()
+        key = arrival.key if self._fair_keys else None
         policy = self._policy.per_gateway(self._engines().gateways)
         verdict = judge(ask, self.backlog(key), curves, policy)
         if isinstance(verdict, Shed):
             message = f"{_MESSAGES[verdict.reason]}; try again later"
             raise Overloaded(message, verdict.retry_after_s, verdict.reason)
-        speculate_s = 0.0 if plan.kind is PlanKind.DENSE else curves.speculate.seconds(tokens)
-        plan_to_serve = plan if verdict.keep >= ask.keep else _with_keep(plan, verdict.keep)
+        plan, speculate_s = arrival.plan, 0.0
+        if plan.kind is not PlanKind.DENSE:
+            speculate_s = curves.speculate.seconds(arrival.prompt_tokens)
         return GatedRequest(
-            request,
-            plan_to_serve,
+            arrival,
+            plan if verdict.keep >= ask.keep else _with_keep(plan, verdict.keep),
             speculate_s,
-            verdict.prefill_s,
+            verdict.prefill_s if arrival.is_prefilled else 0.0,
             verdict.late,
             self._now(),
             key=key,
         )
 
-    def _admission_request(self, request: Request, plan: Plan) -> AdmissionRequest:
-        tokens = len(request.prompt)
-        if plan.kind is PlanKind.DENSE:
-            return AdmissionRequest(tokens, 1.0, 1.0, request.timeout_s)
-        keep = min(plan.highest_keep, _BELOW_DENSE)
-        return AdmissionRequest(
-            tokens, keep, min(keep, self._floor(request, plan)), request.timeout_s
-        )
-
-    def _floor(self, request: Request, plan: Plan) -> float:
-        """Return the caller's floor; a requested keep rate is one, too."""
-        controls = request.controls
-        if controls.floor is not None:
-            return controls.floor
-        if plan.within is not None:
-            return plan.within.floor
-        return self._keep_floor if controls.keep is None else controls.keep
-
     def _enqueue(self, admitted: GatedRequest) -> None:
         self._waiting[id(admitted)] = admitted
         if admitted.key is not None:
             self._by_key[admitted.key] += 1
-        work_s, priority = admitted.speculate_s + admitted.prefill_s, admitted.request.priority
+        work_s, priority = admitted.speculate_s + admitted.prefill_s, admitted.arrival.priority
         self._queue.push(admitted, work_s, key=admitted.key, priority=priority, late=admitted.late)
         self._advance()
 
     async def _wait_for_turn(self, admitted: GatedRequest) -> None:
         try:
-            async with asyncio.timeout(admitted.request.timeout_s):
+            async with asyncio.timeout(admitted.arrival.timeout_s):
                 await admitted.turn.wait()
         except TimeoutError as error:
             raise DeadlineExceeded(
@@ -335,48 +292,9 @@ class Gate:
             del self._by_key[admitted.key]
 
 
-class AdmittingPipeline:
-    """A pipeline behind a gate. The wait for a slot counts in the report."""
-
-    def __init__(self, pipeline: Pipeline, gate: Gate, tracer: Tracer | None = None) -> None:
-        self._pipeline = pipeline
-        self._gate = gate
-        self._tracer = NoTracer() if tracer is None else tracer
-
-    async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
-        """See Pipeline.generate. Raises Overloaded at once, when the request is shed."""
-        async with AsyncExitStack() as held:
-            with self._tracer.start_within("admission", request.trace):
-                gate = self._gate.admit(request, plan_of(request))
-                admitted = await held.enter_async_context(gate)
-            left_s = max(0.0, request.timeout_s - admitted.waited_s)
-            bounded = replace(request, plan=admitted.plan, timeout_s=left_s)
-            async with aclosing(self._pipeline.generate(bounded)) as chunks:
-                async for chunk in chunks:
-                    self._gate.record_first_token(admitted)
-                    yield _add_wait(chunk, admitted.waited_s)
-
-    async def select(self, request: Request) -> Selection:
-        """See Pipeline.select. It is admitted as an answer is; no prefill engine works for it."""
-        async with self._gate.admit(request, plan_of(request)) as admitted:
-            admitted.prefill_s = 0.0
-            left_s = max(0.0, request.timeout_s - admitted.waited_s)
-            bounded = replace(request, plan=admitted.plan, timeout_s=left_s)
-            selection = await self._pipeline.select(bounded)
-        return replace(selection, queue_s=selection.queue_s + admitted.waited_s)
-
-
 def _with_keep(plan: Plan, keep: float) -> Plan:
     """Return the plan with a lower keep rate, or a lower ceiling if the scores choose."""
     if plan.within is not None:
         ceiling = max(keep, plan.within.floor)
         return replace(plan, within=replace(plan.within, ceiling=ceiling))
     return replace(plan, keep=keep, reason=Reason.LOAD)
-
-
-def _add_wait(chunk: Chunk, waited_s: float) -> Chunk:
-    report = chunk.report
-    if report is None or waited_s == 0.0:
-        return chunk
-    waited = replace(report, queue_s=report.queue_s + waited_s, ttft_s=report.ttft_s + waited_s)
-    return replace(chunk, report=waited)

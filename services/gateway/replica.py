@@ -48,7 +48,6 @@ from .grpc.failed_calls import log_refusals_in_one_line
 from .grpc.health_service import GrpcHealth
 from .grpc.serve_ports import bind_grpc_as_http
 from .observe.calibration import calibration
-from .observe.gate_metrics import behind_gate, gate_of
 from .observe.key_usage import KeyUsage
 from .observe.latencies import ClientLatencies
 from .observe.load_gauges import LoadGauges
@@ -64,6 +63,7 @@ from .openai.request_json import JsonLimits
 from .openai.server import build_client, build_explainer, build_http_app, front_config
 from .openai.text_writer import PromptTextWriter
 from .pools.draft_state import SelfTestWatch
+from .pools.gate import AdmissionControl
 from .pools.handles import Carried, ServeDecoder, ServePrefiller, ServeSpeculator
 from .pools.health import GATEWAY
 from .pools.replica_counts import ServeHealth
@@ -125,15 +125,26 @@ class GatewayReplica:
                 cached_tokenizer_from_config(front.model_config), self._config.selection.gap_mark
             ),
         )
-        gate = gate_of(self._config.gateway, gain.models, self._health.count)
-        admitting = behind_gate(pipeline, gate, self._tracer)
-        load = LoadGauges(lambda: self._limit.held, gate)
+        self._admission = AdmissionControl(
+            pipeline,
+            self._config.gateway,
+            gain.models,
+            self._health.count,
+            self._tracer,
+            app_name=context.app_name,
+            gateway=context.replica_id.unique_id,
+        )
+        self._admission.start()
+        load = LoadGauges(lambda: self._limit.held, self._admission.gate)
         self._load_gauges = asyncio.create_task(load.run())
         self._traffic, self._models = GatewayTraffic(), gain.models
         self._shadowing: ShadowSampler | None = None
         if self._config.quality.shadow_share > 0:
             self._shadowing = ShadowSampler(pipeline, self._config.quality, ShadowMetrics())
-        live = traced.pipeline(ObservedPipeline(admitting, self._observers(counted, gain)))
+        observed = ObservedPipeline(
+            self._admission.answerer, self._observers(counted, gain)
+        )
+        live = traced.pipeline(observed)
         usage = KeyUsage().count if self._keys else None
         modes = prompt_modes(self._config.selection, support)
         rules = planner(self._config.selection, gain, self._self_test.is_unfit, modes)
@@ -178,6 +189,7 @@ class GatewayReplica:
         self._load_gauges.cancel()
         if self._shadowing is not None:
             await self._shadowing.close()
+        await self._admission.close()
         await self._calibration.close()
         await self._self_test.close()
         await self._peers.close()

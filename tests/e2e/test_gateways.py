@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
@@ -22,7 +23,8 @@ METRICS_PATIENCE_S = 60.0
 PROMPT_TOKENS, KEEP, FLOOR = 1100, 0.3, 0.1
 SLO_S, DEADLINE_S = 3.0, 8.0
 STORM_S = 10.0
-STORMS = 2  # more, where the first one met a busy machine
+STORMS = 4  # at most, where the first ones met a busy machine
+WITHIN = 0.05  # of the attainment
 SUSTAINED_PER_S = 1.0 / (PREFILL_TOKEN_S * KEEP * PROMPT_TOKENS)
 GATEWAYS = (1, 2)
 
@@ -144,10 +146,24 @@ def storms(app):
     app.api.deploy({**raw, "applications": [application, *more]})
     app.wait_healthy()
     try:
+        wait_until_shared(app, 2)  # the two of `gateways-2`; one gateway has no shared gate
         yield Storms(app.http_url)
     finally:
         app.api.deploy(raw)
         app.wait_healthy()
+
+
+def wait_until_shared(app, gateways):
+    wait_for(
+        app,
+        "ray_specprefill_admission_shared",
+        lambda found: sum(found.values()) == gateways,
+    )
+
+
+def gate_processes() -> set[psutil.Process]:
+    """The processes that serve a gate."""
+    return {each for each in psutil.process_iter() if each.name().startswith("ray::GateActor")}
 
 
 class Storms:
@@ -166,9 +182,9 @@ class Storms:
 
     @property
     def are_alike(self) -> bool:
-        """True if two gateways serve at least half of what one serves in time."""
+        """True if two gateways serve about as many in time as one, and that is not nothing."""
         one, two = (attainment(self[each]) for each in GATEWAYS)
-        return two > 0.1 and two > 0.5 * one
+        return one > 0.2 and two >= one - WITHIN
 
 
 async def storm(url: str) -> list[tuple[int, float, httpx.Headers]]:
@@ -194,13 +210,12 @@ def attainment(outcomes) -> float:
 
 
 def test_two_gateways_serve_a_storm_as_well_as_one(storms):
-    # Undivided, a second gateway left a third. How near the two are is measured in virtual time
-    # (tests/unit/test_several_gateways.py): here both of them share their cores with the pools.
-    for _ in range(STORMS):
+    # Each with half of the only engine, two served 6 to 13 points less in time; undivided, a third.
+    for _ in range(STORMS - 1):
         if storms.are_alike:
             return
         storms.repeat()
-    assert storms.are_alike
+    assert storms.are_alike, {each: attainment(storms[each]) for each in GATEWAYS}
 
 
 @pytest.mark.parametrize("gateways", GATEWAYS)
@@ -212,3 +227,22 @@ def test_what_a_storm_does_not_get_is_shed_with_a_reason(storms, gateways):
     assert len(shed) > len(refused) / 2
     assert {headers["x-specprefill-shed-reason"] for headers in shed} == {"deadline"}
     assert all(float(headers["retry-after"]) > 0 for headers in shed)
+
+
+def test_gateways_outlive_the_gate_that_they_share(app, storms):
+    """Killed while requests wait in it: all of them are answered or refused in words."""
+    (before,) = gate_processes()
+
+    async def storm_with_a_kill():
+        storming = asyncio.create_task(storm(f"{app.http_url}/2"))
+        await asyncio.sleep(STORM_S / 3)
+        before.kill()
+        return await storming
+
+    outcomes = asyncio.run(storm_with_a_kill())
+    assert {code for code, _, _ in outcomes} <= {200, 429, 504}
+    assert attainment(outcomes) > 0.1
+    wait_until_shared(app, 2)
+    assert before not in gate_processes()
+    body = {"model": "demo", "prompt": list(range(300, 400)), "max_tokens": 1}
+    assert httpx.post(f"{app.http_url}/2/v1/completions", json=body, timeout=60).is_success

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from specprefill.control.admission import AdmissionPolicy
+from specprefill.control.admitting import AdmittingPipeline
 from specprefill.control.from_config import net_gain, planner, selection_policy
-from specprefill.control.gate import AdmittingPipeline, Gate, GatewayShare
+from specprefill.control.gate import Gate
+from specprefill.control.gateway_share import GatewayShare
 from specprefill.core import prefix_digests
 from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator
 from specprefill.core.pipeline import Pipeline
@@ -71,7 +73,6 @@ def client(gateway: Any) -> Any:
     pipeline = Pipeline(RoutedSpeculator(), RoutedPrefiller(), FakeDecoder())
     gate = Gate(
         AdmissionPolicy(60.0),
-        keep_floor=0.1,
         per_engine=1,
         fair_keys=False,
         curves=gain.models.curves,
@@ -82,7 +83,7 @@ def client(gateway: Any) -> Any:
         GatewayTraffic(), selection_policy(config.selection, 128), time.monotonic
     )
     watched = ObservedPipeline(
-        AdmittingPipeline(pipeline, gate), [counts, LearningObserver(gain.learn)]
+        AdmittingPipeline(pipeline, gate, keep_floor=0.1), [counts, LearningObserver(gain.learn)]
     )
     made = build_client(config, watched, planner(config.selection, gain))
     yield made

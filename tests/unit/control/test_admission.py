@@ -17,8 +17,11 @@ from specprefill.control.admission import (
     judge,
     tokens_within,
 )
+from specprefill.control.admitting import AdmittingPipeline
+from specprefill.control.arrival import Arrival
 from specprefill.control.fair_queue import FairQueue
-from specprefill.control.gate import AdmittingPipeline, Gate, GatewayShare
+from specprefill.control.gate import Gate
+from specprefill.control.gateway_share import GatewayShare
 from specprefill.control.stages import Curve, StageCurves
 from specprefill.core.errors import DeadlineExceeded, Overloaded
 from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator, PlannedPipeline
@@ -152,7 +155,6 @@ class AdmissionSetup:
         self.prefiller = pools[1]
         self.gate = Gate(
             replace(POLICY, **policy),
-            keep_floor=0.1,
             per_engine=1,
             fair_keys=True,
             curves=lambda: CURVES,
@@ -160,7 +162,7 @@ class AdmissionSetup:
             now=lambda: self.now_s,
         )
         self.planner = planner
-        admitting = AdmittingPipeline(Pipeline(*pools), self.gate)
+        admitting = AdmittingPipeline(Pipeline(*pools), self.gate, keep_floor=0.1)
         self.pipeline = PlannedPipeline(admitting, planner)
 
     async def run(self, **fields):
@@ -172,8 +174,11 @@ class AdmissionSetup:
 
         async def held():
             request = Request("held", self.prompt, b"", **fields)
-            async with self.gate.admit(request, self.planner.plan(request)):
+            slot = await self.gate.enter(Arrival.of(request, self.planner.plan(request), 0.1))
+            try:
                 await asyncio.Event().wait()
+            finally:
+                slot.release()
 
         return asyncio.create_task(held())
 

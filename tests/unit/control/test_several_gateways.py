@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
 import pytest
 
 from specprefill.control.admission import AdmissionPolicy
-from specprefill.control.gate import Gate, GatewayShare
+from specprefill.control.admitting import AdmissionGate
+from specprefill.control.arrival import Arrival
+from specprefill.control.gate import Gate
+from specprefill.control.gateway_share import GatewayShare
+from specprefill.control.shared_gate import View
 from specprefill.control.stages import Curve, StageCurves
 from specprefill.core.errors import DeadlineExceeded, Overloaded
 from specprefill.core.types import Plan, PlanKind, Reason, Request
+from tests.unit.control.gate_links import connected, shared_gate
 from tests.unit.control.virtual_time import run_in_virtual_time
 
 SLO_S, KEEP, FLOOR = 1.0, 0.3, 0.1
@@ -78,7 +85,6 @@ def gates(pool: Pool, count: int, known: GatewayShare, **bounds: int) -> list[Ga
     return [
         Gate(
             AdmissionPolicy(SLO_S, **bounds),
-            keep_floor=FLOOR,
             per_engine=PER_ENGINE,
             fair_keys=True,
             curves=lambda: pool.curves,
@@ -89,40 +95,75 @@ def gates(pool: Pool, count: int, known: GatewayShare, **bounds: int) -> list[Ga
     ]
 
 
-async def served(pool: Pool, load: float, gateways: int, known: GatewayShare) -> Outcome:
+async def served(
+    pool: Pool, load: float, gateways: int, known: GatewayShare, shared: bool
+) -> Outcome:
     loop = asyncio.get_running_loop()
     started_s = loop.time()
-    fronts = gates(pool, gateways, known)
+    own = gates(pool, gateways, known)
+    async with AsyncExitStack() as stack:
+        doors: Sequence[AdmissionGate] = own
+        let_in_by = own
+        if shared:
+            gate = shared_gate(AdmissionPolicy(SLO_S), PER_ENGINE)
+            view = View(pool.curves, known)
+            doors = [
+                await stack.enter_async_context(connected(gate, each, name, view))
+                for name, each in enumerate(own)
+            ]
+            let_in_by = [gate.gate]
+        return await storm(pool, load, doors, let_in_by, started_s)
+
+
+async def storm(
+    pool: Pool,
+    load: float,
+    doors: Sequence[AdmissionGate],
+    let_in_by: Sequence[Gate],
+    started_s: float,
+) -> Outcome:
+    loop = asyncio.get_running_loop()
     speculators, prefills = asyncio.Semaphore(SPECULATORS), asyncio.Semaphore(pool.prefills)
     outcome = Outcome()
 
-    async def ask(gate: Gate, at_s: float) -> None:
-        await asyncio.sleep(at_s - (loop.time() - started_s))
+    async def ask(gate: AdmissionGate, at_s: float) -> None:
+        await asyncio.sleep(max(0.0, at_s - (loop.time() - started_s)))
         came_s = loop.time()
         request = Request("r", PROMPT, b"", timeout_s=30.0)
         plan = Plan(PlanKind.PRUNE, Reason.DEFAULT, KEEP)
         try:
-            async with gate.admit(request, plan) as place:
-                let_in = sum(front.running for front in fronts)
-                outcome.most_let_in = max(outcome.most_let_in, let_in)
-                async with speculators:
-                    await asyncio.sleep(pool.curves.speculate.seconds(len(PROMPT)))
-                async with prefills:
-                    await asyncio.sleep(pool.curves.prefill.seconds(place.plan.keep * len(PROMPT)))
-                gate.record_first_token(place)
-                outcome.ttfts_s.append(loop.time() - came_s)
-                outcome.keeps.append(place.plan.keep)
+            slot = await gate.enter(Arrival.of(request, plan, FLOOR))
+            let_in = sum(each.running for each in let_in_by)
+            outcome.most_let_in = max(outcome.most_let_in, let_in)
+            async with speculators:
+                await asyncio.sleep(pool.curves.speculate.seconds(len(PROMPT)))
+            async with prefills:
+                await asyncio.sleep(pool.curves.prefill.seconds(slot.plan.keep * len(PROMPT)))
+            slot.record_first_token()
+            outcome.ttfts_s.append(loop.time() - came_s)
+            outcome.keeps.append(slot.plan.keep)
         except (Overloaded, DeadlineExceeded):
             outcome.shed += 1
 
     times = enumerate(arrivals(load * pool.sustained_per_s))
-    await asyncio.gather(*(ask(fronts[turn % gateways], at_s) for turn, at_s in times))
+    await asyncio.gather(*(ask(doors[turn % len(doors)], at_s) for turn, at_s in times))
     return outcome
 
 
-def run(load: float, gateways: int, pool: Pool = FOUR, *, divided: bool = True) -> Outcome:
+def run(
+    load: float, gateways: int, pool: Pool = FOUR, *, divided: bool = True, shared: bool = False
+) -> Outcome:
     known = GatewayShare(SPECULATORS, pool.prefills, gateways if divided else 1)
-    return run_in_virtual_time(served(pool, load, gateways, known))
+    return run_in_virtual_time(served(pool, load, gateways, known, shared))
+
+
+@pytest.mark.parametrize("pool", [FOUR, ONE], ids=["four engines", "one engine"])
+@pytest.mark.parametrize("load", [1.0, 10.0])
+@pytest.mark.parametrize("gateways", [2, 16])
+def test_gateways_with_one_gate_serve_as_many_in_time_as_one(gateways, load, pool):
+    several, one = run(load, gateways, pool, shared=True), run(load, 1, pool)
+    assert several.attainment == pytest.approx(one.attainment, abs=0.01)
+    assert several.most_let_in <= pool.max_let_in
 
 
 @pytest.mark.parametrize("pool", [FOUR, ONE], ids=["four engines", "one engine"])
@@ -157,8 +198,11 @@ def test_the_wait_behind_other_gateways_is_learnt():
 
 async def held_by(gate: Gate, key: str) -> None:
     request = Request("r", PROMPT, b"", key=key)
-    async with gate.admit(request, Plan(PlanKind.PRUNE, Reason.DEFAULT, KEEP)):
+    slot = await gate.enter(Arrival.of(request, Plan(PlanKind.PRUNE, Reason.DEFAULT, KEEP), FLOOR))
+    try:
         await asyncio.Event().wait()
+    finally:
+        slot.release()
 
 
 async def waiting_in_all(gateways: int, keys: int, **bounds: int) -> tuple[int, int]:

@@ -1,0 +1,89 @@
+"""A pipeline behind admission control."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Protocol
+
+from ..core.pipeline import Pipeline
+from ..core.plan import plan_of
+from ..core.types import Chunk, Plan, Request, Selection
+from .arrival import Arrival
+
+
+class Slot(Protocol):
+    """A place before the first token, which one request holds."""
+
+    @property
+    def plan(self) -> Plan:
+        """The plan to serve the request with."""
+        ...
+
+    @property
+    def waited_s(self) -> float:
+        """The seconds that the request waited for the slot."""
+        ...
+
+    def record_first_token(self) -> None:
+        """Release the slot: the first token is there. Idempotent."""
+        ...
+
+    def release(self) -> None:
+        """Release the slot: there is no first token, or it was recorded. Idempotent."""
+        ...
+
+
+class AdmissionGate(Protocol):
+    """Decides which requests run, in which order, with which plan."""
+
+    async def enter(self, arrival: Arrival) -> Slot:
+        """Wait for a slot. Raises Overloaded with a reason, or DeadlineExceeded."""
+        ...
+
+
+class AdmittingPipeline:
+    """A pipeline behind a gate. The wait for a slot counts in the report."""
+
+    def __init__(self, pipeline: Pipeline, gate: AdmissionGate, keep_floor: float) -> None:
+        self._pipeline = pipeline
+        self._gate = gate
+        self._keep_floor = keep_floor
+
+    async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
+        """See Pipeline.generate. Raises Overloaded at once, when the request is shed."""
+        arrival = Arrival.of(request, plan_of(request), self._keep_floor)
+        slot = await self._gate.enter(arrival)
+        try:
+            async with aclosing(self._pipeline.generate(_bounded(request, slot))) as chunks:
+                async for chunk in chunks:
+                    slot.record_first_token()
+                    yield _add_wait(chunk, slot.waited_s)
+        finally:
+            slot.release()
+
+    async def select(self, request: Request) -> Selection:
+        """See Pipeline.select. It is admitted as an answer is; no prefill engine works for it."""
+        slot = await self._gate.enter(
+            Arrival.of(request, plan_of(request), self._keep_floor, is_prefilled=False)
+        )
+        try:
+            selection = await self._pipeline.select(_bounded(request, slot))
+        finally:
+            slot.release()
+        return replace(selection, queue_s=selection.queue_s + slot.waited_s)
+
+
+def _bounded(request: Request, slot: Slot) -> Request:
+    """Return the request with the slot's plan and the time that is left."""
+    left_s = max(0.0, request.timeout_s - slot.waited_s)
+    return replace(request, plan=slot.plan, timeout_s=left_s)
+
+
+def _add_wait(chunk: Chunk, waited_s: float) -> Chunk:
+    report = chunk.report
+    if report is None or waited_s == 0.0:
+        return chunk
+    waited = replace(report, queue_s=report.queue_s + waited_s, ttft_s=report.ttft_s + waited_s)
+    return replace(chunk, report=waited)

@@ -1,0 +1,103 @@
+"""Builds the gate of a gateway: its configuration, and its share of the engines."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from functools import partial
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from ...config import GatewayConfig
+from ...control.admitting import AdmissionGate, AdmittingPipeline
+from ...control.gate import Gate
+from ...control.gateway_share import GatewayShare
+from ...control.shared_gate import View
+from ...control.stages import StageModels
+from ...core.pipeline import Pipeline
+from ...core.ports import Answerer
+from .gate_actor import admission_policy, connect_to_gate
+from .gate_client import SharedAdmission
+from .health import GATEWAY, PREFILL, SPECULATOR, PoolCounts
+
+logger = logging.getLogger(__name__)
+
+
+class EngineCounts:
+    """Returns the newest known counts at once, and starts to read newer ones."""
+
+    def __init__(self, count: PoolCounts) -> None:
+        self._count = count
+        self._known = GatewayShare()
+        self._reading: asyncio.Task[None] | None = None
+
+    def __call__(self) -> GatewayShare:
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(self._read())
+        return self._known
+
+    async def _read(self) -> None:
+        try:
+            counts = await self._count()
+        except (
+            RayError,
+            RayServeException,
+        ) as error:  # the controller is away: keep the last counts
+            logger.info("replica counts: %s", error)
+            return
+        self._known = GatewayShare(counts[SPECULATOR], counts[PREFILL], counts[GATEWAY])
+
+
+class AdmissionControl:
+    """A pipeline behind admission control, where a gateway's configuration has one."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        config: GatewayConfig,
+        models: StageModels,
+        count: PoolCounts,
+        *,
+        app_name: str,
+        gateway: str,
+        on_change: Callable[[bool], None],
+    ) -> None:
+        self.answerer: Answerer = pipeline
+        self._shared: SharedAdmission | None = None
+        admission = config.admission
+        if admission is None or admission.ttft_s is None:
+            return
+        ttft_s, fair_keys = admission.ttft_s, len(config.api_keys) > 1
+        engines = EngineCounts(count)
+        gate: AdmissionGate = Gate(
+            admission_policy(admission, ttft_s),
+            per_engine=admission.per_engine,
+            fair_keys=fair_keys,
+            curves=models.curves,
+            engines=engines,
+            now=time.monotonic,
+        )
+        if admission.shared:
+            connect = partial(connect_to_gate, app_name, admission, ttft_s, fair_keys)
+            view = partial(_view, models, engines)
+            gate = self._shared = SharedAdmission(
+                connect, gate, gateway, view, time.monotonic, on_change
+            )
+        self.answerer = AdmittingPipeline(pipeline, gate, admission.keep_floor)
+
+    def start(self) -> None:
+        """Look for the other gateways' gate, in the background."""
+        if self._shared is not None:
+            self._shared.start()
+
+    async def close(self) -> None:
+        """Stop. Idempotent."""
+        if self._shared is not None:
+            await self._shared.close()
+
+
+def _view(models: StageModels, engines: EngineCounts) -> View:
+    return View(models.curves(), engines())

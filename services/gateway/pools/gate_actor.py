@@ -1,0 +1,103 @@
+"""The Ray actor that serves the gate of all gateways, and the calls to it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import ray
+import xxhash
+from ray.exceptions import RayError
+
+from ...config import AdmissionConfig
+from ...control.admission import AdmissionPolicy
+from ...control.shared_gate import Admission, Entry, SharedGate, View
+from ...core.wire import pack, unpack
+from .gate_client import GateLost
+
+_NAMESPACE = "specprefill"
+_MAX_CALLS = 1 << 16  # of all gateways at a time; the gate's own bounds are lower
+
+
+def admission_policy(admission: AdmissionConfig, ttft_s: float) -> AdmissionPolicy:
+    """Return the rules of a deployment's admission."""
+    return AdmissionPolicy(
+        ttft_s,
+        max_waiting=admission.max_waiting,
+        max_waiting_per_key=admission.max_waiting_per_key,
+    )
+
+
+class GateActor:
+    """Serves one SharedGate. Messages are msgpack; see SharedGate."""
+
+    def __init__(self, admission_json: str, ttft_s: float, fair_keys: bool) -> None:
+        admission = AdmissionConfig.model_validate_json(admission_json)
+        self._gate = SharedGate(
+            admission_policy(admission, ttft_s),
+            per_engine=admission.per_engine,
+            fair_keys=fair_keys,
+            now=time.monotonic,
+        )
+
+    async def enter(self, payload: bytes) -> bytes:
+        """Wait for a slot."""
+        return pack(await self._gate.enter(unpack(payload, Entry)))
+
+    async def leave(self, gateway: str, number: int, first_token: bool) -> None:
+        """Give a slot back."""
+        self._gate.leave(gateway, number, first_token=first_token)
+
+    async def renew(self, gateway: str, payload: bytes) -> None:
+        """Take a gateway's view of the pools."""
+        self._gate.renew(gateway, unpack(payload, View))
+
+
+class GateActorLink:
+    """The calls to a GateActor. They raise GateLost when its process is gone."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    async def enter(self, entry: Entry) -> Admission:
+        """See SharedGate.enter."""
+        try:
+            return unpack(await self._actor.enter.remote(pack(entry)), Admission)
+        except RayError as error:
+            raise GateLost(str(error)) from error
+
+    def leave(self, gateway: str, number: int, first_token: bool) -> None:
+        """See SharedGate.leave."""
+        self._actor.leave.options(num_returns=0).remote(gateway, number, first_token)
+
+    async def renew(self, gateway: str, view: View) -> None:
+        """See SharedGate.renew."""
+        try:
+            await self._actor.renew.remote(gateway, pack(view))
+        except RayError as error:
+            raise GateLost(str(error)) from error
+
+
+async def connect_to_gate(
+    app_name: str, admission: AdmissionConfig, ttft_s: float, fair_keys: bool
+) -> GateActorLink:
+    """Find the application's gate, or start it. Raises GateLost.
+
+    Gateways with another configuration, during an upgrade, have a gate of their own. The actor
+    ends with the gateway that started it; the others then start another.
+    """
+    arguments = (admission.model_dump_json(), ttft_s, fair_keys)
+    version = xxhash.xxh3_64_hexdigest(repr(arguments).encode())
+    options = {
+        "name": f"gate-{app_name}-{version}",
+        "namespace": _NAMESPACE,
+        "get_if_exists": True,
+        "num_cpus": 0,
+        "max_concurrency": _MAX_CALLS,
+    }
+    try:
+        actor = await asyncio.to_thread(ray.remote(GateActor).options(**options).remote, *arguments)
+    except (RayError, ValueError) as error:  # ValueError: the name's owner is going
+        raise GateLost(str(error)) from error
+    return GateActorLink(actor)

@@ -1,0 +1,177 @@
+"""A gateway's way to the gate that all gateways share, and what it does without it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from ...control.admitting import AdmissionGate, Slot
+from ...control.arrival import Arrival
+from ...control.shared_gate import Admission, Entry, View
+from ...core.errors import DeadlineExceeded
+from ...core.types import Plan
+
+logger = logging.getLogger(__name__)
+
+RENEW_S = 1.0
+PATIENCE_S = 3.0  # a gate that does not answer for this long is lost
+_GRACE_S = 1.0  # beyond a request's own time, which the gate watches
+
+
+class GateLost(Exception):
+    """The shared gate does not answer: its process has ended, or is unreachable."""
+
+
+class GateLink(Protocol):
+    """The calls to the process that serves the shared gate. Each raises GateLost."""
+
+    async def enter(self, entry: Entry) -> Admission:
+        """See SharedGate.enter."""
+        ...
+
+    def leave(self, gateway: str, number: int, first_token: bool) -> None:
+        """See SharedGate.leave; returns at once, and never raises."""
+        ...
+
+    async def renew(self, gateway: str, view: View) -> None:
+        """See SharedGate.renew."""
+        ...
+
+
+Connect = Callable[[], Awaitable[GateLink]]
+
+
+@dataclass(eq=False, slots=True)
+class SharedSlot:
+    """A slot of the shared gate."""
+
+    plan: Plan
+    waited_s: float
+    _leave: Callable[[bool], None]
+    _released: bool = False
+
+    def record_first_token(self) -> None:
+        """Release the slot at the first token. Idempotent."""
+        self._give_back(first_token=True)
+
+    def release(self) -> None:
+        """Release the slot. Idempotent."""
+        self._give_back(first_token=False)
+
+    def _give_back(self, *, first_token: bool) -> None:
+        if not self._released:
+            self._released = True
+            self._leave(first_token)
+
+
+class SharedAdmission:
+    """Asks the shared gate; while it is lost, decides by a gate of its own.
+
+    Requests that waited in a lost gate wait again in the own one, with the time they have left.
+    """
+
+    def __init__(
+        self,
+        connect: Connect,
+        own: AdmissionGate,
+        gateway: str,
+        view: Callable[[], View],
+        now: Callable[[], float],
+        on_change: Callable[[bool], None],
+    ) -> None:
+        self._connect = connect
+        self._own = own
+        self._gateway = gateway
+        self._view = view
+        self._now = now
+        self._on_change = on_change
+        self._numbers = itertools.count()
+        self._link: GateLink | None = None
+        self._lost: asyncio.Future[None] | None = None  # of this link
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Connect in the background, and again whenever the gate is lost."""
+        self._task = asyncio.create_task(self._keep_connected())
+
+    async def close(self) -> None:
+        """Stop. Idempotent."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def enter(self, arrival: Arrival) -> Slot:
+        """Wait for a slot. Raises Overloaded with a reason, or DeadlineExceeded."""
+        link, lost = self._link, self._lost
+        if link is None or lost is None:
+            return await self._own.enter(arrival)
+        arrived_s = self._now()
+        entry = Entry(self._gateway, next(self._numbers), arrival, self._view())
+        try:
+            admission = await self._ask(link, lost, entry)
+        except GateLost:
+            waited_s = self._now() - arrived_s
+            left_s = max(0.0, arrival.timeout_s - waited_s)
+            return await self._own.enter(replace(arrival, timeout_s=left_s))
+        plan = admission.accepted_plan()
+        return SharedSlot(
+            plan,
+            self._now() - arrived_s if admission.waited_s > 0.0 else 0.0,
+            lambda first_token: link.leave(self._gateway, entry.number, first_token),
+        )
+
+    async def _ask(self, link: GateLink, lost: asyncio.Future[None], entry: Entry) -> Admission:
+        """Ask for a slot; return it unless the gate is lost first. Raises GateLost."""
+        asked = asyncio.ensure_future(link.enter(entry))
+        patience_s = entry.arrival.timeout_s + _GRACE_S
+        try:
+            await asyncio.wait(
+                [asked, lost], timeout=patience_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            if asked.done():
+                return asked.result()
+        finally:
+            if not asked.done() or asked.cancelled():
+                asked.cancel()
+                link.leave(self._gateway, entry.number, False)
+        if lost.done():
+            raise GateLost
+        raise DeadlineExceeded("timeout_s: the request timed out in the admission queue")
+
+    async def _keep_connected(self) -> None:
+        self._on_change(False)
+        while True:
+            try:
+                async with asyncio.timeout(PATIENCE_S):
+                    link = await self._connect()
+                    await link.renew(self._gateway, self._view())
+            except (GateLost, TimeoutError) as error:
+                logger.info("the shared gate: not yet: %s", error)
+                await asyncio.sleep(RENEW_S)
+                continue
+            self._lost = asyncio.get_running_loop().create_future()
+            self._link = link
+            self._on_change(True)
+            logger.info("admission is decided by the gate that all gateways share")
+            await self._renew_until_lost(link)
+            self._link = None
+            self._lost.set_result(None)
+            self._on_change(False)
+
+    async def _renew_until_lost(self, link: GateLink) -> None:
+        while True:
+            await asyncio.sleep(RENEW_S)
+            try:
+                async with asyncio.timeout(PATIENCE_S):
+                    await link.renew(self._gateway, self._view())
+            except (GateLost, TimeoutError) as error:
+                logger.warning(
+                    "the shared gate is lost (%s): this gateway decides by its own part of the "
+                    "pools until there is another",
+                    error or "no answer",
+                )
+                return

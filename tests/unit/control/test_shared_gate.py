@@ -1,0 +1,201 @@
+"""One gate for several gateways: what leaves, what is silent, what is lost."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from specprefill.control.admission import AdmissionPolicy
+from specprefill.control.arrival import Arrival
+from specprefill.control.gate import Gate
+from specprefill.control.gateway_share import GatewayShare
+from specprefill.control.shared_gate import SILENT_S, Entry, View
+from specprefill.control.stages import Curve, StageCurves
+from specprefill.core.errors import DeadlineExceeded, Overloaded
+from specprefill.core.types import Plan, PlanKind, Reason
+from specprefill.gateway.pools.gate_client import GateLost, SharedAdmission
+from tests.unit.control.gate_links import Link, connected, shared_gate
+from tests.unit.control.virtual_time import run_in_virtual_time
+
+POLICY = AdmissionPolicy(2.0, max_waiting=8, max_waiting_per_key=2)
+VIEW = View(StageCurves(Curve(0.01), Curve(0.0, 1e-3), Curve(), Curve()), GatewayShare(1, 1, 2))
+SLOTS = 2  # of one speculator and one prefill engine
+
+
+def arrival(key: str | None = None, timeout_s: float = 30.0) -> Arrival:
+    return Arrival(1000, Plan(PlanKind.PRUNE, Reason.DEFAULT, 0.3), 0.1, timeout_s, key)
+
+
+def entry(gateway: str, number: int, **fields) -> Entry:
+    return Entry(gateway, number, arrival(**fields), VIEW)
+
+
+def own_gate() -> Gate:
+    return Gate(
+        POLICY,
+        per_engine=1,
+        fair_keys=True,
+        curves=lambda: VIEW.curves,
+        engines=lambda: VIEW.engines,
+        now=asyncio.get_running_loop().time,
+    )
+
+
+async def let_run() -> None:
+    for _ in range(8):
+        await asyncio.sleep(0)
+
+
+def state(gate) -> tuple[int, int]:
+    return gate.gate.running, gate.gate.waiting
+
+
+async def filled(gate) -> None:
+    for number in range(SLOTS):
+        assert (await gate.enter(entry("a", number))).plan is not None
+
+
+def in_virtual_time(test):
+    """Run a coroutine function as a test in virtual time."""
+
+    def run_it(*args, **kwargs):
+        run_in_virtual_time(test(*args, **kwargs))
+
+    run_it.__name__ = test.__name__
+    return run_it
+
+
+@in_virtual_time
+async def test_a_slot_of_one_gateway_passes_to_the_other_at_the_first_token():
+    gate = shared_gate(POLICY, 1)
+    await filled(gate)
+    waiting = asyncio.create_task(gate.enter(entry("b", 0)))
+    await let_run()
+    assert state(gate) == (SLOTS, 1)
+    gate.leave("a", 0, first_token=True)
+    assert (await waiting).plan is not None
+    assert state(gate) == (SLOTS, 0)
+
+
+@in_virtual_time
+async def test_a_request_that_leaves_while_it_waits_takes_no_slot():
+    gate = shared_gate(POLICY, 1)
+    await filled(gate)
+    waiting = asyncio.create_task(gate.enter(entry("b", 0)))
+    await let_run()
+    gate.leave("b", 0, first_token=False)
+    assert (await waiting).plan is None
+    gate.leave("a", 0, first_token=True)
+    assert state(gate) == (SLOTS - 1, 0)
+
+
+@in_virtual_time
+async def test_a_request_that_leaves_as_its_turn_comes_gives_the_slot_back():
+    gate = shared_gate(POLICY, 1)
+    await filled(gate)
+    waiting = asyncio.create_task(gate.enter(entry("b", 0)))
+    await let_run()
+    gate.leave("a", 0, first_token=True)
+    gate.leave("b", 0, first_token=False)
+    assert (await waiting).plan is None
+    assert state(gate) == (SLOTS - 1, 0)
+
+
+@in_virtual_time
+async def test_the_slots_of_a_gateway_that_died_are_released():
+    gate = shared_gate(POLICY, 1)
+    await filled(gate)
+    waiting = asyncio.create_task(gate.enter(entry("b", 0)))
+    await asyncio.sleep(SILENT_S + 1.0)
+    gate.renew("b", VIEW)
+    assert (await waiting).plan is not None
+    assert state(gate) == (1, 0)
+
+
+@in_virtual_time
+async def test_one_key_cannot_fill_the_queue_through_two_gateways():
+    gate = shared_gate(POLICY, 1)
+    await filled(gate)
+    waiting = [asyncio.create_task(gate.enter(entry(name, 9, key="much"))) for name in ("a", "b")]
+    await let_run()
+    refused = await gate.enter(entry("b", 10, key="much"))
+    with pytest.raises(Overloaded) as shed:
+        refused.accepted_plan()
+    assert (shed.value.reason, state(gate)) == ("key_queue_full", (SLOTS, 2))
+    for name in ("a", "b"):
+        gate.leave(name, 9, first_token=False)
+    await asyncio.gather(*waiting)
+
+
+@in_virtual_time
+async def test_a_client_that_leaves_frees_the_place_in_the_shared_queue():
+    gate = shared_gate(POLICY, 1)
+    await filled(gate)
+    async with connected(gate, own_gate(), 1, VIEW) as admission:
+        waiting = asyncio.create_task(admission.enter(arrival()))
+        await let_run()
+        assert state(gate) == (SLOTS, 1)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        await let_run()
+        assert state(gate) == (SLOTS, 0)
+
+
+@in_virtual_time
+async def test_a_request_in_the_shared_queue_times_out_by_itself():
+    gate = shared_gate(POLICY, 1)
+    await filled(gate)
+    async with connected(gate, own_gate(), 1, VIEW) as admission:
+        with pytest.raises(DeadlineExceeded, match="timed out in the admission queue"):
+            await admission.enter(arrival(timeout_s=1.5))
+        assert state(gate) == (SLOTS, 0)
+
+
+class Unreliable:
+    """Connects to a gate that can be lost, and comes back as another."""
+
+    def __init__(self) -> None:
+        self.gate = shared_gate(POLICY, 1)
+        self.link: Link | None = None
+        self.is_away = False
+        self.changes: asyncio.Queue[bool] = asyncio.Queue()
+
+    async def connect(self) -> Link:
+        if self.is_away:
+            raise GateLost("away")
+        self.link = Link(self.gate)
+        return self.link
+
+    async def becomes(self, shared: bool) -> None:
+        while await self.changes.get() is not shared:
+            pass
+
+
+@in_virtual_time
+async def test_without_the_shared_gate_a_gateway_decides_by_itself_until_it_is_back():
+    process, own = Unreliable(), own_gate()
+    now = asyncio.get_running_loop().time
+    admission = SharedAdmission(
+        process.connect, own, "b", lambda: VIEW, now, on_change=process.changes.put_nowait
+    )
+    admission.start()
+    await process.becomes(True)
+    await filled(process.gate)
+    waiting = asyncio.create_task(admission.enter(arrival()))
+    await let_run()
+    assert (state(process.gate), own.running) == ((SLOTS, 1), 0)
+
+    process.is_away = True
+    process.link.lose()
+    slot = await waiting  # its place is lost, its request is not
+    await process.becomes(False)
+    assert own.running == 1
+    slot.record_first_token()
+    assert own.running == 0
+
+    process.gate, process.is_away = shared_gate(POLICY, 1), False
+    await process.becomes(True)
+    (await admission.enter(arrival())).release()
+    assert (state(process.gate), own.running) == ((0, 0), 0)
+    await admission.close()
