@@ -87,8 +87,8 @@ async def connect_to_gate(
     Gateways with another configuration, during an upgrade, have a gate of their own. The actor
     ends with the gateway that started it; the others then start another.
     """
-    arguments = (admission.model_dump_json(), ttft_s, fair_keys)
-    version = xxhash.xxh3_64_hexdigest(repr(arguments).encode())
+    given = admission.model_dump_json()
+    version = xxhash.xxh3_64_hexdigest(f"{given} {ttft_s} {fair_keys}".encode())
     options = {
         "name": f"gate-{app_name}-{version}",
         "namespace": _NAMESPACE,
@@ -97,7 +97,8 @@ async def connect_to_gate(
         "max_concurrency": _MAX_CALLS,
     }
     try:
-        actor = await asyncio.to_thread(ray.remote(GateActor).options(**options).remote, *arguments)
+        make = ray.remote(GateActor).options(**options).remote
+        actor = await asyncio.to_thread(make, given, ttft_s, fair_keys)
     except (RayError, ValueError) as error:  # ValueError: the name's owner is going
         raise GateLost(str(error)) from error
     return GateActorLink(actor)

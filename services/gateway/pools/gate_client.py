@@ -7,7 +7,7 @@ import itertools
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from ...control.admitting import AdmissionGate, Slot
 from ...control.arrival import Arrival
@@ -129,9 +129,8 @@ class SharedAdmission:
         asked = asyncio.ensure_future(link.enter(entry))
         patience_s = entry.arrival.timeout_s + _GRACE_S
         try:
-            await asyncio.wait(
-                [asked, lost], timeout=patience_s, return_when=asyncio.FIRST_COMPLETED
-            )
+            either: list[asyncio.Future[Any]] = [asked, lost]
+            await asyncio.wait(either, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
             if asked.done():
                 return asked.result()
         finally:
@@ -172,6 +171,6 @@ class SharedAdmission:
                 logger.warning(
                     "the shared gate is lost (%s): this gateway decides by its own part of the "
                     "pools until there is another",
-                    error or "no answer",
+                    str(error) or "no answer",
                 )
                 return
