@@ -247,7 +247,9 @@ async def test_a_selection_holds_no_prefill_engine():
             return await super().select(request, plan, timeout_s)
 
     pipeline = Pipeline(Watching(), FakePrefiller(), FakeDecoder())
-    admitting = PlannedPipeline(AdmittingPipeline(pipeline, setup.gate), setup.planner)
+    admitting = PlannedPipeline(
+        AdmittingPipeline(pipeline, setup.gate, keep_floor=0.1), setup.planner
+    )
     await admitting.select(request)
     [_ async for _ in admitting.generate(request)]
     assert asked[0] == 0.0 < asked[1]
