@@ -121,6 +121,7 @@ GROUPS = (
         conditions={
             "admission_waiting": "with `gateway.admission`",
             "admission_admitted": "with `gateway.admission`",
+            "admission_shared": "with `gateway.admission`",
         },
     ),
     Group(

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from ..core.pipeline import Pipeline
 from ..core.plan import plan_of
+from ..core.request_spans import NoTracer, Tracer
 from ..core.types import Chunk, Plan, Request, Selection
 from .arrival import Arrival
 
@@ -38,6 +39,21 @@ class Slot(Protocol):
 class AdmissionGate(Protocol):
     """Decides which requests run, in which order, with which plan."""
 
+    @property
+    def waiting(self) -> int:
+        """The number of this gateway's requests that wait."""
+        ...
+
+    @property
+    def running(self) -> int:
+        """The number of this gateway's admitted requests without a first token."""
+        ...
+
+    @property
+    def is_shared(self) -> bool:
+        """True while one gate decides for all gateways."""
+        ...
+
     async def enter(self, arrival: Arrival) -> Slot:
         """Wait for a slot. Raises Overloaded with a reason, or DeadlineExceeded."""
         ...
@@ -46,15 +62,23 @@ class AdmissionGate(Protocol):
 class AdmittingPipeline:
     """A pipeline behind a gate. The wait for a slot counts in the report."""
 
-    def __init__(self, pipeline: Pipeline, gate: AdmissionGate, keep_floor: float) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        gate: AdmissionGate,
+        keep_floor: float,
+        tracer: Tracer | None = None,
+    ) -> None:
         self._pipeline = pipeline
         self._gate = gate
         self._keep_floor = keep_floor
+        self._tracer = NoTracer() if tracer is None else tracer
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
         """See Pipeline.generate. Raises Overloaded at once, when the request is shed."""
         arrival = Arrival.of(request, plan_of(request), self._keep_floor)
-        slot = await self._gate.enter(arrival)
+        with self._tracer.start_within("admission", request.trace):
+            slot = await self._gate.enter(arrival)
         try:
             async with aclosing(self._pipeline.generate(_bounded(request, slot))) as chunks:
                 async for chunk in chunks:

@@ -137,6 +137,11 @@ class Gate:
         """The number of admitted requests without a first token."""
         return len(self._running)
 
+    @property
+    def is_shared(self) -> bool:
+        """False: it decides for one gateway. See SharedAdmission."""
+        return False
+
     async def enter(self, arrival: Arrival) -> GateSlot:
         """Wait in the queue for a slot. Raises Overloaded with a reason, or DeadlineExceeded."""
         admitted = self._admit(arrival)

@@ -141,9 +141,7 @@ class GatewayReplica:
         self._shadowing: ShadowSampler | None = None
         if self._config.quality.shadow_share > 0:
             self._shadowing = ShadowSampler(pipeline, self._config.quality, ShadowMetrics())
-        observed = ObservedPipeline(
-            self._admission.answerer, self._observers(counted, gain)
-        )
+        observed = ObservedPipeline(self._admission.answerer, self._observers(counted, gain))
         live = traced.pipeline(observed)
         usage = KeyUsage().count if self._keys else None
         modes = prompt_modes(self._config.selection, support)

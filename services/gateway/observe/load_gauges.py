@@ -8,7 +8,7 @@ from typing import Any
 
 from ray.serve import metrics
 
-from ...control.gate import Gate
+from ...control.admitting import AdmissionGate
 
 _PERIOD_S = 1.0
 
@@ -16,7 +16,9 @@ _PERIOD_S = 1.0
 class LoadGauges:
     """Read once a second, until cancelled. `gate` None: no admission control."""
 
-    def __init__(self, held: Callable[[], int], gate: Gate | None, make: Any = metrics) -> None:
+    def __init__(
+        self, held: Callable[[], int], gate: AdmissionGate | None, make: Any = metrics
+    ) -> None:
         def gauge(name: str, description: str) -> Any:
             return make.Gauge(f"specprefill_{name}", description=description)
 
@@ -27,6 +29,10 @@ class LoadGauges:
             self._waiting = gauge("admission_waiting", "Requests in the admission queue")
             self._admitted = gauge(
                 "admission_admitted", "Requests that were admitted and have no first token yet"
+            )
+            self._shared = gauge(
+                "admission_shared",
+                "1 while the gate of all gateways decides, 0 while this one does by its part",
             )
 
     async def run(self) -> None:
@@ -41,3 +47,4 @@ class LoadGauges:
         if self._gate is not None:
             self._waiting.set(self._gate.waiting)
             self._admitted.set(self._gate.running)
+            self._shared.set(float(self._gate.is_shared))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
 from functools import partial
 
 from ray.exceptions import RayError
@@ -19,6 +18,7 @@ from ...control.shared_gate import View
 from ...control.stages import StageModels
 from ...core.pipeline import Pipeline
 from ...core.ports import Answerer
+from ...core.request_spans import Tracer
 from .gate_actor import admission_policy, connect_to_gate
 from .gate_client import SharedAdmission
 from .health import GATEWAY, PREFILL, SPECULATOR, PoolCounts
@@ -60,12 +60,13 @@ class AdmissionControl:
         config: GatewayConfig,
         models: StageModels,
         count: PoolCounts,
+        tracer: Tracer,
         *,
         app_name: str,
         gateway: str,
-        on_change: Callable[[bool], None],
     ) -> None:
         self.answerer: Answerer = pipeline
+        self.gate: AdmissionGate | None = None
         self._shared: SharedAdmission | None = None
         admission = config.admission
         if admission is None or admission.ttft_s is None:
@@ -83,10 +84,9 @@ class AdmissionControl:
         if admission.shared:
             connect = partial(connect_to_gate, app_name, admission, ttft_s, fair_keys)
             view = partial(_view, models, engines)
-            gate = self._shared = SharedAdmission(
-                connect, gate, gateway, view, time.monotonic, on_change
-            )
-        self.answerer = AdmittingPipeline(pipeline, gate, admission.keep_floor)
+            gate = self._shared = SharedAdmission(connect, gate, gateway, view, time.monotonic)
+        self.gate = gate
+        self.answerer = AdmittingPipeline(pipeline, gate, admission.keep_floor, tracer)
 
     def start(self) -> None:
         """Look for the other gateways' gate, in the background."""

@@ -7,6 +7,7 @@ import itertools
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 from ...control.admitting import AdmissionGate, Slot
@@ -81,18 +82,33 @@ class SharedAdmission:
         gateway: str,
         view: Callable[[], View],
         now: Callable[[], float],
-        on_change: Callable[[bool], None],
     ) -> None:
         self._connect = connect
         self._own = own
         self._gateway = gateway
         self._view = view
         self._now = now
-        self._on_change = on_change
         self._numbers = itertools.count()
+        self._waiting: set[int] = set()  # numbers of requests in the shared gate
+        self._running: set[int] = set()
         self._link: GateLink | None = None
         self._lost: asyncio.Future[None] | None = None  # of this link
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def is_shared(self) -> bool:
+        """True while the shared gate answers."""
+        return self._link is not None
+
+    @property
+    def waiting(self) -> int:
+        """The number of this gateway's requests that wait."""
+        return len(self._waiting) + self._own.waiting
+
+    @property
+    def running(self) -> int:
+        """The number of this gateway's admitted requests without a first token."""
+        return len(self._running) + self._own.running
 
     def start(self) -> None:
         """Connect in the background, and again whenever the gate is lost."""
@@ -111,18 +127,24 @@ class SharedAdmission:
             return await self._own.enter(arrival)
         arrived_s = self._now()
         entry = Entry(self._gateway, next(self._numbers), arrival, self._view())
+        self._waiting.add(entry.number)
         try:
             admission = await self._ask(link, lost, entry)
         except GateLost:
+            self._waiting.discard(entry.number)
             waited_s = self._now() - arrived_s
             left_s = max(0.0, arrival.timeout_s - waited_s)
             return await self._own.enter(replace(arrival, timeout_s=left_s))
+        finally:
+            self._waiting.discard(entry.number)
         plan = admission.accepted_plan()
-        return SharedSlot(
-            plan,
-            self._now() - arrived_s if admission.waited_s > 0.0 else 0.0,
-            lambda first_token: link.leave(self._gateway, entry.number, first_token),
-        )
+        self._running.add(entry.number)
+        waited_s = self._now() - arrived_s if admission.waited_s > 0.0 else 0.0
+        return SharedSlot(plan, waited_s, partial(self._leave, link, entry.number))
+
+    def _leave(self, link: GateLink, number: int, first_token: bool) -> None:
+        self._running.discard(number)
+        link.leave(self._gateway, number, first_token)
 
     async def _ask(self, link: GateLink, lost: asyncio.Future[None], entry: Entry) -> Admission:
         """Ask for a slot; return it unless the gate is lost first. Raises GateLost."""
@@ -142,7 +164,6 @@ class SharedAdmission:
         raise DeadlineExceeded("timeout_s: the request timed out in the admission queue")
 
     async def _keep_connected(self) -> None:
-        self._on_change(False)
         while True:
             try:
                 async with asyncio.timeout(PATIENCE_S):
@@ -154,12 +175,10 @@ class SharedAdmission:
                 continue
             self._lost = asyncio.get_running_loop().create_future()
             self._link = link
-            self._on_change(True)
             logger.info("admission is decided by the gate that all gateways share")
             await self._renew_until_lost(link)
             self._link = None
             self._lost.set_result(None)
-            self._on_change(False)
 
     async def _renew_until_lost(self, link: GateLink) -> None:
         while True:

@@ -61,19 +61,15 @@ async def connected(
     gate: SharedGate, own: AdmissionGate, name: int, view: View
 ) -> AsyncIterator[SharedAdmission]:
     """A gateway's admission, once it uses `gate`."""
-    is_shared = asyncio.Event()
 
     async def connect() -> Link:
         return Link(gate)
 
-    def note(shared: bool) -> None:
-        if shared:
-            is_shared.set()
-
     now = asyncio.get_running_loop().time
-    admission = SharedAdmission(connect, own, f"gateway {name}", lambda: view, now, on_change=note)
+    admission = SharedAdmission(connect, own, f"gateway {name}", lambda: view, now)
     admission.start()
-    await is_shared.wait()
+    while not admission.is_shared:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)  # in virtual time
     try:
         yield admission
     finally:

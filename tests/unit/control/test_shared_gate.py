@@ -159,7 +159,6 @@ class Unreliable:
         self.gate = shared_gate(POLICY, 1)
         self.link: Link | None = None
         self.is_away = False
-        self.changes: asyncio.Queue[bool] = asyncio.Queue()
 
     async def connect(self) -> Link:
         if self.is_away:
@@ -167,35 +166,35 @@ class Unreliable:
         self.link = Link(self.gate)
         return self.link
 
-    async def becomes(self, shared: bool) -> None:
-        while await self.changes.get() is not shared:
-            pass
+
+async def becomes(admission: SharedAdmission, shared: bool) -> None:
+    while admission.is_shared is not shared:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)  # in virtual time
 
 
 @in_virtual_time
 async def test_without_the_shared_gate_a_gateway_decides_by_itself_until_it_is_back():
     process, own = Unreliable(), own_gate()
     now = asyncio.get_running_loop().time
-    admission = SharedAdmission(
-        process.connect, own, "b", lambda: VIEW, now, on_change=process.changes.put_nowait
-    )
+    admission = SharedAdmission(process.connect, own, "b", lambda: VIEW, now)
     admission.start()
-    await process.becomes(True)
+    await becomes(admission, True)
     await filled(process.gate)
     waiting = asyncio.create_task(admission.enter(arrival()))
     await let_run()
     assert (state(process.gate), own.running) == ((SLOTS, 1), 0)
+    assert (admission.waiting, admission.running) == (1, 0)
 
     process.is_away = True
     process.link.lose()
     slot = await waiting  # its place is lost, its request is not
-    await process.becomes(False)
-    assert own.running == 1
+    await becomes(admission, False)
+    assert (own.running, admission.running, admission.waiting) == (1, 1, 0)
     slot.record_first_token()
     assert own.running == 0
 
     process.gate, process.is_away = shared_gate(POLICY, 1), False
-    await process.becomes(True)
+    await becomes(admission, True)
     (await admission.enter(arrival())).release()
     assert (state(process.gate), own.running) == ((0, 0), 0)
     await admission.close()
