@@ -15,6 +15,7 @@ import numpy as np
 from .values import Floats
 
 TINY = 1e-12
+CLOSE = 1e-4  # relative distance of two means that count as one
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +69,30 @@ def two_stage_attainment(first: Waits, second: Waits, slack_s: Floats) -> Floats
     if possible == 0.0:
         return np.zeros((len(first.chance), len(second.chance)))
     one, one_s = first.chance[:, None], first.mean_s[:, None]
-    two, two_s = second.chance[None, :], second.mean_s[None, :] * (1.0 + 1e-6)
+    two, two_s = second.chance[None, :], second.mean_s[None, :]
     tail_one, tail_two = _tail(first, left)[:, None], _tail(second, left)[None, :]
-    both = (one_s * tail_one - two_s * tail_two) / (one_s - two_s)
+    both = _tail_of_both(one_s, tail_one, two_s, tail_two, left)
     late = one * (1.0 - two) * tail_one + two * (1.0 - one) * tail_two + one * two * both
     met = possible * np.clip(1.0 - late, 0.0, 1.0)
     return np.asarray(met * first.stable[:, None] * second.stable[None, :])
+
+
+def _tail_of_both(
+    one_s: Floats, tail_one: Floats, two_s: Floats, tail_two: Floats, left_s: Floats
+) -> Floats:
+    """Return the mean chance that two waits in a row exceed the slack: `[C1, C2]`.
+
+    Their sum is hypoexponential; where the means are close, Erlang of two stages, since the
+    difference of two close numbers by another is noise.
+    """
+    apart_s = one_s - two_s
+    close = np.abs(apart_s) <= CLOSE * np.maximum(one_s, two_s)
+    both = np.asarray((one_s * tail_one - two_s * tail_two) / np.where(close, 1.0, apart_s))
+    if bool(close.any()):
+        means_s = np.broadcast_to((one_s + two_s) / 2.0, both.shape)[close]
+        ratio = left_s[None, :] / means_s[:, None]
+        both[close] = ((1.0 + ratio) * np.exp(-ratio)).mean(axis=1)
+    return both
 
 
 def attainment(pool: Waits, within_s: float) -> Floats:

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from specprefill.control.scaling.decide import decide
 from specprefill.control.scaling.demand import demand
-from specprefill.control.scaling.queueing import Load, attainment, waits
+from specprefill.control.scaling.queueing import (
+    Load,
+    Waits,
+    attainment,
+    two_stage_attainment,
+    waits,
+)
 from specprefill.control.scaling.sizing import cheapest_sizes, expected_share, stage_times, workload
 from specprefill.control.scaling.values import (
     Arrival,
@@ -272,6 +278,20 @@ def _served(ready_s: np.ndarray, service_s: np.ndarray, servers: int) -> np.ndar
         starts[place] = max(ready_s[place], free[0])
         heapreplace(free, starts[place] + service_s[place])
     return starts
+
+
+@given(st.floats(0.01, 10.0), st.floats(0.0, 5.0))
+def test_two_waits_of_close_means_are_late_as_often_as_two_of_equal_means(mean_s, slack_s):
+    def attained(other_s):
+        first, second = (Waits(*(np.array([each]) for each in (1.0, m, 1.0))) for m in other_s)
+        return float(two_stage_attainment(first, second, np.array([slack_s]))[0, 0])
+
+    equal = attained((mean_s, mean_s))
+    for apart in (1e-13, 1e-9, 1e-6, 1e-5, 2e-4, 1e-3):
+        for sign in (1.0, -1.0):
+            assert attained((mean_s, mean_s * (1.0 + sign * apart))) == pytest.approx(
+                equal, abs=2 * apart + 1e-9
+            )
 
 
 @given(
