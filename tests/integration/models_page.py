@@ -32,23 +32,22 @@ _HEAD = (
 
 
 def run(runner: str, names: Sequence[str], folder: Path) -> Iterator[Row]:
-    """Yield the rows of these architectures on one runner; none after a crash."""
+    """Yield the rows of these architectures on one runner; none after a crash.
+
+    What vLLM prints, tracebacks too, is in `KEPT`.
+    """
     command = [sys.executable, "-m", f"{__package__}.matrix", str(folder), *names]
-    failed = False
-    with (folder / "errors.txt").open("w") as errors:
+    KEPT.mkdir(parents=True, exist_ok=True)
+    with (KEPT / f"{runner}.log").open("w") as log:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=_environment(runner), stdout=subprocess.PIPE, stderr=errors,
+            command, cwd=ROOT, env=_environment(runner), stdout=subprocess.PIPE, stderr=log,
             text=True,
         )  # fmt: skip
         with process:
             assert process.stdout is not None
             for line in process.stdout:
                 if line.startswith(MARK):
-                    row = Row(**json.loads(line.removeprefix(MARK)))
-                    failed |= bool(row.error)
-                    yield row
-    if process.returncode or failed:
-        print((folder / "errors.txt").read_text()[-8000:], file=sys.stderr)
+                    yield Row(**json.loads(line.removeprefix(MARK)))
 
 
 def _environment(runner: str) -> dict[str, str]:
@@ -146,7 +145,6 @@ def _kept(runner: str) -> dict[str, Row]:
 
 
 def _keep(runner: str, row: Row) -> None:
-    KEPT.mkdir(parents=True, exist_ok=True)
     rows = {**_kept(runner), row.name: row}
     text = json.dumps({name: asdict(each) for name, each in rows.items()}, indent=1)
     (KEPT / f"{runner}.json").write_text(text)

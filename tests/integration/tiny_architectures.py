@@ -268,14 +268,15 @@ _EXACT = (
     Architecture("opt", "OPT", Mode.EXACT, _opt, note="learned positions"),
 )  # fmt: skip
 
+_IN_BFLOAT16 = "bfloat16: the hand-over equals one engine"
 _QUANTISED = (
     Architecture(
         "llama-gptq", "Llama and others as GPTQ, 4 bits", Mode.EXACT,
-        _of("LlamaConfig", head_dim=32), quantisation=Quantisation.GPTQ,
+        _of("LlamaConfig", head_dim=32), quantisation=Quantisation.GPTQ, note=_IN_BFLOAT16,
     ),
     Architecture(
         "llama-awq", "Llama and others as AWQ, 4 bits", Mode.EXACT,
-        _of("LlamaConfig", head_dim=32), quantisation=Quantisation.AWQ,
+        _of("LlamaConfig", head_dim=32), quantisation=Quantisation.AWQ, note=_IN_BFLOAT16,
     ),
 )  # fmt: skip
 
@@ -349,10 +350,6 @@ _WINDOWED = (
     Architecture(
         "olmo3", "OLMo 3", Mode.WINDOWED,
         _of("Olmo3Config", sliding_window=WINDOW, num_hidden_layers=4),
-    ),
-    Architecture(
-        "qwen2-window", "Qwen2 and 2.5 with use_sliding_window", Mode.WINDOWED,
-        _of("Qwen2Config", sliding_window=WINDOW, use_sliding_window=True, max_window_layers=1),
     ),
     Architecture(
         "exaone4-window", "EXAONE 4 32B", Mode.WINDOWED,
