@@ -138,7 +138,12 @@ def _speculator(path: Path) -> str:
     try:
         load_draft(SpeculatorConfig(path=str(path), device="cpu"))
     except UnsupportedModel as refused:
-        return str(refused).removeprefix("speculator: ").removeprefix(f"{path} ")
+        return (
+            str(refused)
+            .removeprefix("speculator: ")
+            .removeprefix(f"{path} ")
+            .partition(" <class")[0]
+        )
     return "scores"
 
 

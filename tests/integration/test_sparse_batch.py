@@ -41,13 +41,23 @@ def expected(rows):
     return np.concatenate(parts).tolist()
 
 
+def in_dimensions(positions, dimensions):
+    """Multimodal rope's rows of a text: views of a wider buffer, as vLLM's."""
+    if dimensions is None:
+        return positions
+    buffer = torch.zeros(dimensions, len(positions) + 1, dtype=torch.int64)
+    buffer[:, :-1] = positions
+    return buffer[:, :-1]
+
+
 def batch_positions(rows):
     parts = [np.arange(computed, computed + count) for _, computed, count in rows]
     return torch.from_numpy(np.concatenate(parts))
 
 
+@pytest.mark.parametrize("dimensions", [None, 3])
 @pytest.mark.parametrize("seed", range(20))
-def test_v1_batches(seed):
+def test_v1_batches(seed, dimensions):
     from specprefill.engine.params import POSITIONS
     from specprefill.engine.sparse.batch import SparseBatch
 
@@ -58,14 +68,17 @@ def test_v1_batches(seed):
         extra = {POSITIONS: mapping.to_wire()} if mapping else None
         requests[str(number)] = SimpleNamespace(sampling_params=SimpleNamespace(extra_args=extra))
     padded = torch.cat((batch_positions(rows), torch.zeros(5, dtype=torch.int64)))
+    padded = in_dimensions(padded, dimensions)
     scheduled = {str(number): count for number, (_, _, count) in enumerate(rows)}
     SparseBatch(CPU).rewrite(padded, requests, scheduled, requests)
-    assert padded[:-5].tolist() == expected(rows)
-    assert padded[-5:].tolist() == [0] * 5
+    for row in padded if dimensions else [padded]:
+        assert row[:-5].tolist() == expected(rows)
+        assert row[-5:].tolist() == [0] * 5
 
 
+@pytest.mark.parametrize("dimensions", [None, 3])
 @pytest.mark.parametrize("seed", range(20))
-def test_v2_batches(seed):
+def test_v2_batches(seed, dimensions):
     from specprefill.engine.sparse.batch import SparseSlots
 
     rng = random.Random(seed)
@@ -77,7 +90,7 @@ def test_v2_batches(seed):
     for slot, (mapping, _, _) in zip(slots, rows, strict=True):
         state.occupy(slot, mapping)
     starts = np.concatenate(([0], np.cumsum([count for _, _, count in rows])))
-    positions = batch_positions(rows)
+    positions = in_dimensions(batch_positions(rows), dimensions)
     state.rewrite(
         positions,
         torch.tensor(slots),
@@ -89,4 +102,5 @@ def test_v2_batches(seed):
             )
         ],
     )
-    assert positions.tolist() == expected(rows)
+    for row in positions if dimensions else [positions]:
+        assert row.tolist() == expected(rows)
