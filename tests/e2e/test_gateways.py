@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 import time
+from collections import Counter
 from pathlib import Path
 
 import httpx
@@ -231,6 +232,7 @@ def test_what_a_storm_does_not_get_is_shed_with_a_reason(storms, gateways):
 
 def test_gateways_outlive_the_gate_that_they_share(app, storms):
     """Killed while requests wait in it: all of them are answered or refused in words."""
+    wait_until_shared(app, 2)
     (before,) = gate_processes()
 
     async def storm_with_a_kill():
@@ -239,9 +241,9 @@ def test_gateways_outlive_the_gate_that_they_share(app, storms):
         before.kill()
         return await storming
 
-    outcomes = asyncio.run(storm_with_a_kill())
-    assert {code for code, _, _ in outcomes} <= {200, 429, 504}
-    assert attainment(outcomes) > 0.1
+    codes = [code for code, _, _ in asyncio.run(storm_with_a_kill())]
+    assert set(codes) <= {200, 429, 504}, Counter(codes)
+    assert 200 in codes
     wait_until_shared(app, 2)
     assert before not in gate_processes()
     body = {"model": "demo", "prompt": list(range(300, 400)), "max_tokens": 1}
