@@ -11,7 +11,7 @@ from ..core.pipeline import Pipeline
 from ..core.plan import plan_of
 from ..core.request_spans import NoTracer, Tracer
 from ..core.types import Chunk, Plan, Request, Selection
-from .arrival import Arrival
+from .request_summary import RequestSummary
 
 
 class Slot(Protocol):
@@ -54,7 +54,7 @@ class AdmissionGate(Protocol):
         """True while one gate decides for all gateways."""
         ...
 
-    async def enter(self, arrival: Arrival) -> Slot:
+    async def enter(self, arrival: RequestSummary) -> Slot:
         """Wait for a slot. Raises Overloaded with a reason, or DeadlineExceeded."""
         ...
 
@@ -76,7 +76,7 @@ class AdmittingPipeline:
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk, None]:
         """See Pipeline.generate. Raises Overloaded at once, when the request is shed."""
-        arrival = Arrival.of(request, plan_of(request), self._keep_floor)
+        arrival = RequestSummary.of(request, plan_of(request), self._keep_floor)
         with self._tracer.start_within("admission", request.trace):
             slot = await self._gate.enter(arrival)
         try:
@@ -90,7 +90,7 @@ class AdmittingPipeline:
     async def select(self, request: Request) -> Selection:
         """See Pipeline.select. It is admitted as an answer is; no prefill engine works for it."""
         slot = await self._gate.enter(
-            Arrival.of(request, plan_of(request), self._keep_floor, is_prefilled=False)
+            RequestSummary.of(request, plan_of(request), self._keep_floor, is_prefilled=False)
         )
         try:
             selection = await self._pipeline.select(_bounded(request, slot))

@@ -24,9 +24,9 @@ from .admission import (
     ShedReason,
     judge,
 )
-from .arrival import Arrival
 from .fair_queue import FairQueue
 from .gateway_share import GatewayShare
+from .request_summary import RequestSummary
 from .stages import StageCurves
 
 _NEWEST = 0.3  # weight of the newest wait behind other gateways' requests
@@ -42,7 +42,7 @@ _MESSAGES = {
 class GatedRequest:
     """One request, from its admission to its first token."""
 
-    arrival: Arrival
+    arrival: RequestSummary
     plan: Plan
     speculate_s: float
     prefill_s: float
@@ -142,7 +142,7 @@ class Gate:
         """False: it decides for one gateway. See SharedAdmission."""
         return False
 
-    async def enter(self, arrival: Arrival) -> GateSlot:
+    async def enter(self, arrival: RequestSummary) -> GateSlot:
         """Wait in the queue for a slot. Raises Overloaded with a reason, or DeadlineExceeded."""
         admitted = self._admit(arrival)
         self._enqueue(admitted)
@@ -203,7 +203,7 @@ class Gate:
             waiting_of_key=0 if key is None else self._by_key[key],
         )
 
-    def _admit(self, arrival: Arrival) -> GatedRequest:
+    def _admit(self, arrival: RequestSummary) -> GatedRequest:
         curves, ask = self._curves(), arrival.admission_request()
         key = arrival.key if self._fair_keys else None
         policy = self._policy.per_gateway(self._engines().gateways)

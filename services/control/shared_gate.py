@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from ..core.errors import DeadlineExceeded, Overloaded
 from ..core.types import Plan
 from .admission import AdmissionPolicy
-from .arrival import Arrival
 from .gate import Gate, GateSlot
 from .gateway_share import GatewayShare
+from .request_summary import RequestSummary
 from .stages import DEFAULT_CURVES, StageCurves
 
 SILENT_S = 5.0  # a gateway that sends nothing for this long has gone, and its slots with it
@@ -33,12 +33,12 @@ class View:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class GateEntry:
     """A gateway's request for a slot."""
 
     gateway: str
     number: int
-    arrival: Arrival
+    arrival: RequestSummary
     view: View
 
 
@@ -91,7 +91,7 @@ class SharedGate:
         """The gate behind."""
         return self._gate
 
-    async def enter(self, entry: Entry) -> Admission:
+    async def enter(self, entry: GateEntry) -> Admission:
         """Wait for a slot; `leave` gives it back, also while this waits."""
         self.renew(entry.gateway, entry.view)
         slot_id = (entry.gateway, entry.number)

@@ -62,8 +62,8 @@ from .openai.keys import read_keys
 from .openai.request_json import JsonLimits
 from .openai.server import build_client, build_explainer, build_http_app, front_config
 from .openai.text_writer import PromptTextWriter
+from .pools.admission_control import AdmissionControl
 from .pools.draft_state import SelfTestWatch
-from .pools.gate import AdmissionControl
 from .pools.handles import Carried, ServeDecoder, ServePrefiller, ServeSpeculator
 from .pools.health import GATEWAY
 from .pools.replica_counts import ServeHealth

@@ -12,7 +12,7 @@ from ray.exceptions import RayError
 
 from ...config import AdmissionConfig
 from ...control.admission import AdmissionPolicy
-from ...control.shared_gate import Admission, Entry, SharedGate, View
+from ...control.shared_gate import Admission, GateEntry, SharedGate, View
 from ...core.wire import pack, unpack
 from .gate_client import GateLost
 
@@ -43,7 +43,7 @@ class GateActor:
 
     async def enter(self, payload: bytes) -> bytes:
         """Wait for a slot."""
-        return pack(await self._gate.enter(unpack(payload, Entry)))
+        return pack(await self._gate.enter(unpack(payload, GateEntry)))
 
     async def leave(self, gateway: str, number: int, first_token: bool) -> None:
         """Give a slot back."""
@@ -60,7 +60,7 @@ class GateActorLink:
     def __init__(self, actor: Any) -> None:
         self._actor = actor
 
-    async def enter(self, entry: Entry) -> Admission:
+    async def enter(self, entry: GateEntry) -> Admission:
         """See SharedGate.enter."""
         try:
             return unpack(await self._actor.enter.remote(pack(entry)), Admission)

@@ -11,8 +11,8 @@ from functools import partial
 from typing import Any, Protocol
 
 from ...control.admitting import AdmissionGate, Slot
-from ...control.arrival import Arrival
-from ...control.shared_gate import Admission, Entry, View
+from ...control.request_summary import RequestSummary
+from ...control.shared_gate import Admission, GateEntry, View
 from ...core.errors import DeadlineExceeded
 from ...core.types import Plan
 
@@ -30,7 +30,7 @@ class GateLost(Exception):
 class GateLink(Protocol):
     """The calls to the process that serves the shared gate. Each raises GateLost."""
 
-    async def enter(self, entry: Entry) -> Admission:
+    async def enter(self, entry: GateEntry) -> Admission:
         """See SharedGate.enter."""
         ...
 
@@ -120,13 +120,13 @@ class SharedAdmission:
             self._task.cancel()
             await asyncio.wait([self._task])
 
-    async def enter(self, arrival: Arrival) -> Slot:
+    async def enter(self, arrival: RequestSummary) -> Slot:
         """Wait for a slot. Raises Overloaded with a reason, or DeadlineExceeded."""
         link, lost = self._link, self._lost
         if link is None or lost is None:
             return await self._own.enter(arrival)
         arrived_s = self._now()
-        entry = Entry(self._gateway, next(self._numbers), arrival, self._view())
+        entry = GateEntry(self._gateway, next(self._numbers), arrival, self._view())
         self._waiting.add(entry.number)
         try:
             admission = await self._ask(link, lost, entry)
@@ -146,7 +146,7 @@ class SharedAdmission:
         self._running.discard(number)
         link.leave(self._gateway, number, first_token)
 
-    async def _ask(self, link: GateLink, lost: asyncio.Future[None], entry: Entry) -> Admission:
+    async def _ask(self, link: GateLink, lost: asyncio.Future[None], entry: GateEntry) -> Admission:
         """Ask for a slot; return it unless the gate is lost first. Raises GateLost."""
         asked = asyncio.ensure_future(link.enter(entry))
         patience_s = entry.arrival.timeout_s + _GRACE_S

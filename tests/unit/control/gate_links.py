@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 from specprefill.control.admission import AdmissionPolicy
 from specprefill.control.admitting import AdmissionGate
-from specprefill.control.shared_gate import Admission, Entry, SharedGate, View
+from specprefill.control.shared_gate import Admission, GateEntry, SharedGate, View
 from specprefill.core.wire import pack, unpack
 from specprefill.gateway.pools.gate_client import GateLost, SharedAdmission
 
@@ -30,11 +30,11 @@ class Link:
         """The process that serves the gate is gone."""
         self._lost.set()
 
-    async def enter(self, entry: Entry) -> Admission:
+    async def enter(self, entry: GateEntry) -> Admission:
         """Wait for a slot, in a task of the gate's own: a caller that goes does not end it."""
         if self._lost.is_set():
             raise GateLost("gone")
-        entering = asyncio.create_task(self._gate.enter(unpack(pack(entry), Entry)))
+        entering = asyncio.create_task(self._gate.enter(unpack(pack(entry), GateEntry)))
         lost = asyncio.create_task(self._lost.wait())
         try:
             await asyncio.wait([entering, lost], return_when=asyncio.FIRST_COMPLETED)

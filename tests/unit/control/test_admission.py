@@ -18,10 +18,10 @@ from specprefill.control.admission import (
     tokens_within,
 )
 from specprefill.control.admitting import AdmittingPipeline
-from specprefill.control.arrival import Arrival
 from specprefill.control.fair_queue import FairQueue
 from specprefill.control.gate import Gate
 from specprefill.control.gateway_share import GatewayShare
+from specprefill.control.request_summary import RequestSummary
 from specprefill.control.stages import Curve, StageCurves
 from specprefill.core.errors import DeadlineExceeded, Overloaded
 from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator, PlannedPipeline
@@ -174,7 +174,9 @@ class AdmissionSetup:
 
         async def held():
             request = Request("held", self.prompt, b"", **fields)
-            slot = await self.gate.enter(Arrival.of(request, self.planner.plan(request), 0.1))
+            slot = await self.gate.enter(
+                RequestSummary.of(request, self.planner.plan(request), 0.1)
+            )
             try:
                 await asyncio.Event().wait()
             finally:

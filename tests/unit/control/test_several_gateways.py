@@ -16,9 +16,9 @@ import pytest
 
 from specprefill.control.admission import AdmissionPolicy
 from specprefill.control.admitting import AdmissionGate
-from specprefill.control.arrival import Arrival
 from specprefill.control.gate import Gate
 from specprefill.control.gateway_share import GatewayShare
+from specprefill.control.request_summary import RequestSummary
 from specprefill.control.shared_gate import View
 from specprefill.control.stages import Curve, StageCurves
 from specprefill.core.errors import DeadlineExceeded, Overloaded
@@ -132,7 +132,7 @@ async def storm(
         request = Request("r", PROMPT, b"", timeout_s=30.0)
         plan = Plan(PlanKind.PRUNE, Reason.DEFAULT, KEEP)
         try:
-            slot = await gate.enter(Arrival.of(request, plan, FLOOR))
+            slot = await gate.enter(RequestSummary.of(request, plan, FLOOR))
             let_in = sum(each.running for each in let_in_by)
             outcome.most_let_in = max(outcome.most_let_in, let_in)
             async with speculators:
@@ -198,7 +198,9 @@ def test_the_wait_behind_other_gateways_is_learnt():
 
 async def held_by(gate: Gate, key: str) -> None:
     request = Request("r", PROMPT, b"", key=key)
-    slot = await gate.enter(Arrival.of(request, Plan(PlanKind.PRUNE, Reason.DEFAULT, KEEP), FLOOR))
+    slot = await gate.enter(
+        RequestSummary.of(request, Plan(PlanKind.PRUNE, Reason.DEFAULT, KEEP), FLOOR)
+    )
     try:
         await asyncio.Event().wait()
     finally:

@@ -7,10 +7,10 @@ import asyncio
 import pytest
 
 from specprefill.control.admission import AdmissionPolicy
-from specprefill.control.arrival import Arrival
 from specprefill.control.gate import Gate
 from specprefill.control.gateway_share import GatewayShare
-from specprefill.control.shared_gate import SILENT_S, Entry, View
+from specprefill.control.request_summary import RequestSummary
+from specprefill.control.shared_gate import SILENT_S, GateEntry, View
 from specprefill.control.stages import Curve, StageCurves
 from specprefill.core.errors import DeadlineExceeded, Overloaded
 from specprefill.core.types import Plan, PlanKind, Reason
@@ -23,12 +23,12 @@ VIEW = View(StageCurves(Curve(0.01), Curve(0.0, 1e-3), Curve(), Curve()), Gatewa
 SLOTS = 2  # of one speculator and one prefill engine
 
 
-def arrival(key: str | None = None, timeout_s: float = 30.0) -> Arrival:
-    return Arrival(1000, Plan(PlanKind.PRUNE, Reason.DEFAULT, 0.3), 0.1, timeout_s, key)
+def arrival(key: str | None = None, timeout_s: float = 30.0) -> RequestSummary:
+    return RequestSummary(1000, Plan(PlanKind.PRUNE, Reason.DEFAULT, 0.3), 0.1, timeout_s, key)
 
 
-def entry(gateway: str, number: int, **fields) -> Entry:
-    return Entry(gateway, number, arrival(**fields), VIEW)
+def entry(gateway: str, number: int, **fields) -> GateEntry:
+    return GateEntry(gateway, number, arrival(**fields), VIEW)
 
 
 def own_gate() -> Gate:

@@ -12,7 +12,7 @@ _BELOW_DENSE = 0.999  # the highest keep rate of a plan whose rate the scores ch
 
 
 @dataclass(frozen=True, slots=True)
-class Arrival:
+class RequestSummary:
     """A request without its prompt: small enough to send to another process."""
 
     prompt_tokens: int
