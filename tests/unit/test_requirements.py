@@ -139,6 +139,11 @@ def test_too_small_a_disk_is_refused_before_anything_is_loaded(install, tmp_path
         install.require_space(tmp_path, 1 << 60)
 
 
+def test_a_library_that_the_kernels_need_is_named_before_anything_is_loaded(install):
+    with pytest.raises(install.InstallFailed, match=r"libnone\.so\.1, .* apt install libnuma1"):
+        install.require_library("libnone.so.1")
+
+
 def test_the_installer_runs_without_any_package(root):
     command = [sys.executable, "-I", "-S", root / "requirements" / "install.py", "--help"]
     assert "--venv" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
