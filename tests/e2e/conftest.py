@@ -77,13 +77,17 @@ class App:
 
     def log(self, deployment: str) -> str:
         """What the running replicas of one pool have logged, one after the other."""
+        return "".join(self.logs(deployment))
+
+    def logs(self, deployment: str) -> list[str]:
+        """What each running replica of one pool has logged."""
         paths = {
             file.path
             for pid in self.replica_pids(deployment)
             for file in psutil.Process(pid).open_files()
             if Path(file.path).name.startswith("replica_")
         }
-        return "".join(Path(path).read_text() for path in sorted(paths))
+        return [Path(path).read_text() for path in sorted(paths)]
 
     def session_logs(self) -> Path:
         """The folder of the Ray session's logs."""

@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 import time
+import uuid
 from collections import Counter
 from pathlib import Path
 
@@ -82,6 +83,27 @@ def test_metrics_count_the_requests_of_every_gateway(app, long_prompt):
     found = wait_for(app, name, lambda found: sum(found.values()) >= before + asked)
     assert sum(found.values()) == before + asked
     assert len(found) == 2
+
+
+def test_selections_and_the_playground_come_from_every_gateway(app, long_prompt):
+    """Asked on fresh connections, until both gateways have logged one."""
+    body = {"messages": long_prompt.messages, "keep": KEEP}
+    name, found = uuid.uuid4().hex, set()
+    give_up_s = time.monotonic() + 60
+    while not all(f"request_id=select-{name}" in log for log in app.logs("Gateway")):
+        assert time.monotonic() < give_up_s
+        page = httpx.get(f"{app.http_url}/playground", timeout=30)
+        assert page.text.startswith("<!doctype html>")
+        assert httpx.get(f"{app.http_url}/playground/playground.js", timeout=30).is_success
+        answer = httpx.post(
+            f"{app.http_url}/v1/selections", json=body, timeout=60, headers={"x-request-id": name}
+        ).json()
+        assert (answer["plan"], answer["reason"]) == ("prune", "asked")
+        found.add(answer["kept_text"])
+        scored = [each["score"] for each in answer["spans"] if "scored" in each["reasons"]]
+        assert min(scored) == answer["threshold"] > 0
+    (kept_text,) = found
+    assert long_prompt.answer in kept_text
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,20 @@ def test_score_tells_the_kept_runs(stub, long_prompt):
     assert kept == score.decision.kept_tokens
     assert score.kept[0].start == 0
     assert score.kept[-1].stop == long_prompt.prompt_tokens
+    assert not score.HasField("explanation")
+
+
+def test_score_explains_what_is_kept(stub, long_prompt):
+    asked = grpc_request(long_prompt)
+    request = pb.ScoreRequest(conversation=asked.conversation, prune=asked.prune, explain=True)
+    score = stub.Score(request, timeout=60)
+    found = score.explanation
+    assert long_prompt.answer in found.kept_text
+    assert "".join(found.text[each.start : each.end] for each in found.spans) == found.text
+    kept = sum(each.end_token - each.first_token for each in found.spans if each.reasons)
+    assert kept == score.decision.kept_tokens
+    assert len(found.chunk_scores) == found.spans[-1].chunk + 1
+    assert found.threshold > 0
 
 
 def test_health_counts_the_pools(stub):

@@ -1,8 +1,8 @@
 // The page: reads the form, asks the service, shows what it answers. It keeps nothing.
 
 import { chromeTrace, curlCommands } from "./export.js";
-import { PromptText, drawLegend, drawStrip } from "./prompt.js";
-import { isProtected, selectAgain } from "./selection.js";
+import { PromptText, chunkAt, drawLegend, drawStrip } from "./prompt.js";
+import { highest, isProtected, selectAgain } from "./selection.js";
 import { Refusal, call, streamChat } from "./service.js";
 import { drawWaterfall, element } from "./waterfall.js";
 import { count, percent, planSentence, score, seconds } from "./words.js";
@@ -131,8 +131,14 @@ async function select() {
   prompt.show(state.view);
   showFacts();
   showKeep(sliderKeep());
+  revealBest();
   $("selection").focus({ preventScroll: true });
   $("selection").scrollIntoView({ block: "start" });
+}
+
+function revealBest() {
+  const scores = state.view.chunk_scores;
+  if (scores !== null) prompt.reveal(scores.indexOf(highest(scores)));
 }
 
 /** Returns the reasons of each span at the rate that is shown. */
@@ -183,7 +189,7 @@ function showFacts() {
     ["Certainty", view.certainty === null ? "–" : percent(view.certainty)],
     ["Tokenise", seconds(view.tokenize_s)],
     ["Queue", seconds(view.queue_s)],
-    ["Score", seconds(view.speculate_s)],
+    ["Scoring", seconds(view.speculate_s)],
     ["Read before", count(view.remembered_tokens)],
   ];
   if (view.expected_dense_ttft_s !== null) {
@@ -252,7 +258,8 @@ async function runLane(lane, form, control, signal) {
         first = (performance.now() - started) / 1000;
         clock.textContent = seconds(first);
       }
-      $(`${lane}-answer`).textContent += text;
+      const answer = $(`${lane}-answer`);
+      answer.textContent = (answer.textContent + text).trimStart();
     };
     const outcome = await streamChat(key(), answerBody(form, control), onText, signal);
     if (first === null) clock.textContent = "no text";
@@ -340,6 +347,8 @@ $("keep").addEventListener("input", () => showKeep(sliderKeep()));
 $("auto").addEventListener("click", () => showKeep("auto"));
 $("only-kept").addEventListener("change", (event) =>
   $("prompt").classList.toggle("only-kept", event.target.checked));
+$("strip").addEventListener("click", (event) =>
+  prompt.reveal(chunkAt($("strip"), state.view, event.clientX)));
 $("run").addEventListener("click", () => attempt(race));
 $("stop").addEventListener("click", () => state.racing?.abort());
 $("curl").addEventListener("click", toggleCurl);

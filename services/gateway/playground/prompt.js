@@ -49,6 +49,17 @@ export class PromptText {
     });
   }
 
+  /** Scrolls the text, not the page, to the unprotected part of a chunk. */
+  reveal(chunk) {
+    const spans = this.view.spans;
+    const inside = (span) => span.chunk === chunk;
+    let i = spans.findIndex((span) => inside(span) && !isProtected(span));
+    if (i < 0) i = spans.findIndex(inside);
+    if (i < 0) return;
+    const [part, box] = [this.parts[i], this.target].map((each) => each.getBoundingClientRect());
+    this.target.scrollTop += part.top - box.top - box.height / 3;
+  }
+
   sentence(i) {
     const span = this.view.spans[i];
     const scores = this.view.chunk_scores;
@@ -84,6 +95,13 @@ export class PromptText {
     this.parts[next].tabIndex = 0;
     this.parts[next].focus();
   }
+}
+
+/** Returns the chunk that a click on the strip means. */
+export function chunkAt(svg, view, clientX) {
+  const box = svg.getBoundingClientRect();
+  const chunks = view.chunk_scores.length;
+  return Math.min(chunks - 1, Math.max(0, Math.floor(((clientX - box.left) / box.width) * chunks)));
 }
 
 /** Draws one bar per chunk (or per few of them): its height is the score, its colour its fate. */

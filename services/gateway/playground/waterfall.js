@@ -2,39 +2,44 @@
 
 import { STAGES, seconds } from "./words.js";
 
-/** Fills `target` with one row per lane: `{name, report, expectedS}`. */
+/** Fills `target` with a row per lane, `{name, report, expectedS}`, and one for what was expected. */
 export function drawWaterfall(target, lanes) {
   const totals = lanes.map(({ report }) => stagesOf(report).reduce((sum, [, s]) => sum + s, 0));
-  const expected = lanes.map((lane) => lane.expectedS ?? 0);
-  const scaleS = Math.max(1e-6, ...totals, ...expected, ...lanes.map((lane) => lane.report.ttft_s));
-  target.replaceChildren(...lanes.map((lane) => row(lane, scaleS)), legend());
+  const expectedS = lanes.find((lane) => lane.expectedS !== undefined)?.expectedS;
+  const scaleS = Math.max(
+    1e-6, ...totals, expectedS ?? 0, ...lanes.map((lane) => lane.report.ttft_s));
+  const rows = lanes.map((lane) => row(lane, scaleS));
+  if (expectedS !== undefined) rows.push(expectedRow(expectedS, scaleS));
+  target.replaceChildren(...rows, legend());
 }
 
 const stagesOf = (report) =>
   Object.keys(STAGES).map((field) => [field, Math.max(0, report[field] ?? 0)]);
 
-function row({ name, report, expectedS }, scaleS) {
-  const box = element("div", "wf-row");
-  box.append(element("h3", "wf-name", name));
+function row({ name, report }, scaleS) {
+  const stages = stagesOf(report).filter(([, lasted]) => lasted > 0);
   const bars = element("div", "wf-bars");
-  for (const [field, lasted] of stagesOf(report)) {
-    if (lasted > 0) bars.append(bar(field, lasted, scaleS));
-  }
   const mark = element("span", "wf-first");
   mark.style.setProperty("--at", report.ttft_s / scaleS);
-  mark.title = `first token after ${seconds(report.ttft_s)}`;
-  bars.append(mark);
-  box.append(bars);
-  if (expectedS !== undefined) {
-    const line = element("div", "wf-expected");
-    line.style.setProperty("--share", expectedS / scaleS);
-    box.append(line, element("p", "wf-note", `expected dense: ${seconds(expectedS)}`));
-  }
-  const list = stagesOf(report).filter(([, lasted]) => lasted > 0)
-    .map(([field, lasted]) => `${STAGES[field]} ${seconds(lasted)}`);
-  list.push(`first token ${seconds(report.ttft_s)}`);
-  box.append(element("p", "wf-list", list.join(" · ")));
-  return box;
+  bars.append(...stages.map(([field, lasted]) => bar(field, lasted, scaleS)), mark);
+  const listed = stages.map(([field, lasted]) => `${STAGES[field]} ${seconds(lasted)}`);
+  listed.push(`first token ${seconds(report.ttft_s)}`);
+  return box("wf-row", name, bars, listed.join(" · "));
+}
+
+function expectedRow(expectedS, scaleS) {
+  const bars = element("div", "wf-bars");
+  const expected = element("span", "wf-bar wf-expected");
+  expected.style.setProperty("--share", expectedS / scaleS);
+  bars.append(expected);
+  const words = `first token ${seconds(expectedS)}, on which the plan was decided`;
+  return box("wf-row wf-expectation", "Dense, as expected", bars, words);
+}
+
+function box(classes, name, bars, words) {
+  const made = element("div", classes);
+  made.append(element("h3", "wf-name", name), bars, element("p", "wf-list", words));
+  return made;
 }
 
 function bar(field, lasted, scaleS) {

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -195,14 +195,13 @@ def test_the_slider_selects_what_the_server_would(page: Page) -> None:
 def made_up_view(rng: np.random.Generator) -> tuple[dict[str, Any], Any]:
     """A response of the server for made-up scores, and the server's rule for another rate."""
     tokens, size = int(rng.integers(20, 900)), int(rng.choice([1, 7, 32]))
-    policy = SHIPPED.__class__(
+    policy = replace(
+        SHIPPED,
         chunk_tokens=size,
         min_kept_tokens=int(rng.integers(1, 200)),
         sink_tokens=int(rng.integers(0, 8)),
         tail_tokens=int(rng.integers(0, 60)),
         block_tokens=int(rng.choice([1, 16])),
-        next_chunk_share=0.3,
-        auto=SHIPPED.auto,
     )
     starts = rng.integers(0, tokens, int(rng.integers(0, 4)))
     spans = tuple(Span(int(each), min(tokens, int(each + rng.integers(1, 80)))) for each in starts)
