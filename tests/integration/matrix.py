@@ -118,14 +118,13 @@ def _row(architecture: Architecture, found: Prepared) -> Row:
         alone = pair.aggregated(prompt, runs, STEPS)
         # The second time with the prefix caches of both engines.
         handed = [pair.handed_over(prompt, runs, STEPS) for _ in range(2 * hands_over)]
-    # In bfloat16 rounding decides sooner or later.
-    exact = STEPS if architecture.quantisation is None else 1
-    row = replace(row, parity=alone[:exact] == found.expected[:exact])
+    if architecture.quantisation is None:  # else in bfloat16, where rounding decides
+        row = replace(row, parity=alone == found.expected)
     if hands_over:
         row = replace(row, handoff=handed == [alone] * 2)
     if found.without_window is not None:
         row = replace(row, window_binds=found.without_window != found.expected)
-    if not row.parity or row.handoff is False:
+    if False in (row.parity, row.handoff):
         row = replace(row, error=f"{alone} alone, {handed} handed over, {found.expected} expected")
     return row
 
