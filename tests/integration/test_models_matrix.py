@@ -13,7 +13,7 @@ from .tiny_architectures import BY_NAME
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(200)]
 
 # A window of every layer, windows of some, chunks, sinks, learned positions, several rows of them.
-NAMES = ("mistral-window", "gemma2", "llama4", "gpt-oss", "gpt2", "qwen2-vl")
+NAMES = ("mistral-window", "gemma2", "llama4", "gpt-oss", "gpt2")
 
 
 @pytest.fixture(scope="module", params=RUNNERS)
