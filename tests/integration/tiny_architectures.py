@@ -285,7 +285,7 @@ _MROPE = (
     Architecture(
         "qwen2-vl", "Qwen2-VL", Mode.EXACT,
         _vision("Qwen2VLConfig", _TOWER, {"mrope_section": [4, 6, 6]}),
-        "Qwen2VLForConditionalGeneration", "text prompts; images are refused; not run: needs torchvision",
+        "Qwen2VLForConditionalGeneration", "text prompts; needs torchvision",
     ),
     Architecture(
         "qwen2-5-vl", "Qwen2.5-VL", Mode.EXACT,
@@ -295,7 +295,7 @@ _MROPE = (
              "out_hidden_size": 128, "fullatt_block_indexes": [0]},
             {"mrope_section": [4, 6, 6]},
         ),
-        "Qwen2_5_VLForConditionalGeneration", "text prompts; images are refused; not run: needs torchvision",
+        "Qwen2_5_VLForConditionalGeneration", "text prompts; needs torchvision",
     ),
     Architecture(
         "qwen3-vl", "Qwen3-VL", Mode.EXACT,
@@ -306,7 +306,7 @@ _MROPE = (
             {"mrope_section": [6, 5, 5], "mrope_interleaved": True},
             head_dim=32,
         ),
-        "Qwen3VLForConditionalGeneration", "text prompts; images are refused; not run: needs torchvision",
+        "Qwen3VLForConditionalGeneration", "text prompts; needs torchvision",
     ),
 )  # fmt: skip
 
