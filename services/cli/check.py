@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..config import AppConfig, local_path
+from ..core.errors import InvalidConfiguration
 from ..core.findings import Finding, error, note
 from ..deployment.file import Application, DeploymentFile
 from ..deployment.model_files import locate_model
 from ..deployment.weight_files import check_weights
+from ..tracing.environment import tracer_for
 from .model_report import MainModelReport, gain_lines
 
 
@@ -24,8 +26,11 @@ def check(file: DeploymentFile, *, served_here: bool = True) -> Iterator[Finding
     With `served_here` False, a model that is missing here may still be on the cluster's nodes.
     """
     for number, application in enumerate(file.applications):
+        place = f"applications[{number}]"
         for finding in _check_application(application, served_here=served_here):
-            yield finding.with_key_prefix(f"applications[{number}].args")
+            yield finding.with_key_prefix(f"{place}.args")
+        for finding in _check_tracing(application):
+            yield finding.with_key_prefix(place)
 
 
 def _check_application(application: Application, *, served_here: bool) -> Iterator[Finding]:
@@ -53,6 +58,14 @@ def _check_application(application: Application, *, served_here: bool) -> Iterat
 
         main_folder = main if isinstance(main, Path) else None
         yield from check_speculator(speculator, draft, main_folder, longest)
+
+
+def _check_tracing(application: Application) -> Iterator[Finding]:
+    """Yield faults of OpenTelemetry's variables, and the extra that they need."""
+    try:
+        tracer_for("check", application.runtime_env.env_vars)
+    except InvalidConfiguration as invalid:
+        yield error("runtime_env.env_vars", str(invalid))
 
 
 def describe(file: DeploymentFile) -> Iterator[str]:

@@ -148,3 +148,18 @@ def test_a_model_that_is_elsewhere_is_no_fault(root: Path, capsys: Any) -> None:
     assert cli.main(["check", str(root / "cluster" / "gpu-8b-70b.yaml")]) == 0
     notes = capsys.readouterr().out.splitlines()[:-1]
     assert [line.partition(": ")[2][:6] for line in notes] == ["note: ", "note: "]
+
+
+def test_a_tracing_variable_of_no_meaning_is_an_error(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = yaml.safe_load((root / "cluster" / "local.yaml").read_text())
+    raw["applications"][0]["runtime_env"]["env_vars"] |= {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318",
+        "OTEL_EXPORTER_OTLP_PROTOCOL": "http/json",
+    }
+    file = tmp_path / "changed.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    assert cli.main(["check", str(file)]) == 2
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "applications[0].runtime_env.env_vars: OTEL_EXPORTER_OTLP_PROTOCOL (http/json)" in line
