@@ -109,7 +109,6 @@ class DecodeService:
     ) -> AsyncGenerator[DecodeStep]:
         prompt = selection.engine_prompt(request.prompt)
         request_id = f"decode-{index}-{request.request_id}"
-        started_s = time.monotonic()
         first_s: float | None = None
         computes = KV_TRANSFER not in params.extra_args
         leak = leak_of(prompt, params, self._engine.tokenizer)
@@ -117,6 +116,7 @@ class DecodeService:
             self._tracer.start_within("decode.run", request.trace, SpanKind.SERVER) as span,
             map_engine_errors(DecodeUnavailable),
         ):
+            started_s = time.monotonic()
             outputs = self._engine.generate(
                 prompt, params, request_id, request.priority, span.context
             )

@@ -203,6 +203,7 @@ class GatewayReplica:
             ServiceMetrics(ray.nodes).text,
             lambda: self._self_test.facts_kept,
             self._tracer,
+            under_serve=True,
         )
 
     def record_autoscaling_stats(self) -> dict[str, float]:

@@ -183,8 +183,8 @@ class PrefillService:
         `on_announced` is given the ticket when a pull may start, if that is before the end.
         Raises InvalidRequest, DeadlineExceeded or PrefillUnavailable; then nothing is held.
         """
-        started_s = time.monotonic()
         with self._tracer.start_within("prefill.run", request.trace, SpanKind.SERVER) as span:
+            started_s = time.monotonic()
             inside = replace(request, trace=span.context)
             prefilled = await self._prefill(inside, selection, timeout_s, on_announced)
             stages = ("prefill.queue", prefilled.queue_s), ("prefill.compute", prefilled.prefill_s)

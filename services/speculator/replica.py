@@ -71,11 +71,11 @@ class SpeculatorReplica:
 
     async def _select(self, request: Request, plan: Plan, timeout_s: float) -> Selection:
         """Select, with a span and a log line."""
-        started_s = time.monotonic()
         with (
             self._tracer.start_within("speculator.select", request.trace, SpanKind.SERVER) as span,
             log_call(logger, "speculator", request.request_id) as pairs,
         ):
+            started_s = time.monotonic()
             selection = await self._service.select(request, plan, timeout_s)
             pairs |= {
                 "kept_tokens": selection.kept_tokens,

@@ -23,11 +23,15 @@ TRACEPARENT, TRACESTATE = "traceparent", "tracestate"
 
 
 class CorrelationMiddleware:
-    """The outermost layer: names each request, and records a span for those about a prompt."""
+    """The outermost layer: names each request, and records a span for those about a prompt.
 
-    def __init__(self, app: ASGIApp, tracer: Tracer) -> None:
+    `under_serve`: the server around the app adds the id to every response, as Ray Serve's does.
+    """
+
+    def __init__(self, app: ASGIApp, tracer: Tracer, *, under_serve: bool = False) -> None:
         self._app = app
         self._tracer = tracer
+        self._under_serve = under_serve
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -40,21 +44,22 @@ class CorrelationMiddleware:
             request_id = uuid.uuid4().hex
             scope = named_scope({**scope, MADE: True}, request_id)
         path = scope["path"].removeprefix(scope.get("root_path", ""))
+        header = None if self._under_serve else request_id
         if scope["method"] != "POST" or path not in TRACED:
-            await self._app(scope, receive, _Labelled(send, request_id))
+            await self._app(scope, receive, _Labelled(send, header))
             return
         parent = trace_parent(headers.get(TRACEPARENT), headers.get(TRACESTATE))
         with self._tracer.start(f"POST {path}", parent, SpanKind.SERVER) as span:
             span.annotate({"http.request.method": "POST", "http.route": path})
-            labelled = _Labelled(send, request_id, span)
+            labelled = _Labelled(send, header, span)
             traced = scope if span.context is None else {**scope, TRACE: span.context}
             await self._app(traced, receive, labelled)
 
 
 class _Labelled:
-    """Adds the request id and the span to a response's headers."""
+    """Adds the request id and the span to a response's headers; no id where `request_id` is None."""
 
-    def __init__(self, send: Send, request_id: str, span: OpenSpan | None = None) -> None:
+    def __init__(self, send: Send, request_id: str | None, span: OpenSpan | None = None) -> None:
         self._to_client = send
         self._request_id = request_id
         self._span = span
@@ -62,8 +67,11 @@ class _Labelled:
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(raw=message["headers"])
-            # What a layer below has set, once: vLLM may append another.
-            headers[REQUEST_ID_HEADER] = headers.get(REQUEST_ID_HEADER, self._request_id)
+            # Once: vLLM appends it, too.
+            named = headers.get(REQUEST_ID_HEADER, self._request_id)
+            del headers[REQUEST_ID_HEADER]
+            if self._request_id is not None and named is not None:
+                headers[REQUEST_ID_HEADER] = named
             if self._span is not None:
                 self._span.annotate({"http.response.status_code": message["status"]})
                 context = self._span.context

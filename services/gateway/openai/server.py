@@ -94,11 +94,14 @@ async def build_http_app(
     metrics: MetricsText,
     facts_kept: Callable[[], float | None] = not_tested,
     tracer: Tracer | None = None,
+    *,
+    under_serve: bool = False,
 ) -> FastAPI:
     """Build vLLM's OpenAI app on `client`.
 
     `count` returns each pool's healthy replicas, `metrics` those of the whole service,
     `facts_kept` the result of the draft's self-test. `tracer` None: no spans.
+    `under_serve`: see `CorrelationMiddleware`.
     """
     args = server_args(config)
     log_messages_refused_in_one_line()
@@ -116,7 +119,7 @@ async def build_http_app(
     gateway = config.gateway
     # Outermost first: unauthenticated requests get no further; only complete ones hold a slot.
     app.user_middleware[:0] = [
-        Middleware(CorrelationMiddleware, tracer=tracer or NoTracer()),
+        Middleware(CorrelationMiddleware, tracer=tracer or NoTracer(), under_serve=under_serve),
         Middleware(AccessMiddleware, keys=keys, open_paths=open_paths_of(gateway.open_paths)),
     ]
     bodies = BodyReader(
