@@ -57,7 +57,7 @@ class CorrelationMiddleware:
 
 
 class _Labelled:
-    """Adds the request id and the span to a response's headers; no id where `request_id` is None."""
+    """Adds the request id, if there is one, and the span to a response's headers."""
 
     def __init__(self, send: Send, request_id: str | None, span: OpenSpan | None = None) -> None:
         self._to_client = send
