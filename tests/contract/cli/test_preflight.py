@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
 from specprefill.cli import main as cli
 
@@ -113,6 +115,7 @@ def test_a_model_without_positions_is_served_as_text(
     check: Callable[..., Any], tmp_path: Path, root: Path
 ) -> None:
     folder = model_folder(tmp_path, root, MAMBA)
+    save_file({"weight": np.zeros(1, dtype=np.float32)}, folder / "model.safetensors")
     code, printed = check(model={"path": str(folder)})
     assert code == 0
     assert f"note: applications[0].args.model.path: {folder}: text: recurrent layers" in printed

@@ -103,7 +103,7 @@ async def test_a_body_that_stops_half_way_is_given_up_by_the_gateway(front, pipe
     reader, writer = await asyncio.open_connection(HOST, front.http_port)
     head = f"POST /v1/completions HTTP/1.1\r\nhost: t\r\nauthorization: Bearer {API_KEY}\r\n"
     writer.write(f"{head}content-length: 90000\r\n\r\n".encode() + b"x" * 40_000)
-    answer = await asyncio.wait_for(reader.readuntil(b"}}"), 15)
+    answer = await asyncio.wait_for(reader.readuntil(b'"}'), 15)
     writer.close()
     assert b" 408 " in answer
     assert b"request_timeout" in answer
