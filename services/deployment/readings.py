@@ -10,7 +10,7 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 PREFIX = "ray_specprefill_"
-_TIMEOUT_S = 3.0
+_TIMEOUT_S = 10.0  # a gateway reads the exporters of all nodes for its answer
 _AT_ONCE = 16
 
 Labels = tuple[tuple[str, str], ...]  # sorted

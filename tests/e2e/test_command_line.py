@@ -73,12 +73,12 @@ def test_eval_asks_the_running_service(app, tmp_path, root):
     command(
         [BIN / "specprefill", "eval", "--endpoint", app.http_url, "--config",
          root / "cluster" / "local.yaml", "--families", *families, "--lengths", 1536,
-         "--items", 2, "--keeps", 0.3, "--out", tmp_path]
+         "--items", 2, "--keeps", 0.3, "--text-keeps", 0.3, "--out", tmp_path]
     )  # fmt: skip
     saved = json.loads((tmp_path / "eval.json").read_text())
     rows = {row["family"]: row["cells"] for row in saved["rows"]}
     assert [cell["arm"]["chooser"] for cell in rows["needles"]] == [
-        "speculator", "speculator", "automatic",
+        "speculator", "speculator", "text", "automatic",
     ]  # fmt: skip
     assert [cell["score"]["value"] for cell in rows["needles"][:2]] == [1.0, 1.0]
     assert rows["needles"][1]["kept"] < 0.45

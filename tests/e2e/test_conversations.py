@@ -14,7 +14,7 @@ CARRYING = ("carried_over", "extended")
 @pytest.fixture
 def conversation(demo_tokenizer):
     """A long text with a question, which no other test sends."""
-    return needle_prompt(77, 1800, demo_tokenizer)
+    return needle_prompt(70, 1800, demo_tokenizer)
 
 
 def ask(app, messages) -> dict:

@@ -46,7 +46,8 @@ def replica_of(api):
     return [each for each in pools if each["state"] == "RUNNING"]
 
 
-def test_a_drained_node_loses_no_request(nodes):
+def test_a_drained_node_loses_no_request(nodes, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)
     import slow_pool
     from ray import serve
 

@@ -8,6 +8,7 @@ import uuid
 from collections import Counter
 from pathlib import Path
 
+import grpc
 import httpx
 import psutil
 import pytest
@@ -15,6 +16,8 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from specprefill.core.plan import LEAST_FACTS_KEPT
+from specprefill.rpc import specprefill_pb2 as pb
+from specprefill.rpc.specprefill_pb2_grpc import SpecPrefillStub
 
 from .conftest import EXPORT_S, pruned
 from .timed_pools import PREFILL_TOKEN_S
@@ -174,6 +177,19 @@ def storms(app):
     finally:
         app.api.deploy(raw)
         app.wait_healthy()
+        wait_until_alone(app)
+
+
+def wait_until_alone(app):
+    """Until gRPC calls need not name their application again: the others are gone."""
+    give_up_s = time.monotonic() + METRICS_PATIENCE_S
+    with grpc.insecure_channel(app.grpc_address) as channel:
+        while True:
+            try:
+                return SpecPrefillStub(channel).Health(pb.HealthRequest(), timeout=10)
+            except grpc.RpcError as error:
+                assert time.monotonic() < give_up_s, error
+                time.sleep(0.5)
 
 
 def wait_until_shared(app, gateways):

@@ -16,6 +16,7 @@ from ...control.shared_gate import Admission, GateEntry, SharedGate, View
 from ...core.wire import pack, unpack
 from .gate_client import GateLost
 
+ALONE_S = 60.0
 _NAMESPACE = "specprefill"
 _MAX_CALLS = 1 << 16  # of all gateways at a time; the gate's own bounds are lower
 
@@ -41,6 +42,9 @@ class GateActor:
             now=time.monotonic,
         )
 
+        self._heard_s = time.monotonic()
+        self._watch: asyncio.Task[None] | None = None
+
     async def enter(self, payload: bytes) -> bytes:
         """Wait for a slot."""
         return pack(await self._gate.enter(unpack(payload, GateEntry)))
@@ -51,7 +55,16 @@ class GateActor:
 
     async def renew(self, gateway: str, payload: bytes) -> None:
         """Take a gateway's view of the pools."""
+        self._heard_s = time.monotonic()
+        if self._watch is None:
+            self._watch = asyncio.create_task(self._end_when_alone())
         self._gate.renew(gateway, unpack(payload, View))
+
+    async def _end_when_alone(self) -> None:
+        """End this actor once no gateway has called for a while: nobody else does."""
+        while time.monotonic() - self._heard_s < ALONE_S:
+            await asyncio.sleep(ALONE_S / 4)
+        ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
 
 class GateActorLink:
@@ -84,8 +97,8 @@ async def connect_to_gate(
 ) -> GateActorLink:
     """Find the application's gate, or start it. Raises GateLost.
 
-    Gateways with another configuration, during an upgrade, have a gate of their own. The actor
-    ends with the gateway that started it; the others then start another.
+    Gateways with another configuration, during an upgrade, have a gate of their own. Ray starts
+    the actor again when its process or node dies; it ends by itself once no gateway calls it.
     """
     given = admission.model_dump_json()
     version = xxhash.xxh3_64_hexdigest(f"{given} {ttft_s} {fair_keys}".encode())
@@ -93,6 +106,8 @@ async def connect_to_gate(
         "name": f"gate-{app_name}-{version}",
         "namespace": _NAMESPACE,
         "get_if_exists": True,
+        "lifetime": "detached",
+        "max_restarts": -1,
         "num_cpus": 0,
         "max_concurrency": _MAX_CALLS,
     }
