@@ -62,8 +62,8 @@ class GateActor:
 
     async def _end_when_alone(self) -> None:
         """End this actor once no gateway has called for a while: nobody else does."""
-        while time.monotonic() - self._heard_s < ALONE_S:
-            await asyncio.sleep(ALONE_S / 4)
+        while (left_s := self._heard_s + ALONE_S - time.monotonic()) > 0.0:
+            await asyncio.sleep(left_s)
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
 
