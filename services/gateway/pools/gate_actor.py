@@ -62,8 +62,10 @@ class GateActor:
 
     async def _end_when_alone(self) -> None:
         """End this actor once no gateway has called for a while: nobody else does."""
-        while (left_s := self._heard_s + ALONE_S - time.monotonic()) > 0.0:
+        left_s = ALONE_S
+        while left_s > 0.0:
             await asyncio.sleep(left_s)
+            left_s = self._heard_s + ALONE_S - time.monotonic()
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
 
 
