@@ -12,7 +12,7 @@ from pathlib import Path
 from ..config import EngineConfig, MainModel
 from ..core.errors import UnsupportedModel
 from ..core.flops import ExpectedGain, expected_gain
-from ..core.support import Support
+from ..core.model_modes import Support
 
 LENGTHS = (8 << 10, 32 << 10, 128 << 10)  # prompt tokens for which a gain is printed
 

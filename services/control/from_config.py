@@ -8,11 +8,11 @@ from ..config import AppConfig, EngineConfig, KvConfig, SelectionConfig, Specula
 from ..core.errors import UnsupportedModel
 from ..core.fallback import Fallback, OnOverload, Patience
 from ..core.keep_rate import AutoKeep
+from ..core.model_modes import Mode, Support
 from ..core.plan import EVERY_MODE, Planner, PromptModes
 from ..core.ports import LocalPrefill
 from ..core.prefix_digests import BLOCK_TOKENS
 from ..core.selection import SelectionPolicy
-from ..core.support import Mode, Support
 from ..core.types import PromptMode
 from .gain import NetGain
 from .local_prefill import EveryPromptLocal, LocalPrefillRule

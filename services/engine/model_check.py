@@ -14,7 +14,7 @@ from ..config import AppConfig, EngineConfig
 from ..control.from_config import prompt_modes
 from ..core.errors import UnsupportedModel
 from ..core.findings import Finding, error, note, warning
-from ..core.support import Support
+from ..core.model_modes import Support
 from .args import plain_args
 from .support import EngineOptions, is_served, support_of
 

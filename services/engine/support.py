@@ -18,7 +18,7 @@ from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
 
 from ..config import EngineConfig, MainModel
 from ..core.errors import UnsupportedModel
-from ..core.support import Mode, Support
+from ..core.model_modes import Mode, Support
 from .args import plain_args
 
 # The modes in which engines serve; a model of another one is refused.

@@ -21,8 +21,8 @@ from typing import Any
 from vllm.distributed.kv_transfer import kv_transfer_state
 from vllm.model_executor.models import registry
 
+from specprefill.core.model_modes import Mode, Support
 from specprefill.core.positions import PositionMap
-from specprefill.core.support import Mode, Support
 from specprefill.core.types import Lease, Span
 
 from ..no_vision import vision_modules

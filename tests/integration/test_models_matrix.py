@@ -5,7 +5,7 @@ A part of the catalogue; `make models-matrix` runs all of it and writes docs/mod
 
 import pytest
 
-from specprefill.core.support import Mode
+from specprefill.core.model_modes import Mode
 
 from .models_page import RUNNERS, run
 from .tiny_architectures import BY_NAME

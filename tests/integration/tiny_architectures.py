@@ -14,7 +14,7 @@ from typing import Any
 
 import transformers as hf
 
-from specprefill.core.support import Mode
+from specprefill.core.model_modes import Mode
 
 from .quantised import Quantisation, quantise
 

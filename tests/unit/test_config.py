@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from specprefill.config import AppConfig, MainModel, SelectionConfig, local_path
 from specprefill.control.from_config import net_gain, planner, prompt_modes
 from specprefill.core.errors import UnsupportedModel
-from specprefill.core.support import Mode, Support
+from specprefill.core.model_modes import Mode, Support
 
 LEAST = {"model": {"path": "main"}, "speculator": {"path": "small"}}
 

@@ -10,7 +10,7 @@ import pytest
 
 from specprefill.config import EngineConfig, MainModel
 from specprefill.core.errors import UnsupportedModel
-from specprefill.core.support import Mode, Support
+from specprefill.core.model_modes import Mode, Support
 from tests.contract import model_folders
 from tests.no_vision import vision_modules
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from specprefill.core.support import Mode, Support
+from specprefill.core.model_modes import Mode, Support
 
 
 def test_an_exact_model_that_hands_over_has_nothing_to_print():
