@@ -123,7 +123,8 @@ class ClusterReader:
             urls, headers = self.api.exporters(), {}
         else:
             urls = [f"{self.metrics_url.rstrip('/')}/metrics"]
-            headers = {"authorization": f"Bearer {os.environ.get(API_KEY_VARIABLE, '')}"}
+            key = os.environ.get(API_KEY_VARIABLE)
+            headers = {} if not key else {"authorization": f"Bearer {key}"}
         return self.api.details(), collect(urls, headers)
 
 
