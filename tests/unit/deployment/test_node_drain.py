@@ -8,6 +8,7 @@ from specprefill.deployment.node_drain import replicas_on, wait_until_empty
 def details(*placed):
     """Serve's details of replicas, given as (name, node)."""
     replicas = [{"replica_id": name, "node_id": node} for name, node in placed]
+    replicas.append({"replica_id": "starting"})  # Serve has not placed it
     return {"applications": {"app": {"deployments": {"Decode": {"replicas": replicas}}}}}
 
 
