@@ -65,7 +65,7 @@ def test_what_is_shed_has_no_latency():
 
 
 class HeldGate:
-    waiting, running = 3, 2
+    waiting, running, is_shared = 3, 2, True
 
 
 def test_the_load_is_read_anew_each_time():
@@ -77,6 +77,7 @@ def test_the_load_is_read_anew_each_time():
     assert made.observed("specprefill_requests_held") == [1, 5]
     assert made.total("specprefill_admission_waiting") == 3
     assert made.total("specprefill_admission_admitted") == 2
+    assert made.total("specprefill_admission_shared") == 1
 
 
 def test_without_admission_control_there_is_no_queue():
