@@ -102,6 +102,6 @@ class KvGauges:
         self._bytes_held.set(sum(rank.bytes_held for rank in ranks))
         self._leases.set(sum(rank.leases for rank in ranks))
         if len(ranks) < len(self._service.kv_addresses):
-            return  # a total without one of its parts would seem to have begun anew
+            return  # a total without one of its parts would seem to have started anew
         for total, rising in self._totals:
             rising.follow(sum(total.of(rank) for rank in ranks))

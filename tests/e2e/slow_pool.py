@@ -12,7 +12,7 @@ class Slow:
     """Streams two words, the second after a while."""
 
     async def __call__(self, seconds: float) -> AsyncIterator[str]:
-        yield "begun"
+        yield "started"
         await asyncio.sleep(seconds)
         yield "done"
 

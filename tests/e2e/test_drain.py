@@ -56,7 +56,7 @@ def test_a_drained_node_loses_no_request(nodes, monkeypatch):
     handle = handle.options(stream=True)
     (before,) = replica_of(api)
     under_way = iter(handle.remote(SLOW_S))
-    assert next(under_way) == "begun"
+    assert next(under_way) == "started"
     drained = subprocess.run(
         [sys.executable, "-m", "specprefill.cli", "drain", "--timeout", "60",
          "--node-id", before["node_id"]],
@@ -68,4 +68,4 @@ def test_a_drained_node_loses_no_request(nodes, monkeypatch):
     assert list(under_way) == ["done"]
     (after,) = replica_of(api)
     assert after["node_id"] != before["node_id"]
-    assert list(handle.remote(0.0)) == ["begun", "done"]
+    assert list(handle.remote(0.0)) == ["started", "done"]

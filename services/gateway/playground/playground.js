@@ -325,7 +325,7 @@ function saveTrace() {
   link.href = url;
   link.download = "specprefill-trace.json";
   link.click();
-  setTimeout(() => URL.revokeObjectURL(url), 10_000); // the download has begun by then
+  setTimeout(() => URL.revokeObjectURL(url), 10_000); // the download has started by then
   $("exported").textContent = "Saved specprefill-trace.json: open it in ui.perfetto.dev or chrome://tracing.";
 }
 

@@ -243,19 +243,19 @@ async def test_score_explains_itself_where_asked(stub: Any, pipeline: Any) -> No
     for prompt in ({"text": "one two three"}, {"conversation": {"messages": [message]}}):
         request = pb.ScoreRequest(**prompt, explain=True)
         answer = await stub.Score(request, metadata=KEY)
-        told, text = answer.explanation, answer.explanation.text
+        explained, text = answer.explanation, answer.explanation.text
         assert answer.decision == pb.Decision(
             plan="prune", reason="asked", keep_rate=answer.decision.keep_rate,
             prompt_tokens=answer.decision.prompt_tokens, kept_tokens=3, mode="positions",
         )  # fmt: skip
         assert "one two three" in text
-        assert "".join(text[each.start : each.end] for each in told.spans) == text
-        kept = [each for each in told.spans if each.reasons]
-        assert told.kept_text == "".join(text[each.start : each.end] for each in kept)
+        assert "".join(text[each.start : each.end] for each in explained.spans) == text
+        kept = [each for each in explained.spans if each.reasons]
+        assert explained.kept_text == "".join(text[each.start : each.end] for each in kept)
         assert sum(each.end_token - each.first_token for each in kept) == 3
-        assert (told.rule.chunk_tokens, told.keep) == (32, 0.5)
-        assert told.tokenize_s > 0
-        assert not told.HasField("certainty")
+        assert (explained.rule.chunk_tokens, explained.keep) == (32, 0.5)
+        assert explained.tokenize_s > 0
+        assert not explained.HasField("certainty")
 
 
 async def test_health_needs_no_key(stub: Any, health: Any) -> None:

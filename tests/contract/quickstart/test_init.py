@@ -1,4 +1,4 @@
-"""`specprefill init` writes a file that `check` finds fine, or says what it needs."""
+"""`specprefill init` writes a file that `check` finds fine, or reports what it needs."""
 
 from __future__ import annotations
 
