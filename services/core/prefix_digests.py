@@ -12,13 +12,15 @@ from .types import Request
 BLOCK_TOKENS = 128  # a multiple of most engines' block size: so that a match here is a match there
 
 
-def prefix_digests(tokens: Sequence[int], block_tokens: int = BLOCK_TOKENS) -> Iterator[int]:
+def prefix_digests(
+    tokens: Sequence[int], block_tokens: int = BLOCK_TOKENS, salt: str | None = None
+) -> Iterator[int]:
     """Yield one digest per whole block; each stands for all tokens up to its block's end.
 
-    `tokens` is `[N]`; a digest has 64 bits.
+    `tokens` is `[N]`; a digest has 64 bits. Prompts of different salts have none in common.
     """
     packed = np.asarray(tokens, dtype=np.uint32)
-    digest = 0
+    digest = 0 if salt is None else xxhash.xxh3_64_intdigest(salt.encode())
     for start in range(0, len(packed) - block_tokens + 1, block_tokens):
         block = packed[start : start + block_tokens].tobytes()
         digest = xxhash.xxh3_64_intdigest(block, seed=digest)
@@ -29,4 +31,4 @@ def digests_of(request: Request) -> tuple[int, ...]:
     """Return the digests of the request's prompt; compute them unless it carries them."""
     if request.digests is not None:
         return request.digests
-    return tuple(prefix_digests(request.prompt))
+    return tuple(prefix_digests(request.prompt, salt=request.cache_salt))

@@ -118,7 +118,7 @@ class DecodeService:
         ):
             started_s = time.monotonic()
             outputs = self._engine.generate(
-                prompt, params, request_id, request.priority, span.context
+                prompt, params, request_id, request.priority, span.context, request.cache_salt
             )
             async with aclosing(outputs) as stream:
                 async for output in stream:

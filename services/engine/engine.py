@@ -125,6 +125,7 @@ class Engine:
         request_id: str,
         priority: int = 0,
         trace: TraceContext | None = None,
+        cache_salt: str | None = None,
     ) -> AsyncGenerator[RequestOutput]:
         """Stream the engine's outputs. Closing the iterator aborts the request.
 
@@ -133,8 +134,9 @@ class Engine:
         """
         if POSITIONS in (params.extra_args or {}) and not self._keeps_positions:
             raise InvalidRequest("positions: the engine's model has none to keep")
+        salted = {} if cache_salt is None else {"cache_salt": cache_salt}
         outputs = self._running().generate(
-            {"prompt_token_ids": prompt},
+            {"prompt_token_ids": prompt, **salted},
             params,
             request_id,
             priority=priority,

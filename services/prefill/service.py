@@ -228,7 +228,9 @@ class PrefillService:
         prompt = selection.engine_prompt(request.prompt)
         request_id = f"prefill-{request.request_id}"
         last = None
-        outputs = self._engine.generate(prompt, params, request_id, request.priority, request.trace)
+        outputs = self._engine.generate(
+            prompt, params, request_id, request.priority, request.trace, request.cache_salt
+        )
         async for output in outputs:
             last = output
         lost = PrefillUnavailable("prefill: the engine returned no token")

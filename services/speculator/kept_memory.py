@@ -41,7 +41,13 @@ class KeptMemory:
     def __init__(self, max_bytes: int) -> None:
         self._entries: ByteLru[tuple[_Entry, ...]] = ByteLru(max_bytes)
 
-    def remember(self, prompt: Sequence[int], selection: Selection, asked: Reason) -> None:
+    def remember(
+        self,
+        prompt: Sequence[int],
+        selection: Selection,
+        asked: Reason,
+        salt: str | None = None,
+    ) -> None:
         """Remember a pruned selection of `prompt`, `[N]`; `asked` is its plan's first reason.
 
         Prompts shorter than two blocks and dense selections are not remembered.
@@ -49,7 +55,7 @@ class KeptMemory:
         blocks = len(prompt) // BLOCK_TOKENS - 1
         if blocks < 1 or selection.kept_tokens == len(prompt):
             return
-        digest = block_digests(prompt[: blocks * BLOCK_TOKENS], BLOCK_TOKENS)[-1]
+        digest = block_digests(prompt[: blocks * BLOCK_TOKENS], BLOCK_TOKENS, salt)[-1]
         keep = selection.plan.keep if asked is Reason.ASKED else None
         entry = _Entry(tuple(prompt[blocks * BLOCK_TOKENS :]), selection.runs, keep)
         known = self._entries.get(digest) or ()
@@ -57,11 +63,11 @@ class KeptMemory:
         entries = (entry, *others)[:_BRANCHES]
         self._entries.put(digest, entries, sum(each.size for each in entries))
 
-    def find(self, prompt: Sequence[int]) -> KeptBefore | None:
-        """Return what the longest remembered prompt kept that `prompt`, `[N]`, extends."""
+    def find(self, prompt: Sequence[int], salt: str | None = None) -> KeptBefore | None:
+        """Return what the longest remembered prompt of `salt` kept that `prompt` extends, `[N]`."""
         if len(self._entries) == 0:
             return None
-        digests = block_digests(prompt, BLOCK_TOKENS)
+        digests = block_digests(prompt, BLOCK_TOKENS, salt)
         for blocks in range(len(digests), 0, -1):
             entries = self._entries.get(digests[blocks - 1])
             best = _longest(entries or (), prompt, blocks * BLOCK_TOKENS)

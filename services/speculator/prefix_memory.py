@@ -17,17 +17,20 @@ DIGEST_BYTES = 16
 V = TypeVar("V")
 
 
-def prompt_digest(prompt: Sequence[int]) -> bytes:
+def prompt_digest(prompt: Sequence[int], salt: str | None = None) -> bytes:
     """Digest the whole prompt. Not to be forged: other users' prompts lie beside it."""
-    return blake2b(_bytes(prompt), digest_size=DIGEST_BYTES).digest()
+    return _digest(_salted(salt), _bytes(prompt))
 
 
-def block_digests(prompt: Sequence[int], block_tokens: int) -> list[bytes]:
-    """Return one digest per whole block, over the previous one and the block's own tokens."""
-    digests, before = [], b""
+def block_digests(prompt: Sequence[int], block_tokens: int, salt: str | None = None) -> list[bytes]:
+    """Return one digest per whole block, over the previous one and the block's own tokens.
+
+    Prompts of different salts have none in common.
+    """
+    digests, before = [], _salted(salt)
     for start in range(0, len(prompt) - block_tokens + 1, block_tokens):
         block = _bytes(prompt[start : start + block_tokens])
-        before = blake2b(before + block, digest_size=DIGEST_BYTES).digest()
+        before = _digest(before, block)
         digests.append(before)
     return digests
 
@@ -48,22 +51,29 @@ class PrefixCache(Generic[V]):
     def bytes_held(self) -> int:
         return self._blocks.bytes_held
 
-    def find_longest(self, prompt: Sequence[int]) -> list[V]:
+    def find_longest(self, prompt: Sequence[int], salt: str | None = None) -> list[V]:
         """Return the blocks of the longest known beginning, short of the last token.
 
         The last token is always computed: somebody has to ask the question.
         """
         known = []
-        for digest in block_digests(prompt[:-1], self.block_tokens):
+        for digest in block_digests(prompt[:-1], self.block_tokens, salt):
             if digest not in self._blocks:
                 break
             known.append(digest)
         blocks = [self._blocks.get(digest) for digest in reversed(known)]
         return [block for block in reversed(blocks) if block is not None]
 
-    def add(self, prompt: Sequence[int], max_bytes: int, block: Callable[[int], V]) -> None:
+    def add(
+        self,
+        prompt: Sequence[int],
+        max_bytes: int,
+        block: Callable[[int], V],
+        salt: str | None = None,
+    ) -> None:
         """Hold the prompt's whole blocks, `block(index)` each, and no more than `max_bytes`."""
-        digests = block_digests(prompt, self.block_tokens)[: max_bytes // self._block_bytes]
+        most = max_bytes // self._block_bytes
+        digests = block_digests(prompt, self.block_tokens, salt)[:most]
         missing = [index for index, digest in enumerate(digests) if digest not in self._blocks]
         for digest in reversed(digests):
             self._blocks.get(digest)
@@ -76,6 +86,15 @@ class PrefixCache(Generic[V]):
     def shrink(self, max_bytes: int) -> None:
         """Forget until no more than `max_bytes` are held."""
         self._blocks.shrink(max_bytes)
+
+
+def _salted(salt: str | None) -> bytes:
+    """Return what the digests of prompts with `salt` start from."""
+    return b"" if salt is None else _digest(b"salt", salt.encode())
+
+
+def _digest(before: bytes, content: bytes) -> bytes:
+    return blake2b(before + content, digest_size=DIGEST_BYTES).digest()
 
 
 def _bytes(tokens: Sequence[int]) -> bytes:

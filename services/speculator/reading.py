@@ -65,8 +65,15 @@ class Reading:
     whole prompt's KV at every chunk and every look-ahead step.
     """
 
-    def __init__(self, prompt: tuple[int, ...], layout: DraftKvLayout, capacity: int) -> None:
+    def __init__(
+        self,
+        prompt: tuple[int, ...],
+        layout: DraftKvLayout,
+        capacity: int,
+        salt: str | None = None,
+    ) -> None:
         self.prompt = prompt
+        self.salt = salt
         self.layout = layout
         self.keys = layout.empty(layout.key_dim, capacity)  # after RoPE
         self.values = layout.empty(layout.value_dim, capacity)

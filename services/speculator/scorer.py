@@ -152,14 +152,19 @@ class Scorer:
         return SamePrompt(prompt) if self.translator is None else self.translator.translate(prompt)
 
     @contextmanager
-    def open_readings(self, prompts: Sequence[tuple[int, ...]]) -> Iterator[list[Reading]]:
+    def open_readings(
+        self, prompts: Sequence[tuple[int, ...]], salts: Sequence[str | None] | None = None
+    ) -> Iterator[list[Reading]]:
         """Open readings of the prompts, filled from the prefix cache; free them on exit.
+
+        `salts` has one for each prompt; None: none of them has one.
 
         The prefix cache makes room. The caller ensures that all fit into `memory_bytes`.
         """
         needed = sum(self.kv_bytes(len(prompt)) for prompt in prompts)
         self.prefix.shrink(self.memory_bytes - needed)
-        readings = [self._open(prompt) for prompt in prompts]
+        salted = zip(prompts, salts or [None] * len(prompts), strict=True)
+        readings = [self._open(prompt, salt) for prompt, salt in salted]
         try:
             yield readings
         finally:
@@ -171,12 +176,12 @@ class Scorer:
         free = self.memory_bytes - sum(self.kv_bytes(len(each.prompt)) for each in readings)
         for reading in readings:
             with torch.inference_mode():
-                self.prefix.add(reading.prompt, free, partial(_block, reading))
+                self.prefix.add(reading.prompt, free, partial(_block, reading), reading.salt)
 
-    def _open(self, prompt: tuple[int, ...]) -> Reading:
-        reading = Reading(prompt, self.draft.layout, self._capacity(len(prompt)))
+    def _open(self, prompt: tuple[int, ...], salt: str | None) -> Reading:
+        reading = Reading(prompt, self.draft.layout, self._capacity(len(prompt)), salt)
         with torch.inference_mode():
-            reading.restore(self.prefix.find_longest(prompt))
+            reading.restore(self.prefix.find_longest(prompt, salt))
         return reading
 
     def _capacity(self, prompt_tokens: int) -> int:

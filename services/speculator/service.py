@@ -200,7 +200,7 @@ class SpeculatorService:
 
     def _from_scores(self, job: Job) -> Selection | None:
         """Select; a prompt that was scored lately is not read again, whatever its plan."""
-        rating = self._ratings.get(prompt_digest(job.request.prompt))
+        rating = self._ratings.get(_rating_key(job.request))
         if rating is None:
             return None
         self.counts.repeats += 1
@@ -286,7 +286,9 @@ class SpeculatorService:
         started_s = self._now()
         for job in jobs:
             job.started_s = started_s
-        with scorer.open_readings([job.read_as.prompt for job in jobs]) as readings:
+        prompts = [job.read_as.prompt for job in jobs]
+        salts = [job.request.cache_salt for job in jobs]
+        with scorer.open_readings(prompts, salts) as readings:
             of = dict(zip(readings, jobs, strict=True))
             read = scorer.read(readings, lambda reading: of[reading].abandoned.is_set())
             read_s = self._now()
@@ -312,7 +314,7 @@ class SpeculatorService:
 
     def _answer(self, job: Job, rating: Rating, started_s: float, remembered: int) -> None:
         """Set the selection, unless its caller has gone since (on the event loop)."""
-        self._ratings.put(prompt_digest(job.request.prompt), rating, rating.scores.nbytes)
+        self._ratings.put(_rating_key(job.request), rating, rating.scores.nbytes)
         if job.answer.done():
             return
         self.counts.prompts += 1
@@ -334,16 +336,20 @@ class SpeculatorService:
             chosen = select(scores, job.plan, protected, policy, certainty)
             return replace(chosen, scores=chunk_scores(scores, protected, policy, certainty))
         carries = policy.carry_over and job.plan.mode is PromptMode.POSITIONS
-        before = self._kept.find(request.prompt) if carries else None
+        before = self._kept.find(request.prompt, request.cache_salt) if carries else None
         if before is None:
             chosen = select(scores, job.plan, protected, policy, certainty)
         else:
             chosen = continue_selection(scores, job.plan, protected, policy, certainty, before)
         if carries:
-            self._kept.remember(request.prompt, chosen, job.plan.reason)
+            self._kept.remember(request.prompt, chosen, job.plan.reason, request.cache_salt)
         return chosen
 
 
 def _remembered_tokens(reading: Reading, prompt_tokens: int) -> int:
     """Return the share of prompt tokens that was not read again; the draft may count others."""
     return reading.cached_tokens * prompt_tokens // len(reading.prompt)
+
+
+def _rating_key(request: Request) -> bytes:
+    return prompt_digest(request.prompt, request.cache_salt)

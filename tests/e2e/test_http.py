@@ -76,6 +76,31 @@ def test_cached_tokens_are_those_of_the_prefill_engine(client, long_prompt, opti
     assert warm.cached_tokens == (kept - 1) // BLOCK_SIZE * BLOCK_SIZE
 
 
+def test_only_requests_of_the_same_salt_share_caches(client, long_prompt):
+    """What was computed, and what the speculator has read, is found by nobody else's requests."""
+
+    def ask(salt):
+        answer = client.chat.completions.create(
+            model="demo",
+            messages=long_prompt.messages,
+            temperature=0,
+            max_tokens=8,
+            extra_body={**pruned(), "cache_salt": salt},
+        )
+        cached = answer.usage.prompt_tokens_details.cached_tokens
+        return answer.choices[0].message.content, cached, answer.specprefill["remembered_tokens"]
+
+    mine, yours = uuid.uuid4().hex, uuid.uuid4().hex
+    answer, *first = ask(mine)
+    assert first == [0, 0]
+    again, cached, remembered = ask(mine)
+    assert cached > 0
+    assert remembered > 0
+    other, *found = ask(yours)
+    assert found == [0, 0]
+    assert answer == again == other
+
+
 def test_a_short_prompt_is_left_whole(client):
     answer = client.chat.completions.create(
         model="demo", messages=[{"role": "user", "content": "Hello"}], max_tokens=4

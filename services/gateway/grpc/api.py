@@ -159,9 +159,9 @@ class GrpcApi:
         self._check_message(message)
         if message.HasField("model") and message.model != self._model_name:
             raise UnknownModel(f"model: {shorten(message.model)} is not served here", "model")
-        sampling, priority = pb.Sampling(max_tokens=1), 0
+        sampling, priority, salt = pb.Sampling(max_tokens=1), 0, None
         if isinstance(message, pb.GenerateRequest):
-            sampling, priority = message.sampling, message.priority
+            sampling, priority, salt = message.sampling, message.priority, _cache_salt(message)
         context = RequestContext(
             controls=prune_controls(message.prune),
             controls_prefix="prune.",
@@ -173,6 +173,8 @@ class GrpcApi:
         started_s = time.perf_counter()
         prompt = await self._prompt(message, context)
         tokenize_s = time.perf_counter() - started_s
+        if salt is not None:
+            prompt["cache_salt"] = salt
         params = sampling_params(
             sampling, self._client.model_config.get_diff_sampling_param(), self._json_limits
         )
@@ -250,6 +252,15 @@ def _request_id(metadata: dict[str, str]) -> str:
             REQUEST_ID_HEADER,
         )
     return value
+
+
+def _cache_salt(message: pb.GenerateRequest) -> str | None:
+    """Return the caller's salt. Raises InvalidRequest."""
+    if not message.HasField("cache_salt"):
+        return None
+    if not message.cache_salt:
+        raise InvalidRequest("cache_salt: must not be empty", "cache_salt")
+    return message.cache_salt
 
 
 def _metadata(context: CallContext) -> dict[str, str]:

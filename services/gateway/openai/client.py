@@ -236,7 +236,8 @@ class PipelineClient(RemoteEngineClient):
             timeout_s=self._time_limit_s(context.timeout_s),
             priority=priority,
             key=context.key,
-            digests=tuple(prefix_digests(admitted.prompt_token_ids)),
+            digests=tuple(prefix_digests(admitted.prompt_token_ids, salt=admitted.cache_salt)),
+            cache_salt=admitted.cache_salt,
             trace=context.trace,
         )
         if self._planner.dense_reason(request) is None:
@@ -374,8 +375,6 @@ def _refuse_unsupported(admitted: EngineCoreRequest, controls: Controls) -> None
         )
     if admitted.mm_features:
         raise InvalidRequest("images, audio and video are not supported: only text", "messages")
-    if admitted.cache_salt is not None:
-        raise InvalidRequest("cache_salt: not supported", "cache_salt")
 
 
 class Refused(GenerationError):  # type: ignore[misc]

@@ -229,6 +229,15 @@ async def test_controls_timeout_and_priority_arrive(stub: Any, pipeline: Any) ->
     assert pipeline.requests[1].timeout_s == 60.0
 
 
+async def test_a_cache_salt_arrives(stub: Any, pipeline: Any) -> None:
+    for salt in ("mine", None):
+        await stub.Generate(text_request(cache_salt=salt), metadata=KEY)
+    assert [request.cache_salt for request in pipeline.requests] == ["mine", None]
+    refused = await failure(stub.Generate(text_request(cache_salt=""), metadata=KEY))
+    assert refused.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "cache_salt" in refused.details()
+
+
 async def test_score_returns_what_would_be_kept(stub: Any, pipeline: Any) -> None:
     answer = await stub.Score(pb.ScoreRequest(text="one two three"), metadata=KEY)
     assert [(run.start, run.stop) for run in answer.kept] == [(0, 2), (4, 5)]

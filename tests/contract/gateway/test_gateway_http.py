@@ -65,6 +65,18 @@ async def test_a_streamed_chat_answer(client: openai.AsyncOpenAI, pipeline: Any)
     assert pipeline.closed == 1
 
 
+async def test_a_cache_salt_arrives_and_separates(
+    client: openai.AsyncOpenAI, pipeline: Any
+) -> None:
+    long = [{"role": "user", "content": "word " * 400}]
+    for salt in ("mine", "yours", "mine"):
+        await chat(client, messages=long, extra_body={"cache_salt": salt})
+    assert [request.cache_salt for request in pipeline.requests] == ["mine", "yours", "mine"]
+    mine, yours, again = (set(request.digests) for request in pipeline.requests)
+    assert mine == again
+    assert mine.isdisjoint(yours)
+
+
 async def test_n_samples_and_their_report(client: openai.AsyncOpenAI, pipeline: Any) -> None:
     answer = await chat(client, n=2, seed=3)
     assert [choice.message.content for choice in answer.choices] == [TEXT, TEXT]
@@ -253,7 +265,7 @@ async def test_an_answer_that_breaks_off_is_a_failure(
         ({"specprefill": {"mode": "dense"}}, 400, "specprefill.mode"),
         ({"logprobs": True, "top_logprobs": 2000}, 400, None),
         ({"prompt_logprobs": 1, "specprefill": True}, 400, "prompt_logprobs"),
-        ({"cache_salt": "tenant"}, 400, "cache_salt"),
+        ({"cache_salt": ""}, 400, None),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, 400, None),
         ({"messages": [{"role": "user", "content": "long " * 4000}]}, 400, None),
     ],

@@ -324,11 +324,6 @@ def _is_beam_search(sent: Sent, vllm: Got, ours: Got) -> bool:
     return ours.status == 400 and bool(_fields(sent).get("use_beam_search"))
 
 
-def _is_cache_salt(sent: Sent, vllm: Got, ours: Got) -> bool:
-    """Not supported."""
-    return ours.status == 400 and "cache_salt" in _fields(sent)
-
-
 def _is_crash(sent: Sent, vllm: Got, ours: Got) -> bool:
     """vLLM's validators expect an object and fail with 500."""
     return vllm.status == 500 and ours.status == 400
@@ -358,7 +353,6 @@ EXPLAINED: dict[str, Differs] = {
     "no JSON": _is_no_json,
     "our field": _is_our_field,
     "beam search": _is_beam_search,
-    "cache salt": _is_cache_salt,
     "crash": _is_crash,
     "Anthropic's form": _is_anthropic_form,
     "bad stream": _is_bad_stream,

@@ -57,6 +57,14 @@ def test_branches_of_one_conversation_are_told_apart():
         assert memory.find([*prompt, 9]).runs == runs
 
 
+def test_prompts_of_other_salts_are_not_earlier_turns():
+    memory = KeptMemory(1 << 20)
+    memory.remember(PROMPT, pruned(PROMPT), Reason.DEFAULT, "mine")
+    assert memory.find([*PROMPT, 1], "mine").tokens == len(PROMPT)
+    assert memory.find([*PROMPT, 1]) is None
+    assert memory.find([*PROMPT, 1], "yours") is None
+
+
 def test_dense_and_short_prompts_are_not_remembered():
     short = PROMPT[: 2 * BLOCK_TOKENS - 1]
     assert remembering(short, pruned(short, (Span(0, 64),))).find([*short, 1]) is None

@@ -45,6 +45,15 @@ def test_equal_blocks_after_other_beginnings_are_not_mixed_up() -> None:
     assert prompt_digest([1, 2]) != prompt_digest([1, 2, 0])
 
 
+def test_prompts_of_other_salts_are_not_found() -> None:
+    cache = cache_of(10)
+    prompt = [1, 2, 3, 4, 5]
+    cache.add(prompt, 10 * BLOCK_BYTES, lambda index: prompt[2 * index : 2 * index + 2], "mine")
+    assert cache.find_longest(prompt, "mine") == [[1, 2], [3, 4]]
+    assert cache.find_longest(prompt, "yours") == cache.find_longest(prompt) == []
+    assert len({prompt_digest(prompt, salt) for salt in (None, "", "mine", "yours")}) == 4
+
+
 def test_the_end_of_the_oldest_prompt_goes_first() -> None:
     cache = cache_of(4)
     add(cache, [1, 1, 2, 2, 3, 3])
