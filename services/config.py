@@ -39,6 +39,19 @@ class MainModel(Strict):
     load_format: Literal["auto", "dummy"] = "auto"  # dummy: random weights, for benchmarks
     max_model_len: PositiveInt | None = None
     trust_remote_code: bool = False
+    # LoRA adapters: folders, on every node, by the names that clients use as `model`
+    adapters: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        if self.served_name in self.adapters:
+            raise ValueError(f"adapters: {self.served_name} is the name of the model itself")
+        return self
+
+    @property
+    def served_names(self) -> tuple[str, ...]:
+        """The names that clients may use: the model's first."""
+        return (self.served_name, *self.adapters)
 
     @property
     def served_name(self) -> str:

@@ -138,6 +138,7 @@ class Request:
     prompt_logprobs: bool = False
     plan: Plan | None = None  # None: not planned yet, see `Planner.with_plan`
     digests: tuple[int, ...] | None = None  # of the prompt, see `prefix_digests`
+    adapter: str | None = None  # the LoRA adapter that answers; None: the model as it is
     cache_salt: str | None = None  # only requests of the same salt find what was computed for it
     hold_back_chars: int = 0  # text that stop strings may still take back (0: none)
     timeout_s: float = 300.0

@@ -51,7 +51,10 @@ class DecodeReplica:
             hands_over=hands_over(config.model, config.prefill, config.decode),
         )
         engine = Engine(
-            args, cpu_threads=config.decode.cpu_threads, stat_loggers=ray_stat_loggers()
+            args,
+            cpu_threads=config.decode.cpu_threads,
+            adapters=config.model.adapters,
+            stat_loggers=ray_stat_loggers(),
         )
         tracer = tracer_for("decode", os.environ)
         self._service = DecodeService(engine, tracer, PullMetrics().record)

@@ -118,7 +118,13 @@ class DecodeService:
         ):
             started_s = time.monotonic()
             outputs = self._engine.generate(
-                prompt, params, request_id, request.priority, span.context, request.cache_salt
+                prompt,
+                params,
+                request_id,
+                request.priority,
+                span.context,
+                request.cache_salt,
+                request.adapter,
             )
             async with aclosing(outputs) as stream:
                 async for output in stream:

@@ -12,6 +12,7 @@ from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 
 from ..config import EngineConfig, KvConfig, MainModel, local_path
+from .adapters import adapter_args
 
 _MODULE = "specprefill.engine"
 # Images are refused by request: a vision-language model's towers are neither loaded nor profiled.
@@ -41,7 +42,8 @@ def engine_args(
 
     An engine that hands no KV over, because the model's cannot be, computes its prompts itself.
     """
-    transfer = _transfer(kv, role, engine if peer is None else peer) if hands_over else None
+    other = engine if peer is None else peer
+    transfer = _transfer(model, kv, role, other) if hands_over else None
     args = plain_args(
         model,
         engine,
@@ -70,7 +72,7 @@ def plain_args(model: MainModel, engine: EngineConfig, **ours: Any) -> AsyncEngi
         enforce_eager=engine.enforce_eager,
         enable_prefix_caching=engine.enable_prefix_caching,
         **ours,
-        **{**_TEXT_ONLY, **engine.engine_args},
+        **{**_TEXT_ONLY, **adapter_args(model.adapters), **engine.engine_args},
     )
 
 
@@ -126,7 +128,7 @@ def _executor(engine: EngineConfig) -> str | None:
     return "uni" if workers == 1 and current_platform.is_cpu() else None
 
 
-def _transfer(kv: KvConfig, role: Role, peer: EngineConfig) -> KVTransferConfig:
+def _transfer(model: MainModel, kv: KvConfig, role: Role, peer: EngineConfig) -> KVTransferConfig:
     return KVTransferConfig(
         kv_connector="SpecPrefillConnector",
         kv_connector_module_path=f"{_MODULE}.handoff.connector",
@@ -145,6 +147,7 @@ def _transfer(kv: KvConfig, role: Role, peer: EngineConfig) -> KVTransferConfig:
             "stages_layers": role is Role.PREFILL,
             "peer_tensor_parallel_size": peer.tensor_parallel_size,
             "peer_pipeline_parallel_size": peer.pipeline_parallel_size,
+            "adapters": sorted(f"{name}={path}" for name, path in model.adapters.items()),
         },
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Self
 
@@ -21,6 +21,7 @@ from vllm.v1.metrics.loggers import StatLoggerFactory
 from ..core.errors import InvalidRequest, Unavailable
 from ..core.request_spans import TraceContext
 from ..core.types import Carrier
+from .adapters import lora_request
 from .args import is_ours, vllm_config
 from .failed_start import engine_errors_shown
 from .params import POSITIONS
@@ -35,11 +36,13 @@ class Engine:
         args: AsyncEngineArgs,
         *,
         cpu_threads: int = 1,
+        adapters: Mapping[str, str] | None = None,  # folders of LoRA adapters, by name
         stat_loggers: Sequence[StatLoggerFactory] = (),  # none: vLLM's own, in this process
     ) -> None:
         self._args = args
         self._stat_loggers = list(stat_loggers)
         self._cpu_threads = cpu_threads
+        self._adapters = adapters or {}
         self._keeps_positions = False
         self._llm: AsyncLLM | None = None
 
@@ -126,6 +129,7 @@ class Engine:
         priority: int = 0,
         trace: TraceContext | None = None,
         cache_salt: str | None = None,
+        adapter: str | None = None,
     ) -> AsyncGenerator[RequestOutput]:
         """Stream the engine's outputs. Closing the iterator aborts the request.
 
@@ -139,6 +143,7 @@ class Engine:
             {"prompt_token_ids": prompt, **salted},
             params,
             request_id,
+            lora_request=lora_request(self._adapters, adapter),
             priority=priority,
             trace_headers=self._trace_headers(trace),
         )

@@ -12,7 +12,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 
 from ..config import AppConfig, EngineConfig
 from ..control.from_config import prompt_modes
-from ..core.errors import UnsupportedModel
+from ..core.errors import InvalidConfiguration, UnsupportedModel
 from ..core.findings import Finding, error, note, warning
 from ..core.model_modes import Support
 from .args import plain_args
@@ -66,6 +66,9 @@ class MainModelCheck:
             return plain_args(model, self._engine(pool))
         except TypeError as unknown:  # a key that AsyncEngineArgs does not have
             return error(f"{pool}.engine_args", str(unknown).rpartition("__init__() ")[2])
+        except InvalidConfiguration as refused:
+            key, _, reason = str(refused).partition(": ")
+            return error(key, reason)
         except (ValidationError, ValueError) as refused:
             return error(pool, _message(refused))
 

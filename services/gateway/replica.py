@@ -157,7 +157,7 @@ class GatewayReplica:
         self._grpc = GrpcApi(
             self._client,
             build_explainer(self._config, self._client),
-            self._config.model.served_name,
+            self._config.model.served_names,
             self._keys,
             self._limit,
             self._health.count,

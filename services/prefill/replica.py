@@ -114,6 +114,11 @@ def _service(config: AppConfig, tls: TlsSource | None) -> PrefillService | IdleP
     if not hands_over(config.model, config.prefill, config.decode):
         return IdlePrefill()
     args = engine_args(config.model, config.prefill, config.kv, Role.PREFILL, peer=config.decode)
-    engine = Engine(args, cpu_threads=config.prefill.cpu_threads, stat_loggers=ray_stat_loggers())
+    engine = Engine(
+        args,
+        cpu_threads=config.prefill.cpu_threads,
+        adapters=config.model.adapters,
+        stat_loggers=ray_stat_loggers(),
+    )
     tracer = tracer_for("prefill", os.environ)
     return PrefillService(engine, tls, config.kv.max_held_bytes, tracer)

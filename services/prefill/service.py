@@ -229,7 +229,13 @@ class PrefillService:
         request_id = f"prefill-{request.request_id}"
         last = None
         outputs = self._engine.generate(
-            prompt, params, request_id, request.priority, request.trace, request.cache_salt
+            prompt,
+            params,
+            request_id,
+            request.priority,
+            request.trace,
+            request.cache_salt,
+            request.adapter,
         )
         async for output in outputs:
             last = output

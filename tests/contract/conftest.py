@@ -9,6 +9,7 @@ import warnings
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
+import grpc
 import httpx
 import msgspec
 import openai
@@ -204,6 +205,25 @@ async def client(gateway: Any) -> AsyncIterator[openai.AsyncOpenAI]:
 def sampling(pipeline: Any) -> dict[str, Any]:
     """The sampling parameters of the last request that reached the pipeline."""
     return msgspec.msgpack.decode(pipeline.requests[-1].sampling)
+
+
+class Call:
+    """A gRPC call with a key, as a servicer sees it; keeps the status."""
+
+    code: grpc.StatusCode | None = None
+    details = ""
+
+    def invocation_metadata(self) -> list[tuple[str, str]]:
+        return [("authorization", f"Bearer {API_KEY}")]
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        self.code = code
+
+    def set_details(self, details: str) -> None:
+        self.details = details
+
+    def set_trailing_metadata(self, trailing_metadata: list[tuple[str, str]]) -> None:
+        self.trailing = trailing_metadata
 
 
 async def chat(client: openai.AsyncOpenAI, **fields: Any) -> Any:

@@ -88,7 +88,8 @@ async def serve(grpc_port: int, folder: Path) -> None:
         await send({"type": "http.response.body", "body": b"ok"})
 
     api = GrpcApi(
-        client, build_explainer(config, client), "demo", contract.KEYS, contract.LIMIT, health,
+        client, build_explainer(config, client), ("demo",), contract.KEYS, contract.LIMIT,
+        health,
         max_message_bytes=MAX_MESSAGE_BYTES, json_limits=JSON_LIMITS,
     )  # fmt: skip
     server = grpc.aio.server()

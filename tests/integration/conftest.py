@@ -169,6 +169,29 @@ def kept(prompt_tokens: int, *runs: Span) -> Selection:
     return Selection(prompt_tokens, runs, Plan(PlanKind.PRUNE, Reason.ASKED, 0.3))
 
 
+def greedy_reference(model):
+    """Greedy decoding by transformers at explicit positions."""
+    import torch
+    from transformers import DynamicCache
+
+    def generate(prompt, selection, steps):
+        positions = [p for run in selection.runs for p in range(run.start, run.stop)]
+        ids, tokens, cache = [prompt[p] for p in positions], [], DynamicCache()
+        with torch.inference_mode():
+            for step in range(steps):
+                logits = model(
+                    input_ids=torch.tensor([ids]),
+                    position_ids=torch.tensor([positions]),
+                    past_key_values=cache,
+                    use_cache=True,
+                ).logits
+                tokens.append(int(logits[0, -1].argmax()))
+                ids, positions = tokens[-1:], [len(prompt) + step]
+        return tokens
+
+    return generate
+
+
 def prompt_of(length: int, seed: int = 0) -> list[int]:
     """A prompt of random tokens."""
     rng = random.Random(seed)

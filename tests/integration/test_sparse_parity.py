@@ -6,7 +6,7 @@ import pytest
 
 from specprefill.core.types import Span
 
-from .conftest import Runner, answer, kept, prompt_of
+from .conftest import Runner, answer, greedy_reference, kept, prompt_of
 
 RUNNERS = tuple(Runner)
 
@@ -31,26 +31,9 @@ CASES = {
 def reference(model_dir):
     """Greedy decoding by transformers at explicit positions."""
     import torch
-    from transformers import DynamicCache, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-
-    def generate(prompt, selection, steps):
-        positions = [p for run in selection.runs for p in range(run.start, run.stop)]
-        ids, tokens, cache = [prompt[p] for p in positions], [], DynamicCache()
-        with torch.inference_mode():
-            for step in range(steps):
-                logits = model(
-                    input_ids=torch.tensor([ids]),
-                    position_ids=torch.tensor([positions]),
-                    past_key_values=cache,
-                    use_cache=True,
-                ).logits
-                tokens.append(int(logits[0, -1].argmax()))
-                ids, positions = tokens[-1:], [len(prompt) + step]
-        return tokens
-
-    return generate
+    return greedy_reference(LlamaForCausalLM.from_pretrained(model_dir, dtype=torch.float32))
 
 
 async def test_engines_have_the_replay_of_their_runner(engines):

@@ -7,6 +7,7 @@ other side, and skips what the other side has in its cache.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -163,12 +164,14 @@ def layout_of(cache: torch.Tensor) -> KvLayout:
     return CpuLayout(cache) if cache.device.type == "cpu" else GpuLayout(cache)
 
 
-def fingerprint(config: VllmConfig, holder: Split, cache: torch.Tensor) -> str:
+def fingerprint(
+    config: VllmConfig, holder: Split, cache: torch.Tensor, adapters: Sequence[str]
+) -> str:
     """Return a fingerprint of what two engines must agree on for KV to pass between them.
 
-    Model, revision, dtypes, head size, vLLM's version, and how the prefill engine (`holder`)
-    splits the model; not the block size and not the page packing, which the canonical order
-    hides, and not the decode engine's split.
+    Model, revision, its adapters (name=path each), dtypes, head size, vLLM's version, and how the
+    prefill engine (`holder`) splits the model; not the block size and not the page packing, which
+    the canonical order hides, and not the decode engine's split.
     """
     model = config.model_config
     parts = (
@@ -181,5 +184,6 @@ def fingerprint(config: VllmConfig, holder: Split, cache: torch.Tensor) -> str:
         str(model.quantization),
         str(holder),
         str(cache.shape[3]),
+        *adapters,
     )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

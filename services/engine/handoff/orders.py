@@ -30,6 +30,7 @@ class HandoffConfig:
     stages_layers: bool  # this engine copies KV out layer by layer
     peer_tensor_parallel_size: int  # of the engines at the other end
     peer_pipeline_parallel_size: int
+    adapters: list[str]  # of the main model, as name=path
 
 
 @dataclass

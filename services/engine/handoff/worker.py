@@ -46,7 +46,10 @@ class WorkerHalf:
         device = device_of(one)
         place = self._place
         layout_id = fingerprint(
-            self._vllm_config, place.own if self._producer else place.peers, one
+            self._vllm_config,
+            place.own if self._producer else place.peers,
+            one,
+            self._config.adapters,
         )
         if self._config.memory == "device":
             layout_id += "-device"  # engines that hold KV elsewhere cannot take it over

@@ -82,7 +82,7 @@ class GrpcApi:
         self,
         client: PipelineClient,
         explainer: SelectionExplainer,
-        model_name: str,
+        model_names: Sequence[str],
         keys: KeyRing,
         limit: RequestLimit,
         count: PoolCounts,
@@ -93,7 +93,7 @@ class GrpcApi:
     ) -> None:
         self._client = client
         self._explainer = explainer
-        self._model_name = model_name
+        self._model_name, *self._adapters = model_names
         self._keys = keys
         self._limit = limit
         self._count = count
@@ -157,8 +157,7 @@ class GrpcApi:
         self, message: pb.GenerateRequest | pb.ScoreRequest, call: _Call
     ) -> _Prepared:
         self._check_message(message)
-        if message.HasField("model") and message.model != self._model_name:
-            raise UnknownModel(f"model: {shorten(message.model)} is not served here", "model")
+        adapter = self._adapter(message)
         sampling, priority, salt = pb.Sampling(max_tokens=1), 0, None
         if isinstance(message, pb.GenerateRequest):
             sampling, priority, salt = message.sampling, message.priority, _cache_salt(message)
@@ -169,6 +168,7 @@ class GrpcApi:
             key=self._keys.name_of(call.metadata) or fair_key(call.metadata.get("authorization")),
             request_id=call.request_id,
             trace=call.trace,
+            adapter=adapter,
         )
         started_s = time.perf_counter()
         prompt = await self._prompt(message, context)
@@ -182,6 +182,14 @@ class GrpcApi:
             prompt, params, f"grpc-{call.request_id}", context, priority
         )
         return _Prepared(request, prompt, context, tokenize_s)
+
+    def _adapter(self, message: pb.GenerateRequest | pb.ScoreRequest) -> str | None:
+        """Return the adapter that the message names. Raises UnknownModel."""
+        if not message.HasField("model") or message.model == self._model_name:
+            return None
+        if message.model not in self._adapters:
+            raise UnknownModel(f"model: {shorten(message.model)} is not served here", "model")
+        return message.model
 
     def _check_message(self, message: pb.GenerateRequest | pb.ScoreRequest | Unparsable) -> None:
         if isinstance(message, Unparsable):

@@ -33,7 +33,7 @@ from vllm.v1.kv_hints import KvHintsEnvelope
 from ...core.errors import InvalidRequest, RefusedByVllm, SpecPrefillError, Unavailable
 from ...core.plan import Planner, plan_of
 from ...core.ports import Answerer
-from ...core.prefix_digests import prefix_digests
+from ...core.prefix_digests import cache_domain, prefix_digests
 from ...core.protection import altered_piece, merge_spans, protected_spans, special_spans
 from ...core.replica_logging import log_pairs
 from ...core.types import Chunk, Controls, PlanKind, PromptMode, Request, Selection, Span
@@ -114,8 +114,7 @@ class PipelineClient(RemoteEngineClient):
         context = CURRENT.get() or RequestContext()
         context.prompts_started += 1
         try:
-            if lora_request is not None:
-                raise InvalidRequest("model: LoRA adapters are not supported", "model")
+            context.adapter = None if lora_request is None else lora_request.lora_name
             request = await self.prepare(prompt, sampling_params, request_id, context, priority)
             assembler = OutputAssembler(
                 request_id,
@@ -225,6 +224,7 @@ class PipelineClient(RemoteEngineClient):
         if len(admitted.prompt_token_ids) >= self.engine_tokens and controls.prune is None:
             controls = replace(controls, prune=True)  # or it could not be answered
         _refuse_unsupported(admitted, controls)
+        domain = cache_domain(context.adapter, admitted.cache_salt)
         request = Request(
             request_id=_own_id(request_id),
             prompt=tuple(admitted.prompt_token_ids),
@@ -236,7 +236,8 @@ class PipelineClient(RemoteEngineClient):
             timeout_s=self._time_limit_s(context.timeout_s),
             priority=priority,
             key=context.key,
-            digests=tuple(prefix_digests(admitted.prompt_token_ids, salt=admitted.cache_salt)),
+            digests=tuple(prefix_digests(admitted.prompt_token_ids, domain=domain)),
+            adapter=context.adapter,
             cache_salt=admitted.cache_salt,
             trace=context.trace,
         )

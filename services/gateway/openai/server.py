@@ -153,6 +153,9 @@ def server_args(config: AppConfig) -> Namespace:
         argv += ["--max-model-len", str(model.max_model_len)]
     if model.trust_remote_code:
         argv.append("--trust-remote-code")
+    if model.adapters:
+        argv.append("--lora-modules")
+        argv += [f"{name}={local_path(path)}" for name, path in model.adapters.items()]
     args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args(
         [*argv, *config.gateway.vllm_args]
     )

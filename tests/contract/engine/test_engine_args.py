@@ -155,3 +155,50 @@ def test_an_engine_that_hands_nothing_over_has_no_connector(hands_over, tmp_path
     assert (config.kv_transfer_config is not None) == hands_over
     assert is_ours(config)
     assert not is_ours(vllm_config(plain_args(model, engine)))
+
+
+def adapter(folder, settings):
+    """An adapter's folder with that configuration, and no weights."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(settings)
+    return str(folder)
+
+
+def test_adapters_get_room_for_their_ranks(args_of, tmp_path):
+    from specprefill.engine.adapters import adapter_args, lora_request
+
+    adapters = {
+        "b": adapter(tmp_path / "one", '{"r": 4}'),
+        "a": adapter(tmp_path / "two", '{"r": 8, "rank_pattern": {"q_proj": 20}}'),
+    }
+    assert adapter_args(adapters) == {"enable_lora": True, "max_loras": 2, "max_lora_rank": 32}
+    numbers = {lora_request(adapters, name).lora_int_id for name in adapters}
+    assert numbers == {1, 2}
+    assert lora_request(adapters, None) is None
+    assert args_of().enable_lora is False
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (None, r"model.adapters.mine: .* has no adapter_config.json"),
+        ("[]", r"model.adapters.mine: .* is not an adapter's configuration"),
+        ('{"r": 513}', r"model.adapters.mine: has rank 513; at most 512 is served"),
+    ],
+)
+def test_an_adapter_that_cannot_be_loaded_is_named(settings, message, tmp_path):
+    from specprefill.core.errors import InvalidConfiguration
+    from specprefill.engine.adapters import adapter_args
+
+    folder = tmp_path / "mine"
+    path = str(folder) if settings is None else adapter(folder, settings)
+    with pytest.raises(InvalidConfiguration, match=message):
+        adapter_args({"mine": path})
+
+
+def test_an_adapter_that_this_engine_lacks_may_be_elsewhere(tmp_path):
+    from specprefill.core.errors import Unavailable
+    from specprefill.engine.adapters import lora_request
+
+    with pytest.raises(Unavailable, match="the adapter new is not loaded here"):
+        lora_request({}, "new")

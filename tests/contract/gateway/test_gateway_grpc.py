@@ -70,7 +70,7 @@ async def channel(gateway: Any, pipeline: Any, health: Any) -> AsyncIterator[grp
     api = GrpcApi(
         gateway[0],
         build_explainer(configuration(), gateway[0]),
-        "demo",
+        ("demo", "adapted"),
         KEYS,
         LIMIT,
         health,

@@ -24,6 +24,7 @@ from tests.contract.conftest import (
     LIMIT,
     MAX_MESSAGE_BYTES,
     PLANNER,
+    Call,
     ScriptedHealth,
     configuration,
     metrics_text,
@@ -104,28 +105,9 @@ def grpc_api(text_client: Any) -> Any:
 
     explainer = build_explainer(configuration(), text_client)
     return GrpcApi(
-        text_client, explainer, "demo", KEYS, LIMIT, ScriptedHealth(),
+        text_client, explainer, ("demo",), KEYS, LIMIT, ScriptedHealth(),
         max_message_bytes=MAX_MESSAGE_BYTES, json_limits=JSON_LIMITS,
     )  # fmt: skip
-
-
-class Call:
-    """A gRPC call with a key; keeps the status."""
-
-    code: grpc.StatusCode | None = None
-    details = ""
-
-    def invocation_metadata(self) -> list[tuple[str, str]]:
-        return [("authorization", f"Bearer {API_KEY}")]
-
-    def set_code(self, code: grpc.StatusCode) -> None:
-        self.code = code
-
-    def set_details(self, details: str) -> None:
-        self.details = details
-
-    def set_trailing_metadata(self, trailing_metadata: list[tuple[str, str]]) -> None:
-        self.trailing = trailing_metadata
 
 
 def generate_request(mode: str) -> pb.GenerateRequest:

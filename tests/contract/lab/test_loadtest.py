@@ -75,7 +75,7 @@ async def addresses(gateway: Any, pipeline: Any, health: Any) -> AsyncIterator[d
         api = GrpcApi(
             client,
             build_explainer(configuration(), client),
-            "demo",
+            ("demo",),
             KEYS,
             LIMIT,
             health,
