@@ -73,7 +73,9 @@ def test_a_pruned_request_is_one_trace_over_four_processes(app, collector, long_
 
 def test_grpc_calls_continue_a_trace_too(app, collector, long_prompt, demo_tokenizer):
     trace = secrets.token_hex(16)
-    text = demo_tokenizer.apply_chat_template(long_prompt.messages, tokenize=False)
+    text = demo_tokenizer.apply_chat_template(
+        long_prompt.messages, tokenize=False, add_generation_prompt=True
+    )
     request = pb.GenerateRequest(text=text, prune=pb.Prune(keep=0.2))
     request.sampling.max_tokens = 6
     metadata = (("traceparent", traceparent(trace)), ("x-request-id", f"grpc-{trace}"))
