@@ -14,6 +14,7 @@ _.aggregate
 _.apply
 _.build_connector_meta
 _.build_connector_worker_meta
+HybridConnector  # vLLM imports it by name
 _.clear_cache
 _.data_parallel_rank
 _.dead_error
@@ -68,6 +69,7 @@ _.stop_profile
 _.tags
 _.tokenization_kwargs
 _.trace_headers
+_.request_finished_all_groups
 _.update_connector_output
 _.update_state
 _.update_state_after_alloc

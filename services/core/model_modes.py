@@ -23,6 +23,7 @@ class Support:
     mode: Mode
     reasons: tuple[str, ...] = ()  # why it is no better one; none for `exact`
     handoff_reasons: tuple[str, ...] = ()  # why KV cannot pass between engines; empty: it can
+    notes: tuple[str, ...] = ()  # what pruning means for this model, whatever the mode
 
     @property
     def hands_over(self) -> bool:
@@ -37,4 +38,4 @@ class Support:
     def lines(self) -> tuple[str, ...]:
         """Return the sentences that engines, `check` and `doctor` print about it."""
         handed = tuple(f"KV is not handed over: {reason}" for reason in self.handoff_reasons)
-        return (*self.reasons, *handed)
+        return (*self.reasons, *handed, *self.notes)

@@ -43,7 +43,7 @@ def engine_args(
     An engine that hands no KV over, because the model's cannot be, computes its prompts itself.
     """
     other = engine if peer is None else peer
-    transfer = _transfer(model, kv, role, other) if hands_over else None
+    transfer = _transfer(model, kv, role, engine, other) if hands_over else None
     args = plain_args(
         model,
         engine,
@@ -128,9 +128,12 @@ def _executor(engine: EngineConfig) -> str | None:
     return "uni" if workers == 1 and current_platform.is_cpu() else None
 
 
-def _transfer(model: MainModel, kv: KvConfig, role: Role, peer: EngineConfig) -> KVTransferConfig:
+def _transfer(
+    model: MainModel, kv: KvConfig, role: Role, engine: EngineConfig, peer: EngineConfig
+) -> KVTransferConfig:
+    hybrid = plain_args(model, engine).create_model_config().is_hybrid
     return KVTransferConfig(
-        kv_connector="SpecPrefillConnector",
+        kv_connector="HybridConnector" if hybrid else "SpecPrefillConnector",
         kv_connector_module_path=f"{_MODULE}.handoff.connector",
         kv_role=role.value,
         kv_load_failure_policy=kv.on_failure,

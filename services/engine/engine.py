@@ -107,13 +107,18 @@ class Engine:
         return int(self._running().vllm_config.model_config.max_model_len)
 
     def kv_bytes_per_token(self) -> int:
-        """Bytes of one token's keys and values in the worker that holds the most of them."""
+        """Bytes of one token's KV in the worker that holds the most of it.
+
+        Recurrent layers count as if they had keys and values: their states are no larger for the
+        prompts that are worth a hand-over.
+        """
         config = self._running().vllm_config
         model, parallel = config.model_config, config.parallel_config
         layers = -(-model.get_total_num_hidden_layers() // parallel.pipeline_parallel_size)
         heads, dim = model.get_num_kv_heads(parallel), model.get_head_size()
         dtype = kv_cache_dtype_str_to_dtype(config.cache_config.cache_dtype, model)
-        return int(2 * layers * heads * dim * dtype.itemsize)
+        parts = 1 if model.use_mla else 2  # a latent, or key and value
+        return int(parts * layers * heads * dim * dtype.itemsize)
 
     async def kv_carrier(self) -> Carrier:
         """Return the best carrier that every worker has."""

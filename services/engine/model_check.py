@@ -43,7 +43,8 @@ class MainModelCheck:
                 yield error("model", _message(refused))
                 return
             yield from self._sizes(pool, self.model)
-            options = EngineOptions.of_arguments(args, self.model)
+            peer = self._engine("decode" if pool == "prefill" else "prefill")
+            options = EngineOptions.of_arguments(args, self.model).with_peer(peer)
             found.update(dict.fromkeys(self._mode(support_of(self.model, options))))
         yield from found
 
@@ -103,13 +104,14 @@ class MainModelCheck:
 
 def kv_bytes_per_token(model: ModelConfig, engine: EngineConfig) -> int | None:
     """Return the KV of one token in one worker; None where not every layer keeps plain KV."""
-    if model.use_mla or model.is_hybrid or model.is_attention_free:
+    if model.is_hybrid or model.is_attention_free:
         return None
     layers = -(-model.get_total_num_hidden_layers() // engine.pipeline_parallel_size)
     heads = max(1, model.get_total_num_kv_heads() // engine.tensor_parallel_size)
+    vectors = 1 if model.use_mla else 2 * heads  # a latent, or a key and a value a head
     cached = str(engine.engine_args.get("kv_cache_dtype", "auto"))
     itemsize = 1 if cached.startswith("fp8") else model.dtype.itemsize
-    return int(2 * layers * heads * model.get_head_size() * itemsize)
+    return int(vectors * layers * model.get_head_size() * itemsize)
 
 
 def _message(refused: Exception) -> str:

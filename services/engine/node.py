@@ -118,7 +118,10 @@ def _attention_backend(pool: str, config: VllmConfig) -> Fact:
     try:
         with set_current_vllm_config(config):
             backend = get_attn_backend(
-                model.get_head_size(), model.dtype, config.cache_config.cache_dtype
+                model.get_head_size(),
+                model.dtype,
+                config.cache_config.cache_dtype,
+                use_mla=model.use_mla,
             )
     except (ValueError, ImportError, NotImplementedError) as error:
         return Fact(name, f"none: {error}", wrong=True)

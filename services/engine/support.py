@@ -40,6 +40,11 @@ class EngineOptions:
     prefill_context_parallel: int
     fast_prefill: bool
     on_cpu: bool
+    prefix_caching: bool
+    tensor_parallel: int
+    pipeline_parallel: int
+    peer_tensor_parallel: int  # of the engines at the other end of the hand-off
+    peer_pipeline_parallel: int
 
     @classmethod
     def of_arguments(cls, args: AsyncEngineArgs, model: ModelConfig) -> EngineOptions:
@@ -51,18 +56,39 @@ class EngineOptions:
             args.prefill_context_parallel_size,
             args.kv_sharing_fast_prefill,
             current_platform.is_cpu(),
+            args.enable_prefix_caching is not False,
+            args.tensor_parallel_size,
+            args.pipeline_parallel_size,
+            args.tensor_parallel_size,
+            args.pipeline_parallel_size,
         )
 
     @classmethod
     def of_config(cls, config: VllmConfig) -> EngineOptions:
         """Read the options from vLLM's whole configuration."""
+        parallel, transfer = config.parallel_config, config.kv_transfer_config
+        peer = {} if transfer is None else transfer.kv_connector_extra_config
+        tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
         return cls(
             config.cache_config.cache_dtype,
             config.speculative_config is not None,
-            config.parallel_config.decode_context_parallel_size,
-            config.parallel_config.prefill_context_parallel_size,
+            parallel.decode_context_parallel_size,
+            parallel.prefill_context_parallel_size,
             config.cache_config.kv_sharing_fast_prefill,
             current_platform.is_cpu(),
+            bool(config.cache_config.enable_prefix_caching),
+            tensor,
+            pipeline,
+            peer.get("peer_tensor_parallel_size", tensor),
+            peer.get("peer_pipeline_parallel_size", pipeline),
+        )
+
+    def with_peer(self, peer: EngineConfig) -> EngineOptions:
+        """Return these options beside an engine at the other end of the hand-off."""
+        return replace(
+            self,
+            peer_tensor_parallel=peer.tensor_parallel_size,
+            peer_pipeline_parallel=peer.pipeline_parallel_size,
         )
 
 
@@ -134,15 +160,20 @@ def support_elsewhere(model: ModelConfig, deployed: MainModel, *engines: EngineC
 
 def support_of(model: ModelConfig, options: EngineOptions) -> Support:
     """Return the best mode for `model` in an engine with these options."""
-    handoff = tuple(_handoff_reasons(model))
+    handoff, notes = tuple(_handoff_reasons(model)), tuple(_notes(model))
     for mode, reasons in (
-        (Mode.REFUSED, (*_refusals(model), *_refused_options(options))),
+        (Mode.REFUSED, _refused_reasons(model, options)),
         (Mode.TEXT, tuple(_position_reasons(model))),
         (Mode.WINDOWED, tuple(_window_reasons(model))),
     ):
         if reasons:
-            return Support(mode, reasons, handoff)
-    return Support(Mode.EXACT, (), handoff)
+            return Support(mode, reasons, handoff, notes)
+    return Support(Mode.EXACT, (), handoff, notes)
+
+
+def _refused_reasons(model: ModelConfig, options: EngineOptions) -> tuple[str, ...]:
+    hybrid = tuple(_hybrid_options(options)) if model.is_hybrid else ()
+    return (*_refusals(model), *_refused_options(options), *hybrid)
 
 
 def _refused(*reasons: str) -> Support:
@@ -157,14 +188,18 @@ def _refusals(model: ModelConfig) -> Iterator[str]:
         yield "the model writes no text"
     elif model.is_diffusion:
         yield "a diffusion model does not write token after token"
+    if model.using_transformers_backend() and has_recurrent_layers(model):
+        yield "vLLM's backend for transformers' models does not run recurrent layers"
+    if model.use_mla and model.is_hybrid:
+        yield "latents beside recurrent states are paged in a format that is not known"
 
 
 def _position_reasons(model: ModelConfig) -> Iterator[str]:
     """Yield why kept tokens would not attend as they do at their original positions."""
-    if model.use_mla:
-        yield "MLA caches are not mapped to sparse positions"
-    if has_recurrent_layers(model):
-        yield "recurrent layers have no positions to keep"
+    if model.is_attention_free:
+        yield "no layer has positions to keep: all are recurrent"
+    if has_sparse_indexer(model):
+        yield "a sparse indexer chooses among all tokens of the prompt, from a cache of its own"
     if model.uses_alibi:
         yield "ALiBi biases count cache slots, not positions"
     if getattr(model.hf_text_config, "dual_chunk_attention_config", None) is not None:
@@ -187,10 +222,30 @@ def _window_reasons(model: ModelConfig) -> Iterator[str]:
 
 def _handoff_reasons(model: ModelConfig) -> Iterator[str]:
     """Yield why a decode engine cannot take over the model's KV."""
-    if model.use_mla:
-        yield "MLA caches hold latents, which the wire format does not have"
-    if has_recurrent_layers(model):
-        yield "recurrent layers keep a state, which the wire format does not have"
+    if has_sparse_indexer(model):
+        yield "the sparse indexer's cache is packed in a format that the wire format does not have"
+    if model.is_attention_free:
+        yield "a model without keys and values has nothing that a ticket could name"
+
+
+def _hybrid_options(options: EngineOptions) -> Iterator[str]:
+    """Yield what a model with recurrent layers needs of an engine, and this one has not."""
+    if not options.prefix_caching:
+        yield "recurrent states are handed over from the prefix cache: enable_prefix_caching"
+    own = (options.tensor_parallel, options.pipeline_parallel)
+    if own != (options.peer_tensor_parallel, options.peer_pipeline_parallel):
+        yield "recurrent states cannot be split: prefill and decode need equal tensor_parallel_size"
+    if options.pipeline_parallel > 1:
+        yield "recurrent states of pipeline stages cannot be handed over"
+
+
+def _notes(model: ModelConfig) -> Iterator[str]:
+    """Yield what pruning means for the model."""
+    if model.is_hybrid:
+        yield (
+            "recurrent layers read the kept tokens in order, as if nothing lay between them; "
+            "the decode engine computes the part of a prompt after its last whole cache block"
+        )
 
 
 def _refused_options(options: EngineOptions) -> Iterator[str]:
@@ -225,6 +280,11 @@ def has_recurrent_layers(model: ModelConfig) -> bool:
         return any(layer not in _ATTENTION_LAYERS for layer in layers)
     wrapped = getattr(transformers, model.architectures[0], None)
     return bool(getattr(wrapped, "_is_stateful", False))
+
+
+def has_sparse_indexer(model: ModelConfig) -> bool:
+    """Return True if layers attend to tokens that an indexer chooses: DeepSeek-V3.2, V4, GLM-5."""
+    return getattr(model.hf_text_config, "index_topk", None) is not None
 
 
 def brings_model_state(model: ModelConfig) -> bool:

@@ -18,6 +18,7 @@ import torch
 from vllm import _custom_ops as custom_ops
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys, hash_block_tokens
+from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
 from vllm.v1.request import Request
 from vllm.version import __version__ as vllm_version
 
@@ -133,6 +134,8 @@ def _shared_differences() -> Iterator[Difference]:
     for name in ("_kv_transfer_config", "_kv_cache_manager"):
         if not _assigns(KVConnectorBase_V1, "__init__", f"self.{name}"):
             yield f"KVConnectorBase_V1 has no {name}"
+    yield from _field_differences(SchedulerOutput, "kv_connector_block_state")
+    yield from _signature_differences(KVConnectorBlockState, "get_block_ids", "self", "req_id")
     keys = ("request", "start_token_idx", "end_token_idx", "start_mm_idx")
     yield from _parameter_differences(generate_block_hash_extra_keys, *keys)
     tokens = ("hash_function", "parent_block_hash", "curr_block_token_ids", "extra_keys")

@@ -21,6 +21,15 @@ _SHAPE = {
     "eos_token_id": 1,
     "pad_token_id": None,
 }
+_MLA = {  # the only sizes of a latent that vLLM's kernel for CPUs is compiled for
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 64,
+}
 _GPT = {"vocab_size": 512, "bos_token_id": 1, "eos_token_id": 1}
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
 
@@ -78,6 +87,47 @@ CONFIGS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
         hf.BambaConfig, attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=32, mamba_d_state=16
     ),
     "jamba": _of(hf.JambaConfig, attn_layer_period=2, attn_layer_offset=1, num_experts=2),
+    "nemotron-h": _of(
+        hf.NemotronHConfig,
+        head_dim=32,
+        layers_block_type=["mamba", "attention", "mlp"],
+        mamba_num_heads=8,
+        mamba_head_dim=32,
+        ssm_state_size=16,
+        n_groups=1,
+    ),
+    "granite-hybrid": _of(
+        hf.GraniteMoeHybridConfig,
+        layer_types=["mamba", "attention", "mamba"],
+        mamba_n_heads=8,
+        mamba_d_head=32,
+        mamba_d_state=16,
+        mamba_n_groups=1,
+        position_embedding_type="rope",
+    ),
+    "falcon-h1": _of(
+        hf.FalconH1Config,
+        head_dim=32,
+        mamba_n_heads=8,
+        mamba_d_head=32,
+        mamba_d_state=16,
+        mamba_n_groups=1,
+        mamba_d_ssm=256,
+    ),
+    "qwen3-next": _of(
+        hf.Qwen3NextConfig,
+        head_dim=32,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+        linear_key_head_dim=32,
+        linear_value_head_dim=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+    ),
+    "lfm2": _of(hf.Lfm2Config, layer_types=["conv", "full_attention", "conv"]),
     "mamba": lambda: hf.MambaConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2),
     "falcon": lambda: _falcon(new_decoder_architecture=True, num_kv_heads=2),
     "falcon-alibi": lambda: _falcon(alibi=True, multi_query=False),
@@ -113,16 +163,9 @@ CONFIGS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
         intermediate_size_mlp=256,
         attention_chunk_size=LENGTH,
     ),
-    "deepseek2": _of(
-        hf.DeepseekV2Config,
-        num_key_value_heads=4,
-        kv_lora_rank=64,
-        qk_rope_head_dim=16,
-        qk_nope_head_dim=32,
-        v_head_dim=32,
-        n_routed_experts=4,
-        moe_intermediate_size=64,
-    ),
+    "deepseek2": _of(hf.DeepseekV2Config, **_MLA),
+    "deepseek3": _of(hf.DeepseekV3Config, **_MLA, q_lora_rank=48, n_group=1, topk_group=1),
+    "glm5": _of(hf.GlmMoeDsaConfig, **_MLA, q_lora_rank=48, index_topk=64),
     "dual-chunk": lambda: _llama(
         dual_chunk_attention_config={
             "chunk_size": 64,

@@ -58,13 +58,35 @@ def test_a_cache_moves_between_block_sizes():
 
 
 def test_the_gpu_page_order_reads_back_what_it_writes():
-    from specprefill.engine.handoff.layout import GpuLayout
+    from specprefill.engine.handoff.layout import RowLayout
 
     cache = torch.zeros(4, HEADS, 16, 2 * DIM)
-    layout, blocks = GpuLayout(cache), torch.tensor([3, 1, 2])
+    layout, blocks = RowLayout(cache), torch.tensor([3, 1, 2])
     kv = tokens(37, torch.float32)
     layout.write(cache, blocks, 5, kv)
     assert torch.equal(layout.read(cache, blocks, 5, 42), kv)
     # Token 5 is slot 5 of block 3: its key fills the first half of the row, then its value.
     assert torch.equal(cache[3, :, 5, :DIM], kv[0, 0])
     assert torch.equal(cache[3, :, 5, DIM:], kv[0, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_latents_are_one_part_that_moves_between_block_sizes(dtype):
+    """MLA pages hold a row a token; on the wire it is one part of one head."""
+    from specprefill.engine.handoff.layout import layout_of
+
+    latents = torch.arange(41 * 576).view(41, 1, 1, 576).to(dtype)
+    source, target = (
+        torch.zeros(4, 1, 16, 576, dtype=dtype),
+        torch.zeros(2, 1, 64, 576, dtype=dtype),
+    )
+    from_layout, to_layout = layout_of(source, latent=True), layout_of(target, latent=True)
+    assert from_layout.token_bytes(source) == 576 * dtype.itemsize
+    assert from_layout.parts == 1
+    blocks = torch.tensor([3, 1, 2])
+    from_layout.write(source, blocks, 5, latents)
+    assert torch.equal(source[3, 0, 5], latents[0, 0, 0])
+    moved = from_layout.read(source, blocks, 5, 46)
+    assert torch.equal(moved, latents)
+    to_layout.write(target, torch.tensor([1]), 5, moved)
+    assert torch.equal(to_layout.read(target, torch.tensor([1]), 5, 46), latents)

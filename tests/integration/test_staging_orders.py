@@ -21,10 +21,13 @@ class Prefill:
     """A prompt's way through an engine, as its scheduler reports it to the connector."""
 
     def __init__(self, runner, tokens):
+        from specprefill.engine.handoff.groups import KvGroups
         from specprefill.engine.handoff.scheduler import SchedulerHalf
 
         self._runner = runner
-        self._half = SchedulerHalf("sha256", producer=True)
+        self._half = SchedulerHalf(
+            "sha256", KvGroups(BLOCK_SIZE, (False,), {"layer": 0}), producer=True
+        )
         self._tokens = tokens
         self._blocks = []
         self._known = False
@@ -97,7 +100,8 @@ class Prefill:
             output.scheduled_cached_reqs = cached
         output.num_scheduled_tokens = {"request": scheduled}
         for stage in self._half.orders(output).stages:
-            assert stage.blocks[: -(-stage.stop // BLOCK_SIZE)] == self.blocks_of(stage.stop)
+            (blocks,) = stage.blocks
+            assert blocks[: -(-stage.stop // BLOCK_SIZE)] == self.blocks_of(stage.stop)
             self.stages.append((stage.start, stage.stop))
 
 

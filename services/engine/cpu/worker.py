@@ -6,12 +6,13 @@ the V2 runner, which runs here under Triton's interpreter, gets them from its mo
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec, MambaSpec
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -91,6 +92,20 @@ class SparseCPUWorker(KvRpc, CPUWorker):  # type: ignore[misc]
             from ..sparse.model_state import check_runner_class
 
             check_runner_class(type(self.model_runner))
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """Return the layers' caches; no state in the middle of a step.
+
+        vLLM's Mamba2 on CPUs returns a request's last state only, where its layers promise to save
+        one in the middle, and fails. Without the promise, steps end where states are saved.
+        """
+        specs: dict[str, KVCacheSpec] = super().get_kv_cache_spec()
+        return {
+            layer: replace(spec, num_prefill_checkpoint_blocks=0, prefill_checkpoint_alignment=None)
+            if isinstance(spec, MambaSpec)
+            else spec
+            for layer, spec in specs.items()
+        }
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the KV caches, whose format is known by now."""

@@ -16,8 +16,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorTransferResults,
+    SupportsHMA,
 )
 
+from .groups import KvGroups
 from .orders import HandoffConfig, PullTimes
 from .scheduler import SchedulerHalf
 from .worker import WorkerHalf
@@ -32,12 +34,13 @@ class SpecPrefillConnector(KVConnectorBase_V1):  # type: ignore[misc]
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         transfer = self._kv_transfer_config
         config = _CONFIG.validate_python(transfer.kv_connector_extra_config)
+        groups = KvGroups.from_caches(kv_cache_config, vllm_config.cache_config.block_size)
+        producer = transfer.is_kv_producer
         if role is KVConnectorRole.SCHEDULER:
-            self._scheduler = SchedulerHalf(
-                vllm_config.cache_config.prefix_caching_hash_algo, transfer.is_kv_producer
-            )
+            algorithm = vllm_config.cache_config.prefix_caching_hash_algo
+            self._scheduler = SchedulerHalf(algorithm, groups, producer)
         else:
-            self._worker = WorkerHalf(vllm_config, config, producer=transfer.is_kv_producer)
+            self._worker = WorkerHalf(vllm_config, config, groups, producer=producer)
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
@@ -59,7 +62,7 @@ class SpecPrefillConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Start the pull: its blocks are allocated."""
-        self._scheduler.order_pull(request, blocks.get_block_ids()[0], num_external_tokens)
+        self._scheduler.order_pull(request, blocks.get_block_ids(), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         """Return the workers' orders for this step."""
@@ -122,8 +125,8 @@ class SpecPrefillConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
     ) -> None:
         """Copy this layer's new tokens out, while later layers compute."""
-        del attn_metadata, kwargs
-        self._worker.stage(layer_name, kv_layer, self._get_connector_metadata())
+        del kv_layer, attn_metadata, kwargs
+        self._worker.stage(layer_name, self._get_connector_metadata())
 
     def wait_for_save(self) -> None:
         """Wait for the copies: they must be done before their blocks may be reused."""
@@ -141,3 +144,16 @@ class SpecPrefillConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """Stop serving and pulling."""
         if self.role is KVConnectorRole.WORKER:
             self._worker.stop()
+
+
+class HybridConnector(SpecPrefillConnector, SupportsHMA):  # type: ignore[misc]
+    """The same for models with recurrent layers, whose caches are paged in several groups.
+
+    With a connector that is none of this kind, vLLM pages other models' caches in one group.
+    """
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Return that the blocks are free at once: what is handed over is a copy."""
+        return self.request_finished(request, block_ids[0])

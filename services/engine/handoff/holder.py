@@ -50,26 +50,31 @@ class Holder:
         """The best carrier that the keeper has."""
         return self._keeper.carrier
 
-    def stage(self, layer_name: str, cache: torch.Tensor, orders: Orders) -> None:
-        """Copy one layer's new tokens of every staged request."""
+    def stage(self, layer_name: str, orders: Orders) -> None:
+        """Copy one layer's new tokens of every staged request, from the registered cache.
+
+        A layer may have another view of it: MLA's has no dimension of heads.
+        """
         if self._readers == 0:
             return
         layer = self._caches.layers[layer_name]
         for order in orders.stages:
             if order.start == 0 and layer == self._layers[0]:
                 self._keeper.ask("open", order.lease.id, order.lease.secret)
-            self._stager.stage(order, layer, cache, last_layer=layer == self._layers[-1])
-            if order.stop == order.tokens and layer == self._announced_layer(order):
+            last_layer = layer == self._layers[-1] and not self._caches.states
+            self._stager.stage(order, layer, last_layer=last_layer)
+            if order.is_last and layer == self._announced_layer(order):
                 self._keeper.ask("announce", order.lease.id, order.tokens)
 
     def finish_step(self, orders: Orders) -> None:
-        """Drop aborted leases and let issued ones age, after the last layer.
+        """Copy recurrent states, drop aborted leases, let issued ones age, after the last layer.
 
         Nothing is waited for: every gather runs before later writes, on their stream. Raises
         KvTransferError when the keeper is dead: the engine must not go on handing out tickets.
         """
         self._keeper.check()
         for order in orders.stages:
+            self._stage_states(order)
             self._caches.forget(order.lease.id)
         for lease in orders.drops:
             self._keeper.ask("release", lease.id, lease.secret)
@@ -79,6 +84,14 @@ class Holder:
     def stop(self) -> None:
         """Stop serving."""
         self._keeper.close()
+
+    def _stage_states(self, order: Stage) -> None:
+        """Copy every recurrent layer's state, once all tokens before it are computed."""
+        if not order.is_last or self._readers == 0:
+            return
+        layers = list(self._caches.states)
+        for layer in layers:
+            self._stager.stage_state(order, layer, last_layer=layer == layers[-1])
 
     def _announced_layer(self, order: Stage) -> int:
         """Return the layer of the last chunk at which the decode side may start to pull.

@@ -1,4 +1,6 @@
-"""Reads and writes KV in the canonical order `[token, k|v, head, dim]`, whatever the pages.
+"""Reads and writes KV in the canonical order `[token, part, head, dim]`, whatever the pages.
+
+The parts are a key and a value, or one: the latent of MLA layers, which all heads share.
 
 The wire knows tokens, not pages: it trims the last block, fits another block size on the
 other side, and skips what the other side has in its cache.
@@ -19,7 +21,9 @@ from ..vllm_internals import cpu_attention_isa
 
 
 class KvLayout(Protocol):
-    """One engine's page layout. A layer's cache is vLLM's view `[block, head, slot, 2*dim]`."""
+    """One engine's page layout. A layer's cache is vLLM's view `[block, head, slot, parts*dim]`."""
+
+    parts: int  # 2: key and value; 1: a latent
 
     def token_bytes(self, cache: torch.Tensor) -> int:
         """Return the bytes of one token's KV in one layer."""
@@ -28,20 +32,24 @@ class KvLayout(Protocol):
     def read(
         self, cache: torch.Tensor, blocks: torch.Tensor, start: int, stop: int
     ) -> torch.Tensor:
-        """Return tokens `[start, stop)` as `[stop - start, 2, heads, dim]`, contiguous."""
+        """Return tokens `[start, stop)` as `[stop - start, parts, heads, dim]`, contiguous."""
         ...
 
     def write(
         self, cache: torch.Tensor, blocks: torch.Tensor, start: int, kv: torch.Tensor
     ) -> None:
-        """Put `kv`, `[n, 2, heads, dim]` on the cache's device, at tokens `[start, start + n)`."""
+        """Put `kv`, `[n, parts, heads, dim]` on the cache's device, at `[start, start + n)`."""
         ...
 
 
-class GpuLayout:
-    """Pages whose last dimension is k then v, as vLLM's GPU backends present them."""
+class RowLayout:
+    """Pages with a row per head and token, part after part.
 
-    def __init__(self, cache: torch.Tensor) -> None:
+    vLLM's GPU backends present keys and values so, and the latents of MLA layers on every device.
+    """
+
+    def __init__(self, cache: torch.Tensor, parts: int = 2) -> None:
+        self.parts = parts
         self._block_size = cache.shape[2]
 
     def token_bytes(self, cache: torch.Tensor) -> int:
@@ -53,8 +61,8 @@ class GpuLayout:
     ) -> torch.Tensor:
         """See KvLayout."""
         block, slot = self._place(blocks, start, stop)
-        rows = cache[block, :, slot]  # [n, heads, 2*dim]
-        return rows.unflatten(-1, (2, -1)).transpose(1, 2).contiguous()
+        rows = cache[block, :, slot]  # [n, heads, parts*dim]
+        return rows.unflatten(-1, (self.parts, -1)).transpose(1, 2).contiguous()
 
     def write(
         self, cache: torch.Tensor, blocks: torch.Tensor, start: int, kv: torch.Tensor
@@ -76,6 +84,8 @@ class CpuLayout:
     Where a value lies inside a page is learnt once, by writing counters through vLLM's own
     cache-write operation, so that no packing is assumed.
     """
+
+    parts = 2
 
     def __init__(self, cache: torch.Tensor) -> None:
         _, self._heads, self._block_size, width = cache.shape
@@ -159,19 +169,25 @@ def _affine_strides(index: torch.Tensor) -> tuple[int, int] | None:
     return None
 
 
-def layout_of(cache: torch.Tensor) -> KvLayout:
+def layout_of(cache: torch.Tensor, *, latent: bool) -> KvLayout:
     """Return the layout of an engine's caches, read from one layer's cache."""
-    return CpuLayout(cache) if cache.device.type == "cpu" else GpuLayout(cache)
+    if latent:
+        return RowLayout(cache, parts=1)
+    return CpuLayout(cache) if cache.device.type == "cpu" else RowLayout(cache)
 
 
 def fingerprint(
-    config: VllmConfig, holder: Split, cache: torch.Tensor, adapters: Sequence[str]
+    config: VllmConfig,
+    holder: Split,
+    cache: torch.Tensor,
+    layout: KvLayout,
+    adapters: Sequence[str],
 ) -> str:
     """Return a fingerprint of what two engines must agree on for KV to pass between them.
 
-    Model, revision, its adapters (name=path each), dtypes, head size, vLLM's version, and how the
-    prefill engine (`holder`) splits the model; not the block size and not the page packing, which
-    the canonical order hides, and not the decode engine's split.
+    Model, revision, its adapters (name=path each), dtypes, parts and their size, vLLM's version,
+    and how the prefill engine (`holder`) splits the model; not the block size and not the page
+    packing, which the canonical order hides, and not the decode engine's split.
     """
     model = config.model_config
     parts = (
@@ -183,7 +199,7 @@ def fingerprint(
         str(config.cache_config.cache_dtype),
         str(model.quantization),
         str(holder),
-        str(cache.shape[3]),
+        f"{layout.parts} x {cache.shape[3] // layout.parts}",
         *adapters,
     )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

@@ -48,8 +48,13 @@ class Stage:
     lease: Lease
     start: int
     stop: int
-    tokens: int  # k, all prompt tokens of the request
-    blocks: list[int]
+    tokens: int  # of the request, that are handed over
+    blocks: list[list[int]]  # by KV cache group; of a recurrent one, that of the state at `stop`
+
+    @property
+    def is_last(self) -> bool:
+        """True if no later stage of the request follows."""
+        return self.stop == self.tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,7 @@ class Pull:
     ticket: Ticket
     start: int
     stop: int
-    blocks: list[int]
+    blocks: list[list[int]]  # by KV cache group; of a recurrent one, that of the state at `stop`
 
 
 @dataclass

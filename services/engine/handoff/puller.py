@@ -28,6 +28,7 @@ from .device import CopyEvent, CopyStream, Device
 from .device_memory import Landing
 from .orders import HandoffConfig, Orders, Pull, PullTimes
 from .ring import ring_of
+from .states import ROW_BYTES
 
 logger = logging.getLogger("vllm.specprefill.handoff")
 
@@ -53,8 +54,8 @@ class _Arrival:
     order: Pull
     source: ShardSource
     stream: CopyStream
-    blocks: torch.Tensor
-    stops: dict[int, int] = field(default_factory=dict)  # by layer: tokens before it are there
+    stops: dict[int, int]  # by layer: tokens, or rows of its state, before it are there
+    ends: dict[int, int]  # by layer: where it is complete
     landed: deque[tuple[CopyEvent, bytes | memoryview]] = field(default_factory=deque)
 
 
@@ -149,17 +150,42 @@ class Puller:
         """Pull the KV; return how many seconds it was complete at the peer when all was here."""
         if order.ticket.fingerprint != self._caches.fingerprint:
             raise LayoutMismatch("kv: the ticket's layout is not this engine's")
-        blocks = self._caches.block_tensor(order.request_id, order.blocks)
         stream = self._device.stream()
         stream.order_after(computed)
-        stream.order_after(self._device.mark_computed())  # `blocks`, by this thread
-        found = sources(self._place.rank, self._place.own, self._place.peers)
+        for layer in self._caches.by_layer:
+            self._caches.block_tensor(order.request_id, layer, order.blocks)
+        stream.order_after(self._device.mark_computed())  # those tensors, by this thread
+        found = self._sources()
         try:
-            arrivals = [_Arrival(order, source, stream, blocks) for source in found]
+            arrivals = [self._arrival(order, source, stream) for source in found]
             complete_s = max([self._fetch_from(arrival) for arrival in arrivals])
         finally:
             stream.wait()  # a block is free for others only when nothing writes it any more
         return complete_s
+
+    def _sources(self) -> tuple[ShardSource, ...]:
+        """Return the peers to pull from. A state comes from the same rank, and so all else."""
+        rank, own = self._place.rank, self._place.own
+        if self._caches.states:
+            return (ShardSource(rank, own.layers_of(rank), own.heads_of(rank)),)
+        return sources(rank, own, self._place.peers)
+
+    def _arrival(self, order: Pull, source: ShardSource, stream: CopyStream) -> _Arrival:
+        """Return what is to come from one peer: tokens of its layers, and rows of states."""
+        layers = [
+            layer
+            for layer in range(source.layers.start, source.layers.stop)
+            if layer in self._caches.by_layer
+        ]
+        states = self._caches.states  # split as the peer's: all of them are here
+        return _Arrival(
+            order,
+            source,
+            stream,
+            dict.fromkeys(layers, order.start) | dict.fromkeys(states, order.stop),
+            dict.fromkeys(layers, order.stop)
+            | {layer: order.stop + state.rows for layer, state in states.items()},
+        )
 
     def _fetch_from(self, arrival: _Arrival) -> float:
         order, source = arrival.order, arrival.source
@@ -172,9 +198,8 @@ class Puller:
         )
         with self._lock:
             self._running.setdefault(order.request_id, []).append(pull)
-        arrival.stops = dict.fromkeys(range(source.layers.start, source.layers.stop), order.start)
         complete_s = pull.deliver_to(lambda frame: self._store(arrival, frame))
-        if any(stop != order.stop for stop in arrival.stops.values()):
+        if arrival.stops != arrival.ends:
             raise CorruptFrame("stream: some layers are not complete")
         return complete_s
 
@@ -188,28 +213,51 @@ class Puller:
             self._write(arrival, lacking)
 
     def _write(self, arrival: _Arrival, frame: Frame) -> None:
-        """Write a frame; frames of a layer come in token order, gapless."""
-        if arrival.stops[frame.layer] != frame.start or frame.stop > arrival.order.stop:
+        """Write a frame; frames of a layer come in order, gapless."""
+        layer = frame.layer
+        if arrival.stops[layer] != frame.start or frame.stop > arrival.ends[layer]:
             raise CorruptFrame(
-                f"stream: unexpected tokens {frame.start}:{frame.stop} of layer {frame.layer}"
+                f"stream: unexpected tokens {frame.start}:{frame.stop} of layer {layer}"
             )
+        if layer in self._caches.states:
+            self._write_state(arrival, frame)
+        else:
+            self._write_tokens(arrival, frame)
+        arrival.stops[layer] = frame.stop
+
+    def _write_state(self, arrival: _Arrival, frame: Frame) -> None:
+        """Write rows of a recurrent layer's state into its block."""
+        state = self._caches.states[frame.layer]
+        block = self._caches.state_block(frame.layer, arrival.order.blocks)
+        if block is None:
+            raise CorruptFrame(f"stream: no block for the state of layer {frame.layer}")
+
+        def store(raw: torch.Tensor) -> None:
+            state.write(block, frame.start - arrival.order.stop, raw.view(-1, ROW_BYTES))
+
+        self._write_bytes(arrival, frame, (frame.stop - frame.start) * ROW_BYTES, store)
+
+    def _write_tokens(self, arrival: _Arrival, frame: Frame) -> None:
+        """Write keys and values, or latents, of the heads that this worker needs."""
         held = self._place.peers.heads_of(arrival.source.rank)
         mine = self._place.own.heads_of(self._place.rank)
         cache = self._caches.by_layer[frame.layer]
-        shape = (frame.stop - frame.start, 2, len(held), cache.shape[3] // 2)
+        parts = self._caches.layout.parts
+        shape = (frame.stop - frame.start, parts, len(held), cache.shape[3] // parts)
         wanted = arrival.source.heads
 
         def store(raw: torch.Tensor) -> None:
             kv = raw.view(cache.dtype).view(shape)
             self._caches.layout.write(
                 cache[:, _head_slice(mine, wanted)],
-                arrival.blocks,
+                self._caches.block_tensor(
+                    arrival.order.request_id, frame.layer, arrival.order.blocks
+                ),
                 frame.start,
                 kv[:, :, _head_slice(held, wanted)],
             )
 
         self._write_bytes(arrival, frame, torch.Size(shape).numel() * cache.itemsize, store)
-        arrival.stops[frame.layer] = frame.stop
 
     def _write_bytes(self, arrival: _Arrival, frame: Frame, size: int, store: Store) -> None:
         """Write a frame's bytes, wherever they are, into the cache."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +12,15 @@ from vllm.v1.request import Request, RequestStatus
 from ...core.types import Lease, Ticket
 from ..params import KV_TRANSFER, PullOutcome, handed_over, lease_in, pulled, ticket_in
 from .block_hashes import PositionHasher
+from .groups import KvGroups
 from .orders import KvEndpoint, Orders, Pull, PullTimes, Stage
 
 
 @dataclass(slots=True)
 class _Produced:
     lease: Lease
-    blocks: list[int]
-    tokens: int
+    blocks: list[list[int]]  # by KV cache group
+    tokens: int  # that are handed over
     staged: int = 0  # tokens that are with the lease already, or on their way to it
 
 
@@ -33,8 +35,9 @@ class _Consumed:
 class SchedulerHalf:
     """Runs in the engine's scheduler; all calls come from its one thread."""
 
-    def __init__(self, hash_algorithm: str, producer: bool) -> None:
+    def __init__(self, hash_algorithm: str, groups: KvGroups, producer: bool) -> None:
         self._hash_algorithm = hash_algorithm
+        self._groups = groups
         self._producer = producer
         self._hasher: PositionHasher | None = None
         self._endpoints: list[KvEndpoint] = []
@@ -57,21 +60,31 @@ class SchedulerHalf:
         self._hasher.rehash(request)
 
     def tokens_to_pull(self, request: Request, computed: int) -> int:
-        """Return the number of prompt tokens that this engine lacks; 0 after a failed pull."""
-        if request.request_id in self._consumed or ticket_in(request.kv_transfer_params) is None:
+        """Return the number of prompt tokens to pull: this engine lacks them; 0 after a failure."""
+        ticket = ticket_in(request.kv_transfer_params)
+        if request.request_id in self._consumed or ticket is None:
             return 0
-        return int(request.num_prompt_tokens) - computed
+        return max(0, self._stop(request, ticket) - computed)
 
-    def order_pull(self, request: Request, blocks: list[int], tokens: int) -> None:
+    def order_pull(self, request: Request, blocks: Sequence[Sequence[int]], tokens: int) -> None:
         """Order the pull; from now on the request is pulled, or computed here."""
         ticket = ticket_in(request.kv_transfer_params)
         if tokens == 0 or ticket is None:
             return
-        stop = request.num_prompt_tokens
+        stop = self._stop(request, ticket)
         self._consumed[request.request_id] = _Consumed(time.monotonic())
         self._pulls[request.request_id] = Pull(
-            request.request_id, ticket, stop - tokens, stop, list(blocks)
+            request.request_id, ticket, stop - tokens, stop, self._groups.blocks(blocks, stop)
         )
+
+    def _stop(self, request: Request, ticket: Ticket) -> int:
+        """Return the end of the tokens that are pulled.
+
+        A state of a recurrent layer has a place where a block of this engine ends, or none.
+        """
+        if not self._groups.has_states:
+            return int(request.num_prompt_tokens)
+        return 0 if ticket.tokens % self._groups.block_size else ticket.tokens
 
     def record_pulls(self, finished: set[str], failed: set[str], times: PullTimes | None) -> None:
         """Store how long the pulls took."""
@@ -126,15 +139,16 @@ class SchedulerHalf:
             lease = lease_in(extra.get(KV_TRANSFER))
             if lease is None:
                 continue
-            blocks = list(new.block_ids[0])
+            blocks = [list(table) for table in new.block_ids]
             produced = self._produced.get(new.req_id)
             if produced is None:
-                produced = _Produced(lease, blocks, len(new.prompt_token_ids))
+                tokens = self._groups.handed_tokens(len(new.prompt_token_ids))
+                produced = _Produced(lease, blocks, tokens)
                 self._produced[new.req_id] = produced
             else:  # preempted before: the V2 runner gets it as a new one
                 produced.blocks = blocks
             stop = new.num_computed_tokens + step.num_scheduled_tokens[new.req_id]
-            _stage(orders, produced, stop)
+            self._stage(step, orders, new.req_id, stop)
 
     def _stage_running(self, step: Any, orders: Orders) -> None:
         cached = step.scheduled_cached_reqs
@@ -144,21 +158,26 @@ class SchedulerHalf:
                 continue
             new_blocks = cached.new_block_ids[row]
             if request_id in cached.resumed_req_ids:
-                produced.blocks = list(new_blocks[0])
+                produced.blocks = [list(table) for table in new_blocks]
             elif new_blocks:
-                produced.blocks.extend(new_blocks[0])
+                for table, added in zip(produced.blocks, new_blocks, strict=True):
+                    table.extend(added)
             computed = cached.num_computed_tokens[row]
-            _stage(orders, produced, computed + step.num_scheduled_tokens[request_id])
+            self._stage(step, orders, request_id, computed + step.num_scheduled_tokens[request_id])
 
+    def _stage(self, step: Any, orders: Orders, request_id: str, stop: int) -> None:
+        """Order the tokens up to `stop` that no earlier step has staged.
 
-def _stage(orders: Orders, produced: _Produced, stop: int) -> None:
-    """Order the tokens up to `stop` that no earlier step has staged.
-
-    From the first one, also where the prefix cache had them; each once, however often a
-    preemption makes the engine compute them.
-    """
-    start, stop = produced.staged, min(stop, produced.tokens)
-    if start < stop:
+        From the first one, also where the prefix cache had them; each once, however often a
+        preemption makes the engine compute them.
+        """
+        produced = self._produced[request_id]
+        start, stop = produced.staged, min(stop, produced.tokens)
+        if start >= stop:
+            return
+        tables: Sequence[Sequence[int]] = produced.blocks
+        if self._groups.has_states:  # whose tables do not only grow
+            tables = step.kv_connector_block_state.get_block_ids(request_id)
         produced.staged = stop
         orders.stages.append(
             Stage(
@@ -166,6 +185,6 @@ def _stage(orders: Orders, produced: _Produced, stop: int) -> None:
                 start=start,
                 stop=stop,
                 tokens=produced.tokens,
-                blocks=list(produced.blocks),
+                blocks=self._groups.blocks(tables, stop),
             )
         )

@@ -36,4 +36,6 @@ def peer_split(config: VllmConfig, handoff: HandoffConfig) -> Split:
 def _split(model: ModelConfig, tensor: int, pipeline: int) -> Split:
     layers = model.get_total_num_hidden_layers()
     stages = tuple(Span(*get_pp_indices(layers, stage, pipeline)) for stage in range(pipeline))
-    return Split(model.get_total_num_kv_heads(), tensor, stages)
+    # Every rank holds the latents of MLA layers whole, like one head that all of them share.
+    heads = 1 if model.use_mla else model.get_total_num_kv_heads()
+    return Split(heads, tensor, stages)

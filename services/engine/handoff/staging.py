@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
 from ...core.types import Span
 from ...kv.frames import FRAME_BYTES, HEADER_ROOM
-from ...kv.keeper import Piece, piece_bytes
+from ...kv.keeper import Piece
 from ...kv.keeper_link import KeeperLink
 from .caches import Caches
 from .device import CopyEvent, Device
 from .orders import Stage
+from .states import ROW_BYTES
 
 _PIECE_BYTES = 8 << 20  # large enough for the bus, small enough to overlap
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Equal rows of one layer, which travel in order: its tokens, or the rows of its state."""
+
+    layer: int
+    span: Span
+    row_bytes: int
+    read: Callable[[int, int], torch.Tensor]  # of [start, stop): contiguous, on the device
 
 
 class Stager:
@@ -40,52 +53,70 @@ class Stager:
         self._most_bytes = most_bytes
         self._copying: deque[tuple[CopyEvent, int]] = deque()  # oldest first, with its bytes
         self._copying_bytes = 0
-        self._frame_tokens = max(1, FRAME_BYTES // caches.token_bytes)
-        frames = min(_PIECE_BYTES, most_bytes // 2) // FRAME_BYTES
-        self._piece_tokens = max(1, frames) * self._frame_tokens
+        self._piece_frames = max(1, min(_PIECE_BYTES, most_bytes // 2) // FRAME_BYTES)
 
-    def stage(self, order: Stage, layer: int, cache: torch.Tensor, *, last_layer: bool) -> None:
+    def stage(self, order: Stage, layer: int, *, last_layer: bool) -> None:
         """Copy the order's tokens of one layer. Called after the layer was launched.
 
         The cache may be overwritten by later launches at once: the gather runs before them, on
         the same stream. Where the shared memory is full, the lease ends, and the decode engine
         computes the prompt.
         """
-        for start in range(order.start, order.stop, self._piece_tokens):
-            stop = min(start + self._piece_tokens, order.stop)
-            last = last_layer and stop == order.tokens
-            if not self._copy(order, layer, cache, Span(start, stop), last=last):
+        layout, cache = self._caches.layout, self._caches.by_layer[layer]
+        blocks = self._caches.block_tensor(order.lease.id, layer, order.blocks)
+
+        def read(start: int, stop: int) -> torch.Tensor:
+            return layout.read(cache, blocks, start, stop)
+
+        rows = _Rows(layer, Span(order.start, order.stop), self._caches.token_bytes, read)
+        self._stage(order, rows, last=last_layer and order.is_last)
+
+    def stage_state(self, order: Stage, layer: int, *, last_layer: bool) -> None:
+        """Copy a recurrent layer's state after the order's last token, likewise."""
+        state, block = self._caches.states[layer], self._caches.state_block(layer, order.blocks)
+        if block is None:
+            self._keeper.ask("drop", order.lease.id)
+            return
+
+        def read(start: int, stop: int) -> torch.Tensor:
+            return state.read(block, start - order.tokens, stop - order.tokens)
+
+        span = Span(order.tokens, order.tokens + state.rows)
+        self._stage(order, _Rows(layer, span, ROW_BYTES, read), last=last_layer)
+
+    def _stage(self, order: Stage, rows: _Rows, *, last: bool) -> None:
+        frame_rows = max(1, FRAME_BYTES // rows.row_bytes)
+        piece_rows = self._piece_frames * frame_rows
+        for start in range(rows.span.start, rows.span.stop, piece_rows):
+            stop = min(start + piece_rows, rows.span.stop)
+            piece = Piece(
+                order.lease.id,
+                rows.layer,
+                start,
+                stop,
+                0,
+                rows.row_bytes,
+                frame_rows,
+                last and stop == rows.span.stop,
+            )
+            if not self._copy(piece, rows):
                 self._keeper.ask("drop", order.lease.id)
                 return
 
-    def _copy(
-        self, order: Stage, layer: int, cache: torch.Tensor, tokens: Span, *, last: bool
-    ) -> bool:
-        """Copy the tokens; return False when there was no room."""
-        token_bytes = self._caches.token_bytes
-        size = piece_bytes(len(tokens), token_bytes, self._frame_tokens)
-        room = self._keeper.take(size)
+    def _copy(self, piece: Piece, rows: _Rows) -> bool:
+        """Copy the piece to a place of its own; return False when there was no room."""
+        room = self._keeper.take(piece.size)
         if room is None:
             return False
         offset, _ = room  # the link keeps it taken
-        self._wait_for(size)
-        blocks = self._caches.block_tensor(order.lease.id, order.blocks)
-        kv = self._caches.layout.read(cache, blocks, tokens.start, tokens.stop)
-        source = _lay_out_frames(kv, self._frame_tokens * token_bytes, size)
-        copied = self._stream.copy_out(source, self._memory[offset : offset + size])
-        self._copying.append((copied, size))
-        self._copying_bytes += size
-        piece = Piece(
-            order.lease.id,
-            layer,
-            tokens.start,
-            tokens.stop,
-            offset,
-            token_bytes,
-            self._frame_tokens,
-            last,
+        self._wait_for(piece.size)
+        source = _lay_out_frames(
+            rows.read(piece.start, piece.stop), piece.frame_tokens * piece.token_bytes, piece.size
         )
-        self._keeper.append(piece, copied.wait)
+        copied = self._stream.copy_out(source, self._memory[offset : offset + piece.size])
+        self._copying.append((copied, piece.size))
+        self._copying_bytes += piece.size
+        self._keeper.append(replace(piece, offset=offset), copied.wait)
         return True
 
     def _wait_for(self, size: int) -> None:

@@ -17,6 +17,7 @@ from ...kv.shards import readers
 from ...kv.tls import watch_tls
 from .caches import Caches
 from .device import device_of
+from .groups import KvGroups
 from .holder import Holder
 from .layout import fingerprint, layout_of
 from .orders import HandoffConfig, KvEndpoint, Orders, PullTimes
@@ -29,9 +30,12 @@ logger = logging.getLogger("vllm.specprefill.handoff")
 class WorkerHalf:
     """Made before the caches exist; `start` makes the side that this engine is on."""
 
-    def __init__(self, vllm_config: VllmConfig, config: HandoffConfig, *, producer: bool) -> None:
+    def __init__(
+        self, vllm_config: VllmConfig, config: HandoffConfig, groups: KvGroups, *, producer: bool
+    ) -> None:
         self._vllm_config = vllm_config
         self._config = config
+        self._groups = groups
         self._producer = producer
         self._tls = watch_tls(config.tls)
         own = own_split(vllm_config)
@@ -42,22 +46,30 @@ class WorkerHalf:
 
     def start(self, caches: dict[str, torch.Tensor]) -> None:
         """Learn the layout; listen for pulls, or get ready to pull."""
-        one = next(iter(caches.values()))
+        one = next(
+            cache
+            for name, cache in caches.items()
+            if not self._groups.recurrent[self._groups.of_layer[name]]
+        )
         device = device_of(one)
+        layout = layout_of(one, latent=self._vllm_config.model_config.use_mla)
         place = self._place
         layout_id = fingerprint(
             self._vllm_config,
             place.own if self._producer else place.peers,
             one,
+            layout,
             self._config.adapters,
         )
         if self._config.memory == "device":
             layout_id += "-device"  # engines that hold KV elsewhere cannot take it over
-        block_size = self._vllm_config.cache_config.block_size
-        known = Caches(caches, layout_of(one), device, block_size, layout_id)
+        if self._groups.has_states:
+            layout_id += f"-states-{self._groups.block_size}"  # whose places depend on it
+        known = Caches(caches, layout, device, self._groups, layout_id)
         with _any_core():  # threads inherit the affinity of the one that makes them
             if self._producer:
-                count = readers(place.rank, place.own, place.peers)
+                equal = self._groups.has_states  # then each worker pulls from its own rank
+                count = 1 if equal else readers(place.rank, place.own, place.peers)
                 self._holder = Holder(self._config, known, device, readers=count)
                 self._carrier = Carrier(self._holder.carrier)
             else:
@@ -92,10 +104,10 @@ class WorkerHalf:
         if self._puller is not None:
             self._puller.start_pulls(orders)
 
-    def stage(self, layer_name: str, cache: torch.Tensor, orders: Orders) -> None:
+    def stage(self, layer_name: str, orders: Orders) -> None:
         """Copy one layer's new tokens of every staged request."""
         if self._holder is not None:
-            self._holder.stage(layer_name, cache, orders)
+            self._holder.stage(layer_name, orders)
 
     def finish_step(self, orders: Orders) -> None:
         """Note what has ended, without waiting."""

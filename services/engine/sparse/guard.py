@@ -14,7 +14,10 @@ from vllm.v1.kv_cache_interface import (
     KVCacheConfig,
     KVCacheSpec,
     KVQuantMode,
+    MambaSpec,
+    MLAAttentionSpec,
     SlidingWindowSpec,
+    SparseCacheRole,
     UniformTypeKVCacheSpecs,
 )
 
@@ -22,7 +25,9 @@ from ...core.errors import UnsupportedModel
 
 
 def refuse_unreadable_caches(config: VllmConfig, caches: KVCacheConfig) -> None:
-    """Raise UnsupportedModel unless every layer's pages hold plain keys and values.
+    """Raise UnsupportedModel unless every layer's pages hold what can be handed over.
+
+    That is plain keys and values, latents, or a recurrent state at every block's end.
 
     The last check, before anything is computed.
     """
@@ -34,6 +39,10 @@ def refuse_unreadable_caches(config: VllmConfig, caches: KVCacheConfig) -> None:
 
 def _cache_reasons(caches: KVCacheConfig) -> Iterator[str]:
     groups = len(caches.kv_cache_groups)
+    specs = [group.kv_cache_spec for group in caches.kv_cache_groups]
+    if any(isinstance(spec, MambaSpec) for spec in specs):
+        yield from _hybrid_reasons(specs)
+        return
     if groups > 1:
         yield f"the layers' KV caches are paged in {groups} groups, and one is handed over"
     for group in caches.kv_cache_groups:
@@ -46,14 +55,44 @@ def _cache_reasons(caches: KVCacheConfig) -> Iterator[str]:
 
 
 def _layer_reasons(spec: KVCacheSpec) -> Iterator[str]:
-    if type(spec) not in (FullAttentionSpec, SlidingWindowSpec):
+    if type(spec) not in (FullAttentionSpec, SlidingWindowSpec, MLAAttentionSpec):
         yield f"KV caches of kind {type(spec).__name__} cannot be handed over"
+        return
+    if isinstance(spec, MLAAttentionSpec) and not _is_plain_latent(spec):
+        yield "the latents' pages are packed for sparse attention, in a format that is not known"
         return
     fp8_is_bytes = (
         spec.kv_quant_mode is KVQuantMode.FP8_PER_TENSOR and not current_platform.is_cpu()
     )
     if spec.kv_quant_mode is not KVQuantMode.NONE and not fp8_is_bytes:
         yield f"KV caches quantised as {spec.kv_quant_mode.name} cannot be handed over"
-    width = 2 * spec.head_size * spec.dtype.itemsize
+    parts = 1 if isinstance(spec, MLAAttentionSpec) else 2  # a latent, or key and value
+    width = parts * spec.head_size * spec.dtype.itemsize
     if spec.state_content_size_bytes != width or spec.num_heads != spec.num_kv_heads:
         yield "the KV caches' pages are packed in a format that is not known"
+
+
+def _hybrid_reasons(specs: list[KVCacheSpec]) -> Iterator[str]:
+    """Yield why the groups of a model with recurrent layers cannot be handed over."""
+    states = [spec for spec in specs if isinstance(spec, MambaSpec)]
+    others = [spec for spec in specs if not isinstance(spec, MambaSpec)]
+    if any(spec.mamba_cache_mode != "align" for spec in states):
+        yield "recurrent states are handed over in vLLM's mamba_cache_mode align only"
+    if len({spec.block_size for spec in specs}) > 1:
+        yield "the KV caches' groups have blocks of different sizes"
+    if any(spec.num_speculative_blocks for spec in states):
+        yield "recurrent states of proposed tokens cannot be handed over"
+    if not others:
+        yield "no layer has keys and values"
+    for spec in others:
+        if type(spec) is FullAttentionSpec:
+            yield from _layer_reasons(spec)
+        else:
+            yield f"KV caches of kind {type(spec).__name__} beside recurrent states are not known"
+
+
+def _is_plain_latent(spec: MLAAttentionSpec) -> bool:
+    """Return True for one latent a token, as numbers of the cache's type."""
+    plain_type = spec.cache_dtype_str is None or not spec.cache_dtype_str.endswith("_ds_mla")
+    uncompressed = spec.tokens_per_state == 1 and spec.model_version is None
+    return plain_type and uncompressed and spec.cache_role is SparseCacheRole.SPARSE

@@ -12,6 +12,7 @@ import torch
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
 from vllm.v1.worker.gpu.states import RequestState
 
@@ -66,9 +67,17 @@ class SparseModelState(DefaultModelState):  # type: ignore[misc]
         return {"positions": self._positions[:num_tokens], **inputs}
 
 
+class SparseHybridModelState(SparseModelState, MambaHybridModelState):  # type: ignore[misc]
+    """vLLM's model state for recurrent layers beside attention, with positions mapped likewise.
+
+    Recurrent layers have none: they read a request's tokens in the order of its slots.
+    """
+
+
 def check_runner_class(runner: type) -> None:
     """Raise IncompatibleVllm unless `runner`, vLLM's V2 runner, is as it is used here."""
-    check_v2_runner(runner, DefaultModelState, InputBatch, LogitsContext)
+    for state in (DefaultModelState, MambaHybridModelState):
+        check_v2_runner(runner, state, InputBatch, LogitsContext)
 
 
 def sparse_model_state(state: Any) -> SparseModelState:
@@ -77,7 +86,12 @@ def sparse_model_state(state: Any) -> SparseModelState:
     Raises UnsupportedModel for a model that brings its own state: its extra inputs may
     depend on positions in ways that are not known here.
     """
-    if type(state) is not DefaultModelState:
+    kinds: dict[type, type[SparseModelState]] = {
+        DefaultModelState: SparseModelState,
+        MambaHybridModelState: SparseHybridModelState,
+    }
+    kind = kinds.get(type(state))
+    if kind is None:
         raise UnsupportedModel(f"{type(state).__name__}: no sparse positions for this model")
     encoder_cache = state.encoder_cache if state.supports_mm_inputs else None
-    return SparseModelState(state.vllm_config, state.model, encoder_cache, state.device)
+    return kind(state.vllm_config, state.model, encoder_cache, state.device)

@@ -19,7 +19,9 @@ EXACT = (
     *("cohere", "glm4", "gpt2", "opt", "falcon"),
     *("gpt-neox", "olmo2", "phi", "starcoder2", "smollm3"),
     *("mistral-window-of-its-length", "phi3-far-window", "llama4-chunk-of-its-length"),
+    *("deepseek2", "deepseek3"),
 )
+HYBRIDS = ("jamba", "nemotron-h", "granite-hybrid", "falcon-h1", "qwen3-next", "lfm2")
 WINDOW = r"a sliding window \(64, max_model_len 8192\) counts kept tokens"
 OTHERS = {
     "mistral-window": (Mode.WINDOWED, WINDOW),
@@ -33,10 +35,12 @@ OTHERS = {
     "dual-chunk": (Mode.TEXT, "dual chunk attention counts cache slots"),
     "falcon-alibi": (Mode.TEXT, "ALiBi"),
     "bloom": (Mode.TEXT, "ALiBi"),
-    "bamba": (Mode.TEXT, "recurrent layers"),
-    "jamba": (Mode.TEXT, "recurrent layers"),
-    "mamba": (Mode.TEXT, "recurrent layers"),
-    "deepseek2": (Mode.TEXT, "MLA"),
+    "bamba": (
+        Mode.REFUSED,
+        "vLLM's backend for transformers' models does not run recurrent layers",
+    ),
+    "mamba": (Mode.TEXT, "no layer has positions to keep: all are recurrent"),
+    "glm5": (Mode.TEXT, "a sparse indexer chooses among all tokens"),
     "mpt": (Mode.REFUSED, "vLLM refuses it: .* is not supported anymore"),
     "bert": (Mode.REFUSED, "the model writes no text"),
 }
@@ -148,6 +152,46 @@ def test_an_option_that_breaks_positions_or_kv_is_refused(argument, value, reaso
     assert reason in found
 
 
+@pytest.mark.parametrize(
+    ("engine", "reason"),
+    [
+        ({"enable_prefix_caching": False}, "handed over from the prefix cache"),
+        ({"pipeline_parallel_size": 2}, "recurrent states of pipeline stages"),
+    ],
+)
+def test_recurrent_states_need_blocks_of_their_own(engine, reason, tmp_path):
+    folder = model_folders.write("granite-hybrid", tmp_path)
+    (found,) = reasons(folder, engine)
+    assert reason in found
+    assert reasons(model_folders.write("llama", tmp_path), engine) == ()
+
+
+def test_recurrent_states_cannot_be_split_anew(tmp_path):
+    """Heads can: keys and values pass between any two tensor-parallel sizes."""
+    from specprefill.engine.args import plain_args
+    from specprefill.engine.support import EngineOptions, support_of
+
+    def found(name):
+        model = MainModel(path=str(model_folders.write(name, tmp_path)))
+        args = plain_args(model, EngineConfig())
+        config = args.create_model_config()
+        options = EngineOptions.of_arguments(args, config)
+        return support_of(config, options.with_peer(EngineConfig(tensor_parallel_size=2)))
+
+    assert found("llama").reasons == ()
+    (reason,) = found("granite-hybrid").reasons
+    assert "equal tensor_parallel_size" in reason
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_the_meaning_of_pruning_for_recurrent_layers_is_noted(name, tmp_path):
+    support = support_of(model_folders.write(name, tmp_path))
+    assert support.mode is Mode.EXACT
+    assert support.hands_over
+    (note,) = support.lines()
+    assert note.startswith("recurrent layers read the kept tokens in order")
+
+
 def test_a_class_with_a_model_state_of_its_own_is_refused(tmp_path, monkeypatch):
     from vllm.model_executor.models.llama import LlamaForCausalLM
 
@@ -231,7 +275,7 @@ class TestCaches:
             ("FullAttentionSpec", {"head_size_v": 16}, "packed in a format"),
             ("FullAttentionSpec", {"num_head_slots": 4}, "packed in a format"),
             ("FullAttentionSpec", {"state_content_bytes": 36}, "packed in a format"),
-            ("MLAAttentionSpec", {}, "kind MLAAttentionSpec"),
+            ("SlidingWindowMLASpec", {"sliding_window": 4096}, "kind SlidingWindowMLASpec"),
             ("ChunkedLocalAttentionSpec", {"attention_chunk_size": 64}, "ChunkedLocalAttention"),
         ],
     )
@@ -255,6 +299,51 @@ class TestCaches:
 
         with pytest.raises(UnsupportedModel, match="quantised as NVFP4"):
             self.check(self.spec(kv_quant_mode=KVQuantMode.NVFP4))
+
+    def test_latents_are_read(self):
+        self.check(self.spec("MLAAttentionSpec", num_kv_heads=1, head_size=576))
+
+    @pytest.mark.parametrize(
+        "more",
+        [
+            {"cache_dtype_str": "fp8_ds_mla", "state_content_bytes": 656},
+            {"cache_role": "indexer"},
+            {"tokens_per_state": 4},
+            {"model_version": "deepseek_v4"},
+        ],
+    )
+    def test_latents_packed_for_sparse_attention_are_refused(self, more):
+        with pytest.raises(UnsupportedModel, match="packed for sparse attention"):
+            self.check(self.spec("MLAAttentionSpec", num_kv_heads=1, head_size=576, **more))
+
+    @staticmethod
+    def state(**more):
+        import torch
+        from vllm.v1.kv_cache_interface import MambaSpec
+
+        shape = {"block_size": 16, "shapes": ((3, 8), (2, 4)), "dtypes": (torch.float32,) * 2}
+        return MambaSpec(**{**shape, "mamba_cache_mode": "align", **more})
+
+    def test_recurrent_states_beside_keys_and_values_are_read(self):
+        self.check(self.state(), self.spec(), self.state())
+
+    @pytest.mark.parametrize(
+        ("state", "other", "reason"),
+        [
+            ({"mamba_cache_mode": "none"}, {}, "mamba_cache_mode align only"),
+            ({"block_size": 32}, {}, "blocks of different sizes"),
+            ({"num_speculative_blocks": 1}, {}, "of proposed tokens"),
+            ({}, {"kind": "SlidingWindowSpec", "sliding_window": 9999}, "SlidingWindowSpec beside"),
+            ({}, {"head_size_v": 16}, "packed in a format"),
+        ],
+    )
+    def test_states_that_cannot_be_handed_over_are_refused(self, state, other, reason):
+        with pytest.raises(UnsupportedModel, match=reason):
+            self.check(self.state(**state), self.spec(**other))
+
+    def test_states_alone_are_refused(self):
+        with pytest.raises(UnsupportedModel, match="no layer has keys and values"):
+            self.check(self.state())
 
     def test_several_groups_are_refused(self):
         with pytest.raises(UnsupportedModel, match="2 groups"):

@@ -107,3 +107,15 @@ def test_a_model_that_passes_the_guard_has_readable_caches(caches_of, name, long
     (group,) = caches.kv_cache_groups
     assert group.kv_cache_spec.block_size == 32
     assert len(group.layer_names) == 3
+
+
+def test_layers_with_a_latent_have_readable_caches(caches_of):
+    from specprefill.engine.sparse.guard import refuse_unreadable_caches
+    from specprefill.engine.support import refuse_unsupported
+
+    config, caches = caches_of("deepseek2")
+    refuse_unsupported(config)
+    refuse_unreadable_caches(config, caches)
+    (group,) = caches.kv_cache_groups
+    assert (group.kv_cache_spec.num_heads, group.kv_cache_spec.head_size) == (1, 576)
+    assert "-rotary_embedding" in config.compilation_config.custom_ops

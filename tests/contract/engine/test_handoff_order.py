@@ -16,8 +16,9 @@ from specprefill.core.errors import KvTransferError, LayoutMismatch, Unsupported
 from specprefill.core.types import Lease, Span, Ticket
 from specprefill.engine.handoff.caches import Caches, kernel_blocks
 from specprefill.engine.handoff.device import HostDevice
+from specprefill.engine.handoff.groups import KvGroups
 from specprefill.engine.handoff.holder import Holder
-from specprefill.engine.handoff.layout import GpuLayout
+from specprefill.engine.handoff.layout import RowLayout
 from specprefill.engine.handoff.orders import HandoffConfig, Orders, Pull, Stage
 from specprefill.engine.handoff.puller import Puller, WorkerPlace
 from specprefill.engine.handoff.ring import BufferRing
@@ -55,7 +56,8 @@ def config(**changes):
 
 def empty_caches(device, value=0.0):
     tensors = {name: torch.full((PAGES, HEADS, PAGE, 2 * DIM), value) for name in NAMES}
-    return Caches(tensors, GpuLayout(tensors[NAMES[0]]), device, PAGE, "layout"), tensors
+    groups = KvGroups(PAGE, (False,), dict.fromkeys(NAMES, 0))
+    return Caches(tensors, RowLayout(tensors[NAMES[0]]), device, groups, "layout"), tensors
 
 
 def kv_of(layer):
@@ -86,15 +88,15 @@ class Pair:
 
     def prefill(self):
         """Compute the prompt in chunks; each step's pages are overwritten once it has returned."""
-        layout, blocks = GpuLayout(self.prefill_tensors[NAMES[0]]), torch.tensor(PREFILL_BLOCKS)
+        layout, blocks = RowLayout(self.prefill_tensors[NAMES[0]]), torch.tensor(PREFILL_BLOCKS)
         for start, stop in CHUNKS:
             orders = Orders(
-                stages=[Stage(Lease("lease", "secret"), start, stop, TOKENS, PREFILL_BLOCKS)]
+                stages=[Stage(Lease("lease", "secret"), start, stop, TOKENS, [PREFILL_BLOCKS])]
             )
             for layer, name in enumerate(NAMES):
                 cache = self.prefill_tensors[name]
                 layout.write(cache, blocks, start, kv_of(layer)[start:stop])
-                self.holder.stage(name, cache, orders)
+                self.holder.stage(name, orders)
                 cache.fill_(-1.0)
             self.holder.finish_step(orders)
 
@@ -102,7 +104,7 @@ class Pair:
         """Pull the prompt; return whether it failed."""
         peers = (self.holder.endpoint.address,)
         ticket = Ticket(Lease("lease", "secret"), peers, "layout", TOKENS)
-        order = Pull("request", ticket, 0, TOKENS, DECODE_BLOCKS)
+        order = Pull("request", ticket, 0, TOKENS, [DECODE_BLOCKS])
         self.puller.start_pulls(Orders(pulls=[order]))
 
         def reported():
@@ -114,7 +116,7 @@ class Pair:
     def arrived(self):
         """Return True if the decode worker's pages hold the prompt's KV."""
         blocks = torch.tensor(DECODE_BLOCKS)
-        layout = GpuLayout(self.decode_tensors[NAMES[0]])
+        layout = RowLayout(self.decode_tensors[NAMES[0]])
         return all(
             torch.equal(layout.read(self.decode_tensors[name], blocks, 0, TOKENS), kv_of(layer))
             for layer, name in enumerate(NAMES)
@@ -291,12 +293,14 @@ def test_staging_is_bounded_by_configuration():
     device, keeper = StrictDevice(), RecordingKeeper()
     pages = tokens // PAGE
     cache = torch.zeros(pages, HEADS, PAGE, 2 * 64, dtype=torch.bfloat16)
-    known = Caches({NAMES[0]: cache}, GpuLayout(cache), device, PAGE, "layout")
+    caches = {f"model.layers.{layer}.attn": cache for layer in range(4)}
+    groups = KvGroups(PAGE, (False,), dict.fromkeys(caches, 0))
+    known = Caches(caches, RowLayout(cache), device, groups, "layout")
     memory = torch.empty(1 << 28, dtype=torch.uint8)
     stager = Stager(device, known, keeper, most_bytes, memory)
-    order = Stage(Lease("lease", "secret"), 0, tokens, tokens, list(range(pages)))
+    order = Stage(Lease("lease", "secret"), 0, tokens, tokens, [list(range(pages))])
     for layer in range(4):
-        stager.stage(order, layer, cache, last_layer=layer == 3)
+        stager.stage(order, layer, last_layer=layer == 3)
     assert sum(piece.size for piece in keeper.pieces) > 3 * most_bytes
     assert 0 < device.peak <= most_bytes
 
@@ -329,8 +333,9 @@ def test_pages_that_do_not_divide_a_block_are_refused(block, page):
 def test_a_block_of_several_pages_is_read_page_by_page():
     device = HostDevice()
     tensors = {NAMES[0]: torch.randn(PAGES, HEADS, PAGE, 2 * DIM)}
-    known = Caches(tensors, GpuLayout(tensors[NAMES[0]]), device, 2 * PAGE, "layout")
-    pages = known.block_tensor("order", [3, 0])
+    groups = KvGroups(2 * PAGE, (False,), dict.fromkeys(NAMES[:1], 0))
+    known = Caches(tensors, RowLayout(tensors[NAMES[0]]), device, groups, "layout")
+    pages = known.block_tensor("order", 0, [[3, 0]])
     assert pages.tolist() == [6, 7, 0, 1]
     kv = known.layout.read(tensors[NAMES[0]], pages, 2 * PAGE, 2 * PAGE + 1)
     assert torch.equal(kv[0, 0], tensors[NAMES[0]][0, :, 0, :DIM])

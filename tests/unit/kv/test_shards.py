@@ -76,6 +76,17 @@ def test_unequal_splits(rank, puller, holder, expected):
     assert list(found) == [ShardSource(*fields) for fields in expected]
 
 
+@pytest.mark.parametrize(("pullers", "holders"), [(1, 4), (4, 1), (2, 8), (8, 2), (4, 4)])
+def test_latents_that_every_rank_holds_are_pulled_once_by_each(pullers, holders):
+    """MLA's latents are one head that all ranks hold; the pullers share the holders evenly."""
+    puller, holder = split(pullers, heads=1), split(holders, heads=1)
+    found = [sources(rank, puller, holder) for rank in range(pullers)]
+    assert all(len(one) == 1 for one in found)
+    loads = [readers(rank, holder, puller) for rank in range(holders)]
+    assert sum(loads) == pullers
+    assert max(loads) == -(-pullers // holders)
+
+
 def test_copies_of_a_head_that_nobody_pulls_have_no_readers():
     holder, puller = split(4, heads=2), split(2, heads=2)
     assert [readers(rank, holder, puller) for rank in range(4)] == [1, 0, 0, 1]
