@@ -225,7 +225,7 @@ def _handoff_reasons(model: ModelConfig) -> Iterator[str]:
     if has_sparse_indexer(model):
         yield "the sparse indexer's cache is packed in a format that the wire format does not have"
     if model.is_attention_free:
-        yield "a model without keys and values has nothing that a ticket could name"
+        yield "no layer keeps keys and values, which the wire format needs"
 
 
 def _hybrid_options(options: EngineOptions) -> Iterator[str]:

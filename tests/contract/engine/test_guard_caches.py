@@ -118,4 +118,3 @@ def test_layers_with_a_latent_have_readable_caches(caches_of):
     refuse_unreadable_caches(config, caches)
     (group,) = caches.kv_cache_groups
     assert (group.kv_cache_spec.num_heads, group.kv_cache_spec.head_size) == (1, 576)
-    assert "-rotary_embedding" in config.compilation_config.custom_ops

@@ -93,7 +93,7 @@ def test_a_tokens_kv_is_as_large_as_vllm_will_make_it(
 
 
 def test_latent_attention_is_counted_by_its_latents(model: Callable[..., Path]) -> None:
-    assert read_shape(model("deepseek2")).kv_numbers == 3 * (64 + 16)
+    assert read_shape(model("deepseek2")).kv_numbers == 3 * (512 + 64)
 
 
 @pytest.mark.parametrize(
