@@ -360,6 +360,57 @@ _WINDOWED = (
                  _of("Starcoder2Config", sliding_window=WINDOW)),
 )  # fmt: skip
 
+_LATENT = {
+    # The only sizes of a latent that vLLM's kernel for CPUs is compiled for: DeepSeek's own.
+    "kv_lora_rank": 512, "qk_rope_head_dim": 64,
+    "num_key_value_heads": 4, "qk_nope_head_dim": 32, "v_head_dim": 32,
+}  # fmt: skip
+_LATENT_MOE = {
+    **_LATENT, "q_lora_rank": 48, "n_routed_experts": 4, "n_shared_experts": 1,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 64, "first_k_dense_replace": 1,
+    "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+_MLA = (
+    Architecture(
+        "deepseek2", "DeepSeek-V2, V2 Lite", Mode.EXACT,
+        _of("DeepseekV2Config", **{**_LATENT_MOE, "q_lora_rank": None}, topk_method="greedy"),
+        note="MLA: the hand-over carries latents",
+    ),
+    Architecture(
+        "glm4-moe-lite", "GLM-4.7 Flash", Mode.EXACT,
+        _of("Glm4MoeLiteConfig", **_LATENT_MOE, mlp_layer_types=["dense", "sparse", "sparse"]),
+        note="MLA: the hand-over carries latents",
+    ),
+    Architecture(
+        "minicpm3", "MiniCPM3", Mode.EXACT,
+        _of("MiniCPM3Config", **_LATENT, q_lora_rank=48),
+        note="MLA without a latent cache in vLLM",
+    ),
+)  # fmt: skip
+
+_MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1}
+_HYBRID = (
+    Architecture(
+        "granite-hybrid", "Granite 4 with rope", Mode.EXACT,
+        _of("GraniteMoeHybridConfig", layer_types=["mamba", "attention", "mamba"], **_MAMBA2,
+            num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=64,
+            position_embedding_type="rope"),
+        note="Mamba2: states are handed over",
+    ),
+    Architecture(
+        "falcon-h1", "Falcon-H1", Mode.EXACT,
+        _of("FalconH1Config", head_dim=32, mamba_d_ssm=256, **_MAMBA2),
+        note="Mamba2 and attention in every layer",
+    ),
+    Architecture(
+        "nemotron-h", "Nemotron-H, Nemotron 3", Mode.EXACT,
+        _of("NemotronHConfig", head_dim=32, num_hidden_layers=5,
+            layers_block_type=["mamba", "attention", "mlp", "mamba", "attention"],
+            mamba_num_heads=8, mamba_head_dim=32, ssm_state_size=16, n_groups=1),
+        note="attention without positions",
+    ),
+)  # fmt: skip
+
 _TEXT = (
     Architecture("bloom", "BLOOM", Mode.TEXT, _bloom, note="ALiBi"),
     Architecture("falcon-alibi", "Falcon-RW", Mode.TEXT,
@@ -368,5 +419,5 @@ _TEXT = (
                  note="ALiBi"),
 )  # fmt: skip
 
-CATALOGUE = (*_EXACT, *_QUANTISED, *_MROPE, *_WINDOWED, *_TEXT)
+CATALOGUE = (*_EXACT, *_QUANTISED, *_MROPE, *_MLA, *_HYBRID, *_WINDOWED, *_TEXT)
 BY_NAME = {each.name: each for each in CATALOGUE}
