@@ -150,7 +150,7 @@ async def test_other_positions_of_the_same_tokens_never_hit(hybrids, expected):
     prompt, selection = job("several_chunks")
     prompt = [prompt[0] + 2, *prompt[1:]]
     await hybrids.handed_over(hybrids.request(prompt, ignore_eos=True, max_tokens=STEPS), selection)
-    packed = selection.kept_token_ids(tuple(prompt))
+    packed = selection.engine_prompt(tuple(prompt))
     whole = kept(len(packed), Span(0, len(packed)))
     request = hybrids.request(packed, ignore_eos=True, max_tokens=STEPS)
     prefilled, steps = await hybrids.handed_over(request, whole)
