@@ -25,6 +25,10 @@ from .args import plain_args
 SERVED_MODES = frozenset({Mode.EXACT, Mode.WINDOWED, Mode.TEXT, Mode.DENSE})
 
 # Key and value side by side, a number each, of this very type.
+# Hybrids whose answers at original positions, and after a hand-over, were compared with
+# transformers' on engines.
+_COMPARED_HYBRIDS = ("granitemoehybrid",)
+_UNCOMPARED = "its recurrent layers were not compared with transformers' yet"
 _PLAIN_CACHES = ("auto", "float16", "bfloat16")
 _FP8_CACHES = ("fp8", "fp8_e4m3", "fp8_e5m2")
 _ATTENTION_LAYERS = ("attention", "full_attention", "sliding_attention", "chunked_attention")
@@ -198,6 +202,8 @@ def _position_reasons(model: ModelConfig) -> Iterator[str]:
     """Yield why kept tokens would not attend as they do at their original positions."""
     if model.is_attention_free:
         yield "no layer has positions to keep: all are recurrent"
+    elif model.is_hybrid and not _is_compared_hybrid(model):
+        yield _UNCOMPARED
     if has_sparse_indexer(model):
         yield "a sparse indexer chooses among all tokens of the prompt, from a cache of its own"
     if model.uses_alibi:
@@ -226,6 +232,8 @@ def _handoff_reasons(model: ModelConfig) -> Iterator[str]:
         yield "the sparse indexer's cache is packed in a format that the wire format does not have"
     if model.is_attention_free:
         yield "no layer keeps keys and values, which the wire format needs"
+    elif model.is_hybrid and not _is_compared_hybrid(model):
+        yield _UNCOMPARED
 
 
 def _hybrid_options(options: EngineOptions) -> Iterator[str]:
@@ -239,9 +247,13 @@ def _hybrid_options(options: EngineOptions) -> Iterator[str]:
         yield "recurrent states of pipeline stages cannot be handed over"
 
 
+def _is_compared_hybrid(model: ModelConfig) -> bool:
+    return model.hf_text_config.model_type in _COMPARED_HYBRIDS
+
+
 def _notes(model: ModelConfig) -> Iterator[str]:
     """Yield what pruning means for the model."""
-    if model.is_hybrid:
+    if model.is_hybrid and _is_compared_hybrid(model):
         yield (
             "recurrent layers read the kept tokens in order, as if nothing lay between them; "
             "the decode engine computes the part of a prompt after its last whole cache block"

@@ -398,12 +398,12 @@ _HYBRID = (
         note="Mamba2: states are handed over",
     ),
     Architecture(
-        "falcon-h1", "Falcon-H1", Mode.EXACT,
+        "falcon-h1", "Falcon-H1", Mode.TEXT,
         _of("FalconH1Config", head_dim=32, mamba_d_ssm=256, **_MAMBA2),
         note="Mamba2 and attention in every layer",
     ),
     Architecture(
-        "nemotron-h", "Nemotron-H, Nemotron 3", Mode.EXACT,
+        "nemotron-h", "Nemotron-H, Nemotron 3", Mode.TEXT,
         _of("NemotronHConfig", head_dim=32, num_hidden_layers=5,
             layers_block_type=["mamba", "attention", "mlp", "mamba", "attention"],
             mamba_num_heads=8, mamba_head_dim=32, ssm_state_size=16, n_groups=1),

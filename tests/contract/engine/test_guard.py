@@ -21,7 +21,7 @@ EXACT = (
     *("mistral-window-of-its-length", "phi3-far-window", "llama4-chunk-of-its-length"),
     *("deepseek2", "deepseek3"),
 )
-HYBRIDS = ("jamba", "nemotron-h", "granite-hybrid", "falcon-h1", "qwen3-next", "lfm2")
+UNCOMPARED_HYBRIDS = ("jamba", "nemotron-h", "falcon-h1", "qwen3-next", "lfm2")
 WINDOW = r"a sliding window \(64, max_model_len 8192\) counts kept tokens"
 OTHERS = {
     "mistral-window": (Mode.WINDOWED, WINDOW),
@@ -183,9 +183,16 @@ def test_recurrent_states_cannot_be_split_anew(tmp_path):
     assert "equal tensor_parallel_size" in reason
 
 
-@pytest.mark.parametrize("name", HYBRIDS)
-def test_the_meaning_of_pruning_for_recurrent_layers_is_noted(name, tmp_path):
+@pytest.mark.parametrize("name", UNCOMPARED_HYBRIDS)
+def test_hybrids_that_were_not_compared_get_the_kept_text(name, tmp_path):
     support = support_of(model_folders.write(name, tmp_path))
+    assert support.mode is Mode.TEXT
+    assert not support.hands_over
+    assert "not compared with transformers'" in support.reasons[0]
+
+
+def test_the_meaning_of_pruning_for_recurrent_layers_is_noted(tmp_path):
+    support = support_of(model_folders.write("granite-hybrid", tmp_path))
     assert support.mode is Mode.EXACT
     assert support.hands_over
     (note,) = support.lines()
