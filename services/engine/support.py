@@ -24,11 +24,11 @@ from .args import plain_args
 # The modes in which engines serve; a model of another one is refused.
 SERVED_MODES = frozenset({Mode.EXACT, Mode.WINDOWED, Mode.TEXT, Mode.DENSE})
 
-# Key and value side by side, a number each, of this very type.
 # Hybrids whose answers at original positions, and after a hand-over, were compared with
 # transformers' on engines.
 _COMPARED_HYBRIDS = ("granitemoehybrid",)
 _UNCOMPARED = "its recurrent layers were not compared with transformers' yet"
+# Key and value side by side, a number each, of this very type.
 _PLAIN_CACHES = ("auto", "float16", "bfloat16")
 _FP8_CACHES = ("fp8", "fp8_e4m3", "fp8_e5m2")
 _ATTENTION_LAYERS = ("attention", "full_attention", "sliding_attention", "chunked_attention")
@@ -176,7 +176,7 @@ def support_of(model: ModelConfig, options: EngineOptions) -> Support:
 
 
 def _refused_reasons(model: ModelConfig, options: EngineOptions) -> tuple[str, ...]:
-    hybrid = tuple(_hybrid_options(options)) if model.is_hybrid else ()
+    hybrid = tuple(_hybrid_options(options)) if _is_compared_hybrid(model) else ()
     return (*_refusals(model), *_refused_options(options), *hybrid)
 
 
@@ -194,8 +194,6 @@ def _refusals(model: ModelConfig) -> Iterator[str]:
         yield "a diffusion model does not write token after token"
     if model.using_transformers_backend() and has_recurrent_layers(model):
         yield "vLLM's backend for transformers' models does not run recurrent layers"
-    if model.use_mla and model.is_hybrid:
-        yield "latents beside recurrent states are paged in a format that is not known"
 
 
 def _position_reasons(model: ModelConfig) -> Iterator[str]:
@@ -248,12 +246,12 @@ def _hybrid_options(options: EngineOptions) -> Iterator[str]:
 
 
 def _is_compared_hybrid(model: ModelConfig) -> bool:
-    return model.hf_text_config.model_type in _COMPARED_HYBRIDS
+    return model.is_hybrid and model.hf_text_config.model_type in _COMPARED_HYBRIDS
 
 
 def _notes(model: ModelConfig) -> Iterator[str]:
     """Yield what pruning means for the model."""
-    if model.is_hybrid and _is_compared_hybrid(model):
+    if _is_compared_hybrid(model):
         yield (
             "recurrent layers read the kept tokens in order, as if nothing lay between them; "
             "the decode engine computes the part of a prompt after its last whole cache block"

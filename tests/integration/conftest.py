@@ -241,7 +241,7 @@ async def running(runner: Runner, model_dir, files) -> AsyncIterator[Engines]:
         enforce_eager=True,
         max_num_batched_tokens=512,  # prompts beyond it are prefilled in chunks
     )
-    kv = KvConfig(host="127.0.0.1", pull_timeout_s=5.0, carrier="nixl", tls=files)
+    kv = KvConfig(host="127.0.0.1", pull_timeout_s=20.0, carrier="nixl", tls=files)
     tls = read_tls(files)
     producer = Engine(engine_args(model, config, kv, Role.PREFILL))
     consumer = Engine(engine_args(model, config, kv, Role.DECODE))

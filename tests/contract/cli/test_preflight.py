@@ -118,7 +118,9 @@ def test_a_model_without_positions_is_served_as_text(
     save_file({"weight": np.zeros(1, dtype=np.float32)}, folder / "model.safetensors")
     code, printed = check(model={"path": str(folder)})
     assert code == 0
-    assert f"note: applications[0].args.model.path: {folder}: text: recurrent layers" in printed
+    assert (
+        f"note: applications[0].args.model.path: {folder}: text: no layer has positions" in printed
+    )
     assert "text: KV is not handed over: " in printed
 
 
@@ -130,7 +132,7 @@ def test_a_mode_that_the_model_cannot_have_is_an_error(
     assert code == 2
     assert (
         "error: applications[0].args.selection.mode: the model cannot have 'positions': "
-        "recurrent layers have no positions to keep" in printed
+        "no layer has positions to keep: all are recurrent" in printed
     )
 
 

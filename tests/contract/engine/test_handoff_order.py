@@ -50,6 +50,7 @@ def config(**changes):
         "stages_layers": True,
         "peer_tensor_parallel_size": 1,
         "peer_pipeline_parallel_size": 1,
+        "adapters": [],
     }
     return HandoffConfig(**values | changes)
 
