@@ -219,6 +219,10 @@ bench-kv: $(INSTALLED) ## The KV hand-off: throughput beside raw gRPC, memcpy an
 bench-speculator: $(INSTALLED) ## Scoring beside a plain forward pass, second questions, memory
 	@$(PY) -m loadtest.bench.speculator
 
+.PHONY: bench-speculation
+bench-speculation: $(INSTALLED) ## Speculative decoding from the whole prompt, the kept tokens, or none
+	@$(PY) -m loadtest.bench.speculation
+
 .PHONY: bench-scaling
 bench-scaling: $(INSTALLED) ## Autoscalers compared on simulated traces (SEEDS="1 2 3")
 	@$(PY) -m loadtest.bench.scaling --seeds $(SEEDS)

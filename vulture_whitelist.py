@@ -139,3 +139,8 @@ _.levelname
 _.levelno
 _.msg
 _.encode_special_tokens  # tokenizers reads it
+
+# vLLM's runner and sampler read these.
+_.effective_drafter_max_model_len
+_.logitsprocs
+_.logitsprocs_need_output_token_ids

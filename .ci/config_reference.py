@@ -225,14 +225,28 @@ def links(all_sections: list[Section]) -> dict[type[BaseModel], str]:
     return {model: f"[section](#{anchor(paths)})" for paths, model in all_sections}
 
 
+def own_fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Return the fields that no section of a base class describes."""
+    base = described_base(model)
+    inherited = {} if base is None else base.model_fields
+    return {name: field for name, field in model.model_fields.items() if name not in inherited}
+
+
+def described_base(model: type[BaseModel]) -> type[BaseModel] | None:
+    """Return the base class with fields, which has a section of its own."""
+    return next((each for each in model.__bases__ if getattr(each, "model_fields", None)), None)
+
+
 def table(section: Section, link: dict[type[BaseModel], str], *, is_described: bool) -> str:
     """Format one section: heading, first line of the docstring, and a row per key."""
     paths, model = section
     properties, notes = model.model_json_schema()["properties"], comments(model)
     first = (inspect.getdoc(model) or "").split("\n\n")[0].replace("\n", " ")
+    base = described_base(model)
+    first += "" if base is None else f" Every key of this {link[base]}, and:"
     rows = ["| key | value | default |" + (" meaning |" if is_described else "")]
     rows.append("|---|---|---|" + ("---|" if is_described else ""))
-    for name, field in model.model_fields.items():
+    for name, field in own_fields(model).items():
         below = " or ".join(link.get(each, ARGS) for each in models_in(field.annotation))
         cells = [f"`{name}`", kind(properties[name], below), default(field)]
         meaning = notes.get(name) or MEANINGS.get(f"{model.__name__}.{name}", "")
@@ -246,7 +260,7 @@ def undescribed() -> tuple[set[str], set[str]]:
     bare = {
         f"{model.__name__}.{name}"
         for _, model in sections(AppConfig, "")
-        for name in model.model_fields
+        for name in own_fields(model)
         if not comments(model).get(name)
     }
     return bare, bare - set(MEANINGS)

@@ -216,7 +216,10 @@ vLLM exports its own metrics from every prefill and decode engine
 `ray_vllm_num_requests_running`, `ray_vllm_num_requests_waiting`, `ray_vllm_kv_cache_usage_perc`,
 `ray_vllm_prompt_tokens_total`, `ray_vllm_generation_tokens_total`,
 `ray_vllm_prefix_cache_queries_total`, `ray_vllm_prefix_cache_hits_total`,
-`ray_vllm_num_preemptions_total` and `ray_vllm_request_prefill_time_seconds`.
+`ray_vllm_num_preemptions_total` and `ray_vllm_request_prefill_time_seconds`. With
+`decode.speculation` also `ray_vllm_spec_decode_num_drafts_total` (proposals),
+`ray_vllm_spec_decode_num_draft_tokens_total` and `ray_vllm_spec_decode_num_accepted_tokens_total`:
+accepted over draft tokens is the acceptance, accepted tokens over drafts plus one the tokens a step.
 """
 WATCH = """\
 ## What to watch

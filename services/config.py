@@ -152,6 +152,52 @@ class EngineConfig(Strict):
     cpu_threads: PositiveInt = 1
     engine_args: dict[str, Any] = Field(default_factory=dict)
 
+    @field_validator("engine_args")
+    @classmethod
+    def _no_second_speculation(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if value.get("speculative_config") is not None:
+            raise ValueError(
+                "must not hold speculative_config: vLLM's proposers do not know the dropped "
+                "tokens and their positions; set decode.speculation"
+            )
+        return value
+
+
+class SpeculationConfig(Strict):
+    """Speculative decoding: tokens copied from the prompt, checked by the main model.
+
+    The longest match of the answer's last tokens in the whole prompt, dropped tokens included, or
+    in the answer so far is continued. Greedy answers are the same with it.
+    """
+
+    method: Literal["ngram"] = "ngram"  # the way to find proposals: equal tokens before
+    tokens: Annotated[int, Field(ge=1, le=64)] = 5  # the most that a step proposes
+    min_match: Annotated[int, Field(ge=1, le=16)] = 3  # tokens; shorter matches propose nothing
+    max_match: Annotated[int, Field(ge=1, le=16)] = 8  # tokens; longer matches count as this long
+
+    @model_validator(mode="after")
+    def _matches_in_order(self) -> Self:
+        if self.min_match > self.max_match:
+            raise ValueError(
+                f"min_match ({self.min_match}) must not exceed max_match ({self.max_match})"
+            )
+        return self
+
+
+class DecodeConfig(EngineConfig):
+    """The engines of the decode pool."""
+
+    speculation: SpeculationConfig | None = None  # None: one token a step
+
+    @model_validator(mode="after")
+    def _no_prompts_in_logs(self) -> Self:
+        if self.speculation is not None and self.engine_args.get("enable_log_requests"):
+            raise ValueError(
+                "engine_args.enable_log_requests must not be set beside speculation: vLLM would "
+                "log the dropped tokens of every prompt"
+            )
+        return self
+
 
 class KvTls(Strict):
     """Mutual TLS between KV ports: PEM files, at these paths on every node."""
@@ -360,7 +406,7 @@ class AppConfig(Strict):
     speculator: SpeculatorConfig
     selection: SelectionConfig = SelectionConfig()
     prefill: EngineConfig = EngineConfig()
-    decode: EngineConfig = EngineConfig()
+    decode: DecodeConfig = DecodeConfig()
     kv: KvConfig = KvConfig()
     gateway: GatewayConfig = GatewayConfig()
     slo: SloConfig | None = None  # None: the deployments set the numbers of replicas

@@ -200,6 +200,13 @@ class Selection:
             return list(self.text)
         return [token for run in self.runs for token in prompt[run.start : run.stop]]
 
+    def dropped_token_ids(self, prompt: tuple[int, ...]) -> list[int]:
+        """Return the token ids that are not kept, in order. `prompt` is `[N]`."""
+        starts = (0, *(run.stop for run in self.runs))
+        stops = (*(run.start for run in self.runs), len(prompt))
+        gaps = zip(starts, stops, strict=True)
+        return [token for start, stop in gaps for token in prompt[start:stop]]
+
 
 def dense_selection(prompt_tokens: int, reason: Reason) -> Selection:
     """Return the selection that keeps the whole prompt for `reason`."""

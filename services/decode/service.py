@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Self
+from typing import Any, Self
 
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -26,9 +26,11 @@ from ..engine.outputs import (
 )
 from ..engine.params import (
     KV_TRANSFER,
+    POSITIONS,
     REPLAY,
     PullOutcome,
     consume_args,
+    dropped_args,
     position_args,
     pulled_in,
 )
@@ -42,11 +44,17 @@ class DecodeService:
         engine: Engine,
         tracer: Tracer | None = None,
         on_pull: Callable[[PullOutcome], None] | None = None,
+        *,
+        whole_prompts: bool = True,
     ) -> None:
-        """`on_pull` is called with the outcome of each pull."""
+        """`on_pull` is called with the outcome of each pull.
+
+        Without `whole_prompts`, an engine that speculates copies from the kept tokens alone.
+        """
         self._engine = engine
         self._on_pull = on_pull
         self._tracer = NoTracer() if tracer is None else tracer
+        self._whole_prompts = whole_prompts
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -80,10 +88,13 @@ class DecodeService:
         timeout_s: float,
     ) -> AsyncGenerator[DecodeStep]:
         """Stream every sample, each from its first token on; see the port `Decoder`."""
+        extra = position_args(selection)
+        if POSITIONS in extra and self._engine.speculates and self._whole_prompts:
+            extra |= dropped_args(selection, request.prompt)
+        if ticket is not None:
+            extra |= consume_args(ticket)
         samples = [
-            self._sample(
-                request, selection, _sample_params(request, selection, ticket, replay, index), index
-            )
+            self._sample(request, selection, _sample_params(request, extra, replay, index), index)
             for index in range(request.samples)
         ]
         steps: asyncio.Queue[DecodeStep | BaseException] = asyncio.Queue()
@@ -155,19 +166,20 @@ async def _read_sample(
 
 
 def _sample_params(
-    request: Request, selection: Selection, ticket: Ticket | None, replay: Replay, index: int
+    request: Request, extra: Mapping[str, Any], replay: Replay, index: int
 ) -> SamplingParams:
-    """Return the caller's parameters for sample `index`, as vLLM derives them for `n` samples."""
+    """Return the caller's parameters for sample `index`, as vLLM derives them for `n` samples.
+
+    `extra` is what all samples carry to the engine.
+    """
     asked = sampling_params(request.sampling)
     params = asked.clone()
     params.n = 1
     params.seed = None if asked.seed is None else asked.seed + index
-    if ticket is not None or replay[index] or index > 0:  # computed once, where the prompt is
+    if KV_TRANSFER in extra or replay[index] or index > 0:  # computed once, where the prompt is
         params.prompt_logprobs = None
     params.output_kind = RequestOutputKind.DELTA
-    params.extra_args = {**(asked.extra_args or {}), **position_args(selection)}
-    if ticket is not None:
-        params.extra_args |= consume_args(ticket)
+    params.extra_args = {**(asked.extra_args or {}), **extra}
     if replay[index]:
         params.extra_args[REPLAY] = list(replay[index])
     return params

@@ -11,7 +11,14 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.usage.usage_lib import UsageContext
 
-from ..config import EngineConfig, KvConfig, MainModel, local_path
+from ..config import (
+    DecodeConfig,
+    EngineConfig,
+    KvConfig,
+    MainModel,
+    SpeculationConfig,
+    local_path,
+)
 from .adapters import adapter_args
 
 _MODULE = "specprefill.engine"
@@ -53,7 +60,11 @@ def engine_args(
     )
     if args.served_model_name is None:  # the label `model_name` of the engine's metrics
         args.served_model_name = f"{model.served_name}/{_POOLS[role]}"
-    args.logits_processors = [_replay(args), *(args.logits_processors or [])]
+    v2 = _uses_v2(args)
+    if isinstance(engine, DecodeConfig) and engine.speculation is not None:
+        args.speculative_config = _speculation(engine.speculation, v2=v2)
+    if v2 or args.speculative_config is None:  # else the runner adds it: vLLM refuses any
+        args.logits_processors = [_replay(v2=v2), *(args.logits_processors or [])]
     return args
 
 
@@ -161,11 +172,32 @@ def _worker() -> str:
     return "gpu.worker.SparseGPUWorker"
 
 
-def _replay(args: AsyncEngineArgs) -> str:
-    """Return the replay processor for the model runner that vLLM will choose.
+def _uses_v2(args: AsyncEngineArgs) -> bool:
+    """Return whether vLLM will choose the V2 model runner.
 
     Asked of a copy: creating a configuration fills in the sizes that `args` leaves open.
     """
-    v2 = vllm_config(copy(args)).use_v2_model_runner
+    return bool(vllm_config(copy(args)).use_v2_model_runner)
+
+
+def _replay(*, v2: bool) -> str:
+    """Return the replay processor for the model runner."""
     processor = "replay_v2:ReplayTokensV2" if v2 else "replay:ReplayTokens"
     return f"{_MODULE}.sparse.{processor}"
+
+
+def _speculation(speculation: SpeculationConfig, *, v2: bool) -> dict[str, Any]:
+    """Return vLLM's `speculative_config`, whose proposer the worker replaces.
+
+    V1: a schedule of one entry turns off vLLM's placeholder drafts in the first step after a
+    pull, whose rows would get no logits processors.
+    """
+    ours = {
+        "num_speculative_tokens": speculation.tokens,
+        "prompt_lookup_min": speculation.min_match,
+        "prompt_lookup_max": speculation.max_match,
+    }
+    if v2:
+        return {"method": "ngram_gpu", **ours}
+    schedule = [(1, 1, speculation.tokens)]
+    return {"method": "ngram", "num_speculative_tokens_per_batch_size": schedule, **ours}

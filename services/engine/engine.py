@@ -26,6 +26,7 @@ from .args import is_ours, vllm_config
 from .failed_start import engine_errors_shown
 from .params import POSITIONS
 from .support import refuse_unsupported, support_of_config
+from .vllm_internals import accept_every_sampling_parameter
 
 
 class Engine:
@@ -72,6 +73,8 @@ class Engine:
                 enable_log_requests=self._args.enable_log_requests,
                 disable_log_stats=self._args.disable_log_stats,
             )
+        if config.speculative_config is not None:
+            accept_every_sampling_parameter(self._llm)
 
     def close(self) -> None:
         """Stop the engine process. Idempotent."""
@@ -101,6 +104,11 @@ class Engine:
         if not cache.enable_prefix_caching:
             return 0
         return int(cache.num_gpu_blocks * cache.block_size)
+
+    @property
+    def speculates(self) -> bool:
+        """Whether proposals are made, for which a request may carry its dropped tokens."""
+        return self._running().vllm_config.speculative_config is not None
 
     def max_model_len(self) -> int:
         """The most tokens of a prompt and its answer."""

@@ -20,7 +20,7 @@ from ..core.errors import IncompatibleVllm, InvalidConfiguration
 from ..kv.nixl.agent import agent_for
 from .args import Role, engine_args, vllm_config
 from .support import engine_support, is_served
-from .vllm_internals import check_cpu_caches, check_v1_runner
+from .vllm_internals import check_cpu_caches, check_v1_runner, check_v1_speculation
 
 _GIB = 1 << 30
 
@@ -104,6 +104,10 @@ def _choice_facts(pool: str, config: VllmConfig) -> Iterator[Fact]:
     yield Fact(f"{pool} model runner", "V2" if v2 else "V1")
     if v2:
         yield _check_fact(f"{pool} V2's private names", "as the engines use them", _check_v2_names)
+    if config.speculative_config is not None:
+        most = config.speculative_config.num_speculative_tokens
+        check = _check_v2_speculation if v2 else _check_v1_speculation
+        yield _check_fact(f"{pool} speculation", f"up to {most} tokens a step", check)
     yield _attention_backend(pool, config)
     yield Fact(
         f"{pool} sizes",
@@ -150,3 +154,17 @@ def _check_v2_names() -> None:
     from .sparse.model_state import check_runner_class
 
     check_runner_class(GPUModelRunner)
+
+
+def _check_v1_speculation() -> None:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    check_v1_speculation(GPUModelRunner)
+
+
+def _check_v2_speculation() -> None:
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    from .speculation.proposer_v2 import check_speculator_class
+
+    check_speculator_class(GPUModelRunner)

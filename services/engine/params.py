@@ -6,18 +6,22 @@ they send; only the prefill and decode services write them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 from vllm.sampling_params import SamplingParams
 
 from ..core.positions import PositionMap
 from ..core.types import Lease, Selection, Ticket
 
 POSITIONS = "specprefill_positions"  # PositionMap.to_wire()
+DROPPED = "specprefill_dropped"  # bytes: the dropped tokens, int32, for proposals alone
 REPLAY = "specprefill_replay"  # list of int: the first output tokens, forced one by one
+_TOKEN = np.dtype("<i4")
 _Value = TypeVar("_Value")
 KV_TRANSFER = "kv_transfer_params"  # vLLM's own key: read by the scheduler
 _PRODUCE = "produce"  # in kv_transfer_params: stage this request under the lease it names
@@ -63,6 +67,27 @@ def position_args(selection: Selection) -> dict[str, Any]:
         return {}
     mapping = PositionMap.from_runs(selection.runs, selection.prompt_tokens)
     return {} if mapping.is_identity else {POSITIONS: mapping.to_wire()}
+
+
+def dropped_args(selection: Selection, prompt: tuple[int, ...]) -> dict[str, Any]:
+    """Return the `extra_args` that give an engine that speculates the rest of the prompt, `[N]`."""
+    dropped = selection.dropped_token_ids(prompt)
+    return {DROPPED: np.asarray(dropped, dtype=_TOKEN).tobytes()} if dropped else {}
+
+
+def whole_prompt(
+    params: SamplingParams, kept: Sequence[int] | NDArray[np.int32]
+) -> NDArray[np.int32]:
+    """Return the prompt as far as the request carries it, `[N]`; else the kept tokens, `[k]`."""
+    mapping, dropped = positions_of(params), _extra(params).get(DROPPED)
+    if mapping is None or dropped is None:
+        return np.asarray(kept, dtype=_TOKEN)
+    prompt = np.empty(mapping.prompt_tokens, dtype=_TOKEN)
+    is_dropped = np.ones(mapping.prompt_tokens, dtype=np.bool_)
+    is_dropped[mapping.kept] = False
+    prompt[mapping.kept] = kept
+    prompt[is_dropped] = np.frombuffer(dropped, dtype=_TOKEN)
+    return prompt
 
 
 def produce_args(lease: Lease) -> dict[str, Any]:

@@ -31,6 +31,7 @@ _UNCOMPARED = "its recurrent layers were not compared with transformers' yet"
 # Key and value side by side, a number each, of this very type.
 _PLAIN_CACHES = ("auto", "float16", "bfloat16")
 _FP8_CACHES = ("fp8", "fp8_e4m3", "fp8_e5m2")
+_SPECULATION = ("ngram", "ngram_gpu")  # proposals from tokens alone, without KV of their own
 _ATTENTION_LAYERS = ("attention", "full_attention", "sliding_attention", "chunked_attention")
 
 
@@ -39,7 +40,7 @@ class EngineOptions:
     """An engine's options, as far as positions and KV depend on them."""
 
     cache_dtype: str
-    speculative: bool
+    speculative: str | None  # the method
     decode_context_parallel: int
     prefill_context_parallel: int
     fast_prefill: bool
@@ -55,7 +56,7 @@ class EngineOptions:
         """Read the options from an engine's arguments, from which vLLM has made `model`."""
         return cls(
             resolve_kv_cache_dtype_string(args.kv_cache_dtype, model),
-            args.speculative_config is not None,
+            None if args.speculative_config is None else args.speculative_config.get("method"),
             args.decode_context_parallel_size,
             args.prefill_context_parallel_size,
             args.kv_sharing_fast_prefill,
@@ -75,7 +76,7 @@ class EngineOptions:
         tensor, pipeline = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
         return cls(
             config.cache_config.cache_dtype,
-            config.speculative_config is not None,
+            None if config.speculative_config is None else config.speculative_config.method,
             parallel.decode_context_parallel_size,
             parallel.prefill_context_parallel_size,
             config.cache_config.kv_sharing_fast_prefill,
@@ -265,8 +266,8 @@ def _refused_options(options: EngineOptions) -> Iterator[str]:
             f"KV caches of dtype {options.cache_dtype} cannot be handed over: "
             f"kv_cache_dtype may be {', '.join(readable)}"
         )
-    if options.speculative:
-        yield "speculative decoding does not know sparse positions"
+    if options.speculative not in (None, *_SPECULATION):
+        yield f"speculative decoding by {options.speculative} does not know sparse positions"
     if options.decode_context_parallel > 1:
         yield "decode context parallelism splits the cache by slot"
     if options.prefill_context_parallel > 1:

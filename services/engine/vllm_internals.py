@@ -12,6 +12,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -19,7 +20,11 @@ from vllm import _custom_ops as custom_ops
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys, hash_block_tokens
 from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
+from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.request import Request
+from vllm.v1.sample.logits_processor import build_logitsprocs
+from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+from vllm.v1.spec_decode.ngram_proposer import NgramProposer
 from vllm.version import __version__ as vllm_version
 
 from ..core.errors import IncompatibleVllm
@@ -51,6 +56,35 @@ def block_hasher(request: Request) -> Callable[[Request], list[Any]] | None:
 def replace_block_hasher(request: Request, hasher: Callable[[Request], list[Any]]) -> None:
     """Hash the request's blocks from now on with `hasher`."""
     request._block_hasher = hasher
+
+
+def take_every_logits_processor(runner: Any, *ours: type) -> None:
+    """Give a V1 runner that speculates vLLM's built-in logits processors, and `ours`.
+
+    vLLM leaves all but one of them out, because it applies none to a proposed token. They are
+    right for rows without proposals.
+    """
+    plain = copy(runner.vllm_config)
+    plain.speculative_config = None
+    runner.input_batch.logitsprocs = build_logitsprocs(
+        plain, runner.device, runner.device.type != "cpu", runner.is_pooling_model, ours
+    )
+    runner.input_batch.logitsprocs_need_output_token_ids = True
+
+
+def accept_every_sampling_parameter(llm: Any) -> None:
+    """Let an engine that speculates take `min_p` and `logit_bias`, which its runner handles."""
+    llm.input_processor.speculative_config = None
+
+
+def check_v1_speculation(runner: type) -> None:
+    """Raise IncompatibleVllm unless V1's n-gram proposer is used as it is replaced here."""
+    _refuse(list(_v1_speculation_differences(runner)))
+
+
+def check_v2_speculation(runner: type, states: type, speculator: type) -> None:
+    """Check V2's request states and its n-gram speculator likewise."""
+    _refuse(list(_v2_speculation_differences(runner, states, speculator)))
 
 
 def check_v1_runner(runner: type) -> None:
@@ -122,7 +156,55 @@ def _v2_differences(
         *("num_tokens_after_padding", "num_tokens", "num_reqs", "positions", "idx_mapping"),
         *("idx_mapping_np", "query_start_loc", "query_start_loc_np", "num_computed_tokens_np"),
     )
-    yield from _field_differences(context, "idx_mapping_np", "seq_lens_upper_bound_np")
+    yield from _field_differences(
+        context, "idx_mapping_np", "seq_lens_upper_bound_np", "expanded_idx_mapping", "pos"
+    )
+
+
+def _v1_speculation_differences(runner: type) -> Iterator[Difference]:
+    for name in ("drafter", "num_spec_tokens", "effective_drafter_max_model_len", "input_batch"):
+        if not _assigns(runner, "__init__", f"self.{name}"):
+            yield f"{runner.__name__} has no {name}"
+    for method, callee in (
+        ("propose_draft_token_ids", "self.drafter.propose"),
+        ("_input_fits_in_drafter", None),
+        ("sample_tokens", "self._input_fits_in_drafter"),
+    ):
+        if not hasattr(runner, method):
+            yield f"{runner.__name__} has no {method}"
+        elif callee is not None and not _calls(runner, method, callee):
+            yield f"{runner.__name__}.{method} does not call {callee.removeprefix('self.')}"
+    yield from _field_differences(SpecDecodeMetadata, "num_draft_tokens")
+    tokens = ("num_tokens_no_spec", "token_ids_cpu")
+    proposed = ("self", "num_speculative_tokens", "sampled_token_ids", *tokens)
+    yield from _signature_differences(NgramProposer, "propose", *proposed)
+    searched = ("self", "num_requests", "valid_ngram_requests", *tokens, "k")
+    yield from _signature_differences(NgramProposer, "batch_propose", *searched, exactly=True)
+    built = ("vllm_config", "device", "is_pin_memory", "is_pooling_model", "custom_logitsprocs")
+    yield from _parameter_differences(build_logitsprocs, *built, exactly=True)
+    yield from _speculation_differences()
+
+
+def _v2_speculation_differences(
+    runner: type, states: type, speculator: type
+) -> Iterator[Difference]:
+    if not _assigns(runner, "__init__", "self.speculator"):
+        yield f"{runner.__name__} has no speculator"
+    wanted = ("self", "vllm_config", "device", "req_states")
+    yield from _signature_differences(speculator, "__init__", *wanted, exactly=True)
+    yield from _signature_differences(speculator, "propose", "self", "input_batch")
+    for name in ("all_token_ids", "total_len", "prompt_len", "max_num_reqs", "max_model_len"):
+        if not _assigns(states, "__init__", f"self.{name}"):
+            yield f"{states.__name__} has no {name}"
+    read = _attributes_of(speculator, "propose", "req_states")
+    if read != {"all_token_ids", "total_len"}:
+        yield f"{speculator.__name__}.propose reads {', '.join(sorted(read))} of its states"
+    yield from _speculation_differences()
+
+
+def _speculation_differences() -> Iterator[Difference]:
+    if not _assigns(InputProcessor, "__init__", "self.speculative_config"):
+        yield "InputProcessor has no speculative_config"
 
 
 def _shared_differences() -> Iterator[Difference]:
@@ -178,6 +260,15 @@ def _syntax_nodes(owner: type, method: str) -> Iterator[ast.AST]:
             yield from ast.walk(ast.parse(source))
             if f"super().{method}(" not in source:
                 return
+
+
+def _attributes_of(owner: type, method: str, name: str) -> set[str]:
+    """Return the attributes that `owner.method` reads of the variable `name`."""
+    return {
+        node.attr
+        for node in _syntax_nodes(owner, method)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == name
+    }
 
 
 def _calls(owner: type, method: str, callee: str) -> bool:

@@ -70,7 +70,7 @@ def test_v1_batches(seed, dimensions):
     padded = torch.cat((batch_positions(rows), torch.zeros(5, dtype=torch.int64)))
     padded = in_dimensions(padded, dimensions)
     scheduled = {str(number): count for number, (_, _, count) in enumerate(rows)}
-    SparseBatch(CPU).rewrite(padded, requests, scheduled, requests)
+    SparseBatch(CPU, last=1 << 20).rewrite(padded, requests, scheduled, requests)
     for row in padded if dimensions else [padded]:
         assert row[:-5].tolist() == expected(rows)
         assert row[-5:].tolist() == [0] * 5
@@ -82,7 +82,7 @@ def test_v2_batches(seed, dimensions):
     from specprefill.engine.sparse.batch import SparseSlots
 
     rng = random.Random(seed)
-    state = SparseSlots(max_requests=16, device=CPU)
+    state = SparseSlots(max_requests=16, device=CPU, last=1 << 20)
     for slot in range(16):  # occupants of earlier requests must leave no trace
         state.occupy(slot, random_mapping(rng))
     rows = random_rows(rng, requests=6)

@@ -53,7 +53,8 @@ class ReplayingV2:
         lengths = torch.full((len(replays),), PROMPT, dtype=torch.int32)
         prompt_len = SimpleNamespace(np=lengths.numpy(), gpu=lengths)
         states = SimpleNamespace(device=CPU, vocab_size=VOCABULARY, prompt_len=prompt_len)
-        self._processor = ReplayTokensV2(None, states)
+        config = SimpleNamespace(num_speculative_tokens=0)
+        self._processor = ReplayTokensV2(config, states)
         for slot, replay in enumerate(replays):
             self._processor.add_request(slot, replay_params(replay))
         self._rows = len(replays)
@@ -142,7 +143,7 @@ def decode_step(rows, prompt):
     """Elements that a V2 step touches to rewrite `rows` sparse requests' one position each."""
     from specprefill.engine.sparse.batch import SparseSlots
 
-    slots = SparseSlots(max_requests=256, device=CPU)
+    slots = SparseSlots(max_requests=256, device=CPU, last=1 << 20)
     kept = np.arange(0, 2 * prompt, 2, dtype=np.int64)
     for slot in range(rows):
         slots.occupy(slot, PositionMap(kept, 2 * prompt))

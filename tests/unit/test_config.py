@@ -15,7 +15,7 @@ def test_two_models_are_enough():
     config = AppConfig.model_validate(LEAST)
     assert config.model.served_name == "main"
     assert config.selection.keep == 0.3
-    assert config.prefill == config.decode
+    assert config.prefill.model_dump() == config.decode.model_dump(exclude={"speculation"})
 
 
 def test_the_served_name_may_differ_from_the_path():
@@ -167,3 +167,40 @@ def test_the_model_and_the_mode_choose_how_prompts_are_sent(mode, support, usual
 def test_a_mode_that_the_model_cannot_have_is_refused(mode, support):
     with pytest.raises(UnsupportedModel, match=f"selection.mode.*'{mode}': a state"):
         prompt_modes(SelectionConfig(mode=mode), support)
+
+
+def test_speculation_is_off_unless_it_is_set():
+    pair = {"model": {"path": "m"}, "speculator": {"path": "s"}}
+    assert AppConfig.model_validate(pair).decode.speculation is None
+    found = AppConfig.model_validate({**pair, "decode": {"speculation": {}}}).decode.speculation
+    assert found is not None
+    assert (found.method, found.tokens) == ("ngram", 5)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (
+            {"decode": {"speculation": {"min_match": 4, "max_match": 3}}},
+            r"min_match \(4\) must not exceed max_match \(3\)",
+        ),
+        ({"decode": {"speculation": {"tokens": 0}}}, "greater than or equal to 1"),
+        ({"decode": {"speculation": {"method": "eagle"}}}, "'ngram'"),
+        (
+            {"decode": {"speculation": {}, "engine_args": {"enable_log_requests": True}}},
+            "enable_log_requests must not be set beside speculation",
+        ),
+        ({"prefill": {"speculation": {}}}, "Extra inputs are not permitted"),
+        (
+            {"decode": {"engine_args": {"speculative_config": {"method": "ngram"}}}},
+            "must not hold speculative_config: .* set decode.speculation",
+        ),
+        (
+            {"prefill": {"engine_args": {"speculative_config": {"method": "ngram"}}}},
+            "must not hold speculative_config",
+        ),
+    ],
+)
+def test_speculation_that_cannot_work_is_refused(section, message):
+    with pytest.raises(ValidationError, match=message):
+        AppConfig.model_validate({"model": {"path": "m"}, "speculator": {"path": "s"}, **section})

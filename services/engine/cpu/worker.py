@@ -19,6 +19,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from ..sparse.batch import SparseBatch
 from ..sparse.guard import refuse_unreadable_caches
 from ..sparse.positions_v1 import rewrite_positions
+from ..speculation.proposer_v1 import drafts_or_none, speculate_from_prompts
 from ..support import refuse_unsupported, support_of_config
 from ..vllm_internals import check_cpu_caches, check_v1_runner, step_positions
 from ..worker_rpc import KvRpc
@@ -29,7 +30,8 @@ class SparseCPUModelRunner(CPUModelRunner):  # type: ignore[misc]
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         super().__init__(vllm_config, device)
-        self.sparse_batch = SparseBatch(device)
+        self.sparse_batch = SparseBatch(device, last=self.max_model_len - 1)
+        speculate_from_prompts(self)
 
     def _preprocess(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         fields = super()._preprocess(scheduler_output, *args, **kwargs)
@@ -47,14 +49,14 @@ class SparseCPUModelRunner(CPUModelRunner):  # type: ignore[misc]
                 self.max_num_tokens, self.model_config.dtype, self.device
             )
 
-    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+    def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
         """Sample; seeded requests still in their prompt get their generator's state back.
 
         Their token is discarded. vLLM rewinds the generator by an offset, which generators
         on CPUs do not have: a seeded prompt of two chunks would crash the engine.
         """
         states = {row: one.get_state() for row, one in self._partial_generators().items()}
-        sampled = super()._sample(*args, **kwargs)
+        sampled = super()._sample(logits, drafts_or_none(spec_decode_metadata))
         for row, state in states.items():
             self.input_batch.generators[row].set_state(state)
         return sampled
@@ -120,6 +122,6 @@ class SparseCPUWorker(KvRpc, CPUWorker):  # type: ignore[misc]
         """
         super().load_model(*args, **kwargs)
         if self.use_v2_model_runner and support_of_config(self.vllm_config).keeps_positions:
-            from ..sparse.model_state import sparse_model_state  # see init_device
+            from ..sparse.model_state import make_sparse  # see init_device
 
-            self.model_runner.model_state = sparse_model_state(self.model_runner.model_state)
+            make_sparse(self.model_runner)

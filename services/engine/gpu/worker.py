@@ -16,8 +16,9 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from ..sparse.batch import SparseBatch
 from ..sparse.guard import refuse_unreadable_caches
-from ..sparse.model_state import check_runner_class, sparse_model_state
+from ..sparse.model_state import check_runner_class, make_sparse
 from ..sparse.positions_v1 import rewrite_positions
+from ..speculation.proposer_v1 import drafts_or_none, speculate_from_prompts
 from ..support import refuse_unsupported, support_of_config
 from ..vllm_internals import check_v1_runner, step_positions
 from ..worker_rpc import KvRpc
@@ -28,12 +29,16 @@ class SparseGPUModelRunner(GPUModelRunner):  # type: ignore[misc]
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         super().__init__(vllm_config, device)
-        self.sparse_batch = SparseBatch(device)
+        self.sparse_batch = SparseBatch(device, last=self.max_model_len - 1)
+        speculate_from_prompts(self)
 
     def _preprocess(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         fields = super()._preprocess(scheduler_output, *args, **kwargs)
         rewrite_positions(self, scheduler_output, step_positions(fields))
         return fields
+
+    def _sample(self, logits: Any, spec_decode_metadata: Any) -> Any:
+        return super()._sample(logits, drafts_or_none(spec_decode_metadata))
 
 
 class SparseGPUWorker(KvRpc, Worker):  # type: ignore[misc]
@@ -62,4 +67,4 @@ class SparseGPUWorker(KvRpc, Worker):  # type: ignore[misc]
         """
         super().load_model(*args, **kwargs)
         if self.use_v2_model_runner and support_of_config(self.vllm_config).keeps_positions:
-            self.model_runner.model_state = sparse_model_state(self.model_runner.model_state)
+            make_sparse(self.model_runner)

@@ -25,18 +25,23 @@ class _Sparse:
     def from_mapping(cls, mapping: PositionMap, device: torch.device) -> _Sparse:
         return cls(torch.from_numpy(mapping.kept).to(device), mapping.shift)
 
-    def rewrite(self, slots: torch.Tensor) -> None:
-        """Turn `slots`, `[n]` or `[rows, n]` integers, into positions, in place."""
+    def rewrite(self, slots: torch.Tensor, last: int) -> None:
+        """Turn `slots`, `[n]` or `[rows, n]` integers, into positions up to `last`, in place."""
         k = len(self.kept)
         inside = self.kept[slots.clamp(max=k - 1)]
-        slots.copy_(torch.where(slots < k, inside, slots + self.shift))
+        slots.copy_(torch.where(slots < k, inside, (slots + self.shift).clamp(max=last)))
 
 
 class SparseBatch:
-    """The sparse requests an engine's worker knows, by request id."""
+    """The sparse requests an engine's worker knows, by request id.
 
-    def __init__(self, device: torch.device) -> None:
+    No position exceeds `last`. Proposed tokens can lie beyond it where their request must end:
+    vLLM counts slots there. Such a token is never used.
+    """
+
+    def __init__(self, device: torch.device, last: int) -> None:
         self._device = device
+        self._last = last
         self._known: dict[str, _Sparse | None] = {}
 
     def forget(self, request_ids: Iterable[str]) -> None:
@@ -61,7 +66,7 @@ class SparseBatch:
             tokens = scheduled[request_id]
             sparse = self._lookup(request_id, requests)
             if sparse is not None:
-                sparse.rewrite(positions[..., offset : offset + tokens])
+                sparse.rewrite(positions[..., offset : offset + tokens], self._last)
             offset += tokens
 
     def _lookup(self, request_id: str, requests: Mapping[str, Any]) -> _Sparse | None:
@@ -79,11 +84,13 @@ class SparseSlots:
     """The sparse requests of the V2 model runner, by its persistent request slot.
 
     Output tokens, the bulk of a running batch, are shifted by one vectorised addition;
-    only requests still in their prompt are looked at one by one.
+    only requests still in their prompt are looked at one by one. No position exceeds `last`, as
+    in `SparseBatch`.
     """
 
-    def __init__(self, max_requests: int, device: torch.device) -> None:
+    def __init__(self, max_requests: int, device: torch.device, last: int) -> None:
         self._device = device
+        self._last = last
         self._shift = torch.zeros(max_requests, dtype=torch.int64, device=device)
         self._sparse: dict[int, _Sparse] = {}
 
@@ -117,6 +124,7 @@ class SparseSlots:
         ]
         shift = self._shift[slots]
         positions += torch.repeat_interleave(shift, starts.diff(), output_size=positions.shape[-1])
+        positions.clamp_(max=self._last)
         for sparse, view, original in in_prompt:
-            sparse.rewrite(original)
+            sparse.rewrite(original, self._last)
             view.copy_(original)

@@ -17,7 +17,8 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext
 from vllm.v1.worker.gpu.states import RequestState
 
 from ...core.errors import UnsupportedModel
-from ..params import positions_of
+from ..params import positions_of, whole_prompt
+from ..speculation.proposer_v2 import DeviceHistories, speculate_from_prompts
 from ..vllm_internals import check_v2_runner
 from .batch import SparseSlots
 
@@ -27,14 +28,20 @@ class SparseModelState(DefaultModelState):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._sparse_slots = SparseSlots(self.max_num_reqs, self.device)
+        self._sparse_slots = SparseSlots(self.max_num_reqs, self.device, self.max_model_len - 1)
+        self.histories: DeviceHistories | None = None  # of an engine that speculates
         # Captured CUDA graphs read this very buffer.
         self._positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=self.device)
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
-        """Remember the request's mapping."""
+        """Remember the request's mapping, and its whole prompt where proposals need it."""
         super().add_request(req_index, new_req_data)
-        self._sparse_slots.occupy(req_index, positions_of(new_req_data.sampling_params))
+        params = new_req_data.sampling_params
+        self._sparse_slots.occupy(req_index, positions_of(params))
+        if self.histories is not None and params is not None:
+            kept, tokens = new_req_data.prompt_token_ids, new_req_data.prefill_token_ids
+            prompt = whole_prompt(params, kept)
+            self.histories.enter(req_index, prompt, len(kept), tokens[len(kept) :])
 
     def prepare_inputs(
         self, input_batch: InputBatch, req_states: RequestState
@@ -80,12 +87,13 @@ def check_runner_class(runner: type) -> None:
         check_v2_runner(runner, state, InputBatch, LogitsContext)
 
 
-def sparse_model_state(state: Any) -> SparseModelState:
-    """Return the sparse counterpart of the model state that the runner has made.
+def make_sparse(runner: Any) -> None:
+    """Replace the model state that `runner` has made, and its speculator, if any.
 
     Raises UnsupportedModel for a model that brings its own state: its extra inputs may
     depend on positions in ways that are not known here.
     """
+    state = runner.model_state
     kinds: dict[type, type[SparseModelState]] = {
         DefaultModelState: SparseModelState,
         MambaHybridModelState: SparseHybridModelState,
@@ -94,4 +102,6 @@ def sparse_model_state(state: Any) -> SparseModelState:
     if kind is None:
         raise UnsupportedModel(f"{type(state).__name__}: no sparse positions for this model")
     encoder_cache = state.encoder_cache if state.supports_mm_inputs else None
-    return kind(state.vllm_config, state.model, encoder_cache, state.device)
+    sparse = kind(state.vllm_config, state.model, encoder_cache, state.device)
+    sparse.histories = speculate_from_prompts(runner)
+    runner.model_state = sparse

@@ -109,13 +109,21 @@ def test_a_model_without_positions_runs_in_text_mode(capsys, deployment, tmp_pat
 
 
 def test_an_option_that_one_engine_alone_has(capsys, deployment):
-    file = deployment(decode={"engine_args": {"speculative_config": {"method": "ngram"}}})
+    file = deployment(decode={"engine_args": {"kv_sharing_fast_prefill": True}})
     code, lines = report(capsys, file)
     assert code == 1
     assert starting(lines, "prefill").startswith("ok ")
     assert starting(lines, "decode") == (
-        "FAIL  decode: models/demo-main: speculative decoding does not know sparse positions"
+        "FAIL  decode: models/demo-main: kv_sharing_fast_prefill skips layers of the prompt whose "
+        "KV is handed over"
     )
+
+
+def test_a_decode_engine_that_speculates(capsys, deployment):
+    code, lines = report(capsys, deployment(decode={"speculation": {"tokens": 4}}))
+    assert code == 0
+    assert starting(lines, "decode speculation").endswith("up to 4 tokens a step")
+    assert not [line for line in lines if "prefill speculation" in line]
 
 
 def test_an_engine_argument_that_vllm_does_not_have(capsys, deployment):

@@ -6,7 +6,13 @@ import sys
 
 import pytest
 
-from specprefill.config import EngineConfig, KvConfig, MainModel
+from specprefill.config import (
+    DecodeConfig,
+    EngineConfig,
+    KvConfig,
+    MainModel,
+    SpeculationConfig,
+)
 from tests.contract import model_folders
 
 H100 = ("NVIDIA H100 80GB HBM3", 80 << 30)
@@ -202,3 +208,67 @@ def test_an_adapter_that_this_engine_lacks_may_be_elsewhere(tmp_path):
 
     with pytest.raises(Unavailable, match="the adapter new is not loaded here"):
         lora_request({}, "new")
+
+
+@pytest.fixture
+def speculating(tmp_path, monkeypatch):
+    """The arguments of a decode engine that speculates."""
+    from vllm.model_executor.models import registry
+
+    monkeypatch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
+    folder = model_folders.write("llama", tmp_path)
+
+    def build(speculation: SpeculationConfig | None):
+        from specprefill.engine.args import Role, engine_args
+
+        model = MainModel(path=str(folder), dtype="float32")
+        config = DecodeConfig(enforce_eager=True, speculation=speculation)
+        return engine_args(model, config, KvConfig(), Role.DECODE)
+
+    return build
+
+
+def test_speculation_reaches_the_v1_runner(speculating):
+    """Which refuses logits processors: the replay is added by the runner."""
+    from specprefill.engine.args import vllm_config
+    from specprefill.engine.support import refuse_unsupported
+
+    args = speculating(SpeculationConfig(tokens=4, min_match=2, max_match=6))
+    config = vllm_config(args)
+    assert not args.logits_processors
+    found = config.speculative_config
+    assert (found.method, found.num_speculative_tokens) == ("ngram", 4)
+    assert (found.prompt_lookup_min, found.prompt_lookup_max) == (2, 6)
+    assert found.uses_dynamic_speculative_decoding()
+    refuse_unsupported(config)
+
+
+def test_speculation_reaches_the_v2_runner(speculating, monkeypatch):
+    from vllm.config import VllmConfig
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VllmConfig, "use_v2_model_runner", property(_only_when_asked_by_us))
+        args = speculating(SpeculationConfig(tokens=4))
+    assert args.logits_processors == ["specprefill.engine.sparse.replay_v2:ReplayTokensV2"]
+    assert args.speculative_config["method"] == "ngram_gpu"
+    assert "num_speculative_tokens_per_batch_size" not in args.speculative_config
+
+
+def test_an_engine_that_does_not_speculate_has_the_replay_alone(speculating):
+    args = speculating(None)
+    assert args.speculative_config is None
+    assert args.logits_processors == ["specprefill.engine.sparse.replay:ReplayTokens"]
+
+
+def test_other_proposers_are_refused_at_the_start(speculating):
+    from specprefill.core.errors import UnsupportedModel
+    from specprefill.engine.args import vllm_config
+    from specprefill.engine.support import refuse_unsupported
+
+    args = speculating(None)
+    args.logits_processors = None
+    args.speculative_config = {
+        "method": "custom_class", "model": "somewhere.Proposer", "num_speculative_tokens": 2
+    }  # fmt: skip
+    with pytest.raises(UnsupportedModel, match="speculative decoding by custom_class"):
+        refuse_unsupported(vllm_config(args))

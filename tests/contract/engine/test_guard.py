@@ -140,7 +140,6 @@ def test_a_checkpoint_s_own_cache_dtype_is_seen(tmp_path):
 @pytest.mark.parametrize(
     ("argument", "value", "reason"),
     [
-        ("speculative_config", {"method": "ngram"}, "speculative decoding"),
         ("decode_context_parallel_size", 2, "decode context parallelism"),
         ("prefill_context_parallel_size", 2, "prefill context parallelism"),
         ("kv_sharing_fast_prefill", True, "kv_sharing_fast_prefill"),

@@ -189,3 +189,78 @@ def test_different_cpu_pages_are_refused(monkeypatch):
     monkeypatch.setattr(cpu_attn, "_get_attn_isa", _isa_of_dtype)
     with pytest.raises(IncompatibleVllm, match=r"takes \(dtype\) instead of"):
         check_cpu_caches()
+
+
+def check_v1_proposals(runner):
+    from specprefill.engine.vllm_internals import check_v1_speculation
+
+    check_v1_speculation(runner)
+
+
+def v2_proposal_parts():
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
+    from vllm.v1.worker.gpu.states import RequestState
+
+    return [GPUModelRunner, RequestState, NgramGPUSpeculator]
+
+
+def check_v2_proposals(*parts):
+    from specprefill.engine.vllm_internals import check_v2_speculation
+
+    check_v2_speculation(*parts)
+
+
+def test_the_installed_vllm_takes_other_proposers():
+    check_v1_proposals(v1_runner())
+    check_v2_proposals(*v2_proposal_parts())
+
+
+class ProposesElsewhere:
+    def __init__(self):
+        self.drafter = self.num_spec_tokens = self.effective_drafter_max_model_len = 1
+        self.input_batch = None
+
+    def propose_draft_token_ids(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    "difference",
+    [
+        "propose_draft_token_ids does not call drafter.propose",
+        "ProposesElsewhere has no _input_fits_in_drafter",
+        "ProposesElsewhere has no sample_tokens",
+    ],
+)
+def test_a_v1_runner_that_proposes_otherwise_is_refused(difference):
+    with pytest.raises(IncompatibleVllm, match=difference):
+        check_v1_proposals(ProposesElsewhere)
+
+
+class ReadsMore:
+    def __init__(self, vllm_config, device, req_states):
+        pass
+
+    def propose(self, input_batch):
+        req_states = self.req_states
+        return req_states.all_token_ids, req_states.total_len, req_states.draft_tokens
+
+
+class NoStates:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("place", "part", "difference"),
+    [
+        (0, V2WithoutState, "has no speculator"),
+        (1, NoStates, "NoStates has no total_len"),
+        (2, ReadsMore, "propose reads all_token_ids, draft_tokens, total_len of its states"),
+    ],
+)
+def test_a_v2_speculator_that_differs_is_refused(place, part, difference):
+    parts = v2_proposal_parts()
+    parts[place] = part
+    with pytest.raises(IncompatibleVllm, match=difference):
+        check_v2_proposals(*parts)

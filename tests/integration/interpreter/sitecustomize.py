@@ -34,15 +34,24 @@ def _with_tensor_ranges(patch_core):
     return patched
 
 
-def _with_boolean_masks(store):
+def _boolean(mask):
     """A mask is boolean; the interpreter's becomes an integer when a scalar is broadcast.
 
-    The kernel of structured output stores under such a mask.
+    The kernel of structured output stores under such a mask, the n-gram speculator's also loads.
     """
+    return interpreter.TensorHandle(mask.data.astype(np.bool_), mask.dtype)
 
+
+def _store_with_boolean_mask(store):
     def patched(self, pointers, value, mask, cache_policy):
-        boolean = interpreter.TensorHandle(mask.data.astype(np.bool_), mask.dtype)
-        return store(self, pointers, value, boolean, cache_policy)
+        return store(self, pointers, value, _boolean(mask), cache_policy)
+
+    return patched
+
+
+def _load_with_boolean_mask(load):
+    def patched(self, pointers, mask, other, cache_policy, is_volatile):
+        return load(self, pointers, _boolean(mask), other, cache_policy, is_volatile)
 
     return patched
 
@@ -50,4 +59,5 @@ def _with_boolean_masks(store):
 triton.backends.backends["cpu"] = SimpleNamespace(driver=_InterpretedDriver, compiler=None)
 interpreter._patch_lang_core = _with_tensor_ranges(interpreter._patch_lang_core)
 _builder = interpreter.InterpreterBuilder
-_builder.create_masked_store = _with_boolean_masks(_builder.create_masked_store)
+_builder.create_masked_store = _store_with_boolean_mask(_builder.create_masked_store)
+_builder.create_masked_load = _load_with_boolean_mask(_builder.create_masked_load)
