@@ -82,6 +82,17 @@ def check_v1_speculation(runner: type) -> None:
     _refuse(list(_v1_speculation_differences(runner)))
 
 
+def check_expanded_parameters(device: torch.device) -> None:
+    """Raise IncompatibleVllm unless a temperature reaches every proposed token of its request."""
+    from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens
+
+    given, ends = (torch.tensor(values, device=device) for values in ([0.5, 0.25], [2, 3]))
+    found = expand_batch_to_tokens(given, ends, 3).tolist()
+    if found != [0.5, 0.5, 0.25]:
+        _refuse(["sampling parameters are lost with proposals; engines on CPUs need "
+                 "SPECPREFILL_CPU_ENGINE=1"])  # fmt: skip
+
+
 def check_v2_speculation(runner: type, states: type, speculator: type) -> None:
     """Check V2's request states and its n-gram speculator likewise."""
     _refuse(list(_v2_speculation_differences(runner, states, speculator)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from vllm.platforms.cpu import CpuPlatform
 
 if TYPE_CHECKING:  # vllm.config imports the platform
@@ -30,3 +31,36 @@ class CpuEnginePlatform(CpuPlatform):  # type: ignore[misc]
         model = vllm_config.model_config
         if model is not None and model.use_mla:
             vllm_config.compilation_config.custom_ops.append("-rotary_embedding")
+
+    @classmethod
+    def register_triton_kernel_overrides(cls) -> None:
+        """Register vLLM's kernels on CPUs, and a right one that expands sampling parameters.
+
+        vLLM's converts every tensor to integers, the result to a copy that is lost: proposals of
+        sampled requests would be checked at temperatures of uninitialised memory.
+        """
+        super().register_triton_kernel_overrides()
+        from vllm.triton_utils import HAS_TRITON
+        from vllm.triton_utils.dispatcher import register_kernels
+
+        if not HAS_TRITON:
+            register_kernels({"vllm.v1.sample.rejection_sampler.expand_kernel": expand_kernel})
+
+
+def expand_kernel(
+    output: torch.Tensor,
+    values: torch.Tensor,
+    ends: torch.Tensor,
+    replace_from: float,
+    replace_to: float,
+    max_tokens: int | None = None,
+) -> None:
+    """Write each request's value once per proposed token, as vLLM's Triton kernel does.
+
+    `output` is `[tokens]`, `values` and `ends` are `[requests]`; `ends` counts the tokens of a
+    request and of those before it. Values of `replace_from` become `replace_to`.
+    """
+    del max_tokens
+    counts = ends.diff(prepend=ends.new_zeros(1)).long()
+    replaced = values.masked_fill(values == replace_from, replace_to)
+    output.copy_(replaced.repeat_interleave(counts))

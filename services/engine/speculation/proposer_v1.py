@@ -10,13 +10,18 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from vllm.config import VllmConfig
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.spec_decode.ngram_proposer import NgramProposer
 
 from ..sparse.replay import ReplayTokens
-from ..vllm_internals import check_v1_speculation, take_every_logits_processor
+from ..vllm_internals import (
+    check_expanded_parameters,
+    check_v1_speculation,
+    take_every_logits_processor,
+)
 from .history import TokenHistories, in_batch_order
 
 
@@ -24,6 +29,7 @@ class DraftingRunner(Protocol):
     """A V1 model runner of an engine that speculates."""
 
     vllm_config: VllmConfig
+    device: torch.device
     drafter: Any
     input_batch: Any
     requests: dict[str, Any]
@@ -99,6 +105,7 @@ def speculate_from_prompts(runner: DraftingRunner) -> None:
     if runner.vllm_config.speculative_config is None:
         return
     check_v1_speculation(type(runner))
+    check_expanded_parameters(runner.device)
     take_every_logits_processor(runner, ReplayTokens)
     # The proposer keeps to the longest length itself; beyond it vLLM proposes token 0 to all.
     runner.effective_drafter_max_model_len += runner.num_spec_tokens

@@ -207,3 +207,17 @@ def test_no_proposal_exceeds_the_longest_text(make_proposer):
     runner.add("one", prompt, chosen, params(prompt, chosen))
     assert runner.step(proposer, {"one": [1, 2, 3, 4, 5, 6, 7, 8, 9]}) == {"one": [10, 11, 12]}
     assert runner.step(proposer, {"one": [10, 11, 12]}) == {"one": []}
+
+
+def test_sampling_parameters_reach_every_proposed_token():
+    import torch
+
+    from specprefill.engine.cpu.platform import expand_kernel
+
+    for values, wanted in (
+        (torch.tensor([0.5, 0.0, 0.7]), [0.5, 0.5, 0.7]),
+        (torch.tensor([9, 8, 7], dtype=torch.int32), [9, 9, 7]),
+    ):
+        output = torch.empty(3, dtype=values.dtype)
+        expand_kernel(output, values, torch.tensor([2, 2, 3]), 0, 1)
+        assert output.tolist() == pytest.approx(wanted)
