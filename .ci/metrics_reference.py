@@ -219,7 +219,8 @@ vLLM exports its own metrics from every prefill and decode engine
 `ray_vllm_num_preemptions_total` and `ray_vllm_request_prefill_time_seconds`. With
 `decode.speculation` also `ray_vllm_spec_decode_num_drafts_total` (proposals),
 `ray_vllm_spec_decode_num_draft_tokens_total` and `ray_vllm_spec_decode_num_accepted_tokens_total`:
-accepted over draft tokens is the acceptance, accepted tokens over drafts plus one the tokens a step.
+accepted over draft tokens is the acceptance, accepted tokens over drafts plus one the tokens a
+step.
 """
 WATCH = """\
 ## What to watch
