@@ -53,16 +53,18 @@ class TokenHistories:
     ) -> int | None:
         """Append a request's new tokens; return its row, or None if it gets no proposals now.
 
-        `slots` is `[n]`: the `prompt_tokens` kept tokens and every output token so far.
+        `slots` is `[n]`: the `prompt_tokens` kept tokens and every output token so far. A step may
+        accept more tokens than the answer may have: those beyond the longest length are left out.
         """
         if request_id not in self._places:
             self._places[request_id] = self._enter(params, slots[:prompt_tokens])
         place = self._places[request_id]
         if place is None:
             return None
-        known = int(self.lengths[place.row]) - place.shift
-        self.tokens[place.row, known + place.shift : len(slots) + place.shift] = slots[known:]
-        self.lengths[place.row] = len(slots) + place.shift
+        start = int(self.lengths[place.row])
+        stop = min(len(slots) + place.shift, self.tokens.shape[1])
+        self.tokens[place.row, start:stop] = slots[start - place.shift : stop - place.shift]
+        self.lengths[place.row] = stop
         return place.row if len(slots) - place.prompt >= place.proposes_from else None
 
     def _enter(self, params: SamplingParams, kept: Tokens) -> _HistoryRow | None:
