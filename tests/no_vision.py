@@ -1,12 +1,14 @@
 """Lets vLLM's vision-language classes be imported where torchvision is not installed.
 
 The CPU build's environment has no torchvision that fits its torch, and these classes import it for
-images. Prompts of text alone never use it: its names are there, and raise where one is called.
+images. Prompts of text alone never use it: its names are there, and raise where one is called. With
+torchvision's wheel unpacked on the `PYTHONPATH`, engines of these classes can be started, too.
 """
 
 from __future__ import annotations
 
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -45,3 +47,21 @@ def _module(name: str) -> ModuleType:
     module.__spec__ = ModuleSpec(name, loader=None, is_package=True)
     module.__getattr__ = _Absent(name).__getattr__  # type: ignore[method-assign]
     return module
+
+
+def _declare_operators() -> None:
+    """Declare the operators that torchvision asks for when it is imported.
+
+    Its own are compiled for CUDA's build of torch and do not load beside the CPU's. This must come
+    before the import, so whoever needs both imports this module first.
+    """
+    import torch
+
+    if torch.version.cuda is None:
+        for name in ("nms", "qnms"):
+            schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            torch.library.define(f"torchvision::{name}", schema)
+
+
+if find_spec("torchvision") is not None:
+    _declare_operators()

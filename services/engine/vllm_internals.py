@@ -24,7 +24,6 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.request import Request
 from vllm.v1.sample.logits_processor import build_logitsprocs
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
-from vllm.v1.spec_decode.ngram_proposer import NgramProposer
 from vllm.version import __version__ as vllm_version
 
 from ..core.errors import IncompatibleVllm
@@ -173,6 +172,8 @@ def _v2_differences(
 
 
 def _v1_speculation_differences(runner: type) -> Iterator[Difference]:
+    from vllm.v1.spec_decode.ngram_proposer import NgramProposer  # imports numba: see runner_v1
+
     for name in ("drafter", "num_spec_tokens", "effective_drafter_max_model_len", "input_batch"):
         if not _assigns(runner, "__init__", f"self.{name}"):
             yield f"{runner.__name__} has no {name}"

@@ -21,6 +21,7 @@ from ..core.errors import LeaseNotFound
 from .frames import SealedFrame
 
 UNCLAIMED_S = 5.0
+_OVERTAKEN_S = 2.0  # from a pull to the opening of its lease, at most
 _TOMBSTONES = 4096
 
 
@@ -74,6 +75,7 @@ class LeaseStore:
         self._now = now
         self._lock = threading.RLock()
         self._emptied = threading.Condition(self._lock)
+        self._opened = threading.Condition(self._lock)
         self._leases: dict[str, _Lease] = {}
         self._gone: OrderedDict[str, str] = OrderedDict()  # lease id -> why it is gone
         self._bytes_held = 0
@@ -87,6 +89,7 @@ class LeaseStore:
             if lease_id not in self._leases and lease_id not in self._gone:
                 self._leases[lease_id] = _Lease(secret, threading.Condition(self._lock))
                 self._totals["opened"] += 1
+                self._opened.notify_all()
 
     def append(self, lease_id: str, frame: SealedFrame, *, last: bool) -> None:
         """Hold one more frame; a lease that is gone swallows it.
@@ -124,11 +127,13 @@ class LeaseStore:
     ) -> Generator[SealedFrame, None, None]:
         """Yield every frame in order, waiting for those still being computed.
 
+        An unknown lease is waited for a moment: its ticket may have overtaken the order to open it.
+
         Raises LeaseNotFound when the lease is unknown, gone, or not complete within
         `timeout_s`, or when the secret is wrong.
         """
         give_up_s = self._now() + timeout_s
-        lease = self._start_reading(lease_id, secret)
+        lease = self._start_reading(lease_id, secret, min(timeout_s, _OVERTAKEN_S))
         sent, whole = 0, False
         try:
             while not whole:
@@ -214,8 +219,11 @@ class LeaseStore:
                 self._emptied.wait(left_s)
             return True
 
-    def _start_reading(self, lease_id: str, secret: str) -> _Lease:
+    def _start_reading(self, lease_id: str, secret: str, patience_s: float) -> _Lease:
         with self._lock:
+            self._opened.wait_for(
+                lambda: lease_id in self._leases or lease_id in self._gone, patience_s
+            )
             lease = self._leases.get(lease_id)
             if lease is None or not hmac.compare_digest(lease.secret, secret):
                 raise LeaseNotFound(f"lease {lease_id}: {self._gone.get(lease_id, 'unknown')}")

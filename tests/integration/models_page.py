@@ -65,7 +65,8 @@ def _environment(runner: str) -> dict[str, str]:
     if runner == "v2":
         environment["TRITON_INTERPRET"] = "1"
         environment["TORCHDYNAMO_DISABLE"] = "1"  # nothing compiles to an interpreted kernel
-        environment["PYTHONPATH"] = str(Path(__file__).with_name("interpreter"))
+        paths = (str(Path(__file__).with_name("interpreter")), environment.get("PYTHONPATH"))
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return environment
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers as hf
+from transformers.utils import is_torchvision_available
 
 from specprefill.core.model_modes import Mode
 
@@ -73,6 +74,10 @@ class Architecture:
         path = folder / self.name
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
+        if hasattr(config, "vision_config") and is_torchvision_available():
+            hf.Qwen2VLImageProcessor().save_pretrained(path)
+            generation = 3 if self.name.startswith("qwen3") else 2
+            getattr(hf, f"Qwen{generation}VLVideoProcessor")().save_pretrained(path)
         if self.quantisation is not None:
             quantise(path, self.quantisation)
         return path
@@ -142,7 +147,7 @@ def _opt(vocabulary: int) -> hf.PreTrainedConfig:
 def _bloom(vocabulary: int) -> hf.PreTrainedConfig:
     return hf.BloomConfig(
         vocab_size=vocabulary, hidden_size=128, n_layer=3, n_head=4, initializer_range=0.08,
-        bos_token_id=1, eos_token_id=1, seq_length=LENGTH, tie_word_embeddings=False,
+        bos_token_id=1, eos_token_id=1, seq_length=LENGTH, tie_word_embeddings=True,
     )  # fmt: skip
 
 
@@ -254,11 +259,6 @@ _EXACT = (
     Architecture("hunyuan", "Hunyuan dense", Mode.EXACT,
                  _of("HunYuanDenseV1Config", head_dim=32)),
     Architecture(
-        "minimax-m2", "MiniMax M2", Mode.EXACT,
-        _of("MiniMaxM2Config", head_dim=32, num_local_experts=4, num_experts_per_tok=2,
-            rotary_dim=16, intermediate_size=64),
-    ),
-    Architecture(
         "falcon", "Falcon 7B, 40B, 180B", Mode.EXACT,
         _falcon(new_decoder_architecture=True, num_kv_heads=2, alibi=False),
     ),
@@ -285,7 +285,7 @@ _MROPE = (
     Architecture(
         "qwen2-vl", "Qwen2-VL", Mode.EXACT,
         _vision("Qwen2VLConfig", _TOWER, {"mrope_section": [4, 6, 6]}),
-        "Qwen2VLForConditionalGeneration", "text prompts; needs torchvision",
+        "Qwen2VLForConditionalGeneration", "text prompts",
     ),
     Architecture(
         "qwen2-5-vl", "Qwen2.5-VL", Mode.EXACT,
@@ -295,7 +295,7 @@ _MROPE = (
              "out_hidden_size": 128, "fullatt_block_indexes": [0]},
             {"mrope_section": [4, 6, 6]},
         ),
-        "Qwen2_5_VLForConditionalGeneration", "text prompts; needs torchvision",
+        "Qwen2_5_VLForConditionalGeneration", "text prompts",
     ),
     Architecture(
         "qwen3-vl", "Qwen3-VL", Mode.EXACT,
@@ -306,7 +306,7 @@ _MROPE = (
             {"mrope_section": [6, 5, 5], "mrope_interleaved": True},
             head_dim=32,
         ),
-        "Qwen3VLForConditionalGeneration", "text prompts; needs torchvision",
+        "Qwen3VLForConditionalGeneration", "text prompts",
     ),
 )  # fmt: skip
 
@@ -413,10 +413,6 @@ _HYBRID = (
 
 _TEXT = (
     Architecture("bloom", "BLOOM", Mode.TEXT, _bloom, note="ALiBi"),
-    Architecture("falcon-alibi", "Falcon-RW", Mode.TEXT,
-                 _falcon(alibi=True, multi_query=False, parallel_attn=False,
-                         new_decoder_architecture=False),
-                 note="ALiBi"),
 )  # fmt: skip
 
 CATALOGUE = (*_EXACT, *_QUANTISED, *_MROPE, *_MLA, *_HYBRID, *_WINDOWED, *_TEXT)

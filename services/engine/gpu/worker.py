@@ -18,7 +18,7 @@ from ..sparse.batch import SparseBatch
 from ..sparse.guard import refuse_unreadable_caches
 from ..sparse.model_state import check_runner_class, make_sparse
 from ..sparse.positions_v1 import rewrite_positions
-from ..speculation.proposer_v1 import drafts_or_none, speculate_from_prompts
+from ..speculation.runner_v1 import drafts_or_none, speculate_from_prompts
 from ..support import refuse_unsupported, support_of_config
 from ..vllm_internals import check_v1_runner, step_positions
 from ..worker_rpc import KvRpc

@@ -7,34 +7,14 @@ history's length at each step. What it searches is not the engine's own tokens.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from vllm.config import VllmConfig
-from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.spec_decode.ngram_proposer import NgramProposer
 
-from ..sparse.replay import ReplayTokens
-from ..vllm_internals import (
-    check_expanded_parameters,
-    check_v1_speculation,
-    take_every_logits_processor,
-)
 from .history import TokenHistories, in_batch_order
-
-
-class DraftingRunner(Protocol):
-    """A V1 model runner of an engine that speculates."""
-
-    vllm_config: VllmConfig
-    device: torch.device
-    drafter: Any
-    input_batch: Any
-    requests: dict[str, Any]
-    num_spec_tokens: int
-    effective_drafter_max_model_len: int
+from .runner_v1 import DraftingRunner
 
 
 class PromptProposer(NgramProposer):  # type: ignore[misc]
@@ -94,28 +74,3 @@ class PromptProposer(NgramProposer):  # type: ignore[misc]
         histories = self._histories
         rows = len(histories.lengths)
         self.batch_propose(rows, [0], histories.lengths, histories.tokens, self.k)
-
-
-def speculate_from_prompts(runner: DraftingRunner) -> None:
-    """Replace the proposer that vLLM has made for `runner`, if any.
-
-    Rows without proposals are sampled with every logits processor, among them the replay;
-    requests that need more than vLLM's own get no proposals.
-    """
-    if runner.vllm_config.speculative_config is None:
-        return
-    check_v1_speculation(type(runner))
-    check_expanded_parameters(runner.device)
-    take_every_logits_processor(runner, ReplayTokens)
-    # The proposer keeps to the longest length itself; beyond it vLLM proposes token 0 to all.
-    runner.effective_drafter_max_model_len += runner.num_spec_tokens
-    if hasattr(runner, "drafter"):  # the last pipeline stage
-        runner.drafter = PromptProposer(runner)
-
-
-def drafts_or_none(metadata: SpecDecodeMetadata | None) -> SpecDecodeMetadata | None:
-    """Return None for a step that checks no proposed token: it is sampled as any other.
-
-    vLLM's rejection sampler fails on no tokens, on CPUs, where a request asks for `top_k`.
-    """
-    return metadata if metadata is not None and any(metadata.num_draft_tokens) else None

@@ -210,3 +210,20 @@ def test_a_lease_knows_how_long_it_has_been_complete(store, clock):
     assert store.complete_for_s("a") == 1.5
     store.release("a", "secret")
     assert store.complete_for_s("a") is None
+
+
+def test_a_pull_that_overtakes_the_opening_of_its_lease_waits_for_it(store):
+    """The ticket goes another way than the order to hold."""
+    pulled = []
+    puller = threading.Thread(
+        target=lambda: pulled.extend(store.stream("late", "secret", timeout_s=10))
+    )
+    puller.start()
+    hold(store, "late")
+    puller.join(10)
+    assert [frame.layer for frame in pulled] == [0, 1]
+
+
+def test_a_lease_that_was_never_opened_is_not_found_in_a_moment(store):
+    with pytest.raises(LeaseNotFound, match="unknown"):
+        list(store.stream("never", "secret", timeout_s=0.05))
