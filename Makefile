@@ -39,8 +39,12 @@ serve: $(INSTALLED) ## Serve the demo pair on this machine until Ctrl-C
 ##@ Tests
 
 .PHONY: test
-test: $(INSTALLED) ## Run every test: unit, contract, integration, end to end
+test: $(INSTALLED) ## Run the tests: unit, contract, integration, end to end
 	@$(PY) -m pytest
+
+.PHONY: test-thorough
+test-thorough: $(INSTALLED) ## Run the longer repetitions that `make test` leaves out
+	@$(PY) -m pytest -m thorough
 
 .PHONY: test-unit
 test-unit: $(INSTALLED) ## Run the fast tests only

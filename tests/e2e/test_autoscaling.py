@@ -173,6 +173,7 @@ def decided(status, pool="Prefill"):
     return next(each for each in status.pools if each.name == pool)
 
 
+@pytest.mark.thorough
 def test_an_advisory_policy_changes_nothing_and_the_status_shows_what_it_would_do(cluster):
     cluster.deploy(args={**ARGS, "scaling": {**ARGS["scaling"], "advisory": True}})
     before = cluster.sizes()

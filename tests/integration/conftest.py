@@ -43,6 +43,11 @@ class Runner(enum.StrEnum):
     V2 = "v2"
 
 
+# Both runners, where other modules show the same of the V2 runner in less time: every step of it
+# takes tens of milliseconds in Triton's interpreter.
+V2_THOROUGHLY = (Runner.V1, pytest.param(Runner.V2, marks=pytest.mark.thorough))
+
+
 def pytest_generate_tests(metafunc):
     """Tests that use `engines` run on the runners that their module names in RUNNERS."""
     if "engines" in metafunc.fixturenames:

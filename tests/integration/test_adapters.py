@@ -18,8 +18,8 @@ from specprefill.prefill.service import PrefillService
 
 from .conftest import (
     BLOCK_SIZE,
+    V2_THOROUGHLY,
     Engines,
-    Runner,
     answer,
     greedy_reference,
     kept,
@@ -76,7 +76,7 @@ def adapters(merged, tmp_path_factory):
     return folders
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="session", params=Runner)
+@pytest_asyncio.fixture(scope="module", loop_scope="session", params=V2_THOROUGHLY)
 async def adapting(request, model_dir, adapters):
     """A prefill and a decode engine with both adapters."""
     paths = {name: str(folder) for name, folder in adapters.items()}

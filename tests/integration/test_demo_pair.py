@@ -146,7 +146,10 @@ async def answered(engine, needle, selection, name) -> bool:
 
 
 @pytest.mark.asyncio(loop_scope="session")
-@pytest.mark.parametrize(("length", "count", "wanted"), [(2048, 40, 0.95), (4096, 20, 0.90)])
+@pytest.mark.parametrize(
+    ("length", "count", "wanted"),
+    [(2048, 40, 0.95), pytest.param(4096, 20, 0.90, marks=pytest.mark.thorough)],
+)
 async def test_dense_answers_are_right(main_engine, tokenizer, length, count, wanted):
     needles = [Needle(1000 + seed, length, tokenizer) for seed in range(count)]
     whole = [kept(len(needle.ids), Span(0, len(needle.ids))) for needle in needles]

@@ -8,9 +8,9 @@ import pytest
 from specprefill.core.errors import DeadlineExceeded, InvalidRequest
 from specprefill.core.types import Carrier, PrefillResult, Span, Ticket
 
-from .conftest import BLOCK_SIZE, Runner, answer, kept, prompt_of, text
+from .conftest import BLOCK_SIZE, V2_THOROUGHLY, answer, kept, prompt_of, text
 
-RUNNERS = tuple(Runner)
+RUNNERS = V2_THOROUGHLY
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="session")]
 

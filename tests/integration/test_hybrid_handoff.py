@@ -15,7 +15,7 @@ from specprefill.engine.engine import Engine
 from specprefill.kv.rpc import KvPeers
 from specprefill.prefill.service import PrefillService
 
-from .conftest import MODELS, Engines, Runner, answer, kept, prompt_of, starting
+from .conftest import MODELS, V2_THOROUGHLY, Engines, answer, kept, prompt_of, starting
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="session")]
 
@@ -89,7 +89,7 @@ def expected(hybrid_model):
     return generate
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="session", params=list(Runner))
+@pytest_asyncio.fixture(scope="module", loop_scope="session", params=V2_THOROUGHLY)
 async def hybrids(request, hybrid_model):
     """A prefill and a decode engine on each model runner."""
     model = MainModel(path=hybrid_model, dtype="float32", max_model_len=2048)

@@ -19,9 +19,9 @@ from specprefill.engine.engine import Engine
 from specprefill.kv.tls import read_tls
 from specprefill.prefill.service import PrefillService
 
-from .conftest import BLOCK_SIZE, Runner, answer, kept, prompt_of, starting
+from .conftest import BLOCK_SIZE, V2_THOROUGHLY, answer, kept, prompt_of, starting
 
-RUNNERS = tuple(Runner)
+RUNNERS = V2_THOROUGHLY
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="session")]
 

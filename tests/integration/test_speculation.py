@@ -19,9 +19,9 @@ from specprefill.decode.service import DecodeService
 from specprefill.engine.args import Role, engine_args
 from specprefill.engine.engine import Engine
 
-from .conftest import BLOCK_SIZE, Runner, answer, kept, prompt_of, starting, text
+from .conftest import BLOCK_SIZE, V2_THOROUGHLY, Runner, answer, kept, prompt_of, starting, text
 
-RUNNERS = tuple(Runner)
+RUNNERS = V2_THOROUGHLY
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="session")]
 
