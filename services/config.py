@@ -413,6 +413,12 @@ class AppConfig(Strict):
     scaling: ScalingConfig = ScalingConfig()
     quality: QualityConfig = QualityConfig()
 
+    @field_validator("decode", mode="before")
+    @classmethod
+    def _as_prefill(cls, value: Any) -> Any:
+        """Take a prefill engine's configuration, too: engines of one shape share it."""
+        return value.model_dump() if type(value) is EngineConfig else value
+
     @model_validator(mode="after")
     def _same_caches(self) -> Self:
         """Require one KV format: decode refuses any other than its own, whatever the prompt."""

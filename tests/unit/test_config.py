@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from specprefill.config import AppConfig, MainModel, SelectionConfig, local_path
+from specprefill.config import AppConfig, EngineConfig, MainModel, SelectionConfig, local_path
 from specprefill.control.from_config import net_gain, planner, prompt_modes
 from specprefill.core.errors import UnsupportedModel
 from specprefill.core.model_modes import Mode, Support
@@ -204,3 +204,9 @@ def test_speculation_is_off_unless_it_is_set():
 def test_speculation_that_cannot_work_is_refused(section, message):
     with pytest.raises(ValidationError, match=message):
         AppConfig.model_validate({"model": {"path": "m"}, "speculator": {"path": "s"}, **section})
+
+
+def test_both_pools_can_share_an_engines_configuration():
+    engine = EngineConfig(block_size=32, engine_args={"seed": 1})
+    config = AppConfig.model_validate({**LEAST, "prefill": engine, "decode": engine})
+    assert config.decode.model_dump(exclude={"speculation"}) == engine.model_dump()
