@@ -12,8 +12,8 @@ from typing import Any
 from ..control.scaling.values import Engines, Pool, Slo
 from ..control.stages import Curve, StageCurves
 from ..lab.reporting.tables import markdown, provenance, write_json
-from ..lab.simulation import page
-from ..lab.simulation.pools import plans
+from ..lab.simulation import hardware, page
+from ..lab.simulation.pools import PoolPlan, plans
 from ..lab.simulation.scenarios import (
     COLD_START_S,
     ENGINES,
@@ -96,7 +96,7 @@ def _add_plan(commands: Any) -> None:
         help="pool sizes and cost for a steady load",
         description="The cheapest pool sizes that meet an SLO at a steady load, per keep rate.",
     )
-    _add_load(plan, qps=10.0)
+    _add_load(plan, qps=10.0, default_engines=hardware.ENGINES)
     plan.add_argument(
         "--keep", type=float, nargs="+", default=list(KEEPS), metavar="RATE",
         help="keep rates to compare (default: %(default)s)",
@@ -106,10 +106,17 @@ def _add_plan(commands: Any) -> None:
         metavar=("SPECULATOR", "PREFILL", "DECODE"),
         help="cost of one replica of each pool, e.g. its GPUs (default: 1 4 4)",
     )  # fmt: skip
+    plan.add_argument(
+        "--kv", type=float, nargs=3, metavar=("KIB_PER_TOKEN", "GIB", "GB_PER_S"),
+        help="keys and values: of one token; room of one decode replica; what it pulls in a "
+        "second (default: a 70B model on four H100, over gRPC)",
+    )  # fmt: skip
     plan.set_defaults(run=run_plan)
 
 
-def _add_load(command: argparse.ArgumentParser, qps: float) -> None:
+def _add_load(
+    command: argparse.ArgumentParser, qps: float, default_engines: Engines = ENGINES
+) -> None:
     command.add_argument(
         "--qps", type=float, default=qps, help="mean requests per second (default: %(default)g)"
     )
@@ -126,7 +133,7 @@ def _add_load(command: argparse.ArgumentParser, qps: float) -> None:
         help="share of requests that must meet the SLO (default: %(default)g)",
     )  # fmt: skip
     command.add_argument(
-        "--engines", type=engines, default=ENGINES, metavar="FILE",
+        "--engines", type=engines, default=default_engines, metavar="FILE",
         help="JSON with learnt stage curves (default: an 8B speculator before a 70B model)",
     )  # fmt: skip
 
@@ -154,24 +161,51 @@ def run_simulate(args: argparse.Namespace) -> int:
 
 
 def run_plan(args: argparse.Namespace) -> int:
-    """Print one row per keep rate."""
+    """Print one row per keep rate.
+
+    Raises Misused where no decode replica has room for the requests, at any of the rates.
+    """
     if args.qps <= 0.0 or not all(0.0 < keep <= 1.0 for keep in args.keep):
         raise Misused("specprefill plan: --qps must be above 0, and --keep within (0, 1]")
     costs = dict(zip(Pool, args.costs, strict=True))
-    found = plans(args.qps, args.lengths, args.keep, args.engines, _slo(args), costs)
-    headers = ("keep", "speculator", "prefill", "decode", "cost", "expected share", "meets the SLO")
+    kv = _kv_limits(args)
+    found = plans(args.qps, args.lengths, args.keep, args.engines, _slo(args), costs, kv)
+    shortest = min(each.long_tokens for each in found)
+    if shortest > kv.longest_tokens:
+        raise Misused(
+            f"specprefill plan: one in a hundred requests keeps and answers more than {shortest} "
+            f"tokens, and a decode replica has room for {kv.longest_tokens}: more memory for keys "
+            "and values (--kv), or a lower --keep"
+        )
+    headers = ("keep", *Pool, "decode is bound by", "cost", "expected share", "meets the SLO")
     rows = [
         [
             f"{each.keep:g}",
             *(str(each.sizes.of(pool)) for pool in Pool),
+            str(each.bound),
             f"{each.cost:g}",
             f"{each.sizes.share:.4f}",
-            "yes" if each.reachable else "no size does",
+            _verdict(each, kv),
         ]
         for each in found
     ]
     print(markdown(headers, rows))
     return 0
+
+
+def _verdict(plan: PoolPlan, kv: hardware.KvLimits) -> str:
+    if not plan.fits:
+        return f"no replica holds {plan.long_tokens} tokens, at most {kv.longest_tokens}"
+    return "yes" if plan.reachable else "no size does"
+
+
+def _kv_limits(args: argparse.Namespace) -> hardware.KvLimits:
+    if args.kv is None:
+        return hardware.KvLimits()
+    if min(args.kv) <= 0.0:
+        raise Misused("specprefill plan: --kv must be above 0")
+    token_kib, room_gib, pulled_gb = args.kv
+    return hardware.KvLimits(token_kib * 1024, room_gib * (1 << 30), pulled_gb * 1e9)
 
 
 def lengths(text: str) -> Lengths:

@@ -52,9 +52,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         counted.plans.append(request)
         return plan(self, request)
 
-    def digested(*args: Any) -> Any:
+    def digested(*args: Any, **named: Any) -> Any:
         counted.digested += 1
-        return digest(*args)
+        return digest(*args, **named)
 
     monkeypatch.setattr(Planner, "plan", planned)
     monkeypatch.setattr(prefix_digests, "prefix_digests", digested)

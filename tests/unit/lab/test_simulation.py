@@ -229,9 +229,9 @@ def test_the_command_writes_table_json_and_page(tmp_path, capsys):
 def test_the_plan_shows_what_a_lower_keep_rate_saves(capsys):
     assert main(["plan", "--slo", "2.5", "--qps", "20", "--lengths", "12000:0.5,200"]) == 0
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
-    costs = {float(row[0]): float(row[4]) for row in rows}
+    costs = {float(row[0]): float(row[5]) for row in rows}
     assert costs[0.1] < costs[0.3] < costs[0.5]
-    assert "no size does" in rows[0][6]  # dense, the prompts themselves take too long
+    assert "no size does" in rows[0][7]  # dense, the prompts themselves take too long
 
 
 @pytest.mark.parametrize("arguments", [["plan", "--qps", "0"], ["simulate", "missing.jsonl"]])
