@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 class Mode(enum.StrEnum):
-    """How prompts of a main model are pruned."""
+    """The way in which prompts of a main model are pruned."""
 
     EXACT = "exact"  # kept tokens attend to each other at their original positions
     WINDOWED = "windowed"  # likewise, and a window or chunk of some layers counts kept tokens

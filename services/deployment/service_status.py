@@ -30,7 +30,7 @@ class PoolStatus:
 
 @dataclass(frozen=True, slots=True)
 class SloStatus:
-    """How many requests had their first token in time."""
+    """The requests that had their first token in time."""
 
     ttft_s: float
     wanted: float | None  # share of the requests

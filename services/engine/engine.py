@@ -107,7 +107,7 @@ class Engine:
 
     @property
     def speculates(self) -> bool:
-        """Whether proposals are made, for which a request may carry its dropped tokens."""
+        """True if proposals are made, for which a request may carry its dropped tokens."""
         return self._running().vllm_config.speculative_config is not None
 
     def max_model_len(self) -> int:

@@ -19,7 +19,7 @@ from .sizes import PoolSizes, Timeouts, gib
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What the caller asks for; None: chosen here."""
+    """The caller's wishes; None: chosen here."""
 
     model: str
     speculator: str | None = None

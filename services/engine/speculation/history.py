@@ -20,7 +20,7 @@ _EPSILON = 1e-5  # vLLM's: temperatures and min_p below are zero
 
 @dataclass(frozen=True, slots=True)
 class _HistoryRow:
-    """Where a request's tokens are."""
+    """The place of a request's tokens."""
 
     row: int
     prompt: int  # k: kept tokens

@@ -1,4 +1,4 @@
-"""How a V1 model runner comes to propose from whole prompts.
+"""Makes a V1 model runner propose from whole prompts.
 
 vLLM's proposer, and with it numba, is imported only where it is used: at the start of an engine in
 a process that has numba already, vLLM's search for Triton kernels fails on one of numba's objects.

@@ -1,4 +1,4 @@
-"""What `specprefill plan` assumes of the machines, where no engines were measured.
+"""The machines of `specprefill plan`, where no engines were measured.
 
 An 8B speculator on one H100 and a 70B model on four of them, in bfloat16. Of an H100 SXM (NVIDIA's
 data sheet): 989 TFLOP/s dense, 80 GB, 3.35 TB/s. Assumed: half of these operations, six tenths of
@@ -37,7 +37,7 @@ ENGINES = Engines(
 
 @dataclass(frozen=True, slots=True)
 class KvLimits:
-    """What one decode replica holds and takes over; keys and values, in bytes."""
+    """The keys and values that one decode replica holds and takes over, in bytes."""
 
     token_bytes: float = _KV_TOKEN_BYTES  # of one token, on all GPUs of the replica
     replica_bytes: float = _GPUS * 80e9 * _USED_BYTES - 2 * 70e9

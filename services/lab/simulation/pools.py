@@ -19,7 +19,7 @@ _LONG = 0.99  # of the requests must fit into a decode replica
 
 
 class Bound(enum.StrEnum):
-    """What the size of the decode pool is bound by."""
+    """The limit that the size of the decode pool comes from."""
 
     SLOTS = "slots"  # the sequences that run at once
     MEMORY = "KV memory"
