@@ -26,7 +26,6 @@ HEALTH_CHECK_PERIOD_S = 3.0
 HEALTH_CHECK_TIMEOUT_S = 30.0  # a step of a long prefill may hold the engine that long
 # No limit of Serve's: a gateway limits itself, answers in the right form, and stays healthy.
 GATEWAY_ONGOING, GATEWAY_QUEUED = 1_000_000, -1
-ENGINE_ONGOING, ENGINE_QUEUED = 256, 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,16 +110,16 @@ def build(args: AppConfig) -> serve.Application:
     prefill = deployment_of(
         PrefillReplica,
         "Prefill",
-        ENGINE_ONGOING,
-        ENGINE_QUEUED,
+        args.prefill.max_ongoing_requests,
+        args.prefill.max_queued_requests,
         engine_placement(args.prefill, gpus=gpus),
         args.scaling.prefill,
     ).options(request_router_config=by_prefix)
     decode = deployment_of(
         DecodeReplica,
         "Decode",
-        ENGINE_ONGOING,
-        ENGINE_QUEUED,
+        args.decode.max_ongoing_requests,
+        args.decode.max_queued_requests,
         engine_placement(args.decode, gpus=gpus),
         args.scaling.decode,
     )

@@ -150,6 +150,8 @@ class EngineConfig(Strict):
     enforce_eager: bool = False
     enable_prefix_caching: bool = True
     cpu_threads: PositiveInt = 1
+    max_ongoing_requests: PositiveInt = 256  # in one replica; more wait in the gateways
+    max_queued_requests: PositiveInt = 512  # that wait in one gateway; more are shed
     engine_args: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("engine_args")

@@ -69,6 +69,16 @@ def test_queues_are_bounded_and_draining_outlives_the_longest_request(monkeypatc
         assert 2 <= config.health_check_period_s <= 5
 
 
+def test_the_file_limits_the_engines_requests(monkeypatch):
+    limits = {"max_ongoing_requests": 7, "max_queued_requests": 9}
+    raw = CONFIG.model_dump()
+    raw["decode"] |= limits
+    bound = deployments(monkeypatch, AppConfig.model_validate(raw))
+    found = bound["Decode"]._deployment_config
+    assert (found.max_ongoing_requests, found.max_queued_requests) == (7, 9)
+    assert bound["Prefill"]._deployment_config.max_ongoing_requests == 256
+
+
 def test_an_slo_lets_serve_scale_every_pool_within_its_bounds(monkeypatch):
     slo = {"slo": {"ttft_s": 1.0}, "scaling": {"prefill": {"min_replicas": 2, "max_replicas": 5}}}
     config = AppConfig.model_validate({**CONFIG.model_dump(), **slo})
