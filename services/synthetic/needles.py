@@ -98,6 +98,11 @@ def count_tokens(messages: Sequence[dict[str, str]], tokenizer: ChatTokenizer) -
     return len(tokenizer.encode(render(messages, tokenizer), add_special_tokens=False))
 
 
+def filler_text(seed: str, tokens: int, tokenizer: ChatTokenizer) -> str:
+    """Return prose of `tokens` tokens behind a space, or a few less; one seed is one text."""
+    return " ".join(_filler(random.Random(seed), tokens, tokenizer))
+
+
 def _filler(rng: random.Random, tokens: int, tokenizer: ChatTokenizer) -> list[str]:
     """Return sentences of `tokens` tokens together; the last one is cut short to fit."""
     most = tokens // SHORTEST_SENTENCE_TOKENS + 1

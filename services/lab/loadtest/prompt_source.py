@@ -16,9 +16,11 @@ from ..families.judging import score
 from .recorded_trace import TraceLine
 from .recorder import LoadPrompt
 from .scenario import Prompts
+from .shared_beginnings import BLOCK_TOKENS, SharedBeginnings
 
 _WARM_UP = 1 << 60  # a range of seeds that no counted request has
 _SEEDS_OF_A_RUN = 1 << 24  # so that two runs of different seeds share no prompt
+_LEAST_TOKENS = 256  # recorded prompts that are shorter are sent with as many: a task takes some
 
 
 class UnknownTokenizer(Exception):
@@ -28,11 +30,13 @@ class UnknownTokenizer(Exception):
 class Source:
     """Makes prompts; one seed is one sequence of prompts, whatever is asked of the service.
 
-    No prompt comes twice: a search would find it in the service's caches at its second rate.
+    No prompt comes twice: a search would find it in the service's caches at its second rate. Only
+    beginnings do, where a recorded trace shares them.
     """
 
     def __init__(self, tokenizer: TaskTokenizer, seed: int) -> None:
         self._tokenizer = tokenizer
+        self._beginnings = SharedBeginnings(tokenizer)
         self._seed = seed
         self._seeds = itertools.count(seed * _SEEDS_OF_A_RUN)
 
@@ -57,7 +61,7 @@ class Source:
     ) -> list[LoadPrompt]:
         """Draw one prompt per recorded request, of its length where it has one."""
         return [
-            self._make(_resize(kind, line), next(self._seeds))
+            self._make(_resize(kind, line), next(self._seeds), line.blocks)
             for kind, line in zip(_draw_kinds(kinds, len(lines), rng), lines, strict=True)
         ]
 
@@ -65,8 +69,11 @@ class Source:
         """Make a prompt of this kind that no run counts."""
         return self._make(kind, _WARM_UP + self._seed + number)
 
-    def _make(self, kind: Prompts, seed: int) -> LoadPrompt:
-        task = generate(kind.family, seed, kind.prompt_tokens, self._tokenizer)
+    def _make(self, kind: Prompts, seed: int, blocks: Sequence[int] = ()) -> LoadPrompt:
+        shared = self._beginnings.shared(blocks, kind.prompt_tokens)
+        own_tokens = kind.prompt_tokens - BLOCK_TOKENS * len(shared)
+        task = generate(kind.family, seed, own_tokens, self._tokenizer)
+        task = self._beginnings.begin(task, shared)
         return LoadPrompt(
             messages=task.messages,
             family=kind.family,
@@ -85,5 +92,7 @@ def _draw_kinds(kinds: Sequence[Prompts], count: int, rng: np.random.Generator) 
 
 
 def _resize(kind: Prompts, line: TraceLine) -> Prompts:
-    recorded = {"prompt_tokens": line.prompt_tokens, "max_tokens": line.max_tokens}
+    tokens = line.prompt_tokens
+    at_least = None if tokens is None else max(tokens, _LEAST_TOKENS)
+    recorded = {"prompt_tokens": at_least, "max_tokens": line.max_tokens}
     return kind.model_copy(update={name: n for name, n in recorded.items() if n is not None})

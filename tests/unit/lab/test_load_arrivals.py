@@ -8,6 +8,8 @@ import pytest
 from specprefill.deployment.checked_yaml import InvalidFile
 from specprefill.lab.loadtest import recorded_trace as trace
 from specprefill.lab.loadtest.arrivals import Burst, Bursty, Constant, Length, Poisson, Ramp, times
+from specprefill.lab.loadtest.prompt_source import Source
+from specprefill.lab.loadtest.scenario import Prompts
 
 PROCESSES = [
     Constant(kind="constant", qps=5.0),
@@ -86,3 +88,48 @@ def test_a_broken_trace_names_its_line(tmp_path, text, named):
     file.write_text(text)
     with pytest.raises(InvalidFile, match=named):
         trace.read(file, 10)
+
+
+MOONCAKE = [
+    {"timestamp": 1000, "input_length": 2100, "output_length": 20, "hash_ids": [5, 6, 7, 8, 9]},
+    {"timestamp": 3500, "input_length": 2600, "output_length": 0, "hash_ids": [5, 6, 7, 1, 2, 3]},
+    {"timestamp": 4000, "input_length": 90, "output_length": 3, "hash_ids": [5]},
+]
+
+
+def test_a_trace_of_mooncakes_is_read(tmp_path):
+    file = tmp_path / "trace.jsonl"
+    file.write_text("\n".join(map(json.dumps, MOONCAKE)))
+    one, two, three = trace.read(file, 9)
+    assert (one.time_s, two.time_s, three.time_s) == (0.0, 2.5, 3.0)
+    assert (one.prompt_tokens, one.max_tokens, one.blocks) == (2100, 20, (5, 6, 7, 8, 9))
+    assert two.max_tokens == 1
+
+
+def test_equal_blocks_are_equal_text_and_the_rest_is_a_task(tmp_path, demo_tokenizer):
+    """The first three blocks of both; of what remains, less than a block is left to share."""
+    file = tmp_path / "trace.jsonl"
+    file.write_text("\n".join(map(json.dumps, MOONCAKE)))
+    lines = trace.read(file, 9)
+    kinds = [Prompts()]
+
+    def tokens_of(source):
+        prompts = source.draw_like(kinds, lines, np.random.default_rng(0))
+        return [
+            demo_tokenizer.encode(
+                demo_tokenizer.apply_chat_template(
+                    list(prompt.messages), tokenize=False, add_generation_prompt=True
+                )
+            )
+            for prompt in prompts
+        ]
+
+    one, two, three = tokens_of(Source(demo_tokenizer, 1))
+    assert len(one) == pytest.approx(2100, abs=40)
+    assert len(two) == pytest.approx(2600, abs=40)
+    assert 0 < len(three) <= 256
+    alike = next(place for place, (a, b) in enumerate(zip(one, two, strict=False)) if a != b)
+    assert alike == pytest.approx(3 * 512, abs=30)
+    again, *_ = tokens_of(Source(demo_tokenizer, 2))  # of another run: another task
+    assert again[: alike - 30] == one[: alike - 30]
+    assert again != one
