@@ -13,9 +13,10 @@ from ...config import local_path
 from ..families.catalog import generate
 from ..families.fitting import TaskTokenizer
 from ..families.judging import score
+from .conversations import Conversationalist, PlannedTurns
 from .recorded_trace import TraceLine
 from .recorder import LoadPrompt
-from .scenario import Prompts
+from .scenario import ConversationTurns, Prompts
 from .shared_beginnings import BLOCK_TOKENS, SharedBeginnings
 
 _WARM_UP = 1 << 60  # a range of seeds that no counted request has
@@ -64,6 +65,13 @@ class Source:
             self._make(_resize(kind, line), next(self._seeds), line.blocks)
             for kind, line in zip(_draw_kinds(kinds, len(lines), rng), lines, strict=True)
         ]
+
+    def conversations(self, turns: ConversationTurns, count: int) -> list[PlannedTurns]:
+        """Return the later turns of `count` conversations."""
+        writers = [
+            Conversationalist(next(self._seeds), turns, self._tokenizer) for _ in range(count)
+        ]
+        return [PlannedTurns(turns.turns - 1, turns.think_s, each.follow_up) for each in writers]
 
     def warm_up(self, kind: Prompts, number: int) -> LoadPrompt:
         """Make a prompt of this kind that no run counts."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import numpy as np
 
 from .arrivals import Times
+from .conversations import PlannedTurns
 from .outcome import RequestEnding, RequestOutcome, Stream
 from .recorder import Caller, LoadPrompt, Recorder, RequestRefused
 from .scenario import Cancel
@@ -23,6 +25,12 @@ class PlannedRequest:
     at_s: float
     prompt: LoadPrompt
     leave_after_s: float | None = None  # the client cancels then
+    turns: PlannedTurns | None = None  # that follow it, one when the other is answered
+
+    @property
+    def requests(self) -> int:
+        """The most requests that come of it."""
+        return 1 if self.turns is None else 1 + self.turns.more
 
 
 @dataclass(slots=True)
@@ -70,16 +78,18 @@ async def run(
     progress: RunProgress,
     now: Callable[[], float] = time.perf_counter,
 ) -> list[RequestOutcome]:
-    """Send every request at its time and wait for all of them. Outcomes keep the plan's order."""
-    started_s = now()
+    """Send every request at its time and wait for all of them, and for the turns that follow.
+
+    Outcomes keep the plan's order; first turns come before all others.
+    """
+    sender = _Sender(caller, timeout_s, now(), progress, now, len(planned))
     async with asyncio.TaskGroup() as group:
         tasks = []
         for request in planned:
-            await asyncio.sleep(max(0.0, started_s + request.at_s - now()))
-            tasks.append(group.create_task(_send(request, caller, timeout_s, started_s, now)))
-            progress.sent += 1
-            tasks[-1].add_done_callback(lambda task: _count(task, progress))
-    return [task.result() for task in tasks]
+            await asyncio.sleep(max(0.0, sender.started_s + request.at_s - now()))
+            tasks.append(group.create_task(sender.send_all(request)))
+    turns = zip_longest(*(task.result() for task in tasks))
+    return [outcome for same_turn in turns for outcome in same_turn if outcome is not None]
 
 
 async def stream(
@@ -107,27 +117,50 @@ async def stream(
     return recorder.finish(RequestEnding.ANSWERED)
 
 
-async def _send(
-    request: PlannedRequest,
-    caller: Caller,
-    timeout_s: float,
-    started_s: float,
-    now: Callable[[], float],
-) -> RequestOutcome:
-    lag_s = now() - started_s - request.at_s
-    prompt = request.prompt
-    got = await stream(prompt, caller, timeout_s, request.leave_after_s, now)
-    return RequestOutcome(
-        index=request.index,
-        family=prompt.family,
-        variant=prompt.variant,
-        scheduled_s=request.at_s,
-        lag_s=lag_s,
-        stream=got,
-        score=prompt.score(got.text) if got.ending is RequestEnding.ANSWERED else None,
-    )
+@dataclass(frozen=True, slots=True)
+class _Sender:
+    """Sends the requests of one run."""
 
+    caller: Caller
+    timeout_s: float
+    started_s: float
+    progress: RunProgress
+    now: Callable[[], float]
+    conversations: int  # planned requests, each with its turns
 
-def _count(task: asyncio.Task[RequestOutcome], progress: RunProgress) -> None:
-    if not task.cancelled() and task.exception() is None:
-        progress.count(task.result().stream.ending)
+    async def send_all(self, request: PlannedRequest) -> list[RequestOutcome]:
+        """Send a request and the turns that follow, until one is not answered."""
+        outcomes = [await self._send(request)]
+        turns = request.turns
+        while turns is not None and len(outcomes) <= turns.more:
+            got = outcomes[-1].stream
+            if got.ending is not RequestEnding.ANSWERED:
+                self.progress.total -= turns.more + 1 - len(outcomes)
+                break
+            await asyncio.sleep(turns.think_s)
+            prompt = await asyncio.to_thread(turns.follow_up, request.prompt, got.text)
+            request = replace(
+                request,
+                index=request.index + self.conversations,
+                at_s=self.now() - self.started_s,
+                prompt=prompt,
+                leave_after_s=None,
+            )
+            outcomes.append(await self._send(request))
+        return outcomes
+
+    async def _send(self, request: PlannedRequest) -> RequestOutcome:
+        lag_s = self.now() - self.started_s - request.at_s
+        self.progress.sent += 1
+        prompt = request.prompt
+        got = await stream(prompt, self.caller, self.timeout_s, request.leave_after_s, self.now)
+        self.progress.count(got.ending)
+        return RequestOutcome(
+            index=request.index,
+            family=prompt.family,
+            variant=prompt.variant,
+            scheduled_s=request.at_s,
+            lag_s=lag_s,
+            stream=got,
+            score=prompt.score(got.text) if got.ending is RequestEnding.ANSWERED else None,
+        )

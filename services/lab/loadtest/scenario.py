@@ -54,6 +54,14 @@ class Prompts(Strict):
         return self.keep if isinstance(self.keep, str) else f"keep {self.keep:g}"
 
 
+class ConversationTurns(Strict):
+    """Every request is the first turn of a conversation; a turn follows when one is answered."""
+
+    turns: Annotated[int, Field(ge=2)]
+    growth_tokens: PositiveInt = 200  # of a turn's new message, beside its fact and question
+    think_s: NonNegativeFloat = 5.0  # from an answer to the next turn
+
+
 class Cancel(Strict):
     """A share of the clients leaves early, at a moment drawn evenly from a range."""
 
@@ -138,6 +146,7 @@ class Scenario(Strict):
     warm_up: NonNegativeInt = 1  # requests of each kind before the clock starts, not counted
     slo: RequestSlo = RequestSlo()
     gate: Goals = Goals()
+    conversation: ConversationTurns | None = None
     cancel: Cancel | None = None
     chaos: Chaos | None = None
     search: Search | None = None

@@ -6,7 +6,7 @@ import asyncio
 import os
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from ...deployment.local_ray import ServeApi
 from . import arrivals, runner, search
 from . import recorded_trace as trace
 from .chaos import KilledReplica, inject
+from .conversations import PlannedTurns
 from .grpc_stream import GrpcCaller
 from .http_stream import HttpCaller
 from .outcome import RequestEnding, RequestOutcome
@@ -92,7 +93,16 @@ def _plan_run(scenario: Scenario, source: Source, rng: np.random.Generator) -> l
     else:
         times = arrivals.times(process, scenario.length, rng)
         prompts = source.draw(scenario.prompts, len(times), rng)
-    return runner.plan(times, prompts, scenario.cancel, rng)
+    planned = runner.plan(times, prompts, scenario.cancel, rng)
+    if scenario.conversation is None:
+        return planned
+    turns = source.conversations(scenario.conversation, len(planned))
+    return [_first_turn(each, more) for each, more in zip(planned, turns, strict=True)]
+
+
+def _first_turn(request: PlannedRequest, turns: PlannedTurns) -> PlannedRequest:
+    prompt = replace(request.prompt, variant=f"{request.prompt.variant}, turn 1")
+    return replace(request, prompt=prompt, turns=turns)
 
 
 async def _warm_up(scenario: Scenario, source: Source, caller: Caller) -> None:
@@ -111,7 +121,7 @@ async def _run(
     caller: Caller,
     on_progress: ReportProgress,
 ) -> Run:
-    progress = RunProgress(len(planned))
+    progress = RunProgress(sum(each.requests for each in planned))
     kills: list[KilledReplica] = []
     beside = [
         asyncio.create_task(_report_often(progress, on_progress)),
