@@ -223,7 +223,6 @@ def large_objects(app) -> set[str]:
     return {held.object_id for held in objects if held.object_size > KV_BYTES}
 
 
-@pytest.mark.thorough
 def test_an_slo_sizes_the_pools(app, chat):
     """The last: from here on the policy says how many replicas there are."""
 
