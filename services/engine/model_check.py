@@ -35,7 +35,7 @@ class MainModelCheck:
         for pool in _POOLS:
             args = self._args(pool)
             if isinstance(args, Finding):
-                yield args
+                found[args] = None
                 continue
             try:
                 self.model = args.create_model_config()
