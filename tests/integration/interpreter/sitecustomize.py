@@ -43,15 +43,15 @@ def _boolean(mask):
 
 
 def _store_with_boolean_mask(store):
-    def patched(self, pointers, value, mask, cache_policy):
-        return store(self, pointers, value, _boolean(mask), cache_policy)
+    def patched(self, pointers, value, mask, *policies):  # whose number is the Triton version's
+        return store(self, pointers, value, _boolean(mask), *policies)
 
     return patched
 
 
 def _load_with_boolean_mask(load):
-    def patched(self, pointers, mask, other, cache_policy, is_volatile):
-        return load(self, pointers, _boolean(mask), other, cache_policy, is_volatile)
+    def patched(self, pointers, mask, *more):
+        return load(self, pointers, _boolean(mask), *more)
 
     return patched
 
