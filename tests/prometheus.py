@@ -19,14 +19,18 @@ needs_prometheus = pytest.mark.skipif(
 
 
 class Prometheus:
-    """Scrapes one target every second, and evaluates rules; `with` starts and stops it."""
+    """Scrapes one target every three seconds, and evaluates rules; `with` starts and stops it."""
 
     def __init__(self, folder: Path, port: int, target: str, rules: Path) -> None:
         self._folder = folder
         self._url = f"http://127.0.0.1:{port}"
         self._address = f"127.0.0.1:{port}"
         self._config = {
-            "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+            "global": {
+                "scrape_interval": "3s",
+                "scrape_timeout": "3s",
+                "evaluation_interval": "1s",
+            },
             "rule_files": [str(rules)],
             "scrape_configs": [{"job_name": "service", "static_configs": [{"targets": [target]}]}],
         }
@@ -66,6 +70,13 @@ class Prometheus:
         ).json()
         assert answer["status"] == "success", (expression, answer)
         return [(each["metric"], float(each["value"][1])) for each in answer["data"]["result"]]
+
+    def data(self, expression: str, patience_s: float = 20.0) -> list[tuple[dict[str, str], float]]:
+        """The same, once there is any: a scrape that took too long leaves a moment without."""
+        give_up_s = time.monotonic() + patience_s
+        while not (found := self.query(expression)) and time.monotonic() < give_up_s:
+            time.sleep(0.5)
+        return found
 
     def rules(self) -> list[dict]:
         """The rules, with the health of their evaluation."""

@@ -249,9 +249,9 @@ def test_an_application_can_log_json(service):
 
 @needs_prometheus
 def test_prometheus_counts_what_was_sent(service):
-    ((_, total),) = service.prometheus.query(REQUESTS)
+    ((_, total),) = service.prometheus.data(REQUESTS)
     assert total == service.after
-    by_gateway = service.prometheus.query(
+    by_gateway = service.prometheus.data(
         'sum by (replica) (ray_specprefill_requests_total{application="specprefill"})'
     )
     assert len(by_gateway) >= 2
@@ -260,7 +260,7 @@ def test_prometheus_counts_what_was_sent(service):
 @needs_prometheus
 def test_no_counter_goes_back(service):
     for series in ("ray_specprefill_.+_(total|count|bucket)", "ray_vllm_.+_(total|count|bucket)"):
-        names = service.prometheus.query(f'count by (__name__) ({{__name__=~"{series}"}})')
+        names = service.prometheus.data(f'count by (__name__) ({{__name__=~"{series}"}})')
         assert names
         for labels, _ in names:
             assert service.prometheus.query(f"resets({labels['__name__']}[10m]) > 0") == []
@@ -269,7 +269,7 @@ def test_no_counter_goes_back(service):
 @needs_prometheus
 @pytest.mark.parametrize("query", QUERIES)
 def test_every_query_of_the_dashboards_has_data(service, query):
-    found = service.prometheus.query(query.replace("$__rate_interval", WINDOW))
+    found = service.prometheus.data(query.replace("$__rate_interval", WINDOW))
     assert found
     # Of several series, one may be of what this traffic does not have.
     assert any(math.isfinite(value) for _, value in found), found
