@@ -13,7 +13,7 @@ from specprefill.engine.args import Role, engine_args
 from specprefill.engine.engine import Engine
 from specprefill.prefill.service import PrefillService
 
-from .conftest import MODELS, Engines, Runner, answer, kept, prompt_of, starting
+from .conftest import MODELS, Engines, Runner, answer, greedy_reference, kept, prompt_of, starting
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="session")]
 
@@ -71,25 +71,11 @@ def latent_model(tmp_path_factory):
 def expected(latent_model):
     """Greedy decoding by transformers at explicit positions."""
     import torch
-    from transformers import DeepseekV2ForCausalLM, DynamicCache
+    from transformers import DeepseekV2ForCausalLM
 
-    model = DeepseekV2ForCausalLM.from_pretrained(latent_model, dtype=torch.float32)
-
-    def generate(prompt, selection):
-        positions = [p for run in selection.runs for p in range(run.start, run.stop)]
-        ids, tokens, cache = [prompt[p] for p in positions], [], DynamicCache()
-        with torch.inference_mode():
-            for step in range(STEPS):
-                logits = model(
-                    input_ids=torch.tensor([ids]),
-                    position_ids=torch.tensor([positions]),
-                    past_key_values=cache,
-                ).logits
-                tokens.append(int(logits[0, -1].argmax()))
-                ids, positions = tokens[-1:], [len(prompt) + step]
-        return tokens
-
-    return generate
+    return greedy_reference(
+        DeepseekV2ForCausalLM.from_pretrained(latent_model, dtype=torch.float32)
+    )
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -125,7 +111,7 @@ async def test_a_mixed_batch_of_latents_handed_over_equals_transformers(latent_e
 
     answers = await asyncio.gather(*(answered(*job) for job in jobs))
     for (prompt, selection), (prefilled, steps) in zip(jobs, answers, strict=True):
-        assert answer(steps) == expected(prompt, selection)
+        assert answer(steps) == expected(prompt, selection, STEPS)
         assert answer(steps)[:1] == list(prefilled.first.token_ids)
         assert not any(step.recomputed for step in steps)
     # A latent of 576 numbers a layer, on whichever rank: not one a head.
