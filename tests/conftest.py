@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 
 os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads it once, when it is imported
 os.environ["HF_HUB_OFFLINE"] = "1"  # so does huggingface_hub: the models are in the checkout
+
+# vLLM's server imports a library that silences the root logger below errors.
+logging.getLogger("specprefill").setLevel(logging.WARNING)
 
 # How long an example takes says more about a busy machine than about the code.
 hypothesis.settings.register_profile("untimed", deadline=None)

@@ -30,13 +30,14 @@ class Lines(logging.Handler):
 def lines():
     serves, ours = logging.getLogger(SERVES), logging.getLogger(OURS)
     before = (serves.level, list(serves.handlers), list(serves.filters), list(ours.handlers))
+    level = ours.level
     kept = Lines()
     serves.handlers = [kept]
     serves.setLevel(logging.INFO)
     yield kept.lines
     serves.setLevel(before[0])
     serves.handlers, serves.filters, ours.handlers = before[1:]
-    ours.setLevel(logging.NOTSET)
+    ours.setLevel(level)
     ours.propagate = True
 
 
