@@ -122,7 +122,7 @@ def build(args: AppConfig) -> serve.Application:
         args.decode.max_queued_requests,
         engine_placement(args.decode, gpus=gpus),
         args.scaling.decode,
-    )
+    ).options(request_router_config=by_prefix)
     gateways = args.scaling.gateway_replicas
     gateway = deployment_of(
         serve.ingress()(GatewayReplica),

@@ -238,6 +238,9 @@ class KvConfig(Strict):
     # hand-over, while their gateway has nothing else to answer, or where that takes the engine
     # no longer than pulling the KV. 0: every prompt is handed over.
     local_prefill_tokens: NonNegativeInt = 512
+    # So is the next turn of a conversation, pruned or not, if the decode engine should have most of
+    # it and lack at most this many tokens. 0: only short prompts are.
+    local_turn_tokens: NonNegativeInt = 2048
     tls: KvTls | None = None  # plaintext if absent
 
     @property

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from specprefill.config import AppConfig
 from specprefill.control.from_config import (
+    decode_caches,
     fallback,
     kv_block_tokens,
     local_prefill,
@@ -58,7 +59,8 @@ async def local_pipeline(
     config: AppConfig, gain: NetGain | None = None
 ) -> AsyncIterator[PlannedPipeline[Pipeline]]:
     """Start the three services, and stop them at the end. `gain` decides what pays."""
-    gain = net_gain(config) if gain is None else gain
+    held = decode_caches(config)
+    gain = net_gain(config, decode_caches=held) if gain is None else gain
     async with AsyncExitStack() as stack:
         peers = KvPeers()
         stack.push_async_callback(peers.close)
@@ -85,7 +87,7 @@ async def local_pipeline(
             patience(config.speculator),
             fallback(config),
             overlap=config.kv.overlap,
-            local=local_prefill(config.kv, gain.models),
+            local=local_prefill(config.kv, gain.models, held),
         )
         yield PlannedPipeline(pipeline, planner(config.selection, gain))
 

@@ -14,8 +14,9 @@ from ..core.ports import LocalPrefill
 from ..core.prefix_digests import BLOCK_TOKENS
 from ..core.selection import SelectionPolicy
 from ..core.types import PromptMode
+from .decode_caches import DecodeCaches
 from .gain import NetGain
-from .local_prefill import EveryPromptLocal, LocalPrefillRule
+from .local_prefill import EveryPromptLocal, LocalLimits, LocalPrefillRule
 from .prefixes import CacheForecast, PrefixMemory
 from .stages import StageModels
 
@@ -42,12 +43,20 @@ def kv_block_tokens(prefill: EngineConfig) -> int:
     return prefill.block_size or BLOCK_TOKENS
 
 
-def net_gain(config: AppConfig, *, hands_over: bool = True) -> NetGain:
+def net_gain(
+    config: AppConfig, *, hands_over: bool = True, decode_caches: DecodeCaches | None = None
+) -> NetGain:
     """Return an estimator that knows only the shapes of the stages."""
     block_tokens = kv_block_tokens(config.prefill)
     prefill_cache, draft_cache = (CacheForecast(PrefixMemory(REMEMBERED_BLOCKS)) for _ in range(2))
     policy = selection_policy(config.selection, block_tokens)
-    return NetGain(StageModels(hands_over=hands_over), prefill_cache, draft_cache, policy)
+    models = StageModels(hands_over=hands_over)
+    return NetGain(models, prefill_cache, draft_cache, policy, decode_caches)
+
+
+def decode_caches(config: AppConfig) -> DecodeCaches:
+    """Return a forecast that knows no conversation; without prefix caches it never will."""
+    return DecodeCaches(REMEMBERED_BLOCKS if config.decode.enable_prefix_caching else 0)
 
 
 def patience(speculator: SpeculatorConfig) -> Patience:
@@ -62,14 +71,15 @@ def fallback(config: AppConfig) -> Fallback:
 
 
 def local_prefill(
-    kv: KvConfig, models: StageModels, *, hands_over: bool = True
+    kv: KvConfig, models: StageModels, caches: DecodeCaches, *, hands_over: bool = True
 ) -> LocalPrefill | None:
     """Return the rule for prompts that decode computes; None: it computes none."""
     if not hands_over:
         return EveryPromptLocal()
     if kv.local_prefill_tokens == 0:
         return None
-    return LocalPrefillRule(kv.local_prefill_tokens, models.curves)
+    limits = LocalLimits(kv.local_prefill_tokens, kv.local_turn_tokens)
+    return LocalPrefillRule(limits, models.curves, caches)
 
 
 def prompt_modes(selection: SelectionConfig, support: Support) -> PromptModes:

@@ -7,9 +7,12 @@ ceiling 1 / (keep + ratio of the models); a warm prefix cache lowers the bar for
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..core.prefix_digests import digests_of
 from ..core.selection import SelectionPolicy, expected_kept, leading_tokens
 from ..core.types import UNSCORED, PlanKind, PromptMode, Reason, Report, Request, TtftEstimate
+from .decode_caches import DecodeCaches
 from .prefixes import CacheForecast, Turn, TurnMemory
 from .stages import Curve, StageModel, StageModels
 
@@ -32,11 +35,13 @@ class NetGain:
         prefill_cache: CacheForecast,
         draft_cache: CacheForecast,
         policy: SelectionPolicy,
+        decode_caches: DecodeCaches | None = None,
     ) -> None:
         self.models = models
         self._prefill_cache = prefill_cache
         self._draft_cache = draft_cache
         self._policy = policy
+        self._decode_caches = decode_caches
         self._turns = TurnMemory(REMEMBERED_TURNS)
         self._typical_keep = TYPICAL_KEEP
         self._retry_after = RETRY_AFTER
@@ -55,7 +60,7 @@ class NetGain:
         keep = self._typical_keep if keep is None else keep
         kept = expected_kept(tokens, keep, request.protected, self._policy)
         digests = digests_of(request)
-        cached = self._prefill_cache.cached_tokens(digests, tokens)
+        cached = self._cached_tokens(digests, tokens)
         shared = min(cached, leading_tokens(request.protected), kept - 1)
         turn = self._turns.last_turn(digests, tokens) if self._policy.carry_over else None
         if turn is not None and tokens - turn.tokens <= self._policy.whole_turn_tokens:
@@ -79,11 +84,11 @@ class NetGain:
         self._recover(report)
         if report.speculate_s > 0 and report.reason not in UNSCORED:
             self._draft_cache.learn(digests, tokens, report.remembered_tokens)
+        if report.plan is PlanKind.PRUNE and report.mode is PromptMode.POSITIONS:
+            self._turns.remember(digests, Turn(tokens, report.kept_tokens))
         if not self.models.is_usual(report):
             return  # the prefill pool's caches know nothing of it
         if report.plan is PlanKind.PRUNE:
-            if report.mode is PromptMode.POSITIONS:
-                self._turns.remember(digests, Turn(tokens, report.kept_tokens))
             tokens = leading_tokens(request.protected)
         self._prefill_cache.learn(digests, tokens, report.cached_tokens)
 
@@ -104,6 +109,13 @@ class NetGain:
                 self._dense_since = 0
                 self._retry_after = min(2 * self._retry_after, RETRY_AFTER_MOST)
                 self.models.speculate.forget_given_up()
+
+    def _cached_tokens(self, digests: Sequence[int], tokens: int) -> int:
+        """Return how many tokens of a dense prompt the engine that computes it should have."""
+        cached = self._prefill_cache.cached_tokens(digests, tokens)
+        if self._decode_caches is None:
+            return cached
+        return max(cached, self._decode_caches.dense_tokens(digests, tokens))
 
     def _prefill_s(self, tokens: int, cached: int) -> float:
         return self._prefill_cache.seconds(self.models.prefill.curve, tokens, cached)

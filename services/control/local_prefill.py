@@ -1,17 +1,21 @@
 """Chooses prompts that the decode engine computes itself: nothing is handed over then.
 
-A hand-over costs the calls to the prefill pool and the KV transfer, which for a short prompt is
-much of its time to first token. A prefill in a decode engine delays the answers that it is
-streaming by one step. So the rule takes only short dense prompts, and only where nobody waits or
-the delay is small. Other systems call it conditional disaggregation.
+A hand-over costs the calls to the prefill pool and the KV transfer, which is much of the time to
+first token where little is to be computed: of a short prompt, and of the next turn of a
+conversation, whose earlier turns and answers the decode engine has. A prefill in a decode engine
+delays the answers that it is streaming by one step. So the rule takes short dense prompts and turns
+with little new text, and only where nobody waits or the delay is small. Other systems call it
+conditional disaggregation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-from ..core.types import PlanKind, Request, Selection
+from ..core.types import PlanKind, Report, Request, Selection
+from .decode_caches import DecodeCaches
 from .stages import StageCurves
 
 
@@ -24,13 +28,29 @@ class EveryPromptLocal:
         del request, selection
         yield True
 
+    def learn(
+        self, request: Request, selection: Selection, report: Report, answer: Sequence[int]
+    ) -> None:
+        """Learn nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalLimits:
+    """The most tokens that a decode engine computes of a prompt."""
+
+    prompt_tokens: int  # of a dense one
+    turn_tokens: int  # of one that it has most of
+
 
 class LocalPrefillRule:
     """The rule, and its count of this gateway's running requests."""
 
-    def __init__(self, max_tokens: int, curves: Callable[[], StageCurves]) -> None:
-        self._max_tokens = max_tokens
+    def __init__(
+        self, limits: LocalLimits, curves: Callable[[], StageCurves], caches: DecodeCaches
+    ) -> None:
+        self._limits = limits
         self._curves = curves
+        self._caches = caches
         self._running = 0
 
     @contextmanager
@@ -43,19 +63,30 @@ class LocalPrefillRule:
         finally:
             self._running -= 1
 
+    def learn(
+        self, request: Request, selection: Selection, report: Report, answer: Sequence[int]
+    ) -> None:
+        """Learn what the decode engine of a finished request has cached."""
+        self._caches.learn(request, selection, report, answer)
+
     def _is_local(self, request: Request, selection: Selection) -> bool:
-        if not self._fits(request, selection):
+        if request.samples > 1 or request.prompt_logprobs:  # the prefill pool's job
             return False
-        return self._running == 0 or self._is_cheap(selection.kept_tokens)
+        tokens = selection.engine_tokens
+        cached = min(tokens - 1, self._caches.cached_tokens(request, selection))
+        if not self._is_short(selection) and not self._is_next_turn(tokens, cached):
+            return False
+        return self._running == 0 or self._is_cheap(tokens, cached)
 
-    def _fits(self, request: Request, selection: Selection) -> bool:
-        """Return True for a short dense prompt, one sample, no prompt logprobs (prefill's job)."""
+    def _is_short(self, selection: Selection) -> bool:
         dense = selection.plan.kind is PlanKind.DENSE
-        plain = request.samples == 1 and not request.prompt_logprobs
-        return dense and plain and selection.kept_tokens <= self._max_tokens
+        return dense and selection.kept_tokens <= self._limits.prompt_tokens
 
-    def _is_cheap(self, tokens: int) -> bool:
+    def _is_next_turn(self, tokens: int, cached: int) -> bool:
+        return 2 * cached >= tokens and tokens - cached <= self._limits.turn_tokens
+
+    def _is_cheap(self, tokens: int, cached: int) -> bool:
         """Return True if computing the prompt takes no longer than pulling its KV."""
         curves = self._curves()
         take_over_s = curves.transfer.seconds(tokens) + curves.first_decode.seconds(tokens)
-        return curves.prefill.seconds(tokens) <= take_over_s
+        return curves.prefill.seconds(tokens - cached, cached) <= take_over_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from .types import (
@@ -85,6 +86,10 @@ class Answer:
     def open_samples(self) -> int:
         """The number of samples that have not finished."""
         return sum(not sample.finished for sample in self._samples)
+
+    def token_ids(self, index: int) -> Sequence[int]:
+        """Return the output tokens of a sample so far."""
+        return self._samples[index].token_ids
 
     @property
     def kv_arrived(self) -> bool:

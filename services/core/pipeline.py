@@ -101,8 +101,12 @@ class Pipeline:
             async with aclosing(chunks) as stream:
                 async for chunk in stream:
                     ttft_s = ttft_s or self.now() - started_s
-                    done = answer.open_samples == 0
-                    yield replace(chunk, report=answer.report(selection, ttft_s)) if done else chunk
+                    if answer.open_samples == 0:
+                        report = answer.report(selection, ttft_s)
+                        if self.local is not None:
+                            self.local.learn(request, selection, report, answer.token_ids(0))
+                        chunk = replace(chunk, report=report)
+                    yield chunk
 
     async def _stream_chunks(
         self,

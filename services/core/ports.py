@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Protocol
 
-from .types import Chunk, DecodeStep, Plan, PrefillResult, Replay, Request, Selection, Ticket
+from .types import (
+    Chunk,
+    DecodeStep,
+    Plan,
+    PrefillResult,
+    Replay,
+    Report,
+    Request,
+    Selection,
+    Ticket,
+)
 
 
 class Speculator(Protocol):
@@ -90,6 +100,12 @@ class LocalPrefill(Protocol):
 
     def decide(self, request: Request, selection: Selection) -> AbstractContextManager[bool]:
         """Enter while the request runs: True if decode computes its prompt."""
+        ...
+
+    def learn(
+        self, request: Request, selection: Selection, report: Report, answer: Sequence[int]
+    ) -> None:
+        """Learn from a finished request; `answer` holds the output tokens of its first sample."""
         ...
 
 

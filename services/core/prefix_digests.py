@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import xxhash
 
-from .types import Request
+from .types import Request, Span
 
 BLOCK_TOKENS = 128  # a multiple of most engines' block size: so that a match here is a match there
 
@@ -19,8 +19,13 @@ def prefix_digests(
 
     `tokens` is `[N]`; a digest has 64 bits. Prompts of different domains have none in common.
     """
-    packed = np.asarray(tokens, dtype=np.uint32)
     digest = 0 if domain is None else xxhash.xxh3_64_intdigest(domain.encode())
+    yield from _chained_digests(digest, tokens, block_tokens)
+
+
+def _chained_digests(digest: int, tokens: Sequence[int], block_tokens: int) -> Iterator[int]:
+    """Yield the digests of the blocks that follow those of `digest`."""
+    packed = np.asarray(tokens, dtype=np.uint32)
     for start in range(0, len(packed) - block_tokens + 1, block_tokens):
         block = packed[start : start + block_tokens].tobytes()
         digest = xxhash.xxh3_64_intdigest(block, seed=digest)
@@ -40,3 +45,38 @@ def digests_of(request: Request) -> tuple[int, ...]:
         return request.digests
     domain = cache_domain(request.adapter, request.cache_salt)
     return tuple(prefix_digests(request.prompt, domain=domain))
+
+
+def extend_digests(
+    digests: Sequence[int], request: Request, answer: Sequence[int]
+) -> tuple[int, ...]:
+    """Return the digests of the request's prompt, `digests`, and of the answer after it."""
+    rest = (*request.prompt[len(digests) * BLOCK_TOKENS :], *answer)
+    if digests:
+        return (*digests, *_chained_digests(digests[-1], rest, BLOCK_TOKENS))
+    domain = cache_domain(request.adapter, request.cache_salt)
+    return tuple(prefix_digests(rest, domain=domain))
+
+
+def kept_digests(digests: Sequence[int], runs: Sequence[Span]) -> tuple[int, ...]:
+    """Return a digest for every `BLOCK_TOKENS` kept tokens of a prompt with these `digests`.
+
+    Up to the first gap they are the prompt's own, then digests that also stand for how much was
+    kept, so that the next turn of a conversation finds the KV of what it carries over.
+    """
+    dense = runs[0].stop if runs[0].start == 0 else 0
+    prefix = list(digests[: dense // BLOCK_TOKENS])
+    kept = 0
+    for run in runs:
+        while len(prefix) < (kept + len(run)) // BLOCK_TOKENS:
+            at = run.start + (len(prefix) + 1) * BLOCK_TOKENS - kept
+            if at < BLOCK_TOKENS or at // BLOCK_TOKENS > len(digests):
+                return tuple(prefix)
+            prefix.append(_sparse_digest(digests[at // BLOCK_TOKENS - 1], at))
+        kept += len(run)
+    return tuple(prefix)
+
+
+def _sparse_digest(digest: int, position: int) -> int:
+    """Digest a kept block: the prompt before it, and the position where the block ends."""
+    return xxhash.xxh3_64_intdigest(position.to_bytes(8, "little"), seed=digest)

@@ -72,11 +72,19 @@ class DecodeReplica:
         self._tickets.close()
         await self._service.close()
 
-    async def decode(self, payload: bytes, objects: list[KvReference]) -> AsyncGenerator[bytes]:
+    def record_replica_metadata(self) -> dict[str, int]:
+        """Return the metadata that the gateways' routers use."""
+        return {"prefix_cache_tokens": self._service.prefix_cache_tokens()}
+
+    async def decode(
+        self, payload: bytes, load: bytes, objects: list[KvReference]
+    ) -> AsyncGenerator[bytes]:
         """Take `(Request, Selection, Ticket | None, Replay, timeout_s)`; stream DecodeStep.
 
-        `objects` hold the ticket's KV, one per rank, if Ray carries it.
+        `load` is for the router, which chose this replica by it. `objects` hold the ticket's KV,
+        one per rank, if Ray carries it.
         """
+        del load
         request, selection, ticket, replay, timeout_s = unpack(payload, _KIND)
         with self._streams.track(), log_call(logger, "decode", request.request_id) as pairs:
             pairs |= {"output_tokens": 0, "open_samples": request.samples}

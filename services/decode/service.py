@@ -71,6 +71,10 @@ class DecodeService:
         """Stop the engine. Idempotent."""
         self._engine.close()
 
+    def prefix_cache_tokens(self) -> int:
+        """Size of the engine's prefix cache in tokens; 0 when it is off."""
+        return self._engine.prefix_cache_tokens()
+
     async def carrier(self) -> Carrier:
         """Return the best carrier that every worker of the engine has."""
         return await self._engine.kv_carrier()

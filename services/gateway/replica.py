@@ -23,6 +23,7 @@ from vllm.tokenizers.registry import cached_tokenizer_from_config
 
 from ..config import AppConfig
 from ..control.from_config import (
+    decode_caches,
     fallback,
     kv_block_tokens,
     local_prefill,
@@ -110,7 +111,8 @@ class GatewayReplica:
         carried: Carried = {}
         pool = ServeSpeculator(speculator, self._health.count_afresh)
         self._self_test = SelfTestWatch(pool.self_test)
-        gain = net_gain(self._config, hands_over=support.hands_over)
+        held = decode_caches(self._config)
+        gain = net_gain(self._config, hands_over=support.hands_over, decode_caches=held)
         traced = TracedPools(self._tracer)
         pipeline = Pipeline(
             speculator=traced.speculator(pool),
@@ -120,7 +122,7 @@ class GatewayReplica:
             fallback=fallback(self._config),
             on_unscored=gain.learn_unscored,
             overlap=self._config.kv.overlap,
-            local=local_prefill(self._config.kv, gain.models, hands_over=support.hands_over),
+            local=local_prefill(self._config.kv, gain.models, held, hands_over=support.hands_over),
             texts=PromptTextWriter(
                 cached_tokenizer_from_config(front.model_config), self._config.selection.gap_mark
             ),

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-
-import xxhash
+from dataclasses import dataclass, field, replace
 
 from ...control.prefixes import DigestMemory
-from ...core.prefix_digests import BLOCK_TOKENS, digests_of
+from ...core.prefix_digests import BLOCK_TOKENS, digests_of, kept_digests
 from ...core.types import Request, Selection
 from .homes import Homes
 
 HOPE = 0.5  # share of a prefix that is expected at its home where none is known
+# What a running answer costs the next one: as much as computing so many tokens of its prompt.
+STREAM_TOKENS = 256
 _MAX_CHOICES = 64  # prompts on their way to a replica; Serve sends no more at once
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillLoad:
-    """The work that one prompt asks of an engine.
+    """The work that one call asks of an engine.
 
     `prefix` has a digest per whole block of the prompt's dense prefix, each chained to the
     one before: equal digests mean equal prefixes.
@@ -31,6 +31,7 @@ class PrefillLoad:
 
     tokens: int  # k
     prefix: tuple[int, ...]
+    running_tokens: int | None = None  # its part of the replica's queue; None: what that lacks of k
 
 
 def whole_load_of(request: Request) -> PrefillLoad:
@@ -39,29 +40,13 @@ def whole_load_of(request: Request) -> PrefillLoad:
 
 
 def load_of(request: Request, selection: Selection) -> PrefillLoad:
-    """Return the load of the kept tokens.
-
-    Its prefix has a digest for every `BLOCK_TOKENS` kept tokens: up to the first gap the prompt's
-    own, then digests that also stand for how much was kept, so that the next turn of a conversation
-    finds the KV of what it carries over.
-    """
-    digests, first = digests_of(request), selection.runs[0]
-    dense = first.stop if first.start == 0 else 0
-    prefix = list(digests[: dense // BLOCK_TOKENS])
-    kept = 0
-    for run in selection.runs:
-        while len(prefix) < (kept + len(run)) // BLOCK_TOKENS:
-            at = run.start + (len(prefix) + 1) * BLOCK_TOKENS - kept
-            if at < BLOCK_TOKENS or at // BLOCK_TOKENS > len(digests):
-                break
-            prefix.append(_sparse_digest(digests[at // BLOCK_TOKENS - 1], at))
-        kept += len(run)
-    return PrefillLoad(selection.engine_tokens, tuple(prefix))
+    """Return the load of the kept tokens."""
+    return PrefillLoad(selection.engine_tokens, kept_digests(digests_of(request), selection.runs))
 
 
-def _sparse_digest(digest: int, position: int) -> int:
-    """Digest a kept block: the prompt before it, and the position where the block ends."""
-    return xxhash.xxh3_64_intdigest(position.to_bytes(8, "little"), seed=digest)
+def stream_load_of(request: Request, selection: Selection) -> PrefillLoad:
+    """Return the load of a decode call, which lasts as long as its answer."""
+    return replace(load_of(request, selection), running_tokens=STREAM_TOKENS)
 
 
 @dataclass(slots=True)
@@ -157,9 +142,8 @@ class PrefixAffinity:
         names = self._rank(load, matches)
         if names:
             replica = self._replicas[names[0]]
-            lacking = _missing_tokens(replica, load, matches)
-            replica.queued_tokens += lacking
-            self._choices[call_id] = (replica, lacking)
+            missing = load.tokens - BLOCK_TOKENS * matches.get(replica.place, 0)
+            self._choices[call_id] = (replica, _queue_up(replica, load, missing))
         if len(self._choices) > _MAX_CHOICES:  # the oldest was given up before it was sent
             self._drop_choice(next(iter(self._choices)))
         return names
@@ -172,25 +156,24 @@ class PrefixAffinity:
             return
         self._count += 1
         replica.last_used = self._count
-        lacking = load.tokens - BLOCK_TOKENS * replica.seen.longest_match(load.prefix)
-        replica.queued_tokens += lacking
+        missing = load.tokens - BLOCK_TOKENS * replica.seen.longest_match(load.prefix)
         self._blocks.add(replica.place, load.prefix)
         self._blocks.remove(replica.place, replica.seen.remember(load.prefix))
-        self._running[call_id] = (replica, lacking)
+        self._running[call_id] = (replica, _queue_up(replica, load, missing))
 
     def record_end(self, call_id: str) -> None:
         """Record that a call ended, well or not. Idempotent."""
         self._drop_choice(call_id)
         running = self._running.pop(call_id, None)
         if running is not None:
-            replica, lacking = running
-            replica.queued_tokens -= lacking
+            replica, tokens = running
+            replica.queued_tokens -= tokens
 
     def _drop_choice(self, call_id: str) -> None:
         choice = self._choices.pop(call_id, None)
         if choice is not None:
-            replica, lacking = choice
-            replica.queued_tokens -= lacking
+            replica, tokens = choice
+            replica.queued_tokens -= tokens
 
     def _rank(self, load: PrefillLoad, matches: Mapping[int, int]) -> list[str]:
         home = self._homes.home_of(load.prefix)
@@ -207,6 +190,8 @@ class PrefixAffinity:
         return sorted(self._replicas, key=cost)
 
 
-def _missing_tokens(replica: _Replica, load: PrefillLoad, matches: Mapping[int, int]) -> int:
-    """Return the tokens of a prompt that a replica would have to compute."""
-    return load.tokens - BLOCK_TOKENS * matches.get(replica.place, 0)
+def _queue_up(replica: _Replica, load: PrefillLoad, missing: int) -> int:
+    """Count a call in its replica's queue; return the tokens it counts."""
+    tokens = missing if load.running_tokens is None else load.running_tokens
+    replica.queued_tokens += tokens
+    return tokens

@@ -30,7 +30,7 @@ from ...core.types import DecodeStep, Plan, PrefillResult, Replay, Request, Sele
 from ...kv.holding import RemoteLeases
 from ...kv.prefilling import hold_prefill
 from ..serve_internals import call_alone
-from .affinity import load_of, whole_load_of
+from .affinity import load_of, stream_load_of, whole_load_of
 from .health import SPECULATOR, PoolCounts
 
 logger = logging.getLogger(__name__)
@@ -138,9 +138,11 @@ class ServeDecoder:
         """See `ports.Decoder`."""
         payload = wire.pack((request, selection, ticket, replay, timeout_s))
         objects = [] if ticket is None else self.carried.get(ticket.lease.id, [])
+        load = wire.pack(stream_load_of(request, selection))
         call = self.handle.options(method_name="decode", stream=True)
-        decoding = _stream_call(call, "decode", DecodeUnavailable, timeout_s, payload, objects)
-        async with decoding as items:
+        async with _stream_call(
+            call, "decode", DecodeUnavailable, timeout_s, payload, load, objects
+        ) as items:
             async for item in items:
                 yield wire.unpack(item, DecodeStep)
 

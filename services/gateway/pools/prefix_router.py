@@ -87,5 +87,5 @@ def _load(pending_request: PendingRequest) -> PrefillLoad:
     """Return the call's load; calls without a prompt, such as for a state, have none."""
     if len(pending_request.args) < 2:
         return _NO_LOAD
-    _payload, load = pending_request.args
+    _payload, load, *_ = pending_request.args
     return unpack(load, PrefillLoad)

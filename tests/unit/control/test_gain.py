@@ -6,11 +6,23 @@ from dataclasses import replace
 
 import pytest
 
+from specprefill.control.decode_caches import DecodeCaches
 from specprefill.control.gain import NetGain
 from specprefill.control.prefixes import CacheForecast, PrefixMemory
 from specprefill.control.stages import Curve, StageCurves, StageModels
 from specprefill.core.plan import Planner
-from specprefill.core.types import UNSCORED, Controls, Plan, PlanKind, Reason, Report, Request, Span
+from specprefill.core.types import (
+    UNSCORED,
+    Controls,
+    Plan,
+    PlanKind,
+    PrefilledBy,
+    Reason,
+    Report,
+    Request,
+    Span,
+    dense_selection,
+)
 from tests.policies import PAPER
 
 CURVES = StageCurves(
@@ -94,6 +106,27 @@ def test_the_next_turn_of_a_pruned_conversation_costs_its_new_tokens():
     assert expected.prune_s == pytest.approx(unread_s + CURVES.prefill.seconds(200), rel=0.1)
     other = replace(asked, prompt=(5, *turn.prompt[1:]))
     assert planner(known).plan(other).expected.prune_s > expected.prune_s + 0.1
+
+
+def test_a_turn_that_decode_computed_is_continued_as_one_of_the_prefill_pool():
+    known = gain()
+    asked = request(10_000)
+    turned = report(PlanKind.PRUNE, kept_tokens=2000, prefilled_by=PrefilledBy.DECODE)
+    known.learn(asked, turned)
+    expected = planner(known).plan(replace(asked, prompt=(*asked.prompt, *range(200)))).expected
+    unread_s = CURVES.speculate.seconds(10_200)
+    assert expected.prune_s == pytest.approx(unread_s + CURVES.prefill.seconds(200), rel=0.1)
+
+
+def test_a_dense_conversation_that_decode_has_is_not_pruned():
+    caches = (CacheForecast(PrefixMemory(1000)) for _ in range(2))
+    held = DecodeCaches(1000)
+    known = NetGain(StageModels(CURVES), *caches, POLICY, held)
+    asked = request(10_000)
+    assert planner(known).plan(asked).kind is PlanKind.PRUNE
+    held.learn(asked, dense_selection(10_000, Reason.NO_GAIN), report(), [1] * 200)
+    turn = replace(asked, prompt=(*asked.prompt, *[1] * 200, *range(100)))
+    assert planner(known).plan(turn).reason is Reason.NO_GAIN
 
 
 def test_protection_that_leaves_little_to_drop_goes_dense():

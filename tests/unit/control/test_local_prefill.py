@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from specprefill.control.local_prefill import EveryPromptLocal, LocalPrefillRule
+from specprefill.control.decode_caches import DecodeCaches
+from specprefill.control.local_prefill import EveryPromptLocal, LocalLimits, LocalPrefillRule
 from specprefill.control.probe import PrefillByDecoder
 from specprefill.control.stages import Curve, StageCurves, StageModels
 from specprefill.core.errors import DecodeUnavailable, PrefillUnavailable
@@ -39,8 +40,13 @@ def request(tokens=100, **fields):
     return Request("r", PROMPT[:tokens], b"", **fields)
 
 
-def local(asked, selection=None, max_tokens=100, running=0):
-    rule = LocalPrefillRule(max_tokens, lambda: CURVES)
+def rule_of(prompt_tokens=100, turn_tokens=0):
+    limits = LocalLimits(prompt_tokens, turn_tokens)
+    return LocalPrefillRule(limits, lambda: CURVES, DecodeCaches(1000))
+
+
+def local(asked, selection=None, max_tokens=100, running=0, turn_tokens=0):
+    rule = rule_of(max_tokens, turn_tokens)
     selection = selection or dense_selection(len(asked.prompt), Reason.SHORT_PROMPT)
     with ExitStack() as others:
         for _ in range(running):
@@ -61,6 +67,22 @@ def test_a_pruned_one_is_not():
     assert not local(request(), Selection(100, (Span(0, 20),), plan))
 
 
+@pytest.mark.parametrize(
+    ("carried", "turn_tokens", "running", "decided"),
+    [
+        (60, 40, 0, True),
+        (60, 39, 0, False),
+        (40, 60, 0, False),
+        (60, 40, 1, True),
+        (49, 51, 1, False),
+    ],
+)
+def test_the_next_turn_is_where_decode_has_most_of_it(carried, turn_tokens, running, decided):
+    plan = Plan(PlanKind.PRUNE, Reason.CARRIED_OVER, 0.2)
+    turn = Selection(200, (Span(0, 50), Span(150, 200)), plan, carried_tokens=carried)
+    assert local(request(), turn, turn_tokens=turn_tokens, running=running) is decided
+
+
 def test_several_samples_would_each_compute_it():
     assert not local(request(samples=2))
 
@@ -75,7 +97,7 @@ def test_beside_other_answers_only_prompts_no_slower_than_a_hand_over(tokens, de
 
 
 def test_a_request_counts_while_it_runs():
-    rule = LocalPrefillRule(100, lambda: CURVES)
+    rule = rule_of()
     whole = dense_selection(100, Reason.SHORT_PROMPT)
     with rule.decide(request(), whole) as first, rule.decide(request(), whole) as second:
         assert (first, second) == (True, False)
@@ -88,7 +110,7 @@ class TestPipeline:
     async def run(asked, **decoder):
         prefiller, decoder = FakePrefiller(), FakeDecoder(**decoder)
         planner = Planner(enabled=True, keep=0.5, min_prompt_tokens=1000)
-        rule = LocalPrefillRule(100, lambda: CURVES)
+        rule = rule_of()
         pipeline = Pipeline(FakeSpeculator(), prefiller, decoder, local=rule)
         chunks = [chunk async for chunk in pipeline.generate(planner.with_plan(asked))]
         return chunks, prefiller, decoder

@@ -1,11 +1,19 @@
 """Prompts go where their prefix is cached, until the queue there costs more than it saves."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from specprefill.core.types import Plan, PlanKind, Reason, Request, Selection, Span, dense_selection
-from specprefill.gateway.pools.affinity import BLOCK_TOKENS, PrefillLoad, PrefixAffinity, load_of
+from specprefill.gateway.pools.affinity import (
+    BLOCK_TOKENS,
+    STREAM_TOKENS,
+    PrefillLoad,
+    PrefixAffinity,
+    load_of,
+)
 from tests.linear_cost import assert_linear
 
 ROOM = 1_000 * BLOCK_TOKENS
@@ -114,6 +122,19 @@ def test_cached_tokens_do_not_lengthen_the_queue():
     for number in range(20):
         made.record_sent(f"s{number}", "a", load(8, own=10))
     assert best(made, load(8, own=10)) == "a"  # 20 x 10 tokens queued, 1024 cached
+
+
+def test_an_answer_counts_as_long_as_it_runs_whatever_its_prompt_had_cached():
+    made = affinity("a", "b")
+    turn = replace(load(8, own=0), running_tokens=STREAM_TOKENS)
+    made.record_sent("r1", "a", turn)
+    made.record_end("r1")
+    for number in range(8 * BLOCK_TOKENS // STREAM_TOKENS):
+        assert best(made, turn) == "a"
+        made.record_sent(f"s{number}", "a", turn)
+    assert best(made, turn) == "b"
+    made.record_end("s0")
+    assert best(made, turn) == "a"
 
 
 def test_the_least_recent_prefixes_are_forgotten_from_their_end():

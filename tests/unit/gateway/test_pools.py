@@ -95,8 +95,8 @@ class Handle:
         self.options_seen = options
         return self
 
-    def remote(self, payload: bytes, objects: Sequence[Any] | bytes = ()) -> Response:
-        self.payload, self.objects = payload, objects
+    def remote(self, payload: bytes, load: bytes = b"", objects: Sequence[Any] = ()) -> Response:
+        self.payload, self.load, self.objects = payload, load, objects
         return self.response
 
 
