@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
 from ..control.scaling.values import Arrivals, Floats
 from .signals import Size
 
-_COLUMNS = 4  # time, prompt tokens, kept tokens, output tokens
+MOST_ROWS = 20_000  # that represent the window's arrivals, however many there are
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """What arrived between two readings, by size."""
+
+    start_s: float
+    stop_s: float
+    sizes: Floats  # [sizes, 3]: prompt, kept and output tokens
+    counts: Floats  # [sizes]
 
 
 class Traffic:
-    """Arrivals of the last `window_s` seconds, from the counts of any number of gateways."""
+    """Arrivals of the last `window_s` seconds, from the counts of any number of gateways.
+
+    Kept are counts by reading and size, so that memory and time do not grow with the arrivals.
+    """
 
     def __init__(self, window_s: float) -> None:
         self._window_s = window_s
         self._counts: dict[str, Counter[Size]] = {}
         self._read_s: float | None = None
         self._since_s = 0.0
-        self._rows: list[Floats] = []  # each [n, 4], one per reading with arrivals
+        self._readings: deque[_Reading] = deque()
 
     @property
     def since_s(self) -> float:
@@ -46,26 +60,48 @@ class Traffic:
         self._forget(now_s - self._window_s)
 
     def arrivals(self) -> Arrivals:
-        """Return the arrivals of the window, in order."""
-        rows = np.concatenate(self._rows) if self._rows else np.empty((0, _COLUMNS))
-        return Arrivals(*rows.T)
+        """Return the arrivals of the window, in order; an even sample of them where they are many.
+
+        Within a reading, sizes are mixed.
+        """
+        if not self._readings:
+            return Arrivals(*np.empty((4, 0)))
+        sizes = np.concatenate([reading.sizes for reading in self._readings])
+        counts = np.concatenate([reading.counts for reading in self._readings])
+        lengths = [len(reading.counts) for reading in self._readings]
+        reading = np.repeat(np.arange(len(lengths)), lengths)  # [sizes of all], like counts
+        ends = np.cumsum(counts)
+        rows = int(min(MOST_ROWS, ends[-1]))
+        each = float(ends[-1]) / rows
+        chosen = np.searchsorted(ends, (np.arange(rows) + 0.5) * each)
+        mixed = chosen[np.lexsort((np.arange(rows) * _GOLDEN % 1.0, reading[chosen]))]
+        times = self._times(np.bincount(reading[chosen], minlength=len(lengths)))
+        return Arrivals(times, *sizes[mixed].T, each)
+
+    def _times(self, rows: Floats) -> Floats:
+        """Spread the `rows` of each reading evenly over it."""
+        starts = np.array([reading.start_s for reading in self._readings])
+        spans = np.array([reading.stop_s for reading in self._readings]) - starts
+        rank = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)
+        return np.repeat(starts, rows) + (rank + 0.5) * np.repeat(spans / np.maximum(rows, 1), rows)
 
     def _add(self, start_s: float, stop_s: float, new: Counter[Size]) -> None:
-        total = new.total()
-        if total == 0:
+        if not new:
             return
-        sizes = np.array(
-            [(each.prompt_tokens, each.kept_tokens, each.output_tokens) for each in new.elements()],
-            dtype=np.float64,
+        sizes = [(each.prompt_tokens, each.kept_tokens, each.output_tokens) for each in new]
+        self._readings.append(
+            _Reading(
+                start_s,
+                stop_s,
+                np.array(sizes, dtype=np.float64),
+                np.array(list(new.values()), dtype=np.float64),
+            )
         )
-        mixed = sizes[np.argsort(np.arange(total) * _GOLDEN % 1.0)]  # sizes arrive in no order
-        times = start_s + (np.arange(total) + 0.5) * (stop_s - start_s) / total
-        self._rows.append(np.column_stack((times, mixed)))
 
     def _forget(self, start_s: float) -> None:
         self._since_s = max(self._since_s, start_s)
-        while self._rows and self._rows[0][-1, 0] < start_s:
-            self._rows.pop(0)
+        while self._readings and self._readings[0].stop_s <= start_s:
+            self._readings.popleft()
 
 
 _GOLDEN = (5**0.5 - 1) / 2  # multiples of it are spread evenly, in an order of no pattern

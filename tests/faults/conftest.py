@@ -19,6 +19,7 @@ from specprefill.core.errors import Overloaded, PrefillUnavailable, Unavailable
 from specprefill.core.fallback import Fallback, OnOverload
 from specprefill.core.pipeline import Pipeline
 from specprefill.core.plan import Planner
+from specprefill.core.ports import LocalPrefill
 from specprefill.core.types import Carrier, Report, Request, Selection, Ticket
 from specprefill.kv.keeper_link import KEEPER
 from specprefill.kv.prefilling import HeldPrefill, hold_prefill
@@ -288,17 +289,24 @@ class FullSpeculator:
 
 
 async def ask(
-    pools: Pools, request: Request, selection: Selection, on_overload: OnOverload | None = None
+    pools: Pools,
+    request: Request,
+    selection: Selection,
+    on_overload: OnOverload | None = None,
+    local: LocalPrefill | None = None,
 ) -> tuple[list[int], float, Report]:
     """The product's pipeline over the pools: the answer's tokens, seconds, and report.
 
-    With `on_overload` the speculator is full, and `selection` is not asked for.
+    With `on_overload` the speculator is full, and `selection` is not asked for. `local` decides
+    which prompts decode computes.
     """
     planner = Planner(enabled=True, keep=0.5, min_prompt_tokens=1)
     speculator, fallback = FixedSpeculator(selection), Fallback()
     if on_overload is not None:
         speculator, fallback = FullSpeculator(), Fallback(on_overload, SHIPPED)
-    pipeline = Pipeline(speculator, pools, pools, fallback=fallback, overlap=pools.overlap)
+    pipeline = Pipeline(
+        speculator, pools, pools, fallback=fallback, overlap=pools.overlap, local=local
+    )
     started_s = time.monotonic()
     async with asyncio.timeout(90):
         chunks = [chunk async for chunk in pipeline.generate(planner.with_plan(request))]

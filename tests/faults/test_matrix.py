@@ -14,6 +14,9 @@ import grpc
 import msgspec
 import pytest
 
+from specprefill.control.decode_caches import DecodeCaches
+from specprefill.control.local_prefill import LocalLimits, LocalPrefillRule
+from specprefill.control.stages import DEFAULT_CURVES
 from specprefill.core.errors import DeadlineExceeded, Overloaded
 from specprefill.core.fallback import OnOverload, static_selection
 from specprefill.core.types import (
@@ -22,6 +25,7 @@ from specprefill.core.types import (
     DecodeStep,
     Plan,
     PlanKind,
+    PrefilledBy,
     PrefillResult,
     Reason,
     Request,
@@ -32,6 +36,7 @@ from specprefill.core.types import (
 from specprefill.kv.announcements import Announcements
 from specprefill.kv.leases import UNCLAIMED_S, LeaseStore
 from specprefill.kv.rpc import KvServer, _Handler
+from tests.integration.conftest import BLOCK_SIZE
 
 from ..policies import SHIPPED
 from .conftest import ask
@@ -218,6 +223,44 @@ SAMPLINGS = {
     "seeded": {"temperature": 0.9, "seed": 3},
     "grammar": {"regex": r"[ab]{20,40}!", "ignore_eos": False},
 }
+
+
+@pytest.mark.parametrize("fault", ["nothing", "between_turns", "in_the_next_turn"])
+async def test_the_decode_engine_of_a_conversation_dies(asking, fault):
+    """Its next turn would have been computed there."""
+    pools, decode = asking.pools, asking.pools.decodes[0]
+    limits = LocalLimits(prompt_tokens=0, turn_tokens=500)
+    rule = LocalPrefillRule(limits, lambda: DEFAULT_CURVES, DecodeCaches(1000))
+    asked = request(asking.name)
+    tokens, _, report = await ask(pools, asked, selection(), local=rule)
+    assert report.prefilled_by is PrefilledBy.PREFILL
+
+    async def kill(*_):
+        decode.kill()
+        await asyncio.to_thread(decode.process.wait, 5)
+
+    if fault == "between_turns":
+        await kill()
+    if fault == "in_the_next_turn":
+        pools.on_step = once(DecodeStep, kill)
+    prompt = (*asked.prompt, *tokens, *request("more").prompt[:200])
+    turn = replace(asked, prompt=prompt, request_id=f"{asked.request_id}-next")
+    kept, new = selection(), Span(RUNS[-1].start, len(prompt))
+    plan = replace(kept.plan, reason=Reason.CARRIED_OVER)
+    carried = Selection(len(prompt), (*RUNS[:-1], new), plan, carried_tokens=kept.kept_tokens)
+    got, seconds, report = await ask(pools, turn, carried, local=rule)
+    assert report.prefilled_by is PrefilledBy.DECODE
+    if fault == "nothing":  # computed: what is new, and the last block before it
+        assert report.kept_tokens - report.cached_tokens <= 200 + 1 + BLOCK_SIZE
+    if fault == "between_turns":
+        assert report.cached_tokens == 0
+    await pools.restore()
+    again = replace(turn, request_id=f"{turn.request_id}-undisturbed")
+    wanted, _, undisturbed = await ask(pools, again, carried)
+    assert undisturbed.prefilled_by is PrefilledBy.PREFILL
+    recovered = "nothing to do" if fault == "nothing" else "turn computed by another decode"
+    asking.table.add(asking.name, recovered, seconds, got == wanted, await pools.bytes_held())
+    assert got == wanted
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)

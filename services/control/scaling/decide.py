@@ -88,11 +88,12 @@ def decide(seen: Observation, policy: ScalingPolicy, memory: Memory) -> tuple[De
 
 def _outlook(arrivals: Arrivals, seen: Observation, policy: ScalingPolicy) -> Outlook:
     span_s = min(policy.window_s, seen.now_s - seen.since_s)
-    step = 1 + len(arrivals) // SEEN
-    few = arrivals.every(step)
+    few = arrivals.every(1 + len(arrivals) // SEEN)
     times = sizing.stage_times(few, seen.engines)
     demands = {
-        pool: demand(few.time_s, step * work_s, seen.now_s, span_s, policy.pools[pool].cold_start_s)
+        pool: demand(
+            few.time_s, few.each * work_s, seen.now_s, span_s, policy.pools[pool].cold_start_s
+        )
         for pool, work_s in times.by_pool().items()
     }
     recent = few.since(seen.now_s - SIZED_FROM_S)
@@ -101,7 +102,7 @@ def _outlook(arrivals: Arrivals, seen: Observation, policy: ScalingPolicy) -> Ou
         recent,
         sizing.stage_times(recent, seen.engines),
         demands,
-        dispersion(arrivals.time_s, seen.now_s, agreed_s),
+        dispersion(arrivals.time_s, arrivals.each, seen.now_s, agreed_s),
     )
 
 

@@ -58,8 +58,11 @@ def demand(time_s: Floats, work_s: Floats, now_s: float, span_s: float, ahead_s:
     return Demand(level, level, window_s)
 
 
-def dispersion(time_s: Floats, now_s: float, window_s: float) -> float:
-    """Return variance over mean of the arrivals in bins: 1 for Poisson, more when they clump."""
+def dispersion(time_s: Floats, each: float, now_s: float, window_s: float) -> float:
+    """Return variance over mean of the arrivals in bins: 1 for Poisson, more when they clump.
+
+    `time_s`: `[N]`; every one stands for `each` arrivals.
+    """
     bins = int(window_s / DISPERSION_S)
     if bins < 8 or len(time_s) < 4 * bins:
         return 1.0
@@ -67,7 +70,7 @@ def dispersion(time_s: Floats, now_s: float, window_s: float) -> float:
     counts = np.diff(np.searchsorted(time_s, edges))
     differences = np.diff(counts)  # a trend cancels out
     mean = float(counts.mean())
-    return max(1.0, float(np.mean(differences**2)) / 2 / mean) if mean > 0 else 1.0
+    return max(1.0, each * float(np.mean(differences**2)) / 2 / mean) if mean > 0 else 1.0
 
 
 def _trend(age_s: Floats, work_s: Floats, window_s: float) -> tuple[float, float]:

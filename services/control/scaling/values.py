@@ -34,12 +34,13 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Arrivals:
-    """Many arrivals as columns `[N]`, sorted by time."""
+    """Many arrivals as columns `[N]`, sorted by time. Each row stands for `each` arrivals."""
 
     time_s: Floats
     prompt_tokens: Floats
     kept_tokens: Floats
     output_tokens: Floats
+    each: float = 1.0
 
     @classmethod
     def of(cls, arrivals: Iterable[Arrival]) -> Arrivals:
@@ -59,15 +60,16 @@ class Arrivals:
         return self._rows(slice(int(np.searchsorted(self.time_s, start_s)), None))
 
     def every(self, step: int) -> Arrivals:
-        """Return one of every `step` arrivals, evenly spread."""
-        return self._rows(slice(step // 2, None, step))
+        """Return one of every `step` rows, evenly spread, which stands for all of them."""
+        return self._rows(slice(step // 2, None, step), step)
 
-    def _rows(self, rows: slice) -> Arrivals:
+    def _rows(self, rows: slice, step: int = 1) -> Arrivals:
         return Arrivals(
             self.time_s[rows],
             self.prompt_tokens[rows],
             self.kept_tokens[rows],
             self.output_tokens[rows],
+            step * self.each,
         )
 
 

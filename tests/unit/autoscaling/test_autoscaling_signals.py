@@ -1,5 +1,6 @@
 """The replicas' signals survive the way to the controller; counts become arrivals in time."""
 
+import time
 from collections import Counter
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specprefill.autoscaling.arrival_rates import Traffic
+from specprefill.autoscaling.arrival_rates import MOST_ROWS, Traffic
 from specprefill.autoscaling.signals import (
     Size,
     arrival_signals,
@@ -85,6 +86,33 @@ def test_old_arrivals_are_forgotten():
         traffic.add_counts(float(second), {"a": Counter({SHORT: second})})
     assert traffic.since_s == 20.0
     assert 10 <= len(traffic.arrivals()) <= 11
+
+
+def test_many_arrivals_cost_no_more_than_few():
+    """Ten thousand requests a second, of three sizes, from 20 gateways."""
+    traffic, middle = Traffic(600.0), size(2000, 600, 50)
+    shares = {SHORT: 250, LONG: 150, middle: 100}
+    for reading in range(1201):
+        counts = {
+            f"gateway-{number}": Counter({each: reading * n // 2 for each, n in shares.items()})
+            for number in range(20)
+        }
+        traffic.add_counts(reading / 2, counts)
+    found = traffic.arrivals()
+    assert len(found) == MOST_ROWS
+    assert len(found) * found.each == pytest.approx(600 * 20 * 500, rel=1e-3)
+    assert np.all(np.diff(found.time_s) > 0)
+    per_minute = np.histogram(found.time_s, bins=10, range=(0.0, 600.0))[0]
+    assert per_minute.max() - per_minute.min() <= 2
+    for each, n in shares.items():
+        share = np.mean(found.prompt_tokens == each.prompt_tokens)
+        assert share == pytest.approx(n / 500, abs=0.001)
+    seconds = []
+    for _ in range(5):
+        start_s = time.thread_time()
+        traffic.arrivals()
+        seconds.append(time.thread_time() - start_s)
+    assert min(seconds) < 0.02
 
 
 def test_dense_stays_dense():
