@@ -67,7 +67,9 @@ class SpeculatorConfig(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: PositiveInt = 1  # intra-op threads on a CPU
     random_weights: bool = False  # for benchmarks
-    prefill_chunk_tokens: PositiveInt = 2048  # bounds the memory of a long prompt
+    # Of a pass: bounds the memory of a long prompt, and how long a short one waits for it. Absent:
+    # 2048 on a GPU, 512 on a CPU.
+    prefill_chunk_tokens: PositiveInt | None = None
     # Keys and values at once, of prompts being scored and of those remembered for reuse. If
     # absent: 1 GiB on a CPU, most of the free memory on a GPU.
     kv_memory_bytes: PositiveInt | None = None

@@ -1,13 +1,15 @@
 """The speculator by itself, beside a plain forward pass of the same model: `make bench-speculator`.
 
 Tokens per second alone and in batches of eight, the cost of a second question about a document
-that was read before, and the memory that a thousand different prompts take. Every measurement is
-interleaved with what it is compared with, so that a slow minute of the machine hits both.
+that was read before, how long short prompts wait behind a long one, and the memory that a thousand
+different prompts take. Every measurement is interleaved with what it is compared with, so that a
+slow minute of the machine hits both.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import copy
 import random
 import statistics
@@ -21,9 +23,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from specprefill.config import SpeculatorConfig, local_path
+from specprefill.config import SelectionConfig, SpeculatorConfig, local_path
+from specprefill.control.from_config import selection_policy
+from specprefill.core.types import Plan, PlanKind, Reason, Request
 from specprefill.lab.reporting.tables import markdown, provenance, write_json
+from specprefill.speculator.jobs import Batching
 from specprefill.speculator.scorer import Scorer, load_scorer
+from specprefill.speculator.service import SpeculatorService
 
 from .ttft import FIRST_TOKEN_ID, OUT, SPECULATOR, write_model
 
@@ -33,6 +39,9 @@ POOL_TOKENS = 13
 QUESTION_TOKENS = 64
 MANY_PROMPTS_TOKENS = (16, 1024)  # from, to
 MANY_PROMPTS_BUDGET_BYTES = 16 << 20
+LONG_TOKENS, SHORT_TOKENS, SHORT_PROMPTS = 8192, 1024, (1, 8)
+PLAN = Plan(PlanKind.PRUNE, Reason.ASKED, 0.3)
+PATIENCE_S = 600.0
 MB = 1 << 20
 
 Prompt = tuple[int, ...]
@@ -79,6 +88,29 @@ class SecondQuestion:
             f"{self.first_s * 1e3:.1f} ms",
             f"{self.second_s * 1e3:.1f} ms",
             f"{self.second_s / self.first_s:.3f}",
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class BehindLong:
+    """Short prompts that come while a long one is being read, and without it; medians."""
+
+    model: str
+    prompts: int  # short ones, all at once
+    alone_s: float  # until the last of them is answered
+    behind_s: float
+    long_alone_s: float
+    long_s: float  # the long one, which lets them go first
+
+    def cells(self) -> list[str]:
+        """Return a table's row."""
+        return [
+            self.model,
+            str(self.prompts),
+            f"{self.alone_s * 1e3:.0f} ms",
+            f"{self.behind_s * 1e3:.0f} ms",
+            f"{self.behind_s / self.alone_s:.2f}",
+            f"{self.long_s / self.long_alone_s:.2f}",
         ]
 
 
@@ -141,6 +173,34 @@ def answer_s(scorer: Scorer, prompt: Prompt) -> float:
         took_s = time.perf_counter() - started_s
         scorer.remember(readings)
     return took_s
+
+
+async def behind_long(
+    name: str, scorer: Scorer, count: int, repeats: int, prompts: Prompts
+) -> BehindLong:
+    """Ask the service, once for a long prompt alone and short ones alone, then for both."""
+    batching = Batching(score_cache_bytes=0, kept_memory_bytes=0)
+    policy = selection_policy(SelectionConfig())
+    times: list[tuple[float, float, float, float]] = []
+    async with SpeculatorService(lambda: scorer, policy, batching) as service:
+
+        async def ask(tokens: int) -> float:
+            started_s = time.perf_counter()
+            request = Request("bench", prompts(tokens), b"")
+            await service.select(request, PLAN, PATIENCE_S)
+            return time.perf_counter() - started_s
+
+        async def ask_short() -> float:
+            return max(await asyncio.gather(*(ask(SHORT_TOKENS) for _ in range(count))))
+
+        for _ in range(repeats + 1):
+            long_alone_s, alone_s = await ask(LONG_TOKENS), await ask_short()
+            long = asyncio.create_task(ask(LONG_TOKENS))
+            await asyncio.sleep(long_alone_s / 2)  # most of it is still to be read
+            behind_s = await ask_short()
+            times.append((alone_s, behind_s, long_alone_s, await long))
+    medians = (statistics.median(column) for column in zip(*times[1:], strict=True))
+    return BehindLong(name, count, *medians)
 
 
 def memory(
@@ -220,6 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rng = random.Random(args.seed)
     speeds: list[Throughput] = []
     questions: list[SecondQuestion] = []
+    behind: list[BehindLong] = []
     memories: list[MemoryUse] = []
     for name, config in draft_models(max(args.lengths) + 256).items():
         scorer = load_scorer(config, POOL_TOKENS)
@@ -233,15 +294,19 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for batch in BATCHES
             ]
             questions.append(second_question(name, scorer, tokens, args.repeats, prompts))
+        for count in SHORT_PROMPTS:
+            one = behind_long(name, load_scorer(config, POOL_TOKENS), count, args.repeats, prompts)
+            behind.append(asyncio.run(one))
         print(f"{name}: {args.prompts} prompts", flush=True)
         small = load_scorer(
             config.model_copy(update={"kv_memory_bytes": MANY_PROMPTS_BUDGET_BYTES}), POOL_TOKENS
         )
         memories.append(memory(name, small, args.prompts, rng, prompts))
-    print("\n".join(("", *tables(speeds, questions, memories))))
+    print("\n".join(("", *tables(speeds, questions, behind, memories))))
     results = {
         "throughput": [asdict(row) for row in speeds],
         "second_question": [asdict(row) for row in questions],
+        "behind_long": [asdict(row) for row in behind],
         "memory": [asdict(row) for row in memories],
     }
     write_json(args.out, provenance(args.seed), results)
@@ -255,9 +320,12 @@ def random_prompts(rng: random.Random, vocabulary: int) -> Prompts:
 
 
 def tables(
-    speeds: Sequence[Throughput], questions: Sequence[SecondQuestion], memories: Sequence[MemoryUse]
+    speeds: Sequence[Throughput],
+    questions: Sequence[SecondQuestion],
+    behind: Sequence[BehindLong],
+    memories: Sequence[MemoryUse],
 ) -> list[str]:
-    """Return one table for each of the three."""
+    """Return one table for each of the four."""
     return [
         markdown(
             ["draft", "batch", "tokens", "scored tokens/s", "forward tokens/s", "scored / forward"],
@@ -267,6 +335,11 @@ def tables(
         markdown(
             ["draft", "document", "first question", "second question", "second / first"],
             [row.cells() for row in questions],
+        ),
+        "",
+        markdown(
+            ["draft", "short prompts", "alone", "behind a long one", "ratio", "the long one"],
+            [row.cells() for row in behind],
         ),
         "",
         markdown(

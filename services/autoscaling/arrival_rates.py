@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..control.scaling.values import Arrivals, Floats
 from .signals import Size
@@ -76,14 +77,17 @@ class Traffic:
         chosen = np.searchsorted(ends, (np.arange(rows) + 0.5) * each)
         mixed = chosen[np.lexsort((np.arange(rows) * _GOLDEN % 1.0, reading[chosen]))]
         times = self._times(np.bincount(reading[chosen], minlength=len(lengths)))
-        return Arrivals(times, *sizes[mixed].T, each)
+        prompt, kept, output = sizes[mixed].T
+        return Arrivals(times, prompt, kept, output, each)
 
-    def _times(self, rows: Floats) -> Floats:
+    def _times(self, rows: NDArray[np.intp]) -> Floats:
         """Spread the `rows` of each reading evenly over it."""
         starts = np.array([reading.start_s for reading in self._readings])
         spans = np.array([reading.stop_s for reading in self._readings]) - starts
         rank = np.arange(rows.sum()) - np.repeat(np.cumsum(rows) - rows, rows)
-        return np.repeat(starts, rows) + (rank + 0.5) * np.repeat(spans / np.maximum(rows, 1), rows)
+        between = np.repeat(spans / np.maximum(rows, 1), rows)
+        times: Floats = np.repeat(starts, rows) + (rank + 0.5) * between
+        return times
 
     def _add(self, start_s: float, stop_s: float, new: Counter[Size]) -> None:
         if not new:

@@ -1,16 +1,19 @@
-"""Values of the speculator's service: requests under way, batching, pace, counts."""
+"""Values of the speculator's service: requests under way, limits, pace, counts."""
 
 from __future__ import annotations
 
 import asyncio
-import threading
 from dataclasses import dataclass, field
 
 from ..core.selection import Scores, SelectionPolicy
 from ..core.types import Plan, Request, Selection
+from .reading import Reading
 from .translation import Prompt, SamePrompt
 
 SMOOTHING = 0.2  # weight of the newest measurement in `Pace`
+# Of a token of others that was read while a prompt waits, as one of its own. So a prompt waits for
+# at most twice its own tokens of later, shorter prompts.
+AGEING = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +34,23 @@ class Pace:
     token_s: float | None = None  # prefill, per prompt token
     look_ahead_s: float | None = None  # look-ahead of one batch
 
-    def with_measurement(self, token_s: float, look_ahead_s: float) -> Pace:
-        """Return this pace, moved toward a new measurement."""
-        return Pace(_smooth(self.token_s, token_s), _smooth(self.look_ahead_s, look_ahead_s))
+    def with_reading(self, token_s: float) -> Pace:
+        """Return this pace, moved toward a new measurement of reading."""
+        return Pace(_smooth(self.token_s, token_s), self.look_ahead_s)
 
-    def pays_to_join(self, joined: int, prompt_tokens: int) -> bool:
-        """Return True if a batch of `joined` requests should take one more prompt.
+    def with_look_ahead(self, look_ahead_s: float) -> Pace:
+        """Return this pace, moved toward a new measurement of looking ahead."""
+        return Pace(self.token_s, _smooth(self.look_ahead_s, look_ahead_s))
 
-        Every request in the batch waits for the prefill of the new one; the new one saves a
-        look-ahead of its own. Long prompts are thus scored alone, short ones together.
+    def pays_to_wait(self, waiting: int, unread_tokens: int) -> bool:
+        """Return True if `waiting` prompts, read to their end, should wait for one more.
+
+        Each of them waits until that one is read; it saves a look-ahead of its own. So long prompts
+        look ahead alone, short ones together.
         """
         if self.token_s is None or self.look_ahead_s is None:
             return True
-        return joined * prompt_tokens * self.token_s <= self.look_ahead_s
+        return waiting * unread_tokens * self.token_s <= self.look_ahead_s
 
 
 @dataclass(slots=True)
@@ -51,7 +58,7 @@ class Counts:
     """The service's counts so far. The event loop and the thread each write their own fields."""
 
     prompts: int = 0  # scored; repeats that were remembered count apart
-    batches: int = 0
+    batches: int = 0  # of prompts that looked ahead together
     tokens: int = 0  # of scored prompts, as the draft model counts them
     cached_tokens: int = 0  # of them: their keys and values were remembered
     repeats: int = 0  # prompts whose scores were remembered
@@ -81,13 +88,39 @@ class Job:
     arrived_s: float
     answer: asyncio.Future[Selection]
     read_as: Prompt = field(default_factory=lambda: SamePrompt(()))  # known when it is queued
-    started_s: float | None = None  # None: it waits
-    abandoned: threading.Event = field(default_factory=threading.Event)
+    queued_at: int = 0  # tokens that the service had read by then
+    remembered_tokens: int = 0  # of the prompt, when it is queued
+    read_tokens: int = 0
+    reading: Reading | None = None  # None: it waits
+    worked_s: float = 0.0  # in the passes that it took part in, before the running one
+    working_since_s: float | None = None  # in a pass that runs
+    abandoned: bool = False  # nobody waits for the answer any more
+
+    @property
+    def unread_tokens(self) -> int:
+        """Prompt tokens still to be read; before it is begun, an estimate."""
+        if self.reading is None:
+            return max(0, len(self.read_as.prompt) - 1 - self.remembered_tokens)
+        return self.reading.unread_tokens
+
+    @property
+    def is_read(self) -> bool:
+        """True once only its look-ahead is missing."""
+        return self.reading is not None and self.reading.unread_tokens == 0
+
+    def turn(self, read_in_all: int) -> float:
+        """Return what the order of the prompts is by, lowest first: shortest first, with ageing.
+
+        `read_in_all`: tokens that the service has read by now.
+        """
+        others = read_in_all - self.queued_at - self.read_tokens
+        return self.unread_tokens - AGEING * others
 
     def spent_s(self, now_s: float) -> tuple[float, float]:
-        """Return seconds in the queue, and on the thread."""
-        started_s = now_s if self.started_s is None else self.started_s
-        return started_s - self.arrived_s, now_s - started_s
+        """Return seconds in the queue or behind other prompts, and seconds of its own passes."""
+        running_s = 0.0 if self.working_since_s is None else now_s - self.working_since_s
+        worked_s = self.worked_s + running_s
+        return now_s - self.arrived_s - worked_s, worked_s
 
 
 def _smooth(old: float | None, new: float) -> float:

@@ -5,6 +5,7 @@ Pure: the caller defines what a block holds.
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
@@ -63,6 +64,12 @@ class PrefixCache(Generic[V]):
             known.append(digest)
         blocks = [self._blocks.get(digest) for digest in reversed(known)]
         return [block for block in reversed(blocks) if block is not None]
+
+    def count_known(self, prompt: Sequence[int], salt: str | None = None) -> int:
+        """Count the tokens of the prompt's longest known beginning; what is used stays as it is."""
+        digests = block_digests(prompt[:-1], self.block_tokens, salt)
+        known = itertools.takewhile(self._blocks.__contains__, digests)
+        return self.block_tokens * sum(1 for _ in known)
 
     def add(
         self,

@@ -27,6 +27,7 @@ Heads = Mapping[int, Sequence[int]]  # a layer's number -> the numbers of its qu
 
 SCORING_BUFFER = 1 << 24  # attention weights held at once, in float32 elements: 64 MiB
 BLOCK_TOKENS = 64  # of the prefix cache
+CHUNK_TOKENS = {True: 2048, False: 512}  # on a GPU, and on a CPU
 CPU_MEMORY_BYTES = 1 << 30  # for KV, where the configuration sets none
 GPU_MEMORY_SHARE = 0.7  # of what the loaded model leaves free
 
@@ -42,7 +43,7 @@ def load_scorer(config: SpeculatorConfig, pool_tokens: int, main_path: str | Non
     return Scorer(
         draft,
         config.look_ahead,
-        config.prefill_chunk_tokens,
+        config.prefill_chunk_tokens or CHUNK_TOKENS[draft.layout.device.type == "cuda"],
         pool_tokens,
         _memory_bytes(config, draft),
         _check_heads(config.score_heads, draft),
@@ -161,24 +162,33 @@ class Scorer:
 
         The prefix cache makes room. The caller ensures that all fit into `memory_bytes`.
         """
-        needed = sum(self.kv_bytes(len(prompt)) for prompt in prompts)
-        self.prefix.shrink(self.memory_bytes - needed)
-        salted = zip(prompts, salts or [None] * len(prompts), strict=True)
-        readings = [self._open(prompt, salt) for prompt, salt in salted]
+        salted = list(zip(prompts, salts or [None] * len(prompts), strict=True))
+        self.make_room(sum(self.kv_bytes(len(prompt)) for prompt in prompts))
+        readings = [self.open_reading(prompt, salt) for prompt, salt in salted]
         try:
             yield readings
         finally:
             for reading in readings:
                 reading.release()
 
-    def remember(self, readings: Sequence[Reading]) -> None:
-        """Keep the prompts' KV in the prefix cache, in the memory that `readings` leave free."""
-        free = self.memory_bytes - sum(self.kv_bytes(len(each.prompt)) for each in readings)
+    def make_room(self, open_bytes: int) -> None:
+        """Leave `open_bytes` to readings: the prefix cache forgets what is beyond the rest."""
+        self.prefix.shrink(self.memory_bytes - open_bytes)
+
+    def remember(self, readings: Sequence[Reading], open_bytes: int | None = None) -> None:
+        """Keep the prompts' KV in the prefix cache, in the memory that readings leave free.
+
+        `open_bytes`: of all that are open; None: there are no others.
+        """
+        if open_bytes is None:
+            open_bytes = sum(self.kv_bytes(len(each.prompt)) for each in readings)
+        free = self.memory_bytes - open_bytes
         for reading in readings:
             with torch.inference_mode():
                 self.prefix.add(reading.prompt, free, partial(_block, reading), reading.salt)
 
-    def _open(self, prompt: tuple[int, ...], salt: str | None) -> Reading:
+    def open_reading(self, prompt: tuple[int, ...], salt: str | None) -> Reading:
+        """Return a reading, filled from the prefix cache; its memory has been made room for."""
         reading = Reading(prompt, self.draft.layout, self._capacity(len(prompt)), salt)
         with torch.inference_mode():
             reading.restore(self.prefix.find_longest(prompt, salt))
@@ -200,11 +210,19 @@ class Scorer:
             for reading in [each for each in open_readings if is_abandoned(each)]:
                 open_readings.remove(reading)
                 reading.release()
-            parts = self._next_parts(open_readings)
-            if not parts:
+            if not self.read_pass(open_readings):
                 return open_readings
+
+    def read_pass(self, readings: Sequence[Reading]) -> bool:
+        """Store the keys of the next `prefill_chunk_tokens` of the prompts, in their order.
+
+        Return False if all of them were read.
+        """
+        parts = self._next_parts(readings)
+        if parts:
             with torch.inference_mode():
                 read_chunk(self.draft.model, parts, self.draft.quick)
+        return bool(parts)
 
     def _next_parts(self, readings: Sequence[Reading]) -> list[tuple[Reading, int]]:
         """Return the readings of the next pass, and the number of tokens of each."""

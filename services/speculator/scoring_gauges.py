@@ -14,7 +14,7 @@ _PERIOD_S = 1.0
 _TOTALS = {  # field of `Counts` -> metric and description
     "prompts": ("prompts_total", "Prompts that were scored"),
     "repeats": ("repeated_prompts_total", "Prompts whose scores were remembered"),
-    "batches": ("batches_total", "Batches of prompts"),
+    "batches": ("batches_total", "Batches of prompts that looked ahead together"),
     "tokens": ("tokens_total", "Tokens of scored prompts, as the draft model counts them"),
     "cached_tokens": ("cached_tokens_total", "Tokens whose keys and values were remembered"),
     "read_s": ("read_seconds_total", "Seconds spent reading prompts"),
@@ -22,7 +22,7 @@ _TOTALS = {  # field of `Counts` -> metric and description
     "queue_s": ("queue_seconds_total", "Seconds that scored prompts waited"),
     "timeouts": ("timeouts_total", "Prompts that were not scored in time"),
     "shed": ("shed_total", "Prompts that found the queue full"),
-    "failures": ("failures_total", "Batches that failed"),
+    "failures": ("failures_total", "Passes that failed"),
 }
 
 
@@ -35,7 +35,7 @@ class SpeculatorGauges:
 
         self._service = service
         self._queued = gauge("queued", "Prompts in the queue")
-        self._scoring = gauge("scoring", "Prompts of the batch that is being scored")
+        self._scoring = gauge("scoring", "Prompts that are being read or look ahead")
         self._remembered = gauge(
             "remembered_bytes", "Keys and values of earlier prompts that are remembered"
         )

@@ -1,7 +1,8 @@
-"""The speculator as a service: requests wait in a bounded queue, one thread scores them in batches.
+"""The speculator as a service: requests wait in a bounded queue, one thread scores them.
 
-The thread owns the model. The event loop owns the queue and hands out batches; a request that was
-cancelled or ran out of time is marked, and the thread drops it between two prefill chunks.
+The thread owns the model, one pass at a time. Between passes the event loop owns everything: it
+drops requests that were cancelled or ran out of time, and chooses what the next pass reads, or who
+looks ahead (`schedule`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .kept_memory import KeptMemory
 from .lru import ByteLru
 from .prefix_memory import prompt_digest
 from .reading import Reading
+from .schedule import Limits, next_look_ahead, next_reading
 from .scorer import Scorer, load_scorer
 
 logger = logging.getLogger(__name__)
@@ -56,7 +58,8 @@ class SpeculatorService:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="speculator")
         self._pace = Pace()
         self._scorer: Scorer | None = None
-        self._scoring: Sequence[Job] = ()
+        self._begun: list[Job] = []
+        self._read_tokens = 0
         self._loop_task: asyncio.Task[None] | None = None
         self.counts = Counts()
 
@@ -108,8 +111,8 @@ class SpeculatorService:
 
     @property
     def batch_size(self) -> int:
-        """Number of prompts in the batch that is being scored."""
-        return len(self._scoring)
+        """Number of prompts that are being read or look ahead."""
+        return len(self._begun)
 
     @property
     def is_running(self) -> bool:
@@ -175,6 +178,9 @@ class SpeculatorService:
         refusal = scorer.refusal(len(job.read_as.prompt))
         if refusal is not None:
             return dense_selection(len(prompt), refusal)
+        job.remembered_tokens = scorer.prefix.count_known(
+            job.read_as.prompt, job.request.cache_salt
+        )
         self._enqueue(job)
         try:
             return await job.answer
@@ -212,121 +218,169 @@ class SpeculatorService:
         if len(self._queue) >= self._batching.max_queued:
             self.counts.shed += 1
             raise Overloaded("speculator: the queue is full", self._backlog_s())
+        job.queued_at = self._read_tokens
         self._queue.append(job)
         self._arrival.set()
 
     def _backlog_s(self) -> float:
         """Estimate the seconds that the queue takes."""
-        tokens = sum(len(job.read_as.prompt) for job in self._queue)
+        tokens = sum(job.unread_tokens for job in (*self._queue, *self._begun))
         return max(MIN_RETRY_AFTER_S, tokens * (self._pace.token_s or 0.0))
 
     def _drop_job(self, job: Job) -> None:
-        """Notify the thread that nobody waits any more, and free the place in the queue."""
-        job.abandoned.set()
+        """Note that nobody waits any more, and free the place in the queue."""
+        job.abandoned = True
         if job in self._queue:
             self._queue.remove(job)
 
     async def _serve(self, scorer: Scorer) -> None:
-        """Score batch after batch. A batch that fails fails its own requests.
+        """Run pass after pass. One that fails fails the requests that took part in it.
 
         Several in a row end the service, so that its replica is replaced.
         """
-        loop = asyncio.get_running_loop()
         failures = 0
         try:
             while failures < MAX_FAILURES_IN_A_ROW:
-                self._scoring = await self._next_batch(scorer)
-                self.counts.batches += 1
+                jobs, look_ahead = await self._next_pass(scorer)
                 try:
-                    await loop.run_in_executor(
-                        self._thread, self._score, scorer, self._scoring, loop
-                    )
+                    await self._run_pass(scorer, jobs, look_ahead=look_ahead)
                     failures = 0
                 except Exception as error:
                     failures += 1
                     self.counts.failures += 1
-                    logger.exception("speculator: a batch of %d failed", len(self._scoring))
-                    self._fail(self._scoring, f"speculator: {error}")
-                self._scoring = ()
+                    logger.exception("speculator: a pass of %d failed", len(jobs))
+                    self._fail(jobs, f"speculator: {error}")
+                    self._release(jobs)
         finally:
-            self._fail([*self._scoring, *self._queue], "speculator: stopped")
+            self._fail([*self._begun, *self._queue], "speculator: stopped")
 
-    async def _next_batch(self, scorer: Scorer) -> list[Job]:
-        """Wait for requests, briefly for more of them, and take those that gain by being joined."""
+    async def _next_pass(self, scorer: Scorer) -> tuple[list[Job], bool]:
+        """Wait for requests, and return those of the next pass, and whether they look ahead."""
+        limits = Limits(scorer.prefill_chunk_tokens, self._batching.max_batch, scorer.memory_bytes)
         while True:
-            if not self._queue:
-                self._arrival.clear()
-                await self._arrival.wait()
-            if len(self._queue) < self._batching.max_batch and self._batching.max_wait_s > 0:
-                await asyncio.sleep(self._batching.max_wait_s)
-            if self._queue:  # all of them may have left meanwhile
-                return self._take_batch(scorer)
+            self._release([job for job in self._begun if job.abandoned])
+            if not self._begun:
+                await self._wait_for_some()
+            reading = next_reading(
+                self._begun,
+                self._queue,
+                self._read_tokens,
+                limits,
+                lambda job: scorer.kv_bytes(len(job.read_as.prompt)),
+            )
+            ready = next_look_ahead(self._begun, reading, self._pace)
+            if ready:
+                return ready, True
+            if reading:  # all of them may have left meanwhile
+                return reading, False
 
-    def _take_batch(self, scorer: Scorer) -> list[Job]:
-        """Take the oldest request, and those behind it that gain by being joined and fit."""
-        batch = [self._queue.popleft()]
-        free = scorer.memory_bytes - scorer.kv_bytes(len(batch[0].read_as.prompt))
-        for job in list(self._queue):
-            needed = scorer.kv_bytes(len(job.read_as.prompt))
-            pays = self._pace.pays_to_join(len(batch), len(job.read_as.prompt))
-            if len(batch) < self._batching.max_batch and pays and needed <= free:
+    async def _wait_for_some(self) -> None:
+        """Wait for a request, and briefly for more of them."""
+        if not self._queue:
+            self._arrival.clear()
+            await self._arrival.wait()
+        if len(self._queue) < self._batching.max_batch and self._batching.max_wait_s > 0:
+            await asyncio.sleep(self._batching.max_wait_s)
+
+    async def _run_pass(self, scorer: Scorer, jobs: Sequence[Job], *, look_ahead: bool) -> None:
+        """Run one pass on the thread."""
+        started_s = self._now()
+        for job in jobs:
+            job.working_since_s = started_s
+            if job.reading is None:
                 self._queue.remove(job)
-                batch.append(job)
-                free -= needed
-        return batch
+                self._begun.append(job)
+        held = sum(scorer.kv_bytes(len(job.read_as.prompt)) for job in self._begun)
+        work = self._look_ahead if look_ahead else self._read
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(self._thread, work, scorer, jobs, held)
+        finally:
+            pass_s = self._now() - started_s
+            for job in jobs:
+                job.worked_s += pass_s
+                job.working_since_s = None
+        self._read_tokens = self._read_tokens if look_ahead else self._count_read(jobs)
+        if look_ahead:
+            self._release(jobs)
+
+    def _read(self, scorer: Scorer, jobs: Sequence[Job], held: int) -> None:
+        """Read the next chunk of the prompts (on the thread)."""
+        scorer.make_room(held)
+        for job in jobs:
+            if job.reading is None:
+                job.reading = scorer.open_reading(job.read_as.prompt, job.request.cache_salt)
+        readings = [job.reading for job in jobs if job.reading is not None]
+        unread, started_s = sum(each.unread_tokens for each in readings), self._now()
+        scorer.read_pass(readings)
+        tokens = unread - sum(each.unread_tokens for each in readings)
+        read_s = self._now() - started_s
+        self.counts.read_s += read_s
+        if tokens > 0:
+            self._pace = self._pace.with_reading(read_s / tokens)
+
+    def _look_ahead(self, scorer: Scorer, jobs: Sequence[Job], held: int) -> None:
+        """Look ahead together, answer each, and remember the prompts (on the thread)."""
+        loop, started_s = self._answers_on(jobs), self._now()
+        readings = {job: job.reading for job in jobs if job.reading is not None}
+        scorer.look_ahead(list(readings.values()))
+        self._pace = self._pace.with_look_ahead(self._now() - started_s)
+        self.counts.batches += 1
+        self.counts.look_ahead_s += self._now() - started_s
+        for job, reading in readings.items():
+            self.counts.tokens += len(reading.prompt)
+            self.counts.cached_tokens += reading.cached_tokens
+            rating = Rating(job.read_as.scores(scorer.rate(reading)), reading.certainty)
+            remembered = _remembered_tokens(reading, len(job.request.prompt))
+            loop.call_soon_threadsafe(self._answer, job, rating, remembered)
+        scorer.remember(list(readings.values()), held)
+        for reading in readings.values():
+            reading.release()
+
+    @staticmethod
+    def _answers_on(jobs: Sequence[Job]) -> asyncio.AbstractEventLoop:
+        return jobs[0].answer.get_loop()
+
+    def _count_read(self, jobs: Sequence[Job]) -> int:
+        """Count what a pass has read of each prompt; return the tokens that were read in all."""
+        total = self._read_tokens
+        for job in jobs:
+            if job.reading is not None:
+                tokens = job.reading.length - job.reading.cached_tokens - job.read_tokens
+                job.read_tokens += tokens
+                total += tokens
+        return total
+
+    def _release(self, jobs: Sequence[Job]) -> None:
+        """Free the memory of requests that are finished, or that nobody waits for."""
+        for job in jobs:
+            self._begun.remove(job)
+            if job.reading is not None:
+                job.reading.release()
 
     def _fail(self, jobs: Sequence[Job], message: str) -> None:
         for job in jobs:
-            job.abandoned.set()
+            job.abandoned = True
             if not job.answer.done():
                 job.answer.set_exception(SpeculatorUnavailable(message))
 
-    def _score(self, scorer: Scorer, jobs: Sequence[Job], loop: asyncio.AbstractEventLoop) -> None:
-        """Read the prompts, look ahead together, answer each, remember them (on the thread)."""
-        started_s = self._now()
-        for job in jobs:
-            job.started_s = started_s
-        prompts = [job.read_as.prompt for job in jobs]
-        salts = [job.request.cache_salt for job in jobs]
-        with scorer.open_readings(prompts, salts) as readings:
-            of = dict(zip(readings, jobs, strict=True))
-            read = scorer.read(readings, lambda reading: of[reading].abandoned.is_set())
-            read_s = self._now()
-            scorer.look_ahead(read)
-            self._measure(read, read_s - started_s, self._now() - read_s)
-            for reading in read:
-                scores = of[reading].read_as.scores(scorer.rate(reading))
-                rating = Rating(scores, reading.certainty)
-                remembered = _remembered_tokens(reading, len(of[reading].request.prompt))
-                loop.call_soon_threadsafe(self._answer, of[reading], rating, started_s, remembered)
-            scorer.remember(read)
-
-    def _measure(self, read: Sequence[Reading], read_s: float, look_ahead_s: float) -> None:
-        cached = sum(reading.cached_tokens for reading in read)
-        tokens = sum(len(reading.prompt) for reading in read) - cached
-        counts = self.counts
-        counts.tokens += tokens + cached
-        counts.cached_tokens += cached
-        counts.read_s += read_s
-        counts.look_ahead_s += look_ahead_s
-        if tokens > 0:
-            self._pace = self._pace.with_measurement(read_s / tokens, look_ahead_s)
-
-    def _answer(self, job: Job, rating: Rating, started_s: float, remembered: int) -> None:
+    def _answer(self, job: Job, rating: Rating, remembered: int) -> None:
         """Set the selection, unless its caller has gone since (on the event loop)."""
         self._ratings.put(_rating_key(job.request), rating, rating.scores.nbytes)
         if job.answer.done():
             return
-        self.counts.prompts += 1
-        self.counts.queue_s += started_s - job.arrived_s
         chosen = self._select_tokens(rating, job)
-        timed = replace(
-            chosen,
-            queue_s=started_s - job.arrived_s,
-            speculate_s=self._now() - started_s,
-            remembered_tokens=remembered,
+        queue_s, speculate_s = job.spent_s(self._now())
+        self.counts.prompts += 1
+        self.counts.queue_s += queue_s
+        job.answer.set_result(
+            replace(
+                chosen,
+                queue_s=queue_s,
+                speculate_s=speculate_s,
+                remembered_tokens=remembered,
+            )
         )
-        job.answer.set_result(timed)
 
     def _select_tokens(self, rating: Rating, job: Job) -> Selection:
         """Select as the conversation's last turn did, and remember it for the next."""

@@ -181,7 +181,7 @@ async def test_a_mode_that_the_model_cannot_have_is_refused_over_http_and_grpc(
 
 
 async def test_the_log_line_names_the_mode(ask: Any, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "specprefill"):
         await ask(keep=0.2, mode="text")
     assert "plan=prune reason=asked mode=text" in caplog.text
 

@@ -55,12 +55,15 @@ def test_ratios_in_the_tables() -> None:
     speed = bench.Throughput("demo", batch=8, tokens=1000, score_s=2.0, forward_s=1.0)
     question = bench.SecondQuestion("demo", 4096, first_s=0.5, second_s=0.05)
     memory = bench.MemoryUse("demo", 1000, 2 << 20, 1 << 20, 0)
-    lines = bench.tables([speed], [question], [memory])
+    behind = bench.BehindLong("demo", 1, 0.05, 0.1, long_alone_s=1.0, long_s=1.1)
+    lines = bench.tables([speed], [question], [behind], [memory])
     cells = [cell.strip() for cell in lines[0].splitlines()[-1].split("|")[1:-1]]
     assert cells == ["demo", "8", "1000", "4,000", "8,000", "0.50"]
     assert "500.0 ms" in lines[2]
     assert "0.100" in lines[2]
-    assert "1.0 MiB" in lines[4]
+    cells = [cell.strip() for cell in lines[4].splitlines()[-1].split("|")[1:-1]]
+    assert cells == ["demo", "1", "50 ms", "100 ms", "2.00", "1.10"]
+    assert "1.0 MiB" in lines[6]
 
 
 def test_the_command_writes_what_it_prints(
@@ -73,6 +76,8 @@ def test_the_command_writes_what_it_prints(
         bench, "draft_models", lambda _tokens: {"tiny": SpeculatorConfig(path="tiny")}
     )
     monkeypatch.setattr(bench, "load_scorer", lambda _config, _pool: scorer)
+    monkeypatch.setattr(bench, "LONG_TOKENS", 400)
+    monkeypatch.setattr(bench, "SHORT_TOKENS", 60)
     monkeypatch.setattr(bench, "MANY_PROMPTS_TOKENS", (16, 64))
     out = tmp_path / "rows.json"
     arguments = ["--repeats", "1", "--lengths", "128", "--prompts", "4", "--out", str(out)]

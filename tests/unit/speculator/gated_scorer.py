@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from specprefill.core.types import Plan, PlanKind, Reason, Request, Span
 from specprefill.speculator.draft import Draft, as_draft
 from specprefill.speculator.jobs import Batching
 from specprefill.speculator.reading import Reading
-from specprefill.speculator.scorer import Scorer, never_abandoned
+from specprefill.speculator.scorer import Scorer
 from specprefill.speculator.service import SpeculatorService
 from tests.policies import PAPER
 
@@ -46,7 +46,7 @@ def tiny_draft() -> Draft:
 
 
 class GatedScorer(Scorer):
-    """A scorer that notes what it does and lets a test hold it between two prefill chunks."""
+    """A scorer that notes what it does and lets a test hold it in a pass."""
 
     def __init__(self, draft: Draft, memory_bytes: int = 1 << 30) -> None:
         super().__init__(draft, 4, 16, pool_tokens=13, memory_bytes=memory_bytes)
@@ -58,23 +58,19 @@ class GatedScorer(Scorer):
         self.finished: list[int] = []  # prompt lengths read to their end
         self.failure: Exception | None = None
 
-    def read(
-        self, readings: Sequence[Reading], is_abandoned: Callable[[Reading], bool] = never_abandoned
-    ) -> list[Reading]:
-        self.seen += readings
+    def open_reading(self, prompt: tuple[int, ...], salt: str | None) -> Reading:
+        self.seen.append(super().open_reading(prompt, salt))
+        return self.seen[-1]
+
+    def read_pass(self, readings: Sequence[Reading]) -> bool:
         self.entered.set()
         if self.failure is not None:
             raise self.failure
-
-        def is_abandoned_after_the_gate(reading: Reading) -> bool:
-            assert self.gate.wait(WAIT_S)
-            return is_abandoned(reading)
-
-        read = super().read(readings, is_abandoned_after_the_gate)
-        self.finished += [len(reading.prompt) for reading in read]
-        return read
+        assert self.gate.wait(WAIT_S)
+        return super().read_pass(readings)
 
     def look_ahead(self, readings: Sequence[Reading]) -> None:
+        self.finished += [len(reading.prompt) for reading in readings]
         self.batches.append(len(readings))
         super().look_ahead(readings)
 

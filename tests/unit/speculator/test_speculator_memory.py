@@ -74,7 +74,7 @@ async def test_prompts_that_do_not_fit_together_wait_and_one_that_never_fits_is_
         selections = await asyncio.gather(
             *(service.select(request_of(tokens), PLAN, WAIT_S) for tokens in (160, 170, 110, 301))
         )
-    assert scorer.finished == [160, 110, 170]
+    assert scorer.finished == [110, 160, 170]
     assert scorer.batches == [2, 1]
     assert [selection.plan.kind for selection in selections[:3]] == [PlanKind.PRUNE] * 3
     reason = Reason.PROMPT_TOO_LARGE_FOR_SPECULATOR

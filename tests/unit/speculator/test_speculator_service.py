@@ -132,21 +132,53 @@ async def test_a_batch_is_not_larger_than_allowed(scorer: GatedScorer) -> None:
     assert sum(scorer.batches) == 5
 
 
-def test_prompts_join_a_batch_only_while_that_shortens_the_mean_wait() -> None:
-    assert Pace().pays_to_join(7, 100_000)  # nothing measured yet
-    pace = Pace(token_s=1e-4, look_ahead_s=0.2)
-    assert pace.pays_to_join(1, 2000)
-    assert not pace.pays_to_join(1, 2001)
-    assert pace.pays_to_join(4, 500)
-    assert not pace.pays_to_join(4, 501)
-
-
 def test_the_pace_follows_measurements() -> None:
-    first = Pace().with_measurement(1.0, 2.0)
+    first = Pace().with_reading(1.0).with_look_ahead(2.0)
     assert first == Pace(1.0, 2.0)
-    second = first.with_measurement(2.0, 2.0)
+    second = first.with_reading(2.0).with_look_ahead(2.0)
     assert second.token_s == pytest.approx(1.2)
     assert second.look_ahead_s == pytest.approx(2.0)
+
+
+@pytest.mark.asyncio
+async def test_a_short_prompt_overtakes_the_rest_of_a_long_one(scorer: GatedScorer) -> None:
+    scorer.gate.clear()
+    async with serving(scorer, Batching()) as service:
+        service._pace = Pace(token_s=1.0, look_ahead_s=0.0)  # nobody waits for anybody
+        long = asyncio.create_task(service.select(request_of(500), PLAN, WAIT_S))
+        await scorer.wait_until_held()
+        short = [
+            asyncio.create_task(service.select(request_of(tokens), PLAN, WAIT_S))
+            for tokens in (60, 40)
+        ]
+        await asyncio.sleep(0)
+        scorer.gate.set()
+        answers = await asyncio.gather(long, *short)
+    assert scorer.finished == [40, 60, 500]
+    (worked, waited) = answers[0].speculate_s, answers[0].queue_s
+    assert waited > 0  # behind the others
+    assert worked > answers[1].speculate_s
+
+
+@pytest.mark.asyncio
+async def test_a_turn_counts_by_what_is_new_in_it(scorer: GatedScorer) -> None:
+    document = request_of(400)
+    turn = replace(document, prompt=(*document.prompt, *request_of(20).prompt))
+    async with serving(scorer, Batching()) as service:
+        await service.select(document, PLAN, WAIT_S)
+        service._pace = Pace(token_s=1.0, look_ahead_s=0.0)
+        scorer.gate.clear()
+        scorer.entered.clear()
+        first = asyncio.create_task(service.select(request_of(300), PLAN, WAIT_S))
+        await scorer.wait_until_held()
+        both = [
+            asyncio.create_task(service.select(each, PLAN, WAIT_S))
+            for each in (request_of(90), turn)
+        ]
+        await asyncio.sleep(0)
+        scorer.gate.set()
+        await asyncio.gather(first, *both)
+    assert scorer.finished == [400, 420, 90, 300]
 
 
 @pytest.mark.asyncio
@@ -361,7 +393,7 @@ async def test_what_it_does_is_counted(scorer: GatedScorer) -> None:
         for name in ("prompts", "repeated_prompts", "batches", "timeouts", "shed", "failures")
     }
     assert counted == {
-        "prompts": 2, "repeated_prompts": 1, "batches": 3, "timeouts": 1, "shed": 1, "failures": 0,
+        "prompts": 2, "repeated_prompts": 1, "batches": 2, "timeouts": 1, "shed": 1, "failures": 0,
     }  # fmt: skip
     assert made.observed(f"{NAME}_self_test") == [0.875, 0.875]  # again and again
     assert made.total(f"{NAME}_tokens_total") == 170
