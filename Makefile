@@ -198,6 +198,10 @@ bench-ttft: $(INSTALLED) ## Time to first token, dense and pruned, at 1k, 4k and
 bench-conversation: $(INSTALLED) ## Every turn of a conversation, beside plain `vllm serve` with prefix caching
 	@$(PY) -m loadtest.bench.conversation
 
+.PHONY: bench-turns
+bench-turns: $(INSTALLED) ## Right answers of every turn: dense, selected anew, carried over
+	@$(PY) -m loadtest.bench.turns
+
 .PHONY: bench-netgain
 bench-netgain: $(INSTALLED) ## Pruning where it pays, beside pruning always and never
 	@$(PY) -m loadtest.bench.netgain

@@ -1,12 +1,14 @@
 """Answers over the turns of a conversation: `python -m loadtest.bench.turns`.
 
 The demo pair in this process, dense, with every turn selected anew, and with what earlier turns
-kept carried over. The questions move to other facts of the document, to new text, and back.
+kept carried over. In talks about a document the questions move to other facts of it, to new text,
+and back. In an agent's loop, results of tools come in, and questions about them and earlier ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,7 +24,7 @@ from specprefill.core.carry_over import continue_selection
 from specprefill.core.selection import SelectionPolicy, select
 from specprefill.core.types import Plan, PlanKind, Reason, Selection
 from specprefill.lab.evaluation.pair import MainModelAnswerer, load_answerer
-from specprefill.lab.families import words
+from specprefill.lab.families import calls, words
 from specprefill.lab.families.fitting import render
 from specprefill.lab.families.task import Message, Scoring, Task
 from specprefill.lab.reporting.tables import markdown, provenance, write_json
@@ -38,6 +40,10 @@ ANSWER_TOKENS, KV_BLOCK_TOKENS, MEMORY_BYTES = 24, 16, 1 << 24
 RECORDS, IN_DOCUMENT, NEW_SENTENCES = 8, 5, 12
 # What each turn asks about: a record of the document, or one in text that comes with the question.
 SCRIPT = (("document", 0), ("moved", 1), ("new", 5), ("moved", 2), ("again", 5), ("again", 0))
+# A record in a tool's result that comes with the question, or in an earlier one.
+LOOP = (("result", 0), ("result", 1), ("again", 0), ("result", 2), ("result", 3), ("again", 1))
+RESULTS = 4
+Turn = tuple[str, list[Message], corpus.Record]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +51,7 @@ class Outcome:
     """One turn at one keep rate; `right` by arm: dense, anew, carried over."""
 
     seed: int
+    talk: str  # about a document, or in an agent's loop
     keep: float
     turn: int
     kind: str
@@ -56,7 +63,7 @@ class Outcome:
     right: tuple[bool, bool, bool]
 
 
-def conversation(seed: int, sentences: int) -> Iterator[tuple[str, list[Message], corpus.Record]]:
+def document_talk(seed: int, sentences: int) -> Iterator[Turn]:
     """Yield for each turn its kind, the messages so far, and the record that it asks about."""
     rng = random.Random(seed)
     records = corpus.records(rng, RECORDS)
@@ -76,14 +83,35 @@ def conversation(seed: int, sentences: int) -> Iterator[tuple[str, list[Message]
         messages.append({"role": "assistant", "content": corpus.reply(record)})
 
 
+def agent_loop(seed: int, sentences: int) -> Iterator[Turn]:
+    """Yield the same for an agent whose tools' results have `sentences` in all."""
+    rng = random.Random(seed)
+    records = corpus.records(rng, RESULTS)
+    prose, share = words.prose(rng, sentences), sentences // RESULTS
+    messages: list[Message] = [{"role": "system", "content": calls.SYSTEM}]
+    for number, (kind, place) in enumerate(LOOP):
+        record = records[place]
+        if kind == "result":
+            part = prose[place * share : (place + 1) * share]
+            result = " ".join(words.scatter(rng, part, (record.text,)))
+            messages.append({"role": "user", "content": "Search the log."})
+            messages += calls.tool_turn(f"call_{number}", number, result)
+        messages.append({"role": "user", "content": corpus.question(rng, record)})
+        yield kind, list(messages), record
+        messages.append({"role": "assistant", "content": corpus.reply(record)})
+
+
+TALKS = {"document": document_talk, "agent": agent_loop}
+
+
 def hold(
-    seed: int, keep: float, sentences: int, scorer: TaskScorer, main: MainModelAnswerer
+    seed: int, talk: str, keep: float, sentences: int, scorer: TaskScorer, main: MainModelAnswerer
 ) -> Iterator[Outcome]:
     """Hold one conversation, and answer each turn in every arm."""
     policy = selection_policy(SelectionConfig(), KV_BLOCK_TOKENS)
     plan = Plan(PlanKind.PRUNE, Reason.DEFAULT, keep)
     memory = KeptMemory(MEMORY_BYTES)
-    for turn, (kind, messages, record) in enumerate(conversation(seed, sentences), start=1):
+    for turn, (kind, messages, record) in enumerate(TALKS[talk](seed, sentences), start=1):
         task = Task("turns", tuple(messages), (), (), 0, Scoring.ALL_REFERENCES, 0)
         prompt = _prompt(messages, scorer)
         anew, carried = _selections(task, prompt, plan, policy, scorer, memory)
@@ -93,6 +121,7 @@ def hold(
         dense, fresh, over = (record.value in answer for answer in answers)
         yield Outcome(
             seed,
+            talk,
             keep,
             turn,
             kind,
@@ -131,13 +160,21 @@ def _positions(selection: Selection) -> list[int]:
 
 
 def rows(found: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """Return per keep rate the share of right answers and the computed tokens of later turns."""
+    """Return the share of right answers and the computed tokens of later turns.
+
+    There is a row for each kind of talk, turn and keep rate, and one for all turns of a talk.
+    """
     made = []
-    for keep in dict.fromkeys(each.keep for each in found):
-        later = [each for each in found if each.keep == keep and each.turn > 1]
+    cells: dict[tuple[str, str, float], list[Outcome]] = {}
+    for each in found:
+        for kind in (each.kind, ALL) if each.turn > 1 else ():
+            cells.setdefault((each.talk, kind, each.keep), []).append(each)
+    for (talk, kind, keep), later in cells.items():
         shares = [sum(each.right[arm] for each in later) / len(later) for arm in range(3)]
         made.append(
             {
+                "talk": talk,
+                "kind": kind,
                 "keep": keep,
                 "turns": len(later),
                 "dense": shares[0],
@@ -151,19 +188,23 @@ def rows(found: Sequence[Outcome]) -> list[dict[str, Any]]:
     return made
 
 
+ALL = "all later turns"
 HEADERS = (
-    "keep", "turns", "dense", "selected anew", "carried over", "computed anew",
-    "computed, carried over", "reselected",
+    "talk", "asks about", "keep", "turns", "dense", "selected anew", "carried over",
+    "computed anew", "computed, carried over", "reselected",
 )  # fmt: skip
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """Return one line per keep rate."""
-    return markdown(HEADERS, [_cells(row) for row in found])
+    """Return one line per row."""
+    in_order = sorted(found, key=lambda row: (row["talk"], row["keep"], row["kind"] == ALL))
+    return markdown(HEADERS, [_cells(row) for row in in_order])
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
     return [
+        row["talk"],
+        row["kind"],
         f"{row['keep']:g}",
         str(row["turns"]),
         *(f"{row[arm]:.0%}" for arm in ("dense", "anew", "carried_over")),
@@ -177,7 +218,10 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m loadtest.bench.turns", description=__doc__)
     parser.add_argument("--conversations", type=int, default=10)
-    parser.add_argument("--sentences", type=int, default=200, help="of the document")
+    parser.add_argument(
+        "--sentences", type=int, default=200, help="of the document, or of all results"
+    )
+    parser.add_argument("--talks", nargs="+", choices=list(TALKS), default=list(TALKS))
     parser.add_argument("--first-seed", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=OUT / "bench-turns.json")
     return parser.parse_args(argv)
@@ -192,9 +236,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     main_model = load_answerer(MAIN, config, tokenizer)
     found: list[Outcome] = []
     for seed in range(args.first_seed, args.first_seed + args.conversations):
-        for keep in KEEPS:
-            found += hold(seed, keep, args.sentences, scorer, main_model)
-            print(f"seed {seed}, keep {keep:g}: {found[-1].prompt_tokens} tokens", flush=True)
+        for talk, keep in itertools.product(args.talks, KEEPS):
+            found += hold(seed, talk, keep, args.sentences, scorer, main_model)
+            tokens = found[-1].prompt_tokens
+            print(f"seed {seed}, {talk}, keep {keep:g}: {tokens} tokens", flush=True)
     summary = rows(found)
     print(
         f"\n{table(summary)}\n\nright answers, and tokens to compute, of turns 2 to {len(SCRIPT)}"

@@ -41,7 +41,7 @@ def tool_call(order: Order) -> TaskDraft:
     for index, record in enumerate(records):
         part = bodies[index * share : (index + 1) * share]
         result = " ".join(words.scatter(rng, part, (record.text,)))
-        messages += _turn(f"call_{index}", index, result)
+        messages += tool_turn(f"call_{index}", index, result)
     wish = f"Now {verb} the {thing} with the {asked.field} of {asked.key}."
     messages.append({"role": "user", "content": wish})
     expected = {"name": name, "arguments": {"number": asked.value}}
@@ -53,7 +53,7 @@ def tool_call(order: Order) -> TaskDraft:
     )
 
 
-def _turn(call_id: str, page: int, result: str) -> list[Mapping[str, Any]]:
+def tool_turn(call_id: str, page: int, result: str) -> list[Mapping[str, Any]]:
     """Return the assistant's call and the tool's answer."""
     function = {"name": SEARCH, "arguments": json.dumps({"number": str(page)})}
     calls = [{"id": call_id, "type": "function", "function": function}]
