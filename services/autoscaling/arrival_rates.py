@@ -33,7 +33,7 @@ class Traffic:
 
     def __init__(self, window_s: float) -> None:
         self._window_s = window_s
-        self._counts: dict[str, Counter[Size]] = {}
+        self._counts: dict[str, tuple[float, Counter[Size]]] = {}  # by gateway: read when, what
         self._read_s: float | None = None
         self._since_s = 0.0
         self._readings: deque[_Reading] = deque()
@@ -47,16 +47,17 @@ class Traffic:
         """Add every gateway's counts. New arrivals are spread evenly since the last reading.
 
         Counting starts at the first reading. A gateway that is new later has counted from
-        zero meanwhile.
+        zero meanwhile. One that reports nothing for a whole window is gone.
         """
         if self._read_s is None:
             self._since_s = now_s
         else:
             new: Counter[Size] = Counter()
             for gateway, count in counts.items():
-                new += count - self._counts.get(gateway, Counter())
+                _, known = self._counts.get(gateway, (now_s, Counter()))
+                new += count - known
             self._add(self._read_s, now_s, new)
-        self._counts.update(counts)
+        self._counts |= {gateway: (now_s, count) for gateway, count in counts.items()}
         self._read_s = now_s
         self._forget(now_s - self._window_s)
 
@@ -104,6 +105,7 @@ class Traffic:
 
     def _forget(self, start_s: float) -> None:
         self._since_s = max(self._since_s, start_s)
+        self._counts = {name: read for name, read in self._counts.items() if read[0] >= start_s}
         while self._readings and self._readings[0].stop_s <= start_s:
             self._readings.popleft()
 

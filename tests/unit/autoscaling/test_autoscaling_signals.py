@@ -71,6 +71,15 @@ def test_a_report_that_is_lost_loses_nothing():
     assert len(traffic.arrivals()) == 5
 
 
+def test_a_gateway_that_is_gone_is_forgotten():
+    traffic = Traffic(60.0)
+    for second in range(0, 200, 10):
+        gone = {f"gone-{second}": Counter({SHORT: 1})}
+        traffic.add_counts(float(second), {"a": Counter({SHORT: second}), **gone})
+    assert len(traffic._counts) == 1 + 7
+    assert len(traffic.arrivals()) == 60 + 6
+
+
 def test_a_mix_of_sizes_arrives_mixed():
     traffic = Traffic(60.0)
     traffic.add_counts(0.0, {"a": Counter()})
