@@ -68,8 +68,22 @@ def speculator_placement(speculator: SpeculatorConfig, *, gpus: bool) -> Placeme
     return Placement(num_cpus=float(speculator.threads))
 
 
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """What the pools consist of: classes that Serve makes replicas of."""
+
+    speculator: type = SpeculatorReplica
+    prefill: type = PrefillReplica
+    decode: type = DecodeReplica
+
+
 def build(args: AppConfig) -> serve.Application:
     """Build four deployments: Gateway (ingress), Speculator, Prefill, Decode."""
+    return build_over(args, Replicas())
+
+
+def build_over(args: AppConfig, replicas: Replicas) -> serve.Application:
+    """Build them over other pools, such as those of a test."""
     gpus = os.environ.get(ENV_SWITCH) != "1"
     drain_s = args.gateway.request_timeout_s + DRAIN_MARGIN_S
     # Another SLO restarts no replica of a pool, and gateways only if they admit requests by it.
@@ -100,7 +114,7 @@ def build(args: AppConfig) -> serve.Application:
 
     by_prefix = RequestRouterConfig(request_router_class=PrefixRouter)
     speculator = deployment_of(
-        SpeculatorReplica,
+        replicas.speculator,
         "Speculator",
         args.speculator.max_queued + args.speculator.max_batch,  # its own queue is the bound
         args.speculator.max_queued,
@@ -108,7 +122,7 @@ def build(args: AppConfig) -> serve.Application:
         args.scaling.speculator,
     ).options(request_router_config=by_prefix)
     prefill = deployment_of(
-        PrefillReplica,
+        replicas.prefill,
         "Prefill",
         args.prefill.max_ongoing_requests,
         args.prefill.max_queued_requests,
@@ -116,7 +130,7 @@ def build(args: AppConfig) -> serve.Application:
         args.scaling.prefill,
     ).options(request_router_config=by_prefix)
     decode = deployment_of(
-        DecodeReplica,
+        replicas.decode,
         "Decode",
         args.decode.max_ongoing_requests,
         args.decode.max_queued_requests,

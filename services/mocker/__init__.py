@@ -1,0 +1,1 @@
+"""A fleet without GPUs: the real gateways, routers and autoscaler over engines of no weights."""

@@ -1,0 +1,1 @@
+"""Engines that only take their time."""
