@@ -236,9 +236,8 @@ def pruned(**more):
 @pytest.fixture
 def chat(client, long_prompt):
     def ask(**options):
-        options = {"temperature": 0, "max_tokens": 12, "extra_body": pruned(), **options}
-        return client.chat.completions.create(
-            model="demo", messages=long_prompt.messages, **options
-        )
+        asked = {"messages": long_prompt.messages, "temperature": 0, "max_tokens": 12}
+        options = {"extra_body": pruned(), **asked, **options}
+        return client.chat.completions.create(model="demo", **options)
 
     return ask

@@ -9,6 +9,8 @@ import httpx
 import openai
 import pytest
 
+from specprefill.synthetic.needles import needle_prompt
+
 from .conftest import KEEP, STAGES, pruned
 
 pytestmark = pytest.mark.timeout(600)
@@ -19,14 +21,15 @@ BLOCK_SIZE = 32  # of the shipped file's engines
 # --- chat and completions -------------------------------------------------------------------
 
 
-def test_chat_tells_what_was_kept(chat, long_prompt):
-    answer = chat()
+def test_chat_tells_what_was_kept(chat, demo_tokenizer):
+    new = needle_prompt(72, 1500, demo_tokenizer)  # no decode engine has it
+    answer = chat(messages=new.messages)
     assert answer.choices[0].finish_reason in {"stop", "length"}
-    assert answer.usage.prompt_tokens == long_prompt.prompt_tokens
+    assert answer.usage.prompt_tokens == new.prompt_tokens
     report = answer.specprefill
     assert (report["plan"], report["reason"]) == ("prune", "asked")
-    assert report["prompt_tokens"] == long_prompt.prompt_tokens
-    assert 0 < report["kept_tokens"] < 0.5 * long_prompt.prompt_tokens
+    assert report["prompt_tokens"] == new.prompt_tokens
+    assert 0 < report["kept_tokens"] < 0.5 * new.prompt_tokens
     assert report["keep_rate"] == pytest.approx(
         report["kept_tokens"] / report["prompt_tokens"], abs=1e-5
     )
@@ -34,6 +37,13 @@ def test_chat_tells_what_was_kept(chat, long_prompt):
     assert report["speculate_s"] > 0
     assert report["prefilled_by"] == "prefill"
     assert not report["recomputed"]
+
+
+def test_the_same_prompt_again_is_computed_where_its_kv_is(chat):
+    chat()
+    answer = chat()
+    assert answer.specprefill["prefilled_by"] == "decode"
+    assert answer.usage.prompt_tokens_details.cached_tokens > 0
 
 
 def test_a_stream_says_the_same_as_a_whole_answer(chat):
