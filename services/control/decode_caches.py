@@ -44,6 +44,8 @@ class DecodeCaches:
             if foreseen > 0:
                 right = min(1.0, report.cached_tokens / foreseen)
                 self._trust += SMOOTHING * (right - self._trust)
+        elif len(answer) <= 1:
+            return  # prefill's token was the whole answer: nothing was decoded
         digests = extend_digests(digests_of(request), request, answer)
         held = selection.kept_tokens + max(0, len(answer) - 1)  # the last token was never computed
         self._memory.remember(kept_digests(digests, _runs_with(selection, len(answer))), held)

@@ -94,6 +94,14 @@ def test_of_other_gateways_conversations_what_is_carried_over_is_known():
     assert DecodeCaches(1000).cached_tokens(request(TURN), turn) == 700
 
 
+def test_an_answer_of_one_token_never_reaches_decode():
+    caches = DecodeCaches(1000)
+    caches.learn(request(), pruned(*KEPT), report(), [7])
+    assert caches.cached_tokens(request(TURN), next_turn()) == 0
+    caches.learn(request(), pruned(*KEPT), report(PrefilledBy.DECODE), [7])
+    assert caches.cached_tokens(request(TURN), next_turn()) == whole_blocks(700)
+
+
 def test_text_is_another_prompt(caches):
     text = replace(next_turn(), text=tuple(range(900)), plan=replace(PLAN, mode=PromptMode.TEXT))
     caches.learn(request(TURN), text, report(), [])
