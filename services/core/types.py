@@ -140,6 +140,7 @@ class Request:
     digests: tuple[int, ...] | None = None  # of the prompt, see `prefix_digests`
     adapter: str | None = None  # the LoRA adapter that answers; None: the model as it is
     cache_salt: str | None = None  # only requests of the same salt find what was computed for it
+    session: str | None = None  # requests of the same one share a beginning, and replicas
     hold_back_chars: int = 0  # text that stop strings may still take back (0: none)
     timeout_s: float = 300.0
     priority: int = 0

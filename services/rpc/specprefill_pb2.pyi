@@ -84,7 +84,7 @@ class Prune(_message.Message):
     def __init__(self, enabled: bool = ..., keep: _Optional[float] = ..., floor: _Optional[float] = ..., protect: _Optional[_Iterable[str]] = ..., auto: bool = ..., ceiling: _Optional[float] = ..., mode: _Optional[str] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "conversation", "text", "token_ids", "sampling", "prune", "timeout_s", "priority", "cache_salt")
+    __slots__ = ("model", "conversation", "text", "token_ids", "sampling", "prune", "timeout_s", "priority", "cache_salt", "prompt_cache_key")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     CONVERSATION_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -94,6 +94,7 @@ class GenerateRequest(_message.Message):
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_CACHE_KEY_FIELD_NUMBER: _ClassVar[int]
     model: str
     conversation: Conversation
     text: str
@@ -103,7 +104,8 @@ class GenerateRequest(_message.Message):
     timeout_s: float
     priority: int
     cache_salt: str
-    def __init__(self, model: _Optional[str] = ..., conversation: _Optional[_Union[Conversation, _Mapping]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., prune: _Optional[_Union[Prune, _Mapping]] = ..., timeout_s: _Optional[float] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    prompt_cache_key: str
+    def __init__(self, model: _Optional[str] = ..., conversation: _Optional[_Union[Conversation, _Mapping]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., prune: _Optional[_Union[Prune, _Mapping]] = ..., timeout_s: _Optional[float] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., prompt_cache_key: _Optional[str] = ...) -> None: ...
 
 class TokenLogprob(_message.Message):
     __slots__ = ("token_id", "logprob", "rank", "text")

@@ -101,6 +101,7 @@ FIELDS = (
     "stop_token_ids", "bad_words", "logit_bias", "logprobs", "top_logprobs", "prompt_logprobs",
     "echo", "suffix", "stream", "stream_options", "tools", "tool_choice", "parallel_tool_calls",
     "response_format", "structured_outputs", "user", "priority", "request_id", "cache_salt",
+    "prompt_cache_key",
     "presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens", "ignore_eos",
     "skip_special_tokens", "spaces_between_special_tokens", "truncate_prompt_tokens",
     "add_generation_prompt", "continue_final_message", "add_special_tokens", "chat_template",

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import grpc
 from vllm.inputs import EngineInput, tokens_input
@@ -158,9 +158,10 @@ class GrpcApi:
     ) -> _Prepared:
         self._check_message(message)
         adapter = self._adapter(message)
-        sampling, priority, salt = pb.Sampling(max_tokens=1), 0, None
+        sampling, priority, salt, session = pb.Sampling(max_tokens=1), 0, None, None
         if isinstance(message, pb.GenerateRequest):
-            sampling, priority, salt = message.sampling, message.priority, _cache_salt(message)
+            sampling, priority = message.sampling, message.priority
+            salt, session = (_text(message, field) for field in ("cache_salt", "prompt_cache_key"))
         context = RequestContext(
             controls=prune_controls(message.prune),
             controls_prefix="prune.",
@@ -169,6 +170,7 @@ class GrpcApi:
             request_id=call.request_id,
             trace=call.trace,
             adapter=adapter,
+            session=session,
         )
         started_s = time.perf_counter()
         prompt = await self._prompt(message, context)
@@ -262,13 +264,17 @@ def _request_id(metadata: dict[str, str]) -> str:
     return value
 
 
-def _cache_salt(message: pb.GenerateRequest) -> str | None:
-    """Return the caller's salt. Raises InvalidRequest."""
-    if not message.HasField("cache_salt"):
+_Texts = Literal["cache_salt", "prompt_cache_key"]
+
+
+def _text(message: pb.GenerateRequest, field: _Texts) -> str | None:
+    """Return a text of the caller's, None where there is none. Raises InvalidRequest."""
+    if not message.HasField(field):
         return None
-    if not message.cache_salt:
-        raise InvalidRequest("cache_salt: must not be empty", "cache_salt")
-    return message.cache_salt
+    value: str = getattr(message, field)
+    if not value:
+        raise InvalidRequest(f"{field}: must not be empty", field)
+    return value
 
 
 def _metadata(context: CallContext) -> dict[str, str]:

@@ -239,6 +239,7 @@ class PipelineClient(RemoteEngineClient):
             digests=tuple(prefix_digests(admitted.prompt_token_ids, domain=domain)),
             adapter=context.adapter,
             cache_salt=admitted.cache_salt,
+            session=context.session,
             trace=context.trace,
         )
         if self._planner.dense_reason(request) is None:

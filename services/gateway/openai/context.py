@@ -31,6 +31,7 @@ class RequestContext:
     controls_prefix: str = "specprefill."  # of the controls' names in the caller's API
     request_id: str | None = None  # the client's, or one made for it; None: not known
     trace: TraceContext | None = None  # the span of the call; None: not traced
+    session: str | None = None  # the client's `prompt_cache_key`
     adapter: str | None = None  # the LoRA adapter that answers; None: the model as it is
     prompts_started: int = 0
     reports: dict[str, Report] = field(default_factory=dict)  # by the server's request id

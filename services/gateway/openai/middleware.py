@@ -181,6 +181,7 @@ def _read_request(
         context.request_id = named
     sent = len(fields)
     context.controls = pop_controls(fields)
+    context.session = session_of(fields.get("prompt_cache_key"))
     context.messages = conversation(_path(scope), fields)
     return context, body if len(fields) == sent else msgspec.json.encode(fields), fields
 
@@ -202,6 +203,16 @@ def _check_id(field: str, value: object) -> None:
             f"{field}: must be at most {MAX_ID} printable characters, not {shorten(value)}",
             field,
         )
+
+
+def session_of(value: object) -> str | None:
+    """Return the client's `prompt_cache_key`; None: there is none. Raises InvalidRequest."""
+    if value is None or (isinstance(value, str) and value):
+        return value
+    raise InvalidRequest(
+        f"prompt_cache_key: must be a text that is not empty, not {shorten(value)}",
+        "prompt_cache_key",
+    )
 
 
 def _timeout_s(headers: Headers) -> float | None:

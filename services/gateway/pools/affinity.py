@@ -10,6 +10,8 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import xxhash
+
 from ...control.prefixes import DigestMemory
 from ...core.prefix_digests import BLOCK_TOKENS, digests_of, kept_digests
 from ...core.types import Request, Selection
@@ -31,22 +33,28 @@ class PrefillLoad:
 
     tokens: int  # k
     prefix: tuple[int, ...]
+    session: int | None = None  # digest of the session whose home is preferred
     running_tokens: int | None = None  # its part of the replica's queue; None: what that lacks of k
 
 
 def whole_load_of(request: Request) -> PrefillLoad:
     """Return the load of a prompt that is read from its first token to its last."""
-    return PrefillLoad(len(request.prompt), digests_of(request))
+    return PrefillLoad(len(request.prompt), digests_of(request), _session(request))
 
 
 def load_of(request: Request, selection: Selection) -> PrefillLoad:
     """Return the load of the kept tokens."""
-    return PrefillLoad(selection.engine_tokens, kept_digests(digests_of(request), selection.runs))
+    prefix = kept_digests(digests_of(request), selection.runs)
+    return PrefillLoad(selection.engine_tokens, prefix, _session(request))
 
 
 def stream_load_of(request: Request, selection: Selection) -> PrefillLoad:
     """Return the load of a decode call, which lasts as long as its answer."""
     return replace(load_of(request, selection), running_tokens=STREAM_TOKENS)
+
+
+def _session(request: Request) -> int | None:
+    return None if request.session is None else xxhash.xxh3_64_intdigest(request.session.encode())
 
 
 @dataclass(slots=True)
@@ -176,7 +184,7 @@ class PrefixAffinity:
             replica.queued_tokens -= tokens
 
     def _rank(self, load: PrefillLoad, matches: Mapping[int, int]) -> list[str]:
-        home = self._homes.home_of(load.prefix)
+        home = self._homes.home_of(load.prefix, load.session)
         hoped = self.hope * BLOCK_TOKENS * len(load.prefix)
 
         def cost(name: str) -> tuple[float, int]:

@@ -30,15 +30,18 @@ class Homes:
         self._places = [place for place, _ in points]
         self._names = [name for _, name in points]
 
-    def home_of(self, digests: Sequence[int]) -> str | None:
+    def home_of(self, digests: Sequence[int], session: int | None = None) -> str | None:
         """Return the home of a prefix; None where there is no prefix or no replica.
 
-        It is the home of its first 1, 4, 16, ... blocks: prompts that share a long text share it,
-        and a conversation stays at home until it is four times as long. A prefix that all prompts
-        of a service share does not bring all of them to one replica once they are longer.
+        With a `session`, a digest of 64 bits, it is that one's home. Otherwise it is the home of
+        its first 1, 4, 16, ... blocks: prompts that share a long text share it, and a conversation
+        stays at home until it is four times as long. A prefix that all prompts of a service share
+        does not bring all of them to one replica once they are longer.
         """
         if not digests or not self._names:
             return None
+        if session is not None:
+            return self._names[bisect(self._places, session) % len(self._names)]
         depth = _GROWTH ** int(log(len(digests) + 0.5, _GROWTH))
         place = bisect(self._places, digests[depth - 1]) % len(self._names)
         return self._names[place]

@@ -238,6 +238,15 @@ async def test_a_cache_salt_arrives(stub: Any, pipeline: Any) -> None:
     assert "cache_salt" in refused.details()
 
 
+async def test_a_prompt_cache_key_names_the_session(stub: Any, pipeline: Any) -> None:
+    for key in ("talk", None):
+        await stub.Generate(text_request(prompt_cache_key=key), metadata=KEY)
+    assert [request.session for request in pipeline.requests] == ["talk", None]
+    refused = await failure(stub.Generate(text_request(prompt_cache_key=""), metadata=KEY))
+    assert refused.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "prompt_cache_key" in refused.details()
+
+
 async def test_score_returns_what_would_be_kept(stub: Any, pipeline: Any) -> None:
     answer = await stub.Score(pb.ScoreRequest(text="one two three"), metadata=KEY)
     assert [(run.start, run.stop) for run in answer.kept] == [(0, 2), (4, 5)]

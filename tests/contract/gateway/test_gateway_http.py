@@ -12,7 +12,8 @@ import openai
 import pytest
 
 from specprefill.core.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
-from specprefill.core.types import Controls
+from specprefill.core.types import Controls, Plan, PlanKind, Reason, keep_all
+from specprefill.gateway.pools.affinity import load_of
 from tests.contract.conftest import CHAT, TEXT, chat, sampling
 
 # vLLM reads its own deprecated field.
@@ -75,6 +76,18 @@ async def test_a_cache_salt_arrives_and_separates(
     mine, yours, again = (set(request.digests) for request in pipeline.requests)
     assert mine == again
     assert mine.isdisjoint(yours)
+
+
+async def test_a_prompt_cache_key_names_the_session(
+    client: openai.AsyncOpenAI, pipeline: Any
+) -> None:
+    for key in ("talk-1", "talk-2", None):
+        await chat(client, **({} if key is None else {"prompt_cache_key": key}))
+    assert [request.session for request in pipeline.requests] == ["talk-1", "talk-2", None]
+    selection = keep_all(len(pipeline.requests[0].prompt), Plan(PlanKind.DENSE, Reason.DISABLED))
+    sessions = [load_of(request, selection).session for request in pipeline.requests]
+    assert len({*sessions}) == 3
+    assert sessions[2] is None
 
 
 async def test_n_samples_and_their_report(client: openai.AsyncOpenAI, pipeline: Any) -> None:
@@ -266,6 +279,8 @@ async def test_an_answer_that_breaks_off_is_a_failure(
         ({"logprobs": True, "top_logprobs": 2000}, 400, None),
         ({"prompt_logprobs": 1, "specprefill": True}, 400, "prompt_logprobs"),
         ({"cache_salt": ""}, 400, None),
+        ({"prompt_cache_key": ""}, 400, "prompt_cache_key"),
+        ({"prompt_cache_key": 7}, 400, "prompt_cache_key"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, 400, None),
         ({"messages": [{"role": "user", "content": "long " * 4000}]}, 400, None),
     ],

@@ -33,6 +33,13 @@ def test_a_home_holds_until_the_prefix_is_four_times_as_long():
         assert len({homes.home_of(prefix[:blocks]) for blocks in range(16, 64)}) == 1
 
 
+def test_a_session_has_one_home_however_long_its_prompts_are():
+    homes = Homes(NAMES)
+    for session in digests(1, 50):
+        assert len({homes.home_of(digests(0, blocks), session) for blocks in (1, 5, 70)}) == 1
+    assert {homes.home_of(digests(0, 5), session) for session in digests(2, 200)} == set(NAMES)
+
+
 def test_prefixes_spread_evenly():
     homes = Homes(NAMES)
     counted = Counter(homes.home_of(digests(seed, 5)) for seed in range(4000))
