@@ -224,6 +224,14 @@ class Scorer:
                 read_chunk(self.draft.model, parts, self.draft.quick)
         return bool(parts)
 
+    def wait_for_device(self) -> None:
+        """Wait until the device has computed what it was given.
+
+        Otherwise all passes of a long prompt would lie in its queue, before any later prompt's.
+        """
+        if self.draft.layout.device.type == "cuda":
+            torch.cuda.current_stream(self.draft.layout.device).synchronize()
+
     def _next_parts(self, readings: Sequence[Reading]) -> list[tuple[Reading, int]]:
         """Return the readings of the next pass, and the number of tokens of each."""
         parts, room = [], self.prefill_chunk_tokens

@@ -313,6 +313,7 @@ class SpeculatorService:
         readings = [job.reading for job in jobs if job.reading is not None]
         unread, started_s = sum(each.unread_tokens for each in readings), self._now()
         scorer.read_pass(readings)
+        scorer.wait_for_device()
         tokens = unread - sum(each.unread_tokens for each in readings)
         read_s = self._now() - started_s
         self.counts.read_s += read_s
