@@ -21,6 +21,7 @@ pytestmark = pytest.mark.timeout(600)
 
 KV_BYTES = 1 << 15
 MAX_QUEUED, STORM = 3, 24  # prompts that may wait for the speculator, and clients that ask at once
+HANDED_OVER = {"n": 2}  # several samples: the prefill pool computes their prompt, known or not
 PAUSE_S = 0.5  # of each client: the new replicas start on the same two cores
 
 
@@ -130,23 +131,24 @@ def test_without_a_speculator_prompts_go_dense_and_say_why(app, chat):
 
 
 def test_a_stream_outlives_the_decode_replica_that_began_it(app, chat):
-    options = {"max_tokens": 300, "extra_body": pruned(ignore_eos=True)}
-    wanted = chat(**options).choices[0].message.content
+    options = {"max_tokens": 300, "extra_body": pruned(ignore_eos=True), **HANDED_OVER}
+    wanted = [choice.message.content for choice in chat(**options).choices]
     (pid,) = app.replica_pids("Decode")
-    text = ""
+    texts = ["", ""]
     for number, event in enumerate(chat(stream=True, **options)):
-        text += (event.choices[0].delta.content or "") if event.choices else ""
+        for choice in event.choices:
+            texts[choice.index] += choice.delta.content or ""
         if number == 20:
             os.kill(pid, signal.SIGKILL)
-    assert text == wanted
+    assert texts == wanted
     app.wait_healthy()
 
 
 def test_a_prompt_outlives_the_prefill_replica_it_was_sent_to(app, chat):
-    wanted = chat().choices[0].message.content
+    wanted = chat(**HANDED_OVER).choices[0].message.content
     (pid,) = app.replica_pids("Prefill")
     os.kill(pid, signal.SIGKILL)
-    assert chat().choices[0].message.content == wanted
+    assert chat(**HANDED_OVER).choices[0].message.content == wanted
     app.wait_healthy()
 
 

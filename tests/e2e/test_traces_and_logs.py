@@ -8,6 +8,7 @@ import pytest
 
 from specprefill.rpc import specprefill_pb2 as pb
 from specprefill.rpc import specprefill_pb2_grpc as stubs
+from specprefill.synthetic.needles import needle_prompt
 from tests.spans import check_nesting
 
 from .conftest import pruned
@@ -29,6 +30,12 @@ WITHIN = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def new_prompt(demo_tokenizer):
+    """A chat that no decode engine has: its KV is handed over."""
+    return needle_prompt(secrets.randbelow(1 << 30), 1500, demo_tokenizer)
+
+
 def traceparent(trace: str) -> str:
     return f"00-{trace}-{CALLER}-01"
 
@@ -42,9 +49,9 @@ def ask(app, prompt, headers, **more):
 # --- traces ---------------------------------------------------------------------------------
 
 
-def test_a_pruned_request_is_one_trace_over_four_processes(app, collector, long_prompt):
+def test_a_pruned_request_is_one_trace_over_four_processes(app, collector, new_prompt):
     trace = secrets.token_hex(16)
-    answer = ask(app, long_prompt, {"traceparent": traceparent(trace)})
+    answer = ask(app, new_prompt, {"traceparent": traceparent(trace)})
     assert answer.is_success
 
     def is_whole(spans):
@@ -71,10 +78,10 @@ def test_a_pruned_request_is_one_trace_over_four_processes(app, collector, long_
     assert score_s == pytest.approx(report["speculate_s"], abs=2e-3)
 
 
-def test_grpc_calls_continue_a_trace_too(app, collector, long_prompt, demo_tokenizer):
+def test_grpc_calls_continue_a_trace_too(app, collector, new_prompt, demo_tokenizer):
     trace = secrets.token_hex(16)
     text = demo_tokenizer.apply_chat_template(
-        long_prompt.messages, tokenize=False, add_generation_prompt=True
+        new_prompt.messages, tokenize=False, add_generation_prompt=True
     )
     request = pb.GenerateRequest(text=text, prune=pb.Prune(keep=0.2))
     request.sampling.max_tokens = 6
@@ -114,9 +121,9 @@ def lines_with(app, pool: str, text: str) -> list[str]:
     return [line for line in app.log(pool).splitlines() if text in line]
 
 
-def test_one_id_names_a_request_in_every_pools_log(app, long_prompt):
+def test_one_id_names_a_request_in_every_pools_log(app, new_prompt):
     asked = f"order-{secrets.token_hex(4)}"
-    answer = ask(app, long_prompt, {"x-request-id": asked})
+    answer = ask(app, new_prompt, {"x-request-id": asked})
     assert answer.headers["x-request-id"] == asked
     for pool in ("Speculator", "Prefill", "Decode"):
         (line,) = lines_with(app, pool, f"{asked}-")
