@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 if TYPE_CHECKING:  # vllm.config imports the platform
     from vllm.config import VllmConfig
@@ -22,14 +23,18 @@ class CpuEnginePlatform(CpuPlatform):  # type: ignore[misc]
         """Keep the uniproc executor that the caller asked for; vLLM would take `mp`.
 
         MLA layers rotate a slice of each query. vLLM's rotary kernel for CPUs takes it for
-        contiguous and rotates other numbers; vLLM's implementation in PyTorch does not.
+        contiguous and rotates other numbers; vLLM's implementation in PyTorch does not. On CPUs
+        with AMX, vLLM takes kernels for MLA that refuse float32; those for all CPUs do not.
         """
+        model = vllm_config.model_config
+        latent = model is not None and model.use_mla
+        if latent and model.dtype is torch.float32:
+            vllm_config.attention_config.backend = AttentionBackendEnum.CPU_MLA
         asked = vllm_config.parallel_config.distributed_executor_backend
         super().check_and_update_config(vllm_config)
         if asked == "uni":
             vllm_config.parallel_config.distributed_executor_backend = "uni"
-        model = vllm_config.model_config
-        if model is not None and model.use_mla:
+        if latent:
             vllm_config.compilation_config.custom_ops.append("-rotary_embedding")
 
     @classmethod
