@@ -21,7 +21,8 @@ pytestmark = pytest.mark.timeout(600)
 
 KV_BYTES = 1 << 15
 MAX_QUEUED, STORM = 3, 24  # prompts that may wait for the speculator, and clients that ask at once
-HANDED_OVER = {"n": 2}  # several samples: the prefill pool computes their prompt, known or not
+# Several samples: the prefill pool computes their prompt, whether a decode engine has it or not.
+HANDED_OVER = {"n": 2, "temperature": 0.9, "seed": 3}
 PAUSE_S = 0.5  # of each client: the new replicas start on the same two cores
 
 
