@@ -22,9 +22,7 @@ class CpuEnginePlatform(CpuPlatform):  # type: ignore[misc]
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Keep the uniproc executor that the caller asked for; vLLM would take `mp`.
 
-        MLA layers rotate a slice of each query. vLLM's rotary kernel for CPUs takes it for
-        contiguous and rotates other numbers; vLLM's implementation in PyTorch does not. On CPUs
-        with AMX, vLLM takes kernels for MLA that refuse float32; those for all CPUs do not.
+        On CPUs with AMX, vLLM takes kernels for MLA that refuse float32; those for all CPUs do not.
         """
         model = vllm_config.model_config
         latent = model is not None and model.use_mla
@@ -34,8 +32,7 @@ class CpuEnginePlatform(CpuPlatform):  # type: ignore[misc]
         super().check_and_update_config(vllm_config)
         if asked == "uni":
             vllm_config.parallel_config.distributed_executor_backend = "uni"
-        if latent:
-            vllm_config.compilation_config.custom_ops.append("-rotary_embedding")
+        rotate_slices_rightly(vllm_config)
 
     @classmethod
     def register_triton_kernel_overrides(cls) -> None:
@@ -50,6 +47,16 @@ class CpuEnginePlatform(CpuPlatform):  # type: ignore[misc]
 
         if not HAS_TRITON:
             register_kernels({"vllm.v1.sample.rejection_sampler.expand_kernel": expand_kernel})
+
+
+def rotate_slices_rightly(vllm_config: VllmConfig) -> None:
+    """Take vLLM's rotary embedding in PyTorch for MLA layers, which rotate a slice of each query.
+
+    vLLM's rotary kernel for CPUs takes the slice for contiguous and rotates other numbers.
+    """
+    model, ops = vllm_config.model_config, vllm_config.compilation_config.custom_ops
+    if model is not None and model.use_mla and "-rotary_embedding" not in ops:
+        ops.append("-rotary_embedding")
 
 
 def expand_kernel(

@@ -23,6 +23,7 @@ from ..speculation.runner_v1 import drafts_or_none, speculate_from_prompts
 from ..support import refuse_unsupported, support_of_config
 from ..vllm_internals import check_cpu_caches, check_v1_runner, step_positions
 from ..worker_rpc import KvRpc
+from .platform import rotate_slices_rightly
 
 
 class SparseCPUModelRunner(CPUModelRunner):  # type: ignore[misc]
@@ -85,6 +86,7 @@ class SparseCPUWorker(KvRpc, CPUWorker):  # type: ignore[misc]
         """Set the device up as vLLM does; the V1 runner is replaced by the sparse one."""
         refuse_unsupported(self.vllm_config)
         check_cpu_caches()
+        rotate_slices_rightly(self.vllm_config)  # whichever platform made the configuration
         super().init_device()
         if not self.use_v2_model_runner:
             check_v1_runner(CPUModelRunner)
