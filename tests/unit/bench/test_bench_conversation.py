@@ -46,7 +46,7 @@ def test_every_turn_of_the_variant_anew_asks_for_another_rate():
 
 
 def test_the_questions_of_a_conversation_move_and_come_back():
-    asked = list(turns.conversation(5, sentences=60))
+    asked = list(turns.document_talk(5, sentences=60))
     assert [kind for kind, _, _ in asked] == [kind for kind, _ in turns.SCRIPT]
     last = asked[-1][1]
     assert len(last) == 2 * len(turns.SCRIPT) - 1
@@ -59,13 +59,16 @@ def test_the_questions_of_a_conversation_move_and_come_back():
 
 def test_answers_are_summed_up_by_rate():
     def outcome(turn, right, computed, reason=Reason.CARRIED_OVER):
-        return turns.Outcome(1, 0.3, turn, "moved", 1000, 300, 250, computed, reason, right)
+        return turns.Outcome(
+            1, "document", 0.3, turn, "moved", 1000, 300, 250, computed, reason, right
+        )
 
     found = [
         outcome(1, (True, True, True), 300, Reason.DEFAULT),
         outcome(2, (True, False, True), 40),
         outcome(3, (True, True, True), 60, Reason.RESELECTED),
     ]
-    (row,) = turns.rows(found)
+    *_, row = turns.rows(found)
+    assert row["kind"] == turns.ALL
     assert (row["turns"], row["anew"], row["carried_over"], row["reselected"]) == (2, 0.5, 1.0, 1)
     assert (row["anew_tokens"], row["computed_tokens"]) == (300, 50)
