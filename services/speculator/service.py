@@ -244,7 +244,7 @@ class SpeculatorService:
                 jobs, look_ahead = await self._next_pass(scorer)
                 try:
                     await self._run_pass(scorer, jobs, look_ahead=look_ahead)
-                    failures = 0
+                    failures = 0 if look_ahead else failures  # only an answer is a success
                 except Exception as error:
                     failures += 1
                     self.counts.failures += 1
