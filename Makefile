@@ -247,6 +247,10 @@ bench-burst: $(INSTALLED) ## Ten times the load for a minute on the real app, ke
 eval: $(INSTALLED) ## How good the demo pair's answers stay at every keep rate (docs/quality.md)
 	@$(BIN)/specprefill eval --document docs/quality.md
 
+.PHONY: eval-real
+eval-real: $(INSTALLED) ## The same over real prose, with SmolLM2 (MODEL=FOLDER DRAFT=FOLDER: another pair)
+	@$(PY) -m loadtest.real_model $(if $(MODEL),--model $(MODEL)) $(if $(DRAFT),--draft $(DRAFT)) $(ARGS)
+
 .PHONY: prove-gpu
 prove-gpu: $(INSTALLED) ## The proof on one GPU, in under 8 minutes; ARGS=--cpu: small, on this CPU
 	@$(PY) -m loadtest.bench.proof $(ARGS)

@@ -80,6 +80,13 @@ class SpeculatorConfig(Strict):
     max_wait_s: Annotated[float, Field(ge=0.0)] = 0.0
     # Layer -> its query heads whose attention counts; absent: all heads of all layers.
     score_heads: dict[NonNegativeInt, tuple[NonNegativeInt, ...]] | None = Field(None, min_length=1)
+    # How the attention of these heads becomes one number; the maximum is the paper's. `specprefill
+    # calibrate` finds heads, reduction and queries that keep more than the paper's.
+    score_reduction: Literal["maximum", "mean"] = "maximum"
+    # Whose attention counts. look_ahead: the last prompt token's and that of generated ones.
+    # question: that of the last 64 prompt tokens; nothing is generated, and layers behind those of
+    # `score_heads` are left out. both: the mean of the two.
+    score_queries: Literal["look_ahead", "question", "both"] = "look_ahead"
     look_ahead: PositiveInt = 8  # the last prompt token's query plus look_ahead - 1 generated
     # Scoring a prompt is given up after `timeout_s` plus `timeout_token_s` per token.
     timeout_s: Seconds = 10.0
@@ -92,6 +99,12 @@ class SpeculatorConfig(Strict):
     # try again. static: pruned at the nominal rate, by the words of the query alone, which may
     # lose what the answer needs. dense: the whole prompt, which multiplies the prefill pool's load.
     on_overload: Literal["shed", "static", "dense"] = "shed"
+
+    @property
+    def is_calibrated(self) -> bool:
+        """True where prompts are not scored as in the paper."""
+        scored = (self.score_heads, self.score_reduction, self.score_queries)
+        return scored != (None, "maximum", "look_ahead")
 
 
 class SelectionConfig(Strict):
@@ -114,6 +127,8 @@ class SelectionConfig(Strict):
     # Below this probability of its least sure look-ahead token, the speculator counts as unsure;
     # where the scores choose the rate, much more is then kept, or all.
     least_certainty: Annotated[float, Field(ge=0.0, le=1.0)] = 0.95
+    # Where the scores choose the rate: chunks with at least this share of the highest score.
+    peak_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.05
     min_prompt_tokens: PositiveInt = 1024  # shorter prompts are prefilled dense
     # Least share of the expected dense time to first token that pruning must save; null: prune
     # whether it pays or not. Callers who ask for pruning get it in any case.

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 _TRIES, _ROUNDS = 5, 3
 _MOST = 3.0  # twice the size: 2 where the cost is linear, 4 where it is quadratic
+_LEAST_S = 2e-3  # of a step
 
 
 def cpu_s(step: Callable[[], object]) -> float:
@@ -31,9 +32,12 @@ def cpu_s(step: Callable[[], object]) -> float:
 def assert_linear(make: Callable[[int], Callable[[], object]], size: int) -> None:
     """`make(n)` prepares a step of size n. Twice the size must not cost much more than twice.
 
-    `size` must be large enough that the fixed part of the cost does not hide its growth. Others'
-    work on the machine only ever adds to a time, so one round of three must be good.
+    `size` must be large enough that the fixed part of the cost does not hide its growth; it is
+    doubled until a step takes long enough to be timed. Others' work on the machine only ever adds
+    to a time, so one round of three must be good.
     """
+    while cpu_s(make(size)) < _LEAST_S:
+        size *= 2
     steps = make(size), make(2 * size)
     rounds = []
     for _ in range(_ROUNDS):

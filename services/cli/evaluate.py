@@ -15,14 +15,15 @@ from ..core.errors import SpecPrefillError
 from ..deployment.checked_yaml import InvalidFile
 from ..deployment.file import load
 from ..lab.evaluation.arms import Arm, arms_of
-from ..lab.families.catalog import FAMILIES
+from ..lab.families.catalog import FAMILIES, REAL_FAMILIES
 from .arguments import API_KEY_VARIABLE, rate, require_charts
 from .exit_codes import Failed, Misused
+from .progress_bar import ProgressBar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ..config import AppConfig
+    from ..config import AppConfig, SpeculatorConfig
     from ..lab.evaluation.journal import Journal
     from ..lab.evaluation.suite import Backend, Suite
 
@@ -35,7 +36,6 @@ CONTROL_KEEP = 0.1
 TEXT_KEEPS = (0.3, 0.1)
 ITEMS, LEAST_DENSE = 8, 0.2
 QUICK_FAMILIES, QUICK_LENGTHS, QUICK_KEEPS, QUICK_ITEMS = ("needles", "vt"), (768,), (1.0, 0.1), 2
-BAR_WIDTH = 30
 
 
 def add_commands(commands: Any) -> None:
@@ -47,7 +47,8 @@ def add_commands(commands: Any) -> None:
         "--endpoint, the models of --config run in this process, beside controls that choose at "
         "random and the main model as its own speculator. With --endpoint, any OpenAI-compatible "
         "service is asked. Writes JSON and an HTML page.",
-        epilog=f"families: {', '.join(FAMILIES)}",
+        epilog=f"families: {', '.join(FAMILIES)}; over prose that this machine has: "
+        f"{', '.join(REAL_FAMILIES)}",
     )
     _add_subject(command)
     _add_size(command)
@@ -91,8 +92,8 @@ def _add_subject(command: argparse.ArgumentParser) -> None:
 
 def _add_size(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--families", nargs="+", choices=FAMILIES, default=FAMILIES, metavar="FAMILY",
-        help="default: all",
+        "--families", nargs="+", choices=(*FAMILIES, *REAL_FAMILIES), default=FAMILIES,
+        metavar="FAMILY", help="default: all that are generated",
     )  # fmt: skip
     command.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, metavar="TOKENS")
     command.add_argument("--keeps", nargs="+", type=rate, default=KEEPS, metavar="R")
@@ -134,13 +135,13 @@ def run_eval(args: argparse.Namespace) -> int:
     from ..lab.reporting.tables import provenance
 
     config = _config(args)
-    suite = _suite(args)
+    suite = _suite(args, config)
     subject = _subject(args, config)
     tokenizer = _tokenizer(args, config)
     journal = _journal(args, suite, {**subject, **provenance(args.seed).versions})
     try:
         backend = _backend(args, config, tokenizer, suite)
-        bar = _Bar(suite.prompts, time.monotonic)
+        bar = ProgressBar(suite.prompts, time.monotonic)
         measured = measure(suite, backend, tokenizer, args.workers, bar.draw, journal)
     except (CallFailed, SpecPrefillError) as error:
         raise Failed(f"{error}; {_resume_hint(journal)}") from error
@@ -191,7 +192,7 @@ def _config(args: argparse.Namespace) -> AppConfig:
     return config.model_copy(update={"speculator": speculator, "model": model})
 
 
-def _suite(args: argparse.Namespace) -> Suite:
+def _suite(args: argparse.Namespace, config: AppConfig) -> Suite:
     """Return the suite. Raises Misused for impossible sizes."""
     from ..lab.evaluation.suite import Suite
 
@@ -202,15 +203,15 @@ def _suite(args: argparse.Namespace) -> Suite:
         families=QUICK_FAMILIES if quick else tuple(args.families),
         lengths=QUICK_LENGTHS if quick else tuple(args.lengths),
         items=QUICK_ITEMS if quick else args.items,
-        arms=_arms(args),
+        arms=_arms(args, config),
         seed=args.seed,
         least_dense=args.least_dense,
         answered=not args.gold_only,
     )
 
 
-def _arms(args: argparse.Namespace) -> tuple[Arm, ...]:
-    """Return the arms. Endpoints accept no positions: no controls, no ceiling."""
+def _arms(args: argparse.Namespace, config: AppConfig) -> tuple[Arm, ...]:
+    """Return the arms. Endpoints accept no positions: no controls, no ceiling, one scorer."""
     if args.plain:
         return arms_of((), None, automatic=False, ceiling=False)
     remote = args.endpoint is not None
@@ -220,6 +221,7 @@ def _arms(args: argparse.Namespace) -> tuple[Arm, ...]:
         text_keeps=(CONTROL_KEEP,) if args.quick else args.text_keeps,
         automatic=True,
         ceiling=not (args.no_ceiling or args.gold_only),
+        paper=not remote and config.speculator.is_calibrated,
     )
 
 
@@ -262,6 +264,14 @@ def _backend(
     )
 
 
+def _scoring(speculator: SpeculatorConfig) -> str:
+    if not speculator.is_calibrated:
+        return "the paper's scorer"
+    heads = speculator.score_heads
+    count = "all heads" if heads is None else f"{sum(map(len, heads.values()))} heads"
+    return f"{count}, {speculator.score_reduction}, {speculator.score_queries}"
+
+
 def _subject(args: argparse.Namespace, config: AppConfig) -> dict[str, str]:
     if args.endpoint is not None:
         return {"endpoint": args.endpoint, "model": args.model or "the only one"}
@@ -270,26 +280,9 @@ def _subject(args: argparse.Namespace, config: AppConfig) -> dict[str, str]:
         "main model": config.model.path,
         "speculator": config.speculator.path,
         "dtype": config.speculator.dtype,
+        "scored by": _scoring(config.speculator),
         "selection": f"chunks of {selection.chunk_tokens} tokens, at least "
         f"{selection.min_kept_tokens} kept, {selection.sink_tokens} first and "
         f"{selection.tail_tokens} last protected, {selection.next_chunk_share:g} of a chunk's "
         "score for the next one",
     }
-
-
-class _Bar:
-    """A progress bar on standard error."""
-
-    def __init__(self, total: int, now: Any) -> None:
-        self._total = total
-        self._now = now
-        self._started_s = now()
-
-    def draw(self, done: int, what: str) -> None:
-        """Draw the bar again."""
-        share = done / self._total
-        left_s = (self._now() - self._started_s) / max(share, 1e-9) * (1.0 - share)
-        filled = round(share * BAR_WIDTH)
-        bar = "#" * filled + "." * (BAR_WIDTH - filled)
-        line = f"\r[{bar}] {done}/{self._total} {what}, {left_s // 60:.0f}:{left_s % 60:02.0f} left"
-        print(f"{line:<90}", end="", file=sys.stderr, flush=True)

@@ -7,8 +7,32 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import ask, doctor, drain, evaluate, loadtest, quickstart, serve, simulate, status
+from . import (
+    ask,
+    calibrate,
+    doctor,
+    drain,
+    evaluate,
+    loadtest,
+    quickstart,
+    serve,
+    simulate,
+    status,
+)
 from .exit_codes import FAILED, MISUSED, Failed, Misused
+
+_COMMANDS = (
+    serve,
+    quickstart,
+    status,
+    drain,
+    doctor,
+    ask,
+    calibrate,
+    evaluate,
+    loadtest,
+    simulate,
+)
 
 _EXAMPLES = """\
 examples:
@@ -19,6 +43,7 @@ examples:
   specprefill score --keep 0.1 --prompt-file report.txt "Who signed the contract?"
   specprefill doctor cluster/local.yaml
   specprefill status --watch
+  specprefill calibrate deployment.yaml --write     find the draft's heads that retrieve
   specprefill eval --quick
   specprefill loadtest loadtest/smoke.yaml --qps 2
   specprefill plan --slo 2 --qps 10 --lengths 12000
@@ -39,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     )
     root.add_argument("--version", action="version", version=f"specprefill {__version__}")
     commands = root.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (serve, quickstart, status, drain, doctor, ask, evaluate, loadtest, simulate):
+    for command in _COMMANDS:
         command.add_commands(commands)
     return root
 

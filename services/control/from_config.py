@@ -32,7 +32,7 @@ def selection_policy(selection: SelectionConfig, block_tokens: int = 1) -> Selec
         tail_tokens=selection.tail_tokens,
         block_tokens=block_tokens,
         next_chunk_share=selection.next_chunk_share,
-        auto=AutoKeep(least_certainty=selection.least_certainty),
+        auto=AutoKeep(selection.least_certainty, setting=selection.peak_share),
         carry_over=selection.carry_over,
         whole_turn_tokens=selection.whole_turn_tokens,
     )

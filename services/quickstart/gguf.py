@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import struct
@@ -27,7 +28,8 @@ _NEEDED = ("gguf", "accelerate")
 _UNREADABLE = (
     ImportError, KeyError, NotImplementedError, OSError, RuntimeError, ValueError, struct.error,
 )  # fmt: skip
-_FORMAT = 1  # of what is written; another one is converted again
+_DIGIT_SPLITTERS = ("smollm", "codeshell", "refact", "starcoder", "command-r")  # llama.cpp's names
+_FORMAT = 2  # of what is written; another one is converted again
 
 
 def cache_folder() -> Path:
@@ -96,6 +98,27 @@ def write_folder(file: Path, folder: Path) -> None:
     fresh.generation_config = read.generation_config
     fresh.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
+    if _splits_digits(file):
+        split_digits(folder / "tokenizer.json")
+
+
+def _splits_digits(file: Path) -> bool:
+    """Return True if its tokenizer takes every digit alone, which transformers leaves out."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(file).fields.get("tokenizer.ggml.pre")
+    return field is not None and field.contents() in _DIGIT_SPLITTERS
+
+
+def split_digits(tokenizer: Path) -> None:
+    """Make a `tokenizer.json` split digits before anything else."""
+    settings = json.loads(tokenizer.read_text(encoding="utf-8"))
+    digits = {"type": "Digits", "individual_digits": True}
+    settings["pre_tokenizer"] = {
+        "type": "Sequence",
+        "pretokenizers": [digits, settings["pre_tokenizer"]],
+    }
+    tokenizer.write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
 
 
 def main(argv: list[str]) -> int:

@@ -46,8 +46,9 @@ class AttentionHook(Protocol):
 class ReadChunk:
     """Stores the keys and values of some prompts' next tokens, packed one after the other.
 
-    In the last layer nothing else is needed, so the pass ends there by raising KeysStored: that
-    layer's attention and feed-forward network, and all behind them, are never computed.
+    Of the question's tokens it records the queries. In the last layer nothing else is needed, so
+    the pass ends there by raising KeysStored: that layer's attention and feed-forward network, and
+    all behind them, are never computed.
     """
 
     parts: Sequence[tuple[Reading, int]]  # and how many tokens of each
@@ -57,6 +58,7 @@ class ReadChunk:
     ) -> Tensor:
         """See `AttentionHook`. Raises KeysStored in the last layer."""
         self.store(layer, key, value)
+        self.record(layer, query)
         layout = self.parts[0][0].layout
         if layer == layout.last_layer:
             raise KeysStored
@@ -72,6 +74,18 @@ class ReadChunk:
         row = self.parts[0][0].layout.layers.index(layer)
         for reading, part in self._slices():
             reading.store(row, key[0, :, part], value[0, :, part])
+
+    @property
+    def reads_questions(self) -> bool:
+        """True if the pass reads some prompt's question."""
+        return any(reading.reads_question(tokens) for reading, tokens in self.parts)
+
+    def record(self, layer: int, query: Tensor) -> None:
+        """Keep the questions' queries of one layer's `[1, heads, tokens, dim]`."""
+        row = self.parts[0][0].layout.layers.index(layer)
+        for reading, part in self._slices():
+            if reading.reads_question(part.stop - part.start):
+                reading.record_question(row, query[0, :, part])
 
     def _slices(self) -> Iterator[tuple[Reading, slice]]:
         """Yield the slice of each prompt's tokens in the pack."""

@@ -43,6 +43,14 @@ class Draft:
     max_positions: int | None  # None: no limit is configured
     quick: Llama | None = None  # the same model without its modules, where its shape is known
 
+    def up_to(self, layer: int) -> Draft:
+        """Return the draft without the layers behind `layer`, whose keys nobody asks for.
+
+        It reads prompts; it cannot look ahead.
+        """
+        quick = None if self.quick is None else self.quick.up_to(layer)
+        return replace(self, layout=self.layout.up_to(layer), quick=quick)
+
 
 def load_draft(config: SpeculatorConfig) -> Draft:
     """Load the configured model, ready to score. Raises UnsupportedModel with a reason."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -65,16 +65,21 @@ def _check_heads(config: SpeculatorConfig, text: PreTrainedConfig) -> Iterator[F
 def _check_sizes(
     config: SpeculatorConfig, text: PreTrainedConfig, longest: int
 ) -> Iterator[Finding]:
-    needed = longest + config.look_ahead - 1
+    looks_ahead = config.score_queries != "question"
+    generated = config.look_ahead - 1 if looks_ahead else 0
+    needed = longest + generated
     positions = max_positions(text)
     if positions is not None and positions < needed:
         yield warning(
             _PATH,
             f"the model has {positions} positions: prompts of more than "
-            f"{positions - config.look_ahead + 1} tokens, of {longest}, are prefilled dense",
+            f"{positions - generated} tokens, of {longest}, are prefilled dense",
         )
     budget = _budget_bytes(config)
-    each = DraftKv.from_config(text, config.dtype).bytes_per_token
+    kv = DraftKv.from_config(text, config.dtype)
+    if config.score_heads is not None and not looks_ahead:  # the layers behind these are left out
+        kv = replace(kv, layers=min(kv.layers, max(config.score_heads) + 1))
+    each = kv.bytes_per_token
     if budget is not None and each * needed > budget:
         yield warning(
             "speculator.kv_memory_bytes",

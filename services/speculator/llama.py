@@ -6,7 +6,7 @@ of modules there: in a small model on a CPU they take a third of it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -90,10 +90,14 @@ class Llama:
             eps=decoder.norm.variance_epsilon,
         )
 
+    def up_to(self, layer: int) -> Llama:
+        """Return the model without the layers behind `layer`: it has no logits."""
+        return replace(self, layers=tuple(each for each in self.layers if each.number <= layer))
+
     def read(self, ids: Tensor, positions: Tensor, reading: ReadChunk) -> None:
         """Store every layer's keys and values of packed tokens, `[tokens]` both.
 
-        Only what keys depend on is computed: in the last layer not even a query.
+        Only what keys depend on is computed: in the last layer not even a query, but for questions.
         """
         hidden, turn = self._embed(ids, positions)
         for layer in self.layers[:-1]:
@@ -102,6 +106,8 @@ class Llama:
         normed = self._normalize(hidden, last.norm)
         key = self._project_heads(normed, last.key, turn)
         reading.store(last.number, key, self._project_heads(normed, last.value))
+        if reading.reads_questions:
+            reading.record(last.number, self._project_heads(normed, last.query, turn))
 
     def logits(self, ids: Tensor, positions: Tensor, attending: AttentionHook) -> Tensor:
         """Return the logits after each token: [tokens, vocabulary]."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -45,6 +45,11 @@ class DraftKvLayout:
         pairs = zip(self.layers, self.rules, strict=True)
         return tuple(layer for layer, rule in pairs if rule.window is None)
 
+    def up_to(self, layer: int) -> DraftKvLayout:
+        """Return the layout of the layers up to `layer`."""
+        count = sum(each <= layer for each in self.layers)
+        return replace(self, layers=self.layers[:count], rules=self.rules[:count])
+
     def empty(self, dim: int, tokens: int) -> Tensor:
         """Return [layers, kv_heads, tokens, dim], not initialised."""
         shape = (len(self.layers), self.kv_heads, tokens, dim)
@@ -71,13 +76,27 @@ class Reading:
         layout: DraftKvLayout,
         capacity: int,
         salt: str | None = None,
+        *,
+        question_tokens: int = 0,
+        looks_ahead: bool = True,
     ) -> None:
+        """Allocate the buffers.
+
+        `question_tokens` of the prompt's end have their queries recorded as they are read. A prompt
+        whose draft does not look ahead is read to its end; else the last token is fed with those
+        that are generated.
+        """
         self.prompt = prompt
         self.salt = salt
+        self.question_start = max(0, len(prompt) - question_tokens)
+        self.looks_ahead = looks_ahead
         self.layout = layout
         self.keys = layout.empty(layout.key_dim, capacity)  # after RoPE
         self.values = layout.empty(layout.value_dim, capacity)
-        self.queries: list[list[Tensor]] = [[] for _ in layout.layers]  # [heads, key_dim], RoPE
+        # Per layer, after RoPE: [heads, key_dim] of each token fed alone, [heads, tokens, key_dim]
+        # of the question's.
+        self.queries: list[list[Tensor]] = [[] for _ in layout.layers]
+        self.question: list[list[Tensor]] = [[] for _ in layout.layers]
         self.length = 0  # tokens read so far, prompt and look-ahead
         self.cached_tokens = 0  # of these, taken from the prefix cache
         self.next_token = prompt[-1]  # fed next, once the rest of the prompt is read
@@ -93,8 +112,22 @@ class Reading:
 
     @property
     def unread_tokens(self) -> int:
-        """Prompt tokens before the last one whose keys are still missing."""
-        return max(0, len(self.prompt) - 1 - self.length)
+        """Prompt tokens whose keys are still missing, before the last one if it is fed alone."""
+        return max(0, len(self.prompt) - int(self.looks_ahead) - self.length)
+
+    def reads_question(self, tokens: int) -> bool:
+        """Return True if the next tokens reach into the question."""
+        return self.length + tokens > self.question_start
+
+    def record_question(self, row: int, query: Tensor) -> None:
+        """Keep one layer's `[heads, tokens, key_dim]` of the next tokens, the question's alone."""
+        skipped = max(0, self.question_start - self.length)
+        self.question[row].append(query[:, skipped:].clone())
+
+    def question_queries(self, row: int) -> Tensor:
+        """Return one layer's queries of the question's tokens, [heads, tokens, key_dim]."""
+        fed_alone = [query[:, None] for query in self.queries[row][:1]]
+        return torch.cat([*self.question[row], *fed_alone], dim=1)
 
     def store(self, row: int, key: Tensor, value: Tensor) -> None:
         """Put one layer's `[kv_heads, tokens, dim]` after what was read."""
@@ -118,4 +151,4 @@ class Reading:
     def release(self) -> None:
         """Free the memory; nothing can be read any more."""
         self.keys = self.values = self.keys.new_empty(0)
-        self.queries = []
+        self.queries = self.question = []

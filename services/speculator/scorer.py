@@ -1,31 +1,29 @@
 """Scores how much prompt tokens matter to the answer (Speculative Prefill, arXiv 2502.02789, 3.2).
 
 The draft model reads the whole prompt and looks a few greedy tokens ahead. The queries of the last
-prompt token and of the look-ahead tokens attend to the prompt; what they look at matters.
+prompt token and of the look-ahead tokens attend to the prompt; what they look at matters. Or those
+of the prompt's last tokens do, and the draft ends with the last layer that counts (`method`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from ..config import SpeculatorConfig
 from ..core.errors import UnsupportedModel
 from ..core.selection import Scores
 from ..core.types import Reason
 from .draft import Draft, feed_token, load_draft, read_chunk
+from .method import PAPER, QUESTION_TOKENS, Heads, Queries, Reduction, ScoringMethod
 from .prefix_memory import PrefixCache
+from .rating import rate
 from .reading import Block, Reading
 from .translation import Prompt, SamePrompt, Translator, load_translator
 
-Heads = Mapping[int, Sequence[int]]  # a layer's number -> the numbers of its query heads
-
-SCORING_BUFFER = 1 << 24  # attention weights held at once, in float32 elements: 64 MiB
 BLOCK_TOKENS = 64  # of the prefix cache
 CHUNK_TOKENS = {True: 2048, False: 512}  # on a GPU, and on a CPU
 CPU_MEMORY_BYTES = 1 << 30  # for KV, where the configuration sets none
@@ -40,13 +38,20 @@ def load_scorer(config: SpeculatorConfig, pool_tokens: int, main_path: str | Non
     torch.set_num_threads(config.threads)
     translator = None if main_path is None else load_translator(main_path, config.path)
     draft = load_draft(config)
+    method = ScoringMethod(
+        _check_heads(config.score_heads, draft),
+        Reduction(config.score_reduction),
+        Queries(config.score_queries),
+    )
+    if not method.looks_ahead:
+        draft = draft.up_to(max(method.heads or draft.layout.scoring_layers))
     return Scorer(
         draft,
         config.look_ahead,
         config.prefill_chunk_tokens or CHUNK_TOKENS[draft.layout.device.type == "cuda"],
         pool_tokens,
         _memory_bytes(config, draft),
-        _check_heads(config.score_heads, draft),
+        method,
         translator,
     )
 
@@ -99,16 +104,26 @@ class Scorer:
         prefill_chunk_tokens: int,
         pool_tokens: int,
         memory_bytes: int = CPU_MEMORY_BYTES,
-        heads: Heads | None = None,
+        method: ScoringMethod = PAPER,
         translator: Translator | None = None,
+        *,
+        question_tokens: int | None = None,
     ) -> None:
+        """Make a scorer.
+
+        `question_tokens` of each prompt have their queries recorded; None: those that the method
+        needs.
+        """
         self.draft = draft
-        self.heads = heads  # None: all of every layer
+        self.method = method
+        if question_tokens is None:
+            question_tokens = QUESTION_TOKENS if method.asks_question else 0
+        self.question_tokens = question_tokens
         self.memory_bytes = memory_bytes
         self.translator = translator  # None: both models have the same tokens
         block_bytes = BLOCK_TOKENS * draft.layout.bytes_per_token
         self.prefix: PrefixCache[Block] = PrefixCache(BLOCK_TOKENS, block_bytes, memory_bytes)
-        self.look_ahead_tokens = look_ahead
+        self.look_ahead_tokens = look_ahead if method.looks_ahead else 0
         self.prefill_chunk_tokens = prefill_chunk_tokens
         self.pool_tokens = pool_tokens
 
@@ -124,7 +139,7 @@ class Scorer:
         """The longest prompt, in draft tokens, whose look-ahead stays within its positions."""
         if self.draft.max_positions is None:
             return None
-        return self.draft.max_positions - (self.look_ahead_tokens - 1)
+        return self.draft.max_positions - self._generated_tokens
 
     def refusal(self, prompt_tokens: int) -> Reason | None:
         """Return why a prompt of this many draft tokens cannot be scored; None: it can."""
@@ -189,13 +204,26 @@ class Scorer:
 
     def open_reading(self, prompt: tuple[int, ...], salt: str | None) -> Reading:
         """Return a reading, filled from the prefix cache; its memory has been made room for."""
-        reading = Reading(prompt, self.draft.layout, self._capacity(len(prompt)), salt)
+        reading = Reading(
+            prompt,
+            self.draft.layout,
+            self._capacity(len(prompt)),
+            salt,
+            question_tokens=self.question_tokens,
+            looks_ahead=self.method.looks_ahead,
+        )
+        known = self.prefix.find_longest(prompt, salt)
         with torch.inference_mode():
-            reading.restore(self.prefix.find_longest(prompt, salt))
+            reading.restore(known[: reading.question_start // BLOCK_TOKENS])
         return reading
 
+    @property
+    def _generated_tokens(self) -> int:
+        """The most tokens that are generated and fed; the first query is the last token's."""
+        return max(0, self.look_ahead_tokens - 1)
+
     def _capacity(self, prompt_tokens: int) -> int:
-        return prompt_tokens + self.look_ahead_tokens - 1
+        return prompt_tokens + self._generated_tokens
 
     def read(
         self, readings: Sequence[Reading], is_abandoned: Callable[[Reading], bool] = never_abandoned
@@ -245,8 +273,8 @@ class Scorer:
     def look_ahead(self, readings: Sequence[Reading]) -> None:
         """Feed the last prompt token, generate greedily, and record each fed token's query.
 
-        All requests take part in one batch. An answer that ends stops looking ahead: no end
-        token is fed, so no query comes from one.
+        All requests take part in one batch; none where the method needs no answer. An answer that
+        ends stops looking ahead: no end token is fed, so no query comes from one.
         """
         live = list(readings)
         for _ in range(self.look_ahead_tokens):
@@ -261,64 +289,21 @@ class Scorer:
                 reading.certainties.append(certainty)
             live = [each for each in live if each.next_token not in self.draft.eos_ids]
 
-    def rate(self, reading: Reading) -> Scores:
-        """Return [N] float32: maximum over layers and heads, then mean over the recorded queries.
+    def follow(self, reading: Reading, answer: Sequence[int]) -> None:
+        """Feed the last prompt token and a given answer's; record the query of each.
 
-        Layers that see a window of the prompt do not count: they cannot look where a fact is. A
-        deployment may name the heads that count: few of them retrieve, others add noise.
+        The answer ends where the look-ahead would.
         """
-        shape = (len(reading.queries[0]), len(reading.prompt))
-        with torch.inference_mode():
-            highest = torch.zeros(shape, dtype=torch.float32, device=reading.keys.device)
-            for row, layer in enumerate(reading.layout.layers):
-                if layer not in reading.layout.scoring_layers:
-                    continue
-                if self.heads is None or layer in self.heads:
-                    heads = None if self.heads is None else self.heads[layer]
-                    _raise_to_layer(highest, reading, row, self.pool_tokens, heads)
-            scores: Scores = highest.mean(dim=0).cpu().numpy()
-        return scores
+        for token in (*answer[: self._generated_tokens], None):
+            with torch.inference_mode():
+                feed_token(self.draft.model, [reading], self.draft.quick)
+            if token is not None:
+                reading.next_token = token
+
+    def rate(self, reading: Reading) -> Scores:
+        """Return [N] float32, by the scorer's method."""
+        return rate(reading, self.method, self.pool_tokens)
 
 
 def _block(reading: Reading, index: int) -> Block:
     return reading.block(index * BLOCK_TOKENS, (index + 1) * BLOCK_TOKENS)
-
-
-def _raise_to_layer(
-    highest: Tensor, reading: Reading, row: int, pool_tokens: int, heads: Sequence[int] | None
-) -> None:
-    """Raise `highest` [queries, N] to one layer's pooled attention, a few heads at a time.
-
-    Generated tokens are not keys: the softmax is over the prompt alone, in float32. `heads` None:
-    all of the layer's.
-    """
-    steps, prompt_tokens = highest.shape
-    layout = reading.layout
-    queries = torch.stack(reading.queries[row], dim=1)  # [heads, steps, key_dim]
-    keys = reading.keys[row, :, :prompt_tokens]
-    if heads is None:  # a group of heads reads its keys once
-        queries = queries.view(layout.kv_heads, -1, layout.key_dim)
-    else:
-        group = len(queries) // layout.kv_heads
-        queries, keys = queries[list(heads)], keys[[head // group for head in heads]]
-    at_once = max(1, SCORING_BUFFER // (queries.shape[1] * prompt_tokens))
-    for some, theirs in zip(queries.split(at_once), keys.split(at_once), strict=True):
-        logits = some.float() @ theirs.float().transpose(1, 2) * layout.rules[row].scaling
-        pooled = average_pool(logits.softmax(dim=-1), pool_tokens)
-        torch.maximum(highest, pooled.view(-1, steps, prompt_tokens).amax(dim=0), out=highest)
-
-
-def average_pool(weights: Tensor, width: int) -> Tensor:
-    """Average `width` neighbours along the last dimension, with zeros beyond the ends.
-
-    Equal to `avg_pool1d(weights, width, stride=1, padding=width // 2)` for an odd width, which on
-    a CPU takes eight times as long.
-    """
-    length = weights.shape[-1]
-    if weights.device.type != "cpu":
-        return functional.avg_pool1d(weights, width, stride=1, padding=width // 2)[..., :length]
-    padded = functional.pad(weights, (width // 2, width // 2))
-    total = padded[..., :length].clone()
-    for shift in range(1, width):
-        total += padded[..., shift : shift + length]
-    return total / width

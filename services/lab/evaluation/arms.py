@@ -22,9 +22,13 @@ class Chooser(enum.StrEnum):
     ENDS = "ends"  # control: the first and the last tokens
     EVEN = "even"  # control: chunks at even distances
     MAIN_MODEL = "main_model"  # the ceiling: the model that answers scores for itself
+    ORACLE = "oracle"  # the same, by the attention of the right answer's tokens
+    PAPER = "paper"  # the speculator by the paper's scorer, where the deployment's is another one
+    PAPER_AUTOMATIC = "paper automatic"  # the same with the default settings
 
 
 CONTROLS = (Chooser.RANDOM, Chooser.ENDS, Chooser.EVEN)
+AUTOMATIC = (Chooser.AUTOMATIC, Chooser.PAPER_AUTOMATIC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +44,8 @@ class Arm:
 
     @property
     def name(self) -> str:
-        if self.chooser is Chooser.AUTOMATIC:
-            return "automatic"
+        if self.chooser in AUTOMATIC:
+            return self.chooser.value
         if self.is_dense:
             return "dense"
         prefix = "keep" if self.chooser is Chooser.SPECULATOR else self.chooser.value
@@ -58,10 +62,12 @@ def arms_of(
     automatic: bool,
     ceiling: bool,
     text_keeps: Sequence[float] = (),
+    paper: bool = False,
 ) -> tuple[Arm, ...]:
     """Return dense first, then every keep rate from high to low, then the others.
 
-    `text_keeps` are the rates in text mode.
+    `text_keeps` are the rates in text mode; `paper` adds the paper's scorer at every rate; the
+    oracle comes with the ceiling.
     """
     rates = sorted({keep for keep in keeps if keep < 1.0}, reverse=True)
     arms = [DENSE, *(Arm(Chooser.SPECULATOR, keep) for keep in rates)]
@@ -69,10 +75,14 @@ def arms_of(
     arms += [Arm(Chooser.TEXT, keep) for keep in as_text]
     if automatic:
         arms.append(Arm(Chooser.AUTOMATIC, 1.0))
+    if paper:
+        arms += [Arm(Chooser.PAPER, keep) for keep in rates]
+    if paper and automatic:
+        arms.append(Arm(Chooser.PAPER_AUTOMATIC, 1.0))
     if control_keep is not None:
         arms += [Arm(chooser, control_keep) for chooser in CONTROLS]
     if ceiling and control_keep is not None:
-        arms.append(Arm(Chooser.MAIN_MODEL, control_keep))
+        arms += [Arm(Chooser.MAIN_MODEL, control_keep), Arm(Chooser.ORACLE, control_keep)]
     return tuple(arms)
 
 

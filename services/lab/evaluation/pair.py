@@ -7,8 +7,8 @@ takes. Spans, selection and scoring are the product's; only the answers come fro
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,12 +27,17 @@ from ...core.types import (
 )
 from ...gateway.openai.text_writer import PromptTextWriter
 from ...speculator.jobs import Rating
+from ...speculator.method import PAPER
+from ...speculator.rating import rate
 from ...speculator.scorer import Scorer, load_scorer
 from ..families.task import Task
-from .arms import CONTROLS, Arm, Chooser, control_scores
+from .arms import AUTOMATIC, CONTROLS, Arm, Chooser, control_scores
 from .greedy import greedy_answers
 from .outcomes import ArmAnswer
 from .prompts import RenderedTask, Renderer, gold_kept
+
+ORACLE_TOKENS = 32  # of the right answer
+Ratings = Mapping[Chooser, Rating | Reason]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +79,10 @@ class Pair:
     automatic: Plan
     speculator: Scorer
     answerer: MainModelAnswerer | None  # None: gold survival only
+    paper: Scorer | None  # None: the speculator's readings serve the paper's scorer as well
+    paper_policy: SelectionPolicy  # with the default settings of the automatic rate
     own_scorer: Scorer | None  # the main model as its own speculator; None: no ceiling
+    oracle: Scorer | None  # the same with room for an answer
     texts: PromptTextWriter
 
     def answers(
@@ -84,8 +92,9 @@ class Pair:
         prompt = self.renderer.prompt(task)
         selections = [dense_selection(len(prompt.ids), Reason.KEEP_IS_ONE)] * len(arms)
         if not all(arm.is_dense for arm in arms):
-            rating = rate_prompt(self.speculator, prompt.ids)
-            selections = [self._selection(arm, prompt, rating, rng) for arm in arms]
+            answer = self.renderer.answer_ids(task)
+            ratings = self._ratings(prompt, {arm.chooser for arm in arms}, answer)
+            selections = [self._selection(arm, prompt, ratings, rng) for arm in arms]
         answers: list[str | None] = [None] * len(arms)
         if with_text and self.answerer is not None:
             answers = [*self._texts(self.answerer, prompt, selections, task.max_tokens)]
@@ -117,44 +126,76 @@ class Pair:
             else:
                 yield answerer.text_of(selection.text, max_tokens)
 
-    def _selection(
-        self, arm: Arm, prompt: RenderedTask, rating: Rating | Reason, rng: random.Random
-    ) -> Selection:
-        """Return what the arm keeps: all of a prompt that its speculator refuses, as the service.
+    def _ratings(
+        self, prompt: RenderedTask, choosers: Collection[Chooser], answer: Sequence[int]
+    ) -> Ratings:
+        """Score the prompt in every way that the arms need.
 
         Raises ValueError for a ceiling without a scorer of its own.
         """
+        ratings: dict[Chooser, Rating | Reason] = {}
+        ours, papers = rate_prompt(self.speculator, prompt.ids)
+        if self.paper is not None and {Chooser.PAPER, Chooser.PAPER_AUTOMATIC} & {*choosers}:
+            papers, _ = rate_prompt(self.paper, prompt.ids)
+        for chooser in (Chooser.SPECULATOR, Chooser.TEXT, Chooser.AUTOMATIC):
+            ratings[chooser] = ours
+        for chooser in (Chooser.PAPER, Chooser.PAPER_AUTOMATIC):
+            ratings[chooser] = papers
+        if {Chooser.MAIN_MODEL, Chooser.ORACLE} & {*choosers}:
+            if self.own_scorer is None or self.oracle is None:
+                raise ValueError("the ceiling needs the main model as a scorer")
+            ratings[Chooser.MAIN_MODEL], _ = rate_prompt(self.own_scorer, prompt.ids)
+            ratings[Chooser.ORACLE], _ = rate_prompt(self.oracle, prompt.ids, answer)
+        return ratings
+
+    def _selection(
+        self, arm: Arm, prompt: RenderedTask, ratings: Ratings, rng: random.Random
+    ) -> Selection:
+        """Return what the arm keeps: as the service, all of a prompt that is refused."""
         if arm.is_dense:
             return dense_selection(len(prompt.ids), Reason.KEEP_IS_ONE)
         plan = Plan(PlanKind.PRUNE, Reason.ASKED, arm.keep)
-        if arm.chooser is Chooser.AUTOMATIC:
+        if arm.chooser in AUTOMATIC:
             plan = self.automatic
-        elif arm.chooser in CONTROLS:
+        if arm.chooser in CONTROLS:
             chunk_tokens = self.policy.chunk_tokens
-            rating = Rating(control_scores(arm.chooser, len(prompt.ids), chunk_tokens, rng), 1.0)
-        elif arm.chooser is Chooser.MAIN_MODEL:
-            if self.own_scorer is None:
-                raise ValueError("the ceiling needs the main model as a scorer")
-            rating = rate_prompt(self.own_scorer, prompt.ids)
+            scores = control_scores(arm.chooser, len(prompt.ids), chunk_tokens, rng)
+            rating: Rating | Reason = Rating(scores, 1.0)
+        else:
+            rating = ratings[arm.chooser]
         if isinstance(rating, Reason):
             return dense_selection(len(prompt.ids), rating)
-        selection = select(rating.scores, plan, prompt.protected, self.policy, rating.certainty)
+        policy = self.paper_policy if arm.chooser is Chooser.PAPER_AUTOMATIC else self.policy
+        selection = select(rating.scores, plan, prompt.protected, policy, rating.certainty)
         if arm.chooser is not Chooser.TEXT or selection.mode is PromptMode.DENSE:
             return selection
         return self.texts.written(prompt.ids, prompt.protected, selection)
 
 
-def rate_prompt(scorer: Scorer, prompt: tuple[int, ...]) -> Rating | Reason:
-    """Score a prompt in the main model's tokens, or return why the draft cannot."""
+def rate_prompt(
+    scorer: Scorer, prompt: tuple[int, ...], answer: Sequence[int] | None = None
+) -> tuple[Rating | Reason, Rating | Reason]:
+    """Score a prompt in the main model's tokens, by the scorer's method and by the paper's.
+
+    Where the draft refuses it, both are the reason. A scorer that does not look ahead gives its own
+    scores twice. With `answer`, its tokens are fed instead of generated ones.
+    """
     read_as = scorer.translate(prompt)
     refusal = scorer.refusal(len(read_as.prompt))
     if refusal is not None:
-        return refusal
-    with scorer.open_readings([read_as.prompt]) as readings:
-        scorer.read(readings)
-        scorer.look_ahead(readings)
-        scores = read_as.scores(scorer.rate(readings[0]))
-        return Rating(scores, readings[0].certainty)
+        return refusal, refusal
+    with scorer.open_readings([read_as.prompt]) as (reading,):
+        scorer.read([reading])
+        if answer is None:
+            scorer.look_ahead([reading])
+        else:
+            scorer.follow(reading, answer)
+        scores = read_as.scores(scorer.rate(reading))
+        ours = Rating(scores, reading.certainty)
+        if not scorer.method.looks_ahead or scorer.method == PAPER:
+            return ours, ours
+        by_paper = read_as.scores(rate(reading, PAPER, scorer.pool_tokens))
+        return ours, Rating(by_paper, reading.certainty)
 
 
 def load_pair(
@@ -170,18 +211,40 @@ def load_pair(
 
     Raises UnsupportedModel where the models cannot work together.
     """
-    own = speculator.model_copy(update={"path": model, "revision": None})
+    by_paper = {"score_heads": None, "score_reduction": "maximum", "score_queries": "look_ahead"}
+    own = speculator.model_copy(update={**by_paper, "path": model, "revision": None})
     scorer = load_scorer(speculator, selection.pool_tokens, model)
+    own_scorer = load_scorer(own, selection.pool_tokens) if ceiling else None
+    paper = None
+    if not scorer.method.looks_ahead:
+        paper = load_scorer(speculator.model_copy(update=by_paper), selection.pool_tokens, model)
+    policy = selection_policy(selection)
+    usual = SelectionConfig()
+    auto = replace(policy.auto, least_certainty=usual.least_certainty, setting=usual.peak_share)
     return Pair(
         renderer=Renderer(tokenizer, selection.tail_tokens),
-        policy=selection_policy(selection),
+        policy=policy,
         automatic=Plan(
             PlanKind.PRUNE, Reason.AUTO, within=KeepRange(selection.floor, selection.ceiling)
         ),
         speculator=scorer,
         answerer=load_answerer(model, speculator, tokenizer) if answered else None,
-        own_scorer=load_scorer(own, selection.pool_tokens) if ceiling else None,
+        paper=paper,
+        paper_policy=replace(policy, auto=auto),
+        own_scorer=own_scorer,
+        oracle=None if own_scorer is None else _oracle(own_scorer),
         texts=PromptTextWriter(tokenizer, selection.gap_mark),
+    )
+
+
+def _oracle(own: Scorer) -> Scorer:
+    """Return a scorer of the same model with room for an answer."""
+    return Scorer(
+        own.draft,
+        ORACLE_TOKENS + 1,
+        own.prefill_chunk_tokens,
+        own.pool_tokens,
+        own.memory_bytes,
     )
 
 

@@ -50,6 +50,11 @@ class Renderer:
             gold=tuple(Span(tokens[0], tokens[-1] + 1) for tokens in gold),
         )
 
+    def answer_ids(self, task: Task) -> tuple[int, ...]:
+        """Return the tokens of the right answer: its references."""
+        text = ", ".join(task.references)
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
 
 def gold_kept(prompt: RenderedTask, selection: Selection) -> float | None:
     """Return the share of gold spans that are kept whole; None where nothing is gold."""

@@ -10,7 +10,7 @@ from typing import Any
 from ..families.judging import Verdict
 from ..reporting.charts import Line, bar_chart, line_chart, table, write_page
 from ..reporting.tables import Provenance, markdown, write_json
-from .arms import CONTROLS, Arm, Chooser
+from .arms import AUTOMATIC, CONTROLS, Arm, Chooser
 from .intervals import Interval
 from .outcomes import Cell
 from .suite import Suite, SuiteResult
@@ -27,6 +27,10 @@ from .summary import (
 
 TITLE = "Quality by keep rate"
 NAME = "eval"
+_BY_PAPER = {
+    Chooser.PAPER: Chooser.SPECULATOR,
+    Chooser.PAPER_AUTOMATIC: Chooser.AUTOMATIC,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,7 @@ class EvaluationReport:
             for length in self.suite.lengths
             for table in (
                 self._retained_table(length),
+                self._paper_table(length),
                 self._text_table(length),
                 self._controls_table(length),
                 self._gold_table(length),
@@ -100,6 +105,32 @@ class EvaluationReport:
                 if row.answered
             ),
         )
+
+    def _paper_table(self, length: int) -> Table:
+        """Compare the deployment's scores with the paper's, at the same budget."""
+        pairs = [
+            (ours, place)
+            for place in self._places(lambda arm: arm.chooser in _BY_PAPER)
+            for ours in self._places(lambda arm: arm.chooser in _BY_PAPER.values())
+            if self._is_counterpart(ours, place)
+        ]
+        compared = [place for pair in pairs for place in pair]
+        return Table(
+            heading=f"Beside the paper's scorer at {length} tokens",
+            about="The same draft model, by the deployment's scores and by the paper's: gold that "
+            "survives; in parentheses the answers retained, where the model answers the family.",
+            headers=("family", *self._names(compared)),
+            rows=tuple(
+                (row.family, *(_gold_and_answers(row, row.cells[place]) for place in compared))
+                for row in self._rows_at(length)
+                if compared
+            ),
+        )
+
+    def _is_counterpart(self, ours: int, papers: int) -> bool:
+        """Return True if two arms differ in the scorer alone."""
+        mine, other = self.suite.arms[ours], self.suite.arms[papers]
+        return _BY_PAPER[other.chooser] is mine.chooser and mine.keep == other.keep
 
     def _text_table(self, length: int) -> Table:
         """Compare text mode with original positions, at the same kept tokens."""
@@ -145,7 +176,8 @@ class EvaluationReport:
         return Table(
             heading=f"Beside controls and the ceiling at {length} tokens",
             about="Answers retained by the speculator's choice, by choices that know nothing at "
-            "the same budget with the same protected tokens, and by the main model's own scores.",
+            "the same budget with the same protected tokens, by the main model's own scores, and "
+            "by those of the right answer's tokens in it (the oracle).",
             headers=("family", *self._names(compared)),
             rows=tuple(
                 (row.family, *(_share(row.cells[place].retained) for place in compared))
@@ -169,22 +201,27 @@ class EvaluationReport:
         )
 
     def _automatic_table(self, length: int) -> Table:
-        places = self._places(lambda arm: arm.chooser is Chooser.AUTOMATIC)
-        found = [(row, row.cells[place]) for row in self._rows_at(length) for place in places]
+        places = self._places(lambda arm: arm.chooser in AUTOMATIC)
+        found = [
+            (row, self.suite.arms[place], row.cells[place])
+            for row in self._rows_at(length)
+            for place in places
+        ]
         return Table(
             heading=f"The automatic keep rate at {length} tokens",
             about="How much the scores asked for, and why (`auto`: as many chunks as they chose; "
             "any other reason sent the prompt dense).",
-            headers=("family", "mean kept", "gold survival", "retained", "reasons"),
+            headers=("family", "arm", "mean kept", "gold survival", "retained", "reasons"),
             rows=tuple(
                 (
                     row.family,
+                    arm.name,
                     f"{cell.kept:.0%}",
                     _percent(cell.gold_kept),
                     _share(cell.retained) if row.answered else "-",
                     ", ".join(f"{name} {count}" for name, count in cell.reasons.items()),
                 )
-                for row, cell in found
+                for row, arm, cell in found
             ),
         )
 
@@ -244,7 +281,7 @@ class EvaluationReport:
 
     def _compared_places(self) -> list[int]:
         """Return the controls and the ceiling, after the speculator at their rate."""
-        knowing = (*CONTROLS, Chooser.MAIN_MODEL)
+        knowing = (*CONTROLS, Chooser.MAIN_MODEL, Chooser.ORACLE)
         others = self._places(lambda arm: arm.chooser in knowing)
         keeps = {self.suite.arms[place].keep for place in others}
         ours = self._places(lambda arm: arm.chooser is Chooser.SPECULATOR and arm.keep in keeps)
@@ -381,6 +418,11 @@ def _share(interval: Interval | None) -> str:
     if interval is None:
         return "-"
     return f"{interval.value:.0%} [{interval.low:.0%}, {interval.high:.0%}]"
+
+
+def _gold_and_answers(row: Row, cell: Cell) -> str:
+    answers = f" ({_percent(cell.retained)})" if row.has_answers else ""
+    return f"{_percent(cell.gold_kept)}{answers}"
 
 
 def _percent(interval: Interval | None) -> str:

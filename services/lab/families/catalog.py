@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ...synthetic.needles import needle_prompt
-from . import calls, copying, dialogue, frequency, lookup, notices, passages, tracking
+from . import calls, copying, dialogue, frequency, lookup, notices, passages, prose, tracking
 from .fitting import TaskTokenizer, fit_draft
 from .niah import Haystack, Kind, Niah
 from .task import Order, Scoring, Task, TaskDraft
@@ -53,7 +53,15 @@ _FITTED = {
     "system_secret_warm": Family(dialogue.SystemSecret(warm=True).draft, 24),
     "recall_5_turns": Family(dialogue.recall, 24, least_units=dialogue.TURNS),
 }
+# Over prose that this machine has. Other machines may have other versions of it.
+_REAL = {
+    "prose_needle": Family(prose.Needles().draft, 32),
+    "prose_multikey": Family(prose.Needles(keys=4).draft, 32, least_units=4),
+    "prose_questions": Family(prose.questions, 32, least_units=prose.LEAST_WORDS),
+    "prose_recall": Family(prose.recall, 32, least_units=prose.TURNS),
+}
 FAMILIES = (NEEDLES, *_FITTED)
+REAL_FAMILIES = tuple(_REAL)
 # What the warm arm of a secret asks is what the cold one asks.
 _SEEDED_AS = {"system_secret_warm": "system_secret", "kv_retrieval_query_aware": "kv_retrieval"}
 
@@ -65,9 +73,10 @@ def generate(family: str, seed: int, prompt_tokens: int, tokenizer: TaskTokenize
     """
     if family == NEEDLES:
         return _needles(seed, prompt_tokens, tokenizer)
-    if family not in _FITTED:
-        raise ValueError(f"unknown family {family!r}, expected one of {', '.join(FAMILIES)}")
-    rules = _FITTED[family]
+    rules = {**_FITTED, **_REAL}.get(family)
+    if rules is None:
+        known = ", ".join((*FAMILIES, *REAL_FAMILIES))
+        raise ValueError(f"unknown family {family!r}, expected one of {known}")
     name = f"{_SEEDED_AS.get(family, family)}/{seed}"
     try:
         draft, tokens = fit_draft(rules.draft, name, rules.least_units, prompt_tokens, tokenizer)

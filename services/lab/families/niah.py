@@ -92,12 +92,12 @@ class Niah:
             places = sorted(
                 len(sentences) * depth // 100 for depth in rng.sample(DEPTHS, len(needles))
             )
-            return " ".join(_insert_needles(sentences, places, needles))
+            return " ".join(insert_needles(sentences, places, needles))
         lines = [NOISE] * order.units
         if self.haystack is Haystack.NEEDLES:
             lines = [self._needle(key, draw_word(rng, self.value_kind)) for key in others]
         places = sorted(rng.sample(range(order.units), len(needles)))
-        return "\n".join(_insert_needles(lines, places, needles))
+        return "\n".join(insert_needles(lines, places, needles))
 
     def _text(self, context: str, asked: list[str]) -> str:
         query = ", ".join(asked[:-1]) + ", and " + asked[-1] if len(asked) > 1 else asked[0]
@@ -115,7 +115,7 @@ def draw_word(rng: random.Random, kind: Kind) -> str:
     return words.adjective_noun(rng)
 
 
-def _insert_needles(lines: list[str], places: list[int], needles: list[str]) -> list[str]:
+def insert_needles(lines: list[str], places: list[int], needles: list[str]) -> list[str]:
     """Insert each needle before the line that its place counts; places ascend."""
     mixed = list(lines)
     for place, needle in reversed(list(zip(places, needles, strict=True))):

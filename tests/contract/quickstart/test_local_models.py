@@ -128,3 +128,15 @@ def test_the_conversion_is_a_program_of_its_own(
     assert gguf.main([str(tmp_path / "none.gguf"), str(tmp_path / "out")]) == 1
     assert capsys.readouterr().out.startswith("transformers cannot read it: ")
     assert "specprefill.quickstart.gguf" in sys.modules
+
+
+def test_digits_are_split_where_the_file_asks_for_it(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    file = tmp_path / "tokenizer.json"
+    tokenizer = Tokenizer(models.WordLevel({"1": 0, "2": 1, "12": 2, "?": 3}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(file))
+    assert tokenizer.encode("12").tokens == ["12"]
+    gguf.split_digits(file)
+    assert Tokenizer.from_file(str(file)).encode("12").tokens == ["1", "2"]

@@ -71,7 +71,7 @@ def run(demo_tokenizer, path):
 def test_the_arms_begin_with_dense_and_end_with_the_ceiling():
     assert [arm.name for arm in ARMS] == [
         "dense", "keep 0.5", "keep 0.1", "automatic",
-        "random 0.1", "ends 0.1", "even 0.1", "main_model 0.1",
+        "random 0.1", "ends 0.1", "even 0.1", "main_model 0.1", "oracle 0.1",
     ]  # fmt: skip
 
 
@@ -194,7 +194,9 @@ def test_a_report_is_written_as_tables_json_and_a_page(run, tmp_path):
     assert "## Answers retained at 400 tokens" in text
     assert "| niah_single_1 | 8       | 100% [100%, 100%] | 100% [100%, 100%] | 0% [0%, 0%]" in text
     assert "The automatic rate keeps 0.60 of the tokens of keep 0.5." in text
-    assert "| niah_single_1 | 30%       | 30%           | 0% [0%, 0%] | asked 8 |" in text
+    assert (
+        "| niah_single_1 | automatic | 30%       | 30%           | 0% [0%, 0%] | asked 8 |" in text
+    )
     data, page = report.write(found, provenance(1), tmp_path)
     saved = json.loads(data.read_text())
     assert saved["measured"]["seed"] == 1
@@ -206,6 +208,22 @@ def test_a_report_is_written_as_tables_json_and_a_page(run, tmp_path):
     assert "src=" not in html
     report.write_document(found, provenance(1), tmp_path / "quality.md")
     assert "## What was kept" in (tmp_path / "quality.md").read_text()
+
+
+def test_the_papers_scorer_stands_beside_a_calibrated_one(run):
+    arms = arms_of((1.0, 0.5, 0.1), None, automatic=True, ceiling=False, paper=True)
+    asked = replace(suite(), arms=arms)
+    measured, _ = run(asked, Scripted(lambda _task, arm: arm.chooser is not Chooser.PAPER))
+    text = report.text(report.report_of(measured, asked, {}))
+    (table,) = [part for part in text.split("## ") if part.startswith("Beside the paper's scorer")]
+    header, _, row = table.strip().splitlines()[-3:]
+    assert [cell.strip() for cell in header.strip("|").split("|")] == [
+        "family", "keep 0.5", "paper 0.5", "keep 0.1", "paper 0.1", "automatic", "paper automatic",
+    ]  # fmt: skip
+    assert [cell.strip() for cell in row.strip("|").split("|")] == [
+        "niah_single_1", "50% (100%)", "50% (0%)", "10% (100%)", "10% (0%)", "30% (100%)",
+        "100% (100%)",
+    ]  # fmt: skip
 
 
 def test_dense_is_the_first_arm():

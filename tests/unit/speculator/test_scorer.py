@@ -23,8 +23,10 @@ from specprefill.speculator.draft import (
     read_chunk,
 )
 from specprefill.speculator.llama import Llama
+from specprefill.speculator.method import QUESTION_TOKENS, Queries, Reduction, ScoringMethod
+from specprefill.speculator.rating import average_pool
 from specprefill.speculator.reading import Reading
-from specprefill.speculator.scorer import Scorer, average_pool
+from specprefill.speculator.scorer import Scorer
 from tests.unit.speculator.tiny_models import (
     POOL,
     SHAPES,
@@ -270,7 +272,7 @@ def test_the_scoring_buffer_does_not_change_scores(
 ) -> None:
     scorer = scorer_of(as_draft(llama))
     (whole,) = scorer.score([prompt_of(90)])
-    monkeypatch.setattr("specprefill.speculator.scorer.SCORING_BUFFER", 1)
+    monkeypatch.setattr("specprefill.speculator.rating.SCORING_BUFFER", 1)
     (by_head,) = scorer.score([prompt_of(90)])
     np.testing.assert_allclose(by_head, whole, rtol=1e-5)
 
@@ -302,12 +304,110 @@ def test_named_heads_alone_count(llama: PreTrainedModel) -> None:
     }
     draft = as_draft(copy.deepcopy(llama))
     (expected,) = scorer_of(draft).score([prompt])
-    (all_named,) = Scorer(draft, 8, 64, POOL, heads=every).score([prompt])
+    (all_named,) = Scorer(draft, 8, 64, POOL, method=ScoringMethod(every)).score([prompt])
     np.testing.assert_allclose(all_named, expected, rtol=1e-5)
     singles = [
-        Scorer(draft, 8, 64, POOL, heads={layer: (head,)}).score([prompt])[0]
+        Scorer(draft, 8, 64, POOL, method=ScoringMethod({layer: (head,)})).score([prompt])[0]
         for layer, heads in every.items()
         for head in heads
     ]
     assert all((single <= expected + 1e-6).all() for single in singles)
     assert len({single.tobytes() for single in singles}) == len(singles)
+
+
+@torch.inference_mode()
+def question_reference(
+    model: PreTrainedModel, prompt: tuple[int, ...], heads: dict[int, tuple[int, ...]]
+) -> Scores:
+    """The mean pooled attention of the last prompt tokens, from one whole eager pass."""
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    output = eager(torch.tensor([prompt]), use_cache=False, output_attentions=True)
+    rows = [output.attentions[layer][0, list(some)] for layer, some in heads.items()]
+    weights = torch.cat(rows)[:, -QUESTION_TOKENS:]
+    pooled = functional.avg_pool1d(weights, POOL, 1, POOL // 2)
+    scores: Scores = pooled.mean(dim=(0, 1)).numpy()
+    return scores
+
+
+@pytest.mark.parametrize("chunk", [16, 50, 1000])
+@pytest.mark.parametrize("tokens", [3, 64, 65, 200])
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_the_questions_own_queries_equal_an_eager_reference(
+    name: str, tokens: int, chunk: int
+) -> None:
+    model = tiny_model(name)
+    prompt = prompt_of(tokens, seed=tokens)
+    heads = {0: (1,), 1: (0, 3)}
+    expected = question_reference(model, prompt, heads)
+    method = ScoringMethod(heads, Reduction.MEAN, Queries.QUESTION)
+    draft = as_draft(model)
+    for each in (draft, replace(draft, quick=None)):
+        scorer = Scorer(each.up_to(1), 8, chunk, POOL, method=method)
+        for prompts in ([prompt], [prompt_of(90), prompt], [prompt]):  # then from the prefix cache
+            np.testing.assert_allclose(scorer.score(prompts)[-1], expected, rtol=1e-4, atol=1e-6)
+        assert scorer.draft.layout.bytes_per_token < each.layout.bytes_per_token
+
+
+def test_a_question_that_is_remembered_is_read_again(llama: PreTrainedModel) -> None:
+    prompt = prompt_of(300)
+    method = ScoringMethod({1: (0,)}, Reduction.MEAN, Queries.QUESTION)
+    scorer = Scorer(as_draft(llama).up_to(1), 8, 64, POOL, method=method)
+    found = []
+    for _ in range(2):
+        with scorer.open_readings([prompt]) as (reading,):
+            scorer.read([reading])
+            scorer.look_ahead([reading])
+            found.append((reading.cached_tokens, scorer.rate(reading)))
+            scorer.remember([reading])
+    (first, scores), (cached, again) = found
+    assert first == 0
+    assert cached == 192  # whole blocks of 64 before the question's 64 tokens
+    np.testing.assert_allclose(again, scores, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_the_mean_over_heads_is_that_of_single_ones(llama: PreTrainedModel) -> None:
+    prompt = prompt_of(90)
+    draft = as_draft(copy.deepcopy(llama))
+    heads = {0: (1,), 2: (0, 2)}
+    singles = [
+        Scorer(draft, 8, 64, POOL, method=ScoringMethod({layer: (head,)})).score([prompt])[0]
+        for layer, some in heads.items()
+        for head in some
+    ]
+    (mean,) = Scorer(draft, 8, 64, POOL, method=ScoringMethod(heads, Reduction.MEAN)).score(
+        [prompt]
+    )
+    np.testing.assert_allclose(mean, np.mean(singles, axis=0), rtol=1e-5, atol=1e-8)
+
+
+@torch.inference_mode()
+def test_a_given_answer_is_followed_as_a_generated_one_would_be(llama: PreTrainedModel) -> None:
+    prompt = prompt_of(80)
+    scorer = scorer_of(as_draft(copy.deepcopy(llama)))
+    _, generated = reference_scores(llama, prompt, 8, frozenset())
+    found = []
+    for answer in (None, generated, [(token + 1) % 90 for token in generated], generated * 9):
+        with scorer.open_readings([prompt]) as (reading,):
+            scorer.read([reading])
+            if answer is None:
+                scorer.look_ahead([reading])
+            else:
+                scorer.follow(reading, answer)
+            found.append(scorer.rate(reading))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+    assert np.abs(found[2] - found[0]).max() > 1e-3 * found[0].max()
+    np.testing.assert_allclose(found[3], found[0], rtol=1e-5)  # no more than there is room for
+
+
+@torch.inference_mode()
+def test_both_kinds_of_queries_count_alike(llama: PreTrainedModel) -> None:
+    prompt = prompt_of(150)
+    heads = {0: (1,), 2: (0, 2)}
+    methods = [ScoringMethod(heads, Reduction.MEAN, queries) for queries in Queries]
+    draft = as_draft(copy.deepcopy(llama))
+    ahead, question, both = (
+        Scorer(draft, 8, 64, POOL, method=method).score([prompt])[0] for method in methods
+    )
+    np.testing.assert_allclose(both, (ahead + question) / 2, rtol=1e-4, atol=1e-7)

@@ -77,3 +77,13 @@ def test_a_configuration_that_cannot_be_read_is_an_error(tmp_path: Path) -> None
     config = SpeculatorConfig(path=str(tmp_path))
     (found,) = check_speculator(config, tmp_path, None, 100)
     assert found.line().startswith(f"error: speculator.path: {tmp_path} cannot be loaded: ")
+
+
+def test_a_draft_that_ends_early_needs_less_memory(tmp_path: Path) -> None:
+    config = tiny_config(LlamaConfig)
+    budget = 100 * 384 - 1  # a byte less than three layers need
+    early = {"score_heads": {1: (0,)}, "score_queries": "question"}
+    asked = {"kv_memory_bytes": budget, "look_ahead": 1}
+    (finding,) = findings(config, tmp_path, 100, **asked)
+    assert "hold the keys and values of" in finding
+    assert findings(config, tmp_path, 100, **asked, **early) == []

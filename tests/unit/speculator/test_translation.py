@@ -186,10 +186,12 @@ def test_the_evaluation_rates_a_pair_of_two_tokenizers_as_the_service_does() -> 
     )
     prompt = tuple(MAIN.encode(TEXT).ids)
     assert max(prompt) >= scorer.draft.vocabulary_size  # the draft has no such token
-    rating = rate_prompt(scorer, prompt)
+    rating, by_paper = rate_prompt(scorer, prompt)
+    assert by_paper is rating
     assert isinstance(rating, Rating)
     np.testing.assert_allclose(rating.scores, scorer.score([prompt])[0], rtol=1e-5)
-    assert rate_prompt(scorer, prompt * 500) is Reason.PROMPT_TOO_LONG_FOR_SPECULATOR
+    refusal = Reason.PROMPT_TOO_LONG_FOR_SPECULATOR
+    assert rate_prompt(scorer, prompt * 500) == (refusal, refusal)
 
 
 def test_a_scorer_is_loaded_with_the_translation_it_needs(tmp_path: Path) -> None:
