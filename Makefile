@@ -243,6 +243,10 @@ bench-validation: $(INSTALLED) ## The simulator beside the real local app, on th
 bench-burst: $(INSTALLED) ## Ten times the load for a minute on the real app, keep rate lowered or not
 	@$(PY) -m loadtest.bench.burst
 
+.PHONY: bench-fleet
+bench-fleet: $(INSTALLED) ## Routing among a thousand replicas, and autoscaling at 10,000 requests a second
+	@$(PY) -m loadtest.bench.fleet
+
 .PHONY: eval
 eval: $(INSTALLED) ## How good the demo pair's answers stay at every keep rate (docs/quality.md)
 	@$(BIN)/specprefill eval --document docs/quality.md

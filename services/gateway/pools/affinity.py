@@ -185,17 +185,20 @@ class PrefixAffinity:
 
     def _rank(self, load: PrefillLoad, matches: Mapping[int, int]) -> list[str]:
         home = self._homes.home_of(load.prefix, load.session)
-        hoped = self.hope * BLOCK_TOKENS * len(load.prefix)
-
-        def cost(name: str) -> tuple[float, int]:
-            replica = self._replicas[name]
+        names = list(self._replicas)
+        costs = [  # without the prompt's length, which is the same everywhere
+            (
+                replica.queued_tokens - BLOCK_TOKENS * matches.get(replica.place, 0),
+                replica.last_used,
+            )
+            for replica in self._replicas.values()
+        ]
+        if home is not None:
+            replica, place = self._replicas[home], names.index(home)
+            hoped = min(self.hope * BLOCK_TOKENS * len(load.prefix), replica.cache_tokens)
             known = BLOCK_TOKENS * matches.get(replica.place, 0)
-            cached = float(known)
-            if name == home:
-                cached = max(known, min(hoped, replica.cache_tokens))
-            return replica.queued_tokens + load.tokens - cached, replica.last_used
-
-        return sorted(self._replicas, key=cost)
+            costs[place] = replica.queued_tokens - max(known, int(hoped)), replica.last_used
+        return [names[place] for place in sorted(range(len(names)), key=costs.__getitem__)]
 
 
 def _queue_up(replica: _Replica, load: PrefillLoad, missing: int) -> int:

@@ -11,10 +11,10 @@ from ...core.types import KeepRange, Plan, PlanKind, Reason, Selection, Span
 from ...speculator.method import ScoringMethod
 
 KEEPS = (0.3, 0.2, 0.1)
-# A way that keeps this much less of a family's gold than the paper's is never chosen: with the few
-# prompts of a family, less may be chance.
+# Of a family's gold: a way that keeps this much less than the paper's, and more than one prompt's
+# less, is never chosen.
 WORST_LOSS = 0.05
-AS_GOOD = 0.01  # of mean survival: the cheaper of two ways counts as good
+AS_GOOD = 0.01  # of mean survival: no difference between two ways
 LEAST_CERTAINTIES = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 PEAK_SHARES = (0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3)
 ENOUGH = 0.97  # survival of the gold of prompts that can be pruned
@@ -50,6 +50,7 @@ class Survival:
 
     candidate: Candidate
     families: Mapping[str, tuple[float, ...]]  # in the order of `KEEPS`
+    prompts: int  # of the family with the fewest
 
     @property
     def mean(self) -> float:
@@ -111,22 +112,24 @@ def survivals(
                 )
                 for family in families
             },
+            min(sum(task.family == family for task in tasks) for family in families),
         )
         for candidate in candidates
     ]
 
 
 def choose(found: Sequence[Survival]) -> Survival:
-    """Return the best of them; the first, the paper's, unless another one keeps more.
+    """Return the best of them; the first, the paper's, unless another one keeps more or is cheaper.
 
-    Of those that are nearly as good as the best, the cheapest.
+    Of those that are nearly as good as the best, the cheapest; the paper's among equals.
     """
     paper = found[0]
-    allowed = [each for each in found if each.worst_loss(paper) <= WORST_LOSS]
+    most_lost = max(WORST_LOSS, 1 / paper.prompts)
+    allowed = [each for each in found if each.worst_loss(paper) <= most_lost]
     best = max(allowed, key=lambda each: each.mean)
-    if best.mean <= paper.mean:
+    as_good = [each for each in allowed if each.mean >= best.mean - AS_GOOD]
+    if paper in as_good and paper.candidate.cost <= min(each.candidate.cost for each in as_good):
         return paper
-    as_good = [each for each in allowed if each.mean >= max(best.mean - AS_GOOD, paper.mean)]
     return min(as_good, key=lambda each: (each.candidate.cost, -each.mean))
 
 

@@ -59,12 +59,24 @@ def test_the_papers_way_stays_unless_another_is_better() -> None:
 def test_a_way_that_loses_a_family_is_not_chosen() -> None:
     lost, won = scores(20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30), scores(7)
     tasks = [
-        *(task(name, 7, paper=lost, ours=won) for name in "abc"),
-        task("d", 7, paper=won, ours=lost),
+        *(task(name, 7, paper=lost, ours=won) for name in "aabbcc"),
+        *[task("d", 7, paper=won, ours=lost)] * 2,
     ]
     found = survivals([BY_PAPER, CALIBRATED], tasks, POLICY)
     assert found[1].mean > found[0].mean
     assert choose(found).candidate is BY_PAPER
+
+
+def test_one_prompt_of_a_family_may_be_chance() -> None:
+    lost, won = scores(20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30), scores(7)
+    tasks = [
+        *(task(name, 7, paper=lost, ours=won) for name in "aabbcc"),
+        task("d", 7, paper=won, ours=lost),
+        task("d", 7, paper=won, ours=won),
+    ]
+    found = survivals([BY_PAPER, CALIBRATED], tasks, POLICY)
+    assert found[1].worst_loss(found[0]) == 0.5
+    assert choose(found).candidate is CALIBRATED
 
 
 def test_the_cheaper_of_two_good_ways_is_chosen() -> None:

@@ -57,6 +57,7 @@ class GatedScorer(Scorer):
         self.seen: list[Reading] = []
         self.finished: list[int] = []  # prompt lengths read to their end
         self.failure: Exception | None = None
+        self.failing_pass = "read_pass"
 
     def open_reading(self, prompt: tuple[int, ...], salt: str | None) -> Reading:
         self.seen.append(super().open_reading(prompt, salt))
@@ -64,7 +65,7 @@ class GatedScorer(Scorer):
 
     def read_pass(self, readings: Sequence[Reading]) -> bool:
         self.entered.set()
-        if self.failure is not None:
+        if self.failure is not None and self.failing_pass == "read_pass":
             raise self.failure
         assert self.gate.wait(WAIT_S)
         return super().read_pass(readings)
@@ -72,6 +73,8 @@ class GatedScorer(Scorer):
     def look_ahead(self, readings: Sequence[Reading]) -> None:
         self.finished += [len(reading.prompt) for reading in readings]
         self.batches.append(len(readings))
+        if self.failure is not None and self.failing_pass == "look_ahead":
+            raise self.failure
         super().look_ahead(readings)
 
     async def wait_until_held(self) -> None:

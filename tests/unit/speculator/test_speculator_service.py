@@ -23,6 +23,7 @@ from specprefill.core.types import Plan, PlanKind, Reason, Request, Selection, S
 from specprefill.core.wire import pack, unpack
 from specprefill.speculator.draft import Draft
 from specprefill.speculator.jobs import Batching, Pace
+from specprefill.speculator.method import Queries, Reduction, ScoringMethod
 from specprefill.speculator.reading import Reading
 from specprefill.speculator.scorer import Scorer
 from specprefill.speculator.scoring_gauges import SpeculatorGauges
@@ -53,6 +54,23 @@ async def test_a_request_gets_the_selection_of_its_scores_and_its_times(
     assert selection.plan == PLAN
     assert selection.speculate_s > 0
     assert 0 <= selection.queue_s < WAIT_S
+
+
+@pytest.mark.asyncio
+async def test_a_draft_asked_by_the_question_alone_serves_repeats_and_turns(draft: Draft) -> None:
+    method = ScoringMethod({0: (1,)}, Reduction.MEAN, Queries.QUESTION)
+    scorer = Scorer(draft.up_to(0), 4, 16, pool_tokens=13, method=method)
+    first = request_of(300)
+    turn = replace(first, prompt=(*first.prompt, *request_of(90).prompt))
+    async with serving(scorer) as service:
+        found = [await service.select(each, PLAN, WAIT_S) for each in (first, first, turn)]
+    alone = Scorer(draft.up_to(0), 4, 16, pool_tokens=13, method=method)
+    for request, selection in zip((first, first), found[:2], strict=True):
+        expected = select(alone.score([request.prompt])[0], PLAN, (), POLICY, 0.0)
+        assert selection.runs == expected.runs
+    assert found[1].remembered_tokens == 300
+    assert found[2].remembered_tokens == 256  # whole blocks of 64
+    assert found[2].prompt_tokens == 390
 
 
 class PeakedScorer(GatedScorer):
@@ -317,9 +335,12 @@ async def test_a_failed_batch_fails_its_requests_and_not_the_service(
 
 
 @pytest.mark.asyncio
-async def test_failures_in_a_row_stop_the_service_and_hang_nobody(scorer: GatedScorer) -> None:
+@pytest.mark.parametrize("failing_pass", ["read_pass", "look_ahead"])
+async def test_failures_in_a_row_stop_the_service_and_hang_nobody(
+    scorer: GatedScorer, failing_pass: str
+) -> None:
     async with serving(scorer) as service:
-        scorer.failure = KeyError("a broken device")
+        scorer.failure, scorer.failing_pass = KeyError("a broken device"), failing_pass
         for tokens in range(100, 100 + MAX_FAILURES_IN_A_ROW):
             assert service.is_running
             with pytest.raises(SpeculatorUnavailable):
