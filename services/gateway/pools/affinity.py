@@ -126,11 +126,11 @@ class PrefixAffinity:
 
     def set_replicas(self, cache_tokens: Mapping[str, int]) -> None:
         """Set the replicas that exist, each with its prefix cache's size in tokens."""
+        if self._replicas.keys() != cache_tokens.keys():
+            self._homes = Homes(cache_tokens)
         for name in self._replicas.keys() - cache_tokens.keys():
             gone = self._replicas.pop(name)
             self._blocks.remove(gone.place, gone.seen)
-        if self._replicas.keys() != cache_tokens.keys():
-            self._homes = Homes(cache_tokens)
         taken = {replica.place for replica in self._replicas.values()}
         free = (place for place in itertools.count() if place not in taken)
         for name, tokens in cache_tokens.items():

@@ -148,3 +148,17 @@ def test_known_prefixes_count_more_than_expected_ones():
     made.record_sent("r", other, load)
     made.record_end("r")
     assert made.rank(load)[0] == other
+
+
+@pytest.mark.parametrize("gone", ["a", "b", "c"])
+def test_what_lived_with_a_replica_that_is_gone_has_another_home(gone):
+    made = PrefixAffinity()
+    made.set_replicas(dict.fromkeys("abc", 10_000))
+    left = {name: 10_000 for name in "abc" if name != gone}
+    made.set_replicas(left)
+    fresh = PrefixAffinity()
+    fresh.set_replicas(left)
+    for first in range(0, 1 << 64, 1 << 58):
+        load = PrefillLoad(300, (first, first + 1))
+        assert made.rank(load) == fresh.rank(load)
+        assert made.rank(load)[0] in left
