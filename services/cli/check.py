@@ -58,6 +58,18 @@ def _check_application(application: Application, *, served_here: bool) -> Iterat
 
         main_folder = main if isinstance(main, Path) else None
         yield from check_speculator(speculator, draft, main_folder, longest)
+    yield from _check_automatic_rate(config)
+
+
+def _check_automatic_rate(config: AppConfig) -> Iterator[Finding]:
+    """Yield a note where the scores choose the rate by settings of another draft model."""
+    found = {"least_certainty", "peak_share"} & config.selection.model_fields_set
+    if config.selection.keep == "auto" and not found and not config.speculator.random_weights:
+        yield note(
+            "selection.keep",
+            "auto, with a draft that is not calibrated: most prompts may go dense; "
+            "`specprefill calibrate FILE --write` finds the settings",
+        )
 
 
 def _check_tracing(application: Application) -> Iterator[Finding]:

@@ -168,3 +168,11 @@ def test_a_tracing_variable_of_no_meaning_is_an_error(
     assert cli.main(["check", str(file)]) == 2
     (line,) = capsys.readouterr().out.splitlines()
     assert "applications[0].runtime_env.env_vars: OTEL_EXPORTER_OTLP_PROTOCOL (http/json)" in line
+
+
+def test_an_automatic_rate_without_calibration_is_noted(check: Callable[..., Any]) -> None:
+    code, printed = check(selection={"keep": "auto"})
+    assert code == 0
+    assert "note: applications[0].args.selection.keep: auto, with a draft that is not" in printed
+    for found in ({"keep": 0.3}, {"keep": "auto", "peak_share": 0.2}):
+        assert "calibrate" not in check(selection=found)[1]
