@@ -264,6 +264,11 @@ def _backend(
     )
 
 
+def _without_home(path: str) -> str:
+    """Return the path as it may stand in a published table."""
+    return path.replace(str(Path.home()), "~", 1) if path.startswith(str(Path.home())) else path
+
+
 def _scoring(speculator: SpeculatorConfig) -> str:
     if not speculator.is_calibrated:
         return "the paper's scorer"
@@ -277,8 +282,8 @@ def _subject(args: argparse.Namespace, config: AppConfig) -> dict[str, str]:
         return {"endpoint": args.endpoint, "model": args.model or "the only one"}
     selection = config.selection
     return {
-        "main model": config.model.path,
-        "speculator": config.speculator.path,
+        "main model": _without_home(config.model.path),
+        "speculator": _without_home(config.speculator.path),
         "dtype": config.speculator.dtype,
         "scored by": _scoring(config.speculator),
         "selection": f"chunks of {selection.chunk_tokens} tokens, at least "

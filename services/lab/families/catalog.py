@@ -58,7 +58,7 @@ _REAL = {
     "prose_needle": Family(prose.Needles().draft, 32),
     "prose_multikey": Family(prose.Needles(keys=4).draft, 32, least_units=4),
     "prose_questions": Family(prose.questions, 32, least_units=prose.LEAST_WORDS),
-    "prose_recall": Family(prose.recall, 32, least_units=prose.TURNS),
+    "prose_recall": Family(prose.recall, 32),
 }
 FAMILIES = (NEEDLES, *_FITTED)
 REAL_FAMILIES = tuple(_REAL)

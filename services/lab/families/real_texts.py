@@ -44,7 +44,7 @@ _DESCRIBED = (
 )  # fmt: skip
 _LEAST_CHARACTERS = 2000
 _SENTENCE_END = re.compile(r"(?<=[.;:])\s+")
-_MOST_CHARACTERS = 240  # of a sentence; tables and lists of links are cut
+_MOST_CHARACTERS = 160  # of a sentence; tables and lists of links are cut
 
 
 @functools.cache
