@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable
 
 _TRIES, _ROUNDS = 5, 3
-_MOST = 3.0  # twice the size: 2 where the cost is linear, 4 where it is quadratic
-_LEAST_S = 2e-3  # of a step
+# A step of eight times the size costs 8 times as much where the cost is linear, 64 where it is
+# quadratic; what no longer fits a cache of the processor costs a few times as much again.
+_GROWTH, _MOST = 8, 24.0
+_LEAST_S = 1e-3  # of a step that can be timed
 
 
 def cpu_s(step: Callable[[], object]) -> float:
@@ -30,7 +32,7 @@ def cpu_s(step: Callable[[], object]) -> float:
 
 
 def assert_linear(make: Callable[[int], Callable[[], object]], size: int) -> None:
-    """`make(n)` prepares a step of size n. Twice the size must not cost much more than twice.
+    """`make(n)` prepares a step of size n. Its cost must not grow much faster than its size.
 
     `size` must be large enough that the fixed part of the cost does not hide its growth; it is
     doubled until a step takes long enough to be timed. Others' work on the machine only ever adds
@@ -38,11 +40,11 @@ def assert_linear(make: Callable[[int], Callable[[], object]], size: int) -> Non
     """
     while cpu_s(make(size)) < _LEAST_S:
         size *= 2
-    steps = make(size), make(2 * size)
+    steps = make(size), make(_GROWTH * size)
     rounds = []
     for _ in range(_ROUNDS):
         small, large = map(cpu_s, steps)
         if large < _MOST * small:
             return
-        rounds.append(f"{size}: {small:.4f} s, {2 * size}: {large:.4f} s")
+        rounds.append(f"{size}: {small:.4f} s, {_GROWTH * size}: {large:.4f} s")
     raise AssertionError("; ".join(rounds))
