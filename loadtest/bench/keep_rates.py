@@ -23,6 +23,7 @@ from specprefill.core.keep_rate import AutoKeep
 from specprefill.core.prefix_digests import BLOCK_TOKENS
 from specprefill.core.selection import Scores, SelectionPolicy, select
 from specprefill.core.types import KeepRange, Plan, PlanKind, Reason, Selection, Span
+from specprefill.lab.evaluation.gold import survival
 from specprefill.lab.families.catalog import FAMILIES, generate
 from specprefill.lab.reporting.tables import markdown, provenance, write_json
 
@@ -144,17 +145,6 @@ def measure_variant(variant: RuleVariant, prompts: Sequence[ScoredPrompt]) -> Re
         )
         families.setdefault(prompt.family, []).append((survival(prompt.gold, chosen), chosen))
     return Result(variant.name, {name: _family(found) for name, found in families.items()})
-
-
-def survival(gold: Sequence[Span], chosen: Selection) -> float:
-    """Return the share of gold spans kept whole; without any, the share of the prompt."""
-    if not gold:
-        return chosen.keep_rate
-    whole = [
-        any(run.start <= span.start and span.stop <= run.stop for run in chosen.runs)
-        for span in gold
-    ]
-    return sum(whole) / len(whole)
 
 
 def _family(found: Sequence[tuple[float, Selection]]) -> FamilyResult:

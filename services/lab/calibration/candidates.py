@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from ...core.selection import Scores, SelectionPolicy, select
 from ...core.types import KeepRange, Plan, PlanKind, Reason, Selection, Span
 from ...speculator.method import ScoringMethod
+from ..evaluation.gold import survival
 
 KEEPS = (0.3, 0.2, 0.1)
 # Of a family's gold: a way that keeps this much less than the paper's, and more than one prompt's
@@ -104,7 +105,7 @@ def survivals(
             {
                 family: tuple(
                     statistics.fmean(
-                        _kept_share(task, _fixed(task, candidate, keep, policy))
+                        survival(task.gold, _fixed(task, candidate, keep, policy))
                         for task in tasks
                         if task.family == family
                     )
@@ -163,7 +164,7 @@ def _automatic(
         kept.setdefault(task.family, []).append(chosen.keep_rate)
         is_pruned = chosen.plan.kind is PlanKind.PRUNE
         if _can_be_pruned(task, candidate, policy):
-            survived.append(_kept_share(task, chosen))
+            survived.append(survival(task.gold, chosen))
             pruned += is_pruned
         else:
             sent_dense += not is_pruned
@@ -181,7 +182,7 @@ def _automatic(
 
 def _can_be_pruned(task: ScoredTask, candidate: Candidate, policy: SelectionPolicy) -> bool:
     """Return True if half of the prompt, chosen by these scores, has all of the gold."""
-    return bool(task.gold) and _kept_share(task, _fixed(task, candidate, 0.5, policy)) == 1.0
+    return bool(task.gold) and survival(task.gold, _fixed(task, candidate, 0.5, policy)) == 1.0
 
 
 def _fixed(
@@ -189,14 +190,3 @@ def _fixed(
 ) -> Selection:
     plan = Plan(PlanKind.PRUNE, Reason.ASKED, keep)
     return select(task.scores[candidate.name], plan, task.protected, policy)
-
-
-def _kept_share(task: ScoredTask, selection: Selection) -> float:
-    """Return the share of gold spans that are kept whole; without gold, that of the prompt."""
-    if not task.gold:
-        return selection.keep_rate
-    whole = [
-        any(run.start <= span.start and span.stop <= run.stop for run in selection.runs)
-        for span in task.gold
-    ]
-    return sum(whole) / len(whole)

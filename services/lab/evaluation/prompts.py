@@ -11,6 +11,7 @@ from ...core.types import Selection, Span
 from ...gateway.openai.offsets import PromptOffsets
 from ..families.fitting import render
 from ..families.task import Task
+from .gold import survival
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +59,4 @@ class Renderer:
 
 def gold_kept(prompt: RenderedTask, selection: Selection) -> float | None:
     """Return the share of gold spans that are kept whole; None where nothing is gold."""
-    if not prompt.gold:
-        return None
-    whole = [
-        any(run.start <= span.start and span.stop <= run.stop for run in selection.runs)
-        for span in prompt.gold
-    ]
-    return sum(whole) / len(whole)
+    return survival(prompt.gold, selection) if prompt.gold else None

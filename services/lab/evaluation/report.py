@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..families.judging import Verdict
-from ..reporting.charts import Line, bar_chart, line_chart, table, write_page
+from ..reporting.charts import table, write_page
 from ..reporting.tables import Provenance, markdown, write_json
 from .arms import AUTOMATIC, CONTROLS, Arm, Chooser
 from .intervals import Interval
 from .outcomes import Cell
+from .report_plots import plots
 from .suite import Suite, SuiteResult
 from .summary import (
     ENOUGH,
@@ -172,7 +173,7 @@ class EvaluationReport:
         ]
 
     def _controls_table(self, length: int) -> Table:
-        compared = self._compared_places()
+        compared = self.compared_places()
         return Table(
             heading=f"Beside controls and the ceiling at {length} tokens",
             about="Answers retained by the speculator's choice, by choices that know nothing at "
@@ -279,8 +280,8 @@ class EvaluationReport:
     def _names(self, places: Sequence[int]) -> list[str]:
         return [self.suite.arms[place].name for place in places]
 
-    def _compared_places(self) -> list[int]:
-        """Return the controls and the ceiling, after the speculator at their rate."""
+    def compared_places(self) -> list[int]:
+        """Return the controls and the ceilings, after the speculator at their rate."""
         knowing = (*CONTROLS, Chooser.MAIN_MODEL, Chooser.ORACLE)
         others = self._places(lambda arm: arm.chooser in knowing)
         keeps = {self.suite.arms[place].keep for place in others}
@@ -304,7 +305,7 @@ def write(report: EvaluationReport, origin: Provenance, folder: Path) -> tuple[P
     paths = folder / f"{NAME}.json", folder / f"{NAME}.html"
     write_json(paths[0], origin, as_json(report))
     facts = {"command": origin.command, "finished": origin.finished, **report.subject}
-    sections = [("Plots", plots(report))]
+    sections = [("Plots", plots(report.rows, report.suite, report.compared_places()))]
     sections += [
         (each.heading, [f"<p>{each.about}</p>", table(each.headers, each.rows)])
         for each in report.tables()
@@ -337,51 +338,6 @@ def as_json(report: EvaluationReport) -> dict[str, Any]:
         "beyond_model": report.measured.beyond_model,
         "outcomes": [asdict(each) for each in report.measured.outcomes],
     }
-
-
-def plots(report: EvaluationReport) -> list[str]:
-    """Plot by length: answers retained and gold survival against the keep rate, and controls."""
-    made = []
-    for length in report.suite.lengths:
-        rows = [row for row in report.rows if row.length == length]
-        for title, value in (
-            (f"Answers retained, {length} tokens", lambda each: each.retained),
-            (f"Gold survival, {length} tokens", lambda each: each.gold_kept),
-        ):
-            curves = [line for row in rows if (line := _curve(row, value)) is not None]
-            if curves:
-                made.append(
-                    line_chart(title, curves, x_label="share of the prompt kept", y_label="share")
-                )
-        made += _control_bars(report, rows, length)
-    return made
-
-
-def _curve(row: Row, value: Callable[[Cell], Interval | None]) -> Line | None:
-    points = sorted(
-        (cell.kept, found.value, found.low, found.high)
-        for cell in row.cells
-        if cell.arm.chooser is Chooser.SPECULATOR and (found := value(cell)) is not None
-    )
-    if not points:
-        return None
-    kept, values, low, high = zip(*points, strict=True)
-    return Line(row.family, kept, values, low, high)
-
-
-def _control_bars(report: EvaluationReport, rows: Sequence[Row], length: int) -> list[str]:
-    places = report._compared_places()
-    answered = [row for row in rows if row.answered]
-    if not answered or len(places) < 2:
-        return []
-    bars = {
-        report.suite.arms[place].name: [
-            0.0 if (found := row.cells[place].retained) is None else found.value for row in answered
-        ]
-        for place in places
-    }
-    families = [row.family for row in answered]
-    return [bar_chart(f"Controls, {length} tokens", families, bars, y_label="answers retained")]
 
 
 def _choice_table(heading: str, about: str, found: Sequence[Choice]) -> Table:
