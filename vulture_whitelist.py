@@ -9,7 +9,9 @@ ReplayTokensV2
 SparseCPUWorker
 SparseGPUWorker
 SpecPrefillConnector
+_.abort_requests_async
 _.add_lora
+_.add_request_async
 _.aggregate
 _.apply
 _.build_connector_meta
@@ -21,10 +23,13 @@ _.dead_error
 _.delay_iterations
 _.disable_sliding_window
 _.do_log_stats
+_.engine_ranks_managed
 _.errored
 _.get_handshake_metadata
 _.get_num_new_matched_tokens
+_.get_output_async
 _.get_supported_tasks
+_.get_supported_tasks_async
 _.get_transfer_results
 _.has_pending_push_work
 _.intermediate_tensors
@@ -56,6 +61,7 @@ _.reset_encoder_cache
 _.reset_mm_cache
 _.reset_prefix_cache
 _.reset_running_requests
+_.resources
 _.resume_generation
 _.save_kv_layer
 _.session_id
@@ -128,6 +134,7 @@ _.samples_seen
 _.timeouts  # read by name
 _.p90  # read by dataclasses.asdict
 _.output_tokens_per_s
+_.close_s  # read by name
 
 # Serve calls these by name; logging reads these.
 _.Check
@@ -144,3 +151,7 @@ _.encode_special_tokens  # tokenizers reads it
 _.effective_drafter_max_model_len
 _.logitsprocs
 _.logitsprocs_need_output_token_ids
+
+# Of the interface of asynchronous generators.
+_.aclose
+_.asend

@@ -42,6 +42,8 @@ class _Sample:
 
     def without_repeated(self, chunk: Chunk) -> Chunk:
         """Return the part of `chunk` that the client lacks. Raises Diverged if the rest differs."""
+        if self.tokens_to_skip == 0 and self.chars_to_skip == 0:
+            return chunk
         tokens = min(self.tokens_to_skip, len(chunk.token_ids))
         place = len(self.token_ids) - self.tokens_to_skip
         if list(chunk.token_ids[:tokens]) != self.token_ids[place : place + tokens]:
@@ -49,8 +51,6 @@ class _Sample:
         chars = min(self.chars_to_skip, len(chunk.text))
         self.tokens_to_skip -= tokens
         self.chars_to_skip -= chars
-        if tokens == 0 and chars == 0:
-            return chunk
         return replace(
             chunk,
             token_ids=chunk.token_ids[tokens:],
@@ -74,6 +74,8 @@ class Answer:
         self._request = request
         self._prefilled = prefilled
         self._samples = [_Sample() for _ in range(request.samples)]
+        self.open_samples = request.samples  # that have not finished
+        self.kv_arrived = False  # True: a decode engine has the KV for every sample
         self._transfer_s = 0.0
         self._first_decode_s = 0.0
         self._recomputed = False
@@ -82,19 +84,9 @@ class Answer:
         self._cached_tokens = 0 if first is None else first.cached_tokens
         self._prompt_logprobs = None if first is None else first.prompt_logprobs  # until sent
 
-    @property
-    def open_samples(self) -> int:
-        """The number of samples that have not finished."""
-        return sum(not sample.finished for sample in self._samples)
-
     def token_ids(self, index: int) -> Sequence[int]:
         """Return the output tokens of a sample so far."""
         return self._samples[index].token_ids
-
-    @property
-    def kv_arrived(self) -> bool:
-        """True once a decode engine has the KV for every sample."""
-        return all(sample.decoding or sample.finished for sample in self._samples)
 
     def first_chunks(self) -> list[Chunk]:
         """Return the first token, unless a stop string or half a character holds it back."""
@@ -126,7 +118,9 @@ class Answer:
             self._computed = step.computed or self._computed
             self._cached_tokens = max(self._cached_tokens, step.chunk.cached_tokens)
         sample = self._samples[step.chunk.index]
-        sample.decoding = True
+        if not sample.decoding:
+            sample.decoding = True
+            self.kv_arrived = all(each.decoding or each.finished for each in self._samples)
         if sample.finished:
             return []  # it had finished before its engine was lost
         chunk = sample.without_repeated(step.chunk)
@@ -163,7 +157,9 @@ class Answer:
 
     def _send(self, chunk: Chunk) -> list[Chunk]:
         self._samples[chunk.index].append(chunk)
-        chunk = replace(chunk, cached_tokens=self._cached_tokens)
+        self.open_samples -= chunk.is_finished
+        if chunk.cached_tokens != self._cached_tokens:
+            chunk = replace(chunk, cached_tokens=self._cached_tokens)
         if self._prompt_logprobs is not None:
             chunk = replace(chunk, prompt_logprobs=self._prompt_logprobs)
             self._prompt_logprobs = None

@@ -68,6 +68,11 @@ class _PrefillOutcome:
     prefilled: PrefillResult | None = None
     steps: AsyncGenerator[DecodeStep] | None = None
 
+    def note_kv(self, answer: Answer) -> None:
+        """Release the KV once a decode engine has it for every sample."""
+        if answer.kv_arrived and self.prefilling is not None:
+            self.prefilling.kv_arrived()
+
 
 @dataclass(slots=True)
 class Pipeline:
@@ -128,9 +133,12 @@ class Pipeline:
                 ticket = None if start.prefilled is None else start.prefilled.ticket
                 steps = self.decoder.decode(request, selection, ticket, replay, deadline.left_s())
             try:
-                async with aclosing(_new_chunks(answer, steps, start.prefilling)) as chunks:
-                    async for chunk in chunks:
-                        yield chunk
+                async with aclosing(steps) as stream:
+                    async for step in stream:
+                        chunks = answer.add_step(step)
+                        start.note_kv(answer)
+                        for chunk in chunks:
+                            yield chunk
             except Diverged:
                 pass  # the next one repeats the client's tokens
             except DecodeUnavailable:
@@ -249,15 +257,3 @@ class Pipeline:
                 self.on_unscored(request, speculate_s)
             raise
         return replace(selection, queue_s=queue_s, speculate_s=speculate_s)
-
-
-async def _new_chunks(
-    answer: Answer, steps: AsyncGenerator[DecodeStep], prefilling: Prefilling | None
-) -> AsyncGenerator[Chunk, None]:
-    """Yield the parts of a decode engine's steps that are new to the client. Raises Diverged."""
-    async with aclosing(steps) as stream:
-        async for step in stream:
-            for chunk in answer.add_step(step):
-                yield chunk
-            if prefilling is not None and answer.kv_arrived:
-                prefilling.kv_arrived()

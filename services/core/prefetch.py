@@ -5,28 +5,42 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
+
+
+class _Prefetched(AsyncGenerator[Item]):
+    """The items, the first of which is awaited already; the others cost no more for it."""
+
+    def __init__(self, items: AsyncGenerator[Item], first: asyncio.Future[Item]) -> None:
+        self._items = items
+        self._first: asyncio.Future[Item] | None = first
+
+    def __anext__(self) -> Any:
+        first, self._first = self._first, None
+        return anext(self._items) if first is None else first
+
+    def asend(self, value: None) -> Any:
+        """Return the next item: no value is sent."""
+        del value
+        return self.__anext__()
+
+    def athrow(self, *error: Any) -> Any:
+        """Raise an error in the items."""
+        return self._items.athrow(*error)
+
+    async def aclose(self) -> None:
+        """Do nothing: whoever prefetches closes the items."""
 
 
 @asynccontextmanager
 async def prefetch_first(items: AsyncGenerator[Item]) -> AsyncIterator[AsyncGenerator[Item]]:
     """Start awaiting the first of `items` at once; close them on exit, started or not."""
     first = asyncio.ensure_future(anext(items))
-
-    async def all_items() -> AsyncGenerator[Item]:
-        try:
-            item = await first
-        except StopAsyncIteration:
-            return
-        yield item
-        async for item in items:
-            yield item
-
     async with aclosing(items):
         try:
-            yield all_items()
+            yield _Prefetched(items, first)
         finally:
             first.cancel()
             await asyncio.gather(first, return_exceptions=True)

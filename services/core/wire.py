@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TypeVar, cast
+from collections.abc import Hashable
+from functools import cache
+from typing import Any, TypeVar, cast
 
 import msgspec
 
@@ -23,4 +25,11 @@ def pack(value: object) -> bytes:
 
 def unpack(payload: bytes, kind: type[T]) -> T:
     """Decode and validate. Raises ValueError when the bytes are not a `kind`."""
-    return msgspec.msgpack.decode(payload, type=kind)
+    decoder: msgspec.msgpack.Decoder[T] = _decoder(cast("Hashable", kind))
+    return decoder.decode(payload)
+
+
+@cache
+def _decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
+    """Return the decoder of a type: to make one takes as long as to decode many messages."""
+    return msgspec.msgpack.Decoder(kind)

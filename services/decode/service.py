@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, Self
@@ -14,6 +14,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from ..core.errors import DeadlineExceeded, DecodeUnavailable
 from ..core.request_spans import Attributes, NoTracer, SpanKind, SpanPart, Tracer, consecutive_parts
+from ..core.stream_timeout import StreamTimeout
 from ..core.types import Carrier, DecodeStep, LocalPrefillTimes, Replay, Request, Selection, Ticket
 from ..engine.engine import Engine, map_engine_errors
 from ..engine.half_characters import Leak, leak_of
@@ -101,19 +102,17 @@ class DecodeService:
             self._sample(request, selection, _sample_params(request, extra, replay, index), index)
             for index in range(request.samples)
         ]
-        steps: asyncio.Queue[DecodeStep | BaseException] = asyncio.Queue()
-        readers = [asyncio.create_task(_read_sample(sample, steps)) for sample in samples]
-        give_up_s = time.monotonic() + timeout_s
-        try:
-            open_samples = request.samples
-            while open_samples:
-                step = await _next_step(steps, give_up_s)
-                yield step
-                open_samples -= step.chunk.is_finished
-        finally:
-            for reader in readers:
-                reader.cancel()
-            await asyncio.gather(*readers, return_exceptions=True)
+        open_samples = request.samples
+        async with aclosing(_as_they_come(samples)) as steps:
+            with StreamTimeout(timeout_s) as timeout:
+                while open_samples:
+                    try:
+                        step = await timeout.wait(anext(steps))
+                    except TimeoutError as error:
+                        message = "timed out during decode (timeout_s)"
+                        raise DeadlineExceeded(message) from error
+                    yield step
+                    open_samples -= step.chunk.is_finished
 
     def _record_pull(self, pull: PullOutcome | None) -> None:
         if pull is not None and self._on_pull is not None:
@@ -146,7 +145,7 @@ class DecodeService:
                     first_s = time.monotonic() - started_s if first_s is None else first_s
                     lost = DecodeUnavailable("decode: the engine ended the request")
                     check_ended_well(params, output.outputs[0].finish_reason, lost)
-                    step = _decoded_step(output, index, first_s, leak)
+                    step = _decoded_step(output, index, first_s, leak, computes=computes)
                     if step.chunk.is_finished:
                         pull = pulled_in(output.kv_transfer_params)
                         self._record_pull(pull)
@@ -155,6 +154,31 @@ class DecodeService:
                         span.end()
                     is_last = computes and step.chunk.is_finished
                     yield _computed_step(step, output) if is_last else step
+
+
+def _as_they_come(
+    samples: Sequence[AsyncGenerator[DecodeStep]],
+) -> AsyncGenerator[DecodeStep]:
+    """Return the samples' steps in the order in which they come; the first failure is raised.
+
+    The steps of one sample that its reader is late for are one step: the engine merges them.
+    """
+    return samples[0] if len(samples) == 1 else _merge(samples)
+
+
+async def _merge(samples: Sequence[AsyncGenerator[DecodeStep]]) -> AsyncGenerator[DecodeStep]:
+    steps: asyncio.Queue[DecodeStep | BaseException] = asyncio.Queue()
+    readers = [asyncio.create_task(_read_sample(sample, steps)) for sample in samples]
+    try:
+        while True:  # closed by whoever knows the last one
+            step = await steps.get()
+            if isinstance(step, BaseException):
+                raise step
+            yield step
+    finally:
+        for reader in readers:
+            reader.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)
 
 
 async def _read_sample(
@@ -189,9 +213,14 @@ def _sample_params(
     return params
 
 
-def _decoded_step(output: RequestOutput, index: int, first_s: float, leak: Leak) -> DecodeStep:
-    """Return a step; the last one also reports how the pull went."""
-    chunk = chunk_of(output, index)
+def _decoded_step(
+    output: RequestOutput, index: int, first_s: float, leak: Leak, *, computes: bool
+) -> DecodeStep:
+    """Return a step; the last one also reports how the pull went.
+
+    An engine counts tokens that were handed over as cached: they are not, unless it computes.
+    """
+    chunk = chunk_of(output, index, (output.num_cached_tokens or 0) if computes else 0)
     chunk = replace(chunk, text=leak.cut(chunk.text)) if leak.chars else chunk
     if output.prompt_logprobs is not None:
         chunk = replace(chunk, prompt_logprobs=prompt_logprobs_of(output))
@@ -225,15 +254,3 @@ def _stages(
 def _computed_step(step: DecodeStep, output: RequestOutput) -> DecodeStep:
     """Return the last step of a request that came without KV."""
     return replace(step, first_decode_s=0.0, computed=LocalPrefillTimes(*prefill_times(output)))
-
-
-async def _next_step(
-    steps: asyncio.Queue[DecodeStep | BaseException], give_up_s: float
-) -> DecodeStep:
-    try:
-        step = await asyncio.wait_for(steps.get(), give_up_s - time.monotonic())
-    except TimeoutError as error:
-        raise DeadlineExceeded("timed out during decode (timeout_s)") from error
-    if isinstance(step, BaseException):
-        raise step
-    return step

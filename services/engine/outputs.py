@@ -21,7 +21,7 @@ def sampling_params(wire: bytes) -> SamplingParams:
         raise InvalidRequest(f"sampling: {error}", "sampling") from error
 
 
-def chunk_of(output: RequestOutput, index: int) -> Chunk:
+def chunk_of(output: RequestOutput, index: int, cached_tokens: int) -> Chunk:
     """Return the delta in `output` (of one sample) as sample `index`'s chunk."""
     completion = output.outputs[0]
     return Chunk(
@@ -31,7 +31,7 @@ def chunk_of(output: RequestOutput, index: int) -> Chunk:
         logprobs=_logprobs(completion.logprobs),
         finish_reason=completion.finish_reason,
         stop_reason=completion.stop_reason,
-        cached_tokens=output.num_cached_tokens or 0,
+        cached_tokens=cached_tokens,
     )
 
 

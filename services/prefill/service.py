@@ -314,7 +314,8 @@ def _prefilled_of(
     if ticket is not None:
         ticket = replace(ticket, carrier=carrier)
     queue_s, prefill_s = prefill_times(output)
-    first = replace(chunk_of(output, index=0), prompt_logprobs=prompt_logprobs_of(output))
+    chunk = chunk_of(output, 0, output.num_cached_tokens or 0)
+    first = replace(chunk, prompt_logprobs=prompt_logprobs_of(output))
     first = replace(first, text=leak.cut(first.text))
     if ticket is not None:  # one token was all that was asked of this engine: not the end
         first = replace(first, finish_reason=None, stop_reason=None)

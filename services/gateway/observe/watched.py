@@ -49,14 +49,15 @@ class ObservedPipeline:
     async def generate(self, request: Request) -> AsyncGenerator[Chunk]:
         """See Pipeline.generate."""
         watching = [observer.on_arrival(request) for observer in self._observers]
+        on_chunk = [each.on_chunk for each in watching if _observes_chunks(each)]
         ending = Ending(None)
         try:
             async with aclosing(self._pipeline.generate(request)) as chunks:
                 async for chunk in chunks:
-                    for each in watching:
-                        each.on_chunk(chunk)
-                    # The client may close the stream right after the last chunk.
-                    ending = Ending(chunk.report)
+                    for observe in on_chunk:
+                        observe(chunk)
+                    if chunk.report is not None:  # a client may leave right after the last chunk
+                        ending = Ending(chunk.report)
                     yield chunk
             ending = Ending(ending.report, is_exhausted=True)
         except SpecPrefillError as error:
@@ -69,6 +70,11 @@ class ObservedPipeline:
     async def select(self, request: Request) -> Selection:
         """See Pipeline.select."""
         return await self._pipeline.select(request)
+
+
+def _observes_chunks(observer: RequestObserver) -> bool:
+    """Return False where `on_chunk` does nothing: every token would pay for the call."""
+    return type(observer).on_chunk is not RequestObserver.on_chunk
 
 
 class LearningObserver:

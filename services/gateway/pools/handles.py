@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import ray
@@ -26,6 +26,7 @@ from ...core.errors import (
     Unavailable,
 )
 from ...core.ports import Prefilling
+from ...core.stream_timeout import StreamTimeout
 from ...core.types import DecodeStep, Plan, PrefillResult, Replay, Request, Selection, Ticket
 from ...kv.holding import RemoteLeases
 from ...kv.prefilling import hold_prefill
@@ -36,6 +37,8 @@ from .health import SPECULATOR, PoolCounts
 logger = logging.getLogger(__name__)
 
 Carried = dict[str, list[ray.ObjectRef]]  # lease id -> one object per rank; empty: gRPC carries
+
+Item = TypeVar("Item")
 
 _RETRY_AFTER_S = 1.0
 _SELF_TEST_S = 10.0  # to ask for its result
@@ -93,9 +96,11 @@ class ServePrefiller:
         payload = wire.pack((request, selection, timeout_s))
         load = wire.pack(load_of(request, selection))
         call = self.handle.options(method_name="prefill", stream=True)
+        steps = _stream(
+            call, "prefill", PrefillUnavailable, timeout_s, (payload, load), _prefill_step
+        )
         async with (
-            _stream_call(call, "prefill", PrefillUnavailable, timeout_s, payload, load) as items,
-            aclosing(self._prefill_results(items)) as results,
+            aclosing(self._prefill_results(steps)) as results,
             hold_prefill(results, self.leases) as one,
         ):
             yield one
@@ -105,8 +110,7 @@ class ServePrefiller:
     ) -> AsyncGenerator[Ticket | PrefillResult]:
         """Yield perhaps an early ticket, then the result. Objects are kept until this is closed."""
         async with aclosing(items):
-            async for payload, objects in items:
-                early, prefilled = wire.unpack(payload, wire.PREFILL_STEP)
+            async for (early, prefilled), objects in items:
                 if early is not None:
                     yield early
                 elif prefilled is not None:
@@ -127,7 +131,7 @@ class ServeDecoder:
     handle: DeploymentHandle
     carried: Carried
 
-    async def decode(
+    def decode(
         self,
         request: Request,
         selection: Selection,
@@ -140,43 +144,43 @@ class ServeDecoder:
         objects = [] if ticket is None else self.carried.get(ticket.lease.id, [])
         load = wire.pack(stream_load_of(request, selection))
         call = self.handle.options(method_name="decode", stream=True)
-        async with _stream_call(
-            call, "decode", DecodeUnavailable, timeout_s, payload, load, objects
-        ) as items:
-            async for item in items:
-                yield wire.unpack(item, DecodeStep)
+        messages = payload, load, objects
+        return _stream(call, "decode", DecodeUnavailable, timeout_s, messages, _decode_step)
 
 
-@asynccontextmanager
-async def _stream_call(
+async def _stream(
     handle: DeploymentHandle,
     pool: str,
     unavailable: type[Unavailable],
     timeout_s: float,
-    *messages: object,
-) -> AsyncIterator[AsyncGenerator[Any]]:
-    """Open a replica's stream for at most `timeout_s`. Leaving cancels the call."""
-    with map_errors(pool, unavailable):
+    messages: Sequence[object],
+    read: Callable[[Any], Item],
+) -> AsyncGenerator[Item]:
+    """Call a replica and `read` what it streams, for at most `timeout_s`.
+
+    Closing cancels the call. Every token passes here: one timer and one translation of errors for
+    the whole stream.
+    """
+    with map_errors(pool, unavailable), StreamTimeout(timeout_s) as timeout:
         stream = call_alone(handle, *messages)
-    try:
-        async with aclosing(_items(stream, pool, unavailable, timeout_s)) as items:
-            yield items
-    finally:
-        stream.cancel()  # otherwise the replica continues without a reader
+        try:
+            while True:
+                try:
+                    item = await timeout.wait(anext(stream))
+                except StopAsyncIteration:
+                    return
+                yield read(item)
+        finally:
+            stream.cancel()  # otherwise the replica continues without a reader
 
 
-async def _items(
-    stream: Any, pool: str, unavailable: type[Unavailable], timeout_s: float
-) -> AsyncGenerator[Any]:
-    deadline = asyncio.get_running_loop().time() + timeout_s
-    while True:
-        with map_errors(pool, unavailable):
-            try:
-                async with asyncio.timeout_at(deadline):
-                    item = await anext(stream)
-            except StopAsyncIteration:
-                return
-        yield item
+def _decode_step(payload: bytes) -> DecodeStep:
+    return wire.unpack(payload, DecodeStep)
+
+
+def _prefill_step(item: tuple[bytes, list[ray.ObjectRef]]) -> tuple[Any, list[ray.ObjectRef]]:
+    payload, objects = item
+    return wire.unpack(payload, wire.PREFILL_STEP), objects
 
 
 @contextmanager
