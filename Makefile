@@ -66,6 +66,10 @@ test-faults: $(INSTALLED) ## Kill engines, cut streams, cancel requests; print t
 chaos: $(INSTALLED) ## 200 streams, 30 % of the clients leave, a replica of each pool is killed
 	@$(PY) -m tests.faults.chaos
 
+.PHONY: soak
+soak: $(INSTALLED) ## 500 clients in conversations for 30 minutes over mock engines; kills and an upgrade
+	@$(PY) -m tests.faults.soak $(ARGS)
+
 .PHONY: fuzz
 fuzz: $(INSTALLED) ## Send the running service 20,000 requests that nobody should, and more with keys on
 	@$(PY) -m tests.fuzz
@@ -246,6 +250,14 @@ bench-burst: $(INSTALLED) ## Ten times the load for a minute on the real app, ke
 .PHONY: bench-fleet
 bench-fleet: $(INSTALLED) ## Routing among a thousand replicas, and autoscaling at 10,000 requests a second
 	@$(PY) -m loadtest.bench.fleet
+
+.PHONY: bench-gateway
+bench-gateway: $(INSTALLED) ## CPU time of a prompt and of a streamed token, beside vLLM's own server
+	@$(PY) -m loadtest.bench.gateway
+
+.PHONY: bench-start
+bench-start: $(INSTALLED) ## The cold start of an engine by stage, forked and as vLLM starts it
+	@$(PY) -m loadtest.bench.start
 
 .PHONY: eval
 eval: $(INSTALLED) ## How good the demo pair's answers stay at every keep rate (docs/quality.md)

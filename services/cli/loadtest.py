@@ -27,13 +27,15 @@ def add_commands(commands: Any) -> None:
         "loadtest",
         help="load an endpoint; report latency, goodput and the answers' score",
         description="Send the requests of SCENARIO at their times, without waiting for earlier "
-        "ones, to any OpenAI-compatible endpoint or to this service's gRPC API. Writes JSON, "
-        "CSV and an HTML page. Exits 1 when the scenario's gate is not reached.",
+        "ones, or from clients that wait for their answers, to any OpenAI-compatible endpoint or "
+        "to this service's gRPC API. Writes JSON, CSV and an HTML page. Exits 1 when the "
+        "scenario's gate is not reached.",
     )
     load.add_argument("scenario", type=Path, metavar="SCENARIO", help="e.g. loadtest/smoke.yaml")
     load.add_argument("--address", metavar="URL", help="overrides target.address")
     load.add_argument("--model", metavar="NAME", help="overrides target.model")
     load.add_argument("--qps", type=float, metavar="R", help="overrides arrivals.qps")
+    load.add_argument("--clients", type=int, metavar="N", help="overrides arrivals.clients")
     load.add_argument("--requests", type=int, metavar="N", help="overrides length")
     load.add_argument("--seed", type=int, metavar="N", help="overrides seed")
     load.add_argument(
@@ -83,7 +85,7 @@ def _scenario(args: argparse.Namespace) -> Scenario:
 def _override(raw: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     changes = {
         "target": {"address": args.address, "model": args.model},
-        "arrivals": {"qps": args.qps},
+        "arrivals": {"qps": args.qps, "clients": args.clients},
     }
     changed = dict(raw)
     for section, values in changes.items():

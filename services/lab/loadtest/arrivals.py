@@ -68,8 +68,20 @@ class RecordedTrace(Strict):
     speed: Annotated[float, Field(gt=0.0)] = 1.0  # 2: twice as fast as recorded
 
 
+class Concurrency(Strict):
+    """A closed loop: each client sends its next request when its last one has ended.
+
+    As `--max-concurrency` of `vllm bench serve`. A slow server slows this load, so its latencies
+    say nothing of a rate.
+    """
+
+    kind: Literal["concurrency"]
+    clients: PositiveInt
+
+
 Process = Annotated[
-    Constant | Poisson | Bursty | Ramp | Burst | RecordedTrace, Field(discriminator="kind")
+    Constant | Poisson | Bursty | Ramp | Burst | RecordedTrace | Concurrency,
+    Field(discriminator="kind"),
 ]
 Generated = Constant | Poisson | Bursty | Ramp | Burst
 

@@ -1,12 +1,15 @@
-"""Sends requests at their times, whatever became of earlier ones: an open loop."""
+"""Sends requests at their times, whatever became of earlier ones: an open loop.
+
+A closed loop, where a client waits for its answer before it asks again, is offered beside it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import chain, zip_longest
 
 import numpy as np
 
@@ -37,7 +40,7 @@ class PlannedRequest:
 class RunProgress:
     """The counts of a run so far; a display may read it at any time."""
 
-    total: int
+    total: int = 0  # planned so far
     sent: int = 0
     answered: int = 0
     other: int = 0
@@ -82,6 +85,7 @@ async def run(
 
     Outcomes keep the plan's order; first turns come before all others.
     """
+    progress.total += sum(each.requests for each in planned)
     sender = _Sender(caller, timeout_s, now(), progress, now, len(planned))
     async with asyncio.TaskGroup() as group:
         tasks = []
@@ -90,6 +94,40 @@ async def run(
             tasks.append(group.create_task(sender.send_all(request)))
     turns = zip_longest(*(task.result() for task in tasks))
     return [outcome for same_turn in turns for outcome in same_turn if outcome is not None]
+
+
+async def run_clients(
+    requests: Iterator[PlannedRequest],
+    clients: int,
+    seconds: float | None,
+    caller: Caller,
+    timeout_s: float,
+    progress: RunProgress,
+    now: Callable[[], float] = time.perf_counter,
+) -> list[RequestOutcome]:
+    """Let each client send a request, and the turns that follow, when its last one has ended.
+
+    Ends with `requests`, or begins none after `seconds`. Their own `at_s` is not looked at.
+    """
+    sender = _Sender(caller, timeout_s, now(), progress, now, 0)
+    drawing = asyncio.Lock()
+
+    async def client() -> list[RequestOutcome]:
+        outcomes: list[RequestOutcome] = []
+        while seconds is None or now() - sender.started_s < seconds:
+            async with drawing:
+                request = await asyncio.to_thread(next, requests, None)
+            if request is None:
+                break
+            progress.total += request.requests
+            at_s = now() - sender.started_s
+            outcomes += await sender.send_all(replace(request, at_s=at_s))
+        return outcomes
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(client()) for _ in range(clients)]
+    outcomes = sorted(chain(*(task.result() for task in tasks)), key=lambda one: one.scheduled_s)
+    return [replace(outcome, index=index) for index, outcome in enumerate(outcomes)]
 
 
 async def stream(
@@ -126,7 +164,7 @@ class _Sender:
     started_s: float
     progress: RunProgress
     now: Callable[[], float]
-    conversations: int  # planned requests, each with its turns
+    conversations: int  # planned requests, each with its turns: the distance of two turns' indices
 
     async def send_all(self, request: PlannedRequest) -> list[RequestOutcome]:
         """Send a request and the turns that follow, until one is not answered."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,11 @@ from .statistics import Summary, summarise
 
 ReportProgress = Callable[[RunProgress], None]  # called about once a second
 TELL_EVERY_S = 1.0
+_DRAWN_AT_ONCE = 16  # prompts of a closed loop
+
+
+# Sends a run's requests: caller, seconds before a client gives up, and what to count in.
+Load = Callable[[Caller, float, RunProgress], Awaitable[list[RequestOutcome]]]
 
 
 class NotReady(Exception):
@@ -53,11 +59,11 @@ class SearchResult:
 async def measure(scenario: Scenario, source: Source, on_progress: ReportProgress) -> Run:
     """Warm up, then send the scenario's requests. Raises NotReady or InvalidFile."""
     rng = np.random.default_rng(scenario.seed)
-    planned = _plan_run(scenario, source, rng)
+    load = _plan_load(scenario, source, rng)
     caller = caller_of(scenario.target)
     async with caller.open():
         await _warm_up(scenario, source, caller)
-        return await _run(scenario, planned, caller, on_progress)
+        return await _run(scenario, load, caller, on_progress)
 
 
 async def find(scenario: Scenario, source: Source, on_progress: ReportProgress) -> SearchResult:
@@ -84,8 +90,12 @@ def caller_of(target: Target) -> Caller:
     return kind(target.address, target.model, key)
 
 
-def _plan_run(scenario: Scenario, source: Source, rng: np.random.Generator) -> list[PlannedRequest]:
+def _plan_load(scenario: Scenario, source: Source, rng: np.random.Generator) -> Load:
+    """Decide on the requests of an open loop; those of a closed one as they are needed."""
     process = scenario.arrivals
+    if isinstance(process, arrivals.Concurrency):
+        requests = _draw_on_demand(scenario, source, rng)
+        return partial(runner.run_clients, requests, process.clients, scenario.length.seconds)
     if isinstance(process, arrivals.RecordedTrace):
         lines = trace.read(Path(process.path), scenario.length.requests or 0)
         times = np.array([line.time_s / process.speed for line in lines])
@@ -93,9 +103,29 @@ def _plan_run(scenario: Scenario, source: Source, rng: np.random.Generator) -> l
     else:
         times = arrivals.times(process, scenario.length, rng)
         prompts = source.draw(scenario.prompts, len(times), rng)
-    planned = runner.plan(times, prompts, scenario.cancel, rng)
+    planned = _plan_turns(scenario, source, runner.plan(times, prompts, scenario.cancel, rng))
+    return partial(runner.run, planned)
+
+
+def _draw_on_demand(
+    scenario: Scenario, source: Source, rng: np.random.Generator
+) -> Iterator[PlannedRequest]:
+    """Yield the requests of a closed loop, endlessly where the scenario gives no number."""
+    left = scenario.length.requests
+    while left is None or left > 0:
+        count = _DRAWN_AT_ONCE if left is None else min(left, _DRAWN_AT_ONCE)
+        left = None if left is None else left - count
+        prompts = source.draw(scenario.prompts, count, rng)
+        planned = runner.plan(np.zeros(count), prompts, scenario.cancel, rng)
+        yield from _plan_turns(scenario, source, planned)
+
+
+def _plan_turns(
+    scenario: Scenario, source: Source, planned: Sequence[PlannedRequest]
+) -> list[PlannedRequest]:
+    """Let the scenario's conversation follow each request."""
     if scenario.conversation is None:
-        return planned
+        return list(planned)
     turns = source.conversations(scenario.conversation, len(planned))
     return [_first_turn(each, more) for each, more in zip(planned, turns, strict=True)]
 
@@ -117,18 +147,18 @@ async def _warm_up(scenario: Scenario, source: Source, caller: Caller) -> None:
 
 async def _run(
     scenario: Scenario,
-    planned: Sequence[PlannedRequest],
+    load: Load,
     caller: Caller,
     on_progress: ReportProgress,
 ) -> Run:
-    progress = RunProgress(sum(each.requests for each in planned))
+    progress = RunProgress()
     kills: list[KilledReplica] = []
     beside = [
         asyncio.create_task(_report_often(progress, on_progress)),
         asyncio.create_task(_faults(scenario.chaos, scenario.seed, kills)),
     ]
     try:
-        outcomes = await runner.run(planned, caller, scenario.timeout_s, progress)
+        outcomes = await load(caller, scenario.timeout_s, progress)
     finally:
         await _stop(beside)
     on_progress(progress)

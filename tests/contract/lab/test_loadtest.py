@@ -210,7 +210,7 @@ async def test_the_loop_is_open(addresses, pipeline):
     asked = caller("http", addresses)
     planned = [PlannedRequest(index, 0.05 * index, prompt()) for index in range(10)]
     async with asked.open():
-        outcomes = await runner.run(planned, asked, PATIENCE_S, RunProgress(10))
+        outcomes = await runner.run(planned, asked, PATIENCE_S, RunProgress())
     assert [one.index for one in outcomes] == list(range(10))
     assert all(one.score == 1.0 for one in outcomes)
     sent_s = [one.scheduled_s + one.lag_s for one in outcomes]

@@ -43,7 +43,7 @@ async def converse(caller, tokenizer, conversations=2, seed=1):
         runner.PlannedRequest(index, 0.0, prompt, turns=more)
         for index, (prompt, more) in enumerate(zip(prompts, turns, strict=True))
     ]
-    progress = RunProgress(sum(each.requests for each in planned))
+    progress = RunProgress()
     return await runner.run(planned, caller, 5.0, progress), progress
 
 

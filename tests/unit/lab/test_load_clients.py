@@ -1,0 +1,128 @@
+"""A closed loop: clients that wait for their answers."""
+
+import asyncio
+import contextlib
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from specprefill.lab.loadtest import runner, session
+from specprefill.lab.loadtest.outcome import RequestEnding
+from specprefill.lab.loadtest.prompt_source import Source
+from specprefill.lab.loadtest.recorder import RequestRefused
+from specprefill.lab.loadtest.runner import RunProgress
+from specprefill.lab.loadtest.scenario import Scenario
+
+CLIENTS = 3
+
+
+class Service:
+    """Answers at once, but for the requests of these numbers."""
+
+    def __init__(self, *refused):
+        self.asked, self.waiting, self.most = [], 0, 0
+        self._refused = refused
+
+    @contextlib.asynccontextmanager
+    async def open(self):
+        yield
+
+    async def stream(self, prompt, timeout_s, recorder):
+        self.asked.append(prompt)
+        self.waiting += 1
+        self.most = max(self.most, self.waiting)
+        await asyncio.sleep(0)
+        self.waiting -= 1
+        if len(self.asked) in self._refused:
+            raise RequestRefused(RequestEnding.SHED, "429")
+        recorder.text("answer")
+
+
+def scenario(**fields) -> Scenario:
+    return Scenario.model_validate({
+        "target": {"model": "demo"},
+        "tokenizer": "models/demo-main",
+        "prompts": [{"family": "needles", "prompt_tokens": 400}],
+        "arrivals": {"kind": "concurrency", "clients": CLIENTS},
+        "warm_up": 0,
+        **fields,
+    })  # fmt: skip
+
+
+async def outcomes_of(asked: Scenario, service, tokenizer, monkeypatch):
+    monkeypatch.setattr(session, "caller_of", lambda _target: service)
+    run = await session.measure(asked, Source(tokenizer, asked.seed), lambda _progress: None)
+    return run.outcomes
+
+
+@pytest.mark.parametrize("requests", [2, 40])
+async def test_no_more_requests_than_clients_are_under_way(demo_tokenizer, monkeypatch, requests):
+    service = Service()
+    asked = scenario(length={"requests": requests})
+    outcomes = await outcomes_of(asked, service, demo_tokenizer, monkeypatch)
+    assert len(service.asked) == len(outcomes) == requests
+    assert service.most <= CLIENTS
+    assert [each.index for each in outcomes] == list(range(requests))
+    sent = [each.scheduled_s for each in outcomes]
+    assert sent == sorted(sent)
+    texts = {str(each.messages) for each in service.asked}
+    assert len(texts) == requests
+
+
+async def test_a_refusal_makes_room_for_the_next_request(demo_tokenizer, monkeypatch):
+    outcomes = await outcomes_of(
+        scenario(length={"requests": 6}), Service(2, 3), demo_tokenizer, monkeypatch
+    )
+    endings = [each.stream.ending for each in outcomes]
+    assert endings.count(RequestEnding.SHED) == 2
+    assert endings.count(RequestEnding.ANSWERED) == 4
+
+
+async def test_a_client_goes_through_its_conversation_before_it_begins_another(
+    demo_tokenizer, monkeypatch
+):
+    service = Service()
+    asked = scenario(
+        length={"requests": 4},
+        arrivals={"kind": "concurrency", "clients": 1},
+        conversation={"turns": 3, "growth_tokens": 50, "think_s": 0},
+    )
+    outcomes = await outcomes_of(asked, service, demo_tokenizer, monkeypatch)
+    turns = [sum(each["role"] == "user" for each in prompt.messages) for prompt in service.asked]
+    assert turns == [1, 2, 3] * 4
+    assert [each.variant[-6:] for each in outcomes[:3]] == ["turn 1", "turn 2", "turn 3"]
+
+
+async def test_nothing_is_begun_once_the_time_is_over(demo_tokenizer):
+    clock = itertools.count()
+    progress = RunProgress()
+    source = Source(demo_tokenizer, 0)
+    kinds = scenario(length={"seconds": 1}).prompts
+    prompts = (source.draw(kinds, 1, np.random.default_rng(0))[0] for _ in itertools.count())
+    requests = (runner.PlannedRequest(0, 0.0, prompt) for prompt in prompts)
+    service = Service()
+    outcomes = await runner.run_clients(
+        requests, 1, 100.0, service, 5.0, progress, now=lambda: float(next(clock))
+    )
+    assert 0 < len(outcomes) == len(service.asked) < 100
+    assert max(each.scheduled_s for each in outcomes) < 100.0 + 2.0
+    assert (progress.total, progress.sent, progress.in_flight) == (*[len(outcomes)] * 2, 0)
+
+
+def test_a_search_needs_a_rate():
+    with pytest.raises(ValueError, match="not concurrency"):
+        scenario(
+            length={"seconds": 1},
+            search={"kind": "max_qps", "low": 1, "high": 2},
+            slo={"ttft_s": 1.0},
+        )
+
+
+def test_the_command_line_sets_the_number_of_clients():
+    from specprefill.cli.loadtest import _override
+
+    args = SimpleNamespace(address=None, model=None, qps=None, clients=7, requests=None, seed=None)
+    raw = {"arrivals": {"kind": "concurrency", "clients": 2}}
+    assert _override(raw, args)["arrivals"] == {"kind": "concurrency", "clients": 7}
