@@ -167,6 +167,7 @@ class EngineConfig(Strict):
     enforce_eager: bool = False
     enable_prefix_caching: bool = True
     cpu_threads: PositiveInt = 1
+    fork_engine: bool = True  # from a process that has imported vLLM; false: start a new one
     max_ongoing_requests: PositiveInt = 256  # in one replica; more wait in the gateways
     max_queued_requests: PositiveInt = 512  # that wait in one gateway; more are shed
     engine_args: dict[str, Any] = Field(default_factory=dict)

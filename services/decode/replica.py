@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, cast
@@ -16,16 +15,10 @@ from ..core import heap
 from ..core.replica_logging import log_call, log_with_serve
 from ..core.types import DecodeStep, Replay, Request, Selection, Ticket
 from ..core.wire import pack, unpack
-from ..engine.args import Role, engine_args
-from ..engine.engine import Engine
-from ..engine.ray_metrics import ray_stat_loggers
-from ..engine.support import hands_over
+from ..engine.fork_server import FORK_SERVER
 from ..kv.nixl.agent import require
 from ..kv.tls import watch_tls
-from ..tracing.environment import tracer_for
 from .object_reader import KvReference, ObjectTickets
-from .pull_metrics import PullMetrics
-from .service import DecodeService
 from .stream_gauge import StreamGauge
 
 logger = logging.getLogger(__name__)
@@ -42,22 +35,11 @@ class DecodeReplica:
         config = AppConfig.model_validate_json(config_json)
         require(config.kv.carrier)
         tls = watch_tls(config.kv.tls)
-        args = engine_args(
-            config.model,
-            config.decode,
-            config.kv,
-            Role.DECODE,
-            peer=config.prefill,
-            hands_over=hands_over(config.model, config.prefill, config.decode),
-        )
-        engine = Engine(
-            args,
-            cpu_threads=config.decode.cpu_threads,
-            adapters=config.model.adapters,
-            stat_loggers=ray_stat_loggers(),
-        )
-        tracer = tracer_for("decode", os.environ)
-        self._service = DecodeService(engine, tracer, PullMetrics().record)
+        if config.decode.fork_engine:
+            FORK_SERVER.start()
+        from .assembly import assemble  # vLLM: imported here while the server imports it as well
+
+        self._service = assemble(config)
         await self._service.start()
         log.reopen()
         logger.info("kv carrier: %s", await self._service.carrier())

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
 from typing import Self
 
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.outputs import RequestOutput
@@ -24,6 +25,7 @@ from ..core.types import Carrier
 from .adapters import lora_request
 from .args import is_ours, vllm_config
 from .failed_start import engine_errors_shown
+from .fork_server import FORK_SERVER
 from .params import POSITIONS
 from .support import refuse_unsupported, support_of_config
 from .vllm_internals import accept_every_sampling_parameter
@@ -39,11 +41,13 @@ class Engine:
         cpu_threads: int = 1,
         adapters: Mapping[str, str] | None = None,  # folders of LoRA adapters, by name
         stat_loggers: Sequence[StatLoggerFactory] = (),  # none: vLLM's own, in this process
+        forks: bool = True,  # the engine's process; False: as vLLM starts it
     ) -> None:
         self._args = args
         self._stat_loggers = list(stat_loggers)
         self._cpu_threads = cpu_threads
         self._adapters = adapters or {}
+        self._forks = forks
         self._keeps_positions = False
         self._llm: AsyncLLM | None = None
 
@@ -65,7 +69,7 @@ class Engine:
         if is_ours(config):
             refuse_unsupported(config)
             self._keeps_positions = support_of_config(config).keeps_positions
-        with engine_errors_shown():
+        with engine_errors_shown(), self._processes(config):
             self._llm = AsyncLLM.from_vllm_config(
                 config,
                 usage_context=UsageContext.OPENAI_API_SERVER,
@@ -75,6 +79,9 @@ class Engine:
             )
         if config.speculative_config is not None:
             accept_every_sampling_parameter(self._llm)
+
+    def _processes(self, config: VllmConfig) -> AbstractContextManager[None]:
+        return FORK_SERVER.engine_processes(config) if self._forks else nullcontext()
 
     def close(self) -> None:
         """Stop the engine process. Idempotent."""

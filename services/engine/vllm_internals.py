@@ -12,7 +12,9 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from vllm import _custom_ops as custom_ops
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys, hash_block_tokens
 from vllm.v1.core.sched.output import KVConnectorBlockState, SchedulerOutput
+from vllm.v1.engine import utils as engine_utils
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.request import Request
 from vllm.v1.sample.logits_processor import build_logitsprocs
@@ -74,6 +77,26 @@ def take_every_logits_processor(runner: Any, *ours: type) -> None:
 def accept_every_sampling_parameter(llm: Any) -> None:
     """Let an engine that speculates take `min_p` and `logit_bias`, which its runner handles."""
     llm.input_processor.speculative_config = None
+
+
+@contextmanager
+def engine_process_context(context: BaseContext) -> Iterator[None]:
+    """Let vLLM start the processes of engines, not those of their workers, in `context`.
+
+    Raises IncompatibleVllm unless vLLM asks for a context as it is given one here.
+    """
+    _refuse(list(_engine_process_differences()))
+    asked = engine_utils.get_mp_context
+
+    def given() -> BaseContext:
+        asked()  # writes what the children need to the environment
+        return context
+
+    engine_utils.get_mp_context = given
+    try:
+        yield
+    finally:
+        engine_utils.get_mp_context = asked
 
 
 def check_v1_speculation(runner: type) -> None:
@@ -212,6 +235,13 @@ def _v2_speculation_differences(
     if read != {"all_token_ids", "total_len"}:
         yield f"{speculator.__name__}.propose reads {', '.join(sorted(read))} of its states"
     yield from _speculation_differences()
+
+
+def _engine_process_differences() -> Iterator[Difference]:
+    manager = engine_utils.CoreEngineProcManager
+    for callee in ("get_mp_context", "context.Process"):
+        if not _calls(manager, "__init__", callee):
+            yield f"CoreEngineProcManager does not call {callee}"
 
 
 def _speculation_differences() -> Iterator[Difference]:

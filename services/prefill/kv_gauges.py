@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray.serve import metrics
 
 from ..core.rising import RisingTotal
 from ..kv.leases import LeaseGauges
-from .idle import IdlePrefill
-from .service import PrefillService
+
+if TYPE_CHECKING:  # importing vLLM takes seconds
+    from .idle import IdlePrefill
+    from .service import PrefillService
 
 _PERIOD_S = 1.0
 

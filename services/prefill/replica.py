@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -16,17 +15,11 @@ from ..core import heap
 from ..core.replica_logging import log_call, log_with_serve
 from ..core.types import PrefillResult, Request, Selection
 from ..core.wire import pack, unpack
-from ..engine.args import Role, engine_args
-from ..engine.engine import Engine
-from ..engine.ray_metrics import ray_stat_loggers
-from ..engine.support import hands_over
+from ..engine.fork_server import FORK_SERVER
 from ..kv.nixl.agent import require
-from ..kv.tls import TlsSource, watch_tls
-from ..tracing.environment import tracer_for
-from .idle import IdlePrefill
+from ..kv.tls import watch_tls
 from .kv_gauges import KvGauges
 from .object_writer import KvObjects, KvReference, PendingStore
-from .service import PrefillService
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +32,11 @@ class PrefillReplica:
         config = AppConfig.model_validate_json(config_json)
         require(config.kv.carrier)
         tls = watch_tls(config.kv.tls)
-        self._service = _service(config, tls)
+        if config.prefill.fork_engine:
+            FORK_SERVER.start()
+        from .assembly import assemble  # vLLM: imported here while the server imports it as well
+
+        self._service = assemble(config, tls)
         self._objects = KvObjects(tls)
         self._kv = config.kv
         self._waiting = Waiting(time.monotonic)
@@ -107,18 +104,3 @@ class PrefillReplica:
     async def check_health(self) -> None:
         """Raise Unavailable when the engine process is dead."""
         await self._service.check_health()
-
-
-def _service(config: AppConfig, tls: TlsSource | None) -> PrefillService | IdlePrefill:
-    """Return an engine's service; an idle one where the decode engines do all the work."""
-    if not hands_over(config.model, config.prefill, config.decode):
-        return IdlePrefill()
-    args = engine_args(config.model, config.prefill, config.kv, Role.PREFILL, peer=config.decode)
-    engine = Engine(
-        args,
-        cpu_threads=config.prefill.cpu_threads,
-        adapters=config.model.adapters,
-        stat_loggers=ray_stat_loggers(),
-    )
-    tracer = tracer_for("prefill", os.environ)
-    return PrefillService(engine, tls, config.kv.max_held_bytes, tracer)

@@ -20,16 +20,19 @@ from ..core.types import Plan, Reason, Request, Selection, dense_selection
 from ..core.wire import pack, unpack
 from ..tracing.environment import tracer_for
 from .scoring_gauges import SpeculatorGauges
-from .self_test import self_test
-from .service import SpeculatorService
 
 logger = logging.getLogger(__name__)
 
 
 class SpeculatorReplica:
-    """Serve awaits the constructor, checks the health, and calls `__del__` after draining."""
+    """Serve awaits the constructor, checks the health, and calls `__del__` after draining.
+
+    The constructor imports torch, which takes seconds: whoever builds the application need not.
+    """
 
     async def __init__(self, config_json: str) -> None:  # type: ignore[misc]
+        from .service import SpeculatorService
+
         log_with_serve()
         config = AppConfig.model_validate_json(config_json)
         self._service = SpeculatorService.from_config(
@@ -105,6 +108,8 @@ class SpeculatorReplica:
 
     async def _test(self, main_path: str) -> None:
         """Run the self-test in the background: the replica serves meanwhile."""
+        from .self_test import self_test
+
         self._facts_kept = await self_test(self._service, main_path)
         if self._facts_kept is not None:
             self._gauges.record_self_test(self._facts_kept)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray.serve import metrics
 
 from ..core.rising import RisingTotal
-from .service import SpeculatorService
+
+if TYPE_CHECKING:  # importing torch takes seconds
+    from .service import SpeculatorService
 
 _PERIOD_S = 1.0
 _TOTALS = {  # field of `Counts` -> metric and description

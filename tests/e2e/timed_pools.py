@@ -20,6 +20,7 @@ from specprefill.core.types import (
     TokenLogprob,
 )
 from specprefill.core.wire import pack, unpack
+from specprefill.gateway.replica import GatewayReplica
 
 SPECULATE_S = 0.02
 PREFILL_TOKEN_S = 3e-3  # by one engine, one prompt after the other
@@ -79,8 +80,6 @@ class Decode:
 
 def build(args: AppConfig) -> serve.Application:
     """As `specprefill.app:build`."""
-    from specprefill.gateway.replica import GatewayReplica  # brings vLLM: not for the pools
-
     config_json = args.for_gateways().model_dump_json(exclude={"slo", "scaling"})
     options = {"ray_actor_options": {"num_cpus": 0}, "graceful_shutdown_timeout_s": 1.0}
 

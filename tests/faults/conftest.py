@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from specprefill.core.pipeline import Pipeline
 from specprefill.core.plan import Planner
 from specprefill.core.ports import LocalPrefill
 from specprefill.core.types import Carrier, Report, Request, Selection, Ticket
+from specprefill.engine.fork_server import FORK_SERVER
 from specprefill.kv.keeper_link import KEEPER
 from specprefill.kv.prefilling import HeldPrefill, hold_prefill
 from specprefill.kv.rpc import KvPeers
@@ -39,20 +40,26 @@ class Member:
         self._make = make
 
     async def start(self) -> None:
+        FORK_SERVER.start()  # no process of this engine
         before = set(psutil.Process().children(recursive=True))
         self.service = self._make()
         await self.service.start()
         born = set(psutil.Process().children(recursive=True)) - before
         self.process = max(born, key=lambda process: process.memory_info().rss)
+        self._keepers = [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if KEEPER in (command := process.info["cmdline"] or [])
+            and command[-1] == str(self.process.pid)
+        ]
         self.alive = True
 
     def signal(self, number: int) -> None:
         """Send a signal to the engine process, and to the one that serves its KV."""
-        for process in psutil.process_iter(["cmdline"]):
-            command = process.info["cmdline"] or []
-            if KEEPER in command and command[-1] == str(self.process.pid):
-                process.send_signal(number)
         os.kill(self.process.pid, number)
+        for keeper in self._keepers:
+            with suppress(psutil.NoSuchProcess):
+                keeper.send_signal(number)
 
     def kill(self) -> None:
         """SIGKILL: no goodbye."""

@@ -141,7 +141,7 @@ def test_the_engine_starts_with_those_sizes_and_that_context(args_of, on_device,
 
     monkeypatch.setattr(module, "AsyncLLM", Started)
     on_device(*H100)
-    module.Engine(args_of()).start()
+    module.Engine(args_of(), forks=False).start()
     scheduler = started["config"].scheduler_config
     assert (scheduler.max_num_batched_tokens, scheduler.max_num_seqs) == (8192, 1024)
     assert started["usage_context"] is UsageContext.OPENAI_API_SERVER
