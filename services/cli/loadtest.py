@@ -49,6 +49,7 @@ def run_load(args: argparse.Namespace) -> int:
     """Run the scenario, print its table, write its files, judge it by its gate."""
     require_charts()
     from ..lab.loadtest import results as report
+    from ..lab.loadtest.scenario import Sweep
     from ..lab.loadtest.search import highest_rate
     from ..lab.reporting.tables import provenance
 
@@ -57,14 +58,19 @@ def run_load(args: argparse.Namespace) -> int:
     name = f"loadtest-{args.scenario.stem}"
     origin = provenance(scenario.seed)
     paths = report.write(args.out, name, origin, scenario, found.runs, found.trials)
-    if found.trials:
+    if isinstance(scenario.search, Sweep):
+        print(report.sweep_table(found.trials, scenario.target.gpus))
+    elif found.trials:
         print(report.trial_table(found.trials))
         print(f"\nhighest rate that held: {highest_rate(found.trials) or 'none'}")
-    else:
-        print(report.run_table(report.summaries(found.runs[0], scenario)))
-        print(report.remarks(found.runs[0]), end="")
+    for run in () if found.trials else found.runs:
+        print(report.run_table(report.summaries(run, scenario)))
+        print(report.remarks(run), end="")
+    if scenario.replicates > 1:
+        print(f"\n{report.replicate_table(found.runs)}")
     print("\nwritten to " + ", ".join(map(str, paths)))
-    missed = [] if found.trials else report.missed_goals(scenario.gate, found.runs[0].summary)
+    judged = () if found.trials else found.runs
+    missed = [line for run in judged for line in report.missed_goals(scenario.gate, run.summary)]
     for line in missed:
         print(f"gate: {line}", file=sys.stderr)
     return 1 if missed else 0
@@ -108,12 +114,12 @@ def _run_scenario(scenario: Scenario) -> SearchResult:
         source = Source.load(scenario.tokenizer, scenario.seed)
         if scenario.search is not None:
             return asyncio.run(session.find(scenario, source, _show_progress))
-        run = asyncio.run(session.measure(scenario, source, _show_progress))
+        runs = asyncio.run(session.repeat(scenario, source, _show_progress))
     except (InvalidFile, UnknownTokenizer) as error:
         raise Misused(str(error)) from error
     except session.NotReady as error:
         raise Failed(str(error)) from error
-    return session.SearchResult((), (run,))
+    return session.SearchResult((), runs)
 
 
 def _show_progress(progress: RunProgress) -> None:

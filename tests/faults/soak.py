@@ -34,7 +34,7 @@ from tests.fuzz.served import HOST, serving
 from tests.fuzz.watch import SPARE_BYTES, SPARE_SHARE, Watch
 
 POOLS = {"Speculator": 8, "Prefill": 8, "Decode": 20}  # replicas
-SPEED = 0.1  # of the engines: 500 streams at once, and few enough tokens a second for two cores
+SPEED = 0.05  # of the engines: 500 streams at once, and few enough tokens a second for two cores
 ANSWER_TOKENS, TURNS = 96, 4
 KILL_EVERY_S, SAMPLE_EVERY_S, PATIENCE_S = 20.0, 5.0, 240.0
 UPGRADE_AT = 0.25  # of the run
@@ -122,6 +122,7 @@ def deployment(file: Path) -> dict[str, Any]:
     raw = load(file).raw
     (application,) = raw["applications"]
     application["runtime_env"]["env_vars"]["SPECPREFILL_MOCK_SPEED"] = str(SPEED)
+    application["args"]["speculator"] |= {"timeout_s": PATIENCE_S, "max_queued": 256}
     for one in application["deployments"]:
         one["num_replicas"] = POOLS.get(one["name"], one["num_replicas"])
     return raw

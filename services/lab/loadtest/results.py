@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,20 @@ import numpy as np
 from ..reporting.charts import Line, line_chart, table, write_page
 from ..reporting.tables import Provenance, markdown, write_json
 from .outcome import RequestEnding, RequestOutcome
-from .scenario import Goals, Scenario
+from .scenario import Goals, Scenario, Sweep
 from .search import Trial, highest_rate
 from .session import Run
-from .statistics import Summary, summarise_groups
+from .statistics import Replicated, Summary, summarise_groups
 
 HEADERS = (
     "requests", "sent", "qps", "goodput", "in SLO", "TTFT p50", "p95", "p99", "TPOT p50",
     "ITL p95", "E2E p95", "prompt", "kept", "keep", "score", "shed", "failed", "lag p99",
 )  # fmt: skip
 TRIAL_HEADERS = ("qps", "held", "in SLO", "TTFT p95", "E2E p95", "score", "endings")
+SWEEP_HEADERS = (
+    "clients", "requests/s", "goodput", "tokens/s", "TTFT p50", "TTFT p95", "TPOT p50", "in SLO",
+    "score", "endings",
+)  # fmt: skip
 _REPORTED = ("kept_tokens", "keep_rate", "queue_s", "speculate_s", "prefill_s", "transfer_s")
 
 
@@ -40,9 +44,28 @@ def run_table(rows: Sequence[Summary]) -> str:
     return markdown(HEADERS, [_cells(row) for row in rows])
 
 
+def replicate_table(runs: Sequence[Run]) -> str:
+    """Return the mean of each figure over the replicates, with its 95 % interval."""
+    rows = [
+        [name, *_replicated_cells([figure(run.summary) for run in runs], show)]
+        for name, figure, show in _REPLICATED
+    ]
+    return markdown(("of a run", "mean", "95 % interval", "lowest", "highest"), rows)
+
+
+def _replicated_cells(values: Sequence[float], show: Callable[[float], str]) -> list[str]:
+    one = Replicated.from_values(values)
+    return [show(one.mean), f"+-{show(one.half_width)}", show(min(values)), show(max(values))]
+
+
 def trial_table(trials: Sequence[Trial]) -> str:
     """Return a search's rates."""
     return markdown(TRIAL_HEADERS, [_trial_cells(trial) for trial in trials])
+
+
+def sweep_table(trials: Sequence[Trial], gpus: int | None) -> str:
+    """Return a sweep's numbers of clients; throughput per GPU where their number is known."""
+    return markdown(_sweep_headers(gpus), [_sweep_cells(trial, gpus or 1) for trial in trials])
 
 
 def remarks(run: Run) -> str:
@@ -84,8 +107,11 @@ def write(
         "runs": [_run_dict(run, scenario) for run in runs],
     }
     if scenario.search is not None:
-        results["trials"] = [{"qps": trial.qps, "held": trial.held} for trial in trials]
-        results["highest_qps"] = highest_rate(trials)
+        is_sweep = isinstance(scenario.search, Sweep)
+        unit = "clients" if is_sweep else "qps"
+        results["trials"] = [{unit: trial.load, "held": trial.held} for trial in trials]
+        if not is_sweep:
+            results["highest_qps"] = highest_rate(trials)
     write_json(paths[0], origin, results)
     _write_csv(paths[1], runs)
     _write_html(paths[2], name, origin, scenario, runs, trials)
@@ -121,11 +147,30 @@ def _cells(row: Summary) -> list[str]:
 def _trial_cells(trial: Trial) -> list[str]:
     row = trial.summary
     return [
-        f"{trial.qps:.3g}",
+        f"{trial.load:.3g}",
         "yes" if trial.held else "no",
         _share(row.attainment),
         _ms(row.ttft_s.p95),
         _ms(row.e2e_s.p95),
+        _share(row.score),
+        ", ".join(f"{count} {ending}" for ending, count in row.endings.items()),
+    ]
+
+
+def _sweep_headers(gpus: int | None) -> tuple[str, ...]:
+    per = {"goodput": "goodput per GPU", "tokens/s": "tokens/s per GPU"} if gpus else {}
+    return tuple(per.get(name, name) for name in SWEEP_HEADERS)
+
+
+def _sweep_cells(trial: Trial, gpus: int) -> list[str]:
+    row = trial.summary
+    return [
+        f"{trial.load:.0f}",
+        _number(row.requests / row.seconds, 2),
+        _number(row.goodput_qps / gpus, 2),
+        _number(row.output_tokens_per_s / gpus, 1),
+        *(_ms(value) for value in (row.ttft_s.p50, row.ttft_s.p95, row.tpot_s.p50)),
+        _share(row.attainment),
         _share(row.score),
         ", ".join(f"{count} {ending}" for ending, count in row.endings.items()),
     ]
@@ -169,18 +214,36 @@ def _write_html(
     }
     sections: list[tuple[str, list[str]]] = []
     if trials:
-        cells = [_trial_cells(trial) for trial in trials]
-        sections.append(("Search", [table(TRIAL_HEADERS, cells), _trial_chart(trials)]))
+        sections.append(_trial_section(scenario, trials))
     for number, run in enumerate(runs):
         rows = [_cells(row) for row in summaries(run, scenario)]
-        title = f"{trials[number].qps:.3g} requests per second" if trials else "Run"
+        unit = "clients" if isinstance(scenario.search, Sweep) else "requests per second"
+        title = f"{trials[number].load:.3g} {unit}" if trials else f"Run {number + 1}"
         sections.append((title, [table(HEADERS, rows), *_run_charts(run, scenario)]))
     write_page(path, f"Load test {name}", facts, sections)
 
 
+def _trial_section(scenario: Scenario, trials: Sequence[Trial]) -> tuple[str, list[str]]:
+    if not isinstance(scenario.search, Sweep):
+        cells = [_trial_cells(trial) for trial in trials]
+        return "Search", [table(TRIAL_HEADERS, cells), _trial_chart(trials)]
+    gpus = scenario.target.gpus
+    cells = [_sweep_cells(trial, gpus or 1) for trial in trials]
+    return "Sweep", [table(_sweep_headers(gpus), cells), _pareto_chart(trials, gpus)]
+
+
+def _pareto_chart(trials: Sequence[Trial], gpus: int | None) -> str:
+    """Draw what throughput costs in latency, a point per number of clients."""
+    latency = [trial.summary.ttft_s.p95 for trial in trials]
+    good = [trial.summary.goodput_qps / (gpus or 1) for trial in trials]
+    per = "requests/s per GPU" if gpus else "requests/s"
+    lines = [Line("goodput", latency, good)]
+    return line_chart("Goodput and latency", lines, x_label="TTFT p95, s", y_label=per)
+
+
 def _trial_chart(trials: Sequence[Trial]) -> str:
-    ordered = sorted(trials, key=lambda trial: trial.qps)
-    rates = [trial.qps for trial in ordered]
+    ordered = sorted(trials, key=lambda trial: trial.load)
+    rates = [trial.load for trial in ordered]
     lines = [
         Line("in SLO", rates, [trial.summary.attainment for trial in ordered]),
         Line("score", rates, [trial.summary.score for trial in ordered]),
@@ -221,3 +284,15 @@ def _share(value: float) -> str:
 
 def _ms(seconds: float) -> str:
     return "-" if np.isnan(seconds) else f"{seconds * 1e3:.0f} ms"
+
+
+_REPLICATED: tuple[tuple[str, Callable[[Summary], float], Callable[[float], str]], ...] = (
+    ("TTFT p50", lambda row: row.ttft_s.p50, _ms),
+    ("TTFT p95", lambda row: row.ttft_s.p95, _ms),
+    ("TTFT p99", lambda row: row.ttft_s.p99, _ms),
+    ("TPOT p50", lambda row: row.tpot_s.p50, _ms),
+    ("E2E p95", lambda row: row.e2e_s.p95, _ms),
+    ("goodput, requests/s", lambda row: row.goodput_qps, lambda value: _number(value, 2)),
+    ("in SLO", lambda row: row.attainment, _share),
+    ("score", lambda row: row.score, _share),
+)

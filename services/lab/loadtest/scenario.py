@@ -16,7 +16,7 @@ from pydantic import (
 from ...config import Rate, Seconds, Strict
 from ..families.catalog import FAMILIES, NEEDLES
 from .arrivals import Length, Process, RecordedTrace
-from .statistics import RequestSlo
+from .statistics import MOST_REPLICATES, RequestSlo
 
 DASHBOARD_URL = "http://127.0.0.1:8265"
 
@@ -28,6 +28,7 @@ class Target(Strict):
     address: str = "http://127.0.0.1:8000/v1"  # a base URL, or host:port for gRPC
     model: str
     api_key_variable: str = "OPENAI_API_KEY"  # environment variable; unset means no key
+    gpus: PositiveInt | None = None  # of the service; a sweep then tells its throughput per GPU
 
 
 class Prompts(Strict):
@@ -131,7 +132,23 @@ class PaperProtocol(Strict):
         return self
 
 
-Search = Annotated[MaxQps | PaperProtocol, Field(discriminator="kind")]
+class Sweep(Strict):
+    """A run with each number of clients of a closed loop: what latency costs in throughput."""
+
+    kind: Literal["sweep"]
+    clients: Annotated[tuple[PositiveInt, ...], Field(min_length=2)]
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if list(self.clients) != sorted(set(self.clients)):
+            raise ValueError("clients: must ascend")
+        return self
+
+
+Search = Annotated[MaxQps | PaperProtocol | Sweep, Field(discriminator="kind")]
+
+
+_ONE_RATE = ("constant", "poisson", "bursty")
 
 
 class Scenario(Strict):
@@ -151,21 +168,33 @@ class Scenario(Strict):
     chaos: Chaos | None = None
     search: Search | None = None
     seed: int = 0
+    # Runs with other prompts and send times, one after the other: more than one give intervals.
+    replicates: Annotated[int, Field(ge=1, le=MOST_REPLICATES)] = 1
 
     @model_validator(mode="after")
     def _search_varies_a_rate(self) -> Self:
-        if self.search is not None and self.arrivals.kind not in ("constant", "poisson", "bursty"):
+        if isinstance(self.search, Sweep):
+            if self.arrivals.kind != "concurrency":
+                raise ValueError(
+                    "search: a sweep varies the clients, so arrivals.kind must be concurrency, "
+                    f"not {self.arrivals.kind}"
+                )
+        elif self.search is not None and self.arrivals.kind not in _ONE_RATE:
             raise ValueError(
                 f"search: varies one rate, so arrivals.kind must be constant, poisson or bursty, "
                 f"not {self.arrivals.kind}"
             )
+        if self.search is not None and self.replicates > 1:
+            raise ValueError("replicates: a search has its own runs; leave one of both out")
         if isinstance(self.search, MaxQps) and self.slo == RequestSlo():
             raise ValueError("search: max_qps needs a bound in slo")
         if isinstance(self.arrivals, RecordedTrace) and self.length.requests is None:
             raise ValueError("length: a trace is bounded by length.requests")
         return self
 
-    def at_rate(self, qps: float) -> Scenario:
-        """Return the same at another rate, without its search."""
-        arrivals = self.arrivals.model_copy(update={"qps": qps})
+    def at_load(self, load: float) -> Scenario:
+        """Return the same at another rate or with as many clients, without its search."""
+        is_sweep = isinstance(self.search, Sweep)
+        changed = {"clients": int(load)} if is_sweep else {"qps": load}
+        arrivals = self.arrivals.model_copy(update=changed)
         return self.model_copy(update={"arrivals": arrivals, "search": None})

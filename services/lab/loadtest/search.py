@@ -1,6 +1,6 @@
-"""Searches the highest load that a service sustains: the rates to try, and the trials' result.
+"""Varies the load of a scenario: the loads to try, and the trials' result.
 
-Pure: rates out, results in. The runs themselves are the caller's.
+Pure: loads out, results in. The runs themselves are the caller's.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 from .outcome import RequestEnding
-from .scenario import MaxQps, PaperProtocol
+from .scenario import MaxQps, PaperProtocol, Search, Sweep
 from .statistics import Summary
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One rate, and whether the service sustained it."""
+    """One load, and whether the service sustained it."""
 
-    qps: float
+    load: float  # requests per second, or a sweep's clients
     held: bool
     summary: Summary
 
@@ -59,11 +59,28 @@ def paper(search: PaperProtocol) -> Trials:
     return trials
 
 
+def sweep(search: Sweep) -> Trials:
+    """Yield each number of clients; it holds where every request was answered."""
+    trials: list[Trial] = []
+    for clients in search.clients:
+        summary = yield float(clients)
+        answered = summary.endings.get(RequestEnding.ANSWERED, 0)
+        left = summary.endings.get(RequestEnding.CANCELLED, 0)
+        trials.append(Trial(float(clients), answered + left == summary.requests, summary))
+    return trials
+
+
 def highest_rate(trials: Sequence[Trial]) -> float | None:
     """Return the highest rate that held; None where none did."""
-    return max((trial.qps for trial in trials if trial.held), default=None)
+    return max((trial.load for trial in trials if trial.held), default=None)
 
 
-def trials_of(search: MaxQps | PaperProtocol) -> Trials:
+def trials_of(search: Search) -> Trials:
     """Return the trials of a scenario's search."""
-    return max_qps(search) if isinstance(search, MaxQps) else paper(search)
+    match search:
+        case MaxQps():
+            return max_qps(search)
+        case PaperProtocol():
+            return paper(search)
+        case Sweep():
+            return sweep(search)

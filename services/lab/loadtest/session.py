@@ -66,6 +66,15 @@ async def measure(scenario: Scenario, source: Source, on_progress: ReportProgres
         return await _run(scenario, load, caller, on_progress)
 
 
+async def repeat(
+    scenario: Scenario, source: Source, on_progress: ReportProgress
+) -> tuple[Run, ...]:
+    """Run the scenario's replicates, each with a seed of its own. Raises as `measure`."""
+    seeds = range(scenario.seed, scenario.seed + scenario.replicates)
+    same = [scenario.model_copy(update={"seed": seed}) for seed in seeds]
+    return tuple([await measure(each, source, on_progress) for each in same])
+
+
 async def find(scenario: Scenario, source: Source, on_progress: ReportProgress) -> SearchResult:
     """Run the scenario's search."""
     if scenario.search is None:
@@ -73,11 +82,11 @@ async def find(scenario: Scenario, source: Source, on_progress: ReportProgress) 
     pause_s = scenario.search.pause_s if scenario.search.kind == "paper" else 0.0
     runs: list[Run] = []
     trials = search.trials_of(scenario.search)
-    qps = next(trials)
+    load = next(trials)
     while True:
-        runs.append(await measure(scenario.at_rate(qps), source, on_progress))
+        runs.append(await measure(scenario.at_load(load), source, on_progress))
         try:
-            qps = trials.send(runs[-1].summary)
+            load = trials.send(runs[-1].summary)
         except StopIteration as ended:
             return SearchResult(tuple(ended.value), tuple(runs))
         await asyncio.sleep(pause_s)

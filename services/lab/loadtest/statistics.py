@@ -16,6 +16,9 @@ from ...config import Seconds, Strict
 from .outcome import RequestEnding, RequestOutcome
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0)
+# Student's t at 97.5 %, by degrees of freedom from 1 on.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+MOST_REPLICATES = len(_T) + 1
 
 
 class RequestSlo(Strict):
@@ -133,6 +136,21 @@ def summarise_groups(
     for outcome in outcomes:
         groups.setdefault(key(outcome), []).append(outcome)
     return [summarise(name, members, slo) for name, members in groups.items()]
+
+
+@dataclass(frozen=True, slots=True)
+class Replicated:
+    """A number over replicates: its mean, and half of the width of its 95 % interval."""
+
+    mean: float
+    half_width: float
+
+    @classmethod
+    def from_values(cls, values: Sequence[float]) -> Replicated:
+        """Take 2 to `MOST_REPLICATES` values as independent draws of a normal distribution."""
+        drawn = np.asarray(values, dtype=np.float64)
+        error = float(drawn.std(ddof=1)) / len(drawn) ** 0.5
+        return cls(float(drawn.mean()), _T[len(drawn) - 2] * error)
 
 
 def _is_within(value: float | None, bound: float | None) -> bool:

@@ -248,7 +248,7 @@ async def test_a_scenario_runs_and_is_written_down(
     found = await session.find(
         scenario, Source(demo_tokenizer, 3), lambda progress: reported.append(progress.sent)
     )
-    assert [trial.qps for trial in found.trials] == [20.0, 40.0]
+    assert [trial.load for trial in found.trials] == [20.0, 40.0]
     assert reported[-1] == 12
     run = found.runs[0]
     assert {one.variant for one in run.outcomes} == {"keep 0.5", "dense"}

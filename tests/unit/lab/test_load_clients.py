@@ -3,17 +3,19 @@
 import asyncio
 import contextlib
 import itertools
+import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from specprefill.lab.loadtest import runner, session
+from specprefill.lab.loadtest import results, runner, session
 from specprefill.lab.loadtest.outcome import RequestEnding
 from specprefill.lab.loadtest.prompt_source import Source
 from specprefill.lab.loadtest.recorder import RequestRefused
 from specprefill.lab.loadtest.runner import RunProgress
 from specprefill.lab.loadtest.scenario import Scenario
+from specprefill.lab.reporting.tables import provenance
 
 CLIENTS = 3
 
@@ -126,3 +128,49 @@ def test_the_command_line_sets_the_number_of_clients():
     args = SimpleNamespace(address=None, model=None, qps=None, clients=7, requests=None, seed=None)
     raw = {"arrivals": {"kind": "concurrency", "clients": 2}}
     assert _override(raw, args)["arrivals"] == {"kind": "concurrency", "clients": 7}
+
+
+SWEEP = {"search": {"kind": "sweep", "clients": [1, 3]}, "length": {"requests": 4}}
+
+
+async def test_a_sweep_runs_each_number_of_clients(demo_tokenizer, monkeypatch):
+    service = Service(5)
+    monkeypatch.setattr(session, "caller_of", lambda _target: service)
+    found = await session.find(scenario(**SWEEP), Source(demo_tokenizer, 0), lambda _progress: None)
+    assert [trial.load for trial in found.trials] == [1.0, 3.0]
+    assert [trial.held for trial in found.trials] == [True, False]
+    assert [len(run.outcomes) for run in found.runs] == [4, 4]
+
+
+async def test_a_sweep_is_told_per_gpu(demo_tokenizer, monkeypatch, tmp_path):
+    monkeypatch.setattr(session, "caller_of", lambda _target: Service())
+    one = scenario(**SWEEP)
+    two = scenario(**SWEEP, target={"model": "demo", "gpus": 2})
+    found = await session.find(one, Source(demo_tokenizer, 0), lambda _progress: None)
+    rows = [results.sweep_table(found.trials, each.target.gpus).splitlines() for each in (one, two)]
+    assert "tokens/s per GPU" in rows[1][0]
+    assert "per GPU" not in rows[0][0]
+    goodput = [float(each[2].split("|")[3]) for each in rows]
+    assert goodput[1] == pytest.approx(goodput[0] / 2, abs=0.01)
+    paths = results.write(tmp_path, "sweep", provenance(0), two, found.runs, found.trials)
+    written = json.loads(paths[0].read_text())
+    assert [trial["clients"] for trial in written["trials"]] == [1.0, 3.0]
+    assert "highest_qps" not in written
+    page = paths[2].read_text()
+    assert "Goodput and latency" in page
+    assert "3 clients" in page
+
+
+@pytest.mark.parametrize(
+    ("clients", "arrivals", "message"),
+    [
+        ([2, 1], {"kind": "concurrency", "clients": 1}, "clients: must ascend"),
+        ([1], {"kind": "concurrency", "clients": 1}, "at least 2"),
+        ([1, 2], {"kind": "poisson", "qps": 1}, "must be concurrency, not poisson"),
+    ],
+)
+def test_a_sweep_is_of_rising_numbers_of_clients(clients, arrivals, message):
+    with pytest.raises(ValueError, match=message):
+        scenario(
+            length={"requests": 4}, arrivals=arrivals, search={"kind": "sweep", "clients": clients}
+        )

@@ -105,19 +105,19 @@ def test_bisection_ends_next_to_the_highest_rate_that_holds():
     found = trials(search.max_qps(MaxQps(kind="max_qps", low=1, high=16, tolerance=0.05)), 5.3)
     best = search.highest_rate(found)
     assert best <= 5.3
-    assert min(trial.qps for trial in found if not trial.held) - best <= 0.05 * 5.7
+    assert min(trial.load for trial in found if not trial.held) - best <= 0.05 * 5.7
     assert len(found) < 12
 
 
 @pytest.mark.parametrize(("sustains", "tried"), [(0.5, [1.0]), (99.0, [1.0, 16.0])])
 def test_bisection_does_not_search_where_an_end_decides(sustains, tried):
     found = trials(search.max_qps(MaxQps(kind="max_qps", low=1, high=16)), sustains)
-    assert [trial.qps for trial in found] == tried
+    assert [trial.load for trial in found] == tried
 
 
 def test_the_papers_protocol_ends_at_the_first_rate_with_too_many_failures():
     asked = PaperProtocol(kind="paper", grid=(1.0, 2.0, 3.0, 4.0), pause_s=0)
     found = trials(search.paper(asked), 2.5)
-    assert [(trial.qps, trial.held) for trial in found] == [(1.0, True), (2.0, True), (3.0, False)]
+    assert [(trial.load, trial.held) for trial in found] == [(1.0, True), (2.0, True), (3.0, False)]
     assert search.highest_rate(found) == 2.0
     assert search.highest_rate(trials(search.paper(asked), 0.1)) is None

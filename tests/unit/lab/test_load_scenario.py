@@ -61,7 +61,7 @@ def test_a_fault_is_named_with_its_place(changes, message):
 
 def test_the_least_scenario_is_enough():
     scenario = validate(LEAST, "f.yaml", Scenario)
-    assert scenario.at_rate(3.0).arrivals.qps == 3.0
+    assert scenario.at_load(3.0).arrivals.qps == 3.0
 
 
 def test_the_shipped_scenarios_are_valid(root):
