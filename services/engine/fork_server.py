@@ -8,7 +8,7 @@ does, and touches no device; a fork of it begins with everything imported, and s
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from typing import TYPE_CHECKING, Any
@@ -44,20 +44,21 @@ class _ForkedProcess(ForkServerProcess):
     def run(self) -> None:
         import torch
 
-        _change_environment(self._environment)
+        _find_title()
+        os.environ.clear()
+        os.environ.update(self._environment)
         threads = os.environ.get("OMP_NUM_THREADS", "")
         if threads.isdecimal():  # OpenMP read the server's own when torch was imported
             torch.set_num_threads(int(threads))
         super().run()
 
 
-def _change_environment(wanted: dict[str, str]) -> None:
-    """Change only what differs: a process's title stands before variables that were never set."""
-    for name in set(os.environ) - set(wanted):
-        del os.environ[name]
-    os.environ.update(
-        {name: value for name, value in wanted.items() if os.environ.get(name) != value}
-    )
+def _find_title() -> None:
+    """Let vLLM name the process later: its title's place is found by the first environment."""
+    with suppress(ImportError):  # without the package, vLLM gives no titles
+        import setproctitle
+
+        setproctitle.getproctitle()
 
 
 class _ForkContext(ForkServerContext):
