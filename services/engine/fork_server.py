@@ -8,9 +8,12 @@ does, and touches no device; a fork of it begins with everything imported, and s
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from contextlib import AbstractContextManager, nullcontext, suppress
-from multiprocessing import forkserver
+from multiprocessing import forkserver, parent_process
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any
 
 from .cpu_plugin import ENV_SWITCH
@@ -35,7 +38,11 @@ _READ_AT_IMPORT = (
 
 
 class _ForkedProcess(ForkServerProcess):
-    """A fork in the environment of the parent that starts it, not in the server's."""
+    """A fork in the environment of the parent that starts it, not in the server's.
+
+    It ends with the parent, however that one ends: an engine whose replica was killed would hold
+    its device.
+    """
 
     def start(self) -> None:
         self._environment = dict(os.environ)
@@ -44,6 +51,7 @@ class _ForkedProcess(ForkServerProcess):
     def run(self) -> None:
         import torch
 
+        _end_with_parent()
         _find_title()
         os.environ.clear()
         os.environ.update(self._environment)
@@ -51,6 +59,18 @@ class _ForkedProcess(ForkServerProcess):
         if threads.isdecimal():  # OpenMP read the server's own when torch was imported
             torch.set_num_threads(int(threads))
         super().run()
+
+
+def _end_with_parent() -> None:
+    """Kill this process as soon as its parent, a replica, is gone."""
+    parent = parent_process()
+    if parent is not None:
+        threading.Thread(target=_kill_after, args=(parent,), name="parent", daemon=True).start()
+
+
+def _kill_after(parent: BaseProcess) -> None:
+    parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _find_title() -> None:

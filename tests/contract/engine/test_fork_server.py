@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -79,6 +80,32 @@ def test_a_server_that_died_is_started_again():
     os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)
     parent, _, imported, *_ = started()
     assert (parent != first.pid, imported) == (True, True)
+
+
+REPLICA = """
+import time
+from types import SimpleNamespace
+from specprefill.engine.fork_server import FORK_SERVER
+from vllm.v1.engine import utils
+
+if __name__ == "__main__":
+    config = SimpleNamespace(parallel_config=SimpleNamespace(numa_bind=False))
+    with FORK_SERVER.engine_processes(config):
+        engine = utils.get_mp_context().Process(target=time.sleep, args=(600,))
+    engine.start()
+    print(engine.pid, flush=True)
+    engine.join()
+"""
+
+
+def test_an_engine_does_not_outlive_a_replica_that_is_killed():
+    """Ray ends a replica's children; whoever kills Ray as well leaves them to the kernel."""
+    command = [sys.executable, "-c", REPLICA]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as replica:
+        engine = psutil.Process(int(replica.stdout.readline()))
+        assert engine.is_running()
+        replica.kill()
+    engine.wait(30.0)
 
 
 def test_another_vllm_is_refused(monkeypatch):
