@@ -107,14 +107,15 @@ async def run_clients(
 ) -> list[RequestOutcome]:
     """Let each client send a request, and the turns that follow, when its last one has ended.
 
-    Ends with `requests`, or begins none after `seconds`. Their own `at_s` is not looked at.
+    Ends with `requests`, or begins neither one nor a turn after `seconds`. Their own `at_s` is not
+    looked at.
     """
-    sender = _Sender(caller, timeout_s, now(), progress, now, 0)
+    sender = _Sender(caller, timeout_s, now(), progress, now, 0, seconds)
     drawing = asyncio.Lock()
 
     async def client() -> list[RequestOutcome]:
         outcomes: list[RequestOutcome] = []
-        while seconds is None or now() - sender.started_s < seconds:
+        while not sender.is_over():
             async with drawing:
                 request = await asyncio.to_thread(next, requests, None)
             if request is None:
@@ -165,6 +166,11 @@ class _Sender:
     progress: RunProgress
     now: Callable[[], float]
     conversations: int  # planned requests, each with its turns: the distance of two turns' indices
+    seconds: float | None = None  # nothing is begun later
+
+    def is_over(self) -> bool:
+        """Return True once nothing may be begun."""
+        return self.seconds is not None and self.now() - self.started_s >= self.seconds
 
     async def send_all(self, request: PlannedRequest) -> list[RequestOutcome]:
         """Send a request and the turns that follow, until one is not answered."""
@@ -172,7 +178,7 @@ class _Sender:
         turns = request.turns
         while turns is not None and len(outcomes) <= turns.more:
             got = outcomes[-1].stream
-            if got.ending is not RequestEnding.ANSWERED:
+            if got.ending is not RequestEnding.ANSWERED or self.is_over():
                 self.progress.total -= turns.more + 1 - len(outcomes)
                 break
             await asyncio.sleep(turns.think_s)

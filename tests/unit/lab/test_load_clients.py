@@ -113,6 +113,23 @@ async def test_nothing_is_begun_once_the_time_is_over(demo_tokenizer):
     assert (progress.total, progress.sent, progress.in_flight) == (*[len(outcomes)] * 2, 0)
 
 
+async def test_no_turn_is_begun_once_the_time_is_over(demo_tokenizer):
+    """Every look at the clock takes a second: the time is over in the first conversation."""
+    clock = itertools.count()
+    progress, service, source = RunProgress(), Service(), Source(demo_tokenizer, 0)
+    asked = scenario(
+        length={"seconds": 1}, conversation={"turns": 50, "growth_tokens": 20, "think_s": 0}
+    )
+    (prompt,) = source.draw(asked.prompts, 1, np.random.default_rng(0))
+    (turns,) = source.conversations(asked.conversation, 1)
+    requests = iter([runner.PlannedRequest(0, 0.0, prompt, turns=turns)])
+    outcomes = await runner.run_clients(
+        requests, 1, 60.0, service, 5.0, progress, now=lambda: float(next(clock))
+    )
+    assert 1 < len(outcomes) < 50
+    assert (progress.total, progress.sent) == (len(outcomes), len(outcomes))
+
+
 def test_a_search_needs_a_rate():
     with pytest.raises(ValueError, match="not concurrency"):
         scenario(
