@@ -19,13 +19,8 @@ from ..client.question import CallFailed, ServiceQuestion, ServiceReply
 from ..config import local_path
 from ..deployment.checked_yaml import InvalidFile
 from ..deployment.file import LoadedFile, load, with_ports
-from ..deployment.local_ray import (
-    DeploymentFailed,
-    LocalRay,
-    ServeApi,
-    StartFailed,
-    free_port,
-)
+from ..deployment.local_ray import LocalRay, StartFailed, free_port
+from ..deployment.serve_api import DeploymentFailed, ServeApi
 from ..lab.reporting.tables import markdown
 from ..synthetic.needles import NeedlePrompt, needle_prompt
 from .serve import ProgressLines

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..deployment.local_ray import ServeApi, set_auth_mode
+from ..deployment.local_ray import set_auth_mode
 from ..deployment.node_drain import DrainRefused, begin_drain, wait_until_empty
+from ..deployment.serve_api import ServeApi
 from .exit_codes import FAILED, OK, Failed
 from .serve import ProgressLines
 

@@ -28,15 +28,13 @@ from ..deployment.file import (
 )
 from ..deployment.front import check_tls
 from ..deployment.local_ray import (
-    DASHBOARD_URL,
-    DeploymentFailed,
     LocalRay,
-    ServeApi,
     StartFailed,
     answers_strangers,
     open_cluster,
     port_in_use,
 )
+from ..deployment.serve_api import DASHBOARD_URL, DeploymentFailed, ServeApi
 from . import quickstart
 from .draft_verdict import show_verdict
 from .exit_codes import MISUSED, OK, Failed, Misused

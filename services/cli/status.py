@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..deployment.local_ray import DASHBOARD_URL, ServeApi
 from ..deployment.readings import Readings, collect
+from ..deployment.serve_api import DASHBOARD_URL, ServeApi
 from ..deployment.service_status import (
     Cost,
     PoolStatus,

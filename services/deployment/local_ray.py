@@ -1,4 +1,4 @@
-"""A local Ray cluster for one program, and Serve's own REST API on any cluster.
+"""A local Ray cluster for one program.
 
 `RAY_AUTH_MODE` is always set here: left alone, Ray turns token authentication on for a new
 local cluster and off for its clients in another shell.
@@ -7,24 +7,18 @@ local cluster and off for its clients in another shell.
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import shutil
 import socket
 import sys
 import tempfile
-import time
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from .front import FILE_VARIABLE, PROGRAM
 
-DASHBOARD_URL = "http://127.0.0.1:8265"
-POLL_S = 1.0
-SILENCE_S = 60.0  # of a dashboard on a busy machine
 ASK_TIMEOUT_S = 10.0
 REPLICA_PORTS = (12_000, 30_000)
 OBJECT_STORE_BYTES = 256 << 20  # nothing large travels through it
@@ -41,61 +35,11 @@ SHORT_PATHS = {
     # gRPC listens where HTTP does, in Serve's own proxies, too.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "specprefill.gateway.grpc.serve_ports:setup",
 }
-_MAX_FAULT_LINES = 12
-_ERROR = re.compile(r"[A-Za-z_][\w.]*: \S")  # the start of a traceback's last line
 _AUTH_MODE = "token"
 
 
 class StartFailed(Exception):
     """Ray did not start here; the message holds the reason."""
-
-
-class DeploymentFailed(Exception):
-    """The application did not become healthy; the message names the part and the reason."""
-
-
-@dataclass(frozen=True, slots=True)
-class PoolHealth:
-    """One deployment as Serve sees it."""
-
-    application: str
-    name: str
-    status: str  # HEALTHY, UPDATING, UPSCALING, UNHEALTHY, ...
-    running: int
-    target: int
-    message: str
-
-    @property
-    def is_healthy(self) -> bool:
-        return self.status == "HEALTHY" and self.running >= self.target
-
-    def line(self) -> str:
-        """Return one line for a person."""
-        return f"{self.name:<11} {self.status.lower():<11} {self.running} of {self.target} replicas"
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """Every application on a cluster."""
-
-    pools: tuple[PoolHealth, ...]
-    applications: Mapping[str, str]  # name -> status
-    messages: Mapping[str, str]  # name -> why it is not running
-
-    @property
-    def is_healthy(self) -> bool:
-        running = all(status == "RUNNING" for status in self.applications.values())
-        return bool(self.applications) and running and all(pool.is_healthy for pool in self.pools)
-
-    def failure(self) -> str | None:
-        """Return why this will not become healthy by waiting, or None."""
-        for name, status in self.applications.items():
-            if status == "DEPLOY_FAILED":
-                return f"{name}: {_last_lines(self.messages[name])}"
-        for pool in self.pools:
-            if "failed to start" in pool.message:
-                return f"{pool.name}: {_last_lines(pool.message)}"
-        return None
 
 
 def open_cluster(environ: Mapping[str, str]) -> str | None:
@@ -243,121 +187,6 @@ class LocalRay:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
-class ServeApi:
-    """Serve's REST API on a running Ray cluster."""
-
-    def __init__(self, dashboard_url: str) -> None:
-        set_auth_mode()
-        from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
-
-        class Dashboard(ServeSubmissionClient):  # type: ignore[misc]
-            """Serve's client, and what else the dashboard answers."""
-
-            def scrape_targets(self) -> list[dict[str, Any]]:
-                """Return the exporters, as Prometheus' HTTP service discovery wants them."""
-                answer = self._do_request("GET", "/api/prometheus/sd")
-                if answer.status_code != 200:
-                    self._raise_error(answer)
-                targets: list[dict[str, Any]] = answer.json()
-                return targets
-
-        self._client = Dashboard(dashboard_url)
-
-    def deploy(self, raw: Mapping[str, Any]) -> None:
-        """Make the cluster run exactly the applications of a deployment file."""
-        self._client.deploy_applications(dict(raw))
-
-    def snapshot(self) -> Snapshot:
-        """Return the present state of every application."""
-        return snapshot_of(self.details())
-
-    def deployed_applications(self) -> dict[str, Any]:
-        """Return the running applications, as they were deployed."""
-        applications = self.details().get("applications", {}).values()
-        return {"applications": [each["deployed_app_config"] for each in applications]}
-
-    def details(self) -> dict[str, Any]:
-        """Return Serve's whole state."""
-        details: dict[str, Any] = self._client.get_serve_details()
-        return details
-
-    def exporters(self) -> list[str]:
-        """Return the URLs of every node's metrics."""
-        targets = self._client.scrape_targets()
-        addresses = {address for each in targets for address in each["targets"]}
-        return [f"http://{address}/metrics" for address in sorted(addresses)]
-
-    def replica_pids(self, pool: str) -> list[int]:
-        """Return the processes of a pool's running replicas, in any application."""
-        return [replica["pid"] for replica in self._replicas(pool)]
-
-    def replica_actors(self, pool: str) -> list[str]:
-        """Return the actor names of a pool's running replicas."""
-        return [replica["actor_name"] for replica in self._replicas(pool)]
-
-    def _replicas(self, pool: str) -> list[dict[str, Any]]:
-        applications = self.details().get("applications", {})
-        return [
-            replica
-            for application in applications.values()
-            for name, deployment in application["deployments"].items()
-            for replica in deployment["replicas"]
-            if name == pool and replica["state"] == "RUNNING"
-        ]
-
-    def wait_healthy(self, timeout_s: float, show: Callable[[str], None]) -> Snapshot:
-        """Poll until every pool is healthy; `show` gets each change. Raises DeploymentFailed."""
-        give_up_s = time.monotonic() + timeout_s
-        answered_s = time.monotonic()
-        shown: set[str] = set()
-        while True:
-            try:
-                now = self.snapshot()
-            except OSError as error:  # a connection that it closed between two questions
-                if time.monotonic() > min(give_up_s, answered_s + SILENCE_S):
-                    raise DeploymentFailed(f"Ray's dashboard does not answer: {error}") from error
-                time.sleep(POLL_S)
-                continue
-            answered_s = time.monotonic()
-            lines = [pool.line() for pool in now.pools]
-            for line in lines:
-                if line not in shown:
-                    show(line)
-            shown = set(lines)
-            failure = now.failure()
-            if failure is not None:
-                raise DeploymentFailed(failure)
-            if now.is_healthy:
-                return now
-            if time.monotonic() > give_up_s:
-                raise DeploymentFailed(
-                    f"the pools were not healthy within {timeout_s:g} s: " + "; ".join(lines)
-                )
-            time.sleep(POLL_S)
-
-
-def snapshot_of(details: Mapping[str, Any]) -> Snapshot:
-    """Convert Serve's own answer to a snapshot."""
-    applications = details.get("applications", {})
-    pools = [
-        PoolHealth(
-            application=app_name,
-            name=name,
-            status=deployment["status"],
-            running=sum(replica["state"] == "RUNNING" for replica in deployment["replicas"]),
-            target=deployment["target_num_replicas"],
-            message=deployment["message"],
-        )
-        for app_name, application in applications.items()
-        for name, deployment in application["deployments"].items()
-    ]
-    return Snapshot(
-        tuple(pools),
-        {name: application["status"] for name, application in applications.items()},
-        {name: application["message"] for name, application in applications.items()},
-    )
-
-
 def free_port() -> int:
     """Return a TCP port that nobody listens on now."""
     with socket.socket() as probe:
@@ -389,14 +218,6 @@ def port_in_use(host: str, port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(0.5)
         return probe.connect_ex((host, port)) == 0
-
-
-def _last_lines(message: str) -> str:
-    """Return a traceback's last error, which is the reason; the end of the text without one."""
-    lines = [line for line in message.splitlines() if line.strip()]
-    errors = [place for place, line in enumerate(lines) if _ERROR.match(line)]
-    shown = lines[errors[-1] :] if errors else lines[-_MAX_FAULT_LINES:]
-    return "\n".join(shown[:_MAX_FAULT_LINES])
 
 
 def _first_line(error: Exception) -> str:

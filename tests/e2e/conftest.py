@@ -21,7 +21,8 @@ import yaml
 
 from specprefill.deployment.file import load, with_ports
 from specprefill.deployment.front import FILE_VARIABLE
-from specprefill.deployment.local_ray import ServeApi, Snapshot, free_port, set_auth_mode
+from specprefill.deployment.local_ray import free_port, set_auth_mode
+from specprefill.deployment.serve_api import ServeApi, Snapshot
 
 from .collector import Collector
 

@@ -9,7 +9,8 @@ import httpx
 import pytest
 
 from specprefill.cli.status import ClusterReader
-from specprefill.deployment.local_ray import LocalRay, ServeApi, free_port, set_auth_mode
+from specprefill.deployment.local_ray import LocalRay, free_port, set_auth_mode
+from specprefill.deployment.serve_api import ServeApi
 
 pytestmark = pytest.mark.timeout(300)
 

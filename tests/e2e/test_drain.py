@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from specprefill.deployment.local_ray import ServeApi, free_port, set_auth_mode
+from specprefill.deployment.local_ray import free_port, set_auth_mode
+from specprefill.deployment.serve_api import ServeApi
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -26,7 +26,7 @@ import httpx
 from transformers import AutoTokenizer
 
 from specprefill.deployment.file import load
-from specprefill.deployment.local_ray import ServeApi
+from specprefill.deployment.serve_api import ServeApi
 from specprefill.synthetic.needles import needle_prompt
 from tests.fuzz.served import HOST, Served, serving
 from tests.fuzz.watch import Holding, totals

@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 from specprefill.deployment.file import load, with_ports
-from specprefill.deployment.local_ray import ServeApi
+from specprefill.deployment.serve_api import DeploymentFailed, ServeApi
 from specprefill.lab.loadtest import session
 from specprefill.lab.loadtest.outcome import RequestEnding, RequestOutcome
 from specprefill.lab.loadtest.prompt_source import Source
@@ -65,13 +65,24 @@ class Memory:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class Upgrade:
+    """What became of the rolling upgrade."""
+
+    seconds: float
+    fault: str | None
+
+    def __str__(self) -> str:
+        return f"upgraded in {self.seconds:.0f} s" if self.fault is None else self.fault
+
+
 @dataclass(slots=True)
 class Findings:
     """What a run showed."""
 
     run: Run
     memory: Memory
-    upgraded_in_s: float
+    upgrade: Upgrade
 
     @property
     def overhead_s(self) -> Distribution:
@@ -81,7 +92,8 @@ class Findings:
     @property
     def faults(self) -> list[str]:
         """Return what must not be."""
-        return [*lost(self.run.outcomes), *grown(self.memory.changes())]
+        upgrade = [self.upgrade.fault] if self.upgrade.fault else []
+        return [*upgrade, *lost(self.run.outcomes), *grown(self.memory.changes())]
 
 
 def overhead_s(one: RequestOutcome) -> float | None:
@@ -182,13 +194,17 @@ async def sample_often(memory: Memory, watch: Watch, seconds: float) -> None:
         await asyncio.sleep(SAMPLE_EVERY_S)
 
 
-async def upgrade(api: ServeApi, new: Mapping[str, Any], after_s: float) -> float:
-    """Deploy `new` after a while; return the seconds until every replica is of it."""
+async def upgrade(api: ServeApi, new: Mapping[str, Any], after_s: float) -> Upgrade:
+    """Deploy `new` after a while, and wait until every replica is of it."""
     await asyncio.sleep(after_s)
     began_s = time.monotonic()
-    await asyncio.to_thread(api.deploy, new)
-    await asyncio.to_thread(api.wait_healthy, 2 * PATIENCE_S, lambda _line: None)
-    return time.monotonic() - began_s
+    fault = None
+    try:
+        await asyncio.to_thread(api.deploy, new)
+        await asyncio.to_thread(api.wait_healthy, 2 * PATIENCE_S, lambda _line: None)
+    except DeploymentFailed as error:
+        fault = f"the upgrade: {error}"
+    return Upgrade(time.monotonic() - began_s, fault)
 
 
 def show(progress: RunProgress) -> None:
@@ -212,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     found = asyncio.run(soak(raw, args.clients, args.minutes * 60.0, args.seed))
     write_json(Path("out") / "soak.json", provenance(args.seed), figures(found, args.clients))
     print(run_table([found.run.summary]))
-    print(f"\nkilled {len(found.run.kills)} replicas; upgraded in {found.upgraded_in_s:.0f} s")
+    print(f"\nkilled {len(found.run.kills)} replicas; {found.upgrade}")
     own = found.overhead_s
     print(
         f"the service's own part of the time to a first token: p50 {own.p50 * 1e3:.0f} ms, "
@@ -232,7 +248,7 @@ def figures(found: Findings, clients: int) -> dict[str, Any]:
         "summary": asdict(found.run.summary),
         "overhead_s": asdict(found.overhead_s),
         "kills": [asdict(kill) for kill in found.run.kills],
-        "upgraded_in_s": found.upgraded_in_s,
+        "upgraded_in_s": found.upgrade.seconds,
         "memory_bytes": found.memory.changes(),
         "faults": found.faults,
     }

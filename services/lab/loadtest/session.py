@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...deployment.local_ray import ServeApi
+from ...deployment.serve_api import ServeApi
 from . import arrivals, runner, search
 from . import recorded_trace as trace
 from .chaos import KilledReplica, inject

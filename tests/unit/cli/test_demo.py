@@ -5,7 +5,8 @@ import pytest
 from specprefill.cli import demo
 from specprefill.client.question import CallFailed, ServiceReply
 from specprefill.deployment.checked_yaml import InvalidFile
-from specprefill.deployment.local_ray import DeploymentFailed, StartFailed
+from specprefill.deployment.local_ray import StartFailed
+from specprefill.deployment.serve_api import DeploymentFailed
 from specprefill.synthetic.needles import needle_prompt
 from tests.unit.cli.test_cli import REPORT
 

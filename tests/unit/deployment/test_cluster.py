@@ -8,14 +8,8 @@ import requests
 
 from specprefill.deployment import local_ray
 from specprefill.deployment.front import FILE_VARIABLE
-from specprefill.deployment.local_ray import (
-    SHORT_PATHS,
-    DeploymentFailed,
-    ServeApi,
-    open_cluster,
-    port_range,
-    snapshot_of,
-)
+from specprefill.deployment.local_ray import SHORT_PATHS, open_cluster, port_range
+from specprefill.deployment.serve_api import DeploymentFailed, ServeApi, snapshot_of
 
 
 def details(app_status="RUNNING", status="HEALTHY", states=("RUNNING",), target=1, message=""):
@@ -57,7 +51,7 @@ def api(monkeypatch):
         made._client = Client(*answers)
         return made
 
-    monkeypatch.setattr("specprefill.deployment.local_ray.POLL_S", 0.0)
+    monkeypatch.setattr("specprefill.deployment.serve_api.POLL_S", 0.0)
     return make
 
 
@@ -88,6 +82,22 @@ def test_nothing_deployed_is_not_healthy():
 def test_a_deployment_that_cannot_be_built_fails_with_the_reason():
     failed = snapshot_of(details(app_status="DEPLOY_FAILED", message="ValueError: no such model"))
     assert failed.failure() == "specprefill: app: ValueError: no such model"
+
+
+def test_an_update_goes_on_when_a_new_replica_dies(api):
+    died = (
+        "A replica's health check failed. This deployment will be UNHEALTHY until the replica "
+        "recovers or a new deploy happens."
+    )
+    dead = details("DEPLOY_FAILED", "DEPLOY_FAILED", states=("STARTING",), message=died)
+    assert snapshot_of(dead).failure() is None
+    assert api(dead, details()).wait_healthy(10, lambda _line: None).is_healthy
+
+
+def test_an_update_that_stopped_has_failed():
+    message = "The deployment failed to start 20 times in a row during a rolling update."
+    stopped = details("DEPLOY_FAILED", "DEPLOY_FAILED", message=message)
+    assert snapshot_of(stopped).failure() is not None
 
 
 @pytest.mark.parametrize(
@@ -135,7 +145,7 @@ def test_waiting_goes_on_when_the_dashboard_drops_a_connection(api):
 
 
 def test_waiting_ends_when_the_dashboard_is_silent_for_long(api, monkeypatch):
-    monkeypatch.setattr("specprefill.deployment.local_ray.SILENCE_S", 0.0)
+    monkeypatch.setattr("specprefill.deployment.serve_api.SILENCE_S", 0.0)
     dropped = requests.ConnectionError("refused")
     with pytest.raises(DeploymentFailed, match="dashboard does not answer: refused"):
         api(dropped).wait_healthy(10, lambda _: None)
