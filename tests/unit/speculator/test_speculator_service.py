@@ -24,10 +24,11 @@ from specprefill.core.wire import pack, unpack
 from specprefill.speculator.draft import Draft
 from specprefill.speculator.jobs import Batching, Pace
 from specprefill.speculator.method import Queries, Reduction, ScoringMethod
+from specprefill.speculator.passes import MAX_FAILURES_IN_A_ROW
 from specprefill.speculator.reading import Reading
 from specprefill.speculator.scorer import Scorer
 from specprefill.speculator.scoring_gauges import SpeculatorGauges
-from specprefill.speculator.service import MAX_FAILURES_IN_A_ROW, SpeculatorService
+from specprefill.speculator.service import SpeculatorService
 from tests.instruments import Instruments
 from tests.unit.speculator.gated_scorer import (
     PLAN,
@@ -162,7 +163,7 @@ def test_the_pace_follows_measurements() -> None:
 async def test_a_short_prompt_overtakes_the_rest_of_a_long_one(scorer: GatedScorer) -> None:
     scorer.gate.clear()
     async with serving(scorer, Batching()) as service:
-        service._pace = Pace(token_s=1.0, look_ahead_s=0.0)  # nobody waits for anybody
+        service._passes.pace = Pace(token_s=1.0, look_ahead_s=0.0)  # nobody waits for anybody
         long = asyncio.create_task(service.select(request_of(500), PLAN, WAIT_S))
         await scorer.wait_until_held()
         short = [
@@ -184,7 +185,7 @@ async def test_a_turn_counts_by_what_is_new_in_it(scorer: GatedScorer) -> None:
     turn = replace(document, prompt=(*document.prompt, *request_of(20).prompt))
     async with serving(scorer, Batching()) as service:
         await service.select(document, PLAN, WAIT_S)
-        service._pace = Pace(token_s=1.0, look_ahead_s=0.0)
+        service._passes.pace = Pace(token_s=1.0, look_ahead_s=0.0)
         scorer.gate.clear()
         scorer.entered.clear()
         first = asyncio.create_task(service.select(request_of(300), PLAN, WAIT_S))
