@@ -225,6 +225,7 @@ bench-keep-rates: $(INSTALLED) ## Rules that choose the keep rate, beside fixed 
 .PHONY: bench-kv
 bench-kv: $(INSTALLED) ## The KV hand-off: throughput beside raw gRPC, memcpy and Ray; what of it shows
 	@$(PY) -m loadtest.bench.kv
+	@$(PY) -m loadtest.bench.overlap
 	@$(PY) -m loadtest.bench.gap
 
 .PHONY: bench-speculator

@@ -33,7 +33,7 @@ class PullClient(Protocol):
     def pull(
         self, endpoint: str, ticket: Ticket, fingerprint: str, start: int, timeout_s: float
     ) -> PullHandle:
-        """Start to pull the tokens from `start` on."""
+        """Start to pull the tokens from `start` on; fail after `timeout_s` without a message."""
         ...
 
     def close(self) -> None:

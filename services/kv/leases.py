@@ -129,15 +129,14 @@ class LeaseStore:
 
         An unknown lease is waited for a moment: its ticket may have overtaken the order to open it.
 
-        Raises LeaseNotFound when the lease is unknown, gone, or not complete within
-        `timeout_s`, or when the secret is wrong.
+        Raises LeaseNotFound when the lease is unknown, gone, or `timeout_s` without a new frame,
+        or when the secret is wrong.
         """
-        give_up_s = self._now() + timeout_s
         lease = self._start_reading(lease_id, secret, min(timeout_s, _OVERTAKEN_S))
         sent, whole = 0, False
         try:
             while not whole:
-                frames, last = self._next_frame(lease_id, lease, sent, give_up_s)
+                frames, last = self._next_frame(lease_id, lease, sent, self._now() + timeout_s)
                 sent += len(frames)
                 yield from frames
                 whole = last
@@ -241,7 +240,7 @@ class LeaseStore:
                     return frames, sent + len(frames) == lease.frames_expected
                 left_s = give_up_s - self._now()
                 if left_s <= 0:
-                    raise LeaseNotFound(f"lease {lease_id}: not complete in time")
+                    raise LeaseNotFound(f"lease {lease_id}: no new frame in time")
                 lease.changed.wait(left_s)
             raise LeaseNotFound(f"lease {lease_id}: {self._gone.get(lease_id, 'gone')}")
 

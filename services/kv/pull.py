@@ -14,6 +14,7 @@ from ..core.types import Ticket
 from .channels import Channels
 from .frames import Frame, Trailer, decode
 from .rpc import PULL, PullQuery
+from .silence import messages_of
 from .tls import TlsSource
 
 
@@ -27,7 +28,7 @@ class KvClient:
     def pull(
         self, endpoint: str, ticket: Ticket, fingerprint: str, start: int, timeout_s: float
     ) -> KvPull:
-        """Start to pull the tokens from `start` on."""
+        """Start to pull the tokens from `start` on; fail after `timeout_s` without a message."""
         return KvPull(
             [
                 self._stream(
@@ -52,7 +53,7 @@ class KvClient:
 
     def _stream(self, endpoint: str, query: PullQuery) -> KvStream:
         call: Any = self._channels.channel_to(endpoint, query.part).unary_stream(PULL)
-        return KvStream(call(query.pack(), timeout=query.timeout_s), query.lease_id)
+        return KvStream(call(query.pack()), query.lease_id, query.timeout_s)
 
 
 class KvPull:
@@ -97,16 +98,17 @@ class KvPull:
 class KvStream:
     """Some layers' frames, in order; `cancel()` from any thread ends it."""
 
-    def __init__(self, call: Any, lease_id: str) -> None:
+    def __init__(self, call: Any, lease_id: str, silence_s: float) -> None:
         self._call = call
         self._lease_id = lease_id
+        self._silence_s = silence_s
         self.complete_s = math.inf  # of the trailer
 
     def __iter__(self) -> Iterator[Frame]:
         """Yield the frames. Raises KvTransferError unless the stream came whole."""
         frames = 0
         try:
-            for message in self._call:
+            for message in messages_of(self._call, self._silence_s):
                 item = decode(message, self._lease_id)
                 if isinstance(item, Trailer):
                     if item.frames != frames:

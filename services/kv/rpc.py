@@ -25,6 +25,7 @@ from .announcements import Announcement, Announcements
 from .channels import OPTIONS, AioChannels, listen
 from .frames import Trailer, encode
 from .leases import LeaseGauges, LeaseStore
+from .silence import with_beats
 from .tls import TlsSource
 
 SERVICE = "specprefill.v1.KvCache"
@@ -118,6 +119,9 @@ class KvServer:
 
     def pull(self, message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Stream a lease's frames and the trailer. gRPC takes the next one when it has room."""
+        yield from with_beats(self._messages(message, context))
+
+    def _messages(self, message: bytes, context: grpc.ServicerContext) -> Iterator[bytes | None]:
         query = _pull_query(message, self._fingerprint, context)
         if not self._sends_bytes:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, "kv: leases are in device memory")
@@ -127,9 +131,8 @@ class KvServer:
             for frame in frames:
                 wanted = query.wants(frame.layer)
                 part = frame.from_token(query.start, query.lease_id) if wanted else None
-                if part is not None:
-                    sent += 1
-                    yield bytes(part)
+                sent += part is not None
+                yield None if part is None else bytes(part)
         except LeaseNotFound as error:
             context.abort(grpc.StatusCode.NOT_FOUND, str(error))
         yield encode(make_trailer(self._leases, query.lease_id, sent), query.lease_id)

@@ -75,10 +75,14 @@ class PendingStore:
         self._task = asyncio.create_task(self._objects.store(ticket, timeout_s))
 
     async def objects(self, ticket: Ticket, timeout_s: float) -> list[KvReference]:
-        """See `KvObjects.store`."""
+        """See `KvObjects.store`; the KV is complete, so it is waited for `timeout_s` only."""
         if self._task is None:
             return await self._objects.store(ticket, timeout_s)
-        return await self._task
+        try:
+            return await asyncio.wait_for(self._task, timeout_s)
+        except TimeoutError:
+            logger.warning("lease_id=%s not stored within %g s", ticket.lease.id, timeout_s)
+            return []
 
     def cancel(self) -> None:
         """Give up what is under way."""

@@ -63,7 +63,7 @@ class Holder:
                 self._keeper.ask("open", order.lease.id, order.lease.secret)
             last_layer = layer == self._layers[-1] and not self._caches.states
             self._stager.stage(order, layer, last_layer=last_layer)
-            if order.is_last and layer == self._announced_layer(order):
+            if order.start == 0 and layer == self._announced_layer(order):
                 self._keeper.ask("announce", order.lease.id, order.tokens)
 
     def finish_step(self, orders: Orders) -> None:
@@ -94,9 +94,9 @@ class Holder:
             self._stager.stage_state(order, layer, last_layer=layer == layers[-1])
 
     def _announced_layer(self, order: Stage) -> int:
-        """Return the layer of the last chunk at which the decode side may start to pull.
+        """Return the layer of the first chunk at which the decode side may start to pull.
 
-        It polls while it waits. So it waits for half a chunk only, unless the KV of chunks
-        before the last one is there to be moved meanwhile.
+        KV then moves as fast as it is computed. The decode engine polls while it waits, so of a
+        prompt of one chunk it waits for half of that only.
         """
-        return self._layers[0 if order.start > 0 else len(self._layers) // 2]
+        return self._layers[len(self._layers) // 2 if order.is_last else -1]

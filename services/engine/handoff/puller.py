@@ -32,7 +32,7 @@ from .states import ROW_BYTES
 
 logger = logging.getLogger("vllm.specprefill.handoff")
 
-_PULL_THREADS = 8
+_PULL_THREADS = 64  # a pull may last as long as the prefill that it pulls from
 _LANDED_AHEAD = 4  # frames per pull that the device may still be reading
 
 Store = Callable[[torch.Tensor], None]

@@ -37,6 +37,11 @@ class RequestContext:
     reports: dict[str, Report] = field(default_factory=dict)  # by the server's request id
     error: SpecPrefillError | None = None
 
+    @property
+    def has_ended(self) -> bool:
+        """True once a prompt has been answered, or has failed."""
+        return self.error is not None or bool(self.reports)
+
     def ordered_reports(self) -> list[Report] | None:
         """Return the reports in prompt order, once every prompt has been answered."""
         if not self.reports or len(self.reports) < self.prompts_started:

@@ -242,7 +242,9 @@ class _Reply:
         self.started = False  # the client has got something
 
     async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
+        if self._streaming and self.started and not self._context.has_ended:  # nearly every token
+            await self._to_client(message)
+        elif message["type"] == "http.response.start":
             self._start = message
             kind = Headers(raw=message["headers"]).get("content-type", "")
             self._streaming = kind.startswith("text/event-stream")

@@ -27,6 +27,7 @@ from ..frames import Frame, Trailer, decode, encode
 from ..leases import LeaseStore
 from ..pull import transfer_error
 from ..rpc import SERVICE, PullQuery, make_trailer, open_lending
+from ..silence import messages_of, with_beats
 from ..tls import TlsSource
 from .agent import NixlAgent, NixlMemory, NixlRead
 from .arena import Arena
@@ -110,19 +111,20 @@ class DeviceReadHandler(grpc.GenericRpcHandler):
         lent: list[bytes | memoryview] = []
         self._count(1)
         try:
-            yield from self._items(query, lent)
+            yield from with_beats(self._items(query, lent))
             gone.wait()
         except LeaseNotFound as error:
             context.abort(grpc.StatusCode.NOT_FOUND, str(error))
         finally:
             self._count(-1)
 
-    def _items(self, query: PullQuery, lent: list[bytes | memoryview]) -> Iterator[bytes]:
+    def _items(self, query: PullQuery, lent: list[bytes | memoryview]) -> Iterator[bytes | None]:
         frames = self._leases.stream(query.lease_id, query.secret, timeout_s=query.timeout_s)
         for number, frame in enumerate(frames):
             if number == 0:
                 yield pack_item(self._introduction)
             if frame.stop <= query.start:
+                yield None
                 continue
             offset = self._shadow.offset_of(frame.message)
             if offset is None:
@@ -162,10 +164,8 @@ class DeviceClient:
         """Start to read the tokens from `start` on. See `KvClient.pull`."""
         query = PullQuery(ticket.lease.id, ticket.lease.secret, fingerprint, start, timeout_s)
         call: Any = self._channels.channel_to(endpoint).unary_stream(READ_DEVICE)
-        stream = call(query.pack(), timeout=timeout_s)
-        return DevicePull(
-            self._agent, self._landing, self._memory, endpoint, stream, query.lease_id
-        )
+        stream = call(query.pack())
+        return DevicePull(self._agent, self._landing, self._memory, endpoint, stream, query)
 
     def close(self) -> None:
         """Close every channel; reads under way fail."""
@@ -182,14 +182,15 @@ class DevicePull:
         memory: NixlMemory,
         endpoint: str,
         call: Any,
-        lease_id: str,
+        query: PullQuery,
     ) -> None:
         self._agent = agent
         self._landing = landing
         self._memory = memory
         self._endpoint = endpoint
         self._call = call
-        self._lease_id = lease_id
+        self._lease_id = query.lease_id
+        self._silence_s = query.timeout_s
         self._peer = ""
         self._reads: deque[tuple[DeviceFrame, NixlRead]] = deque()
 
@@ -197,7 +198,7 @@ class DevicePull:
         """See `KvPull.deliver_to`; the payload's place is free again once nothing refers to it."""
         frames = 0
         try:
-            for item in map(unpack_item, self._call):
+            for item in map(unpack_item, messages_of(self._call, self._silence_s)):
                 if isinstance(item, Introduction):
                     self._agent.add_peer(self._endpoint, item.agent, item.metadata)
                     self._peer = item.agent
@@ -245,7 +246,7 @@ class DevicePull:
     def _await_oldest(self) -> Frame:
         frame, read = self._reads.popleft()
         with self._agent.forget_on_error(self._endpoint):
-            await_read(self._agent, read, self._call)
+            await_read(self._agent, read, self._call, self._silence_s)
         return Frame(frame.layer, frame.start, frame.stop, read.payload)
 
     def _end(self) -> None:

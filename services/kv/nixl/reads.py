@@ -28,6 +28,7 @@ from ..frames import Frame, Trailer, decode, encode
 from ..leases import LeaseStore
 from ..pull import transfer_error
 from ..rpc import SERVICE, PullQuery, make_trailer, open_lending
+from ..silence import messages_of, with_beats
 from ..tls import TlsSource
 from .agent import NixlAgent, NixlRead
 from .arena import Arena, address_of
@@ -76,12 +77,13 @@ def unpack(item: bytes) -> Introduction | MessagePlace:
     raise CorruptFrame("read: an item is neither an introduction nor a place")
 
 
-def await_read(agent: NixlAgent, read: NixlRead, call: Any) -> None:
+def await_read(agent: NixlAgent, read: NixlRead, call: Any, timeout_s: float) -> None:
     """Return when the read has ended. Raises KvTransferError, also when `call` has."""
+    give_up_s = time.monotonic() + timeout_s
     while not read.has_ended():
-        if not call.is_active():  # cancelled, out of time, or the peer has died
+        if not call.is_active() or time.monotonic() > give_up_s:
             agent.abandon(read)
-            raise KvTransferError("nixl: the peer hung up during a read")
+            raise KvTransferError(f"nixl: the peer hung up, or a read took {timeout_s:g} s")
         time.sleep(_POLL_S)
 
 
@@ -109,21 +111,23 @@ class NixlHandler(grpc.GenericRpcHandler):
         lent: list[bytes | memoryview] = []
         with self._progress:
             try:
-                yield from self._items(query, lent)
+                yield from with_beats(self._items(query, lent))
             except LeaseNotFound as error:
                 context.abort(grpc.StatusCode.NOT_FOUND, str(error))
             gone.wait()
 
-    def _items(self, query: PullQuery, lent: list[bytes | memoryview]) -> Iterator[bytes]:
+    def _items(self, query: PullQuery, lent: list[bytes | memoryview]) -> Iterator[bytes | None]:
         """Yield the items; the agent is introduced only after the lease's secret proved right."""
         frames = self._leases.stream(query.lease_id, query.secret, timeout_s=query.timeout_s)
         for number, frame in enumerate(frames):
             if number == 0:
                 yield pack(Introduction(self._agent.name, self._agent.metadata()))
             message = frame.from_token(query.start, query.lease_id)
-            if message is not None:
-                lent.append(message)
-                yield pack(self._place(message))
+            if message is None:
+                yield None
+                continue
+            lent.append(message)
+            yield pack(self._place(message))
         end = make_trailer(self._leases, query.lease_id, len(lent))
         yield pack(MessagePlace(0, 0, encode(end, query.lease_id)))
 
@@ -180,8 +184,8 @@ class NixlClient:
         """Start to read the tokens from `start` on. See `KvClient.pull`."""
         query = PullQuery(ticket.lease.id, ticket.lease.secret, fingerprint, start, timeout_s)
         call: Any = self._channels.channel_to(endpoint).unary_stream(READ)
-        stream = call(query.pack(), timeout=timeout_s)
-        return NixlPull(self._agent, self._landing, endpoint, stream, query.lease_id)
+        stream = call(query.pack())
+        return NixlPull(self._agent, self._landing, endpoint, stream, query)
 
     def close(self) -> None:
         """Close every channel; reads under way fail."""
@@ -192,13 +196,14 @@ class NixlPull:
     """One lease being pulled: a few messages are read ahead of the one that is stored."""
 
     def __init__(
-        self, agent: NixlAgent, landing: Arena, endpoint: str, call: Any, lease_id: str
+        self, agent: NixlAgent, landing: Arena, endpoint: str, call: Any, query: PullQuery
     ) -> None:
         self._agent = agent
         self._landing = landing
         self._endpoint = endpoint
         self._call = call
-        self._lease_id = lease_id
+        self._lease_id = query.lease_id
+        self._silence_s = query.timeout_s
         self._reads: deque[NixlRead | bytes] = deque()  # a message that came inline is there
 
     def deliver_to(self, store: Callable[[Frame], None]) -> float:
@@ -227,7 +232,7 @@ class NixlPull:
     def _messages(self) -> Iterator[Frame | Trailer]:
         """Yield every message, whole and in order."""
         peer = ""
-        for item in map(unpack, self._call):
+        for item in map(unpack, messages_of(self._call, self._silence_s)):
             if isinstance(item, Introduction):
                 self._agent.add_peer(self._endpoint, item.agent, item.metadata)
                 peer = item.agent
@@ -250,7 +255,7 @@ class NixlPull:
         if isinstance(read, bytes):
             return read
         with self._agent.forget_on_error(self._endpoint):
-            await_read(self._agent, read, self._call)
+            await_read(self._agent, read, self._call, self._silence_s)
         return read.payload
 
     def _end(self) -> None:

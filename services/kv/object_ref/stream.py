@@ -28,6 +28,7 @@ from ..channels import OPTIONS, Channels, listen
 from ..frames import TRAILER_LAYER, Trailer, decode, encode, layer_of
 from ..pull import transfer_error
 from ..rpc import PULL, PullQuery
+from ..silence import messages_of
 from ..tls import TlsSource
 from .shared_memory import LOCATE, Mappings, MessagePlaces
 
@@ -56,7 +57,7 @@ class KvCollector:
         peer = ticket.endpoints[rank]
         query = PullQuery(ticket.lease.id, ticket.lease.secret, ticket.fingerprint, 0, timeout_s)
         map_call: Any = self._channels.channel_to(peer).unary_stream(LOCATE)
-        lending = map_call(query.pack(), timeout=timeout_s)
+        lending = map_call(query.pack())  # the worker ends it when its engine goes silent
         try:
             lent = self._borrow(peer, lending)
             yield self._receive(peer, query) if lent is None else lent
@@ -81,7 +82,7 @@ class KvCollector:
         """Return the messages, received through the socket, in an array each."""
         stream: Any = self._channels.channel_to(peer).unary_stream(PULL)
         try:
-            came = list(stream(query.pack(), timeout=query.timeout_s))
+            came = list(messages_of(stream(query.pack()), query.timeout_s))
         except grpc.RpcError as error:
             raise transfer_error(error) from error
         if not came:

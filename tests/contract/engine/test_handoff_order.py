@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
@@ -24,6 +25,7 @@ from specprefill.engine.handoff.puller import Puller, WorkerPlace
 from specprefill.engine.handoff.ring import BufferRing
 from specprefill.engine.handoff.staging import Stager
 from specprefill.kv.pull import KvClient
+from specprefill.kv.rpc import KvPeers
 from specprefill.kv.shards import Split
 from tests.contract.engine.strict_device import POISON, BrokenDevice, StrictDevice, UnorderedDevice
 
@@ -87,10 +89,10 @@ class Pair:
             config(**changes), self.pulled, puller_device, PLACE, nixl=None, tls=None
         )
 
-    def prefill(self):
+    def prefill(self, chunks=CHUNKS):
         """Compute the prompt in chunks; each step's pages are overwritten once it has returned."""
         layout, blocks = RowLayout(self.prefill_tensors[NAMES[0]]), torch.tensor(PREFILL_BLOCKS)
-        for start, stop in CHUNKS:
+        for start, stop in chunks:
             orders = Orders(
                 stages=[Stage(Lease("lease", "secret"), start, stop, TOKENS, [PREFILL_BLOCKS])]
             )
@@ -103,10 +105,17 @@ class Pair:
 
     def pull(self):
         """Pull the prompt; return whether it failed."""
+        self.start_pull()
+        return self.pull_failed()
+
+    def start_pull(self):
         peers = (self.holder.endpoint.address,)
         ticket = Ticket(Lease("lease", "secret"), peers, "layout", TOKENS)
         order = Pull("request", ticket, 0, TOKENS, [DECODE_BLOCKS])
         self.puller.start_pulls(Orders(pulls=[order]))
+
+    def pull_failed(self):
+        """Wait for the end of the pull; return whether it failed."""
 
         def reported():
             results = self.puller.take_results(set())
@@ -165,6 +174,34 @@ def test_what_is_reported_pulled_is_in_the_cache(pair, device, streams):
     both = pair(device(), device(), streams=streams)
     both.prefill()
     assert both.pull() is False
+    assert both.arrived()
+
+
+async def announced(address):
+    """Return the first announcement of a worker."""
+    peers = KvPeers()
+    try:
+        async with asyncio.timeout(20.0):
+            return await anext(peers.announcements(address))
+    finally:
+        await peers.close()
+
+
+async def test_a_pull_may_start_with_the_first_chunk(pair):
+    both = pair(HostDevice(), HostDevice())
+    heard = asyncio.create_task(announced(both.holder.endpoint.address))
+    while not heard.done():  # an announcement is for those who listen by then
+        both.prefill(CHUNKS[:1])
+        await asyncio.wait([heard], timeout=0.05)
+    assert heard.result().tokens == TOKENS
+
+
+def test_a_pull_that_starts_with_the_first_chunk_ends_with_the_last(pair):
+    both = pair(HostDevice(), HostDevice())
+    both.prefill(CHUNKS[:1])
+    both.start_pull()
+    both.prefill(CHUNKS[1:])
+    assert both.pull_failed() is False
     assert both.arrived()
 
 

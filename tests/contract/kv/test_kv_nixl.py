@@ -54,7 +54,7 @@ def other() -> Iterator[Nixl]:
 def test_a_worker_that_hangs_costs_the_pull_its_time(worker, client):
     worker.stop()
     started_s = time.monotonic()
-    with pytest.raises(KvTransferError, match="DEADLINE_EXCEEDED"):
+    with pytest.raises(KvTransferError, match="nothing came for"):
         client.pull(worker.address, TICKET, FINGERPRINT, 0, 0.5).deliver_to(lambda _frame: None)
     worker.go_on()
     assert 0.4 < time.monotonic() - started_s < 2.0

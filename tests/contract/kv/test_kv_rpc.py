@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import grpc
@@ -99,6 +100,59 @@ def test_frames_stream_while_later_ones_are_computed(leases, address, client):
 
     running.deliver_to(store)
     assert len(came) == 2 * LAYERS
+
+
+def test_a_pull_lasts_as_long_as_frames_come(leases, address, client):
+    """Also where a prompt takes longer to compute than a silence may last."""
+    stage(leases, 0, 16)
+    running = pull(client, address, timeout_s=1.0)
+
+    def compute() -> None:
+        for start in range(16, TOKENS, 16):
+            time.sleep(0.4)
+            stage(leases, start, start + 16)
+
+    computing = threading.Thread(target=compute)
+    computing.start()
+    assert [frame.start for frame in frames_of(running)] == [0, 16, 32, 48] * LAYERS
+    computing.join()
+
+
+def test_a_pull_of_kv_that_does_not_go_on_fails(leases, address, client):
+    stage(leases, 0, 40)
+    with pytest.raises(KvTransferError):
+        frames_of(pull(client, address, timeout_s=0.2))
+
+
+class Mute(grpc.GenericRpcHandler):
+    """A peer that takes calls and says nothing."""
+
+    def __init__(self) -> None:
+        self.closing = threading.Event()
+
+    def service(self, details):
+        def wait(_message, _context):
+            self.closing.wait()
+            yield from ()
+
+        return grpc.unary_stream_rpc_method_handler(wait)
+
+
+def test_a_peer_that_falls_silent_ends_the_pull(client):
+    mute, server = Mute(), grpc.server(ThreadPoolExecutor(4))
+    server.add_generic_rpc_handlers([mute])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with pytest.raises(KvTransferError, match=r"nothing came for 0\.2 s"):
+        frames_of(pull(client, f"127.0.0.1:{port}", timeout_s=0.2))
+    mute.closing.set()
+    server.stop(grace=0).wait()
+
+
+def test_a_slow_receiver_is_no_silence(leases, address, client):
+    stage(leases, 0, 40)
+    stage(leases, 40, TOKENS)
+    pull(client, address, timeout_s=0.2).deliver_to(lambda _frame: time.sleep(0.25))
 
 
 def test_a_pull_returns_how_long_the_kv_waited(leases, address, client):

@@ -198,7 +198,7 @@ def test_a_release_ends_a_pull_that_waits(store):
 def test_a_pull_of_a_lease_that_never_completes_gives_up(store, clock):
     store.open("a", "secret")
     stream = store.stream("a", "secret", timeout_s=0.0)
-    with pytest.raises(LeaseNotFound, match="not complete"):
+    with pytest.raises(LeaseNotFound, match="no new frame"):
         next(stream)
 
 
