@@ -85,7 +85,6 @@ MEANINGS = {
     "EngineConfig.enable_prefix_caching": "As vLLM's argument.",
     "EngineConfig.cpu_threads": "Threads of each worker on a CPU.",
     "EngineConfig.engine_args": "Any other argument of vLLM's `AsyncEngineArgs`, by name.",
-    "KvConfig.pull_timeout_s": "A pull that takes longer has failed.",
     "KvConfig.on_failure": "After a failed pull: recompute the kept prompt, or fail the request.",
     "GatewayConfig.request_timeout_s": "A request's time, where its client sets none.",
     "GatewayConfig.front": "HAProxy.",

@@ -78,6 +78,7 @@ def report_dict(report: pb.Report) -> dict[str, Any]:
     outcome = {
         "prefilled_by": report.prefilled_by,
         "recomputed": report.recomputed,
+        "retries": report.retries,
         "carried_tokens": report.carried_tokens,
     }
     return {**_decision(report.decision), **times, **outcome}

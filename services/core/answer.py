@@ -126,7 +126,7 @@ class Answer:
         chunk = sample.without_repeated(step.chunk)
         return self._send(chunk) if chunk.token_ids or chunk.text or chunk.is_finished else []
 
-    def report(self, selection: Selection, ttft_s: float) -> Report:
+    def report(self, selection: Selection, ttft_s: float, retries: int = 0) -> Report:
         """Return the request's report, once the last sample has finished."""
         by, times = (
             (PrefilledBy.DECODE, self._computed)
@@ -146,6 +146,7 @@ class Answer:
             first_decode_s=self._first_decode_s,
             ttft_s=ttft_s,
             recomputed=self._recomputed,
+            retries=retries,
             cached_tokens=self._cached_tokens,
             expected=selection.plan.expected,
             remembered_tokens=selection.remembered_tokens,

@@ -87,6 +87,10 @@ class SpeculatorUnavailable(Unavailable):
     """No speculator answered. The pipeline prefills the whole prompt instead."""
 
 
+class SpeculatorLost(SpeculatorUnavailable):
+    """The speculator died while it had the request; another one may answer."""
+
+
 class PrefillUnavailable(Unavailable):
     """No prefill engine answered."""
 

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from .errors import SpecPrefillError
+from .errors import SpecPrefillError, SpeculatorLost
 from .plan import Planner
 from .ports import Answerer
 from .types import (
@@ -38,6 +38,7 @@ class FakeSpeculator:
     """Keeps the first `plan.keep` of the prompt; `fails` is raised instead, if set."""
 
     fails: SpecPrefillError | None = None
+    lost: int = 0  # calls under which it dies
     calls: int = 0
     timeouts_s: list[float] = field(default_factory=list)  # of the calls
 
@@ -48,6 +49,9 @@ class FakeSpeculator:
         await asyncio.sleep(0)
         if self.fails is not None:
             raise self.fails
+        if self.lost > 0:
+            self.lost -= 1
+            raise SpeculatorLost("no speculator replica answered; try again")
         prompt_tokens = len(request.prompt)
         kept = max(1, int(prompt_tokens * plan.keep))
         return Selection(prompt_tokens, (Span(0, kept),), plan, speculate_s=0.25)

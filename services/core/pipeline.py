@@ -21,6 +21,7 @@ from .errors import (
     Overloaded,
     PrefillUnavailable,
     ScoringTimeout,
+    SpeculatorLost,
     SpeculatorUnavailable,
 )
 from .fallback import Fallback, Patience
@@ -41,6 +42,9 @@ from .types import (
     keep_all,
 )
 
+# Replicas of a stage that one request may try: a request that kills replicas must not kill a pool.
+ATTEMPTS = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
@@ -55,6 +59,13 @@ class Deadline:
         if left <= 0:
             raise DeadlineExceeded("timeout_s: the request's time was used up")
         return left
+
+
+@dataclass(slots=True)
+class _Losses:
+    """Counts the replicas that were lost under one request."""
+
+    count: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +99,7 @@ class Pipeline:
     overlap: bool = True  # decode pulls the KV while the last of it is computed
     local: LocalPrefill | None = None  # None: every prompt is computed by the prefill pool
     texts: TextWriter | None = None  # None: no plan may have text mode
-    attempts: int = 2  # engines per stage: a request that kills engines must not kill a pool
+    attempts: int = ATTEMPTS
     now: Callable[[], float] = field(default=time.monotonic)
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk]:
@@ -99,15 +110,16 @@ class Pipeline:
         """
         started_s = self.now()
         deadline = Deadline(started_s + request.timeout_s, self.now)
-        selection = await self._select(request, deadline)
-        async with self._prefill_or_skip(request, selection, deadline) as start:
+        losses = _Losses()
+        selection = await self._select(request, deadline, losses)
+        async with self._prefill_or_skip(request, selection, deadline, losses) as start:
             answer, ttft_s = Answer(request, start.prefilled), 0.0
-            chunks = self._stream_chunks(request, selection, start, answer, deadline)
+            chunks = self._stream_chunks(request, selection, start, answer, deadline, losses)
             async with aclosing(chunks) as stream:
                 async for chunk in stream:
                     ttft_s = ttft_s or self.now() - started_s
                     if answer.open_samples == 0:
-                        report = answer.report(selection, ttft_s)
+                        report = answer.report(selection, ttft_s, losses.count)
                         if self.local is not None:
                             self.local.learn(request, selection, report, answer.token_ids(0))
                         chunk = replace(chunk, report=report)
@@ -120,6 +132,7 @@ class Pipeline:
         start: _PrefillOutcome,
         answer: Answer,
         deadline: Deadline,
+        losses: _Losses,
     ) -> AsyncGenerator[Chunk, None]:
         """Yield the first token at once, then the decode engine's; replace a lost engine."""
         for chunk in answer.first_chunks():  # the client has it, whether the KV has moved or not
@@ -142,20 +155,21 @@ class Pipeline:
             except Diverged:
                 pass  # the next one repeats the client's tokens
             except DecodeUnavailable:
+                losses.count += 1
                 if attempts_left == 0:
                     raise
             steps = None
 
     @asynccontextmanager
     async def _prefill_or_skip(
-        self, request: Request, selection: Selection, deadline: Deadline
+        self, request: Request, selection: Selection, deadline: Deadline, losses: _Losses
     ) -> AsyncIterator[_PrefillOutcome]:
         """Prefill in the prefill pool, unless decode computes the prompt."""
         with self._decide_local(request, selection) as local:
             if local:
                 yield _PrefillOutcome()
                 return
-            async with self._prefill_with_retry(request, selection, deadline) as start:
+            async with self._prefill_with_retry(request, selection, deadline, losses) as start:
                 yield start
 
     def _decide_local(self, request: Request, selection: Selection) -> AbstractContextManager[bool]:
@@ -163,7 +177,7 @@ class Pipeline:
 
     @asynccontextmanager
     async def _prefill_with_retry(
-        self, request: Request, selection: Selection, deadline: Deadline
+        self, request: Request, selection: Selection, deadline: Deadline, losses: _Losses
     ) -> AsyncIterator[_PrefillOutcome]:
         """Prefill, on another engine when one is lost: nothing was sent yet."""
         for attempts_left in reversed(range(self.attempts)):
@@ -171,6 +185,7 @@ class Pipeline:
                 try:
                     start = await self._prefill_once(inside, request, selection, deadline)
                 except PrefillUnavailable:
+                    losses.count += 1
                     if attempts_left == 0:
                         raise
                     continue
@@ -197,11 +212,12 @@ class Pipeline:
 
         Raises InvalidRequest or DeadlineExceeded.
         """
-        return await self._select(request, Deadline(self.now() + request.timeout_s, self.now))
+        deadline = Deadline(self.now() + request.timeout_s, self.now)
+        return await self._select(request, deadline, _Losses())
 
-    async def _select(self, request: Request, deadline: Deadline) -> Selection:
+    async def _select(self, request: Request, deadline: Deadline, losses: _Losses) -> Selection:
         """Select tokens, and in text mode write them as a prompt of its own."""
-        selection = await self._select_tokens(request, deadline)
+        selection = await self._select_tokens(request, deadline, losses)
         if selection.mode is not PromptMode.TEXT:
             return selection
         if self.texts is None:
@@ -214,7 +230,9 @@ class Pipeline:
         whole = keep_all(selection.prompt_tokens, plan).runs
         return replace(selection, runs=whole, plan=plan)
 
-    async def _select_tokens(self, request: Request, deadline: Deadline) -> Selection:
+    async def _select_tokens(
+        self, request: Request, deadline: Deadline, losses: _Losses
+    ) -> Selection:
         """Select tokens. Losing the speculator costs time, never the answer."""
         if not request.prompt:
             raise InvalidRequest("prompt: must hold at least one token", "prompt")
@@ -224,7 +242,7 @@ class Pipeline:
         left_s, asked_s = deadline.left_s(), self.now()
         timeout_s = min(left_s, self.patience.seconds(len(request.prompt)))
         try:
-            return await self.speculator.select(request, plan, timeout_s)
+            return await self._score(request, plan, asked_s, timeout_s, losses)
         except SpeculatorUnavailable:
             selection = dense_selection(len(request.prompt), Reason.SPECULATOR_UNAVAILABLE)
             return replace(selection, queue_s=self.now() - asked_s)
@@ -239,6 +257,20 @@ class Pipeline:
             speculate_s = error.speculate_s if isinstance(error, ScoringTimeout) else 0.0
             queue_s = max(0.0, self.now() - asked_s - speculate_s)
         return self._select_unscored(request, plan, reason, retry_after_s, (queue_s, speculate_s))
+
+    async def _score(
+        self, request: Request, plan: Plan, asked_s: float, timeout_s: float, losses: _Losses
+    ) -> Selection:
+        """Ask a speculator, and another one when it is lost."""
+        left_s, attempts_left = timeout_s, self.attempts
+        while True:
+            try:
+                return await self.speculator.select(request, plan, left_s)
+            except SpeculatorLost:
+                losses.count += 1
+                left_s, attempts_left = asked_s + timeout_s - self.now(), attempts_left - 1
+                if attempts_left == 0 or left_s <= 0:
+                    raise
 
     def _select_unscored(
         self,

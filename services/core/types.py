@@ -340,6 +340,7 @@ class Report:
     prefilled_by: PrefilledBy = PrefilledBy.PREFILL
     mode: PromptMode = PromptMode.POSITIONS
     text_tokens: int | None = None  # text mode: the kept text's tokens, with its marks
+    retries: int = 0  # replicas that were lost under the request: others did their part
 
     @property
     def engine_tokens(self) -> int:

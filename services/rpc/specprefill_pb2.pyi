@@ -192,18 +192,20 @@ class Decision(_message.Message):
     def __init__(self, plan: _Optional[str] = ..., reason: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., kept_tokens: _Optional[int] = ..., keep_rate: _Optional[float] = ..., mode: _Optional[str] = ..., text_tokens: _Optional[int] = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("decision", "times", "recomputed", "prefilled_by", "carried_tokens")
+    __slots__ = ("decision", "times", "recomputed", "prefilled_by", "carried_tokens", "retries")
     DECISION_FIELD_NUMBER: _ClassVar[int]
     TIMES_FIELD_NUMBER: _ClassVar[int]
     RECOMPUTED_FIELD_NUMBER: _ClassVar[int]
     PREFILLED_BY_FIELD_NUMBER: _ClassVar[int]
     CARRIED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RETRIES_FIELD_NUMBER: _ClassVar[int]
     decision: Decision
     times: Times
     recomputed: bool
     prefilled_by: str
     carried_tokens: int
-    def __init__(self, decision: _Optional[_Union[Decision, _Mapping]] = ..., times: _Optional[_Union[Times, _Mapping]] = ..., recomputed: bool = ..., prefilled_by: _Optional[str] = ..., carried_tokens: _Optional[int] = ...) -> None: ...
+    retries: int
+    def __init__(self, decision: _Optional[_Union[Decision, _Mapping]] = ..., times: _Optional[_Union[Times, _Mapping]] = ..., recomputed: bool = ..., prefilled_by: _Optional[str] = ..., carried_tokens: _Optional[int] = ..., retries: _Optional[int] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("outputs", "usage", "report")

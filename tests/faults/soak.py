@@ -33,13 +33,13 @@ from specprefill.lab.reporting.tables import provenance, write_json
 from tests.fuzz.served import HOST, serving
 from tests.fuzz.watch import SPARE_BYTES, SPARE_SHARE, Watch
 
-POOLS = {"Speculator": 8, "Prefill": 8, "Decode": 20}  # replicas
+POOLS = {"Speculator": 8, "Prefill": 16, "Decode": 20}  # replicas: room for all clients
 SPEED = 0.05  # of the engines: 500 streams at once, and few enough tokens a second for two cores
 ANSWER_TOKENS, TURNS = 96, 4
 KILL_EVERY_S, SAMPLE_EVERY_S, PATIENCE_S = 20.0, 5.0, 240.0
 UPGRADE_AT = 0.25  # of the run
 COMPARED = (0.45, 0.6), (0.85, 1.0)  # parts of the run between which nothing may grow
-STAGES = ("queue_s", "speculate_s", "prefill_s", "transfer_s", "first_decode_s")
+STAGES = ("queue_s", "speculate_s", "prefill_s")  # before the first token
 
 
 @dataclass(slots=True)
@@ -90,6 +90,11 @@ class Findings:
         return Distribution.from_values(overhead_s(one) for one in self.run.outcomes)
 
     @property
+    def moved(self) -> int:
+        """The number of requests that went on where a replica was lost under them."""
+        return sum(bool(one.report_number("retries")) for one in self.run.outcomes)
+
+    @property
     def faults(self) -> list[str]:
         """Return what must not be."""
         upgrade = [self.upgrade.fault] if self.upgrade.fault else []
@@ -97,11 +102,13 @@ class Findings:
 
 
 def overhead_s(one: RequestOutcome) -> float | None:
-    """Return what the service added; None for a request without a report, or one that was moved.
+    """Return what the service added; None for a request without an answer, or one that was moved.
 
     A request whose replica died has run stages twice, of which the report holds one.
     """
     if one.stream.ending is not RequestEnding.ANSWERED or one.ttft_s is None:
+        return None
+    if one.report_number("retries"):
         return None
     return one.ttft_s - sum(one.report_number(stage) or 0.0 for stage in STAGES)
 
@@ -228,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     found = asyncio.run(soak(raw, args.clients, args.minutes * 60.0, args.seed))
     write_json(Path("out") / "soak.json", provenance(args.seed), figures(found, args.clients))
     print(run_table([found.run.summary]))
-    print(f"\nkilled {len(found.run.kills)} replicas; {found.upgrade}")
+    print(f"\nkilled {len(found.run.kills)} replicas under {found.moved} requests; {found.upgrade}")
     own = found.overhead_s
     print(
         f"the service's own part of the time to a first token: p50 {own.p50 * 1e3:.0f} ms, "
@@ -246,6 +253,7 @@ def figures(found: Findings, clients: int) -> dict[str, Any]:
     return {
         "clients": clients,
         "summary": asdict(found.run.summary),
+        "moved": found.moved,
         "overhead_s": asdict(found.overhead_s),
         "kills": [asdict(kill) for kill in found.run.kills],
         "upgraded_in_s": found.upgrade.seconds,

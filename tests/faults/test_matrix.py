@@ -66,6 +66,8 @@ def selection() -> Selection:
     return Selection(LENGTH, RUNS, Plan(PlanKind.PRUNE, Reason.ASKED, 0.5))
 
 
+# A replica was lost under the request.
+LOST = ("prefilled elsewhere", "pulled by another decode", "replayed by another decode")
 RECOMPUTED = ("prompt recomputed by decode", "replayed by another decode")
 
 
@@ -86,6 +88,7 @@ class Ask:
         assert got == wanted
         assert held == 0
         assert report.recomputed == (recovered in RECOMPUTED)
+        assert (report.retries > 0) == (recovered in LOST)
         assert not undisturbed.recomputed
 
 

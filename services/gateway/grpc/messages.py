@@ -132,6 +132,7 @@ def report_message(report: Report) -> pb.Report:
         recomputed=report.recomputed,
         prefilled_by=report.prefilled_by.value,
         carried_tokens=report.carried_tokens,
+        retries=report.retries,
     )
 
 

@@ -55,6 +55,9 @@ class PipelineMetrics:
         self._recomputed = counter(
             "recomputed_total", "Requests whose KV the decode engine computed again"
         )
+        self._retries = counter(
+            "retries_total", "Replicas that were lost under an answered request, which went on"
+        )
         self._shed = counter(
             "shed_total", "Requests refused under load; [reasons](api.md#errors)", "reason"
         )
@@ -98,6 +101,7 @@ class PipelineMetrics:
         self._modes.inc(1, {"mode": report.mode.value})
         if report.recomputed:
             self._recomputed.inc(1)
+        _add(self._retries, report.retries)
         self._prefilled.inc(1, {"pool": report.prefilled_by.value})
         self._observe_times(report)
         if report.kept_tokens < report.prompt_tokens:

@@ -193,5 +193,6 @@ def _report_attributes(report: Report, output_tokens: int) -> Attributes:
         "specprefill.keep_rate": report.keep_rate,
         "specprefill.prefilled_by": report.prefilled_by.value,
         "specprefill.recomputed": report.recomputed,
+        "specprefill.retries": report.retries,
         "specprefill.ttft_s": report.ttft_s,
     }

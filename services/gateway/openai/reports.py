@@ -21,6 +21,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "mode": report.mode.value,
         "prefilled_by": report.prefilled_by.value,
         "recomputed": report.recomputed,
+        "retries": report.retries,
         "queue_s": round(report.queue_s, _DECIMALS),
         "speculate_s": round(report.speculate_s, _DECIMALS),
         "prefill_s": round(report.prefill_s, _DECIMALS),

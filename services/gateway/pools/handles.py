@@ -22,6 +22,7 @@ from ...core.errors import (
     Overloaded,
     PrefillUnavailable,
     SpecPrefillError,
+    SpeculatorLost,
     SpeculatorUnavailable,
     Unavailable,
 )
@@ -54,7 +55,7 @@ class ServeSpeculator:
 
     async def select(self, request: Request, plan: Plan, timeout_s: float) -> Selection:
         """See `ports.Speculator`."""
-        with map_errors("speculator", SpeculatorUnavailable, broken=SpeculatorUnavailable):
+        with map_errors("speculator", SpeculatorLost, broken=SpeculatorUnavailable):
             payload = wire.pack((request, plan, timeout_s))
             load = wire.pack(whole_load_of(request))
             # The replica's own timeout comes first: it reports how the time was spent.

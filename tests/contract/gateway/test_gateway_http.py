@@ -45,6 +45,7 @@ async def test_the_report_is_in_the_answer(client: openai.AsyncOpenAI, pipeline:
         "prefilled_by": "prefill",
         "carried_tokens": 0,
         "recomputed": False,
+        "retries": 0,
         "queue_s": 0.0,
         "speculate_s": 0.125,
         "prefill_s": 0.25,

@@ -21,7 +21,7 @@ from specprefill.core.fakes import (
     text_of,
 )
 from specprefill.core.fallback import Fallback, OnOverload, Patience
-from specprefill.core.pipeline import Pipeline
+from specprefill.core.pipeline import ATTEMPTS, Pipeline
 from specprefill.core.plan import Planner
 from specprefill.core.types import Controls, PlanKind, PromptMode, Reason, Request
 from tests.policies import PAPER
@@ -150,6 +150,31 @@ async def test_losing_the_speculator_costs_time_not_the_answer():
     assert report.kept_tokens == 100
 
 
+async def test_a_lost_speculator_is_replaced_by_another_one():
+    pools = Pools()
+    pools.speculator.lost = 2
+    report = (await pools.run())[-1].report
+    assert (report.plan, report.retries) == (PlanKind.PRUNE, 2)
+    assert pools.speculator.calls == 3
+
+
+async def test_a_prompt_that_kills_speculators_goes_dense_before_it_has_killed_them_all():
+    pools = Pools()
+    pools.speculator.lost = 100
+    report = (await pools.run())[-1].report
+    assert (report.plan, report.reason) == (PlanKind.DENSE, Reason.SPECULATOR_UNAVAILABLE)
+    assert pools.speculator.calls == report.retries == ATTEMPTS
+
+
+async def test_lost_speculators_do_not_buy_a_prompt_time():
+    clock = iter([0.0, 0.0, 0.0, 5.0, *[1e3] * 20])
+    pools = Pools(now=lambda: next(clock))
+    pools.pipeline.patience = Patience(10.0, 0.0)
+    pools.speculator.lost = 100
+    await pools.run(timeout_s=1e6)
+    assert pools.speculator.timeouts_s == [10.0, 5.0]
+
+
 async def test_long_prompts_may_take_longer_to_be_scored():
     pools = Pools()
     pools.pipeline.patience = Patience(1.0, 0.25)
@@ -256,7 +281,7 @@ async def test_an_empty_prompt_is_refused():
 
 
 async def test_the_kv_is_released_whatever_happens():
-    pools = Pools(fails=[DecodeUnavailable("gone")] * 2)
+    pools = Pools(fails=[DecodeUnavailable("gone")] * ATTEMPTS)
     with pytest.raises(DecodeUnavailable):
         await pools.run()
     assert (pools.prefiller.held, pools.prefiller.released) == (0, 1)
@@ -275,7 +300,7 @@ async def test_closing_the_stream_releases_the_pools():
 
 async def test_a_prefill_failure_holds_nothing():
     pools = Pools()
-    pools.prefiller.fails = [PrefillUnavailable("gone")] * 2
+    pools.prefiller.fails = [PrefillUnavailable("gone")] * ATTEMPTS
     with pytest.raises(PrefillUnavailable):
         await pools.run()
     assert pools.prefiller.held == 0
@@ -314,10 +339,10 @@ async def test_a_lost_prefill_engine_is_replaced():
 
 
 async def test_a_request_that_kills_engines_is_given_up():
-    pools = Pools(fails=[DecodeUnavailable("gone")] * 9)
+    pools = Pools(fails=[DecodeUnavailable("gone")] * 2 * ATTEMPTS)
     with pytest.raises(DecodeUnavailable):
         await pools.run()
-    assert len(pools.decoder.replays) == 2
+    assert len(pools.decoder.replays) == ATTEMPTS
 
 
 class FakeTextWriter:

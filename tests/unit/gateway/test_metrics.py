@@ -10,7 +10,7 @@ from specprefill.control.stages import StageModels
 from specprefill.core.errors import DecodeUnavailable, Overloaded, ScoringTimeout
 from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator, PlannedPipeline
 from specprefill.core.fallback import Fallback, OnOverload
-from specprefill.core.pipeline import Pipeline
+from specprefill.core.pipeline import ATTEMPTS, Pipeline
 from specprefill.core.plan import Planner
 from specprefill.core.types import Controls, PlanKind, Reason, Request
 from specprefill.gateway.observe.metrics import PipelineMetrics, RequestMetrics
@@ -59,7 +59,7 @@ async def test_an_answer_is_counted_with_its_plan_and_its_tokens():
 
 
 async def test_a_failure_is_counted_by_its_name():
-    rig = Rig(fails=[DecodeUnavailable("gone")] * 2)
+    rig = Rig(fails=[DecodeUnavailable("gone")] * ATTEMPTS)
     with pytest.raises(DecodeUnavailable):
         await rig.run()
     assert rig.requests("DecodeUnavailable") == 1
@@ -88,7 +88,7 @@ async def test_only_finished_requests_are_learnt_from():
     def learn(request, report):
         learnt.append((request.request_id, report.kept_tokens))
 
-    rig = Rig(learn, fails=[None, DecodeUnavailable("gone"), DecodeUnavailable("gone")])
+    rig = Rig(learn, fails=[None, *[DecodeUnavailable("gone")] * ATTEMPTS])
     assert await rig.run()
     with pytest.raises(DecodeUnavailable):
         await rig.run()

@@ -8,7 +8,7 @@ import pytest
 
 from specprefill.core.errors import PrefillUnavailable
 from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator
-from specprefill.core.pipeline import Pipeline
+from specprefill.core.pipeline import ATTEMPTS, Pipeline
 from specprefill.core.types import Chunk, Controls, PlanKind, Reason, Report, Request, TokenLogprob
 from specprefill.gateway.observe.shadow import (
     Divergence,
@@ -110,7 +110,7 @@ async def test_incomparable_requests_are_not_copied():
 
 
 async def test_a_copy_that_fails_is_counted_and_nothing_more():
-    rig = Rig(fails=[PrefillUnavailable("gone")] * 2)
+    rig = Rig(fails=[PrefillUnavailable("gone")] * ATTEMPTS)
     rig.shadow.offer(request(), [100], REPORT)
     await rig.shadow.wait_until_idle()
     assert rig.records == [(ShadowOutcome.FAILED, 0.2, None)]

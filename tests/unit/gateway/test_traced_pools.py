@@ -6,7 +6,7 @@ import pytest
 
 from specprefill.core.errors import DecodeUnavailable
 from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator
-from specprefill.core.pipeline import Pipeline
+from specprefill.core.pipeline import ATTEMPTS, Pipeline
 from specprefill.core.request_spans import NoTracer, SpanKind
 from specprefill.core.types import Controls, Plan, PlanKind, Reason, Request
 from specprefill.gateway.observe.traced_pools import TracedPools
@@ -85,11 +85,11 @@ async def test_two_prompts_of_one_call_do_not_mix():
 
 async def test_a_lost_pool_fails_its_span_and_the_answers():
     traces = RecordedTraces()
-    pipeline = traced(traces.tracer, fails=[DecodeUnavailable("gone")] * 2)
+    pipeline = traced(traces.tracer, fails=[DecodeUnavailable("gone")] * ATTEMPTS)
     with pytest.raises(DecodeUnavailable):
         await answer(pipeline, traces.tracer)
     failed = [each for each in traces.all() if each.failed]
-    assert sorted(each.name for each in failed) == ["answer", "call", "decode", "decode"]
+    assert sorted(each.name for each in failed) == ["answer", "call", *["decode"] * ATTEMPTS]
     assert {each.attributes["error.type"] for each in failed} == {"DecodeUnavailable"}
 
 
