@@ -114,7 +114,7 @@ def overhead_s(one: RequestOutcome) -> float | None:
 
 
 def lost(outcomes: Sequence[RequestOutcome]) -> list[str]:
-    """Return the requests that were not answered in full, but for those that left."""
+    """Return the requests that were not answered in full and pruned, but for those that left."""
     faults = []
     for one in outcomes:
         got = one.stream
@@ -124,6 +124,8 @@ def lost(outcomes: Sequence[RequestOutcome]) -> list[str]:
             faults.append(f"request {one.index}: {got.ending} {got.error}")
         elif got.output_tokens != ANSWER_TOKENS:
             faults.append(f"request {one.index}: {got.output_tokens} of {ANSWER_TOKENS} tokens")
+        elif (got.report or {}).get("reason") == "speculator_unavailable":
+            faults.append(f"request {one.index}: not pruned, although other speculators ran")
     return faults
 
 

@@ -55,6 +55,14 @@ class ServeSpeculator:
 
     async def select(self, request: Request, plan: Plan, timeout_s: float) -> Selection:
         """See `ports.Speculator`."""
+        try:
+            return await self._select(request, plan, timeout_s)
+        except SpeculatorLost as error:
+            if await self._replicas() < 2:  # the lost one is perhaps still among them
+                raise SpeculatorUnavailable(str(error)) from error
+            raise
+
+    async def _select(self, request: Request, plan: Plan, timeout_s: float) -> Selection:
         with map_errors("speculator", SpeculatorLost, broken=SpeculatorUnavailable):
             payload = wire.pack((request, plan, timeout_s))
             load = wire.pack(whole_load_of(request))
@@ -62,7 +70,7 @@ class ServeSpeculator:
             try:
                 reply = await _call(self.handle, "select", timeout_s + _GRACE_S, payload, load)
             except TimeoutError:
-                if await self._is_empty():
+                if await self._replicas() == 0:
                     raise SpeculatorUnavailable("no speculator replica runs") from None
                 raise
         return wire.unpack(reply, Selection)
@@ -73,9 +81,12 @@ class ServeSpeculator:
             facts_kept: float | None = await _call(self.handle, "self_test", _SELF_TEST_S)
         return facts_kept
 
-    async def _is_empty(self) -> bool:
-        """Return True for a pool without replicas: calls wait for one until they time out."""
-        return self.count is not None and (await self.count())[SPECULATOR] == 0
+    async def _replicas(self) -> int:
+        """Return the pool's running replicas; without any, calls wait for one till they time out.
+
+        Where nobody counts them, there is one.
+        """
+        return 1 if self.count is None else (await self.count())[SPECULATOR]
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from specprefill.core.errors import (
     PrefillUnavailable,
     ScoringTimeout,
     SpecPrefillError,
+    SpeculatorLost,
     SpeculatorUnavailable,
     Unavailable,
 )
@@ -216,6 +217,16 @@ async def test_a_cancelled_caller_cancels_the_call() -> None:
 async def test_a_lost_or_broken_speculator_is_unavailable(failure: Exception) -> None:
     with pytest.raises(SpeculatorUnavailable):
         await ServeSpeculator(Handle(failure)).select(REQUEST, PLAN, 1.0)
+
+
+@pytest.mark.parametrize(("replicas", "others"), [(0, False), (1, False), (2, True)])
+async def test_a_lost_speculator_may_have_others(replicas: int, others: bool) -> None:
+    async def count() -> dict[str, int]:
+        return {"speculator": replicas}
+
+    with pytest.raises(SpeculatorUnavailable) as caught:
+        await ServeSpeculator(Handle(actor_lost()), count).select(REQUEST, PLAN, 1.0)
+    assert isinstance(caught.value, SpeculatorLost) is others
 
 
 @pytest.mark.parametrize("failure", [None, ValueError("inside"), asyncio.CancelledError()])
