@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -158,7 +158,7 @@ class Puller:
         found = self._sources()
         try:
             arrivals = [self._arrival(order, source, stream) for source in found]
-            complete_s = max([self._fetch_from(arrival) for arrival in arrivals])
+            complete_s = self._fetch_all(arrivals)
         finally:
             stream.wait()  # a block is free for others only when nothing writes it any more
         return complete_s
@@ -187,7 +187,35 @@ class Puller:
             | {layer: order.stop + state.rows for layer, state in states.items()},
         )
 
-    def _fetch_from(self, arrival: _Arrival) -> float:
+    def _fetch_all(self, arrivals: Sequence[_Arrival]) -> float:
+        """Pull from all peers at once, since each pull lasts as long as the prefill does.
+
+        Where one fails the others are of no use; the first failure is their cause.
+        """
+        failures: list[Exception] = []
+
+        def fetch(arrival: _Arrival) -> float:
+            try:
+                return self._fetch_from(arrival, failures)
+            except Exception as error:  # noqa: BLE001  # raised again below
+                failures.append(error)
+                self._cancel(arrival.order.request_id)
+                return 0.0
+
+        first, *others = arrivals
+        with ThreadPoolExecutor(max(1, len(others)), "kv-peer") as threads:
+            rest = [threads.submit(fetch, other) for other in others]  # no thread without any
+            complete_s = fetch(first)
+        if failures:
+            raise failures[0]
+        return max([complete_s, *(each.result() for each in rest)])
+
+    def _cancel(self, request_id: str) -> None:
+        with self._lock:
+            for pull in self._running.get(request_id, ()):
+                pull.cancel()
+
+    def _fetch_from(self, arrival: _Arrival, failures: Sequence[Exception]) -> float:
         order, source = arrival.order, arrival.source
         pull = self._client.pull(
             order.ticket.endpoints[source.rank],
@@ -198,6 +226,8 @@ class Puller:
         )
         with self._lock:
             self._running.setdefault(order.request_id, []).append(pull)
+            if failures:  # another one has failed while this one was begun
+                pull.cancel()
         complete_s = pull.deliver_to(lambda frame: self._store(arrival, frame))
         if arrival.stops != arrival.ends:
             raise CorruptFrame("stream: some layers are not complete")

@@ -205,6 +205,62 @@ def test_a_pull_that_starts_with_the_first_chunk_ends_with_the_last(pair):
     assert both.arrived()
 
 
+class Half:
+    """A prefill worker with half of the heads."""
+
+    def __init__(self, rank):
+        device, heads = HostDevice(), HEADS // 2
+        self.heads = slice(rank * heads, (rank + 1) * heads)
+        self.tensors = {name: torch.zeros((PAGES, heads, PAGE, 2 * DIM)) for name in NAMES}
+        groups = KvGroups(PAGE, (False,), dict.fromkeys(NAMES, 0))
+        layout = RowLayout(self.tensors[NAMES[0]])
+        caches = Caches(self.tensors, layout, device, groups, "layout")
+        self.holder = Holder(config(), caches, device, readers=1)
+
+    def prefill(self, start, stop):
+        blocks = torch.tensor(PREFILL_BLOCKS)
+        stage = Stage(Lease("lease", "secret"), start, stop, TOKENS, [PREFILL_BLOCKS])
+        orders = Orders(stages=[stage])
+        for layer, name in enumerate(NAMES):
+            kv = kv_of(layer)[start:stop, :, self.heads]
+            RowLayout(self.tensors[name]).write(self.tensors[name], blocks, start, kv)
+            self.holder.stage(name, orders)
+        self.holder.finish_step(orders)
+
+    def pulled(self):
+        """Return the pulls from this worker that are over."""
+
+        async def ask():
+            peers = KvPeers()
+            found = await peers.gauges(self.holder.endpoint.address)
+            await peers.close()
+            return found.pulled_total
+
+        return asyncio.run(ask())
+
+
+def test_peers_are_pulled_from_at_once(pair):
+    """One of two workers has its last chunk long before the other has."""
+    stages = (Span(0, LAYERS),)
+    both, halves = pair(HostDevice(), HostDevice()), [Half(0), Half(1)]
+    place = WorkerPlace(0, Split(HEADS, 1, stages), Split(HEADS, 2, stages))
+    both.puller.stop()
+    both.puller = Puller(config(), both.pulled, HostDevice(), place, nixl=None, tls=None)
+    peers = tuple(half.holder.endpoint.address for half in halves)
+    for half in halves:
+        half.prefill(*CHUNKS[0])
+    ticket = Ticket(Lease("lease", "secret"), peers, "layout", TOKENS)
+    both.puller.start_pulls(Orders(pulls=[Pull("request", ticket, 0, TOKENS, [DECODE_BLOCKS])]))
+    halves[1].prefill(*CHUNKS[1])
+    assert wait_for(lambda: halves[1].pulled() or None) == 1
+    assert halves[0].pulled() == 0
+    halves[0].prefill(*CHUNKS[1])
+    assert both.pull_failed() is False
+    assert both.arrived()
+    for half in halves:
+        half.holder.stop()
+
+
 @pytest.mark.parametrize("device", [HostDevice, StrictDevice])
 def test_kv_in_device_memory_is_read_from_there(pair, device):
     """On CPUs the device's memory is the host's: the same descriptors, reads and order."""
