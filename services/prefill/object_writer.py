@@ -64,22 +64,22 @@ class KvObjects:
 
 
 class PendingStore:
-    """One request's KV, requested shortly before its end: the answer then waits for the KV only."""
+    """One request's KV, asked for while it is computed: the answer then waits for the rest only."""
 
     def __init__(self, objects: KvObjects) -> None:
         self._objects = objects
         self._task: asyncio.Task[list[KvReference]] | None = None
 
-    def start(self, ticket: Ticket, timeout_s: float) -> None:
+    def start(self, ticket: Ticket, timeout_s: float) -> asyncio.Task[list[KvReference]]:
         """Ask the workers; they answer when the KV is complete."""
         self._task = asyncio.create_task(self._objects.store(ticket, timeout_s))
+        return self._task
 
     async def objects(self, ticket: Ticket, timeout_s: float) -> list[KvReference]:
         """See `KvObjects.store`; the KV is complete, so it is waited for `timeout_s` only."""
-        if self._task is None:
-            return await self._objects.store(ticket, timeout_s)
+        task = self._task or self.start(ticket, timeout_s)
         try:
-            return await asyncio.wait_for(self._task, timeout_s)
+            return await asyncio.wait_for(task, timeout_s)
         except TimeoutError:
             logger.warning("lease_id=%s not stored within %g s", ticket.lease.id, timeout_s)
             return []
