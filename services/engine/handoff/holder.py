@@ -99,4 +99,4 @@ class Holder:
         KV then moves as fast as it is computed. The decode engine polls while it waits, so of a
         prompt of one chunk it waits for half of that only.
         """
-        return self._layers[len(self._layers) // 2 if order.is_last else -1]
+        return self._layers[len(self._layers) // 2 if order.is_last else 0]
