@@ -34,9 +34,9 @@ from tests.fuzz.served import HOST, serving
 from tests.fuzz.watch import SPARE_BYTES, SPARE_SHARE, Watch
 
 POOLS = {"Speculator": 8, "Prefill": 16, "Decode": 20}  # replicas: room for all clients
-SPEED = 0.05  # of the engines: 500 streams at once, and few enough tokens a second for two cores
-ANSWER_TOKENS, TURNS = 96, 4
-KILL_EVERY_S, SAMPLE_EVERY_S, PATIENCE_S = 20.0, 5.0, 240.0
+SPEED = 0.03  # of the engines: 500 streams at once, and few enough tokens a second for two cores
+ANSWER_TOKENS, TURNS = 64, 4
+KILL_EVERY_S, SAMPLE_EVERY_S, PATIENCE_S = 20.0, 5.0, 300.0
 UPGRADE_AT = 0.25  # of the run
 COMPARED = (0.45, 0.6), (0.85, 1.0)  # parts of the run between which nothing may grow
 STAGES = ("queue_s", "speculate_s", "prefill_s")  # before the first token
