@@ -249,7 +249,7 @@ class KvConfig(Strict):
     # Absent: an eighth of max_held_bytes, at most 128 MiB.
     staging_bytes: PositiveInt | None = None
     pull_timeout_s: Seconds = 20.0  # a pull to which nothing comes for so long has failed
-    overlap: bool = True  # decode starts to pull when the first chunk of KV has been computed
+    overlap: bool = True  # decode starts to pull while prefill computes
     streams: Annotated[int, Field(ge=1, le=16)] = 1  # grpc's connections per pull
     on_failure: Literal["recompute", "fail"] = "recompute"
     # Dense prompts of at most this many tokens are computed by the decode engine, without a

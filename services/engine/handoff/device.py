@@ -57,6 +57,8 @@ class CopyStream(Protocol):
 class Device(Protocol):
     """The device of an engine's caches."""
 
+    shares_cores: bool  # an engine that polls takes time from those that compute
+
     def stream(self) -> CopyStream:
         """Make a stream."""
         ...
@@ -89,6 +91,8 @@ class _Done:
 
 class HostDevice:
     """Caches in host memory: every copy is done when its call returns. Its own stream."""
+
+    shares_cores = True
 
     def stream(self) -> CopyStream:
         """See Device."""
@@ -137,6 +141,8 @@ class HostDevice:
 
 class CudaDevice:
     """Caches on a GPU."""
+
+    shares_cores = False
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

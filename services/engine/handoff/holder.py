@@ -22,6 +22,7 @@ class Holder:
         """Raises InvalidConfiguration or KvTransferError when nothing can be served."""
         self._caches = caches
         self._readers = readers
+        self._shares_cores = device.shares_cores
         self._layers: list[int] = sorted(caches.by_layer)
         in_device = config.memory == "device"
         memory = device.device_buffer(config.max_held_bytes) if in_device else None
@@ -63,7 +64,7 @@ class Holder:
                 self._keeper.ask("open", order.lease.id, order.lease.secret)
             last_layer = layer == self._layers[-1] and not self._caches.states
             self._stager.stage(order, layer, last_layer=last_layer)
-            if order.start == 0 and layer == self._announced_layer(order):
+            if layer == self._announced_layer(order):
                 self._keeper.ask("announce", order.lease.id, order.tokens)
 
     def finish_step(self, orders: Orders) -> None:
@@ -93,10 +94,14 @@ class Holder:
         for layer in layers:
             self._stager.stage_state(order, layer, last_layer=layer == layers[-1])
 
-    def _announced_layer(self, order: Stage) -> int:
-        """Return the layer of the first chunk at which the decode side may start to pull.
+    def _announced_layer(self, order: Stage) -> int | None:
+        """Return the layer of a chunk at which the decode side may start to pull; None: later.
 
-        KV then moves as fast as it is computed. The decode engine polls while it waits, so of a
-        prompt of one chunk it waits for half of that only.
+        From the first chunk on, KV moves as fast as it is computed. But the decode engine polls
+        while it waits: of a prompt of one chunk it waits for half of that only, and where it polls
+        on the cores that compute (a quarter of the time to first token), for the last chunk.
         """
-        return self._layers[len(self._layers) // 2 if order.is_last else 0]
+        if order.start == 0 and order.is_last:
+            return self._layers[len(self._layers) // 2]
+        begins = order.is_last if self._shares_cores else order.start == 0
+        return self._layers[0] if begins else None

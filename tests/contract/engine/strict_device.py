@@ -73,6 +73,8 @@ class StrictStream:
 class StrictDevice:
     """Its compute stream is a queue, too: `launch` puts the model's work there."""
 
+    shares_cores = False
+
     def __init__(self):
         self.compute = StrictStream(self)
         self.outstanding = self.peak = 0  # bytes on the device that wait for a copy out

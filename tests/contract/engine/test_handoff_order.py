@@ -187,11 +187,29 @@ async def announced(address):
         await peers.close()
 
 
+class OwnDevice(HostDevice):
+    """Like a GPU, a device that an engine that polls takes nothing from."""
+
+    shares_cores = False
+
+
 async def test_a_pull_may_start_with_the_first_chunk(pair):
-    both = pair(HostDevice(), HostDevice())
+    both = pair(OwnDevice(), HostDevice())
     heard = asyncio.create_task(announced(both.holder.endpoint.address))
     while not heard.done():  # an announcement is for those who listen by then
         both.prefill(CHUNKS[:1])
+        await asyncio.wait([heard], timeout=0.05)
+    assert heard.result().tokens == TOKENS
+
+
+async def test_on_shared_cores_it_starts_with_the_last_chunk(pair):
+    both = pair(HostDevice(), HostDevice())
+    heard = asyncio.create_task(announced(both.holder.endpoint.address))
+    both.prefill(CHUNKS[:1])
+    await asyncio.wait([heard], timeout=0.5)
+    assert not heard.done()
+    while not heard.done():
+        both.prefill(CHUNKS[1:])
         await asyncio.wait([heard], timeout=0.05)
     assert heard.result().tokens == TOKENS
 
