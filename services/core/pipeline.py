@@ -96,7 +96,7 @@ class Pipeline:
     fallback: Fallback = field(default_factory=Fallback)  # where that runs out
     # Called with a request that was shed, and the seconds its scoring had taken: it has no report.
     on_unscored: Callable[[Request, float], None] | None = None
-    overlap: bool = True  # decode pulls the KV while the last of it is computed
+    overlap: bool = True  # decode pulls the KV while it is computed
     local: LocalPrefill | None = None  # None: every prompt is computed by the prefill pool
     texts: TextWriter | None = None  # None: no plan may have text mode
     attempts: int = ATTEMPTS

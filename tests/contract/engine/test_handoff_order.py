@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import signal
-import threading
 import time
 
 import psutil
@@ -14,140 +12,25 @@ import pytest
 import torch
 
 from specprefill.core.errors import KvTransferError, LayoutMismatch, UnsupportedModel
-from specprefill.core.types import Lease, Span, Ticket
+from specprefill.core.types import Lease, Ticket
 from specprefill.engine.handoff.caches import Caches, kernel_blocks
 from specprefill.engine.handoff.device import HostDevice
 from specprefill.engine.handoff.groups import KvGroups
-from specprefill.engine.handoff.holder import Holder
 from specprefill.engine.handoff.layout import RowLayout
-from specprefill.engine.handoff.orders import HandoffConfig, Orders, Pull, Stage
-from specprefill.engine.handoff.puller import Puller, WorkerPlace
+from specprefill.engine.handoff.orders import Orders, Stage
 from specprefill.engine.handoff.ring import BufferRing
 from specprefill.engine.handoff.staging import Stager
 from specprefill.kv.pull import KvClient
-from specprefill.kv.rpc import KvPeers
-from specprefill.kv.shards import Split
 from tests.contract.engine.strict_device import POISON, BrokenDevice, StrictDevice, UnorderedDevice
-
-LAYERS, HEADS, DIM, PAGE, PAGES = 3, 2, 8, 16, 16
-TOKENS = 150
-CHUNKS = ((0, 64), (64, TOKENS))
-NAMES = [f"model.layers.{layer}.attn" for layer in range(LAYERS)]
-PREFILL_BLOCKS = [5, 1, 3, 0, 7, 2, 6, 4, 9, 8]
-DECODE_BLOCKS = [2, 11, 4, 6, 9, 1, 14, 3, 8, 0]
-PLACE = WorkerPlace(0, *[Split(HEADS, 1, (Span(0, LAYERS),))] * 2)
-
-
-def config(**changes):
-    values = {
-        "carrier": "grpc",
-        "memory": "host",
-        "host": "127.0.0.1",
-        "lease_s": 30.0,
-        "max_held_bytes": 64 << 20,
-        "staging_bytes": 8 << 10,  # two buffers of four KiB: every layer needs several turns
-        "pull_timeout_s": 10.0,
-        "tls": None,
-        "streams": 1,
-        "stages_layers": True,
-        "peer_tensor_parallel_size": 1,
-        "peer_pipeline_parallel_size": 1,
-        "adapters": [],
-    }
-    return HandoffConfig(**values | changes)
-
-
-def empty_caches(device, value=0.0):
-    tensors = {name: torch.full((PAGES, HEADS, PAGE, 2 * DIM), value) for name in NAMES}
-    groups = KvGroups(PAGE, (False,), dict.fromkeys(NAMES, 0))
-    return Caches(tensors, RowLayout(tensors[NAMES[0]]), device, groups, "layout"), tensors
-
-
-def kv_of(layer):
-    torch.manual_seed(layer)
-    return torch.randn(TOKENS, 2, HEADS, DIM)
-
-
-def wait_for(found, timeout_s=20.0):
-    """Return what `found` returns once it is not None."""
-    give_up_s = time.monotonic() + timeout_s
-    while time.monotonic() < give_up_s:
-        if (value := found()) is not None:
-            return value
-        threading.Event().wait(0.01)
-    return pytest.fail("it did not happen in time")
-
-
-class Pair:
-    """A prefill worker that has staged one prompt, and a decode worker."""
-
-    def __init__(self, holder_device, puller_device, **changes):
-        held, self.prefill_tensors = empty_caches(holder_device)
-        self.holder = Holder(config(**changes), held, holder_device, readers=1)
-        self.pulled, self.decode_tensors = empty_caches(puller_device, 7.0)
-        self.puller = Puller(
-            config(**changes), self.pulled, puller_device, PLACE, nixl=None, tls=None
-        )
-
-    def prefill(self, chunks=CHUNKS):
-        """Compute the prompt in chunks; each step's pages are overwritten once it has returned."""
-        layout, blocks = RowLayout(self.prefill_tensors[NAMES[0]]), torch.tensor(PREFILL_BLOCKS)
-        for start, stop in chunks:
-            orders = Orders(
-                stages=[Stage(Lease("lease", "secret"), start, stop, TOKENS, [PREFILL_BLOCKS])]
-            )
-            for layer, name in enumerate(NAMES):
-                cache = self.prefill_tensors[name]
-                layout.write(cache, blocks, start, kv_of(layer)[start:stop])
-                self.holder.stage(name, orders)
-                cache.fill_(-1.0)
-            self.holder.finish_step(orders)
-
-    def pull(self):
-        """Pull the prompt; return whether it failed."""
-        self.start_pull()
-        return self.pull_failed()
-
-    def start_pull(self):
-        peers = (self.holder.endpoint.address,)
-        ticket = Ticket(Lease("lease", "secret"), peers, "layout", TOKENS)
-        order = Pull("request", ticket, 0, TOKENS, [DECODE_BLOCKS])
-        self.puller.start_pulls(Orders(pulls=[order]))
-
-    def pull_failed(self):
-        """Wait for the end of the pull; return whether it failed."""
-
-        def reported():
-            results = self.puller.take_results(set())
-            return results if results.finished_recving else None
-
-        return "request" in (wait_for(reported).failed_recving or set())
-
-    def arrived(self):
-        """Return True if the decode worker's pages hold the prompt's KV."""
-        blocks = torch.tensor(DECODE_BLOCKS)
-        layout = RowLayout(self.decode_tensors[NAMES[0]])
-        return all(
-            torch.equal(layout.read(self.decode_tensors[name], blocks, 0, TOKENS), kv_of(layer))
-            for layer, name in enumerate(NAMES)
-        )
-
-    def stop(self):
-        self.puller.stop()
-        self.holder.stop()
-
-
-@pytest.fixture
-def pair():
-    made = []
-
-    def make(holder_device, puller_device, **changes):
-        made.append(Pair(holder_device, puller_device, **changes))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.stop()
+from tests.contract.engine.worker_pair import (
+    DIM,
+    HEADS,
+    NAMES,
+    PAGE,
+    PAGES,
+    TOKENS,
+    wait_for,
+)
 
 
 @pytest.fixture
@@ -175,108 +58,6 @@ def test_what_is_reported_pulled_is_in_the_cache(pair, device, streams):
     both.prefill()
     assert both.pull() is False
     assert both.arrived()
-
-
-async def announced(address):
-    """Return the first announcement of a worker."""
-    peers = KvPeers()
-    try:
-        async with asyncio.timeout(20.0):
-            return await anext(peers.announcements(address))
-    finally:
-        await peers.close()
-
-
-class OwnDevice(HostDevice):
-    """Like a GPU, a device that an engine that polls takes nothing from."""
-
-    shares_cores = False
-
-
-async def test_a_pull_may_start_with_the_first_chunk(pair):
-    both = pair(OwnDevice(), HostDevice())
-    heard = asyncio.create_task(announced(both.holder.endpoint.address))
-    while not heard.done():  # an announcement is for those who listen by then
-        both.prefill(CHUNKS[:1])
-        await asyncio.wait([heard], timeout=0.05)
-    assert heard.result().tokens == TOKENS
-
-
-async def test_on_shared_cores_it_starts_with_the_last_chunk(pair):
-    both = pair(HostDevice(), HostDevice())
-    heard = asyncio.create_task(announced(both.holder.endpoint.address))
-    both.prefill(CHUNKS[:1])
-    await asyncio.wait([heard], timeout=0.5)
-    assert not heard.done()
-    while not heard.done():
-        both.prefill(CHUNKS[1:])
-        await asyncio.wait([heard], timeout=0.05)
-    assert heard.result().tokens == TOKENS
-
-
-def test_a_pull_that_starts_with_the_first_chunk_ends_with_the_last(pair):
-    both = pair(HostDevice(), HostDevice())
-    both.prefill(CHUNKS[:1])
-    both.start_pull()
-    both.prefill(CHUNKS[1:])
-    assert both.pull_failed() is False
-    assert both.arrived()
-
-
-class Half:
-    """A prefill worker with half of the heads."""
-
-    def __init__(self, rank):
-        device, heads = HostDevice(), HEADS // 2
-        self.heads = slice(rank * heads, (rank + 1) * heads)
-        self.tensors = {name: torch.zeros((PAGES, heads, PAGE, 2 * DIM)) for name in NAMES}
-        groups = KvGroups(PAGE, (False,), dict.fromkeys(NAMES, 0))
-        layout = RowLayout(self.tensors[NAMES[0]])
-        caches = Caches(self.tensors, layout, device, groups, "layout")
-        self.holder = Holder(config(), caches, device, readers=1)
-
-    def prefill(self, start, stop):
-        blocks = torch.tensor(PREFILL_BLOCKS)
-        stage = Stage(Lease("lease", "secret"), start, stop, TOKENS, [PREFILL_BLOCKS])
-        orders = Orders(stages=[stage])
-        for layer, name in enumerate(NAMES):
-            kv = kv_of(layer)[start:stop, :, self.heads]
-            RowLayout(self.tensors[name]).write(self.tensors[name], blocks, start, kv)
-            self.holder.stage(name, orders)
-        self.holder.finish_step(orders)
-
-    def pulled(self):
-        """Return the pulls from this worker that are over."""
-
-        async def ask():
-            peers = KvPeers()
-            found = await peers.gauges(self.holder.endpoint.address)
-            await peers.close()
-            return found.pulled_total
-
-        return asyncio.run(ask())
-
-
-def test_peers_are_pulled_from_at_once(pair):
-    """One of two workers has its last chunk long before the other has."""
-    stages = (Span(0, LAYERS),)
-    both, halves = pair(HostDevice(), HostDevice()), [Half(0), Half(1)]
-    place = WorkerPlace(0, Split(HEADS, 1, stages), Split(HEADS, 2, stages))
-    both.puller.stop()
-    both.puller = Puller(config(), both.pulled, HostDevice(), place, nixl=None, tls=None)
-    peers = tuple(half.holder.endpoint.address for half in halves)
-    for half in halves:
-        half.prefill(*CHUNKS[0])
-    ticket = Ticket(Lease("lease", "secret"), peers, "layout", TOKENS)
-    both.puller.start_pulls(Orders(pulls=[Pull("request", ticket, 0, TOKENS, [DECODE_BLOCKS])]))
-    halves[1].prefill(*CHUNKS[1])
-    assert wait_for(lambda: halves[1].pulled() or None) == 1
-    assert halves[0].pulled() == 0
-    halves[0].prefill(*CHUNKS[1])
-    assert both.pull_failed() is False
-    assert both.arrived()
-    for half in halves:
-        half.holder.stop()
 
 
 @pytest.mark.parametrize("device", [HostDevice, StrictDevice])

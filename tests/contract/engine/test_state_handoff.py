@@ -16,7 +16,7 @@ from specprefill.engine.handoff.puller import Puller, WorkerPlace
 from specprefill.engine.handoff.states import ROW_BYTES, StateCache
 from specprefill.kv.shards import Split
 from tests.contract.engine.strict_device import StrictDevice
-from tests.contract.engine.test_handoff_order import config, wait_for
+from tests.contract.engine.worker_pair import config, wait_for
 
 HEADS, DIM, PAGE, PAGES = 2, 8, 16, 16
 TOKENS = 48  # handed over of a prompt of 50
