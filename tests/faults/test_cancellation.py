@@ -23,7 +23,7 @@ LONG, SHORT = 8000, 500
 CANCELLED = 1000
 AT_ONCE = 25
 MAX_RATIO = 1.5
-ROUNDS = 11
+ROUNDS = 9
 
 
 def whole_prompt(length: int) -> Selection:
@@ -45,22 +45,28 @@ async def ttft(pools: Pools, name: str) -> float:
 
 async def test_ten_long_prompts_cancelled_mid_prefill_do_not_delay_a_short_one(whole, table):
     await ttft(whole, "warm")
-    idle, after = [], []
-    for number in range(ROUNDS):  # in turns, so that a busy machine slows both
+    idle, after_one, after_ten = [], [], []
+    for number in range(ROUNDS):  # in turns, so that a busy machine slows all three
         idle.append(await ttft(whole, f"idle-{number}"))
-        await ten_long_prompts_cancelled(whole, number)
-        after.append(await ttft(whole, f"after-{number}"))
-    ratio = statistics.median(after) / statistics.median(idle)
+        await long_prompts_cancelled(whole, f"one-{number}", 1)
+        after_one.append(await ttft(whole, f"after-one-{number}"))
+        await long_prompts_cancelled(whole, f"ten-{number}", 10)
+        after_ten.append(await ttft(whole, f"after-ten-{number}"))
+    to_idle, to_one = (
+        statistics.median(after_ten) / statistics.median(other) for other in (idle, after_one)
+    )
     assert await whole.prefills[0].service.drain(1.0)
     held = await whole.bytes_held()
-    name = f"ten 8k prompts cancelled (then {ratio:.2f} x the idle TTFT)"
-    table.add(name, "aborted", max(after), None, held)
+    name = f"ten 8k prompts cancelled ({to_idle:.2f} x the idle TTFT, {to_one:.2f} x after one)"
+    table.add(name, "aborted", max(after_ten), None, held)
     assert held == 0
-    # One step of the cancelled prompts may be under way, and a step is not interrupted.
-    assert ratio <= MAX_RATIO, f"{idle} {after}"
+    # A step under way is not interrupted, and what it costs differs by machine: a short prompt
+    # waits for its rest after one cancelled prompt as after ten.
+    assert to_one <= MAX_RATIO, f"{after_one} {after_ten}"
+    assert to_idle <= 2 * MAX_RATIO, f"{idle} {after_ten}"
 
 
-async def ten_long_prompts_cancelled(pools: Pools, number: int) -> None:
+async def long_prompts_cancelled(pools: Pools, name: str, count: int) -> None:
     """The first is being prefilled, the others are queued, when all their clients leave."""
     begun = asyncio.Event()
 
@@ -70,8 +76,8 @@ async def ten_long_prompts_cancelled(pools: Pools, number: int) -> None:
 
     pools.on_prefill_step = mark
     running = [
-        asyncio.create_task(ask(pools, prompt(f"long-{number}-{place}", LONG), whole_prompt(LONG)))
-        for place in range(10)
+        asyncio.create_task(ask(pools, prompt(f"long-{name}-{place}", LONG), whole_prompt(LONG)))
+        for place in range(count)
     ]
     await begun.wait()
     assert not any(task.done() for task in running)
