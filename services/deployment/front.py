@@ -8,6 +8,8 @@ hurt, and then runs HAProxy. Its settings are `gateway.front` of the deployment 
 - *splicing off*: with it HAProxy misses that a client has left, so that its prompt is computed for
   nobody;
 - *time limits* for headers, so that half-sent requests do not fill the connection table;
+- *a request whose gateway dies or closes* before it answers goes to another gateway, if its body is
+  small enough that HAProxy still has it (16 KiB);
 - *errors in OpenAI's form* with `Retry-After` where no gateway answers;
 - *Serve's own time limit and disconnect switch* are taken out of requests: the gateway keeps
   time, and answers in the right form;
@@ -139,6 +141,7 @@ def _edit_defaults(
 ) -> list[str]:
     lines = _replace_lines(lines, r"option splice-(request|response)")
     lines = _replace_lines(lines, r"errorfile \d+ .*")
+    lines = _replace_lines(lines, r"retry-on .*", "retry-on conn-failure empty-response")
     return [
         *lines,
         f"    timeout http-request {_milliseconds(front.header_timeout_s)}",

