@@ -49,6 +49,13 @@ class Metric:
         return next((word for word in reversed(words) if word in units), "")
 
 
+class Made:
+    """Stands for a metric."""
+
+    def set_default_tags(self, tags: dict[str, str]) -> None:
+        """Do nothing."""
+
+
 class Recorder:
     """Stands for `ray.serve.metrics`: remembers what is made."""
 
@@ -66,9 +73,10 @@ class Recorder:
 
     def Histogram(
         self, name: str, description: str, boundaries: object, tag_keys: tuple[str, ...] = ()
-    ) -> None:
+    ) -> Made:
         del boundaries
         self._add("histogram", name, description, tag_keys)
+        return Made()
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,13 @@ class _Metric:
     def __init__(self, tag_keys=()):
         self.tag_keys = tuple(tag_keys)
         self.values = defaultdict(list)
+        self.default_tags = {}
+
+    def set_default_tags(self, tags):
+        self.default_tags = tags
 
     def note(self, value, tags):
-        tags = tags or {}
+        tags = {**self.default_tags, **(tags or {})}
         assert set(tags) == set(self.tag_keys)
         self.values[tuple(tags[key] for key in self.tag_keys)].append(value)
 

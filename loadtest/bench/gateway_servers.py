@@ -1,10 +1,10 @@
 """The two servers of `make bench-gateway`: this service's gateway and vLLM's, over instant engines.
 
 Each is the whole HTTP server with its tokenizer, in a process of its own, over an engine that
-takes no time: a clock ticks, and every running request gets its next token. The gateway talks to
-pools through its own ports, with the messages that would travel; vLLM's server talks to an engine
-core likewise, and detokenizes, which in this service the decode replicas do. Ray Serve's part of a
-call is in neither.
+takes no time: a clock ticks, and every running request gets its next token. Both count latencies,
+as `vllm serve` does unless it is told not to. The gateway talks to pools through its own ports,
+with the messages that would travel; vLLM's server talks to an engine core likewise, and
+detokenizes, which in this service the decode replicas do. Ray Serve's part of a call is in neither.
 """
 
 from __future__ import annotations
@@ -25,9 +25,17 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.engine import (
+    EngineCoreEvent,
+    EngineCoreEventType,
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreRequest,
+    FinishReason,
+)
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from specprefill.config import AppConfig
@@ -74,6 +82,7 @@ from specprefill.gateway.pools.handles import ServeDecoder, ServePrefiller, Serv
 MODEL, KEEP, MAX_MODEL_LEN = "bench", 0.3, 200_000
 RUN_TOKENS = 96  # of a kept run of the instant speculator's selections
 TOKEN, WORD = 2210, " word"  # of the demo tokenizer
+ADMITTED = (EngineCoreEventType.QUEUED, EngineCoreEventType.SCHEDULED)  # with a first token
 CONTROL = "/engine"  # ?tokens=N&step_s=S: the length of answers, and the time of a step
 
 
@@ -278,12 +287,16 @@ class InstantCore:
         for request_id, tokens in list(self._running.items()):
             ends = tokens + 1 >= CLOCK.answer_tokens
             reason = FinishReason.LENGTH if ends else None
-            outputs.append(EngineCoreOutput(request_id, [TOKEN], finish_reason=reason))
+            events = None if tokens else [EngineCoreEvent.new_event(kind) for kind in ADMITTED]
+            outputs.append(
+                EngineCoreOutput(request_id, [TOKEN], finish_reason=reason, events=events)
+            )
             if ends:
                 del self._running[request_id]
             else:
                 self._running[request_id] = tokens + 1
-        sent = self._encoder.encode(EngineCoreOutputs(outputs=outputs))
+        stats = SchedulerStats(num_running_reqs=len(outputs))
+        sent = self._encoder.encode(EngineCoreOutputs(outputs=outputs, scheduler_stats=stats))
         decoded: EngineCoreOutputs = self._decoder.decode(sent)
         return decoded
 
@@ -310,7 +323,7 @@ async def vllm_app(config: AppConfig) -> Any:
         structured_outputs_config=engine_args.create_structured_outputs_config(),
     )
     with patch.object(EngineCoreClient, "make_async_mp_client", lambda **_more: InstantCore()):
-        engine = AsyncLLM(vllm_config, executor_class=object, log_stats=False, log_requests=False)
+        engine = AsyncLLM(vllm_config, executor_class=object, log_stats=True, log_requests=False)
     app = build_app(args, TASKS, model_config)
     await init_app_state(engine, app.state, args, TASKS)
     return app

@@ -7,6 +7,8 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Protocol
 
+from msgspec import structs
+
 from ..core.pipeline import Pipeline
 from ..core.plan import plan_of
 from ..core.request_spans import NoTracer, Tracer
@@ -110,4 +112,4 @@ def _add_wait(chunk: Chunk, waited_s: float) -> Chunk:
     if report is None or waited_s == 0.0:
         return chunk
     waited = replace(report, queue_s=report.queue_s + waited_s, ttft_s=report.ttft_s + waited_s)
-    return replace(chunk, report=waited)
+    return structs.replace(chunk, report=waited)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+from msgspec import structs
 
 from .types import (
     Chunk,
@@ -51,7 +53,7 @@ class _Sample:
         chars = min(self.chars_to_skip, len(chunk.text))
         self.tokens_to_skip -= tokens
         self.chars_to_skip -= chars
-        return replace(
+        return structs.replace(
             chunk,
             token_ids=chunk.token_ids[tokens:],
             text=chunk.text[chars:],
@@ -88,16 +90,16 @@ class Answer:
         """Return the output tokens of a sample so far."""
         return self._samples[index].token_ids
 
-    def first_chunks(self) -> list[Chunk]:
+    def first_chunk(self) -> Chunk | None:
         """Return the first token, unless a stop string or half a character holds it back."""
         if self._prefilled is None:
-            return []
+            return None
         first = self._prefilled.first
         if self._prefilled.ticket is None:
             # One sample: this is its end. Several: decode computes the prompt for all.
-            return self._send(first) if self._request.samples == 1 else []
+            return self._send(first) if self._request.samples == 1 else None
         if self._request.hold_back_chars > 0 or not first.text or "\ufffd" in first.text:
-            return []
+            return None
         return self._send(first)
 
     def start_replay(self) -> Replay:
@@ -107,8 +109,8 @@ class Answer:
             repeated[0] = self._prefilled.first.token_ids
         return tuple(repeated)
 
-    def add_step(self, step: DecodeStep) -> list[Chunk]:
-        """Return the part of a decode step that is new to the client. Raises Diverged."""
+    def add_step(self, step: DecodeStep) -> Chunk | None:
+        """Return the part of a decode step that is new to the client, if any. Raises Diverged."""
         if step.transfer_s is not None:
             self._transfer_s = step.transfer_s
         if step.first_decode_s is not None:
@@ -122,9 +124,9 @@ class Answer:
             sample.decoding = True
             self.kv_arrived = all(each.decoding or each.finished for each in self._samples)
         if sample.finished:
-            return []  # it had finished before its engine was lost
+            return None  # it had finished before its engine was lost
         chunk = sample.without_repeated(step.chunk)
-        return self._send(chunk) if chunk.token_ids or chunk.text or chunk.is_finished else []
+        return self._send(chunk) if chunk.token_ids or chunk.text or chunk.is_finished else None
 
     def report(self, selection: Selection, ttft_s: float, retries: int = 0) -> Report:
         """Return the request's report, once the last sample has finished."""
@@ -156,12 +158,12 @@ class Answer:
             text_tokens=None if selection.text is None else len(selection.text),
         )
 
-    def _send(self, chunk: Chunk) -> list[Chunk]:
+    def _send(self, chunk: Chunk) -> Chunk:
         self._samples[chunk.index].append(chunk)
         self.open_samples -= chunk.is_finished
         if chunk.cached_tokens != self._cached_tokens:
-            chunk = replace(chunk, cached_tokens=self._cached_tokens)
+            chunk = structs.replace(chunk, cached_tokens=self._cached_tokens)
         if self._prompt_logprobs is not None:
-            chunk = replace(chunk, prompt_logprobs=self._prompt_logprobs)
+            chunk = structs.replace(chunk, prompt_logprobs=self._prompt_logprobs)
             self._prompt_logprobs = None
-        return [chunk]
+        return chunk

@@ -13,6 +13,8 @@ from contextlib import (
 )
 from dataclasses import dataclass, field, replace
 
+from msgspec import structs
+
 from .answer import Answer, Diverged
 from .errors import (
     DeadlineExceeded,
@@ -122,7 +124,7 @@ class Pipeline:
                         report = answer.report(selection, ttft_s, losses.count)
                         if self.local is not None:
                             self.local.learn(request, selection, report, answer.token_ids(0))
-                        chunk = replace(chunk, report=report)
+                        chunk = structs.replace(chunk, report=report)
                     yield chunk
 
     async def _stream_chunks(
@@ -135,8 +137,9 @@ class Pipeline:
         losses: _Losses,
     ) -> AsyncGenerator[Chunk, None]:
         """Yield the first token at once, then the decode engine's; replace a lost engine."""
-        for chunk in answer.first_chunks():  # the client has it, whether the KV has moved or not
-            yield chunk
+        first = answer.first_chunk()
+        if first is not None:  # the client has it, whether the KV has moved or not
+            yield first
         steps = start.steps
         for attempts_left in reversed(range(self.attempts)):
             if answer.open_samples == 0:
@@ -148,9 +151,9 @@ class Pipeline:
             try:
                 async with aclosing(steps) as stream:
                     async for step in stream:
-                        chunks = answer.add_step(step)
+                        chunk = answer.add_step(step)
                         start.note_kv(answer)
-                        for chunk in chunks:
+                        if chunk is not None:
                             yield chunk
             except Diverged:
                 pass  # the next one repeats the client's tokens

@@ -6,9 +6,9 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any, Self
 
+from msgspec import structs
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -221,9 +221,9 @@ def _decoded_step(
     An engine counts tokens that were handed over as cached: they are not, unless it computes.
     """
     chunk = chunk_of(output, index, (output.num_cached_tokens or 0) if computes else 0)
-    chunk = replace(chunk, text=leak.cut(chunk.text)) if leak.chars else chunk
+    chunk = structs.replace(chunk, text=leak.cut(chunk.text)) if leak.chars else chunk
     if output.prompt_logprobs is not None:
-        chunk = replace(chunk, prompt_logprobs=prompt_logprobs_of(output))
+        chunk = structs.replace(chunk, prompt_logprobs=prompt_logprobs_of(output))
     if not chunk.is_finished:
         return DecodeStep(chunk)
     pull = pulled_in(output.kv_transfer_params) or PullOutcome(0.0, 0.0, recomputed=False)
@@ -253,4 +253,6 @@ def _stages(
 
 def _computed_step(step: DecodeStep, output: RequestOutput) -> DecodeStep:
     """Return the last step of a request that came without KV."""
-    return replace(step, first_decode_s=0.0, computed=LocalPrefillTimes(*prefill_times(output)))
+    return structs.replace(
+        step, first_decode_s=0.0, computed=LocalPrefillTimes(*prefill_times(output))
+    )

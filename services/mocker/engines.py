@@ -16,6 +16,7 @@ from uuid import uuid4
 
 import msgspec
 import numpy as np
+from msgspec import structs
 
 from ..control.prefixes import PrefixMemory
 from ..control.scaling.values import Engines
@@ -149,7 +150,7 @@ class MockDecode:
                 ends = place == count - 1
                 for index in range(request.samples):
                     chunk = _chunk(request, index, place, cached, ends=ends)
-                    yield replace(last, chunk=chunk) if ends else DecodeStep(chunk)
+                    yield structs.replace(last, chunk=chunk) if ends else DecodeStep(chunk)
 
     async def _start(
         self, request: Request, selection: Selection, ticket: Ticket | None

@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+from msgspec import structs
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -315,8 +316,8 @@ def _prefilled_of(
         ticket = replace(ticket, carrier=carrier)
     queue_s, prefill_s = prefill_times(output)
     chunk = chunk_of(output, 0, output.num_cached_tokens or 0)
-    first = replace(chunk, prompt_logprobs=prompt_logprobs_of(output))
-    first = replace(first, text=leak.cut(first.text))
+    first = structs.replace(chunk, prompt_logprobs=prompt_logprobs_of(output))
+    first = structs.replace(first, text=leak.cut(first.text))
     if ticket is not None:  # one token was all that was asked of this engine: not the end
-        first = replace(first, finish_reason=None, stop_reason=None)
+        first = structs.replace(first, finish_reason=None, stop_reason=None)
     return PrefillResult(first, ticket, queue_s=waited_s + queue_s, prefill_s=prefill_s)

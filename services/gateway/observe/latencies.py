@@ -23,7 +23,6 @@ class ClientLatencies:
     def __init__(
         self, model_name: str, make: Any = metrics, now: Callable[[], float] = time.monotonic
     ) -> None:
-        self._tags = {"model_name": model_name}
         self._histograms = {
             name: make.Histogram(
                 f"vllm_{name}",
@@ -33,11 +32,13 @@ class ClientLatencies:
             )
             for name, description in LATENCIES.items()
         }
+        for histogram in self._histograms.values():  # tags of a call would be merged for each token
+            histogram.set_default_tags({"model_name": model_name})
         self.now = now
 
     def observe(self, name: str, seconds: float) -> None:
         """Observe one of `LATENCIES`."""
-        self._histograms[name].observe(seconds, self._tags)
+        self._histograms[name].observe(seconds)
 
     def on_arrival(self, request: Request) -> RequestObserver:
         """See Observer."""
@@ -56,11 +57,11 @@ class _RequestClock(RequestObserver):
         if not chunk.token_ids:
             return
         now_s, before_s = self._latencies.now(), self._newest_s[chunk.index]
-        if not any(self._newest_s):
-            self._latencies.observe("time_to_first_token_seconds", now_s - self._arrived_s)
         if before_s is not None:
             token_s = (now_s - before_s) / len(chunk.token_ids)
             self._latencies.observe("inter_token_latency_seconds", token_s)
+        elif not any(self._newest_s):
+            self._latencies.observe("time_to_first_token_seconds", now_s - self._arrived_s)
         self._newest_s[chunk.index] = now_s
 
     def on_end(self, ending: Ending) -> None:

@@ -4,6 +4,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
+from msgspec import structs
 
 from specprefill.control.decode_caches import DecodeCaches
 from specprefill.control.local_prefill import EveryPromptLocal, LocalLimits, LocalPrefillRule
@@ -178,8 +179,8 @@ class TestWithoutHandOver:
                 first = True
                 async for step in super().decode(*args):
                     logprobs = (None, None) if first else None
-                    chunk = replace(step.chunk, prompt_logprobs=logprobs)
-                    yield replace(step, chunk=chunk)
+                    chunk = structs.replace(step.chunk, prompt_logprobs=logprobs)
+                    yield structs.replace(step, chunk=chunk)
                     first = False
 
         planner = Planner(enabled=True, keep=0.5, min_prompt_tokens=10)
