@@ -72,7 +72,6 @@ MEANINGS = {
     "SpeculatorConfig.max_batch": "Prompts that are scored together, at most.",
     "SpeculatorConfig.timeout_token_s": "See `timeout_s`.",
     "SelectionConfig.ceiling": "Of the rates that the scores choose from.",
-    "SelectionConfig.chunk_tokens": "Tokens that are kept or dropped together.",
     "SelectionConfig.pool_tokens": "Width of the average that smooths the scores.",
     "EngineConfig.tensor_parallel_size": "As vLLM's argument.",
     "EngineConfig.pipeline_parallel_size": "As vLLM's argument.",

@@ -141,10 +141,13 @@ class SelectionConfig(Strict):
         return self
 
     min_kept_tokens: PositiveInt = 256  # absolute floor under any keep rate
-    chunk_tokens: PositiveInt = 32
+    # text: chunks end with lines, sentences or clauses, within 0.5 to 1.75 times chunk_tokens;
+    # equal: of exactly chunk_tokens, as in the paper, which has 32.
+    chunks: Literal["text", "equal"] = "text"
+    chunk_tokens: PositiveInt = 16  # tokens that are kept or dropped together
     # A chunk counts for at least this share of the one before it: a fact that the speculator looks
     # at continues behind the chunk's border.
-    next_chunk_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.3
+    next_chunk_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     pool_tokens: PositiveInt = 13
     sink_tokens: PositiveInt = 4  # the first tokens: the attention sink
     tail_tokens: PositiveInt = 64  # the last tokens of the last user turn: the query

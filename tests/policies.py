@@ -6,4 +6,5 @@ from specprefill.config import SelectionConfig
 from specprefill.control.from_config import selection_policy
 
 SHIPPED = selection_policy(SelectionConfig())
-PAPER = replace(SHIPPED, next_chunk_share=0.0)  # as published: a chunk counts for itself alone
+# As published: longer chunks, each of which counts for itself alone.
+PAPER = replace(SHIPPED, chunk_tokens=32, next_chunk_share=0.0)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from specprefill.config import SelectionConfig, SpeculatorConfig
 from specprefill.control.from_config import selection_policy
+from specprefill.core.chunks import Chunks
 from specprefill.core.keep_rate import AutoKeep
 from specprefill.core.prefix_digests import BLOCK_TOKENS
 from specprefill.core.selection import Scores, SelectionPolicy, select
@@ -54,6 +55,7 @@ class ScoredPrompt:
     certainty: float
     protected: tuple[Span, ...]
     gold: tuple[Span, ...]  # empty: all of the prompt
+    chunks: Chunks | None = None  # None: of equal lengths
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +143,12 @@ def measure_variant(variant: RuleVariant, prompts: Sequence[ScoredPrompt]) -> Re
     families: dict[str, list[tuple[float, Selection]]] = {}
     for prompt in prompts:
         chosen = select(
-            prompt.scores, variant.plan, prompt.protected, variant.policy, prompt.certainty
+            prompt.scores,
+            variant.plan,
+            prompt.protected,
+            variant.policy,
+            prompt.certainty,
+            prompt.chunks,
         )
         families.setdefault(prompt.family, []).append((survival(prompt.gold, chosen), chosen))
     return Result(variant.name, {name: _family(found) for name, found in families.items()})

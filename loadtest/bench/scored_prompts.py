@@ -13,6 +13,7 @@ from specprefill.core.types import Span
 from specprefill.gateway.openai.offsets import PromptOffsets
 from specprefill.lab.families.fitting import render
 from specprefill.lab.families.task import Task
+from specprefill.speculator.chunking import Chunker
 from specprefill.speculator.scorer import Scorer, load_scorer
 
 from .keep_rates import ScoredPrompt
@@ -26,6 +27,7 @@ class TaskScorer:
     tokenizer: PreTrainedTokenizerFast
     offsets: PromptOffsets
     tail_tokens: int
+    chunker: Chunker
 
     @classmethod
     def load(cls, config: SpeculatorConfig) -> Self:
@@ -33,7 +35,13 @@ class TaskScorer:
         selection = SelectionConfig()
         tokenizer = AutoTokenizer.from_pretrained(local_path(config.path))
         scorer = load_scorer(config, selection.pool_tokens)
-        return cls(scorer, tokenizer, PromptOffsets(tokenizer), selection.tail_tokens)
+        return cls(
+            scorer,
+            tokenizer,
+            PromptOffsets(tokenizer),
+            selection.tail_tokens,
+            Chunker.of(selection, tokenizer),
+        )
 
     def score_task(self, task: Task) -> ScoredPrompt:
         """Render, tokenise, mark and score one task."""
@@ -54,6 +62,7 @@ class TaskScorer:
             certainty=reading.certainty,
             protected=merge_spans(special + spans),
             gold=tuple(_tokens(text.find(gold), len(gold), offsets) for gold in task.gold),
+            chunks=self.chunker.chunks(prompt),
         )
 
 

@@ -209,6 +209,7 @@ def demo_cases(count: int, prompt_tokens: int, keep: float, seed: int) -> list[C
     from specprefill.core.selection import select
     from specprefill.lab.families.catalog import generate
     from specprefill.lab.families.fitting import render
+    from specprefill.speculator.chunking import Chunker
     from specprefill.speculator.scorer import load_scorer
 
     selection = SelectionConfig()
@@ -218,6 +219,7 @@ def demo_cases(count: int, prompt_tokens: int, keep: float, seed: int) -> list[C
         selection_policy(selection),
     )
     tokenizer = AutoTokenizer.from_pretrained(local_path(draft.path))
+    chunker = Chunker.of(selection, tokenizer)
     plan = Plan(PlanKind.PRUNE, Reason.ASKED, keep)
     cases = []
     for family, number in itertools.product(DEMO_FAMILIES, range(count)):
@@ -226,7 +228,7 @@ def demo_cases(count: int, prompt_tokens: int, keep: float, seed: int) -> list[C
         prompt = tuple(tokenizer.encode(text, add_special_tokens=False))
         sampling = SamplingParams(temperature=0.0, max_tokens=task.max_tokens)
         asked = Request(f"{family}-{number}", prompt, msgspec.msgpack.encode(sampling))
-        chosen = select(scorer.score([prompt])[0], plan, (), policy)
+        chosen = select(scorer.score([prompt])[0], plan, (), policy, chunks=chunker.chunks(prompt))
         cases.append(Case(COPYING, asked, chosen))
     return cases
 

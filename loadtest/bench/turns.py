@@ -151,8 +151,10 @@ def _selections(
     scored = scorer.score_task(task)
     given = (scored.scores, plan, scored.protected, policy, scored.certainty)
     before = memory.find(prompt)
-    anew = select(*given)
-    return anew, anew if before is None else continue_selection(*given, before)
+    anew = select(*given, scored.chunks)
+    if before is None:
+        return anew, anew
+    return anew, continue_selection(*given, before, scored.chunks)
 
 
 def _positions(selection: Selection) -> list[int]:

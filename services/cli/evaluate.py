@@ -34,6 +34,7 @@ LENGTHS = (1024, 4096)
 KEEPS = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05)
 CONTROL_KEEP = 0.1
 TEXT_KEEPS = (0.3, 0.1)
+CHUNKS = {"text": "chunks that follow the text, of about", "equal": "chunks of"}
 ITEMS, LEAST_DENSE = 8, 0.2
 QUICK_FAMILIES, QUICK_LENGTHS, QUICK_KEEPS, QUICK_ITEMS = ("needles", "vt"), (768,), (1.0, 0.1), 2
 
@@ -286,7 +287,7 @@ def _subject(args: argparse.Namespace, config: AppConfig) -> dict[str, str]:
         "speculator": _without_home(config.speculator.path),
         "dtype": config.speculator.dtype,
         "scored by": _scoring(config.speculator),
-        "selection": f"chunks of {selection.chunk_tokens} tokens, at least "
+        "selection": f"{CHUNKS[selection.chunks]} {selection.chunk_tokens} tokens, at least "
         f"{selection.min_kept_tokens} kept, {selection.sink_tokens} first and "
         f"{selection.tail_tokens} last protected, {selection.next_chunk_share:g} of a chunk's "
         "score for the next one",

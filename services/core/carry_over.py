@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .chunks import Chunks
 from .selection import (
     Mask,
     Scores,
@@ -52,6 +52,7 @@ def continue_selection(
     policy: SelectionPolicy,
     certainty: float,
     before: KeptBefore,
+    chunks: Chunks | None = None,
 ) -> Selection:
     """Select as `select`, but keep what was kept `before`, in the same slots.
 
@@ -60,7 +61,8 @@ def continue_selection(
     keep now are fetched behind the earlier runs. Where most of the earlier choice does not serve
     the new question, or the plan asks for another keep rate, the selection is `select`'s.
     """
-    fresh = select(scores, plan, protected, policy, certainty)
+    chunks = chunks or Chunks.of_equal_length(len(scores), policy.chunk_tokens)
+    fresh = select(scores, plan, protected, policy, certainty, chunks)
     if fresh.plan.kind is PlanKind.DENSE:
         return fresh
     anew = replace(fresh, plan=replace(fresh.plan, reason=Reason.RESELECTED))
@@ -69,7 +71,10 @@ def continue_selection(
     kept = _mask(before.runs, len(scores))
     wanted = _mask(fresh.runs, len(scores))
     must = protected_mask(len(scores), protected, policy)
-    fetched = _fetched(scores, kept, wanted, must, policy, before.tokens)
+    worth = chunk_worth(scores, must, policy, chunks)
+    worthy = chunks.spread(worth >= FETCH_FROM * worth.max())
+    fetched = (must | (wanted & worthy)) & ~kept
+    fetched[before.tokens :] = False
     if int(fetched.sum()) > MOST_FETCHED * before.kept_tokens:
         return anew
     new = wanted | must
@@ -94,17 +99,6 @@ def _serves(plan: Plan, before: KeptBefore) -> bool:
         return before.keep == plan.keep
     floor = 0.0 if plan.within is None else plan.within.floor
     return before.kept_tokens >= floor * before.tokens
-
-
-def _fetched(
-    scores: Scores, kept: Mask, wanted: Mask, must: Mask, policy: SelectionPolicy, tokens: int
-) -> Mask:
-    """Return the mask of dropped tokens, below `tokens`, that the new question needs."""
-    worth = chunk_worth(scores, must, policy)
-    worthy = np.repeat(worth >= FETCH_FROM * worth.max(), policy.chunk_tokens)[: len(scores)]
-    fetched: NDArray[np.bool_] = (must | (wanted & worthy)) & ~kept
-    fetched[tokens:] = False
-    return fetched
 
 
 def _joined(runs: Sequence[Span]) -> tuple[Span, ...]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from .chunks import Chunks
 from .protection import KeptBy
 from .selection import SelectionPolicy, protected_mask
 from .types import PlanKind, Selection, Span
@@ -50,7 +51,7 @@ def explain(
     kept = _kept_mask(selection)
     reasons[~kept] = 0
     reasons[kept & (reasons == 0)] = _bit(_own_reason(selection))
-    spans = tuple(_spans(reasons, policy.chunk_tokens))
+    spans = tuple(_spans(reasons, _chunk_starts(selection, policy)))
     return Explanation(spans, _threshold(selection, spans))
 
 
@@ -91,13 +92,22 @@ def _own_reason(selection: Selection) -> KeptBy:
     return KeptBy.STATIC if selection.scores is None else KeptBy.SCORED
 
 
-def _spans(reasons: Reasons, chunk_tokens: int) -> Iterator[ExplainedSpan]:
-    tokens = len(reasons)
+def _chunk_starts(selection: Selection, policy: SelectionPolicy) -> NDArray[np.int64]:
+    """Return the first token of each chunk."""
+    if selection.scores is not None:
+        return np.array(selection.scores.starts, dtype=np.int64)
+    return Chunks.of_equal_length(selection.prompt_tokens, policy.chunk_tokens).starts
+
+
+def _spans(reasons: Reasons, chunk_starts: NDArray[np.int64]) -> Iterator[ExplainedSpan]:
     changes = np.flatnonzero(np.diff(reasons)) + 1
-    starts = np.union1d(changes, np.arange(0, tokens, chunk_tokens)).tolist()
+    starts = np.union1d(changes, chunk_starts)
+    chunks = np.searchsorted(chunk_starts, starts, side="right") - 1
     names = {bits: _names(bits) for bits in np.unique(reasons).tolist()}
-    for start, stop in zip(starts, [*starts[1:], tokens], strict=True):
-        yield ExplainedSpan(Span(start, stop), start // chunk_tokens, names[int(reasons[start])])
+    edges = [*starts.tolist(), len(reasons)]
+    for place, chunk in enumerate(chunks.tolist()):
+        start, stop = edges[place], edges[place + 1]
+        yield ExplainedSpan(Span(start, stop), chunk, names[int(reasons[start])])
 
 
 def _names(bits: int) -> tuple[KeptBy, ...]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from .chunks import Chunks
 from .keep_rate import AutoKeep, chunks_needed
 from .types import (
     ChunkScores,
@@ -35,7 +36,7 @@ FLAT_SPREAD = 1e-4  # (highest - lowest) / highest chunk score below which nothi
 class SelectionPolicy:
     """The tokens that a deployment always keeps, and the chunks that it chooses from the rest."""
 
-    chunk_tokens: int
+    chunk_tokens: int  # of each chunk; where they follow the text, about as many
     min_kept_tokens: int  # absolute floor under any keep rate
     sink_tokens: int  # the first tokens of the prompt, always kept
     tail_tokens: int  # the last tokens of the prompt, always kept
@@ -54,10 +55,12 @@ def select(
     protected: Sequence[Span],
     policy: SelectionPolicy,
     certainty: float = 1.0,
+    chunks: Chunks | None = None,
 ) -> Selection:
-    """Keep the protected tokens and the top chunks of `policy.chunk_tokens` tokens by mean score.
+    """Keep the protected tokens and the top chunks by mean score.
 
-    The mean is over what keeping a chunk would add: its tokens that are not protected.
+    `chunks` None: of `policy.chunk_tokens` tokens each. The mean is over what keeping a chunk would
+    add: its tokens that are not protected.
 
     The budget is `ceil(chunks * plan.keep)` chunks, raised to `min_kept_tokens`; protected tokens
     count toward it one by one, and no chunk is rounded up for them. Scored chunks always get at
@@ -74,19 +77,18 @@ def select(
     settled = settle(len(scores), plan, protected, policy)
     if settled is not None:
         return settled
-    means = _chunk_means(scores, policy.chunk_tokens)
-    if _is_flat(means):
+    chunks = chunks or Chunks.of_equal_length(len(scores), policy.chunk_tokens)
+    if _is_flat(_chunk_means(scores, chunks)):
         return dense_selection(len(scores), Reason.FLAT_SCORES)
     kept = protected_mask(len(scores), protected, policy)
     anything_protected = bool(kept.any())
-    worth = chunk_worth(scores, kept, policy)
+    worth = chunk_worth(scores, kept, policy, chunks)
     if plan.within is not None:
-        chosen = _choose_keep(worth, kept, plan.within, policy, certainty)
+        chosen = _choose_keep(worth, kept, plan.within, policy, certainty, chunks)
         if isinstance(chosen, Reason):
             return dense_selection(len(scores), chosen)
         plan = replace(plan, keep=chosen)
-    for chunk in _choose_chunks(worth, kept, plan, policy).tolist():
-        kept[chunk * policy.chunk_tokens : (chunk + 1) * policy.chunk_tokens] = True
+    kept |= chunks.spread(_choose_chunks(worth, kept, plan, policy, chunks))
     if len(kept) - int(kept.sum()) < policy.chunk_tokens:
         reason = Reason.PROTECTED_SPANS if anything_protected else Reason.KEEP_IS_ONE
         return dense_selection(len(scores), reason)
@@ -94,16 +96,21 @@ def select(
 
 
 def chunk_scores(
-    scores: Scores, protected: Sequence[Span], policy: SelectionPolicy, certainty: float
+    scores: Scores,
+    protected: Sequence[Span],
+    policy: SelectionPolicy,
+    certainty: float,
+    chunks: Chunks | None = None,
 ) -> ChunkScores:
     """Return the scores by which `select` chooses chunks, whatever the plan.
 
     Of a prompt with a score that is not finite, which is not pruned, they are all 0.
     """
-    flat = _is_flat(_chunk_means(scores, policy.chunk_tokens))
+    chunks = chunks or Chunks.of_equal_length(len(scores), policy.chunk_tokens)
+    flat = _is_flat(_chunk_means(scores, chunks))
     usable = np.where(np.isfinite(scores).all(), scores, np.float32(0.0))
-    worth = chunk_worth(usable, protected_mask(len(scores), protected, policy), policy)
-    return ChunkScores(tuple(worth.tolist()), certainty, flat)
+    worth = chunk_worth(usable, protected_mask(len(scores), protected, policy), policy, chunks)
+    return ChunkScores(tuple(worth.tolist()), certainty, flat, tuple(chunks.starts.tolist()))
 
 
 def settle(
@@ -171,11 +178,9 @@ def _whole_blocks(tokens: int, block_tokens: int) -> int:
     return -(-tokens // block_tokens) * block_tokens if 2 * tokens >= block_tokens else tokens
 
 
-def _chunk_means(scores: Scores, chunk_tokens: int) -> NDArray[np.float64]:
-    """Average the scores by chunk, `[N]` -> `[chunks]`; the last chunk may be shorter."""
-    starts = np.arange(0, len(scores), chunk_tokens)
-    sizes = np.diff(starts, append=len(scores))
-    return np.add.reduceat(scores, starts, dtype=np.float64) / sizes
+def _chunk_means(scores: Scores, chunks: Chunks) -> NDArray[np.float64]:
+    """Average the scores by chunk, `[N]` -> `[chunks]`."""
+    return chunks.sums(scores) / chunks.sizes
 
 
 def _is_flat(means: NDArray[np.float64]) -> bool:
@@ -186,12 +191,12 @@ def _is_flat(means: NDArray[np.float64]) -> bool:
     return float(np.ptp(inner)) <= FLAT_SPREAD * float(np.abs(inner).max())
 
 
-def chunk_worth(scores: Scores, protected: Mask, policy: SelectionPolicy) -> NDArray[np.float64]:
+def chunk_worth(
+    scores: Scores, protected: Mask, policy: SelectionPolicy, chunks: Chunks
+) -> NDArray[np.float64]:
     """Score what keeping each chunk would add, `[N]` -> `[chunks]`; 0: all of it is protected."""
-    free = _free_tokens(protected, policy.chunk_tokens)
-    starts = np.arange(0, len(scores), policy.chunk_tokens)
-    sums = np.add.reduceat(np.where(protected, 0.0, scores), starts, dtype=np.float64)
-    worth: NDArray[np.float64] = sums / np.maximum(free, 1)
+    sums = chunks.sums(np.where(protected, 0.0, scores))
+    worth: NDArray[np.float64] = sums / np.maximum(chunks.count(~protected), 1)
     worth[1:] = np.maximum(worth[1:], policy.next_chunk_share * worth[:-1])
     return worth
 
@@ -202,40 +207,51 @@ def _choose_keep(
     within: KeepRange,
     policy: SelectionPolicy,
     certainty: float,
+    chunks: Chunks,
 ) -> float | Reason:
     """Return the keep rate that the open chunks need, or the reason to go dense."""
     sure = certainty >= policy.auto.least_certainty
-    of_open = worth[_free_tokens(protected, policy.chunk_tokens) > 0]
-    chunks = chunks_needed(np.sort(of_open)[::-1], policy.auto, sure=sure)
-    if chunks > policy.auto.most_chunks * len(of_open):
+    is_open = chunks.count(~protected) > 0
+    highest = np.argsort(-worth[is_open], kind="stable")
+    needed = chunks_needed(worth[is_open][highest], policy.auto, sure=sure)
+    if needed > policy.auto.most_chunks * len(highest):
         return Reason.SPREAD_SCORES if sure else Reason.UNCERTAIN
-    wanted = (chunks * policy.chunk_tokens + int(protected.sum())) / len(protected)
+    tokens = int(_nominal_sizes(chunks, policy)[is_open][highest[:needed]].sum())
+    wanted = (tokens + int(protected.sum())) / len(protected)
     return min(max(wanted, within.floor), within.ceiling)
 
 
 def _choose_chunks(
-    worth: NDArray[np.float64], protected: Mask, plan: Plan, policy: SelectionPolicy
-) -> NDArray[np.intp]:
-    """Return the fewest top chunks that fill the budget beside the protected tokens.
+    worth: NDArray[np.float64],
+    protected: Mask,
+    plan: Plan,
+    policy: SelectionPolicy,
+    chunks: Chunks,
+) -> Mask:
+    """Return the mask, `[chunks]`, of the fewest top ones that fill the budget.
 
-    A short last chunk counts as a whole one, so that without protection exactly the paper's
-    number of chunks is taken.
+    The budget is for them and the protected tokens. A short last chunk counts as a whole one, so
+    that without protection exactly the paper's number of chunks is taken.
     """
     size = policy.chunk_tokens
     budget = budget_chunks(len(protected), plan.keep, policy)
-    free = _free_tokens(protected, size)
+    free = chunks.count(~protected)
     least = math.ceil(budget / 2) if plan.within is None else 1
     missing = max(budget * size - int(protected.sum()), least * size)
     order = len(worth) - 1 - np.argsort(-worth[::-1], kind="stable")
     open_chunks = order[free[order] > 0]
-    whole = len(worth) * size - len(protected)  # the last chunk's missing tokens count as free
-    filled = np.cumsum(free[open_chunks] + np.where(open_chunks == len(worth) - 1, whole, 0))
-    return open_chunks[: int(np.searchsorted(filled, missing)) + 1]
+    added = free + _nominal_sizes(chunks, policy) - chunks.sizes
+    filled = np.cumsum(added[open_chunks])
+    chosen = np.zeros(len(worth), dtype=np.bool_)
+    chosen[open_chunks[: int(np.searchsorted(filled, missing)) + 1]] = True
+    return chosen
 
 
-def _free_tokens(protected: Mask, size: int) -> NDArray[np.int64]:
-    """Count the unprotected tokens of each chunk."""
-    return np.add.reduceat(~protected, np.arange(0, len(protected), size), dtype=np.int64)
+def _nominal_sizes(chunks: Chunks, policy: SelectionPolicy) -> NDArray[np.int64]:
+    """Return the tokens of each chunk, `[chunks]`, as if the last were whole."""
+    sizes = chunks.sizes
+    sizes[-1] = max(int(sizes[-1]), policy.chunk_tokens)
+    return sizes
 
 
 def true_runs(kept: Mask) -> tuple[Span, ...]:

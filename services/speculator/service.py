@@ -18,6 +18,7 @@ from ..core.carry_over import continue_selection
 from ..core.errors import InvalidRequest, ScoringTimeout, SpeculatorUnavailable
 from ..core.selection import SelectionPolicy, chunk_scores, select, settle
 from ..core.types import Plan, PromptMode, Request, Selection, dense_selection
+from .chunking import Chunker, load_chunker
 from .jobs import Batching, Counts, Job, Rating
 from .kept_memory import KeptMemory
 from .lru import ByteLru
@@ -35,8 +36,12 @@ class SpeculatorService:
         policy: SelectionPolicy,
         batching: Batching,
         now: Callable[[], float] = time.monotonic,
+        load_chunks: Callable[[], Chunker] | None = None,
     ) -> None:
+        """`load_chunks` None: chunks of equal lengths."""
         self._load = load
+        self._load_chunks = load_chunks
+        self._chunker: Chunker | None = None
         self._policy = policy
         self._now = now
         self._ratings: ByteLru[Rating] = ByteLru(batching.score_cache_bytes)
@@ -59,6 +64,7 @@ class SpeculatorService:
         """
         return cls(
             load=partial(load_scorer, config, selection.pool_tokens, main_path),
+            load_chunks=partial(load_chunker, selection, main_path),
             policy=selection_policy(selection, block_tokens),
             batching=Batching(
                 config.max_batch,
@@ -103,6 +109,8 @@ class SpeculatorService:
 
     async def start(self) -> None:
         """Load the model. Raises UnsupportedModel when it cannot score for the main model."""
+        if self._load_chunks is not None:
+            self._chunker = await asyncio.to_thread(self._load_chunks)
         self._scorer = await self._passes.start(self._load)
 
     async def close(self) -> None:
@@ -213,15 +221,19 @@ class SpeculatorService:
         """Select as the conversation's last turn did, and remember it for the next."""
         request, scores, policy = job.request, rating.scores, job.policy
         protected, certainty = request.protected, rating.certainty
+        chunks = None if self._chunker is None else self._chunker.chunks(request.prompt)
         if request.wants_scores:
-            chosen = select(scores, job.plan, protected, policy, certainty)
-            return replace(chosen, scores=chunk_scores(scores, protected, policy, certainty))
+            chosen = select(scores, job.plan, protected, policy, certainty, chunks)
+            shown = chunk_scores(scores, protected, policy, certainty, chunks)
+            return replace(chosen, scores=shown)
         carries = policy.carry_over and job.plan.mode is PromptMode.POSITIONS
         before = self._kept.find(request.prompt, request.cache_salt) if carries else None
         if before is None:
-            chosen = select(scores, job.plan, protected, policy, certainty)
+            chosen = select(scores, job.plan, protected, policy, certainty, chunks)
         else:
-            chosen = continue_selection(scores, job.plan, protected, policy, certainty, before)
+            chosen = continue_selection(
+                scores, job.plan, protected, policy, certainty, before, chunks
+            )
         if carries:
             self._kept.remember(request.prompt, chosen, job.plan.reason, request.cache_salt)
         return chosen

@@ -40,18 +40,26 @@ function dense(view, reason) {
   return { plan: "dense", reason, keep: 1, kept, keptTokens: view.prompt_tokens, threshold: null };
 }
 
-/** Counts what is protected, and the free tokens of each chunk. */
+/**
+ * Counts what is protected, and the tokens of each chunk: `free` those that are not protected,
+ * `whole` all, with a short last chunk as a whole one. `chunks` is the number of chunks of `size`.
+ */
 function countTokens(view) {
   const size = view.rule.chunk_tokens;
   const chunks = Math.ceil(view.prompt_tokens / size);
-  const free = new Array(chunks).fill(0);
+  const last = view.spans.at(-1).chunk;
+  const free = new Array(last + 1).fill(0);
+  const sizes = new Array(last + 1).fill(0);
   const protectedSpans = view.spans.map(isProtected);
   let protectedTokens = 0;
   view.spans.forEach((span, i) => {
+    sizes[span.chunk] += length(span);
     if (protectedSpans[i]) protectedTokens += length(span);
     else free[span.chunk] += length(span);
   });
-  return { size, chunks, free, protectedSpans, protectedTokens };
+  const whole = sizes.with(last, Math.max(size, sizes[last]));
+  const added = free.map((tokens, chunk) => tokens + whole[chunk] - sizes[chunk]);
+  return { size, chunks, free, whole, added, protectedSpans, protectedTokens };
 }
 
 const requestedChunks = (chunks, keep) => Math.max(1, ceil(chunks * keep));
@@ -69,11 +77,14 @@ function settle(view, sums, keep) {
 function chooseRate(view, sums) {
   const rule = view.rule;
   const sure = view.certainty >= rule.least_certainty;
-  const open = view.chunk_scores.filter((_, chunk) => sums.free[chunk] > 0);
-  const least = (sure ? rule.peak_share : rule.unsure_share) * highest(open);
-  const needed = Math.max(1, open.filter((score) => score >= least).length);
+  const scores = view.chunk_scores;
+  const open = [...scores.keys()].filter((chunk) => sums.free[chunk] > 0);
+  open.sort((a, b) => scores[b] - scores[a] || a - b);
+  const least = (sure ? rule.peak_share : rule.unsure_share) * scores[open[0]];
+  const needed = Math.max(1, open.filter((chunk) => scores[chunk] >= least).length);
   if (needed > rule.most_chunks * open.length) return sure ? "spread_scores" : "uncertain";
-  const wanted = (needed * sums.size + sums.protectedTokens) / view.prompt_tokens;
+  const tokens = open.slice(0, needed).reduce((sum, chunk) => sum + sums.whole[chunk], 0);
+  const wanted = (tokens + sums.protectedTokens) / view.prompt_tokens;
   return Math.min(Math.max(wanted, rule.floor), rule.ceiling);
 }
 
@@ -90,8 +101,7 @@ function chooseChunks(view, sums, keep, auto) {
   for (const chunk of order.filter((each) => sums.free[each] > 0)) {
     if (filled >= missing) break;
     chosen.add(chunk);
-    const isLast = chunk === sums.chunks - 1;
-    filled += sums.free[chunk] + (isLast ? sums.chunks * sums.size - view.prompt_tokens : 0);
+    filled += sums.added[chunk];
   }
   return chosen;
 }

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ...config import SelectionConfig
 from ...control.from_config import selection_policy
 from ...core.types import KeepRange
+from ...speculator.chunking import Chunker
 from ...speculator.draft import Draft
 from ...speculator.method import (
     PAPER,
@@ -114,6 +115,7 @@ def calibrate(
     Raises ValueError where no prompt could be made.
     """
     renderer, null = Renderer(tokenizer, selection.tail_tokens), NullQuestion.of(tokenizer)
+    chunker = Chunker.of(selection, tokenizer)
     layers = scorer.draft.layout.layers
     masses: dict[str, list[dict[Queries, Masses]]] = {}
     held_out: list[tuple[str, RenderedTask]] = []
@@ -136,7 +138,7 @@ def calibrate(
     tasks = []
     for done, (family, prompt) in enumerate(held_out):
         on_progress(plan.prompts - len(held_out) + done, f"{family}, ways to score")
-        tasks.append(_score(scorer, family, prompt, candidates))
+        tasks.append(_score(scorer, family, prompt, candidates, chunker))
     policy = selection_policy(selection)
     within = KeepRange(selection.floor, selection.ceiling)
     found = survivals(candidates, tasks, policy)
@@ -224,7 +226,11 @@ def _candidates(
 
 
 def _score(
-    scorer: Scorer, family: str, prompt: RenderedTask, candidates: Sequence[Candidate]
+    scorer: Scorer,
+    family: str,
+    prompt: RenderedTask,
+    candidates: Sequence[Candidate],
+    chunker: Chunker,
 ) -> ScoredTask:
     with scorer.open_readings([prompt.ids]) as (reading,):
         scorer.read([reading])
@@ -237,6 +243,7 @@ def _score(
                 each.name: rate(reading, each.method, scorer.pool_tokens) for each in candidates
             },
             certainty=reading.certainty,
+            chunks=chunker.chunks(prompt.ids),
         )
 
 

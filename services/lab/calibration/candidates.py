@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ...core.chunks import Chunks
 from ...core.selection import Scores, SelectionPolicy, select
 from ...core.types import KeepRange, Plan, PlanKind, Reason, Selection, Span
 from ...speculator.method import ScoringMethod
@@ -39,6 +40,7 @@ class ScoredTask:
     gold: tuple[Span, ...]  # empty: the answer needs all of the prompt
     scores: Mapping[str, Scores]  # by candidate
     certainty: float
+    chunks: Chunks | None = None  # None: of equal lengths
 
     @property
     def tokens(self) -> int:
@@ -160,7 +162,7 @@ def _automatic(
     pruned = sent_dense = 0
     for task in tasks:
         scores = task.scores[candidate.name]
-        chosen = select(scores, plan, task.protected, policy, task.certainty)
+        chosen = select(scores, plan, task.protected, policy, task.certainty, task.chunks)
         kept.setdefault(task.family, []).append(chosen.keep_rate)
         is_pruned = chosen.plan.kind is PlanKind.PRUNE
         if _can_be_pruned(task, candidate, policy):
@@ -189,4 +191,4 @@ def _fixed(
     task: ScoredTask, candidate: Candidate, keep: float, policy: SelectionPolicy
 ) -> Selection:
     plan = Plan(PlanKind.PRUNE, Reason.ASKED, keep)
-    return select(task.scores[candidate.name], plan, task.protected, policy)
+    return select(task.scores[candidate.name], plan, task.protected, policy, chunks=task.chunks)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...core.chunks import Chunks
 from ...core.selection import Scores
 
 
@@ -86,24 +87,23 @@ def arms_of(
     return tuple(arms)
 
 
-def control_scores(
-    chooser: Chooser, prompt_tokens: int, chunk_tokens: int, rng: random.Random
-) -> Scores:
+def control_scores(chooser: Chooser, chunks: Chunks, rng: random.Random) -> Scores:
     """Return scores [N] by which the product's own selection chooses as the control does.
 
     So a control keeps what is protected, and as many chunks beside it as the speculator's
     selection at the same rate. Raises ValueError for a chooser that is no control.
     """
-    chunks = -(-prompt_tokens // chunk_tokens)
+    count = len(chunks.starts)
     if chooser is Chooser.RANDOM:
-        ranks = [rng.random() for _ in range(chunks)]
+        ranks = [rng.random() for _ in range(count)]
     elif chooser is Chooser.ENDS:
-        ranks = [abs(2 * chunk + 1 - chunks) / chunks for chunk in range(chunks)]
+        ranks = [abs(2 * place + 1 - count) / count for place in range(count)]
     elif chooser is Chooser.EVEN:
-        ranks = [1.0 - _bisection_order(chunk) for chunk in _spread_chunks(chunks)]
+        ranks = [1.0 - _bisection_order(place) for place in _spread_chunks(count)]
     else:
         raise ValueError(f"{chooser} is no control")
-    return np.repeat(np.asarray(ranks, dtype=np.float32), chunk_tokens)[:prompt_tokens]
+    scores: Scores = chunks.spread(np.asarray(ranks, dtype=np.float32))
+    return scores
 
 
 def _spread_chunks(chunks: int) -> range:

@@ -26,6 +26,7 @@ from ...core.types import (
     dense_selection,
 )
 from ...gateway.openai.text_writer import PromptTextWriter
+from ...speculator.chunking import Chunker
 from ...speculator.jobs import Rating
 from ...speculator.method import PAPER
 from ...speculator.rating import rate
@@ -76,6 +77,7 @@ class Pair:
 
     renderer: Renderer
     policy: SelectionPolicy
+    chunker: Chunker
     automatic: Plan
     speculator: Scorer
     answerer: MainModelAnswerer | None  # None: gold survival only
@@ -154,19 +156,19 @@ class Pair:
         """Return what the arm keeps: as the service, all of a prompt that is refused."""
         if arm.is_dense:
             return dense_selection(len(prompt.ids), Reason.KEEP_IS_ONE)
+        chunks = self.chunker.chunks(prompt.ids)
         plan = Plan(PlanKind.PRUNE, Reason.ASKED, arm.keep)
         if arm.chooser in AUTOMATIC:
             plan = self.automatic
         if arm.chooser in CONTROLS:
-            chunk_tokens = self.policy.chunk_tokens
-            scores = control_scores(arm.chooser, len(prompt.ids), chunk_tokens, rng)
+            scores = control_scores(arm.chooser, chunks, rng)
             rating: Rating | Reason = Rating(scores, 1.0)
         else:
             rating = ratings[arm.chooser]
         if isinstance(rating, Reason):
             return dense_selection(len(prompt.ids), rating)
         policy = self.paper_policy if arm.chooser is Chooser.PAPER_AUTOMATIC else self.policy
-        selection = select(rating.scores, plan, prompt.protected, policy, rating.certainty)
+        selection = select(rating.scores, plan, prompt.protected, policy, rating.certainty, chunks)
         if arm.chooser is not Chooser.TEXT or selection.mode is PromptMode.DENSE:
             return selection
         return self.texts.written(prompt.ids, prompt.protected, selection)
@@ -224,6 +226,7 @@ def load_pair(
     return Pair(
         renderer=Renderer(tokenizer, selection.tail_tokens),
         policy=policy,
+        chunker=Chunker.of(selection, tokenizer),
         automatic=Plan(
             PlanKind.PRUNE, Reason.AUTO, within=KeepRange(selection.floor, selection.ceiling)
         ),

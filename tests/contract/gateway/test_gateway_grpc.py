@@ -271,7 +271,7 @@ async def test_score_explains_itself_where_asked(stub: Any, pipeline: Any) -> No
         kept = [each for each in explained.spans if each.reasons]
         assert explained.kept_text == "".join(text[each.start : each.end] for each in kept)
         assert sum(each.end_token - each.first_token for each in kept) == 3
-        assert (explained.rule.chunk_tokens, explained.keep) == (32, 0.5)
+        assert (explained.rule.chunk_tokens, explained.keep) == (16, 0.5)
         assert explained.tokenize_s > 0
         assert not explained.HasField("certainty")
 

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import uvicorn
 
+from specprefill.core.chunks import Chunks
 from specprefill.core.explanation import explain
 from specprefill.core.protection import KeptBy
 from specprefill.core.selection import chunk_scores, select
@@ -192,6 +193,13 @@ def test_the_slider_selects_what_the_server_would(page: Page) -> None:
     assert page.errors() == []
 
 
+def uneven_chunks(rng: np.random.Generator, tokens: int, size: int) -> Chunks:
+    """Chunks such as those that follow a text."""
+    sizes = rng.integers(max(1, size // 2), 2 * size + 1, tokens)
+    starts = np.append(0, np.cumsum(sizes))
+    return Chunks(starts[starts < tokens], tokens)
+
+
 def made_up_view(rng: np.random.Generator) -> tuple[dict[str, Any], Any]:
     """A response of the server for made-up scores, and the server's rule for another rate."""
     tokens, size = int(rng.integers(20, 900)), int(rng.choice([1, 7, 32]))
@@ -210,6 +218,7 @@ def made_up_view(rng: np.random.Generator) -> tuple[dict[str, Any], Any]:
         rng.choice([1, 40])
     )
     certainty = float(rng.choice([0.5, 0.99]))
+    chunks = rng.choice([Chunks.of_equal_length(tokens, size), uneven_chunks(rng, tokens, size)])
     bounds = KeepRange(0.05, 0.9)
 
     def server(keep: float | str) -> Selection:
@@ -218,9 +227,9 @@ def made_up_view(rng: np.random.Generator) -> tuple[dict[str, Any], Any]:
             if keep == "auto"
             else Plan(PlanKind.PRUNE, Reason.ASKED, keep)
         )
-        return select(scores, plan, spans, policy, certainty)
+        return select(scores, plan, spans, policy, certainty, chunks)
 
-    found = chunk_scores(scores, spans, policy, certainty)
+    found = chunk_scores(scores, spans, policy, certainty, chunks)
     first = Selection(tokens, (Span(0, tokens),), Plan(PlanKind.DENSE, Reason.ASKED), scores=found)
     view = {
         "prompt_tokens": tokens,

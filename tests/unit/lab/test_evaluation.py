@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from specprefill.core.chunks import Chunks
 from specprefill.core.selection import select
 from specprefill.core.types import Plan, PlanKind, Reason, Span
 from specprefill.lab.evaluation import report
@@ -83,7 +84,8 @@ def test_a_control_keeps_what_is_protected_and_the_speculators_budget(chooser, t
     plan = Plan(PlanKind.PRUNE, Reason.ASKED, 0.2)
     noise = np.random.default_rng(0).random(tokens, dtype=np.float32)
     ours = select(noise, plan, protected, policy)
-    scores = control_scores(chooser, tokens, policy.chunk_tokens, random.Random(0))
+    chunks = Chunks.of_equal_length(tokens, policy.chunk_tokens)
+    scores = control_scores(chooser, chunks, random.Random(0))
     theirs = select(scores, plan, protected, policy)
     assert abs(theirs.kept_tokens - ours.kept_tokens) < policy.chunk_tokens
     assert any(run.start <= 100 and run.stop >= 140 for run in theirs.runs)
@@ -92,8 +94,9 @@ def test_a_control_keeps_what_is_protected_and_the_speculators_budget(chooser, t
 def test_ends_keep_both_ends_and_even_leaves_no_wide_gap():
     policy = replace(PAPER, min_kept_tokens=0, sink_tokens=0, tail_tokens=0)
     plan = Plan(PlanKind.PRUNE, Reason.ASKED, 0.25)
+    chunks = Chunks.of_equal_length(2048, 32)
     runs = {
-        chooser: select(control_scores(chooser, 2048, 32, random.Random(0)), plan, (), policy).runs
+        chooser: select(control_scores(chooser, chunks, random.Random(0)), plan, (), policy).runs
         for chooser in (Chooser.ENDS, Chooser.EVEN)
     }
     assert runs[Chooser.ENDS] == (Span(0, 256), Span(1792, 2048))
@@ -103,7 +106,7 @@ def test_ends_keep_both_ends_and_even_leaves_no_wide_gap():
 
 def test_a_speculator_is_no_control():
     with pytest.raises(ValueError, match="speculator is no control"):
-        control_scores(Chooser.SPECULATOR, 100, 32, random.Random(0))
+        control_scores(Chooser.SPECULATOR, Chunks.of_equal_length(100, 32), random.Random(0))
 
 
 def test_what_is_retained_is_measured_on_the_same_prompts(run):
