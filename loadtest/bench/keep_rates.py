@@ -42,6 +42,8 @@ SETTINGS = {
 }
 NEXT_SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 NEXT_SHARES_KEEP = 0.1
+CHUNKING_KEEPS = (0.3, 0.2, 0.1, 0.05)
+EQUAL_TOKENS, EQUAL_NEXT_SHARE = 32, 0.3  # the paper's chunks, and the best share for them
 FLOOR = SelectionConfig().floor
 ENOUGH = 0.95  # of dense, in every family
 
@@ -65,6 +67,7 @@ class RuleVariant:
     name: str
     plan: Plan
     policy: SelectionPolicy
+    equal: bool = False  # chunks of equal lengths, not those that follow the text
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,21 @@ def variants(policy: SelectionPolicy) -> Iterator[RuleVariant]:
                 yield RuleVariant(name_of(auto), automatic, replace(policy, auto=auto))
 
 
+def chunkings(policy: SelectionPolicy) -> Iterator[RuleVariant]:
+    """Return equal chunks at their best share for the next one, and those that follow the text.
+
+    At fixed rates without an absolute floor, and at the automatic one.
+    """
+    equal = replace(policy, chunk_tokens=EQUAL_TOKENS, next_chunk_share=EQUAL_NEXT_SHARE)
+    for name, each, is_equal in (("equal", equal, True), ("text", policy, False)):
+        for keep in CHUNKING_KEEPS:
+            plan = Plan(PlanKind.PRUNE, Reason.ASKED, keep)
+            fixed = replace(each, min_kept_tokens=0)
+            yield RuleVariant(f"{name}, keep {keep:g}", plan, fixed, is_equal)
+        automatic = Plan(PlanKind.PRUNE, Reason.AUTO, within=KeepRange(FLOOR, 1.0))
+        yield RuleVariant(f"{name}, automatic", automatic, each, is_equal)
+
+
 def next_shares(policy: SelectionPolicy) -> Iterator[RuleVariant]:
     """Return the share of a chunk's score for the chunk behind it, at a low fixed rate."""
     plan = Plan(PlanKind.PRUNE, Reason.ASKED, NEXT_SHARES_KEEP)
@@ -148,7 +166,7 @@ def measure_variant(variant: RuleVariant, prompts: Sequence[ScoredPrompt]) -> Re
             prompt.protected,
             variant.policy,
             prompt.certainty,
-            prompt.chunks,
+            None if variant.equal else prompt.chunks,
         )
         families.setdefault(prompt.family, []).append((survival(prompt.gold, chosen), chosen))
     return Result(variant.name, {name: _family(found) for name, found in families.items()})
@@ -209,6 +227,21 @@ def by_family(results: Sequence[Result]) -> str:
     return markdown(headers, rows)
 
 
+def by_chunking(results: Sequence[Result]) -> str:
+    """Return the means over the families, one line per variant."""
+    rows = []
+    for result in results:
+        survivals = [each.survival for each in result.families.values()]
+        rows.append([
+            result.variant,
+            f"{statistics.fmean(survivals):.1%}",
+            f"{result.families[result.worst_family].survival:.0%} {result.worst_family}",
+            f"{result.kept:.1%}",
+            f"{statistics.fmean(each.dense for each in result.families.values()):.0%}",
+        ])  # fmt: skip
+    return markdown(("chunks, rate", "gold, mean", "worst family", "kept", "dense"), rows)
+
+
 def _cell(found: FamilyResult) -> str:
     return f"{found.survival:.0%} of gold at {found.kept:.0%}"
 
@@ -261,7 +294,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\n{by_family([shipped, *fixed])}")
     shares = [measure_variant(variant, prompts) for variant in next_shares(policy)]
     print(f"\n{by_family(shares)}")
-    found = {"results": list(map(asdict, results)), "next_shares": list(map(asdict, shares))}
+    chunked = [measure_variant(variant, prompts) for variant in chunkings(policy)]
+    print(f"\n{by_chunking(chunked)}")
+    print(f"\n{by_family(chunked)}")
+    found = {
+        "results": list(map(asdict, results)),
+        "next_shares": list(map(asdict, shares)),
+        "chunks": list(map(asdict, chunked)),
+    }
     write_json(args.out, provenance(args.first_seed), found)
     print(f"written to {args.out}")
     return 0

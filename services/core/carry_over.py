@@ -26,8 +26,8 @@ from .selection import (
 from .types import Plan, PlanKind, Reason, Selection, Span
 
 # Least worth of a dropped chunk that is fetched, as a share of the highest: on conversations about
-# facts in a long document, every dropped chunk that an answer needed had more.
-FETCH_FROM = 0.15
+# facts in a long document, every dropped chunk that an answer needed had more than half of it.
+FETCH_FROM = 0.3
 MOST_FETCHED = 0.5  # of the tokens kept before; for more, a new selection is cheaper and in order
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from loadtest.bench import keep_rates
 from loadtest.bench.keep_rates import FamilyResult, Result, ScoredPrompt
+from specprefill.core.chunks import Chunks
 from specprefill.core.types import Plan, PlanKind, Reason, Selection, Span
 from tests.policies import PAPER
 
@@ -106,3 +107,19 @@ def test_a_fact_across_a_border_survives_by_the_share_of_the_next_chunk():
     assert survived["keep 0.1, next 0"] == 0.0
     assert survived["keep 0.1, next 0.2"] == 0.0
     assert survived["keep 0.1, next 0.3"] == 1.0
+
+
+def test_chunks_that_follow_the_text_keep_a_fact_that_equal_ones_cut():
+    scores = np.full(3200, 0.001, dtype=np.float32)
+    scores[340:350] = 1.0  # of a sentence that ends behind the border at 352
+    scores[1600:2600] = 0.2
+    asked = ScoredPrompt("needles", scores, 1.0, (), (Span(340, 362),))
+    at_its_ends = Chunks(np.array([*range(0, 340, 16), 340, 362, *range(378, 3200, 16)]), 3200)
+    asked = replace(asked, chunks=at_its_ends)
+    policy = replace(POLICY, chunk_tokens=16)
+    found = {
+        variant.name: keep_rates.measure_variant(variant, [asked]).families["needles"].survival
+        for variant in keep_rates.chunkings(policy)
+    }
+    assert found["text, keep 0.05"] == found["text, automatic"] == 1.0
+    assert found["equal, keep 0.05"] == 0.0
