@@ -34,7 +34,7 @@ SERVERS = ("vllm", "gateway")
 KEEP = 0.3
 LENGTHS = {1024: 20, 8192: 8, 32_768: 4, 131_072: 2}  # tokens of a prompt -> requests a round
 STREAMS = {1: 0.002, 32: 0.02, 256: 0.1}  # at once -> seconds of an engine's step
-STREAM_PROMPT, STREAM_TOKENS = 1024, 200
+STREAM_PROMPT, STREAM_TOKENS = 1024, 200  # of each streamed request
 START_S, REQUEST_S = 180.0, 600.0
 
 
@@ -106,7 +106,43 @@ def body(text: str, tokens: int, *, stream: bool) -> dict[str, Any]:
     }
 
 
-async def ask(session: aiohttp.ClientSession, server: Running, asked: dict[str, Any]) -> int:
+class Streaming:
+    """What a server spends on tokens while each of `streams` has begun and none has ended."""
+
+    def __init__(self, server: Running, streams: int) -> None:
+        self._server = server
+        self._waiting = streams
+        self._began_s = 0.0
+        self._tokens = 0
+        self._token_s: float | None = None
+
+    def note(self, before: int, tokens: int) -> None:
+        """Count the tokens that come to a stream which has had `before`."""
+        if before == 0:
+            self._begin()
+        elif self._waiting == 0 and self._token_s is None:
+            self._tokens += tokens
+            if before + tokens >= STREAM_TOKENS - 1:  # what ends a request is no token's cost
+                self._token_s = (self._server.cpu_s() - self._began_s) / self._tokens
+
+    def _begin(self) -> None:
+        self._waiting -= 1
+        if self._waiting == 0:
+            self._began_s = self._server.cpu_s()
+
+    def token_s(self) -> float:
+        """Return the CPU seconds of a token. Raises RuntimeError if they did not overlap."""
+        if self._token_s is None:
+            raise RuntimeError(f"{self._server.name}: a stream ended before all had begun")
+        return self._token_s
+
+
+async def ask(
+    session: aiohttp.ClientSession,
+    server: Running,
+    asked: dict[str, Any],
+    streaming: Streaming | None = None,
+) -> int:
     """Send a request and read its answer; return the tokens that came. Raises RuntimeError."""
     async with session.post(f"{server.url}/v1/chat/completions", json=asked) as reply:
         if reply.status != 200:
@@ -115,8 +151,10 @@ async def ask(session: aiohttp.ClientSession, server: Running, asked: dict[str, 
             return int((await reply.json())["usage"]["completion_tokens"])
         text = 0
         async for line in reply.content:
-            if line.startswith(b'data: {"'):
-                text += line.count(b" word")
+            tokens = line.count(b" word") if line.startswith(b'data: {"') else 0
+            if streaming is not None and tokens > 0:
+                streaming.note(text, tokens)
+            text += tokens
         return text
 
 
@@ -152,27 +190,25 @@ class Bench:
         return Cost(f"prompt of {tokens:,} tokens", *map(statistics.median, spent.values()))
 
     async def tokens(self, streams: int, step_s: float, rounds: int) -> Cost:
-        """Return the cost of a streamed token, without that of its request."""
+        """Return the cost of a streamed token, once all streams have begun."""
         spent: dict[str, list[float]] = {name: [] for name in SERVERS}
         for _ in range(rounds):
             for server in self._servers:
                 texts = [self._text(STREAM_PROMPT) for _ in range(streams)]
-                short = await self._stream(server, texts, 2, step_s)
-                long = await self._stream(server, texts, STREAM_TOKENS, step_s)
-                spent[server.name].append((long - short) / (streams * (STREAM_TOKENS - 2)))
-        return Cost(f"token of {streams} streams", *map(statistics.median, spent.values()))
+                spent[server.name].append(await self._stream(server, texts, step_s))
+        return Cost(f"streamed token, {streams} at once", *map(statistics.median, spent.values()))
 
-    async def _stream(
-        self, server: Running, texts: Sequence[str], tokens: int, step_s: float
-    ) -> float:
-        """Stream answers at once; return the CPU seconds of all."""
-        await self._set_engine(server, tokens, step_s)
-        began_s = server.cpu_s()
-        asked = [ask(self._session, server, body(text, tokens, stream=True)) for text in texts]
-        came = await asyncio.gather(*asked)
-        if set(came) != {tokens}:
-            raise RuntimeError(f"{server.name}: {sorted(set(came))} of {tokens} tokens came")
-        return server.cpu_s() - began_s
+    async def _stream(self, server: Running, texts: Sequence[str], step_s: float) -> float:
+        """Stream answers at once; return the CPU seconds of a token."""
+        await self._set_engine(server, STREAM_TOKENS, step_s)
+        streaming = Streaming(server, len(texts))
+        bodies = [body(text, STREAM_TOKENS, stream=True) for text in texts]
+        came = await asyncio.gather(
+            *(ask(self._session, server, each, streaming) for each in bodies)
+        )
+        if set(came) != {STREAM_TOKENS}:
+            raise RuntimeError(f"{server.name}: {sorted(set(came))} of {STREAM_TOKENS} tokens came")
+        return streaming.token_s()
 
 
 async def measure(rounds: int, logs: Path) -> list[Cost]:
