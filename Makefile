@@ -203,8 +203,8 @@ bench-conversation: $(INSTALLED) ## Every turn of a conversation, beside plain `
 	@$(PY) -m loadtest.bench.conversation
 
 .PHONY: bench-turns
-bench-turns: $(INSTALLED) ## Right answers of every turn: dense, selected anew, carried over
-	@$(PY) -m loadtest.bench.turns
+bench-turns: $(INSTALLED) ## Right answers of every turn: dense, selected anew, carried over (ARGS=--gold-only)
+	@$(PY) -m loadtest.bench.turns $(ARGS)
 
 .PHONY: bench-netgain
 bench-netgain: $(INSTALLED) ## Pruning where it pays, beside pruning always and never

@@ -1,8 +1,9 @@
 """Answers over the turns of a conversation: `python -m loadtest.bench.turns`.
 
 The demo pair in this process, dense, with every turn selected anew, and with what earlier turns
-kept carried over. In talks about a document the questions move to other facts of it, to new text,
-and back. In an agent's loop, results of tools come in, and questions about them and earlier ones.
+kept carried over; and whether the fact that a turn asks about was kept (`--gold-only`: that
+alone). In talks about a document the questions move to other facts of it, to new text, and back. In
+an agent's loop, results of tools come in, and questions about them and earlier ones.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import random
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,9 +22,10 @@ from transformers import AutoTokenizer
 
 from specprefill.config import SelectionConfig, SpeculatorConfig, local_path
 from specprefill.control.from_config import selection_policy
-from specprefill.core.carry_over import continue_selection
+from specprefill.core.carry_over import KeptBefore, continue_selection
 from specprefill.core.selection import SelectionPolicy, select
 from specprefill.core.types import Plan, PlanKind, Reason, Selection
+from specprefill.lab.evaluation.gold import survival
 from specprefill.lab.evaluation.pair import MainModelAnswerer, load_answerer
 from specprefill.lab.families import calls, words
 from specprefill.lab.families.fitting import render
@@ -31,6 +34,7 @@ from specprefill.lab.reporting.tables import markdown, provenance, write_json
 from specprefill.speculator.kept_memory import KeptMemory
 from specprefill.synthetic import corpus
 
+from .keep_rates import ScoredPrompt
 from .scored_prompts import TaskScorer
 
 OUT = Path("out")
@@ -48,7 +52,10 @@ Turn = tuple[str, list[Message], corpus.Record]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One turn at one keep rate; `right` by arm: dense, anew, carried over."""
+    """One turn at one keep rate. Whether the record that it asks about was kept whole: `kept`,
+
+    selected anew and carried over; whether the answer was right: `right`, dense and these two.
+    """
 
     seed: int
     talk: str  # about a document, or in an agent's loop
@@ -60,7 +67,8 @@ class Outcome:
     carried_tokens: int
     computed_tokens: int  # kept beside them
     reason: str
-    right: tuple[bool, bool, bool]
+    kept: tuple[bool, bool]
+    right: tuple[bool, bool, bool] | None  # None: nobody was asked
 
 
 def document_talk(seed: int, sentences: int) -> Iterator[Turn]:
@@ -105,20 +113,22 @@ TALKS = {"document": document_talk, "agent": agent_loop}
 
 
 def hold(
-    seed: int, talk: str, keep: float, sentences: int, scorer: TaskScorer, main: MainModelAnswerer
+    seed: int,
+    talk: str,
+    keep: float,
+    sentences: int,
+    scorer: TaskScorer,
+    main: MainModelAnswerer | None,
 ) -> Iterator[Outcome]:
-    """Hold one conversation, and answer each turn in every arm."""
+    """Hold one conversation, and answer each turn in every arm; without `main` only select."""
     policy = selection_policy(SelectionConfig(), KV_BLOCK_TOKENS)
     plan = Plan(PlanKind.PRUNE, Reason.DEFAULT, keep)
     memory = KeptMemory(MEMORY_BYTES)
     for turn, (kind, messages, record) in enumerate(TALKS[talk](seed, sentences), start=1):
-        task = Task("turns", tuple(messages), (), (), 0, Scoring.ALL_REFERENCES, 0)
-        prompt = _prompt(messages, scorer)
-        anew, carried = _selections(task, prompt, plan, policy, scorer, memory)
+        task = Task("turns", tuple(messages), (), (record.text,), 0, Scoring.ALL_REFERENCES, 0)
+        prompt, scored = _prompt(messages, scorer), scorer.score_task(task)
+        anew, carried = _selections(scored, plan, policy, memory.find(prompt))
         memory.remember(prompt, carried, plan.reason)
-        whole = list(range(len(prompt)))
-        answers = main.answers(prompt, [whole, *map(_positions, (anew, carried))], ANSWER_TOKENS)
-        dense, fresh, over = (record.value in answer for answer in answers)
         yield Outcome(
             seed,
             talk,
@@ -130,8 +140,23 @@ def hold(
             carried.carried_tokens,
             carried.kept_tokens - carried.carried_tokens,
             carried.plan.reason.value,
-            (dense, fresh, over),
+            (survival(scored.gold, anew) == 1.0, survival(scored.gold, carried) == 1.0),
+            None if main is None else _right(main, prompt, record, anew, carried),
         )
+
+
+def _right(
+    main: MainModelAnswerer,
+    prompt: tuple[int, ...],
+    record: corpus.Record,
+    anew: Selection,
+    carried: Selection,
+) -> tuple[bool, bool, bool]:
+    """Ask the main model, dense and with each selection."""
+    whole = list(range(len(prompt)))
+    answers = main.answers(prompt, [whole, *map(_positions, (anew, carried))], ANSWER_TOKENS)
+    dense, fresh, over = (record.value in answer for answer in answers)
+    return dense, fresh, over
 
 
 def _prompt(messages: Sequence[Message], scorer: TaskScorer) -> tuple[int, ...]:
@@ -140,17 +165,10 @@ def _prompt(messages: Sequence[Message], scorer: TaskScorer) -> tuple[int, ...]:
 
 
 def _selections(
-    task: Task,
-    prompt: tuple[int, ...],
-    plan: Plan,
-    policy: SelectionPolicy,
-    scorer: TaskScorer,
-    memory: KeptMemory,
+    scored: ScoredPrompt, plan: Plan, policy: SelectionPolicy, before: KeptBefore | None
 ) -> tuple[Selection, Selection]:
     """Return what is kept anew, and what is kept with the earlier turns'."""
-    scored = scorer.score_task(task)
     given = (scored.scores, plan, scored.protected, policy, scored.certainty)
-    before = memory.find(prompt)
     anew = select(*given, scored.chunks)
     if before is None:
         return anew, anew
@@ -172,7 +190,11 @@ def rows(found: Sequence[Outcome]) -> list[dict[str, Any]]:
         for kind in (each.kind, ALL) if each.turn > 1 else ():
             cells.setdefault((each.talk, kind, each.keep), []).append(each)
     for (talk, kind, keep), later in cells.items():
-        shares = [sum(each.right[arm] for each in later) / len(later) for arm in range(3)]
+        right = [each.right for each in later if each.right is not None]
+        shares = [statistics.fmean(arm) for arm in zip(*right, strict=True)] or [None] * 3
+        anew_kept, carried_kept = map(
+            statistics.fmean, zip(*(each.kept for each in later), strict=True)
+        )
         made.append(
             {
                 "talk": talk,
@@ -182,6 +204,8 @@ def rows(found: Sequence[Outcome]) -> list[dict[str, Any]]:
                 "dense": shares[0],
                 "anew": shares[1],
                 "carried_over": shares[2],
+                "anew_kept": anew_kept,
+                "carried_over_kept": carried_kept,
                 "anew_tokens": sum(each.anew_tokens for each in later) / len(later),
                 "computed_tokens": sum(each.computed_tokens for each in later) / len(later),
                 "reselected": sum(each.reason == Reason.RESELECTED for each in later),
@@ -191,9 +215,10 @@ def rows(found: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 
 ALL = "all later turns"
+ARMS = ("dense", "anew", "carried_over")
 HEADERS = (
-    "talk", "asks about", "keep", "turns", "dense", "selected anew", "carried over",
-    "computed anew", "computed, carried over", "reselected",
+    "talk", "asks about", "keep", "turns", "right: dense", "selected anew", "carried over",
+    "kept whole: anew", "carried over", "computed anew", "computed, carried over", "reselected",
 )  # fmt: skip
 
 
@@ -209,7 +234,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
         row["kind"],
         f"{row['keep']:g}",
         str(row["turns"]),
-        *(f"{row[arm]:.0%}" for arm in ("dense", "anew", "carried_over")),
+        *("" if row[arm] is None else f"{row[arm]:.0%}" for arm in ARMS),
+        *(f"{row[arm]:.0%}" for arm in ("anew_kept", "carried_over_kept")),
         f"{row['anew_tokens']:.0f} tokens",
         f"{row['computed_tokens']:.0f} tokens",
         str(row["reselected"]),
@@ -225,6 +251,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--talks", nargs="+", choices=list(TALKS), default=list(TALKS))
     parser.add_argument("--first-seed", type=int, default=1000)
+    parser.add_argument("--gold-only", action="store_true", help="ask nobody: what is kept")
     parser.add_argument("--out", type=Path, default=OUT / "bench-turns.json")
     return parser.parse_args(argv)
 
@@ -234,8 +261,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = options(argv)
     config = SpeculatorConfig(path=SPECULATOR, dtype="float32")
     scorer = TaskScorer.load(config)
-    tokenizer = AutoTokenizer.from_pretrained(local_path(MAIN))
-    main_model = load_answerer(MAIN, config, tokenizer)
+    main_model = None
+    if not args.gold_only:
+        tokenizer = AutoTokenizer.from_pretrained(local_path(MAIN))
+        main_model = load_answerer(MAIN, config, tokenizer)
     found: list[Outcome] = []
     for seed in range(args.first_seed, args.first_seed + args.conversations):
         for talk, keep in itertools.product(args.talks, KEEPS):

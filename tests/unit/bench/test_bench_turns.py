@@ -23,7 +23,10 @@ def test_every_question_has_its_answer_in_the_talk_so_far(talk: str) -> None:
 
 def test_rows_count_later_turns_of_each_kind() -> None:
     def outcome(turn: int, kind: str, *right: bool) -> bench.Outcome:
-        return bench.Outcome(0, "agent", 0.3, turn, kind, 900, 300, 200, 50, "extended", right)
+        kept = (True, turn < 3)
+        return bench.Outcome(
+            0, "agent", 0.3, turn, kind, 900, 300, 200, 50, "extended", kept, right or None
+        )
 
     found = [
         outcome(1, "result", False, False, False),
@@ -34,4 +37,8 @@ def test_rows_count_later_turns_of_each_kind() -> None:
     assert set(rows) == {"result", "again", bench.ALL}
     assert (rows["again"]["dense"], rows["again"]["carried_over"]) == (1.0, 0.0)
     assert (rows[bench.ALL]["turns"], rows[bench.ALL]["carried_over"]) == (2, 0.5)
+    assert (rows[bench.ALL]["anew_kept"], rows[bench.ALL]["carried_over_kept"]) == (1.0, 0.5)
+    (unasked, _) = bench.rows([outcome(2, "again")])
+    assert (unasked["dense"], unasked["carried_over_kept"]) == (None, 1.0)
+    assert bench.table([unasked])
     assert bench.table(list(rows.values())).splitlines()[-1].split("|")[2].strip() == bench.ALL
