@@ -338,7 +338,10 @@ class FrontConfig(Strict):
 
     tls: FrontTls | None = None  # plaintext if absent; HTTP and gRPC alike
     max_connections: PositiveInt = 8192  # at once; fewer where the process may open fewer files
-    header_timeout_s: Seconds = 10.0  # for a request's headers, and a small body
+    header_timeout_s: Seconds = 10.0  # for a request's headers, and a body that fits the buffer
+    # Of each connection that has data. A request that fits goes to another gateway when its own
+    # dies before it answers.
+    buffer_bytes: Annotated[int, Field(ge=16_384, le=1_000_000)] = 65_536
     metrics_host: str | None = "127.0.0.1"  # where its metrics listen; null: nowhere
     stats_host: str | None = None  # where its statistics page listens; null: nowhere
 

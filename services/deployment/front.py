@@ -8,8 +8,8 @@ hurt, and then runs HAProxy. Its settings are `gateway.front` of the deployment 
 - *splicing off*: with it HAProxy misses that a client has left, so that its prompt is computed for
   nobody;
 - *time limits* for headers, so that half-sent requests do not fill the connection table;
-- *a request whose gateway dies or closes* before it answers goes to another gateway, if its body is
-  small enough that HAProxy still has it (16 KiB);
+- *a request whose gateway dies or closes* before it answers goes to another gateway, if HAProxy's
+  buffer, which is larger than Serve's, still holds all of it;
 - *errors in OpenAI's form* with `Retry-After` where no gateway answers;
 - *Serve's own time limit and disconnect switch* are taken out of requests: the gateway keeps
   time, and answers in the right form;
@@ -78,7 +78,7 @@ def rewrite(text: str, gateway: GatewayConfig, folder: Path, most_connections: i
     limit = min(front.max_connections, most_connections)
     tls, share = _tls_parameters(front.tls, folder), limit - limit // 4  # never all for one
     changes: dict[str, Callable[[list[str]], list[str]]] = {
-        "global": lambda lines: _edit_global(lines, limit),
+        "global": lambda lines: _edit_global(lines, limit, front.buffer_bytes),
         "defaults": lambda lines: _edit_defaults(lines, front, answer_timeout_s, folder),
         "frontend prometheus": lambda lines: _bind_section(lines, front.metrics_host),
         "frontend http_frontend": lambda lines: _edit_http(lines, share, tls),
@@ -126,9 +126,10 @@ def _replace_lines(lines: list[str], pattern: str, *by: str) -> list[str]:
     return out
 
 
-def _edit_global(lines: list[str], limit: int) -> list[str]:
+def _edit_global(lines: list[str], limit: int, buffer_bytes: int) -> list[str]:
     lines = _replace_lines(lines, r"(stats socket \S+) mode 666 (.*)", r"\1 mode 600 \2")
     lines = _replace_lines(lines, r"maxconn \d+", f"maxconn {limit}")
+    lines = _replace_lines(lines, r"tune.bufsize \d+", f"tune.bufsize {buffer_bytes}")
     return [*lines, "    ssl-default-bind-options ssl-min-ver TLSv1.2"]
 
 
