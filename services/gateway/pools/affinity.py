@@ -7,7 +7,7 @@ the prefix's home, which they all compute alike (`homes`): a wrong guess costs t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import xxhash
@@ -90,21 +90,22 @@ class _BlockMap:
         """Count the leading blocks that each place remembers; absent: none."""
         found: dict[int, int] = {}
         holding = self._holders.get(digests[0], 0) if digests else 0
+        holders = self._holders.get
         for depth, digest in enumerate(digests):
-            still = holding & self._holders.get(digest, 0)
-            found.update(dict.fromkeys(_places(holding ^ still), depth))
-            holding = still
+            still = holding & holders(digest, 0)
+            if still != holding:
+                found.update(dict.fromkeys(_places(holding ^ still), depth))
+                holding = still
             if not holding:
                 return found
         found.update(dict.fromkeys(_places(holding), len(digests)))
         return found
 
 
-def _places(bits: int) -> Iterator[int]:
-    while bits:
-        lowest = bits & -bits
-        yield lowest.bit_length() - 1
-        bits ^= lowest
+def _places(bits: int) -> list[int]:
+    """Return the places of the bits that are set, in ascending order."""
+    digits = bin(bits)[:1:-1]
+    return [place for place, digit in enumerate(digits) if digit == "1"]
 
 
 @dataclass(slots=True)
@@ -185,20 +186,19 @@ class PrefixAffinity:
 
     def _rank(self, load: PrefillLoad, matches: Mapping[int, int]) -> list[str]:
         home = self._homes.home_of(load.prefix, load.session)
-        names = list(self._replicas)
-        costs = [  # without the prompt's length, which is the same everywhere
-            (
-                replica.queued_tokens - BLOCK_TOKENS * matches.get(replica.place, 0),
-                replica.last_used,
-            )
-            for replica in self._replicas.values()
+        blocks, names = matches.get, list(self._replicas)
+        ranked = [  # without the prompt's length, which is the same everywhere
+            (each.queued_tokens - BLOCK_TOKENS * blocks(each.place, 0), each.last_used, number)
+            for number, each in enumerate(self._replicas.values())
         ]
         if home is not None:
-            replica, place = self._replicas[home], names.index(home)
+            replica, number = self._replicas[home], names.index(home)
             hoped = min(self.hope * BLOCK_TOKENS * len(load.prefix), replica.cache_tokens)
-            known = BLOCK_TOKENS * matches.get(replica.place, 0)
-            costs[place] = replica.queued_tokens - max(known, int(hoped)), replica.last_used
-        return [names[place] for place in sorted(range(len(names)), key=costs.__getitem__)]
+            known = BLOCK_TOKENS * blocks(replica.place, 0)
+            cost = replica.queued_tokens - max(known, int(hoped))
+            ranked[number] = cost, replica.last_used, number
+        ranked.sort()
+        return [names[number] for _, _, number in ranked]
 
 
 def _queue_up(replica: _Replica, load: PrefillLoad, missing: int) -> int:
