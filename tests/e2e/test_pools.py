@@ -160,6 +160,8 @@ def test_a_rolling_update_loses_no_request(app, chat):
 
     def change(raw):
         (application,) = raw["applications"]
+        # Another one each time: the same file again would replace nothing.
+        application["runtime_env"]["env_vars"]["SPECPREFILL_TEST_RELEASE"] = uuid.uuid4().hex
         application["args"]["kv"]["carrier"] = "object_ref"
         application["args"]["speculator"]["max_queued"] = MAX_QUEUED  # for the test below
         for deployment in application["deployments"]:
