@@ -60,7 +60,7 @@ def test_the_questions_of_a_conversation_move_and_come_back():
 def test_answers_are_summed_up_by_rate():
     def outcome(turn, right, computed, reason=Reason.CARRIED_OVER):
         return turns.Outcome(
-            1, "document", 0.3, turn, "moved", 1000, 300, 250, computed, reason, right
+            1, "document", 0.3, turn, "moved", 1000, 300, 250, computed, reason, right[1:], right
         )
 
     found = [
