@@ -191,7 +191,8 @@ def rows(found: Sequence[Outcome]) -> list[dict[str, Any]]:
             cells.setdefault((each.talk, kind, each.keep), []).append(each)
     for (talk, kind, keep), later in cells.items():
         right = [each.right for each in later if each.right is not None]
-        shares = [statistics.fmean(arm) for arm in zip(*right, strict=True)] or [None] * 3
+        means = [statistics.fmean(arm) for arm in zip(*right, strict=True)]
+        shares: list[float] | list[None] = means or [None] * len(ARMS)
         anew_kept, carried_kept = map(
             statistics.fmean, zip(*(each.kept for each in later), strict=True)
         )
