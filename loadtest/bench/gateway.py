@@ -35,6 +35,7 @@ KEEP = 0.3
 LENGTHS = {1024: 20, 8192: 8, 32_768: 4, 131_072: 2}  # tokens of a prompt -> requests a round
 STREAMS = {1: 0.002, 32: 0.02, 256: 0.1}  # at once -> seconds of an engine's step
 STREAM_PROMPT, STREAM_TOKENS = 1024, 200  # of each streamed request
+BEGUN = 8  # tokens: a request's own work, its hand-over to decode too, is done by then
 START_S, REQUEST_S = 180.0, 600.0
 
 
@@ -118,7 +119,7 @@ class Streaming:
 
     def note(self, before: int, tokens: int) -> None:
         """Count the tokens that come to a stream which has had `before`."""
-        if before == 0:
+        if before < BEGUN <= before + tokens:
             self._begin()
         elif self._waiting == 0 and self._token_s is None:
             self._tokens += tokens

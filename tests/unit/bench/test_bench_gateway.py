@@ -2,7 +2,7 @@
 
 import pytest
 
-from loadtest.bench.gateway import STREAM_TOKENS, Streaming
+from loadtest.bench.gateway import BEGUN, STREAM_TOKENS, Streaming
 
 
 class Server:
@@ -16,16 +16,16 @@ class Server:
 def test_tokens_count_from_the_last_streams_first_to_the_first_streams_last():
     server = Server()
     streaming = Streaming(server, 2)
-    streaming.note(0, 1)
-    for place in range(1, 11):
+    for place in range(BEGUN + 10):
         streaming.note(place, 1)  # while the other is not admitted
-    server.spent_s = 5.0  # of admissions
-    streaming.note(0, 1)
-    for place in range(11, STREAM_TOKENS - 1):
+    for place in range(BEGUN):
+        server.spent_s = 5.0  # of admissions
+        streaming.note(place, 1)
+    for place in range(BEGUN + 10, STREAM_TOKENS - 1):
         server.spent_s += 0.002
         streaming.note(place, 1)
         streaming.note(place - 10, 1)
-    spent_s, tokens = server.spent_s - 5.0, 2 * (STREAM_TOKENS - 12) - 1
+    spent_s, tokens = server.spent_s - 5.0, 2 * (STREAM_TOKENS - BEGUN - 11) - 1
     server.spent_s += 9.0  # of a request's end
     assert streaming.token_s() == pytest.approx(spent_s / tokens)
 
