@@ -69,9 +69,10 @@ class TextBorders:
     def of(cls, texts: Sequence[str]) -> Self:
         """Read the texts of a vocabulary's tokens, in the order of their ids."""
         known = [*texts, ""]
+        ends = np.array([_kind(text) for text in known], dtype=np.int8)
         return cls(
-            ends=np.array([_kind(text) for text in known], dtype=np.int8),
-            is_open=np.array([_kind(text) != _LINE and "!" <= text[-1:] <= "~" for text in known]),
+            ends=ends,
+            is_open=(ends != _LINE) & np.array(["!" <= text[-1:] <= "~" for text in known]),
             begins_blank=np.array([text[:1].isspace() for text in known]),
         )
 
