@@ -414,7 +414,8 @@ class ScalingConfig(Strict):
     # Always this many, unless `deployments` names another number. One that dies takes its streams
     # with it, so a single one means an outage.
     gateway_replicas: PositiveInt = 2
-    settle_s: Seconds = 90.0  # shrink only after a smaller size sufficed this long
+    # A pool shrinks only after a smaller size sufficed this long. None: its `cold_start_s`.
+    settle_s: Seconds | None = None
     idle_s: Seconds = 600.0  # without arrivals for this long, a pool of minimum 0 sleeps
     window_s: Seconds = 600.0  # how far back arrivals count
 

@@ -15,20 +15,33 @@ from specprefill.lab.simulation.scenarios import (
     SLO,
     Entry,
     SimulationScenario,
+    burst_scenario,
     compare,
+    compare_with_optimum,
     distance,
     three_scenarios,
 )
 from specprefill.lab.simulation.score import HEADERS
 
 OUT = Path("out")
+COLD_START_HEADERS = (
+    "cold start", "seed", "attainment", "below the optimum", "replica-hours", "over the optimum's",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison, print its tables, write JSON and a page."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--seeds", type=int, nargs="+", default=[1], metavar="N")
-    seeds: list[int] = options.parse_args(argv).seeds
+    options.add_argument(
+        "--cold-starts", type=float, nargs="+", metavar="S",
+        help="run the burst alone, with replicas that start for this long, beside the optimum",
+    )  # fmt: skip
+    args = options.parse_args(argv)
+    seeds: list[int] = args.seeds
+    if args.cold_starts:
+        _compare_cold_starts(seeds, args.cold_starts)
+        return 0
     results, pages = [], []
     print(
         f"SLO: {SLO.share:.0%} of first tokens within {SLO.ttft_s:g} s; "
@@ -36,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for seed in seeds:
         for case in three_scenarios(seed):
-            entries = compare(case, lambda name: print(f"  {name}", file=sys.stderr, flush=True))
+            entries = compare(case, _note)
             results.append(_report_case(case, seed, entries))
             pages.append((case, entries))
     write_json(OUT / "bench-scaling.json", provenance(seeds[0]), {"runs": results})
@@ -44,6 +57,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     page.write(OUT / "bench-scaling.html", "Autoscalers compared", facts, pages)
     print(f"written: {OUT / 'bench-scaling.json'}, {OUT / 'bench-scaling.html'}")
     return 0
+
+
+def _compare_cold_starts(seeds: Sequence[int], cold_starts: Sequence[float]) -> None:
+    """Print what each cold start costs a burst, and write the scores."""
+    rows, results = [], []
+    for seed in seeds:
+        for cold_start_s in cold_starts:
+            entries = compare_with_optimum(burst_scenario(seed, cold_start_s), _note)
+            best, ours = (each.score for each in entries)
+            rows.append([
+                f"{cold_start_s:g} s", str(seed), f"{ours.attainment:.4f}",
+                f"{best.attainment - ours.attainment:+.4f}", f"{ours.replica_hours:.1f}",
+                f"{ours.replica_hours / best.replica_hours:.3f}",
+            ])  # fmt: skip
+            scores = [asdict(best), asdict(ours)]
+            results.append({"cold_start_s": cold_start_s, "seed": seed, "controllers": scores})
+    print(markdown(COLD_START_HEADERS, rows))
+    out = OUT / "bench-scaling-cold-starts.json"
+    write_json(out, provenance(seeds[0]), {"runs": results})
+    print(f"written: {out}")
+
+
+def _note(name: str) -> None:
+    print(f"  {name}", file=sys.stderr, flush=True)
 
 
 def _report_case(case: SimulationScenario, seed: int, entries: list[Entry]) -> dict[str, object]:

@@ -4,7 +4,7 @@
    started now is ready.
 2. Find the cheapest sizes that meet the SLO (`sizing`), and what would drain the queues.
 3. Grow at once, counting the replicas that start; shrink only to a size that was enough through
-   all of `settle_s`. Keep to bounds and steps, and give a reason.
+   all of its settling time. Keep to bounds and steps, and give a reason.
 4. Where the ready replicas are too few, lower the keep rate as far as they need it.
 """
 
@@ -72,7 +72,6 @@ def decide(seen: Observation, policy: ScalingPolicy, memory: Memory) -> tuple[De
     wishes = {pool: _recent_wishes(memory, pool, roomy[pool], seen.now_s, policy) for pool in Pool}
     idle = last_s is None or seen.now_s - last_s >= policy.idle_s
     started_s = seen.now_s if memory.started_s is None else memory.started_s
-    settled = seen.now_s - started_s >= policy.settle_s
     pools = {}
     for pool in Pool:
         state = seen.pools.get(pool)
@@ -80,6 +79,7 @@ def decide(seen: Observation, policy: ScalingPolicy, memory: Memory) -> tuple[De
             pools[pool] = _hold_size(pool, seen, policy, memory)
         else:
             most = max(size for _, size in wishes[pool])
+            settled = seen.now_s - started_s >= policy.settling_s(pool)
             most = most if settled else max(most, state.provisioned)
             pools[pool] = _pool_decision(state, policy.pools[pool], wanted[pool], most, idle=idle)
     keep = _keep_bounds(outlook, seen, policy, pools)
@@ -137,8 +137,8 @@ def _to_drain(state: PoolState, wanted: int, policy: ScalingPolicy) -> int:
 def _recent_wishes(
     memory: Memory, pool: Pool, wanted: int, now_s: float, policy: ScalingPolicy
 ) -> tuple[tuple[float, int], ...]:
-    """Return the wishes of the last `settle_s`, without those that a newer one exceeds."""
-    start_s = now_s - policy.settle_s
+    """Return the wishes of the settling time, without those that a newer one exceeds."""
+    start_s = now_s - policy.settling_s(pool)
     kept = [
         (time_s, size)
         for time_s, size in memory.wishes.get(pool, ())

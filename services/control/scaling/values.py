@@ -115,9 +115,16 @@ class ScalingPolicy:
     pools: Mapping[Pool, PoolLimits]
     keep: float = 0.3  # nominal keep rate
     keep_floor: float = 0.1
-    settle_s: float = 90.0  # shrink only after a smaller size sufficed this long
+    # Shrink only after a smaller size sufficed this long. None: the pool's `cold_start_s`, since
+    # who keeps a replica for as long as it takes to get it back spends at most twice what
+    # hindsight would (ski rental; Karlin et al., Competitive Snoopy Caching, 1988).
+    settle_s: float | None = None
     idle_s: float = 600.0  # without arrivals for this long, a pool with minimum 0 sleeps
     window_s: float = 600.0  # how far back arrivals count
+
+    def settling_s(self, pool: Pool) -> float:
+        """Return how long a smaller size must have sufficed before the pool shrinks."""
+        return self.pools[pool].cold_start_s if self.settle_s is None else self.settle_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,5 +205,5 @@ class Memory:
     wishes: Mapping[Pool, tuple[tuple[float, int], ...]] = field(default_factory=dict)
     last_arrival_s: float | None = None
     started_s: float | None = (
-        None  # the first decision; nothing shrinks before `settle_s` from then
+        None  # the first decision; no pool shrinks while it settles from then on
     )

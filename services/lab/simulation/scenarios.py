@@ -15,6 +15,7 @@ from .controllers import (
     Fixed,
     LatencyBand,
     OngoingRequests,
+    Schedule,
     SloController,
     ThroughputPlanner,
 )
@@ -71,12 +72,17 @@ def three_scenarios(seed: int) -> list[SimulationScenario]:
     """Return a day, prompts that grow, and ten times the load from one second to the next."""
     day = generate(diurnal(30.0, 7200.0), 7200.0, Lengths(), seed)
     drift = generate(poisson(30.0), 3600.0, Lengths(prompt_tokens=6000.0), seed, drift=2.0)
-    burst = generate(bursty(6.0, 10.0, 600.0, 1e9, 1500.0), 3600.0, Lengths(), seed)
     return [
         scenario("diurnal", day),
         scenario("drifting lengths", drift),
-        scenario("10x burst", burst),
+        burst_scenario(seed, COLD_START_S),
     ]
+
+
+def burst_scenario(seed: int, cold_start_s: float) -> SimulationScenario:
+    """Return ten times the load from one second to the next, for ten minutes of an hour."""
+    burst = generate(bursty(6.0, 10.0, 600.0, 1e9, 1500.0), 3600.0, Lengths(), seed)
+    return scenario("10x burst", burst, cold_start_s=cold_start_s)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,13 +98,8 @@ def compare(case: SimulationScenario, note: Callable[[str], None]) -> list[Entry
 
     The fixed sizes are the mean of this project's, rounded up: at least its replica-hours.
     """
-    best, outcome = optimum(case.trace, case.world, case.policy.pools)
-    initial = best.first_sizes()
-    entries = [_entry(OPTIMUM, outcome, case)]
-    note(OPTIMUM)
-    ours = simulate(case.trace, case.world, SloController(case.policy), initial, case.admission)
-    entries.append(_entry(OURS, ours, case))
-    note(OURS)
+    best, entries = _beside_optimum(case, note)
+    initial, ours = best.first_sizes(), entries[1].outcome
     maximum = {pool: 2 * int(sizes.max()) for pool, sizes in best.sizes.items()}
     for name, controller in _others(case, ours, maximum).items():
         entries.append(_entry(name, simulate(case.trace, case.world, controller, initial), case))
@@ -111,6 +112,22 @@ def compare(case: SimulationScenario, note: Callable[[str], None]) -> list[Entry
         )
         note(name)
     return entries
+
+
+def compare_with_optimum(case: SimulationScenario, note: Callable[[str], None]) -> list[Entry]:
+    """Run the optimum and this project alone."""
+    return _beside_optimum(case, note)[1]
+
+
+def _beside_optimum(
+    case: SimulationScenario, note: Callable[[str], None]
+) -> tuple[Schedule, list[Entry]]:
+    best, outcome = optimum(case.trace, case.world, case.policy.pools)
+    note(OPTIMUM)
+    controller = SloController(case.policy)
+    ours = simulate(case.trace, case.world, controller, best.first_sizes(), case.admission)
+    note(OURS)
+    return best, [_entry(OPTIMUM, outcome, case), _entry(OURS, ours, case)]
 
 
 def _within_budget(

@@ -158,6 +158,19 @@ def test_a_pool_shrinks_only_after_the_smaller_size_was_enough_for_a_while():
     assert set(reasons[6:]) == {ScalingReason.SMALLER_MEETS_SLO}
 
 
+def test_a_pool_settles_for_as_long_as_a_replica_takes_to_start():
+    limits = {**POLICY.pools, Pool.SPECULATOR: replace(LIMITS, cold_start_s=20.0)}
+    policy, memory = replace(POLICY, pools=limits, settle_s=None), Memory()
+    shrinks_from: dict[Pool, int] = {}
+    for now_s in range(600, 720, 5):
+        seen = observed(arrivals((now_s - 600, now_s, 4)), float(now_s), **all_pools(20))
+        taken, memory = decide(seen, policy, memory)
+        for pool, each in taken.pools.items():
+            if each.reason is ScalingReason.SMALLER_MEETS_SLO:
+                shrinks_from.setdefault(pool, now_s - 600)
+    assert shrinks_from == {Pool.SPECULATOR: 20, Pool.PREFILL: 100, Pool.DECODE: 100}
+
+
 def test_steady_load_never_flaps():
     rng, memory, current, changes = np.random.default_rng(7), Memory(), 30, []
     times = np.sort(rng.uniform(0, 4000, 4000 * 20))
