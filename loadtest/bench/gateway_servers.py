@@ -95,13 +95,13 @@ class Clock:
         self._waiting: list[asyncio.Future[None]] = []
         self._task: asyncio.Task[None] | None = None
 
-    async def wait(self) -> None:
-        """Wait for the next tick."""
+    def next_tick(self) -> asyncio.Future[None]:
+        """Return what is done at the next tick."""
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run())
         future = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
-        await future
+        return future
 
     async def _run(self) -> None:
         while self._waiting:
@@ -169,7 +169,7 @@ class Items:
         if self._place == self._count:
             raise StopAsyncIteration
         while self._ticking and CLOCK.ticks - self._began <= self._place:
-            await CLOCK.wait()
+            await CLOCK.next_tick()
         self._place += 1
         return self._message(self._place - 1)
 
@@ -280,7 +280,7 @@ class InstantCore:
     async def get_output_async(self) -> EngineCoreOutputs:
         """Return the next step of all that run."""
         while True:
-            await CLOCK.wait()
+            await CLOCK.next_tick()
             if self._running:
                 break
         outputs = []

@@ -35,6 +35,7 @@ from ...core.plan import Planner, plan_of
 from ...core.ports import Answerer
 from ...core.prefix_digests import cache_domain, prefix_digests
 from ...core.protection import altered_piece, merge_spans, protected_spans, special_spans
+from ...core.read_ahead import ReadAhead
 from ...core.replica_logging import log_pairs
 from ...core.types import Chunk, Controls, PlanKind, PromptMode, Request, Selection, Span
 from ...engine.params import is_private
@@ -43,7 +44,7 @@ from .context import CURRENT, Messages, RequestContext
 from .controls import shorten
 from .failures import http_failure
 from .offsets import PromptOffsets
-from .request_outputs import OutputAssembler
+from .request_outputs import OutputAssembler, merge_chunks
 from .surface import TASKS, RemoteEngineClient
 
 logger = logging.getLogger(__name__)
@@ -123,13 +124,14 @@ class PipelineClient(RemoteEngineClient):
                 request.samples,
                 sampling_params.output_kind,
             )
-            async with aclosing(self.chunks(request)) as chunks:
-                async for chunk in chunks:
-                    output = assembler.add(chunk)
-                    if assembler.is_finished and chunk.report is not None:
-                        context.reports[request_id] = chunk.report
-                    if output is not None:
-                        yield output
+            async with self._read_ahead(request) as ahead:
+                while ready := await ahead.take():
+                    for chunk in merge_chunks(ready):
+                        output = assembler.add(chunk)
+                        if assembler.is_finished and chunk.report is not None:
+                            context.reports[request_id] = chunk.report
+                        if output is not None:
+                            yield output
         except SpecPrefillError as error:
             raise record_failure(context, error) from error
         except Exception as error:  # the edge: an unexpected error becomes a plain 500
@@ -137,7 +139,20 @@ class PipelineClient(RemoteEngineClient):
             raise record_failure(context, SpecPrefillError(str(error))) from error
 
     async def chunks(self, request: Request) -> AsyncGenerator[Chunk, None]:
-        """Yield the pipeline's chunks. Closing this generator closes the pipeline's."""
+        """Yield the pipeline's chunks, those that are ready at once as one.
+
+        Closing this generator closes the pipeline's.
+        """
+        async with self._read_ahead(request) as ahead:
+            while ready := await ahead.take():
+                for chunk in merge_chunks(ready):
+                    yield chunk
+
+    def _read_ahead(self, request: Request) -> ReadAhead[Chunk]:
+        """Return the pipeline's chunks, read as they come; leaving closes the pipeline's stream."""
+        return ReadAhead(self._logged_chunks(request))
+
+    async def _logged_chunks(self, request: Request) -> AsyncGenerator[Chunk, None]:
         log = RequestLog(request)
         try:
             async with aclosing(self._pipeline.generate(request)) as chunks:

@@ -120,8 +120,10 @@ async def test_an_answer_in_one_message(stub: Any, pipeline: Any) -> None:
 async def test_an_answer_as_a_stream(stub: Any, pipeline: Any) -> None:
     chunks = [chunk async for chunk in stub.GenerateStream(text_request(), metadata=KEY)]
     assert "".join(chunk.output.text for chunk in chunks) == TEXT
-    assert [chunk.HasField("report") for chunk in chunks] == [False, False, True]
-    assert [chunk.output.HasField("finish_reason") for chunk in chunks] == [False, False, True]
+    assert 2 <= len(chunks) <= 3  # steps that are ready together travel as one
+    at_the_end = [False] * (len(chunks) - 1) + [True]
+    assert [chunk.HasField("report") for chunk in chunks] == at_the_end
+    assert [chunk.output.HasField("finish_reason") for chunk in chunks] == at_the_end
     assert chunks[-1].usage.completion_tokens == 3
     assert pipeline.closed == 1
 
