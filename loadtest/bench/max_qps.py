@@ -158,9 +158,8 @@ async def measure(
         await server_processes.wait_idle([plain.pid, mine.pid])
         name = PLAIN if keep is None else f"keep {keep:g}"
         asked = scenario(served, keep, args.lengths, args, timeout_s, grid)
-        found = sustained_rate(
-            name, await session.find(asked, source, lambda _progress: None), bound
-        )
+        measure = session.measure_here(source, lambda _progress: None)
+        found = sustained_rate(name, await session.find(asked, measure), bound)
         print(f"\n{name}\n{trial_table(found.searched.trials)}", flush=True)
         return found
 

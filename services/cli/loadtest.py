@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ def add_commands(commands: Any) -> None:
     load.add_argument("--qps", type=float, metavar="R", help="overrides arrivals.qps")
     load.add_argument("--clients", type=int, metavar="N", help="overrides arrivals.clients")
     load.add_argument("--requests", type=int, metavar="N", help="overrides length")
+    load.add_argument("--processes", type=int, metavar="N", help="overrides processes")
     load.add_argument("--seed", type=int, metavar="N", help="overrides seed")
     load.add_argument(
         "--out", type=Path, default=OUT, metavar="DIR",
@@ -100,26 +102,41 @@ def _override(raw: Mapping[str, Any], args: argparse.Namespace) -> dict[str, Any
             changed[section] = {**(raw.get(section) or {}), **given}
     if args.requests is not None:
         changed["length"] = {"requests": args.requests}
-    if args.seed is not None:
-        changed["seed"] = args.seed
+    for name in ("seed", "processes"):
+        if getattr(args, name) is not None:
+            changed[name] = getattr(args, name)
     return changed
 
 
 def _run_scenario(scenario: Scenario) -> SearchResult:
     """Make the prompts and run the scenario. Raises Misused or Failed."""
     from ..lab.loadtest import session
-    from ..lab.loadtest.prompt_source import Source, UnknownTokenizer
+    from ..lab.loadtest.processes import ClientLost
+    from ..lab.loadtest.prompt_source import UnknownTokenizer
 
     try:
-        source = Source.load(scenario.tokenizer, scenario.seed)
-        if scenario.search is not None:
-            return asyncio.run(session.find(scenario, source, _show_progress))
-        runs = asyncio.run(session.repeat(scenario, source, _show_progress))
+        return asyncio.run(_run_by_clients(scenario))
     except (InvalidFile, UnknownTokenizer) as error:
         raise Misused(str(error)) from error
-    except session.NotReady as error:
+    except (session.NotReady, ClientLost) as error:
         raise Failed(str(error)) from error
-    return session.SearchResult((), runs)
+
+
+async def _run_by_clients(scenario: Scenario) -> SearchResult:
+    """Run the scenario in this process, or in several."""
+    from ..lab.loadtest import session
+    from ..lab.loadtest.processes import client_processes
+    from ..lab.loadtest.prompt_source import Source
+
+    async with AsyncExitStack() as clients:
+        if scenario.processes > 1:
+            measure = await clients.enter_async_context(client_processes(scenario, _show_progress))
+        else:
+            source = Source.load(scenario.tokenizer, scenario.seed)
+            measure = session.measure_here(source, _show_progress)
+        if scenario.search is not None:
+            return await session.find(scenario, measure)
+        return session.SearchResult((), await session.repeat(scenario, measure))
 
 
 def _show_progress(progress: RunProgress) -> None:

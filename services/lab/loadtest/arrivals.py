@@ -5,6 +5,7 @@ Pure: a process and a seeded generator in, ascending seconds from the start of t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
 import numpy as np
@@ -97,6 +98,21 @@ class Length(Strict):
         if (self.requests is None) == (self.seconds is None):
             raise ValueError("give either `requests` or `seconds`")
         return self
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One client process's part of a run: every `of`-th request from the `place`-th on."""
+
+    place: int = 0
+    of: int = 1
+
+    def share(self, number: int) -> int:
+        """Return how many of `number` requests or clients are this part's."""
+        return (number - self.place + self.of - 1) // self.of
+
+
+WHOLE = Part()
 
 
 def times(process: Generated, length: Length, rng: np.random.Generator) -> Times:

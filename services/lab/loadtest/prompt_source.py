@@ -13,6 +13,7 @@ from ...config import local_path
 from ..families.catalog import generate
 from ..families.fitting import TaskTokenizer
 from ..families.judging import score
+from .arrivals import WHOLE, Part
 from .conversations import Conversationalist, PlannedTurns
 from .recorded_trace import TraceLine
 from .recorder import LoadPrompt
@@ -35,19 +36,20 @@ class Source:
     beginnings do, where a recorded trace shares them.
     """
 
-    def __init__(self, tokenizer: TaskTokenizer, seed: int) -> None:
+    def __init__(self, tokenizer: TaskTokenizer, seed: int, part: Part = WHOLE) -> None:
+        """`part`: those of other parts of a run share no prompt with these."""
         self._tokenizer = tokenizer
         self._beginnings = SharedBeginnings(tokenizer)
         self._seed = seed
-        self._seeds = itertools.count(seed * _SEEDS_OF_A_RUN)
+        self._seeds = itertools.count(seed * _SEEDS_OF_A_RUN + part.place, part.of)
 
     @classmethod
-    def load(cls, path: str, seed: int) -> Self:
+    def load(cls, path: str, seed: int, part: Part = WHOLE) -> Self:
         """Load the tokenizer of a folder or a hub name. Raises UnknownTokenizer."""
         from transformers import AutoTokenizer
 
         try:
-            return cls(AutoTokenizer.from_pretrained(local_path(path)), seed)
+            return cls(AutoTokenizer.from_pretrained(local_path(path)), seed, part)
         except (OSError, ValueError) as error:
             raise UnknownTokenizer(f"tokenizer: {path}: {error}") from error
 

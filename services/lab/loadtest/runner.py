@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 
@@ -80,13 +80,17 @@ async def run(
     timeout_s: float,
     progress: RunProgress,
     now: Callable[[], float] = time.perf_counter,
+    *,
+    started_s: float | None = None,
 ) -> list[RequestOutcome]:
     """Send every request at its time and wait for all of them, and for the turns that follow.
 
-    Outcomes keep the plan's order; first turns come before all others.
+    Times count from `started_s` on; None: from now on. Outcomes keep the plan's order; first turns
+    come before all others.
     """
     progress.total += sum(each.requests for each in planned)
-    sender = _Sender(caller, timeout_s, now(), progress, now, len(planned))
+    started_s = now() if started_s is None else started_s
+    sender = _Sender(caller, timeout_s, started_s, progress, now, len(planned))
     async with asyncio.TaskGroup() as group:
         tasks = []
         for request in planned:
@@ -104,13 +108,17 @@ async def run_clients(
     timeout_s: float,
     progress: RunProgress,
     now: Callable[[], float] = time.perf_counter,
+    *,
+    started_s: float | None = None,
 ) -> list[RequestOutcome]:
     """Let each client send a request, and the turns that follow, when its last one has ended.
 
     Ends with `requests`, or begins neither one nor a turn after `seconds`. Their own `at_s` is not
-    looked at.
+    looked at. They begin at `started_s`; None: now.
     """
-    sender = _Sender(caller, timeout_s, now(), progress, now, 0, seconds)
+    started_s = now() if started_s is None else started_s
+    sender = _Sender(caller, timeout_s, started_s, progress, now, 0, seconds)
+    await asyncio.sleep(max(0.0, started_s - now()))
     drawing = asyncio.Lock()
 
     async def client() -> list[RequestOutcome]:
@@ -127,8 +135,13 @@ async def run_clients(
 
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(client()) for _ in range(clients)]
-    outcomes = sorted(chain(*(task.result() for task in tasks)), key=lambda one: one.scheduled_s)
-    return [replace(outcome, index=index) for index, outcome in enumerate(outcomes)]
+    return in_order(chain(*(task.result() for task in tasks)))
+
+
+def in_order(outcomes: Iterable[RequestOutcome]) -> list[RequestOutcome]:
+    """Return the outcomes by their times, with new indices."""
+    ordered = sorted(outcomes, key=lambda one: one.scheduled_s)
+    return [replace(outcome, index=index) for index, outcome in enumerate(ordered)]
 
 
 async def stream(

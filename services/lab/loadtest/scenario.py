@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import (
@@ -15,7 +16,7 @@ from pydantic import (
 
 from ...config import Rate, Seconds, Strict
 from ..families.catalog import FAMILIES, NEEDLES
-from .arrivals import Length, Process, RecordedTrace
+from .arrivals import Concurrency, Length, Process, RecordedTrace
 from .statistics import MOST_REPLICATES, RequestSlo
 
 DASHBOARD_URL = "http://127.0.0.1:8265"
@@ -168,6 +169,8 @@ class Scenario(Strict):
     chaos: Chaos | None = None
     search: Search | None = None
     seed: int = 0
+    # Client processes, each of which sends its part of the requests: one is bound by one core.
+    processes: PositiveInt = 1
     # Runs with other prompts and send times, one after the other: more than one give intervals.
     replicates: Annotated[int, Field(ge=1, le=MOST_REPLICATES)] = 1
 
@@ -188,9 +191,20 @@ class Scenario(Strict):
             raise ValueError("replicates: a search has its own runs; leave one of both out")
         if isinstance(self.search, MaxQps) and self.slo == RequestSlo():
             raise ValueError("search: max_qps needs a bound in slo")
+        if self.processes > self._fewest_clients():
+            raise ValueError(
+                f"processes: {self.processes} processes need as many clients, "
+                f"not {self._fewest_clients()}"
+            )
         if isinstance(self.arrivals, RecordedTrace) and self.length.requests is None:
             raise ValueError("length: a trace is bounded by length.requests")
         return self
+
+    def _fewest_clients(self) -> float:
+        """Return the fewest clients of a closed loop; in an open one each request is a client."""
+        if isinstance(self.search, Sweep):
+            return min(self.search.clients)
+        return self.arrivals.clients if isinstance(self.arrivals, Concurrency) else math.inf
 
     def at_load(self, load: float) -> Scenario:
         """Return the same at another rate or with as many clients, without its search."""

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from ...deployment.serve_api import ServeApi
 from . import arrivals, runner, search
 from . import recorded_trace as trace
+from .arrivals import WHOLE, Part
 from .chaos import KilledReplica, inject
 from .conversations import PlannedTurns
 from .grpc_stream import GrpcCaller
@@ -31,8 +33,17 @@ TELL_EVERY_S = 1.0
 _DRAWN_AT_ONCE = 16  # prompts of a closed loop
 
 
-# Sends a run's requests: caller, seconds before a client gives up, and what to count in.
-Load = Callable[[Caller, float, RunProgress], Awaitable[list[RequestOutcome]]]
+class Load(Protocol):
+    """Sends a run's requests, their times counted from `started_s` on; None: from now on."""
+
+    def __call__(
+        self,
+        caller: Caller,
+        timeout_s: float,  # before a client gives up
+        progress: RunProgress,
+        *,
+        started_s: float | None = None,
+    ) -> Coroutine[None, None, list[RequestOutcome]]: ...
 
 
 class NotReady(Exception):
@@ -56,27 +67,34 @@ class SearchResult:
     runs: tuple[Run, ...]
 
 
+Measure = Callable[[Scenario], Awaitable[Run]]  # `measure`, or the same by several processes
+
+
 async def measure(scenario: Scenario, source: Source, on_progress: ReportProgress) -> Run:
     """Warm up, then send the scenario's requests. Raises NotReady or InvalidFile."""
-    rng = np.random.default_rng(scenario.seed)
-    load = _plan_load(scenario, source, rng)
+    load = plan_load(scenario, source)
     caller = caller_of(scenario.target)
     async with caller.open():
-        await _warm_up(scenario, source, caller)
-        return await _run(scenario, load, caller, on_progress)
+        await warm_up(scenario, source, caller)
+        return await run_beside_faults(
+            scenario, partial(load, caller, scenario.timeout_s), on_progress
+        )
 
 
-async def repeat(
-    scenario: Scenario, source: Source, on_progress: ReportProgress
-) -> tuple[Run, ...]:
-    """Run the scenario's replicates, each with a seed of its own. Raises as `measure`."""
+def measure_here(source: Source, on_progress: ReportProgress) -> Measure:
+    """Return `measure` by this process alone."""
+    return partial(measure, source=source, on_progress=on_progress)
+
+
+async def repeat(scenario: Scenario, measure_one: Measure) -> tuple[Run, ...]:
+    """Run the scenario's replicates, each with a seed of its own. Raises as `measure_one`."""
     seeds = range(scenario.seed, scenario.seed + scenario.replicates)
     same = [scenario.model_copy(update={"seed": seed}) for seed in seeds]
-    return tuple([await measure(each, source, on_progress) for each in same])
+    return tuple([await measure_one(each) for each in same])
 
 
-async def find(scenario: Scenario, source: Source, on_progress: ReportProgress) -> SearchResult:
-    """Run the scenario's search."""
+async def find(scenario: Scenario, measure_one: Measure) -> SearchResult:
+    """Run the scenario's search. Raises as `measure_one`."""
     if scenario.search is None:
         raise ValueError("the scenario has no search")
     pause_s = scenario.search.pause_s if scenario.search.kind == "paper" else 0.0
@@ -84,7 +102,7 @@ async def find(scenario: Scenario, source: Source, on_progress: ReportProgress) 
     trials = search.trials_of(scenario.search)
     load = next(trials)
     while True:
-        runs.append(await measure(scenario.at_load(load), source, on_progress))
+        runs.append(await measure_one(scenario.at_load(load)))
         try:
             load = trials.send(runs[-1].summary)
         except StopIteration as ended:
@@ -99,28 +117,41 @@ def caller_of(target: Target) -> Caller:
     return kind(target.address, target.model, key)
 
 
-def _plan_load(scenario: Scenario, source: Source, rng: np.random.Generator) -> Load:
-    """Decide on the requests of an open loop; those of a closed one as they are needed."""
-    process = scenario.arrivals
+def plan_load(scenario: Scenario, source: Source, part: Part = WHOLE) -> Load:
+    """Decide on a part's requests in an open loop; on those of a closed one as they are needed.
+
+    Raises InvalidFile.
+    """
+    process, rng = scenario.arrivals, np.random.default_rng(scenario.seed)
     if isinstance(process, arrivals.Concurrency):
-        requests = _draw_on_demand(scenario, source, rng)
-        return partial(runner.run_clients, requests, process.clients, scenario.length.seconds)
+        requests = _draw_on_demand(scenario, source, _own(rng, part), part)
+        clients = part.share(process.clients)
+        return partial(runner.run_clients, requests, clients, scenario.length.seconds)
+    mine = slice(part.place, None, part.of)
     if isinstance(process, arrivals.RecordedTrace):
-        lines = trace.read(Path(process.path), scenario.length.requests or 0)
+        lines = trace.read(Path(process.path), scenario.length.requests or 0)[mine]
         times = np.array([line.time_s / process.speed for line in lines])
+        rng = _own(rng, part)
         prompts = source.draw_like(scenario.prompts, lines, rng)
     else:
-        times = arrivals.times(process, scenario.length, rng)
+        times = arrivals.times(process, scenario.length, rng)[mine]  # the same in every part
+        rng = _own(rng, part)
         prompts = source.draw(scenario.prompts, len(times), rng)
     planned = _plan_turns(scenario, source, runner.plan(times, prompts, scenario.cancel, rng))
     return partial(runner.run, planned)
 
 
+def _own(rng: np.random.Generator, part: Part) -> np.random.Generator:
+    """Return the generator of a part's own draws."""
+    return rng if part == WHOLE else rng.spawn(part.of)[part.place]
+
+
 def _draw_on_demand(
-    scenario: Scenario, source: Source, rng: np.random.Generator
+    scenario: Scenario, source: Source, rng: np.random.Generator, part: Part
 ) -> Iterator[PlannedRequest]:
-    """Yield the requests of a closed loop, endlessly where the scenario gives no number."""
-    left = scenario.length.requests
+    """Yield a part's requests of a closed loop, endlessly where the scenario gives no number."""
+    asked = scenario.length.requests
+    left = None if asked is None else part.share(asked)
     while left is None or left > 0:
         count = _DRAWN_AT_ONCE if left is None else min(left, _DRAWN_AT_ONCE)
         left = None if left is None else left - count
@@ -144,7 +175,7 @@ def _first_turn(request: PlannedRequest, turns: PlannedTurns) -> PlannedRequest:
     return replace(request, prompt=prompt, turns=turns)
 
 
-async def _warm_up(scenario: Scenario, source: Source, caller: Caller) -> None:
+async def warm_up(scenario: Scenario, source: Source, caller: Caller) -> None:
     """Send each kind of request, one after the other. Raises NotReady."""
     for kind in scenario.prompts:
         for number in range(scenario.warm_up):
@@ -154,27 +185,28 @@ async def _warm_up(scenario: Scenario, source: Source, caller: Caller) -> None:
                 raise NotReady(f"{scenario.target.address}: {stream.error}")
 
 
-async def _run(
+async def run_beside_faults(
     scenario: Scenario,
-    load: Load,
-    caller: Caller,
+    send: Callable[[RunProgress], Awaitable[list[RequestOutcome]]],
     on_progress: ReportProgress,
 ) -> Run:
+    """Send the requests while the scenario's faults happen."""
     progress = RunProgress()
     kills: list[KilledReplica] = []
     beside = [
-        asyncio.create_task(_report_often(progress, on_progress)),
+        asyncio.create_task(report_often(progress, on_progress)),
         asyncio.create_task(_faults(scenario.chaos, scenario.seed, kills)),
     ]
     try:
-        outcomes = await load(caller, scenario.timeout_s, progress)
+        outcomes = await send(progress)
     finally:
         await _stop(beside)
     on_progress(progress)
     return Run(tuple(outcomes), summarise("all", outcomes, scenario.slo), tuple(kills))
 
 
-async def _report_often(progress: RunProgress, on_progress: ReportProgress) -> None:
+async def report_often(progress: RunProgress, on_progress: ReportProgress) -> None:
+    """Report about once a second, until cancelled."""
     while True:
         on_progress(progress)
         await asyncio.sleep(TELL_EVERY_S)

@@ -108,7 +108,7 @@ async def test_an_answer_is_recorded_with_its_report(protocol, addresses, pipeli
     assert stream.text == ANSWER
     assert stream.output_tokens == 3
     assert stream.prompt_tokens == len(pipeline.requests[-1].prompt)
-    assert len(stream.arrivals_s) == 3
+    assert 2 <= len(stream.arrivals_s) <= 3  # what is ready together comes as one
     assert 0 < stream.ttft_s <= stream.end_s
     assert stream.report["keep_rate"] == 0.5
     assert pipeline.requests[-1].controls.keep == 0.5
@@ -245,9 +245,9 @@ async def test_a_scenario_runs_and_is_written_down(
         }
     )
     reported: list[int] = []
-    found = await session.find(
-        scenario, Source(demo_tokenizer, 3), lambda progress: reported.append(progress.sent)
-    )
+    source = Source(demo_tokenizer, 3)
+    measure = session.measure_here(source, lambda progress: reported.append(progress.sent))
+    found = await session.find(scenario, measure)
     assert [trial.load for trial in found.trials] == [20.0, 40.0]
     assert reported[-1] == 12
     run = found.runs[0]

@@ -142,9 +142,13 @@ def test_a_search_needs_a_rate():
 def test_the_command_line_sets_the_number_of_clients():
     from specprefill.cli.loadtest import _override
 
-    args = SimpleNamespace(address=None, model=None, qps=None, clients=7, requests=None, seed=None)
+    args = SimpleNamespace(
+        address=None, model=None, qps=None, clients=7, requests=None, seed=None, processes=3
+    )
     raw = {"arrivals": {"kind": "concurrency", "clients": 2}}
-    assert _override(raw, args)["arrivals"] == {"kind": "concurrency", "clients": 7}
+    changed = _override(raw, args)
+    assert changed["arrivals"] == {"kind": "concurrency", "clients": 7}
+    assert changed["processes"] == 3
 
 
 SWEEP = {"search": {"kind": "sweep", "clients": [1, 3]}, "length": {"requests": 4}}
@@ -153,7 +157,8 @@ SWEEP = {"search": {"kind": "sweep", "clients": [1, 3]}, "length": {"requests": 
 async def test_a_sweep_runs_each_number_of_clients(demo_tokenizer, monkeypatch):
     service = Service(5)
     monkeypatch.setattr(session, "caller_of", lambda _target: service)
-    found = await session.find(scenario(**SWEEP), Source(demo_tokenizer, 0), lambda _progress: None)
+    measure = session.measure_here(Source(demo_tokenizer, 0), lambda _progress: None)
+    found = await session.find(scenario(**SWEEP), measure)
     assert [trial.load for trial in found.trials] == [1.0, 3.0]
     assert [trial.held for trial in found.trials] == [True, False]
     assert [len(run.outcomes) for run in found.runs] == [4, 4]
@@ -163,7 +168,8 @@ async def test_a_sweep_is_told_per_gpu(demo_tokenizer, monkeypatch, tmp_path):
     monkeypatch.setattr(session, "caller_of", lambda _target: Service())
     one = scenario(**SWEEP)
     two = scenario(**SWEEP, target={"model": "demo", "gpus": 2})
-    found = await session.find(one, Source(demo_tokenizer, 0), lambda _progress: None)
+    measure = session.measure_here(Source(demo_tokenizer, 0), lambda _progress: None)
+    found = await session.find(one, measure)
     rows = [results.sweep_table(found.trials, each.target.gpus).splitlines() for each in (one, two)]
     assert "tokens/s per GPU" in rows[1][0]
     assert "per GPU" not in rows[0][0]

@@ -15,7 +15,8 @@ async def test_replicates_share_neither_prompts_nor_send_times(demo_tokenizer, m
     service = Service()
     monkeypatch.setattr(session, "caller_of", lambda _target: service)
     asked = scenario(replicates=3, **OPEN_LOOP)
-    runs = await session.repeat(asked, Source(demo_tokenizer, 0), lambda _progress: None)
+    measure = session.measure_here(Source(demo_tokenizer, 0), lambda _progress: None)
+    runs = await session.repeat(asked, measure)
     assert [len(run.outcomes) for run in runs] == [5, 5, 5]
     assert len({str(prompt.messages) for prompt in service.asked}) == 15
     assert len({tuple(one.scheduled_s for one in run.outcomes) for run in runs}) == 3
