@@ -86,7 +86,8 @@ def build_over(args: AppConfig, replicas: Replicas) -> serve.Application:
     """Build them over other pools, such as those of a test."""
     gpus = os.environ.get(ENV_SWITCH) != "1"
     drain_s = args.gateway.request_timeout_s + DRAIN_MARGIN_S
-    # Another SLO restarts no replica of a pool, and gateways only if they admit requests by it.
+    # Pools do not depend on these. Yet Serve replaces every replica when any of `args` changes: it
+    # takes all of them for an application's version.
     config_json = args.model_dump_json(exclude={"slo": True, "scaling": True, "gateway": True})
     gateway_json = args.for_gateways().model_dump_json(exclude={"slo", "scaling"})
 

@@ -29,6 +29,7 @@ from .collector import Collector
 START_TIMEOUT_S = 300.0
 EXPORT_S = 2.0  # how often Ray exports metrics; ten seconds unless it is set
 STOP_TIMEOUT_S = 90.0
+PATIENCE_S = 240.0  # between two tokens: engines that start take all of the cores
 SPECULATOR_TIMEOUT_S = 5.0  # longer than a dead replica is taken for a living one
 BIN = Path(sys.executable).parent
 KEEP = 0.2
@@ -172,7 +173,7 @@ def streams_that_end(app: App, count: int = 4, max_tokens: int = 400):
 
     def last_line(_):
         url, body = f"{app.http_url}/v1/chat/completions", {**STREAM, "max_tokens": max_tokens}
-        with httpx.stream("POST", url, json=body, timeout=60) as reply:
+        with httpx.stream("POST", url, json=body, timeout=PATIENCE_S) as reply:
             lines = (line for line in reply.iter_lines() if line)
             assert next(lines).startswith("data: {")
             begun.wait()

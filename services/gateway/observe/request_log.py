@@ -1,7 +1,12 @@
-"""One log line per finished request."""
+"""One log line per finished request, and the answer that it is about."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from ...core.errors import Unavailable
+from ...core.merging import merge_chunks
+from ...core.read_ahead import ReadAhead
 from ...core.types import Chunk, Report, Request
 
 
@@ -53,3 +58,31 @@ class RequestLog:
         if self._error is not None:
             return type(self._error).__name__
         return "finished" if self.open_samples <= 0 else "closed"
+
+
+class LoggedAnswer:
+    """An answer on its way to the client, as it comes, and its log line."""
+
+    def __init__(self, ahead: ReadAhead[Chunk], log: RequestLog) -> None:
+        self._ahead = ahead
+        self._log = log
+        self._failed = False
+
+    async def take(self) -> Sequence[Chunk]:
+        """Return what has come since the last call, joined; nothing at the end.
+
+        Raises Unavailable for an answer that is not complete, and what the pipeline raises.
+        """
+        if self._failed:
+            raise Unavailable("an engine could not finish the answer; try again")
+        chunks = await self._ahead.take()
+        for place, chunk in enumerate(chunks):
+            if chunk.finish_reason == "error":
+                self._failed = True
+                return merge_chunks(chunks[:place]) if place > 0 else await self.take()
+            self._log.add(chunk)
+        if chunks:
+            return merge_chunks(chunks)
+        if self._log.open_samples > 0:
+            raise Unavailable("the answer ended before it was complete; try again")
+        return ()

@@ -8,8 +8,8 @@ import re
 import secrets
 import threading
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
@@ -30,7 +30,7 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.kv_hints import KvHintsEnvelope
 
-from ...core.errors import InvalidRequest, RefusedByVllm, SpecPrefillError, Unavailable
+from ...core.errors import InvalidRequest, RefusedByVllm, SpecPrefillError
 from ...core.plan import Planner, plan_of
 from ...core.ports import Answerer
 from ...core.prefix_digests import cache_domain, prefix_digests
@@ -39,12 +39,12 @@ from ...core.read_ahead import ReadAhead
 from ...core.replica_logging import log_pairs
 from ...core.types import Chunk, Controls, PlanKind, PromptMode, Request, Selection, Span
 from ...engine.params import is_private
-from ..observe.request_log import RequestLog
+from ..observe.request_log import LoggedAnswer, RequestLog
 from .context import CURRENT, Messages, RequestContext
 from .controls import shorten
 from .failures import http_failure
 from .offsets import PromptOffsets
-from .request_outputs import OutputAssembler, merge_chunks
+from .request_outputs import OutputAssembler
 from .surface import TASKS, RemoteEngineClient
 
 logger = logging.getLogger(__name__)
@@ -124,9 +124,9 @@ class PipelineClient(RemoteEngineClient):
                 request.samples,
                 sampling_params.output_kind,
             )
-            async with self._read_ahead(request) as ahead:
-                while ready := await ahead.take():
-                    for chunk in merge_chunks(ready):
+            async with self._logged_answer(request) as answer:
+                while ready := await answer.take():
+                    for chunk in ready:
                         output = assembler.add(chunk)
                         if assembler.is_finished and chunk.report is not None:
                             context.reports[request_id] = chunk.report
@@ -143,26 +143,18 @@ class PipelineClient(RemoteEngineClient):
 
         Closing this generator closes the pipeline's.
         """
-        async with self._read_ahead(request) as ahead:
-            while ready := await ahead.take():
-                for chunk in merge_chunks(ready):
+        async with self._logged_answer(request) as answer:
+            while ready := await answer.take():
+                for chunk in ready:
                     yield chunk
 
-    def _read_ahead(self, request: Request) -> ReadAhead[Chunk]:
-        """Return the pipeline's chunks, read as they come; leaving closes the pipeline's stream."""
-        return ReadAhead(self._logged_chunks(request))
-
-    async def _logged_chunks(self, request: Request) -> AsyncGenerator[Chunk, None]:
+    @asynccontextmanager
+    async def _logged_answer(self, request: Request) -> AsyncIterator[LoggedAnswer]:
+        """Hold the pipeline's answer; log and count it when it ends."""
         log = RequestLog(request)
         try:
-            async with aclosing(self._pipeline.generate(request)) as chunks:
-                async for chunk in chunks:
-                    if chunk.finish_reason == "error":
-                        raise Unavailable("an engine could not finish the answer; try again")
-                    log.add(chunk)
-                    yield chunk
-            if log.open_samples > 0:
-                raise Unavailable("the answer ended before it was complete; try again")
+            async with ReadAhead(self._pipeline.generate(request)) as ahead:
+                yield LoggedAnswer(ahead, log)
         except Exception as error:  # ours or not: logged, and passed on
             log.record_failure(error)
             raise
