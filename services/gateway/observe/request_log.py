@@ -73,16 +73,16 @@ class LoggedAnswer:
 
         Raises Unavailable for an answer that is not complete, and what the pipeline raises.
         """
-        if self._failed:
-            raise Unavailable("an engine could not finish the answer; try again")
-        chunks = await self._ahead.take()
+        chunks = [] if self._failed else await self._ahead.take()
         for place, chunk in enumerate(chunks):
             if chunk.finish_reason == "error":
-                self._failed = True
-                return merge_chunks(chunks[:place]) if place > 0 else await self.take()
+                self._failed, chunks = True, chunks[:place]
+                break
             self._log.add(chunk)
         if chunks:
             return merge_chunks(chunks)
+        if self._failed:
+            raise Unavailable("an engine could not finish the answer; try again")
         if self._log.open_samples > 0:
             raise Unavailable("the answer ended before it was complete; try again")
         return ()

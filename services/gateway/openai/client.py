@@ -139,10 +139,7 @@ class PipelineClient(RemoteEngineClient):
             raise record_failure(context, SpecPrefillError(str(error))) from error
 
     async def chunks(self, request: Request) -> AsyncGenerator[Chunk, None]:
-        """Yield the pipeline's chunks, those that are ready at once as one.
-
-        Closing this generator closes the pipeline's.
-        """
+        """Yield the pipeline's chunks, ready ones joined. Closing this closes the pipeline's."""
         async with self._logged_answer(request) as answer:
             while ready := await answer.take():
                 for chunk in ready:

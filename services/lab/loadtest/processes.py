@@ -122,8 +122,9 @@ async def client_processes(
 @asynccontextmanager
 async def _client(part: Part) -> AsyncIterator[_Client]:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", MODULE, stdin=PIPE, stdout=PIPE
-    )
+        sys.executable, "-m", MODULE, stdin=PIPE, stdout=PIPE,
+        start_new_session=True,  # Ctrl-C is this process's: it ends the others
+    )  # fmt: skip
     try:
         yield _Client(process, part)
     finally:
