@@ -8,6 +8,7 @@ from typing import Self
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from specprefill.config import SelectionConfig, SpeculatorConfig, local_path
+from specprefill.core.asking import asked_spans
 from specprefill.core.protection import Offsets, merge_spans, protected_spans, special_spans
 from specprefill.core.types import Span
 from specprefill.gateway.openai.offsets import PromptOffsets
@@ -15,6 +16,7 @@ from specprefill.lab.families.fitting import render
 from specprefill.lab.families.task import Task
 from specprefill.speculator.chunking import Chunker
 from specprefill.speculator.scorer import Scorer, load_scorer
+from specprefill.speculator.translation import SamePrompt
 
 from .keep_rates import ScoredPrompt
 
@@ -52,7 +54,8 @@ class TaskScorer:
             raise ValueError(f"{task.family}: the tokenizer returns no offsets")
         special = special_spans(prompt, self.offsets.special_ids)
         spans = protected_spans(text, offsets, task.messages, (), self.tail_tokens)
-        with self.scorer.open_readings([prompt]) as (reading,):
+        echo = SamePrompt(prompt).parts(asked_spans(text, offsets, task.messages))
+        with self.scorer.open_readings([prompt], echoes=[echo]) as (reading,):
             self.scorer.read([reading])
             self.scorer.look_ahead([reading])
             scores = self.scorer.rate(reading)

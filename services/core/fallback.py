@@ -8,7 +8,6 @@ Pure: no clock, no I/O.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from .errors import Overloaded
 from .selection import Scores, SelectionPolicy, select
-from .types import Plan, Reason, Request, Selection, Span, dense_selection
+from .types import Plan, Reason, Request, Selection, dense_selection
 
 NOMINAL_KEEP = 0.3  # of a plan whose rate the scores would have chosen
 QUERY_TOKENS = 256  # of the last protected span, that other chunks are compared with
@@ -68,22 +67,22 @@ class Fallback:
                 return dense_selection(len(request.prompt), reason)
             case OnOverload.STATIC if self.policy is not None:
                 static = replace(plan, reason=reason, keep=_nominal_keep(plan), within=None)
-                return static_selection(request.prompt, static, request.protected, self.policy)
+                return static_selection(request, static, self.policy)
             case _:
                 message = f"{_MESSAGES[reason]}; try again later"
                 raise Overloaded(message, retry_after_s, reason.value)
 
 
-def static_selection(
-    prompt: Sequence[int], plan: Plan, protected: Sequence[Span], policy: SelectionPolicy
-) -> Selection:
+def static_selection(request: Request, plan: Plan, policy: SelectionPolicy) -> Selection:
     """Keep what is always kept, and the chunks that share most words with the query.
 
-    The query is the prompt's end. Chunks are rated by BM25 over token ids; those that share
-    nothing with it are taken evenly spaced. It reads no model, and takes milliseconds.
+    The query is the prompt's end, or what the request says is asked. Chunks are rated by BM25 over
+    token ids; those that share nothing with it are taken evenly spaced. It reads no model, and
+    takes milliseconds.
     """
-    scores = _static_scores(np.asarray(prompt, dtype=np.int64), protected, policy)
-    return select(scores, plan, protected, policy)
+    prompt = np.asarray(request.prompt, dtype=np.int64)
+    query = np.unique(np.concatenate(_query_parts(prompt, request, policy)))
+    return select(_static_scores(prompt, query, policy), plan, request.protected, policy)
 
 
 def _nominal_keep(plan: Plan) -> float:
@@ -93,26 +92,28 @@ def _nominal_keep(plan: Plan) -> float:
 
 
 def _static_scores(
-    prompt: NDArray[np.int64], protected: Sequence[Span], policy: SelectionPolicy
+    prompt: NDArray[np.int64], query: NDArray[np.int64], policy: SelectionPolicy
 ) -> Scores:
     """Score each token as its chunk, `[N]` -> `[N]`."""
     starts = np.arange(0, len(prompt), policy.chunk_tokens)
     sizes = np.diff(starts, append=len(prompt))
-    rated = _bm25(prompt, _query_tokens(prompt, protected, policy), sizes)
+    rated = _bm25(prompt, query, sizes)
     best = float(rated.max())
     spaced = _spacing(len(sizes)) * (SPACING_SHARE * best if best > 0.0 else 1.0)
     return np.repeat(rated + spaced, sizes).astype(np.float32)
 
 
-def _query_tokens(
-    prompt: NDArray[np.int64], protected: Sequence[Span], policy: SelectionPolicy
-) -> NDArray[np.int64]:
-    """Return the distinct tokens of the prompt's end: its tail and the last protected span."""
+def _query_parts(
+    prompt: NDArray[np.int64], request: Request, policy: SelectionPolicy
+) -> list[NDArray[np.int64]]:
+    """Return what is asked, or the prompt's end: its tail and the last protected span."""
+    if request.asked:
+        return [prompt[span.start : span.stop] for span in request.asked]
     tail = [prompt[max(0, len(prompt) - policy.tail_tokens) :]]
-    if protected:
-        last = protected[-1]
+    if request.protected:
+        last = request.protected[-1]
         tail.append(prompt[max(last.start, last.stop - QUERY_TOKENS) : last.stop])
-    return np.unique(np.concatenate(tail))
+    return tail
 
 
 def _bm25(

@@ -48,11 +48,12 @@ class KeptBy(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class _Content:
+class Content:
     """One piece of message text and its place in the rendered prompt (None: altered)."""
 
     role: str
     place: tuple[int, int] | None
+    message: int  # its number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +83,7 @@ def protected_spans(
     protected. Raises `occurrences.Cancelled` soon after `is_cancelled()`.
     """
     rules = Protection(messages=messages, protect=protect, tail_tokens=tail_tokens, fences=fences)
-    index = _TokenIndex(offsets)
+    index = TokenIndex(offsets)
     found = _find_ranges(text, rules, index, is_cancelled)
     return index.spans(np.concatenate(list(found.ranges.values())), found.query)
 
@@ -94,7 +95,7 @@ def protected_by_reason(
     is_cancelled: Callable[[], bool] = lambda: False,
 ) -> dict[KeptBy, tuple[Span, ...]]:
     """Return the spans of `protected_spans`, by reason; a token may have several."""
-    index = _TokenIndex(offsets)
+    index = TokenIndex(offsets)
     found = _find_ranges(text, rules, index, is_cancelled)
     spans = {reason: index.spans(ranges, ()) for reason, ranges in found.ranges.items()}
     return {**spans, KeptBy.TAIL: merge_spans(found.query)}
@@ -109,14 +110,14 @@ class _Found:
 
 
 def _find_ranges(
-    text: str, rules: Protection, index: _TokenIndex, is_cancelled: Callable[[], bool]
+    text: str, rules: Protection, index: TokenIndex, is_cancelled: Callable[[], bool]
 ) -> _Found:
     places: dict[KeptBy, list[tuple[int, int]]] = {KeptBy.CODE: []}
     query: list[Span] = []
     if rules.fences:
         places[KeptBy.CODE] = [match.span() for match in _FENCED.finditer(text)]
     if rules.messages:
-        contents = _locate(text, rules.messages)
+        contents = locate_contents(text, rules.messages)
         places |= _split_template(text, contents, rules.tool_names)
         query = _query_spans(contents, index, rules.tail_tokens)
     ranges = {
@@ -163,7 +164,7 @@ def content_texts(content: object) -> list[str]:
     return [text for text in texts if isinstance(text, str)]
 
 
-class _TokenIndex:
+class TokenIndex:
     """Maps character ranges to token spans."""
 
     def __init__(self, offsets: Offsets) -> None:
@@ -191,11 +192,11 @@ class _TokenIndex:
         return np.stack((first, np.maximum(first, last)), axis=1)
 
 
-def _locate(text: str, messages: Sequence[Mapping[str, Any]]) -> list[_Content]:
+def locate_contents(text: str, messages: Sequence[Mapping[str, Any]]) -> list[Content]:
     """Find each content after the one before it; templates keep the order but trim the ends."""
-    contents: list[_Content] = []
+    contents: list[Content] = []
     cursor, unread = 0, _MOST_READ * len(text)
-    for message in messages:
+    for number, message in enumerate(messages):
         role = str(message.get("role"))
         for part in content_texts(message.get("content")):
             wanted = part.strip()
@@ -204,17 +205,17 @@ def _locate(text: str, messages: Sequence[Mapping[str, Any]]) -> list[_Content]:
             start = text.find(wanted, cursor)
             unread -= (len(text) if start < 0 else start) - cursor
             if unread < 0:
-                return [*contents, _Content(_KEPT_ROLES[0], (cursor, len(text)))]
+                return [*contents, Content(_KEPT_ROLES[0], (cursor, len(text)), number)]
             if start < 0:
-                contents.append(_Content(role, None))
+                contents.append(Content(role, None, number))
                 continue
             cursor = start + len(wanted)
-            contents.append(_Content(role, (start, cursor)))
+            contents.append(Content(role, (start, cursor), number))
     return contents
 
 
 def _split_template(
-    text: str, contents: Sequence[_Content], tool_names: Sequence[str]
+    text: str, contents: Sequence[Content], tool_names: Sequence[str]
 ) -> dict[KeptBy, list[tuple[int, int]]]:
     """Return the ranges of the text outside the contents that may be pruned, by reason."""
     names = [name for name in tool_names if name]
@@ -229,11 +230,11 @@ def _split_template(
     return found
 
 
-def _is_kept(content: _Content) -> bool:
+def _is_kept(content: Content) -> bool:
     return content.role in _KEPT_ROLES
 
 
-def _template_text(contents: Sequence[_Content], length: int) -> Iterator[tuple[int, int]]:
+def _template_text(contents: Sequence[Content], length: int) -> Iterator[tuple[int, int]]:
     """Yield the ranges of the template's own text, before, between and after the contents."""
     known_until: int | None = 0  # None: an altered content lies somewhere after the last found one
     for content in contents:
@@ -248,7 +249,7 @@ def _template_text(contents: Sequence[_Content], length: int) -> Iterator[tuple[
         yield known_until, length
 
 
-def _query_spans(contents: Sequence[_Content], index: _TokenIndex, tail_tokens: int) -> list[Span]:
+def _query_spans(contents: Sequence[Content], index: TokenIndex, tail_tokens: int) -> list[Span]:
     """Return the last tokens of the last user turn."""
     asked = [content.place for content in contents if content.role == "user"]
     if not asked or asked[-1] is None:

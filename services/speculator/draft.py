@@ -214,11 +214,7 @@ def read_chunk(
     model: PreTrainedModel, parts: Sequence[tuple[Reading, int]], quick: Llama | None = None
 ) -> None:
     """Read the next tokens of some prompts, a given number of each, in one pass, without logits."""
-    tokens = [
-        token
-        for reading, count in parts
-        for token in reading.prompt[reading.length : reading.length + count]
-    ]
+    tokens = [token for reading, count in parts for token in reading.next_tokens(count)]
     ids, positions = _pack_tokens(model, tokens, parts)
     reading_chunk = attention.ReadChunk(parts)
     if quick is None:

@@ -168,7 +168,8 @@ class Passes:
         scorer.make_room(held)
         for job in jobs:
             if job.reading is None:
-                job.reading = scorer.open_reading(job.read_as.prompt, job.request.cache_salt)
+                echo = job.read_as.parts(job.request.asked)
+                job.reading = scorer.open_reading(job.read_as.prompt, job.request.cache_salt, echo)
         readings = [job.reading for job in jobs if job.reading is not None]
         unread, started_s = sum(each.unread_tokens for each in readings), self._now()
         scorer.read_pass(readings)

@@ -31,7 +31,7 @@ def rate(reading: Reading, method: ScoringMethod, pool_tokens: int) -> Scores:
 
 
 def _rate(reading: Reading, method: ScoringMethod, pool_tokens: int, *, in_prompt: bool) -> Tensor:
-    """Return [N] by the question's queries (`in_prompt`), or by the look-ahead's."""
+    """Return [N] by the question's queries (`in_prompt`, or its echo's), or the look-ahead's."""
     reduced, count = torch.zeros((), device=reading.keys.device), 0
     for row, layer in enumerate(reading.layout.layers):
         if layer not in reading.layout.scoring_layers or not method.counts(layer):
@@ -40,7 +40,8 @@ def _rate(reading: Reading, method: ScoringMethod, pool_tokens: int, *, in_promp
             reading.question_queries(row) if in_prompt else torch.stack(reading.queries[row], dim=1)
         )
         heads = method.heads_of(layer)
-        for weights in attention_of(reading, row, queries, heads, in_prompt=in_prompt):
+        sees_itself = in_prompt and not reading.echo
+        for weights in attention_of(reading, row, queries, heads, in_prompt=sees_itself):
             pooled = average_pool(weights, pool_tokens)
             count += len(pooled)
             if method.reduction is Reduction.MEAN:

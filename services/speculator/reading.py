@@ -79,16 +79,19 @@ class Reading:
         *,
         question_tokens: int = 0,
         looks_ahead: bool = True,
+        echo: tuple[int, ...] = (),
     ) -> None:
         """Allocate the buffers.
 
-        `question_tokens` of the prompt's end have their queries recorded as they are read. A prompt
+        `question_tokens` of the prompt's end have their queries recorded as they are read; or those
+        of `echo`, which repeats behind the prompt what it asks, where its end does not. A prompt
         whose draft does not look ahead is read to its end; else the last token is fed with those
         that are generated.
         """
         self.prompt = prompt
+        self.echo = echo
         self.salt = salt
-        self.question_start = max(0, len(prompt) - question_tokens)
+        self.question_start = len(prompt) if echo else max(0, len(prompt) - question_tokens)
         self.looks_ahead = looks_ahead
         self.layout = layout
         self.keys = layout.empty(layout.key_dim, capacity)  # after RoPE
@@ -115,6 +118,17 @@ class Reading:
         """Prompt tokens whose keys are still missing, before the last one if it is fed alone."""
         return max(0, len(self.prompt) - int(self.looks_ahead) - self.length)
 
+    def next_tokens(self, count: int) -> tuple[int, ...]:
+        """Return the next tokens to read: of the prompt, and once that is read, of the echo."""
+        start = self.length - len(self.prompt)
+        if start < 0:
+            return self.prompt[self.length : self.length + count]
+        return self.echo[start : start + count]
+
+    def forget_look_ahead(self) -> None:
+        """Continue behind the prompt, as if nothing had been generated; the queries stay."""
+        self.length = len(self.prompt)
+
     def reads_question(self, tokens: int) -> bool:
         """Return True if the next tokens reach into the question."""
         return self.length + tokens > self.question_start
@@ -126,7 +140,8 @@ class Reading:
 
     def question_queries(self, row: int) -> Tensor:
         """Return one layer's queries of the question's tokens, [heads, tokens, key_dim]."""
-        fed_alone = [query[:, None] for query in self.queries[row][:1]]
+        last = [] if self.echo else self.queries[row][:1]
+        fed_alone = [query[:, None] for query in last]
         return torch.cat([*self.question[row], *fed_alone], dim=1)
 
     def store(self, row: int, key: Tensor, value: Tensor) -> None:

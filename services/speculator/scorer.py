@@ -136,10 +136,10 @@ class Scorer:
 
     @property
     def max_prompt_tokens(self) -> int | None:
-        """The longest prompt, in draft tokens, whose look-ahead stays within its positions."""
+        """The longest prompt, in draft tokens, behind which its positions last."""
         if self.draft.max_positions is None:
             return None
-        return self.draft.max_positions - self._generated_tokens
+        return self.draft.max_positions - self._tokens_behind
 
     def refusal(self, prompt_tokens: int) -> Reason | None:
         """Return why a prompt of this many draft tokens cannot be scored; None: it can."""
@@ -169,17 +169,25 @@ class Scorer:
 
     @contextmanager
     def open_readings(
-        self, prompts: Sequence[tuple[int, ...]], salts: Sequence[str | None] | None = None
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        salts: Sequence[str | None] | None = None,
+        echoes: Sequence[tuple[int, ...]] | None = None,
     ) -> Iterator[list[Reading]]:
         """Open readings of the prompts, filled from the prefix cache; free them on exit.
 
-        `salts` has one for each prompt; None: none of them has one.
+        `salts` and `echoes` have one for each prompt; None: none of them has one.
 
         The prefix cache makes room. The caller ensures that all fit into `memory_bytes`.
         """
-        salted = list(zip(prompts, salts or [None] * len(prompts), strict=True))
+        each = zip(
+            prompts,
+            salts or [None] * len(prompts),
+            echoes or [()] * len(prompts),
+            strict=True,
+        )
         self.make_room(sum(self.kv_bytes(len(prompt)) for prompt in prompts))
-        readings = [self.open_reading(prompt, salt) for prompt, salt in salted]
+        readings = [self.open_reading(prompt, salt, echo) for prompt, salt, echo in each]
         try:
             yield readings
         finally:
@@ -202,8 +210,14 @@ class Scorer:
             with torch.inference_mode():
                 self.prefix.add(reading.prompt, free, partial(_block, reading), reading.salt)
 
-    def open_reading(self, prompt: tuple[int, ...], salt: str | None) -> Reading:
-        """Return a reading, filled from the prefix cache; its memory has been made room for."""
+    def open_reading(
+        self, prompt: tuple[int, ...], salt: str | None, echo: tuple[int, ...] = ()
+    ) -> Reading:
+        """Return a reading, filled from the prefix cache; its memory has been made room for.
+
+        `echo`: see `Reading`; its last tokens count, as many as a question has, where the method
+        asks one.
+        """
         reading = Reading(
             prompt,
             self.draft.layout,
@@ -211,6 +225,7 @@ class Scorer:
             salt,
             question_tokens=self.question_tokens,
             looks_ahead=self.method.looks_ahead,
+            echo=echo[-self.question_tokens :] if self.question_tokens else (),
         )
         known = self.prefix.find_longest(prompt, salt)
         with torch.inference_mode():
@@ -222,8 +237,13 @@ class Scorer:
         """The most tokens that are generated and fed; the first query is the last token's."""
         return max(0, self.look_ahead_tokens - 1)
 
+    @property
+    def _tokens_behind(self) -> int:
+        """The most tokens that are read behind a prompt: generated, or its question's echo."""
+        return max(self._generated_tokens, self.question_tokens)
+
     def _capacity(self, prompt_tokens: int) -> int:
-        return prompt_tokens + self._generated_tokens
+        return prompt_tokens + self._tokens_behind
 
     def read(
         self, readings: Sequence[Reading], is_abandoned: Callable[[Reading], bool] = never_abandoned
@@ -274,12 +294,13 @@ class Scorer:
         """Feed the last prompt token, generate greedily, and record each fed token's query.
 
         All requests take part in one batch; none where the method needs no answer. An answer that
-        ends stops looking ahead: no end token is fed, so no query comes from one.
+        ends stops looking ahead: no end token is fed, so no query comes from one. Behind the prompt
+        its echo is read then, in place of what was generated.
         """
         live = list(readings)
         for _ in range(self.look_ahead_tokens):
             if not live:
-                return
+                break
             with torch.inference_mode():
                 logits = feed_token(self.draft.model, live, self.draft.quick).float()
                 certainties, following = logits.softmax(dim=-1).max(dim=-1)
@@ -288,6 +309,15 @@ class Scorer:
                 reading.next_token = token
                 reading.certainties.append(certainty)
             live = [each for each in live if each.next_token not in self.draft.eos_ids]
+        self._read_echoes(readings)
+
+    def _read_echoes(self, readings: Sequence[Reading]) -> None:
+        parts = [(each, len(each.echo)) for each in readings if each.echo]
+        for reading, _ in parts:
+            reading.forget_look_ahead()
+        if parts:
+            with torch.inference_mode():
+                read_chunk(self.draft.model, parts, self.draft.quick)
 
     def follow(self, reading: Reading, answer: Sequence[int]) -> None:
         """Feed the last prompt token and a given answer's; record the query of each.

@@ -240,4 +240,5 @@ class SpeculatorService:
 
 
 def _rating_key(request: Request) -> bytes:
-    return prompt_digest(request.prompt, request.cache_salt)
+    digest = prompt_digest(request.prompt, request.cache_salt)
+    return digest + repr(request.asked).encode() if request.asked else digest

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from ..config import local_path
 from ..core.errors import UnsupportedModel
 from ..core.selection import Scores
+from ..core.types import Span
 
 Offsets = NDArray[np.int64]  # [tokens, 2]: first character, and the one after the last
 
@@ -35,6 +36,10 @@ class Prompt(Protocol):
         """Translate one score per draft token to one per token of the main model."""
         ...
 
+    def parts(self, spans: Sequence[Span]) -> tuple[int, ...]:
+        """Return the draft's tokens of some spans of the main model's."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class SamePrompt:
@@ -45,6 +50,10 @@ class SamePrompt:
     def scores(self, draft_scores: Scores) -> Scores:
         """Return the scores unchanged."""
         return draft_scores
+
+    def parts(self, spans: Sequence[Span]) -> tuple[int, ...]:
+        """Return the tokens of the spans."""
+        return tuple(token for span in spans for token in self.prompt[span.start : span.stop])
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +76,16 @@ class TranslatedPrompt:
         covered = covering > 0.5
         each = np.where(covered, total / np.maximum(covering, 1.0), 0.0)
         return _token_means(self.main_offsets, each, covered)
+
+    def parts(self, spans: Sequence[Span]) -> tuple[int, ...]:
+        """Return the draft's tokens that share a character with a span's."""
+        found: list[int] = []
+        for span in spans:
+            inside = self.main_offsets[span.start : span.stop]
+            start, stop = int(inside[0, 0]), int(inside[-1, 1])
+            shares = (self.offsets[:, 0] < stop) & (self.offsets[:, 1] > start)
+            found += [self.prompt[place] for place in np.flatnonzero(shares).tolist()]
+        return tuple(found)
 
 
 class Translator:

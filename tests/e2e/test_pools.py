@@ -3,19 +3,16 @@
 import itertools
 import os
 import signal
-import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
-import openai
 import pytest
 from ray.util.state import list_objects
 
-from specprefill.deployment.file import SLO_POLICY
-
 from .conftest import POOLS, pruned
+from .load import Load
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -24,39 +21,6 @@ MAX_QUEUED, STORM = 3, 24  # prompts that may wait for the speculator, and clien
 # Several samples: the prefill pool computes their prompt, whether a decode engine has it or not.
 HANDED_OVER = {"n": 2, "temperature": 0.9, "seed": 3}
 PAUSE_S = 0.5  # of each client: the new replicas start on the same two cores
-
-
-class Load:
-    """Requests of a few clients, each one after the other, until told to stop."""
-
-    def __init__(self, ask, *, pause_s, threads=3):
-        self._ask, self._pause_s = ask, pause_s
-        self._stop = threading.Event()
-        self.answers, self.failures = [], []
-        self._threads = [threading.Thread(target=self._run) for _ in range(threads)]
-
-    def __enter__(self):
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-    def wait_for(self, more):
-        """Until so many more answers have come, or a failure."""
-        answered = len(self.answers)
-        while len(self.answers) < answered + more and not self.failures:
-            time.sleep(0.1)
-
-    def _run(self):
-        while not self._stop.wait(self._pause_s):
-            try:
-                self.answers.append(self._ask())
-            except openai.OpenAIError as error:
-                self.failures.append(error)
 
 
 def scaled(app, chat, count):
@@ -226,33 +190,3 @@ def large_objects(app) -> set[str]:
     objects = list_objects(address=app.dashboard_url, limit=10_000, raise_on_missing_output=False)
     assert len(objects) < 5_000
     return {held.object_id for held in objects if held.object_size > KV_BYTES}
-
-
-def test_an_slo_sizes_the_pools(app, chat):
-    """The last: from here on the policy says how many replicas there are."""
-
-    def change(raw):
-        (application,) = raw["applications"]
-        bounds = {"min_replicas": 1, "max_replicas": 2}
-        application["args"]["speculator"].pop("max_queued", None)  # of the test above
-        application["args"]["slo"] = {"ttft_s": 0.001}  # out of reach: more replicas help
-        application["args"]["scaling"] = {pool.lower(): bounds for pool in POOLS}
-        application["autoscaling_policy"] = {
-            "policy_function": SLO_POLICY,
-            "policy_kwargs": {"args": application["args"]},
-        }
-        for deployment in application["deployments"]:
-            deployment.pop("num_replicas", None)
-
-    app.redeploy(change)
-    app.wait_healthy()
-    give_up_s = time.monotonic() + 240
-    with Load(chat, pause_s=0) as load:
-        running = {}
-        # Which pool is short depends on what the stages take: test_autoscaling sees each one grow.
-        while 2 not in map(running.get, POOLS) and time.monotonic() < give_up_s:
-            time.sleep(0.5)
-            running = {pool.name: pool.running for pool in app.api.snapshot().pools}
-    assert 2 in map(running.get, POOLS)
-    assert running["Gateway"] == 2
-    assert load.failures == []

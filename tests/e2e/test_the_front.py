@@ -166,9 +166,6 @@ def closed(app, tmp_path_factory):
 
     def close(raw):
         (application,) = raw["applications"]
-        # An earlier test's SLO, for which pools start more replicas than two cores can in time.
-        application.pop("autoscaling_policy", None)
-        application["args"].pop("slo", None)
         gateway = application["args"].setdefault("gateway", {})
         gateway |= {"api_keys": keys, "front": {"tls": tls}}
 

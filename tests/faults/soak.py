@@ -121,12 +121,24 @@ def lost(outcomes: Sequence[RequestOutcome]) -> list[str]:
         if got.ending is RequestEnding.CANCELLED:
             continue
         if got.ending is not RequestEnding.ANSWERED:
-            faults.append(f"request {one.index}: {got.ending} {got.error}")
+            faults.append(f"request {one.index}: {got.ending} {got.error}; {course(one)}")
         elif got.output_tokens != ANSWER_TOKENS:
             faults.append(f"request {one.index}: {got.output_tokens} of {ANSWER_TOKENS} tokens")
         elif (got.report or {}).get("reason") == "speculator_unavailable":
             faults.append(f"request {one.index}: not pruned, although other speculators ran")
     return faults
+
+
+def course(one: RequestOutcome) -> str:
+    """Tell when a request was sent, and how far its answer came."""
+    sent_s = one.scheduled_s + one.lag_s
+    arrivals = one.stream.arrivals_s
+    if not arrivals:
+        return f"sent at {sent_s:.0f} s, no token"
+    return (
+        f"sent at {sent_s:.0f} s, {len(arrivals)} pieces of text from {arrivals[0]:.0f} s to "
+        f"{arrivals[-1]:.0f} s later"
+    )
 
 
 def grown(changes: Mapping[str, tuple[int, int]]) -> list[str]:
@@ -261,7 +273,17 @@ def figures(found: Findings, clients: int) -> dict[str, Any]:
         "upgraded_in_s": found.upgrade.seconds,
         "memory_bytes": found.memory.changes(),
         "faults": found.faults,
+        "requests": [_row(one) for one in found.run.outcomes],
     }
+
+
+def _row(one: RequestOutcome) -> list[object]:
+    """Return when a request was sent, then its first and last text, its end and how it ended."""
+    arrivals = one.stream.arrivals_s
+    edges = [round(arrivals[0], 2), round(arrivals[-1], 2)] if arrivals else [None, None]
+    retries = one.report_number("retries")
+    sent_s, end_s = round(one.scheduled_s + one.lag_s, 2), round(one.stream.end_s, 2)
+    return [sent_s, *edges, end_s, one.stream.ending.value, retries]
 
 
 if __name__ == "__main__":

@@ -435,7 +435,7 @@ async def test_the_speculator_is_full_and_the_prompt_is_pruned_by_its_words(aski
     got, seconds, report = await ask(asking.pools, asked, selection(), OnOverload.STATIC)
     held = await asking.pools.bytes_held()
     plan = Plan(PlanKind.PRUNE, Reason.ASKED, 0.5)
-    chosen = static_selection(asked.prompt, plan, (), SHIPPED)
+    chosen = static_selection(asked, plan, SHIPPED)
     again = replace(asked, request_id=f"{asked.request_id}-undisturbed")
     wanted, _, _ = await ask(asking.pools, again, chosen)
     asking.table.add(asking.name, "pruned without scores", seconds, got == wanted, held)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import re
 import secrets
-import threading
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -34,15 +32,15 @@ from ...core.errors import InvalidRequest, RefusedByVllm, SpecPrefillError
 from ...core.plan import Planner, plan_of
 from ...core.ports import Answerer
 from ...core.prefix_digests import cache_domain, prefix_digests
-from ...core.protection import altered_piece, merge_spans, protected_spans, special_spans
 from ...core.read_ahead import ReadAhead
 from ...core.replica_logging import log_pairs
-from ...core.types import Chunk, Controls, PlanKind, PromptMode, Request, Selection, Span
+from ...core.types import Chunk, Controls, PlanKind, PromptMode, Request, Selection
 from ...engine.params import is_private
 from ..observe.request_log import LoggedAnswer, RequestLog
 from .context import CURRENT, Messages, RequestContext
 from .controls import shorten
 from .failures import http_failure
+from .marking import PromptMarker
 from .offsets import PromptOffsets
 from .request_outputs import OutputAssembler
 from .surface import TASKS, RemoteEngineClient
@@ -88,10 +86,11 @@ class PipelineClient(RemoteEngineClient):
         self._planner = planner
         self._chat = chat
         self._timeout_s = timeout_s
-        self._tail_tokens = tail_tokens
-        self._protect_fences = protect_fences
         self._count_tokens = count_tokens
         self.offsets = PromptOffsets(self.renderer.tokenizer)
+        self._marker = PromptMarker(
+            self.offsets, tail_tokens=tail_tokens, protect_fences=protect_fences
+        )
 
     @override
     async def generate(
@@ -247,8 +246,7 @@ class PipelineClient(RemoteEngineClient):
             trace=context.trace,
         )
         if self._planner.dense_reason(request) is None:
-            protected = await self._protected_spans(request, prompt, context)
-            request = replace(request, protected=protected)
+            request = await self._marker.mark(request, prompt.get("prompt"), context)
         request = self._planner.with_plan(request)
         _limit_tokens(params, self._most_output_tokens(request))
         return replace(request, sampling=_pack_params(params))
@@ -286,50 +284,6 @@ class PipelineClient(RemoteEngineClient):
             )
         except CLIENT_ERRORS as error:
             raise as_invalid(error) from error
-
-    async def _protected_spans(
-        self, request: Request, prompt: EngineInput, context: RequestContext
-    ) -> tuple[Span, ...]:
-        """Find protected spans off the event loop; cancelling the request ends the search soon."""
-        cancelled = threading.Event()
-        text = prompt.get("prompt")
-        try:
-            return await asyncio.to_thread(
-                self._find_protected, request, text, context, cancelled.is_set
-            )
-        finally:
-            cancelled.set()
-
-    def _find_protected(
-        self,
-        request: Request,
-        text: str | None,
-        context: RequestContext,
-        is_cancelled: Callable[[], bool],
-    ) -> tuple[Span, ...]:
-        special = special_spans(request.prompt, self.offsets.special_ids)
-        protect = request.controls.protect
-        if context.messages is None and not protect and not self._protect_fences:
-            return special
-        placed = self.offsets.locate_tokens(text, request.prompt, is_cancelled)
-        altered = altered_piece(placed.text, context.messages or (), protect)
-        if altered is not None:
-            field = f"{context.controls_prefix}protect"
-            raise InvalidRequest(
-                f"{field}: {shorten(altered)} is in a message, but the chat template changes it; "
-                "choose a part that it leaves unchanged",
-                field,
-            )
-        spans = protected_spans(
-            placed.text,
-            placed.offsets,
-            context.messages,
-            protect,
-            self._tail_tokens,
-            fences=self._protect_fences,
-            is_cancelled=is_cancelled,
-        )
-        return merge_spans(special + spans)
 
 
 def as_invalid(error: Exception) -> InvalidRequest:

@@ -29,6 +29,7 @@ from ...speculator.method import (
 )
 from ...speculator.rating import rate
 from ...speculator.scorer import Scorer
+from ...speculator.translation import SamePrompt
 from ..evaluation.prompts import RenderedTask, Renderer
 from ..families.catalog import generate
 from .candidates import (
@@ -170,11 +171,15 @@ def recording_scorer(scorer: Scorer) -> Scorer:
 
 
 def _measure(scorer: Scorer, prompt: RenderedTask, null: NullQuestion) -> dict[Queries, Masses]:
-    with scorer.open_readings([prompt.ids]) as (reading,):
+    with scorer.open_readings([prompt.ids], echoes=[_echo(prompt)]) as (reading,):
         scorer.read([reading])
         scorer.look_ahead([reading])
         scorer.remember([reading])
         return gold_masses(scorer, reading, prompt.gold, null)
+
+
+def _echo(prompt: RenderedTask) -> tuple[int, ...]:
+    return SamePrompt(prompt.ids).parts(prompt.asked)
 
 
 def _mean_masses(masses: dict[str, list[dict[Queries, Masses]]]) -> dict[Queries, Masses]:
@@ -232,7 +237,7 @@ def _score(
     candidates: Sequence[Candidate],
     chunker: Chunker,
 ) -> ScoredTask:
-    with scorer.open_readings([prompt.ids]) as (reading,):
+    with scorer.open_readings([prompt.ids], echoes=[_echo(prompt)]) as (reading,):
         scorer.read([reading])
         scorer.look_ahead([reading])
         return ScoredTask(

@@ -64,7 +64,10 @@ def gold_masses(
             in_prompt=False,
         )
         - idle,
-        Queries.QUESTION: _masses(reading, reading.question_queries, places, in_prompt=True) - idle,
+        Queries.QUESTION: _masses(
+            reading, reading.question_queries, places, in_prompt=not reading.echo
+        )
+        - idle,
     }
 
 

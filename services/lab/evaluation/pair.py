@@ -136,9 +136,9 @@ class Pair:
         Raises ValueError for a ceiling without a scorer of its own.
         """
         ratings: dict[Chooser, Rating | Reason] = {}
-        ours, papers = rate_prompt(self.speculator, prompt.ids)
+        ours, papers = rate_prompt(self.speculator, prompt)
         if self.paper is not None and {Chooser.PAPER, Chooser.PAPER_AUTOMATIC} & {*choosers}:
-            papers, _ = rate_prompt(self.paper, prompt.ids)
+            papers, _ = rate_prompt(self.paper, prompt)
         for chooser in (Chooser.SPECULATOR, Chooser.TEXT, Chooser.AUTOMATIC):
             ratings[chooser] = ours
         for chooser in (Chooser.PAPER, Chooser.PAPER_AUTOMATIC):
@@ -146,8 +146,8 @@ class Pair:
         if {Chooser.MAIN_MODEL, Chooser.ORACLE} & {*choosers}:
             if self.own_scorer is None or self.oracle is None:
                 raise ValueError("the ceiling needs the main model as a scorer")
-            ratings[Chooser.MAIN_MODEL], _ = rate_prompt(self.own_scorer, prompt.ids)
-            ratings[Chooser.ORACLE], _ = rate_prompt(self.oracle, prompt.ids, answer)
+            ratings[Chooser.MAIN_MODEL], _ = rate_prompt(self.own_scorer, prompt)
+            ratings[Chooser.ORACLE], _ = rate_prompt(self.oracle, prompt, answer)
         return ratings
 
     def _selection(
@@ -175,18 +175,19 @@ class Pair:
 
 
 def rate_prompt(
-    scorer: Scorer, prompt: tuple[int, ...], answer: Sequence[int] | None = None
+    scorer: Scorer, prompt: RenderedTask, answer: Sequence[int] | None = None
 ) -> tuple[Rating | Reason, Rating | Reason]:
     """Score a prompt in the main model's tokens, by the scorer's method and by the paper's.
 
     Where the draft refuses it, both are the reason. A scorer that does not look ahead gives its own
     scores twice. With `answer`, its tokens are fed instead of generated ones.
     """
-    read_as = scorer.translate(prompt)
+    read_as = scorer.translate(prompt.ids)
     refusal = scorer.refusal(len(read_as.prompt))
     if refusal is not None:
         return refusal, refusal
-    with scorer.open_readings([read_as.prompt]) as (reading,):
+    echo = read_as.parts(prompt.asked)
+    with scorer.open_readings([read_as.prompt], echoes=[echo]) as (reading,):
         scorer.read([reading])
         if answer is None:
             scorer.look_ahead([reading])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from ...core.asking import asked_spans
 from ...core.protection import merge_spans, protected_spans, special_spans
 from ...core.types import Selection, Span
 from ...gateway.openai.offsets import PromptOffsets
@@ -21,6 +22,7 @@ class RenderedTask:
     ids: tuple[int, ...]
     protected: tuple[Span, ...]
     gold: tuple[Span, ...]
+    asked: tuple[Span, ...] = ()  # see `Request`
 
 
 class Renderer:
@@ -49,6 +51,7 @@ class Renderer:
             ids=ids,
             protected=merge_spans(special + spans),
             gold=tuple(Span(tokens[0], tokens[-1] + 1) for tokens in gold),
+            asked=asked_spans(text, offsets, task.messages),
         )
 
     def answer_ids(self, task: Task) -> tuple[int, ...]:

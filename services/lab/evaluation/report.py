@@ -9,22 +9,14 @@ from typing import Any
 
 from ..families.judging import Verdict
 from ..reporting.charts import table, write_page
-from ..reporting.tables import Provenance, markdown, write_json
+from ..reporting.tables import Provenance, write_json
 from .arms import AUTOMATIC, CONTROLS, Arm, Chooser
-from .intervals import Interval
 from .outcomes import Cell
+from .prunable import prunable
 from .report_plots import plots
+from .report_tables import Table, choice_table, gold_and_answers, percent, prunable_table, share
 from .suite import Suite, SuiteResult
-from .summary import (
-    ENOUGH,
-    Choice,
-    Row,
-    choices,
-    choices_of_all,
-    pool_cells,
-    rows_of,
-    smallest_enough,
-)
+from .summary import ENOUGH, Row, choices, choices_of_all, pool_cells, rows_of
 
 TITLE = "Quality by keep rate"
 NAME = "eval"
@@ -32,19 +24,6 @@ _BY_PAPER = {
     Chooser.PAPER: Chooser.SPECULATOR,
     Chooser.PAPER_AUTOMATIC: Chooser.AUTOMATIC,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A heading, an explanation, and cells."""
-
-    heading: str
-    about: str
-    headers: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    def as_markdown(self) -> str:
-        return f"## {self.heading}\n\n{self.about}\n\n{markdown(self.headers, self.rows)}\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +47,7 @@ class EvaluationReport:
                 self._controls_table(length),
                 self._gold_table(length),
                 self._automatic_table(length),
+                self._prunable_table(length),
                 self._choice_by_answers(length),
                 self._choice_of_all(length),
             )
@@ -99,8 +79,8 @@ class EvaluationReport:
                 (
                     row.family,
                     str(row.cells[0].prompts),
-                    _share(row.cells[0].score),
-                    *(_share(row.cells[place].retained) for place in rates),
+                    share(row.cells[0].score),
+                    *(share(row.cells[place].retained) for place in rates),
                 )
                 for row in self._rows_at(length)
                 if row.answered
@@ -122,7 +102,7 @@ class EvaluationReport:
             "survives; in parentheses the answers retained, where the model answers the family.",
             headers=("family", *self._names(compared)),
             rows=tuple(
-                (row.family, *(_gold_and_answers(row, row.cells[place]) for place in compared))
+                (row.family, *(gold_and_answers(row, row.cells[place]) for place in compared))
                 for row in self._rows_at(length)
                 if compared
             ),
@@ -152,7 +132,7 @@ class EvaluationReport:
             headers=("family", *self._names(compared)),
             rows=(
                 *(
-                    (row.family, *(_share(row.cells[place].retained) for place in compared))
+                    (row.family, *(share(row.cells[place].retained) for place in compared))
                     for row in rows
                 ),
                 *self._token_rows(rows, compared),
@@ -181,7 +161,7 @@ class EvaluationReport:
             "by those of the right answer's tokens in it (the oracle).",
             headers=("family", *self._names(compared)),
             rows=tuple(
-                (row.family, *(_share(row.cells[place].retained) for place in compared))
+                (row.family, *(share(row.cells[place].retained) for place in compared))
                 for row in self._rows_at(length)
                 if row.answered and len(compared) > 1
             ),
@@ -195,7 +175,7 @@ class EvaluationReport:
             "the main model.",
             headers=("family", *self._names(places)),
             rows=tuple(
-                (row.family, *(_percent(row.cells[place].gold_kept) for place in places))
+                (row.family, *(percent(row.cells[place].gold_kept) for place in places))
                 for row in self._rows_at(length)
                 if row.cells[0].gold_kept is not None
             ),
@@ -218,23 +198,26 @@ class EvaluationReport:
                     row.family,
                     arm.name,
                     f"{cell.kept:.0%}",
-                    _percent(cell.gold_kept),
-                    _share(cell.retained) if row.answered else "-",
+                    percent(cell.gold_kept),
+                    share(cell.retained) if row.answered else "-",
                     ", ".join(f"{name} {count}" for name, count in cell.reasons.items()),
                 )
                 for row, arm, cell in found
             ),
         )
 
+    def _prunable_table(self, length: int) -> Table:
+        return prunable_table(length, prunable(self.measured, length, self.suite.seed))
+
     def _choice_by_answers(self, length: int) -> Table:
-        return _choice_table(
+        return choice_table(
             f"Smallest rate that is enough at {length} tokens",
             f"Enough: every answered family retains {ENOUGH:.0%}.",
             choices(self.rows, self.suite, length),
         )
 
     def _choice_of_all(self, length: int) -> Table:
-        return _choice_table(
+        return choice_table(
             f"Smallest rate that is enough for all families at {length} tokens",
             f"Enough: every answered family retains {ENOUGH:.0%}, and of every other one as much "
             "of its gold survives; where nothing is gold, the answer needs all of the prompt.",
@@ -338,48 +321,3 @@ def as_json(report: EvaluationReport) -> dict[str, Any]:
         "beyond_model": report.measured.beyond_model,
         "outcomes": [asdict(each) for each in report.measured.outcomes],
     }
-
-
-def _choice_table(heading: str, about: str, found: Sequence[Choice]) -> Table:
-    return Table(
-        heading=heading,
-        about=f"{about} {_automatic_note(found, smallest_enough(found))}",
-        headers=("rate", "mean kept", "kept tokens", "worst family", "retains", "enough"),
-        rows=tuple(
-            (
-                each.arm.name,
-                f"{each.kept:.1%}",
-                f"{each.kept_tokens:.0f}",
-                each.worst_family,
-                f"{each.worst_retained:.0%}",
-                "yes" if each.is_enough else "no",
-            )
-            for each in found
-        ),
-    )
-
-
-def _automatic_note(found: Sequence[Choice], least: Choice | None) -> str:
-    """Return one sentence about the automatic rate, where it was measured."""
-    automatic = next((each for each in found if each.arm.chooser is Chooser.AUTOMATIC), None)
-    if automatic is None:
-        return ""
-    if least is None:
-        return "No fixed rate is enough."
-    share = automatic.kept_tokens / least.kept_tokens
-    return f"The automatic rate keeps {share:.2f} of the tokens of {least.arm.name}."
-
-
-def _share(interval: Interval | None) -> str:
-    if interval is None:
-        return "-"
-    return f"{interval.value:.0%} [{interval.low:.0%}, {interval.high:.0%}]"
-
-
-def _gold_and_answers(row: Row, cell: Cell) -> str:
-    answers = f" ({_percent(cell.retained)})" if row.has_answers else ""
-    return f"{_percent(cell.gold_kept)}{answers}"
-
-
-def _percent(interval: Interval | None) -> str:
-    return "-" if interval is None else f"{interval.value:.0%}"

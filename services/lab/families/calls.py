@@ -1,4 +1,4 @@
-"""A tool call among twelve schemas, with an argument that an earlier tool's long result holds."""
+"""Tools: a call among twelve schemas, and an answer from a result that ends the prompt."""
 
 from __future__ import annotations
 
@@ -16,6 +16,21 @@ SYSTEM = "You are a helpful assistant. Answer with a tool call where a tool can 
 VERBS = ("open", "lock", "move", "paint", "repair", "sell", "ship", "clean", "pack", "store",
          "weigh", "label")  # fmt: skip
 SEARCH = "search_log"
+RECORDS = 4  # in a result that is searched for one of them
+READER = "You are a helpful assistant. Answer from what your tools find."
+FIND = "find_text"
+FIND_SCHEMA: Mapping[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": FIND,
+        "description": "Returns the text in which something occurs.",
+        "parameters": {
+            "type": "object",
+            "properties": {"query": {"type": "string", "description": "What to look for."}},
+            "required": ["query"],
+        },
+    },
+}
 
 
 def tool_call(order: Order) -> TaskDraft:
@@ -53,9 +68,43 @@ def tool_call(order: Order) -> TaskDraft:
     )
 
 
+def tool_result(order: Order) -> TaskDraft:
+    """Put `order.units` sentences with four records into a tool's result, which ends the prompt.
+
+    What is wanted stands in front of it: in the question and in the call.
+    """
+    rng = order.rng
+    records = corpus.records(rng, RECORDS)
+    asked = records[0]
+    facts = [record.text for record in records]
+    rng.shuffle(facts)
+    result = " ".join(words.scatter(rng, words.prose(rng, order.units), tuple(facts)))
+    return TaskDraft(
+        messages=(
+            {"role": "system", "content": READER},
+            {"role": "user", "content": corpus.question(rng, asked)},
+            *found_turn("call_0", asked.key, result),
+        ),
+        references=(asked.value,),
+        gold=(corpus.reply(asked),),
+        tools=(FIND_SCHEMA,),
+    )
+
+
+def found_turn(call_id: str, query: str, result: str) -> list[Mapping[str, Any]]:
+    """Return the assistant's search and what it finds."""
+    return _turn(call_id, FIND, {"query": query}, result)
+
+
 def tool_turn(call_id: str, page: int, result: str) -> list[Mapping[str, Any]]:
     """Return the assistant's call and the tool's answer."""
-    function = {"name": SEARCH, "arguments": json.dumps({"number": str(page)})}
+    return _turn(call_id, SEARCH, {"number": str(page)}, result)
+
+
+def _turn(
+    call_id: str, name: str, arguments: Mapping[str, str], result: str
+) -> list[Mapping[str, Any]]:
+    function = {"name": name, "arguments": json.dumps(arguments)}
     calls = [{"id": call_id, "type": "function", "function": function}]
     return [
         {"role": "assistant", "content": "", "tool_calls": calls},

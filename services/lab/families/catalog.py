@@ -49,6 +49,7 @@ _FITTED = {
     "override": Family(notices.override, 32, Scoring.NUMBER),
     "passage_count": Family(passages.passage_count, 16, Scoring.NUMBER, least_units=2),
     "tool_call": Family(calls.tool_call, 128, Scoring.TOOL_CALL, least_units=calls.RESULTS),
+    "tool_result": Family(calls.tool_result, 24, least_units=calls.RECORDS),
     "system_secret": Family(dialogue.SystemSecret(warm=False).draft, 24),
     "system_secret_warm": Family(dialogue.SystemSecret(warm=True).draft, 24),
     "recall_5_turns": Family(dialogue.recall, 24, least_units=dialogue.TURNS),
@@ -59,6 +60,7 @@ _REAL = {
     "prose_multikey": Family(prose.Needles(keys=4).draft, 32, least_units=4),
     "prose_questions": Family(prose.questions, 32, least_units=prose.LEAST_WORDS),
     "prose_recall": Family(prose.recall, 32),
+    "prose_tool_result": Family(prose.tool_result, 32, least_units=prose.FOUND),
 }
 FAMILIES = (NEEDLES, *_FITTED)
 REAL_FAMILIES = tuple(_REAL)

@@ -1,4 +1,4 @@
-"""Tasks over real prose: RULER's needles, questions written by hand, recall over five turns."""
+"""Tasks over real prose: RULER's needles, hand-written questions, recall, and a tool's result."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from . import real_texts, words
+from .calls import FIND_SCHEMA, found_turn
 from .niah import DEPTHS, NEEDLE, NUMBER_DIGITS, ONE, insert_needles
 from .task import Conversation, Message, Order, TaskDraft
 
@@ -19,6 +20,8 @@ LEAST_WORDS = 64  # longer than any gold
 ASK = "{question} Answer in a few words."
 TURN = "Here is part {number} of the text.\n\n{text}\n\n{question}"
 NUMBER_QUESTION = "What is the special magic number for {key} mentioned in the text so far?"
+FIND_NUMBER = "What is the special magic number for {key}? Find it in the text."
+FOUND = 4  # numbers in what a search finds
 NUMBER_ANSWER = "The special magic number for {key} is {value}."
 
 
@@ -45,6 +48,27 @@ class Needles:
             references=(value,),
             gold=(f"{key} is: {value}.",),
         )
+
+
+def tool_result(order: Order) -> TaskDraft:
+    """Draft a search whose result, `order.units` sentences with four numbers, ends the prompt."""
+    rng = order.rng
+    pairs = _pairs(rng, FOUND)
+    needles = [NEEDLE.format(kind="numbers", key=key, value=value) for key, value in pairs]
+    haystack = list(_excerpt(rng, order.units))
+    places = sorted(len(haystack) * depth // 100 for depth in rng.sample(DEPTHS, FOUND))
+    key, value = pairs[0]
+    rng.shuffle(needles)
+    result = " ".join(insert_needles(haystack, places, needles))
+    return TaskDraft(
+        messages=(
+            {"role": "user", "content": FIND_NUMBER.format(key=key)},
+            *found_turn("call_0", key, result),
+        ),
+        references=(value,),
+        gold=(f"{key} is: {value}.",),
+        tools=(FIND_SCHEMA,),
+    )
 
 
 def questions(order: Order) -> TaskDraft:

@@ -150,7 +150,7 @@ async def test_a_search_ends_with_its_request(
         ended.set()
         return ()
 
-    monkeypatch.setattr("specprefill.gateway.openai.client.protected_spans", search)
+    monkeypatch.setattr("specprefill.gateway.openai.marking.protected_spans", search)
     client = gateway[0]
     context = RequestContext(controls=Controls(prune=True, protect=("vault",)))
     prompt = await client.render_text(PROMPT)

@@ -22,6 +22,10 @@ def text(tokens: int, seed: int = 0) -> list[int]:
     return [rng.randrange(VOCABULARY) for _ in range(tokens)]
 
 
+def asking(prompt, *protected, asked=()):
+    return Request("r", tuple(prompt), b"", protected=protected, asked=asked)
+
+
 def keeps(selection, place: int) -> bool:
     return any(run.start <= place < run.stop for run in selection.runs)
 
@@ -32,7 +36,7 @@ def test_the_chunk_that_shares_the_words_of_the_query_is_kept(place):
     prompt = text(4000)
     prompt[place : place + 3] = query
     prompt[-8:-5] = query
-    selection = static_selection(prompt, PLAN, (), POLICY)
+    selection = static_selection(asking(prompt), PLAN, POLICY)
     assert keeps(selection, place)
     assert selection.keep_rate == pytest.approx(PLAN.keep, abs=0.01)
 
@@ -42,12 +46,22 @@ def test_the_query_may_stand_before_the_tail():
     prompt = text(4000)
     prompt[1000:1003] = [9001, 9002, 9003]
     prompt[3900:3903] = [9001, 9002, 9003]
-    selection = static_selection(prompt, PLAN, (Span(0, 10), Span(3880, 3950)), POLICY)
+    selection = static_selection(asking(prompt, Span(0, 10), Span(3880, 3950)), PLAN, POLICY)
     assert keeps(selection, 1000)
 
 
+def test_in_front_of_a_tools_result_the_question_asks():
+    prompt = text(4000)
+    prompt[20:23] = prompt[1000:1003] = [9001, 9002, 9003]
+    prompt[-8:-5] = prompt[3000:3003] = [9004, 9005, 9006]  # the result's own last words
+    selection = static_selection(asking(prompt, asked=(Span(18, 24),)), PLAN, POLICY)
+    assert keeps(selection, 1000)
+    by_its_end = static_selection(asking(prompt), PLAN, POLICY)
+    assert keeps(by_its_end, 3000)
+
+
 def test_without_words_in_common_chunks_are_evenly_spaced():
-    selection = static_selection([1] * 4000 + [2] * 16, PLAN, (), POLICY)
+    selection = static_selection(asking([1] * 4000 + [2] * 16), PLAN, POLICY)
     starts = [run.start for run in selection.runs]
     gaps = [later - earlier for earlier, later in itertools.pairwise(starts)]
     assert len(starts) >= 16
@@ -62,13 +76,13 @@ def test_it_obeys_the_rate_and_what_is_protected(tokens, keep, words, start, len
     prompt = [token % words for token in text(tokens)]
     plan = Plan(PlanKind.PRUNE, Reason.SPECULATOR_TIMEOUT, keep)
     span = Span(start, start + length)
-    selection = static_selection(prompt, plan, (span,), POLICY)
+    selection = static_selection(asking(prompt, span), plan, POLICY)
     assert all(keeps(selection, place) for place in (0, span.start, span.stop - 1, tokens - 1))
     if selection.plan.kind is PlanKind.PRUNE:
         least = min(tokens, max(POLICY.min_kept_tokens, keep * tokens))
         assert selection.kept_tokens >= least - POLICY.chunk_tokens
         assert selection.plan.reason is Reason.SPECULATOR_TIMEOUT
-    assert selection == static_selection(prompt, plan, (span,), POLICY)
+    assert selection == static_selection(asking(prompt, span), plan, POLICY)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,10 @@ from specprefill.lab.evaluation import report
 from specprefill.lab.evaluation.arms import CONTROLS, DENSE, Arm, Chooser, arms_of, control_scores
 from specprefill.lab.evaluation.journal import Journal, OtherSettings
 from specprefill.lab.evaluation.outcomes import ArmAnswer
+from specprefill.lab.evaluation.prunable import prunable
 from specprefill.lab.evaluation.suite import PROBED_ITEMS, Suite, measure
 from specprefill.lab.evaluation.summary import choices, choices_of_all, rows_of, smallest_enough
+from specprefill.lab.families.catalog import generate
 from specprefill.lab.reporting.tables import provenance
 from tests.policies import PAPER
 
@@ -227,6 +229,53 @@ def test_the_papers_scorer_stands_beside_a_calibrated_one(run):
         "niah_single_1", "50% (100%)", "50% (0%)", "10% (100%)", "10% (0%)", "30% (100%)",
         "100% (100%)",
     ]  # fmt: skip
+
+
+def test_the_automatic_rate_is_judged_on_the_prompts_that_can_be_pruned(run, demo_tokenizer):
+    def knows(task, arm):  # of four prompts: two can be pruned, of which automatic loses one
+        if arm == DENSE:
+            return True
+        kept_by = {0: (HALF, Arm(Chooser.AUTOMATIC, 1.0)), 1: (HALF,)}
+        return arm in kept_by.get(int(task.references[0]) % 4, ())
+
+    asked = suite(items=40)
+    measured, _ = run(asked, Scripted(knows))
+    tasks = [
+        generate("niah_single_1", asked.seed * 1_000_000 + item, 400, demo_tokenizer)
+        for item in range(40)
+    ]
+    kinds = [int(task.references[0]) % 4 for task in tasks]
+    family, total = prunable(measured, 400, asked.seed)
+    assert (family.family, total.family) == ("niah_single_1", "all")
+    assert family.prompts == 40
+    assert family.can_be_pruned == kinds.count(0) + kinds.count(1) == family.pruned
+    assert family.lost == kinds.count(1)
+    assert family.kept == pytest.approx(0.3, abs=0.01)
+    assert family.retained.value == pytest.approx(kinds.count(0) / 40)
+    assert "## Prompts that can be pruned at 400 tokens" in report.text(
+        report.report_of(measured, asked, {})
+    )
+
+
+def test_what_is_not_answered_can_be_pruned_where_all_gold_is_kept(run):
+    backend = Scripted(lambda *_: False)
+    asked = suite(items=9)
+    measured, _ = run(asked, backend)
+    assert prunable(measured, 400, asked.seed)[0].can_be_pruned == 0  # half of the gold is kept
+    whole = [
+        replace(one, answer=replace(one.answer, gold_kept=1.0)) if one.arm == HALF else one
+        for one in measured.outcomes
+    ]
+    (family, _) = prunable(replace(measured, outcomes=tuple(whole)), 400, asked.seed)
+    assert (family.can_be_pruned, family.lost) == (9, 9)
+    assert family.retained is None
+
+
+def test_without_an_automatic_rate_nothing_is_said_of_it(run):
+    asked = replace(suite(), arms=arms_of((1.0, 0.5), None, automatic=False, ceiling=False))
+    measured, _ = run(asked, Scripted(lambda *_: True))
+    assert prunable(measured, 400, asked.seed) == []
+    assert "can be pruned" not in report.text(report.report_of(measured, asked, {}))
 
 
 def test_dense_is_the_first_arm():

@@ -193,6 +193,16 @@ def test_a_tool_call_has_a_dozen_schemas_and_one_right_answer(tasks):
     assert sum(expected["arguments"]["number"] in result for result in results) == 1
 
 
+def test_a_tools_result_ends_the_prompt_and_is_asked_for_before(tasks):
+    task = tasks["tool_result"]
+    system, question, call, result = task.messages
+    assert [each["role"] for each in task.messages] == ["system", "user", "assistant", "tool"]
+    query = json.loads(call["tool_calls"][0]["function"]["arguments"])["query"]
+    assert query in question["content"]
+    assert task.gold[0] in result["content"]
+    assert task.references[0] not in system["content"] + question["content"]
+
+
 def test_both_arms_of_a_secret_are_one_prompt(tasks):
     cold, warm = tasks["system_secret"], tasks["system_secret_warm"]
     assert cold.messages == warm.messages

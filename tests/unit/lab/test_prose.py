@@ -48,6 +48,14 @@ def test_a_task_holds_its_gold_once_and_fills_its_length(tokenizer, family, leng
         assert task == generate(family, seed, length, tokenizer)
 
 
+def test_a_search_of_real_prose_asks_for_one_of_its_numbers(tokenizer) -> None:
+    task = generate("prose_tool_result", 5, 2048, tokenizer)
+    question, _, result = task.messages
+    key = re.search(r"number for (\S+)\?", question["content"])[1]
+    assert f"for {key} is: {task.references[0]}." in result["content"]
+    assert result["content"].count("special magic number") == prose.FOUND
+
+
 def test_the_last_turn_asks_for_a_number_of_the_first(tokenizer) -> None:
     task = generate("prose_recall", 5, 2048, tokenizer)
     assert len(task.messages) == 2 * prose.TURNS - 1

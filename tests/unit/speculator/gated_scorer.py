@@ -59,8 +59,10 @@ class GatedScorer(Scorer):
         self.failure: Exception | None = None
         self.failing_pass = "read_pass"
 
-    def open_reading(self, prompt: tuple[int, ...], salt: str | None) -> Reading:
-        self.seen.append(super().open_reading(prompt, salt))
+    def open_reading(
+        self, prompt: tuple[int, ...], salt: str | None, echo: tuple[int, ...] = ()
+    ) -> Reading:
+        self.seen.append(super().open_reading(prompt, salt, echo))
         return self.seen[-1]
 
     def read_pass(self, readings: Sequence[Reading]) -> bool:

@@ -15,12 +15,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from specprefill.config import SpeculatorConfig
-from specprefill.core.types import Reason
+from specprefill.core.types import Reason, Span
 from specprefill.lab.evaluation.pair import rate_prompt
+from specprefill.lab.evaluation.prompts import RenderedTask
 from specprefill.speculator.draft import Draft, as_draft
 from specprefill.speculator.jobs import Rating
 from specprefill.speculator.scorer import Scorer, load_scorer
 from specprefill.speculator.translation import (
+    SamePrompt,
     TranslatedPrompt,
     Translator,
     decode,
@@ -115,6 +117,15 @@ def test_a_draft_that_starts_with_bos_gets_one_and_its_score_goes_nowhere() -> N
     assert result.scores(np.array([9.0, 1.0, 1.0], dtype=np.float32)).max() == 1.0
 
 
+def test_the_draft_reads_a_part_in_its_own_tokens() -> None:
+    ids = tuple(MAIN.encode(TEXT, add_special_tokens=False).ids)
+    spans = (Span(1, 4), Span(6, 7))
+    text = "".join(MAIN.decode(ids[span.start : span.stop]) for span in spans)
+    parts = Translator(MAIN, BYTES, draft_bos=None).translate(ids).parts(spans)
+    assert BYTES.decode(parts) == text
+    assert SamePrompt(ids).parts(spans) == (*ids[1:4], *ids[6:7])
+
+
 def saved(folder: Path, tokenizer: Tokenizer, **more: str) -> str:
     folder.mkdir()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **more).save_pretrained(folder)
@@ -186,12 +197,12 @@ def test_the_evaluation_rates_a_pair_of_two_tokenizers_as_the_service_does() -> 
     )
     prompt = tuple(MAIN.encode(TEXT).ids)
     assert max(prompt) >= scorer.draft.vocabulary_size  # the draft has no such token
-    rating, by_paper = rate_prompt(scorer, prompt)
+    rating, by_paper = rate_prompt(scorer, RenderedTask(prompt, (), ()))
     assert by_paper is rating
     assert isinstance(rating, Rating)
     np.testing.assert_allclose(rating.scores, scorer.score([prompt])[0], rtol=1e-5)
     refusal = Reason.PROMPT_TOO_LONG_FOR_SPECULATOR
-    assert rate_prompt(scorer, prompt * 500) == (refusal, refusal)
+    assert rate_prompt(scorer, RenderedTask(prompt * 500, (), ())) == (refusal, refusal)
 
 
 def test_a_scorer_is_loaded_with_the_translation_it_needs(tmp_path: Path) -> None:

@@ -1,0 +1,146 @@
+"""What a prompt asks, where its end does not say it, is read again behind it and scores it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from specprefill.core.selection import Scores
+from specprefill.core.types import Request, Span
+from specprefill.speculator.draft import as_draft
+from specprefill.speculator.jobs import Batching
+from specprefill.speculator.method import QUESTION_TOKENS, Queries, Reduction, ScoringMethod
+from specprefill.speculator.scorer import Scorer
+from specprefill.speculator.service import SpeculatorService
+from tests.unit.speculator.tiny_models import (
+    PLAN,
+    POLICY,
+    POOL,
+    SHAPES,
+    prompt_of,
+    tiny_model,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+HEADS = {0: (1,), 1: (0, 3)}
+ECHO = prompt_of(20, seed=9)
+
+
+def method(queries: Queries) -> ScoringMethod:
+    return ScoringMethod(HEADS, Reduction.MEAN, queries)
+
+
+@torch.inference_mode()
+def echo_reference(
+    model: PreTrainedModel, prompt: tuple[int, ...], echo: tuple[int, ...]
+) -> Scores:
+    """The mean pooled attention of the echo to the prompt alone, from one whole eager pass."""
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    output = eager(torch.tensor([prompt + echo]), use_cache=False, output_attentions=True)
+    rows = [output.attentions[layer][0, list(some)] for layer, some in HEADS.items()]
+    weights = torch.cat(rows)[:, len(prompt) :, : len(prompt)]
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    pooled = functional.avg_pool1d(weights, POOL, 1, POOL // 2)
+    scores: Scores = pooled.mean(dim=(0, 1)).numpy()
+    return scores
+
+
+def scored(
+    scorer: Scorer, prompts: list[tuple[int, ...]], echoes: list[tuple[int, ...]]
+) -> list[Scores]:
+    with scorer.open_readings(prompts, echoes=echoes) as readings:
+        scorer.read(readings)
+        scorer.look_ahead(readings)
+        found = [scorer.rate(reading) for reading in readings]
+        scorer.remember(readings)
+    return found
+
+
+@pytest.mark.parametrize("chunk", [16, 1000])
+@pytest.mark.parametrize("tokens", [3, 65, 200])
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_an_echos_queries_equal_an_eager_reference(name: str, tokens: int, chunk: int) -> None:
+    model = tiny_model(name)
+    prompt, other = prompt_of(tokens, seed=tokens), prompt_of(90)
+    expected = echo_reference(model, prompt, ECHO)
+    draft = as_draft(model)
+    for each in (draft, replace(draft, quick=None)):
+        scorer = Scorer(each.up_to(1), 8, chunk, POOL, method=method(Queries.QUESTION))
+        (alone,) = scorer.score([other])
+        for _ in range(2):  # then from the prefix cache
+            without, with_echo = scored(scorer, [other, prompt], [(), ECHO])
+            np.testing.assert_allclose(with_echo, expected, rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(without, alone, rtol=1e-4, atol=1e-6)
+
+
+def test_it_does_not_change_what_the_look_ahead_finds(llama: PreTrainedModel) -> None:
+    prompt = prompt_of(150)
+    draft = as_draft(copy.deepcopy(llama))
+    found = {}
+    for queries in Queries:
+        scorer = Scorer(draft, 8, 64, POOL, method=method(queries))
+        (found[queries],) = scored(scorer, [prompt], [ECHO])
+    (plain,) = Scorer(draft, 8, 64, POOL, method=method(Queries.LOOK_AHEAD)).score([prompt])
+    np.testing.assert_array_equal(found[Queries.LOOK_AHEAD], plain)
+    mean = (found[Queries.LOOK_AHEAD] + found[Queries.QUESTION]) / 2
+    np.testing.assert_allclose(found[Queries.BOTH], mean, rtol=1e-4, atol=1e-7)
+
+
+def test_an_echo_has_at_most_a_questions_tokens(llama: PreTrainedModel) -> None:
+    prompt, long = prompt_of(100), prompt_of(3 * QUESTION_TOKENS, seed=4)
+    scorer = Scorer(as_draft(llama), 8, 64, POOL, method=method(Queries.QUESTION))
+    whole, cut = scored(scorer, [prompt, prompt], [long, long[-QUESTION_TOKENS:]])
+    np.testing.assert_allclose(whole, cut, rtol=1e-5)
+
+
+def test_what_is_remembered_of_a_prompt_is_without_its_echo(llama: PreTrainedModel) -> None:
+    prompt = prompt_of(256)
+    scorer = Scorer(as_draft(llama), 8, 64, POOL, method=method(Queries.BOTH))
+    scored(scorer, [prompt], [ECHO])
+    longer = prompt + prompt_of(80, seed=5)
+    with scorer.open_readings([longer]) as (reading,):
+        assert reading.cached_tokens == 256
+        scorer.read([reading])
+        scorer.look_ahead([reading])
+        again = scorer.rate(reading)
+    (afresh,) = Scorer(as_draft(llama), 8, 64, POOL, method=method(Queries.BOTH)).score([longer])
+    np.testing.assert_allclose(again, afresh, rtol=1e-4, atol=1e-6)
+
+
+def test_the_longest_prompt_leaves_positions_for_it(llama: PreTrainedModel) -> None:
+    scorer = Scorer(as_draft(llama), 8, 512, POOL, method=method(Queries.BOTH))
+    longest = scorer.max_prompt_tokens
+    assert longest == llama.config.max_position_embeddings - QUESTION_TOKENS
+    (scores,) = scored(scorer, [prompt_of(longest)], [prompt_of(QUESTION_TOKENS)])
+    assert np.isfinite(scores).all()
+
+
+async def test_the_service_scores_by_what_a_request_says_is_asked(llama: PreTrainedModel) -> None:
+    prompt = prompt_of(200)
+    draft = as_draft(copy.deepcopy(llama))
+    spans = (Span(3, 13), Span(40, 50))
+    echo = prompt[3:13] + prompt[40:50]
+
+    def load() -> Scorer:
+        return Scorer(draft, 8, 64, POOL, method=method(Queries.QUESTION))
+
+    (by_echo,) = scored(load(), [prompt], [echo])
+    (by_end,) = load().score([prompt])
+    async with SpeculatorService(load, POLICY, Batching()) as service:
+        # The second is no repeat of the first, though the prompt is.
+        for asked, expected in (((), by_end), (spans, by_echo), ((), by_end)):
+            request = Request("r", prompt, b"", asked=asked, wants_scores=True)
+            selection = await service.select(request, PLAN, 30.0)
+            assert selection.scores is not None
+            means = [expected[start : start + 8].mean() for start in range(0, 200, 8)]
+            worth = selection.scores.worth  # of the chunks between the protected ends
+            np.testing.assert_allclose(worth[1:-1], means[1:-1], rtol=1e-4)
+        assert service.counts.repeats == 1
