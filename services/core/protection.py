@@ -2,7 +2,8 @@
 
 Protected are the template's own text, system and developer messages, everything before the
 first user content (tool schemas), the end of the last user turn (the query), the caller's
-own substrings, and special tokens. The contents of other messages may be pruned.
+own substrings, and special tokens. Other messages' contents and reasoning may
+be pruned.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .occurrences import Ranges, find_occurrences, runs
 from .types import Span
 
 _KEPT_ROLES = ("system", "developer")
+_REASONING = ("reasoning", "reasoning_content")  # vLLM's field, and the older one
 
 # A fence opens at the start of a line and is closed by one as long; one left open ends the text.
 _FENCED = re.compile(r"^(`{3,}|~{3,}).*?(?:^\1|\Z)", re.DOTALL | re.MULTILINE)
@@ -211,7 +213,46 @@ def locate_contents(text: str, messages: Sequence[Mapping[str, Any]]) -> list[Co
                 continue
             cursor = start + len(wanted)
             contents.append(Content(role, (start, cursor), number))
-    return contents
+    return _with_reasoning(text, messages, contents, unread)
+
+
+def _with_reasoning(
+    text: str, messages: Sequence[Mapping[str, Any]], contents: list[Content], unread: int
+) -> list[Content]:
+    """Add the reasoning of assistants' turns, where the template writes it: before their content.
+
+    Most templates leave it out of earlier turns: then it lies nowhere, and nothing is uncertain.
+    At most `unread` characters are searched.
+    """
+    merged: list[Content] = []
+    waiting = iter([*contents, None])
+    following = next(waiting)
+    cursor = 0
+    for number, reasoning in _reasonings(messages):
+        while following is not None and following.message < number:
+            merged.append(following)
+            cursor = cursor if following.place is None else following.place[1]
+            following = next(waiting)
+        stop = len(text) if following is None or following.place is None else following.place[0]
+        start = text.find(reasoning, cursor, stop) if unread > 0 else -1
+        unread -= (stop if start < 0 else start) - cursor
+        if start >= 0:
+            cursor = start + len(reasoning)
+            merged.append(Content("assistant", (start, cursor), number))
+    while following is not None:
+        merged.append(following)
+        following = next(waiting)
+    return merged
+
+
+def _reasonings(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, str]]:
+    """Yield the number of each message that tells its reasoning, and what it tells."""
+    for number, message in enumerate(messages):
+        for field in _REASONING:
+            told = message.get(field)
+            if isinstance(told, str) and told.strip():
+                yield number, told.strip()
+                break
 
 
 def _split_template(

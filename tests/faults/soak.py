@@ -36,7 +36,10 @@ from tests.fuzz.watch import SPARE_BYTES, SPARE_SHARE, Watch
 POOLS = {"Speculator": 8, "Prefill": 16, "Decode": 20}  # replicas: room for all clients
 SPEED = 0.03  # of the engines: 500 streams at once, and few enough tokens a second for two cores
 ANSWER_TOKENS, TURNS = 64, 4
-KILL_EVERY_S, SAMPLE_EVERY_S, PATIENCE_S = 20.0, 5.0, 300.0
+KILL_EVERY_S, SAMPLE_EVERY_S = 20.0, 5.0
+# Of a client: while an upgrade starts fifty processes on two cores, tokens take 2.5 times as long.
+PATIENCE_S = 600.0
+UPGRADE_S = 600.0  # at most
 UPGRADE_AT = 0.25  # of the run
 COMPARED = (0.45, 0.6), (0.85, 1.0)  # parts of the run between which nothing may grow
 STAGES = ("queue_s", "speculate_s", "prefill_s")  # before the first token
@@ -156,6 +159,7 @@ def deployment(file: Path) -> dict[str, Any]:
     (application,) = raw["applications"]
     application["runtime_env"]["env_vars"]["SPECPREFILL_MOCK_SPEED"] = str(SPEED)
     application["args"]["speculator"] |= {"timeout_s": PATIENCE_S, "max_queued": 256}
+    application["args"]["gateway"] = {"request_timeout_s": PATIENCE_S}
     for one in application["deployments"]:
         one["num_replicas"] = POOLS.get(one["name"], one["num_replicas"])
     return raw
@@ -222,7 +226,7 @@ async def upgrade(api: ServeApi, new: Mapping[str, Any], after_s: float) -> Upgr
     fault = None
     try:
         await asyncio.to_thread(api.deploy, new)
-        await asyncio.to_thread(api.wait_healthy, 2 * PATIENCE_S, lambda _line: None)
+        await asyncio.to_thread(api.wait_healthy, UPGRADE_S, lambda _line: None)
     except DeploymentFailed as error:
         fault = f"the upgrade: {error}"
     return Upgrade(time.monotonic() - began_s, fault)

@@ -9,7 +9,6 @@ from typing import Any, NoReturn, TypeVar
 
 from ...core.errors import InvalidRequest
 from ...core.types import Controls, PromptMode
-from .context import Messages
 
 T = TypeVar("T")
 
@@ -123,29 +122,6 @@ def timeout(field: str, value: str | None) -> float | None:
     if not 0 < seconds < float("inf"):
         _refuse(field, "a positive number of seconds", value)
     return seconds
-
-
-def conversation(path: str, body: Mapping[str, Any]) -> Messages | None:
-    """Return the messages of a request as role and content, or None where it has none.
-
-    Anything malformed is left out: vLLM's server refuses it with its own message.
-    """
-    if path.endswith("/responses"):
-        turns = _as_turns(body.get("input"))
-        return [{"role": "system", "content": body.get("instructions")}, *turns]
-    messages = body.get("messages")
-    if not isinstance(messages, list):
-        return None
-    head = [{"role": "system", "content": body["system"]}] if "system" in body else []
-    return head + [message for message in messages if isinstance(message, Mapping)]
-
-
-def _as_turns(items: object) -> list[Mapping[str, Any]]:
-    if isinstance(items, str):
-        return [{"role": "user", "content": items}]
-    if not isinstance(items, list):
-        return []
-    return [item for item in items if isinstance(item, Mapping)]
 
 
 def _switch(field: str, value: object) -> bool | None:

@@ -20,7 +20,8 @@ from ...core.errors import InvalidRequest, Overloaded, SpecPrefillError
 from ...deployment.front import TIMEOUT_HEADER as FRONT_TIMEOUT_HEADER
 from .bodies import BodyReader, BodyTooLarge, BodyTooSlow, Disconnected
 from .context import CURRENT, RequestContext, fair_key
-from .controls import FIELD, conversation, pop_controls, shorten, timeout
+from .controls import FIELD, pop_controls, shorten, timeout
+from .conversation import conversation
 from .correlation import (
     MADE,
     MAX_ID,

@@ -1,4 +1,4 @@
-"""A conversation that ends with a tool's result: what it asks reaches the speculator."""
+"""A tool's result may be pruned, whichever API it came by, by what was asked before it."""
 
 from __future__ import annotations
 
@@ -58,9 +58,12 @@ async def test_the_question_is_named(
 ) -> None:
     answer = await http.post(path, json={"model": "demo", "specprefill": True, **body})
     assert answer.status_code == 200, answer.text
-    texts = asked(pipeline.requests[0], gateway)
+    request = pipeline.requests[0]
+    texts = asked(request, gateway)
     assert texts[0] == QUESTION
     assert "lazy dog" not in "".join(texts)
+    protected = sum(span.stop - span.start for span in request.protected)
+    assert protected < len(request.prompt) / 3  # not the result: it may be pruned
 
 
 async def test_a_user_who_goes_on_asks_at_the_prompts_end(

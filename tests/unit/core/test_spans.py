@@ -135,6 +135,48 @@ def test_every_occurrence_of_a_protected_substring_survives() -> None:
     assert spans_of("one two one two three", None, ("absent",)) == ""
 
 
+REASONING = "well kilo lima mike november"
+
+
+@pytest.mark.parametrize("field", ["reasoning", "reasoning_content"])
+def test_reasoning_may_be_pruned_where_the_template_writes_it(field: str) -> None:
+    messages: list[dict[str, object]] = [
+        {"role": "user", "content": DOCUMENT},
+        {"role": "assistant", "content": "", field: f" {REASONING}\n"},
+        {"role": "tool", "content": "found it"},
+    ]
+    written = (
+        f"<user>{DOCUMENT}</><assistant><think>{REASONING}</think><call>find</call></>"
+        "<tool>found it</><assistant>"
+    )
+    kept = spans_of(written, messages)
+    assert "kilo" not in kept
+    assert "<assistant><think>|</think><call>find</call></><tool>|</><assistant>" in kept
+    left_out = written.replace(f"<think>{REASONING}</think>", "")
+    assert "</><assistant><call>find</call></><tool>|" in spans_of(left_out, messages)
+
+
+def test_reasoning_is_looked_for_beside_its_own_message_alone() -> None:
+    messages: list[dict[str, object]] = [
+        {"role": "user", "content": "one two"},
+        {"role": "assistant", "content": "three", "reasoning": "four"},  # left out
+        {"role": "user", "content": "four five six"},
+    ]
+    text = rendered(("user", "one two"), ("assistant", "three"), ("user", "four five six"))
+    without = [{"role": each["role"], "content": each["content"]} for each in messages]
+    assert spans_of(text, messages) == spans_of(text, without)
+
+
+def test_very_many_reasonings_take_linear_time() -> None:
+    def make(size: int) -> Callable[[], object]:
+        text = "x" * size
+        offsets = characters(text)
+        messages = [{"role": "assistant", "content": "", "reasoning": "y"}] * (size // 8)
+        return lambda: protected_spans(text, offsets, messages, (), 4)
+
+    assert_linear(make, 8_000)
+
+
 def test_a_plain_completion_protects_nothing_by_itself() -> None:
     assert spans_of(DOCUMENT, None) == ""
 

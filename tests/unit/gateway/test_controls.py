@@ -19,7 +19,7 @@ from specprefill.core.errors import (
 from specprefill.core.types import Controls, PlanKind, PromptMode, Reason, Report
 from specprefill.gateway.openai.bodies import BodyReader
 from specprefill.gateway.openai.context import CURRENT, RequestContext
-from specprefill.gateway.openai.controls import conversation, pop_controls, timeout
+from specprefill.gateway.openai.controls import pop_controls, timeout
 from specprefill.gateway.openai.failures import http_failure
 from specprefill.gateway.openai.middleware import RequestMiddleware
 from specprefill.gateway.openai.request_json import JsonLimits
@@ -101,20 +101,6 @@ def test_anything_else_is_refused_by_name(fields: dict[str, Any], field: str) ->
 def test_a_timeout_must_be_a_positive_number(value: str) -> None:
     with pytest.raises(InvalidRequest):
         timeout("x-request-timeout-seconds", value)
-
-
-def test_conversation_reads_all_three_request_forms() -> None:
-    messages = [{"role": "user", "content": "hi"}]
-    assert conversation("/v1/chat/completions", {"messages": messages}) == messages
-    assert conversation("/v1/completions", {"prompt": "hi"}) is None
-    assert conversation("/v1/responses", {"input": "hi", "instructions": "be"}) == [
-        {"role": "system", "content": "be"},
-        {"role": "user", "content": "hi"},
-    ]
-    assert conversation("/v1/messages", {"messages": messages, "system": "be"}) == [
-        {"role": "system", "content": "be"},
-        {"role": "user", "content": "hi"},
-    ]
 
 
 @pytest.mark.parametrize(
