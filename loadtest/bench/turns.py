@@ -9,7 +9,6 @@ an agent's loop, results of tools come in, and questions about them and earlier 
 from __future__ import annotations
 
 import argparse
-import itertools
 import random
 import statistics
 import sys
@@ -115,48 +114,57 @@ TALKS = {"document": document_talk, "agent": agent_loop}
 def hold(
     seed: int,
     talk: str,
-    keep: float,
+    keeps: Sequence[float],
     sentences: int,
     scorer: TaskScorer,
     main: MainModelAnswerer | None,
 ) -> Iterator[Outcome]:
-    """Hold one conversation, and answer each turn in every arm; without `main` only select."""
+    """Hold one conversation at every keep rate; without `main` only select.
+
+    A turn is scored, and answered dense, once for all of them.
+    """
     policy = selection_policy(SelectionConfig(), KV_BLOCK_TOKENS)
-    plan = Plan(PlanKind.PRUNE, Reason.DEFAULT, keep)
-    memory = KeptMemory(MEMORY_BYTES)
+    plans = [Plan(PlanKind.PRUNE, Reason.DEFAULT, keep) for keep in keeps]
+    memories = [KeptMemory(MEMORY_BYTES) for _ in keeps]
     for turn, (kind, messages, record) in enumerate(TALKS[talk](seed, sentences), start=1):
         task = Task("turns", tuple(messages), (), (record.text,), 0, Scoring.ALL_REFERENCES, 0)
         prompt, scored = _prompt(messages, scorer), scorer.score_task(task)
-        anew, carried = _selections(scored, plan, policy, memory.find(prompt))
-        memory.remember(prompt, carried, plan.reason)
-        yield Outcome(
-            seed,
-            talk,
-            keep,
-            turn,
-            kind,
-            len(prompt),
-            anew.kept_tokens,
-            carried.carried_tokens,
-            carried.kept_tokens - carried.carried_tokens,
-            carried.plan.reason.value,
-            (survival(scored.gold, anew) == 1.0, survival(scored.gold, carried) == 1.0),
-            None if main is None else _right(main, prompt, record, anew, carried),
-        )
+        chosen = []
+        for plan, memory in zip(plans, memories, strict=True):
+            chosen.append(_selections(scored, plan, policy, memory.find(prompt)))
+            memory.remember(prompt, chosen[-1][1], plan.reason)
+        answered = _right(main, prompt, record, chosen)
+        for keep, (anew, carried), right in zip(keeps, chosen, answered, strict=True):
+            yield Outcome(
+                seed,
+                talk,
+                keep,
+                turn,
+                kind,
+                len(prompt),
+                anew.kept_tokens,
+                carried.carried_tokens,
+                carried.kept_tokens - carried.carried_tokens,
+                carried.plan.reason.value,
+                (survival(scored.gold, anew) == 1.0, survival(scored.gold, carried) == 1.0),
+                right,
+            )
 
 
 def _right(
-    main: MainModelAnswerer,
+    main: MainModelAnswerer | None,
     prompt: tuple[int, ...],
     record: corpus.Record,
-    anew: Selection,
-    carried: Selection,
-) -> tuple[bool, bool, bool]:
-    """Ask the main model, dense and with each selection."""
+    chosen: Sequence[tuple[Selection, Selection]],
+) -> list[tuple[bool, bool, bool] | None]:
+    """Ask the main model, dense and with both selections of each rate; None: nobody was asked."""
+    if main is None:
+        return [None] * len(chosen)
     whole = list(range(len(prompt)))
-    answers = main.answers(prompt, [whole, *map(_positions, (anew, carried))], ANSWER_TOKENS)
-    dense, fresh, over = (record.value in answer for answer in answers)
-    return dense, fresh, over
+    pruned = [_positions(each) for pair in chosen for each in pair]
+    answers = main.answers(prompt, [whole, *pruned], ANSWER_TOKENS)
+    dense, *others = (record.value in answer for answer in answers)
+    return [(dense, *pair) for pair in zip(others[::2], others[1::2], strict=True)]
 
 
 def _prompt(messages: Sequence[Message], scorer: TaskScorer) -> tuple[int, ...]:
@@ -268,10 +276,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         main_model = load_answerer(MAIN, config, tokenizer)
     found: list[Outcome] = []
     for seed in range(args.first_seed, args.first_seed + args.conversations):
-        for talk, keep in itertools.product(args.talks, KEEPS):
-            found += hold(seed, talk, keep, args.sentences, scorer, main_model)
-            tokens = found[-1].prompt_tokens
-            print(f"seed {seed}, {talk}, keep {keep:g}: {tokens} tokens", flush=True)
+        for talk in args.talks:
+            found += hold(seed, talk, KEEPS, args.sentences, scorer, main_model)
+            print(f"seed {seed}, {talk}: {found[-1].prompt_tokens} tokens", flush=True)
     summary = rows(found)
     print(
         f"\n{table(summary)}\n\nright answers, and tokens to compute, of turns 2 to {len(SCRIPT)}"
