@@ -84,9 +84,9 @@ class SpeculatorConfig(Strict):
     # calibrate` finds heads, reduction and queries that keep more than the paper's.
     score_reduction: Literal["maximum", "mean"] = "maximum"
     # Whose attention counts. look_ahead: the last prompt token's and that of generated ones.
-    # question: that of the last 64 prompt tokens, or where a tool's results end the prompt, of the
-    # question and the call before them; nothing is generated, and layers behind those of
-    # `score_heads` are left out. both: the mean of the two.
+    # question: that of the last 64 prompt tokens; nothing is generated, and layers behind those of
+    # `score_heads` are left out. both: the mean of the two. Where a tool's results end the prompt,
+    # always that of the question and the call before them.
     score_queries: Literal["look_ahead", "question", "both"] = "look_ahead"
     look_ahead: PositiveInt = 8  # the last prompt token's query plus look_ahead - 1 generated
     # Scoring a prompt is given up after `timeout_s` plus `timeout_token_s` per token.

@@ -54,7 +54,8 @@ class TaskScorer:
             raise ValueError(f"{task.family}: the tokenizer returns no offsets")
         special = special_spans(prompt, self.offsets.special_ids)
         spans = protected_spans(text, offsets, task.messages, (), self.tail_tokens)
-        echo = SamePrompt(prompt).parts(asked_spans(text, offsets, task.messages))
+        asked = asked_spans(text, offsets, task.messages)
+        echo = self.scorer.echo_of(SamePrompt(prompt), asked)
         with self.scorer.open_readings([prompt], echoes=[echo]) as (reading,):
             self.scorer.read([reading])
             self.scorer.look_ahead([reading])

@@ -95,6 +95,7 @@ class Job:
     worked_s: float = 0.0  # in the passes that it took part in, before the running one
     working_since_s: float | None = None  # in a pass that runs
     abandoned: bool = False  # nobody waits for the answer any more
+    echo: tuple[int, ...] = ()  # of what is asked, in draft tokens
 
     @property
     def unread_tokens(self) -> int:

@@ -125,7 +125,7 @@ class Passes:
                 self._queue,
                 self._read_tokens,
                 limits,
-                lambda job: scorer.kv_bytes(len(job.read_as.prompt)),
+                lambda job: _kv_bytes(scorer, job),
             )
             ready = next_look_ahead(self._begun, reading, self.pace)
             if ready:
@@ -149,7 +149,7 @@ class Passes:
             if job.reading is None:
                 self._queue.remove(job)
                 self._begun.append(job)
-        held = sum(scorer.kv_bytes(len(job.read_as.prompt)) for job in self._begun)
+        held = sum(_kv_bytes(scorer, job) for job in self._begun)
         work = self._look_ahead if look_ahead else self._read
         loop = asyncio.get_running_loop()
         try:
@@ -168,8 +168,9 @@ class Passes:
         scorer.make_room(held)
         for job in jobs:
             if job.reading is None:
-                echo = job.read_as.parts(job.request.asked)
-                job.reading = scorer.open_reading(job.read_as.prompt, job.request.cache_salt, echo)
+                job.reading = scorer.open_reading(
+                    job.read_as.prompt, job.request.cache_salt, job.echo
+                )
         readings = [job.reading for job in jobs if job.reading is not None]
         unread, started_s = sum(each.unread_tokens for each in readings), self._now()
         scorer.read_pass(readings)
@@ -224,6 +225,10 @@ class Passes:
             job.abandoned = True
             if not job.answer.done():
                 job.answer.set_exception(SpeculatorUnavailable(message))
+
+
+def _kv_bytes(scorer: Scorer, job: Job) -> int:
+    return scorer.kv_bytes(len(job.read_as.prompt), len(job.echo))
 
 
 def _remembered_tokens(reading: Reading, prompt_tokens: int) -> int:

@@ -18,13 +18,15 @@ SCORING_BUFFER = 1 << 24  # attention weights held at once, in float32 elements:
 def rate(reading: Reading, method: ScoringMethod, pool_tokens: int) -> Scores:
     """Return [N] float32: pooled attention, reduced over heads, then its mean over the queries.
 
-    Layers that see a window of the prompt do not count: they cannot look where a fact is.
+    Where what is asked is echoed behind the prompt, it alone asks, whatever the method's queries:
+    a draft that looks ahead behind a tool's results knows less of it. Layers that see a window of
+    the prompt do not count: they cannot look where a fact is.
     """
     with torch.inference_mode():
         rated = []
-        if method.looks_ahead:
+        if method.looks_ahead and not reading.echo:
             rated.append(_rate(reading, method, pool_tokens, in_prompt=False))
-        if method.asks_question:
+        if method.asks_question or reading.echo:
             rated.append(_rate(reading, method, pool_tokens, in_prompt=True))
         scores: Scores = torch.stack(rated).mean(dim=0).cpu().numpy()
     return scores

@@ -16,7 +16,7 @@ import torch
 from ..config import SpeculatorConfig
 from ..core.errors import UnsupportedModel
 from ..core.selection import Scores
-from ..core.types import Reason
+from ..core.types import Reason, Span
 from .draft import Draft, feed_token, load_draft, read_chunk
 from .method import PAPER, QUESTION_TOKENS, Heads, Queries, Reduction, ScoringMethod
 from .prefix_memory import PrefixCache
@@ -136,10 +136,10 @@ class Scorer:
 
     @property
     def max_prompt_tokens(self) -> int | None:
-        """The longest prompt, in draft tokens, behind which its positions last."""
+        """The longest prompt, in draft tokens, whose look-ahead stays within its positions."""
         if self.draft.max_positions is None:
             return None
-        return self.draft.max_positions - self._tokens_behind
+        return self.draft.max_positions - self._generated_tokens
 
     def refusal(self, prompt_tokens: int) -> Reason | None:
         """Return why a prompt of this many draft tokens cannot be scored; None: it can."""
@@ -150,9 +150,18 @@ class Scorer:
             return Reason.PROMPT_TOO_LARGE_FOR_SPECULATOR
         return None
 
-    def kv_bytes(self, prompt_tokens: int) -> int:
-        """Return the bytes of a prompt's KV while it is scored, its look-ahead included."""
-        return self._capacity(prompt_tokens) * self.draft.layout.bytes_per_token
+    def kv_bytes(self, prompt_tokens: int, echo_tokens: int = 0) -> int:
+        """Return the bytes of a prompt's KV while it is scored, and of what is read behind it."""
+        return self._capacity(prompt_tokens, echo_tokens) * self.draft.layout.bytes_per_token
+
+    def echo_of(self, prompt: Prompt, asked: Sequence[Span]) -> tuple[int, ...]:
+        """Return the draft's tokens of what is asked, as many as a question has and as there is
+        room for behind the prompt.
+        """
+        room = QUESTION_TOKENS
+        if self.draft.max_positions is not None:
+            room = min(room, self.draft.max_positions - len(prompt.prompt))
+        return prompt.parts(asked)[-room:] if room > 0 else ()
 
     def score(self, prompts: Sequence[tuple[int, ...]]) -> list[Scores]:
         """Return [N] float32 for each prompt, in order."""
@@ -180,13 +189,10 @@ class Scorer:
 
         The prefix cache makes room. The caller ensures that all fit into `memory_bytes`.
         """
-        each = zip(
-            prompts,
-            salts or [None] * len(prompts),
-            echoes or [()] * len(prompts),
-            strict=True,
-        )
-        self.make_room(sum(self.kv_bytes(len(prompt)) for prompt in prompts))
+        salts = salts or [None] * len(prompts)
+        echoes = echoes or [()] * len(prompts)
+        each = list(zip(prompts, salts, echoes, strict=True))
+        self.make_room(sum(self.kv_bytes(len(prompt), len(echo)) for prompt, _, echo in each))
         readings = [self.open_reading(prompt, salt, echo) for prompt, salt, echo in each]
         try:
             yield readings
@@ -204,7 +210,7 @@ class Scorer:
         `open_bytes`: of all that are open; None: there are no others.
         """
         if open_bytes is None:
-            open_bytes = sum(self.kv_bytes(len(each.prompt)) for each in readings)
+            open_bytes = sum(self.kv_bytes(len(each.prompt), len(each.echo)) for each in readings)
         free = self.memory_bytes - open_bytes
         for reading in readings:
             with torch.inference_mode():
@@ -215,17 +221,16 @@ class Scorer:
     ) -> Reading:
         """Return a reading, filled from the prefix cache; its memory has been made room for.
 
-        `echo`: see `Reading`; its last tokens count, as many as a question has, where the method
-        asks one.
+        `echo`: of `echo_of`.
         """
         reading = Reading(
             prompt,
             self.draft.layout,
-            self._capacity(len(prompt)),
+            self._capacity(len(prompt), len(echo)),
             salt,
             question_tokens=self.question_tokens,
             looks_ahead=self.method.looks_ahead,
-            echo=echo[-self.question_tokens :] if self.question_tokens else (),
+            echo=echo,
         )
         known = self.prefix.find_longest(prompt, salt)
         with torch.inference_mode():
@@ -237,13 +242,8 @@ class Scorer:
         """The most tokens that are generated and fed; the first query is the last token's."""
         return max(0, self.look_ahead_tokens - 1)
 
-    @property
-    def _tokens_behind(self) -> int:
-        """The most tokens that are read behind a prompt: generated, or its question's echo."""
-        return max(self._generated_tokens, self.question_tokens)
-
-    def _capacity(self, prompt_tokens: int) -> int:
-        return prompt_tokens + self._tokens_behind
+    def _capacity(self, prompt_tokens: int, echo_tokens: int) -> int:
+        return prompt_tokens + max(self._generated_tokens, echo_tokens)
 
     def read(
         self, readings: Sequence[Reading], is_abandoned: Callable[[Reading], bool] = never_abandoned

@@ -163,6 +163,7 @@ class SpeculatorService:
         refusal = scorer.refusal(len(job.read_as.prompt))
         if refusal is not None:
             return dense_selection(len(prompt), refusal)
+        job.echo = scorer.echo_of(job.read_as, job.request.asked)
         job.remembered_tokens = scorer.prefix.count_known(
             job.read_as.prompt, job.request.cache_salt
         )

@@ -171,15 +171,15 @@ def recording_scorer(scorer: Scorer) -> Scorer:
 
 
 def _measure(scorer: Scorer, prompt: RenderedTask, null: NullQuestion) -> dict[Queries, Masses]:
-    with scorer.open_readings([prompt.ids], echoes=[_echo(prompt)]) as (reading,):
+    with scorer.open_readings([prompt.ids], echoes=[_echo(scorer, prompt)]) as (reading,):
         scorer.read([reading])
         scorer.look_ahead([reading])
         scorer.remember([reading])
         return gold_masses(scorer, reading, prompt.gold, null)
 
 
-def _echo(prompt: RenderedTask) -> tuple[int, ...]:
-    return SamePrompt(prompt.ids).parts(prompt.asked)
+def _echo(scorer: Scorer, prompt: RenderedTask) -> tuple[int, ...]:
+    return scorer.echo_of(SamePrompt(prompt.ids), prompt.asked)
 
 
 def _mean_masses(masses: dict[str, list[dict[Queries, Masses]]]) -> dict[Queries, Masses]:
@@ -237,7 +237,7 @@ def _score(
     candidates: Sequence[Candidate],
     chunker: Chunker,
 ) -> ScoredTask:
-    with scorer.open_readings([prompt.ids], echoes=[_echo(prompt)]) as (reading,):
+    with scorer.open_readings([prompt.ids], echoes=[_echo(scorer, prompt)]) as (reading,):
         scorer.read([reading])
         scorer.look_ahead([reading])
         return ScoredTask(

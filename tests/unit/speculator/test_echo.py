@@ -18,6 +18,7 @@ from specprefill.speculator.jobs import Batching
 from specprefill.speculator.method import QUESTION_TOKENS, Queries, Reduction, ScoringMethod
 from specprefill.speculator.scorer import Scorer
 from specprefill.speculator.service import SpeculatorService
+from specprefill.speculator.translation import SamePrompt
 from tests.unit.speculator.tiny_models import (
     PLAN,
     POLICY,
@@ -81,24 +82,50 @@ def test_an_echos_queries_equal_an_eager_reference(name: str, tokens: int, chunk
             np.testing.assert_allclose(without, alone, rtol=1e-4, atol=1e-6)
 
 
-def test_it_does_not_change_what_the_look_ahead_finds(llama: PreTrainedModel) -> None:
+@pytest.mark.parametrize("queries", list(Queries))
+def test_an_echo_alone_asks_whatever_the_method(queries: Queries, llama: PreTrainedModel) -> None:
     prompt = prompt_of(150)
     draft = as_draft(copy.deepcopy(llama))
-    found = {}
-    for queries in Queries:
-        scorer = Scorer(draft, 8, 64, POOL, method=method(queries))
-        (found[queries],) = scored(scorer, [prompt], [ECHO])
-    (plain,) = Scorer(draft, 8, 64, POOL, method=method(Queries.LOOK_AHEAD)).score([prompt])
-    np.testing.assert_array_equal(found[Queries.LOOK_AHEAD], plain)
-    mean = (found[Queries.LOOK_AHEAD] + found[Queries.QUESTION]) / 2
-    np.testing.assert_allclose(found[Queries.BOTH], mean, rtol=1e-4, atol=1e-7)
+    scorer = Scorer(draft, 8, 64, POOL, method=method(queries))
+    (scores,) = scored(scorer, [prompt], [ECHO])
+    expected = echo_reference(llama, prompt, ECHO)
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_an_echo_has_at_most_a_questions_tokens(llama: PreTrainedModel) -> None:
-    prompt, long = prompt_of(100), prompt_of(3 * QUESTION_TOKENS, seed=4)
-    scorer = Scorer(as_draft(llama), 8, 64, POOL, method=method(Queries.QUESTION))
-    whole, cut = scored(scorer, [prompt, prompt], [long, long[-QUESTION_TOKENS:]])
-    np.testing.assert_allclose(whole, cut, rtol=1e-5)
+def test_it_does_not_change_how_sure_the_look_ahead_is(llama: PreTrainedModel) -> None:
+    found = []
+    for echo in ((), ECHO):
+        scorer = Scorer(as_draft(copy.deepcopy(llama)), 8, 64, POOL)
+        with scorer.open_readings([prompt_of(150)], echoes=[echo]) as (reading,):
+            scorer.read([reading])
+            scorer.look_ahead([reading])
+            found.append(reading.certainties)
+    assert found[0] == found[1]
+
+
+def test_an_echo_has_at_most_a_questions_tokens_and_those_there_is_room_for(
+    llama: PreTrainedModel,
+) -> None:
+    scorer = Scorer(as_draft(llama), 8, 512, POOL)
+    positions = llama.config.max_position_embeddings
+    prompt = SamePrompt(prompt_of(200))
+    spans = (Span(3, 13), Span(20, 130))
+    asked = prompt.prompt[3:13] + prompt.prompt[20:130]
+    assert scorer.echo_of(prompt, spans[:1]) == prompt.prompt[3:13]
+    assert scorer.echo_of(prompt, spans) == asked[-QUESTION_TOKENS:]
+    assert scorer.echo_of(prompt, ()) == ()
+    long = SamePrompt(prompt_of(positions - 20))
+    assert len(scorer.echo_of(long, spans)) == 20
+    (scores,) = scored(scorer, [long.prompt], [scorer.echo_of(long, spans)])
+    assert np.isfinite(scores).all()
+    assert scorer.echo_of(SamePrompt(prompt_of(positions)), spans) == ()
+
+
+def test_an_echo_counts_in_memory(llama: PreTrainedModel) -> None:
+    scorer = Scorer(as_draft(llama), 8, 512, POOL)
+    token = scorer.draft.layout.bytes_per_token
+    assert scorer.kv_bytes(100) == scorer.kv_bytes(100, 5) == 107 * token  # in place of the answer
+    assert scorer.kv_bytes(100, 64) == 164 * token
 
 
 def test_what_is_remembered_of_a_prompt_is_without_its_echo(llama: PreTrainedModel) -> None:
@@ -113,14 +140,6 @@ def test_what_is_remembered_of_a_prompt_is_without_its_echo(llama: PreTrainedMod
         again = scorer.rate(reading)
     (afresh,) = Scorer(as_draft(llama), 8, 64, POOL, method=method(Queries.BOTH)).score([longer])
     np.testing.assert_allclose(again, afresh, rtol=1e-4, atol=1e-6)
-
-
-def test_the_longest_prompt_leaves_positions_for_it(llama: PreTrainedModel) -> None:
-    scorer = Scorer(as_draft(llama), 8, 512, POOL, method=method(Queries.BOTH))
-    longest = scorer.max_prompt_tokens
-    assert longest == llama.config.max_position_embeddings - QUESTION_TOKENS
-    (scores,) = scored(scorer, [prompt_of(longest)], [prompt_of(QUESTION_TOKENS)])
-    assert np.isfinite(scores).all()
 
 
 async def test_the_service_scores_by_what_a_request_says_is_asked(llama: PreTrainedModel) -> None:
