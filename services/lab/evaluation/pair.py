@@ -186,7 +186,7 @@ def rate_prompt(
     refusal = scorer.refusal(len(read_as.prompt))
     if refusal is not None:
         return refusal, refusal
-    echo = scorer.echo_of(read_as, prompt.asked)
+    echo = scorer.echo_of(read_as, prompt.asked) if answer is None else ()  # the answer asks
     with scorer.open_readings([read_as.prompt], echoes=[echo]) as (reading,):
         scorer.read([reading])
         if answer is None:
