@@ -206,6 +206,10 @@ bench-conversation: $(INSTALLED) ## Every turn of a conversation, beside plain `
 bench-turns: $(INSTALLED) ## Right answers of every turn: dense, selected anew, carried over (ARGS=--gold-only)
 	@$(PY) -m loadtest.bench.turns $(ARGS)
 
+.PHONY: bench-tool-results
+bench-tool-results: $(INSTALLED) ## What is kept of facts in a tool's result that ends the prompt
+	@$(PY) -m loadtest.bench.tool_results $(ARGS)
+
 .PHONY: bench-netgain
 bench-netgain: $(INSTALLED) ## Pruning where it pays, beside pruning always and never
 	@$(PY) -m loadtest.bench.netgain

@@ -17,7 +17,7 @@ from .load import Load
 pytestmark = pytest.mark.timeout(600)
 
 KV_BYTES = 1 << 15
-MAX_QUEUED, STORM = 3, 24  # prompts that may wait for the speculator, and clients that ask at once
+MAX_QUEUED, STORM = 24, 64  # prompts that may wait for the speculator, and clients that ask at once
 # Several samples: the prefill pool computes their prompt, whether a decode engine has it or not.
 HANDED_OVER = {"n": 2, "temperature": 0.9, "seed": 3}
 PAUSE_S = 0.5  # of each client: the new replicas start on the same two cores
