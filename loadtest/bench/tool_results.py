@@ -53,14 +53,14 @@ class Kept:
 def with_call_in_text(task: Task, *, is_vague: bool) -> Task:
     """Return the task with its call as text: not every template writes calls.
 
-    `is_vague`: the call alone says what is wanted.
+    `is_vague`: only the call names what is wanted.
     """
     question, call, result = task.messages
     function = call["tool_calls"][0]["function"]
     text = json.dumps({"name": function["name"], "arguments": json.loads(function["arguments"])})
-    said = {"role": "assistant", "content": f"<tool_call>\n{text}\n</tool_call>"}
+    with_text = {"role": "assistant", "content": f"<tool_call>\n{text}\n</tool_call>"}
     asked = {"role": "user", "content": VAGUE if is_vague else question["content"]}
-    return replace(task, messages=(asked, said, result), tools=())
+    return replace(task, messages=(asked, with_text, result), tools=())
 
 
 def ways_to_score(scorer: Scorer, prompt: RenderedTask) -> Iterator[tuple[str, Scores]]:

@@ -1,4 +1,4 @@
-"""Finds what a prompt asks where its end does not say it: in front of a tool's results. Pure."""
+"""Finds what a prompt asks where the question stands before a tool's results. Pure."""
 
 from __future__ import annotations
 

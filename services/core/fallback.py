@@ -76,7 +76,7 @@ class Fallback:
 def static_selection(request: Request, plan: Plan, policy: SelectionPolicy) -> Selection:
     """Keep what is always kept, and the chunks that share most words with the query.
 
-    The query is the prompt's end, or what the request says is asked. Chunks are rated by BM25 over
+    The query is the prompt's end, or what the request marks as asked. Chunks are rated by BM25 over
     token ids; those that share nothing with it are taken evenly spaced. It reads no model, and
     takes milliseconds.
     """

@@ -246,12 +246,12 @@ def _with_reasoning(
 
 
 def _reasonings(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, str]]:
-    """Yield the number of each message that tells its reasoning, and what it tells."""
+    """Yield the number of each message that has reasoning, and the reasoning."""
     for number, message in enumerate(messages):
         for field in _REASONING:
-            told = message.get(field)
-            if isinstance(told, str) and told.strip():
-                yield number, told.strip()
+            reasoning = message.get(field)
+            if isinstance(reasoning, str) and reasoning.strip():
+                yield number, reasoning.strip()
                 break
 
 

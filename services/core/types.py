@@ -140,7 +140,7 @@ class Request:
     sampling: bytes
     samples: int = 1  # OpenAI's `n`
     protected: tuple[Span, ...] = ()  # token spans that must survive pruning
-    asked: tuple[Span, ...] = ()  # those that say what is wanted, where the prompt's end does not
+    asked: tuple[Span, ...] = ()  # the question and the call, where the prompt's end is neither
     controls: Controls = field(default_factory=Controls)
     prompt_logprobs: bool = False
     plan: Plan | None = None  # None: not planned yet, see `Planner.with_plan`

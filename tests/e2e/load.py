@@ -7,7 +7,7 @@ import openai
 
 
 class Load:
-    """Requests of a few clients, each one after the other, until told to stop."""
+    """Requests of a few clients, each one after the other, until the `with` block ends."""
 
     def __init__(self, ask, *, pause_s, threads=3):
         self._ask, self._pause_s = ask, pause_s

@@ -5,7 +5,7 @@ import pytest
 
 from .conftest import KEEP, pruned
 
-QUESTION = "Look it up, and tell me what you find."
+QUESTION = "Look it up, and report what you find."
 CALL = {"name": "find", "arguments": '{"query": "it"}'}
 
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.timeout(600)
 
 
 def test_an_slo_sizes_the_pools(app, chat):
-    """From here on the policy says how many replicas there are."""
+    """From here on the policy sets the number of replicas."""
 
     def change(raw):
         (application,) = raw["applications"]

@@ -133,7 +133,7 @@ def lost(outcomes: Sequence[RequestOutcome]) -> list[str]:
 
 
 def course(one: RequestOutcome) -> str:
-    """Tell when a request was sent, and how far its answer came."""
+    """Return when a request was sent, and how much of its answer came."""
     sent_s = one.scheduled_s + one.lag_s
     arrivals = one.stream.arrivals_s
     if not arrivals:

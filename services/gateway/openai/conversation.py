@@ -68,8 +68,8 @@ def _parts_apart(message: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     thoughts = [part.get("thinking") for part in content if _is_of(part, "thinking")]
     others = [part for part in content if not (is_user and _is_of(part, "tool_result"))]
     if others or not results:
-        told = "".join(each for each in thoughts if isinstance(each, str))
-        yield {**message, "content": others, **({"reasoning": told} if told else {})}
+        reasoning = "".join(each for each in thoughts if isinstance(each, str))
+        yield {**message, "content": others, **({"reasoning": reasoning} if reasoning else {})}
 
 
 def _is_of(part: object, kind: str) -> TypeGuard[Mapping[str, Any]]:

@@ -60,8 +60,8 @@ def test_of_several_results_the_call_stands_before_the_first():
 
 def test_only_the_last_words_of_either_count():
     long = " ".join(f"w{number}" for number in range(100))
-    said = {"role": "assistant", "content": long}
-    question, call = asked([user(long), said, result("one two")])
+    before = {"role": "assistant", "content": long}
+    question, call = asked([user(long), before, result("one two")])
     assert question == [f"w{number}" for number in range(100 - ASKED_TOKENS, 100)]
     assert len(call) == ASKED_TOKENS
 

@@ -54,13 +54,13 @@ def test_results_in_a_user_message_come_first_as_vllm_renders_them() -> None:
     ]
 
 
-def test_reasoning_is_told_apart_from_what_is_said() -> None:
-    said = {"type": "text", "text": "so it is"}
+def test_reasoning_is_separated_from_the_text() -> None:
+    text = {"type": "text", "text": "so it is"}
     thinking = {"type": "thinking", "thinking": "let me see", "signature": "x"}
-    asked: dict[str, Any] = {"messages": [{"role": "assistant", "content": [thinking, said]}]}
+    asked: dict[str, Any] = {"messages": [{"role": "assistant", "content": [thinking, text]}]}
     (turn,) = conversation("/v1/messages", asked) or ()
     assert turn["reasoning"] == "let me see"
-    assert turn["content"] == [thinking, said]  # of which only the text is a content
+    assert turn["content"] == [thinking, text]  # of which only the text is a content
     parts = [{"type": "reasoning_text", "text": "let me see"}]
     for item in ({"content": parts}, {"summary": parts, "content": None}):
         asked = {"input": [{"type": "reasoning", **item}]}

@@ -1,4 +1,4 @@
-"""What a prompt asks, where its end does not say it, is read again behind it and scores it."""
+"""The question before a tool's results is read again behind the prompt, and scores it."""
 
 from __future__ import annotations
 
