@@ -51,6 +51,7 @@ class Admission:
     message: str = ""
     reason: str | None = None  # None without a plan: the request's time was used up
     retry_after_s: float = 0.0
+    is_forgotten: bool = False  # the gate has heard nothing of the gateway: it may ask again
 
     def accepted_plan(self) -> Plan:
         """Return the plan. Raises Overloaded or DeadlineExceeded where there is no slot."""
@@ -105,7 +106,7 @@ class SharedGate:
         if has_left:
             if not task.cancelled() and task.exception() is None:
                 task.result().release()
-            return Admission(message="the request left the admission queue")
+            return Admission(is_forgotten=True)
         return self._answer(slot_id, task)
 
     def leave(self, gateway: str, number: int, *, first_token: bool) -> None:

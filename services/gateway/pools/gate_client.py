@@ -150,16 +150,19 @@ class SharedAdmission:
         """Ask for a slot; return it unless the gate is lost first. Raises GateLost."""
         asked = asyncio.ensure_future(link.enter(entry))
         patience_s = entry.arrival.timeout_s + _GRACE_S
+        admission: Admission | None = None
         try:
             either: list[asyncio.Future[Any]] = [asked, lost]
             await asyncio.wait(either, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
             if asked.done():
-                return asked.result()
+                admission = asked.result()
         finally:
-            if not asked.done() or asked.cancelled():
+            if admission is None:  # perhaps it came as the caller left: its slot goes back
                 asked.cancel()
                 link.leave(self._gateway, entry.number, False)
-        if lost.done():
+        if admission is not None and not admission.is_forgotten:
+            return admission
+        if admission is not None or lost.done():
             raise GateLost
         raise DeadlineExceeded("timeout_s: the request timed out in the admission queue")
 

@@ -143,6 +143,37 @@ async def test_a_client_that_leaves_frees_the_place_in_the_shared_queue():
 
 
 @in_virtual_time
+async def test_a_slot_that_comes_as_its_client_leaves_goes_back():
+    for ticks in range(8):  # the answer is on its way for a few of them
+        gate = shared_gate(POLICY, 1)
+        await filled(gate)
+        async with connected(gate, own_gate(), 1, VIEW) as admission:
+            entering = asyncio.create_task(admission.enter(arrival()))
+            await let_run()
+            gate.leave("a", 0, first_token=True)
+            for _ in range(ticks):
+                await asyncio.sleep(0)
+            entering.cancel()
+            (outcome,) = await asyncio.gather(entering, return_exceptions=True)
+            if not isinstance(outcome, BaseException):
+                outcome.release()
+            await let_run()
+            assert state(gate) == (SLOTS - 1, 0), ticks
+
+
+@in_virtual_time
+async def test_a_request_of_a_gateway_that_was_silent_waits_on():
+    gate, own = shared_gate(POLICY, 1), own_gate()
+    await filled(gate)
+    async with connected(gate, own, 1, VIEW) as admission:
+        waiting = asyncio.create_task(admission.enter(arrival()))
+        await let_run()
+        gate._forget("gateway 1")  # as when its renewals do not arrive
+        (await waiting).release()
+        assert (state(gate), own.running) == ((SLOTS, 0), 0)
+
+
+@in_virtual_time
 async def test_a_request_in_the_shared_queue_times_out_by_itself():
     gate = shared_gate(POLICY, 1)
     await filled(gate)
