@@ -23,11 +23,12 @@ from .selection import (
     select,
     true_runs,
 )
-from .types import Plan, PlanKind, Reason, Selection, Span
+from .types import KeepRange, Plan, PlanKind, Reason, Selection, Span
 
 # Least worth of a dropped chunk that is fetched, as a share of the highest: on conversations about
 # facts in a long document, every dropped chunk that an answer needed had more than half of it.
 FETCH_FROM = 0.3
+UNBOUNDED = KeepRange(0.0, 1.0)
 MOST_FETCHED = 0.5  # of the tokens kept before; for more, a new selection is cheaper and in order
 
 
@@ -53,20 +54,22 @@ def continue_selection(
     certainty: float,
     before: KeptBefore,
     chunks: Chunks | None = None,
+    bounds: KeepRange = UNBOUNDED,
 ) -> Selection:
     """Select as `select`, but keep what was kept `before`, in the same slots.
 
     `scores` is `[N]`, with N > `before.tokens`. Of the new part everything is kept if it is short
     (`policy.whole_turn_tokens`), else what `select` keeps of it. Dropped chunks that `select` would
     keep now are fetched behind the earlier runs. Where most of the earlier choice does not serve
-    the new question, or the plan asks for another keep rate, the selection is `select`'s.
+    the new question, or the plan asks for another keep rate, or the caller's `bounds` of it would
+    not hold, the selection is `select`'s.
     """
     chunks = chunks or Chunks.of_equal_length(len(scores), policy.chunk_tokens)
     fresh = select(scores, plan, protected, policy, certainty, chunks)
     if fresh.plan.kind is PlanKind.DENSE:
         return fresh
     anew = replace(fresh, plan=replace(fresh.plan, reason=Reason.RESELECTED))
-    if not _serves(plan, before):
+    if plan.reason is Reason.ASKED and before.keep != plan.keep:
         return anew
     kept = _mask(before.runs, len(scores))
     wanted = _mask(fresh.runs, len(scores))
@@ -81,8 +84,11 @@ def continue_selection(
     new[: before.tokens] = False
     if len(scores) - before.tokens <= policy.whole_turn_tokens:
         new[before.tokens :] = True
-    dropped = len(scores) - int((kept | fetched | new).sum())
-    if dropped < policy.chunk_tokens:
+    all_kept = int((kept | fetched | new).sum())
+    if len(scores) - all_kept < policy.chunk_tokens:
+        return anew
+    least, most = bounds.floor * len(scores), bounds.ceiling * len(scores)
+    if all_kept < min(least, fresh.kept_tokens) or all_kept > max(most, fresh.kept_tokens):
         return anew
     reason = Reason.EXTENDED if bool(fetched.any()) else Reason.CARRIED_OVER
     return Selection(
@@ -91,14 +97,6 @@ def continue_selection(
         replace(fresh.plan, reason=reason),
         carried_tokens=before.kept_tokens,
     )
-
-
-def _serves(plan: Plan, before: KeptBefore) -> bool:
-    """Return True if the earlier selection keeps what the plan promises its caller."""
-    if plan.reason is Reason.ASKED:
-        return before.keep == plan.keep
-    floor = 0.0 if plan.within is None else plan.within.floor
-    return before.kept_tokens >= floor * before.tokens
 
 
 def _joined(runs: Sequence[Span]) -> tuple[Span, ...]:

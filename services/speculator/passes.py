@@ -59,6 +59,12 @@ class Passes:
         """True from `start` to `close`, unless the serving loop has failed."""
         return self._loop_task is not None and not self._loop_task.done()
 
+    @property
+    def has_failed(self) -> bool:
+        """True once the serving loop has ended by itself."""
+        task = self._loop_task
+        return task is not None and task.done() and not task.cancelled()
+
     async def start(self, load: Callable[[], Scorer]) -> Scorer:
         """Load the model on the thread, and begin. Raises what `load` raises."""
         scorer = await asyncio.get_running_loop().run_in_executor(self._thread, load)

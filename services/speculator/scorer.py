@@ -156,11 +156,12 @@ class Scorer:
 
     def echo_of(self, prompt: Prompt, asked: Sequence[Span]) -> tuple[int, ...]:
         """Return the draft's tokens of what is asked, as many as a question has and as there is
-        room for behind the prompt.
+        room for behind the prompt, in positions and in memory.
         """
-        room = QUESTION_TOKENS
+        places = self.memory_bytes // self.draft.layout.bytes_per_token
         if self.draft.max_positions is not None:
-            room = min(room, self.draft.max_positions - len(prompt.prompt))
+            places = min(places, self.draft.max_positions)
+        room = min(QUESTION_TOKENS, places - len(prompt.prompt))
         return prompt.parts(asked)[-room:] if room > 0 else ()
 
     def score(self, prompts: Sequence[tuple[int, ...]]) -> list[Scores]:

@@ -14,10 +14,10 @@ from types import TracebackType
 
 from ..config import SelectionConfig, SpeculatorConfig
 from ..control.from_config import selection_policy
-from ..core.carry_over import continue_selection
+from ..core.carry_over import UNBOUNDED, continue_selection
 from ..core.errors import InvalidRequest, ScoringTimeout, SpeculatorUnavailable
 from ..core.selection import SelectionPolicy, chunk_scores, select, settle
-from ..core.types import Plan, PromptMode, Request, Selection, dense_selection
+from ..core.types import KeepRange, Plan, PromptMode, Request, Selection, dense_selection
 from .chunking import Chunker, load_chunker
 from .jobs import Batching, Counts, Job, Rating
 from .kept_memory import KeptMemory
@@ -106,6 +106,11 @@ class SpeculatorService:
     def is_running(self) -> bool:
         """True from `start` to `close`, unless the serving loop has failed."""
         return self._passes.is_running
+
+    @property
+    def has_failed(self) -> bool:
+        """True once the serving loop has ended by itself."""
+        return self._passes.has_failed
 
     async def start(self) -> None:
         """Load the model. Raises UnsupportedModel when it cannot score for the main model."""
@@ -233,11 +238,18 @@ class SpeculatorService:
             chosen = select(scores, job.plan, protected, policy, certainty, chunks)
         else:
             chosen = continue_selection(
-                scores, job.plan, protected, policy, certainty, before, chunks
+                scores, job.plan, protected, policy, certainty, before, chunks, _bounds(job)
             )
         if carries:
             self._kept.remember(request.prompt, chosen, job.plan.reason, request.cache_salt)
         return chosen
+
+
+def _bounds(job: Job) -> KeepRange:
+    """Return the keep rates that the caller allows; the plan's, where the scores choose."""
+    controls, within = job.request.controls, job.plan.within or UNBOUNDED
+    floor = within.floor if controls.floor is None else controls.floor
+    return KeepRange(floor, within.ceiling if controls.ceiling is None else controls.ceiling)
 
 
 def _rating_key(request: Request) -> bytes:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specprefill.core.carry_over import KeptBefore, continue_selection
+from specprefill.core.carry_over import UNBOUNDED, KeptBefore, continue_selection
 from specprefill.core.selection import select
 from specprefill.core.types import KeepRange, Plan, PlanKind, Reason, Span
 from tests.policies import SHIPPED
@@ -37,9 +37,11 @@ def first_turn(tokens: int, *peaks: int, plan: Plan = DEFAULT) -> KeptBefore:
     return KeptBefore(tokens, runs, plan.keep if plan.reason is Reason.ASKED else None)
 
 
-def second_turn(before, tokens, *peaks, plan=DEFAULT, protected=(), policy=POLICY):
+def second_turn(
+    before, tokens, *peaks, plan=DEFAULT, protected=(), policy=POLICY, bounds=UNBOUNDED
+):
     scores = scores_of(tokens, *peaks)
-    return continue_selection(scores, plan, protected, policy, 1.0, before)
+    return continue_selection(scores, plan, protected, policy, 1.0, before, bounds=bounds)
 
 
 def keeps(selection, *chunks) -> bool:
@@ -108,12 +110,28 @@ def test_a_rate_that_the_caller_asks_for_is_kept(first, second, reason):
     assert second_turn(before, 430, 7, 20, plan=second_plan).plan.reason is reason
 
 
-def test_the_floor_of_a_range_holds():
-    plan = Plan(PlanKind.PRUNE, Reason.AUTO, within=KeepRange(0.6, 0.9))
+@pytest.mark.parametrize("keep", [None, 0.6])
+def test_a_floor_above_what_was_kept_selects_anew(keep):
+    within = KeepRange(0.6, 0.9)
+    plan = replace(DEFAULT, keep=keep) if keep else Plan(PlanKind.PRUNE, Reason.AUTO, within=within)
     before = first_turn(400, 7, 20)
-    after = second_turn(before, 430, 7, 20, plan=plan)
+    after = second_turn(before, 430, 7, 20, plan=plan, bounds=within)
     assert after.plan.reason is Reason.RESELECTED
     assert after.keep_rate >= 0.6
+
+
+def test_a_ceiling_below_what_was_kept_selects_anew():
+    before = first_turn(400, 7, 20)
+    plan = replace(DEFAULT, keep=0.15)
+    after = second_turn(before, 430, 7, 20, plan=plan, bounds=KeepRange(0.0, 0.15))
+    assert after.plan.reason is Reason.RESELECTED
+    assert after.keep_rate < 0.2 < before.kept_tokens / 400
+
+
+def test_bounds_that_what_was_kept_meets_change_nothing():
+    before = first_turn(400, 7, 20)
+    after = second_turn(before, 430, 7, 20, bounds=KeepRange(0.25, 0.5))
+    assert after.plan.reason is Reason.CARRIED_OVER
 
 
 def test_scores_that_show_nothing_send_the_turn_dense():

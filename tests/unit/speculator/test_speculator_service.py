@@ -19,7 +19,7 @@ from specprefill.core.errors import (
 )
 from specprefill.core.positions import PositionMap
 from specprefill.core.selection import chunk_scores, select
-from specprefill.core.types import Plan, PlanKind, Reason, Request, Selection, Span
+from specprefill.core.types import Controls, Plan, PlanKind, Reason, Request, Selection, Span
 from specprefill.core.wire import pack, unpack
 from specprefill.speculator.draft import Draft
 from specprefill.speculator.jobs import Batching, Pace
@@ -98,6 +98,41 @@ async def test_the_next_turn_keeps_what_the_last_one_kept(draft: Draft) -> None:
     assert later[: len(earlier)].tolist() == earlier.tolist()
     assert later[-20:].tolist() == list(range(400, 420))
     assert (anew.plan.reason, anew.carried_tokens) == (Reason.RESELECTED, 0)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("keep", "controls", "reason"),
+    [
+        (0.3, Controls(), Reason.CARRIED_OVER),
+        (0.3, Controls(floor=0.2, ceiling=0.5), Reason.CARRIED_OVER),
+        (0.6, Controls(floor=0.6), Reason.RESELECTED),
+        (0.1, Controls(ceiling=0.1), Reason.RESELECTED),
+    ],
+)
+async def test_a_turn_keeps_within_its_callers_bounds(
+    draft: Draft, keep: float, controls: Controls, reason: Reason
+) -> None:
+    plan = replace(PLAN, reason=Reason.DEFAULT)
+    first = request_of(400)
+    turn = replace(first, prompt=(*first.prompt, *first.prompt[:20]), controls=controls)
+    async with serving(PeakedScorer(draft)) as service:
+        await service.select(first, plan, WAIT_S)
+        after = await service.select(turn, replace(plan, keep=keep), WAIT_S)
+    assert after.plan.reason is reason
+
+
+@pytest.mark.asyncio
+async def test_an_echo_takes_no_more_memory_than_there_is(draft: Draft) -> None:
+    tokens = 200
+    for places in range(tokens + 3, tokens + 70, 11):  # 3 are generated
+        scorer = GatedScorer(draft, places * draft.layout.bytes_per_token)
+        asked = replace(request_of(tokens), asked=(Span(10, 90),))
+        async with serving(scorer) as service:
+            selection = await service.select(asked, PLAN, WAIT_S)
+        assert selection.plan == PLAN
+        (reading,) = scorer.seen
+        assert len(reading.echo) == min(64, places - tokens)
 
 
 @pytest.mark.asyncio
@@ -347,7 +382,7 @@ async def test_failures_in_a_row_stop_the_service_and_hang_nobody(
             with pytest.raises(SpeculatorUnavailable):
                 await service.select(request_of(tokens), PLAN, WAIT_S)
         await asyncio.sleep(0)  # the loop's task ends behind its last answer
-        assert not service.is_running
+        assert (service.is_running, service.has_failed) == (False, True)
         with pytest.raises(SpeculatorUnavailable, match="not running"):
             await service.select(request_of(100), PLAN, WAIT_S)
 
@@ -370,7 +405,7 @@ async def test_closing_fails_what_waits_and_is_idempotent(scorer: GatedScorer) -
     assert all(isinstance(result, SpeculatorUnavailable) for result in results)
     assert scorer.finished == []
     await service.close()
-    assert not service.is_running
+    assert (service.is_running, service.has_failed) == (False, False)
 
 
 @pytest.mark.asyncio
