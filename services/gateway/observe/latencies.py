@@ -14,10 +14,10 @@ from ray.serve import metrics
 
 from ...core.types import Chunk, Request
 from ...engine.ray_metrics import LATENCIES, latency_buckets
-from .watched import Ending, RequestObserver
+from .watched import Ending, Observer, RequestObserver
 
 
-class ClientLatencies:
+class ClientLatencies(Observer):
     """One gateway's histograms. `make` is as `ray.serve.metrics`."""
 
     def __init__(

@@ -11,7 +11,7 @@ from ray.serve import metrics
 
 from ...core.errors import Overloaded
 from ...core.types import Chunk, Report, Request
-from .watched import Ending, RequestObserver
+from .watched import Ending, Observer, RequestObserver
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)
 _RATIOS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2, 4, 8)
@@ -122,7 +122,7 @@ class PipelineMetrics:
             self._stage.observe(seconds, {"stage": stage})
 
 
-class RequestMetrics:
+class RequestMetrics(Observer):
     """Counts every request of a gateway."""
 
     def __init__(self, metrics: PipelineMetrics) -> None:
@@ -131,6 +131,10 @@ class RequestMetrics:
     def on_arrival(self, request: Request) -> RequestObserver:
         """See Observer."""
         return _RequestMetrics(request, self._metrics)
+
+    def on_shed_selection(self, error: Overloaded) -> None:
+        """See Observer."""
+        self._metrics.count_shed(error.reason)
 
 
 class _RequestMetrics(RequestObserver):

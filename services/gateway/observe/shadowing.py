@@ -14,7 +14,7 @@ from ...core.ports import Answerer
 from ...core.types import Chunk, PlanKind, Request
 from ...engine.outputs import sampling_params
 from .shadow import Divergence, Shadow, ShadowOutcome, dense_request
-from .watched import Ending, RequestObserver
+from .watched import Ending, Observer, RequestObserver
 
 CANDIDATES = 5  # of each token of the dense copy, to measure how far off the pruned token is
 
@@ -67,7 +67,7 @@ class ShadowMetrics:
             self._logprob_gap.observe(found.logprob_gap, rate)
 
 
-class ShadowSampler:
+class ShadowSampler(Observer):
     """Samples pruned answers, and compares them with dense ones."""
 
     def __init__(self, pipeline: Answerer, quality: QualityConfig, compared: ShadowMetrics) -> None:

@@ -22,7 +22,7 @@ from ...control.stages import StageCurves
 from ...core.plan import plan_of
 from ...core.selection import SelectionPolicy, expected_kept
 from ...core.types import Chunk, PlanKind, Report, Request
-from .watched import RequestObserver
+from .watched import Observer, RequestObserver
 
 _NEWEST = 1 / 32  # weight of the newest answer in the averages
 _OUTPUT_TOKENS, _OUTPUT_TOKEN_S = 128.0, 0.03  # the averages before the first answer
@@ -63,7 +63,7 @@ class GatewayTraffic:
         }
 
 
-class ArrivalCounts:
+class ArrivalCounts(Observer):
     """Reports every request of a gateway to `traffic`."""
 
     def __init__(

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Protocol
 
-from ...core.errors import SpecPrefillError
+from ...core.errors import Overloaded
 from ...core.ports import Answerer
 from ...core.types import Chunk, Report, Request, Selection
 
@@ -17,7 +16,7 @@ class Ending:
     """The end of a request: its report or its error."""
 
     report: Report | None  # None: it has no complete answer
-    error: SpecPrefillError | None = None
+    error: Exception | None = None
     is_exhausted: bool = False  # False without an error: the client left
 
 
@@ -31,12 +30,15 @@ class RequestObserver:
         """Observe the end: called once, whatever ends the request."""
 
 
-class Observer(Protocol):
+class Observer:
     """Observes every request of a gateway."""
 
     def on_arrival(self, request: Request) -> RequestObserver:
-        """Return an observer for a planned request that has arrived."""
-        ...
+        """Return an observer for a planned request that has arrived, to be answered."""
+        raise NotImplementedError
+
+    def on_shed_selection(self, error: Overloaded) -> None:
+        """Observe a selection alone that was refused under load. Does nothing unless overridden."""
 
 
 class ObservedPipeline:
@@ -60,7 +62,7 @@ class ObservedPipeline:
                         ending = Ending(chunk.report)
                     yield chunk
             ending = Ending(ending.report, is_exhausted=True)
-        except SpecPrefillError as error:
+        except Exception as error:  # ours or not; a client that leaves raises none
             ending = Ending(ending.report, error)
             raise
         finally:
@@ -69,7 +71,12 @@ class ObservedPipeline:
 
     async def select(self, request: Request) -> Selection:
         """See Pipeline.select."""
-        return await self._pipeline.select(request)
+        try:
+            return await self._pipeline.select(request)
+        except Overloaded as error:
+            for observer in self._observers:
+                observer.on_shed_selection(error)
+            raise
 
 
 def _observes_chunks(observer: RequestObserver) -> bool:
@@ -77,7 +84,7 @@ def _observes_chunks(observer: RequestObserver) -> bool:
     return type(observer).on_chunk is not RequestObserver.on_chunk
 
 
-class LearningObserver:
+class LearningObserver(Observer):
     """Gives the report of every answered request to `learn`."""
 
     def __init__(self, learn: Callable[[Request, Report], None]) -> None:

@@ -130,6 +130,7 @@ class PipelineClient(RemoteEngineClient):
                         if assembler.is_finished and chunk.report is not None:
                             context.reports[request_id] = chunk.report
                         if output is not None:
+                            context.has_output = True
                             yield output
         except SpecPrefillError as error:
             raise record_failure(context, error) from error

@@ -69,6 +69,17 @@ class Failure:
         }
         return _json({"error": error, **request_id_field(request_id)})
 
+    def event(self, sequence_number: int, request_id: str | None = None) -> bytes:
+        """Return the last event of a stream of OpenAI's responses API."""
+        event = {
+            "type": "error",
+            "code": str(self.code),
+            "message": self.message,
+            "param": self.field,
+            "sequence_number": sequence_number,
+        }
+        return b"event: error\ndata: " + _json(event | request_id_field(request_id)) + b"\n\n"
+
 
 def anthropic_error(status: int, message: str, request_id: str | None = None) -> bytes:
     """Return an error in the form of Anthropic's API."""

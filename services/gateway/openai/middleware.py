@@ -42,7 +42,7 @@ from .failures import (
 from .keys import KEY_NAME
 from .reports import reports_json
 from .request_json import JsonLimits, parse_json
-from .routes import ANTHROPIC, GENERATING
+from .routes import ANTHROPIC, GENERATING, RESPONSES
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ _LEAVING_S = 5.0  # for a handler to finish after its client has left
 
 
 class RequestMiddleware:
-    """Pure ASGI middleware; it never buffers a stream."""
+    """Pure ASGI middleware; it holds back no event of a stream beyond the first output."""
 
     def __init__(
         self,
@@ -102,9 +102,8 @@ class RequestMiddleware:
         try:
             await self._answer(scope, body, receive, reply)
         except Exception as error:
-            if reply.started:
+            if not await reply.end_after(error):
                 raise
-            await send_failure(scope, send, http_failure(_classify_unexpected(error, context)))
         finally:
             CURRENT.reset(token)
 
@@ -228,25 +227,26 @@ def _timeout_s(headers: Headers) -> float | None:
 class _Reply:
     """One response on its way to the client.
 
-    The status line waits for the first body message: until then a failure can still set
-    the right status.
+    The status line waits for the whole body, or for an event after the first output: until then a
+    failure can still set the right status.
     """
 
     def __init__(self, scope: Scope, send: Send, context: RequestContext) -> None:
         self._scope = scope
         self._to_client = send
         self._context = context
-        self._start: Message | None = None  # held back until the first body message
+        self._held: list[Message] = []  # the start, and events before the first output
         self._streaming = False
         self._body = bytearray()
         self._replaced = False
-        self.started = False  # the client has got something
+        self._sent = 0  # messages; of a stream, the start and one per event
 
     async def send(self, message: Message) -> None:
-        if self._streaming and self.started and not self._context.has_ended:  # nearly every token
+        if self._streaming and self._sent and not self._context.has_ended:  # nearly every token
+            self._sent += 1
             await self._to_client(message)
         elif message["type"] == "http.response.start":
-            self._start = message
+            self._held = [message]
             kind = Headers(raw=message["headers"]).get("content-type", "")
             self._streaming = kind.startswith("text/event-stream")
         elif message["type"] != "http.response.body":
@@ -256,8 +256,26 @@ class _Reply:
         elif not self._replaced:
             await self._send_whole(message)
 
+    async def end_after(self, error: Exception) -> bool:
+        """Send the failure of a handler that raised `error`; False where it is too late.
+
+        vLLM's handler of /v1/responses leaves its stream open; the others end theirs.
+        """
+        if self._sent == 0:
+            if self._context.error is None:
+                self._context.error = _classify_unexpected(error, self._context)
+            await self._send_recorded_failure()
+            return True
+        is_open = self._streaming and not self._replaced and _path(self._scope) == RESPONSES
+        if self._context.error is None or not is_open:
+            return False
+        failure = http_failure(self._context.error)
+        event = failure.event(self._sent - 1, self._context.request_id)
+        await self._send({"type": "http.response.body", "body": event, "more_body": False})
+        return True
+
     async def _send(self, message: Message) -> None:
-        self.started = True
+        self._sent += 1
         if message["type"] == "http.response.start" and self._context.request_id is not None:
             headers = MutableHeaders(raw=message["headers"])
             headers[REQUEST_ID_HEADER] = self._context.request_id
@@ -266,12 +284,15 @@ class _Reply:
     async def _send_event(self, message: Message) -> None:
         if self._replaced:
             return
-        if self._start is not None:
-            start, self._start = self._start, None
+        if self._sent == 0:
             if self._context.error is not None:
-                await self._send_recorded_failure(start)
+                await self._send_recorded_failure()
                 return
-            await self._send(start)
+            if message.get("more_body", False) and not self._context.has_output:
+                self._held.append(message)  # /v1/responses announces an answer that may yet fail
+                return
+            for held in self._held:
+                await self._send(held)
         body = _amend_events(message.get("body", b""), self._context)
         await self._send({**message, "body": body})
 
@@ -279,12 +300,12 @@ class _Reply:
         self._body += message.get("body", b"")
         if message.get("more_body", False):
             return
-        start = self._start
-        if start is None:
+        if not self._held:
             raise RuntimeError("a response body without a response start")
         if self._context.error is not None:
-            await self._send_recorded_failure(start)
+            await self._send_recorded_failure()
             return
+        start = self._held[0]
         body = bytes(self._body)
         if start["status"] == 200:
             body = _amend_json(body, self._context)
@@ -295,11 +316,11 @@ class _Reply:
         await self._send(start)
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
-    async def _send_recorded_failure(self, start: Message) -> None:
+    async def _send_recorded_failure(self) -> None:
         """Answer with the recorded failure in place of what vLLM made of it."""
         self._replaced = True
         if self._context.error is not None:
-            headers = Headers(raw=start["headers"])
+            headers = Headers(raw=self._held[0]["headers"]) if self._held else None
             await send_failure(self._scope, self._send, http_failure(self._context.error), headers)
 
 

@@ -62,7 +62,8 @@ class OutputAssembler:
         self._samples = [_SampleOutput(index) for index in range(samples)]
         self._open = samples
         self._cached_tokens = 0
-        self._prompt_logprobs: PromptLogprobs | None = None
+        self._prompt_logprobs: PromptLogprobs | None = None  # in the request's first chunk
+        self._started: set[int] = set()  # samples that have had an output
 
     @property
     def is_finished(self) -> bool:
@@ -79,17 +80,25 @@ class OutputAssembler:
                 for position in chunk.prompt_logprobs
             ]
         if self._kind is RequestOutputKind.DELTA:
-            return self._output([_delta_output(chunk)])
+            return self._output([_delta_output(chunk)], self._prompt_logprobs_for(chunk.index))
         sample = self._samples[chunk.index]
         sample.add(chunk)
         if self._kind is RequestOutputKind.CUMULATIVE:
-            return self._output([sample.output()])
-        return self._output([each.output() for each in self._samples]) if self.is_finished else None
+            return self._output([sample.output()], self._prompt_logprobs)
+        if not self.is_finished:
+            return None
+        return self._output([each.output() for each in self._samples], self._prompt_logprobs)
 
-    def _output(self, outputs: list[CompletionOutput]) -> RequestOutput:
-        prompt_logprobs = self._prompt_logprobs
-        if self._kind is RequestOutputKind.DELTA:
-            self._prompt_logprobs = None  # sent once
+    def _prompt_logprobs_for(self, index: int) -> PromptLogprobs | None:
+        """Return the prompt's logprobs for a sample's first delta, where vLLM expects them."""
+        if index in self._started:
+            return None
+        self._started.add(index)
+        return self._prompt_logprobs
+
+    def _output(
+        self, outputs: list[CompletionOutput], prompt_logprobs: PromptLogprobs | None
+    ) -> RequestOutput:
         return RequestOutput(
             self._request_id,
             self._prompt_text,

@@ -40,7 +40,7 @@ from .keys import KeyRing
 from .messages_log import log_messages_refused_in_one_line
 from .middleware import RequestMiddleware
 from .request_json import JsonLimits
-from .routes import serve_only_known
+from .routes import RESPONSES, serve_only_known
 from .selections import add_selections_route
 from .surface import TASKS
 
@@ -130,7 +130,7 @@ async def build_http_app(
             RequestMiddleware,
             bodies=bodies,
             limits=JsonLimits(gateway.max_request_items),
-            checks={"/v1/responses": check_input_items},
+            checks={RESPONSES: check_input_items},
         )
     )
     app.user_middleware.append(

@@ -63,9 +63,11 @@ def test_each_kind(gateway: Any, kind: str, expected: list[Any]) -> None:
     assert seen[-1].outputs[0].stop_reason == "e"
 
 
-def test_prompt_logprobs_come_once_in_a_stream_and_at_the_end_otherwise(gateway: Any) -> None:
+def test_prompt_logprobs_begin_each_samples_stream_and_come_at_the_end_otherwise(
+    gateway: Any,
+) -> None:
     streamed = [output.prompt_logprobs is not None for output in outputs(gateway, "DELTA")]
-    assert streamed == [True, False, False, False]
+    assert streamed == [True, True, False, False]
     final = outputs(gateway, "FINAL_ONLY")[0].prompt_logprobs
     assert final[0] is None
     assert final[1][9].logprob == -2.0

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import anthropic
 import httpx
 import httpx2
 import openai
 import pytest
+from msgspec import structs
 
+from specprefill.core.types import Chunk, Request, TokenLogprob
 from tests.contract.conftest import TEXT, WORDS, sampling
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_tokens is deprecated:DeprecationWarning")
@@ -84,6 +87,44 @@ async def test_so_many_logprobs_of_a_completion(
     assert {len(each) for each in logprobs.top_logprobs} == got
     assert logprobs.token_logprobs == [-0.25] * 3
     assert logprobs.text_offset == [0, len(WORDS[0]), len(WORDS[0] + WORDS[1])]
+
+
+async def test_the_stream_of_each_sample_begins_with_the_prompts_logprobs(
+    client: openai.AsyncOpenAI, pipeline: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = pipeline._script
+
+    def with_prompt_logprobs(request: Request) -> Iterator[Chunk]:
+        first, *more = script(request)
+        logprobs = [(TokenLogprob(token, -0.5, 1, "x"),) for token in request.prompt[1:]]
+        yield structs.replace(first, prompt_logprobs=(None, *logprobs))
+        yield from more
+
+    monkeypatch.setattr(pipeline, "_script", with_prompt_logprobs)
+    asked: dict[str, Any] = {"prompt": "a b c", "echo": True, "logprobs": 1, "n": 2}
+    whole = await client.completions.create(model="demo", **asked)
+    seen = {choice.index: _Logprobs() for choice in whole.choices}
+    async for event in await client.completions.create(model="demo", **asked, stream=True):
+        for choice in event.choices:
+            seen[choice.index].add(choice)
+    assert seen == {choice.index: _Logprobs().add(choice) for choice in whole.choices}
+    tokens = len(pipeline.requests[-1].prompt)
+    assert seen[1].logprobs == [None, *[-0.5] * (tokens - 1), *[-0.25] * len(WORDS)]
+
+
+@dataclass
+class _Logprobs:
+    """What the events of one choice hold together."""
+
+    text: str = ""
+    logprobs: list[float | None] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+
+    def add(self, choice: Any) -> Self:
+        self.text += choice.text
+        self.logprobs += choice.logprobs.token_logprobs
+        self.offsets += choice.logprobs.text_offset
+        return self
 
 
 @pytest.mark.parametrize("prompt", ["", [], None, [[]], [99_999], [-1]])

@@ -148,6 +148,8 @@ class App:
                 self.context.prompts_started = 1
                 if self.error is not None and place == self.error_after:
                     self.context.error = self.error
+                if self.context.error is None:
+                    self.context.has_output = True
                 if self.report is not None and place == len(self.bodies) - 1:
                     self.context.reports["a"] = self.report
             more = place < len(self.bodies) - 1

@@ -65,6 +65,23 @@ async def test_a_failure_is_counted_by_its_name():
     assert rig.requests("DecodeUnavailable") == 1
 
 
+async def test_an_unexpected_failure_is_no_client_that_left():
+    rig = Rig(fails=[RuntimeError("a fault")])
+    with pytest.raises(RuntimeError):
+        await rig.run()
+    assert rig.requests("RuntimeError") == 1
+    assert rig.requests("client_closed") == 0
+
+
+async def test_a_shed_selection_is_counted_with_its_reason():
+    rig = Rig()
+    rig.speculator.fails = Overloaded("full")
+    with pytest.raises(Overloaded):
+        await rig.pipeline.select(REQUEST)
+    assert rig.counted.total("specprefill_shed_total", "speculator_overloaded") == 1
+    assert rig.requests("Overloaded") == 0  # it asked for no answer
+
+
 async def test_a_shed_request_is_counted_with_its_reason():
     rig = Rig()
     rig.speculator.fails = Overloaded("full")
