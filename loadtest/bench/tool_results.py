@@ -13,16 +13,16 @@ import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import AutoTokenizer
 
 from specprefill.config import AppConfig, local_path
 from specprefill.control.from_config import selection_policy
 from specprefill.core.selection import Scores, select
-from specprefill.core.types import Plan, PlanKind, Reason
+from specprefill.core.types import KeepRange, Plan, PlanKind, Reason
 from specprefill.deployment.file import load
 from specprefill.lab.evaluation.gold import survival
 from specprefill.lab.evaluation.prompts import RenderedTask, Renderer
@@ -36,7 +36,7 @@ from specprefill.speculator.scorer import Scorer, load_scorer
 from specprefill.speculator.translation import SamePrompt
 
 OUT = Path("out") / "bench-tool-results.json"
-KEEPS = (0.5, 0.3, 0.2, 0.1)
+KEEPS = (0.3, 0.2, 0.1)
 VAGUE = "Look it up in the text, and tell me what it says."
 NAMED_BY = ("the question", "only the call")
 
@@ -48,6 +48,8 @@ class Kept:
     named_by: str
     scored_by: str
     whole: tuple[bool, ...]
+    automatic: bool  # whether it was kept whole at the automatic rate
+    automatic_keep: float  # the share of the prompt that this kept
 
 
 def with_call_in_text(task: Task, *, is_vague: bool) -> Task:
@@ -63,19 +65,20 @@ def with_call_in_text(task: Task, *, is_vague: bool) -> Task:
     return replace(task, messages=(asked, with_text, result), tools=())
 
 
-def ways_to_score(scorer: Scorer, prompt: RenderedTask) -> Iterator[tuple[str, Scores]]:
-    """Yield the scores of one prompt by each way."""
+def ways_to_score(scorer: Scorer, prompt: RenderedTask) -> Iterator[tuple[str, Scores, float]]:
+    """Yield the scores of one prompt by each way, and how certain the draft was."""
     own = scorer.method
     echo = scorer.echo_of(SamePrompt(prompt.ids), prompt.asked)
     by_end = replace(PAPER, queries=Queries.QUESTION)
-    ahead, ended = _rated(scorer, prompt, (), [PAPER, by_end])
-    yield "look-ahead", ahead
-    yield "the prompt's end", ended
-    methods = [PAPER] if own.heads is None else [PAPER, own]
-    echoed = _rated(scorer, prompt, echo, methods)
-    yield "mean of look-ahead and echo", (ahead + echoed[0]) * np.float32(0.5)
-    for method, scores in zip(methods, echoed, strict=True):
-        yield "echo" if method == PAPER else "echo, by the deployment's heads", scores
+    (ahead, ended), certainty = _rated(scorer, prompt, (), [PAPER, by_end])
+    yield "look-ahead", ahead, certainty
+    yield "the prompt's end", ended, certainty
+    methods = {"echo, maximum": PAPER, "echo, squares": PAPER.of_echo}
+    if own.heads is not None:
+        methods["echo, the deployment's heads"] = own
+    echoed, certainty = _rated(scorer, prompt, echo, list(methods.values()))
+    for name, scores in zip(methods, echoed, strict=True):
+        yield name, scores, certainty
 
 
 def _rated(
@@ -83,11 +86,12 @@ def _rated(
     prompt: RenderedTask,
     echo: tuple[int, ...],
     methods: Sequence[ScoringMethod],
-) -> list[Scores]:
+) -> tuple[list[Scores], float]:
     with scorer.open_readings([prompt.ids], echoes=[echo]) as (reading,):
         scorer.read([reading])
         scorer.look_ahead([reading])
-        return [rate(reading, method, scorer.pool_tokens) for method in methods]
+        rated = [rate(reading, method, scorer.pool_tokens) for method in methods]
+        return rated, reading.certainty
 
 
 def measure(config: AppConfig, prompts: int, tokens: int, first_seed: int) -> Iterator[Kept]:
@@ -98,32 +102,34 @@ def measure(config: AppConfig, prompts: int, tokens: int, first_seed: int) -> It
     renderer = Renderer(tokenizer, config.selection.tail_tokens)
     chunker = Chunker.of(config.selection, tokenizer)
     policy = selection_policy(config.selection)
+    within = KeepRange(config.selection.floor, config.selection.ceiling)
+    automatic = Plan(PlanKind.PRUNE, Reason.AUTO, within=within)
     for seed in range(first_seed, first_seed + prompts):
         task = generate("prose_tool_result", seed, tokens, tokenizer)
         for named_by in NAMED_BY:
             asked = with_call_in_text(task, is_vague=named_by == NAMED_BY[1])
             prompt = renderer.prompt(asked)
             chunks = chunker.chunks(prompt.ids)
-            for scored_by, scores in ways_to_score(scorer, prompt):
-                kept = (
-                    select(
-                        scores,
-                        Plan(PlanKind.PRUNE, Reason.ASKED, keep),
-                        prompt.protected,
-                        policy,
-                        chunks=chunks,
-                    )
-                    for keep in KEEPS
+            for scored_by, scores, certainty in ways_to_score(scorer, prompt):
+                choose = partial(
+                    select,
+                    scores,
+                    protected=prompt.protected,
+                    policy=policy,
+                    certainty=certainty,
+                    chunks=chunks,
                 )
-                whole = tuple(survival(prompt.gold, one) == 1.0 for one in kept)
-                yield Kept(named_by, scored_by, whole)
+                fixed = [choose(Plan(PlanKind.PRUNE, Reason.ASKED, keep)) for keep in KEEPS]
+                chosen = choose(automatic)
+                *whole, by_scores = (survival(prompt.gold, one) == 1.0 for one in (*fixed, chosen))
+                yield Kept(named_by, scored_by, tuple(whole), by_scores, chosen.keep_rate)
 
 
 def rows(found: Sequence[Kept]) -> list[dict[str, Any]]:
     """Return the share of facts that each way keeps whole."""
-    by_way: dict[tuple[str, str], list[tuple[bool, ...]]] = {}
+    by_way: dict[tuple[str, str], list[Kept]] = {}
     for each in found:
-        by_way.setdefault((each.named_by, each.scored_by), []).append(each.whole)
+        by_way.setdefault((each.named_by, each.scored_by), []).append(each)
     return [
         {
             "named_by": named_by,
@@ -131,8 +137,12 @@ def rows(found: Sequence[Kept]) -> list[dict[str, Any]]:
             "prompts": len(some),
             "kept_whole": {
                 f"{keep:g}": statistics.fmean(column)
-                for keep, column in zip(KEEPS, zip(*some, strict=True), strict=True)
+                for keep, column in zip(
+                    KEEPS, zip(*(each.whole for each in some), strict=True), strict=True
+                )
             },
+            "automatic": statistics.fmean(each.automatic for each in some),
+            "automatic_keep": statistics.fmean(each.automatic_keep for each in some),
         }
         for (named_by, scored_by), some in by_way.items()
     ]
@@ -140,7 +150,8 @@ def rows(found: Sequence[Kept]) -> list[dict[str, Any]]:
 
 def table(found: Sequence[Kept]) -> str:
     """Return one line per way."""
-    headers = ("wanted is named by", "scored by", "prompts", *(f"keep {keep:g}" for keep in KEEPS))
+    keeps = (f"keep {keep:g}" for keep in KEEPS)
+    headers = ("wanted is named by", "scored by", "prompts", *keeps, "automatic, which keeps")
     return markdown(
         headers,
         [
@@ -149,6 +160,7 @@ def table(found: Sequence[Kept]) -> str:
                 str(row["scored_by"]),
                 str(row["prompts"]),
                 *(f"{share:.0%}" for share in row["kept_whole"].values()),
+                f"{row['automatic']:.0%}, {row['automatic_keep']:.0%}",
             )
             for row in rows(found)
         ],

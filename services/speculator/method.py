@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Heads = Mapping[int, Sequence[int]]  # a layer's number -> the numbers of its query heads
 
@@ -16,6 +16,7 @@ class Reduction(enum.StrEnum):
 
     MAXIMUM = "maximum"
     MEAN = "mean"
+    SQUARES = "squares"  # the mean of squares, also over the queries: it counts what stands out
 
 
 class Queries(enum.StrEnum):
@@ -46,6 +47,16 @@ class ScoringMethod:
     @property
     def asks_question(self) -> bool:
         return self.queries is not Queries.LOOK_AHEAD
+
+    @property
+    def of_echo(self) -> ScoringMethod:
+        """How an echo of what is asked scores, which has many more queries than a look-ahead.
+
+        The maximum over all heads of so many is high everywhere.
+        """
+        if self.reduction is not Reduction.MAXIMUM:
+            return self
+        return replace(self, reduction=Reduction.SQUARES)
 
     def counts(self, layer: int) -> bool:
         """Return True if a head of the layer counts."""

@@ -46,11 +46,12 @@ def _rate(reading: Reading, method: ScoringMethod, pool_tokens: int, *, in_promp
         for weights in attention_of(reading, row, queries, heads, in_prompt=sees_itself):
             pooled = average_pool(weights, pool_tokens)
             count += len(pooled)
-            if method.reduction is Reduction.MEAN:
-                reduced = reduced + pooled.sum(dim=0)
-            else:
+            if method.reduction is Reduction.MAXIMUM:
                 reduced = torch.maximum(reduced, pooled.amax(dim=0))
-    if method.reduction is Reduction.MEAN:
+                continue
+            power = 2 if method.reduction is Reduction.SQUARES else 1
+            reduced = reduced + pooled.pow(power).sum(dim=0)
+    if method.reduction is not Reduction.MAXIMUM:
         reduced = reduced / count
     return reduced.mean(dim=0)
 

@@ -331,9 +331,10 @@ class Scorer:
             if token is not None:
                 reading.next_token = token
 
-    def rate(self, reading: Reading) -> Scores:
-        """Return [N] float32, by the scorer's method."""
-        return rate(reading, self.method, self.pool_tokens)
+    def rate(self, reading: Reading, method: ScoringMethod | None = None) -> Scores:
+        """Return [N] float32; `method` None: by the scorer's own."""
+        method = method or self.method
+        return rate(reading, method.of_echo if reading.echo else method, self.pool_tokens)
 
 
 def _block(reading: Reading, index: int) -> Block:

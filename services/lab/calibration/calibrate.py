@@ -27,7 +27,6 @@ from ...speculator.method import (
     Reduction,
     ScoringMethod,
 )
-from ...speculator.rating import rate
 from ...speculator.scorer import Scorer
 from ...speculator.translation import SamePrompt
 from ..evaluation.prompts import RenderedTask, Renderer
@@ -245,7 +244,7 @@ def _score(
             protected=prompt.protected,
             gold=prompt.gold,
             scores={
-                each.name: rate(reading, each.method, scorer.pool_tokens) for each in candidates
+                each.name: scorer.rate(reading, each.method) for each in candidates
             },
             certainty=reading.certainty,
             chunks=chunker.chunks(prompt.ids),

@@ -29,7 +29,6 @@ from ...gateway.openai.text_writer import PromptTextWriter
 from ...speculator.chunking import Chunker
 from ...speculator.jobs import Rating
 from ...speculator.method import PAPER
-from ...speculator.rating import rate
 from ...speculator.scorer import Scorer, load_scorer
 from ..families.task import Task
 from .arms import AUTOMATIC, CONTROLS, Arm, Chooser, control_scores
@@ -197,7 +196,7 @@ def rate_prompt(
         ours = Rating(scores, reading.certainty)
         if not scorer.method.looks_ahead or scorer.method == PAPER:
             return ours, ours
-        by_paper = read_as.scores(rate(reading, PAPER, scorer.pool_tokens))
+        by_paper = read_as.scores(scorer.rate(reading, PAPER))
         return ours, Rating(by_paper, reading.certainty)
 
 

@@ -31,10 +31,12 @@ def test_every_way_is_measured_on_the_same_prompts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "found.json"
-    assert bench.main(["--prompts", "2", "--tokens", "1024", "--out", str(out)]) == 0
+    assert bench.main(["--prompts", "2", "--tokens", "2048", "--out", str(out)]) == 0
     rows = json.loads(out.read_text())["rows"]
     assert {row["prompts"] for row in rows} == {2}
     assert {row["named_by"] for row in rows} == set(bench.NAMED_BY)
-    by_way = {(row["named_by"], row["scored_by"]): row["kept_whole"] for row in rows}
-    assert by_way["the question", "echo"]["0.5"] == 1.0
-    assert "mean of look-ahead and echo" in capsys.readouterr().out
+    by_way = {(row["named_by"], row["scored_by"]): row for row in rows}
+    echoed = by_way["the question", "echo, squares"]
+    assert echoed["kept_whole"]["0.3"] == echoed["automatic"] == 1.0
+    assert echoed["automatic_keep"] < by_way["the question", "echo, maximum"]["automatic_keep"]
+    assert "automatic, which keeps" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -43,15 +44,25 @@ def echo_reference(
     model: PreTrainedModel, prompt: tuple[int, ...], echo: tuple[int, ...]
 ) -> Scores:
     """The mean pooled attention of the echo to the prompt alone, from one whole eager pass."""
+    scores: Scores = pooled_attention(model, prompt, echo, HEADS).mean(dim=(0, 1)).numpy()
+    return scores
+
+
+@torch.inference_mode()
+def pooled_attention(
+    model: PreTrainedModel,
+    prompt: tuple[int, ...],
+    echo: tuple[int, ...],
+    heads: Mapping[int, Sequence[int]],
+) -> torch.Tensor:
+    """[heads, echo, prompt], from one whole eager pass."""
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
     output = eager(torch.tensor([prompt + echo]), use_cache=False, output_attentions=True)
-    rows = [output.attentions[layer][0, list(some)] for layer, some in HEADS.items()]
+    rows = [output.attentions[layer][0, list(some)] for layer, some in heads.items()]
     weights = torch.cat(rows)[:, len(prompt) :, : len(prompt)]
     weights = weights / weights.sum(dim=-1, keepdim=True)
-    pooled = functional.avg_pool1d(weights, POOL, 1, POOL // 2)
-    scores: Scores = pooled.mean(dim=(0, 1)).numpy()
-    return scores
+    return functional.avg_pool1d(weights, POOL, 1, POOL // 2)
 
 
 def scored(
@@ -90,6 +101,17 @@ def test_an_echo_alone_asks_whatever_the_method(queries: Queries, llama: PreTrai
     (scores,) = scored(scorer, [prompt], [ECHO])
     expected = echo_reference(llama, prompt, ECHO)
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_all_heads_together_score_by_the_squares_of_their_attention(llama: PreTrainedModel) -> None:
+    prompt = prompt_of(150)
+    scorer = Scorer(as_draft(copy.deepcopy(llama)), 8, 64, POOL)
+    (scores,) = scored(scorer, [prompt], [ECHO])
+    every = dict.fromkeys(
+        range(llama.config.num_hidden_layers), range(llama.config.num_attention_heads)
+    )
+    expected = pooled_attention(llama, prompt, ECHO, every).square().mean(dim=(0, 1)).numpy()
+    np.testing.assert_allclose(scores, expected, rtol=1e-3, atol=1e-8)
 
 
 def test_it_does_not_change_how_sure_the_look_ahead_is(llama: PreTrainedModel) -> None:
