@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
@@ -9,11 +10,13 @@ from typing import Any, Self
 
 from ray.serve.config import AutoscalingContext
 
-from ..control.scaling.values import Engines, Observation, Pool, PoolState
+from ..control.scaling.values import Arrivals, Engines, Observation, Pool, PoolState
 from ..control.stages import DEFAULT_CURVES, StageCurves
 from .arrival_rates import Traffic
 from .signals import (
     CACHED_SHARE,
+    DECODE_SLOTS,
+    KV_TOKENS,
     OUTPUT_TOKEN_S,
     QUEUE_AGE_S,
     Signals,
@@ -21,10 +24,11 @@ from .signals import (
     curves_in,
 )
 
-GATEWAY = "Gateway"
-POOLS = {"Speculator": Pool.SPECULATOR, "Prefill": Pool.PREFILL, "Decode": Pool.DECODE}
+GATEWAY, DECODE = "Gateway", "Decode"
+POOLS = {"Speculator": Pool.SPECULATOR, "Prefill": Pool.PREFILL, DECODE: Pool.DECODE}
 STALE_S = 5.0  # replicas report every second
 _OUTPUT_TOKEN_S, _DECODE_SLOTS = 0.03, 32  # until they are known
+_FULL = 0.9  # of a decode replica's KV cache, at the mean: so that few answers are preempted
 
 Contexts = Mapping[Any, AutoscalingContext]
 
@@ -74,6 +78,11 @@ class LatestSignals:
         replicas = self.replicas.get(name, {}).values()
         return max((signals.get(QUEUE_AGE_S, 0.0) for signals in replicas), default=0.0)
 
+    def decode_signals(self) -> list[Signals]:
+        """Return the decode replicas' signals of what one of them holds."""
+        reports = self.replicas.get(DECODE, {}).values()
+        return [signals for signals in reports if KV_TOKENS in signals]
+
 
 def _latest_signals(context: AutoscalingContext, now_s: float) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
@@ -88,8 +97,10 @@ class ClusterObserver:
     """Makes observations; keeps the state that one needs from those before it."""
 
     def __init__(self, window_s: float, decode_slots: int | None) -> None:
+        """`decode_slots`: as configured; None: as the decode replicas report."""
         self._traffic = Traffic(window_s)
-        self._decode_slots = _DECODE_SLOTS if decode_slots is None else decode_slots
+        self._slots = _DECODE_SLOTS if decode_slots is None else decode_slots
+        self._kv_tokens = math.inf  # of one decode replica
 
     def observe(
         self, now_s: float, latest: LatestSignals, views: Mapping[Pool, PoolView]
@@ -99,27 +110,40 @@ class ClusterObserver:
         if gateways:
             counts = {name: arrivals_in(signals) for name, signals in gateways.items()}
             self._traffic.add_counts(now_s, counts)
+        arrivals = self._traffic.arrivals()
+        for signals in latest.decode_signals():  # all alike; remembered while the pool sleeps
+            self._slots, self._kv_tokens = int(signals[DECODE_SLOTS]), signals[KV_TOKENS]
         return Observation(
             now_s,
             self._traffic.since_s,
-            self._traffic.arrivals() if gateways else None,
+            arrivals if gateways else None,
             {
                 POOLS[name]: _pool_state(views[POOLS[name]], latest.queue_age_s(name))
                 for name in POOLS
                 if POOLS[name] in views
             },
-            self._engines(gateways.values()),
+            self._engines(gateways.values(), self._decode_slots(arrivals)),
         )
 
-    def _engines(self, gateways: Iterable[Signals]) -> Engines:
+    def _decode_slots(self, arrivals: Arrivals) -> int:
+        """Return the sequences that a decode replica runs at once, those its KV cache has room for.
+
+        As if no two shared a prefix.
+        """
+        if len(arrivals) == 0:
+            return self._slots
+        held_tokens = float((arrivals.kept_tokens + arrivals.output_tokens).mean())
+        return max(1, int(min(self._slots, _FULL * self._kv_tokens / held_tokens)))
+
+    def _engines(self, gateways: Iterable[Signals], decode_slots: int) -> Engines:
         """Return the gateways' learnt speeds, by medians: few requests do not outvote many."""
         learnt = list(gateways)
         if not learnt:
-            return Engines(DEFAULT_CURVES, _OUTPUT_TOKEN_S, self._decode_slots)
+            return Engines(DEFAULT_CURVES, _OUTPUT_TOKEN_S, decode_slots)
         return Engines(
             _median_curves([curves_in(signals) for signals in learnt]),
             median(signals[OUTPUT_TOKEN_S] for signals in learnt),
-            self._decode_slots,
+            decode_slots,
             median(signals[CACHED_SHARE] for signals in learnt),
         )
 

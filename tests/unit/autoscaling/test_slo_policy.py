@@ -10,6 +10,8 @@ from specprefill.autoscaling.gauges import PolicyGauges
 from specprefill.autoscaling.policy import SloPolicy
 from specprefill.autoscaling.signals import (
     CACHED_SHARE,
+    DECODE_SLOTS,
+    KV_TOKENS,
     OUTPUT_TOKEN_S,
     QUEUE_AGE_S,
     arrival_signals,
@@ -122,6 +124,25 @@ def test_the_core_observes_what_serve_and_the_replicas_report():
     assert wanted.slo.ttft_s == 1.0
     assert wanted.slo.share == 0.95
     assert wanted.pools[Pool.PREFILL].minimum == 2
+
+
+@pytest.mark.parametrize(
+    ("slots", "kv_tokens", "expected"),
+    [
+        (256, 1e6, 256),
+        (256, 100_000, 42),  # 0.9 of them, for 2,048 kept tokens and 91 of an answer
+        (256, 100, 1),
+    ],
+)
+def test_decode_slots_are_those_that_the_replicas_have_memory_for(slots, kv_tokens, expected):
+    seen = []
+    policy = SloPolicy(ARGS, recording(seen))
+    reports = {DECODE_SLOTS: slots, KV_TOKENS: kv_tokens}
+    for second, signals in enumerate((None, reports, None)):  # it sleeps in the end
+        contexts = cluster(NOW_S + second, arrived=10 * second)
+        contexts[DECODE] = context("Decode", signals=signals, at_s=NOW_S + second)[1]
+        policy(contexts)
+    assert [each.engines.decode_slots for each, _ in seen] == [32, expected, expected]
 
 
 def test_load_raises_the_targets_within_one_report():
