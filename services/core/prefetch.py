@@ -15,6 +15,7 @@ class _Prefetched(AsyncGenerator[Item]):
 
     def __init__(self, items: AsyncGenerator[Item], first: asyncio.Future[Item]) -> None:
         self._items = items
+        self._prefetched = first
         self._first: asyncio.Future[Item] | None = first
 
     def __anext__(self) -> Any:
@@ -31,7 +32,9 @@ class _Prefetched(AsyncGenerator[Item]):
         return self._items.athrow(*error)
 
     async def aclose(self) -> None:
-        """Do nothing: whoever prefetches closes the items."""
+        """Close the items once their first was read; until then whoever prefetches does."""
+        if self._first is None and self._prefetched.done():
+            await self._items.aclose()
 
 
 @asynccontextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from ray.serve.schema import ServeStatus
 logger = logging.getLogger(__name__)
 
 _MAX_AGE_S = 1.0  # asking the controller more often returns nothing new
+AFRESH_S = 2.0  # for an answer that a request waits for; one that lives answers in milliseconds
 
 
 class ServeHealth:
@@ -50,10 +52,15 @@ class ServeHealth:
         return self._counts or dict.fromkeys(self._pools, 0)
 
     async def count_afresh(self) -> Mapping[str, int]:
-        """Count as `count`, from an answer that the controller gives after this call."""
-        if self._reading is not None:
-            await asyncio.wait([self._reading])
-        await asyncio.wait([self._start_reading()])
+        """Count as `count`, from an answer that the controller gives after this call.
+
+        From one before it where the controller is away.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(AFRESH_S):
+                if self._reading is not None:
+                    await asyncio.wait([self._reading])
+                await asyncio.wait([self._start_reading()])
         return self._counts or dict.fromkeys(self._pools, 0)
 
     def _start_reading(self) -> asyncio.Task[None]:

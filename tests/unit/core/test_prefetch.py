@@ -1,6 +1,7 @@
 """An iterator that is started before it is read."""
 
 import asyncio
+from contextlib import aclosing
 
 import pytest
 
@@ -44,6 +45,14 @@ async def test_a_failure_comes_where_it_would(before):
             assert await anext(items) == wanted
         with pytest.raises(ValueError, match="late"):
             await anext(items)
+
+
+async def test_whoever_read_the_first_may_close_the_rest():
+    source = Source(1, 2, 3)
+    async with prefetch_first(source.stream()) as items:
+        async with aclosing(items):
+            assert await anext(items) == 1
+        assert source.ended
 
 
 async def test_an_unread_iterator_is_closed():

@@ -39,6 +39,7 @@ from specprefill.core.types import (
     dense_selection,
 )
 from specprefill.gateway.openai.failures import RpcFailed, rpc_failure
+from specprefill.gateway.pools import replica_counts
 from specprefill.gateway.pools.handles import (
     Carried,
     ServeDecoder,
@@ -346,6 +347,30 @@ async def test_the_newest_counts_are_not_remembered_ones() -> None:
     running[0] = 0
     assert await health.count() == {"speculator": 1}
     assert await health.count_afresh() == {"speculator": 0}
+
+
+async def test_no_request_waits_for_a_controller_that_is_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(replica_counts, "AFRESH_S", 0.1)
+    back, away = threading.Event(), False
+
+    def status() -> Any:
+        if away:
+            back.wait(30)
+        deployment = SimpleNamespace(replica_states={"RUNNING": 2})
+        application = SimpleNamespace(deployments={"Speculator": deployment})
+        return SimpleNamespace(applications={"app": application})
+
+    health = ServeHealth("app", {"speculator": "Speculator"}, status)
+    assert await health.count() == {"speculator": 2}
+    away = True
+    try:
+        async with asyncio.timeout(5):
+            for _ in range(2):  # the second one finds the first one's question under way
+                assert await health.count_afresh() == {"speculator": 2}
+    finally:
+        back.set()
 
 
 async def test_kv_that_ray_carries_goes_along_and_is_dropped_at_the_end() -> None:
