@@ -101,6 +101,7 @@ class Pipeline:
     overlap: bool = True  # decode pulls the KV while it is computed
     local: LocalPrefill | None = None  # None: every prompt is computed by the prefill pool
     texts: TextWriter | None = None  # None: no plan may have text mode
+    max_model_len: int | None = None  # of a prompt and its answer in an engine; None: any length
     attempts: int = ATTEMPTS
     now: Callable[[], float] = field(default=time.monotonic)
 
@@ -221,8 +222,12 @@ class Pipeline:
     async def _select(self, request: Request, deadline: Deadline, losses: _Losses) -> Selection:
         """Select tokens, and in text mode write them as a prompt of its own."""
         selection = await self._select_tokens(request, deadline, losses)
-        if selection.mode is not PromptMode.TEXT:
-            return selection
+        if selection.mode is PromptMode.TEXT:
+            selection = await self._write_text(request, selection)
+        self._check_room(selection)
+        return selection
+
+    async def _write_text(self, request: Request, selection: Selection) -> Selection:
         if self.texts is None:
             raise ValueError(f"request {request.request_id}: no text can be written here")
         written = await self.texts.write(request, selection)
@@ -232,6 +237,23 @@ class Pipeline:
         plan = Plan(PlanKind.DENSE, Reason.NO_GAIN, expected=selection.plan.expected)
         whole = keep_all(selection.prompt_tokens, plan).runs
         return replace(selection, runs=whole, plan=plan)
+
+    def _check_room(self, selection: Selection) -> None:
+        """Refuse what engines have no positions for: a prompt that was accepted to be cut shorter.
+
+        Raises SpeculatorUnavailable where it may fit later, else InvalidRequest.
+        """
+        if self.max_model_len is None or selection.engine_tokens < self.max_model_len:
+            return
+        reason = selection.plan.reason
+        message = (
+            f"prompt: {selection.engine_tokens} of its {selection.prompt_tokens} tokens are left "
+            f"({reason}); with its answer it must have at most {self.max_model_len} "
+            "(model.max_model_len)"
+        )
+        if reason is Reason.SPECULATOR_UNAVAILABLE:
+            raise SpeculatorUnavailable(message)
+        raise InvalidRequest(message, "prompt")
 
     async def _select_tokens(
         self, request: Request, deadline: Deadline, losses: _Losses

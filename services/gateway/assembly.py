@@ -104,6 +104,7 @@ class Gateway:
             texts=PromptTextWriter(
                 cached_tokenizer_from_config(front.model_config), self._config.selection.gap_mark
             ),
+            max_model_len=int(front.model_config.max_model_len),
         )
         self._admission = AdmissionControl(
             pipeline,

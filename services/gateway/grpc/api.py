@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import grpc
@@ -134,7 +134,9 @@ class GrpcApi:
         with self._guard_call(context, "Score") as call:
             prepared = await self._prepare(message, call)
             if not message.explain:
-                return score_message(await self._client.select(prepared.request))
+                # With its scores it is chosen by itself, and no conversation remembers it.
+                alone = replace(prepared.request, wants_scores=True)
+                return score_message(await self._client.select(alone))
             explained = await self._explainer.select(
                 prepared.request, prepared.prompt, prepared.context
             )

@@ -254,6 +254,7 @@ async def test_score_returns_what_would_be_kept(stub: Any, pipeline: Any) -> Non
     assert [(run.start, run.stop) for run in answer.kept] == [(0, 2), (4, 5)]
     assert (answer.decision.kept_tokens, answer.decision.reason) == (3, "asked")
     assert (answer.queue_s, answer.speculate_s) == (0.25, 0.5)
+    assert pipeline.requests[-1].wants_scores  # else a conversation would carry it over
 
 
 async def test_score_explains_itself_where_asked(stub: Any, pipeline: Any) -> None:

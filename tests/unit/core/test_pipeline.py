@@ -1,5 +1,6 @@
 """A request's way through the three pools, on the shipped fakes."""
 
+from contextlib import aclosing
 from dataclasses import replace
 
 import pytest
@@ -235,6 +236,14 @@ class TestOverlap:
         assert pools.decoder.replays == [((),), ((100,),)]
         assert pools.prefiller.released == 1
 
+    async def test_a_decode_that_diverged_is_closed_before_the_next_one_begins(self):
+        pools = self.pools(samples_first=7)
+        async with aclosing(pools.planned.generate(request())) as chunks:
+            async for chunk in chunks:
+                if 101 in chunk.token_ids:  # of the second one
+                    break
+            assert (len(pools.decoder.replays), pools.decoder.closed) == (2, 1)
+
     async def test_a_first_token_that_the_client_lacks_is_decodes_own(self):
         pools = self.pools(samples_first=7)
         assert tokens(await pools.run(hold_back_chars=3)) == [7, 101, 102, 103]
@@ -388,6 +397,27 @@ async def test_text_that_is_no_shorter_than_the_prompt_is_not_sent():
 async def test_no_other_prompt_is_written_as_text(controls, mode):
     chunks = await Pools().run(controls=controls)
     assert (chunks[-1].report.mode, chunks[-1].report.text_tokens) == (mode, None)
+
+
+@pytest.mark.parametrize(
+    ("controls", "fails", "refused"),
+    [
+        (Controls(keep=0.2, mode=PromptMode.TEXT), None, None),
+        (Controls(keep=0.8, mode=PromptMode.TEXT), None, InvalidRequest),
+        (Controls(keep=0.2), SpeculatorUnavailable("down"), SpeculatorUnavailable),
+    ],
+)
+async def test_a_prompt_that_is_too_long_without_pruning_is_refused_with_the_cause(
+    controls, fails, refused
+):
+    pools = Pools()
+    pools.pipeline.texts, pools.pipeline.max_model_len = FakeTextWriter(marks=0), 80
+    pools.speculator.fails = fails
+    if refused is None:
+        assert (await pools.run(controls=controls))[-1].report.kept_tokens == 20
+        return
+    with pytest.raises(refused, match=r"of its 100 tokens are left \(.+\).*at most 80"):
+        await pools.run(controls=controls)
 
 
 async def test_the_selection_alone_is_written_as_text_too():
