@@ -10,8 +10,10 @@ from typing import Any, cast
 
 from ray.util import get_node_ip_address
 
+from ..autoscaling.signals import DECODE_SLOTS, KV_TOKENS
 from ..config import AppConfig
 from ..core import heap
+from ..core.dead_replica import ends_when_dead
 from ..core.replica_logging import log_call, log_with_serve
 from ..core.types import DecodeStep, Replay, Request, Selection, Ticket
 from ..core.wire import pack, unpack
@@ -68,7 +70,11 @@ class DecodeReplica:
         """
         del load
         request, selection, ticket, replay, timeout_s = unpack(payload, _KIND)
-        with self._streams.track(), log_call(logger, "decode", request.request_id) as pairs:
+        with (
+            self._streams.track(),
+            ends_when_dead(self._is_dead),
+            log_call(logger, "decode", request.request_id) as pairs,
+        ):
             pairs |= {"output_tokens": 0, "open_samples": request.samples}
             async with self._tickets.make_local(ticket, objects) as local:
                 steps = self._service.decode(request, selection, local, replay, timeout_s)
@@ -77,9 +83,18 @@ class DecodeReplica:
                         _count_step(pairs, step)
                         yield pack(step)
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return the replica's input to the autoscaling policy."""
+        slots, tokens = self._service.max_num_seqs, self._service.kv_tokens
+        return {DECODE_SLOTS: float(slots), KV_TOKENS: float(tokens)}
+
     async def check_health(self) -> None:
-        """Raise Unavailable when the engine process is dead."""
-        await self._service.check_health()
+        """End this process when the engine's is dead."""
+        with ends_when_dead(self._is_dead):
+            await self._service.check_health()
+
+    def _is_dead(self) -> bool:
+        return self._service.is_dead
 
 
 def _count_step(pairs: dict[str, Any], step: DecodeStep) -> None:

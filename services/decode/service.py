@@ -76,9 +76,24 @@ class DecodeService:
         """Size of the engine's prefix cache in tokens; 0 when it is off."""
         return self._engine.prefix_cache_tokens()
 
+    @property
+    def max_num_seqs(self) -> int:
+        """The most sequences that the engine runs at once."""
+        return self._engine.max_num_seqs
+
+    @property
+    def kv_tokens(self) -> int:
+        """The most tokens that the engine's KV cache holds."""
+        return self._engine.kv_tokens
+
     async def carrier(self) -> Carrier:
         """Return the best carrier that every worker of the engine has."""
         return await self._engine.kv_carrier()
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether the engine's process has ended by itself."""
+        return self._engine.is_dead
 
     async def check_health(self) -> None:
         """Raise Unavailable when the engine is dead."""

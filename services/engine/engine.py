@@ -94,6 +94,11 @@ class Engine:
         with map_engine_errors(Unavailable):
             await self._running().check_health()
 
+    @property
+    def is_dead(self) -> bool:
+        """Whether it was started and its process has ended since."""
+        return self._llm is not None and self._llm.errored
+
     async def kv_addresses(self) -> list[str]:
         """Return the KV ports of the engine's workers, by rank; none on the decode side."""
         with map_engine_errors(Unavailable):
@@ -107,9 +112,18 @@ class Engine:
 
     def prefix_cache_tokens(self) -> int:
         """Size of the prefix cache in tokens; 0 when it is off."""
+        cached = self._running().vllm_config.cache_config.enable_prefix_caching
+        return self.kv_tokens if cached else 0
+
+    @property
+    def max_num_seqs(self) -> int:
+        """The most sequences that it runs at once."""
+        return int(self._running().vllm_config.scheduler_config.max_num_seqs)
+
+    @property
+    def kv_tokens(self) -> int:
+        """The most tokens that its KV cache holds."""
         cache = self._running().vllm_config.cache_config
-        if not cache.enable_prefix_caching:
-            return 0
         return int(cache.num_gpu_blocks * cache.block_size)
 
     @property

@@ -16,6 +16,7 @@ class IdlePrefill:
     kv_addresses: tuple[str, ...] = ()
     waiting_for_room = 0
     max_held_bytes = 0
+    is_dead = False
     _no_steps: tuple[Ticket, ...] = ()
 
     async def start(self) -> None:

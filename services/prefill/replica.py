@@ -12,6 +12,7 @@ from ..autoscaling.signals import QUEUE_AGE_S
 from ..autoscaling.waiting import Waiting
 from ..config import AppConfig
 from ..core import heap
+from ..core.dead_replica import ends_when_dead
 from ..core.replica_logging import log_call, log_with_serve
 from ..core.types import PrefillResult, Request, Selection
 from ..core.wire import pack, unpack
@@ -70,6 +71,7 @@ class PrefillReplica:
         request, selection, timeout_s = unpack(payload, tuple[Request, Selection, float])
         with (
             self._waiting.track(),
+            ends_when_dead(self._is_dead),
             log_call(logger, "prefill", request.request_id) as pairs,
         ):
             pairs["kept_tokens"] = selection.kept_tokens
@@ -102,5 +104,9 @@ class PrefillReplica:
         return {QUEUE_AGE_S: self._waiting.oldest_s()}
 
     async def check_health(self) -> None:
-        """Raise Unavailable when the engine process is dead."""
-        await self._service.check_health()
+        """End this process when the engine's is dead."""
+        with ends_when_dead(self._is_dead):
+            await self._service.check_health()
+
+    def _is_dead(self) -> bool:
+        return self._service.is_dead

@@ -12,6 +12,7 @@ from ..autoscaling.waiting import Waiting
 from ..config import AppConfig
 from ..control.from_config import kv_block_tokens
 from ..core import heap
+from ..core.dead_replica import ends_when_dead
 from ..core.errors import SpeculatorUnavailable
 from ..core.plan import can_choose, is_asked
 from ..core.replica_logging import log_call, log_with_serve
@@ -69,7 +70,7 @@ class SpeculatorReplica:
         request, plan, timeout_s = unpack(payload, tuple[Request, Plan, float])
         if not can_choose(self._facts_kept) and not is_asked(request.controls):
             return pack(dense_selection(len(request.prompt), Reason.SPECULATOR_UNFIT))
-        with self._waiting.track():
+        with self._waiting.track(), ends_when_dead(self._is_dead):
             return pack(await self._select(request, plan, timeout_s))
 
     async def _select(self, request: Request, plan: Plan, timeout_s: float) -> Selection:
@@ -102,9 +103,13 @@ class SpeculatorReplica:
         return {QUEUE_AGE_S: self._waiting.oldest_s()}
 
     async def check_health(self) -> None:
-        """Raise SpeculatorUnavailable when the serving loop has ended."""
-        if not self._service.is_running:
-            raise SpeculatorUnavailable("speculator: not running")
+        """End this process when the serving loop has failed."""
+        with ends_when_dead(self._is_dead):
+            if not self._service.is_running:
+                raise SpeculatorUnavailable("speculator: not running")
+
+    def _is_dead(self) -> bool:
+        return self._service.has_failed
 
     async def _test(self, main_path: str) -> None:
         """Run the self-test in the background: the replica serves meanwhile."""

@@ -6,8 +6,10 @@ import signal
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import httpx
+import psutil
 import pytest
 from ray.util.state import list_objects
 
@@ -76,6 +78,24 @@ def test_prompts_go_where_their_prefix_is_cached(app, client, long_prompt):
             spilled = cached_tokens(f"Who cannot wait for {uuid.uuid4().hex}?") == 0
         spilled = spilled or any(one.result() == 0 for one in busy)
     assert spilled
+
+
+@pytest.mark.parametrize("pool", ["Prefill", "Decode"])
+def test_a_replica_whose_engine_dies_draws_no_requests(app, chat, pool):
+    """There are two replicas of the pool since the first test; one of them is left."""
+    replica = psutil.Process(app.replica_pids(pool)[0])
+    (engine,) = [
+        each
+        for each in replica.children(recursive=True)
+        if "EngineCore" in " ".join(each.cmdline())
+    ]
+    with Load(partial(chat, **HANDED_OVER), pause_s=0) as load:
+        load.wait_for(2)
+        engine.kill()
+        load.wait_for(12)
+    assert load.failures == []
+    assert len({answer.choices[0].message.content for answer in load.answers}) == 1
+    replica.wait(10)  # its process has ended, too: Serve replaces it
 
 
 def test_pools_shrink_without_dropping_a_request(app, chat):
