@@ -289,9 +289,8 @@ class AdmissionConfig(Strict):
     # The SLO of first tokens that keep rates are lowered for. Leave it out where `slo` is set.
     ttft_s: Seconds | None = None
     keep_floor: Rate = 0.1  # for requests that name no floor and no rate of their own
-    # The bounds hold for all gateways together.
-    max_waiting: PositiveInt = 1024  # more are shed
-    max_waiting_per_key: PositiveInt = 256  # of one API key, where there are several
+    max_waiting: PositiveInt = 1024  # requests in the queue, over all gateways; more are shed
+    max_waiting_per_key: PositiveInt = 256  # likewise, of one API key, where there are several
     per_engine: PositiveInt = 2  # requests admitted for each speculator and prefill replica
     # One process decides for all gateways; while it is away, each gateway decides by an equal part
     # of the pools. `false`: always so. With one gateway, it decides by itself.

@@ -18,7 +18,9 @@ from ...control.stages import Curve, StageCurves
 
 _FLOPS, _HBM_BYTES_S = 0.5 * 989e12, 0.6 * 3.35e12
 _GPUS = 4  # of one prefill or decode replica
-_WORKER_BYTES_S = 1.7e9  # of this project's gRPC carrier: 1.2 to 2.2 GB/s a worker (docs/gpu.md)
+# Of a KV carrier, on two cores: 1.2 to 1.4 GB/s over gRPC, 1.3 to 2.2 over NIXL
+# (docs/performance.md).
+_WORKER_BYTES_S = 1.7e9
 _KV_TOKEN_BYTES = 80 * 2 * 8 * 128 * 2.0  # layers, keys and values, heads, dim, bytes
 _PULL_BYTES_S = _GPUS * _WORKER_BYTES_S
 _USED_BYTES = 0.9  # of a GPU's memory; vLLM's default
