@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import threading
 from contextlib import suppress
 
 from ..lab.reporting import charts
@@ -17,6 +18,22 @@ def rate(text: str) -> float:
         if 0 < float(text) <= 1:
             return float(text)
     raise argparse.ArgumentTypeError(f"must be a number above 0 and at most 1, not {text!r}")
+
+
+def positive_number(text: str) -> float:
+    """Parse a number above 0, as seconds that something can wait for. Raises ArgumentTypeError."""
+    with suppress(ValueError):
+        if 0 < float(text) <= threading.TIMEOUT_MAX:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a finite number above 0, not {text!r}")
+
+
+def zero_or_more(text: str) -> float:
+    """Parse 0 or a positive number. Raises ArgumentTypeError."""
+    with suppress(ValueError):
+        if float(text) == 0:
+            return 0.0
+    return positive_number(text)
 
 
 def require_charts() -> None:

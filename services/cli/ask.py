@@ -14,7 +14,7 @@ from ..client import grpc as grpc_caller
 from ..client import http as http_caller
 from ..client.question import CallFailed, ServiceQuestion, report_line
 from ..core.types import PromptMode, Span
-from .arguments import API_KEY_VARIABLE, rate
+from .arguments import API_KEY_VARIABLE, positive_number, rate
 from .exit_codes import Failed, Misused
 
 HTTP_URL = "http://127.0.0.1:8000"
@@ -65,7 +65,7 @@ def _add_question(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--model", metavar="NAME", help="default: the only model served")
     command.add_argument(
-        "--timeout", type=float, default=300.0, metavar="S",
+        "--timeout", type=positive_number, default=300.0, metavar="S",
         help="seconds to wait for the answer (default: %(default)g)",
     )  # fmt: skip
     how = command.add_mutually_exclusive_group()

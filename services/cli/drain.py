@@ -7,7 +7,8 @@ from typing import Any
 
 from ..deployment.local_ray import set_auth_mode
 from ..deployment.node_drain import DrainRefused, begin_drain, wait_until_empty
-from ..deployment.serve_api import ServeApi
+from ..deployment.serve_api import ServeApi, token_errors
+from .arguments import positive_number
 from .exit_codes import FAILED, OK, Failed
 from .serve import ProgressLines
 
@@ -24,7 +25,7 @@ def add_commands(commands: Any) -> None:
         "is left. A pod's preStop hook runs it (cluster/kuberay).",
     )
     drain.add_argument(
-        "--timeout", type=float, default=TIMEOUT_S, metavar="S",
+        "--timeout", type=positive_number, default=TIMEOUT_S, metavar="S",
         help="seconds to wait; Ray may end the node after that (default: %(default)g)",
     )  # fmt: skip
     drain.add_argument("--node-id", metavar="ID", help="another node's (default: this one)")
@@ -38,20 +39,24 @@ def run_drain(args: argparse.Namespace) -> int:
     import ray
 
     try:
-        context = ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+        with token_errors("the Ray cluster of this machine"):
+            context = ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
     except ConnectionError as error:
-        raise Failed(f"no Ray runs on this machine: {error}") from error
+        raise Failed(
+            f"no Ray runs on this machine, or it refuses this RAY_AUTH_TOKEN: {error}"
+        ) from error
     try:
         runtime = ray.get_runtime_context()
         node_id = args.node_id or runtime.get_node_id()
-        api = ServeApi(f"http://{context.dashboard_url}")
+        dashboard_url = f"http://{context.dashboard_url}"
         show(f"draining node {node_id}")
         begin_drain(runtime.gcs_address, node_id, args.timeout)
-        if wait_until_empty(api.details, node_id, args.timeout, show):
-            show("drained")
-            return OK
-        show("replicas are left; their requests will be cut off")
-        return FAILED
+        if not wait_until_empty(
+            lambda: ServeApi(dashboard_url).details(), node_id, args.timeout, show
+        ):
+            return FAILED
+        show("drained")
+        return OK
     except DrainRefused as error:
         raise Failed(f"Ray refused to drain: {error}") from error
     finally:

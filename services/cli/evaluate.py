@@ -16,7 +16,7 @@ from ..deployment.checked_yaml import InvalidFile
 from ..deployment.file import load
 from ..lab.evaluation.arms import Arm, arms_of
 from ..lab.families.catalog import FAMILIES, REAL_FAMILIES
-from .arguments import API_KEY_VARIABLE, rate, require_charts
+from .arguments import API_KEY_VARIABLE, positive_number, rate, require_charts
 from .exit_codes import Failed, Misused
 from .progress_bar import ProgressBar
 
@@ -83,7 +83,9 @@ def _add_subject(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--plain", action="store_true", help="the endpoint cannot prune: dense answers only"
     )
-    command.add_argument("--timeout", type=float, default=300.0, metavar="S", help="per request")
+    command.add_argument(
+        "--timeout", type=positive_number, default=300.0, metavar="S", help="per request"
+    )
     command.add_argument("--workers", type=int, default=1, metavar="N", help="requests at a time")
     command.add_argument(
         "--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N",

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
+from ..deployment.serve_api import TokenRefused
 from . import (
     ask,
     calibrate,
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Misused as error:
         print(error, file=sys.stderr)
         return MISUSED
-    except Failed as error:
+    except (Failed, TokenRefused) as error:
         print(f"specprefill: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:

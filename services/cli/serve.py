@@ -10,9 +10,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from ..core.errors import InvalidConfiguration
@@ -34,14 +35,22 @@ from ..deployment.local_ray import (
     open_cluster,
     port_in_use,
 )
-from ..deployment.serve_api import DASHBOARD_URL, DeploymentFailed, ServeApi
+from ..deployment.serve_api import (
+    DASHBOARD_URL,
+    DeploymentFailed,
+    ServeApi,
+    actors_with_requests,
+    snapshot_of,
+)
 from . import quickstart
+from .arguments import positive_number, zero_or_more
 from .draft_verdict import show_verdict
 from .exit_codes import MISUSED, OK, Failed, Misused
 
 START_TIMEOUT_S = 600.0
 DRAIN_TIMEOUT_S = 30.0
 DRAIN_POLL_S = 0.2
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _FINDING = re.compile(rf": ({'|'.join(Severity)}): ")
 _SILENT = {"VLLM_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error"}
 
@@ -77,11 +86,11 @@ def _add_serve(commands: Any) -> None:
         help="a folder, a GGUF file or a hub name; or a deployment file (*.yaml)",
     )  # fmt: skip
     serve.add_argument(
-        "--timeout", type=float, default=START_TIMEOUT_S, metavar="S",
+        "--timeout", type=positive_number, default=START_TIMEOUT_S, metavar="S",
         help="seconds to wait until all pools are healthy (default: %(default)g)",
     )  # fmt: skip
     serve.add_argument(
-        "--drain", type=float, default=DRAIN_TIMEOUT_S, metavar="S",
+        "--drain", type=zero_or_more, default=DRAIN_TIMEOUT_S, metavar="S",
         help="seconds that running requests get to end after the signal (default: %(default)g)",
     )  # fmt: skip
     quickstart.add_options(serve)
@@ -98,7 +107,7 @@ def _add_deploy(commands: Any) -> None:
     _add_file(deploy)
     _add_dashboard(deploy)
     deploy.add_argument(
-        "--timeout", type=float, default=START_TIMEOUT_S, metavar="S",
+        "--timeout", type=positive_number, default=START_TIMEOUT_S, metavar="S",
         help="seconds to wait until all pools are healthy (default: %(default)g)",
     )  # fmt: skip
     deploy.set_defaults(run=run_deploy)
@@ -151,10 +160,17 @@ def _describe(path: Path, file: DeploymentFile) -> None:
         print(f"{path}: {sentence}")
 
 
-def _check_beside(path: Path) -> subprocess.Popen[str]:
-    """Start `specprefill check` in a process of its own, whose memory ends with it."""
+@contextmanager
+def _check_beside(path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Run `specprefill check` in a process of its own, whose memory ends with it."""
     command = [sys.executable, "-m", "specprefill.cli", "check", str(path)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as checking:
+        try:
+            yield checking
+        finally:
+            checking.kill()  # where the start has ended before it
 
 
 def _await_check(checking: subprocess.Popen[str], path: Path, show: ProgressLines) -> None:
@@ -187,35 +203,50 @@ def run_serve(args: argparse.Namespace) -> int:
     _refuse_taken_ports(loaded.file)
     show("starting a local Ray cluster")
     stop = threading.Event()
-    with _check_beside(path) as checking, _local_ray(path) as ray:
-        _stop_on_signals(stop)
-        _await_check(checking, path, show)
-        api = ServeApi(ray.dashboard_url)
-        show(f"deploying {path} (dashboard {ray.dashboard_url})")
-        _deploy(api, loaded, args.timeout, show)
+    with _check_beside(path) as checking, _local_ray(path, stop, show) as ray:
+        with _interruptible(stop, show):
+            _await_check(checking, path, show)
+            api = _api(ray.dashboard_url)
+            show(f"deploying {path} (dashboard {ray.dashboard_url})")
+            _deploy(api, loaded, args.timeout, show)
         show("ready")
         print(how_to_call(loaded.file, ray.dashboard_url), flush=True)
         show_verdict(loaded.file, stop, show)
         stop.wait()
         stop.clear()
-        try:
-            _drain(ray, api, args.drain, stop, show)
-        except OSError as error:
-            show(f"Ray's dashboard does not answer ({error}): cutting off the remaining requests")
+        _drain(ray, api, args.drain, stop, show)
         show("stopping")
     show("stopped")
     return 0
 
 
 @contextmanager
-def _local_ray(file: Path) -> Iterator[LocalRay]:
-    ray = LocalRay(file=file)
-    try:
-        ray.start()
-    except StartFailed as error:
-        raise Failed(str(error)) from error
-    with closing(ray):
+def _local_ray(file: Path, stop: threading.Event, show: ProgressLines) -> Iterator[LocalRay]:
+    with closing(LocalRay(file=file)) as ray:
+        try:
+            with _interruptible(stop, show):  # by itself: Ray sets a handler of its own
+                ray.start()
+        except StartFailed as error:
+            raise Failed(str(error)) from error
         yield ray
+
+
+@contextmanager
+def _interruptible(stop: threading.Event, show: ProgressLines) -> Iterator[None]:
+    """Let SIGINT and SIGTERM end what runs inside, by Failed; after it, they set `stop`."""
+    _on_signals(signal.default_int_handler)
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as error:  # SystemExit: by Ray's own handler
+        show("stopping")
+        raise Failed("interrupted before the service was ready") from error
+    finally:
+        _on_signals(lambda *_: stop.set())
+
+
+def _on_signals(handler: Callable[[int, FrameType | None], Any]) -> None:
+    for number in _SIGNALS:
+        signal.signal(number, handler)
 
 
 def _drain(
@@ -223,14 +254,22 @@ def _drain(
 ) -> None:
     """Take no new requests and let running ones end; a second signal cuts them off."""
     show(f"taking no new requests; running requests get up to {timeout_s:g} s to end")
-    api.deploy(with_draining_gateways(api.deployed_applications()))
     give_up_s = time.monotonic() + timeout_s
+    draining, fault = False, ""
     while not stop.is_set() and time.monotonic() < give_up_s:
-        held = ray.count_requests(api.replica_actors(GATEWAY))
-        if api.snapshot().is_healthy and held == 0:
-            return
+        try:
+            if not draining:
+                api.deploy(with_draining_gateways(api.deployed_applications()))
+            draining, fault = True, ""
+            details = api.details()
+            held = ray.count_requests(actors_with_requests(GATEWAY, details))
+            now = snapshot_of(details)
+            if held == 0 and now.applications and not now.is_updating:
+                return
+        except OSError as error:
+            fault = f"Ray's dashboard does not answer ({error}): "
         stop.wait(DRAIN_POLL_S)
-    show("cutting off the remaining requests")
+    show(f"{fault}cutting off the remaining requests")
 
 
 def run_deploy(args: argparse.Namespace) -> int:
@@ -318,10 +357,5 @@ def _deploy(api: ServeApi, loaded: LoadedFile, timeout_s: float, show: ProgressL
 def _api(address: str) -> ServeApi:
     try:
         return ServeApi(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise Failed(f"no Ray dashboard at {address}: {error}") from error
-
-
-def _stop_on_signals(stop: threading.Event) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())

@@ -35,7 +35,7 @@ from ..lab.simulation.trace import (
     write_trace,
 )
 from ..lab.simulation.world import ReplicaFailure
-from .arguments import require_charts
+from .arguments import positive_number, require_charts, zero_or_more
 from .exit_codes import Misused
 
 KEEPS = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05)
@@ -66,14 +66,14 @@ def _add_simulate(commands: Any) -> None:
         "(default: %(default)s)",
     )  # fmt: skip
     _add_load(simulate, qps=20.0)
-    simulate.add_argument("--hours", type=float, default=1.0, help="default: %(default)g")
+    simulate.add_argument("--hours", type=positive_number, default=1.0, help="default: %(default)g")
     simulate.add_argument(
-        "--drift", type=float, default=1.0, metavar="FACTOR",
+        "--drift", type=positive_number, default=1.0, metavar="FACTOR",
         help="growth of the generated prompts from start to end (default: %(default)g)",
     )  # fmt: skip
     simulate.add_argument("--seed", type=int, default=1, help="default: %(default)d")
     simulate.add_argument(
-        "--cold-start", type=float, default=COLD_START_S, metavar="S",
+        "--cold-start", type=zero_or_more, default=COLD_START_S, metavar="S",
         help="seconds until a new replica is ready (default: %(default)g)",
     )  # fmt: skip
     simulate.add_argument(
@@ -125,7 +125,7 @@ def _add_load(
         help="median tokens, and the spread of their logarithm (default: 12000:0.5,200:0.6)",
     )  # fmt: skip
     command.add_argument(
-        "--slo", type=float, default=SLO.ttft_s, metavar="S",
+        "--slo", type=positive_number, default=SLO.ttft_s, metavar="S",
         help="seconds to the first token (default: %(default)g)",
     )  # fmt: skip
     command.add_argument(
@@ -247,8 +247,8 @@ def engines(text: str) -> Engines:
 def _trace(args: argparse.Namespace) -> Trace:
     if args.trace is None:
         seconds = args.hours * 3600
-        if args.qps <= 0.0 or seconds <= 0.0:
-            raise Misused("specprefill simulate: --qps and --hours must be above 0")
+        if args.qps <= 0.0:
+            raise Misused("specprefill simulate: --qps must be above 0")
         rate = SHAPES[args.shape](args.qps, seconds)
         return generate(rate, seconds, args.lengths, args.seed, drift=args.drift)
     try:
@@ -260,8 +260,8 @@ def _trace(args: argparse.Namespace) -> Trace:
 
 
 def _slo(args: argparse.Namespace) -> Slo:
-    if args.slo <= 0.0 or not 0.0 < args.share < 1.0:
-        raise Misused("specprefill: --slo must be above 0, and --share between 0 and 1")
+    if not 0.0 < args.share < 1.0:
+        raise Misused("specprefill: --share must be between 0 and 1")
     return Slo(args.slo, args.share)
 
 

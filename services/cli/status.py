@@ -25,7 +25,7 @@ from ..deployment.service_status import (
     usage_between,
     usage_so_far,
 )
-from .arguments import API_KEY_VARIABLE
+from .arguments import API_KEY_VARIABLE, positive_number
 from .exit_codes import FAILED, OK, Failed
 
 WATCH_S = 5.0
@@ -65,7 +65,7 @@ def add_commands(commands: Any) -> None:
     )  # fmt: skip
     status.add_argument("--json", action="store_true", help="print JSON, a line each time")
     status.add_argument(
-        "--watch", nargs="?", const=WATCH_S, type=float, metavar="S",
+        "--watch", nargs="?", const=WATCH_S, type=positive_number, metavar="S",
         help="show it again every S seconds (%(const)g) until Ctrl-C; requests and cost are then "
         "those since the start of the command",
     )  # fmt: skip
@@ -145,17 +145,22 @@ def run_status(args: argparse.Namespace) -> int:
         if args.watch is None:
             return _print(reader.read(), as_json=args.json)
         return _watch(reader, args.watch, as_json=args.json)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise Failed(f"no Ray dashboard at {args.address}: {error}") from error
 
 
 def _watch(reader: ClusterReader, every_s: float, *, as_json: bool) -> int:
     live = sys.stdout.isatty() and not as_json
     while True:
-        services = reader.read_again()
-        if live:
-            print(_HOME_AND_CLEAR, end="")
-        code = _print(services, as_json=as_json)
+        try:
+            services = reader.read_again()
+        except OSError as error:
+            print(f"specprefill: Ray's dashboard does not answer: {error}", file=sys.stderr)
+            code = FAILED
+        else:
+            if live:
+                print(_HOME_AND_CLEAR, end="")
+            code = _print(services, as_json=as_json)
         try:
             time.sleep(every_s)
         except KeyboardInterrupt:

@@ -158,25 +158,30 @@ class LocalRay:
         self.dashboard_url = f"http://{context.dashboard_url}"
 
     def count_requests(self, replica_actors: Sequence[str]) -> int:
-        """Count the requests that these replicas hold; one that is gone holds none."""
+        """Count the requests that these replicas hold.
+
+        One that is gone holds none; one that does not answer in time counts as holding one.
+        """
         import ray
-        from ray.exceptions import RayActorError
+        from ray.exceptions import GetTimeoutError, RayActorError
 
         held = 0
         for name in replica_actors:
             try:
                 actor = ray.get_actor(name, namespace="serve")
                 held += ray.get(actor.get_num_ongoing_requests.remote(), timeout=ASK_TIMEOUT_S)
+            except GetTimeoutError:
+                held += 1
             except (RayActorError, ValueError):  # ValueError: no actor of this name any more
                 continue
         return held
 
     def close(self) -> None:
         """Drain the replicas, stop the node, and leave the environment as it was. Idempotent."""
-        import ray
-        from ray import serve
+        ray = sys.modules.get("ray")  # None: a signal may have interrupted its import
+        if ray is not None and ray.is_initialized():
+            from ray import serve
 
-        if ray.is_initialized():
             serve.shutdown()
             ray.shutdown()
         if self._environ_before is not None:

@@ -37,17 +37,27 @@ def wait_until_empty(
     now: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> bool:
-    """Wait until no replica is left on the node. False if `timeout_s` passed first."""
+    """Wait until no replica is left on the node. False, and shown why, after `timeout_s`.
+
+    `details` may raise OSError: it is asked again.
+    """
     give_up_s = now() + timeout_s
-    shown: list[str] = []
+    shown = ""
     while True:
-        left = replicas_on(details(), node_id)
-        if not left:
-            return True
-        if left != shown:
-            show(f"waiting for {', '.join(left)}")
-        shown = left
+        try:
+            left = replicas_on(details(), node_id)
+        except OSError as error:
+            waiting = "waiting for Ray's dashboard, which does not answer"
+            reason = f"Ray's dashboard does not answer: {error}"
+        else:
+            if not left:
+                return True
+            waiting, reason = f"waiting for {', '.join(left)}", "replicas are left"
+        if waiting != shown:
+            show(waiting)
+        shown = waiting
         if now() >= give_up_s:
+            show(f"{reason}; requests here will be cut off")
             return False
         sleep(POLL_S)
 

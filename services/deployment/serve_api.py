@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,27 @@ _ERROR = re.compile(r"[A-Za-z_][\w.]*: \S")  # the start of a traceback's last l
 
 class DeploymentFailed(Exception):
     """The application did not become healthy; the message names the part and the reason."""
+
+
+class TokenRefused(Exception):
+    """A Ray cluster does not accept this process's token; the message names the remedy."""
+
+    def __init__(self, cluster: str) -> None:
+        super().__init__(
+            f"{cluster}: Ray's token is missing or wrong here: "
+            "set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file with it"
+        )
+
+
+@contextmanager
+def token_errors(cluster: str) -> Iterator[None]:
+    """Raise TokenRefused for Ray's own error."""
+    from ray.exceptions import AuthenticationError
+
+    try:
+        yield
+    except AuthenticationError as error:
+        raise TokenRefused(cluster) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +84,11 @@ class Snapshot:
         running = all(status == "RUNNING" for status in self.applications.values())
         return bool(self.applications) and running and all(pool.is_healthy for pool in self.pools)
 
+    @property
+    def is_updating(self) -> bool:
+        """Whether a deployed change still waits for a replica; a pool that only grows does not."""
+        return "DEPLOYING" in self.applications.values()
+
     def failure(self) -> str | None:
         """Return why this will not become healthy by waiting, or None."""
         for name, status in self.applications.items():
@@ -79,7 +106,11 @@ class Snapshot:
 
 
 class ServeApi:
-    """Serve's REST API on a running Ray cluster."""
+    """Serve's REST API on a running Ray cluster.
+
+    Every call may raise TokenRefused, OSError (the dashboard does not answer now; it may later), or
+    RuntimeError (it refuses the call).
+    """
 
     def __init__(self, dashboard_url: str) -> None:
         set_auth_mode()
@@ -96,7 +127,18 @@ class ServeApi:
                 targets: list[dict[str, Any]] = answer.json()
                 return targets
 
-        self._client = Dashboard(dashboard_url)
+            def _do_request(self, *args: Any, **options: Any) -> Any:
+                with token_errors(dashboard_url):
+                    return super()._do_request(*args, **options)
+
+            def _raise_error(self, answer: Any) -> None:
+                if answer.status_code >= 500:  # e.g. while Serve's controller restarts
+                    reason = _last_lines(answer.text)
+                    raise ConnectionError(f"status {answer.status_code}: {reason}")
+                super()._raise_error(answer)
+
+        with token_errors(dashboard_url):
+            self._client = Dashboard(dashboard_url)
 
     def deploy(self, raw: Mapping[str, Any]) -> None:
         """Make the cluster run exactly the applications of a deployment file."""
@@ -107,8 +149,14 @@ class ServeApi:
         return snapshot_of(self.details())
 
     def deployed_applications(self) -> dict[str, Any]:
-        """Return the running applications, as they were deployed."""
+        """Return the running applications, as they were deployed.
+
+        Raises ConnectionError where there are none: so the dashboard answers while it does not
+        find Serve's controller.
+        """
         applications = self.details().get("applications", {}).values()
+        if not applications:
+            raise ConnectionError("it knows no application")
         return {"applications": [each["deployed_app_config"] for each in applications]}
 
     def details(self) -> dict[str, Any]:
@@ -124,21 +172,8 @@ class ServeApi:
 
     def replica_pids(self, pool: str) -> list[int]:
         """Return the processes of a pool's running replicas, in any application."""
-        return [replica["pid"] for replica in self._replicas(pool)]
-
-    def replica_actors(self, pool: str) -> list[str]:
-        """Return the actor names of a pool's running replicas."""
-        return [replica["actor_name"] for replica in self._replicas(pool)]
-
-    def _replicas(self, pool: str) -> list[dict[str, Any]]:
-        applications = self.details().get("applications", {})
-        return [
-            replica
-            for application in applications.values()
-            for name, deployment in application["deployments"].items()
-            for replica in deployment["replicas"]
-            if name == pool and replica["state"] == "RUNNING"
-        ]
+        replicas = replicas_of(pool, self.details())
+        return [replica["pid"] for replica in replicas if replica["state"] == "RUNNING"]
 
     def wait_healthy(self, timeout_s: float, show: Callable[[str], None]) -> Snapshot:
         """Poll until every pool is healthy; `show` gets each change. Raises DeploymentFailed."""
@@ -191,6 +226,27 @@ def snapshot_of(details: Mapping[str, Any]) -> Snapshot:
         {name: application["status"] for name, application in applications.items()},
         {name: application["message"] for name, application in applications.items()},
     )
+
+
+def replicas_of(pool: str, details: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a pool's replicas in any application and any state, from Serve's own answer."""
+    return [
+        replica
+        for application in details.get("applications", {}).values()
+        for name, deployment in application["deployments"].items()
+        for replica in deployment["replicas"]
+        if name == pool
+    ]
+
+
+def actors_with_requests(pool: str, details: Mapping[str, Any]) -> list[str]:
+    """Return the actor names of a pool's replicas that may hold requests.
+
+    One that stops, or takes a new configuration, answers what it had begun; one that starts has
+    received nothing yet, and would let a question wait.
+    """
+    replicas = replicas_of(pool, details)
+    return [each["actor_name"] for each in replicas if each["state"] != "STARTING"]
 
 
 def _last_lines(message: str) -> str:

@@ -28,8 +28,9 @@ from .collector import Collector
 
 START_TIMEOUT_S = 300.0
 EXPORT_S = 2.0  # how often Ray exports metrics; ten seconds unless it is set
-STOP_TIMEOUT_S = 90.0
 PATIENCE_S = 240.0  # between two tokens: engines that start take all of the cores
+DRAIN_S = 240.0  # streams end however slow they are
+STOP_TIMEOUT_S = DRAIN_S + 90.0
 SPECULATOR_TIMEOUT_S = 5.0  # longer than a dead replica is taken for a living one
 BIN = Path(sys.executable).parent
 KEEP = 0.2
@@ -138,7 +139,10 @@ def app(root, tmp_path_factory, collector):
     raw["applications"][0]["runtime_env"]["env_vars"] |= tracing(collector)
     file.write_text(yaml.safe_dump(raw))
     server = subprocess.Popen(
-        [BIN / "specprefill", "serve", file, "--timeout", str(START_TIMEOUT_S)],
+        [
+            BIN / "specprefill", "serve", file,
+            "--timeout", str(START_TIMEOUT_S), "--drain", str(DRAIN_S),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -147,7 +151,7 @@ def app(root, tmp_path_factory, collector):
             "PYTHONUNBUFFERED": "1",
             "RAY_metrics_report_interval_ms": str(int(1000 * EXPORT_S)),
         },
-    )
+    )  # fmt: skip
     try:
         dashboard_url = _dashboard_url(server)
         app = App(file, http_port, grpc_port, dashboard_url, server.pid, ServeApi(dashboard_url))

@@ -9,7 +9,7 @@ from specprefill.deployment.file import SLO_POLICY
 from .conftest import POOLS
 from .load import Load
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)  # with the stop, whose streams may be slow
 
 
 def test_an_slo_sizes_the_pools(app, chat):

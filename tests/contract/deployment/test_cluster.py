@@ -1,8 +1,10 @@
 """Warnings about an open Ray cluster, and errors of one that does not start."""
 
 import os
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 
 import pytest
 
@@ -43,6 +45,39 @@ def test_a_ray_that_does_not_start_is_one_clear_sentence(monkeypatch):
     before = dict(os.environ)
     with pytest.raises(StartFailed, match=r"did not start on this machine: The node was not"):
         LocalRay().start()
+    assert dict(os.environ) == before
+
+
+def test_a_gateway_that_does_not_answer_in_time_counts_as_holding_a_request(monkeypatch):
+    import ray
+    from ray.exceptions import GetTimeoutError
+
+    class Actor:
+        def __init__(self, name, namespace):
+            if name == "gone":
+                raise ValueError(f"no actor {name}")
+            self.get_num_ongoing_requests = SimpleNamespace(remote=lambda: name)
+
+    def get(name, timeout):
+        if name == "busy":
+            raise GetTimeoutError("10 s")
+        return 2
+
+    monkeypatch.setattr(ray, "get_actor", Actor)
+    monkeypatch.setattr(ray, "get", get)
+    assert LocalRay().count_requests(["gone", "answers", "busy"]) == 3
+
+
+def test_a_start_that_ended_while_ray_was_imported_leaves_nothing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    before = dict(os.environ)
+    local = LocalRay()
+    with pytest.raises(ImportError):
+        local.start()
+    folder = local._folder
+    assert folder.exists()
+    local.close()
+    assert not folder.exists()
     assert dict(os.environ) == before
 
 

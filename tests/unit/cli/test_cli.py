@@ -41,6 +41,16 @@ def test_the_version_is_printed(capsys):
         ["ask", "--keep", "half", "x"],
         ["ask", "--keep", "0.5", "--dense", "x"],
         ["serve"],
+        ["serve", "f.yaml", "--timeout", "nan"],
+        ["serve", "f.yaml", "--drain", "-1"],
+        ["deploy", "f.yaml", "--timeout", "-5"],
+        ["drain", "--timeout", "inf"],
+        ["status", "--watch", "-1"],
+        ["status", "--watch", "0"],
+        ["status", "--watch", "nan"],
+        ["ask", "--timeout", "0", "x"],
+        ["simulate", "--hours", "nan"],
+        ["plan", "--slo", "nan"],
     ],
 )
 def test_misuse_ends_with_2(capsys, argv):
@@ -48,6 +58,18 @@ def test_misuse_ends_with_2(capsys, argv):
         cli.main(argv)
     assert ended.value.code == 2
     assert "usage: specprefill" in capsys.readouterr().err
+
+
+def test_an_unusable_time_is_named(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["status", "--watch", "-1"])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith("argument --watch: must be a finite number above 0, not '-1'")
+
+
+def test_a_drain_may_take_no_time():
+    args = cli.parser().parse_args(["serve", "f.yaml", "--drain", "0"])
+    assert args.drain == 0.0
 
 
 def test_a_question_is_needed(capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import requests
 
 from specprefill.cli import main as cli
 from specprefill.cli import status
@@ -132,9 +133,35 @@ def test_a_watch_counts_from_its_own_start_and_ends_with_ctrl_c(cluster, capsys,
     assert all(service["cost"]["saved"] == pytest.approx(0.3077, abs=1e-3) for service in later)
 
 
-def test_an_unreachable_dashboard_is_an_error(capsys, monkeypatch):
+def test_a_watch_outlasts_a_dashboard_that_restarts(cluster, capsys, monkeypatch):
+    answer = Api.details
+    answers = iter([answer, None, answer])
+
+    def details(api):
+        answered = next(answers)
+        if answered is None:
+            raise requests.ConnectionError("refused")
+        return answered(api)
+
+    naps = iter([None, None, KeyboardInterrupt()])
+
+    def sleep(_seconds):
+        ended = next(naps)
+        if ended is not None:
+            raise ended
+
+    monkeypatch.setattr(Api, "details", details)
+    monkeypatch.setattr(status.time, "sleep", sleep)
+    assert cli.main(["status", "--watch", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 2
+    assert printed.err == "specprefill: Ray's dashboard does not answer: refused\n"
+
+
+@pytest.mark.parametrize("error", [ConnectionError, requests.ConnectionError])
+def test_an_unreachable_dashboard_is_an_error(capsys, monkeypatch, error):
     def refuse(address):
-        raise ConnectionError("refused")
+        raise error("refused")
 
     monkeypatch.setattr(status, "ServeApi", refuse)
     assert cli.main(["status", "--address", "http://127.0.0.1:1"]) == 1

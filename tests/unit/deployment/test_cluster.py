@@ -9,7 +9,12 @@ import requests
 from specprefill.deployment import local_ray
 from specprefill.deployment.front import FILE_VARIABLE
 from specprefill.deployment.local_ray import SHORT_PATHS, open_cluster, port_range
-from specprefill.deployment.serve_api import DeploymentFailed, ServeApi, snapshot_of
+from specprefill.deployment.serve_api import (
+    DeploymentFailed,
+    ServeApi,
+    actors_with_requests,
+    snapshot_of,
+)
 
 
 def details(app_status="RUNNING", status="HEALTHY", states=("RUNNING",), target=1, message=""):
@@ -23,7 +28,10 @@ def details(app_status="RUNNING", status="HEALTHY", states=("RUNNING",), target=
                         "status": status,
                         "message": message,
                         "target_num_replicas": target,
-                        "replicas": [{"state": state} for state in states],
+                        "replicas": [
+                            {"state": state, "pid": 100 + number, "actor_name": f"actor-{number}"}
+                            for number, state in enumerate(states)
+                        ],
                     }
                 },
             }
@@ -121,6 +129,24 @@ def test_a_message_without_an_error_is_shown_by_its_end():
     failure = snapshot_of(details(status="UPDATING", message=message)).failure()
     assert failure.splitlines()[-1] == "frame 49"
     assert len(failure.splitlines()) == 12
+
+
+@pytest.mark.parametrize(("status", "updating"), [("DEPLOYING", True), ("RUNNING", False)])
+def test_a_pool_that_grows_is_no_update(status, updating):
+    growing = details(status, "UPSCALING", states=("RUNNING", "STARTING"), target=2)
+    assert snapshot_of(growing).is_updating is updating
+    assert not snapshot_of(growing).is_healthy
+
+
+def test_a_replica_that_stops_may_still_hold_requests():
+    states = ("RUNNING", "STARTING", "STOPPING", "UPDATING", "RECOVERING", "PENDING_MIGRATION")
+    held = actors_with_requests("Prefill", details(states=states))
+    assert held == ["actor-0", "actor-2", "actor-3", "actor-4", "actor-5"]
+    assert actors_with_requests("Gateway", details(states=states)) == []
+
+
+def test_processes_are_those_that_run(api):
+    assert api(details(states=("STOPPING", "RUNNING"))).replica_pids("Prefill") == [101]
 
 
 def test_waiting_shows_each_change_once(api):

@@ -1,6 +1,7 @@
 """A node is drained when Serve has no replica there any more."""
 
 import pytest
+import requests
 
 from specprefill.deployment.node_drain import replicas_on, wait_until_empty
 
@@ -34,6 +35,8 @@ def waiting(states, clock, timeout_s=10.0):
 
     def read():
         last[0] = next(states, last[0])
+        if isinstance(last[0], Exception):
+            raise last[0]
         return last[0]
 
     ended = wait_until_empty(read, "here", timeout_s, lines.append, now=clock, sleep=clock.sleep)
@@ -54,6 +57,26 @@ def test_it_ends_with_the_last_replica_and_shows_each_change_once(clock):
 
 
 def test_it_gives_up_after_its_time(clock):
-    ended, _ = waiting([details(("a", "here"))] * 100, clock, timeout_s=5.0)
+    ended, lines = waiting([details(("a", "here"))] * 100, clock, timeout_s=5.0)
     assert not ended
     assert clock.now_s == 5.0
+    assert lines == ["waiting for a", "replicas are left; requests here will be cut off"]
+
+
+DROPPED = requests.ConnectionError("refused")
+SILENT = "waiting for Ray's dashboard, which does not answer"
+
+
+def test_it_asks_again_where_the_dashboard_does_not_answer(clock):
+    ended, lines = waiting([DROPPED, DROPPED, details(("a", "here")), DROPPED, details()], clock)
+    assert ended
+    assert lines == [SILENT, "waiting for a", SILENT]
+
+
+def test_it_names_a_dashboard_that_did_not_answer_to_the_end(clock):
+    ended, lines = waiting([DROPPED], clock, timeout_s=5.0)
+    assert not ended
+    assert clock.now_s == 5.0
+    assert lines == [
+        SILENT, "Ray's dashboard does not answer: refused; requests here will be cut off",
+    ]  # fmt: skip
