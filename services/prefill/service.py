@@ -141,6 +141,11 @@ class PrefillService:
         """Prefills that wait until their KV has room."""
         return self._room.waiting
 
+    @property
+    def is_dead(self) -> bool:
+        """Whether the engine's process has ended by itself."""
+        return self._engine.is_dead
+
     async def check_health(self) -> None:
         """Raise Unavailable when the engine is dead."""
         await self._engine.check_health()
