@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import grpc
 
+from .recent import MOST, Recent
 from .tls import MutualTls, TlsSource
 
 OPTIONS: list[tuple[str, int | str]] = [
@@ -17,33 +20,42 @@ OPTIONS: list[tuple[str, int | str]] = [
 
 
 class Channels:
-    """Channels to peers, opened when first asked for and kept. Thread-safe.
+    """Channels to peers, opened when first asked for. Thread-safe.
 
-    After a change of certificates a peer's next call opens a new channel; the one before is
-    closed at the change after that, when its calls have ended long since.
+    They are kept as `Recent` does: one that calls use is not closed. After a change of
+    certificates a peer's next call opens a new channel; the one before is closed at the change
+    after that, when its calls have ended long since.
     """
 
-    def __init__(self, tls: TlsSource | None) -> None:
+    def __init__(self, tls: TlsSource | None, most: int = MOST) -> None:
         self._tls = tls
-        self._opened: dict[tuple[str, int], grpc.Channel] = {}
+        self._opened: Recent[tuple[str, int], grpc.Channel] = Recent(most)
         self._retired: list[grpc.Channel] = []
         self._used: MutualTls | None = None
         self._lock = threading.Lock()
 
-    def channel_to(self, peer: str, part: int = 0) -> grpc.Channel:
-        """Return the channel to `peer`, `host:port`; each `part` is a connection of its own."""
+    def stream(self, peer: str, method: str, message: bytes, part: int = 0) -> Any:
+        """Start a call that `peer`, `host:port`, answers with a stream.
+
+        Each `part` is a connection of its own.
+        """
         with self._lock:
             self._retire_if_changed()
-            if (peer, part) not in self._opened:
-                self._opened[peer, part] = open_channel(peer, self._used)
-            return self._opened[peer, part]
+            channel = self._opened.get((peer, part))
+            if channel is None:
+                channel = open_channel(peer, self._used)
+            start: Any = channel.unary_stream(method)
+            call = start(message)
+            self._opened.use((peer, part), channel, call)
+            for unused in self._opened.take_unused():
+                unused.close()
+            return call
 
     def close(self) -> None:
         """Close every channel; calls under way fail."""
         with self._lock:
-            for opened in (*self._opened.values(), *self._retired):
+            for opened in (*self._opened.take_all(), *self._retired):
                 opened.close()
-            self._opened.clear()
             self._retired.clear()
 
     def _retire_if_changed(self) -> None:
@@ -52,36 +64,63 @@ class Channels:
             return
         for retired in self._retired:
             retired.close()
-        self._retired = list(self._opened.values())
-        self._opened.clear()
+        self._retired = self._opened.take_all()
         self._used = now
 
 
 class AioChannels:
-    """Channels of an asyncio program, one per peer; otherwise as `Channels`."""
+    """Channels of an asyncio program, one per peer; otherwise as `Channels`.
 
-    def __init__(self, tls: TlsSource | None) -> None:
+    A call that outlasts two changes of certificates, as a watch does, ends with its channel:
+    grpc.aio then raises CancelledError, although nobody has cancelled its task.
+    """
+
+    def __init__(self, tls: TlsSource | None, most: int = MOST) -> None:
         self._tls = tls
-        self._opened: dict[str, grpc.aio.Channel] = {}
+        self._opened: Recent[str, grpc.aio.Channel] = Recent(most)
         self._retired: list[grpc.aio.Channel] = []
         self._used: MutualTls | None = None
 
-    async def channel_to(self, peer: str) -> grpc.aio.Channel:
-        """Return the channel to `peer`, `host:port`."""
-        now = None if self._tls is None else self._tls.current()
-        if now is not self._used:
-            outdated, self._retired = self._retired, list(self._opened.values())
-            self._opened, self._used = {}, now
-            await _close_all(outdated)
-        if peer not in self._opened:
-            self._opened[peer] = open_aio_channel(peer, self._used)
-        return self._opened[peer]
+    async def stream(self, peer: str, method: str, message: bytes) -> Any:
+        """Start a call that `peer`, `host:port`, answers with a stream."""
+        return await self._start(peer, lambda channel: channel.unary_stream(method), message)
+
+    async def ask(self, peer: str, method: str, message: bytes, timeout_s: float) -> Any:
+        """Start a call with one answer, to be awaited."""
+        return await self._start(
+            peer, lambda channel: channel.unary_unary(method), message, timeout_s
+        )
 
     async def close(self) -> None:
         """Close every channel."""
-        channels = [*self._opened.values(), *self._retired]
-        self._opened, self._retired = {}, []
+        channels = [*self._opened.take_all(), *self._retired]
+        self._retired = []
         await _close_all(channels)
+
+    async def _start(
+        self,
+        peer: str,
+        bind: Callable[[grpc.aio.Channel], Any],
+        message: bytes,
+        timeout_s: float | None = None,
+    ) -> Any:
+        outdated = self._retire_if_changed()
+        channel = self._opened.get(peer)
+        if channel is None:
+            channel = open_aio_channel(peer, self._used)
+        call = bind(channel)(message, timeout=timeout_s)
+        self._opened.use(peer, channel, call)
+        await _close_all([*outdated, *self._opened.take_unused()])
+        return call
+
+    def _retire_if_changed(self) -> list[grpc.aio.Channel]:
+        """Return the channels to close now."""
+        now = None if self._tls is None else self._tls.current()
+        if now is self._used:
+            return []
+        outdated, self._retired = self._retired, self._opened.take_all()
+        self._used = now
+        return outdated
 
 
 async def _close_all(channels: list[grpc.aio.Channel]) -> None:

@@ -145,6 +145,8 @@ class Keeper:
                 self._leases.open(*values)
             case "append":
                 self._append(Piece(*values))
+            case "complete":
+                self._leases.complete(*values)
             case "announce":
                 lease_id, tokens = values
                 self._announcements.announce(Announcement(lease_id, tokens, self._fingerprint))

@@ -107,7 +107,7 @@ class KeeperLink:
         self._outbox.put((msgpack.packb(["append", *astuple(piece)]), copied))
 
     def ask(self, verb: str, *values: str | int) -> None:
-        """Queue a request: open, announce, issue, release or drop."""
+        """Queue a request: open, complete, announce, issue, release or drop."""
         self._outbox.put((msgpack.packb([verb, *values]), None))
 
     def close(self) -> None:

@@ -109,10 +109,16 @@ class LeaseStore:
             self._bytes_held += size
             self._staged_bytes += size
             if last:
-                lease.frames_expected = len(lease.frames)
-                lease.complete_s = self._now()
-                self._restart_clock(lease)
+                self._complete(lease)
             lease.changed.notify_all()
+
+    def complete(self, lease_id: str) -> None:
+        """Note that no frame follows: those that read the lease, if any, need not wait."""
+        with self._lock:
+            lease = self._leases.get(lease_id)
+            if lease is not None:
+                self._complete(lease)
+                lease.changed.notify_all()
 
     def issue(self, lease_id: str) -> None:
         """Note that the lease's ticket was issued: from now on it expires unless claimed."""
@@ -250,6 +256,11 @@ class LeaseStore:
             self._totals["pulled"] += whole
             if self._leases.get(lease_id) is lease:
                 self._restart_clock(lease)
+
+    def _complete(self, lease: _Lease) -> None:
+        lease.frames_expected = len(lease.frames)
+        lease.complete_s = self._now()
+        self._restart_clock(lease)
 
     def _restart_clock(self, lease: _Lease) -> None:
         """Restart the clock; a lease still being computed, or not issued yet, has none."""

@@ -52,8 +52,8 @@ class KvClient:
         self._channels.close()
 
     def _stream(self, endpoint: str, query: PullQuery) -> KvStream:
-        call: Any = self._channels.channel_to(endpoint, query.part).unary_stream(PULL)
-        return KvStream(call(query.pack()), query.lease_id, query.timeout_s)
+        call = self._channels.stream(endpoint, PULL, query.pack(), query.part)
+        return KvStream(call, query.lease_id, query.timeout_s)
 
 
 class KvPull:

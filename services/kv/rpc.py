@@ -309,13 +309,17 @@ class KvPeers:
         return all(await self._at_every_rank(RENEW, ticket.endpoints, ticket.lease))
 
     async def announcements(self, peer: str) -> AsyncGenerator[Announcement]:
-        """Yield the announcements of `peer` from now on; end when it is gone."""
-        watch: Any = (await self._channels.channel_to(peer)).unary_stream(WATCH)
+        """Yield the announcements of `peer` from now on; end when it, or its channel, is gone."""
         try:
-            async for message in watch(b""):
+            async for message in await self._channels.stream(peer, WATCH, b""):
                 yield Announcement(**msgpack.unpackb(message))
         except grpc.aio.AioRpcError:
             return
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            return  # the channel was closed: see `AioChannels`
 
     async def drain(self, peer: str, timeout_s: float) -> bool:
         """Wait until `peer` holds nothing. False if `timeout_s` passed first."""
@@ -342,8 +346,8 @@ class KvPeers:
     async def _call(
         self, peer: str, method: str, query: dict[str, Any], timeout_s: float, *, if_gone: Any
     ) -> Any:
-        call: Any = (await self._channels.channel_to(peer)).unary_unary(method)
+        call = await self._channels.ask(peer, method, msgpack.packb(query), timeout_s)
         try:
-            return msgpack.unpackb(await call(msgpack.packb(query), timeout=timeout_s))
+            return msgpack.unpackb(await call)
         except grpc.aio.AioRpcError:
             return if_gone

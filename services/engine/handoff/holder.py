@@ -54,16 +54,14 @@ class Holder:
     def stage(self, layer_name: str, orders: Orders) -> None:
         """Copy one layer's new tokens of every staged request, from the registered cache.
 
-        A layer may have another view of it: MLA's has no dimension of heads.
+        A layer may have another view of it: MLA's has no dimension of heads. A worker that nobody
+        pulls from holds leases without KV: it announces as any other, and is not waited for.
         """
-        if self._readers == 0:
-            return
         layer = self._caches.layers[layer_name]
         for order in orders.stages:
             if order.start == 0 and layer == self._layers[0]:
                 self._keeper.ask("open", order.lease.id, order.lease.secret)
-            last_layer = layer == self._layers[-1] and not self._caches.states
-            self._stager.stage(order, layer, last_layer=last_layer)
+            self._stage_tokens(order, layer)
             if layer == self._announced_layer(order):
                 self._keeper.ask("announce", order.lease.id, order.tokens)
 
@@ -85,6 +83,13 @@ class Holder:
     def stop(self) -> None:
         """Stop serving."""
         self._keeper.close()
+
+    def _stage_tokens(self, order: Stage, layer: int) -> None:
+        last_layer = layer == self._layers[-1] and not self._caches.states
+        if self._readers > 0:
+            self._stager.stage(order, layer, last_layer=last_layer)
+        elif last_layer and order.is_last:
+            self._keeper.ask("complete", order.lease.id)
 
     def _stage_states(self, order: Stage) -> None:
         """Copy every recurrent layer's state, once all tokens before it are computed."""

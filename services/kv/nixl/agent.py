@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...core.errors import InvalidConfiguration, KvTransferError
+from ..recent import MOST, Call, Recent
 from .arena import Arena, address_of
 
 logger = logging.getLogger(__name__)
@@ -83,10 +84,10 @@ class NixlMemory:
 class NixlAgent:
     """One process's end of NIXL. Thread-safe."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, most_peers: int = MOST) -> None:
         self._name = name  # never used twice: a restarted peer is another agent
         self._lock = threading.Lock()
-        self._peers: dict[str, str] = {}  # endpoint -> agent name
+        self._peers: Recent[str, str] = Recent(most_peers)  # endpoint -> agent name
         self._lost: list[NixlRead] = []
 
     def start(self) -> None:
@@ -154,20 +155,25 @@ class NixlAgent:
         metadata: bytes = self._agent.get_agent_metadata()
         return metadata
 
-    def add_peer(self, endpoint: str, name: str, metadata: bytes) -> None:
-        """Get to know the agent `name` that answers at `endpoint` now, once."""
+    def add_peer(self, endpoint: str, name: str, metadata: bytes, call: Call) -> None:
+        """Get to know the agent `name` that answers at `endpoint` now, once.
+
+        It is kept as `Recent` does: reads belong to the `call` that introduced it.
+        """
         with self._lock, self._mapped_errors():
             known = self._peers.get(endpoint)
             if known not in (None, name):  # its process has died and another one answers
                 self._forget(endpoint)
             if name not in self._peers.values():
                 self._agent.add_remote_agent(metadata)
-            self._peers[endpoint] = name
+            self._peers.use(endpoint, name, call)
+            for unused in self._peers.take_unused():
+                self._remove(unused)
 
     def forget(self, endpoint: str) -> None:
         """Forget the agent at `endpoint`, which is dead or another one. Idempotent."""
         with self._lock, self._mapped_errors():
-            if endpoint in self._peers:
+            if self._peers.get(endpoint) is not None:
                 self._forget(endpoint)
 
     @contextmanager
@@ -223,7 +229,9 @@ class NixlAgent:
         self._agent.get_new_notifs()
 
     def _forget(self, endpoint: str) -> None:
-        name = self._peers.pop(endpoint)
+        self._remove(self._peers.pop(endpoint))
+
+    def _remove(self, name: str) -> None:
         if name not in self._peers.values():
             self._agent.remove_remote_agent(name)
 

@@ -163,8 +163,7 @@ class DeviceClient:
     ) -> DevicePull:
         """Start to read the tokens from `start` on. See `KvClient.pull`."""
         query = PullQuery(ticket.lease.id, ticket.lease.secret, fingerprint, start, timeout_s)
-        call: Any = self._channels.channel_to(endpoint).unary_stream(READ_DEVICE)
-        stream = call(query.pack())
+        stream = self._channels.stream(endpoint, READ_DEVICE, query.pack())
         return DevicePull(self._agent, self._landing, self._memory, endpoint, stream, query)
 
     def close(self) -> None:
@@ -200,7 +199,7 @@ class DevicePull:
         try:
             for item in map(unpack_item, messages_of(self._call, self._silence_s)):
                 if isinstance(item, Introduction):
-                    self._agent.add_peer(self._endpoint, item.agent, item.metadata)
+                    self._agent.add_peer(self._endpoint, item.agent, item.metadata, self._call)
                     self._peer = item.agent
                 elif isinstance(item, DeviceFrame):
                     frames += 1

@@ -183,8 +183,7 @@ class NixlClient:
     ) -> NixlPull:
         """Start to read the tokens from `start` on. See `KvClient.pull`."""
         query = PullQuery(ticket.lease.id, ticket.lease.secret, fingerprint, start, timeout_s)
-        call: Any = self._channels.channel_to(endpoint).unary_stream(READ)
-        stream = call(query.pack())
+        stream = self._channels.stream(endpoint, READ, query.pack())
         return NixlPull(self._agent, self._landing, endpoint, stream, query)
 
     def close(self) -> None:
@@ -234,7 +233,7 @@ class NixlPull:
         peer = ""
         for item in map(unpack, messages_of(self._call, self._silence_s)):
             if isinstance(item, Introduction):
-                self._agent.add_peer(self._endpoint, item.agent, item.metadata)
+                self._agent.add_peer(self._endpoint, item.agent, item.metadata, self._call)
                 peer = item.agent
                 continue
             self._reads.append(self._begin(peer, item))

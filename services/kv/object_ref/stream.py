@@ -56,8 +56,8 @@ class KvCollector:
         """
         peer = ticket.endpoints[rank]
         query = PullQuery(ticket.lease.id, ticket.lease.secret, ticket.fingerprint, 0, timeout_s)
-        map_call: Any = self._channels.channel_to(peer).unary_stream(LOCATE)
-        lending = map_call(query.pack())  # the worker ends it when its engine goes silent
+        # The worker ends it when its engine goes silent.
+        lending = self._channels.stream(peer, LOCATE, query.pack())
         try:
             lent = self._borrow(peer, lending)
             yield self._receive(peer, query) if lent is None else lent
@@ -80,9 +80,9 @@ class KvCollector:
 
     def _receive(self, peer: str, query: PullQuery) -> KvObject:
         """Return the messages, received through the socket, in an array each."""
-        stream: Any = self._channels.channel_to(peer).unary_stream(PULL)
+        stream = self._channels.stream(peer, PULL, query.pack())
         try:
-            came = list(messages_of(stream(query.pack()), query.timeout_s))
+            came = list(messages_of(stream, query.timeout_s))
         except grpc.RpcError as error:
             raise transfer_error(error) from error
         if not came:

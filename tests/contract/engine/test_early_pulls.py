@@ -14,8 +14,11 @@ from specprefill.engine.handoff.holder import Holder
 from specprefill.engine.handoff.layout import RowLayout
 from specprefill.engine.handoff.orders import Orders, Pull, Stage
 from specprefill.engine.handoff.puller import Puller, WorkerPlace
+from specprefill.kv.frames import decode
+from specprefill.kv.object_ref.stream import messages
 from specprefill.kv.rpc import KvPeers
 from specprefill.kv.shards import Split
+from specprefill.prefill import object_writer
 from tests.contract.engine.worker_pair import (
     CHUNKS,
     DECODE_BLOCKS,
@@ -68,6 +71,41 @@ async def test_on_shared_cores_it_starts_with_the_last_chunk(pair):
         both.prefill(CHUNKS[1:])
         await asyncio.wait([heard], timeout=0.05)
     assert heard.result().tokens == TOKENS
+
+
+async def test_a_worker_that_nobody_pulls_from_announces_as_any_other(pair):
+    """The service listens to the last one, which may hold copies of heads only."""
+    both = pair(HostDevice(), HostDevice(), readers=0)
+    heard = asyncio.create_task(announced(both.holder.endpoint.address))
+    both.prefill(CHUNKS[:1])
+    await asyncio.wait([heard], timeout=0.5)
+    assert not heard.done()
+    while not heard.done():
+        both.prefill(CHUNKS[1:])
+        await asyncio.wait([heard], timeout=0.05)
+    assert heard.result().tokens == TOKENS
+
+
+async def test_a_worker_that_nobody_pulls_from_does_not_delay_the_others_objects(pair, monkeypatch):
+    """Objects are one per rank: its own has no frame, and is there when theirs are."""
+    monkeypatch.setattr(object_writer.ray, "put", lambda kv: [array.copy() for array in kv])
+    ranks = [
+        pair(HostDevice(), HostDevice(), carrier="object_ref", readers=readers)
+        for readers in (1, 0)
+    ]
+    peers = tuple(rank.holder.endpoint.address for rank in ranks)
+    ticket = Ticket(Lease("lease", "secret"), peers, "layout", TOKENS)
+    writer = object_writer.KvObjects(None)
+    for rank in ranks:
+        rank.prefill(CHUNKS[:1])
+    storing = asyncio.create_task(writer.store(ticket, 10.0))
+    await asyncio.wait([storing], timeout=0.3)
+    assert not storing.done()
+    for rank in ranks:
+        rank.prefill(CHUNKS[1:])
+    ends = [decode(list(messages(kv))[-1], "lease") for kv in await storing]
+    assert [end.frames > 0 for end in ends] == [True, False]
+    writer.close()
 
 
 def test_a_pull_that_starts_with_the_first_chunk_ends_with_the_last(pair):

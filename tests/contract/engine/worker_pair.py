@@ -69,9 +69,9 @@ def wait_for(found, timeout_s=20.0):
 class Pair:
     """A prefill worker that has staged one prompt, and a decode worker."""
 
-    def __init__(self, holder_device, puller_device, **changes):
+    def __init__(self, holder_device, puller_device, *, readers=1, **changes):
         held, self.prefill_tensors = empty_caches(holder_device)
-        self.holder = Holder(config(**changes), held, holder_device, readers=1)
+        self.holder = Holder(config(**changes), held, holder_device, readers=readers)
         self.pulled, self.decode_tensors = empty_caches(puller_device, 7.0)
         self.puller = Puller(
             config(**changes), self.pulled, puller_device, PLACE, nixl=None, tls=None

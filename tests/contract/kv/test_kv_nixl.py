@@ -8,17 +8,19 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from nixl._api import nixl_agent
 
 from specprefill.core.errors import CorruptFrame, InvalidConfiguration, KvTransferError
 from specprefill.core.types import Lease, Ticket
 from specprefill.kv.frames import Trailer, encode
-from specprefill.kv.nixl.agent import agent_for, require
+from specprefill.kv.nixl.agent import NixlAgent, agent_for, require
 from specprefill.kv.nixl.arena import Arena
 from specprefill.kv.nixl.reads import LANDING_BYTES, NixlClient
 from tests.contract.kv.carriers import CHUNKS, LAYERS, LEASE, Nixl, reader
 from tests.contract.kv.nixl_worker import FINGERPRINT, FRAMES, SECRET, Worker, payload
 
 TRANSPORTS = {"shared_memory": None, "tcp": "tcp"}
+BEGUN = ((0, 20), (20, 40))  # more frames than are read ahead
 TICKET = Ticket(Lease(LEASE, SECRET), (), "", 0)
 
 
@@ -75,6 +77,56 @@ def test_it_is_read_whole_then_dies_under_its_next_reader(worker, client, landin
     assert len(other.pull()) == LAYERS * len(CHUNKS)
     gc.collect()  # the error that was raised refers to the frame that was being read
     assert landing.bytes_used == 0
+
+
+@pytest.fixture
+def workers() -> Iterator[list[Nixl]]:
+    """Three prefill workers; the first has not computed all of its prompt."""
+    started = [Nixl() for _ in range(3)]
+    for worker in started:
+        worker.start()
+        worker.stage(*(BEGUN if worker is started[0] else CHUNKS))
+    yield started
+    for worker in started:
+        worker.stop()
+
+
+def test_of_peers_beyond_the_bound_those_that_no_pull_reads_from_are_forgotten(
+    workers, landing, monkeypatch
+):
+    remove, forgotten = nixl_agent.remove_remote_agent, []
+
+    def remove_seen(library, name):
+        forgotten.append(name)
+        remove(library, name)
+
+    monkeypatch.setattr(nixl_agent, "remove_remote_agent", remove_seen)
+    first, second, third = workers
+    agent = NixlAgent("reader-of-few", most_peers=1)
+    agent.start()
+    client = NixlClient(agent, landing)
+    client.start()
+
+    def pull(worker, on_frames=lambda _frames: None) -> int:
+        frames = []
+
+        def store(frame):
+            frames.append(frame)
+            on_frames(len(frames))
+
+        client.pull(worker.address, TICKET, FINGERPRINT, 0, 20.0).deliver_to(store)
+        return len(frames)
+
+    def pull_from_others(frames: int) -> None:
+        if frames == 1:
+            assert pull(second) == pull(third) == LAYERS * len(CHUNKS)
+            assert forgotten == [second.agent.name]
+            first.stage(CHUNKS[1])
+
+    assert pull(first, pull_from_others) == LAYERS * (len(BEGUN) + 1)
+    assert pull(second) == LAYERS * len(CHUNKS)  # it is met anew
+    assert forgotten == [worker.agent.name for worker in (second, first, third)]
+    client.close()
 
 
 def frames_until_death(worker, client) -> int:

@@ -50,6 +50,32 @@ def test_a_lease_can_be_pulled_until_it_is_released(store):
         list(store.stream("a", "secret", timeout_s=1))
 
 
+def test_a_lease_without_kv_is_read_to_its_end_at_once(store):
+    store.open("a", "secret")
+    store.complete("a")
+    store.complete("never opened")
+    assert list(store.stream("a", "secret", timeout_s=1)) == []
+    assert (store.gauges().leases, store.gauges().pulled_total) == (1, 1)
+
+
+def test_a_reader_of_a_lease_without_kv_waits_for_its_end_only(store):
+    store.open("a", "secret")
+    completing = threading.Timer(0.1, store.complete, ["a"])
+    completing.start()
+    assert list(store.stream("a", "secret", timeout_s=20)) == []
+    completing.join()
+
+
+def test_a_lease_without_kv_ends_as_any_other(store, clock):
+    store.open("a", "secret")
+    store.complete("a")
+    clock.now_s += 1000
+    assert store.sweep() == 0  # its ticket was not issued
+    store.issue("a")
+    clock.now_s += UNCLAIMED_S
+    assert store.sweep() == 1
+
+
 def test_a_pull_broken_off_is_not_counted(store):
     hold(store)
     stream = store.stream("a", "secret", timeout_s=1)
