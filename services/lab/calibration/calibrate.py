@@ -243,9 +243,7 @@ def _score(
             family=family,
             protected=prompt.protected,
             gold=prompt.gold,
-            scores={
-                each.name: scorer.rate(reading, each.method) for each in candidates
-            },
+            scores={each.name: scorer.rate(reading, each.method) for each in candidates},
             certainty=reading.certainty,
             chunks=chunker.chunks(prompt.ids),
         )
