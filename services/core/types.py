@@ -83,6 +83,7 @@ class TtftEstimate:
 
     dense_s: float
     prune_s: float
+    is_trial: bool = False  # pruned whatever is expected: the expectation may be out of date
 
     def for_plan(self, kind: PlanKind) -> float:
         """Return the expected seconds to the first token of `kind`."""
@@ -210,9 +211,10 @@ class Selection:
         return [token for run in self.runs for token in prompt[run.start : run.stop]]
 
     def dropped_token_ids(self, prompt: tuple[int, ...]) -> list[int]:
-        """Return the token ids that are not kept, in order. `prompt` is `[N]`."""
-        starts = (0, *(run.stop for run in self.runs))
-        stops = (*(run.start for run in self.runs), len(prompt))
+        """Return the token ids that are not kept, in the prompt's order. `prompt` is `[N]`."""
+        in_order = sorted(self.runs, key=lambda run: run.start)  # slots may have another one
+        starts = (0, *(run.stop for run in in_order))
+        stops = (*(run.start for run in in_order), len(prompt))
         gaps = zip(starts, stops, strict=True)
         return [token for start, stop in gaps for token in prompt[start:stop]]
 

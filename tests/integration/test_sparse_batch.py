@@ -104,3 +104,15 @@ def test_v2_batches(seed, dimensions):
     )
     for row in positions if dimensions else [positions]:
         assert row.tolist() == expected(rows)
+
+
+def test_v1_requests_that_end_in_a_step_without_tokens_leave_nothing():
+    from specprefill.engine.params import POSITIONS
+    from specprefill.engine.sparse.batch import SparseBatch
+
+    batch, rng = SparseBatch(CPU, last=1 << 20), random.Random(0)
+    for number in range(50):  # each alone: nothing hears of its end
+        extra = {POSITIONS: random_mapping(rng).to_wire()}
+        alone = {str(number): SimpleNamespace(sampling_params=SimpleNamespace(extra_args=extra))}
+        batch.rewrite(torch.zeros(1, dtype=torch.int64), alone, {str(number): 1}, alone)
+        assert len(batch._known) <= 2

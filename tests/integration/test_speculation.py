@@ -57,7 +57,7 @@ def quoting(request, selection, quoted):
     """The request with `quoted` in its dropped tokens, if there are any."""
     if selection.kept_tokens == selection.prompt_tokens:
         return request
-    gaps = pairwise((run.start, run.stop) for run in selection.runs)
+    gaps = pairwise(sorted((run.start, run.stop) for run in selection.runs))
     place = next(stop for (_, stop), (start, _) in gaps if start - stop >= len(quoted))
     prompt = request.prompt
     return replace(request, prompt=(*prompt[:place], *quoted, *prompt[place + len(quoted) :]))
@@ -108,6 +108,12 @@ CASES = {
     "dense": (Span(0, PROMPT),),
     "pruned": RUNS,
     "nothing dropped at the end": (Span(0, 40), Span(500, 700)),
+    "fetched behind what an earlier turn kept": (
+        Span(0, 40),
+        Span(450, 500),
+        Span(200, 260),
+        Span(600, 700),
+    ),
 }
 
 

@@ -59,8 +59,11 @@ class SparseBatch:
         """Rewrite `positions`, `[tokens]` or `[rows, tokens]`, in place, in the batch's order.
 
         In place, because captured CUDA graphs read this very buffer; vLLM fills it anew
-        every step, and cache slots were computed from it before.
+        every step, and cache slots were computed from it before. `requests` holds all that are not
+        finished: a step without tokens, of which this does not hear, may have ended others.
         """
+        if len(self._known) > len(requests):
+            self.forget(self._known.keys() - requests.keys())
         offset = 0
         for request_id in request_ids:
             tokens = scheduled[request_id]

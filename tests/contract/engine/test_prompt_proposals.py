@@ -17,13 +17,14 @@ LONGEST, MOST, LEAST, LONG = 96, 4, 2, 5
 
 
 def selection(prompt_tokens: int, kept: set[int]) -> Selection:
-    """The selection of these positions."""
+    """The selection of these positions; the runs between the ends have their slots in reverse."""
     runs: list[Span] = []
     for place in sorted(kept):
         if runs and runs[-1].stop == place:
             runs[-1] = Span(runs[-1].start, place + 1)
         else:
             runs.append(Span(place, place + 1))
+    runs = [*runs[:1], *reversed(runs[1:-1]), *runs[1:][-1:]]
     return Selection(prompt_tokens, tuple(runs), Plan(PlanKind.PRUNE, Reason.ASKED, 0.3))
 
 
