@@ -233,6 +233,10 @@ def _handoff_reasons(model: ModelConfig) -> Iterator[str]:
         yield "no layer keeps keys and values, which the wire format needs"
     elif model.is_hybrid and not _is_compared_hybrid(model):
         yield _UNCOMPARED
+    if getattr(model.hf_text_config, "num_kv_shared_layers", 0):
+        yield "layers that share the keys and values of others are not in the wire format"
+    if has_unequal_layers(model):
+        yield "layers have keys and values of different widths, and the wire format has one"
 
 
 def _hybrid_options(options: EngineOptions) -> Iterator[str]:
@@ -296,6 +300,12 @@ def has_recurrent_layers(model: ModelConfig) -> bool:
 def has_sparse_indexer(model: ModelConfig) -> bool:
     """Return True if layers attend to tokens that an indexer chooses: DeepSeek-V3.2, V4, GLM-5."""
     return getattr(model.hf_text_config, "index_topk", None) is not None
+
+
+def has_unequal_layers(model: ModelConfig) -> bool:
+    """Return True if some layers have heads of another size or number, as Gemma 4's do."""
+    layers = model.hf_text_config.to_dict().get("per_layer_config") or {}
+    return any({"head_dim", "num_key_value_heads"} & {*layer} for layer in layers.values())
 
 
 def brings_model_state(model: ModelConfig) -> bool:

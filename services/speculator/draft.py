@@ -161,7 +161,8 @@ def refuse_unfaithful_attention(model: PreTrainedModel) -> DraftKvLayout:
     layers that share keys, and models that do not use transformers' attention interface.
     Leaves the model with the recording attention, and returns what it keeps of each token.
     """
-    tokens = (torch.arange(PROBE_TOKENS, device=model.device) * 7 + 3) % model.config.vocab_size
+    vocabulary_size = model.config.get_text_config(decoder=True).vocab_size
+    tokens = (torch.arange(PROBE_TOKENS, device=model.device) * 7 + 3) % vocabulary_size
     with torch.inference_mode():
         model.set_attn_implementation(attention.NAME)
         layout = _without_idle_windows(_probe_layout(model, tokens[:PROBE_CHUNK]), model)

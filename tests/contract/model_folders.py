@@ -63,6 +63,11 @@ CONFIGS: dict[str, Callable[[], hf.PreTrainedConfig]] = {
     "gemma": _of(hf.GemmaConfig, head_dim=32),
     "gemma2": _of(hf.Gemma2Config, head_dim=32, sliding_window=64),
     "gemma3": _of(hf.Gemma3TextConfig, head_dim=32, sliding_window=64),
+    "gemma3n": _of(
+        hf.Gemma3nTextConfig, num_hidden_layers=6, num_kv_shared_layers=2, head_dim=32,
+        intermediate_size=256, layer_types=None, activation_sparsity_pattern=None,
+    ),
+    "gemma4": _of(hf.Gemma4TextConfig, head_dim=32, global_head_dim=64, num_hidden_layers=6),
     "phi3": _of(hf.Phi3Config, sliding_window=None),
     "phi3-far-window": _of(hf.Phi3Config, sliding_window=262144),
     "gpt-oss": _of(

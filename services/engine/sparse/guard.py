@@ -48,8 +48,11 @@ def _cache_reasons(caches: KVCacheConfig) -> Iterator[str]:
     for group in caches.kv_cache_groups:
         spec = group.kv_cache_spec
         if isinstance(spec, UniformTypeKVCacheSpecs):
-            for layer in spec.kv_cache_specs.values():
+            layers = list(spec.kv_cache_specs.values())
+            for layer in layers:
                 yield from _layer_reasons(layer)
+            if len({(each.num_kv_heads, each.head_size, each.dtype) for each in layers}) > 1:
+                yield "layers have keys and values of different widths, and the wire format has one"
         else:
             yield from _layer_reasons(spec)
 

@@ -99,6 +99,14 @@ def test_caches_without_keys_and_values_are_not_handed_over(name, tmp_path):
     assert "wire format" in support.handoff_reasons[0]
 
 
+@pytest.mark.parametrize(("name", "why"), [("gemma3n", "share"), ("gemma4", "different widths")])
+def test_caches_of_layers_that_differ_are_not_handed_over(name, why, tmp_path):
+    support = support_of(model_folders.write(name, tmp_path))
+    assert not support.hands_over
+    (reason,) = support.handoff_reasons
+    assert why in reason
+
+
 @pytest.mark.parametrize("dtype", ["auto", "float16", "bfloat16"])
 def test_plain_caches_are_handed_over(dtype, tmp_path):
     folder = model_folders.write("llama", tmp_path)
@@ -269,11 +277,16 @@ class TestCaches:
         self.check(self.spec(sliding_window=64, attention_chunk_size=64))
         self.check(self.spec("SlidingWindowSpec", sliding_window=64))
 
-    def test_layers_of_different_heads_in_one_group_are_read(self):
+    def test_layers_of_one_group_have_one_width(self):
         from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
 
-        layers = {"a": self.spec(), "b": self.spec(num_kv_heads=4)}
-        self.check(UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs=layers))
+        def group(**second):
+            layers = {"a": self.spec(), "b": self.spec(**second)}
+            return UniformTypeKVCacheSpecs(block_size=16, kv_cache_specs=layers)
+
+        self.check(group(sliding_window=64))
+        with pytest.raises(UnsupportedModel, match="different widths"):
+            self.check(group(num_kv_heads=4))
 
     @pytest.mark.parametrize(
         ("kind", "more", "reason"),

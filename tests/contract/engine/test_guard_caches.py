@@ -118,3 +118,12 @@ def test_layers_with_a_latent_have_readable_caches(caches_of):
     refuse_unreadable_caches(config, caches)
     (group,) = caches.kv_cache_groups
     assert (group.kv_cache_spec.num_heads, group.kv_cache_spec.head_size) == (1, 576)
+
+
+def test_layers_of_different_widths_are_refused(caches_of):
+    from specprefill.core.errors import UnsupportedModel
+    from specprefill.engine.sparse.guard import refuse_unreadable_caches
+
+    config, caches = caches_of("gemma4")
+    with pytest.raises(UnsupportedModel, match="different widths"):
+        refuse_unreadable_caches(config, caches)
