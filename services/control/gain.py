@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..core.plan import is_asked
 from ..core.prefix_digests import digests_of
 from ..core.selection import SelectionPolicy, expected_kept, leading_tokens
 from ..core.types import UNSCORED, PlanKind, PromptMode, Reason, Report, Request, TtftEstimate
@@ -20,7 +21,7 @@ REMEMBERED_TURNS = 1 << 14
 SMOOTHING = 0.1  # weight of the newest prompt in what the scores choose
 TYPICAL_KEEP = 0.3  # what the scores choose, before any prompt was scored
 FORGETTING = 0.02  # per unscored prompt: how fast bad experience with pruning is forgotten
-RETRY_AFTER, RETRY_AFTER_MOST = 16, 1024  # prompts until a speculator that was slow is tried again
+RETRY_AFTER, RETRY_AFTER_MOST = 16, 1024  # prompts without a gain until pruning is tried again
 SCORED = (Reason.AUTO, Reason.UNCERTAIN, Reason.SPREAD_SCORES)
 OVERHEAD = Curve(base_s=0.002)  # before the first report: calls between the pools
 DRIFT = 1e-7  # seconds a token that overheads may grow with, before anything is known
@@ -45,7 +46,9 @@ class NetGain:
         self._turns = TurnMemory(REMEMBERED_TURNS)
         self._typical_keep = TYPICAL_KEEP
         self._retry_after = RETRY_AFTER
-        self._dense_since = 0  # prompts that went dense since the speculator was last tried
+        self._dense_since = 0  # prompts that went dense since pruning was last tried
+        self._trial_is_due = False
+        self._trial: str | None = None  # the id of the request that tries
         self._overhead = {
             kind: StageModel(Curve(base_s=OVERHEAD.base_s * calls, token_s=DRIFT))
             for kind, calls in ((PlanKind.DENSE, 1), (PlanKind.PRUNE, 2))
@@ -54,7 +57,8 @@ class NetGain:
     def estimate(self, request: Request, keep: float | None) -> TtftEstimate:
         """Estimate the seconds to the first token of either plan in empty queues.
 
-        `keep` None: as much as the scores have been choosing, counting what they sent dense.
+        `keep` None: as much as the scores have been choosing, counting what they sent dense. Once
+        many prompts went dense for want of a gain, one is a trial: none is measured otherwise.
         """
         tokens = len(request.prompt)
         keep = self._typical_keep if keep is None else keep
@@ -72,17 +76,23 @@ class NetGain:
             prune_s=speculate_s
             + self._prefill_s(kept, shared)
             + self._overhead_s(PlanKind.PRUNE, tokens),
+            is_trial=self._begin_trial(request),
         )
 
     def learn(self, request: Request, report: Report) -> None:
         """Learn from the report of a finished request."""
+        scored = report.speculate_s > 0 and report.reason not in UNSCORED
+        is_trial = scored and request.request_id == self._trial
+        if is_trial:
+            self._trial = None
+            self._forget_before(report)
         self.models.observe(report)
         if self.models.is_usual(report):
             self._learn_overhead(report)
         self._learn_keep(report)
         digests, tokens = digests_of(request), len(request.prompt)
-        self._recover(report)
-        if report.speculate_s > 0 and report.reason not in UNSCORED:
+        self._recover(report, scored=scored, is_trial=is_trial)
+        if scored:
             self._draft_cache.learn(digests, tokens, report.remembered_tokens)
         if report.plan is PlanKind.PRUNE and report.mode is PromptMode.POSITIONS:
             self._turns.remember(digests, Turn(tokens, report.kept_tokens))
@@ -96,19 +106,33 @@ class NetGain:
         """Learn from a prompt that was shed after `speculate_s` of scoring."""
         self.models.speculate.observe_at_least(len(request.prompt), speculate_s)
 
-    def _recover(self, report: Report) -> None:
-        """Try a slow speculator again, once enough prompts went dense because of it.
+    def _recover(self, report: Report, *, scored: bool, is_trial: bool) -> None:
+        """Try to prune again, once enough prompts went dense for want of a gain.
 
-        Each failed try doubles the number of prompts until the next try.
+        Each try doubles the number of prompts until the next one, unless others are pruned.
         """
-        if report.speculate_s > 0 and report.reason not in UNSCORED:
-            self._retry_after = RETRY_AFTER
-        elif report.reason is Reason.NO_GAIN and self.models.speculate.has_given_up:
+        if scored and not is_trial:
+            self._retry_after, self._dense_since = RETRY_AFTER, 0
+        elif report.reason is Reason.NO_GAIN:
             self._dense_since += 1
             if self._dense_since >= self._retry_after:
                 self._dense_since = 0
                 self._retry_after = min(2 * self._retry_after, RETRY_AFTER_MOST)
+                self._trial_is_due = not self.models.speculate.has_given_up
                 self.models.speculate.forget_given_up()
+
+    def _begin_trial(self, request: Request) -> bool:
+        """Return True for one request that nobody asks to be pruned, where a trial is due."""
+        if not self._trial_is_due or is_asked(request.controls):
+            return False
+        self._trial_is_due, self._trial = False, request.request_id
+        return True
+
+    def _forget_before(self, report: Report) -> None:
+        """Let a trial stand for its length: what was measured before may be out of date."""
+        unread = report.prompt_tokens - report.remembered_tokens
+        self.models.speculate.forget(unread, report.remembered_tokens)
+        self._overhead[PlanKind.PRUNE].forget(report.prompt_tokens)
 
     def _cached_tokens(self, digests: Sequence[int], tokens: int) -> int:
         """Return how many tokens of a dense prompt the engine that computes it should have."""

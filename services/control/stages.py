@@ -125,6 +125,11 @@ class StageModel:
         window.samples.append(Sample(tokens, seconds, cached, at_least=True))
         window.seen_at = self._seen
 
+    def forget(self, tokens: int, cached: int = 0) -> None:
+        """Drop what was measured at about this length."""
+        if self._windows.pop((tokens.bit_length(), cached.bit_length()), None) is not None:
+            self._curve = None
+
     def forget_given_up(self) -> None:
         """Drop the samples of `observe_at_least`, so that the stage is tried again."""
         for length, window in list(self._windows.items()):

@@ -105,7 +105,7 @@ class Planner:
         return self.modes.usual if controls.mode is None else controls.mode
 
     def _is_worthwhile(self, expected: TtftEstimate) -> bool:
-        return expected.prune_s < expected.dense_s * (1.0 - self.min_gain)
+        return expected.is_trial or expected.prune_s < expected.dense_s * (1.0 - self.min_gain)
 
     def dense_reason(self, request: Request) -> Reason | None:
         """Return why the prompt is dense whatever it holds; None: it may be pruned."""

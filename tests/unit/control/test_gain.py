@@ -261,12 +261,50 @@ def test_one_outlier_is_not_believed():
 
 def dense_until_pruned(known: NetGain, most: int = 5000) -> int:
     """Count the prompts that go dense until the speculator is tried again."""
+    return until_tried(known, most)[0]
+
+
+def until_tried(known: NetGain, most: int = 5000) -> tuple[int, Request]:
+    """Count the prompts that go dense until one is pruned; return that one, too."""
     for seed in range(most):
-        asked = request(10_000, seed=1000 + seed)
+        asked = replace(request(10_000, seed=1000 + seed), request_id=f"dense {seed}")
         if planner(known).plan(asked).kind is PlanKind.PRUNE:
-            return seed
+            return seed, asked
         known.learn(asked, report(reason=Reason.NO_GAIN, prefill_s=1.0, ttft_s=1.01))
     raise AssertionError("never tried again")
+
+
+def scored_in(seconds: float) -> Report:
+    return report(
+        PlanKind.PRUNE, kept_tokens=2000, speculate_s=seconds, prefill_s=0.21,
+        ttft_s=seconds + 0.22,
+    )  # fmt: skip
+
+
+def slowed_down() -> NetGain:
+    """Five scorings of twenty took five seconds, none of them too long."""
+    known = gain()
+    for number in range(20):
+        known.learn(request(10_000, number), scored_in(0.15 if number < 15 else 5.0))
+    assert planner(known).plan(request(10_000, seed=30)).reason is Reason.NO_GAIN
+    return known
+
+
+def test_a_speculator_that_was_slow_for_a_while_is_tried_by_one_prompt():
+    known = slowed_down()
+    _, tried = until_tried(known)
+    assert planner(known).plan(request(10_000, seed=31)).reason is Reason.NO_GAIN  # only that one
+    known.learn(tried, scored_in(0.15))
+    assert planner(known).plan(request(10_000, seed=32)).kind is PlanKind.PRUNE
+
+
+def test_one_that_stays_slow_is_tried_ever_more_seldom():
+    known, pauses = slowed_down(), []
+    for _ in range(3):
+        pause, tried = until_tried(known)
+        pauses.append(pause)
+        known.learn(tried, scored_in(5.0))
+    assert pauses[1:] == [2 * pauses[0], 4 * pauses[0]]
 
 
 def test_a_speculator_that_was_slow_is_tried_again_ever_more_seldom_and_recovers():
