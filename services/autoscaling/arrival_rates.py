@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ..control.scaling.values import Arrivals, Floats
 from .signals import Size
 
+FIRST_S = 5.0  # within this time every gateway that runs has reported once
 MOST_ROWS = 20_000  # that represent the window's arrivals, however many there are
 
 
@@ -35,6 +36,7 @@ class Traffic:
         self._window_s = window_s
         self._counts: dict[str, tuple[float, Counter[Size]]] = {}  # by gateway: read when, what
         self._read_s: float | None = None
+        self._first_s = 0.0  # when it was first read
         self._since_s = 0.0
         self._readings: deque[_Reading] = deque()
 
@@ -46,15 +48,18 @@ class Traffic:
     def add_counts(self, now_s: float, counts: Mapping[str, Counter[Size]]) -> None:
         """Add every gateway's counts. New arrivals are spread evenly since the last reading.
 
-        Counting starts at the first reading. A gateway that is new later has counted from
-        zero meanwhile. One that reports nothing for a whole window is gone.
+        Counting starts at a gateway's first reading, where that is among the first of all: it may
+        have counted for days. One that is new later has counted from zero meanwhile. One that
+        reports nothing for a whole window is gone.
         """
         if self._read_s is None:
-            self._since_s = now_s
+            self._since_s = self._first_s = now_s
         else:
             new: Counter[Size] = Counter()
+            is_early = now_s - self._first_s <= FIRST_S
             for gateway, count in counts.items():
-                _, known = self._counts.get(gateway, (now_s, Counter()))
+                unknown = count if is_early else Counter[Size]()
+                _, known = self._counts.get(gateway, (now_s, unknown))
                 new += count - known
             self._add(self._read_s, now_s, new)
         self._counts |= {gateway: (now_s, count) for gateway, count in counts.items()}

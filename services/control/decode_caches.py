@@ -12,6 +12,8 @@ from ..core.prefix_digests import digests_of, extend_digests, kept_digests
 from ..core.types import PrefilledBy, PromptMode, Report, Request, Selection, Span
 from .prefixes import SMOOTHING, PrefixMemory
 
+FORGETTING = 0.02  # per prompt that was not tried: how fast misses are forgotten
+
 
 class DecodeCaches:
     """One gateway's forecast, weighted by how often it was right.
@@ -39,13 +41,15 @@ class DecodeCaches:
         """Learn from a finished request; `answer` holds the output tokens of its first sample."""
         if selection.mode is PromptMode.TEXT:
             return
+        foreseen = self._foreseen(request, selection)
         if report.prefilled_by is PrefilledBy.DECODE:
-            foreseen = self._foreseen(request, selection)
             if foreseen > 0:
                 right = min(1.0, report.cached_tokens / foreseen)
                 self._trust += SMOOTHING * (right - self._trust)
         elif len(answer) <= 1:
             return  # prefill's token was the whole answer: nothing was decoded
+        elif foreseen > 0:  # it was not tried: without this, it never would be again
+            self._trust += FORGETTING * (1.0 - self._trust)
         digests = extend_digests(digests_of(request), request, answer)
         held = selection.kept_tokens + max(0, len(answer) - 1)  # the last token was never computed
         self._memory.remember(kept_digests(digests, _runs_with(selection, len(answer))), held)

@@ -229,6 +229,8 @@ class Gate:
         if admitted.key is not None:
             self._by_key[admitted.key] += 1
         work_s, priority = admitted.speculate_s + admitted.prefill_s, admitted.arrival.priority
+        if self._fair_keys:  # a client may give way to the others, not pass them all
+            priority = max(0, priority)
         self._queue.push(admitted, work_s, key=admitted.key, priority=priority, late=admitted.late)
         self._advance()
 

@@ -78,7 +78,8 @@ def decide(seen: Observation, policy: ScalingPolicy, memory: Memory) -> tuple[De
         if state is None:
             pools[pool] = _hold_size(pool, seen, policy, memory)
         else:
-            most = max(size for _, size in wishes[pool])
+            # With some more work, fewer of one pool and more of another may be cheaper.
+            most = max(wanted[pool], *(size for _, size in wishes[pool]))
             settled = seen.now_s - started_s >= policy.settling_s(pool)
             most = most if settled else max(most, state.provisioned)
             pools[pool] = _pool_decision(state, policy.pools[pool], wanted[pool], most, idle=idle)

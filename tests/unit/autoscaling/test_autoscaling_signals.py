@@ -55,12 +55,20 @@ def test_new_arrivals_are_spread_since_the_last_reading():
     traffic = Traffic(60.0)
     traffic.add_counts(100.0, {"a": Counter()})
     traffic.add_counts(102.0, {"a": Counter({SHORT: 4})})
-    traffic.add_counts(103.0, {"a": Counter({SHORT: 4, LONG: 1}), "b": Counter({SHORT: 1})})
+    traffic.add_counts(106.0, {"a": Counter({SHORT: 4, LONG: 1}), "b": Counter({SHORT: 1})})
     found = traffic.arrivals()
     assert np.all(np.diff(found.time_s) > 0)
     assert np.sum((found.time_s > 100.0) & (found.time_s < 102.0)) == 4
     assert sorted(found.prompt_tokens[4:]) == [SHORT.prompt_tokens, LONG.prompt_tokens]
     assert found.kept_tokens.max() == LONG.kept_tokens
+
+
+def test_a_gateway_that_reports_a_little_later_than_the_first_has_counted_for_days():
+    traffic = Traffic(60.0)
+    traffic.add_counts(100.0, {"a": Counter({SHORT: 90_000})})
+    traffic.add_counts(100.5, {"a": Counter({SHORT: 90_001}), "b": Counter({SHORT: 95_000})})
+    traffic.add_counts(101.0, {"a": Counter({SHORT: 90_001}), "b": Counter({SHORT: 95_002})})
+    assert len(traffic.arrivals()) == 3
 
 
 def test_a_report_that_is_lost_loses_nothing():

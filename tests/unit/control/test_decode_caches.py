@@ -108,6 +108,15 @@ def test_text_is_another_prompt(caches):
     assert caches.cached_tokens(request(TURN), text) == 0
 
 
+def test_misses_are_forgotten_where_nothing_is_tried_any_more(caches):
+    turn, hit = (request(TURN), next_turn()), whole_blocks(999)
+    for _ in range(30):
+        caches.learn(*turn, report(PrefilledBy.DECODE, cached=0), [])
+    for _ in range(200):
+        caches.learn(*turn, report(PrefilledBy.PREFILL), ANSWER)
+    assert caches.cached_tokens(*turn) > hit * 0.9
+
+
 def test_misses_are_learnt_and_hits_are_believed_again(caches):
     turn, hit = (request(TURN), next_turn()), whole_blocks(999)
     for _ in range(30):

@@ -99,6 +99,19 @@ def test_replicas_that_start_are_counted():
     assert again.pools[Pool.PREFILL].reason is ScalingReason.STEADY
 
 
+def test_no_pool_shrinks_below_what_it_needs_now(monkeypatch):
+    """For a little more work, one prefill engine more may replace two speculators."""
+    wanted = {Pool.SPECULATOR: 4, Pool.PREFILL: 4, Pool.DECODE: 1}
+    roomy = {**wanted, Pool.SPECULATOR: 2, Pool.PREFILL: 5}
+    module = "specprefill.control.scaling.decide._wanted_sizes"
+    monkeypatch.setattr(module, lambda *args: wanted if args[-1] == 1.0 else roomy)
+    memory, pools = Memory(), {"speculator": PoolState(4, 0), "prefill": PoolState(4, 0)}
+    for now_s in range(600, 700, 10):
+        seen = observed(arrivals((0, 600, 4)), float(now_s), **pools)
+        taken, memory = decide(seen, POLICY, memory)
+        assert (sizes(taken)["speculator"], sizes(taken)["prefill"]) == (4, 4)
+
+
 def test_arrivals_without_any_completion_are_demand_enough():
     calm = decision(observed(arrivals((0, 600, 4)), **all_pools(3)))
     jammed = decision(observed(arrivals((0, 580, 4), (580, 600, 40)), **all_pools(3)))

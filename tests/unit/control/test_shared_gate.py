@@ -23,8 +23,11 @@ VIEW = View(StageCurves(Curve(0.01), Curve(0.0, 1e-3), Curve(), Curve()), Gatewa
 SLOTS = 2  # of one speculator and one prefill engine
 
 
-def arrival(key: str | None = None, timeout_s: float = 30.0) -> RequestSummary:
-    return RequestSummary(1000, Plan(PlanKind.PRUNE, Reason.DEFAULT, 0.3), 0.1, timeout_s, key)
+def arrival(
+    key: str | None = None, timeout_s: float = 30.0, priority: int = 0, floor: float = 0.1
+) -> RequestSummary:
+    plan = Plan(PlanKind.PRUNE, Reason.DEFAULT, 0.3)
+    return RequestSummary(1000, plan, floor, timeout_s, key, priority)
 
 
 def entry(gateway: str, number: int, **fields) -> GateEntry:
@@ -126,6 +129,26 @@ async def test_one_key_cannot_fill_the_queue_through_two_gateways():
     for name in ("a", "b"):
         gate.leave(name, 9, first_token=False)
     await asyncio.gather(*waiting)
+
+
+@in_virtual_time
+async def test_no_key_passes_another_by_a_priority_of_its_own():
+    gate = shared_gate(POLICY, 1)
+    await filled(gate)
+    order = []
+
+    async def enter(number, key, priority):
+        await gate.enter(entry("b", number, key=key, priority=priority, floor=0.3))
+        order.append(key)
+        gate.leave("b", number, first_token=True)
+
+    asked = (("patient", 0), ("urgent", -(2**31)), ("generous", 5))
+    async with asyncio.TaskGroup() as entering:
+        for number, (key, priority) in enumerate(asked):
+            entering.create_task(enter(number, key, priority))
+            await let_run()
+        gate.leave("a", 0, first_token=True)  # one after the other gets this slot
+    assert order == ["patient", "urgent", "generous"]
 
 
 @in_virtual_time
