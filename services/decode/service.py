@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
+from copy import copy
 from typing import Any, Self
 
 from msgspec import structs
@@ -113,8 +114,9 @@ class DecodeService:
             extra |= dropped_args(selection, request.prompt)
         if ticket is not None:
             extra |= consume_args(ticket)
+        asked = sampling_params(request.sampling)
         samples = [
-            self._sample(request, selection, _sample_params(request, extra, replay, index), index)
+            self._sample(request, selection, _sample_params(asked, extra, replay, index), index)
             for index in range(request.samples)
         ]
         open_samples = request.samples
@@ -209,14 +211,13 @@ async def _read_sample(
 
 
 def _sample_params(
-    request: Request, extra: Mapping[str, Any], replay: Replay, index: int
+    asked: SamplingParams, extra: Mapping[str, Any], replay: Replay, index: int
 ) -> SamplingParams:
     """Return the caller's parameters for sample `index`, as vLLM derives them for `n` samples.
 
-    `extra` is what all samples carry to the engine.
+    `extra` is what all samples carry to the engine. What they do not change, they share.
     """
-    asked = sampling_params(request.sampling)
-    params = asked.clone()
+    params = copy(asked)
     params.n = 1
     params.seed = None if asked.seed is None else asked.seed + index
     if KV_TRANSFER in extra or replay[index] or index > 0:  # computed once, where the prompt is
