@@ -136,6 +136,9 @@ _.p90  # read by dataclasses.asdict
 _.output_tokens_per_s
 _.close_s  # read by name
 
+# vLLM's API server calls it by name.
+_.check_admission
+
 # Serve calls these by name; logging reads these.
 _.Check
 _.List

@@ -354,6 +354,9 @@ class GatewayConfig(Strict):
     # Objects, lists and texts in lists (messages, parts, tools, prompts) of one request: each
     # costs the event loop about 0.1 ms.
     max_request_items: PositiveInt = 10_000
+    # Answers of one request: its prompts (a list, in `/v1/completions`) times `n`. However many,
+    # they count as one of `max_concurrent_requests`.
+    max_samples: PositiveInt = 1024
     body_timeout_s: Seconds = 10.0  # for a request's body, and more as its bytes arrive
     max_buffered_bytes: PositiveInt = 1 << 30  # of bodies that are not complete yet, per gateway
     max_concurrent_requests: PositiveInt = 1024  # per gateway, waiting ones too; more get 429

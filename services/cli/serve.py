@@ -29,10 +29,12 @@ from ..deployment.file import (
 )
 from ..deployment.front import check_tls
 from ..deployment.local_ray import (
+    LOCAL_PORTS,
     LocalRay,
     StartFailed,
     answers_strangers,
     open_cluster,
+    plaintext_ports,
     port_in_use,
 )
 from ..deployment.serve_api import (
@@ -134,6 +136,7 @@ def run_check(args: argparse.Namespace) -> int:
         _report(args.file, loaded.file, served_here=True)
         _describe(args.file, loaded.file)
     _warn(open_cluster(os.environ))
+    _warn(plaintext_ports(loaded.file))
     names = ", ".join(application.name for application in loaded.file.applications)
     print(f"{args.file}: fine ({names})")
     return 0
@@ -199,6 +202,7 @@ def run_serve(args: argparse.Namespace) -> int:
         path = quickstart.write_for_serve(args, show)
     loaded = _load(path)
     _warn(open_cluster(os.environ))
+    _warn(plaintext_ports(loaded.file, LOCAL_PORTS))
     _refuse_unusable_files(loaded.file)
     _refuse_taken_ports(loaded.file)
     show("starting a local Ray cluster")
@@ -277,6 +281,7 @@ def run_deploy(args: argparse.Namespace) -> int:
     loaded = _load(args.file)
     _report(args.file, loaded.file, served_here=False)
     _warn(open_cluster(os.environ) or answers_strangers(args.address))
+    _warn(plaintext_ports(loaded.file))
     show = ProgressLines()
     show(f"deploying {args.file} to {args.address}")
     _deploy(_api(args.address), loaded, args.timeout, show)

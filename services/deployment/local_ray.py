@@ -6,6 +6,7 @@ local cluster and off for its clients in another shell.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import secrets
 import shutil
@@ -17,10 +18,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
+from .file import DeploymentFile
 from .front import FILE_VARIABLE, PROGRAM
 
 ASK_TIMEOUT_S = 10.0
 REPLICA_PORTS = (12_000, 30_000)
+# Of the gateways, and of the fallback proxy: where nothing else is set, and in a local cluster.
+SERVES_PORTS = (
+    "30000-31000, 40000-41000, 8500 and 9500, unless RAY_SERVE_DIRECT_INGRESS_* and "
+    "RAY_SERVE_FALLBACK_PROXY_* set others"
+)
+LOCAL_PORTS = f"drawn from {REPLICA_PORTS[0]}-{REPLICA_PORTS[1] - 1}"
 OBJECT_STORE_BYTES = 256 << 20  # nothing large travels through it
 # Read by every process of Serve. Clients reach a gateway through HAProxy instead of a Python
 # proxy, calls between replicas are plain gRPC, and a replica needs no second thread for them.
@@ -32,7 +40,7 @@ SHORT_PATHS = {
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 << 20),  # logprobs of a long prompt
     # When gateways come or go HAProxy is restarted; the old process ends what it streams.
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "660",
-    # gRPC listens where HTTP does, in Serve's own proxies, too.
+    # gRPC listens where HTTP does, and takes no larger messages, in Serve's own proxies, too.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "specprefill.gateway.grpc.serve_ports:setup",
 }
 _AUTH_MODE = "token"
@@ -64,6 +72,26 @@ def answers_strangers(dashboard_url: str) -> str | None:
         f"{dashboard_url} answers without a token: anyone on the cluster's network can run "
         f"code on it; set RAY_AUTH_MODE={_AUTH_MODE} and RAY_AUTH_TOKEN where Ray starts"
     )
+
+
+def plaintext_ports(file: DeploymentFile, ports: str = SERVES_PORTS) -> str | None:
+    """Return a warning if other machines can pass HAProxy, which alone provides TLS, by `ports`."""
+    host = file.http_options.host
+    tls = any(each.args.gateway.front.tls is not None for each in file.applications)
+    if not tls or _is_loopback(host):
+        return None
+    return (
+        f"http_options.host is {host}: the ports behind HAProxy ({ports}) listen there, too, "
+        "without gateway.front.tls, in plaintext and for clients without a certificate; a firewall "
+        "must close them to all but the cluster's nodes"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
 
 
 def set_auth_mode() -> None:

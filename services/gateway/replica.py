@@ -98,9 +98,11 @@ class GatewayReplica:
         """See `grpc.health.v1.Health`."""
         return await self._gateway.grpc_health.check(request)
 
-    async def Watch(self, request: HealthCheckRequest) -> AsyncGenerator[HealthCheckResponse]:
+    async def Watch(
+        self, request: HealthCheckRequest, grpc_context: RayServegRPCContext
+    ) -> AsyncGenerator[HealthCheckResponse]:
         """See `grpc.health.v1.Health`."""
-        async with aclosing(self._gateway.grpc_health.watch(request)) as changes:
+        async with aclosing(self._gateway.grpc_health.watch(request, grpc_context)) as changes:
             async for change in changes:
                 yield change
 

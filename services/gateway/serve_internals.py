@@ -12,7 +12,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ray.serve._private import default_impl
-from ray.serve._private.constants import DEFAULT_GRPC_SERVER_OPTIONS
+from ray.serve._private.constants import (
+    DEFAULT_GRPC_SERVER_OPTIONS,
+    RAY_SERVE_GRPC_MAX_MESSAGE_SIZE,
+)
 from ray.serve.context import _get_global_client, _set_request_context
 from ray.serve.handle import DeploymentHandle
 
@@ -44,6 +47,11 @@ def limit_received_bytes(max_bytes: int) -> None:
     """Make this process's gRPC servers refuse larger messages unread; Serve takes 2 GiB."""
     others = [option for option in DEFAULT_GRPC_SERVER_OPTIONS if option[0] != _MAX_RECEIVED]
     DEFAULT_GRPC_SERVER_OPTIONS[:] = [*others, (_MAX_RECEIVED, max_bytes)]
+
+
+def are_received_bytes_limited() -> bool:
+    """Return True if this process's gRPC servers have another limit than Serve's."""
+    return (_MAX_RECEIVED, RAY_SERVE_GRPC_MAX_MESSAGE_SIZE) not in DEFAULT_GRPC_SERVER_OPTIONS
 
 
 def by_reference(handle: DeploymentHandle) -> DeploymentHandle:

@@ -149,6 +149,7 @@ def configuration(**gateway: Any) -> AppConfig:
                 "request_timeout_s": 60.0,
                 "max_body_bytes": MAX_MESSAGE_BYTES,
                 "max_request_items": JSON_LIMITS.items,
+                "max_samples": 128,
                 **gateway,
             },
         }

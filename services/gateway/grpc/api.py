@@ -259,7 +259,7 @@ def _request_id(metadata: dict[str, str]) -> str:
         return uuid.uuid4().hex[:16]
     if not is_request_id(value):
         raise InvalidRequest(
-            f"{REQUEST_ID_HEADER}: must be at most {MAX_ID} printable characters, "
+            f"{REQUEST_ID_HEADER}: must be at most {MAX_ID} printable ASCII characters, "
             f"not {shorten(value)}",
             REQUEST_ID_HEADER,
         )

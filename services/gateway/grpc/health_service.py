@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse, HealthListResponse
 
+from ...core.errors import Overloaded
 from ..openai.access import RequestLimit
+from ..openai.failures import rpc_failure
 from ..pools.health import PoolCounts, judge
+from .api import CallContext
 
 SERVICE = "specprefill.v1.SpecPrefill"
+# In one gateway. A load balancer holds one or a few; anybody may watch, and a stream has no end.
+MOST_WATCHERS = 64
 _PERIOD_S = 1.0  # between two polls of the pools, for those who watch
 
 
@@ -20,26 +26,97 @@ class GrpcHealth:
     def __init__(self, count: PoolCounts, limit: RequestLimit) -> None:
         self._count = count
         self._limit = limit
+        self._poll = _SharedPoll(self._status)
 
     async def check(self, request: HealthCheckRequest) -> HealthCheckResponse:
         """Return the state now; a service that is not ours is SERVICE_UNKNOWN."""
-        if request.service not in ("", SERVICE):
-            return HealthCheckResponse(status=HealthCheckResponse.SERVICE_UNKNOWN)
-        if self._limit.draining or not judge(await self._count()).serving:
-            return HealthCheckResponse(status=HealthCheckResponse.NOT_SERVING)
-        return HealthCheckResponse(status=HealthCheckResponse.SERVING)
+        return _response(request, await self._status())
 
-    async def watch(self, request: HealthCheckRequest) -> AsyncGenerator[HealthCheckResponse, None]:
-        """Stream the state now, and each change."""
-        last: HealthCheckResponse | None = None
-        while True:
-            now = await self.check(request)
-            if now != last:
-                last = now
-                yield now
-            await asyncio.sleep(_PERIOD_S)
+    async def watch(
+        self, request: HealthCheckRequest, context: CallContext
+    ) -> AsyncGenerator[HealthCheckResponse, None]:
+        """Stream the state now, and each change. RESOURCE_EXHAUSTED beyond MOST_WATCHERS."""
+        try:
+            with self._poll.join():
+                status: int | None = None
+                last: HealthCheckResponse | None = None
+                while True:
+                    status = await self._poll.next_status(status)
+                    now = _response(request, status)
+                    if now != last:
+                        last = now
+                        yield now
+        except Overloaded as error:
+            failure = rpc_failure(error)
+            context.set_code(failure.code)
+            context.set_details(failure.details)
+            raise failure from error
 
     async def list(self) -> HealthListResponse:
         """Return the state of every service."""
         state = await self.check(HealthCheckRequest())
         return HealthListResponse(statuses={"": state, SERVICE: state})
+
+    async def _status(self) -> int:
+        if self._limit.draining or not judge(await self._count()).serving:
+            return int(HealthCheckResponse.NOT_SERVING)
+        return int(HealthCheckResponse.SERVING)
+
+
+def _response(request: HealthCheckRequest, status: int) -> HealthCheckResponse:
+    known = request.service in ("", SERVICE)
+    return HealthCheckResponse(status=status if known else HealthCheckResponse.SERVICE_UNKNOWN)
+
+
+class _SharedPoll:
+    """Reads the status once a period for all watchers together, while there are any."""
+
+    def __init__(self, read: Callable[[], Awaitable[int]]) -> None:
+        self._read = read
+        self._watchers = 0
+        self._status: int | None = None  # None: not read yet
+        self._changed = asyncio.Event()  # another one after each change
+        self._task: asyncio.Task[None] | None = None
+
+    @contextmanager
+    def join(self) -> Iterator[None]:
+        """Watch while inside. Raises Overloaded if MOST_WATCHERS do already."""
+        if self._watchers >= MOST_WATCHERS:
+            raise Overloaded(
+                f"this gateway streams its health to {MOST_WATCHERS} watchers already; "
+                "call Check, or watch later",
+                reason="too_many_watchers",
+            )
+        if self._task is None or self._task.done():  # done: it failed, and not all have left yet
+            self._status, self._task = None, asyncio.create_task(self._run())
+        self._watchers += 1
+        try:
+            yield
+        finally:
+            self._watchers -= 1
+            if self._watchers == 0:
+                self._task.cancel()
+                self._task = None
+
+    async def next_status(self, last: int | None) -> int:
+        """Wait for a status other than `last`. Raises the error that ended the poll."""
+        while self._status is None or self._status == last:
+            if self._task is not None and self._task.done():
+                self._task.result()
+            await self._changed.wait()
+        return self._status
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                status = await self._read()
+                if status != self._status:
+                    self._status = status
+                    self._wake()
+                await asyncio.sleep(_PERIOD_S)
+        finally:
+            self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()

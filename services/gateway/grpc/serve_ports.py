@@ -2,15 +2,29 @@
 
 Serve binds a replica's gRPC port to every interface, and asks for an exclusive port in a way that
 gRPC does not understand (`grpc.so_reuseport` as text): two services on one machine would answer
-each other's calls.
+each other's calls. Serve's own proxies bind theirs in the same way, and take messages of 2 GiB.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import socket
+from pathlib import Path
 from typing import Any
 
-from ..serve_internals import bind_grpc_with, http_host
+from ...config import GatewayConfig
+from ...deployment.checked_yaml import InvalidFile
+from ...deployment.file import load
+from ...deployment.front import FILE_VARIABLE
+from ..serve_internals import (
+    are_received_bytes_limited,
+    bind_grpc_with,
+    http_host,
+    limit_received_bytes,
+)
+
+logger = logging.getLogger(__name__)
 
 
 def bind_grpc_as_http() -> None:
@@ -27,9 +41,29 @@ def bind_grpc_as_http() -> None:
 
 
 def setup() -> list[Any]:
-    """Set up Serve's proxies (`RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`). Adds no middleware."""
+    """Set up Serve's proxies (`RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`). Adds no middleware.
+
+    Gateways call it, too, after their constructor, which has set the limit of their own file.
+    """
     bind_grpc_as_http()
+    if not are_received_bytes_limited():
+        limit_received_bytes(most_received_bytes(os.environ.get(FILE_VARIABLE)))
     return []
+
+
+def most_received_bytes(name: str | None) -> int:
+    """Return the largest message that a gateway of the deployment file `name` accepts.
+
+    The default where there is no file, or none that can be used.
+    """
+    if name:
+        try:
+            applications = load(Path(name)).file.applications
+        except InvalidFile as error:
+            logger.warning("%s; gRPC messages are limited as by default", error)
+        else:
+            return max(each.args.gateway.max_body_bytes for each in applications)
+    return GatewayConfig().max_body_bytes
 
 
 def claim(host: str, port: int) -> None:

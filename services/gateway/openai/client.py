@@ -43,6 +43,7 @@ from .failures import http_failure
 from .marking import PromptMarker
 from .offsets import PromptOffsets
 from .request_outputs import OutputAssembler
+from .sampling_limits import check_samples, check_sampling
 from .surface import TASKS, RemoteEngineClient
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class PipelineClient(RemoteEngineClient):
         *,
         chat: ChatParams,
         timeout_s: float,
+        max_samples: int,
         tail_tokens: int,
         protect_fences: bool,
         count_tokens: CountTokens | None = None,
@@ -86,11 +88,21 @@ class PipelineClient(RemoteEngineClient):
         self._planner = planner
         self._chat = chat
         self._timeout_s = timeout_s
+        self._max_samples = max_samples
         self._count_tokens = count_tokens
         self.offsets = PromptOffsets(self.renderer.tokenizer)
         self._marker = PromptMarker(
             self.offsets, tail_tokens=tail_tokens, protect_fences=protect_fences
         )
+
+    @override
+    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        """Refuse more answers than a request may have, before its prompts are read."""
+        context = CURRENT.get() or RequestContext()
+        try:
+            check_samples(context.prompts, n, self._max_samples)
+        except InvalidRequest as error:
+            raise record_failure(context, error) from error
 
     @override
     async def generate(
@@ -218,9 +230,11 @@ class PipelineClient(RemoteEngineClient):
                 f"priority: must be within {_MAX_PRIORITY} of 0, not {shorten(priority)}",
                 "priority",
             )
+        check_samples(context.prompts, sampling_params.n, self._max_samples)
         self._planner.modes.check(context.controls, f"{context.controls_prefix}mode")
         admitted = await self._admit(prompt, sampling_params, request_id, priority)
         params = admitted.sampling_params
+        check_sampling(params)
         params.extra_args = _caller_args(params.extra_args)
         if params.seed is None and params.temperature > 0:  # both engines must draw alike
             params.seed = secrets.randbits(_SEED_BITS)

@@ -33,6 +33,7 @@ class RequestContext:
     trace: TraceContext | None = None  # the span of the call; None: not traced
     session: str | None = None  # the client's `prompt_cache_key`
     adapter: str | None = None  # the LoRA adapter that answers; None: the model as it is
+    prompts: int = 1  # that the caller sent
     prompts_started: int = 0
     has_output: bool = False  # some of the answer has gone to vLLM's handlers
     reports: dict[str, Report] = field(default_factory=dict)  # by the server's request id

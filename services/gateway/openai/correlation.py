@@ -93,8 +93,8 @@ def trace_parent(traceparent: str | None, tracestate: str | None) -> TraceContex
 
 
 def is_request_id(value: str) -> bool:
-    """Return True for what a log line can hold."""
-    return len(value) <= MAX_ID and value.isprintable()
+    """Return True for what a log line and a header can hold."""
+    return len(value) <= MAX_ID and value.isascii() and value.isprintable()
 
 
 def request_id_of(scope: Scope) -> str | None:

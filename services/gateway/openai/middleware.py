@@ -42,7 +42,7 @@ from .failures import (
 from .keys import KEY_NAME
 from .reports import reports_json
 from .request_json import JsonLimits, parse_json
-from .routes import ANTHROPIC, GENERATING, RESPONSES
+from .routes import ANTHROPIC, COMPLETIONS, GENERATING, RESPONSES
 
 logger = logging.getLogger(__name__)
 
@@ -183,6 +183,8 @@ def _read_request(
     context.controls = pop_controls(fields)
     context.session = session_of(fields.get("prompt_cache_key"))
     context.messages = conversation(_path(scope), fields)
+    if _path(scope) == COMPLETIONS:
+        context.prompts = _count_prompts(fields.get("prompt"))
     return context, body if len(fields) == sent else msgspec.json.encode(fields), fields
 
 
@@ -197,12 +199,19 @@ def _may_be_json(headers: Headers) -> bool:
 
 
 def _check_id(field: str, value: object) -> None:
-    """Refuse an id that would break log lines; vLLM refuses one that is no text."""
+    """Refuse an id that breaks a log line or a header; vLLM refuses one that is no text."""
     if isinstance(value, str) and not is_request_id(value):
         raise InvalidRequest(
-            f"{field}: must be at most {MAX_ID} printable characters, not {shorten(value)}",
+            f"{field}: must be at most {MAX_ID} printable ASCII characters, not {shorten(value)}",
             field,
         )
+
+
+def _count_prompts(prompt: object) -> int:
+    """Count the texts or lists of token ids in `prompt`; a list of numbers is one prompt."""
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+        return len(prompt)
+    return 1
 
 
 def session_of(value: object) -> str | None:

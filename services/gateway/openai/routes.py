@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
+COMPLETIONS = "/v1/completions"
 RESPONSES = "/v1/responses"
 # Routes that answer prompts: the `specprefill` field works on each of them.
 GENERATING = frozenset(
-    ("/v1/chat/completions", "/v1/completions", RESPONSES, "/v1/messages"),
+    ("/v1/chat/completions", COMPLETIONS, RESPONSES, "/v1/messages"),
 )
 SELECTIONS = "/v1/selections"
 TRACED = GENERATING | {SELECTIONS}

@@ -70,6 +70,7 @@ def build_client(
         planner,
         chat=_chat_defaults(args),
         timeout_s=config.gateway.request_timeout_s,
+        max_samples=config.gateway.max_samples,
         tail_tokens=config.selection.tail_tokens,
         protect_fences=config.selection.protect_fences,
         count_tokens=count_tokens,

@@ -6,6 +6,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import ray
+import yaml
 from ray.dashboard.modules import dashboard_sdk
 from ray.exceptions import AuthenticationError
 
@@ -76,6 +77,33 @@ def test_commands_report_a_refused_token_in_one_line(dashboard, root, capsys, mo
         assert cli.main([*command, "--address", url]) == 1
         last = capsys.readouterr().err.splitlines()[-1]
         assert last.startswith(f"specprefill: {url}: Ray's token is missing or wrong")
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "ports"),
+    [
+        (["check", "--no-models"], 0, "30000-31000, 40000-41000"),
+        (["deploy", "--address", "http://127.0.0.1:1"], 1, "30000-31000, 40000-41000"),
+        (["serve"], 2, "drawn from 12000-29999"),  # and refuses certificates that do not exist
+    ],
+)
+def test_commands_warn_of_ports_that_tls_does_not_protect(
+    command, code, ports, root, tmp_path, capsys, monkeypatch
+):
+    raw = yaml.safe_load((root / "cluster" / "local.yaml").read_text())
+    raw["http_options"]["host"] = "0.0.0.0"
+    tls = {"certificate": str(tmp_path / "none.crt"), "key": str(tmp_path / "none.key")}
+    raw["applications"][0]["args"]["gateway"] = {"front": {"tls": tls}}
+    file = tmp_path / "deployment.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    monkeypatch.setattr(serve, "_report", lambda *_args, **_options: None)  # of the models
+    monkeypatch.setattr(serve, "answers_strangers", lambda _url: None)
+    assert cli.main([*command, str(file)]) == code
+    (warning,) = (
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")
+    )
+    assert "http_options.host is 0.0.0.0" in warning
+    assert ports in warning
 
 
 def test_a_failure_of_the_dashboard_passes_and_a_refusal_does_not(dashboard):

@@ -231,8 +231,10 @@ def test_checking_a_body_costs_one_walk() -> None:
     assert_linear(make, 10_000)
 
 
-@pytest.mark.parametrize("value", ["a\nb", "x" * 257, "\u2028", "\x1b[31m"])
-async def test_an_id_that_would_break_a_log_line_is_refused(
+@pytest.mark.parametrize(
+    "value", ["a\nb", "x" * 257, "\u2028", "\x1b[31m", "\u65e5\u672c", "caf\u00e9"]
+)
+async def test_an_id_that_would_break_a_log_line_or_a_header_is_refused(
     http: httpx.AsyncClient, pipeline: Any, value: str
 ) -> None:
     body = {"model": "demo", "prompt": "a", "request_id": value}
@@ -246,9 +248,10 @@ async def test_an_id_is_one_word_in_logs(http: httpx.AsyncClient, pipeline: Any)
     answer = await http.post("/v1/completions", json={"prompt": "a"}, headers=headers)
     assert answer.headers["x-request-id"] == "a outcome=finished"
     assert " " not in pipeline.requests[0].request_id
-    long = {"x-request-id": "x" * 300}
-    answer = await http.post("/v1/completions", json={"prompt": "a"}, headers=long)
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "x-request-id")
+    for refused in ("x" * 300, "caf\u00e9".encode("latin-1"), "\u65e5\u672c".encode()):
+        headers = {"x-request-id": refused}
+        answer = await http.post("/v1/completions", json={"prompt": "a"}, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "x-request-id")
 
 
 # --- routes -----------------------------------------------------------------------------------

@@ -97,3 +97,13 @@ async def test_any_bytes_have_an_answer(
     assert code in {
         grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND,
     }  # fmt: skip
+
+
+async def test_an_id_that_a_log_line_cannot_hold_is_an_invalid_argument(
+    stub: Any, pipeline: Any
+) -> None:
+    metadata = (*KEY, ("x-request-id", "x" * 257))
+    refused = await failure(stub.Generate(pb.GenerateRequest(text="a"), metadata=metadata))
+    assert refused.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "x-request-id: must be at most 256 printable ASCII characters" in refused.details()
+    assert pipeline.requests == []

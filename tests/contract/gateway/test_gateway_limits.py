@@ -1,4 +1,4 @@
-"""Limits count the prompt as the caller sent it: positions, and protected text."""
+"""Limits of what a request asks for, and what counts for them is the prompt as it was sent."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 import time
 from typing import Any
 
+import grpc
 import httpx
 import msgspec
 import pytest
@@ -14,9 +15,11 @@ from vllm.sampling_params import SamplingParams
 
 from specprefill.core.errors import InvalidRequest
 from specprefill.core.types import Controls
+from specprefill.gateway.openai import sampling_limits
 from specprefill.gateway.openai.context import RequestContext
 from specprefill.rpc import specprefill_pb2 as pb
-from tests.contract.gateway.test_gateway_grpc import KEY, channel, stub
+from tests.contract.conftest import CHAT
+from tests.contract.gateway.test_gateway_grpc import KEY, channel, failure, stub
 
 __all__ = ["channel", "stub"]  # the fixtures
 
@@ -75,6 +78,116 @@ async def test_so_does_an_http_answer(http: httpx.AsyncClient, pipeline: Any, pa
     assert answer.status_code == 200, answer.text
     prompt_tokens = len(pipeline.requests[-1].prompt)
     assert sampling(pipeline)["max_tokens"] == MODEL_LEN - prompt_tokens
+
+
+# --- answers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body", "field", "given"),
+    [
+        ("/v1/chat/completions", {**CHAT, "n": 129}, "n", "1 * 129"),
+        ("/v1/completions", {"prompt": "a", "n": 129}, "n", "1 * 129"),
+        ("/v1/completions", {"prompt": [5] * 200, "n": 129}, "n", "1 * 129"),
+        ("/v1/completions", {"prompt": ["a"] * 129}, "prompt", "129 * 1"),
+        ("/v1/completions", {"prompt": [[5]] * 65, "n": 2}, "prompt", "65 * 2"),
+    ],
+)
+async def test_a_request_for_more_answers_than_allowed_is_refused_before_it_is_read(
+    http: httpx.AsyncClient,
+    gateway: Any,
+    pipeline: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    body: dict[str, Any],
+    field: str,
+    given: str,
+    *,
+    stream: bool,
+) -> None:
+    for render in ("render_chat_async", "render_cmpl_async"):
+        monkeypatch.setattr(gateway[0].renderer, render, None)
+    answer = await http.post(path, json={**body, "temperature": 1.0, "stream": stream})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, field)
+    allowed = "prompts times n must be at most 128 (gateway.max_samples)"
+    assert error["message"] == f"{field}: {allowed}, not {given}"
+    assert pipeline.requests == []
+
+
+async def test_as_many_answers_as_allowed_are_given(http: httpx.AsyncClient, pipeline: Any) -> None:
+    body = {"prompt": [[5]] * 64, "n": 2, "temperature": 1.0}
+    answer = await http.post("/v1/completions", json=body)
+    assert len(answer.json()["choices"]) == 128
+
+
+async def test_more_answers_than_allowed_are_an_invalid_argument(stub: Any, pipeline: Any) -> None:
+    request = pb.GenerateRequest(text="hello", sampling=pb.Sampling(n=129, temperature=1.0))
+    refused = await failure(stub.Generate(request, metadata=KEY))
+    assert refused.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "at most 128 (gateway.max_samples), not 1 * 129" in refused.details()
+    assert pipeline.requests == []
+
+
+# --- lists of a request's sampling ------------------------------------------------------------
+
+TOO_LONG = {
+    "stop": (["x" * 1025], "1024 characters per string, not 1025"),
+    # The model's own end of sequence is one of them.
+    "stop_token_ids": (list(range(10, 138)), "128 with the model's own, not 129"),
+    "bad_words": (["xyz " * 600], "1024 tokens in all"),
+    "logit_bias": ({str(token): 1.0 for token in range(10, 1035)}, "1024 entries, not 1025"),
+    "allowed_token_ids": (list(range(10, 1035)), "1024 entries, not 1025"),
+}
+
+
+@pytest.mark.parametrize("field", TOO_LONG)
+async def test_a_list_that_would_hold_up_or_end_an_engine_is_refused(
+    http: httpx.AsyncClient, pipeline: Any, field: str
+) -> None:
+    value, allowed = TOO_LONG[field]
+    answer = await http.post("/v1/chat/completions", json={**CHAT, field: value})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, field)
+    assert f"{field}: must hold at most {allowed}" in error["message"]
+    assert pipeline.requests == []
+
+
+@pytest.mark.parametrize(
+    ("sampling", "allowed"),
+    [
+        ({"stop": [f"word {place}" for place in range(65)]}, "stop: must hold at most 64 strings"),
+        ({"stop": ["x" * 1025]}, "stop: must hold at most 1024 characters per string"),
+        ({"stop_token_ids": range(10, 138)}, "stop_token_ids: must hold at most 128"),
+    ],
+)
+async def test_such_a_list_is_an_invalid_argument(
+    stub: Any, pipeline: Any, sampling: dict[str, Any], allowed: str
+) -> None:
+    request = pb.GenerateRequest(text="hello", sampling=pb.Sampling(**sampling))
+    refused = await failure(stub.Generate(request, metadata=KEY))
+    assert refused.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert allowed in refused.details()
+    assert pipeline.requests == []
+
+
+async def test_lists_of_the_allowed_length_are_sent_on(stub: Any, pipeline: Any) -> None:
+    stops = [f"{place:04}" * 256 for place in range(64)]
+    asked = pb.Sampling(stop=stops, stop_token_ids=range(10, 137))
+    await stub.Generate(pb.GenerateRequest(text="hello", sampling=asked), metadata=KEY)
+    assert sampling(pipeline)["stop"] == stops
+    assert len(sampling(pipeline)["stop_token_ids"]) == 127
+
+
+def test_the_limits_are_the_sizes_of_vllms_tables() -> None:
+    from vllm import envs
+    from vllm.v1.worker.gpu.sample import logit_bias
+
+    assert sampling_limits.MAX_STOP_TOKENS == logit_bias.MAX_NUM_STOP_TOKEN_IDS
+    assert sampling_limits.MAX_BAD_WORD_TOKENS == envs.VLLM_MAX_BAD_WORDS_TOTAL_TOKENS
+    assert sampling_limits.MAX_BIASES == logit_bias.MAX_NUM_LOGIT_BIAS_TOKENS
+    assert sampling_limits.MAX_ALLOWED_TOKENS == logit_bias.MAX_NUM_ALLOWED_TOKEN_IDS
 
 
 # --- protection -------------------------------------------------------------------------------

@@ -3,11 +3,13 @@
 import asyncio
 from types import SimpleNamespace
 
+import grpc
 import pytest
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from specprefill.gateway.grpc import health_service as grpc_health
-from specprefill.gateway.grpc.health_service import SERVICE, GrpcHealth
+from specprefill.gateway.grpc.health_service import MOST_WATCHERS, SERVICE, GrpcHealth
+from specprefill.gateway.openai.failures import RpcFailed
 
 Status = HealthCheckResponse
 
@@ -34,14 +36,150 @@ async def test_a_gateway_that_drains_does_not_serve(health, limit):
     assert await state(health, limit) == Status.NOT_SERVING
 
 
-async def test_watching_streams_each_change(health, limit, monkeypatch):
+class Context:
+    """The status that a call ends with."""
+
+    def set_code(self, code):
+        self.code = code
+
+    def set_details(self, details):
+        self.details = details
+
+
+@pytest.fixture
+def polls(health, monkeypatch):
+    """Counts the polls, which follow each other at once."""
     monkeypatch.setattr(grpc_health, "_PERIOD_S", 0.0)
-    changes = GrpcHealth(health, limit).watch(HealthCheckRequest())
-    assert (await anext(changes)).status == Status.SERVING
-    health.counts["prefill"] = 0
+
+    async def count():
+        polls.number += 1
+        if polls.fails is not None:
+            raise polls.fails
+        return await health()
+
+    polls = SimpleNamespace(count=count, number=0, fails=None)
+    return polls
+
+
+@pytest.fixture
+def service(polls, limit):
+    return GrpcHealth(polls.count, limit)
+
+
+def watch(service, name=""):
+    return service.watch(HealthCheckRequest(service=name), Context())
+
+
+async def next_status(changes):
     async with asyncio.timeout(5):
-        assert (await anext(changes)).status == Status.NOT_SERVING
+        return (await anext(changes)).status
+
+
+async def polls_within(polls, turns):
+    """The polls while the event loop turns this often."""
+    before = polls.number
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    return polls.number - before
+
+
+async def test_watching_streams_each_change(health, service):
+    changes = watch(service)
+    assert await next_status(changes) == Status.SERVING
+    health.counts["prefill"] = 0
+    assert await next_status(changes) == Status.NOT_SERVING
+    health.counts["prefill"] = 1
+    assert await next_status(changes) == Status.SERVING
     await changes.aclose()
+
+
+async def test_who_watches_another_service_learns_once_that_it_is_unknown(health, service):
+    changes = watch(service, "other.Service")
+    assert await next_status(changes) == Status.SERVICE_UNKNOWN
+    second = asyncio.create_task(anext(changes))
+    health.counts["prefill"] = 0
+    done, _ = await asyncio.wait([second], timeout=0.1)
+    assert not done
+    second.cancel()
+    await asyncio.wait([second])
+
+
+async def test_all_watchers_are_woken_by_one_poll(health, service, polls):
+    watchers = [watch(service) for _ in range(20)]
+    await asyncio.gather(*(next_status(each) for each in watchers))
+    waiting = [asyncio.create_task(next_status(each)) for each in watchers]
+    assert 0 < await polls_within(polls, turns=100) <= 100  # each poll takes a turn
+    health.counts["decode"] = 0
+    assert set(await asyncio.gather(*waiting)) == {Status.NOT_SERVING}
+    for each in watchers[1:]:
+        await each.aclose()
+    assert await polls_within(polls, turns=100) > 0
+    await watchers[0].aclose()
+    assert await polls_within(polls, turns=100) == 0
+
+
+async def test_a_new_watcher_learns_the_state_of_now_and_not_what_was_last_polled(health, service):
+    first = watch(service)
+    assert await next_status(first) == Status.SERVING
+    await first.aclose()
+    health.counts["decode"] = 0
+    second = watch(service)
+    assert await next_status(second) == Status.NOT_SERVING
+    await second.aclose()
+
+
+async def test_one_watcher_too_many_is_refused(service):
+    watchers = [watch(service) for _ in range(MOST_WATCHERS)]
+    for each in watchers:
+        await next_status(each)
+    context = Context()
+    refused = service.watch(HealthCheckRequest(), context)
+    with pytest.raises(RpcFailed, match="streams its health to 64 watchers already"):
+        await next_status(refused)
+    assert context.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "call Check, or watch later" in context.details
+    assert (await service.check(HealthCheckRequest())).status == Status.SERVING
+    for each in watchers:
+        await each.aclose()
+
+
+async def cancel_while_waiting(changes):
+    waiting = asyncio.create_task(anext(changes))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+
+async def throw_as_serve_does(changes):
+    with pytest.raises(asyncio.CancelledError):
+        await changes.athrow(asyncio.CancelledError())
+
+
+async def close(changes):
+    await changes.aclose()
+
+
+@pytest.mark.parametrize("leave", [cancel_while_waiting, throw_as_serve_does, close])
+async def test_a_watcher_that_leaves_frees_its_place(service, leave):
+    for _ in range(2):
+        watchers = [watch(service) for _ in range(MOST_WATCHERS)]
+        for each in watchers:
+            assert await next_status(each) == Status.SERVING
+        for each in watchers:
+            await leave(each)
+
+
+async def test_a_poll_that_fails_ends_every_watcher_and_frees_its_place(service, polls):
+    for _ in range(2):
+        polls.fails = None
+        watchers = [watch(service) for _ in range(MOST_WATCHERS)]
+        for each in watchers:
+            assert await next_status(each) == Status.SERVING
+        polls.fails = RuntimeError("no answer from the controller")
+        for each in watchers:
+            with pytest.raises(RuntimeError, match="no answer"):
+                await next_status(each)
 
 
 async def test_every_service_is_listed(health, limit):

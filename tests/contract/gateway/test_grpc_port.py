@@ -1,13 +1,24 @@
 """Two gRPC servers on one machine never share a port, whatever gRPC would allow."""
 
+import asyncio
 import socket
 import subprocess
 import sys
 
 import grpc
 import pytest
+import yaml
+from ray.serve._private.constants import DEFAULT_GRPC_SERVER_OPTIONS
+from ray.serve._private.default_impl import add_grpc_address
+from ray.serve._private.grpc_util import start_grpc_server
+from ray.serve.config import gRPCOptions
 
-from specprefill.gateway.grpc.serve_ports import claim
+from specprefill.config import GatewayConfig
+from specprefill.gateway import serve_internals
+from specprefill.gateway.grpc import serve_ports
+from specprefill.gateway.grpc.serve_ports import claim, most_received_bytes
+from specprefill.rpc import specprefill_pb2 as pb
+from specprefill.rpc.specprefill_pb2_grpc import SpecPrefillStub
 
 HOST = "127.0.0.1"
 ELSEWHERE = """
@@ -18,6 +29,29 @@ try:
 except RuntimeError as error:
     sys.exit(f"refused: {error}")
 """
+
+
+MESSAGE_BYTES = 20_000
+
+
+@pytest.fixture
+def deployment(root, tmp_path):
+    """A deployment file whose gateways take messages of half of MESSAGE_BYTES."""
+    raw = yaml.safe_load((root / "cluster" / "local.yaml").read_text())
+    raw["applications"][0]["args"].setdefault("gateway", {})["max_body_bytes"] = MESSAGE_BYTES // 2
+    file = tmp_path / "deployment.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    return str(file)
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Serve in this process, as it was before and is again afterwards."""
+    monkeypatch.setattr(serve_ports, "http_host", lambda: HOST)
+    monkeypatch.setattr(serve_internals.default_impl, "add_grpc_address", add_grpc_address)
+    before = list(DEFAULT_GRPC_SERVER_OPTIONS)
+    yield
+    DEFAULT_GRPC_SERVER_OPTIONS[:] = before
 
 
 def free_port():
@@ -43,3 +77,50 @@ def test_a_port_claimed_by_one_process_is_refused_to_another():
     )
     assert other.returncode != 0
     assert "refused" in other.stderr
+
+
+async def status_of_a_large_message():
+    """The status that a server of Serve's proxy answers a large message with."""
+
+    def factory(service_method, streaming_type):
+        async def answer(_message, _context):
+            return b""
+
+        return answer
+
+    servicer = "specprefill.gateway.grpc.serving.add_SpecPrefillServicer_to_server"
+    options = gRPCOptions(port=free_port(), grpc_servicer_functions=[servicer])
+    running, server = await start_grpc_server(
+        factory, options, event_loop=asyncio.get_running_loop()
+    )
+    message = pb.GenerateRequest(text="x" * MESSAGE_BYTES)
+    async with grpc.aio.insecure_channel(f"{HOST}:{options.port}") as channel:
+        try:
+            await SpecPrefillStub(channel).Generate(message, timeout=10)
+        except grpc.aio.AioRpcError as error:
+            return error.code()
+        finally:
+            await server.stop(0)
+            await running
+    return grpc.StatusCode.OK
+
+
+async def test_serves_own_proxy_refuses_a_message_that_no_gateway_would_take(
+    serve, deployment, monkeypatch
+):
+    monkeypatch.setenv("SPECPREFILL_DEPLOYMENT_FILE", deployment)
+    assert serve_ports.setup() == []
+    assert await status_of_a_large_message() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_a_gateway_keeps_the_limit_of_its_own_deployment(serve, deployment, monkeypatch):
+    monkeypatch.setenv("SPECPREFILL_DEPLOYMENT_FILE", deployment)  # not yet the one it runs with
+    serve_internals.limit_received_bytes(2 * MESSAGE_BYTES)
+    serve_ports.setup()
+    assert await status_of_a_large_message() is grpc.StatusCode.OK
+
+
+def test_a_proxy_that_knows_no_file_has_the_default_limit(deployment, tmp_path):
+    assert most_received_bytes(deployment) == MESSAGE_BYTES // 2
+    for name in (None, "", str(tmp_path / "none.yaml")):
+        assert most_received_bytes(name) == GatewayConfig().max_body_bytes

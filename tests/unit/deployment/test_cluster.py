@@ -5,10 +5,18 @@ from pathlib import Path
 
 import pytest
 import requests
+import yaml
 
 from specprefill.deployment import local_ray
+from specprefill.deployment.file import parse
 from specprefill.deployment.front import FILE_VARIABLE
-from specprefill.deployment.local_ray import SHORT_PATHS, open_cluster, port_range
+from specprefill.deployment.local_ray import (
+    SERVES_PORTS,
+    SHORT_PATHS,
+    open_cluster,
+    plaintext_ports,
+    port_range,
+)
 from specprefill.deployment.serve_api import (
     DeploymentFailed,
     ServeApi,
@@ -195,6 +203,38 @@ def test_the_deployment_page_names_every_setting_that_a_local_ray_gets(root):
 def test_an_environment_without_authentication_is_warned_of(mode, warned):
     environ = {} if mode is None else {"RAY_AUTH_MODE": mode}
     assert (open_cluster(environ) is not None) == warned
+
+
+@pytest.mark.parametrize(
+    ("host", "warned"),
+    [
+        ("0.0.0.0", True), ("::", True), ("10.0.0.1", True), ("gateway.example", True),
+        ("127.0.0.1", False), ("127.0.0.2", False), ("::1", False), ("localhost", False),
+    ],
+)  # fmt: skip
+def test_ports_that_tls_does_not_protect_are_warned_of_where_others_reach_them(root, host, warned):
+    raw = yaml.safe_load((root / "cluster" / "local.yaml").read_text())
+    raw["http_options"] = {"host": host}
+    plain = parse(yaml.safe_dump(raw), "plain.yaml").file
+    assert plaintext_ports(plain) is None  # in plaintext, all ports are alike
+    raw["applications"][0]["args"]["gateway"] = {"front": {"tls": {"certificate": "c", "key": "k"}}}
+    warning = plaintext_ports(parse(yaml.safe_dump(raw), "tls.yaml").file)
+    assert (warning is not None) == warned
+    if warning is not None:
+        assert f"http_options.host is {host}" in warning
+        assert "30000-31000, 40000-41000, 8500 and 9500" in warning
+
+
+def test_the_ports_that_are_warned_of_are_serves_own():
+    from ray.serve._private import constants
+
+    for protocol in ("HTTP", "GRPC"):
+        least, most, fallback = (
+            getattr(constants, f"RAY_SERVE_{name}_{protocol}_PORT")
+            for name in ("DIRECT_INGRESS_MIN", "DIRECT_INGRESS_MAX", "FALLBACK_PROXY")
+        )
+        assert f"{least}-{most}" in SERVES_PORTS
+        assert f"{fallback}" in SERVES_PORTS
 
 
 def test_two_services_draw_ports_that_the_system_gives_to_no_client(monkeypatch):
