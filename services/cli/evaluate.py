@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 import random
 import sys
@@ -34,6 +36,12 @@ LENGTHS = (1024, 4096)
 KEEPS = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05)
 CONTROL_KEEP = 0.1
 TEXT_KEEPS = (0.3, 0.1)
+# Of the speculator: neither scores nor what is kept depend on these. Its path is shown in full.
+_UNSCORED = {
+    "path", "threads", "prefill_chunk_tokens", "kv_memory_bytes", "score_cache_bytes",
+    "kept_memory_bytes", "max_batch", "max_wait_s", "timeout_s", "timeout_token_s", "max_queued",
+    "self_test", "on_overload",
+}  # fmt: skip
 CHUNKS = {"text": "chunks that follow the text, of about", "equal": "chunks of"}
 ITEMS, LEAST_DENSE = 8, 0.2
 QUICK_FAMILIES, QUICK_LENGTHS, QUICK_KEEPS, QUICK_ITEMS = ("needles", "vt"), (768,), (1.0, 0.1), 2
@@ -210,6 +218,7 @@ def _suite(args: argparse.Namespace, config: AppConfig) -> Suite:
         seed=args.seed,
         least_dense=args.least_dense,
         answered=not args.gold_only,
+        gold_known=args.endpoint is None,
     )
 
 
@@ -293,4 +302,15 @@ def _subject(args: argparse.Namespace, config: AppConfig) -> dict[str, str]:
         f"{selection.min_kept_tokens} kept, {selection.sink_tokens} first and "
         f"{selection.tail_tokens} last protected, {selection.next_chunk_share:g} of a chunk's "
         "score for the next one",
+        "settings": _settings_digest(config),
     }
+
+
+def _settings_digest(config: AppConfig) -> str:
+    """Return a digest of all settings that decide what is kept, alike on every machine."""
+    settings = [
+        config.selection.model_dump(mode="json"),
+        config.speculator.model_dump(mode="json", exclude=_UNSCORED),
+    ]
+    content = json.dumps(settings, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:12]

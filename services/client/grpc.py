@@ -91,7 +91,7 @@ def _decision(decision: pb.Decision) -> dict[str, Any]:
 def _prune(question: ServiceQuestion) -> pb.Prune:
     if question.dense:
         return pb.Prune(enabled=False)
-    return pb.Prune(keep=question.keep, mode=question.mode)
+    return pb.Prune(keep=question.keep, auto=question.auto, mode=question.mode)
 
 
 def metadata(question: ServiceQuestion) -> tuple[tuple[str, str], ...]:

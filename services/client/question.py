@@ -24,7 +24,7 @@ class ServiceQuestion:
     keep: float | None = None  # (0, 1]; None: the deployment's default
     dense: bool = False  # keep the whole prompt
     mode: PromptMode | None = None  # how to send what is kept; None: the deployment's default
-    auto: bool = False  # let the scores choose the keep rate; over HTTP only
+    auto: bool = False  # let the scores choose the keep rate
     max_tokens: int = 128
     temperature: float = 0.0
     timeout_s: float = 300.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 from collections.abc import Iterator
@@ -29,9 +30,10 @@ class LocalMachine:
 def read_machine() -> LocalMachine:
     """Measure this machine, within the limits of the container that this process is in."""
     free, allowed = _free_memory(), container_memory()
+    cores, most_cores = len(os.sched_getaffinity(0)), container_cores()
     return LocalMachine(
         memory_bytes=free if allowed is None else min(free, allowed),
-        cores=len(os.sched_getaffinity(0)),
+        cores=cores if most_cores is None else min(cores, most_cores),
         gpus=tuple(_gpu_memory()),
         fast_bfloat16=has_fast_bfloat16(_CPUINFO.read_text(encoding="utf-8")),
     )
@@ -44,13 +46,27 @@ def _free_memory() -> int:
 
 
 def container_memory(folder: Path = _CGROUP) -> int | None:
-    """Return the bytes that the container may still take; None without a limit."""
+    """Return the bytes that the container may still take; None without a limit.
+
+    Pages of files that were not used lately count as free: the kernel drops them on demand.
+    """
     try:
         limit = (folder / "memory.max").read_text(encoding="utf-8").strip()
         used = int((folder / "memory.current").read_text(encoding="utf-8"))
+        stat = (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
     except OSError:  # no container, or version 1
         return None
-    return None if limit == "max" else max(0, int(limit) - used)
+    idle = sum(int(line.split()[1]) for line in stat if line.startswith("inactive_file "))
+    return None if limit == "max" else max(0, int(limit) - used + idle)
+
+
+def container_cores(folder: Path = _CGROUP) -> int | None:
+    """Return the cores whose time the container may take, rounded up; None without a limit."""
+    try:
+        quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
+    except OSError:  # no container, or version 1
+        return None
+    return None if quota == "max" else math.ceil(int(quota) / int(period))
 
 
 def _gpu_memory() -> Iterator[int]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .arms import DENSE, Arm, Chooser
 from .intervals import Interval, retained_interval
 from .outcomes import ArmOutcome
-from .suite import SuiteResult
+from .suite import Suite, SuiteResult
 
 MOST_KEPT = 0.5  # the highest fixed rate at which keeping the answer counts as pruning
 
@@ -30,22 +30,27 @@ class Prunable:
     retained: Interval | None  # of the dense score, over all answered prompts
 
 
-def prunable(measured: SuiteResult, length: int, seed: int) -> list[Prunable]:
+def prunable(measured: SuiteResult, suite: Suite, length: int) -> list[Prunable]:
     """Return one entry per family at one length, then one over all of them.
 
-    Empty where the automatic rate was not measured, or no fixed rate.
+    Empty where the automatic rate was not measured, or no fixed rate. Where gold is unknown, only
+    prompts that were answered count.
     """
     prompts: dict[tuple[str, int], dict[Arm, ArmOutcome]] = {}
     for one in measured.outcomes:
         if one.length == length:
             prompts.setdefault((one.family, one.seed), {})[one.arm] = one
-    usable = [arms for arms in prompts.values() if _automatic(arms) and _fixed(arms)]
+    usable = [
+        arms
+        for arms in prompts.values()
+        if _automatic(arms) and _fixed(arms) and (suite.gold_known or _is_answered(arms))
+    ]
     families = dict.fromkeys(arms[DENSE].family for arms in usable)
     found = [
-        _summarise(family, [arms for arms in usable if arms[DENSE].family == family], seed)
+        _summarise(family, [arms for arms in usable if arms[DENSE].family == family], suite.seed)
         for family in families
     ]
-    return [*found, _summarise("all", usable, seed)] if found else []
+    return [*found, _summarise("all", usable, suite.seed)] if found else []
 
 
 def _summarise(family: str, prompts: Sequence[Mapping[Arm, ArmOutcome]], seed: int) -> Prunable:
@@ -79,6 +84,10 @@ def _keeps(one: ArmOutcome, dense: ArmOutcome) -> bool:
     if one.score is None or dense.score is None:
         return one.answer.gold_kept == 1.0
     return one.score >= dense.score > 0.0
+
+
+def _is_answered(arms: Mapping[Arm, ArmOutcome]) -> bool:
+    return all(one.score is not None for one in arms.values())
 
 
 def _automatic(arms: Mapping[Arm, ArmOutcome]) -> list[ArmOutcome]:

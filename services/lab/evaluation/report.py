@@ -56,9 +56,10 @@ class EvaluationReport:
 
     def notes(self) -> list[str]:
         """Return what is missing from the tables, and why."""
+        left = "gold survival" if self.suite.gold_known else "kept shares"
         lines = [
             f"{family} at {length} tokens is beyond the model (dense score below "
-            f"{self.suite.least_dense:g}): gold survival only."
+            f"{self.suite.least_dense:g}): {left} only."
             for family, length in self.measured.beyond_model
         ]
         lines += [
@@ -207,7 +208,7 @@ class EvaluationReport:
         )
 
     def _prunable_table(self, length: int) -> Table:
-        return prunable_table(length, prunable(self.measured, length, self.suite.seed))
+        return prunable_table(length, prunable(self.measured, self.suite, length))
 
     def _choice_by_answers(self, length: int) -> Table:
         return choice_table(

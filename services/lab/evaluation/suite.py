@@ -43,6 +43,7 @@ class Suite:
     # other prompts are not answered, only their gold survival is measured.
     least_dense: float
     answered: bool = True  # False: gold survival only
+    gold_known: bool = True  # False: the backend does not return which tokens were kept
 
     @property
     def prompts(self) -> int:

@@ -74,10 +74,12 @@ def choices(rows: Sequence[Row], suite: Suite, length: int) -> list[Choice]:
 def choices_of_all(rows: Sequence[Row], suite: Suite, length: int) -> list[Choice]:
     """Return the same over all families: those without answers by their surviving gold.
 
-    Empty where that would add nothing.
+    Empty where that would add nothing, or gold is unknown.
     """
     found = [row for row in rows if row.length == length]
-    return [] if all(row.has_answers for row in found) else _choose(found, suite)
+    if not suite.gold_known or all(row.has_answers for row in found):
+        return []
+    return _choose(found, suite)
 
 
 def smallest_enough(found: Sequence[Choice]) -> Choice | None:

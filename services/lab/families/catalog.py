@@ -24,6 +24,7 @@ class Family:
     max_tokens: int
     scoring: Scoring = Scoring.ALL_REFERENCES
     least_units: int = 1
+    has_tools: bool = False  # schemas, and messages that are calls or results
 
 
 def _niah(variant: Niah) -> Family:
@@ -48,8 +49,10 @@ _FITTED = {
     "scattered_sum": Family(notices.scattered_sum, 32, Scoring.NUMBER),
     "override": Family(notices.override, 32, Scoring.NUMBER),
     "passage_count": Family(passages.passage_count, 16, Scoring.NUMBER, least_units=2),
-    "tool_call": Family(calls.tool_call, 128, Scoring.TOOL_CALL, least_units=calls.RESULTS),
-    "tool_result": Family(calls.tool_result, 24, least_units=calls.RECORDS),
+    "tool_call": Family(
+        calls.tool_call, 128, Scoring.TOOL_CALL, least_units=calls.RESULTS, has_tools=True
+    ),
+    "tool_result": Family(calls.tool_result, 24, least_units=calls.RECORDS, has_tools=True),
     "system_secret": Family(dialogue.SystemSecret(warm=False).draft, 24),
     "system_secret_warm": Family(dialogue.SystemSecret(warm=True).draft, 24),
     "recall_5_turns": Family(dialogue.recall, 24, least_units=dialogue.TURNS),
@@ -60,10 +63,11 @@ _REAL = {
     "prose_multikey": Family(prose.Needles(keys=4).draft, 32, least_units=4),
     "prose_questions": Family(prose.questions, 32, least_units=prose.LEAST_WORDS),
     "prose_recall": Family(prose.recall, 32),
-    "prose_tool_result": Family(prose.tool_result, 32, least_units=prose.FOUND),
+    "prose_tool_result": Family(prose.tool_result, 32, least_units=prose.FOUND, has_tools=True),
 }
 FAMILIES = (NEEDLES, *_FITTED)
 REAL_FAMILIES = tuple(_REAL)
+TOOL_FAMILIES = tuple(name for name, family in {**_FITTED, **_REAL}.items() if family.has_tools)
 # What the warm arm of a secret asks is what the cold one asks.
 _SEEDED_AS = {"system_secret_warm": "system_secret", "kv_retrieval_query_aware": "kv_retrieval"}
 

@@ -65,6 +65,7 @@ class GrpcCaller:
             model=self._model,
             keep=rate,
             dense=prompt.keep == "dense",
+            auto=prompt.keep == "auto",
             max_tokens=prompt.max_tokens,
             timeout_s=timeout_s,
             api_key=self._api_key,

@@ -9,6 +9,8 @@ from http import HTTPStatus
 from typing import Any
 
 import aiohttp
+import msgspec
+from aiohttp.http import HttpProcessingError
 
 from .outcome import RequestEnding
 from .recorder import LoadPrompt, Recorder, RequestRefused
@@ -17,12 +19,50 @@ _DATA = b"data:"
 _SHED_REASON = "x-specprefill-shed-reason"
 _MESSAGE_CHARS = 200
 _LINE_BYTES = 8 << 20  # the longest line of a stream: logprobs make long ones
-_ENDINGS = {
+_ENDINGS: dict[int, RequestEnding] = {
     HTTPStatus.TOO_MANY_REQUESTS: RequestEnding.SHED,
     HTTPStatus.REQUEST_TIMEOUT: RequestEnding.TIMED_OUT,
     HTTPStatus.GATEWAY_TIMEOUT: RequestEnding.TIMED_OUT,
 }
 _LATE = "deadline_exceeded"  # the code of an error that ends a stream
+# No connection or a broken one, a line that is too long, and one that holds no event.
+_BROKEN = (aiohttp.ClientError, HttpProcessingError, ValueError)
+
+
+class _Function(msgspec.Struct):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _ToolCall(msgspec.Struct):
+    function: _Function | None = None
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[_ToolCall] | None = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _Delta | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class _Event(msgspec.Struct):
+    """One event of a stream, as far as it is recorded."""
+
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+    specprefill: dict[str, Any] | None = None
+    error: Any = None
+
+
+_events = msgspec.json.Decoder(_Event)
 
 
 class HttpCaller:
@@ -63,7 +103,7 @@ class HttpCaller:
                 async for line in reply.content:
                     if line.startswith(_DATA):
                         _record(line[len(_DATA) :].strip(), recorder)
-        except aiohttp.ClientError as error:
+        except _BROKEN as error:
             raise RequestRefused(
                 RequestEnding.FAILED, f"{type(error).__name__}: {error}"
             ) from error
@@ -93,21 +133,25 @@ class HttpCaller:
 
 
 def _record(data: bytes, recorder: Recorder) -> None:
-    """Record one event of the stream. Raises Refused where it is an error."""
+    """Record one event of the stream.
+
+    Raises RequestRefused where it is an error, and ValueError where it is no event.
+    """
     if data == b"[DONE]":
         return
-    event = json.loads(data)
-    if "error" in event:
-        raise RequestRefused(_ending_of(event["error"]), f"in the stream: {_error_message(event)}")
-    for choice in event.get("choices") or ():
-        piece = _text(choice.get("delta") or {})
+    event = _events.decode(data)
+    if event.error is not None:
+        raise RequestRefused(
+            _ending_of(event.error), f"in the stream: {_error_message(event.error)}"
+        )
+    for choice in event.choices or ():
+        piece = "" if choice.delta is None else _text(choice.delta)
         if piece:
             recorder.text(piece)
-    usage = event.get("usage")
-    if usage is not None:
-        recorder.usage(usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0))
-    if "specprefill" in event:
-        recorder.report(event["specprefill"])
+    if event.usage is not None:
+        recorder.usage(event.usage.prompt_tokens, event.usage.completion_tokens)
+    if event.specprefill is not None:
+        recorder.report(event.specprefill)
 
 
 def _ending_of(error: Any) -> RequestEnding:
@@ -115,26 +159,26 @@ def _ending_of(error: Any) -> RequestEnding:
     return RequestEnding.TIMED_OUT if late else RequestEnding.FAILED
 
 
-def _text(delta: dict[str, Any]) -> str:
+def _text(delta: _Delta) -> str:
     """Return a delta's text: an answer, reasoning, or a piece of a tool call."""
-    calls = (call.get("function") or {} for call in delta.get("tool_calls") or ())
-    parts = [f"{call.get('name') or ''}{call.get('arguments') or ''}" for call in calls]
-    return (delta.get("content") or "") + (delta.get("reasoning") or "") + "".join(parts)
+    calls = (call.function for call in delta.tool_calls or () if call.function is not None)
+    parts = [f"{call.name or ''}{call.arguments or ''}" for call in calls]
+    return (delta.content or "") + (delta.reasoning or "") + "".join(parts)
 
 
 def _refusal(status: int, reason: str | None, body: bytes) -> RequestRefused:
     try:
-        message = _error_message(json.loads(body))
+        content = json.loads(body)
     except ValueError:
-        message = body[:_MESSAGE_CHARS].decode(errors="replace")
+        content = body.decode(errors="replace")
+    error = content.get("error", content) if isinstance(content, dict) else content
     place = str(status) if reason is None else f"{status} {reason}"
     return RequestRefused(
-        _ENDINGS.get(HTTPStatus(status), RequestEnding.FAILED), f"{place}: {message}"
+        _ENDINGS.get(status, RequestEnding.FAILED), f"{place}: {_error_message(error)}"
     )
 
 
-def _error_message(event: Any) -> str:
-    """Return the error's message where it is in OpenAI's form."""
-    error = event.get("error") if isinstance(event, dict) else None
-    message = error.get("message") if isinstance(error, dict) else event
+def _error_message(error: Any) -> str:
+    """Return an error's message where it is in OpenAI's form."""
+    message = error.get("message", error) if isinstance(error, dict) else error
     return str(message)[:_MESSAGE_CHARS]

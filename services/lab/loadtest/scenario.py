@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from ...config import Rate, Seconds, Strict
-from ..families.catalog import FAMILIES, NEEDLES
+from ..families.catalog import FAMILIES, NEEDLES, TOOL_FAMILIES
 from .arrivals import Concurrency, Length, Process, RecordedTrace
 from .statistics import MOST_REPLICATES, RequestSlo
 
@@ -173,6 +173,17 @@ class Scenario(Strict):
     processes: PositiveInt = 1
     # Runs with other prompts and send times, one after the other: more than one give intervals.
     replicates: Annotated[int, Field(ge=1, le=MOST_REPLICATES)] = 1
+
+    @model_validator(mode="after")
+    def _prompts_fit_the_protocol(self) -> Self:
+        if self.target.protocol == "grpc":
+            for each in self.prompts:
+                if each.family in TOOL_FAMILIES:
+                    raise ValueError(
+                        f"prompts: {each.family} has tool calls, which gRPC messages cannot hold; "
+                        "use target.protocol http"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _search_varies_a_rate(self) -> Self:

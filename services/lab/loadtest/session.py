@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ...deployment.checked_yaml import InvalidFile
 from ...deployment.serve_api import ServeApi
 from . import arrivals, runner, search
 from . import recorded_trace as trace
@@ -120,7 +121,7 @@ def caller_of(target: Target) -> Caller:
 def plan_load(scenario: Scenario, source: Source, part: Part = WHOLE) -> Load:
     """Decide on a part's requests in an open loop; on those of a closed one as they are needed.
 
-    Raises InvalidFile.
+    Raises InvalidFile, also where no request at all falls into the run.
     """
     process, rng = scenario.arrivals, np.random.default_rng(scenario.seed)
     if isinstance(process, arrivals.Concurrency):
@@ -134,7 +135,14 @@ def plan_load(scenario: Scenario, source: Source, part: Part = WHOLE) -> Load:
         rng = _own(rng, part)
         prompts = source.draw_like(scenario.prompts, lines, rng)
     else:
-        times = arrivals.times(process, scenario.length, rng)[mine]  # the same in every part
+        times = arrivals.times(process, scenario.length, rng)  # the same in every part
+        if not len(times):
+            raise InvalidFile(
+                f"length.seconds ({scenario.length.seconds:g}) is so short that seed "
+                f"{scenario.seed} draws no request; take more seconds, a higher rate or "
+                "length.requests"
+            )
+        times = times[mine]
         rng = _own(rng, part)
         prompts = source.draw(scenario.prompts, len(times), rng)
     planned = _plan_turns(scenario, source, runner.plan(times, prompts, scenario.cancel, rng))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import csv
+import functools
 import json
 import random
 import socket
@@ -19,8 +20,8 @@ import pytest
 import uvicorn
 
 from specprefill.core.errors import DeadlineExceeded, Overloaded, Unavailable
+from specprefill.lab.loadtest import http_stream, runner, session
 from specprefill.lab.loadtest import results as report
-from specprefill.lab.loadtest import runner, session
 from specprefill.lab.loadtest.chaos import inject
 from specprefill.lab.loadtest.grpc_stream import GrpcCaller
 from specprefill.lab.loadtest.http_stream import HttpCaller
@@ -114,6 +115,16 @@ async def test_an_answer_is_recorded_with_its_report(protocol, addresses, pipeli
     assert pipeline.requests[-1].controls.keep == 0.5
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+async def test_the_automatic_rate_is_asked_for(protocol, addresses, pipeline):
+    asked = caller(protocol, addresses)
+    async with asked.open():
+        stream = await runner.stream(prompt(keep="auto"), asked, PATIENCE_S)
+    assert stream.ending is RequestEnding.ANSWERED, stream.error
+    controls = pipeline.requests[-1].controls
+    assert (controls.auto, controls.keep) == (True, None)
+
+
 async def test_no_connection_is_used_again():
     """The server keeps connections open, and closes each when a second request comes over it."""
 
@@ -137,6 +148,52 @@ async def test_no_connection_is_used_again():
         streams = [await runner.stream(prompt(), asked, PATIENCE_S) for _ in range(3)]
     await asyncio.gather(*(task for task in serving if task is not None))
     assert [stream.text for stream in streams] == ["hello"] * 3, streams[-1].error
+
+
+async def reply_once(
+    head: str, body: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(f"HTTP/1.1 {head}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
+    writer.close()
+    await writer.wait_closed()
+
+
+EVENT = b'data: {"choices": [{"delta": {"content": "hello"}}]}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "message"),
+    [
+        ("520 Unknown", b"<html>down</html>", "520: <html>down"),
+        ("529 Overloaded", b'{"error": {"message": "overloaded"}}', "529: overloaded"),
+        ("502 Bad Gateway", b"\xff\xfe", "502: "),
+        ("422 Unprocessable", b'{"detail": "no such field"}', "422: {'detail': 'no such field'}"),
+        ("200 OK", EVENT + b"data: <html>\n\n", "JSON is malformed"),
+        ("200 OK", EVENT + b"data: 3\n\n", "Expected `object`, got `int`"),
+        ("200 OK", EVENT + b'data: {"choices": [3]}\n\n', "got `int` - at `$.choices"),
+        (
+            "200 OK",
+            EVENT + b'data: {"choices": [{"delta": {"content": "\xff"}}]}\n\n',
+            "UnicodeDecodeError",
+        ),
+        ("200 OK", EVENT + b"data: " + b"x" * 10_000 + b"\n\n", "LineTooLong"),
+    ],
+    ids=[
+        "520", "529", "no text", "no error field", "no JSON", "no object", "no choice", "no UTF-8",
+        "too long",
+    ],
+)  # fmt: skip
+async def test_an_odd_reply_is_one_failed_request(head, body, message, monkeypatch):
+    monkeypatch.setattr(http_stream, "_LINE_BYTES", 1000)
+    server = await asyncio.start_server(functools.partial(reply_once, head, body), "127.0.0.1", 0)
+    asked = HttpCaller(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", "demo", None)
+    planned = [PlannedRequest(index, 0.0, prompt()) for index in range(2)]
+    async with server, asked.open():
+        outcomes = await runner.run(planned, asked, PATIENCE_S, RunProgress())
+    assert [one.stream.ending for one in outcomes] == [RequestEnding.FAILED] * 2
+    assert message in outcomes[0].stream.error
+    assert outcomes[0].stream.text == ("hello" if head == "200 OK" else "")
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

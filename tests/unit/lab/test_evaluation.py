@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from specprefill.cli import evaluate
+from specprefill.cli.exit_codes import Misused
+from specprefill.config import AppConfig
 from specprefill.core.chunks import Chunks
 from specprefill.core.selection import select
 from specprefill.core.types import Plan, PlanKind, Reason, Span
@@ -191,6 +195,23 @@ def test_families_beyond_the_model_are_compared_by_their_gold(run):
     assert "## Smallest rate that is enough for all families at 400 tokens" in text
 
 
+def test_where_gold_is_unknown_only_answers_are_compared(run):
+    class Remote(Scripted):
+        def _answer(self, task, arm, with_text):
+            return replace(super()._answer(task, arm, with_text), gold_kept=None)
+
+    asked = replace(suite(("niah_single_1", "niah_single_2")), gold_known=False)
+    measured, _ = run(asked, Remote(lambda task, _arm: task.family == "niah_single_1"))
+    rows = rows_of(measured, asked)
+    assert smallest_enough(choices(rows, asked, 400)).arm == Arm(Chooser.SPECULATOR, 0.1)
+    assert choices_of_all(rows, asked, 400) == []
+    assert [each.family for each in prunable(measured, asked, 400)] == ["niah_single_1", "all"]
+    text = report.text(report.report_of(measured, asked, {}))
+    assert "for all families" not in text
+    assert "Gold survival" not in text
+    assert "niah_single_2 at 400 tokens is beyond the model (dense score below 0.2): kept" in text
+
+
 def test_a_report_is_written_as_tables_json_and_a_page(run, tmp_path):
     asked = suite()
     measured, _ = run(asked, Scripted(lambda _task, arm: arm in (DENSE, HALF)))
@@ -245,7 +266,7 @@ def test_the_automatic_rate_is_judged_on_the_prompts_that_can_be_pruned(run, dem
         for item in range(40)
     ]
     kinds = [int(task.references[0]) % 4 for task in tasks]
-    family, total = prunable(measured, 400, asked.seed)
+    family, total = prunable(measured, asked, 400)
     assert (family.family, total.family) == ("niah_single_1", "all")
     assert family.prompts == 40
     assert family.can_be_pruned == kinds.count(0) + kinds.count(1) == family.pruned
@@ -261,12 +282,12 @@ def test_what_is_not_answered_can_be_pruned_where_all_gold_is_kept(run):
     backend = Scripted(lambda *_: False)
     asked = suite(items=9)
     measured, _ = run(asked, backend)
-    assert prunable(measured, 400, asked.seed)[0].can_be_pruned == 0  # half of the gold is kept
+    assert prunable(measured, asked, 400)[0].can_be_pruned == 0  # half of the gold is kept
     whole = [
         replace(one, answer=replace(one.answer, gold_kept=1.0)) if one.arm == HALF else one
         for one in measured.outcomes
     ]
-    (family, _) = prunable(replace(measured, outcomes=tuple(whole)), 400, asked.seed)
+    (family, _) = prunable(replace(measured, outcomes=tuple(whole)), asked, 400)
     assert (family.can_be_pruned, family.lost) == (9, 9)
     assert family.retained is None
 
@@ -274,7 +295,7 @@ def test_what_is_not_answered_can_be_pruned_where_all_gold_is_kept(run):
 def test_without_an_automatic_rate_nothing_is_said_of_it(run):
     asked = replace(suite(), arms=arms_of((1.0, 0.5), None, automatic=False, ceiling=False))
     measured, _ = run(asked, Scripted(lambda *_: True))
-    assert prunable(measured, 400, asked.seed) == []
+    assert prunable(measured, asked, 400) == []
     assert "can be pruned" not in report.text(report.report_of(measured, asked, {}))
 
 
@@ -342,3 +363,48 @@ def test_a_journal_of_other_settings_is_refused(path):
     Journal.create(path, {"seed": "1"})
     with pytest.raises(OtherSettings, match='"seed":"1"'):
         Journal.resume(path, {"seed": "2"})
+
+
+def configured(speculator=(), **selection) -> AppConfig:
+    return AppConfig.model_validate({
+        "model": {"path": "main"},
+        "speculator": {"path": "draft", "score_heads": {0: [1]}, **dict(speculator)},
+        "selection": selection,
+    })  # fmt: skip
+
+
+def open_journal(config, folder, *, resume) -> Journal:
+    args = Namespace(endpoint=None, out=folder, resume=resume)
+    return evaluate._journal(args, suite(), evaluate._subject(args, config))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        configured(peak_share=0.2),
+        configured(least_certainty=0.5),
+        configured(floor=0.1),
+        configured(ceiling=0.5),
+        configured(pool_tokens=7),
+        configured(protect_fences=True),
+        configured({"look_ahead": 4}),
+        configured({"score_heads": {0: [2]}}),
+        configured({"revision": "other"}),
+    ],
+)
+def test_other_settings_of_what_is_kept_begin_another_evaluation(changed, tmp_path):
+    open_journal(configured(), tmp_path, resume=False)
+    with pytest.raises(Misused, match="was written with other settings"):
+        open_journal(changed, tmp_path, resume=True)
+
+
+def test_an_evaluation_goes_on_with_other_threads_and_memory(tmp_path):
+    open_journal(configured(), tmp_path, resume=False)
+    sizes = {"threads": 3, "kv_memory_bytes": 1 << 20, "prefill_chunk_tokens": 64, "max_batch": 1}
+    open_journal(configured(sizes), tmp_path, resume=True)
+
+
+def test_the_digest_of_the_settings_is_the_same_everywhere():
+    here, there = (configured({"path": path}) for path in ("/home/a/draft", "/mnt/draft"))
+    assert evaluate._settings_digest(here) == evaluate._settings_digest(there)
+    assert len(evaluate._settings_digest(here)) == 12

@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 
 from specprefill.lab.families import niah
-from specprefill.lab.families.catalog import FAMILIES, generate
+from specprefill.lab.families.catalog import FAMILIES, TOOL_FAMILIES, generate
 from specprefill.lab.families.fitting import render
 
 TOKENS = 3000
@@ -51,6 +51,13 @@ def test_one_seed_is_one_task(family, tasks, demo_tokenizer):
 def test_the_gold_holds_every_reference(family, tasks):
     gold = "\n".join(tasks[family].gold)
     assert all(reference in gold for reference in tasks[family].references)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_with_tools_is_marked(family, tasks):
+    keys = {key for message in tasks[family].messages for key in message}
+    assert (keys != {"role", "content"}) == (family in TOOL_FAMILIES)
+    assert bool(tasks[family].tools) == (family in TOOL_FAMILIES)
 
 
 def test_an_unknown_family_and_a_length_too_small_are_refused(demo_tokenizer):

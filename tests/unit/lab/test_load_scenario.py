@@ -7,7 +7,10 @@ import yaml
 
 from specprefill.cli.main import main
 from specprefill.deployment.checked_yaml import InvalidFile, validate
+from specprefill.lab.loadtest.arrivals import Part
+from specprefill.lab.loadtest.prompt_source import Source
 from specprefill.lab.loadtest.scenario import Scenario
+from specprefill.lab.loadtest.session import plan_load
 
 LEAST = {
     "target": {"model": "m"},
@@ -49,6 +52,10 @@ def edited(**changes):
         ),
         ({"search": {"kind": "paper", "grid": [2, 1]}}, "rates must ascend"),
         (
+            {"target": {"model": "m", "protocol": "grpc"}, "prompts": [{"family": "tool_result"}]},
+            "tool_result has tool calls, which gRPC messages cannot hold",
+        ),
+        (
             {"arrivals": {"kind": "trace", "path": "x"}, "length": {"seconds": 3}},
             "bounded by length.requests",
         ),
@@ -62,6 +69,13 @@ def test_a_fault_is_named_with_its_place(changes, message):
 def test_the_least_scenario_is_enough():
     scenario = validate(LEAST, "f.yaml", Scenario)
     assert scenario.at_load(3.0).arrivals.qps == 3.0
+
+
+def test_a_run_that_draws_no_request_is_refused(demo_tokenizer):
+    scenario = validate(edited(length={"seconds": 1e-6}), "f.yaml", Scenario)
+    for part in (Part(), Part(1, 2)):
+        with pytest.raises(InvalidFile, match=r"length.seconds \(1e-06\) .* seed 0 draws no req"):
+            plan_load(scenario, Source(demo_tokenizer, 0), part)
 
 
 def test_the_shipped_scenarios_are_valid(root):

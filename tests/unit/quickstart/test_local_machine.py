@@ -14,16 +14,43 @@ from specprefill.quickstart import local_machine as measured
 def test_this_machine_has_memory_and_cores() -> None:
     found = measured.read_machine()
     assert found.memory_bytes > 1 << 28
-    assert found.cores == len(os.sched_getaffinity(0))
+    assert 0 < found.cores <= len(os.sched_getaffinity(0))
 
 
 def test_a_containers_limit_counts(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("400\n")
+    (tmp_path / "memory.stat").write_text("file 350\ninactive_file 0\nactive_file 50\n")
     assert measured.container_memory(tmp_path) == 600
     (tmp_path / "memory.max").write_text("max\n")
     assert measured.container_memory(tmp_path) is None
     assert measured.container_memory(tmp_path / "none") is None
+
+
+def test_files_that_were_read_take_no_memory_from_a_container(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("990\n")
+    (tmp_path / "memory.stat").write_text("anon 100\nfile 890\ninactive_file 800\n")
+    assert measured.container_memory(tmp_path) == 810
+
+
+@pytest.mark.parametrize(
+    ("limit", "cores"),
+    [("150000 100000", 2), ("200000 100000", 2), ("50000 100000", 1), ("max 100000", None)],
+)
+def test_a_containers_share_of_the_cores_is_rounded_up(
+    tmp_path: Path, limit: str, cores: int | None
+) -> None:
+    assert measured.container_cores(tmp_path) is None
+    (tmp_path / "cpu.max").write_text(f"{limit}\n")
+    assert measured.container_cores(tmp_path) == cores
+
+
+def test_a_machine_has_no_more_than_its_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "container_cores", lambda: 1)
+    monkeypatch.setattr(measured, "container_memory", lambda: 5)
+    found = measured.read_machine()
+    assert (found.cores, found.memory_bytes) == (1, 5)
 
 
 @pytest.mark.parametrize(
