@@ -24,7 +24,7 @@ from specprefill.deployment.local_ray import free_port
 
 HOST = "127.0.0.1"
 SERVICER = "specprefill.gateway.grpc.serving.add_SpecPrefillServicer_to_server"
-START_TIMEOUT_S = 20.0
+START_TIMEOUT_S = 60.0  # on a machine whose cores other tests have
 
 
 @dataclass(frozen=True)
