@@ -51,7 +51,7 @@ class Admission:
     message: str = ""
     reason: str | None = None  # None without a plan: the request's time was used up
     retry_after_s: float = 0.0
-    is_forgotten: bool = False  # the gate has heard nothing of the gateway: it may ask again
+    is_forgotten: bool = False  # no message of the gateway came for long: it may ask again
 
     def accepted_plan(self) -> Plan:
         """Return the plan. Raises Overloaded or DeadlineExceeded where there is no slot."""

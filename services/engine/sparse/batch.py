@@ -60,7 +60,7 @@ class SparseBatch:
 
         In place, because captured CUDA graphs read this very buffer; vLLM fills it anew
         every step, and cache slots were computed from it before. `requests` holds all that are not
-        finished: a step without tokens, of which this does not hear, may have ended others.
+        finished: a step without tokens, which does not come here, may have ended others.
         """
         if len(self._known) > len(requests):
             self.forget(self._known.keys() - requests.keys())
