@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -30,14 +31,14 @@ class RequestObserver:
         """Observe the end: called once, whatever ends the request."""
 
 
-class Observer:
+class Observer(ABC):
     """Observes every request of a gateway."""
 
+    @abstractmethod
     def on_arrival(self, request: Request) -> RequestObserver:
         """Return an observer for a planned request that has arrived, to be answered."""
-        raise NotImplementedError
 
-    def on_shed_selection(self, error: Overloaded) -> None:
+    def on_shed_selection(self, error: Overloaded) -> None:  # noqa: B027 - most need not know
         """Observe a selection alone that was refused under load. Does nothing unless overridden."""
 
 

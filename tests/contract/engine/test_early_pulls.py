@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 import torch
 
 from specprefill.core.types import Lease, Span, Ticket
@@ -61,21 +62,10 @@ async def test_a_pull_may_start_with_the_first_chunk(pair):
     assert heard.result().tokens == TOKENS
 
 
-async def test_on_shared_cores_it_starts_with_the_last_chunk(pair):
-    both = pair(HostDevice(), HostDevice())
-    heard = asyncio.create_task(announced(both.holder.endpoint.address))
-    both.prefill(CHUNKS[:1])
-    await asyncio.wait([heard], timeout=0.5)
-    assert not heard.done()
-    while not heard.done():
-        both.prefill(CHUNKS[1:])
-        await asyncio.wait([heard], timeout=0.05)
-    assert heard.result().tokens == TOKENS
-
-
-async def test_a_worker_that_nobody_pulls_from_announces_as_any_other(pair):
-    """The service listens to the last one, which may hold copies of heads only."""
-    both = pair(HostDevice(), HostDevice(), readers=0)
+@pytest.mark.parametrize("readers", [1, 0])
+async def test_on_shared_cores_it_starts_with_the_last_chunk(pair, readers):
+    """The service listens to the last worker; if it has copies of heads, nobody pulls from it."""
+    both = pair(HostDevice(), HostDevice(), readers=readers)
     heard = asyncio.create_task(announced(both.holder.endpoint.address))
     both.prefill(CHUNKS[:1])
     await asyncio.wait([heard], timeout=0.5)
