@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ...core.errors import Overloaded, Unauthenticated, Unavailable
 from .failures import http_failure
 from .keys import KEY_NAME, KeyRing
-from .middleware import send_failure
+from .reply import send_failure
 
 _RETRY_AFTER_S = 1.0
 
