@@ -12,6 +12,8 @@ SEEDS ?= 1
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 INSTALLED := $(VENV)/.installed-$(EXTRA)
+# Tests that measure no time share the cores, a file per process; the others come after them, alone.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: help
 help: ## Show this help
@@ -39,8 +41,11 @@ serve: $(INSTALLED) ## Serve the demo pair on this machine until Ctrl-C
 ##@ Tests
 
 .PHONY: test
-test: $(INSTALLED) ## Run the tests: unit, contract, integration, end to end
-	@$(PY) -m pytest
+test: $(INSTALLED) ## Run the tests: unit, contract, integration, faults, end to end
+	@failed=; \
+	  $(PY) -m pytest $(PARALLEL) tests/unit tests/contract tests/integration || failed=1; \
+	  $(PY) -m pytest tests/faults tests/e2e || failed=1; \
+	  test -z "$$failed"
 
 .PHONY: test-thorough
 test-thorough: $(INSTALLED) ## Run the longer repetitions that `make test` leaves out
@@ -48,7 +53,7 @@ test-thorough: $(INSTALLED) ## Run the longer repetitions that `make test` leave
 
 .PHONY: test-unit
 test-unit: $(INSTALLED) ## Run the fast tests only
-	@$(PY) -m pytest tests/unit
+	@$(PY) -m pytest $(PARALLEL) tests/unit
 
 .PHONY: coverage
 coverage: $(INSTALLED) ## The lines that unit and contract tests run, by file; pages in out/coverage

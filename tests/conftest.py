@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
+import sys
+import threading
+import time
 from pathlib import Path
 
 import hypothesis
@@ -24,6 +28,8 @@ _MARKERS = {"integration": "integration", "faults": "integration", "e2e": "e2e"}
 # These tests measure time on the cores that the whole service runs on: one that something else
 # delayed is run once more, and the summary lists it.
 _RUN_AGAIN = {"e2e", "faults"}
+_END_S = 60.0  # for threads that still run after the last test
+_STATUS = pytest.StashKey[int]()
 
 
 def pytest_collection_modifyitems(items):
@@ -34,6 +40,23 @@ def pytest_collection_modifyitems(items):
             item.add_marker(_MARKERS[folder])
         if folder in _RUN_AGAIN:
             item.add_marker(pytest.mark.flaky(reruns=1))
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """Keep the status for the end of the process."""
+    session.config.stash[_STATUS] = int(exitstatus)
+
+
+def pytest_unconfigure(config):
+    """End the process even if one of its threads does not end, and print where that one stands."""
+    status = config.stash.get(_STATUS, int(pytest.ExitCode.INTERNAL_ERROR))
+    threading.Thread(target=_end_process, args=(status,), daemon=True).start()
+
+
+def _end_process(status: int) -> None:
+    time.sleep(_END_S)
+    faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+    os._exit(status)
 
 
 @pytest.fixture(scope="session")

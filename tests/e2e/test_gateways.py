@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import ssl
 import time
 import uuid
 from collections import Counter
@@ -32,6 +33,7 @@ STORMS = 4  # at most, where the first ones met a busy machine
 WITHIN = 0.05  # of the attainment
 SUSTAINED_PER_S = 1.0 / (PREFILL_TOKEN_S * KEEP * PROMPT_TOKENS)
 GATEWAYS = (1, 2)
+NO_TLS = ssl.create_default_context()  # once: it takes longer than a request
 
 
 # --- metrics --------------------------------------------------------------------------------
@@ -235,7 +237,7 @@ async def storm(url: str) -> list[tuple[int, float, httpx.Headers]]:
     async def ask(after_s: float) -> tuple[int, float, httpx.Headers]:
         await asyncio.sleep(after_s)
         started_s = time.monotonic()
-        async with httpx.AsyncClient(timeout=60) as client:
+        async with httpx.AsyncClient(timeout=60, verify=NO_TLS) as client:
             answer = await client.post(f"{url}/v1/completions", json=body)
         return answer.status_code, time.monotonic() - started_s, answer.headers
 
@@ -249,6 +251,7 @@ def attainment(outcomes) -> float:
     return sum(code == 200 and seconds <= SLO_S for code, seconds, _ in outcomes) / len(outcomes)
 
 
+@pytest.mark.thorough
 def test_two_gateways_serve_a_storm_as_well_as_one(storms):
     # Each with half of the only engine, two served 6 to 13 points less in time; undivided, a third.
     for _ in range(STORMS - 1):

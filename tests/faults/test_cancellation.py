@@ -20,10 +20,9 @@ from .test_matrix import request
 pytestmark = [pytest.mark.faults, pytest.mark.asyncio(loop_scope="session")]
 
 LONG, SHORT = 8000, 500
-CANCELLED = 1000
 AT_ONCE = 25
 MAX_RATIO = 1.5
-ROUNDS = 9
+ROUNDS = 5
 
 
 def whole_prompt(length: int) -> Selection:
@@ -131,7 +130,8 @@ async def settled(pools: Pools, wanted: Footprint) -> Footprint:
     return now
 
 
-async def test_a_thousand_requests_cancelled_at_random_leave_nothing_behind(whole, table):
+@pytest.mark.parametrize("cancelled", [250, pytest.param(1000, marks=pytest.mark.thorough)])
+async def test_requests_cancelled_at_random_leave_nothing_behind(whole, table, cancelled):
     rng = random.Random(0)
     # Warm connections and threads: they stay, and are no leak.
     await asyncio.gather(*(one_cancelled(whole, f"warm-{n}", rng, 2.0) for n in range(AT_ONCE)))
@@ -139,7 +139,7 @@ async def test_a_thousand_requests_cancelled_at_random_leave_nothing_behind(whol
     assert (before.bytes_held, before.leases) == (0, 0)
     started_s = time.monotonic()
     ended = 0
-    for first in range(0, CANCELLED, AT_ONCE):
+    for first in range(0, cancelled, AT_ONCE):
         outcomes = await asyncio.gather(
             *(
                 one_cancelled(whole, f"cancelled-{first + n}", rng, rng.uniform(0.0, 0.8))
@@ -149,9 +149,9 @@ async def test_a_thousand_requests_cancelled_at_random_leave_nothing_behind(whol
         ended += sum(outcomes)
     after = await settled(whole, before)
     seconds = time.monotonic() - started_s
-    name = f"{CANCELLED} cancelled at random ({ended} had ended)"
+    name = f"{cancelled} cancelled at random ({ended} had ended)"
     table.add(name, "released", seconds, None, after.bytes_held)
-    assert ended < CANCELLED / 2
+    assert ended < cancelled / 2
     assert after == before
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from specprefill.core.model_modes import Mode
 
-from .models_page import RUNNERS, run
+from .conftest import Runner
+from .models_page import run
 from .tiny_architectures import BY_NAME
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(200)]
@@ -16,7 +17,10 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(200)]
 NAMES = ("mistral-window", "gemma2", "llama4", "gpt-oss", "gpt2")
 
 
-@pytest.fixture(scope="module", params=RUNNERS)
+# The runner that GPUs use by default; the other tests of engines run V1, too.
+@pytest.fixture(
+    scope="module", params=[Runner.V2, pytest.param(Runner.V1, marks=pytest.mark.thorough)]
+)
 def rows(request, tmp_path_factory):
     """The rows of NAMES on one runner."""
     found = run(request.param, NAMES, tmp_path_factory.mktemp("matrix"))
