@@ -18,6 +18,7 @@ from .decode.replica import DecodeReplica
 from .engine.cpu_plugin import ENV_SWITCH
 from .gateway.pools.prefix_router import PrefixRouter
 from .gateway.replica import GatewayReplica
+from .gateway.serve_internals import bind_versioned
 from .prefill.replica import PrefillReplica
 from .speculator.replica import SpeculatorReplica
 
@@ -86,9 +87,9 @@ def build_over(args: AppConfig, replicas: Replicas) -> serve.Application:
     """Build them over other pools, such as those of a test."""
     gpus = os.environ.get(ENV_SWITCH) != "1"
     drain_s = args.gateway.request_timeout_s + DRAIN_MARGIN_S
-    # Pools do not depend on these. Yet Serve replaces every replica when any of `args` changes: it
-    # takes all of them for an application's version.
-    config_json = args.model_dump_json(exclude={"slo": True, "scaling": True, "gateway": True})
+    # A pool gets what it reads and no more: a change of anything else does not replace its replicas.
+    engines_json = args.for_engines().model_dump_json()
+    speculator_json = args.for_speculators().model_dump_json()
     gateway_json = args.for_gateways().model_dump_json(exclude={"slo", "scaling"})
 
     def replica_options(name: str, bounds: PoolScaling) -> dict[str, Any]:
@@ -147,9 +148,10 @@ def build_over(args: AppConfig, replicas: Replicas) -> serve.Application:
         Placement(),
         PoolScaling(min_replicas=gateways, max_replicas=gateways),  # so that it sends signals, too
     )
-    return gateway.bind(
+    return bind_versioned(
+        gateway,
         gateway_json,
-        speculator.bind(config_json),
-        prefill.bind(config_json),
-        decode.bind(config_json),
+        bind_versioned(speculator, speculator_json),
+        bind_versioned(prefill, engines_json),
+        bind_versioned(decode, engines_json),
     )

@@ -432,6 +432,15 @@ class QualityConfig(Strict):
     shadow_most_live: NonNegativeInt = 2  # live requests of a gateway, beyond which none starts
 
 
+class EnginesConfig(Strict):
+    """The part of AppConfig that the engine pools read. It is validated there."""
+
+    model: MainModel
+    prefill: EngineConfig
+    decode: DecodeConfig
+    kv: KvConfig
+
+
 class AppConfig(Strict):
     """The whole configuration of `specprefill.app:build`."""
 
@@ -481,6 +490,21 @@ class AppConfig(Strict):
                 f"slo.ttft_s ({self.slo.ttft_s:g}), which counts for both"
             )
         return self
+
+    def for_engines(self) -> EnginesConfig:
+        """Return the engine pools' configuration."""
+        return EnginesConfig(
+            model=self.model, prefill=self.prefill, decode=self.decode, kv=self.kv
+        )
+
+    def for_speculators(self) -> AppConfig:
+        """Return the speculators' configuration: the sections that they do not read are empty."""
+        return AppConfig(
+            model=self.model,
+            speculator=self.speculator,
+            selection=self.selection,
+            prefill=EngineConfig(block_size=self.prefill.block_size),
+        )
 
     def for_gateways(self) -> AppConfig:
         """Return the gateways' configuration: its admission holds the SLO itself."""

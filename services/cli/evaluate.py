@@ -123,6 +123,9 @@ def _add_size(command: argparse.ArgumentParser) -> None:
         "--no-ceiling", action="store_true", help="skip the ceiling: do not load the model twice"
     )
     command.add_argument(
+        "--no-paper", action="store_true", help="skip the paper's scorer beside a calibrated one"
+    )
+    command.add_argument(
         "--gold-only", action="store_true", help="run the speculator alone, without answers"
     )
     command.add_argument(
@@ -233,7 +236,7 @@ def _arms(args: argparse.Namespace, config: AppConfig) -> tuple[Arm, ...]:
         text_keeps=(CONTROL_KEEP,) if args.quick else args.text_keeps,
         automatic=True,
         ceiling=not (args.no_ceiling or args.gold_only),
-        paper=not remote and config.speculator.is_calibrated,
+        paper=not remote and config.speculator.is_calibrated and not args.no_paper,
     )
 
 

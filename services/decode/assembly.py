@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from ..config import AppConfig
+from ..config import EnginesConfig
 from ..engine.args import Role, engine_args
 from ..engine.engine import Engine
 from ..engine.ray_metrics import ray_stat_loggers
@@ -14,7 +14,7 @@ from .pull_metrics import PullMetrics
 from .service import DecodeService
 
 
-def assemble(config: AppConfig) -> DecodeService:
+def assemble(config: EnginesConfig) -> DecodeService:
     """Return an engine's service. It computes prompts itself where KV cannot be handed over."""
     args = engine_args(
         config.model,

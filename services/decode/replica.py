@@ -11,7 +11,7 @@ from typing import Any, cast
 from ray.util import get_node_ip_address
 
 from ..autoscaling.signals import DECODE_SLOTS, KV_TOKENS
-from ..config import AppConfig
+from ..config import EnginesConfig
 from ..core import heap
 from ..core.dead_replica import ends_when_dead
 from ..core.replica_logging import log_call, log_with_serve
@@ -34,7 +34,7 @@ class DecodeReplica:
 
     async def __init__(self, config_json: str) -> None:  # type: ignore[misc]
         log = log_with_serve()
-        config = AppConfig.model_validate_json(config_json)
+        config = EnginesConfig.model_validate_json(config_json)
         require(config.kv.carrier)
         tls = watch_tls(config.kv.tls)
         if config.decode.fork_engine:

@@ -6,12 +6,18 @@ Serve has no public way to set them. Tried with the Ray that pyproject.toml pins
 from __future__ import annotations
 
 import contextvars
+import hashlib
 import inspect
+import json
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import ray
+from pydantic import PrivateAttr
+from ray.serve import Application, Deployment
 from ray.serve._private import default_impl
+from ray.serve._private.config import DeploymentConfig
 from ray.serve._private.constants import (
     DEFAULT_GRPC_SERVER_OPTIONS,
     RAY_SERVE_GRPC_MAX_MESSAGE_SIZE,
@@ -19,6 +25,7 @@ from ray.serve._private.constants import (
 from ray.serve.context import _get_global_client, _set_request_context
 from ray.serve.handle import DeploymentHandle
 
+from .. import __version__
 from ..core.errors import IncompatibleRay
 
 _MAX_RECEIVED = "grpc.max_receive_message_length"
@@ -72,10 +79,44 @@ def call_alone(handle: DeploymentHandle, *messages: object) -> Any:
     return context.run(handle.remote, *messages)
 
 
+class _OwnVersion(DeploymentConfig):  # type: ignore[misc]
+    """Options of a deployment whose version is its own.
+
+    Serve replaces the replicas of a deployment whose version changes, and sets the same version for
+    all deployments of a file's application: a digest of its `args` and `runtime_env`.
+    """
+
+    _own: str = PrivateAttr(default="")
+
+    def to_proto_bytes(self) -> bytes:
+        """Return what the controller gets."""
+        self.version = self._own
+        return bytes(super().to_proto_bytes())
+
+
+def bind_versioned(deployment: Deployment, config_json: str, *pools: Application) -> Application:
+    """Bind a deployment that is replaced when `config_json` or the runtime environment changes."""
+    options = _OwnVersion.model_construct(**dict(deployment._deployment_config))
+    options._own = _version(deployment, config_json)
+    deployment = deployment.options()
+    deployment._deployment_config = options
+    return deployment.bind(config_json, *pools)
+
+
+def _version(deployment: Deployment, config_json: str) -> str:
+    environment = ray.get_runtime_context().runtime_env if ray.is_initialized() else {}
+    replica = deployment.func_or_class
+    parts = [__version__, f"{replica.__module__}.{replica.__qualname__}", config_json, environment]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def _differences() -> Iterator[str]:
     yield from _parameters(default_impl.add_grpc_address, "grpc_server", "server_address")
     yield from _parameters(_set_request_context, "_internal_request_id")
     yield from _parameters(DeploymentHandle.options, "_by_reference")
+    for name in ("version", "to_proto_bytes"):
+        if not hasattr(_OwnVersion.model_construct(), name):
+            yield f"DeploymentConfig has no {name}"
     if _MAX_RECEIVED not in dict(DEFAULT_GRPC_SERVER_OPTIONS):
         yield f"DEFAULT_GRPC_SERVER_OPTIONS has no {_MAX_RECEIVED}"
 

@@ -33,8 +33,7 @@ def _engines() -> Engines:
 class MockReplica:
     """What the three pools have in common."""
 
-    def __init__(self, config_json: str) -> None:
-        self._config = AppConfig.model_validate_json(config_json)
+    def __init__(self, _config_json: str) -> None:
         self._waiting = Waiting(time.monotonic)
 
     def record_replica_metadata(self) -> dict[str, int]:
@@ -51,7 +50,8 @@ class MockSpeculatorReplica(MockReplica):
 
     def __init__(self, config_json: str) -> None:
         super().__init__(config_json)
-        policy = selection_policy(self._config.selection, kv_block_tokens(self._config.prefill))
+        config = AppConfig.model_validate_json(config_json)
+        policy = selection_policy(config.selection, kv_block_tokens(config.prefill))
         self._speculator = MockSpeculator(_engines(), policy)
 
     async def select(self, payload: bytes, load: bytes = b"") -> bytes:

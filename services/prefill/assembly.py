@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from ..config import AppConfig
+from ..config import EnginesConfig
 from ..engine.args import Role, engine_args
 from ..engine.engine import Engine
 from ..engine.ray_metrics import ray_stat_loggers
@@ -15,7 +15,7 @@ from .idle import IdlePrefill
 from .service import PrefillService
 
 
-def assemble(config: AppConfig, tls: TlsSource | None) -> PrefillService | IdlePrefill:
+def assemble(config: EnginesConfig, tls: TlsSource | None) -> PrefillService | IdlePrefill:
     """Return an engine's service; an idle one where the decode engines do all the work."""
     if not hands_over(config.model, config.prefill, config.decode):
         return IdlePrefill()

@@ -10,7 +10,7 @@ from contextlib import aclosing
 
 from ..autoscaling.signals import QUEUE_AGE_S
 from ..autoscaling.waiting import Waiting
-from ..config import AppConfig
+from ..config import EnginesConfig
 from ..core import heap
 from ..core.dead_replica import ends_when_dead
 from ..core.replica_logging import log_call, log_with_serve
@@ -30,7 +30,7 @@ class PrefillReplica:
 
     async def __init__(self, config_json: str) -> None:  # type: ignore[misc]
         log = log_with_serve()
-        config = AppConfig.model_validate_json(config_json)
+        config = EnginesConfig.model_validate_json(config_json)
         require(config.kv.carrier)
         tls = watch_tls(config.kv.tls)
         if config.prefill.fork_engine:

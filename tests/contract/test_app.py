@@ -1,9 +1,12 @@
 """The placement of replicas and the parts of the application, in Serve's own objects."""
 
+from types import SimpleNamespace
+
 import pytest
+from ray.serve._private.config import DeploymentConfig
 
 from specprefill.app import Placement, build, engine_placement, speculator_placement
-from specprefill.config import AppConfig, EngineConfig, SpeculatorConfig
+from specprefill.config import AppConfig, EngineConfig, EnginesConfig, SpeculatorConfig
 
 CONFIG = AppConfig.model_validate({"model": {"path": "m"}, "speculator": {"path": "s"}})
 
@@ -56,8 +59,50 @@ def deployments(monkeypatch, config=CONFIG):
 def test_the_application_is_a_gateway_over_three_pools(monkeypatch):
     bound = deployments(monkeypatch)
     assert list(bound) == ["Gateway", "Speculator", "Prefill", "Decode"]
-    for deployment in bound.values():
-        assert AppConfig.model_validate_json(deployment.init_args[0]) == CONFIG
+    for name in ("Gateway", "Speculator"):
+        assert AppConfig.model_validate_json(bound[name].init_args[0]) == CONFIG
+    for name in ("Prefill", "Decode"):
+        got = EnginesConfig.model_validate_json(bound[name].init_args[0])
+        assert got == CONFIG.for_engines()
+
+
+def versions(monkeypatch, change=None, environment=None) -> dict[str, str]:
+    """Return the version that Serve gets of each deployment of a file, by name."""
+    config = AppConfig.model_validate(CONFIG.model_dump() | (change or {}))
+    context = SimpleNamespace(runtime_env=environment or {})
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.get_runtime_context", lambda: context)
+    found = {}
+    for name, each in deployments(monkeypatch, config).items():
+        options = each.options(name=name)._deployment_config  # as Serve's builder copies it
+        options.version = "of the application"
+        found[name] = DeploymentConfig.from_proto_bytes(options.to_proto_bytes()).version
+    return found
+
+
+@pytest.mark.parametrize(
+    ("change", "replaced"),
+    [
+        ({}, set()),
+        ({"slo": {"ttft_s": 2.0}, "scaling": {"prefill": {"max_replicas": 4}}}, set()),
+        ({"gateway": {"request_timeout_s": 200.0}}, {"Gateway"}),
+        ({"quality": {"shadow_share": 0.5}}, {"Gateway"}),
+        ({"selection": {"keep": 0.5}}, {"Gateway", "Speculator"}),
+        ({"speculator": {"path": "another"}}, {"Gateway", "Speculator"}),
+        ({"kv": {"lease_s": 99.0}}, {"Gateway", "Prefill", "Decode"}),
+        ({"decode": {"max_num_seqs": 7}}, {"Gateway", "Prefill", "Decode"}),
+        ({"model": {"path": "another"}}, {"Gateway", "Speculator", "Prefill", "Decode"}),
+    ],
+)
+def test_a_change_replaces_only_the_replicas_that_read_it(monkeypatch, change, replaced):
+    before, after = versions(monkeypatch), versions(monkeypatch, change)
+    assert {name for name in before if before[name] != after[name]} == replaced
+
+
+def test_another_runtime_environment_replaces_every_replica(monkeypatch):
+    before = versions(monkeypatch, environment={"env_vars": {"A": "1"}})
+    after = versions(monkeypatch, environment={"env_vars": {"A": "2"}})
+    assert not set(before.values()) & set(after.values())
 
 
 def test_queues_are_bounded_and_draining_outlives_the_longest_request(monkeypatch):
@@ -87,19 +132,15 @@ def test_an_slo_lets_serve_scale_every_pool_within_its_bounds(monkeypatch):
     bounds = {name: (each.min_replicas, each.max_replicas) for name, each in scaled.items()}
     assert bounds == {"Gateway": (2, 2), "Speculator": (1, 1), "Prefill": (2, 5), "Decode": (1, 1)}
     assert {each.metrics_interval_s for each in scaled.values()} == {1.0}
-    for each in bound.values():  # another SLO restarts no replica
-        assert AppConfig.model_validate_json(each.init_args[0]) == CONFIG
 
 
 def test_gateways_that_admit_requests_get_the_slo_and_pools_do_not(monkeypatch):
     more = {"gateway": {"admission": {}}, "slo": {"ttft_s": 1.25}}
     config = AppConfig.model_validate({**CONFIG.model_dump(), **more})
-    configs = {
-        name: AppConfig.model_validate_json(each.init_args[0])
-        for name, each in deployments(monkeypatch, config).items()
-    }
-    assert configs["Gateway"].gateway.admission.ttft_s == 1.25
-    assert [configs[name] for name in ("Speculator", "Prefill", "Decode")] == [CONFIG] * 3
+    gateway = deployments(monkeypatch, config)["Gateway"].init_args[0]
+    assert AppConfig.model_validate_json(gateway).gateway.admission.ttft_s == 1.25
+    before, after = versions(monkeypatch), versions(monkeypatch, more)
+    assert {name for name in before if before[name] != after[name]} == {"Gateway"}
 
 
 def test_without_an_slo_the_file_sets_the_number_of_replicas(monkeypatch):

@@ -22,7 +22,7 @@ from specprefill.rpc import specprefill_pb2 as pb
 from specprefill.rpc.specprefill_pb2_grpc import SpecPrefillStub
 
 from ..certificates import Authority
-from .conftest import streams_that_end
+from .conftest import POOLS, streams_that_end
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -175,16 +175,22 @@ def closed(app, tmp_path_factory):
 
     context = ssl.create_default_context(cafile=files.authority)
     context.load_cert_chain(files.certificate, files.key)
+    before = replicas_of_pools(app)
     try:
         with streams_that_end(app, max_tokens=2000):  # though their gateways are replaced
             app.redeploy(close)
             app.wait_healthy()
+        assert replicas_of_pools(app) == before  # they read nothing of it
         wait_answered(f"https://localhost:{app.http_port}/health", context)
         yield files
     finally:
         app.redeploy(reopen)
         app.wait_healthy()
         wait_answered(f"{app.http_url}/health", True)
+
+
+def replicas_of_pools(app):
+    return {pool: app.replica_pids(pool) for pool in POOLS}
 
 
 def wait_answered(url, verify):

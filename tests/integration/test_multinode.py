@@ -86,7 +86,7 @@ def pools(nodes, model_dir):
     place["graceful_shutdown_wait_loop_s"] = 0.1
     targets = [
         serve.RunTarget(
-            serve.deployment(replica, **place).bind(config.model_dump_json()),
+            serve.deployment(replica, **place).bind(config.for_engines().model_dump_json()),
             name=replica.__name__,
             route_prefix=None,
         )
