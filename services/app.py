@@ -87,7 +87,7 @@ def build_over(args: AppConfig, replicas: Replicas) -> serve.Application:
     """Build them over other pools, such as those of a test."""
     gpus = os.environ.get(ENV_SWITCH) != "1"
     drain_s = args.gateway.request_timeout_s + DRAIN_MARGIN_S
-    # A pool gets what it reads and no more: a change of anything else does not replace its replicas.
+    # A pool gets what it reads and no more: nothing else replaces its replicas when it changes.
     engines_json = args.for_engines().model_dump_json()
     speculator_json = args.for_speculators().model_dump_json()
     gateway_json = args.for_gateways().model_dump_json(exclude={"slo", "scaling"})

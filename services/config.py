@@ -26,7 +26,9 @@ Seconds = Annotated[float, Field(gt=0.0)]
 class Strict(BaseModel):
     """Frozen, and an unknown field is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class MainModel(Strict):
@@ -493,9 +495,7 @@ class AppConfig(Strict):
 
     def for_engines(self) -> EnginesConfig:
         """Return the engine pools' configuration."""
-        return EnginesConfig(
-            model=self.model, prefill=self.prefill, decode=self.decode, kv=self.kv
-        )
+        return EnginesConfig(model=self.model, prefill=self.prefill, decode=self.decode, kv=self.kv)
 
     def for_speculators(self) -> AppConfig:
         """Return the speculators' configuration: the sections that they do not read are empty."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..deployment.checked_yaml import InvalidFile, read_text
 from ..deployment.file import load
 from ..deployment.yaml_edit import CannotEdit, with_values
 from ..lab.families.catalog import FAMILIES
+from ..quickstart.local_machine import usable_cores
 from .exit_codes import OK, Failed, Misused
 from .progress_bar import ProgressBar
 
@@ -55,7 +55,7 @@ def add_commands(commands: Any) -> None:
     )  # fmt: skip
     command.add_argument("--seed", type=int, default=7)
     command.add_argument(
-        "--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
+        "--threads", type=int, default=usable_cores(), metavar="N",
         help="threads of the draft model on a CPU (default: %(default)s)",
     )  # fmt: skip
     command.add_argument("--out", type=Path, default=OUT, metavar="FILE", help="the figures")

@@ -18,6 +18,7 @@ from ..deployment.checked_yaml import InvalidFile
 from ..deployment.file import load
 from ..lab.evaluation.arms import Arm, arms_of
 from ..lab.families.catalog import FAMILIES, REAL_FAMILIES
+from ..quickstart.local_machine import usable_cores
 from .arguments import API_KEY_VARIABLE, positive_number, rate, require_charts
 from .exit_codes import Failed, Misused
 from .progress_bar import ProgressBar
@@ -96,7 +97,7 @@ def _add_subject(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--workers", type=int, default=1, metavar="N", help="requests at a time")
     command.add_argument(
-        "--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
+        "--threads", type=int, default=usable_cores(), metavar="N",
         help="threads of both models in this process (default: %(default)s)",
     )  # fmt: skip
 
@@ -180,6 +181,8 @@ def _journal(args: argparse.Namespace, suite: Suite, settings: dict[str, str]) -
     open_journal = Journal.resume if args.resume else Journal.create
     arms = ", ".join(arm.name for arm in suite.arms)
     asked = {"seed": str(suite.seed), "arms": arms, "answered": str(suite.answered)}
+    if args.tokenizer is not None:
+        asked["tokenizer"] = args.tokenizer
     try:
         return open_journal(args.out / JOURNAL, {**settings, **asked})
     except OtherSettings as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..deployment.checked_yaml import InvalidFile, parse_mapping, read_text, validate
-from .arguments import require_charts
+from .arguments import positive_number, require_charts
 from .exit_codes import Failed, Misused
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def add_commands(commands: Any) -> None:
     load.add_argument("scenario", type=Path, metavar="SCENARIO", help="e.g. loadtest/smoke.yaml")
     load.add_argument("--address", metavar="URL", help="overrides target.address")
     load.add_argument("--model", metavar="NAME", help="overrides target.model")
-    load.add_argument("--qps", type=float, metavar="R", help="overrides arrivals.qps")
+    load.add_argument("--qps", type=positive_number, metavar="R", help="overrides arrivals.qps")
     load.add_argument("--clients", type=int, metavar="N", help="overrides arrivals.clients")
     load.add_argument("--requests", type=int, metavar="N", help="overrides length")
     load.add_argument("--processes", type=int, metavar="N", help="overrides processes")

@@ -35,7 +35,7 @@ from ..lab.simulation.trace import (
     write_trace,
 )
 from ..lab.simulation.world import ReplicaFailure
-from .arguments import positive_number, require_charts, zero_or_more
+from .arguments import positive_number, rate, require_charts, zero_or_more
 from .exit_codes import Misused
 
 KEEPS = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05)
@@ -98,16 +98,16 @@ def _add_plan(commands: Any) -> None:
     )
     _add_load(plan, qps=10.0, default_engines=hardware.ENGINES)
     plan.add_argument(
-        "--keep", type=float, nargs="+", default=list(KEEPS), metavar="RATE",
+        "--keep", type=rate, nargs="+", default=list(KEEPS), metavar="RATE",
         help="keep rates to compare (default: %(default)s)",
     )  # fmt: skip
     plan.add_argument(
-        "--costs", type=float, nargs=3, default=[1.0, 4.0, 4.0],
+        "--costs", type=positive_number, nargs=3, default=[1.0, 4.0, 4.0],
         metavar=("SPECULATOR", "PREFILL", "DECODE"),
         help="cost of one replica of each pool, e.g. its GPUs (default: 1 4 4)",
     )  # fmt: skip
     plan.add_argument(
-        "--kv", type=float, nargs=3, metavar=("KIB_PER_TOKEN", "GIB", "GB_PER_S"),
+        "--kv", type=positive_number, nargs=3, metavar=("KIB_PER_TOKEN", "GIB", "GB_PER_S"),
         help="keys and values: of one token; room of one decode replica; what it pulls in a "
         "second (default: a 70B model on four H100, over gRPC)",
     )  # fmt: skip
@@ -118,7 +118,10 @@ def _add_load(
     command: argparse.ArgumentParser, qps: float, default_engines: Engines = ENGINES
 ) -> None:
     command.add_argument(
-        "--qps", type=float, default=qps, help="mean requests per second (default: %(default)g)"
+        "--qps",
+        type=positive_number,
+        default=qps,
+        help="mean requests per second (default: %(default)g)",
     )
     command.add_argument(
         "--lengths", type=lengths, default=Lengths(), metavar="PROMPT[:SPREAD][,OUTPUT[:SPREAD]]",
@@ -165,8 +168,6 @@ def run_plan(args: argparse.Namespace) -> int:
 
     Raises Misused where no decode replica has room for the requests, at any of the rates.
     """
-    if args.qps <= 0.0 or not all(0.0 < keep <= 1.0 for keep in args.keep):
-        raise Misused("specprefill plan: --qps must be above 0, and --keep within (0, 1]")
     costs = dict(zip(Pool, args.costs, strict=True))
     kv = _kv_limits(args)
     found = plans(args.qps, args.lengths, args.keep, args.engines, _slo(args), costs, kv)
@@ -202,8 +203,6 @@ def _verdict(plan: PoolPlan, kv: hardware.KvLimits) -> str:
 def _kv_limits(args: argparse.Namespace) -> hardware.KvLimits:
     if args.kv is None:
         return hardware.KvLimits()
-    if min(args.kv) <= 0.0:
-        raise Misused("specprefill plan: --kv must be above 0")
     token_kib, room_gib, pulled_gb = args.kv
     return hardware.KvLimits(token_kib * 1024, room_gib * (1 << 30), pulled_gb * 1e9)
 
@@ -247,10 +246,8 @@ def engines(text: str) -> Engines:
 def _trace(args: argparse.Namespace) -> Trace:
     if args.trace is None:
         seconds = args.hours * 3600
-        if args.qps <= 0.0:
-            raise Misused("specprefill simulate: --qps must be above 0")
-        rate = SHAPES[args.shape](args.qps, seconds)
-        return generate(rate, seconds, args.lengths, args.seed, drift=args.drift)
+        arriving = SHAPES[args.shape](args.qps, seconds)
+        return generate(arriving, seconds, args.lengths, args.seed, drift=args.drift)
     try:
         return read_trace(args.trace)
     except OSError as error:

@@ -30,10 +30,9 @@ class LocalMachine:
 def read_machine() -> LocalMachine:
     """Measure this machine, within the limits of the container that this process is in."""
     free, allowed = _free_memory(), container_memory()
-    cores, most_cores = len(os.sched_getaffinity(0)), container_cores()
     return LocalMachine(
         memory_bytes=free if allowed is None else min(free, allowed),
-        cores=cores if most_cores is None else min(cores, most_cores),
+        cores=usable_cores(),
         gpus=tuple(_gpu_memory()),
         fast_bfloat16=has_fast_bfloat16(_CPUINFO.read_text(encoding="utf-8")),
     )
@@ -58,6 +57,12 @@ def container_memory(folder: Path = _CGROUP) -> int | None:
         return None
     idle = sum(int(line.split()[1]) for line in stat if line.startswith("inactive_file "))
     return None if limit == "max" else max(0, int(limit) - used + idle)
+
+
+def usable_cores() -> int:
+    """Return the cores that this process may use, within the limits of its container."""
+    cores, most_cores = len(os.sched_getaffinity(0)), container_cores()
+    return cores if most_cores is None else min(cores, most_cores)
 
 
 def container_cores(folder: Path = _CGROUP) -> int | None:

@@ -228,7 +228,7 @@ class GenerateChunk(_message.Message):
     def __init__(self, output: _Optional[_Union[Output, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., report: _Optional[_Union[Report, _Mapping]] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("model", "conversation", "text", "token_ids", "prune", "timeout_s", "explain")
+    __slots__ = ("model", "conversation", "text", "token_ids", "prune", "timeout_s", "explain", "cache_salt")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     CONVERSATION_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -236,6 +236,7 @@ class ScoreRequest(_message.Message):
     PRUNE_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     EXPLAIN_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     model: str
     conversation: Conversation
     text: str
@@ -243,7 +244,8 @@ class ScoreRequest(_message.Message):
     prune: Prune
     timeout_s: float
     explain: bool
-    def __init__(self, model: _Optional[str] = ..., conversation: _Optional[_Union[Conversation, _Mapping]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., prune: _Optional[_Union[Prune, _Mapping]] = ..., timeout_s: _Optional[float] = ..., explain: bool = ...) -> None: ...
+    cache_salt: str
+    def __init__(self, model: _Optional[str] = ..., conversation: _Optional[_Union[Conversation, _Mapping]] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., prune: _Optional[_Union[Prune, _Mapping]] = ..., timeout_s: _Optional[float] = ..., explain: bool = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class Span(_message.Message):
     __slots__ = ("start", "stop")

@@ -36,6 +36,12 @@ def test_an_unknown_key_is_refused(section, key):
     assert fault["loc"] == (section, key)
 
 
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_a_number_that_is_not_finite_is_refused(number):
+    with pytest.raises(ValidationError, match="finite number"):
+        AppConfig.model_validate({**LEAST, "gateway": {"request_timeout_s": number}})
+
+
 @pytest.mark.parametrize("keep", [0, -0.1, 1.01])
 def test_a_keep_rate_outside_its_range_is_refused(keep):
     with pytest.raises(ValidationError, match=r"selection\.keep"):

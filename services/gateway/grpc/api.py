@@ -160,10 +160,11 @@ class GrpcApi:
     ) -> _Prepared:
         self._check_message(message)
         adapter = self._adapter(message)
-        sampling, priority, salt, session = pb.Sampling(max_tokens=1), 0, None, None
+        sampling, priority, session = pb.Sampling(max_tokens=1), 0, None
+        salt = _text(message, "cache_salt")
         if isinstance(message, pb.GenerateRequest):
             sampling, priority = message.sampling, message.priority
-            salt, session = (_text(message, field) for field in ("cache_salt", "prompt_cache_key"))
+            session = _text(message, "prompt_cache_key")
         context = RequestContext(
             controls=prune_controls(message.prune),
             controls_prefix="prune.",
@@ -269,7 +270,7 @@ def _request_id(metadata: dict[str, str]) -> str:
 _Texts = Literal["cache_salt", "prompt_cache_key"]
 
 
-def _text(message: pb.GenerateRequest, field: _Texts) -> str | None:
+def _text(message: pb.GenerateRequest | pb.ScoreRequest, field: _Texts) -> str | None:
     """Return a text of the caller's, None where there is none. Raises InvalidRequest."""
     if not message.HasField(field):
         return None

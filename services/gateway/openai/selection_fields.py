@@ -11,7 +11,8 @@ from ...core.types import Controls
 from .controls import AUTO, check_order, keep_rate, rate, shorten, strings
 
 _FORMS = ("context", "messages", "prompt")
-_FIELDS = ("model", *_FORMS, "question", "tools", "keep", "floor", "ceiling", "protect")
+_CONTROLS = ("keep", "floor", "ceiling", "protect")
+_FIELDS = ("model", *_FORMS, "question", "tools", *_CONTROLS, "cache_salt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class SelectionFields:
     prompt: str | list[int] | None
     tools: list[dict[str, Any]] | None
     controls: Controls
+    cache_salt: str | None
 
 
 def read_selection_fields(body: Mapping[str, Any]) -> SelectionFields:
@@ -46,6 +48,7 @@ def read_selection_fields(body: Mapping[str, Any]) -> SelectionFields:
         prompt=_prompt(body.get("prompt")),
         tools=_tools(body),
         controls=_controls(body),
+        cache_salt=_text("cache_salt", body.get("cache_salt")),
     )
 
 

@@ -116,6 +116,7 @@ REQUEST_SCHEMA: dict[str, Any] = {
             "maxItems": 64,
             "description": "substrings of the prompt that survive",
         },
+        "cache_salt": _described("string", "as in /v1/chat/completions"),
     },
     "oneOf": [{"required": [form]} for form in ("context", "messages", "prompt")],
 }

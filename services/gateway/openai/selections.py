@@ -86,14 +86,14 @@ async def _render(
     app: FastAPI, fields: SelectionFields, model_name: str
 ) -> EngineInput | ErrorResponse:
     """Tokenise the prompt as the route that would answer it does."""
-    model = fields.model or model_name
+    common: dict[str, Any] = {"model": fields.model or model_name}
+    if fields.cache_salt is not None:
+        common["cache_salt"] = fields.cache_salt
     if fields.messages is None:
-        completion = _parse(
-            CompletionRequest, {"model": model, "prompt": fields.prompt, "max_tokens": 1}
-        )
+        completion = _parse(CompletionRequest, {**common, "prompt": fields.prompt, "max_tokens": 1})
         rendered = await app.state.openai_serving_completion.render_completion_request(completion)
         return rendered if isinstance(rendered, ErrorResponse) else rendered[0]
-    body = {"model": model, "messages": fields.messages, "max_completion_tokens": 1}
+    body = {**common, "messages": fields.messages, "max_completion_tokens": 1}
     if fields.tools is not None:
         body["tools"] = fields.tools
     chat = _parse(ChatCompletionRequest, body)

@@ -240,6 +240,12 @@ async def test_a_cache_salt_arrives(stub: Any, pipeline: Any) -> None:
     assert "cache_salt" in refused.details()
 
 
+async def test_a_score_takes_a_cache_salt(stub: Any, pipeline: Any) -> None:
+    for salt in ("mine", None):
+        await stub.Score(pb.ScoreRequest(text="one two three", cache_salt=salt), metadata=KEY)
+    assert [request.cache_salt for request in pipeline.requests] == ["mine", None]
+
+
 async def test_a_prompt_cache_key_names_the_session(stub: Any, pipeline: Any) -> None:
     for key in ("talk", None):
         await stub.Generate(text_request(prompt_cache_key=key), metadata=KEY)

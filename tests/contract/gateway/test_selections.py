@@ -87,6 +87,19 @@ async def test_a_selection_is_the_one_that_an_answer_is_made_from(
     assert (selected.wants_scores, answered.wants_scores) == (True, False)
 
 
+async def test_a_cache_salt_arrives_in_every_form(
+    scoring: httpx.AsyncClient, scoring_gateway: ScoringGateway
+) -> None:
+    for form in ({}, {"context": None, "question": None, "prompt": TEXT}):
+        for salt in ("mine", None):
+            await selection(scoring, **form, cache_salt=salt)
+    asked = scoring_gateway.speculator.requests
+    assert [request.cache_salt for request in asked] == ["mine", None] * 2
+    assert asked[0].digests[0] != asked[1].digests[0]
+    refused = await scoring.post("/v1/selections", json={**BODY, "cache_salt": ""})
+    assert (refused.status_code, "cache_salt" in refused.text) == (400, True)
+
+
 async def test_characters_are_counted_as_unicode_has_them(scoring: httpx.AsyncClient) -> None:
     found = await selection(scoring, context="The house 🏠 is naïve. " * 40)
     text = found["text"]
@@ -122,6 +135,7 @@ async def test_a_dense_plan_has_no_scores_and_a_reason(scoring: httpx.AsyncClien
         ({"context": None, "question": None}, "context", "got none of them"),
         ({"prompt": "a"}, "context", "context and prompt"),
         ({"context": 5}, "context", "must be a text, not 5"),
+        ({"cache_salt": 5}, "cache_salt", "must be a text, not 5"),
         ({"keep": 0}, "keep", "above 0 and at most 1"),
         ({"keep": "some"}, "keep", "auto"),
         ({"floor": 0.5, "ceiling": 0.2, "keep": None}, "floor", "must not exceed ceiling"),

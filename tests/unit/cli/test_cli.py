@@ -51,6 +51,12 @@ def test_the_version_is_printed(capsys):
         ["ask", "--timeout", "0", "x"],
         ["simulate", "--hours", "nan"],
         ["plan", "--slo", "nan"],
+        ["plan", "--qps", "0"],
+        ["plan", "--keep", "nan"],
+        ["plan", "--costs", "1", "inf", "1"],
+        ["plan", "--kv", "320", "0", "5"],
+        ["simulate", "--qps", "nan"],
+        ["loadtest", "x.yaml", "--qps", "inf"],
     ],
 )
 def test_misuse_ends_with_2(capsys, argv):

@@ -373,8 +373,8 @@ def configured(speculator=(), **selection) -> AppConfig:
     })  # fmt: skip
 
 
-def open_journal(config, folder, *, resume) -> Journal:
-    args = Namespace(endpoint=None, out=folder, resume=resume)
+def open_journal(config, folder, *, resume, tokenizer=None) -> Journal:
+    args = Namespace(endpoint=None, out=folder, resume=resume, tokenizer=tokenizer)
     return evaluate._journal(args, suite(), evaluate._subject(args, config))
 
 
@@ -396,6 +396,12 @@ def test_other_settings_of_what_is_kept_begin_another_evaluation(changed, tmp_pa
     open_journal(configured(), tmp_path, resume=False)
     with pytest.raises(Misused, match="was written with other settings"):
         open_journal(changed, tmp_path, resume=True)
+
+
+def test_another_tokenizer_begins_another_evaluation(tmp_path):
+    open_journal(configured(), tmp_path, resume=False)
+    with pytest.raises(Misused, match="was written with other settings"):
+        open_journal(configured(), tmp_path, resume=True, tokenizer="another")
 
 
 def test_an_evaluation_goes_on_with_other_threads_and_memory(tmp_path):

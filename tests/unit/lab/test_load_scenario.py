@@ -90,7 +90,7 @@ def test_the_shipped_scenarios_are_valid(root):
     [
         (None, (), "No such file"),
         ("- 1", (), "expected a mapping with 'target'"),
-        (yaml.safe_dump(LEAST), ("--qps", "-1"), "arrivals.poisson.qps"),
+        (yaml.safe_dump(LEAST), ("--clients", "3"), "arrivals.poisson.clients"),
         (yaml.safe_dump(LEAST), (), "tokenizer: t: "),
     ],
 )

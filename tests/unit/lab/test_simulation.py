@@ -234,7 +234,7 @@ def test_the_plan_shows_what_a_lower_keep_rate_saves(capsys):
     assert "no size does" in rows[0][7]  # dense, the prompts themselves take too long
 
 
-@pytest.mark.parametrize("arguments", [["plan", "--qps", "0"], ["simulate", "missing.jsonl"]])
+@pytest.mark.parametrize("arguments", [["plan", "--share", "1"], ["simulate", "missing.jsonl"]])
 def test_a_misused_command_prints_its_error(arguments, capsys):
     assert main(arguments) == 2
     assert capsys.readouterr().err
