@@ -29,13 +29,14 @@ from specprefill.core.positions import PositionMap
 from specprefill.core.types import Lease, Span
 
 from .quantised import Quantisation, plain_folder
-from .tiny_architectures import BY_NAME, LENGTH, Architecture
+from .tiny_architectures import BY_NAME, LENGTH, WINDOW, Architecture
 
 BLOCK_SIZE = 32
 CHUNK = 256  # tokens of a step: the longest prompt is prefilled in several
 PROMPT = 900
 RUNS = (Span(0, 40), Span(100, 229), Span(333, 600), Span(880, 900))
 STEPS = 8
+AT_ONCE = 3  # prompts that are pulled together
 MARK = "@row "  # before a line of JSON
 
 
@@ -47,6 +48,7 @@ class Row:
     mode: str
     parity: bool | None = None  # one engine equals transformers at the kept positions
     handoff: bool | None = None  # and so does a decode engine that pulled the KV
+    at_once: bool | None = None  # and that pulls several prompts which end a window with a block
     window_binds: bool | None = None  # transformers answers otherwise without the window
     speculator: str = ""  # whether it can be one, or why not
     error: str = ""
@@ -120,10 +122,11 @@ def _row(architecture: Architecture, found: Prepared) -> Row:
         alone = pair.aggregated(prompt, runs, STEPS)
         # The second time with the prefix caches of both engines.
         handed = [pair.handed_over(prompt, runs, STEPS) for _ in range(2 * hands_over)]
+        at_once = pair.equals_at_once() if hands_over and found.without_window else None
     if architecture.quantisation is None:  # else in bfloat16, where rounding decides
         row = replace(row, parity=alone == found.expected)
     if hands_over:
-        row = replace(row, handoff=handed == [alone] * 2)
+        row = replace(row, handoff=handed == [alone] * 2, at_once=at_once)
     if found.without_window is not None:
         row = replace(row, window_binds=found.without_window != found.expected)
     if False in (row.parity, row.handoff):
@@ -178,11 +181,11 @@ def _configurations(path: Path, quantisation: Quantisation | None) -> tuple[Any,
     )
 
 
-def _prompt() -> list[int]:
+def _prompt(tokens: int = PROMPT, seed: int = 5) -> list[int]:
     import random
 
-    rng = random.Random(5)
-    return [rng.randrange(10, 1000) for _ in range(PROMPT)]
+    rng = random.Random(seed)
+    return [rng.randrange(10, 1000) for _ in range(tokens)]
 
 
 def reference(path: Path, prompt: Sequence[int], runs: Sequence[Span], steps: int) -> list[int]:
@@ -270,26 +273,50 @@ class Pair:
 
     def handed_over(self, prompt: Sequence[int], runs: Sequence[Span], steps: int) -> list[int]:
         """Return the decode engine's answer with KV of the prefill engine."""
-        from specprefill.engine.params import (
-            REPLAY,
-            consume_args,
-            handed_in,
-            produce_args,
-            pulled_in,
+        ticket, extra = self._prefilled(prompt, runs)
+        last = self._answer(self._decode, prompt, runs, steps, extra)
+        self._check_pulled(last, ticket)
+        return last.outputs[0].token_ids
+
+    def equals_at_once(self) -> bool:
+        """Return True if prompts that are pulled together are answered as by one engine.
+
+        At their length the last token's window begins with the last token of a block.
+        """
+        length = WINDOW - 1 + BLOCK_SIZE
+        runs = (Span(0, length),)
+        prompts = [_prompt(length, seed) for seed in range(AT_ONCE)]
+        wanted = [self._answer(self._prefill, prompt, runs, STEPS, {}) for prompt in prompts]
+        prefilled = [self._prefilled(prompt, runs) for prompt in prompts]
+        names = [
+            self._ask(self._decode, prompt, runs, STEPS, extra)
+            for prompt, (_, extra) in zip(prompts, prefilled, strict=True)
+        ]
+        outputs = self._run(self._decode)
+        for name, (ticket, _) in zip(names, prefilled, strict=True):
+            self._check_pulled(outputs[name], ticket)
+        return all(
+            _differ_by(want, outputs[name]) < 1e-3 for want, name in zip(wanted, names, strict=True)
         )
+
+    def _prefilled(self, prompt: Sequence[int], runs: Sequence[Span]) -> tuple[Any, dict[str, Any]]:
+        """Return a ticket for the prompt's KV, and the decode engine's arguments with it."""
+        from specprefill.engine.params import REPLAY, consume_args, handed_in, produce_args
 
         lease = Lease(f"lease-{self._count}", "secret")
         first = self._answer(self._prefill, prompt, runs, 1, produce_args(lease))
         ticket = handed_in(first.kv_transfer_params)
         assert ticket is not None
-        extra = {**consume_args(ticket), REPLAY: list(first.outputs[0].token_ids)}
-        last = self._answer(self._decode, prompt, runs, steps, extra)
+        return ticket, {**consume_args(ticket), REPLAY: list(first.outputs[0].token_ids)}
+
+    def _check_pulled(self, last: Any, ticket: Any) -> None:
+        from specprefill.engine.params import pulled_in
+
         outcome = pulled_in(last.kv_transfer_params)
         if outcome is None:  # its own cache had all that is handed over
-            assert last.num_cached_tokens >= ticket.tokens
+            assert last.num_cached_tokens >= ticket.tokens // BLOCK_SIZE * BLOCK_SIZE
         else:
             assert not outcome.recomputed
-        return last.outputs[0].token_ids
 
     def _answer(
         self,
@@ -299,6 +326,18 @@ class Pair:
         steps: int,
         extra: dict[str, Any],
     ) -> Any:
+        name = self._ask(engine, prompt, runs, steps, extra)
+        return self._run(engine)[name]
+
+    def _ask(
+        self,
+        engine: Any,
+        prompt: Sequence[int],
+        runs: Sequence[Span],
+        steps: int,
+        extra: dict[str, Any],
+    ) -> str:
+        """Queue a prompt; return its name."""
         from vllm import SamplingParams
 
         from specprefill.engine.params import POSITIONS
@@ -308,15 +347,31 @@ class Pair:
         mapping = PositionMap.from_runs(tuple(runs), len(prompt))
         kept = [prompt[p] for run in runs for p in range(run.start, run.stop)]
         params = SamplingParams(
-            temperature=0.0, max_tokens=steps, ignore_eos=True, detokenize=False,
+            temperature=0.0, max_tokens=steps, ignore_eos=True, detokenize=False, logprobs=1,
             extra_args={POSITIONS: mapping.to_wire(), **extra},
         )  # fmt: skip
-        engine.add_request(f"r{self._count}", {"prompt_token_ids": kept}, params)
-        last = None
+        name = f"r{self._count}"
+        engine.add_request(name, {"prompt_token_ids": kept}, params)
+        return name
+
+    def _run(self, engine: Any) -> dict[str, Any]:
+        """Run the engine until nothing waits; return the last output of each name."""
+        last = {}
         while engine.has_unfinished_requests():
             for output in engine.step():
-                last = output
+                last[output.request_id] = output
         return last
+
+
+def _differ_by(one: Any, other: Any) -> float:
+    """Return the largest difference of the tokens' log probabilities; infinite for other tokens."""
+    mine, yours = (each.outputs[0] for each in (one, other))
+    if list(mine.token_ids) != list(yours.token_ids):
+        return float("inf")
+    return max(
+        abs(a[token].logprob - b[token].logprob)
+        for token, a, b in zip(mine.token_ids, mine.logprobs, yours.logprobs, strict=True)
+    )
 
 
 if __name__ == "__main__":

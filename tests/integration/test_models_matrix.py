@@ -40,3 +40,8 @@ def test_one_engine_and_the_hand_over_equal_transformers(rows, name):
 def test_a_window_that_binds_changes_the_answer(rows, name):
     """Or the window would not be tested."""
     assert rows[name].window_binds
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if BY_NAME[name].mode is Mode.WINDOWED])
+def test_windowed_prompts_that_are_pulled_together_do_not_mix(rows, name):
+    assert rows[name].at_once

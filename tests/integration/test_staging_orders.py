@@ -1,4 +1,4 @@
-"""Staging orders of a prefill engine's scheduler: every prompt token once, whatever happens.
+"""Staging orders of a prefill engine's scheduler: every token that is handed over once.
 
 A preempted prefill loses its blocks and starts again. The V1 runner gets it back among the
 cached requests, marked as resumed; the V2 runner gets it back as a new request.
@@ -111,7 +111,7 @@ def test_a_prefill_that_was_preempted_stages_what_is_new(runner):
     prefill.start(computed=0, scheduled=512)
     prefill.start(computed=256, scheduled=512)  # preempted; a part was still in the cache
     prefill.go_on(computed=768, scheduled=232)
-    assert prefill.stages == [(0, 512), (512, 768), (768, 1000)]
+    assert prefill.stages == [(0, 512), (512, 768), (768, 999)]
 
 
 @pytest.mark.parametrize("runner", Runner)
@@ -121,14 +121,14 @@ def test_a_prefill_that_starts_over_stages_nothing_until_it_is_ahead(runner):
     prefill.start(computed=0, scheduled=100)
     prefill.go_on(computed=100, scheduled=412)
     prefill.go_on(computed=512, scheduled=488)
-    assert prefill.stages == [(0, 512), (512, 1000)]
+    assert prefill.stages == [(0, 512), (512, 999)]
 
 
 @pytest.mark.parametrize("runner", Runner)
 def test_tokens_that_the_prefix_cache_had_are_staged_too(runner):
     prefill = Prefill(runner, tokens=1000)
     prefill.start(computed=640, scheduled=360)
-    assert prefill.stages == [(0, 1000)]
+    assert prefill.stages == [(0, 999)]
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -150,4 +150,4 @@ def test_every_token_is_staged_once(runner, seed):
     prefill.go_on(tokens, 1)  # a step of the answer stages nothing
     starts, stops = zip(*prefill.stages, strict=True)
     assert starts == (0, *stops[:-1])
-    assert stops[-1] == tokens
+    assert stops[-1] == tokens - 1  # the decode engine computes the last one

@@ -39,9 +39,13 @@ class KvGroups:
         return any(self.recurrent)
 
     def handed_tokens(self, prompt_tokens: int) -> int:
-        """Return how many of a prompt's tokens are handed over, from its first on."""
+        """Return how many of a prompt's tokens are handed over, from its first on.
+
+        All but the last, which the decode engine computes in any case: if all were there, vLLM would drop a
+        block that only the last token's window reaches.
+        """
         if not self.has_states:
-            return prompt_tokens
+            return prompt_tokens - 1
         return (prompt_tokens - 1) // self.block_size * self.block_size
 
     def blocks(self, tables: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:

@@ -83,7 +83,7 @@ class SchedulerHalf:
         A state of a recurrent layer has a place where a block of this engine ends, or none.
         """
         if not self._groups.has_states:
-            return int(request.num_prompt_tokens)
+            return self._groups.handed_tokens(int(request.num_prompt_tokens))
         return 0 if ticket.tokens % self._groups.block_size else ticket.tokens
 
     def record_pulls(self, finished: set[str], failed: set[str], times: PullTimes | None) -> None:
