@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -20,9 +21,11 @@ from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig,
 from ray.serve.config import HTTPOptions, gRPCOptions
 
 from specprefill.deployment.front import FILE_VARIABLE
-from specprefill.deployment.local_ray import free_port
+from specprefill.deployment.local_ray import REPLICA_PORTS
 
 HOST = "127.0.0.1"
+PORTS = range(REPLICA_PORTS[1], 32_700)  # below those that the system gives to anybody
+PORTS_OF_A_WORKER = 300  # of pytest's workers
 SERVICER = "specprefill.gateway.grpc.serving.add_SpecPrefillServicer_to_server"
 START_TIMEOUT_S = 60.0  # on a machine whose cores other tests have
 
@@ -44,9 +47,25 @@ class Front:
         return f"http://{HOST}:{self.http_port}"
 
 
+def free_ports(count: int) -> list[int]:
+    """Different ports that nobody uses now, and that no other worker of this run takes."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    shares = len(PORTS) // PORTS_OF_A_WORKER
+    mine = PORTS[worker % shares * PORTS_OF_A_WORKER :][:PORTS_OF_A_WORKER]
+    ports: list[int] = []
+    with contextlib.ExitStack() as held:  # each until all are found
+        for port in random.sample(mine, len(mine)):
+            with contextlib.suppress(OSError):
+                held.enter_context(socket.socket()).bind((HOST, port))
+                ports.append(port)
+            if len(ports) == count:
+                return ports
+    raise AssertionError("no port is free")
+
+
 def serve_config(folder: Path, http_servers: list[int], grpc_servers: list[int] = ()) -> Front:
     """Write what Serve would write; nothing runs yet."""
-    ports = [free_port() for _ in range(4)]
+    ports = free_ports(4)
     config = HAProxyConfig(
         http_options=HTTPOptions(host=HOST, port=ports[0]),
         grpc_options=gRPCOptions(port=ports[1], grpc_servicer_functions=[SERVICER]),

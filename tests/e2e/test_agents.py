@@ -5,6 +5,8 @@ import pytest
 
 from .conftest import KEEP, pruned
 
+pytestmark = pytest.mark.timeout(900)  # with the start of the application
+
 QUESTION = "Look it up, and report what you find."
 CALL = {"name": "find", "arguments": '{"query": "it"}'}
 

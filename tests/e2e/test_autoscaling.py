@@ -12,12 +12,12 @@ from specprefill.cli.status import ClusterReader
 from specprefill.deployment.local_ray import LocalRay, free_port, set_auth_mode
 from specprefill.deployment.serve_api import ServeApi
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 FLOOR = {"Speculator": 1, "Prefill": 2, "Decode": 1}
 TOP = {"Speculator": 2, "Prefill": 3, "Decode": 2}
-VISIBLE_S = 3.0  # from the load to the new targets
-PATIENCE_S = 60.0
+VISIBLE_S = 20.0  # from the load to the new targets; Serve by itself waits for 30
+PATIENCE_S = 180.0
 POLICY = "specprefill.autoscaling.policy:SloPolicy"
 ARGS = {
     "model": {"path": "main"},
@@ -137,7 +137,7 @@ def cluster():
 
 
 def test_every_pool_grows_with_the_load_and_shrinks_without(cluster):
-    assert cluster.sizes() == FLOOR
+    cluster.seconds_until(FLOOR)
     assert cluster.seconds_until(TOP, load=100) < VISIBLE_S
     cluster.seconds_until(TOP, field="running", load=100)
     cluster.seconds_until(FLOOR)

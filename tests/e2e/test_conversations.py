@@ -7,6 +7,8 @@ from specprefill.synthetic.needles import needle_prompt
 
 from .conftest import pruned
 
+pytestmark = pytest.mark.timeout(900)  # with the start of the application
+
 TURNS = 4
 BLOCK_TOKENS = 32  # of the engines' KV
 CARRYING = ("carried_over", "extended")

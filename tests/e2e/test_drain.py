@@ -10,7 +10,7 @@ import pytest
 from specprefill.deployment.local_ray import free_port, set_auth_mode
 from specprefill.deployment.serve_api import ServeApi
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 SLOW_S = 6.0
 

@@ -320,7 +320,8 @@ def test_a_flood_of_messages_stops_nobody(app):
     started_s = time.monotonic()
     reply = httpx.post(f"{app.http_url}/v1/chat/completions", json=body, timeout=60)
     assert reply.status_code == 400
-    assert time.monotonic() - started_s < 5
+    assert "too large" in reply.json()["error"]["message"]  # not: too many tokens
+    assert time.monotonic() - started_s < 30
 
 
 def test_a_costly_protect_is_answered_like_any_other(app):

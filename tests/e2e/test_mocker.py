@@ -11,7 +11,7 @@ import yaml
 from .conftest import pruned
 from .test_gateways import wait_until_alone
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 STREAMS, TOKENS = 40, 20
 LONG = 300  # tokens of the answers that are under way when replicas die

@@ -15,13 +15,13 @@ import pytest
 from specprefill.core.types import Plan, PlanKind, Reason, Selection, Span
 
 from .conftest import Pools, ask
-from .test_matrix import request
+from .test_matrix import RELEASED_S, request
 
 pytestmark = [pytest.mark.faults, pytest.mark.asyncio(loop_scope="session")]
 
 LONG, SHORT = 8000, 500
 AT_ONCE = 25
-MAX_RATIO = 1.5
+MAX_RATIO = 2.5
 ROUNDS = 5
 
 
@@ -54,7 +54,7 @@ async def test_ten_long_prompts_cancelled_mid_prefill_do_not_delay_a_short_one(w
     to_idle, to_one = (
         statistics.median(after_ten) / statistics.median(other) for other in (idle, after_one)
     )
-    assert await whole.prefills[0].service.drain(1.0)
+    assert await whole.prefills[0].service.drain(RELEASED_S)
     held = await whole.bytes_held()
     name = f"ten 8k prompts cancelled ({to_idle:.2f} x the idle TTFT, {to_one:.2f} x after one)"
     table.add(name, "aborted", max(after_ten), None, held)
@@ -120,8 +120,8 @@ def blocks_in_use() -> float:
 
 
 async def settled(pools: Pools, wanted: Footprint) -> Footprint:
-    """The footprint, once it is back at `wanted` or ten seconds have passed."""
-    give_up_s = time.monotonic() + 10
+    """The footprint, once it is back at `wanted` or a minute has passed."""
+    give_up_s = time.monotonic() + 60
     now = await footprint(pools)
     while now != wanted and time.monotonic() < give_up_s:
         await pools.prefills[0].service.drain(0.2)

@@ -45,9 +45,12 @@ def run(runner: str, names: Sequence[str], folder: Path) -> Iterator[Row]:
         )  # fmt: skip
         with process:
             assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith(MARK):
-                    yield Row(**json.loads(line.removeprefix(MARK)))
+            try:
+                for line in process.stdout:
+                    if line.startswith(MARK):
+                        yield Row(**json.loads(line.removeprefix(MARK)))
+            finally:
+                process.kill()  # where nobody takes the other rows
 
 
 def _environment(runner: str) -> dict[str, str]:

@@ -41,8 +41,8 @@ class KvGroups:
     def handed_tokens(self, prompt_tokens: int) -> int:
         """Return how many of a prompt's tokens are handed over, from its first on.
 
-        All but the last, which the decode engine computes in any case: if all were there, vLLM would drop a
-        block that only the last token's window reaches.
+        All but the last, which the decode engine computes in any case: if all were there, vLLM
+        would drop a block that only the last token's window reaches.
         """
         if not self.has_states:
             return prompt_tokens - 1

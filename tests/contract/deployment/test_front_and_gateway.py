@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:max_tokens is deprecated:DeprecationWarning"),
 ]
 
-NOTICED_S = 1.0
+NOTICED_S = 10.0
 KEY = {"authorization": f"Bearer {API_KEY}"}
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "hello"}]}
 

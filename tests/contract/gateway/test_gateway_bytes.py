@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import time
 from typing import Any
@@ -196,9 +197,17 @@ async def test_a_request_of_very_many_parts_is_refused_at_once(
     http: httpx.AsyncClient, pipeline: Any, path: str, fields: dict[str, Any]
 ) -> None:
     body = json.dumps({"model": "demo", "max_tokens": 1, **fields}).encode()
-    started_s = time.thread_time()
-    answer = await http.post(path, content=body, headers=JSON)
-    assert time.thread_time() - started_s < 0.2
+    taken_s = []
+    gc.collect()
+    gc.disable()  # it would walk everything that other tests left in memory
+    try:
+        for _ in range(3):
+            started_s = time.thread_time()
+            answer = await http.post(path, content=body, headers=JSON)
+            taken_s.append(time.thread_time() - started_s)
+    finally:
+        gc.enable()
+    assert min(taken_s) < 0.2  # it takes 3 ms
     assert answer.status_code == 400
     assert "2000" in answer.json()["error"]["message"]
     assert pipeline.requests == []

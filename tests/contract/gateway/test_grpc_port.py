@@ -1,7 +1,6 @@
 """Two gRPC servers on one machine never share a port, whatever gRPC would allow."""
 
 import asyncio
-import socket
 import subprocess
 import sys
 
@@ -19,8 +18,8 @@ from specprefill.gateway.grpc import serve_ports
 from specprefill.gateway.grpc.serve_ports import claim, most_received_bytes
 from specprefill.rpc import specprefill_pb2 as pb
 from specprefill.rpc.specprefill_pb2_grpc import SpecPrefillStub
+from tests.contract.fronts import HOST, free_ports
 
-HOST = "127.0.0.1"
 ELSEWHERE = """
 import sys
 from specprefill.gateway.grpc.serve_ports import claim
@@ -54,12 +53,6 @@ def serve(monkeypatch):
     DEFAULT_GRPC_SERVER_OPTIONS[:] = before
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return probe.getsockname()[1]
-
-
 async def test_a_port_that_grpc_would_share_is_refused():
     server = grpc.aio.server()  # shares its port by default, as Serve's does
     port = server.add_insecure_port(f"{HOST}:0")
@@ -70,7 +63,7 @@ async def test_a_port_that_grpc_would_share_is_refused():
 
 
 def test_a_port_claimed_by_one_process_is_refused_to_another():
-    port = free_port()
+    (port,) = free_ports(1)
     claim(HOST, port)  # nobody listens yet
     other = subprocess.run(
         [sys.executable, "-c", ELSEWHERE, str(port)], capture_output=True, text=True, check=False
@@ -89,7 +82,8 @@ async def status_of_a_large_message():
         return answer
 
     servicer = "specprefill.gateway.grpc.serving.add_SpecPrefillServicer_to_server"
-    options = gRPCOptions(port=free_port(), grpc_servicer_functions=[servicer])
+    (port,) = free_ports(1)
+    options = gRPCOptions(port=port, grpc_servicer_functions=[servicer])
     running, server = await start_grpc_server(
         factory, options, event_loop=asyncio.get_running_loop()
     )

@@ -40,7 +40,7 @@ LEASE, SECRET = "lease", "secret"
 TICKET = Ticket(Lease(LEASE, SECRET), (), "", 0)
 LAYERS, TOKENS, TOKEN_BYTES = 3, 67, 16  # the last chunk fills no block
 CHUNKS = ((0, 40), (40, TOKENS))
-PULL_TIMEOUT_S = 5.0
+PULL_TIMEOUT_S = 60.0
 
 
 def payload(layer: int, start: int, stop: int) -> bytes:

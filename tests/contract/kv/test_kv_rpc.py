@@ -105,11 +105,11 @@ def test_frames_stream_while_later_ones_are_computed(leases, address, client):
 def test_a_pull_lasts_as_long_as_frames_come(leases, address, client):
     """Also where a prompt takes longer to compute than a silence may last."""
     stage(leases, 0, 16)
-    running = pull(client, address, timeout_s=1.0)
+    running = pull(client, address, timeout_s=3.0)
 
     def compute() -> None:
         for start in range(16, TOKENS, 16):
-            time.sleep(0.4)
+            time.sleep(1.1)  # three times
             stage(leases, start, start + 16)
 
     computing = threading.Thread(target=compute)
@@ -143,16 +143,20 @@ def test_a_peer_that_falls_silent_ends_the_pull(client):
     server.add_generic_rpc_handlers([mute])
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    with pytest.raises(KvTransferError, match=r"nothing came for 0\.2 s"):
-        frames_of(pull(client, f"127.0.0.1:{port}", timeout_s=0.2))
-    mute.closing.set()
-    server.stop(grace=0).wait()
+    try:
+        with pytest.raises(KvTransferError, match=r"nothing came for 0\.2 s"):
+            frames_of(pull(client, f"127.0.0.1:{port}", timeout_s=0.2))
+    finally:
+        mute.closing.set()
+        server.stop(grace=0).wait()
 
 
 def test_a_slow_receiver_is_no_silence(leases, address, client):
     stage(leases, 0, 40)
     stage(leases, 40, TOKENS)
-    pull(client, address, timeout_s=0.2).deliver_to(lambda _frame: time.sleep(0.25))
+    busy_s = iter([2.5])  # with the first frame
+    running = pull(client, address, timeout_s=2.0)
+    running.deliver_to(lambda _frame: time.sleep(next(busy_s, 0.0)))
 
 
 def test_a_pull_returns_how_long_the_kv_waited(leases, address, client):
@@ -189,8 +193,8 @@ def test_a_pull_without_the_right_is_refused(leases, address, client, ticket, fi
 def test_pulling_from_a_peer_that_is_gone_fails_at_once(client):
     started_s = time.monotonic()
     with pytest.raises(KvTransferError, match="UNAVAILABLE"):
-        frames_of(pull(client, "127.0.0.1:9"))
-    assert time.monotonic() - started_s < 2.0
+        frames_of(pull(client, "127.0.0.1:9", timeout_s=60.0))
+    assert time.monotonic() - started_s < 20.0
 
 
 def test_a_lease_released_under_its_reader_ends_the_pull(leases, address, client):
@@ -318,10 +322,10 @@ def test_calls_that_wait_leave_room_for_those_that_do_not(leases, address):
     drain = msgpack.packb({"timeout_s": 1e9})
     renew = msgpack.packb({"lease_id": "lease", "secret": "secret"})
     with grpc.insecure_channel(address) as channel:
-        waiting = [channel.unary_unary(DRAIN).future(drain, timeout=30) for _ in range(100)]
-        waiting += [channel.unary_stream(WATCH)(b"", timeout=30) for _ in range(100)]
-        waiting += [channel.unary_stream(PULL)(pull_message(), timeout=30) for _ in range(200)]
-        assert msgpack.unpackb(channel.unary_unary(RENEW)(renew, timeout=5)) is True
+        waiting = [channel.unary_unary(DRAIN).future(drain, timeout=120) for _ in range(100)]
+        waiting += [channel.unary_stream(WATCH)(b"", timeout=120) for _ in range(100)]
+        waiting += [channel.unary_stream(PULL)(pull_message(), timeout=120) for _ in range(200)]
+        assert msgpack.unpackb(channel.unary_unary(RENEW)(renew, timeout=30)) is True
         refused = [call for call in waiting if call.done()]
         assert {call.code() for call in refused} <= {grpc.StatusCode.RESOURCE_EXHAUSTED}
         for call in waiting:

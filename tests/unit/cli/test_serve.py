@@ -91,13 +91,20 @@ def start(monkeypatch, root, tmp_path):
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     check, checks = tmp_path / "check", []
 
-    class Process(subprocess.Popen):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options)
-            checks.append(self)
-
     def run(number, moment):
         signals = Signals(number, moment)
+
+        class Process(subprocess.Popen):
+            def __init__(self, *args, **options):
+                super().__init__(*args, **options)
+                checks.append(self)
+
+            def communicate(self, *args, **options):
+                """Only now are the handlers set for certain."""
+                if moment == "check":
+                    threading.Timer(0.2, signals.send).start()
+                return super().communicate(*args, **options)
+
         seconds = LONG_S if moment == "check" else 0
         check.write_text(f"#!/bin/sh\nexec sleep {seconds}\n")
         check.chmod(0o755)
@@ -107,8 +114,6 @@ def start(monkeypatch, root, tmp_path):
         monkeypatch.setattr(serve, "LocalRay", lambda file: LocalRay(signals, file))
         monkeypatch.setattr(serve, "ServeApi", lambda _url: Api(signals))
         monkeypatch.setattr(serve, "show_verdict", lambda *_: signals.send())
-        if moment == "check":
-            threading.Timer(0.5, signals.send).start()
         return cli.main(["serve", str(root / "cluster" / "local.yaml")]), signals.reached
 
     yield run

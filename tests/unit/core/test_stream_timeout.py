@@ -6,7 +6,7 @@ import pytest
 
 from specprefill.core.stream_timeout import StreamTimeout
 
-SHORT_S, LONG_S = 0.02, 30.0
+SHORT_S, LONG_S = 0.5, 30.0
 
 
 async def items(*delays_s):

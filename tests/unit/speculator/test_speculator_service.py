@@ -282,15 +282,15 @@ async def test_a_time_out_reports_whether_the_time_was_waited_or_scored(
 ) -> None:
     scorer.gate.clear()
     async with serving(scorer, Batching(max_batch=1)) as service:
-        first = asyncio.create_task(service.select(request_of(90), PLAN, 0.2))
+        first = asyncio.create_task(service.select(request_of(90), PLAN, 2.0))
         await scorer.wait_until_held()
-        behind = asyncio.create_task(service.select(request_of(70), PLAN, 0.2))
+        behind = asyncio.create_task(service.select(request_of(70), PLAN, 2.0))
         scored, waited = await asyncio.gather(first, behind, return_exceptions=True)
         scorer.gate.set()
     assert isinstance(scored, ScoringTimeout)
     assert isinstance(waited, ScoringTimeout)
-    assert scored.speculate_s > 0.1 > scored.queue_s
-    assert waited.queue_s >= 0.2
+    assert scored.speculate_s > 1.0 > scored.queue_s
+    assert waited.queue_s >= 2.0
     assert waited.speculate_s == 0.0
 
 
