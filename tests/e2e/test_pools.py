@@ -8,9 +8,12 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import grpc
 import httpx
 import psutil
 import pytest
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
+from grpc_health.v1.health_pb2_grpc import HealthStub
 from ray.util.state import list_objects
 
 from .conftest import POOLS, pruned
@@ -22,6 +25,7 @@ KV_BYTES = 1 << 15
 MAX_QUEUED, STORM = 24, 64  # prompts that may wait for the speculator, and clients that ask at once
 # Several samples: the prefill pool computes their prompt, whether a decode engine has it or not.
 HANDED_OVER = {"n": 2, "temperature": 0.9, "seed": 3}
+WATCHED_S = 240.0  # less than a gateway may take for its last requests
 PAUSE_S = 0.5  # of each client: the new replicas start on the same two cores
 
 
@@ -152,10 +156,15 @@ def test_a_rolling_update_loses_no_request(app, chat):
             deployment["max_surge_percent"] = 100  # the new replica first, then the old one goes
 
     before = {pool: app.replica_pids(pool) for pool in POOLS}
-    with Load(chat, pause_s=PAUSE_S) as load:
-        app.redeploy(change)
-        app.wait_healthy()
-        load.wait_for(6)
+    with grpc.insecure_channel(app.grpc_address) as channel:
+        health = HealthStub(channel).Watch(HealthCheckRequest(), timeout=WATCHED_S)
+        assert next(health).status == HealthCheckResponse.SERVING
+        with Load(chat, pause_s=PAUSE_S) as load:
+            app.redeploy(change)
+            app.wait_healthy()
+            load.wait_for(6)
+        *_, last = health  # it ends with its gateway, which it does not hold up
+        assert last.status == HealthCheckResponse.NOT_SERVING
     assert load.failures == []
     assert len({answer.choices[0].message.content for answer in load.answers}) == 1
     for pool in POOLS:

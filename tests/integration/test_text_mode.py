@@ -35,7 +35,7 @@ async def test_the_answer_is_that_of_plain_vllm_to_the_text(engines, demo_tokeni
     assert len(selection.text) < len(prompt)
     prefilled, steps = await engines.handed_over(request, selection)
     assert prefilled.ticket is not None
-    assert prefilled.ticket.tokens == len(selection.text)
+    assert prefilled.ticket.tokens == len(selection.text) - 1
     assert not steps[-1].recomputed
     plain = await engines.plain_vllm(engines.request(selection.text))
     assert answer(steps) == list(plain.token_ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,16 +18,32 @@ from .api import CallContext
 SERVICE = "specprefill.v1.SpecPrefill"
 # In one gateway. A load balancer holds one or a few; anybody may watch, and a stream has no end.
 MOST_WATCHERS = 64
+# Serve asks a gateway every few seconds, until it replaces it: then streams must end, or they hold
+# the gateway for as long as its longest request may last.
+UNATTENDED_S = 15.0
 _PERIOD_S = 1.0  # between two polls of the pools, for those who watch
+
+_State = tuple[int, bool]  # the status, and whether streams end
 
 
 class GrpcHealth:
     """SERVING while prompts can be answered, and the gateway takes new ones."""
 
-    def __init__(self, count: PoolCounts, limit: RequestLimit) -> None:
+    def __init__(
+        self,
+        count: PoolCounts,
+        limit: RequestLimit,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._count = count
         self._limit = limit
-        self._poll = _SharedPoll(self._status)
+        self._now = now
+        self._attended_s = now()
+        self._poll = _SharedPoll(self._state)
+
+    def attend(self) -> None:
+        """Note that Serve has asked for the health of this gateway."""
+        self._attended_s = self._now()
 
     async def check(self, request: HealthCheckRequest) -> HealthCheckResponse:
         """Return the state now; a service that is not ours is SERVICE_UNKNOWN."""
@@ -35,14 +52,17 @@ class GrpcHealth:
     async def watch(
         self, request: HealthCheckRequest, context: CallContext
     ) -> AsyncGenerator[HealthCheckResponse, None]:
-        """Stream the state now, and each change. RESOURCE_EXHAUSTED beyond MOST_WATCHERS."""
+        """Stream the state now, and each change, until this gateway goes.
+
+        RESOURCE_EXHAUSTED beyond MOST_WATCHERS.
+        """
         try:
             with self._poll.join():
-                status: int | None = None
+                state: _State | None = None
                 last: HealthCheckResponse | None = None
-                while True:
-                    status = await self._poll.next_status(status)
-                    now = _response(request, status)
+                while state is None or not state[1]:
+                    state = await self._poll.next_state(state)
+                    now = _response(request, state[0])
                     if now != last:
                         last = now
                         yield now
@@ -57,6 +77,10 @@ class GrpcHealth:
         state = await self.check(HealthCheckRequest())
         return HealthListResponse(statuses={"": state, SERVICE: state})
 
+    async def _state(self) -> _State:
+        ends = self._limit.draining or self._now() - self._attended_s > UNATTENDED_S
+        return int(HealthCheckResponse.NOT_SERVING) if ends else await self._status(), ends
+
     async def _status(self) -> int:
         if self._limit.draining or not judge(await self._count()).serving:
             return int(HealthCheckResponse.NOT_SERVING)
@@ -69,12 +93,12 @@ def _response(request: HealthCheckRequest, status: int) -> HealthCheckResponse:
 
 
 class _SharedPoll:
-    """Reads the status once a period for all watchers together, while there are any."""
+    """Reads the state once a period for all watchers together, while there are any."""
 
-    def __init__(self, read: Callable[[], Awaitable[int]]) -> None:
+    def __init__(self, read: Callable[[], Awaitable[_State]]) -> None:
         self._read = read
         self._watchers = 0
-        self._status: int | None = None  # None: not read yet
+        self._state: _State | None = None  # None: not read yet
         self._changed = asyncio.Event()  # another one after each change
         self._task: asyncio.Task[None] | None = None
 
@@ -88,7 +112,7 @@ class _SharedPoll:
                 reason="too_many_watchers",
             )
         if self._task is None or self._task.done():  # done: it failed, and not all have left yet
-            self._status, self._task = None, asyncio.create_task(self._run())
+            self._state, self._task = None, asyncio.create_task(self._run())
         self._watchers += 1
         try:
             yield
@@ -98,20 +122,20 @@ class _SharedPoll:
                 self._task.cancel()
                 self._task = None
 
-    async def next_status(self, last: int | None) -> int:
-        """Wait for a status other than `last`. Raises the error that ended the poll."""
-        while self._status is None or self._status == last:
+    async def next_state(self, last: _State | None) -> _State:
+        """Wait for a state other than `last`. Raises the error that ended the poll."""
+        while self._state is None or self._state == last:
             if self._task is not None and self._task.done():
                 self._task.result()
             await self._changed.wait()
-        return self._status
+        return self._state
 
     async def _run(self) -> None:
         try:
             while True:
-                status = await self._read()
-                if status != self._status:
-                    self._status = status
+                state = await self._read()
+                if state != self._state:
+                    self._state = state
                     self._wake()
                 await asyncio.sleep(_PERIOD_S)
         finally:

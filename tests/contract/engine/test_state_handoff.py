@@ -48,9 +48,9 @@ class TestGroups:
         handed = [GROUPS.handed_tokens(tokens) for tokens in (1, 16, 17, 32, 33, 50)]
         assert handed == [0, 0, 16, 16, 32, 48]  # at least one token is left to sample from
 
-    def test_without_recurrent_layers_all_of_it_is(self):
+    def test_without_recurrent_layers_all_but_the_last_token_is(self):
         groups = KvGroups(PAGE, (False,), {})
-        assert [groups.handed_tokens(tokens) for tokens in (1, 16, 50)] == [1, 16, 50]
+        assert [groups.handed_tokens(tokens) for tokens in (1, 16, 50)] == [0, 15, 49]
         assert groups.blocks([[3, 1, 2]], 20) == [[3, 1, 2]]
 
     def test_a_recurrent_group_gives_the_block_that_ends_there(self):

@@ -8,7 +8,12 @@ import pytest
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from specprefill.gateway.grpc import health_service as grpc_health
-from specprefill.gateway.grpc.health_service import MOST_WATCHERS, SERVICE, GrpcHealth
+from specprefill.gateway.grpc.health_service import (
+    MOST_WATCHERS,
+    SERVICE,
+    UNATTENDED_S,
+    GrpcHealth,
+)
 from specprefill.gateway.openai.failures import RpcFailed
 
 Status = HealthCheckResponse
@@ -91,6 +96,27 @@ async def test_watching_streams_each_change(health, service):
     health.counts["prefill"] = 1
     assert await next_status(changes) == Status.SERVING
     await changes.aclose()
+
+
+@pytest.mark.parametrize("name", ["", "other.Service"])
+async def test_streams_end_with_the_service_or_when_serve_asks_no_more(polls, limit, name):
+    clock = SimpleNamespace(s=0.0)
+    for goes in ("drains", "is replaced"):
+        service = GrpcHealth(polls.count, limit, lambda: clock.s)
+        changes = watch(service, name)
+        await next_status(changes)
+        clock.s += UNATTENDED_S
+        service.attend()
+        clock.s += UNATTENDED_S
+        assert await polls_within(polls, turns=100) > 0  # nothing has changed
+        if goes == "drains":
+            limit.draining = True
+        else:
+            clock.s += 1.0
+        async with asyncio.timeout(5):
+            rest = [change.status async for change in changes]
+        assert rest == ([] if name else [Status.NOT_SERVING])
+        limit.draining = False
 
 
 async def test_who_watches_another_service_learns_once_that_it_is_unknown(health, service):
