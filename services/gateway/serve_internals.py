@@ -114,9 +114,10 @@ def _differences() -> Iterator[str]:
     yield from _parameters(default_impl.add_grpc_address, "grpc_server", "server_address")
     yield from _parameters(_set_request_context, "_internal_request_id")
     yield from _parameters(DeploymentHandle.options, "_by_reference")
-    for name in ("version", "to_proto_bytes"):
-        if not hasattr(_OwnVersion.model_construct(), name):
-            yield f"DeploymentConfig has no {name}"
+    if "version" not in DeploymentConfig.model_fields:
+        yield "DeploymentConfig has no version"
+    if not hasattr(DeploymentConfig, "to_proto_bytes"):
+        yield "DeploymentConfig has no to_proto_bytes"
     if _MAX_RECEIVED not in dict(DEFAULT_GRPC_SERVER_OPTIONS):
         yield f"DEFAULT_GRPC_SERVER_OPTIONS has no {_MAX_RECEIVED}"
 
