@@ -215,6 +215,10 @@ bench-turns: $(INSTALLED) ## Right answers of every turn: dense, selected anew, 
 bench-tool-results: $(INSTALLED) ## What is kept of facts in a tool's result that ends the prompt
 	@$(PY) -m loadtest.bench.tool_results $(ARGS)
 
+.PHONY: bench-code
+bench-code: $(INSTALLED) ## What is kept of code that a question asks for, with and without code_lines
+	@$(PY) -m loadtest.bench.code_lines $(ARGS)
+
 .PHONY: bench-netgain
 bench-netgain: $(INSTALLED) ## Pruning where it pays, beside pruning always and never
 	@$(PY) -m loadtest.bench.netgain

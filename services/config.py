@@ -82,9 +82,10 @@ class SpeculatorConfig(Strict):
     max_wait_s: Annotated[float, Field(ge=0.0)] = 0.0
     # Layer -> its query heads whose attention counts; absent: all heads of all layers.
     score_heads: dict[NonNegativeInt, tuple[NonNegativeInt, ...]] | None = Field(None, min_length=1)
-    # How the attention of these heads becomes one number; the maximum is the paper's. `specprefill
-    # calibrate` finds heads, reduction and queries that keep more than the paper's.
-    score_reduction: Literal["maximum", "mean"] = "maximum"
+    # How the attention of these heads becomes one number; the maximum is the paper's, squares is
+    # the mean of squares. `specprefill calibrate` finds heads, reduction and queries that keep more
+    # than the paper's.
+    score_reduction: Literal["maximum", "mean", "squares"] = "maximum"
     # Whose attention counts. look_ahead: the last prompt token's and that of generated ones.
     # question: that of the last 64 prompt tokens; nothing is generated, and layers behind those of
     # `score_heads` are left out. both: the mean of the two. Where a tool's results end the prompt,
@@ -148,6 +149,9 @@ class SelectionConfig(Strict):
     # equal: of exactly chunk_tokens, as in the paper, which has 32.
     chunks: Literal["text", "equal"] = "text"
     chunk_tokens: PositiveInt = 16  # tokens that are kept or dropped together
+    # With chunks that follow the text: of code that is kept, the signature, imports and return
+    # lines come first.
+    code_lines: bool = True
     # A chunk counts for at least this share of the one before it: a fact that the speculator looks
     # at continues behind the chunk's border.
     next_chunk_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5

@@ -15,6 +15,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from .code_lines import NeededChunks
+
 _LINE, _SENTENCE, _PART = 3, 2, 1  # kinds of borders, the best first
 _CLOSING = "\"'`)]}*_\u00bb\u201d\u2019"  # may stand between the end of a sentence and its border
 # The full-width ones of Chinese and Japanese, which no blank follows, come last.
@@ -30,6 +32,7 @@ class Chunks:
 
     starts: NDArray[np.int64]  # [chunks], ascending; the first is 0
     tokens: int
+    needed: tuple[NeededChunks, ...] = ()  # by the rest of the code that they are in
 
     @classmethod
     def of_equal_length(cls, tokens: int, size: int) -> Self:
@@ -40,6 +43,11 @@ class Chunks:
     def sizes(self) -> NDArray[np.int64]:
         """The tokens of each, `[chunks]`."""
         return np.diff(self.starts, append=self.tokens)
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that they take."""
+        return self.starts.nbytes + sum(each.nbytes for each in self.needed)
 
     def sums(self, values: NDArray[Any]) -> NDArray[np.float64]:
         """Add up by chunk, `[N]` -> `[chunks]`."""

@@ -194,10 +194,15 @@ def _is_flat(means: NDArray[np.float64]) -> bool:
 def chunk_worth(
     scores: Scores, protected: Mask, policy: SelectionPolicy, chunks: Chunks
 ) -> NDArray[np.float64]:
-    """Score what keeping each chunk would add, `[N]` -> `[chunks]`; 0: all of it is protected."""
+    """Score what keeping each chunk would add, `[N]` -> `[chunks]`.
+
+    0: all of it is protected. A chunk that code needs is worth more than any of that code.
+    """
     sums = chunks.sums(np.where(protected, 0.0, scores))
     worth: NDArray[np.float64] = sums / np.maximum(chunks.count(~protected), 1)
     worth[1:] = np.maximum(worth[1:], policy.next_chunk_share * worth[:-1])
+    for needed in chunks.needed:
+        needed.raise_worth(worth)
     return worth
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..config import SelectionConfig, local_path
 from ..core.chunks import Chunks, TextBorders
+from ..core.code_lines import code_blocks, needed_chunks
 
 logger = logging.getLogger(__name__)
 
@@ -22,19 +23,31 @@ class Chunker:
 
     size: int
     borders: TextBorders | None  # None: of exactly `size` tokens
+    # The text of every token, `[V]`, where code keeps the lines that it needs; None: it does not.
+    texts: Sequence[str] | None = None
 
     def chunks(self, prompt: Sequence[int]) -> Chunks:
-        """Return the chunks of a prompt, `[N]` token ids."""
+        """Return the chunks of a prompt, `[N]` token ids; of long code it takes many milliseconds.
+
+        Tokens beyond the vocabulary have no text.
+        """
         if self.borders is None:
             return Chunks.of_equal_length(len(prompt), self.size)
-        return self.borders.chunks(prompt, self.size)
+        chunks = self.borders.chunks(prompt, self.size)
+        if self.texts is None:
+            return chunks
+        known = len(self.texts)
+        blocks = code_blocks([self.texts[each] if each < known else "" for each in prompt])
+        return replace(chunks, needed=needed_chunks(blocks, chunks.starts))
 
     @classmethod
     def of(cls, selection: SelectionConfig, tokenizer: PreTrainedTokenizerBase) -> Chunker:
         """Return the chunker of a deployment."""
-        follows_text = selection.chunks == "text"
-        borders = TextBorders.of(token_texts(tokenizer)) if follows_text else None
-        return cls(selection.chunk_tokens, borders)
+        if selection.chunks != "text":
+            return cls(selection.chunk_tokens, None)
+        texts = token_texts(tokenizer)
+        borders = TextBorders.of(texts)
+        return cls(selection.chunk_tokens, borders, texts if selection.code_lines else None)
 
 
 def load_chunker(selection: SelectionConfig, main_path: str) -> Chunker:
@@ -49,11 +62,16 @@ def load_chunker(selection: SelectionConfig, main_path: str) -> Chunker:
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the text of every token of a vocabulary, `[V]`, with its leading blank."""
+    """Return the text of every token of a vocabulary, `[V]`, with its leading blanks."""
     ids = range(len(tokenizer))
     names = tokenizer.convert_ids_to_tokens(list(ids))
     texts = tokenizer.batch_decode([[token] for token in ids])
-    return [
-        f" {text.lstrip(' ')}" if name is not None and name.startswith(_BLANKS) else text
-        for name, text in zip(names, texts, strict=True)
-    ]
+    return [_with_blanks(name, text) for name, text in zip(names, texts, strict=True)]
+
+
+def _with_blanks(name: str | None, text: str) -> str:
+    """Put back the leading blanks that decoding a token alone may leave out."""
+    if name is None or not name.startswith(_BLANKS):
+        return text
+    blanks = len(name) - len(name.lstrip("".join(_BLANKS)))
+    return " " * blanks + text.lstrip(" ")

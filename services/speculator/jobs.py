@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
+from ..core.chunks import Chunks
 from ..core.selection import Scores, SelectionPolicy
 from ..core.types import Plan, Request, Selection
 from .reading import Reading
@@ -76,6 +77,12 @@ class Rating:
 
     scores: Scores
     certainty: float  # how sure it was of its least sure look-ahead token, in [0, 1]
+    chunks: Chunks | None = None  # None: of equal lengths
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that it takes."""
+        return self.scores.nbytes + (0 if self.chunks is None else self.chunks.nbytes)
 
 
 @dataclass(eq=False, slots=True)
@@ -96,6 +103,7 @@ class Job:
     working_since_s: float | None = None  # in a pass that runs
     abandoned: bool = False  # nobody waits for the answer any more
     echo: tuple[int, ...] = ()  # of what is asked, in draft tokens
+    chunks: Chunks | None = None  # None: of equal lengths
 
     @property
     def unread_tokens(self) -> int:

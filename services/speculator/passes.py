@@ -198,7 +198,8 @@ class Passes:
         for job, reading in readings.items():
             self._counts.tokens += len(reading.prompt)
             self._counts.cached_tokens += reading.cached_tokens
-            rating = Rating(job.read_as.scores(scorer.rate(reading)), reading.certainty)
+            scores = job.read_as.scores(scorer.rate(reading))
+            rating = Rating(scores, reading.certainty, job.chunks)
             remembered = _remembered_tokens(reading, len(job.request.prompt))
             loop.call_soon_threadsafe(self._on_rated, job, rating, remembered)
         scorer.remember(list(readings.values()), held)

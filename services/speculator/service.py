@@ -168,6 +168,8 @@ class SpeculatorService:
         refusal = scorer.refusal(len(job.read_as.prompt))
         if refusal is not None:
             return dense_selection(len(prompt), refusal)
+        if self._chunker is not None:
+            job.chunks = await asyncio.to_thread(self._chunker.chunks, prompt)
         job.echo = scorer.echo_of(job.read_as, job.request.asked)
         job.remembered_tokens = scorer.prefix.count_known(
             job.read_as.prompt, job.request.cache_salt
@@ -207,7 +209,7 @@ class SpeculatorService:
 
     def _answer(self, job: Job, rating: Rating, remembered: int) -> None:
         """Set the selection, unless its caller has gone since (on the event loop)."""
-        self._ratings.put(_rating_key(job.request), rating, rating.scores.nbytes)
+        self._ratings.put(_rating_key(job.request), rating, rating.nbytes)
         if job.answer.done():
             return
         chosen = self._select_tokens(rating, job)
@@ -226,8 +228,7 @@ class SpeculatorService:
     def _select_tokens(self, rating: Rating, job: Job) -> Selection:
         """Select as the conversation's last turn did, and remember it for the next."""
         request, scores, policy = job.request, rating.scores, job.policy
-        protected, certainty = request.protected, rating.certainty
-        chunks = None if self._chunker is None else self._chunker.chunks(request.prompt)
+        protected, certainty, chunks = request.protected, rating.certainty, rating.chunks
         if request.wants_scores:
             chosen = select(scores, job.plan, protected, policy, certainty, chunks)
             shown = chunk_scores(scores, protected, policy, certainty, chunks)

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -33,7 +41,7 @@ from ...kv.holding import RemoteLeases
 from ...kv.prefilling import hold_prefill
 from ..serve_internals import call_alone
 from .affinity import load_of, stream_load_of, whole_load_of
-from .health import SPECULATOR, PoolCounts
+from .health import SPECULATOR
 
 logger = logging.getLogger(__name__)
 
@@ -43,15 +51,19 @@ Item = TypeVar("Item")
 
 _RETRY_AFTER_S = 1.0
 _SELF_TEST_S = 10.0  # to ask for its result
+_SEVERAL = 2  # replicas: one that is lost has others beside it
 _GRACE_S = 0.5  # for a replica's answer that the time was used up
 
 
 @dataclass(frozen=True, slots=True)
 class ServeSpeculator:
-    """The speculator pool. Where none answers, `count` shows whether it has any replica."""
+    """The speculator pool. Where none answers, `count` shows whether it has any replica.
+
+    Where nobody counts them, there is one; where the controller has not answered yet, several.
+    """
 
     handle: DeploymentHandle
-    count: PoolCounts | None = None
+    count: Callable[[], Awaitable[Mapping[str, int] | None]] | None = None
 
     async def select(self, request: Request, plan: Plan, timeout_s: float) -> Selection:
         """See `ports.Speculator`."""
@@ -82,11 +94,11 @@ class ServeSpeculator:
         return facts_kept
 
     async def _replicas(self) -> int:
-        """Return the pool's running replicas; without any, calls wait for one till they time out.
-
-        Where nobody counts them, there is one.
-        """
-        return 1 if self.count is None else (await self.count())[SPECULATOR]
+        """Return the pool's running replicas; without any, calls wait until they time out."""
+        if self.count is None:
+            return 1
+        counts = await self.count()
+        return _SEVERAL if counts is None else counts[SPECULATOR]
 
 
 @dataclass(frozen=True, slots=True)

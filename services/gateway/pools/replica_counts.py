@@ -51,17 +51,17 @@ class ServeHealth:
                 self._reading.result()  # raises why
         return self._counts or dict.fromkeys(self._pools, 0)
 
-    async def count_afresh(self) -> Mapping[str, int]:
+    async def count_afresh(self) -> Mapping[str, int] | None:
         """Count as `count`, from an answer that the controller gives after this call.
 
-        From one before it where the controller is away.
+        From one before it where the controller is away or slow; None where it never answered.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(AFRESH_S):
                 if self._reading is not None:
                     await asyncio.wait([self._reading])
                 await asyncio.wait([self._start_reading()])
-        return self._counts or dict.fromkeys(self._pools, 0)
+        return self._counts
 
     def _start_reading(self) -> asyncio.Task[None]:
         """Ask the controller, unless it is being asked."""

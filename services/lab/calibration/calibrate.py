@@ -202,23 +202,19 @@ def _candidates(
     made = [Candidate(PAPER_NAME, PAPER, 1.0 + look_ahead * 1e-3)]
     half = layers[int(len(layers) * EARLY_EXIT) - 1] if len(layers) > 1 else layers[-1]
     everywhere = masses[Queries.LOOK_AHEAD] + masses[Queries.QUESTION]
+    for queries, name in ((Queries.LOOK_AHEAD, "look-ahead"), (Queries.BOTH, "both")):
+        squares = ScoringMethod(None, Reduction.SQUARES, queries)
+        made.append(Candidate(f"squares, {name}", squares, 1.0 + look_ahead * 1e-3))
     for count in HEADS:
         ahead = best_heads(masses[Queries.LOOK_AHEAD], layers, count, layers[-1])
-        made.append(
-            Candidate(
-                f"{count} heads, look-ahead",
-                replace(ahead, reduction=Reduction.MEAN),
-                1.0 + look_ahead * 1e-3,
-            )
-        )
         both = best_heads(everywhere, layers, count, layers[-1])
-        made.append(
-            Candidate(
-                f"{count} heads, both",
-                replace(both, reduction=Reduction.MEAN, queries=Queries.BOTH),
-                1.0 + look_ahead * 1e-3,
-            )
-        )
+        for heads, queries, name in (
+            (ahead, Queries.LOOK_AHEAD, "look-ahead"),
+            (both, Queries.BOTH, "both"),
+        ):
+            if heads.heads is not None:
+                method = replace(heads, reduction=Reduction.MEAN, queries=queries)
+                made.append(Candidate(f"{count} heads, {name}", method, 1.0 + look_ahead * 1e-3))
         for last, name in ((layers[-1], "question"), (half, "question, half the layers")):
             heads = best_heads(masses[Queries.QUESTION], layers, count, last)
             if heads.heads is None:
@@ -226,7 +222,7 @@ def _candidates(
             depth = sum(layer <= max(heads.heads) for layer in layers) / len(layers)
             method = replace(heads, reduction=Reduction.MEAN, queries=Queries.QUESTION)
             made.append(Candidate(f"{count} heads, {name}", method, depth))
-    return [each for each in made if each.name == PAPER_NAME or each.method.heads is not None]
+    return made
 
 
 def _score(

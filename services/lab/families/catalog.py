@@ -6,7 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ...synthetic.needles import needle_prompt
-from . import calls, copying, dialogue, frequency, lookup, notices, passages, prose, tracking
+from . import (
+    calls,
+    copying,
+    dialogue,
+    frequency,
+    lookup,
+    notices,
+    passages,
+    prose,
+    source_code,
+    tracking,
+)
 from .fitting import TaskTokenizer, fit_draft
 from .niah import Haystack, Kind, Niah
 from .task import Order, Scoring, Task, TaskDraft
@@ -57,13 +68,15 @@ _FITTED = {
     "system_secret_warm": Family(dialogue.SystemSecret(warm=True).draft, 24),
     "recall_5_turns": Family(dialogue.recall, 24, least_units=dialogue.TURNS),
 }
-# Over prose that this machine has. Other machines may have other versions of it.
+# Over prose and code that this machine has. Other machines may have other versions of it.
 _REAL = {
     "prose_needle": Family(prose.Needles().draft, 32),
     "prose_multikey": Family(prose.Needles(keys=4).draft, 32, least_units=4),
     "prose_questions": Family(prose.questions, 32, least_units=prose.LEAST_WORDS),
     "prose_recall": Family(prose.recall, 32),
     "prose_tool_result": Family(prose.tool_result, 32, least_units=prose.FOUND, has_tools=True),
+    "code_needle": Family(source_code.code_needle, 32),
+    "code_return": Family(source_code.code_return, 48, least_units=source_code.NEAREST),
 }
 FAMILIES = (NEEDLES, *_FITTED)
 REAL_FAMILIES = tuple(_REAL)

@@ -184,12 +184,18 @@ async def test_a_call_past_its_deadline_is_cancelled() -> None:
     assert handle.response.cancelled is True
 
 
-@pytest.mark.parametrize(("replicas", "kind"), [(0, SpeculatorUnavailable), (1, DeadlineExceeded)])
+UNKNOWN = None  # the controller has not answered yet
+
+
+@pytest.mark.parametrize(
+    ("replicas", "kind"),
+    [(0, SpeculatorUnavailable), (1, DeadlineExceeded), (UNKNOWN, DeadlineExceeded)],
+)
 async def test_waiting_for_a_pool_without_replicas_is_not_slowness(
-    replicas: int, kind: type[SpecPrefillError]
+    replicas: int | None, kind: type[SpecPrefillError]
 ) -> None:
-    async def count() -> dict[str, int]:
-        return {"speculator": replicas}
+    async def count() -> dict[str, int] | None:
+        return None if replicas is UNKNOWN else {"speculator": replicas}
 
     handle = Handle(SELECTION, pause_s=5.0)
     with pytest.raises(kind):
@@ -220,10 +226,12 @@ async def test_a_lost_or_broken_speculator_is_unavailable(failure: Exception) ->
         await ServeSpeculator(Handle(failure)).select(REQUEST, PLAN, 1.0)
 
 
-@pytest.mark.parametrize(("replicas", "others"), [(0, False), (1, False), (2, True)])
-async def test_a_lost_speculator_may_have_others(replicas: int, others: bool) -> None:
-    async def count() -> dict[str, int]:
-        return {"speculator": replicas}
+@pytest.mark.parametrize(
+    ("replicas", "others"), [(0, False), (1, False), (2, True), (UNKNOWN, True)]
+)
+async def test_a_lost_speculator_may_have_others(replicas: int | None, others: bool) -> None:
+    async def count() -> dict[str, int] | None:
+        return None if replicas is UNKNOWN else {"speculator": replicas}
 
     with pytest.raises(SpeculatorUnavailable) as caught:
         await ServeSpeculator(Handle(actor_lost()), count).select(REQUEST, PLAN, 1.0)
@@ -371,6 +379,26 @@ async def test_no_request_waits_for_a_controller_that_is_away(
                 assert await health.count_afresh() == {"speculator": 2}
     finally:
         back.set()
+
+
+async def test_replicas_that_nobody_has_counted_yet_are_not_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(replica_counts, "AFRESH_S", 0.1)
+    answers = threading.Event()
+
+    def status() -> Any:
+        answers.wait(30)
+        deployment = SimpleNamespace(replica_states={"RUNNING": 2})
+        application = SimpleNamespace(deployments={"Speculator": deployment})
+        return SimpleNamespace(applications={"app": application})
+
+    health = ServeHealth("app", {"speculator": "Speculator"}, status)
+    try:
+        assert await health.count_afresh() is None
+    finally:
+        answers.set()
+    assert await health.count_afresh() == {"speculator": 2}
 
 
 async def test_kv_that_ray_carries_goes_along_and_is_dropped_at_the_end() -> None:
