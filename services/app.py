@@ -63,8 +63,8 @@ def engine_placement(engine: EngineConfig, *, gpus: bool) -> Placement:
 
 
 def speculator_placement(speculator: SpeculatorConfig, *, gpus: bool) -> Placement:
-    """Place the speculator on a GPU where there are any, unless the configuration names the CPU."""
-    if gpus and speculator.device != "cpu":
+    """Place the speculator on a GPU where there are any, unless it needs none."""
+    if gpus and speculator.device != "cpu" and speculator.reads_with_model:
         return Placement(num_gpus=1.0)
     return Placement(num_cpus=float(speculator.threads))
 

@@ -63,7 +63,10 @@ class MainModel(Strict):
 class SpeculatorConfig(Strict):
     """The small model that chooses which tokens matter."""
 
-    path: str
+    # What scores prompts. draft: the model of `path`. words: none; chunks are chosen by the words
+    # that they share with the question, which finds what it names and not what it means.
+    score_by: Literal["draft", "words"] = "draft"
+    path: str = ""
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -103,6 +106,19 @@ class SpeculatorConfig(Strict):
     # try again. static: pruned at the nominal rate, by the words of the query alone, which may
     # lose what the answer needs. dense: the whole prompt, which multiplies the prefill pool's load.
     on_overload: Literal["shed", "static", "dense"] = "shed"
+
+    @model_validator(mode="after")
+    def _has_a_model_or_needs_none(self) -> Self:
+        if self.score_by == "draft" and not self.path:
+            raise ValueError("path is missing: the draft model's folder or hub name")
+        if self.score_by == "words" and self.path:
+            raise ValueError(f"path ({self.path}) must be absent with score_by: words")
+        return self
+
+    @property
+    def reads_with_model(self) -> bool:
+        """True where a draft model scores."""
+        return self.score_by == "draft"
 
     @property
     def is_calibrated(self) -> bool:

@@ -105,7 +105,9 @@ def table(found: Sequence[Kept]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m loadtest.bench.code_lines", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.bench.code_lines", description=__doc__
+    )
     parser.add_argument("--config", type=Path, default=Path("cluster/local.yaml"))
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=4096)
@@ -116,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = list(measure(config, args.prompts, args.tokens, args.first_seed))
     print(table(found))
     write_json(args.out, provenance(args.first_seed), {"rows": rows(found)})
-    print(f"\nprompts with all that the answer needs, of the kept share of tokens; written to {args.out}")
+    print(f"\nprompts with all that they need, of the kept share of tokens; written to {args.out}")
     return 0
 
 

@@ -70,6 +70,8 @@ def run_calibrate(args: argparse.Namespace) -> int:
         config = load(args.file).file.applications[0].args
     except InvalidFile as error:
         raise Misused(str(error)) from error
+    if not config.speculator.reads_with_model:
+        raise Misused(f"{args.file}: speculator.score_by is words: no draft to calibrate")
     if config.speculator.random_weights:
         raise Misused(
             f"{args.file}: speculator.random_weights is true: random weights retrieve nothing"

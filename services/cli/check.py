@@ -38,12 +38,15 @@ def _check_application(application: Application, *, served_here: bool) -> Iterat
     offline = application.runtime_env.env_vars.get("HF_HUB_OFFLINE") == "1"
     model, speculator = config.model, config.speculator
     main = locate_model("model.path", model.path, model.revision, offline=offline)
-    draft = locate_model("speculator.path", speculator.path, speculator.revision, offline=offline)
+    draft: Path | Finding | None = None
+    if speculator.reads_with_model:
+        key, path = "speculator.path", speculator.path
+        draft = locate_model(key, path, speculator.revision, offline=offline)
     missing = [found for found in (main, draft) if isinstance(found, Finding)]
     yield from (found if served_here else note(found.key, found.message) for found in missing)
     if model.load_format != "dummy":
         yield from _weights("model.path", model.path, main)
-    if not speculator.random_weights:
+    if draft is not None and not speculator.random_weights:
         yield from _weights("speculator.path", speculator.path, draft)
     longest = model.max_model_len
     if isinstance(main, Path):
@@ -64,7 +67,10 @@ def _check_application(application: Application, *, served_here: bool) -> Iterat
 def _check_automatic_rate(config: AppConfig) -> Iterator[Finding]:
     """Yield a note where the scores choose the rate by settings of another draft model."""
     found = {"least_certainty", "peak_share"} & config.selection.model_fields_set
-    if config.selection.keep == "auto" and not found and not config.speculator.random_weights:
+    speculator = config.speculator
+    if config.selection.keep != "auto" or found or not speculator.reads_with_model:
+        return
+    if not speculator.random_weights:
         yield note(
             "selection.keep",
             "auto, with a draft that is not calibrated: most prompts may go dense; "
@@ -91,9 +97,10 @@ def describe(file: DeploymentFile) -> Iterator[str]:
         main, draft = (Path(local_path(path)) for path in paths)
         if not main.is_dir():
             continue
+        has_draft = config.speculator.reads_with_model and draft.is_dir()
         report = MainModelReport.of(config.model, config.prefill)
         keep = config.selection.keep
-        gains = gain_lines(main, draft, keep) if draft.is_dir() and keep != "auto" else ()
+        gains = gain_lines(main, draft, keep) if has_draft and keep != "auto" else ()
         for name, sentence in (*report.lines(), *gains):
             yield f"{application.name}: {name}: {sentence}"
 

@@ -208,6 +208,8 @@ def _speculator(application: Application) -> Fact:
     from ..speculator.draft import read_config, refuse_unsupported_cache
 
     speculator = application.args.speculator
+    if not speculator.reads_with_model:
+        return Fact("speculator", "chooses by words, without a model")
     try:
         refuse_unsupported_cache(read_config(speculator.path, speculator.revision))
     except SpecPrefillError as error:

@@ -201,8 +201,9 @@ def _config(args: argparse.Namespace) -> AppConfig:
     except InvalidFile as error:
         raise Misused(str(error)) from error
     threads = {"threads": args.threads}
-    path = {} if args.speculator is None else {"path": args.speculator, "revision": None}
-    speculator = config.speculator.model_copy(update={**threads, **path})
+    draft = {"score_by": "draft", "path": args.speculator, "revision": None}
+    named = {} if args.speculator is None else draft
+    speculator = config.speculator.model_copy(update={**threads, **named})
     model = config.model
     if args.model is not None and args.endpoint is None:
         model = model.model_copy(update={"path": args.model, "revision": None})
@@ -288,6 +289,8 @@ def _without_home(path: str) -> str:
 
 
 def _scoring(speculator: SpeculatorConfig) -> str:
+    if not speculator.reads_with_model:
+        return "words"
     if not speculator.is_calibrated:
         return "the paper's scorer"
     heads = speculator.score_heads

@@ -40,7 +40,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("with a MODEL (a file holds all of this itself)")
     group.add_argument(
         "--speculator", metavar="DRAFT",
-        help="the draft model: a folder, a GGUF file or a hub name (default: a known one)",
+        help="the draft model: a folder, a GGUF file or a hub name (default: a known one); "
+        "words: none, prompts are chosen by the question's words",
     )  # fmt: skip
     group.add_argument("--name", help="the model's name for clients (default: MODEL's own)")
     group.add_argument(

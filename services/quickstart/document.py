@@ -34,7 +34,7 @@ class Choices:
     """What the caller chose: models, addresses, and the keep rate."""
 
     model: str
-    speculator: str
+    speculator: str | None  # None: prompts are chosen by words
     name: str
     keep: float | str | None = None  # None: the default
     host: str = HOST
@@ -57,7 +57,8 @@ def document(choices: Choices, pools: PoolSizes, times: Timeouts) -> str:
 def _head(choices: Choices, pools: PoolSizes) -> str:
     place = "GPUs" if pools.decode.gpus else "CPU"
     return (
-        f"# {choices.model}, pruned by {choices.speculator}: sizes for this machine ({place}).\n"
+        f"# {choices.model}, pruned by {choices.speculator or 'the words of questions'}: sizes for "
+        f"this machine ({place}).\n"
         f"# The longest prompt with its answer has {pools.tokens} tokens; every KV cache holds at\n"
         "# least one. docs/configuration.md lists all keys, docs/sizing.md the way to a cluster.\n"
     )
@@ -97,7 +98,9 @@ def _application(choices: Choices, pools: PoolSizes, times: Timeouts) -> dict[st
     }
 
 
-def _speculator(path: str, pools: PoolSizes, times: Timeouts) -> dict[str, Any]:
+def _speculator(path: str | None, pools: PoolSizes, times: Timeouts) -> dict[str, Any]:
+    if path is None:
+        return {"score_by": "words"}
     on_gpu = pools.draft.gpus > 0
     return {
         "path": path,

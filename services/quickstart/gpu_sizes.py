@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..core.errors import InvalidConfiguration
 from .local_machine import LocalMachine
-from .shapes import ModelShape
+from .shapes import NO_DRAFT, ModelShape
 from .sizes import (
     FREE_SHARE,
     GIB,
@@ -81,23 +81,31 @@ def _layout(machine: LocalMachine, main: ModelShape, draft: ModelShape) -> _Layo
 def _own_layouts(machine: LocalMachine, main: ModelShape, draft: ModelShape) -> Iterator[_Layout]:
     """Yield what fits, with more and more GPUs for each engine."""
     memory = int(min(machine.gpus) * FREE_SHARE)
-    draft_room = memory - draft.memory(None) - _PROCESS
-    draft_tokens = draft_room // draft.kv_bytes(None)
+    own, sizes, draft_tokens = _own_draft(draft, memory)
     for split in _SPLITS:
-        if 2 * split + 1 > len(machine.gpus) or main.heads % split:
+        if 2 * split + own > len(machine.gpus) or main.heads % split:
             continue
         room = memory - main.memory(None) // split - _PROCESS
-        tokens = min(room * split // main.kv_bytes(None), draft_tokens)
+        tokens = room * split // main.kv_bytes(None)
+        tokens = tokens if draft_tokens is None else min(tokens, draft_tokens)
         if tokens >= LEAST_TOKENS:
             engine = EngineSizes(gpus=split, gpu_share=FREE_SHARE, tensor_parallel=split)
-            yield _Layout(engine, engine, DraftSizes(whole_mib(draft_room), gpus=1.0), tokens)
+            yield _Layout(engine, engine, sizes, tokens)
+
+
+def _own_draft(draft: ModelShape, memory: int) -> tuple[int, DraftSizes, int | None]:
+    """Return the GPUs of a draft of its own, its sizes, and the tokens that fit; None: any."""
+    if draft is NO_DRAFT:
+        return 0, DraftSizes(0), None
+    room = memory - draft.memory(None) - _PROCESS
+    return 1, DraftSizes(whole_mib(room), gpus=1.0), room // draft.kv_bytes(None)
 
 
 def _shared_layout(machine: LocalMachine, main: ModelShape, draft: ModelShape) -> _Layout:
     """Put all pools on one GPU; or prefill and the draft on one, and decode on another."""
     total = min(machine.gpus)
     engines = 2 if len(machine.gpus) == 1 else 1
-    fixed = engines * (main.memory(None) + _PROCESS) + draft.memory(None) + _PROCESS
+    fixed = engines * (main.memory(None) + _PROCESS) + _draft_memory(draft)
     each = engines * main.kv_bytes(None) + draft.kv_bytes(None)
     tokens = whole_blocks((int(total * FREE_SHARE) - fixed) // each)
     if tokens < LEAST_TOKENS:
@@ -107,7 +115,7 @@ def _shared_layout(machine: LocalMachine, main: ModelShape, draft: ModelShape) -
     # Engines that start side by side on one GPU cannot measure what is theirs.
     prefill = EngineSizes(gpus=share, gpu_share=share, kv_bytes=whole_mib(kv))
     alone = EngineSizes(gpus=1.0, gpu_share=FREE_SHARE)
-    draft_share = _share(draft.memory(None) + _PROCESS + draft_kv, total)
+    draft_share = _share(_draft_memory(draft) + draft_kv, total)
     return _Layout(
         prefill,
         prefill if engines == 2 else alone,
@@ -116,13 +124,18 @@ def _shared_layout(machine: LocalMachine, main: ModelShape, draft: ModelShape) -
     )
 
 
+def _draft_memory(draft: ModelShape) -> int:
+    """Return the bytes that a draft takes without keys and values."""
+    return 0 if draft is NO_DRAFT else draft.memory(None) + _PROCESS
+
+
 def _share(size: int, total: int) -> float:
     return math.ceil(100 * size / total) / 100
 
 
 def _need(machine: LocalMachine, main: ModelShape, draft: ModelShape, tokens: int) -> str:
     engine = main.memory(None) + _PROCESS + tokens * main.kv_bytes(None)
-    small = draft.memory(None) + _PROCESS + tokens * draft.kv_bytes(None)
+    small = _draft_memory(draft) + tokens * draft.kv_bytes(None)
     return (
         f"for prompts of {tokens} tokens prefill and decode need {gib(engine)} of GPU memory each, "
         f"the draft {gib(small)}; of {len(machine.gpus)} GPUs each has "

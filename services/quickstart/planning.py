@@ -13,8 +13,10 @@ from .gpu_sizes import GPU_SPEED, gpu_sizes
 from .known_drafts import families, known_draft
 from .local_machine import LocalMachine
 from .local_models import find_model
-from .shapes import ModelShape, read_shape
+from .shapes import NO_DRAFT, ModelShape, read_shape
 from .sizes import PoolSizes, Timeouts, gib
+
+WORDS = "words"  # in place of a draft model
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +24,7 @@ class Wish:
     """The caller's wishes; None: chosen here."""
 
     model: str
-    speculator: str | None = None
+    speculator: str | None = None  # a model, or WORDS
     name: str | None = None
     keep: float | str | None = None
     longest: int | None = None
@@ -46,17 +48,19 @@ def plan(wish: Wish, machine: LocalMachine, show: Callable[[str], None]) -> Plan
     Raises UnsupportedModel or InvalidConfiguration with what is needed.
     """
     machine = with_gpus(machine, wish.gpus)
+    by_words = wish.speculator == WORDS
     draft_name = wish.speculator or _draft_for(wish.model, show)
     main = find_model("MODEL", wish.model, show)
-    draft = find_model("--speculator", draft_name, show)
-    show("reading both models' configurations")
-    main_shape, draft_shape = read_shape(main.folder), read_shape(draft.folder)
+    draft = None if by_words else find_model("--speculator", draft_name, show)
+    show("reading the models' configurations")
+    main_shape = read_shape(main.folder)
+    draft_shape = NO_DRAFT if draft is None else read_shape(draft.folder)
     pools, times = fit(machine, main_shape, draft_shape, wish.longest)
     for line in _describe(main_shape, pools):
         show(line)
     choices = Choices(
         model=main.path,
-        speculator=draft.path,
+        speculator=None if draft is None else draft.path,
         name=wish.name or main.name,
         keep=wish.keep,
         host=wish.host or HOST,
@@ -114,7 +118,8 @@ def _draft_for(model: str, show: Callable[[str], None]) -> str:
             f"{model} needs a draft model, and none is known for it (known: {families()}): name "
             "one with --speculator, a folder, a GGUF file or a hub name. It should be several "
             "times smaller than MODEL; a small one of the same family, with the same tokenizer, "
-            "is best, but any causal language model with plain attention can score"
+            "is best, but any causal language model with plain attention can score; or "
+            "--speculator words: prompts are then chosen by the question's words alone"
         )
     show(f"draft: {draft}, which has the same tokenizer (--speculator names another)")
     return draft

@@ -49,6 +49,19 @@ class ModelShape:
         return 2.0 * self.parameters * tokens + 2.0 * self.layers * self.hidden * tokens**2
 
 
+# Where prompts are chosen by words.
+NO_DRAFT = ModelShape(
+    layers=0,
+    hidden=0,
+    heads=0,
+    kv_heads=0,
+    kv_numbers=0,
+    positions=None,
+    weight_bytes=0,
+    itemsize=_BFLOAT16,
+)
+
+
 def read_shape(folder: Path) -> ModelShape:
     """Read a model's sizes. Raises UnsupportedModel with the reason."""
     from transformers import AutoConfig

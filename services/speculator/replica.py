@@ -33,10 +33,13 @@ class SpeculatorReplica:
 
     async def __init__(self, config_json: str) -> None:  # type: ignore[misc]
         from .service import SpeculatorService
+        from .words_service import WordsService
 
         log_with_serve()
         config = AppConfig.model_validate_json(config_json)
-        self._service = SpeculatorService.from_config(
+        by_model = config.speculator.reads_with_model
+        service = SpeculatorService if by_model else WordsService
+        self._service = service.from_config(
             config.speculator,
             config.selection,
             config.model.path,

@@ -11,6 +11,7 @@ from ..core.rising import RisingTotal
 
 if TYPE_CHECKING:  # importing torch takes seconds
     from .service import SpeculatorService
+    from .words_service import WordsService
 
 _PERIOD_S = 1.0
 _TOTALS = {  # field of `Counts` -> metric and description
@@ -31,7 +32,7 @@ _TOTALS = {  # field of `Counts` -> metric and description
 class SpeculatorGauges:
     """Reads the service once a second, until cancelled. `make` is as `ray.serve.metrics`."""
 
-    def __init__(self, service: SpeculatorService, make: Any = metrics) -> None:
+    def __init__(self, service: SpeculatorService | WordsService, make: Any = metrics) -> None:
         def gauge(name: str, description: str) -> Any:
             return make.Gauge(f"specprefill_speculator_{name}", description=description)
 

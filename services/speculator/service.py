@@ -14,10 +14,10 @@ from types import TracebackType
 
 from ..config import SelectionConfig, SpeculatorConfig
 from ..control.from_config import selection_policy
-from ..core.carry_over import UNBOUNDED, continue_selection
 from ..core.errors import InvalidRequest, ScoringTimeout, SpeculatorUnavailable
-from ..core.selection import SelectionPolicy, chunk_scores, select, settle
-from ..core.types import KeepRange, Plan, PromptMode, Request, Selection, dense_selection
+from ..core.selection import SelectionPolicy, settle
+from ..core.types import Plan, Request, Selection, dense_selection
+from .choosing import Choosing
 from .chunking import Chunker, load_chunker
 from .jobs import Batching, Counts, Job, Rating
 from .kept_memory import KeptMemory
@@ -45,7 +45,7 @@ class SpeculatorService:
         self._policy = policy
         self._now = now
         self._ratings: ByteLru[Rating] = ByteLru(batching.score_cache_bytes)
-        self._kept = KeptMemory(batching.kept_memory_bytes)
+        self._choosing = Choosing(KeptMemory(batching.kept_memory_bytes))
         self._scorer: Scorer | None = None
         self.counts = Counts()
         self._passes = Passes(batching, self.counts, now, self._answer)
@@ -203,7 +203,7 @@ class SpeculatorService:
         if rating is None:
             return None
         self.counts.repeats += 1
-        chosen = self._select_tokens(rating, job)
+        chosen = self._choosing.select(job.request, job.plan, job.policy, rating)
         speculate_s = self._now() - job.arrived_s
         return replace(chosen, speculate_s=speculate_s, remembered_tokens=len(job.request.prompt))
 
@@ -212,7 +212,7 @@ class SpeculatorService:
         self._ratings.put(_rating_key(job.request), rating, rating.nbytes)
         if job.answer.done():
             return
-        chosen = self._select_tokens(rating, job)
+        chosen = self._choosing.select(job.request, job.plan, job.policy, rating)
         queue_s, speculate_s = job.spent_s(self._now())
         self.counts.prompts += 1
         self.counts.queue_s += queue_s
@@ -224,33 +224,6 @@ class SpeculatorService:
                 remembered_tokens=remembered,
             )
         )
-
-    def _select_tokens(self, rating: Rating, job: Job) -> Selection:
-        """Select as the conversation's last turn did, and remember it for the next."""
-        request, scores, policy = job.request, rating.scores, job.policy
-        protected, certainty, chunks = request.protected, rating.certainty, rating.chunks
-        if request.wants_scores:
-            chosen = select(scores, job.plan, protected, policy, certainty, chunks)
-            shown = chunk_scores(scores, protected, policy, certainty, chunks)
-            return replace(chosen, scores=shown)
-        carries = policy.carry_over and job.plan.mode is PromptMode.POSITIONS
-        before = self._kept.find(request.prompt, request.cache_salt) if carries else None
-        if before is None:
-            chosen = select(scores, job.plan, protected, policy, certainty, chunks)
-        else:
-            chosen = continue_selection(
-                scores, job.plan, protected, policy, certainty, before, chunks, _bounds(job)
-            )
-        if carries:
-            self._kept.remember(request.prompt, chosen, job.plan.reason, request.cache_salt)
-        return chosen
-
-
-def _bounds(job: Job) -> KeepRange:
-    """Return the keep rates that the caller allows; the plan's, where the scores choose."""
-    controls, within = job.request.controls, job.plan.within or UNBOUNDED
-    floor = within.floor if controls.floor is None else controls.floor
-    return KeepRange(floor, within.ceiling if controls.ceiling is None else controls.ceiling)
 
 
 def _rating_key(request: Request) -> bytes:

@@ -25,11 +25,13 @@ from ...core.types import (
     Span,
     dense_selection,
 )
+from ...core.words import word_scores
 from ...gateway.openai.text_writer import PromptTextWriter
 from ...speculator.chunking import Chunker
 from ...speculator.jobs import Rating
 from ...speculator.method import PAPER
 from ...speculator.scorer import Scorer, load_scorer
+from ...speculator.words_service import CERTAINTY
 from ..families.task import Task
 from .arms import AUTOMATIC, CONTROLS, Arm, Chooser, control_scores
 from .greedy import greedy_answers
@@ -78,7 +80,7 @@ class Pair:
     policy: SelectionPolicy
     chunker: Chunker
     automatic: Plan
-    speculator: Scorer
+    speculator: Scorer | None  # None: prompts are chosen by words
     answerer: MainModelAnswerer | None  # None: gold survival only
     paper: Scorer | None  # None: the speculator's readings serve the paper's scorer as well
     paper_policy: SelectionPolicy  # with the default settings of the automatic rate
@@ -135,7 +137,7 @@ class Pair:
         Raises ValueError for a ceiling without a scorer of its own.
         """
         ratings: dict[Chooser, Rating | Reason] = {}
-        ours, papers = rate_prompt(self.speculator, prompt)
+        ours, papers = self._rate(prompt)
         if self.paper is not None and {Chooser.PAPER, Chooser.PAPER_AUTOMATIC} & {*choosers}:
             papers, _ = rate_prompt(self.paper, prompt)
         for chooser in (Chooser.SPECULATOR, Chooser.TEXT, Chooser.AUTOMATIC):
@@ -148,6 +150,15 @@ class Pair:
             ratings[Chooser.MAIN_MODEL], _ = rate_prompt(self.own_scorer, prompt)
             ratings[Chooser.ORACLE], _ = rate_prompt(self.oracle, prompt, answer)
         return ratings
+
+    def _rate(self, prompt: RenderedTask) -> tuple[Rating | Reason, Rating | Reason]:
+        """Return the deployment's rating and the paper's; by words there is one."""
+        if self.speculator is not None:
+            return rate_prompt(self.speculator, prompt)
+        chunks, tail_tokens = self.chunker.chunks(prompt.ids), self.policy.tail_tokens
+        scores = word_scores(prompt.ids, prompt.asked, prompt.protected, tail_tokens, chunks)
+        rating = Rating(scores, CERTAINTY)
+        return rating, rating
 
     def _selection(
         self, arm: Arm, prompt: RenderedTask, ratings: Ratings, rng: random.Random
@@ -214,11 +225,15 @@ def load_pair(
     Raises UnsupportedModel where the models cannot work together.
     """
     by_paper = {"score_heads": None, "score_reduction": "maximum", "score_queries": "look_ahead"}
-    own = speculator.model_copy(update={**by_paper, "path": model, "revision": None})
-    scorer = load_scorer(speculator, selection.pool_tokens, model)
+    own = speculator.model_copy(
+        update={**by_paper, "path": model, "revision": None, "score_by": "draft"}
+    )
+    scorer = None
+    if speculator.reads_with_model:
+        scorer = load_scorer(speculator, selection.pool_tokens, model)
     own_scorer = load_scorer(own, selection.pool_tokens) if ceiling else None
     paper = None
-    if not scorer.method.looks_ahead:
+    if scorer is not None and not scorer.method.looks_ahead:
         paper = load_scorer(speculator.model_copy(update=by_paper), selection.pool_tokens, model)
     policy = selection_policy(selection)
     usual = SelectionConfig()
