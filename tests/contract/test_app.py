@@ -46,6 +46,8 @@ def test_the_speculator_takes_a_gpu_where_there_are_any():
     on_cpu = SpeculatorConfig(path="s", device="cpu", threads=2)
     assert speculator_placement(on_cpu, gpus=True) == Placement(num_cpus=2.0)
     assert speculator_placement(SpeculatorConfig(path="s"), gpus=False).num_gpus == 0.0
+    by_words = SpeculatorConfig(score_by="words")
+    assert speculator_placement(by_words, gpus=True) == Placement(num_cpus=1.0)
 
 
 def deployments(monkeypatch, config=CONFIG):

@@ -8,6 +8,7 @@ from specprefill.control.from_config import net_gain, planner, prompt_modes
 from specprefill.core.errors import UnsupportedModel
 from specprefill.core.model_modes import Mode, Support
 
+BY_WORDS = {"model": {"path": "main"}, "speculator": {"score_by": "words"}}
 LEAST = {"model": {"path": "main"}, "speculator": {"path": "small"}}
 
 
@@ -216,3 +217,17 @@ def test_both_pools_can_share_an_engines_configuration():
     engine = EngineConfig(block_size=32, engine_args={"seed": 1})
     config = AppConfig.model_validate({**LEAST, "prefill": engine, "decode": engine})
     assert config.decode.model_dump(exclude={"speculation"}) == engine.model_dump()
+
+
+@pytest.mark.parametrize(
+    ("speculator", "refused"),
+    [
+        ({}, "path is missing"),
+        ({"score_by": "words", "path": "small"}, "must be absent with score_by: words"),
+        ({"score_by": "letters"}, "'draft' or 'words'"),
+    ],
+)
+def test_a_speculator_has_a_model_or_needs_none(speculator, refused):
+    assert not AppConfig.model_validate(BY_WORDS).speculator.reads_with_model
+    with pytest.raises(ValidationError, match=refused):
+        AppConfig.model_validate({**LEAST, "speculator": speculator})

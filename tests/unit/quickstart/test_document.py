@@ -8,6 +8,7 @@ from specprefill.deployment.file import parse
 from specprefill.quickstart.document import Choices, document
 from specprefill.quickstart.local_machine import LocalMachine
 from specprefill.quickstart.planning import fit
+from specprefill.quickstart.shapes import NO_DRAFT
 
 from .test_sizes import BIG, LAPTOP, MIDDLE, SMALL, TINY, h100s
 
@@ -46,6 +47,17 @@ def test_the_file_holds_what_was_chosen(machine: LocalMachine, main, draft) -> N
     assert on_cpu == (not machine.gpus)
     threads = options["Decode"].runtime_env.env_vars.get("OMP_NUM_THREADS")
     assert threads == (str(LAPTOP.cores // 2) if on_cpu else None)
+
+
+@pytest.mark.parametrize("machine", [LAPTOP, h100s(1), h100s(2)], ids=["cpu", "one", "two"])
+def test_without_a_draft_prompts_are_chosen_by_words(machine: LocalMachine) -> None:
+    pools, times = fit(machine, MIDDLE if machine.gpus else TINY, NO_DRAFT, None)
+    file = parse(document(Choices("main", None, "main"), pools, times), "written").file
+    (application,) = file.applications
+    assert application.args.speculator.score_by == "words"
+    options = {each.name: each.ray_actor_options for each in application.deployments}
+    assert not options["Speculator"].num_gpus
+    assert pools.decode.gpus == len(machine.gpus) - pools.prefill.gpus or len(machine.gpus) < 2
 
 
 def test_the_head_names_both_models_and_the_length() -> None:
