@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
+from specprefill.core.errors import UnsupportedModel
 from specprefill.deployment.file import parse
 from specprefill.quickstart.document import Choices, document
 from specprefill.quickstart.local_machine import LocalMachine
-from specprefill.quickstart.planning import fit
+from specprefill.quickstart.planning import Wish, fit, plan
 from specprefill.quickstart.shapes import NO_DRAFT
 
 from .test_sizes import BIG, LAPTOP, MIDDLE, SMALL, TINY, h100s
@@ -66,3 +70,15 @@ def test_the_head_names_both_models_and_the_length() -> None:
     assert text.startswith("# main, pruned by draft: sizes for this machine (CPU).\n")
     assert f"has {pools.tokens} tokens" in text
     assert parse(text, "written").file.applications[0].args.selection.keep == 0.3
+
+
+def test_words_take_the_place_of_a_draft(root: Path) -> None:
+    shown: list[str] = []
+    wish = Wish(model=str(root / "models" / "demo-main"), speculator="words", gpus=0)
+    planned = plan(wish, LAPTOP, shown.append)
+    args = parse(planned.text, "written").file.applications[0].args
+    assert not args.speculator.reads_with_model
+    assert planned.text.startswith(f"# {wish.model}, pruned by the words of questions: ")
+    assert not any("draft" in line for line in shown)
+    with pytest.raises(UnsupportedModel, match="--speculator words"):
+        plan(replace(wish, speculator=None), LAPTOP, shown.append)

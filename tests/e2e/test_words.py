@@ -1,0 +1,83 @@
+"""A deployment that drops its draft model: prompts are chosen by words, and engines stay."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+import yaml
+
+from specprefill.lab.families.catalog import generate
+
+pytestmark = pytest.mark.timeout(600)
+
+ENGINES = ("Prefill", "Decode")
+KEEP = {"keep": 0.3}
+
+
+@pytest.fixture(scope="module")
+def by_words(app):
+    """The application without its draft; with it again at the end."""
+    raw = yaml.safe_load(app.file.read_text())
+    drafted = raw["applications"][0]["args"]["speculator"]
+
+    def with_speculator(speculator):
+        def change(raw):
+            raw["applications"][0]["args"]["speculator"] = speculator
+
+        app.redeploy(change)
+        app.wait_healthy()
+
+    engines = {pool: app.replica_pids(pool) for pool in ENGINES}
+    with_speculator({"score_by": "words"})
+    assert {pool: app.replica_pids(pool) for pool in ENGINES} == engines
+    yield app
+    with_speculator(drafted)
+
+
+def ask(app, messages, **options):
+    """The answer's text and its report."""
+    body = {"messages": messages, "temperature": 0, "specprefill": KEEP, **options}
+    reply = httpx.post(f"{app.http_url}/v1/chat/completions", json=body, timeout=120)
+    assert reply.status_code == 200, reply.text
+    content = reply.json()
+    return content["choices"][0]["message"]["content"], content["specprefill"]
+
+
+@pytest.mark.parametrize("family", ["needles", "recall_5_turns"])
+def test_conversations_are_answered_from_what_their_words_keep(by_words, demo_tokenizer, family):
+    """Several at once, so that both gateways serve them; their second turns go on from the KV."""
+
+    def converse(seed):
+        task = generate(family, 9000 + seed, 2000, demo_tokenizer)
+        messages = [dict(message) for message in task.messages]
+        answer, first = ask(by_words, messages, max_tokens=task.max_tokens)
+        again = [{"role": "assistant", "content": answer}, messages[-1]]
+        _, second = ask(by_words, [*messages, *again], max_tokens=task.max_tokens)
+        return all(each in answer for each in task.references), first, second
+
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(converse, range(4)))
+    assert sum(right for right, _, _ in found) >= 3
+    for _, first, second in found:
+        assert (first["plan"], second["plan"]) == ("prune", "prune")
+        assert first["keep_rate"] < 0.5
+        assert second["reason"] in ("carried_over", "extended")
+        assert second["carried_tokens"] == first["kept_tokens"]
+
+
+def test_a_list_of_prompts_and_the_playgrounds_selection(by_words, demo_tokenizer):
+    tasks = [generate("needles", 9100 + seed, 1500, demo_tokenizer) for seed in range(2)]
+    prompts = [task.messages[-1]["content"] for task in tasks]
+    body = {"prompt": prompts, "max_tokens": 2, "specprefill": KEEP}
+    reply = httpx.post(f"{by_words.http_url}/v1/completions", json=body, timeout=120)
+    assert reply.status_code == 200, reply.text
+    assert [each["index"] for each in reply.json()["choices"]] == [0, 1]
+    body = {"prompt": prompts[0], **KEEP}
+    chosen = httpx.post(f"{by_words.http_url}/v1/selections", json=body, timeout=120).json()
+    assert chosen["plan"] == "prune"
+    assert chosen["certainty"] == 1.0
+    assert max(chosen["chunk_scores"]) > 0.0
+    health = httpx.get(f"{by_words.http_url}/health", timeout=60).json()
+    assert health["status"] == "ok"
