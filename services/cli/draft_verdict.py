@@ -55,7 +55,7 @@ def read_self_test(url: str) -> float | None:
 
 def verdict(facts_kept: float) -> str:
     """Return what a self-test's result means for the service."""
-    kept = f"the draft keeps {facts_kept:.0%} of the generated facts of its self-test"
+    kept = f"the speculator keeps {facts_kept:.0%} of the generated facts of its self-test"
     if can_choose(facts_kept):
         return f"{kept}: it can choose, so prompts are pruned where that pays"
     return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from ..core.chunks import Chunks
@@ -103,7 +104,7 @@ class Job:
     working_since_s: float | None = None  # in a pass that runs
     abandoned: bool = False  # nobody waits for the answer any more
     echo: tuple[int, ...] = ()  # of what is asked, in draft tokens
-    chunks: Chunks | None = None  # None: of equal lengths
+    cutting: Future[Chunks] | None = None  # into chunks, meanwhile; None: of equal lengths
 
     @property
     def unread_tokens(self) -> int:

@@ -199,7 +199,8 @@ class Passes:
             self._counts.tokens += len(reading.prompt)
             self._counts.cached_tokens += reading.cached_tokens
             scores = job.read_as.scores(scorer.rate(reading))
-            rating = Rating(scores, reading.certainty, job.chunks)
+            chunks = None if job.cutting is None else job.cutting.result()
+            rating = Rating(scores, reading.certainty, chunks)
             remembered = _remembered_tokens(reading, len(job.request.prompt))
             loop.call_soon_threadsafe(self._on_rated, job, rating, remembered)
         scorer.remember(list(readings.values()), held)

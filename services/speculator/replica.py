@@ -98,7 +98,7 @@ class SpeculatorReplica:
             return selection
 
     async def self_test(self) -> float | None:
-        """Return the share of generated facts that the draft keeps; None: not known."""
+        """Return the share of generated facts that the speculator keeps; None: not known."""
         return self._facts_kept
 
     def record_autoscaling_stats(self) -> dict[str, float]:

@@ -47,7 +47,7 @@ class SpeculatorGauges:
         )
         self._self_test = gauge(
             "self_test",
-            "Share of generated facts that the draft keeps; below 0.6 it prunes only on request",
+            "Share of generated facts that are kept; below 0.6 prompts are pruned only on request",
         )
         self._facts_kept: float | None = None
         self._totals = {

@@ -80,7 +80,7 @@ async def self_test(service: SelectionService, main_path: str) -> float | None:
     share = sum(kept) / len(kept)
     logger.log(
         logging.INFO if can_choose(share) else logging.ERROR,
-        "self-test: the draft model keeps %d of %d facts%s",
+        "self-test: the speculator keeps %d of %d facts%s",
         sum(kept),
         len(kept),
         "" if can_choose(share) else ": it cannot choose, prompts are pruned only where asked",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -42,6 +43,7 @@ class SpeculatorService:
         self._load = load
         self._load_chunks = load_chunks
         self._chunker: Chunker | None = None
+        self._cutting = ThreadPoolExecutor(1, "chunks")  # while prompts wait and are read
         self._policy = policy
         self._now = now
         self._ratings: ByteLru[Rating] = ByteLru(batching.score_cache_bytes)
@@ -121,6 +123,7 @@ class SpeculatorService:
     async def close(self) -> None:
         """Fail what waits, drop what is being scored, and end the thread. Idempotent."""
         await self._passes.close()
+        self._cutting.shutdown(wait=False)
         self._scorer = None
 
     async def __aenter__(self) -> SpeculatorService:
@@ -168,13 +171,13 @@ class SpeculatorService:
         refusal = scorer.refusal(len(job.read_as.prompt))
         if refusal is not None:
             return dense_selection(len(prompt), refusal)
-        if self._chunker is not None:
-            job.chunks = await asyncio.to_thread(self._chunker.chunks, prompt)
         job.echo = scorer.echo_of(job.read_as, job.request.asked)
         job.remembered_tokens = scorer.prefix.count_known(
             job.read_as.prompt, job.request.cache_salt
         )
         self._passes.enqueue(job)
+        if self._chunker is not None:  # of no prompt that is shed
+            job.cutting = self._cutting.submit(self._chunker.chunks, prompt)
         try:
             return await job.answer
         finally:

@@ -66,7 +66,7 @@ def serving(model: Path, draft: Path, state: Path) -> Iterator[OwnModel]:
     def read() -> None:
         for line in server.stdout:
             running.lines.append(line)
-            if "the draft keeps" in line:
+            if "the speculator keeps" in line:
                 running.verdict.set()
         running.verdict.set()  # it ended
 

@@ -88,7 +88,7 @@ class ServeSpeculator:
         return wire.unpack(reply, Selection)
 
     async def self_test(self) -> float | None:
-        """Return the share of generated facts that the draft keeps; None: not known."""
+        """Return the share of generated facts that the speculator keeps; None: not known."""
         with map_errors("speculator", SpeculatorUnavailable, broken=SpeculatorUnavailable):
             facts_kept: float | None = await _call(self.handle, "self_test", _SELF_TEST_S)
         return facts_kept

@@ -72,7 +72,7 @@ def test_the_result_is_waited_for_and_explained(root: Path, share: bytes, meanin
     known = (200, b'{"status": "ok", "speculator_self_test": ' + share + b"}")
     with answering((502, b"no server"), NOT_KNOWN, known) as port:
         (line,) = shown_for(deployed(root, port))
-    assert line.startswith(f"the draft keeps {float(share):.0%} of the generated facts")
+    assert line.startswith(f"the speculator keeps {float(share):.0%} of the generated facts")
     assert meaning in line
 
 

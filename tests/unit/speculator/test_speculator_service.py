@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from specprefill.core.chunks import Chunks
 from specprefill.core.errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -21,6 +24,7 @@ from specprefill.core.positions import PositionMap
 from specprefill.core.selection import chunk_scores, select
 from specprefill.core.types import Controls, Plan, PlanKind, Reason, Request, Selection, Span
 from specprefill.core.wire import pack, unpack
+from specprefill.speculator.chunking import Chunker
 from specprefill.speculator.draft import Draft
 from specprefill.speculator.jobs import Batching, Pace
 from specprefill.speculator.method import Queries, Reduction, ScoringMethod
@@ -312,6 +316,32 @@ async def test_a_full_queue_sheds_and_recovers(scorer: GatedScorer) -> None:
         scorer.gate.set()
         await asyncio.gather(first, *queued)
         await service.select(request_of(99), PLAN, WAIT_S)
+
+
+@pytest.mark.asyncio
+async def test_a_prompt_that_is_shed_is_not_cut_into_chunks(scorer: GatedScorer) -> None:
+    cut: list[int] = []
+
+    class NotingChunker(Chunker):
+        def chunks(self, prompt: Sequence[int]) -> Chunks:
+            cut.append(len(prompt))
+            return super().chunks(prompt)
+
+    batching = Batching(max_batch=1, max_wait_s=0.0, max_queued=1)
+    load_chunks = partial(NotingChunker, POLICY.chunk_tokens, None)
+    async with SpeculatorService(lambda: scorer, POLICY, batching, load_chunks=load_chunks) as made:
+        scorer.gate.clear()
+        first = asyncio.create_task(made.select(request_of(90), PLAN, WAIT_S))
+        await scorer.wait_until_held()
+        queued = asyncio.create_task(made.select(request_of(91), PLAN, WAIT_S))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await made.select(request_of(92), PLAN, WAIT_S)
+        scorer.gate.set()
+        chosen = await asyncio.gather(first, queued)
+        again = await made.select(request_of(91), PLAN, WAIT_S)  # its scores and chunks are known
+    assert cut == [90, 91]
+    assert again.runs == chosen[1].runs
 
 
 @pytest.mark.asyncio
