@@ -20,6 +20,8 @@ from .chunking import Chunker, load_chunker
 from .jobs import Counts, Rating
 from .kept_memory import KeptMemory
 
+# Of what prompts kept, at most: by it routers know how much a replica remembers of conversations.
+KEPT_TOKEN_BYTES = 64
 CERTAINTY = 1.0  # nothing is generated that could be unsure
 
 
@@ -29,7 +31,7 @@ class WordsService:
     It has the attributes of `SpeculatorService`; what is about keys and values is 0.
     """
 
-    prefix_cache_tokens = memory_bytes = remembered_bytes = 0
+    memory_bytes = remembered_bytes = 0
     has_failed = False
 
     def __init__(
@@ -43,6 +45,7 @@ class WordsService:
         self._load_chunks = load_chunks
         self._chunker: Chunker | None = None
         self._choosing = Choosing(KeptMemory(kept_memory_bytes))
+        self.prefix_cache_tokens = kept_memory_bytes // KEPT_TOKEN_BYTES
         self._now = now
         self._scoring = 0
         self.counts = Counts()

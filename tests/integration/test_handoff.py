@@ -14,6 +14,10 @@ RUNNERS = V2_THOROUGHLY
 
 pytestmark = [pytest.mark.integration, pytest.mark.asyncio(loop_scope="session")]
 
+# To have a ticket before the result, each with a prompt that no cache holds: on a busy machine a
+# ticket may come too late.
+TRIES = 10
+BEGUN_EARLY = ["greedy", "seeded", "seeded_penalties", "json_schema"]
 SCHEMA = '{"type":"object","properties":{"age":{"type":"integer"}},"required":["age"]}'
 
 
@@ -71,13 +75,18 @@ async def test_equals_one_aggregated_engine(engines, case, select):
 
 
 @pytest.mark.parametrize("length", [600, 1300], ids=["one_chunk", "three_chunks"])
-@pytest.mark.parametrize("case", ["greedy", "seeded", "seeded_penalties", "json_schema"])
+@pytest.mark.parametrize("case", BEGUN_EARLY)
 async def test_decode_that_begins_before_prefill_ends_samples_the_same(engines, case, length):
     sampling = SAMPLING[case]() if callable(SAMPLING[case]) else SAMPLING[case]
-    request, selection = engines.request(prompt_of(length, seed=13), **sampling), whole(length)
+    selection, seeds = whole(length), TRIES * BEGUN_EARLY.index(case)
+    for seed in range(1300 + seeds, 1300 + seeds + TRIES):
+        request = engines.request(prompt_of(length, seed=seed), **sampling)
+        begun = [step async for step in steps_begun_early(engines, request, selection)]
+        if len(begun) == 3:
+            break
+        await engines.peers.release(begun[0].ticket)
+    ticket, prefilled, steps = begun
     want = await engines.aggregated(request, selection)
-    early = [step async for step in begun_early(engines, request, selection)]
-    ticket, (prefilled, steps) = early
     assert ticket == prefilled.ticket
     assert answer(steps) == list(want.token_ids)
     assert answer(steps)[:1] == list(prefilled.first.token_ids)
@@ -85,15 +94,15 @@ async def test_decode_that_begins_before_prefill_ends_samples_the_same(engines, 
     await engines.peers.release(ticket)
 
 
-async def begun_early(engines, request, selection):
-    """The early ticket; then the result, and what decode made of the ticket alone."""
+async def steps_begun_early(engines, request, selection):
+    """The early ticket, if there is one; the result; what decode made of the ticket."""
     decoding = None
     async for step in engines.prefill.steps(request, selection, 60.0):
-        if isinstance(step, PrefillResult):
-            yield step, await decoding
-        else:
+        yield step
+        if not isinstance(step, PrefillResult):
             decoding = asyncio.create_task(collect_steps(engines, request, selection, step))
-            yield step
+    if decoding is not None:
+        yield await decoding
 
 
 async def collect_steps(engines, request, selection, ticket):
@@ -102,10 +111,13 @@ async def collect_steps(engines, request, selection, ticket):
 
 
 async def test_a_prefill_that_is_closed_early_holds_nothing(engines):
-    request = engines.request(prompt_of(1300, seed=14))
-    steps = engines.prefill.steps(request, whole(1300), 60.0)
-    assert isinstance(await anext(steps), Ticket)
-    await steps.aclose()
+    early = False
+    for seed in range(1400, 1400 + TRIES):
+        request = engines.request(prompt_of(1300, seed=seed))
+        steps = engines.prefill.steps(request, whole(1300), 60.0)
+        early |= isinstance(await anext(steps), Ticket)
+        await steps.aclose()
+    assert early
     assert await engines.prefill.drain(5.0)
 
 

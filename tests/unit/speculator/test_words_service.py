@@ -89,6 +89,7 @@ async def test_it_passes_its_own_test_and_is_measured(main_path: str) -> None:
     made = Instruments()
     async with serving(main_path) as service:
         assert service.is_running
+        assert service.prefix_cache_tokens > 100_000  # conversations are led back to it
         facts_kept = await self_test(service, main_path)
         SpeculatorGauges(service, made).update()
     assert facts_kept is not None
