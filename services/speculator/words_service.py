@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from types import TracebackType
 
 from ..config import SelectionConfig, SpeculatorConfig
 from ..control.from_config import selection_policy
@@ -90,18 +89,6 @@ class WordsService:
     async def close(self) -> None:
         """Score no more. Idempotent."""
         self._chunker = None
-
-    async def __aenter__(self) -> WordsService:
-        await self.start()
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.close()
 
     async def select(
         self, request: Request, plan: Plan, timeout_s: float, policy: SelectionPolicy | None = None

@@ -38,8 +38,12 @@ def main_path(root: Path) -> str:
 @asynccontextmanager
 async def serving(main_path: str, **selection: Any) -> AsyncIterator[WordsService]:
     config = SelectionConfig(**selection)
-    async with WordsService.from_config(BY_WORDS, config, main_path, 16) as service:
+    service = WordsService.from_config(BY_WORDS, config, main_path, 16)
+    await service.start()
+    try:
         yield service
+    finally:
+        await service.close()
 
 
 def rendered(tokenizer: Any, family: str, seed: int, tokens: int = 2048) -> RenderedTask:
