@@ -10,6 +10,8 @@ hurt, and then runs HAProxy. Its settings are `gateway.front` of the deployment 
 - *time limits* for headers, so that half-sent requests do not fill the connection table;
 - *a request whose gateway dies or closes* before it answers goes to another gateway, if HAProxy's
   buffer, which is larger than Serve's, still holds all of it;
+- *every gateway may be tried once*, and none again that refused: a rolling update closes several,
+  and a HAProxy that Serve has replaced still answers on the connections that clients keep;
 - *errors in OpenAI's form* with `Retry-After` where no gateway answers;
 - *Serve's own time limit and disconnect switch* are taken out of requests: the gateway keeps
   time, and answers in the right form;
@@ -44,6 +46,8 @@ _BINARY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 _SERVES_TIMEOUT_HEADER = "x-request-timeout-seconds"
 _SERVES_DISCONNECT_HEADER = "x-request-disconnect-disabled"
 _FILES_BESIDE_CONNECTIONS = 512
+_LEAST_RETRIES = 3  # HAProxy's default
+_MOST_RETRIES = 10  # a request that kills gateways must not meet all of a large service
 _ANSWER_GRACE_S = 30.0  # the gateway's own time limit comes first
 _CHECK_ONLY = "-c"  # HAProxy's argument
 _CLOSED_GRPC = ("/grpc.reflection.", "/ray.serve.RayServeAPIService/ListApplications")
@@ -89,6 +93,7 @@ def rewrite(text: str, gateway: GatewayConfig, folder: Path, most_connections: i
     }
     for required in changes.keys() - {"frontend grpc_frontend"} - sections.keys():
         raise UnknownTemplate(f"no section '{required}'")
+    changes |= {name: _edit_servers for name in sections if name.startswith("backend ")}
     out = [line for name, lines in sections.items() for line in changes.get(name, list)(lines)]
     return "\n".join([_MARK, *out]) + "\n"
 
@@ -210,6 +215,18 @@ def _edit_grpc(lines: list[str], share: int, tls: str, *, closed: bool) -> list[
         f"http-request set-var-fmt(txn.error_opening) '{_OPENAI}'",
         *(refusals if closed else []),
     )
+
+
+def _edit_servers(lines: list[str]) -> list[str]:
+    """Let a request pass all servers that have closed: the first refusal takes one out.
+
+    By default it takes three, and a request has three tries after its first.
+    """
+    servers = sum(line.strip().startswith("server ") for line in lines)
+    if not any(" observe layer4 " in line for line in lines):
+        return lines
+    lines = _replace_lines(lines, r"(server .*) error-limit \d+ (.*)", r"\1 error-limit 1 \2")
+    return [*lines, f"    retries {min(max(servers, _LEAST_RETRIES), _MOST_RETRIES)}"]
 
 
 def _tls_parameters(tls: FrontTls | None, folder: Path) -> str:

@@ -63,8 +63,14 @@ def free_ports(count: int) -> list[int]:
     raise AssertionError("no port is free")
 
 
-def serve_config(folder: Path, http_servers: list[int], grpc_servers: list[int] = ()) -> Front:
-    """Write what Serve would write; nothing runs yet."""
+def serve_config(
+    folder: Path,
+    http_servers: list[int],
+    grpc_servers: list[int] = (),
+    *,
+    fallback: int | None = None,
+) -> Front:
+    """Write what Serve would write; nothing runs yet. `fallback` is the port of Serve's proxy."""
     ports = free_ports(4)
     config = HAProxyConfig(
         http_options=HTTPOptions(host=HOST, port=ports[0]),
@@ -88,6 +94,7 @@ def serve_config(folder: Path, http_servers: list[int], grpc_servers: list[int] 
             app_name="app",
             protocol=protocol,
             servers=[ServerConfig(f"s{port}", HOST, port) for port in servers],
+            fallback_server=fallback and ServerConfig("fallback", HOST, fallback),
         )
         for protocol, servers in protocols.items()
     ]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -21,6 +24,7 @@ from tests.contract.fronts import (
     HOST,
     Gateway,
     fronted,
+    free_ports,
     running,
     serve_config,
     serving,
@@ -145,6 +149,51 @@ async def test_a_request_whose_gateway_dies_is_answered_by_another(tmp_path, siz
     assert died
     statuses = [reply.status_code for reply in replies]
     assert statuses.count(200) == 8 if is_saved else 502 in statuses
+
+
+@pytest.mark.parametrize("closed", [2, 5])
+async def test_gateways_that_have_closed_lose_no_request(tmp_path, closed):
+    """A rolling update closes several at once, and closed ones have the fewest connections."""
+    gateway = Gateway()
+    async with serving(gateway) as port:
+        servers = [*free_ports(closed), port]
+        with running(serve_config(tmp_path, servers), {}) as front:
+            async with httpx.AsyncClient(timeout=30) as client:
+                replies = [await client.post(f"{front.url}/answer") for _ in range(8)]
+    assert [reply.status_code for reply in replies] == [200] * 8
+
+
+@pytest.mark.parametrize("closed", [1, 2, 5])
+async def test_serves_proxy_answers_while_the_front_knows_closed_gateways_only(tmp_path, closed):
+    """New gateways may be ready, and old ones closed, before HAProxy is started again."""
+    gateway = Gateway()
+    async with serving(gateway) as port:
+        known = serve_config(tmp_path, free_ports(closed), fallback=port)
+        with running(known, {}) as front:
+            async with httpx.AsyncClient(timeout=30) as client:
+                replies = [await client.post(f"{front.url}/answer") for _ in range(8)]
+    assert [reply.status_code for reply in replies] == [200] * 8
+
+
+@pytest.mark.parametrize("closed", [1, 2, 5])
+async def test_a_connection_to_the_former_front_is_answered_once_more(tmp_path, closed):
+    """A client may hold one open over HAProxy's restart; its old gateways have closed by then."""
+    gateway = Gateway()
+    async with serving(gateway) as proxy, contextlib.AsyncExitStack() as old:
+        ports = [await old.enter_async_context(serving(gateway)) for _ in range(closed)]
+        with running(serve_config(tmp_path, ports, fallback=proxy), {}) as front:
+            async with httpx.AsyncClient(timeout=30) as client:
+                assert (await client.post(f"{front.url}/answer")).text == "ok"
+                os.kill(front.pid, signal.SIGUSR1)  # as Serve ends a HAProxy that it replaces
+                while connects(front.http_port):
+                    await asyncio.sleep(0.01)
+                await old.aclose()
+                assert (await client.post(f"{front.url}/answer")).text == "ok"
+
+
+def connects(port):
+    with socket.socket() as probe:
+        return probe.connect_ex((HOST, port)) == 0
 
 
 async def test_serves_own_switches_do_not_reach_the_gateway(tmp_path):
