@@ -219,6 +219,10 @@ bench-tool-results: $(INSTALLED) ## What is kept of facts in a tool's result tha
 bench-code: $(INSTALLED) ## What is kept of code that a question asks for, with and without code_lines
 	@$(PY) -m loadtest.bench.code_lines $(ARGS)
 
+.PHONY: bench-unsure
+bench-unsure: $(INSTALLED) ## Answers computed again, dense, where the main model is unsure of its first token
+	@$(PY) -m loadtest.bench.unsure $(ARGS)
+
 .PHONY: bench-netgain
 bench-netgain: $(INSTALLED) ## Pruning where it pays, beside pruning always and never
 	@$(PY) -m loadtest.bench.netgain

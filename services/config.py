@@ -177,6 +177,9 @@ class SelectionConfig(Strict):
     # The next turn of a conversation keeps what the last one kept, so that engines share its KV.
     carry_over: bool = True
     whole_turn_tokens: NonNegativeInt = 512  # a turn's new tokens, up to this many, are all kept
+    # A pruned prompt is prefilled again, dense, before anything is sent, where the main model gives
+    # no token this probability to begin its answer with. 0: never.
+    recompute_below: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     protect_fences: bool = False  # code between ``` fences is never pruned
 
 
@@ -492,6 +495,23 @@ class AppConfig(Strict):
                 raise ValueError(
                     f"decode.engine_args.{name} ({decode!r}) must equal prefill.engine_args.{name} "
                     f"({prefill!r}), or no KV can be handed over"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _engines_report_probabilities(self) -> Self:
+        """Require what `selection.recompute_below` reads of both engines."""
+        if self.selection.recompute_below == 0.0:
+            return self
+        for pool, engine in (("prefill", self.prefill), ("decode", self.decode)):
+            most, mode = (
+                engine.engine_args.get(name) for name in ("max_logprobs", "logprobs_mode")
+            )
+            if most == 0 or mode not in {None, "raw_logprobs"}:
+                given = f"max_logprobs ({most!r}), logprobs_mode ({mode!r})"
+                raise ValueError(
+                    f"{pool}.engine_args: {given}: beside selection.recompute_below max_logprobs "
+                    "must not be 0, and logprobs_mode must be raw_logprobs or absent"
                 )
         return self
 

@@ -31,6 +31,7 @@ from specprefill.kv.prefilling import hold_prefill
 from specprefill.kv.rpc import KvPeers
 from specprefill.prefill.service import PrefillService
 from specprefill.speculator.service import SpeculatorService
+from specprefill.speculator.words_service import WordsService
 
 from .cpu_environment import CPU_ENVIRONMENT
 
@@ -64,14 +65,15 @@ async def local_pipeline(
     async with AsyncExitStack() as stack:
         peers = KvPeers()
         stack.push_async_callback(peers.close)
-        speculator = await stack.enter_async_context(
-            SpeculatorService.from_config(
-                config.speculator,
-                config.selection,
-                config.model.path,
-                kv_block_tokens(config.prefill),
-            )
+        by_model = config.speculator.reads_with_model
+        speculator = (SpeculatorService if by_model else WordsService).from_config(
+            config.speculator,
+            config.selection,
+            config.model.path,
+            kv_block_tokens(config.prefill),
         )
+        stack.push_async_callback(speculator.close)
+        await speculator.start()
         prefill_args = engine_args(config.model, config.prefill, config.kv, Role.PREFILL)
         prefill = await stack.enter_async_context(
             PrefillService(Engine(prefill_args), max_held_bytes=config.kv.max_held_bytes)
@@ -88,6 +90,7 @@ async def local_pipeline(
             fallback(config),
             overlap=config.kv.overlap,
             local=local_prefill(config.kv, gain.models, held),
+            recompute_below=config.selection.recompute_below,
         )
         yield PlannedPipeline(pipeline, planner(config.selection, gain))
 

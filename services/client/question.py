@@ -44,7 +44,9 @@ class ServiceReply:
 
 def report_line(report: Mapping[str, Any]) -> str:
     """Return one line about what happened to the prompt."""
-    stages = ("queue", "speculate", "prefill", "transfer", "first_decode")
+    stages = ["queue", "speculate", "prefill", "transfer", "first_decode"]
+    if report.get("discarded_s"):
+        stages.append("discarded")
     times = " ".join(f"{name} {report[name + '_s'] * 1e3:.0f} ms" for name in stages)
     return (
         f"{report['plan']} ({report['reason']}): kept {report['kept_tokens']} of "

@@ -45,6 +45,7 @@ class NetGain:
         self._decode_caches = decode_caches
         self._turns = TurnMemory(REMEMBERED_TURNS)
         self._typical_keep = TYPICAL_KEEP
+        self._unsure_share = 0.0  # of pruned prompts: those prefilled again, dense
         self._retry_after = RETRY_AFTER
         self._dense_since = 0  # prompts that went dense since pruning was last tried
         self._trial_is_due = False
@@ -71,11 +72,13 @@ class NetGain:
             kept, shared = turn.kept + tokens - turn.tokens, turn.kept
         read = self._draft_cache.cached_tokens(digests, tokens)
         speculate_s = self._draft_cache.seconds(self.models.speculate.curve, tokens, read)
+        dense_s = self._prefill_s(tokens, cached) + self._overhead_s(PlanKind.DENSE, tokens)
         return TtftEstimate(
-            dense_s=self._prefill_s(tokens, cached) + self._overhead_s(PlanKind.DENSE, tokens),
+            dense_s=dense_s,
             prune_s=speculate_s
             + self._prefill_s(kept, shared)
-            + self._overhead_s(PlanKind.PRUNE, tokens),
+            + self._overhead_s(PlanKind.PRUNE, tokens)
+            + self._unsure_share * dense_s,
             is_trial=self._begin_trial(request),
         )
 
@@ -148,10 +151,13 @@ class NetGain:
         return self._overhead[kind].seconds(tokens)
 
     def _learn_overhead(self, report: Report) -> None:
-        staged_s = report.queue_s + report.speculate_s + report.prefill_s
+        staged_s = report.queue_s + report.speculate_s + report.prefill_s + report.discarded_s
         self._overhead[report.plan].observe(report.prompt_tokens, report.ttft_s - staged_s)
 
     def _learn_keep(self, report: Report) -> None:
+        is_unsure = report.reason is Reason.UNSURE_ANSWER
+        if is_unsure or report.plan is PlanKind.PRUNE:
+            self._unsure_share += SMOOTHING * (is_unsure - self._unsure_share)
         if report.reason in SCORED:
             self._typical_keep += SMOOTHING * (report.keep_rate - self._typical_keep)
         elif report.reason is Reason.NO_GAIN:

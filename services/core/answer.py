@@ -156,6 +156,7 @@ class Answer:
             prefilled_by=by,
             mode=selection.mode,
             text_tokens=None if selection.text is None else len(selection.text),
+            discarded_s=selection.discarded_s,
         )
 
     def _send(self, chunk: Chunk) -> Chunk:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
+
+from msgspec import structs
 
 from .errors import SpecPrefillError, SpeculatorLost
 from .plan import Planner
@@ -67,6 +69,7 @@ class FakePrefiller:
     fails: list[SpecPrefillError | None] = field(default_factory=list)  # one per call
     ends_answer: bool = False  # the first token is the last
     early: bool = False
+    sureness: list[float] = field(default_factory=list)  # one per call that wants it
     held: int = 0
     released: int = 0
     selections: list[Selection] = field(default_factory=list)
@@ -85,6 +88,8 @@ class FakePrefiller:
         prefilled = PrefillResult(chunk, ticket, queue_s=0.0, prefill_s=0.5)
         if self.ends_answer:
             prefilled = PrefillResult(_finish(chunk, "stop"), None, queue_s=0.0, prefill_s=0.5)
+        if request.wants_sureness:
+            prefilled = replace(prefilled, sureness=self.sureness.pop(0))
         prefilling = FakePrefilling(self, error, ticket if self.early else None, prefilled)
         try:
             yield prefilling
@@ -142,6 +147,7 @@ class FakeDecoder:
     samples_first: int | None = None
     fails: list[SpecPrefillError | None] = field(default_factory=list)
     fails_at: int = 1
+    sureness: list[float] = field(default_factory=list)  # one per call that wants it
     closed: int = 0
     replays: list[Replay] = field(default_factory=list)
 
@@ -158,6 +164,8 @@ class FakeDecoder:
         self.replays.append(replay)
         error = self.fails.pop(0) if self.fails else None
         tokens = selection.engine_prompt(request.prompt)[: self.max_tokens]
+        wanted = request.wants_sureness and ticket is None
+        sureness = self.sureness.pop(0) if wanted else None
         if self.samples_first is not None and not any(replay):
             tokens[0] = self.samples_first
         try:
@@ -169,7 +177,8 @@ class FakeDecoder:
                     chunk = Chunk(index, (token,), text_of(token))
                     if place == len(tokens) - 1:
                         chunk = _finish(chunk, "length")
-                    yield _decode_step(chunk, ticket)
+                    step = _decode_step(chunk, ticket)
+                    yield step if place > 0 else structs.replace(step, sureness=sureness)
         finally:
             self.closed += 1
 

@@ -25,6 +25,7 @@ from .errors import (
     ScoringTimeout,
     SpeculatorLost,
     SpeculatorUnavailable,
+    Unavailable,
 )
 from .fallback import Fallback, Patience
 from .plan import plan_of
@@ -38,6 +39,7 @@ from .types import (
     PrefillResult,
     PromptMode,
     Reason,
+    Replay,
     Request,
     Selection,
     dense_selection,
@@ -80,6 +82,7 @@ class _PrefillOutcome:
     prefilling: Prefilling | None = None
     prefilled: PrefillResult | None = None
     steps: AsyncGenerator[DecodeStep] | None = None
+    sureness: float | None = None  # see PrefillResult
 
     def note_kv(self, answer: Answer) -> None:
         """Release the KV once a decode engine has it for every sample."""
@@ -102,6 +105,8 @@ class Pipeline:
     local: LocalPrefill | None = None  # None: every prompt is computed by the prefill pool
     texts: TextWriter | None = None  # None: no plan may have text mode
     max_model_len: int | None = None  # of a prompt and its answer in an engine; None: any length
+    # Pruned prompts are prefilled again, dense, where the first token's sureness is lower; 0: none.
+    recompute_below: float = 0.0
     attempts: int = ATTEMPTS
     now: Callable[[], float] = field(default=time.monotonic)
 
@@ -114,8 +119,8 @@ class Pipeline:
         started_s = self.now()
         deadline = Deadline(started_s + request.timeout_s, self.now)
         losses = _Losses()
-        selection = await self._select(request, deadline, losses)
-        async with self._prefill_or_skip(request, selection, deadline, losses) as start:
+        selected = await self._select(request, deadline, losses)
+        async with self._prefill_for(request, selected, deadline, losses) as (selection, start):
             answer, ttft_s = Answer(request, start.prefilled), 0.0
             chunks = self._stream_chunks(request, selection, start, answer, deadline, losses)
             async with aclosing(chunks) as stream:
@@ -165,11 +170,50 @@ class Pipeline:
             steps = None
 
     @asynccontextmanager
+    async def _prefill_for(
+        self, request: Request, selection: Selection, deadline: Deadline, losses: _Losses
+    ) -> AsyncIterator[tuple[Selection, _PrefillOutcome]]:
+        """Prefill the selection, or all of the prompt where it leaves the main model unsure."""
+        if not self._may_recompute(selection):
+            async with self._prefill_or_skip(request, selection, deadline, losses) as start:
+                yield selection, start
+            return
+        began_s, asked = self.now(), replace(request, wants_sureness=True)
+        async with AsyncExitStack() as inside, AsyncExitStack() as pruned:
+            prefill = self._prefill_or_skip(asked, selection, deadline, losses)
+            start = await pruned.enter_async_context(prefill)
+            if start.sureness is not None and start.sureness < self.recompute_below:
+                whole = _whole(selection, Reason.UNSURE_ANSWER)
+                whole = replace(whole, discarded_s=self.now() - began_s)
+                try:
+                    dense = self._prefill_or_skip(request, whole, deadline, losses)
+                    selection, start = whole, await inside.enter_async_context(dense)
+                except (Overloaded, Unavailable, DeadlineExceeded):
+                    pass  # the pruned prompt's answer is better than none
+                else:
+                    await pruned.aclose()
+            yield selection, start
+
+    def _may_recompute(self, selection: Selection) -> bool:
+        """Return True if the prompt is pruned, and the engines have positions for all of it."""
+        if self.recompute_below == 0.0 or selection.mode is PromptMode.DENSE:
+            return False
+        return self.max_model_len is None or selection.prompt_tokens < self.max_model_len
+
+    @asynccontextmanager
     async def _prefill_or_skip(
         self, request: Request, selection: Selection, deadline: Deadline, losses: _Losses
     ) -> AsyncIterator[_PrefillOutcome]:
         """Prefill in the prefill pool, unless decode computes the prompt."""
         with self._decide_local(request, selection) as local:
+            if local and request.wants_sureness:
+                replay: Replay = ((),) * request.samples
+                steps = self.decoder.decode(request, selection, None, replay, deadline.left_s())
+                async with prefetch_first(steps) as decoding:
+                    first = await decoding.peek()
+                    sureness = None if first is None else first.sureness
+                    yield _PrefillOutcome(steps=decoding, sureness=sureness)
+                return
             if local:
                 yield _PrefillOutcome()
                 return
@@ -209,7 +253,8 @@ class Pipeline:
                 request, selection, ticket, ((),) * request.samples, deadline.left_s()
             )
             steps = await inside.enter_async_context(prefetch_first(decode))
-        return _PrefillOutcome(prefilling, await prefilling.result(), steps)
+        prefilled = await prefilling.result()
+        return _PrefillOutcome(prefilling, prefilled, steps, prefilled.sureness)
 
     async def select(self, request: Request) -> Selection:
         """Return the selection without answering.
@@ -234,9 +279,7 @@ class Pipeline:
         if written.engine_tokens < selection.prompt_tokens:
             return written
         # The marks take as many tokens as the gaps save.
-        plan = Plan(PlanKind.DENSE, Reason.NO_GAIN, expected=selection.plan.expected)
-        whole = keep_all(selection.prompt_tokens, plan).runs
-        return replace(selection, runs=whole, plan=plan)
+        return _whole(selection, Reason.NO_GAIN)
 
     def _check_room(self, selection: Selection) -> None:
         """Refuse what engines have no positions for: a prompt that was accepted to be cut shorter.
@@ -314,3 +357,10 @@ class Pipeline:
                 self.on_unscored(request, speculate_s)
             raise
         return replace(selection, queue_s=queue_s, speculate_s=speculate_s)
+
+
+def _whole(selection: Selection, reason: Reason) -> Selection:
+    """Return a pruned selection with all of the prompt in place of what was kept."""
+    plan = Plan(PlanKind.DENSE, reason, expected=selection.plan.expected)
+    runs = keep_all(selection.prompt_tokens, plan).runs
+    return replace(selection, runs=runs, plan=plan, text=None, carried_tokens=0)

@@ -10,13 +10,22 @@ from typing import Any, TypeVar
 Item = TypeVar("Item")
 
 
-class _Prefetched(AsyncGenerator[Item]):
+class Prefetched(AsyncGenerator[Item]):
     """The items, the first of which is awaited already; the others cost no more for it."""
 
     def __init__(self, items: AsyncGenerator[Item], first: asyncio.Future[Item]) -> None:
         self._items = items
         self._prefetched = first
         self._first: asyncio.Future[Item] | None = first
+
+    async def peek(self) -> Item | None:
+        """Wait for the first item, which is still to be read; None if there is none or it failed.
+
+        Reading it raises what failed.
+        """
+        await asyncio.wait((self._prefetched,))
+        failed = self._prefetched.cancelled() or self._prefetched.exception() is not None
+        return None if failed else self._prefetched.result()
 
     def __anext__(self) -> Any:
         first, self._first = self._first, None
@@ -38,12 +47,12 @@ class _Prefetched(AsyncGenerator[Item]):
 
 
 @asynccontextmanager
-async def prefetch_first(items: AsyncGenerator[Item]) -> AsyncIterator[AsyncGenerator[Item]]:
+async def prefetch_first(items: AsyncGenerator[Item]) -> AsyncIterator[Prefetched[Item]]:
     """Start awaiting the first of `items` at once; close them on exit, started or not."""
     first = asyncio.ensure_future(anext(items))
     async with aclosing(items):
         try:
-            yield _Prefetched(items, first)
+            yield Prefetched(items, first)
         finally:
             first.cancel()
             await asyncio.gather(first, return_exceptions=True)

@@ -66,6 +66,7 @@ class Reason(enum.StrEnum):
     SPECULATOR_UNAVAILABLE = "speculator_unavailable"
     SPECULATOR_TIMEOUT = "speculator_timeout"
     SPECULATOR_OVERLOADED = "speculator_overloaded"
+    UNSURE_ANSWER = "unsure_answer"  # pruned, the main model was unsure how to begin its answer
     SPECULATOR_UNFIT = "speculator_unfit"  # its self-test failed: it drops what answers need
 
 
@@ -154,6 +155,7 @@ class Request:
     priority: int = 0
     key: str | None = None  # the owner of the fair share that it uses; None: a share of its own
     wants_scores: bool = False  # the selection is to carry the scores behind it
+    wants_sureness: bool = False  # engines are to report how sure they are of the first token
     trace: TraceContext | None = None  # the span that its spans belong to; None: not traced
 
 
@@ -185,6 +187,7 @@ class Selection:
     scores: ChunkScores | None = None  # where the request wants them, and there are any
     text: tuple[int, ...] | None = None  # text mode: the kept text's token ids, with its marks
     carried_tokens: int = 0  # of the first kept tokens: an earlier turn has them in the same slots
+    discarded_s: float = 0.0  # of prefilling less of the prompt, for an answer that was not sent
 
     @property
     def kept_tokens(self) -> int:
@@ -295,6 +298,7 @@ class PrefillResult:
     ticket: Ticket | None  # None: the first token ended the answer (of one sample)
     queue_s: float
     prefill_s: float
+    sureness: float | None = None  # if wanted: the highest probability of any first token
 
 
 Replay = tuple[tuple[int, ...], ...]  # per sample: output tokens to repeat before going on
@@ -316,6 +320,7 @@ class DecodeStep(msgspec.Struct, frozen=True, omit_defaults=True):
     first_decode_s: float | None = None
     recomputed: bool = False  # the pull failed; the pruned prompt was prefilled here
     computed: LocalPrefillTimes | None = None  # on the last, where there was no ticket
+    sureness: float | None = None  # as in PrefillResult; on a sample's first, without a ticket
 
 
 class PrefilledBy(enum.StrEnum):
@@ -349,6 +354,7 @@ class Report:
     mode: PromptMode = PromptMode.POSITIONS
     text_tokens: int | None = None  # text mode: the kept text's tokens, with its marks
     retries: int = 0  # replicas that were lost under the request: others did their part
+    discarded_s: float = 0.0  # of prefilling less of the prompt, for an answer that was not sent
 
     @property
     def engine_tokens(self) -> int:

@@ -36,6 +36,7 @@ from ..engine.params import (
     position_args,
     pulled_in,
 )
+from ..engine.sureness import ask_sureness, sureness_of, with_asked_logprobs
 
 
 class DecodeService:
@@ -115,10 +116,14 @@ class DecodeService:
         if ticket is not None:
             extra |= consume_args(ticket)
         asked = sampling_params(request.sampling)
+        params = [_sample_params(asked, extra, replay, index) for index in range(request.samples)]
         samples = [
-            self._sample(request, selection, _sample_params(asked, extra, replay, index), index)
-            for index in range(request.samples)
+            self._sample(request, selection, each, index) for index, each in enumerate(params)
         ]
+        if request.wants_sureness and ticket is None:
+            for each in params:
+                ask_sureness(each)
+            samples = [_with_sureness(sample, asked.logprobs) for sample in samples]
         open_samples = request.samples
         async with aclosing(_as_they_come(samples)) as steps:
             with StreamTimeout(timeout_s) as timeout:
@@ -265,6 +270,19 @@ def _stages(
         (SpanPart("kv.pull", pull.started_s, pulled_s), outcome),
         (SpanPart("decode.first_token", pulled_s, first_token_s), {}),
     ]
+
+
+async def _with_sureness(
+    steps: AsyncGenerator[DecodeStep], asked: int | None
+) -> AsyncGenerator[DecodeStep]:
+    """Report how sure the first token is, and only the logprobs that were asked for."""
+    sureness: float | None = None
+    async with aclosing(steps) as stream:
+        async for step in stream:
+            first = sureness is None
+            sureness = sureness_of(step.chunk) if first else sureness
+            chunk = with_asked_logprobs(step.chunk, asked)
+            yield structs.replace(step, chunk=chunk, sureness=sureness if first else None)
 
 
 def _computed_step(step: DecodeStep, output: RequestOutput) -> DecodeStep:

@@ -105,6 +105,7 @@ class Gateway:
                 cached_tokenizer_from_config(front.model_config), self._config.selection.gap_mark
             ),
             max_model_len=int(front.model_config.max_model_len),
+            recompute_below=self._config.selection.recompute_below,
         )
         self._admission = AdmissionControl(
             pipeline,

@@ -28,6 +28,7 @@ from ..engine.outputs import (
     sampling_params,
 )
 from ..engine.params import handed_in, position_args, produce_args
+from ..engine.sureness import ask_sureness, sureness_of, with_asked_logprobs
 from ..kv.announcements import Announcement
 from ..kv.leases import LeaseGauges
 from ..kv.rpc import KvPeers
@@ -208,6 +209,8 @@ class PrefillService:
         asked = sampling_params(request.sampling)
         lease = _new_lease(request, asked)
         params = _prefill_params(asked, selection, lease)
+        if request.wants_sureness:
+            ask_sureness(params)
         prefilled: PrefillResult | None = None
         if lease is not None and on_announced is not None:
             self._expected[lease.id] = _Expected(lease, on_announced)
@@ -221,6 +224,8 @@ class PrefillService:
         else:
             leak = leak_of(output.prompt_token_ids or (), params, self._engine.tokenizer)
             prefilled = _prefilled_of(output, self._carrier, leak, waited_s)
+            if request.wants_sureness:
+                prefilled = _with_sureness(prefilled, asked.logprobs)
             return prefilled
         finally:
             if lease is not None:
@@ -326,3 +331,9 @@ def _prefilled_of(
     if ticket is not None:  # one token was all that was asked of this engine: not the end
         first = structs.replace(first, finish_reason=None, stop_reason=None)
     return PrefillResult(first, ticket, queue_s=waited_s + queue_s, prefill_s=prefill_s)
+
+
+def _with_sureness(prefilled: PrefillResult, asked: int | None) -> PrefillResult:
+    """Report how sure the first token is, and only the logprobs that were asked for."""
+    first = with_asked_logprobs(prefilled.first, asked)
+    return replace(prefilled, first=first, sureness=sureness_of(prefilled.first))

@@ -154,7 +154,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class Times(_message.Message):
-    __slots__ = ("queue_s", "speculate_s", "prefill_s", "transfer_s", "first_decode_s", "ttft_s", "expected_dense_ttft_s", "expected_prune_ttft_s")
+    __slots__ = ("queue_s", "speculate_s", "prefill_s", "transfer_s", "first_decode_s", "ttft_s", "expected_dense_ttft_s", "expected_prune_ttft_s", "discarded_s")
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     SPECULATE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
@@ -163,6 +163,7 @@ class Times(_message.Message):
     TTFT_S_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_DENSE_TTFT_S_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_PRUNE_TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    DISCARDED_S_FIELD_NUMBER: _ClassVar[int]
     queue_s: float
     speculate_s: float
     prefill_s: float
@@ -171,7 +172,8 @@ class Times(_message.Message):
     ttft_s: float
     expected_dense_ttft_s: float
     expected_prune_ttft_s: float
-    def __init__(self, queue_s: _Optional[float] = ..., speculate_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., first_decode_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., expected_dense_ttft_s: _Optional[float] = ..., expected_prune_ttft_s: _Optional[float] = ...) -> None: ...
+    discarded_s: float
+    def __init__(self, queue_s: _Optional[float] = ..., speculate_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., first_decode_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., expected_dense_ttft_s: _Optional[float] = ..., expected_prune_ttft_s: _Optional[float] = ..., discarded_s: _Optional[float] = ...) -> None: ...
 
 class Decision(_message.Message):
     __slots__ = ("plan", "reason", "prompt_tokens", "kept_tokens", "keep_rate", "mode", "text_tokens")

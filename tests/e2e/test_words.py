@@ -1,4 +1,7 @@
-"""A deployment that drops its draft model: prompts are chosen by words, and engines stay."""
+"""A deployment that drops its draft model: prompts are chosen by words, and engines stay.
+
+Where words miss what an answer needs, the main model is unsure of its first token and reads it all.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ pytestmark = pytest.mark.timeout(600)
 
 ENGINES = ("Prefill", "Decode")
 KEEP = {"keep": 0.3}
+UNSURE = 0.5  # a first token less likely than this is a guess
 GATEWAYS = 4  # the new ones, and those that end
 
 
@@ -21,21 +25,25 @@ GATEWAYS = 4  # the new ones, and those that end
 def by_words(app):
     """The application without its draft; with it again at the end."""
     raw = yaml.safe_load(app.file.read_text())
-    drafted = raw["applications"][0]["args"]["speculator"]
+    args = raw["applications"][0]["args"]
+    drafted, selection = args["speculator"], args.get("selection", {})
 
-    def with_speculator(speculator):
+    def with_speculator(speculator, recompute_below):
         def change(raw):
-            raw["applications"][0]["args"]["speculator"] = speculator
+            raw["applications"][0]["args"] |= {
+                "speculator": speculator,
+                "selection": {**selection, "recompute_below": recompute_below},
+            }
 
         app.redeploy(change)
         app.wait_healthy()
 
     engines = {pool: app.replica_pids(pool) for pool in ENGINES}
-    with_speculator({"score_by": "words"})
+    with_speculator({"score_by": "words"}, UNSURE)
     wait_for_words(app)
     assert {pool: app.replica_pids(pool) for pool in ENGINES} == engines
     yield app
-    with_speculator(drafted)
+    with_speculator(drafted, 0.0)
 
 
 def wait_for_words(app):
@@ -92,3 +100,30 @@ def test_a_list_of_prompts_and_the_playgrounds_selection(by_words, demo_tokenize
     assert max(chosen["chunk_scores"]) > 0.0
     health = httpx.get(f"{by_words.http_url}/health", timeout=60).json()
     assert health["status"] == "ok"
+
+
+def test_an_answer_that_words_did_not_find_is_computed_again_from_all_of_the_prompt(
+    by_words, demo_tokenizer
+):
+    """Chains of variables: the question's words are in the last link alone."""
+
+    def answer(seed):
+        task = generate("vt", 9200 + seed, 2000, demo_tokenizer)
+        options = {"max_tokens": task.max_tokens, "logprobs": seed % 2 == 1}
+        body = {"messages": task.messages, "temperature": 0, "specprefill": KEEP, **options}
+        url = f"{by_words.http_url}/v1/chat/completions"
+        content = httpx.post(url, json=body, timeout=120).json()
+        (choice,) = content["choices"]
+        found = sum(each in choice["message"]["content"] for each in task.references)
+        assert bool(choice.get("logprobs")) == options["logprobs"]
+        return found / len(task.references), content["specprefill"]
+
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(answer, range(8)))
+    again = [(right, report) for right, report in found if report["reason"] == "unsure_answer"]
+    assert len(again) >= 4
+    assert sum(right for right, _ in again) / len(again) > 0.5  # without: one in ten
+    for _, report in again:
+        assert report["plan"] == "dense"
+        assert report["kept_tokens"] == report["prompt_tokens"]
+        assert 0 < report["discarded_s"] < report["ttft_s"]

@@ -145,6 +145,19 @@ def test_engines_with_kv_of_two_formats_are_refused(name):
     AppConfig.model_validate({**LEAST, **engines})
 
 
+@pytest.mark.parametrize("pool", ["prefill", "decode"])
+@pytest.mark.parametrize("arguments", [{"max_logprobs": 0}, {"logprobs_mode": "raw_logits"}])
+def test_engines_that_report_no_probabilities_cannot_recompute_unsure_answers(pool, arguments):
+    engine = {pool: {"engine_args": arguments}}
+    AppConfig.model_validate({**LEAST, **engine})
+    with pytest.raises(
+        ValidationError, match=rf"{pool}\.engine_args: max_logprobs .* must not be 0"
+    ):
+        AppConfig.model_validate({**LEAST, **engine, "selection": {"recompute_below": 0.5}})
+    raw = {pool: {"engine_args": {"max_logprobs": 20, "logprobs_mode": "raw_logprobs"}}}
+    AppConfig.model_validate({**LEAST, **raw, "selection": {"recompute_below": 0.5}})
+
+
 EXACT = Support(Mode.EXACT)
 WINDOWED = Support(Mode.WINDOWED, ("a window",))
 TEXT = Support(Mode.TEXT, ("a state",))

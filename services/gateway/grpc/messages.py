@@ -126,6 +126,7 @@ def report_message(report: Report) -> pb.Report:
             transfer_s=report.transfer_s,
             first_decode_s=report.first_decode_s,
             ttft_s=report.ttft_s,
+            discarded_s=report.discarded_s,
             expected_dense_ttft_s=None if report.expected is None else report.expected.dense_s,
             expected_prune_ttft_s=None if report.expected is None else report.expected.prune_s,
         ),

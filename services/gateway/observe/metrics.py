@@ -69,7 +69,8 @@ class PipelineMetrics:
         )
         self._stage = histogram(
             "stage_seconds",
-            "Time in a stage: `queue`, `speculate`, `prefill`, `transfer`, `first_decode`",
+            "Time in a stage: `queue`, `speculate`, `prefill`, `transfer`, `first_decode`, "
+            "`discarded`",
             _SECONDS,
             "stage",
         )
@@ -111,13 +112,15 @@ class PipelineMetrics:
         plan = {"plan": report.plan.value}
         self._ttft.observe(report.ttft_s, plan)
         if report.expected is not None:
-            self._ttft_foreseen.observe(report.ttft_s / report.expected.for_plan(report.plan), plan)
+            ttft_s = report.ttft_s - report.discarded_s
+            self._ttft_foreseen.observe(ttft_s / report.expected.for_plan(report.plan), plan)
         for stage, seconds in (
             ("queue", report.queue_s),
             ("speculate", report.speculate_s),
             ("prefill", report.prefill_s),
             ("transfer", report.transfer_s),
             ("first_decode", report.first_decode_s),
+            ("discarded", report.discarded_s),
         ):
             self._stage.observe(seconds, {"stage": stage})
 

@@ -28,6 +28,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "transfer_s": round(report.transfer_s, _DECIMALS),
         "first_decode_s": round(report.first_decode_s, _DECIMALS),
         "ttft_s": round(report.ttft_s, _DECIMALS),
+        "discarded_s": round(report.discarded_s, _DECIMALS),
     }
     if report.text_tokens is not None:
         content["text_tokens"] = report.text_tokens

@@ -25,6 +25,7 @@ const PLANS = {
   speculator_timeout: "because scoring took too long",
   speculator_overloaded: "because the speculator is full",
   speculator_unfit: "because the speculator failed its self-test",
+  unsure_answer: "because the main model was unsure how to begin its answer to the pruned prompt",
 };
 
 // In the order of the legend. The first of a span's reasons gives its colour.
@@ -45,6 +46,7 @@ export const REASONS = {
 export const STAGES = {
   queue_s: "queue",
   speculate_s: "speculate",
+  discarded_s: "discarded prefill",
   prefill_s: "prefill",
   transfer_s: "transfer",
   first_decode_s: "first decode",

@@ -11,6 +11,7 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 
 import grpc
 import httpx
@@ -23,8 +24,8 @@ from specprefill.deployment.front import TIMEOUT_HEADER, UnknownTemplate, rewrit
 from tests.contract.fronts import (
     HOST,
     Gateway,
-    fronted,
     free_ports,
+    fronted,
     running,
     serve_config,
     serving,
@@ -185,15 +186,18 @@ async def test_a_connection_to_the_former_front_is_answered_once_more(tmp_path, 
             async with httpx.AsyncClient(timeout=30) as client:
                 assert (await client.post(f"{front.url}/answer")).text == "ok"
                 os.kill(front.pid, signal.SIGUSR1)  # as Serve ends a HAProxy that it replaces
-                while connects(front.http_port):
-                    await asyncio.sleep(0.01)
+                await asyncio.to_thread(wait_closed, front.http_port)
                 await old.aclose()
                 assert (await client.post(f"{front.url}/answer")).text == "ok"
 
 
-def connects(port):
-    with socket.socket() as probe:
-        return probe.connect_ex((HOST, port)) == 0
+def wait_closed(port):
+    """Until nobody listens there."""
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex((HOST, port)) != 0:
+                return
+        time.sleep(0.01)
 
 
 async def test_serves_own_switches_do_not_reach_the_gateway(tmp_path):
@@ -320,6 +324,16 @@ async def test_a_gateway_that_dies_ends_its_grpc_calls(tmp_path, grpc_gateway, s
                 await ending
     expected = grpc.StatusCode.CANCELLED if stream else grpc.StatusCode.UNAVAILABLE
     assert caught.value.code() is expected
+
+
+async def test_grpc_calls_pass_gateways_that_have_closed(tmp_path, grpc_gateway):
+    port = int(grpc_gateway.stdout.readline())
+    with running(serve_config(tmp_path, [1], [*free_ports(5), port]), {}) as front:
+        for _ in range(4):
+            async with grpc.aio.insecure_channel(f"{HOST}:{front.grpc_port}") as channel:
+                call = channel.unary_stream("/test.T/Stream")(b"x", timeout=30)
+                assert await call.read() == b"x"
+                call.cancel()
 
 
 # --- the change itself ----------------------------------------------------------------------

@@ -175,6 +175,26 @@ def test_overheads_of_pruning_count():
     assert expected.dense_s == pytest.approx(1.01, rel=0.05)
 
 
+def test_answers_that_are_computed_again_count_as_costs_of_pruning():
+    """As often as they were; what was discarded is no overhead of dense prompts."""
+    known = gain()
+    again = report(
+        reason=Reason.UNSURE_ANSWER, speculate_s=0.15, prefill_s=1.01, discarded_s=3.0, ttft_s=4.16
+    )
+    pruned = report(PlanKind.PRUNE, kept_tokens=2000, speculate_s=0.15, prefill_s=0.21, ttft_s=0.36)
+    plan = planner(known).plan(request(10_000, 99))
+    assert plan.expected.prune_s == pytest.approx(0.36, rel=0.1)
+    for seed in range(40):
+        known.learn(request(10_000, seed), again if seed % 4 else pruned)
+    plan = planner(known).plan(request(10_000, 99))
+    assert plan.reason is Reason.NO_GAIN
+    assert plan.expected.dense_s == pytest.approx(1.01, rel=0.1)
+    assert plan.expected.prune_s == pytest.approx(0.36 + 0.75 * 1.01, rel=0.15)
+    for seed in range(40):
+        known.learn(request(10_000, seed), pruned)
+    assert planner(known).plan(request(10_000, 99)).kind is PlanKind.PRUNE
+
+
 @pytest.mark.parametrize("controls", [Controls(prune=True), Controls(keep=0.3)])
 def test_a_caller_who_asks_for_pruning_gets_it(controls: Controls):
     plan = planner(gain()).plan(request(400, controls=controls))

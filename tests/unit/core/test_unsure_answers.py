@@ -1,0 +1,143 @@
+"""Pruned prompts whose answer the main model is unsure of are prefilled again, dense."""
+
+from contextlib import aclosing, nullcontext
+
+import pytest
+
+from specprefill.core.errors import DeadlineExceeded, Overloaded, PrefillUnavailable
+from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator, PlannedPipeline
+from specprefill.core.pipeline import Pipeline
+from specprefill.core.plan import Planner
+from specprefill.core.types import Controls, PlanKind, Reason, Request
+
+PROMPT = tuple(range(100, 200))
+
+
+class Local:
+    """Decode computes every prompt; or, with `dense` False, none that is dense."""
+
+    def __init__(self, dense=True):
+        self.dense = dense
+
+    def decide(self, request, selection):
+        return nullcontext(self.dense or selection.kept_tokens < selection.prompt_tokens)
+
+    def learn(self, request, selection, report, token_ids):
+        pass
+
+
+class Pools:
+    def __init__(self, sureness=(), decoded=(), below=0.5, **pipeline):
+        self.now_s = 0.0
+        self.prefiller = FakePrefiller(sureness=list(sureness))
+        self.decoder = FakeDecoder(sureness=list(decoded))
+        made = Pipeline(
+            FakeSpeculator(), self.prefiller, self.decoder,
+            recompute_below=below, now=self.now, **pipeline,
+        )  # fmt: skip
+        planner = Planner(enabled=True, keep=0.2, min_prompt_tokens=50)
+        self.pipeline = PlannedPipeline(made, planner)
+
+    def now(self):
+        self.now_s += 0.001
+        return self.now_s
+
+    async def run(self, **fields):
+        request = Request("r", PROMPT, b"", **fields)
+        chunks = [chunk async for chunk in self.pipeline.generate(request)]
+        return [token for chunk in chunks for token in chunk.token_ids], chunks[-1].report
+
+    @property
+    def prefilled(self):
+        return [selection.kept_tokens for selection in self.prefiller.selections]
+
+
+@pytest.mark.parametrize("early", [False, True])
+async def test_an_unsure_answer_is_computed_again_from_all_of_the_prompt(early):
+    pools = Pools(sureness=[0.4])
+    pools.prefiller.early = early
+    tokens, report = await pools.run()
+    assert tokens == [100, 101, 102, 103]  # each once
+    assert pools.prefilled == [20, 100]
+    assert (report.plan, report.reason) == (PlanKind.DENSE, Reason.UNSURE_ANSWER)
+    assert (report.kept_tokens, report.speculate_s) == (100, 0.25)
+    assert 0 < report.discarded_s < report.ttft_s
+    assert (pools.prefiller.held, pools.prefiller.released) == (0, 2)
+    assert pools.decoder.closed == len(pools.decoder.replays) == 1 + early
+
+
+async def test_a_sure_answer_is_sent():
+    pools = Pools(sureness=[0.5])
+    _, report = await pools.run()
+    assert pools.prefilled == [20]
+    assert (report.reason, report.discarded_s) == (Reason.DEFAULT, 0.0)
+
+
+async def test_by_default_no_engine_is_asked():
+    pools = Pools(below=0.0)  # the fakes know no sureness to report
+    _, report = await pools.run()
+    assert (pools.prefilled, report.plan) == ([20], PlanKind.PRUNE)
+
+
+async def test_a_dense_prompt_is_not_asked_about():
+    pools = Pools()
+    _, report = await pools.run(controls=Controls(prune=False))
+    assert (pools.prefilled, report.reason) == ([100], Reason.ASKED_OFF)
+
+
+async def test_a_prompt_without_room_for_all_of_it_is_answered_as_it_was_cut():
+    pools = Pools(max_model_len=100)
+    _, report = await pools.run()
+    assert (pools.prefilled, report.plan) == ([20], PlanKind.PRUNE)
+
+
+@pytest.mark.parametrize("error", [Overloaded("full"), DeadlineExceeded("late")])
+async def test_where_all_of_it_cannot_be_computed_the_unsure_answer_is_sent(error):
+    pools = Pools(sureness=[0.4])
+    pools.prefiller.fails = [None, error]
+    tokens, report = await pools.run()
+    assert tokens == [100, 101, 102, 103]
+    assert (report.plan, report.reason, report.discarded_s) == (PlanKind.PRUNE, Reason.DEFAULT, 0.0)
+    assert pools.prefiller.held == 0
+
+
+async def test_engines_that_die_under_it_leave_the_unsure_answer():
+    pools = Pools(sureness=[0.4])
+    pools.prefiller.fails = [None, *(PrefillUnavailable("gone") for _ in range(4))]
+    _, report = await pools.run()
+    assert (report.plan, report.retries) == (PlanKind.PRUNE, 4)
+
+
+async def test_an_engine_that_dies_first_is_replaced_and_asked_too():
+    pools = Pools(sureness=[0.4, 0.4])
+    pools.prefiller.fails = [PrefillUnavailable("gone")]
+    _, report = await pools.run()
+    assert (report.reason, report.retries) == (Reason.UNSURE_ANSWER, 1)
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("samples", [1, 2])
+async def test_what_decode_computes_itself_is_asked_about_too(dense, samples):
+    pools = Pools(decoded=[0.4], local=Local(dense))
+    tokens, report = await pools.run(samples=samples)
+    assert tokens == [100, 101, 102, 103] * samples
+    assert report.reason is Reason.UNSURE_ANSWER
+    assert pools.prefilled == ([] if dense else [100])
+    assert pools.decoder.closed == len(pools.decoder.replays) == 2
+
+
+async def test_what_decode_computes_itself_is_sent_where_it_is_sure():
+    pools = Pools(decoded=[0.9], local=Local())
+    tokens, report = await pools.run()
+    assert tokens == [100, 101, 102, 103]
+    assert report.plan is PlanKind.PRUNE
+    assert len(pools.decoder.replays) == 1
+
+
+async def test_a_client_that_leaves_releases_both():
+    pools = Pools(sureness=[0.4])
+    pools.prefiller.early = True
+    async with aclosing(pools.pipeline.generate(Request("r", PROMPT, b""))) as stream:
+        await anext(stream)
+    assert pools.prefiller.held == 0
+    assert pools.decoder.closed == len(pools.decoder.replays)
