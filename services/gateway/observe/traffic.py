@@ -21,7 +21,7 @@ from ...control.gain import TYPICAL_KEEP
 from ...control.stages import StageCurves
 from ...core.plan import plan_of
 from ...core.selection import SelectionPolicy, expected_kept
-from ...core.types import Chunk, PlanKind, Report, Request
+from ...core.types import Chunk, PlanKind, Reason, Report, Request
 from .watched import Observer, RequestObserver
 
 _NEWEST = 1 / 32  # weight of the newest answer in the averages
@@ -37,6 +37,7 @@ class GatewayTraffic:
         self._output_token_s = _OUTPUT_TOKEN_S
         self._cached_share = 0.0
         self.keep_rate = TYPICAL_KEEP  # usual for pruned prompts
+        self.unsure_share = 0.0  # of pruned prompts: those prefilled again, dense
 
     def count_arrival(self, prompt_tokens: int, kept_tokens: int) -> None:
         """Count a request; `kept_tokens` at the nominal keep rate."""
@@ -46,6 +47,9 @@ class GatewayTraffic:
         """Learn from an answer whose last token came `decode_s` after its first."""
         cached = report.cached_tokens / report.engine_tokens
         self._cached_share += _NEWEST * (cached - self._cached_share)
+        is_unsure = report.reason is Reason.UNSURE_ANSWER
+        if is_unsure or report.plan is PlanKind.PRUNE:
+            self.unsure_share += _NEWEST * (is_unsure - self.unsure_share)
         if report.plan is PlanKind.PRUNE:
             self.keep_rate += _NEWEST * (report.keep_rate - self.keep_rate)
         self._output_tokens += _NEWEST * (output_tokens - self._output_tokens)
@@ -83,7 +87,9 @@ class ArrivalCounts(Observer):
         if plan.kind is PlanKind.DENSE:
             return tokens
         keep = plan.keep if plan.within is None else self._traffic.keep_rate  # the scores choose
-        return expected_kept(tokens, keep, request.protected, self._policy)
+        kept = expected_kept(tokens, keep, request.protected, self._policy)
+        again = round(self._traffic.unsure_share * tokens)
+        return min(kept + again, max(kept, tokens - 1))  # as many as it has: it would be dense
 
 
 class _AnswerTimes(RequestObserver):

@@ -36,24 +36,26 @@ class Clock:
 class Pipeline:
     """Answers three tokens, a second each; or fails after the first."""
 
-    def __init__(self, clock, failure=None):
-        self._clock, self._failure = clock, failure
+    def __init__(self, clock, failure=None, report=REPORT):
+        self._clock, self._failure, self._report = clock, failure, report
 
     async def generate(self, request):
         yield Chunk(0, (1,), "a")
         if self._failure is not None:
             raise self._failure
         self._clock.now_s += 2.0
-        yield Chunk(0, (2, 3), "b", finish_reason="stop", report=REPORT)
+        yield Chunk(0, (2, 3), "b", finish_reason="stop", report=self._report)
 
     async def select(self, request):
         return request
 
 
-def counted(failure=None, keep=0.25):
+def counted(failure=None, keep=0.25, report=REPORT):
     clock, traffic = Clock(), GatewayTraffic()
     planner = Planner(enabled=True, keep=keep, min_prompt_tokens=1000)
-    watched = ObservedPipeline(Pipeline(clock, failure), [ArrivalCounts(traffic, POLICY, clock)])
+    watched = ObservedPipeline(
+        Pipeline(clock, failure, report), [ArrivalCounts(traffic, POLICY, clock)]
+    )
     return PlannedPipeline(watched, planner), traffic
 
 
@@ -94,6 +96,26 @@ async def test_where_the_scores_choose_what_they_usually_keep_is_expected():
         _ = [chunk async for chunk in pipeline.generate(Request("r", prompt, b""))]
     newest = min(arrivals(traffic), key=lambda each: each.output_tokens)
     assert newest.kept_tokens == size(4000, REPORT.keep_rate * 4000, 3).kept_tokens
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.5, 3000), (1.0, 3999)])
+async def test_prompts_that_are_prefilled_again_count_for_both(share, kept):
+    pipeline, traffic = counted()
+    traffic.unsure_share = share
+    stream = pipeline.generate(Request("r", tuple(range(4000)), b""))
+    await anext(stream)
+    (found,) = arrivals(traffic)
+    assert found.kept_tokens == size(4000, kept, 3).kept_tokens
+    await stream.aclose()
+
+
+async def test_how_many_are_prefilled_again_follows_the_answers():
+    again = replace(REPORT, plan=PlanKind.DENSE, reason=Reason.UNSURE_ANSWER, keep_rate=1.0)
+    pipeline, traffic = counted(report=again)
+    for _ in range(300):
+        _ = [chunk async for chunk in pipeline.generate(Request("r", tuple(range(4000)), b""))]
+    assert traffic.unsure_share == pytest.approx(1.0, rel=0.01)
+    assert traffic.keep_rate == GatewayTraffic().keep_rate  # not what pruned prompts keep
 
 
 async def test_a_failed_request_was_an_arrival_too():
