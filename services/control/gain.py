@@ -162,3 +162,4 @@ class NetGain:
             self._typical_keep += SMOOTHING * (report.keep_rate - self._typical_keep)
         elif report.reason is Reason.NO_GAIN:
             self._typical_keep += FORGETTING * (TYPICAL_KEEP - self._typical_keep)
+            self._unsure_share -= FORGETTING * self._unsure_share

@@ -70,7 +70,10 @@ class FakePrefiller:
     ends_answer: bool = False  # the first token is the last
     early: bool = False
     sureness: list[float] = field(default_factory=list)  # one per call that wants it
+    hangs: list[int] = field(default_factory=list)  # numbers of the calls that never end
+    hung: asyncio.Event = field(default_factory=asyncio.Event)
     held: int = 0
+    most_held: int = 0
     released: int = 0
     selections: list[Selection] = field(default_factory=list)
 
@@ -90,7 +93,9 @@ class FakePrefiller:
             prefilled = PrefillResult(_finish(chunk, "stop"), None, queue_s=0.0, prefill_s=0.5)
         if request.wants_sureness:
             prefilled = replace(prefilled, sureness=self.sureness.pop(0))
-        prefilling = FakePrefilling(self, error, ticket if self.early else None, prefilled)
+        hangs = len(self.selections) - 1 in self.hangs
+        early = ticket if self.early else None
+        prefilling = FakePrefilling(self, error, early, prefilled, hangs=hangs)
         try:
             yield prefilling
         finally:
@@ -105,6 +110,7 @@ class FakePrefilling:
     error: SpecPrefillError | None
     early: Ticket | None
     outcome: PrefillResult
+    hangs: bool
     holds: bool = False
 
     async def ticket(self) -> Ticket | None:
@@ -116,6 +122,9 @@ class FakePrefilling:
     async def result(self) -> PrefillResult:
         """See the port."""
         await asyncio.sleep(0)
+        if self.hangs:
+            self.prefiller.hung.set()
+            await asyncio.Event().wait()
         if self.error is not None:
             raise self.error
         if self.outcome.ticket is not None:
@@ -133,6 +142,7 @@ class FakePrefilling:
         if not self.holds:
             self.holds = True
             self.prefiller.held += 1
+            self.prefiller.most_held = max(self.prefiller.most_held, self.prefiller.held)
 
 
 @dataclass(slots=True)

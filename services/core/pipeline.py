@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import (
@@ -32,6 +33,7 @@ from .plan import plan_of
 from .ports import Decoder, LocalPrefill, Prefiller, Prefilling, Speculator, TextWriter
 from .prefetch import prefetch_first
 from .types import (
+    UNSCORED,
     Chunk,
     DecodeStep,
     Plan,
@@ -173,36 +175,69 @@ class Pipeline:
     async def _prefill_for(
         self, request: Request, selection: Selection, deadline: Deadline, losses: _Losses
     ) -> AsyncIterator[tuple[Selection, _PrefillOutcome]]:
-        """Prefill the selection, or all of the prompt where it leaves the main model unsure."""
+        """Prefill the selection, or all of the prompt where it leaves the main model unsure.
+
+        The KV of what is not sent is released first: all of the prompt may need its room.
+        """
         if not self._may_recompute(selection):
             async with self._prefill_or_skip(request, selection, deadline, losses) as start:
                 yield selection, start
             return
         began_s, asked = self.now(), replace(request, wants_sureness=True)
-        async with AsyncExitStack() as inside, AsyncExitStack() as pruned:
-            prefill = self._prefill_or_skip(asked, selection, deadline, losses)
-            start = await pruned.enter_async_context(prefill)
-            if start.sureness is not None and start.sureness < self.recompute_below:
-                whole = _whole(selection, Reason.UNSURE_ANSWER)
-                whole = replace(whole, discarded_s=self.now() - began_s)
-                try:
-                    dense = self._prefill_or_skip(request, whole, deadline, losses)
-                    selection, start = whole, await inside.enter_async_context(dense)
-                except (Overloaded, Unavailable, DeadlineExceeded):
-                    pass  # the pruned prompt's answer is better than none
-                else:
-                    await pruned.aclose()
+        async with self._prefill_or_skip(asked, selection, deadline, losses) as start:
+            if start.sureness is None or start.sureness >= self.recompute_below:
+                yield selection, start
+                return
+        whole = _whole(selection, Reason.UNSURE_ANSWER)
+        whole = replace(whole, discarded_s=self.now() - began_s)
+        async with AsyncExitStack() as inside:
+            dense = await self._try_dense(inside, request, whole, deadline, losses)
+            if dense is not None:
+                yield whole, dense
+                return
+        selection = replace(selection, discarded_s=self.now() - began_s)
+        async with self._prefill_or_skip(request, selection, deadline, losses) as start:
             yield selection, start
 
     def _may_recompute(self, selection: Selection) -> bool:
-        """Return True if the prompt is pruned, and the engines have positions for all of it."""
+        """Return True if the prompt is pruned by scores, and engines have room for all of it.
+
+        Under load it is not: dense prompts are what the pools have no room for then.
+        """
         if self.recompute_below == 0.0 or selection.mode is PromptMode.DENSE:
             return False
-        return self.max_model_len is None or selection.prompt_tokens < self.max_model_len
+        if selection.plan.reason in {*UNSCORED, Reason.LOAD}:
+            return False
+        if self.max_model_len is None:
+            return True
+        # The answer's length was limited for the prompt's: in text mode for that of its text.
+        room = self.max_model_len // (2 if selection.mode is PromptMode.TEXT else 1)
+        return selection.prompt_tokens < room
+
+    async def _try_dense(
+        self,
+        inside: AsyncExitStack,
+        request: Request,
+        whole: Selection,
+        deadline: Deadline,
+        losses: _Losses,
+    ) -> _PrefillOutcome | None:
+        """Prefill all of the prompt, in half of the time that is left. None: that failed."""
+        try:
+            async with asyncio.timeout(deadline.left_s() / 2):
+                dense = self._prefill_or_skip(request, whole, deadline, losses, attempts=1)
+                return await inside.enter_async_context(dense)
+        except (Overloaded, Unavailable, DeadlineExceeded, TimeoutError):
+            return None  # the pruned prompt's answer is better than none
 
     @asynccontextmanager
     async def _prefill_or_skip(
-        self, request: Request, selection: Selection, deadline: Deadline, losses: _Losses
+        self,
+        request: Request,
+        selection: Selection,
+        deadline: Deadline,
+        losses: _Losses,
+        attempts: int | None = None,
     ) -> AsyncIterator[_PrefillOutcome]:
         """Prefill in the prefill pool, unless decode computes the prompt."""
         with self._decide_local(request, selection) as local:
@@ -217,7 +252,9 @@ class Pipeline:
             if local:
                 yield _PrefillOutcome()
                 return
-            async with self._prefill_with_retry(request, selection, deadline, losses) as start:
+            attempts = attempts or self.attempts
+            retrying = self._prefill_with_retry(request, selection, deadline, losses, attempts)
+            async with retrying as start:
                 yield start
 
     def _decide_local(self, request: Request, selection: Selection) -> AbstractContextManager[bool]:
@@ -225,10 +262,15 @@ class Pipeline:
 
     @asynccontextmanager
     async def _prefill_with_retry(
-        self, request: Request, selection: Selection, deadline: Deadline, losses: _Losses
+        self,
+        request: Request,
+        selection: Selection,
+        deadline: Deadline,
+        losses: _Losses,
+        attempts: int,
     ) -> AsyncIterator[_PrefillOutcome]:
         """Prefill, on another engine when one is lost: nothing was sent yet."""
-        for attempts_left in reversed(range(self.attempts)):
+        for attempts_left in reversed(range(attempts)):
             async with AsyncExitStack() as inside:
                 try:
                     start = await self._prefill_once(inside, request, selection, deadline)

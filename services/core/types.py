@@ -187,7 +187,7 @@ class Selection:
     scores: ChunkScores | None = None  # where the request wants them, and there are any
     text: tuple[int, ...] | None = None  # text mode: the kept text's token ids, with its marks
     carried_tokens: int = 0  # of the first kept tokens: an earlier turn has them in the same slots
-    discarded_s: float = 0.0  # of prefilling less of the prompt, for an answer that was not sent
+    discarded_s: float = 0.0  # of prefilling for an answer that was not sent
 
     @property
     def kept_tokens(self) -> int:
@@ -354,7 +354,7 @@ class Report:
     mode: PromptMode = PromptMode.POSITIONS
     text_tokens: int | None = None  # text mode: the kept text's tokens, with its marks
     retries: int = 0  # replicas that were lost under the request: others did their part
-    discarded_s: float = 0.0  # of prefilling less of the prompt, for an answer that was not sent
+    discarded_s: float = 0.0  # of prefilling for an answer that was not sent
 
     @property
     def engine_tokens(self) -> int:

@@ -36,7 +36,7 @@ from ..engine.params import (
     position_args,
     pulled_in,
 )
-from ..engine.sureness import ask_sureness, sureness_of, with_asked_logprobs
+from ..engine.sureness import ask_sureness, can_ask, sureness_of, with_asked_logprobs
 
 
 class DecodeService:
@@ -120,7 +120,7 @@ class DecodeService:
         samples = [
             self._sample(request, selection, each, index) for index, each in enumerate(params)
         ]
-        if request.wants_sureness and ticket is None:
+        if request.wants_sureness and ticket is None and can_ask(asked):
             for each in params:
                 ask_sureness(each)
             samples = [_with_sureness(sample, asked.logprobs) for sample in samples]

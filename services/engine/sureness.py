@@ -1,8 +1,8 @@
 """How sure the main model is of an answer's first token, from the engine's own logprobs.
 
 It is the highest probability of any token, not that of the sampled one: a high temperature is no
-doubt. An engine reports raw logprobs unless `logprobs_mode` is another: before temperature and
-grammars.
+doubt. An engine reports raw logprobs unless `logprobs_mode` is another: before temperature, but of
+the tokens that a grammar allows. Where one token is allowed, every model is sure.
 """
 
 from __future__ import annotations
@@ -13,6 +13,11 @@ from msgspec import structs
 from vllm.sampling_params import SamplingParams
 
 from ..core.types import Chunk
+
+
+def can_ask(params: SamplingParams) -> bool:
+    """Return True if the likeliest token can be reported: an engine reports chosen ones alone."""
+    return not params.logprob_token_ids
 
 
 def ask_sureness(params: SamplingParams) -> None:

@@ -28,7 +28,7 @@ from ..engine.outputs import (
     sampling_params,
 )
 from ..engine.params import handed_in, position_args, produce_args
-from ..engine.sureness import ask_sureness, sureness_of, with_asked_logprobs
+from ..engine.sureness import ask_sureness, can_ask, sureness_of, with_asked_logprobs
 from ..kv.announcements import Announcement
 from ..kv.leases import LeaseGauges
 from ..kv.rpc import KvPeers
@@ -209,7 +209,8 @@ class PrefillService:
         asked = sampling_params(request.sampling)
         lease = _new_lease(request, asked)
         params = _prefill_params(asked, selection, lease)
-        if request.wants_sureness:
+        wants_sureness = request.wants_sureness and can_ask(asked)
+        if wants_sureness:
             ask_sureness(params)
         prefilled: PrefillResult | None = None
         if lease is not None and on_announced is not None:
@@ -224,7 +225,7 @@ class PrefillService:
         else:
             leak = leak_of(output.prompt_token_ids or (), params, self._engine.tokenizer)
             prefilled = _prefilled_of(output, self._carrier, leak, waited_s)
-            if request.wants_sureness:
+            if wants_sureness:
                 prefilled = _with_sureness(prefilled, asked.logprobs)
             return prefilled
         finally:

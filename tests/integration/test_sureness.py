@@ -52,6 +52,19 @@ async def test_prefill_reports_the_likeliest_tokens_probability(engines, asked, 
     assert numbers(got.first.logprobs) == numbers(plain.first.logprobs)
 
 
+async def test_nobody_is_asked_where_only_chosen_tokens_are_reported(engines):
+    """vLLM's `logprob_token_ids` would be refused with a likeliest token beside them."""
+    request = engines.request(prompt_of(600, seed=10), logprob_token_ids=[5, 6, 7])
+    asking = replace(request, wants_sureness=True)
+    plain, got = await prefilled(engines, request), await prefilled(engines, asking)
+    assert got.sureness is None
+    assert numbers(got.first.logprobs) == numbers(plain.first.logprobs) is not None
+    decoding = engines.decode.decode(asking, PRUNED, None, ((),), 60.0)
+    steps = [step async for step in decoding]
+    assert {step.sureness for step in steps} == {None}
+    assert {len(each) for each in logprobs(steps, 0)} <= {3, 4}
+
+
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("asked", LOGPROBS)
 async def test_decode_does_too_where_it_computes_the_prompt(engines, asked, samples):

@@ -190,8 +190,8 @@ def test_answers_that_are_computed_again_count_as_costs_of_pruning():
     assert plan.reason is Reason.NO_GAIN
     assert plan.expected.dense_s == pytest.approx(1.01, rel=0.1)
     assert plan.expected.prune_s == pytest.approx(0.36 + 0.75 * 1.01, rel=0.15)
-    for seed in range(40):
-        known.learn(request(10_000, seed), pruned)
+    for seed in range(60):  # as the planner sends them from now on
+        known.learn(request(10_000, seed), report(reason=Reason.NO_GAIN, prefill_s=1.0, ttft_s=1.0))
     assert planner(known).plan(request(10_000, 99)).kind is PlanKind.PRUNE
 
 

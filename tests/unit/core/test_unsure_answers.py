@@ -1,6 +1,8 @@
 """Pruned prompts whose answer the main model is unsure of are prefilled again, dense."""
 
+import asyncio
 from contextlib import aclosing, nullcontext
+from dataclasses import replace
 
 import pytest
 
@@ -8,7 +10,7 @@ from specprefill.core.errors import DeadlineExceeded, Overloaded, PrefillUnavail
 from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator, PlannedPipeline
 from specprefill.core.pipeline import Pipeline
 from specprefill.core.plan import Planner
-from specprefill.core.types import Controls, PlanKind, Reason, Request
+from specprefill.core.types import Controls, Plan, PlanKind, PromptMode, Reason, Request
 
 PROMPT = tuple(range(100, 200))
 
@@ -63,6 +65,7 @@ async def test_an_unsure_answer_is_computed_again_from_all_of_the_prompt(early):
     assert (report.kept_tokens, report.speculate_s) == (100, 0.25)
     assert 0 < report.discarded_s < report.ttft_s
     assert (pools.prefiller.held, pools.prefiller.released) == (0, 2)
+    assert pools.prefiller.most_held == 1  # all of the prompt may need the room
     assert pools.decoder.closed == len(pools.decoder.replays) == 1 + early
 
 
@@ -91,21 +94,58 @@ async def test_a_prompt_without_room_for_all_of_it_is_answered_as_it_was_cut():
     assert (pools.prefilled, report.plan) == ([20], PlanKind.PRUNE)
 
 
-@pytest.mark.parametrize("error", [Overloaded("full"), DeadlineExceeded("late")])
-async def test_where_all_of_it_cannot_be_computed_the_unsure_answer_is_sent(error):
+@pytest.mark.parametrize(
+    "error", [Overloaded("full"), DeadlineExceeded("late"), PrefillUnavailable("gone")]
+)
+async def test_where_all_of_it_cannot_be_computed_the_pruned_prompt_is_answered(error):
     pools = Pools(sureness=[0.4])
     pools.prefiller.fails = [None, error]
     tokens, report = await pools.run()
     assert tokens == [100, 101, 102, 103]
-    assert (report.plan, report.reason, report.discarded_s) == (PlanKind.PRUNE, Reason.DEFAULT, 0.0)
+    assert pools.prefilled == [20, 100, 20]
+    assert (report.plan, report.reason) == (PlanKind.PRUNE, Reason.DEFAULT)
+    assert 0 < report.discarded_s < report.ttft_s
+    assert report.retries == isinstance(error, PrefillUnavailable)  # one engine, not four
     assert pools.prefiller.held == 0
 
 
-async def test_engines_that_die_under_it_leave_the_unsure_answer():
+async def test_all_of_it_has_half_of_the_time_that_is_left():
     pools = Pools(sureness=[0.4])
-    pools.prefiller.fails = [None, *(PrefillUnavailable("gone") for _ in range(4))]
-    _, report = await pools.run()
-    assert (report.plan, report.retries) == (PlanKind.PRUNE, 4)
+    pools.prefiller.hangs = [1]
+    tokens, report = await pools.run(timeout_s=0.4)
+    assert tokens == [100, 101, 102, 103]
+    assert (pools.prefilled, report.plan) == ([20, 100, 20], PlanKind.PRUNE)
+
+
+async def test_a_client_that_leaves_while_all_of_it_is_computed_releases_everything():
+    pools = Pools(sureness=[0.4])
+    pools.prefiller.early, pools.prefiller.hangs = True, [1]
+    running = asyncio.create_task(pools.run())
+    await pools.prefiller.hung.wait()
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert pools.prefilled == [20, 100]
+    assert pools.prefiller.held == 0
+    assert pools.decoder.closed == len(pools.decoder.replays)
+
+
+@pytest.mark.parametrize("reason", [Reason.LOAD, Reason.SPECULATOR_TIMEOUT])
+async def test_nothing_is_computed_again_under_load(reason):
+    pools = Pools()
+    plan = Plan(PlanKind.PRUNE, reason, 0.2)
+    _, report = await pools.run(plan=plan)
+    assert (pools.prefilled, report.reason) == ([20], reason)
+
+
+@pytest.mark.parametrize(("longest", "again"), [(None, True), (202, True), (200, False)])
+async def test_in_text_mode_half_of_the_room_is_the_answers(longest, again):
+    class Texts:
+        async def write(self, request, selection):
+            return replace(selection, text=tuple(selection.engine_prompt(request.prompt)))
+
+    pools = Pools(sureness=[0.4], texts=Texts(), max_model_len=longest)
+    _, report = await pools.run(controls=Controls(keep=0.2, mode=PromptMode.TEXT))
+    assert (report.reason is Reason.UNSURE_ANSWER) == again
 
 
 async def test_an_engine_that_dies_first_is_replaced_and_asked_too():
