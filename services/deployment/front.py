@@ -12,6 +12,8 @@ hurt, and then runs HAProxy. Its settings are `gateway.front` of the deployment 
   buffer, which is larger than Serve's, still holds all of it;
 - *every gateway may be tried once*, and none again that refused: a rolling update closes several,
   and a HAProxy that Serve has replaced still answers on the connections that clients keep;
+- *no client uses another's connection to a gateway*: one that is replaced closes each after its
+  stream, and a request would use up its tries on those that are about to be closed;
 - *errors in OpenAI's form* with `Retry-After` where no gateway answers;
 - *Serve's own time limit and disconnect switch* are taken out of requests: the gateway keeps
   time, and answers in the right form;
@@ -93,7 +95,9 @@ def rewrite(text: str, gateway: GatewayConfig, folder: Path, most_connections: i
     }
     for required in changes.keys() - {"frontend grpc_frontend"} - sections.keys():
         raise UnknownTemplate(f"no section '{required}'")
-    changes |= {name: _edit_servers for name in sections if name.startswith("backend ")}
+    for name in sections:
+        if name.startswith("backend "):
+            changes[name] = _edit_servers
     out = [line for name, lines in sections.items() for line in changes.get(name, list)(lines)]
     return "\n".join([_MARK, *out]) + "\n"
 
@@ -226,6 +230,8 @@ def _edit_servers(lines: list[str]) -> list[str]:
     if not any(" observe layer4 " in line for line in lines):
         return lines
     lines = _replace_lines(lines, r"(server .*) error-limit \d+ (.*)", r"\1 error-limit 1 \2")
+    if lines[0].startswith("backend http"):  # gRPC says before it closes one
+        lines = _replace_lines(lines, "http-reuse always", "http-reuse never")
     return [*lines, f"    retries {min(max(servers, _LEAST_RETRIES), _MOST_RETRIES)}"]
 
 

@@ -41,7 +41,8 @@ KILL_EVERY_S, SAMPLE_EVERY_S = 20.0, 5.0
 PATIENCE_S = 600.0
 UPGRADE_S = 600.0  # at most
 UPGRADE_AT = 0.25  # of the run
-COMPARED = (0.45, 0.6), (0.85, 1.0)  # parts of the run between which nothing may grow
+COMPARED = (0.45, 0.7), (0.85, 1.0)  # parts of the run between which nothing may grow
+STARTING = 0.1  # part of the run that a process may take to be as large as it stays
 STAGES = ("queue_s", "speculate_s", "prefill_s")  # before the first token
 
 
@@ -59,10 +60,17 @@ class Memory:
             self.samples.setdefault(pid, []).append((share, held.resident_bytes))
 
     def changes(self) -> dict[str, tuple[int, int]]:
-        """Return the median bytes of each process in both compared parts, if it lived in both."""
+        """Return the median bytes of each process in both compared parts, if it lived in both.
+
+        What it held while it started does not count: on full cores that takes minutes.
+        """
         found = {}
         for pid, samples in self.samples.items():
-            parts = [[held for at, held in samples if low <= at <= high] for low, high in COMPARED]
+            grown_up = samples[0][0] + STARTING if samples[0][0] > 0.01 else 0.0
+            parts = [
+                [held for at, held in samples if max(low, grown_up) <= at <= high]
+                for low, high in COMPARED
+            ]
             if all(parts):
                 found[f"{self.names[pid]} ({pid})"] = (int(median(parts[0])), int(median(parts[1])))
         return found

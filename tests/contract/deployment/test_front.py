@@ -33,6 +33,8 @@ from tests.contract.fronts import (
 
 pytestmark = pytest.mark.timeout(120)
 NOTICED_S = 10.0
+STREAMS = 24
+CLOSES_EVERY_S = 0.02
 
 
 def request(path, body=b"x" * 64, **headers):
@@ -189,6 +191,68 @@ async def test_a_connection_to_the_former_front_is_answered_once_more(tmp_path, 
                 await asyncio.to_thread(wait_closed, front.http_port)
                 await old.aclose()
                 assert (await client.post(f"{front.url}/answer")).text == "ok"
+
+
+@contextlib.asynccontextmanager
+async def closing_gateway():
+    """A gateway that streams until it is to end, and then closes connections one after the other.
+
+    Yields its port, and what ends it: it listens no longer, and all streams end at once.
+    """
+    ending, streams = asyncio.Event(), []
+
+    async def stream(reader, writer):
+        head = await reader.readuntil(b"\r\n\r\n")
+        if b"/-/healthz" in head:
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+            writer.close()
+            return
+        writer.write(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n4\r\ndata\r\n")
+        streams.append(writer)
+        closes_s = CLOSES_EVERY_S * len(streams)
+        await ending.wait()
+        writer.write(b"0\r\n\r\n")
+        await asyncio.sleep(closes_s)
+        writer.close()
+
+    server = await asyncio.start_server(stream, HOST, 0)
+
+    async def end():
+        server.close()
+        ending.set()
+
+    async with server:
+        yield server.sockets[0].getsockname()[1], end
+        for writer in streams:
+            writer.close()
+
+
+async def test_connections_that_a_gateway_is_about_to_close_lose_no_request(tmp_path):
+    """Streams of a gateway that is replaced end together, and their clients ask again at once."""
+    gateway = Gateway()
+    async with (
+        closing_gateway() as (port, end),
+        serving(gateway) as proxy,
+        httpx.AsyncClient(timeout=30, limits=httpx.Limits(max_connections=None)) as client,
+    ):
+        with running(serve_config(tmp_path, [port], fallback=proxy), {}) as front:
+
+            async def converse(turns):
+                async with client.stream("POST", f"{front.url}/stream") as reply:
+                    pieces = reply.aiter_raw()
+                    assert await anext(pieces) == b"data"
+                    begun.release()
+                    assert [piece async for piece in pieces] == []
+                if turns > 1:
+                    assert (await client.post(f"{front.url}/answer")).text == "ok"
+
+            begun = asyncio.Semaphore(0)
+            turns = [1] * STREAMS + [2]
+            clients = [asyncio.create_task(converse(each)) for each in turns]
+            for _ in clients:
+                await begun.acquire()
+            await end()
+            await asyncio.gather(*clients)
 
 
 def wait_closed(port):
