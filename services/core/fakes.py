@@ -110,7 +110,7 @@ class FakePrefilling:
     error: SpecPrefillError | None
     early: Ticket | None
     outcome: PrefillResult
-    hangs: bool
+    hangs: bool = False
     holds: bool = False
 
     async def ticket(self) -> Ticket | None:

@@ -35,7 +35,9 @@ function laneEvents({ name, report, expectedS }, index) {
   });
   const named = { name: "process_name", ph: "M", pid, tid: 1, args: { name } };
   let atS = 0;
-  const stages = Object.entries(STAGES).map(([field, title]) => {
+  // Few requests prefill in vain; the other stages are shown even where they took no time.
+  const had = ([field]) => field !== "discarded_s" || report[field] > 0;
+  const stages = Object.entries(STAGES).filter(had).map(([field, title]) => {
     const startS = atS;
     atS += report[field];
     return event(title, startS, report[field], {});

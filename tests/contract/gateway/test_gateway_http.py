@@ -52,6 +52,7 @@ async def test_the_report_is_in_the_answer(client: openai.AsyncOpenAI, pipeline:
         "transfer_s": 0.5,
         "first_decode_s": 0.0625,
         "ttft_s": 1.0,
+        "discarded_s": 0.0,
     }
 
 
