@@ -2,94 +2,40 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import (
-    AbstractContextManager,
-    AsyncExitStack,
-    aclosing,
-    asynccontextmanager,
-    nullcontext,
-)
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from msgspec import structs
 
 from .answer import Answer, Diverged
+from .budget import ATTEMPTS, Budget
 from .errors import (
     DeadlineExceeded,
     DecodeUnavailable,
     InvalidRequest,
     Overloaded,
-    PrefillUnavailable,
     ScoringTimeout,
     SpeculatorLost,
     SpeculatorUnavailable,
-    Unavailable,
 )
 from .fallback import Fallback, Patience
 from .plan import plan_of
-from .ports import Decoder, LocalPrefill, Prefiller, Prefilling, Speculator, TextWriter
-from .prefetch import prefetch_first
+from .ports import Decoder, LocalPrefill, Prefiller, Speculator, TextWriter
+from .prefill_stage import PrefillOutcome, PrefillStage
 from .types import (
-    UNSCORED,
     Chunk,
-    DecodeStep,
     Plan,
     PlanKind,
-    PrefillResult,
     PromptMode,
     Reason,
-    Replay,
     Request,
     Selection,
     dense_selection,
     keep_all,
+    whole_prompt,
 )
-
-# Replicas of a stage that one request may try: a request that kills replicas must not kill a pool.
-ATTEMPTS = 4
-
-
-@dataclass(frozen=True, slots=True)
-class Deadline:
-    """A point in time, handed on as the time that is left."""
-
-    at_s: float
-    now: Callable[[], float]
-
-    def left_s(self) -> float:
-        """Return the seconds left. Raises DeadlineExceeded when there are none."""
-        left = self.at_s - self.now()
-        if left <= 0:
-            raise DeadlineExceeded("timeout_s: the request's time was used up")
-        return left
-
-
-@dataclass(slots=True)
-class _Losses:
-    """Counts the replicas that were lost under one request."""
-
-    count: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _PrefillOutcome:
-    """The first token, and a decode that was started before it was known.
-
-    All None: the decode engine is to compute the prompt.
-    """
-
-    prefilling: Prefilling | None = None
-    prefilled: PrefillResult | None = None
-    steps: AsyncGenerator[DecodeStep] | None = None
-    sureness: float | None = None  # see PrefillResult
-
-    def note_kv(self, answer: Answer) -> None:
-        """Release the KV once a decode engine has it for every sample."""
-        if answer.kv_arrived and self.prefilling is not None:
-            self.prefilling.kv_arrived()
 
 
 @dataclass(slots=True)
@@ -111,6 +57,17 @@ class Pipeline:
     recompute_below: float = 0.0
     attempts: int = ATTEMPTS
     now: Callable[[], float] = field(default=time.monotonic)
+    _prefill: PrefillStage = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._prefill = PrefillStage(
+            prefiller=self.prefiller,
+            decoder=self.decoder,
+            overlap=self.overlap,
+            local=self.local,
+            max_model_len=self.max_model_len,
+            recompute_below=self.recompute_below,
+        )
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk]:
         """Stream the answer's chunks; the last one carries the report.
@@ -119,17 +76,16 @@ class Pipeline:
         DecodeUnavailable. Closing the iterator releases all three pools.
         """
         started_s = self.now()
-        deadline = Deadline(started_s + request.timeout_s, self.now)
-        losses = _Losses()
-        selected = await self._select(request, deadline, losses)
-        async with self._prefill_for(request, selected, deadline, losses) as (selection, start):
+        budget = Budget(started_s + request.timeout_s, self.now, self.attempts)
+        selected = await self._select(request, budget)
+        async with self._prefill.start(request, selected, budget) as (selection, start):
             answer, ttft_s = Answer(request, start.prefilled), 0.0
-            chunks = self._stream_chunks(request, selection, start, answer, deadline, losses)
+            chunks = self._stream_chunks(request, selection, start, answer, budget)
             async with aclosing(chunks) as stream:
                 async for chunk in stream:
                     ttft_s = ttft_s or self.now() - started_s
                     if answer.open_samples == 0:
-                        report = answer.report(selection, ttft_s, losses.count)
+                        report = answer.report(selection, ttft_s, budget.lost_replicas)
                         if self.local is not None:
                             self.local.learn(request, selection, report, answer.token_ids(0))
                         chunk = structs.replace(chunk, report=report)
@@ -139,23 +95,22 @@ class Pipeline:
         self,
         request: Request,
         selection: Selection,
-        start: _PrefillOutcome,
+        start: PrefillOutcome,
         answer: Answer,
-        deadline: Deadline,
-        losses: _Losses,
+        budget: Budget,
     ) -> AsyncGenerator[Chunk, None]:
         """Yield the first token at once, then the decode engine's; replace a lost engine."""
         first = answer.first_chunk()
         if first is not None:  # the client has it, whether the KV has moved or not
             yield first
         steps = start.steps
-        for attempts_left in reversed(range(self.attempts)):
+        for attempts_left in reversed(range(budget.attempts)):
             if answer.open_samples == 0:
                 return
             replay = answer.start_replay()
             if steps is None:
                 ticket = None if start.prefilled is None else start.prefilled.ticket
-                steps = self.decoder.decode(request, selection, ticket, replay, deadline.left_s())
+                steps = self.decoder.decode(request, selection, ticket, replay, budget.left_s())
             try:
                 async with aclosing(steps) as stream:
                     async for step in stream:
@@ -166,149 +121,22 @@ class Pipeline:
             except Diverged:
                 pass  # the next one repeats the client's tokens
             except DecodeUnavailable:
-                losses.count += 1
+                budget.lost_replicas += 1
                 if attempts_left == 0:
                     raise
             steps = None
-
-    @asynccontextmanager
-    async def _prefill_for(
-        self, request: Request, selection: Selection, deadline: Deadline, losses: _Losses
-    ) -> AsyncIterator[tuple[Selection, _PrefillOutcome]]:
-        """Prefill the selection, or all of the prompt where it leaves the main model unsure.
-
-        The KV of what is not sent is released first: all of the prompt may need its room.
-        """
-        if not self._may_recompute(selection):
-            async with self._prefill_or_skip(request, selection, deadline, losses) as start:
-                yield selection, start
-            return
-        began_s, asked = self.now(), replace(request, wants_sureness=True)
-        async with self._prefill_or_skip(asked, selection, deadline, losses) as start:
-            if start.sureness is None or start.sureness >= self.recompute_below:
-                yield selection, start
-                return
-        whole = _whole(selection, Reason.UNSURE_ANSWER)
-        whole = replace(whole, discarded_s=self.now() - began_s)
-        async with AsyncExitStack() as inside:
-            dense = await self._try_dense(inside, request, whole, deadline, losses)
-            if dense is not None:
-                yield whole, dense
-                return
-        selection = replace(selection, discarded_s=self.now() - began_s)
-        async with self._prefill_or_skip(request, selection, deadline, losses) as start:
-            yield selection, start
-
-    def _may_recompute(self, selection: Selection) -> bool:
-        """Return True if the prompt is pruned by scores, and engines have room for all of it.
-
-        Under load it is not: dense prompts are what the pools have no room for then.
-        """
-        if self.recompute_below == 0.0 or selection.mode is PromptMode.DENSE:
-            return False
-        if selection.plan.reason in {*UNSCORED, Reason.LOAD}:
-            return False
-        if self.max_model_len is None:
-            return True
-        # The answer's length was limited for the prompt's: in text mode for that of its text.
-        room = self.max_model_len // (2 if selection.mode is PromptMode.TEXT else 1)
-        return selection.prompt_tokens < room
-
-    async def _try_dense(
-        self,
-        inside: AsyncExitStack,
-        request: Request,
-        whole: Selection,
-        deadline: Deadline,
-        losses: _Losses,
-    ) -> _PrefillOutcome | None:
-        """Prefill all of the prompt, in half of the time that is left. None: that failed."""
-        try:
-            async with asyncio.timeout(deadline.left_s() / 2):
-                dense = self._prefill_or_skip(request, whole, deadline, losses, attempts=1)
-                return await inside.enter_async_context(dense)
-        except (Overloaded, Unavailable, DeadlineExceeded, TimeoutError):
-            return None  # the pruned prompt's answer is better than none
-
-    @asynccontextmanager
-    async def _prefill_or_skip(
-        self,
-        request: Request,
-        selection: Selection,
-        deadline: Deadline,
-        losses: _Losses,
-        attempts: int | None = None,
-    ) -> AsyncIterator[_PrefillOutcome]:
-        """Prefill in the prefill pool, unless decode computes the prompt."""
-        with self._decide_local(request, selection) as local:
-            if local and request.wants_sureness:
-                replay: Replay = ((),) * request.samples
-                steps = self.decoder.decode(request, selection, None, replay, deadline.left_s())
-                async with prefetch_first(steps) as decoding:
-                    first = await decoding.peek()
-                    sureness = None if first is None else first.sureness
-                    yield _PrefillOutcome(steps=decoding, sureness=sureness)
-                return
-            if local:
-                yield _PrefillOutcome()
-                return
-            attempts = attempts or self.attempts
-            retrying = self._prefill_with_retry(request, selection, deadline, losses, attempts)
-            async with retrying as start:
-                yield start
-
-    def _decide_local(self, request: Request, selection: Selection) -> AbstractContextManager[bool]:
-        return nullcontext(False) if self.local is None else self.local.decide(request, selection)
-
-    @asynccontextmanager
-    async def _prefill_with_retry(
-        self,
-        request: Request,
-        selection: Selection,
-        deadline: Deadline,
-        losses: _Losses,
-        attempts: int,
-    ) -> AsyncIterator[_PrefillOutcome]:
-        """Prefill, on another engine when one is lost: nothing was sent yet."""
-        for attempts_left in reversed(range(attempts)):
-            async with AsyncExitStack() as inside:
-                try:
-                    start = await self._prefill_once(inside, request, selection, deadline)
-                except PrefillUnavailable:
-                    losses.count += 1
-                    if attempts_left == 0:
-                        raise
-                    continue
-                yield start
-                return
-
-    async def _prefill_once(
-        self, inside: AsyncExitStack, request: Request, selection: Selection, deadline: Deadline
-    ) -> _PrefillOutcome:
-        """Prefill, and start to decode while the last of the KV is still being computed."""
-        prefill = self.prefiller.prefill(request, selection, deadline.left_s())
-        prefilling = await inside.enter_async_context(prefill)
-        ticket = await prefilling.ticket()
-        steps: AsyncGenerator[DecodeStep] | None = None
-        if ticket is not None and self.overlap:
-            decode = self.decoder.decode(
-                request, selection, ticket, ((),) * request.samples, deadline.left_s()
-            )
-            steps = await inside.enter_async_context(prefetch_first(decode))
-        prefilled = await prefilling.result()
-        return _PrefillOutcome(prefilling, prefilled, steps, prefilled.sureness)
 
     async def select(self, request: Request) -> Selection:
         """Return the selection without answering.
 
         Raises InvalidRequest or DeadlineExceeded.
         """
-        deadline = Deadline(self.now() + request.timeout_s, self.now)
-        return await self._select(request, deadline, _Losses())
+        budget = Budget(self.now() + request.timeout_s, self.now, self.attempts)
+        return await self._select(request, budget)
 
-    async def _select(self, request: Request, deadline: Deadline, losses: _Losses) -> Selection:
+    async def _select(self, request: Request, budget: Budget) -> Selection:
         """Select tokens, and in text mode write them as a prompt of its own."""
-        selection = await self._select_tokens(request, deadline, losses)
+        selection = await self._select_tokens(request, budget)
         if selection.mode is PromptMode.TEXT:
             selection = await self._write_text(request, selection)
         self._check_room(selection)
@@ -321,7 +149,7 @@ class Pipeline:
         if written.engine_tokens < selection.prompt_tokens:
             return written
         # The marks take as many tokens as the gaps save.
-        return _whole(selection, Reason.NO_GAIN)
+        return whole_prompt(selection, Reason.NO_GAIN)
 
     def _check_room(self, selection: Selection) -> None:
         """Refuse what engines have no positions for: a prompt that was accepted to be cut shorter.
@@ -340,19 +168,17 @@ class Pipeline:
             raise SpeculatorUnavailable(message)
         raise InvalidRequest(message, "prompt")
 
-    async def _select_tokens(
-        self, request: Request, deadline: Deadline, losses: _Losses
-    ) -> Selection:
+    async def _select_tokens(self, request: Request, budget: Budget) -> Selection:
         """Select tokens. Losing the speculator costs time, never the answer."""
         if not request.prompt:
             raise InvalidRequest("prompt: must hold at least one token", "prompt")
         plan = plan_of(request)
         if plan.kind is PlanKind.DENSE:
             return keep_all(len(request.prompt), plan)
-        left_s, asked_s = deadline.left_s(), self.now()
+        left_s, asked_s = budget.left_s(), self.now()
         timeout_s = min(left_s, self.patience.seconds(len(request.prompt)))
         try:
-            return await self._score(request, plan, asked_s, timeout_s, losses)
+            return await self._score(request, plan, asked_s, timeout_s, budget)
         except SpeculatorUnavailable:
             selection = dense_selection(len(request.prompt), Reason.SPECULATOR_UNAVAILABLE)
             return replace(selection, queue_s=self.now() - asked_s)
@@ -369,15 +195,15 @@ class Pipeline:
         return self._select_unscored(request, plan, reason, retry_after_s, (queue_s, speculate_s))
 
     async def _score(
-        self, request: Request, plan: Plan, asked_s: float, timeout_s: float, losses: _Losses
+        self, request: Request, plan: Plan, asked_s: float, timeout_s: float, budget: Budget
     ) -> Selection:
         """Ask a speculator, and another one when it is lost."""
-        left_s, attempts_left = timeout_s, self.attempts
+        left_s, attempts_left = timeout_s, budget.attempts
         while True:
             try:
                 return await self.speculator.select(request, plan, left_s)
             except SpeculatorLost:
-                losses.count += 1
+                budget.lost_replicas += 1
                 left_s, attempts_left = asked_s + timeout_s - self.now(), attempts_left - 1
                 if attempts_left == 0 or left_s <= 0:
                     raise
@@ -399,10 +225,3 @@ class Pipeline:
                 self.on_unscored(request, speculate_s)
             raise
         return replace(selection, queue_s=queue_s, speculate_s=speculate_s)
-
-
-def _whole(selection: Selection, reason: Reason) -> Selection:
-    """Return a pruned selection with all of the prompt in place of what was kept."""
-    plan = Plan(PlanKind.DENSE, reason, expected=selection.plan.expected)
-    runs = keep_all(selection.prompt_tokens, plan).runs
-    return replace(selection, runs=runs, plan=plan, text=None, carried_tokens=0)

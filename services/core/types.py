@@ -7,7 +7,7 @@ time, and a message leaves out what is not set.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -230,6 +230,13 @@ def dense_selection(prompt_tokens: int, reason: Reason) -> Selection:
 def keep_all(prompt_tokens: int, plan: Plan) -> Selection:
     """Return the selection that keeps the whole prompt, with `plan`."""
     return Selection(prompt_tokens, (Span(0, prompt_tokens),), plan)
+
+
+def whole_prompt(selection: Selection, reason: Reason) -> Selection:
+    """Return a pruned selection with all of the prompt in place of what was kept."""
+    plan = Plan(PlanKind.DENSE, reason, expected=selection.plan.expected)
+    runs = (Span(0, selection.prompt_tokens),)
+    return replace(selection, runs=runs, plan=plan, text=None, carried_tokens=0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from specprefill.core.budget import ATTEMPTS
 from specprefill.core.errors import (
     DeadlineExceeded,
     DecodeUnavailable,
@@ -22,7 +23,7 @@ from specprefill.core.fakes import (
     text_of,
 )
 from specprefill.core.fallback import Fallback, OnOverload, Patience
-from specprefill.core.pipeline import ATTEMPTS, Pipeline
+from specprefill.core.pipeline import Pipeline
 from specprefill.core.plan import Planner
 from specprefill.core.types import Controls, PlanKind, PromptMode, Reason, Request
 from tests.policies import PAPER

@@ -7,10 +7,11 @@ import pytest
 from specprefill.control.gain import NetGain
 from specprefill.control.prefixes import CacheForecast, PrefixMemory
 from specprefill.control.stages import StageModels
+from specprefill.core.budget import ATTEMPTS
 from specprefill.core.errors import DecodeUnavailable, Overloaded, ScoringTimeout
 from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator, PlannedPipeline
 from specprefill.core.fallback import Fallback, OnOverload
-from specprefill.core.pipeline import ATTEMPTS, Pipeline
+from specprefill.core.pipeline import Pipeline
 from specprefill.core.plan import Planner
 from specprefill.core.types import Controls, PlanKind, Reason, Request
 from specprefill.gateway.observe.metrics import PipelineMetrics, RequestMetrics

@@ -6,9 +6,10 @@ import asyncio
 
 import pytest
 
+from specprefill.core.budget import ATTEMPTS
 from specprefill.core.errors import PrefillUnavailable
 from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator
-from specprefill.core.pipeline import ATTEMPTS, Pipeline
+from specprefill.core.pipeline import Pipeline
 from specprefill.core.types import Chunk, Controls, PlanKind, Reason, Report, Request, TokenLogprob
 from specprefill.gateway.observe.shadow import (
     Divergence,

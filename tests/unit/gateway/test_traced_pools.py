@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from specprefill.core.budget import ATTEMPTS
 from specprefill.core.errors import DecodeUnavailable
 from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator
-from specprefill.core.pipeline import ATTEMPTS, Pipeline
+from specprefill.core.pipeline import Pipeline
 from specprefill.core.request_spans import NoTracer, SpanKind
 from specprefill.core.types import Controls, Plan, PlanKind, Reason, Request
 from specprefill.gateway.observe.traced_pools import TracedPools
