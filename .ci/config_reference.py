@@ -85,7 +85,7 @@ MEANINGS = {
     "EngineConfig.cpu_threads": "Threads of each worker on a CPU.",
     "EngineConfig.engine_args": "Any other argument of vLLM's `AsyncEngineArgs`, by name.",
     "KvConfig.on_failure": "After a failed pull: recompute the kept prompt, or fail the request.",
-    "GatewayConfig.request_timeout_s": "A request's time, where its client sets none.",
+    "GatewayConfig.request_timeout_s": "The default and the maximum of a request's time.",
     "GatewayConfig.front": "HAProxy.",
     "ApiKey.name": "Letters, digits, `.`, `_` and `-`; at most 64.",
     "SloConfig.ttft_s": "Seconds to the first token.",

@@ -30,7 +30,7 @@ from specprefill.lab.loadtest.statistics import RequestSlo, Summary
 from specprefill.lab.reporting.tables import markdown, provenance, write_json
 from specprefill.lab.simulation.trace import Trace, bursty, poisson, write_trace
 
-from .calibration import calibrate
+from .calibration import fit, sample
 from .processes import Watch
 from .servers import RunningServer, run_ours
 from .validation import BASE, KEEP, LENGTHS, LONGEST, OUT, draw_trace, sustainable_qps
@@ -135,7 +135,7 @@ async def measure(
     caller = session.caller_of(Target(address=served.url, model=served.model))
     async with caller.open():
         slots = config.decode.max_num_seqs or 1
-        found = await calibrate(source, caller, KEEP, int(LENGTHS.output_tokens), slots)
+        found = fit(await sample(source, caller, KEEP, int(LENGTHS.output_tokens)), slots)
     most = sustainable_qps(draw_trace(poisson(1.0), 1000.0, args.seed, SHORTEST), found, KEEP)
     trace = burst_trace(most, args.share, args.seed)
     print(

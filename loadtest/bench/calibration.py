@@ -8,15 +8,13 @@ for a request beside its stages, and the machine's cores.
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
+import itertools
 import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from specprefill.control.scaling.values import Engines
 from specprefill.control.stages import Curve, StageModel, StageModels
@@ -34,9 +32,10 @@ ROUNDS = 3
 TIMEOUT_S = 120.0
 IDLE_S = 5.0  # how long the idle app is watched
 SETTLE_S = 0.3  # after an answer, until its request's last work is done
-SPIN_S = 1.0  # how long a core is measured
+CROWDS, CROWD = 2, 6  # times that so many questions of one length are asked at once
+CROWD_TOKENS = 2400
+SLOWEST = 0.3  # of a thread's speed alone, while all cores are busy
 _FRONT = Curve(base_s=0.02, token_s=1e-6)  # a shape to start from
-_SPIN_NUMBERS = 4096  # they stay in a core's own cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,23 +56,64 @@ class SingleAnswer:
     cpu_s: float
 
 
-async def calibrate(
-    source: Source, caller: Caller, keep: float, output_tokens: int, decode_slots: int
-) -> AppCalibration:
-    """Ask some questions of each length, one after the other.
+@dataclass(frozen=True, slots=True)
+class CrowdCost:
+    """What questions cost that were asked at once."""
 
-    Raises RuntimeError when one is not answered.
+    alone_s: float  # core-seconds of as many questions of this length, one after the other
+    cpu_s: float
+    seconds: float  # until the last one was answered
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """What was asked to calibrate the app; of several times, one behind the other."""
+
+    singles: tuple[SingleAnswer, ...]
+    crowds: tuple[CrowdCost, ...]
+    idle: float  # cores that the app keeps busy without any request
+
+    def __add__(self, other: Samples) -> Samples:
+        return Samples(
+            self.singles + other.singles,
+            self.crowds + other.crowds,
+            (self.idle + other.idle) / 2.0,
+        )
+
+    @property
+    def cpu_s(self) -> float:
+        """Return the core-seconds of a question, on average over the lengths."""
+        return statistics.fmean(each.cpu_s for each in self.singles)
+
+
+async def sample(
+    source: Source, caller: Caller, keep: float, output_tokens: int, first: int = 0
+) -> Samples:
+    """Ask some questions of each length one after the other, then some of one length at once.
+
+    `first` numbers the prompts: those of another time must not be in a cache. Raises RuntimeError
+    when one is not answered.
     """
     kinds = [Prompts(prompt_tokens=n, keep=keep, max_tokens=output_tokens) for n in LENGTHS]
-    for place, kind in enumerate(kinds):  # the first ones pay for what later ones find ready
-        await runner.stream(source.warm_up(kind, place), caller, TIMEOUT_S)
+    numbers = itertools.count(first)
+    for kind in kinds:  # the first ones pay for what later ones find ready
+        await runner.stream(source.warm_up(kind, next(numbers)), caller, TIMEOUT_S)
     idle = await idle_cores()
-    singles = []
-    for number in range(1, ROUNDS + 1):
-        for place, kind in enumerate(kinds):
-            prompt = source.warm_up(kind, number * len(LENGTHS) + place)
-            singles.append(await _single(prompt, caller, idle))
-    return fit_engines(singles, decode_slots, await asyncio.to_thread(measured_machine, idle))
+    singles = [
+        await _single(source.warm_up(kind, next(numbers)), caller, idle)
+        for _ in range(ROUNDS)
+        for kind in kinds
+    ]
+    at = LENGTHS.index(CROWD_TOKENS)
+    alone_s = CROWD * statistics.median(each.cpu_s for each in singles[at :: len(kinds)])
+    crowds = []
+    for _ in range(CROWDS):
+        prompts = [source.warm_up(kinds[at], next(numbers)) for _ in range(CROWD)]
+        crowds.append(await _crowd(prompts, caller, idle, alone_s))
+    return Samples(tuple(singles), tuple(crowds), idle)
+
+
+PROMPTS = len(LENGTHS) * (ROUNDS + 1) + CROWDS * CROWD  # of one `sample`
 
 
 async def idle_cores() -> float:
@@ -84,20 +124,40 @@ async def idle_cores() -> float:
 
 
 async def _single(prompt: LoadPrompt, caller: Caller, idle: float) -> SingleAnswer:
+    streams, cpu_s, _ = await _cost([prompt], caller, idle)
+    return SingleAnswer(streams[0], cpu_s)
+
+
+async def _crowd(
+    prompts: Sequence[LoadPrompt], caller: Caller, idle: float, alone_s: float
+) -> CrowdCost:
+    streams, cpu_s, seconds = await _cost(prompts, caller, idle)
+    for each in streams:
+        _report(each)
+    return CrowdCost(alone_s, cpu_s, seconds)
+
+
+async def _cost(
+    prompts: Sequence[LoadPrompt], caller: Caller, idle: float
+) -> tuple[Sequence[Stream], float, float]:
+    """Ask at once; return the answers, their core-seconds, and the seconds until the last."""
     began_s, before = time.perf_counter(), read_use()
-    stream = await runner.stream(prompt, caller, TIMEOUT_S)
+    asked = (runner.stream(prompt, caller, TIMEOUT_S) for prompt in prompts)
+    streams = await asyncio.gather(*asked)
+    answered_s = time.perf_counter() - began_s
     await asyncio.sleep(SETTLE_S)
     own_s, seconds = read_use().own_s - before.own_s, time.perf_counter() - began_s
-    return SingleAnswer(stream, max(0.0, own_s - idle * seconds))
+    return streams, max(0.0, own_s - idle * seconds), answered_s
 
 
-def fit_engines(
-    singles: Sequence[SingleAnswer], decode_slots: int, machine: Machine
-) -> AppCalibration:
-    """Fit stage curves and the rest to answers to single requests that share no prefix."""
+def fit(samples: Samples, decode_slots: int) -> AppCalibration:
+    """Fit stage curves and the rest to answers to requests that share no prefix.
+
+    Raises RuntimeError where a question was not answered.
+    """
     models, front, aside = StageModels(), StageModel(_FRONT), StageModel(_FRONT)
     token_s = []
-    for one in singles:
+    for one in samples.singles:
         stream, report = one.stream, _report(one.stream)
         prompt, kept = report["prompt_tokens"], report["kept_tokens"]
         models.speculate.observe(prompt, report["speculate_s"])
@@ -112,26 +172,25 @@ def fit_engines(
             token_s.append(max(0.0, end_s - ttft_s - handed_s) / (stream.output_tokens - 1))
     engines = Engines(models.curves(), statistics.median(token_s), decode_slots)
     beside = aside.curve if aside.samples_seen > 0 else Curve()
+    cores = max(1.0, len(os.sched_getaffinity(0)) - samples.idle)
+    machine = Machine(cores, speed_together(samples.crowds, cores))
     return AppCalibration(engines, front.curve, beside, machine)
 
 
-def measured_machine(idle: float) -> Machine:
-    """Return the cores that the idle app leaves, and how much all of them slow each other."""
-    cores = len(os.sched_getaffinity(0))
-    with multiprocessing.get_context("spawn").Pool(cores) as workers:
-        alone = workers.apply(spins, (SPIN_S,))
-        both = workers.map(spins, [SPIN_S] * cores, chunksize=1)
-    return Machine(max(1.0, cores - idle), min(1.0, statistics.fmean(both) / alone))
+def speed_together(crowds: Sequence[CrowdCost], cores: float) -> float:
+    """Return a thread's speed while all `cores` are busy, of that alone, by the app's own work.
 
-
-def spins(seconds: float) -> float:
-    """Return the rate at which one thread computes; matrix products would take several threads."""
-    numbers = np.linspace(-1.0, 1.0, _SPIN_NUMBERS, dtype=np.float32)
-    began_s, count = time.perf_counter(), 0
-    while time.perf_counter() - began_s < seconds:
-        np.tanh(numbers)
-        count += 1
-    return count / (time.perf_counter() - began_s)
+    Cores share caches and memory, so the same work takes more core-seconds beside other work.
+    All are taken to be busy or one is: a time T with U core-seconds had (U - T) / (cores - 1) of
+    the former.
+    """
+    seconds = sum(each.seconds for each in crowds)
+    used_s = sum(each.cpu_s for each in crowds)
+    crowded_s = cores * (used_s - seconds) / (cores - 1.0) if cores > 1.0 else 0.0
+    if crowded_s <= 0.0:
+        return 1.0
+    work_s = sum(each.alone_s for each in crowds) - (used_s - crowded_s)
+    return min(1.0, max(SLOWEST, work_s / crowded_s))
 
 
 def _report(stream: Stream) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import re
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from .arguments import rate
 from .exit_codes import OK, Misused
 
 _SUFFIXES = (".yaml", ".yml")
+_DIGEST = "# Written by `specprefill serve MODEL`. Digest of what follows: "
 
 
 def add_commands(commands: Any) -> None:
@@ -77,14 +79,38 @@ def refuse_options(args: argparse.Namespace) -> None:
 
 
 def write_for_serve(args: argparse.Namespace, show: Callable[[str], None]) -> Path:
-    """Write the file that `serve MODEL` uses, into this user's state folder; return its path."""
+    """Write the file that `serve MODEL` uses, into this user's state folder; return its path.
+
+    Raises Misused where the file has been changed since: by hand, or by `calibrate --write`.
+    """
     planned = _plan(args, args.target, show)
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     file = Path(state) / "specprefill" / _file_name(planned.name)
+    _refuse_changed(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(planned.text, encoding="utf-8")
+    file.write_text(_with_digest(planned.text), encoding="utf-8")
     show(f"the deployment file is {file}")
     return file
+
+
+def _with_digest(text: str) -> str:
+    """Return the text behind a comment with its digest."""
+    return f"{_DIGEST}{hashlib.sha256(text.encode()).hexdigest()}\n{text}"
+
+
+def _refuse_changed(file: Path) -> None:
+    """Raise Misused unless the file is missing, or as `serve MODEL` wrote it."""
+    try:
+        found = file.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise Misused(f"specprefill: {file}: {error.strerror}") from error
+    if found != _with_digest(found.partition("\n")[2]):
+        raise Misused(
+            f"specprefill: {file} has been changed since `specprefill serve MODEL` wrote it: "
+            f"`specprefill serve {file}` serves it as it is, or remove it to have it written again"
+        )
 
 
 def run_init(args: argparse.Namespace) -> int:

@@ -84,6 +84,8 @@ class AdmittingPipeline:
         try:
             async with aclosing(self._pipeline.generate(_bounded(request, slot))) as chunks:
                 async for chunk in chunks:
+                    if chunk.late_by_itself:  # it does not show how long others wait
+                        slot.release()
                     slot.record_first_token()
                     yield _add_wait(chunk, slot.waited_s)
         finally:

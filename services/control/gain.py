@@ -152,7 +152,9 @@ class NetGain:
 
     def _learn_overhead(self, report: Report) -> None:
         staged_s = report.queue_s + report.speculate_s + report.prefill_s + report.discarded_s
-        self._overhead[report.plan].observe(report.prompt_tokens, report.ttft_s - staged_s)
+        # A prompt that was scored paid for the call to the speculator, whatever was sent.
+        kind = PlanKind.PRUNE if report.speculate_s > 0 else report.plan
+        self._overhead[kind].observe(report.prompt_tokens, report.ttft_s - staged_s)
 
     def _learn_keep(self, report: Report) -> None:
         is_unsure = report.reason is Reason.UNSURE_ANSWER

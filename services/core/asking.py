@@ -1,4 +1,4 @@
-"""Finds what a prompt asks where the question stands before a tool's results. Pure."""
+"""Finds the question in a prompt, and where it ends. Pure."""
 
 from __future__ import annotations
 
@@ -31,6 +31,17 @@ def asked_spans(
     called_from = asked[-1].stop if asked else 0
     asked += [_end_of(Span(called_from, result.start)) for result in results[:1]]
     return tuple(span for span in asked if span.start < span.stop)
+
+
+def opening_tokens(text: str, offsets: Offsets, messages: Sequence[Mapping[str, Any]]) -> int:
+    """Count the last tokens, behind the last message's content: they open the answer.
+
+    `text` and `offsets` as in `asked_spans`. The prompt of the next turn may lack them. 0 where
+    the template altered that content.
+    """
+    contents = locate_contents(text, messages)
+    last = contents[-1].place if contents else None
+    return 0 if last is None else len(offsets) - TokenIndex(offsets).span(*last).stop
 
 
 def _end_of(span: Span) -> Span:

@@ -71,7 +71,7 @@ _HINT = re.compile(
     r"^[ \t]*" + _MODIFIERS + r"(?:def|class|function|func|fn|fun|const|let|var)\b|\{[ \t]*$",
     re.MULTILINE,
 )
-_GOES_ON = ("}", ")", "]", "{", "end")  # begins a line of the block above, at its own indentation
+_GOES_ON = re.compile(r"[])}{]|end\b")  # begins a line of the block above, as indented as that
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +240,7 @@ class _Reader:
 
     def _end_blocks(self, line: _Line) -> Iterator[_Block]:
         """End the blocks that this line is not in; an import below functions begins a file."""
-        goes_on = line.code.startswith(_GOES_ON)
+        goes_on = _GOES_ON.match(line.code) and not _is_signature(line.code)
         while self._open and (
             line.indent < self._open[-1].indent
             or (line.indent == self._open[-1].indent and not goes_on)

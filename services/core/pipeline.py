@@ -57,17 +57,6 @@ class Pipeline:
     recompute_below: float = 0.0
     attempts: int = ATTEMPTS
     now: Callable[[], float] = field(default=time.monotonic)
-    _prefill: PrefillStage = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._prefill = PrefillStage(
-            prefiller=self.prefiller,
-            decoder=self.decoder,
-            overlap=self.overlap,
-            local=self.local,
-            max_model_len=self.max_model_len,
-            recompute_below=self.recompute_below,
-        )
 
     async def generate(self, request: Request) -> AsyncGenerator[Chunk]:
         """Stream the answer's chunks; the last one carries the report.
@@ -78,18 +67,31 @@ class Pipeline:
         started_s = self.now()
         budget = Budget(started_s + request.timeout_s, self.now, self.attempts)
         selected = await self._select(request, budget)
-        async with self._prefill.start(request, selected, budget) as (selection, start):
+        async with self._prefill_stage().start(request, selected, budget) as (selection, start):
             answer, ttft_s = Answer(request, start.prefilled), 0.0
             chunks = self._stream_chunks(request, selection, start, answer, budget)
             async with aclosing(chunks) as stream:
                 async for chunk in stream:
-                    ttft_s = ttft_s or self.now() - started_s
+                    if ttft_s == 0.0:
+                        ttft_s = self.now() - started_s
+                        if _is_late_by_itself(request, selection, budget):
+                            chunk = structs.replace(chunk, late_by_itself=True)
                     if answer.open_samples == 0:
                         report = answer.report(selection, ttft_s, budget.lost_replicas)
                         if self.local is not None:
                             self.local.learn(request, selection, report, answer.token_ids(0))
                         chunk = structs.replace(chunk, report=report)
                     yield chunk
+
+    def _prefill_stage(self) -> PrefillStage:
+        return PrefillStage(
+            prefiller=self.prefiller,
+            decoder=self.decoder,
+            overlap=self.overlap,
+            local=self.local,
+            max_model_len=self.max_model_len,
+            recompute_below=self.recompute_below,
+        )
 
     async def _stream_chunks(
         self,
@@ -225,3 +227,8 @@ class Pipeline:
                 self.on_unscored(request, speculate_s)
             raise
         return replace(selection, queue_s=queue_s, speculate_s=speculate_s)
+
+
+def _is_late_by_itself(request: Request, selection: Selection, budget: Budget) -> bool:
+    """Return True if the first token came later than queues and one prefill make it."""
+    return selection.discarded_s > 0.0 or budget.lost_replicas > 0 or request.hold_back_chars > 0

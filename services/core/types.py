@@ -143,6 +143,7 @@ class Request:
     samples: int = 1  # OpenAI's `n`
     protected: tuple[Span, ...] = ()  # token spans that must survive pruning
     asked: tuple[Span, ...] = ()  # the question and the call, where the prompt's end is neither
+    opening_tokens: int = 0  # the last ones: the template's behind all contents, to open the answer
     controls: Controls = field(default_factory=Controls)
     prompt_logprobs: bool = False
     plan: Plan | None = None  # None: not planned yet, see `Planner.with_plan`
@@ -211,15 +212,20 @@ class Selection:
         """Return the token ids that the engines compute. `prompt` is the caller's, `[N]`."""
         if self.text is not None:
             return list(self.text)
-        return [token for run in self.runs for token in prompt[run.start : run.stop]]
+        kept: list[int] = []
+        for run in self.runs:
+            kept += prompt[run.start : run.stop]
+        return kept
 
     def dropped_token_ids(self, prompt: tuple[int, ...]) -> list[int]:
         """Return the token ids that are not kept, in the prompt's order. `prompt` is `[N]`."""
         in_order = sorted(self.runs, key=lambda run: run.start)  # slots may have another one
         starts = (0, *(run.stop for run in in_order))
         stops = (*(run.start for run in in_order), len(prompt))
-        gaps = zip(starts, stops, strict=True)
-        return [token for start, stop in gaps for token in prompt[start:stop]]
+        dropped: list[int] = []
+        for start, stop in zip(starts, stops, strict=True):
+            dropped += prompt[start:stop]
+        return dropped
 
 
 def dense_selection(prompt_tokens: int, reason: Reason) -> Selection:
@@ -262,6 +268,8 @@ class Chunk(msgspec.Struct, frozen=True, omit_defaults=True):
     # [N] on a request's first chunk, if requested; the first token has none
     prompt_logprobs: tuple[tuple[TokenLogprob, ...] | None, ...] | None = None
     report: Report | None = None  # on the last chunk of a request
+    # On a request's first chunk: retries, a second prefill, or stop strings held it back.
+    late_by_itself: bool = False
 
     @property
     def is_finished(self) -> bool:

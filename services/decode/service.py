@@ -225,8 +225,10 @@ def _sample_params(
     params = copy(asked)
     params.n = 1
     params.seed = None if asked.seed is None else asked.seed + index
-    if KV_TRANSFER in extra or replay[index] or index > 0:  # computed once, where the prompt is
-        params.prompt_logprobs = None
+    computed_elsewhere = KV_TRANSFER in extra or bool(replay[index]) or index > 0
+    if computed_elsewhere and asked.prompt_logprobs is not None:
+        params.prompt_logprobs = params.prompt_logprob_token_ids = None
+        params.skip_reading_prefix_cache = False  # for them vLLM computes every prompt token
     params.output_kind = RequestOutputKind.DELTA
     params.extra_args = {**(asked.extra_args or {}), **extra}
     if replay[index]:

@@ -122,7 +122,9 @@ class Gateway:
         self._traffic, self._models = GatewayTraffic(), gain.models
         self._shadowing: ShadowSampler | None = None
         if self._config.quality.shadow_share > 0:
-            self._shadowing = ShadowSampler(pipeline, self._config.quality, ShadowMetrics())
+            self._shadowing = ShadowSampler(
+                pipeline, self._config.quality, ShadowMetrics(), pipeline.max_model_len
+            )
         observed = ObservedPipeline(self._admission.answerer, self._observers(counted, gain))
         live = traced.pipeline(observed)
         usage = KeyUsage().count if self._keys else None

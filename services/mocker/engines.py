@@ -104,7 +104,9 @@ class MockSpeculator:
         else:
             chosen = continue_selection(scores, plan, protected, self._policy, CERTAINTY, before)
         if carries:
-            self._kept.remember(prompt, chosen, plan.reason, request.cache_salt)
+            self._kept.remember(
+                prompt, chosen, plan.reason, request.cache_salt, request.opening_tokens
+            )
         remembered, queue_s, speculate_s = read
         return replace(
             chosen, queue_s=queue_s, speculate_s=speculate_s, remembered_tokens=remembered

@@ -92,11 +92,12 @@ class PrefillReplica:
 
     async def _store_kv(self, prefilled: PrefillResult, storing: PendingStore) -> list[KvReference]:
         """Return the KV as Ray's objects. Empty: it stays with the worker for decode to pull."""
-        if prefilled.ticket is None or self._kv.carrier != "object_ref":
+        ticket = prefilled.ticket
+        if ticket is None or ticket.tokens == 0 or self._kv.carrier != "object_ref":
             return []
-        objects = await storing.objects(prefilled.ticket, self._kv.pull_timeout_s)
+        objects = await storing.objects(ticket, self._kv.pull_timeout_s)
         if objects:
-            await self._service.release(prefilled.ticket)  # the worker's copy is free at once
+            await self._service.release(ticket)  # the worker's copy is free at once
         return objects
 
     def record_autoscaling_stats(self) -> dict[str, float]:

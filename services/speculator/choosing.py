@@ -36,7 +36,9 @@ class Choosing:
                 scores, plan, protected, policy, certainty, before, chunks, _bounds(request, plan)
             )
         if carries:
-            self.kept.remember(request.prompt, chosen, plan.reason, request.cache_salt)
+            self.kept.remember(
+                request.prompt, chosen, plan.reason, request.cache_salt, request.opening_tokens
+            )
         return chosen
 
 

@@ -11,10 +11,9 @@ from .lru import ByteLru
 from .prefix_memory import block_digests
 
 BLOCK_TOKENS = 128
-# A chat template may end a prompt with tokens that the next turn does not repeat, such as those
-# that open an answer: this many of the last ones may differ.
-MOST_REPLACED = 64
-_BRANCHES = 4  # continuations of equal beginnings that are remembered, the newest
+# What opens an answer, the next turn's prompt may lack; of longer openings, this many tokens.
+MOST_OPENING_TOKENS = 64
+_BRANCHES = 32  # prompts of equal beginnings that are remembered, the newest
 _TOKEN_BYTES, _RUN_BYTES, _ENTRY_BYTES = 8, 64, 256
 
 
@@ -23,6 +22,7 @@ class _Entry:
     """One prompt: what it kept, and its tokens behind the blocks that stand for it."""
 
     tail: tuple[int, ...]
+    opening_tokens: int  # the last of the tail
     runs: tuple[Span, ...]
     keep: float | None
 
@@ -34,8 +34,8 @@ class _Entry:
 class KeptMemory:
     """What pruned prompts kept, under a byte budget; the least recently used goes first.
 
-    A prompt is found by those that extend it. It is filed under its whole blocks but the last, so
-    that its last tokens need not be a whole block, and may differ.
+    A prompt is found by those that extend it, be it without the opening of its answer. It is filed
+    under its whole blocks but the last, so that its last tokens need not be a whole block.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -47,17 +47,20 @@ class KeptMemory:
         selection: Selection,
         asked: Reason,
         salt: str | None = None,
+        opening_tokens: int = 0,
     ) -> None:
         """Remember a pruned selection of `prompt`, `[N]`; `asked` is its plan's first reason.
 
-        Prompts shorter than two blocks and dense selections are not remembered.
+        The next turn may lack the last `opening_tokens`. Prompts shorter than two blocks and dense
+        selections are not remembered.
         """
         blocks = len(prompt) // BLOCK_TOKENS - 1
         if blocks < 1 or selection.kept_tokens == len(prompt):
             return
         digest = block_digests(prompt[: blocks * BLOCK_TOKENS], BLOCK_TOKENS, salt)[-1]
         keep = selection.plan.keep if asked is Reason.ASKED else None
-        entry = _Entry(tuple(prompt[blocks * BLOCK_TOKENS :]), selection.runs, keep)
+        tail = tuple(prompt[blocks * BLOCK_TOKENS :])
+        entry = _Entry(tail, min(opening_tokens, MOST_OPENING_TOKENS), selection.runs, keep)
         known = self._entries.get(digest) or ()
         others = tuple(each for each in known if each.tail != entry.tail)
         entries = (entry, *others)[:_BRANCHES]
@@ -82,7 +85,7 @@ def _longest(entries: Sequence[_Entry], prompt: Sequence[int], start: int) -> Ke
     for entry in entries:
         equal = _equal_tokens(entry.tail, prompt[start : start + len(entry.tail)])
         tokens = start + equal
-        if len(entry.tail) - equal > MOST_REPLACED or tokens >= len(prompt):
+        if len(entry.tail) - equal > entry.opening_tokens or tokens >= len(prompt):
             continue
         if found is None or tokens > found.tokens:
             found = KeptBefore(tokens, _clipped(entry.runs, tokens), entry.keep)

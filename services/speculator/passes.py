@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 from ..core.errors import Overloaded, SpeculatorUnavailable
 from .jobs import Batching, Counts, Job, Pace, Rating
@@ -199,7 +199,10 @@ class Passes:
             self._counts.tokens += len(reading.prompt)
             self._counts.cached_tokens += reading.cached_tokens
             scores = job.read_as.scores(scorer.rate(reading))
-            chunks = None if job.cutting is None else job.cutting.result()
+            try:
+                chunks = None if job.cutting is None else job.cutting.result()
+            except CancelledError:  # its caller has left
+                continue
             rating = Rating(scores, reading.certainty, chunks)
             remembered = _remembered_tokens(reading, len(job.request.prompt))
             loop.call_soon_threadsafe(self._on_rated, job, rating, remembered)

@@ -17,7 +17,7 @@ from ..config import SelectionConfig, SpeculatorConfig
 from ..control.from_config import selection_policy
 from ..core.errors import InvalidRequest, ScoringTimeout, SpeculatorUnavailable
 from ..core.selection import SelectionPolicy, settle
-from ..core.types import Plan, Request, Selection, dense_selection
+from ..core.types import Plan, Reason, Request, Selection, dense_selection
 from .choosing import Choosing
 from .chunking import Chunker, load_chunker
 from .jobs import Batching, Counts, Job, Rating
@@ -123,7 +123,7 @@ class SpeculatorService:
     async def close(self) -> None:
         """Fail what waits, drop what is being scored, and end the thread. Idempotent."""
         await self._passes.close()
-        self._cutting.shutdown(wait=False)
+        self._cutting.shutdown(wait=False, cancel_futures=True)
         self._scorer = None
 
     async def __aenter__(self) -> SpeculatorService:
@@ -168,6 +168,8 @@ class SpeculatorService:
             job.read_as = scorer.translate(prompt)
         else:
             job.read_as = await asyncio.to_thread(scorer.translate, prompt)
+        if not job.read_as.prompt:  # its tokens have no text that the draft could read
+            return dense_selection(len(prompt), Reason.FLAT_SCORES)
         refusal = scorer.refusal(len(job.read_as.prompt))
         if refusal is not None:
             return dense_selection(len(prompt), refusal)
@@ -182,6 +184,8 @@ class SpeculatorService:
             return await job.answer
         finally:
             self._passes.drop(job)
+            if job.cutting is not None:
+                job.cutting.cancel()
 
     def _running_scorer(self) -> Scorer:
         if self._scorer is None or not self.is_running:

@@ -21,6 +21,8 @@ from ..core.errors import UnsupportedModel
 from ..core.selection import Scores
 from ..core.types import Span
 
+# Tokens whose last bytes are no whole character yet, before their text is taken as it is.
+_MOST_WAITING = 16
 Offsets = NDArray[np.int64]  # [tokens, 2]: first character, and the one after the last
 
 
@@ -148,15 +150,19 @@ def decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> tuple[str, list[tuple
     """Return the text of some tokens, special ones included, and the characters of each.
 
     Tokens that share a character's bytes all stand for what they give together. Bytes at the end
-    that make no character stand for none.
+    that make no character stand for none; others of that kind are written as replacements.
     """
     stream = DecodeStream(skip_special_tokens=False)
     pieces: list[str] = []
     offsets: list[tuple[int, int]] = []
     waiting, end = 0, 0
-    for token in tokens:
+    for place, token in enumerate(tokens, 1):
         waiting += 1
         piece = stream.step(tokenizer, token)
+        if piece is None and waiting == _MOST_WAITING:  # each step decodes all that waits again
+            undecodable = list(tokens[place - waiting : place])
+            piece = tokenizer.decode(undecodable, skip_special_tokens=False)
+            stream = DecodeStream(skip_special_tokens=False)
         if piece is None:
             continue
         pieces.append(piece)

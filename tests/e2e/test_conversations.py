@@ -45,3 +45,16 @@ def test_later_turns_compute_little_more_than_what_is_new(app, conversation):
         kept, prompt = report["kept_tokens"], report["prompt_tokens"]
         messages.append({"role": "assistant", "content": text})
         messages.append({"role": "user", "content": question.splitlines()[-1]})
+
+
+def test_another_short_question_about_the_same_text_is_no_later_turn(app, demo_tokenizer):
+    """Nobody's prompt keeps what another's has kept, be its question ever so short."""
+    text, ask_first = (
+        needle_prompt(71, 1800, demo_tokenizer).messages[-1]["content"].rsplit("\n", 1)
+    )
+    reasons = []
+    for question in (ask_first, "Who?", "And why?"):
+        content = f"{text}\n{question}"
+        answer = ask(app, [{"role": "user", "content": content}])
+        reasons.append(answer["specprefill"]["reason"])
+    assert not set(reasons) & {*CARRYING, "reselected"}

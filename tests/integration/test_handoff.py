@@ -37,6 +37,7 @@ SAMPLING = {
     "min_tokens": {"min_tokens": 10},
     "json_schema": lambda: structured(json=SCHEMA),
     "regex": lambda: structured(regex=r"[ab]{4,9}!"),
+    "prompt_logprobs": {"prompt_logprobs": 1},
     "one_token": {"max_tokens": 1},
     "two_tokens": {"max_tokens": 2},
 }

@@ -10,7 +10,7 @@ from typing import Any
 from ray.serve import metrics
 
 from ...core.errors import Overloaded
-from ...core.types import Chunk, Report, Request
+from ...core.types import Chunk, PlanKind, Report, Request
 from .watched import Ending, Observer, RequestObserver
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)
@@ -113,6 +113,8 @@ class PipelineMetrics:
         self._ttft.observe(report.ttft_s, plan)
         if report.expected is not None:
             ttft_s = report.ttft_s - report.discarded_s
+            if report.plan is PlanKind.DENSE:  # it is foreseen without a speculator
+                ttft_s -= report.speculate_s
             self._ttft_foreseen.observe(ttft_s / report.expected.for_plan(report.plan), plan)
         for stage, seconds in (
             ("queue", report.queue_s),

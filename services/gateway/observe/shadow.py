@@ -76,7 +76,10 @@ class Shadow:
         dense_copy: Callable[[Request], Request | None],
         is_busy: Callable[[], bool],
         record: Record,
+        longest: int | None = None,
     ) -> None:
+        """`longest`: tokens of a prompt and its answer in an engine; None: any number."""
+        self._longest = longest
         self._pipeline = pipeline
         self._share = share
         self._max_running = max_running
@@ -93,6 +96,8 @@ class Shadow:
 
     def offer(self, request: Request, answer: Sequence[int], report: Report) -> None:
         """Compare a pruned answer with a dense one, in the background, or drop it."""
+        if self._longest is not None and len(request.prompt) + len(answer) >= self._longest:
+            return  # it was answered in text mode, or would end elsewhere
         copy = self._dense_copy(request)
         if copy is None:
             return

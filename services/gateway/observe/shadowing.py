@@ -70,7 +70,13 @@ class ShadowMetrics:
 class ShadowSampler(Observer):
     """Samples pruned answers, and compares them with dense ones."""
 
-    def __init__(self, pipeline: Answerer, quality: QualityConfig, compared: ShadowMetrics) -> None:
+    def __init__(
+        self,
+        pipeline: Answerer,
+        quality: QualityConfig,
+        compared: ShadowMetrics,
+        max_model_len: int | None = None,
+    ) -> None:
         self._most_live = quality.shadow_most_live
         self._live = 0
         self._shadow = Shadow(
@@ -80,6 +86,7 @@ class ShadowSampler(Observer):
             dense_copy,
             self._is_busy,
             compared.record,
+            max_model_len,
         )
 
     async def close(self) -> None:

@@ -43,8 +43,13 @@ class GatewayTraffic:
         """Count a request; `kept_tokens` at the nominal keep rate."""
         self._arrivals[size(prompt_tokens, kept_tokens, self._output_tokens)] += 1
 
-    def record_answer(self, report: Report, output_tokens: int, decode_s: float) -> None:
-        """Learn from an answer whose last token came `decode_s` after its first."""
+    def record_answer(
+        self, report: Report, output_tokens: int, decode_s: float, samples: int = 1
+    ) -> None:
+        """Learn from an answer whose last token came `decode_s` after its first.
+
+        `output_tokens` are those of all samples, each of which has a decode slot meanwhile.
+        """
         cached = report.cached_tokens / report.engine_tokens
         self._cached_share += _NEWEST * (cached - self._cached_share)
         is_unsure = report.reason is Reason.UNSURE_ANSWER
@@ -53,8 +58,8 @@ class GatewayTraffic:
         if report.plan is PlanKind.PRUNE:
             self.keep_rate += _NEWEST * (report.keep_rate - self.keep_rate)
         self._output_tokens += _NEWEST * (output_tokens - self._output_tokens)
-        if output_tokens > 1:
-            token_s = decode_s / (output_tokens - 1)
+        if output_tokens > samples:
+            token_s = decode_s * samples / (output_tokens - samples)
             self._output_token_s += _NEWEST * (token_s - self._output_token_s)
 
     def signals(self, curves: StageCurves) -> dict[str, float]:
@@ -80,7 +85,7 @@ class ArrivalCounts(Observer):
     def on_arrival(self, request: Request) -> RequestObserver:
         """See Observer."""
         self._traffic.count_arrival(len(request.prompt), self._expected_kept_tokens(request))
-        return _AnswerTimes(self._traffic, self._now)
+        return _AnswerTimes(self._traffic, self._now, request.samples)
 
     def _expected_kept_tokens(self, request: Request) -> int:
         plan, tokens = plan_of(request), len(request.prompt)
@@ -93,9 +98,10 @@ class ArrivalCounts(Observer):
 
 
 class _AnswerTimes(RequestObserver):
-    def __init__(self, traffic: GatewayTraffic, now: Callable[[], float]) -> None:
+    def __init__(self, traffic: GatewayTraffic, now: Callable[[], float], samples: int) -> None:
         self._traffic = traffic
         self._now = now
+        self._samples = samples
         self._tokens = 0
         self._first_s: float | None = None
 
@@ -103,4 +109,5 @@ class _AnswerTimes(RequestObserver):
         self._first_s = self._now() if self._first_s is None else self._first_s
         self._tokens += len(chunk.token_ids)
         if chunk.report is not None:
-            self._traffic.record_answer(chunk.report, self._tokens, self._now() - self._first_s)
+            decode_s = self._now() - self._first_s
+            self._traffic.record_answer(chunk.report, self._tokens, decode_s, self._samples)

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 
-from ...core.asking import asked_spans
+from ...core.asking import asked_spans, opening_tokens
 from ...core.errors import InvalidRequest
 from ...core.protection import altered_piece, merge_spans, protected_spans, special_spans
 from ...core.types import Request
@@ -65,8 +65,10 @@ class PromptMarker:
             fences=self._protect_fences,
             is_cancelled=is_cancelled,
         )
+        messages = context.messages or ()
         return replace(
             request,
             protected=merge_spans(special + spans),
-            asked=asked_spans(placed.text, placed.offsets, context.messages or ()),
+            asked=asked_spans(placed.text, placed.offsets, messages),
+            opening_tokens=opening_tokens(placed.text, placed.offsets, messages),
         )

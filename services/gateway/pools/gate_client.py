@@ -69,6 +69,32 @@ class SharedSlot:
             self._leave(first_token)
 
 
+@dataclass(frozen=True, slots=True)
+class LaterSlot:
+    """A slot of another gate, for which a request waited in a lost one first."""
+
+    slot: Slot
+    waited_before_s: float
+
+    @property
+    def plan(self) -> Plan:
+        """The plan to serve the request with."""
+        return self.slot.plan
+
+    @property
+    def waited_s(self) -> float:
+        """The seconds that the request waited in both gates."""
+        return self.waited_before_s + self.slot.waited_s
+
+    def record_first_token(self) -> None:
+        """Release the slot at the first token. Idempotent."""
+        self.slot.record_first_token()
+
+    def release(self) -> None:
+        """Release the slot. Idempotent."""
+        self.slot.release()
+
+
 class SharedAdmission:
     """Asks the shared gate; while it is lost, decides by a gate of its own.
 
@@ -134,7 +160,8 @@ class SharedAdmission:
             self._waiting.discard(entry.number)
             waited_s = self._now() - arrived_s
             left_s = max(0.0, arrival.timeout_s - waited_s)
-            return await self._own.enter(replace(arrival, timeout_s=left_s))
+            slot = await self._own.enter(replace(arrival, timeout_s=left_s))
+            return LaterSlot(slot, waited_s)
         finally:
             self._waiting.discard(entry.number)
         plan = admission.accepted_plan()

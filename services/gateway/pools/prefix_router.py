@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
@@ -62,7 +63,15 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
     def _ranked_names(self, pending_request: PendingRequest | None) -> Sequence[str]:
         if pending_request is None:
             return self._affinity.rank(_NO_LOAD)
-        return self._affinity.choose(_call_id(pending_request), _load(pending_request))
+        call_id = _call_id(pending_request)
+        names = self._affinity.choose(call_id, _load(pending_request))
+        pending_request.future.add_done_callback(partial(self._forget_cancelled, call_id))
+        return names
+
+    def _forget_cancelled(self, call_id: str, routed: asyncio.Future[object]) -> None:
+        """Forget a choice whose caller left before a replica had room: no other hook tells."""
+        if routed.cancelled():
+            self._affinity.record_end(call_id)
 
     def on_request_routed(
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: CallResult

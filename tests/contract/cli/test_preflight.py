@@ -149,8 +149,9 @@ def model_folder(tmp_path: Path, root: Path, kind: str) -> Path:
     return folder
 
 
-def test_a_model_that_is_elsewhere_is_no_fault(root: Path, capsys: Any) -> None:
-    assert cli.main(["check", str(root / "cluster" / "gpu-8b-70b.yaml")]) == 0
+@pytest.mark.parametrize("name", ["gpu-8b-70b.yaml", "gpu-8b-70b-slo.yaml"])
+def test_a_model_that_is_elsewhere_is_no_fault(root: Path, capsys: Any, name: str) -> None:
+    assert cli.main(["check", str(root / "cluster" / name)]) == 0
     notes = capsys.readouterr().out.splitlines()[:-1]
     assert [line.partition(": ")[2][:6] for line in notes] == ["note: ", "note: "]
 

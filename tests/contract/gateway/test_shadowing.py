@@ -24,14 +24,14 @@ def request(temperature: float = 0.0, **controls) -> Request:
 
 
 class Rig:
-    def __init__(self, **quality):
+    def __init__(self, max_model_len=None, **quality):
         self.prefiller = FakePrefiller()
         planner = Planner(enabled=True, keep=0.5, min_prompt_tokens=50)
         pipeline = Pipeline(FakeSpeculator(), self.prefiller, FakeDecoder())
         config = QualityConfig(**{"shadow_share": 1.0, **quality})
         self.counted = Instruments()
         compared = shadowing.ShadowMetrics(self.counted)
-        self.shadowing = shadowing.ShadowSampler(pipeline, config, compared)
+        self.shadowing = shadowing.ShadowSampler(pipeline, config, compared, max_model_len)
         self.shadowed = PlannedPipeline(ObservedPipeline(pipeline, [self.shadowing]), planner)
 
     async def run(self, asked: Request) -> list[float]:
@@ -58,6 +58,13 @@ async def test_a_pruned_answer_gets_a_dense_copy():
 )
 async def test_dense_random_and_unsampled_answers_get_none(asked, quality, rates):
     assert await Rig(**quality).run(asked) == rates
+
+
+@pytest.mark.parametrize(("max_model_len", "rates"), [(104, [0.2]), (105, [0.2, 1.0])])
+async def test_what_no_engine_can_answer_dense_gets_no_copy(max_model_len, rates):
+    rig = Rig(max_model_len)
+    assert await rig.run(request()) == rates  # a prompt of 100 tokens, an answer of 4
+    assert rig.counted.total("specprefill_shadow_total", "failed", "0.2") == 0
 
 
 async def test_a_busy_gateway_drops_copies():

@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 from specprefill.cli import main as cli
+from specprefill.cli.quickstart import write_for_serve
 from specprefill.deployment.file import load
+from specprefill.deployment.yaml_edit import with_values
 from specprefill.engine.model_check import MainModelCheck
 from specprefill.quickstart.local_machine import LocalMachine
 from specprefill.quickstart.shapes import read_shape
@@ -131,3 +133,48 @@ def test_a_type_that_transformers_does_not_know_is_one_line(
 def test_options_for_a_model_do_not_change_a_file(capsys: Any, root: Path) -> None:
     assert run("serve", root / "cluster" / "local.yaml", "--keep", "auto", "--port", "1234") == 2
     assert "--keep, --port cannot be combined with a deployment file" in capsys.readouterr().err
+
+
+class TestTheFileOfServe:
+    """`serve MODEL` writes a file of its own, and overwrites no change of it."""
+
+    @pytest.fixture
+    def argv(
+        self, model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> tuple[object, ...]:
+        """The command, with a state folder of the test's own."""
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+        return ("serve", model("qwen3"), "--speculator", model("llama"))
+
+    def write(self, *argv: object) -> Path:
+        """Do the first part of the command; return the file."""
+        args = cli.parser().parse_args([str(each) for each in argv])
+        return write_for_serve(args, print)
+
+    def test_an_unchanged_file_is_written_again(self, argv: tuple[object, ...]) -> None:
+        file = self.write(*argv)
+        assert "selection" not in file.read_text()
+        assert self.write(*argv, "--keep", "0.5") == file
+        assert load(file).file.applications[0].args.selection.keep == 0.5
+
+    def test_a_calibrated_file_is_kept(self, argv: tuple[object, ...], capsys: Any) -> None:
+        file = self.write(*argv)
+        place = ("applications", 0, "args", "speculator")
+        calibrated = with_values(file.read_text(), place, {"score_reduction": "squares"})
+        file.write_text(calibrated)
+        assert run(*argv) == 2
+        printed = capsys.readouterr().err
+        assert f"{file} has been changed" in printed
+        assert f"`specprefill serve {file}`" in printed
+        assert "or remove it" in printed
+        assert file.read_text() == calibrated
+        file.unlink()
+        assert self.write(*argv) == file
+
+    def test_a_file_without_a_digest_is_kept(self, argv: tuple[object, ...], capsys: Any) -> None:
+        file = self.write(*argv)
+        mine = file.read_text().partition("\n")[2]
+        file.write_text(mine)
+        assert run(*argv) == 2
+        assert f"{file} has been changed" in capsys.readouterr().err
+        assert file.read_text() == mine

@@ -46,7 +46,7 @@ def outcomes(*streams):
 def test_single_questions_calibrate_every_stage():
     answers = [answer(n, n // 3) for n in (600, 1200, 2400, 4800) for _ in range(5)]
     singles = [calibration.SingleAnswer(each, each.end_s + 0.04) for each in answers]
-    found = calibration.fit_engines(singles, decode_slots=16, machine=Machine(2.0))
+    found = calibration.fit(calibration.Samples(tuple(singles), (), idle=0.1), decode_slots=16)
     engines = found.engines
     assert engines.curves.speculate.seconds(2000) == pytest.approx(0.02, rel=0.06)
     assert engines.curves.prefill.seconds(1000) == pytest.approx(0.1, rel=0.06)
@@ -59,7 +59,26 @@ def test_single_questions_calibrate_every_stage():
 def test_a_question_without_an_answer_is_no_calibration():
     late = calibration.SingleAnswer(refused_outcome(RequestEnding.TIMED_OUT, "504: late"), 0.0)
     with pytest.raises(RuntimeError, match="timed_out: 504: late"):
-        calibration.fit_engines([late], 16, Machine(2.0))
+        calibration.fit(calibration.Samples((late,), (), idle=0.1), 16)
+
+
+def test_questions_at_once_show_how_cores_slow_each_other():
+    # 4 s of work: 1 s by one thread, the rest by two at 0.75 of their speed, in 2 s.
+    crowd = calibration.CrowdCost(alone_s=4.0, cpu_s=1.0 + 2 * 2.0, seconds=1.0 + 2.0)
+    assert calibration.speed_together([crowd, crowd], cores=2.0) == pytest.approx(0.75)
+    slower = replace(crowd, alone_s=2.0)
+    assert calibration.speed_together([slower], 2.0) == calibration.SLOWEST
+    assert calibration.speed_together([crowd], 1.0) == 1.0
+    in_turn = calibration.CrowdCost(alone_s=3.0, cpu_s=3.0, seconds=3.0)
+    assert calibration.speed_together([in_turn], 2.0) == 1.0
+
+
+def test_calibrations_add_up():
+    one = calibration.Samples((calibration.SingleAnswer(answer(600, 200), 1.0),), (), idle=0.1)
+    both = one + replace(one, singles=(replace(one.singles[0], cpu_s=3.0),), idle=0.3)
+    assert both.cpu_s == 2.0
+    assert both.idle == pytest.approx(0.2)
+    assert len(both.singles) == 2
 
 
 CALIBRATED = calibration.AppCalibration(

@@ -27,7 +27,7 @@ from specprefill.core.errors import DeadlineExceeded, Overloaded
 from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator, PlannedPipeline
 from specprefill.core.pipeline import Pipeline
 from specprefill.core.plan import Planner
-from specprefill.core.types import Controls, Reason, Request
+from specprefill.core.types import Chunk, Controls, Reason, Request
 
 CURVES = StageCurves(Curve(0.1), Curve(0.0, 1e-3), Curve(), Curve())
 POLICY = AdmissionPolicy(ttft_s=2.0, headroom=1.0, max_waiting=10, max_waiting_per_key=4)
@@ -334,6 +334,23 @@ async def test_a_request_with_enough_time_left_starts():
     setup.now_s = 1.5
     front.cancel()
     assert (await waiting)[-1].report.queue_s >= 1.5
+
+
+@pytest.mark.parametrize(("by_itself", "is_learnt"), [(False, True), (True, False)])
+async def test_only_queues_make_the_next_requests_expect_to_wait(by_itself, is_learnt):
+    setup = AdmissionSetup()
+
+    class Late:
+        async def generate(self, request):
+            setup.now_s += 10.0
+            yield Chunk(0, (1,), "a", late_by_itself=by_itself)
+
+    admitting = PlannedPipeline(
+        AdmittingPipeline(Late(), setup.gate, keep_floor=0.1), setup.planner
+    )
+    assert len([_ async for _ in admitting.generate(Request("r", setup.prompt, b""))]) == 1
+    assert (setup.gate.backlog().prefill_s > 0.5) is is_learnt
+    assert setup.gate.running == 0
 
 
 async def test_the_next_request_starts_at_the_first_token_not_at_the_last():

@@ -175,6 +175,16 @@ def test_overheads_of_pruning_count():
     assert expected.dense_s == pytest.approx(1.01, rel=0.05)
 
 
+def test_the_way_to_the_speculator_is_no_overhead_of_prompts_that_it_does_not_see():
+    known = gain()
+    for seed in range(20):  # 2 s on the way to the speculator and back, and all was sent
+        scored = report(reason=Reason.UNCERTAIN, speculate_s=0.15, prefill_s=1.01, ttft_s=3.16)
+        known.learn(request(10_000, seed), scored)
+    expected = known.estimate(request(10_000, 99), 0.2)
+    assert expected.dense_s == pytest.approx(1.01, rel=0.05)
+    assert expected.prune_s == pytest.approx(0.15 + 0.21 + 2.0, rel=0.05)
+
+
 def test_answers_that_are_computed_again_count_as_costs_of_pruning():
     """As often as they were; what was discarded is no overhead of dense prompts."""
     known = gain()

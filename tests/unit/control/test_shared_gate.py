@@ -239,9 +239,11 @@ async def test_without_the_shared_gate_a_gateway_decides_by_itself_until_it_is_b
     assert (state(process.gate), own.running) == ((SLOTS, 1), 0)
     assert (admission.waiting, admission.running) == (1, 0)
 
+    await asyncio.sleep(5.0)
     process.is_away = True
     process.link.lose()
     slot = await waiting  # its place is lost, its request is not
+    assert slot.waited_s == pytest.approx(5.0, abs=0.1)  # nor is the time that it has used up
     await becomes(admission, False)
     assert (own.running, admission.running, admission.waiting) == (1, 1, 0)
     slot.record_first_token()

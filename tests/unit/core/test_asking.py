@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from specprefill.core.asking import ASKED_TOKENS, asked_spans
+from specprefill.core.asking import ASKED_TOKENS, asked_spans, opening_tokens
 from specprefill.core.types import Span
 
 WORD = re.compile(r"\s*\S+")
@@ -92,3 +92,25 @@ def test_what_the_template_altered_does_not_ask():
     spans = asked_spans(text, offsets, changed)
     assert len(spans) == 1
     assert asked_spans(text, offsets, [user("which ?"), CALL, result("ONE")]) == (Span(1, 3),)
+
+
+@pytest.mark.parametrize(
+    ("messages", "opening"),
+    [
+        ([user("which one ?")], 2),  # <end> <assistant>
+        ([user("which one ?  "), {"role": "assistant", "content": "one"}, user("and then ?")], 2),
+        ([user("which ?"), CALL, result("one two")], 2),
+        ([user("the template wrote something else")], 0),
+    ],
+    ids=["question", "turn", "result", "altered"],
+)
+def test_what_opens_the_answer_stands_behind_the_last_content(messages, opening):
+    text, offsets = rendered(messages)
+    if opening == 0:
+        messages = [user("what the template was given")]
+    assert opening_tokens(text, offsets, messages) == opening
+
+
+def test_a_prompt_without_messages_has_no_opening():
+    text, offsets = rendered([user("which ?")])
+    assert opening_tokens(text, offsets, []) == 0

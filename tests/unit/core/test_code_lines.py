@@ -181,6 +181,14 @@ def test_a_block_ends_with_its_indentation() -> None:
     assert "print" not in inside
 
 
+def test_a_name_that_begins_as_an_end_begins_a_block_of_its_own() -> None:
+    text = "".join(f'endpoint("/{name}") {{\n  return {name};\n}}\n' for name in "abc")
+    heights = [block.height for block in code_blocks(tokens_of(text)) if len(block.lines) > 1]
+    assert heights == [0, 0, 0]
+    ruby = "def one()\n  return 1\nend\ndef two()\n  return 2\nend\n"
+    assert [lines[-1] for _, lines in shown(ruby)[:2]] == ["return 1", "return 2"]
+
+
 @pytest.mark.parametrize("text", [PROSE, "", "\n\n", "no code at all", '{\n  "a": {\n  }\n}'])
 def test_prose_and_data_have_no_blocks(text: str) -> None:
     assert code_blocks(tokens_of(text)) == ()
@@ -211,6 +219,7 @@ HOSTILE = {
     "closing brackets": ("x" + ")" * 280 + "{\n") * 1_000,
     "signatures without an end": "def f(\n" * 20_000,
     "deeper and deeper": "".join(" " * depth + "def f():\n" for depth in range(700)),
+    "signatures that begin as an end": "end(a) {\n" * 20_000,
     "blanks": ("fun " + "a  " * 90 + "\n") * 1_000,
 }
 

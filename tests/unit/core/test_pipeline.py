@@ -68,6 +68,14 @@ async def test_the_report_is_on_the_last_chunk_only():
     assert (report.speculate_s, report.prefill_s, report.transfer_s) == (0.25, 0.5, 0.125)
 
 
+async def test_a_first_token_that_is_late_by_itself_is_marked():
+    assert not (await Pools().run())[0].late_by_itself
+    pools = Pools()
+    pools.speculator.lost = 1
+    assert (await pools.run())[0].late_by_itself
+    assert (await Pools().run(hold_back_chars=3))[0].late_by_itself
+
+
 async def test_each_sample_gets_all_of_its_tokens():
     chunks = await Pools().run(samples=3)
     assert [tokens(chunks, index) for index in range(3)] == [[100, 101, 102, 103]] * 3

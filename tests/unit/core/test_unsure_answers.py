@@ -69,6 +69,13 @@ async def test_an_unsure_answer_is_computed_again_from_all_of_the_prompt(early):
     assert pools.decoder.closed == len(pools.decoder.replays) == 1 + early
 
 
+async def test_the_first_token_behind_two_prefills_shows_nobodys_queue():
+    for sureness, is_late in ((0.4, True), (0.6, False)):
+        stream = Pools(sureness=[sureness]).pipeline.generate(Request("r", PROMPT, b""))
+        async with aclosing(stream) as chunks:
+            assert (await anext(chunks)).late_by_itself is is_late
+
+
 async def test_a_sure_answer_is_sent():
     pools = Pools(sureness=[0.5])
     _, report = await pools.run()

@@ -37,7 +37,9 @@ def faults(text):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["local.yaml", "local-slo.yaml", "gpu-8b-70b.yaml"])
+@pytest.mark.parametrize(
+    "name", ["local.yaml", "local-slo.yaml", "gpu-8b-70b.yaml", "gpu-8b-70b-slo.yaml"]
+)
 def test_the_shipped_files_pass(root, name):
     loaded = df.load(root / "cluster" / name)
     assert {d.name for d in loaded.file.applications[0].deployments} == {
@@ -191,7 +193,7 @@ def test_every_option_we_allow_is_one_that_serve_reads(mirror, original):
 def test_serve_itself_accepts_the_shipped_files(root):
     from ray.serve.schema import ServeDeploySchema
 
-    for name in ("local.yaml", "gpu-8b-70b.yaml"):
+    for name in ("local.yaml", "gpu-8b-70b.yaml", "gpu-8b-70b-slo.yaml"):
         raw = df.load(root / "cluster" / name).raw
         assert ServeDeploySchema.model_validate(raw).applications[0].name == "specprefill"
 

@@ -89,6 +89,15 @@ async def test_averages_follow_the_answers():
     assert arrivals(traffic).total() == 300
 
 
+async def test_a_token_of_several_samples_takes_a_slot_of_each():
+    pipeline, traffic = counted()
+    for _ in range(300):
+        asked = Request("r", tuple(range(4000)), b"", samples=2)
+        _ = [chunk async for chunk in pipeline.generate(asked)]
+    # Three tokens, two of them first ones: the third took both slots for 2 s.
+    assert traffic.signals(DEFAULT_CURVES)[OUTPUT_TOKEN_S] == pytest.approx(4.0, rel=0.01)
+
+
 async def test_where_the_scores_choose_what_they_usually_keep_is_expected():
     pipeline, traffic = counted(keep=None)
     prompt = tuple(range(4000))

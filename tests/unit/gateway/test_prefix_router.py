@@ -114,6 +114,20 @@ async def test_full_replicas_are_asked_again_after_a_pause() -> None:
     assert await waiting == "b"
 
 
+async def test_a_caller_that_leaves_a_full_pool_leaves_no_load_behind() -> None:
+    full = [Replica("a", ongoing=8), Replica("b", ongoing=8)]
+    made = router(*full)
+    waiting = [asyncio.create_task(routed(made, call())) for _ in range(3)]
+    while len(made._affinity._choices) < len(waiting):  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    await asyncio.sleep(0)
+    assert not made._affinity._choices
+    assert all(each.queued_tokens == 0 for each in made._affinity._replicas.values())
+
+
 async def test_a_call_counts_until_it_ends_and_only_once() -> None:
     made = router(Replica("a"), Replica("b"))
     pending, result = call(), Result()

@@ -2,8 +2,10 @@
 
 import random
 
+import pytest
+
 from specprefill.core.types import Plan, PlanKind, Reason, Selection, Span, dense_selection
-from specprefill.speculator.kept_memory import BLOCK_TOKENS, MOST_REPLACED, KeptMemory
+from specprefill.speculator.kept_memory import BLOCK_TOKENS, MOST_OPENING_TOKENS, KeptMemory
 
 RNG = random.Random(1)
 PROMPT = [RNG.randrange(30000) for _ in range(5 * BLOCK_TOKENS + 40)]
@@ -14,9 +16,10 @@ def pruned(prompt, runs=RUNS, reason=Reason.DEFAULT) -> Selection:
     return Selection(len(prompt), runs, Plan(PlanKind.PRUNE, reason, 0.3))
 
 
-def remembering(prompt=PROMPT, selection=None, room=1 << 20) -> KeptMemory:
+def remembering(prompt=PROMPT, selection=None, room=1 << 20, opening=0) -> KeptMemory:
     memory = KeptMemory(room)
-    memory.remember(prompt, selection or pruned(prompt), Reason.DEFAULT)
+    kept = selection or pruned(prompt)
+    memory.remember(prompt, kept, Reason.DEFAULT, opening_tokens=opening)
     return memory
 
 
@@ -29,14 +32,33 @@ def test_the_same_prompt_is_not_its_own_next_turn():
     assert remembering().find(PROMPT) is None
 
 
-def test_the_last_tokens_may_differ_as_templates_do():
-    before = remembering().find([*PROMPT[:-10], *range(50)])
+def test_the_next_turn_may_lack_what_opened_the_answer():
+    before = remembering(opening=10).find([*PROMPT[:-10], *range(50)])
     assert before.tokens == len(PROMPT) - 10
     assert before.runs[-1] == Span(len(PROMPT) - 100, len(PROMPT) - 10)
 
 
-def test_another_question_about_the_same_text_is_not_a_next_turn():
-    assert remembering().find([*PROMPT[: -MOST_REPLACED - 1], *range(30001, 30201)]) is None
+@pytest.mark.parametrize("question_tokens", [1, 15, 200])
+def test_another_question_about_the_same_text_is_not_a_next_turn(question_tokens):
+    opening = [40_001, 40_002, 40_003]
+    one, other = ([*PROMPT, *range(first, first + question_tokens), *opening] for first in (0, 500))
+    memory = remembering(one, opening=len(opening))
+    assert memory.find([*other, *range(90)]) is None
+    assert memory.find([*one, *range(90)]).tokens == len(one)
+
+
+def test_of_a_long_opening_not_all_is_forgiven():
+    memory = remembering(opening=200)
+    assert memory.find([*PROMPT[:-MOST_OPENING_TOKENS], *range(30001, 30201)]) is not None
+    assert memory.find([*PROMPT[: -MOST_OPENING_TOKENS - 1], *range(30001, 30201)]) is None
+
+
+def test_many_conversations_about_one_text_are_all_remembered():
+    memory = KeptMemory(1 << 20)
+    prompts = [[*PROMPT, *range(500 * n, 500 * n + 20)] for n in range(20)]
+    for prompt in prompts:
+        memory.remember(prompt, pruned(prompt), Reason.DEFAULT)
+    assert [memory.find([*prompt, 1]).tokens for prompt in prompts] == [len(PROMPT) + 20] * 20
 
 
 def test_the_longest_turn_is_found():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -33,6 +34,7 @@ from specprefill.speculator.reading import Reading
 from specprefill.speculator.scorer import Scorer
 from specprefill.speculator.scoring_gauges import SpeculatorGauges
 from specprefill.speculator.service import SpeculatorService
+from specprefill.speculator.translation import SamePrompt
 from tests.instruments import Instruments
 from tests.unit.speculator.gated_scorer import (
     PLAN,
@@ -162,6 +164,57 @@ async def test_a_selection_carries_its_scores_where_they_are_wanted(scorer: Gate
     assert wanted.runs == plain.runs
     assert wanted.scores == chunk_scores(scores, request.protected, POLICY, wanted.scores.certainty)
     assert unpack(pack(wanted), Selection) == wanted
+
+
+class UnreadScorer(GatedScorer):
+    """A scorer whose draft has no tokens for prompts of 100."""
+
+    def translate(self, prompt: Sequence[int]) -> SamePrompt:
+        return SamePrompt(() if len(prompt) == 100 else tuple(prompt))
+
+
+@pytest.mark.asyncio
+async def test_a_prompt_that_the_draft_cannot_read_goes_dense_and_harms_no_other(
+    draft: Draft,
+) -> None:
+    async with serving(UnreadScorer(draft)) as service:
+        for _ in range(MAX_FAILURES_IN_A_ROW + 1):
+            read, unread = await asyncio.gather(
+                *(service.select(request_of(tokens), PLAN, WAIT_S) for tokens in (170, 100))
+            )
+            assert read.plan.kind is PlanKind.PRUNE
+            assert (unread.plan.kind, unread.plan.reason) == (PlanKind.DENSE, Reason.FLAT_SCORES)
+        assert service.is_running
+        assert service.counts.failures == 0
+
+
+@pytest.mark.asyncio
+async def test_prompts_whose_callers_left_are_not_cut_any_more(draft: Draft) -> None:
+    cut: list[int] = []
+    first_is_cut, go_on = threading.Event(), threading.Event()
+
+    class SlowChunker:
+        def chunks(self, prompt: Sequence[int]) -> Chunks:
+            cut.append(len(prompt))
+            first_is_cut.set()
+            assert go_on.wait(WAIT_S)
+            return Chunks.of_equal_length(len(prompt), 8)
+
+    chosen = Batching(max_wait_s=0.05)
+    scorer = GatedScorer(draft)
+    service = SpeculatorService(lambda: scorer, POLICY, chosen, load_chunks=SlowChunker)
+    async with service:
+        asked = [
+            asyncio.create_task(service.select(request_of(tokens), PLAN, WAIT_S))
+            for tokens in (100, 110, 120, 130)
+        ]
+        assert await asyncio.to_thread(first_is_cut.wait, WAIT_S)
+        for task in asked[1:3]:
+            task.cancel()
+        await asyncio.wait(asked[1:3])
+        go_on.set()
+        await asyncio.gather(asked[0], asked[3])
+    assert cut == [100, 130]
 
 
 @pytest.mark.asyncio

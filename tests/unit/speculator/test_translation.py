@@ -28,6 +28,7 @@ from specprefill.speculator.translation import (
     decode,
     load_translator,
 )
+from tests.linear_cost import assert_linear
 
 TEXT = "The gate code of amber fox is 48213. Ärger über 日本語 and 😀 emoji, don't panic!\n\n  Ok. "
 
@@ -74,6 +75,24 @@ def test_the_bytes_of_one_character_share_its_place() -> None:
 def test_bytes_that_make_no_character_stand_for_no_text() -> None:
     ids = BYTES.encode("a日", add_special_tokens=False).ids
     assert decode(BYTES, ids[:-1]) == ("a", [(0, 1), (1, 1), (1, 1)])
+
+
+@pytest.mark.parametrize("tokens", [3, 15, 16, 17, 200])
+def test_bytes_of_no_character_do_not_take_the_text_behind_them(tokens: int) -> None:
+    (first,) = BYTES.encode("日", add_special_tokens=False).ids[:1]
+    behind = BYTES.encode("and so on", add_special_tokens=False).ids
+    text, offsets = decode(BYTES, [first] * tokens + behind)
+    assert text.endswith("and so on")
+    assert set(text.removesuffix("and so on")) <= {"\ufffd"}
+    assert len(offsets) == tokens + len(behind)
+    assert [text[start:stop] for start, stop in offsets[-len("and so on") + 1 :]] == list(
+        "nd so on"
+    )
+
+
+def test_decoding_bytes_of_no_character_takes_linear_time() -> None:
+    (first,) = BYTES.encode("日", add_special_tokens=False).ids[:1]
+    assert_linear(lambda size: lambda: decode(BYTES, [first] * size), 500)
 
 
 def translate(offsets: list[tuple[int, int]], main: list[tuple[int, int]]) -> TranslatedPrompt:
