@@ -16,6 +16,7 @@ from .selection import Scores
 from .types import Span
 
 QUERY_TOKENS = 256  # of the last protected span, that other chunks are compared with
+HALF_TOKENS = 24  # from the end of the query, where its words count half
 SATURATION, LENGTH_SHARE = 1.2, 0.75  # k1 and b of BM25
 SPACING_SHARE = 1e-2  # of the best chunk's score: spreads chunks that share no word of the query
 
@@ -32,13 +33,14 @@ def word_scores(
     """Score each token as its chunk, `[N]` -> `[N]` in [0, 1].
 
     The query is what the request marks as `asked`, else the prompt's end and the last protected
-    span. A score is the square of a chunk's BM25 as a share of the highest, so that chunks stand
-    out as much as by a draft model's attention. Those that share nothing with the query have small
-    scores by which any number of them lies evenly spaced.
+    span, whose words count the less the further they stand from the end: a short question has other
+    text before it. A score is the square of a chunk's BM25 as a share of the highest, so that
+    chunks stand out as much as by a draft model's attention. Those that share nothing with the
+    query have small scores by which any number of them lies evenly spaced.
     """
     ids = np.asarray(prompt, dtype=np.int64)
-    query = np.unique(np.concatenate(_query_parts(ids, asked, protected, tail_tokens)))
-    rated = _bm25(ids, query, chunks.sizes)
+    query, weights = _query(ids, asked, protected, tail_tokens)
+    rated = _bm25(ids, query, weights, chunks.sizes)
     best = float(rated.max())
     shares = rated / best if best > 0.0 else rated
     shares = (shares + SPACING_SHARE * _spacing(len(chunks.starts))) / (1.0 + SPACING_SHARE)
@@ -46,20 +48,31 @@ def word_scores(
     return scores
 
 
-def _query_parts(
+def _query(
     prompt: Tokens, asked: Sequence[Span], protected: Sequence[Span], tail_tokens: int
-) -> list[Tokens]:
+) -> tuple[Tokens, NDArray[np.float64]]:
+    """Return the query's tokens, ascending, `[words]`, and the highest weight of each."""
     if asked:
-        return [prompt[span.start : span.stop] for span in asked]
-    tail = [prompt[max(0, len(prompt) - tail_tokens) :]]
+        query = np.unique(np.concatenate([prompt[span.start : span.stop] for span in asked]))
+        return query, np.ones(len(query))
+    parts = [prompt[max(0, len(prompt) - tail_tokens) :]]
     if protected:
         last = protected[-1]
-        tail.append(prompt[max(last.start, last.stop - QUERY_TOKENS) : last.stop])
-    return tail
+        parts.append(prompt[max(last.start, last.stop - QUERY_TOKENS) : last.stop])
+    query, places = np.unique(np.concatenate(parts), return_inverse=True)
+    weights = np.zeros(len(query))
+    behind = np.concatenate([np.arange(len(part))[::-1] for part in parts])
+    np.maximum.at(weights, places, 0.5 ** (behind / HALF_TOKENS))
+    return query, weights
 
 
-def _bm25(prompt: Tokens, query: Tokens, sizes: Tokens) -> NDArray[np.float64]:
-    """Rate each chunk by BM25, `[chunks]` (Robertson and Zaragoza, 2009, section 3)."""
+def _bm25(
+    prompt: Tokens, query: Tokens, weights: NDArray[np.float64], sizes: Tokens
+) -> NDArray[np.float64]:
+    """Rate each chunk by BM25, `[chunks]` (Robertson and Zaragoza, 2009, section 3).
+
+    Each match is multiplied by its word's weight.
+    """
     chunks = len(sizes)
     place = np.minimum(np.searchsorted(query, prompt), len(query) - 1)
     asked = query[place] == prompt
@@ -69,7 +82,7 @@ def _bm25(prompt: Tokens, query: Tokens, sizes: Tokens) -> NDArray[np.float64]:
     rarity = np.log1p((chunks - found_in + 0.5) / (found_in + 0.5))
     length = 1.0 - LENGTH_SHARE + LENGTH_SHARE * sizes / sizes.mean()
     matches = counts * (SATURATION + 1.0) / (counts + SATURATION * length[:, None])
-    rated: NDArray[np.float64] = matches @ rarity
+    rated: NDArray[np.float64] = matches @ (rarity * weights)
     return rated
 
 

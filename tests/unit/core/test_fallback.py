@@ -50,6 +50,15 @@ def test_the_query_may_stand_before_the_tail():
     assert keeps(selection, 1000)
 
 
+def test_a_short_question_counts_for_more_than_the_text_before_it():
+    prompt = text(4000)
+    prompt[1000:1003] = prompt[-8:-5] = [9001, 9002, 9003]  # what is asked
+    prompt[2000:2004] = prompt[-62:-58] = [9004, 9005, 9006, 9007]  # text before the question
+    policy = replace(POLICY, tail_tokens=64, min_kept_tokens=1)
+    plan = replace(PLAN, keep=(4 + 64 + 32) / len(prompt))  # room for one chunk
+    assert keeps(static_selection(asking(prompt), plan, policy), 1000)
+
+
 def test_in_front_of_a_tools_result_the_question_asks():
     prompt = text(4000)
     prompt[20:23] = prompt[1000:1003] = [9001, 9002, 9003]
