@@ -19,6 +19,7 @@ from .signals import (
     KV_TOKENS,
     OUTPUT_TOKEN_S,
     QUEUE_AGE_S,
+    REMEMBERED_SHARE,
     Signals,
     arrivals_in,
     curves_in,
@@ -145,6 +146,7 @@ class ClusterObserver:
             median(signals[OUTPUT_TOKEN_S] for signals in learnt),
             decode_slots,
             median(signals[CACHED_SHARE] for signals in learnt),
+            median(signals.get(REMEMBERED_SHARE, 0.0) for signals in learnt),
         )
 
 

@@ -17,6 +17,7 @@ Signals = Mapping[str, float]
 
 QUEUE_AGE_S = "queue_age_s"  # of a pool's replica: how long its oldest request waits
 CACHED_SHARE = "cached_share"  # of a gateway: kept tokens that were in the prefix cache
+REMEMBERED_SHARE = "remembered_share"  # of a gateway: scored tokens that a speculator remembered
 OUTPUT_TOKEN_S = "output_token_s"  # of a gateway: between two output tokens of a request
 DECODE_SLOTS = "decode_slots"  # of a decode replica: sequences that it runs at once
 KV_TOKENS = "kv_tokens"  # of a decode replica: tokens that its KV cache holds

@@ -57,7 +57,15 @@ class AdmissionRequest:
     keep: float  # as planned
     floor: float  # the least that its caller and the deployment allow; at most `keep`
     deadline_s: float  # time left for its first token
-    cached_tokens: int = 0  # of the prompt, in the prefix cache
+    cached_tokens: int = 0  # of what is sent, in the prefix cache
+    remembered_tokens: int = 0  # of the prompt, by the speculator
+
+    def speculate_s(self, curve: Curve) -> float:
+        """Return the seconds that its own scoring takes; 0 for a dense one."""
+        if self.keep >= 1.0:
+            return 0.0
+        read = min(self.remembered_tokens, self.prompt_tokens)
+        return curve.seconds(self.prompt_tokens - read, read)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +104,7 @@ def judge(
 ) -> Admitted | Shed:
     """Decide whether to admit one request, and at which keep rate."""
     pruned = ask.keep < 1.0
-    own_s = curves.speculate.seconds(ask.prompt_tokens) if pruned else 0.0
+    own_s = ask.speculate_s(curves.speculate)
     scored_s = backlog.speculate_s + own_s if pruned else 0.0
     before_s = max(scored_s, backlog.prefill_s)  # the prefill queue moves on meanwhile
     budget_s = policy.headroom * policy.ttft_s - before_s

@@ -80,6 +80,9 @@ class NetGain:
             + self._overhead_s(PlanKind.PRUNE, tokens)
             + self._unsure_share * dense_s,
             is_trial=self._begin_trial(request),
+            remembered_tokens=self._draft_cache.expected_tokens(read),
+            dense_cached_tokens=self._prefill_cache.expected_tokens(cached),
+            prune_cached_tokens=self._prefill_cache.expected_tokens(max(0, shared)),
         )
 
     def learn(self, request: Request, report: Report) -> None:

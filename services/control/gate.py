@@ -15,7 +15,7 @@ from itertools import islice
 from math import exp, inf
 
 from ..core.errors import DeadlineExceeded, Overloaded
-from ..core.types import Plan, PlanKind, Reason
+from ..core.types import Plan, Reason
 from .admission import (
     MIN_RETRY_AFTER_S,
     AdmissionPolicy,
@@ -211,13 +211,11 @@ class Gate:
         if isinstance(verdict, Shed):
             message = f"{_MESSAGES[verdict.reason]}; try again later"
             raise Overloaded(message, verdict.retry_after_s, verdict.reason)
-        plan, speculate_s = arrival.plan, 0.0
-        if plan.kind is not PlanKind.DENSE:
-            speculate_s = curves.speculate.seconds(arrival.prompt_tokens)
+        plan = arrival.plan
         return GatedRequest(
             arrival,
             plan if verdict.keep >= ask.keep else _with_keep(plan, verdict.keep),
-            speculate_s,
+            ask.speculate_s(curves.speculate),
             verdict.prefill_s if arrival.is_prefilled else 0.0,
             verdict.late,
             self._now(),

@@ -111,6 +111,10 @@ class CacheForecast:
         warm_s = curve.seconds(tokens - cached, cached)
         return self._trust * warm_s + (1.0 - self._trust) * curve.seconds(tokens)
 
+    def expected_tokens(self, cached: int) -> int:
+        """Return how many tokens are cached on average where `cached` should be."""
+        return int(self._trust * cached)
+
     def learn(self, digests: Sequence[int], tokens: int, cached: int) -> None:
         """Learn that of a prompt's first `tokens` tokens all but `cached` were computed."""
         foreseen = self._memory.longest_match(digests, tokens)

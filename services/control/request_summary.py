@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-from ..core.types import Plan, PlanKind, Request
+from ..core.types import Plan, PlanKind, Request, TtftEstimate
 from .admission import AdmissionRequest
 
 _BELOW_DENSE = 0.999  # the highest keep rate of a plan whose rate the scores choose
@@ -40,10 +40,19 @@ class RequestSummary:
 
     def admission_request(self) -> AdmissionRequest:
         """Return the question that the admission rules answer."""
+        expected = self.plan.expected or TtftEstimate(0.0, 0.0)
         if self.plan.kind is PlanKind.DENSE:
-            return AdmissionRequest(self.prompt_tokens, 1.0, 1.0, self.timeout_s)
+            cached = expected.dense_cached_tokens
+            return AdmissionRequest(self.prompt_tokens, 1.0, 1.0, self.timeout_s, cached)
         keep = min(self.plan.highest_keep, _BELOW_DENSE)
-        return AdmissionRequest(self.prompt_tokens, keep, min(keep, self.floor), self.timeout_s)
+        return AdmissionRequest(
+            self.prompt_tokens,
+            keep,
+            min(keep, self.floor),
+            self.timeout_s,
+            expected.prune_cached_tokens,
+            expected.remembered_tokens,
+        )
 
 
 def _floor(request: Request, plan: Plan, keep_floor: float) -> float:

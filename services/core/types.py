@@ -85,6 +85,9 @@ class TtftEstimate:
     dense_s: float
     prune_s: float
     is_trial: bool = False  # pruned whatever is expected: the expectation may be out of date
+    remembered_tokens: int = 0  # of the prompt, by the speculator
+    dense_cached_tokens: int = 0  # of what either plan sends, by an engine
+    prune_cached_tokens: int = 0
 
     def for_plan(self, kind: PlanKind) -> float:
         """Return the expected seconds to the first token of `kind`."""

@@ -30,13 +30,15 @@ class Announcements:
             for listener in self._listeners:
                 listener.put(announcement)
 
-    def listen(self, on_end: Callable[[Callable[[], None]], object]) -> Iterator[Announcement]:
+    def listen(self, on_end: Callable[[Callable[[], None]], bool]) -> Iterator[Announcement]:
         """Yield announcements from now on.
 
-        `on_end` is given a function that ends the iteration from another thread.
+        `on_end` is given a function that ends the iteration from another thread; it returns False
+        where the iteration is to end before it starts.
         """
         mine: queue.SimpleQueue[Announcement | None] = queue.SimpleQueue()
-        on_end(lambda: mine.put(None))
+        if not on_end(lambda: mine.put(None)):
+            return
         with self._lock:
             self._listeners.add(mine)
         try:

@@ -8,7 +8,9 @@ from typing import Any
 
 import grpc
 
+from ..core.errors import KvTransferError
 from .recent import MOST, Recent
+from .refusals import PersistentCall
 from .tls import MutualTls, TlsSource
 
 OPTIONS: list[tuple[str, int | str]] = [
@@ -32,14 +34,31 @@ class Channels:
         self._opened: Recent[tuple[str, int], grpc.Channel] = Recent(most)
         self._retired: list[grpc.Channel] = []
         self._used: MutualTls | None = None
+        self._closed = False
         self._lock = threading.Lock()
 
-    def stream(self, peer: str, method: str, message: bytes, part: int = 0) -> Any:
+    def stream(
+        self, peer: str, method: str, message: bytes, part: int = 0, *, retry_s: float = 0.0
+    ) -> PersistentCall:
         """Start a call that `peer`, `host:port`, answers with a stream.
 
-        Each `part` is a connection of its own.
+        Each `part` is a connection of its own. While the peer has too many calls, it is asked
+        again, for `retry_s`. Raises KvTransferError after `close`.
         """
+        return PersistentCall(lambda: self._start(peer, method, message, part), retry_s)
+
+    def close(self) -> None:
+        """Close every channel; calls under way fail."""
         with self._lock:
+            self._closed = True
+            for opened in (*self._opened.take_all(), *self._retired):
+                opened.close()
+            self._retired.clear()
+
+    def _start(self, peer: str, method: str, message: bytes, part: int) -> Any:
+        with self._lock:
+            if self._closed:
+                raise KvTransferError(f"kv: the connections are closed, also to {peer}")
             self._retire_if_changed()
             channel = self._opened.get((peer, part))
             if channel is None:
@@ -50,13 +69,6 @@ class Channels:
             for unused in self._opened.take_unused():
                 unused.close()
             return call
-
-    def close(self) -> None:
-        """Close every channel; calls under way fail."""
-        with self._lock:
-            for opened in (*self._opened.take_all(), *self._retired):
-                opened.close()
-            self._retired.clear()
 
     def _retire_if_changed(self) -> None:
         now = None if self._tls is None else self._tls.current()

@@ -33,8 +33,8 @@ from .frames import HEADER_ROOM, Frame, SealedFrame, seal_in_place
 from .leases import LeaseStore
 from .nixl.agent import NixlAgent, agent_for
 from .nixl.arena import Arena, Bytes
-from .nixl.device_reads import DeviceReadHandler
-from .nixl.reads import Introduction, NixlHandler
+from .nixl.device_reads import DeviceIntroduction, DeviceReadHandler
+from .nixl.reads import NixlHandler
 from .object_ref.shared_memory import LocateHandler, SharedMemory
 from .rpc import KvServer
 from .tls import watch_tls
@@ -48,7 +48,7 @@ _SWEEP_S = 0.5
 class KeeperConfig:
     """The first message to a keeper.
 
-    With `device` (the agent's name, its metadata, and the address of the device memory), the
+    With `device` (the agent's name, its metadata, and the device memory's address and GPU), the
     shared memory is a shadow: the worker puts the KV at the same offsets of device memory.
     """
 
@@ -59,7 +59,8 @@ class KeeperConfig:
     tls: dict[str, Any] | None  # a KvTls
     lease_s: float
     fingerprint: str
-    device: tuple[str, bytes, int] | None  # the worker's agent, if KV stays in device memory
+    # The worker's agent, if KV stays in device memory.
+    device: tuple[str, bytes, int, int | None] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,12 +192,12 @@ class Keeper:
     ) -> list[NixlHandler | LocateHandler | DeviceReadHandler]:
         """Let others read the memory itself: peers with NIXL, or this node's processes."""
         if config.device is not None:
-            name, metadata, address = config.device
+            name, metadata, address, index = config.device
             return [
                 DeviceReadHandler(
                     self._leases,
                     config.fingerprint,
-                    Introduction(name, metadata),
+                    DeviceIntroduction(name, metadata, index),
                     Arena(config.memory_bytes, shared.memory),
                     address,
                     lambda readers: self._send("readers", readers),

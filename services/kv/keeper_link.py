@@ -64,7 +64,7 @@ class KeeperLink:
             tls,
             lease_s,
             fingerprint,
-            None if device is None else (*_introduction(device[0]), device[1].address),
+            None if device is None else _introduction(*device),
         )
         self._link = _start_keeper(config)
         self.address, self.carrier, self.pid = self._await_ready()
@@ -175,8 +175,8 @@ class KeeperLink:
                 self._regions.pop(offset, None)
 
 
-def _introduction(agent: NixlAgent) -> tuple[str, bytes]:
-    return agent.name, agent.metadata()
+def _introduction(agent: NixlAgent, memory: NixlMemory) -> tuple[str, bytes, int, int | None]:
+    return agent.name, agent.metadata(), memory.address, memory.device
 
 
 def _start_keeper(config: KeeperConfig) -> Connection:

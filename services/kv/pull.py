@@ -52,7 +52,9 @@ class KvClient:
         self._channels.close()
 
     def _stream(self, endpoint: str, query: PullQuery) -> KvStream:
-        call = self._channels.stream(endpoint, PULL, query.pack(), query.part)
+        call = self._channels.stream(
+            endpoint, PULL, query.pack(), query.part, retry_s=query.timeout_s
+        )
         return KvStream(call, query.lease_id, query.timeout_s)
 
 

@@ -36,10 +36,11 @@ WATCH = f"/{SERVICE}/Watch"
 DRAIN = f"/{SERVICE}/Drain"
 STATS = f"/{SERVICE}/Stats"
 _CALL_TIMEOUT_S = 2.0
-_THREADS = 192
+_THREADS = 320  # at most: they are started when first needed
 # Each of these holds a thread for as long as it lasts; more are refused, so that renewals and
 # releases always find one.
 _MOST_AT_ONCE = {PULL: 128, WATCH: 16, DRAIN: 8}
+_MOST_LENDINGS = 128  # of other handlers; not among the pulls, as one may have to pull meanwhile
 _LONGEST_DRAIN_S = 600.0
 _HANG_UP_S = 0.5  # how long a drain may outlast its caller
 _Kinds = dict[str, type | tuple[type, ...]]
@@ -103,7 +104,7 @@ class KvServer:
         self._tls = tls
         self._server = grpc.server(
             futures.ThreadPoolExecutor(threads, thread_name_prefix="kv-serve"),
-            handlers=[_Handler(self), *more_handlers],
+            handlers=[_Handler(self), *_limit_handlers(more_handlers)],
             options=OPTIONS,
         )
 
@@ -195,8 +196,8 @@ def make_trailer(leases: LeaseStore, lease_id: str, sent: int) -> Trailer:
 class _Handler(grpc.GenericRpcHandler):
     def __init__(self, server: KvServer) -> None:
         self._methods = {
-            PULL: grpc.unary_stream_rpc_method_handler(_limit_streams(PULL, server.pull)),
-            WATCH: grpc.unary_stream_rpc_method_handler(_limit_streams(WATCH, server.watch)),
+            PULL: _stream_handler(PULL, server.pull),
+            WATCH: _stream_handler(WATCH, server.watch),
             RENEW: _unary_handler(server.renew),
             RELEASE: _unary_handler(server.release),
             DRAIN: _unary_handler(_limit_calls(DRAIN, server.drain)),
@@ -223,41 +224,69 @@ def _unary_handler(call: Unary) -> grpc.RpcMethodHandler[Any, Any]:
     return grpc.unary_unary_rpc_method_handler(call_checked)
 
 
+def _stream_handler(method: str, call: Streaming) -> grpc.RpcMethodHandler[Any, Any]:
+    places = _Places(_MOST_AT_ONCE[method], method)
+    return grpc.unary_stream_rpc_method_handler(_limit_streams(call, places))
+
+
+class _Places:
+    """Bounds the calls that run at once. Thread-safe."""
+
+    def __init__(self, most: int, calls: str) -> None:
+        self._semaphore = threading.BoundedSemaphore(most)
+        self._refusal = f"kv: at most {most} calls of {calls} at once"
+
+    @contextmanager
+    def take(self, context: grpc.ServicerContext) -> Iterator[None]:
+        """Hold a place while inside; abort the call where none is free."""
+        if not self._semaphore.acquire(blocking=False):
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, self._refusal)
+        try:
+            yield
+        finally:
+            self._semaphore.release()
+
+
 def _limit_calls(method: str, call: Unary) -> Unary:
     """Refuse more calls at once than `_MOST_AT_ONCE` allows."""
-    places = threading.BoundedSemaphore(_MOST_AT_ONCE[method])
+    places = _Places(_MOST_AT_ONCE[method], method)
 
     def call_bounded(message: bytes, context: grpc.ServicerContext) -> bytes:
-        with _take_place(places, method, context):
+        with places.take(context):
             return call(message, context)
 
     return call_bounded
 
 
-def _limit_streams(method: str, call: Streaming) -> Streaming:
-    """Refuse more streams likewise; a stream holds its place until it ends."""
-    places = threading.BoundedSemaphore(_MOST_AT_ONCE[method])
+def _limit_streams(call: Streaming, places: _Places) -> Streaming:
+    """Refuse more streams than there are places; a stream holds its place until it ends."""
 
     def call_bounded(message: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-        with _take_place(places, method, context):
+        with places.take(context):
             yield from call(message, context)
 
     return call_bounded
 
 
-@contextmanager
-def _take_place(
-    places: threading.BoundedSemaphore, method: str, context: grpc.ServicerContext
-) -> Iterator[None]:
-    if not places.acquire(blocking=False):
-        most = _MOST_AT_ONCE[method]
-        context.abort(
-            grpc.StatusCode.RESOURCE_EXHAUSTED, f"kv: at most {most} calls of {method} at once"
+def _limit_handlers(handlers: Sequence[grpc.GenericRpcHandler]) -> list[grpc.GenericRpcHandler]:
+    places = _Places(_MOST_LENDINGS, "handlers that lend memory")
+    return [_LimitedHandler(handler, places) for handler in handlers]
+
+
+class _LimitedHandler(grpc.GenericRpcHandler):
+    """Another handler, whose streams need places."""
+
+    def __init__(self, handler: grpc.GenericRpcHandler, places: _Places) -> None:
+        self._handler = handler
+        self._places = places
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
+        found = self._handler.service(details)
+        if found is None or found.unary_stream is None:
+            return found
+        return grpc.unary_stream_rpc_method_handler(
+            _limit_streams(found.unary_stream, self._places)
         )
-    try:
-        yield
-    finally:
-        places.release()
 
 
 def _pull_query(message: bytes, fingerprint: str, context: grpc.ServicerContext) -> PullQuery:

@@ -70,8 +70,8 @@ def decide(seen: Observation, policy: ScalingPolicy, memory: Memory) -> tuple[De
     wanted = _wanted_sizes(outlook, seen, policy, 1.0)
     roomy = _wanted_sizes(outlook, seen, policy, SPARE)
     wishes = {pool: _recent_wishes(memory, pool, roomy[pool], seen.now_s, policy) for pool in Pool}
-    idle = last_s is None or seen.now_s - last_s >= policy.idle_s
     started_s = seen.now_s if memory.started_s is None else memory.started_s
+    idle = seen.now_s - (started_s if last_s is None else last_s) >= policy.idle_s
     pools = {}
     for pool in Pool:
         state = seen.pools.get(pool)

@@ -54,7 +54,9 @@ def demand(time_s: Floats, work_s: Floats, now_s: float, span_s: float, ahead_s:
             ahead = min(max(level + slope * ahead_s, 0.0), MOST_GROWTH * level)
             return Demand(level, ahead, window_s)
     window_s = min(span_s, RECENT_S[0])
-    level = max(_rate(age_s, work_s, min(recent, span_s)) for recent in RECENT_S)
+    # Of less than the last seconds, chance would decide: they count as if nothing came before.
+    counted_s = max(span_s, RECENT_S[-1])
+    level = max(_rate(age_s, work_s, min(recent, counted_s)) for recent in RECENT_S)
     return Demand(level, level, window_s)
 
 

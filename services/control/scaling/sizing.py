@@ -76,13 +76,17 @@ def stage_times(arrivals: Arrivals, engines: Engines, keep_scale: float = 1.0) -
     cached = kept * engines.cached_share
     speculate, prefill = curves.speculate, curves.prefill
     fresh = kept - cached
+    read = prompt * engines.remembered_share
+    unread = prompt - read
     steps = np.maximum(arrivals.output_tokens - 1.0, 0.0)
     first_s = curves.transfer.base_s + curves.first_decode.base_s
     token_s = curves.transfer.token_s + curves.first_decode.token_s
     return StageTimes(
         speculate_s=np.where(
             pruned,
-            speculate.base_s + speculate.token_s * prompt + speculate.pair_s * prompt**2,
+            speculate.base_s
+            + speculate.token_s * unread
+            + speculate.pair_s * unread * (unread + 2.0 * read),
             0.0,
         ),
         prefill_s=prefill.base_s

@@ -135,6 +135,7 @@ class Engines:
     output_token_s: float = 0.03  # per output token of one sequence, at the usual batch
     decode_slots: int = 32  # sequences that a decode replica runs at once
     cached_share: float = 0.0  # of the kept tokens, found in the prefix cache
+    remembered_share: float = 0.0  # of pruned prompts' tokens, by the speculators
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
@@ -33,7 +32,6 @@ from .states import ROW_BYTES
 logger = logging.getLogger("vllm.specprefill.handoff")
 
 _PULL_THREADS = 64  # a pull may last as long as the prefill that it pulls from
-_LANDED_AHEAD = 4  # frames per pull that the device may still be reading
 
 Store = Callable[[torch.Tensor], None]
 
@@ -56,7 +54,6 @@ class _Arrival:
     stream: CopyStream
     stops: dict[int, int]  # by layer: tokens, or rows of its state, before it are there
     ends: dict[int, int]  # by layer: where it is complete
-    landed: deque[tuple[CopyEvent, bytes | memoryview]] = field(default_factory=deque)
 
 
 class Puller:
@@ -297,10 +294,7 @@ class Puller:
             self._copy_in(arrival.stream, frame, size, store)
             return
         there = self._landing.landed_bytes(memoryview(frame.payload))
-        arrival.landed.append((arrival.stream.run(lambda: store(there)), frame.payload))
-        while len(arrival.landed) > _LANDED_AHEAD:
-            arrival.landed[0][0].wait()  # only then may its place be used again
-            arrival.landed.popleft()
+        self._landing.hold_until(arrival.stream.run(lambda: store(there)), frame.payload)
 
     def _copy_in(self, stream: CopyStream, frame: Frame, size: int, store: Store) -> None:
         """Copy a frame's bytes into a buffer of the ring, and on into the cache."""

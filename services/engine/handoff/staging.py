@@ -59,8 +59,8 @@ class Stager:
         """Copy the order's tokens of one layer. Called after the layer was launched.
 
         The cache may be overwritten by later launches at once: the gather runs before them, on
-        the same stream. Where the shared memory is full, the lease ends, and the decode engine
-        computes the prompt.
+        the same stream. Where the shared memory has no room for one frame, the lease ends, and the
+        decode engine computes the prompt.
         """
         layout, cache = self._caches.layout, self._caches.by_layer[layer]
         blocks = self._caches.block_tensor(order.lease.id, layer, order.blocks)
@@ -85,39 +85,43 @@ class Stager:
         self._stage(order, _Rows(layer, span, ROW_BYTES, read), last=last_layer)
 
     def _stage(self, order: Stage, rows: _Rows, *, last: bool) -> None:
-        frame_rows = max(1, FRAME_BYTES // rows.row_bytes)
-        piece_rows = self._piece_frames * frame_rows
-        for start in range(rows.span.start, rows.span.stop, piece_rows):
-            stop = min(start + piece_rows, rows.span.stop)
-            piece = Piece(
-                order.lease.id,
-                rows.layer,
-                start,
-                stop,
-                0,
-                rows.row_bytes,
-                frame_rows,
-                last and stop == rows.span.stop,
-            )
-            if not self._copy(piece, rows):
+        start = rows.span.start
+        while start < rows.span.stop:
+            piece = self._place_piece(order.lease.id, rows, start, last=last)
+            if piece is None:
                 self._keeper.ask("drop", order.lease.id)
                 return
+            self._copy(piece, rows)
+            start = piece.stop
 
-    def _copy(self, piece: Piece, rows: _Rows) -> bool:
-        """Copy the piece to a place of its own; return False when there was no room."""
-        room = self._keeper.take(piece.size)
-        if room is None:
-            return False
-        offset, _ = room  # the link keeps it taken
+    def _place_piece(self, lease_id: str, rows: _Rows, start: int, *, last: bool) -> Piece | None:
+        """Take room for the rows from `start` on; return None if not even one frame has any.
+
+        The memory may be free in places that hold less than the largest piece.
+        """
+        frame_rows = max(1, FRAME_BYTES // rows.row_bytes)
+        frames = min(self._piece_frames, -(-(rows.span.stop - start) // frame_rows))
+        while frames > 0:
+            stop = min(start + frames * frame_rows, rows.span.stop)
+            ends = last and stop == rows.span.stop
+            piece = Piece(lease_id, rows.layer, start, stop, 0, rows.row_bytes, frame_rows, ends)
+            room = self._keeper.take(piece.size)
+            if room is not None:
+                return replace(piece, offset=room[0])  # the link keeps it taken
+            frames //= 2
+        return None
+
+    def _copy(self, piece: Piece, rows: _Rows) -> None:
+        """Copy the piece's rows to its place."""
         self._wait_for(piece.size)
         source = _lay_out_frames(
             rows.read(piece.start, piece.stop), piece.frame_tokens * piece.token_bytes, piece.size
         )
-        copied = self._stream.copy_out(source, self._memory[offset : offset + piece.size])
+        place = self._memory[piece.offset : piece.offset + piece.size]
+        copied = self._stream.copy_out(source, place)
         self._copying.append((copied, piece.size))
         self._copying_bytes += piece.size
-        self._keeper.append(replace(piece, offset=offset), copied.wait)
-        return True
+        self._keeper.append(piece, copied.wait)
 
     def _wait_for(self, size: int) -> None:
         """Wait until `size` bytes more may be under way."""

@@ -64,7 +64,8 @@ def prune_controls(prune: pb.Prune) -> Controls:
             ceiling=rate("prune.ceiling", _optional(prune, "ceiling")),
             protect=strings("prune.protect", list(prune.protect)),
             mode=prompt_mode("prune.mode", _optional(prune, "mode")),
-        )
+        ),
+        prefix="prune.",
     )
 
 

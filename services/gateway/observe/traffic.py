@@ -12,6 +12,7 @@ from collections.abc import Callable
 from ...autoscaling.signals import (
     CACHED_SHARE,
     OUTPUT_TOKEN_S,
+    REMEMBERED_SHARE,
     Size,
     arrival_signals,
     curve_signals,
@@ -21,7 +22,7 @@ from ...control.gain import TYPICAL_KEEP
 from ...control.stages import StageCurves
 from ...core.plan import plan_of
 from ...core.selection import SelectionPolicy, expected_kept
-from ...core.types import Chunk, PlanKind, Reason, Report, Request
+from ...core.types import UNSCORED, Chunk, PlanKind, Reason, Report, Request
 from .watched import Observer, RequestObserver
 
 _NEWEST = 1 / 32  # weight of the newest answer in the averages
@@ -36,6 +37,7 @@ class GatewayTraffic:
         self._output_tokens = _OUTPUT_TOKENS
         self._output_token_s = _OUTPUT_TOKEN_S
         self._cached_share = 0.0
+        self._remembered_share = 0.0
         self.keep_rate = TYPICAL_KEEP  # usual for pruned prompts
         self.unsure_share = 0.0  # of pruned prompts: those prefilled again, dense
 
@@ -52,6 +54,9 @@ class GatewayTraffic:
         """
         cached = report.cached_tokens / report.engine_tokens
         self._cached_share += _NEWEST * (cached - self._cached_share)
+        if report.speculate_s > 0.0 and report.reason not in UNSCORED:
+            remembered = report.remembered_tokens / report.prompt_tokens
+            self._remembered_share += _NEWEST * (remembered - self._remembered_share)
         is_unsure = report.reason is Reason.UNSURE_ANSWER
         if is_unsure or report.plan is PlanKind.PRUNE:
             self.unsure_share += _NEWEST * (is_unsure - self.unsure_share)
@@ -69,6 +74,7 @@ class GatewayTraffic:
             **curve_signals(curves),
             OUTPUT_TOKEN_S: self._output_token_s,
             CACHED_SHARE: self._cached_share,
+            REMEMBERED_SHARE: self._remembered_share,
         }
 
 

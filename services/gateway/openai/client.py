@@ -95,6 +95,11 @@ class PipelineClient(RemoteEngineClient):
             self.offsets, tail_tokens=tail_tokens, protect_fences=protect_fences
         )
 
+    @property
+    def most_characters(self) -> int:
+        """The most characters that a prompt's tokens can have, as vLLM counts them."""
+        return int(self.model_config.max_model_len * self.renderer.tokenizer.max_chars_per_token)
+
     @override
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
         """Refuse more answers than a request may have, before its prompts are read."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -58,7 +58,7 @@ class RequestMiddleware:
         app: ASGIApp,
         bodies: BodyReader,
         limits: JsonLimits,
-        checks: Mapping[str, CheckFields] | None = None,
+        checks: Mapping[str, Sequence[CheckFields]] | None = None,
     ) -> None:
         self._app = app
         self._checks = checks or {}  # by path
@@ -73,9 +73,7 @@ class RequestMiddleware:
         try:
             body = await self._bodies.read(Headers(scope=scope), receive)
             context, body, fields = _read_request(scope, body, self._limits)
-            check = self._checks.get(path_of(scope))
-            if check is not None and fields is not None:
-                await check(fields)
+            await self._check(path_of(scope), fields)
         except BodyTooLarge:
             await send_failure(scope, send, too_large(self._bodies.max_bytes))
             return
@@ -98,6 +96,10 @@ class RequestMiddleware:
                 raise
         finally:
             CURRENT.reset(token)
+
+    async def _check(self, path: str, fields: Mapping[str, Any] | None) -> None:
+        for check in () if fields is None else self._checks.get(path, ()):
+            await check(fields)
 
     async def _answer(self, scope: Scope, body: bytes, receive: Receive, reply: Reply) -> None:
         """Run the app; a cancellation reaches it as its client's disconnect.
@@ -154,8 +156,10 @@ def _read_request(
     if not body or not _may_be_json(headers):
         return context, body, None  # vLLM's handlers refuse it
     fields = parse_json(body, limits, "The request body")
-    if path_of(scope) not in GENERATING or not isinstance(fields, dict):
+    if not isinstance(fields, dict):
         return context, body, None
+    if path_of(scope) not in GENERATING:
+        return context, body, fields
     if fields.get("use_beam_search"):
         raise InvalidRequest("use_beam_search: beam search is not supported", "use_beam_search")
     _check_id("request_id", fields.get("request_id"))

@@ -14,6 +14,10 @@ MAX_STOP_TOKENS = 128
 MAX_BAD_WORD_TOKENS = 1024
 MAX_BIASES = 1024
 MAX_ALLOWED_TOKENS = 1024
+# An engine's scheduler, which serves everybody, compares the tokens of each pattern in Python.
+MAX_PATTERN_TOKENS = 64
+MAX_REPEATED_TOKENS = 256
+MAX_SEED = (1 << 63) - 1  # of vLLM's GPU runner, which ends at a higher one
 
 
 def check_samples(prompts: int, samples: int, most: int) -> None:
@@ -32,6 +36,14 @@ def check_sampling(params: SamplingParams) -> None:
 
     `params` have passed vLLM's validation, which adds the model's stop tokens to the caller's.
     """
+    last_seed = (params.seed or 0) + params.n - 1
+    if last_seed > MAX_SEED:
+        raise InvalidRequest(
+            f"seed: must be at most {MAX_SEED}, the last sample's too (seed + n - 1), "
+            f"not {last_seed}",
+            "seed",
+        )
+    _check_repetition(params)
     longest_stop = max(map(len, params.stop), default=0)
     bad_word_tokens = sum(map(len, params.bad_words_token_ids or ()))
     for field, size, most, unit in (
@@ -44,3 +56,19 @@ def check_sampling(params: SamplingParams) -> None:
     ):
         if size > most:
             raise InvalidRequest(f"{field}: must hold at most {most} {unit}, not {size}", field)
+
+
+def _check_repetition(params: SamplingParams) -> None:
+    repetition = params.repetition_detection
+    if repetition is None:
+        return
+    pattern, count = repetition.max_pattern_size, repetition.min_count
+    for what, size, most in (
+        ("max_pattern_size", pattern, MAX_PATTERN_TOKENS),
+        ("max_pattern_size times min_count", pattern * count, MAX_REPEATED_TOKENS),
+    ):
+        if size > most:
+            raise InvalidRequest(
+                f"repetition_detection: {what} must be at most {most}, not {size}",
+                "repetition_detection",
+            )

@@ -50,13 +50,15 @@ def add_selections_route(
             if isinstance(rendered, ErrorResponse):
                 return JSONResponse(rendered.model_dump(), status_code=rendered.error.code)
             tokenize_s = time.perf_counter() - started_s
+            model = fields.model or model_name
+            context.adapter = None if model == model_name else model
             request = await client.prepare(
                 rendered, SamplingParams(max_tokens=1), _request_id(raw_request), context
             )
             explained = await explainer.select(request, rendered, context)
         except SpecPrefillError as error:
             raise record_failure(context, error) from error
-        content = selection_json(explained, model_name, tokenize_s)
+        content = selection_json(explained, model, tokenize_s)
         encoded = await asyncio.to_thread(msgspec.json.encode, content)
         return Response(encoded, media_type="application/json")
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
@@ -38,11 +39,12 @@ from .explaining import SelectionExplainer
 from .input_items import check_input_items
 from .keys import KeyRing
 from .messages_log import log_messages_refused_in_one_line
-from .middleware import RequestMiddleware
+from .middleware import CheckFields, RequestMiddleware
 from .request_json import JsonLimits
-from .routes import RESPONSES, serve_only_known
+from .routes import GENERATING, RESPONSES, serve_only_known
 from .selections import add_selections_route
 from .surface import TASKS
+from .text_lengths import UNTRUNCATED, TextLengths
 
 
 @dataclass(slots=True)
@@ -84,6 +86,21 @@ def build_explainer(config: AppConfig, client: PipelineClient) -> SelectionExpla
     selection = config.selection
     bounds = KeepRange(selection.floor, selection.ceiling)
     return SelectionExplainer(client, policy, bounds, protect_fences=selection.protect_fences)
+
+
+def _checks(lengths: TextLengths) -> dict[str, tuple[CheckFields, ...]]:
+    """Return what is checked of a request's fields before vLLM's handlers see them, by path."""
+
+    async def check_truncated(fields: Mapping[str, Any]) -> None:
+        lengths.check_truncated(fields)
+
+    async def check_any(fields: Mapping[str, Any]) -> None:
+        lengths.check_any(fields)
+
+    checks: dict[str, tuple[CheckFields, ...]] = dict.fromkeys(GENERATING, (check_truncated,))
+    checks |= dict.fromkeys(UNTRUNCATED, (check_any,))
+    checks[RESPONSES] = check_truncated, check_input_items
+    return checks
 
 
 async def build_http_app(
@@ -131,7 +148,7 @@ async def build_http_app(
             RequestMiddleware,
             bodies=bodies,
             limits=JsonLimits(gateway.max_request_items),
-            checks={RESPONSES: check_input_items},
+            checks=_checks(TextLengths(client.most_characters)),
         )
     )
     app.user_middleware.append(

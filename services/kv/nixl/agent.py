@@ -194,7 +194,7 @@ class NixlAgent:
         self, peer: str, remote: NixlMemory, local: NixlMemory, into: memoryview
     ) -> NixlRead:
         """Start to read `remote` of the agent `peer` into `local`, which `into` keeps in place."""
-        self._sweep()
+        self.sweep()
         with self._mapped_errors():
             handle = self._agent.initialize_xfer(
                 "READ",
@@ -222,7 +222,12 @@ class NixlAgent:
         """Abandon `read`; its memory stays taken until it has ended."""
         with self._lock:
             self._lost.append(read)
-        self._sweep()
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Give back the memory of abandoned reads that have ended."""
+        with self._lock:
+            self._lost = [read for read in self._lost if not read.is_over()]
 
     def progress(self) -> None:
         """Answer peers who connect or read, as far as this process has to."""
@@ -234,10 +239,6 @@ class NixlAgent:
     def _remove(self, name: str) -> None:
         if name not in self._peers.values():
             self._agent.remove_remote_agent(name)
-
-    def _sweep(self) -> None:
-        with self._lock:
-            self._lost = [read for read in self._lost if not read.is_over()]
 
     @contextmanager
     def _mapped_errors(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ import ctypes
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +35,12 @@ class Arena:
         self._address = address_of(self._memory)
         self._free = [(0, size)]  # (start, stop): sorted, disjoint, not adjacent
         self._left: deque[tuple[int, int]] = deque()  # by finalizers: any thread, at any moment
+        self._on_free: list[Callable[[], object]] = []
         self._lock = threading.Lock()
+
+    def on_free(self, call: Callable[[], object]) -> None:
+        """Call `call` whenever a place is free again: from finalizers, so it must not lock."""
+        self._on_free.append(call)
 
     @property
     def memory(self) -> Bytes:
@@ -88,8 +93,13 @@ class Arena:
     def _view(self, start: int, stop: int) -> memoryview:
         """Return a view that its own views keep alive; an array of an array would not be."""
         array = self._memory[start:stop]
-        weakref.finalize(array, self._left.append, (start, stop)).atexit = False
+        weakref.finalize(array, self._leave, (start, stop)).atexit = False
         return array.data
+
+    def _leave(self, span: tuple[int, int]) -> None:
+        self._left.append(span)
+        for call in self._on_free:
+            call()
 
     def _merge_free(self) -> None:
         """Join what was left with the free places beside it."""

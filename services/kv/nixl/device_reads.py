@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 import msgpack
 
-from ...core.errors import CorruptFrame, KvTransferError, LeaseNotFound
+from ...core.errors import CorruptFrame, LeaseNotFound
 from ...core.types import Ticket
 from ..channels import Channels
 from ..frames import Frame, Trailer, decode, encode
@@ -31,9 +31,19 @@ from ..silence import messages_of, with_beats
 from ..tls import TlsSource
 from .agent import NixlAgent, NixlMemory, NixlRead
 from .arena import Arena
-from .reads import AHEAD, Introduction, await_read
+from .landing import LandingMemory
+from .reads import AHEAD, await_read, take_last_room
 
 READ_DEVICE = f"/{SERVICE}/ReadDevice"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceIntroduction:
+    """The agent whose memory the addresses are in, and the index of its GPU where it runs."""
+
+    agent: str
+    metadata: bytes
+    device: int | None  # None: the host's memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +57,8 @@ class DeviceFrame:
     size: int
 
 
-Item = Introduction | DeviceFrame | bytes  # of the stream; bytes: its trailer
-_KINDS: tuple[type, ...] = (Introduction, DeviceFrame)
+Item = DeviceIntroduction | DeviceFrame | bytes  # of the stream; bytes: its trailer
+_KINDS: tuple[type, ...] = (DeviceIntroduction, DeviceFrame)
 _TRAILER = len(_KINDS)
 
 
@@ -66,8 +76,8 @@ def unpack_item(message: bytes) -> Item:
     try:
         kind, *fields = msgpack.unpackb(message)
         types = [type(field) for field in fields]
-        if kind == 0 and types == [str, bytes]:
-            return Introduction(*fields)
+        if kind == 0 and types in ([str, bytes, int], [str, bytes, type(None)]):
+            return DeviceIntroduction(*fields)
         if kind == 1 and types == [int] * 5:
             return DeviceFrame(*fields)
         if kind == _TRAILER and types == [bytes]:
@@ -84,7 +94,7 @@ class DeviceReadHandler(grpc.GenericRpcHandler):
         self,
         leases: LeaseStore,
         fingerprint: str,
-        introduction: Introduction,
+        introduction: DeviceIntroduction,
         shadow: Arena,
         address: int,
         on_readers: Callable[[int], None],
@@ -148,7 +158,7 @@ class DeviceClient:
     def __init__(
         self,
         agent: NixlAgent,
-        landing: Arena,
+        landing: LandingMemory,
         memory: NixlMemory,
         tls: TlsSource | None = None,
     ) -> None:
@@ -163,7 +173,7 @@ class DeviceClient:
     ) -> DevicePull:
         """Start to read the tokens from `start` on. See `KvClient.pull`."""
         query = PullQuery(ticket.lease.id, ticket.lease.secret, fingerprint, start, timeout_s)
-        stream = self._channels.stream(endpoint, READ_DEVICE, query.pack())
+        stream = self._channels.stream(endpoint, READ_DEVICE, query.pack(), retry_s=timeout_s)
         return DevicePull(self._agent, self._landing, self._memory, endpoint, stream, query)
 
     def close(self) -> None:
@@ -177,7 +187,7 @@ class DevicePull:
     def __init__(
         self,
         agent: NixlAgent,
-        landing: Arena,
+        landing: LandingMemory,
         memory: NixlMemory,
         endpoint: str,
         call: Any,
@@ -190,7 +200,7 @@ class DevicePull:
         self._call = call
         self._lease_id = query.lease_id
         self._silence_s = query.timeout_s
-        self._peer = ""
+        self._peer = DeviceIntroduction("", b"", None)
         self._reads: deque[tuple[DeviceFrame, NixlRead]] = deque()
 
     def deliver_to(self, store: Callable[[Frame], None]) -> float:
@@ -198,12 +208,12 @@ class DevicePull:
         frames = 0
         try:
             for item in map(unpack_item, messages_of(self._call, self._silence_s)):
-                if isinstance(item, Introduction):
+                if isinstance(item, DeviceIntroduction):
                     self._agent.add_peer(self._endpoint, item.agent, item.metadata, self._call)
-                    self._peer = item.agent
+                    self._peer = item
                 elif isinstance(item, DeviceFrame):
                     frames += 1
-                    self._reads.append((item, self._begin(item)))
+                    self._begin(item, store)
                     self._store_landed(store, AHEAD)
                 else:
                     self._store_landed(store, 0)
@@ -227,15 +237,21 @@ class DevicePull:
             raise CorruptFrame(f"read: the stream ended after {frames} frames")
         return end.complete_s
 
-    def _begin(self, frame: DeviceFrame) -> NixlRead:
-        into = self._landing.take(frame.size)
-        offset = None if into is None else self._landing.offset_of(into)
-        if into is None or offset is None:
-            raise KvTransferError(f"nixl: no room for {frame.size} bytes to land")
-        remote = NixlMemory(frame.address, frame.size, self._memory.device)
+    def _begin(self, frame: DeviceFrame, store: Callable[[Frame], None]) -> None:
+        """Start the frame's read; where there is no room, store what was read before."""
+        while (into := self._landing.take(frame.size)) is None and self._reads:
+            self._store_landed(store, len(self._reads) - 1)
+        if into is None:
+            into = take_last_room(
+                self._landing, self._agent, frame.size, self._call, self._silence_s
+            )
+        offset = self._landing.arena.offset_of(into)
+        assert offset is not None
+        remote = NixlMemory(frame.address, frame.size, self._peer.device)
         local = self._memory.part(offset, frame.size)
         with self._agent.forget_on_error(self._endpoint):
-            return self._agent.read_memory(self._peer, remote, local, into)
+            read = self._agent.read_memory(self._peer.agent, remote, local, into)
+        self._reads.append((frame, read))
 
     def _store_landed(self, store: Callable[[Frame], None], ahead: int) -> None:
         """Store the oldest reads, except the last `ahead` of them."""

@@ -32,10 +32,11 @@ from ..silence import messages_of, with_beats
 from ..tls import TlsSource
 from .agent import NixlAgent, NixlRead
 from .arena import Arena, address_of
+from .landing import LandingMemory
 
 READ = f"/{SERVICE}/Read"
-LANDING_BYTES = 64 << 20  # enough for every pull that a worker runs at once
-AHEAD = 4  # reads under way per pull
+LANDING_BYTES = 64 << 20  # of all pulls of a worker: more than 25 at once read less ahead
+AHEAD = 4  # reads under way per pull, where there is room
 _POLL_S = 50e-6
 _PROGRESS_S = 500e-6
 
@@ -85,6 +86,19 @@ def await_read(agent: NixlAgent, read: NixlRead, call: Any, timeout_s: float) ->
             agent.abandon(read)
             raise KvTransferError(f"nixl: the peer hung up, or a read took {timeout_s:g} s")
         time.sleep(_POLL_S)
+
+
+def take_last_room(
+    landing: LandingMemory, agent: NixlAgent, size: int, call: Any, timeout_s: float
+) -> memoryview:
+    """Wait for room for a pull that holds none. Raises KvTransferError, also when `call` ends."""
+
+    def check() -> None:
+        if not call.is_active():
+            raise KvTransferError("nixl: the peer hung up")
+        agent.sweep()  # nobody else may be advancing an abandoned read
+
+    return landing.wait(size, timeout_s, check)
 
 
 class NixlHandler(grpc.GenericRpcHandler):
@@ -171,19 +185,19 @@ class NixlClient:
 
     def __init__(self, agent: NixlAgent, landing: Arena, tls: TlsSource | None = None) -> None:
         self._agent = agent
-        self._landing = landing  # where all reads under way go
+        self._landing = LandingMemory(landing)  # where all reads under way go
         self._channels = Channels(tls)
 
     def start(self) -> None:
         """Register the memory that reads go to."""
-        self._agent.register(self._landing)
+        self._agent.register(self._landing.arena)
 
     def pull(
         self, endpoint: str, ticket: Ticket, fingerprint: str, start: int, timeout_s: float
     ) -> NixlPull:
         """Start to read the tokens from `start` on. See `KvClient.pull`."""
         query = PullQuery(ticket.lease.id, ticket.lease.secret, fingerprint, start, timeout_s)
-        stream = self._channels.stream(endpoint, READ, query.pack())
+        stream = self._channels.stream(endpoint, READ, query.pack(), retry_s=timeout_s)
         return NixlPull(self._agent, self._landing, endpoint, stream, query)
 
     def close(self) -> None:
@@ -195,7 +209,7 @@ class NixlPull:
     """One lease being pulled: a few messages are read ahead of the one that is stored."""
 
     def __init__(
-        self, agent: NixlAgent, landing: Arena, endpoint: str, call: Any, query: PullQuery
+        self, agent: NixlAgent, landing: LandingMemory, endpoint: str, call: Any, query: PullQuery
     ) -> None:
         self._agent = agent
         self._landing = landing
@@ -216,6 +230,7 @@ class NixlPull:
                     return item.complete_s
                 frames += 1
                 store(item)
+                del item  # its room is free while the next one is waited for
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNAVAILABLE:  # its process is gone
                 self._agent.forget(self._endpoint)
@@ -236,21 +251,29 @@ class NixlPull:
                 self._agent.add_peer(self._endpoint, item.agent, item.metadata, self._call)
                 peer = item.agent
                 continue
-            self._reads.append(self._begin(peer, item))
-            while len(self._reads) > (AHEAD if item.size else 0):
-                yield decode(self._await_payload(self._reads.popleft()), self._lease_id)
-        # The trailer is inline, so nothing is under way behind it.
+            if not item.size:
+                self._reads.append(item.inline)
+                yield from self._landed(0)  # the trailer is inline: nothing is under way behind it
+                continue
+            while (into := self._landing.take(item.size)) is None and self._reads:
+                yield from self._landed(len(self._reads) - 1)
+            if into is None:
+                into = self._wait_for_room(item.size)
+            with self._agent.forget_on_error(self._endpoint):
+                self._reads.append(self._agent.read(peer, item.address, into))
+            del into  # the read has it
+            yield from self._landed(AHEAD)
 
-    def _begin(self, peer: str, place: MessagePlace) -> NixlRead | bytes:
-        if not place.size:
-            return place.inline
-        into = self._landing.take(place.size)
-        if into is None:
-            raise KvTransferError(f"nixl: no room for {place.size} bytes to land")
-        with self._agent.forget_on_error(self._endpoint):
-            return self._agent.read(peer, place.address, into)
+    def _wait_for_room(self, size: int) -> memoryview:
+        return take_last_room(self._landing, self._agent, size, self._call, self._silence_s)
 
-    def _await_payload(self, read: NixlRead | bytes) -> bytes | memoryview:
+    def _landed(self, ahead: int) -> Iterator[Frame | Trailer]:
+        """Yield the messages of the oldest reads, except the last `ahead` of them."""
+        while len(self._reads) > ahead:
+            yield decode(self._await_oldest(), self._lease_id)
+
+    def _await_oldest(self) -> bytes | memoryview:
+        read = self._reads.popleft()
         if isinstance(read, bytes):
             return read
         with self._agent.forget_on_error(self._endpoint):

@@ -57,7 +57,7 @@ class KvCollector:
         peer = ticket.endpoints[rank]
         query = PullQuery(ticket.lease.id, ticket.lease.secret, ticket.fingerprint, 0, timeout_s)
         # The worker ends it when its engine goes silent.
-        lending = self._channels.stream(peer, LOCATE, query.pack())
+        lending = self._channels.stream(peer, LOCATE, query.pack(), retry_s=timeout_s)
         try:
             lent = self._borrow(peer, lending)
             yield self._receive(peer, query) if lent is None else lent
@@ -80,7 +80,7 @@ class KvCollector:
 
     def _receive(self, peer: str, query: PullQuery) -> KvObject:
         """Return the messages, received through the socket, in an array each."""
-        stream = self._channels.stream(peer, PULL, query.pack())
+        stream = self._channels.stream(peer, PULL, query.pack(), retry_s=query.timeout_s)
         try:
             came = list(messages_of(stream, query.timeout_s))
         except grpc.RpcError as error:

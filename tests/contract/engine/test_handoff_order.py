@@ -13,6 +13,7 @@ import torch
 
 from specprefill.core.errors import KvTransferError, LayoutMismatch, UnsupportedModel
 from specprefill.core.types import Lease, Ticket
+from specprefill.engine.handoff import device_memory
 from specprefill.engine.handoff.caches import Caches, kernel_blocks
 from specprefill.engine.handoff.device import HostDevice
 from specprefill.engine.handoff.groups import KvGroups
@@ -20,6 +21,8 @@ from specprefill.engine.handoff.layout import RowLayout
 from specprefill.engine.handoff.orders import Orders, Stage
 from specprefill.engine.handoff.ring import BufferRing
 from specprefill.engine.handoff.staging import Stager
+from specprefill.kv.frames import FRAME_BYTES
+from specprefill.kv.nixl.arena import Arena
 from specprefill.kv.pull import KvClient
 from tests.contract.engine.strict_device import POISON, BrokenDevice, StrictDevice, UnorderedDevice
 from tests.contract.engine.worker_pair import (
@@ -69,12 +72,14 @@ def test_kv_in_device_memory_is_read_from_there(pair, device):
     assert both.arrived()
 
 
-def test_a_landing_place_is_not_used_again_before_the_device_has_read_it(pair):
-    """Without the wait for its event, a later frame would land on an earlier one."""
-    both = pair(HostDevice(), UnorderedDevice(), carrier="nixl", memory="device")
+@pytest.mark.parametrize("device", [HostDevice, StrictDevice])
+def test_a_landing_place_is_not_used_again_before_the_device_has_read_it(pair, monkeypatch, device):
+    """All frames land in the same place: a pull waits until the device has read the one before."""
+    monkeypatch.setattr(device_memory, "LANDING_BYTES", 12 << 10)
+    both = pair(device(), device(), carrier="nixl", memory="device")
     both.prefill()
-    both.pull()
-    assert not both.arrived()
+    assert both.pull() is False
+    assert both.arrived()
 
 
 def test_kv_in_device_memory_is_not_sent_as_bytes(pair):
@@ -178,6 +183,54 @@ class RecordingKeeper:
     def append(self, piece, copied):
         self.pieces.append(piece)
         self.waits.append(copied)
+
+
+class ScatteredKeeper(RecordingKeeper):
+    """Its memory is free in places of `free_bytes` only."""
+
+    def __init__(self, free_bytes, places):
+        super().__init__()
+        self.arena = Arena(2 * places * free_bytes)
+        taken = [self.arena.take(free_bytes) for _ in range(2 * places)]
+        self.between = taken[::2]  # no two free places are adjacent
+        self.asked, self.views = [], []
+
+    def take(self, size):
+        view = self.arena.take(size)
+        if view is None:
+            return None
+        self.views.append(view)
+        return self.arena.offset_of(view), view
+
+    def ask(self, *request):
+        self.asked.append(request)
+
+
+@pytest.mark.parametrize(("frames", "staged"), [(16, True), (7.5, True), (1.5, True), (0.9, False)])
+def test_kv_is_staged_into_whatever_places_hold_a_frame(frames, staged):
+    """Leases of several sizes leave places between them that hold less than the largest piece."""
+    tokens, device = 30_000, HostDevice()
+    pages = tokens // PAGE
+    cache = torch.randn(pages, HEADS, PAGE, 2 * 64).to(torch.bfloat16)
+    groups = KvGroups(PAGE, (False,), {NAMES[0]: 0})
+    known = Caches({NAMES[0]: cache}, RowLayout(cache), device, groups, "layout")
+    keeper = ScatteredKeeper(int(frames * FRAME_BYTES) // 64 * 64, 64)
+    stager = Stager(device, known, keeper, 64 << 20, torch.from_numpy(keeper.arena.memory))
+    order = Stage(Lease("lease", "secret"), 0, tokens, tokens, [list(range(pages))])
+    stager.stage(order, 0, last_layer=True)
+    if not staged:
+        assert keeper.asked == [("drop", "lease")]
+        return
+    assert keeper.asked == []
+    assert [piece.last for piece in keeper.pieces] == [False] * (len(keeper.pieces) - 1) + [True]
+    kept = [
+        frame
+        for piece, view in zip(keeper.pieces, keeper.views, strict=True)
+        for frame, _ in piece.frames(view)
+    ]
+    assert [frame.start for frame in kept] == [0, *(frame.stop for frame in kept[:-1])]
+    kv = known.layout.read(cache, torch.arange(pages), 0, tokens)
+    assert b"".join(bytes(frame.payload) for frame in kept) == bytes(kv.view(torch.uint8).numpy())
 
 
 def test_staging_is_bounded_by_configuration():

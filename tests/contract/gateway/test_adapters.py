@@ -75,6 +75,16 @@ async def test_the_models_name_chooses_the_adapter(api, adapting):
     assert second.isdisjoint(third)
 
 
+async def test_a_selection_is_that_of_the_adapters_prompt(api, adapting):
+    for name in NAMES:
+        body = {"model": name, "prompt": "word " * 400}
+        chosen = await api.post("/selections", body=body, cast_to=dict)
+        assert chosen["model"] == name
+    requests = adapting[2].requests
+    assert [request.adapter for request in requests] == [None, "lawyer", "doctor"]
+    assert len({request.digests for request in requests}) == len(NAMES)
+
+
 async def test_another_name_is_not_found(api):
     with pytest.raises(openai.NotFoundError):
         await api.chat.completions.create(model="nurse", messages=CHAT["messages"])

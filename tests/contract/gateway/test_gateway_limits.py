@@ -155,6 +155,94 @@ async def test_a_list_that_would_hold_up_or_end_an_engine_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("fields", "field", "allowed"),
+    [
+        ({"seed": 2**63 - 1, "n": 2}, "seed", "seed + n - 1"),
+        (
+            {"repetition_detection": {"max_pattern_size": 65, "min_count": 2}},
+            "repetition_detection", "max_pattern_size must be at most 64, not 65",
+        ),
+        (
+            {"repetition_detection": {"max_pattern_size": 64, "min_count": 5}},
+            "repetition_detection", "times min_count must be at most 256, not 320",
+        ),
+    ],
+)  # fmt: skip
+async def test_a_number_that_would_hold_up_or_end_an_engine_is_refused(
+    http: httpx.AsyncClient, pipeline: Any, fields: dict[str, Any], field: str, allowed: str
+) -> None:
+    answer = await http.post("/v1/chat/completions", json={**CHAT, **fields})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, field)
+    assert allowed in error["message"]
+    assert pipeline.requests == []
+
+
+async def test_the_highest_numbers_are_sent_on(http: httpx.AsyncClient, pipeline: Any) -> None:
+    repetition = {"max_pattern_size": 64, "min_count": 4}
+    fields = {"seed": 2**63 - 2, "n": 2, "repetition_detection": repetition}
+    answer = await http.post("/v1/chat/completions", json={**CHAT, **fields})
+    assert answer.status_code == 200
+    assert sampling(pipeline)["seed"] == 2**63 - 2
+
+
+async def test_over_grpc_too(stub: Any, pipeline: Any) -> None:
+    asked = pb.Sampling(seed=2**63 - 1, n=2)
+    refused = await failure(
+        stub.Generate(pb.GenerateRequest(text="a", sampling=asked), metadata=KEY)
+    )
+    assert refused.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "seed + n - 1" in refused.details()
+    assert pipeline.requests == []
+
+
+LONG = "a" * 60_000  # the longest of the 2,048 tokens would make 28,672 characters
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/tokenize", {"prompt": LONG}, "prompt"),
+        ("/tokenize", {"messages": [{"role": "user", "content": LONG}]}, "messages"),
+        ("/v1/completions", {"prompt": LONG, "truncate_prompt_tokens": 1}, "prompt"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": LONG}], "truncate_prompt_tokens": -1},
+            "messages",
+        ),
+        ("/v1/responses", {"input": LONG, "truncation": "auto"}, "input"),
+        (
+            "/v1/messages/count_tokens",
+            {"messages": [{"role": "user", "content": LONG}]},
+            None,
+        ),
+    ],
+)
+async def test_text_that_vllm_would_tokenise_however_long_is_refused_at_once(
+    http: httpx.AsyncClient, path: str, fields: dict[str, Any], param: str | None
+) -> None:
+    started_s = time.thread_time()
+    answer = await http.post(path, json={"model": "demo", **fields})
+    assert answer.status_code == 400, answer.text[:300]
+    error = answer.json()["error"]
+    assert "characters (model.max_model_len tokens" in error["message"]
+    assert param is None or error["param"] == param
+    assert time.thread_time() - started_s < 1.0
+
+
+async def test_text_within_the_limit_is_truncated_and_tokenised(
+    http: httpx.AsyncClient, pipeline: Any
+) -> None:
+    fields = {"model": "demo", "prompt": "word " * 3000, "truncate_prompt_tokens": 9}
+    answer = await http.post("/v1/completions", json={**fields, "max_tokens": 1})
+    assert answer.status_code == 200, answer.text[:300]
+    assert len(pipeline.requests[-1].prompt) == 9
+    answer = await http.post("/tokenize", json={"model": "demo", "prompt": "word " * 3000})
+    assert answer.status_code == 200
+    assert answer.json()["count"] >= 3000
+
+
+@pytest.mark.parametrize(
     ("sampling", "allowed"),
     [
         ({"stop": [f"word {place}" for place in range(65)]}, "stop: must hold at most 64 strings"),

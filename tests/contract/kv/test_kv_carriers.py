@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 
 from specprefill.core.errors import KvTransferError, LayoutMismatch, LeaseNotFound
 from specprefill.core.types import Lease
+from specprefill.kv import rpc
 from specprefill.kv.frames import Frame, Trailer, encode
 from specprefill.kv.tls import read_tls
 from tests.certificates import Authority
@@ -95,6 +97,20 @@ def test_a_pull_without_the_right_is_refused(carrier, asked, error):
         carrier.pull(**asked)
     assert carrier.leases.gauges().pulled_total == 0
     assert carrier.leases.gauges().leases == 1
+
+
+@pytest.mark.parametrize("kind", [Carrier, Nixl])
+def test_pulls_beyond_the_limit_wait_for_a_place(kind, monkeypatch):
+    monkeypatch.setitem(rpc._MOST_AT_ONCE, rpc.PULL, 1)
+    monkeypatch.setattr(rpc, "_MOST_LENDINGS", 1)
+    carrier = kind()
+    carrier.start()
+    carrier.stage(CHUNKS[0])
+    threading.Timer(0.2, carrier.stage, CHUNKS[1:]).start()
+    with ThreadPoolExecutor(6) as threads:
+        pulls = [threads.submit(carrier.pull) for _ in range(6)]
+        assert all(pull.result() == whole() for pull in pulls)
+    carrier.stop()
 
 
 def test_pulling_an_expired_lease_fails_at_once(carrier):

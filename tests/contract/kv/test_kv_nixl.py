@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from nixl._api import nixl_agent
@@ -16,7 +18,7 @@ from specprefill.kv.frames import Trailer, encode
 from specprefill.kv.nixl.agent import NixlAgent, agent_for, require
 from specprefill.kv.nixl.arena import Arena
 from specprefill.kv.nixl.reads import LANDING_BYTES, NixlClient
-from tests.contract.kv.carriers import CHUNKS, LAYERS, LEASE, Nixl, reader
+from tests.contract.kv.carriers import CHUNKS, LAYERS, LEASE, Nixl, reader, taken
 from tests.contract.kv.nixl_worker import FINGERPRINT, FRAMES, SECRET, Worker, payload
 
 TRANSPORTS = {"shared_memory": None, "tcp": "tcp"}
@@ -142,6 +144,66 @@ def frames_until_death(worker, client) -> int:
     with pytest.raises(KvTransferError):
         client.pull(worker.address, TICKET, FINGERPRINT, 0, 20.0).deliver_to(store)
     return seen
+
+
+@pytest.fixture
+def crowded(other) -> Iterator[tuple[Arena, NixlClient]]:
+    """A decode worker with room for one frame, where each pull would read several ahead."""
+    other.stage(*CHUNKS)
+    landing = Arena(768)
+    client = NixlClient(reader(), landing)
+    client.start()
+    yield landing, client
+    client.close()
+
+
+def pull_by(client, worker, timeout_s=20.0):
+    return client.pull(worker.address, TICKET, FINGERPRINT, 0, timeout_s)
+
+
+def test_a_pull_that_finds_no_room_stores_what_it_has_read(crowded, other):
+    landing, client = crowded
+    assert taken(pull_by(client, other).deliver_to, 0) == other.pull()
+    assert landing.bytes_used == 0
+
+
+def test_pulls_that_find_no_room_wait_for_each_other(crowded, other):
+    landing, client = crowded
+    with ThreadPoolExecutor(12) as threads:
+        pulls = [threads.submit(taken, pull_by(client, other).deliver_to, 0) for _ in range(12)]
+        assert all(pull.result() == other.pull() for pull in pulls)
+    assert landing.bytes_used == 0
+
+
+def test_room_that_others_give_back_is_used(crowded, other):
+    landing, client = crowded
+    others = [landing.take(768)]
+    timer = threading.Timer(0.3, others.clear)
+    timer.start()
+    assert taken(pull_by(client, other).deliver_to, 0) == other.pull()
+    timer.join()
+
+
+def test_a_pull_does_not_wait_for_room_longer_than_for_a_message(crowded, other):
+    landing, client = crowded
+    others = landing.take(768)
+    started_s = time.monotonic()
+    with pytest.raises(KvTransferError, match="no room for"):
+        taken(pull_by(client, other, 0.3).deliver_to, 0)
+    assert 0.3 <= time.monotonic() - started_s < 15.0
+    del others
+
+
+def test_a_pull_that_waits_for_room_can_be_cancelled(crowded, other):
+    landing, client = crowded
+    others = landing.take(768)
+    pull = pull_by(client, other, 60.0)
+    threading.Timer(0.2, pull.cancel).start()
+    started_s = time.monotonic()
+    with pytest.raises(KvTransferError):
+        taken(pull.deliver_to, 0)
+    assert time.monotonic() - started_s < 15.0
+    del others
 
 
 @pytest.mark.parametrize("place", [0, 10, -1])

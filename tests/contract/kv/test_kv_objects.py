@@ -1,6 +1,7 @@
 """KV as an object: what a prefill worker sends is what a decode worker gets, whoever carries it."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from specprefill.core.errors import CorruptFrame, KvTransferError, LayoutMismatch, LeaseNotFound
 from specprefill.core.types import Lease, Ticket
+from specprefill.kv import rpc
 from specprefill.kv.announcements import Announcements
 from specprefill.kv.frames import Frame, decode, from_token, seal
 from specprefill.kv.leases import LeaseStore
@@ -19,6 +21,12 @@ from specprefill.kv.rpc import KvServer
 TOKENS, TOKEN_BYTES = 96, 16
 PAYLOAD_BYTES = TOKENS * TOKEN_BYTES
 PAYLOAD = bytes(range(256)) * (PAYLOAD_BYTES // 256)
+
+
+@pytest.fixture
+def one_at_a_time(monkeypatch):
+    monkeypatch.setitem(rpc._MOST_AT_ONCE, rpc.PULL, 1)
+    monkeypatch.setattr(rpc, "_MOST_LENDINGS", 1)
 
 
 @pytest.fixture(params=["lent", "crowded", "sent"])
@@ -91,6 +99,12 @@ def test_the_object_holds_the_whole_stream(ticket, collect, relay, client):
 def test_collecting_leaves_the_lease_to_its_holder(ticket, collect):
     once, again = (list(messages(collect(ticket))) for _ in range(2))
     assert once[:-1] == again[:-1]  # the trailer tells the time
+
+
+def test_collectors_beyond_the_limit_wait_for_a_place(one_at_a_time, ticket, collect):
+    with ThreadPoolExecutor(6) as threads:
+        objects = list(threads.map(lambda _: list(messages(collect(ticket))), range(6)))
+    assert all(each[:-1] == objects[0][:-1] for each in objects)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,11 @@ import pytest
 
 from specprefill.core.errors import CorruptFrame, KvTransferError, LayoutMismatch, LeaseNotFound
 from specprefill.core.types import Lease, Ticket
+from specprefill.kv import rpc
 from specprefill.kv.announcements import Announcement, Announcements
 from specprefill.kv.frames import Frame, Trailer, encode, seal
 from specprefill.kv.leases import LeaseStore
+from specprefill.kv.object_ref.shared_memory import LOCATE, LocateHandler, SharedMemory
 from specprefill.kv.pull import KvClient
 from specprefill.kv.rpc import DRAIN, PULL, RELEASE, RENEW, WATCH, KvPeers, KvServer
 
@@ -330,6 +332,62 @@ def test_calls_that_wait_leave_room_for_those_that_do_not(leases, address):
         assert {call.code() for call in refused} <= {grpc.StatusCode.RESOURCE_EXHAUSTED}
         for call in waiting:
             call.cancel()
+
+
+def test_lent_memory_leaves_room_for_calls_that_do_not_wait(leases, announcements):
+    """A reader holds a thread of the port for as long as it reads."""
+    leases.open("lease", "secret")
+    locate = LocateHandler(leases, "layout", SharedMemory(1 << 20))
+    server = KvServer(leases, announcements, "layout", "127.0.0.1", more_handlers=[locate])
+    renew = msgpack.packb({"lease_id": "lease", "secret": "secret"})
+    with grpc.insecure_channel(server.start()) as channel:
+        reading = [channel.unary_stream(LOCATE)(pull_message(), timeout=120) for _ in range(400)]
+        assert msgpack.unpackb(channel.unary_unary(RENEW)(renew, timeout=20)) is True
+        refused = [call for call in reading if call.done()]
+        assert {call.code() for call in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        for call in reading:
+            call.cancel()
+    server.stop()
+
+
+@pytest.fixture
+def full(leases, monkeypatch):
+    """The address of a port that serves one pull at a time, and one such pull."""
+    monkeypatch.setitem(rpc._MOST_AT_ONCE, PULL, 1)
+    server = KvServer(leases, Announcements(), "layout", "127.0.0.1")
+    address = server.start()
+    stage(leases, 0, 40)
+    with grpc.insecure_channel(address) as channel:
+        first = channel.unary_stream(PULL)(pull_message())
+        next(first)
+        yield address, first
+    server.stop()
+
+
+def test_a_pull_beyond_the_limit_waits_for_a_place(full, leases, alone):
+    address, first = full
+    threading.Timer(0.3, first.cancel).start()
+    threading.Timer(0.4, stage, (leases, 40, TOKENS)).start()  # until then `first` has its place
+    assert len(frames_of(pull(alone, address, timeout_s=20.0))) == 2 * LAYERS
+
+
+def test_a_pull_does_not_wait_longer_for_a_place_than_for_a_message(full, alone):
+    address, _first = full
+    started_s = time.monotonic()
+    with pytest.raises(KvTransferError, match=r"RESOURCE_EXHAUSTED|nothing came"):
+        frames_of(pull(alone, address, timeout_s=0.3))
+    assert time.monotonic() - started_s < 10.0
+
+
+@pytest.mark.parametrize("end", ["cancel", "close"])
+def test_a_pull_that_waits_for_a_place_can_be_ended(full, alone, end):
+    address, _first = full
+    waiting = pull(alone, address, timeout_s=60.0)
+    threading.Timer(0.3, waiting.cancel if end == "cancel" else alone.close).start()
+    started_s = time.monotonic()
+    with pytest.raises(KvTransferError):
+        frames_of(waiting)
+    assert time.monotonic() - started_s < 20.0
 
 
 def test_a_drain_ends_with_its_caller(leases, address):

@@ -226,7 +226,7 @@ def test_an_advisory_policy_keeps_every_target_and_records_its_decisions(caplog)
     caplog.set_level("INFO", "ray.serve")
     policy = SloPolicy(ADVISORY)
     policy(cluster(arrived=0))
-    held, _ = policy(cluster(NOW_S + 1, arrived=200, target=5))
+    held, _ = policy(cluster(NOW_S + 1, arrived=1200, target=5))
     assert held[PREFILL] == 5
     assert held[DECODE] == 1
     assert "pool=prefill replicas=8 wanted=" in caplog.text

@@ -27,7 +27,15 @@ from specprefill.core.errors import DeadlineExceeded, Overloaded
 from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator, PlannedPipeline
 from specprefill.core.pipeline import Pipeline
 from specprefill.core.plan import Planner
-from specprefill.core.types import Chunk, Controls, Reason, Request
+from specprefill.core.types import (
+    Chunk,
+    Controls,
+    Plan,
+    PlanKind,
+    Reason,
+    Request,
+    TtftEstimate,
+)
 
 CURVES = StageCurves(Curve(0.1), Curve(0.0, 1e-3), Curve(), Curve())
 POLICY = AdmissionPolicy(ttft_s=2.0, headroom=1.0, max_waiting=10, max_waiting_per_key=4)
@@ -42,6 +50,17 @@ def test_a_queue_lowers_the_keep_rate_to_the_floor():
     rates = [judge(ASK, Backlog(prefill_s=wait), CURVES, POLICY).keep for wait in (0.5, 1.0, 1.5)]
     assert 0.3 > rates[0] > rates[1] > rates[2] >= 0.1
     assert rates[2] == pytest.approx(0.1)
+
+
+def test_the_next_turn_of_a_long_conversation_costs_what_is_new():
+    curves = StageCurves(Curve(0.1, 1e-3), Curve(0.0, 1e-3), Curve(), Curve())
+    turn = AdmissionRequest(64_000, 0.3, 0.1, 30.0, cached_tokens=19_000, remembered_tokens=63_500)
+    verdict = judge(turn, Backlog(), curves, POLICY)
+    assert verdict == Admitted(0.3, False, pytest.approx(0.1 + 0.5 + 0.2), pytest.approx(0.2))
+    forgotten = judge(
+        replace(turn, cached_tokens=0, remembered_tokens=0), Backlog(), curves, POLICY
+    )
+    assert not isinstance(forgotten, Admitted) or forgotten.late
 
 
 def test_requests_that_cannot_meet_the_slo_wait_behind_those_that_can():
@@ -351,6 +370,21 @@ async def test_only_queues_make_the_next_requests_expect_to_wait(by_itself, is_l
     assert len([_ async for _ in admitting.generate(Request("r", setup.prompt, b""))]) == 1
     assert (setup.gate.backlog().prefill_s > 0.5) is is_learnt
     assert setup.gate.running == 0
+
+
+async def test_what_the_planner_foresees_as_cached_takes_no_time_in_the_gate():
+    setup = AdmissionSetup()
+    expected = TtftEstimate(
+        9.0, 1.0, remembered_tokens=3900, dense_cached_tokens=3500, prune_cached_tokens=1100
+    )
+    request = Request("r", setup.prompt, b"")
+    for plan, left_s in (
+        (Plan(PlanKind.PRUNE, Reason.DEFAULT, 0.3, expected=expected), 0.1),
+        (Plan(PlanKind.DENSE, Reason.NO_GAIN, expected=expected), 0.5),
+    ):
+        slot = await setup.gate.enter(RequestSummary.of(request, plan, 0.1))
+        assert setup.gate.backlog().prefill_s == pytest.approx(left_s)
+        slot.release()
 
 
 async def test_the_next_request_starts_at_the_first_token_not_at_the_last():

@@ -163,6 +163,16 @@ def test_a_prompt_that_the_speculator_remembers_is_cheap_to_score():
     assert known.estimate(request(10_000, seed=1), 0.2).prune_s == pytest.approx(0.36, rel=0.1)
 
 
+def test_the_estimate_holds_what_caches_should_have():
+    known = gain()
+    first = report(PlanKind.PRUNE, kept_tokens=2000, speculate_s=0.15, prefill_s=0.21, ttft_s=0.36)
+    known.learn(request(10_000), first)
+    assert known.estimate(request(10_000), 0.2).remembered_tokens == 9984  # whole blocks
+    assert known.estimate(request(10_000, seed=1), 0.2).remembered_tokens == 0
+    known.learn(request(10_000, seed=2), report(prefill_s=1.0, ttft_s=1.01))
+    assert known.estimate(request(10_000, seed=2), 0.2).dense_cached_tokens == 9984
+
+
 def test_overheads_of_pruning_count():
     known = gain()
     for _ in range(20):

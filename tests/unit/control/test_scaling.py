@@ -126,6 +126,24 @@ def test_a_jump_is_followed_within_seconds_and_forgotten_as_fast():
     assert demand(down.time_s, work[: len(down)], 600.0, 600.0, 100.0).now < 6.0
 
 
+def test_the_first_half_second_is_not_taken_for_the_load_of_all_time():
+    """After an update the policy knows nothing, and two gateways report a second of arrivals."""
+    seen = arrivals((600.0, 600.5, 20.0))  # twice the load, by chance
+    decision, _ = decide(observed(seen, 600.5, since_s=600.0, **all_pools(20)), POLICY, Memory())
+    assert {pool: each.replicas for pool, each in decision.pools.items()} == dict.fromkeys(Pool, 20)
+    loud = arrivals((600.0, 606.0, 100.0))
+    decision, _ = decide(observed(loud, 606.0, since_s=600.0, **all_pools(20)), POLICY, Memory())
+    assert decision.pools[Pool.PREFILL].replicas > 40
+
+
+def test_what_speculators_remember_is_no_work_of_theirs():
+    seen = arrivals((0.0, 600.0, 10.0), prompt_tokens=64_000)
+    cold = stage_times(seen, ENGINES).speculate_s.mean()
+    warm = stage_times(seen, replace(ENGINES, remembered_share=0.99)).speculate_s.mean()
+    assert cold == pytest.approx(0.02 + 64_000 * 8e-6)
+    assert warm == pytest.approx(0.02 + 640 * 8e-6)
+
+
 def test_a_trend_is_followed_to_the_time_when_new_replicas_are_ready():
     growing = arrivals(*((t, t + 10, 10 + t / 10) for t in range(0, 600, 10)))
     seen = demand(growing.time_s, np.ones(len(growing)), 600.0, 600.0, 100.0)
@@ -251,6 +269,16 @@ def test_to_zero_when_nothing_arrives_and_back_at_the_first_request():
     taken, _ = decide(observed(woken, 700.0, **all_pools(0)), policy, memory)
     assert sizes(taken)["prefill"] >= 1
     assert taken.pools[Pool.PREFILL].reason is ScalingReason.WAKING
+
+
+def test_after_a_restart_a_pool_sleeps_no_earlier_than_otherwise():
+    policy = replace(POLICY, pools=dict.fromkeys(Pool, replace(LIMITS, minimum=0)))
+    memory, sizes = Memory(), []
+    for now_s in (600.0, 600.0 + POLICY.idle_s - 1.0, 600.0 + POLICY.idle_s):
+        seen = observed(arrivals(), now_s, since_s=600.0, **all_pools(1))
+        decision, memory = decide(seen, policy, memory)
+        sizes.append(decision.pools[Pool.PREFILL].replicas)
+    assert sizes == [1, 1, 0]
 
 
 def test_a_decision_for_a_thousand_replicas_takes_less_than_100_ms():

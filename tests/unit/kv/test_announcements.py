@@ -22,8 +22,9 @@ class Listener:
             self.heard.append(announcement)
             self.listening.set()
 
-    def _on_end(self, end) -> None:
+    def _on_end(self, end) -> bool:
         self.end = end
+        return True
 
     def join(self) -> None:
         self.end()
@@ -46,6 +47,11 @@ def test_every_listener_gets_the_announcement():
         listener.join()
         assert listener.heard[-1] == SECOND
         assert set(listener.heard[:-1]) == {FIRST}
+
+
+def test_a_listener_that_has_ended_before_it_listens_gets_nothing():
+    """Its call was cancelled before a thread took it up: nobody would end the wait."""
+    assert list(Announcements().listen(lambda _end: False)) == []
 
 
 def test_a_listener_that_has_ended_gets_nothing_more():

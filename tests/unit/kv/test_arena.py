@@ -56,6 +56,17 @@ def test_a_place_between_two_others_is_used_again():
     assert address_of(again) == middle
 
 
+def test_whoever_asks_is_called_when_a_place_is_free_again():
+    arena, free = Arena(ROOM), []
+    arena.on_free(lambda: free.append(len(arena._left)))
+    place = arena.take(ROOM)
+    part = place[10:20]
+    del place
+    assert free == []
+    del part
+    assert free == [1]  # and the place is on the list by then
+
+
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 2000)), max_size=40))
 def test_places_never_overlap_and_all_of_it_comes_back(steps):
     arena = Arena(ROOM)
