@@ -153,6 +153,8 @@ _.encode_special_tokens  # tokenizers reads it
 # vLLM's runner and sampler read these.
 _.effective_drafter_max_model_len
 _.logitsprocs
+_.prompt_logprob_token_ids
+_.skip_reading_prefix_cache
 _.logitsprocs_need_output_token_ids
 
 # Of the interface of asynchronous generators.

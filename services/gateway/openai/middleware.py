@@ -73,7 +73,8 @@ class RequestMiddleware:
         try:
             body = await self._bodies.read(Headers(scope=scope), receive)
             context, body, fields = _read_request(scope, body, self._limits)
-            await self._check(path_of(scope), fields)
+            if fields is not None:
+                await self._check(path_of(scope), fields)
         except BodyTooLarge:
             await send_failure(scope, send, too_large(self._bodies.max_bytes))
             return
@@ -97,8 +98,8 @@ class RequestMiddleware:
         finally:
             CURRENT.reset(token)
 
-    async def _check(self, path: str, fields: Mapping[str, Any] | None) -> None:
-        for check in () if fields is None else self._checks.get(path, ()):
+    async def _check(self, path: str, fields: Mapping[str, Any]) -> None:
+        for check in self._checks.get(path, ()):
             await check(fields)
 
     async def _answer(self, scope: Scope, body: bytes, receive: Receive, reply: Reply) -> None:
