@@ -20,6 +20,20 @@ def rate(text: str) -> float:
     raise argparse.ArgumentTypeError(f"must be a number above 0 and at most 1, not {text!r}")
 
 
+def natural(text: str) -> int:
+    """Parse a whole number that is not negative. Raises ArgumentTypeError."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """Parse a whole number above 0. Raises ArgumentTypeError."""
+    if natural(text) == 0:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return int(text)
+
+
 def positive_number(text: str) -> float:
     """Parse a number above 0, as seconds that something can wait for. Raises ArgumentTypeError."""
     with suppress(ValueError):

@@ -15,6 +15,7 @@ from ..core.errors import SpecPrefillError
 from ..core.findings import Severity
 from ..deployment.checked_yaml import InvalidFile
 from ..deployment.file import Application, load
+from .arguments import positive
 from .exit_codes import Misused
 from .model_report import MainModelReport, gain_lines
 
@@ -55,7 +56,7 @@ def add_commands(commands: Any) -> None:
     )
     doctor.add_argument(
         "--max-model-len",
-        type=int,
+        type=positive,
         metavar="TOKENS",
         help="with MAIN: the longest request (default: the model's)",
     )

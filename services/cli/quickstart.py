@@ -14,7 +14,7 @@ from ..core.errors import InvalidConfiguration, UnsupportedModel
 from ..deployment.file import parse
 from ..quickstart.local_machine import read_machine
 from ..quickstart.planning import Planned, Wish, plan
-from .arguments import rate
+from .arguments import natural, positive, rate
 from .exit_codes import OK, Misused
 
 _SUFFIXES = (".yaml", ".yml")
@@ -81,14 +81,18 @@ def refuse_options(args: argparse.Namespace) -> None:
 def write_for_serve(args: argparse.Namespace, show: Callable[[str], None]) -> Path:
     """Write the file that `serve MODEL` uses, into this user's state folder; return its path.
 
-    Raises Misused where the file has been changed since: by hand, or by `calibrate --write`.
+    Raises Misused where the folder cannot be written, or where the file has been changed since: by
+    hand, or by `calibrate --write`.
     """
     planned = _plan(args, args.target, show)
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     file = Path(state) / "specprefill" / _file_name(planned.name)
     _refuse_changed(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(_with_digest(planned.text), encoding="utf-8")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(_with_digest(planned.text), encoding="utf-8")
+    except OSError as error:
+        raise Misused(f"specprefill: {file}: {error.strerror}") from error
     show(f"the deployment file is {file}")
     return file
 
@@ -156,20 +160,6 @@ def _file_name(name: str) -> str:
 def keep(text: str) -> float | str:
     """Parse a keep rate, or `auto`. Raises ArgumentTypeError."""
     return text if text == "auto" else rate(text)
-
-
-def natural(text: str) -> int:
-    """Parse a whole number that is not negative. Raises ArgumentTypeError."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}")
-    return int(text)
-
-
-def positive(text: str) -> int:
-    """Parse a whole number above 0. Raises ArgumentTypeError."""
-    if natural(text) == 0:
-        raise argparse.ArgumentTypeError("must be above 0")
-    return int(text)
 
 
 def port(text: str) -> int:

@@ -14,6 +14,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -72,6 +73,14 @@ class CertificateFiles:
         return b"\n".join(Path(path).read_bytes() for path in (self.certificate, self.key))
 
 
+def write_privately(path: Path, content: bytes) -> None:
+    """Replace a file at once by one that only its owner may read. Raises OSError."""
+    descriptor, new = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(content)
+    os.replace(new, path)
+
+
 class AdminSocket:
     """HAProxy's commands for certificates."""
 
@@ -110,7 +119,10 @@ class WatchOrder:
 
 
 class CertificateWatch:
-    """Gives HAProxy the files whenever they have changed and fit each other."""
+    """Gives HAProxy the files whenever they have changed and fit each other.
+
+    The copies follow: HAProxy starts again with them while the files are unusable.
+    """
 
     def __init__(
         self,
@@ -149,6 +161,7 @@ class CertificateWatch:
         for kind in changed:
             self._replace(kind, self._names[kind], now[kind])
             self._known[kind] = now[kind]
+            write_privately(Path(self._names[kind]), now[kind])
         self._log("certificates replaced; new connections use them")
 
     def _read(self) -> dict[str, bytes]:

@@ -210,10 +210,33 @@ class Application(Strict):
             raise ValueError(
                 "autoscaling_policy.policy_kwargs.args must equal the application's args"
             )
-        sized = [each.name for each in self.deployments if each.num_replicas is not None]
-        if sized:
-            raise ValueError(f"deployments: args.slo sizes {', '.join(sized)}; remove num_replicas")
         return self
+
+    @model_validator(mode="after")
+    def _an_slo_sizes_pools(self) -> Application:
+        """Refuse sizes beside an SLO: Serve would take them in place of the policy's bounds."""
+        if self.args.slo is None:
+            return self
+        remedies = [
+            f"in place of {key} of {each.name}, set {_BOUNDS[each.name]}"
+            for each in self.deployments
+            for key, value in (
+                ("num_replicas", each.num_replicas),
+                ("autoscaling_config", each.autoscaling_config),
+            )
+            if value is not None
+        ]
+        if remedies:
+            raise ValueError(f"deployments: args.slo sizes every pool: {'; '.join(remedies)}")
+        return self
+
+
+_BOUNDS: dict[DeploymentName, str] = {
+    "Gateway": "args.scaling.gateway_replicas",
+    "Speculator": "args.scaling.speculator.min_replicas and max_replicas",
+    "Prefill": "args.scaling.prefill.min_replicas and max_replicas",
+    "Decode": "args.scaling.decode.min_replicas and max_replicas",
+}
 
 
 class DeploymentFile(Strict):
@@ -235,6 +258,30 @@ class DeploymentFile(Strict):
         if len(set(names)) < len(names) or len(set(routes)) < len(routes):
             raise ValueError("applications: each name and each route_prefix must occur only once")
         return self
+
+    @model_validator(mode="after")
+    def _one_front(self) -> DeploymentFile:
+        """Refuse applications that need another HAProxy than the first: a node has one."""
+        first, *others = self.applications
+        wanted = _front_settings(first)
+        for other in others:
+            for key, value in _front_settings(other).items():
+                if value != wanted[key]:
+                    raise ValueError(
+                        f"applications: args.gateway.{key} of {other.name} ({value}) must equal "
+                        f"that of {first.name} ({wanted[key]}): one HAProxy serves both"
+                    )
+        return self
+
+
+def _front_settings(application: Application) -> dict[str, Any]:
+    """Return what HAProxy reads of an application, by key; of API keys, whether there are any."""
+    gateway = application.args.gateway
+    return {
+        **{f"front.{key}": value for key, value in gateway.front.model_dump().items()},
+        "request_timeout_s": gateway.request_timeout_s,
+        "api_keys": "some" if gateway.api_keys else "none",
+    }
 
 
 @dataclass(frozen=True, slots=True)

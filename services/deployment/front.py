@@ -18,7 +18,8 @@ hurt, and then runs HAProxy. Its settings are `gateway.front` of the deployment 
 - *Serve's own time limit and disconnect switch* are taken out of requests: the gateway keeps
   time, and answers in the right form;
 - *ports and the admin socket* closed, or bound to the host that is configured;
-- *TLS* for HTTP and gRPC, with certificates that are replaced when their files change.
+- *TLS* for HTTP and gRPC, with certificates that are replaced when their files change. Files that
+  are unusable when HAProxy starts again change nothing: it starts with the copies of the last ones.
 
 A line that is not where this module expects it stops the start: another version of Ray needs
 a review.
@@ -32,13 +33,19 @@ import re
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from http import HTTPStatus
 from pathlib import Path
 
 from ..config import ApiKey, FrontConfig, FrontTls, GatewayConfig
 from ..core.errors import InvalidConfiguration
-from .certificates import CertificateFiles, WatchOrder, admin_socket, start_watch
+from .certificates import (
+    CertificateFiles,
+    WatchOrder,
+    admin_socket,
+    start_watch,
+    write_privately,
+)
 
 PROGRAM = "specprefill-front"
 FILE_VARIABLE = "SPECPREFILL_DEPLOYMENT_FILE"
@@ -75,7 +82,7 @@ class UnknownTemplate(Exception):
 def rewrite(text: str, gateway: GatewayConfig, folder: Path, most_connections: int) -> str:
     """Return Serve's configuration with our changes. Applying it twice changes nothing more.
 
-    `folder` holds what `write_files` writes. Raises UnknownTemplate.
+    `folder` holds what `write_error_files` and `copy_certificates` write. Raises UnknownTemplate.
     """
     if _MARK in text:
         return text
@@ -286,16 +293,13 @@ def _watch_of(tls: FrontTls, config: Path) -> WatchOrder:
 
 def rewrite_file(path: Path, gateway: GatewayConfig) -> None:
     """Change Serve's configuration file in place. Raises UnknownTemplate, InvalidConfiguration."""
-    check_tls(gateway.front.tls)
-    write_files(path.parent, gateway.front.tls)
+    write_error_files(path.parent)
+    copy_certificates(path.parent, gateway.front.tls)
     path.write_text(rewrite(path.read_text(), gateway, path.parent, _most_connections()))
 
 
-def write_files(folder: Path, tls: FrontTls | None) -> None:
-    """Write the files that the configuration names: error responses and copies of certificates.
-
-    HAProxy wants the certificate and its key in one file; only its owner may read it.
-    """
+def write_error_files(folder: Path) -> None:
+    """Write the error responses that the configuration names."""
     for status, kind, code, message in _UNREADABLE:
         body = _OPENAI + _error_fields(kind, code, message)
         head = [
@@ -305,13 +309,52 @@ def write_files(folder: Path, tls: FrontTls | None) -> None:
             "connection: close",
         ]
         _error_file(folder, status).write_bytes("\r\n".join([*head, "", body]).encode())
+
+
+def copy_certificates(folder: Path, tls: FrontTls | None) -> None:
+    """Copy the certificates to where the configuration names them; drop copies it does not name.
+
+    HAProxy wants the certificate and its key in one file. Serve restarts HAProxy whenever gateways
+    come or go, and it must not stop then: earlier copies stay while the files are unusable. Raises
+    InvalidConfiguration where there are none.
+    """
+    copies = _copied_files(folder, tls)
+    for unnamed in {_pem_file(folder), _authority_file(folder)} - copies.keys():
+        unnamed.unlink(missing_ok=True)  # else TLS that is turned on again would fall back on it
     if tls is None:
         return
+    try:
+        check_tls(tls)
+        contents = {
+            copy: b"\n".join(Path(path).read_bytes() for path in paths)
+            for copy, paths in copies.items()
+        }
+    except (InvalidConfiguration, OSError) as error:
+        if not _are_usable(folder, copies):
+            raise
+        sys.stderr.write(f"{PROGRAM}: {error}; the certificates stay as they were\n")
+        return
+    for copy, content in contents.items():
+        write_privately(copy, content)
+
+
+def _copied_files(folder: Path, tls: FrontTls | None) -> dict[Path, tuple[str, ...]]:
+    """Return the copies that the configuration names, each with the files that it joins."""
+    if tls is None:
+        return {}
+    copies: dict[Path, tuple[str, ...]] = {_pem_file(folder): (tls.certificate, tls.key)}
     if tls.client_authority is not None:
-        _authority_file(folder).write_bytes(Path(tls.client_authority).read_bytes())
-    descriptor = os.open(_pem_file(folder), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(_certificate_files(tls).pem())
+        copies[_authority_file(folder)] = (tls.client_authority,)
+    return copies
+
+
+def _are_usable(folder: Path, copies: Collection[Path]) -> bool:
+    pem, authority = str(_pem_file(folder)), _authority_file(folder)
+    try:
+        CertificateFiles(pem, pem, str(authority) if authority in copies else None).check()
+    except InvalidConfiguration:
+        return False
+    return True
 
 
 def _most_connections() -> int:

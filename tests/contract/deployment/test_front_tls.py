@@ -90,6 +90,21 @@ async def test_grpc_over_tls(tmp_path, files, mutual):
     await server.stop(0)
 
 
+def spoil(files):
+    Path(files.key).write_text("half of it")
+    Path(files.authority).unlink()
+
+
+async def test_a_restart_while_the_files_are_unusable_keeps_the_certificates(tmp_path, files):
+    """Serve starts HAProxy again at every change of its gateways: it must not stop then."""
+    config, known = tls(files, mutual=True), ssl.create_default_context(cafile=files.authority)
+    known.load_cert_chain(files.certificate, files.key)
+    with running(serve_config(tmp_path, [1]), config):
+        spoil(files)
+    async with fronted(tmp_path, Gateway(), config) as front:
+        assert (await ask(front, known)).text == "ok"
+
+
 def test_files_that_do_not_fit_stop_the_start_and_name_the_field(tmp_path, files):
     stranger = Authority(tmp_path / "stranger").files(name="localhost")
     config = {"front": {"tls": {"certificate": files.certificate, "key": stranger.key}}}

@@ -157,6 +157,15 @@ class TestTheFileOfServe:
         assert self.write(*argv, "--keep", "0.5") == file
         assert load(file).file.applications[0].args.selection.keep == 0.5
 
+    def test_a_state_folder_that_cannot_be_written_is_one_line(
+        self, argv: tuple[object, ...], tmp_path: Path, capsys: Any
+    ) -> None:
+        (tmp_path / "state").mkdir()
+        (tmp_path / "state" / "specprefill").symlink_to(tmp_path / "none" / "none")
+        assert run(*argv) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"specprefill: {tmp_path / 'state' / 'specprefill'}")
+
     def test_a_calibrated_file_is_kept(self, argv: tuple[object, ...], capsys: Any) -> None:
         file = self.write(*argv)
         place = ("applications", 0, "args", "speculator")

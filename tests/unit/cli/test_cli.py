@@ -41,6 +41,8 @@ def test_the_version_is_printed(capsys):
         ["ask", "--keep", "half", "x"],
         ["ask", "--keep", "0.5", "--dense", "x"],
         ["serve"],
+        ["doctor", "org/model", "--max-model-len", "0"],
+        ["doctor", "org/model", "--max-model-len", "-1"],
         ["serve", "f.yaml", "--timeout", "nan"],
         ["serve", "f.yaml", "--drain", "-1"],
         ["deploy", "f.yaml", "--timeout", "-5"],

@@ -228,12 +228,76 @@ class TestSlo:
             ({"args": TWO_MODELS}, "must be set together"),
             ({"policy": "some.other:Policy"}, "must be set together"),
             ({"args": {**TWO_MODELS, "slo": {"ttft_s": 3.0}}}, "must equal the application's args"),
-            ({"deployments": [{"name": "Prefill", "num_replicas": 2}]}, "remove num_replicas"),
         ],
     )  # fmt: skip
     def test_one_without_the_other_is_refused(self, change, message):
         with pytest.raises(InvalidFile, match=message):
             self.parse(self.application(**change))
+
+    def test_sizes_beside_it_are_refused_with_what_to_set_in_their_place(self):
+        sized = [
+            {"name": "Gateway", "num_replicas": 3},
+            {"name": "Prefill", "autoscaling_config": {"max_replicas": 9}},
+            {"name": "Decode", "max_ongoing_requests": 8},
+        ]
+        with pytest.raises(InvalidFile) as refused:
+            self.parse(self.application(deployments=sized))
+        assert str(refused.value).endswith(
+            "deployments: args.slo sizes every pool: "
+            "in place of num_replicas of Gateway, set args.scaling.gateway_replicas; "
+            "in place of autoscaling_config of Prefill, "
+            "set args.scaling.prefill.min_replicas and max_replicas"
+        )
+
+    def test_sizes_without_one_pass(self):
+        sized = [{"name": "Prefill", "autoscaling_config": {"max_replicas": 9}}]
+        without = {"args": TWO_MODELS, "autoscaling_policy": None, "deployments": sized}
+        self.parse(self.application(**without))
+
+
+class TestSeveralApplications:
+    """They share each node's HAProxy, which the first one sets up."""
+
+    def parse(self, first, second):
+        applications = [
+            {
+                "name": name,
+                "route_prefix": f"/{name}",
+                "import_path": "specprefill.app:build",
+                "args": {**TWO_MODELS, "gateway": gateway},
+            }
+            for name, gateway in (("a", first), ("b", second))
+        ]
+        return df.parse(yaml.safe_dump({"applications": applications}), "f.yaml")
+
+    @pytest.mark.parametrize(
+        ("first", "second", "message"),
+        [
+            (
+                {"front": {"max_connections": 100}},
+                {"front": {"max_connections": 200}},
+                "front.max_connections of b (200) must equal that of a (100)",
+            ),
+            ({}, {"front": {"tls": {"certificate": "c", "key": "k"}}}, "front.tls of b"),
+            (
+                {},
+                {"request_timeout_s": 900.0},
+                "request_timeout_s of b (900.0) must equal that of a (300.0)",
+            ),
+            ({}, {"api_keys": ["secret"]}, "api_keys of b (some) must equal that of a (none)"),
+            ({"api_keys": ["secret"]}, {}, "api_keys of b (none) must equal that of a (some)"),
+        ],
+    )
+    def test_those_that_need_another_are_refused(self, first, second, message):
+        with pytest.raises(InvalidFile, match=re.escape(message)) as refused:
+            self.parse(first, second)
+        assert "one HAProxy serves both" in str(refused.value)
+        assert "secret" not in str(refused.value)
+
+    def test_those_that_need_the_same_pass(self):
+        same = {"front": {"max_connections": 100}, "request_timeout_s": 60.0}
+        first, second = {**same, "api_keys": ["k-1"]}, {**same, "api_keys": ["k-2"]}
+        assert len(self.parse(first, {**second, "max_samples": 2}).file.applications) == 2
 
 
 @pytest.mark.parametrize("deployments", [[], [{"name": "Gateway", "num_replicas": 2}]])

@@ -1,16 +1,25 @@
-"""A node is drained when Serve has no replica there any more."""
+"""A node is drained when Serve has no replica and no proxy there any more."""
 
 import pytest
 import requests
 
-from specprefill.deployment.node_drain import replicas_on, wait_until_empty
+from specprefill.deployment.node_drain import (
+    PROXY,
+    has_proxy_to_drain,
+    replicas_on,
+    wait_until_empty,
+)
 
 
-def details(*placed):
-    """Serve's details of replicas, given as (name, node)."""
+def details(*placed, proxies=("head",)):
+    """Serve's details of replicas, given as (name, node), and of the nodes' proxies."""
     replicas = [{"replica_id": name, "node_id": node} for name, node in placed]
     replicas.append({"replica_id": "starting"})  # Serve has not placed it
-    return {"applications": {"app": {"deployments": {"Decode": {"replicas": replicas}}}}}
+    return {
+        "controller_info": {"node_id": "head"},
+        "proxies": {node: {"status": "DRAINING"} for node in proxies},
+        "applications": {"app": {"deployments": {"Decode": {"replicas": replicas}}}},
+    }
 
 
 class Clock:
@@ -60,7 +69,25 @@ def test_it_gives_up_after_its_time(clock):
     ended, lines = waiting([details(("a", "here"))] * 100, clock, timeout_s=5.0)
     assert not ended
     assert clock.now_s == 5.0
-    assert lines == ["waiting for a", "replicas are left; requests here will be cut off"]
+    assert lines == ["waiting for a", "not drained in time; requests here will be cut off"]
+
+
+def test_it_waits_for_the_proxy_which_carries_streams_of_other_nodes_gateways(clock):
+    busy = details(("a", "there"), proxies=("head", "here", "there"))
+    ended, lines = waiting([busy, busy, details(("a", "there"), proxies=("head", "there"))], clock)
+    assert ended
+    assert lines == [f"waiting for {PROXY}"]
+    assert clock.now_s == 2.0
+
+
+def test_the_proxy_of_the_head_never_goes():
+    assert has_proxy_to_drain(details(proxies=("head", "here")), "here")
+    assert not has_proxy_to_drain(details(proxies=("head", "here")), "head")
+
+
+@pytest.mark.parametrize("proxies", [{}, {"proxies": {}}, {"proxies": None}])
+def test_a_service_without_proxies_has_none_to_drain(proxies):
+    assert not has_proxy_to_drain(proxies, "here")
 
 
 DROPPED = requests.ConnectionError("refused")
