@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     results, pages = [], []
     print(
         f"SLO: {SLO.share:.0%} of first tokens within {SLO.ttft_s:g} s; "
-        f"cold start {COLD_START_S:g} s\n"
+        f"cold start {COLD_START_S:g} s. TTFT percentiles are of all requests; "
+        "-: it falls among those without a first token\n"
     )
     for seed in seeds:
         for case in three_scenarios(seed):

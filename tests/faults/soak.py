@@ -3,7 +3,8 @@
 Clients leave, a replica of every pool is killed again and again, and the application is upgraded
 while they talk (`cluster/mock.yaml`). No request may be lost or cut short, and no
 process may grow. Prints the service's own share of the time to a first token: what is left of it
-without the stages. Exits 1 otherwise.
+without the stages, of the requests that lost no replica; of those that did, the whole time. Exits 1
+otherwise.
 """
 
 from __future__ import annotations
@@ -101,9 +102,14 @@ class Findings:
         return Distribution.from_values(overhead_s(one) for one in self.run.outcomes)
 
     @property
+    def moved_ttft_s(self) -> Distribution:
+        """The whole time to the first token of the requests that lost a replica and went on."""
+        return Distribution.from_values(one.ttft_s for one in self.run.outcomes if was_moved(one))
+
+    @property
     def moved(self) -> int:
         """The number of requests that went on where a replica was lost under them."""
-        return sum(bool(one.report_number("retries")) for one in self.run.outcomes)
+        return sum(was_moved(one) for one in self.run.outcomes)
 
     @property
     def faults(self) -> list[str]:
@@ -112,14 +118,18 @@ class Findings:
         return [*upgrade, *lost(self.run.outcomes), *grown(self.memory.changes())]
 
 
-def overhead_s(one: RequestOutcome) -> float | None:
-    """Return what the service added; None for a request without an answer, or one that was moved.
+def was_moved(one: RequestOutcome) -> bool:
+    """Return True if a replica was lost under the request, before or after its first token."""
+    return bool(one.report_number("retries"))
 
-    A request whose replica died has run stages twice, of which the report holds one.
+
+def overhead_s(one: RequestOutcome) -> float | None:
+    """Return what the service added; None where the stages are not known.
+
+    A request that was not answered has no report. One whose replica died may have run stages twice,
+    of which the report holds one; it does not show whether that was before the first token.
     """
-    if one.stream.ending is not RequestEnding.ANSWERED or one.ttft_s is None:
-        return None
-    if one.report_number("retries"):
+    if one.stream.ending is not RequestEnding.ANSWERED or one.ttft_s is None or was_moved(one):
         return None
     return one.ttft_s - sum(one.report_number(stage) or 0.0 for stage in STAGES)
 
@@ -264,14 +274,25 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\nkilled {len(found.run.kills)} replicas under {found.moved} requests; {found.upgrade}")
     own = found.overhead_s
     print(
-        f"the service's own part of the time to a first token: p50 {own.p50 * 1e3:.0f} ms, "
-        f"p95 {own.p95 * 1e3:.0f} ms, p99 {own.p99 * 1e3:.0f} ms"
+        f"the service's own part of the time to a first token: {percentiles(own)}; of the "
+        f"{own.count} of {len(found.run.outcomes)} requests that were answered and lost no replica"
+    )
+    print(
+        f"the whole time to a first token of those that lost one: {percentiles(found.moved_ttft_s)}"
     )
     before, after = (sum(part) >> 20 for part in zip(*found.memory.changes().values(), strict=True))
     print(f"memory of what lived through both parts: {before} -> {after} MiB")
     for fault in found.faults[:40]:
         print(f"  {fault}")
     return 1 if found.faults else 0
+
+
+def percentiles(seconds: Distribution) -> str:
+    """Return the median and the tail, in milliseconds."""
+    if seconds.count == 0:
+        return "-"
+    shares = (("p50", seconds.p50), ("p95", seconds.p95), ("p99", seconds.p99))
+    return ", ".join(f"{name} {value * 1e3:.0f} ms" for name, value in shares)
 
 
 def figures(found: Findings, clients: int) -> dict[str, Any]:
@@ -281,6 +302,7 @@ def figures(found: Findings, clients: int) -> dict[str, Any]:
         "summary": asdict(found.run.summary),
         "moved": found.moved,
         "overhead_s": asdict(found.overhead_s),
+        "moved_ttft_s": asdict(found.moved_ttft_s),
         "kills": [asdict(kill) for kill in found.run.kills],
         "upgraded_in_s": found.upgrade.seconds,
         "memory_bytes": found.memory.changes(),

@@ -242,12 +242,14 @@ class EvaluationReport:
         )
 
     def _verdict_table(self) -> Table:
-        cells = pool_cells(self.measured.outcomes, self.suite)
+        beyond = set(self.measured.beyond_model)
+        asked = [one for one in self.measured.outcomes if (one.family, one.length) not in beyond]
+        cells = pool_cells(asked, self.suite) if asked else []
         answered = [each for each in cells if each.score is not None]
         return Table(
             heading="Kinds of answers",
             about="A miss has nothing of the kind that was asked for; a degenerate answer "
-            "repeats itself, the sign of broken positions.",
+            "repeats itself, the sign of broken positions. Families beyond the model are left out.",
             headers=("arm", *(kind.value.replace("_", " ") for kind in Verdict)),
             rows=tuple(
                 (each.arm.name, *(str(each.verdicts[kind.value]) for kind in Verdict))

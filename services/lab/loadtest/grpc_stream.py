@@ -11,7 +11,7 @@ from ...client.grpc import GRACE_S, generate_request, metadata, report_dict
 from ...client.question import ServiceQuestion
 from ...rpc.specprefill_pb2_grpc import SpecPrefillStub
 from .outcome import RequestEnding
-from .recorder import LoadPrompt, Recorder, RequestRefused
+from .recorder import LoadPrompt, Recorder, RequestRefused, no_end
 
 _ENDINGS = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: RequestEnding.SHED,
@@ -43,8 +43,10 @@ class GrpcCaller:
         call = self._stub.GenerateStream(
             generate_request(question), metadata=metadata(question), timeout=timeout_s + GRACE_S
         )
+        ended = False
         try:
             async for chunk in call:
+                ended |= chunk.output.HasField("finish_reason")
                 if chunk.output.text:
                     recorder.text(chunk.output.text)
                 if chunk.HasField("usage"):
@@ -57,6 +59,8 @@ class GrpcCaller:
             raise RequestRefused(_ENDINGS.get(code, RequestEnding.FAILED), message) from error
         finally:
             call.cancel()  # a client that left early; nothing after the end
+        if not ended:
+            raise no_end()
 
     def _question(self, prompt: LoadPrompt, timeout_s: float) -> ServiceQuestion:
         rate = prompt.keep if isinstance(prompt.keep, float) else None

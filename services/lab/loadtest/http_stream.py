@@ -13,7 +13,7 @@ import msgspec
 from aiohttp.http import HttpProcessingError
 
 from .outcome import RequestEnding
-from .recorder import LoadPrompt, Recorder, RequestRefused
+from .recorder import LoadPrompt, Recorder, RequestRefused, no_end
 
 _DATA = b"data:"
 _SHED_REASON = "x-specprefill-shed-reason"
@@ -46,6 +46,7 @@ class _Delta(msgspec.Struct):
 
 class _Choice(msgspec.Struct):
     delta: _Delta | None = None
+    finish_reason: str | None = None
 
 
 class _Usage(msgspec.Struct):
@@ -100,9 +101,12 @@ class HttpCaller:
                 if reply.status != HTTPStatus.OK:
                     reason = reply.headers.get(_SHED_REASON)
                     raise _refusal(reply.status, reason, await reply.read())
+                ended = False
                 async for line in reply.content:
                     if line.startswith(_DATA):
-                        _record(line[len(_DATA) :].strip(), recorder)
+                        ended |= _record(line[len(_DATA) :].strip(), recorder)
+                if not ended:
+                    raise no_end()
         except _BROKEN as error:
             raise RequestRefused(
                 RequestEnding.FAILED, f"{type(error).__name__}: {error}"
@@ -132,13 +136,13 @@ class HttpCaller:
         return headers
 
 
-def _record(data: bytes, recorder: Recorder) -> None:
-    """Record one event of the stream.
+def _record(data: bytes, recorder: Recorder) -> bool:
+    """Record one event of the stream. Return True if it ends the answer.
 
     Raises RequestRefused where it is an error, and ValueError where it is no event.
     """
     if data == b"[DONE]":
-        return
+        return True
     event = _events.decode(data)
     if event.error is not None:
         raise RequestRefused(
@@ -152,6 +156,7 @@ def _record(data: bytes, recorder: Recorder) -> None:
         recorder.usage(event.usage.prompt_tokens, event.usage.completion_tokens)
     if event.specprefill is not None:
         recorder.report(event.specprefill)
+    return any(choice.finish_reason is not None for choice in event.choices or ())
 
 
 def _ending_of(error: Any) -> RequestEnding:

@@ -13,6 +13,7 @@ from ...config import local_path
 from ..families.catalog import generate
 from ..families.fitting import TaskTokenizer
 from ..families.judging import score
+from ..families.task import Task
 from .arrivals import WHOLE, Part
 from .conversations import Conversationalist, PlannedTurns
 from .recorded_trace import TraceLine
@@ -33,7 +34,7 @@ class Source:
     """Makes prompts; one seed is one sequence of prompts, whatever is asked of the service.
 
     No prompt comes twice: a search would find it in the service's caches at its second rate. Only
-    beginnings do, where a recorded trace shares them.
+    beginnings do, within a run, where a recorded trace shares them.
     """
 
     def __init__(self, tokenizer: TaskTokenizer, seed: int, part: Part = WHOLE) -> None:
@@ -60,11 +61,18 @@ class Source:
         return [self._make(kind, next(self._seeds)) for kind in _draw_kinds(kinds, count, rng)]
 
     def draw_like(
-        self, kinds: Sequence[Prompts], lines: Sequence[TraceLine], rng: np.random.Generator
+        self,
+        kinds: Sequence[Prompts],
+        lines: Sequence[TraceLine],
+        rng: np.random.Generator,
+        run_seed: int,
     ) -> list[LoadPrompt]:
-        """Draw one prompt per recorded request, of its length where it has one."""
+        """Draw one prompt per recorded request, of its length where it has one.
+
+        Prompts of one `run_seed` share the beginnings that the trace shares, in every part.
+        """
         return [
-            self._make(_resize(kind, line), next(self._seeds), line.blocks)
+            self._make_like(_resize(kind, line), line.blocks, run_seed)
             for kind, line in zip(_draw_kinds(kinds, len(lines), rng), lines, strict=True)
         ]
 
@@ -79,20 +87,26 @@ class Source:
         """Make a prompt of this kind that no run counts."""
         return self._make(kind, _WARM_UP + self._seed + number)
 
-    def _make(self, kind: Prompts, seed: int, blocks: Sequence[int] = ()) -> LoadPrompt:
+    def _make(self, kind: Prompts, seed: int) -> LoadPrompt:
+        return _prompt(kind, generate(kind.family, seed, kind.prompt_tokens, self._tokenizer))
+
+    def _make_like(self, kind: Prompts, blocks: Sequence[int], run_seed: int) -> LoadPrompt:
         shared = self._beginnings.shared(blocks, kind.prompt_tokens)
         own_tokens = kind.prompt_tokens - BLOCK_TOKENS * len(shared)
-        task = generate(kind.family, seed, own_tokens, self._tokenizer)
-        task = self._beginnings.begin(task, shared)
-        return LoadPrompt(
-            messages=task.messages,
-            family=kind.family,
-            variant=kind.variant,
-            keep=kind.keep,
-            max_tokens=task.max_tokens if kind.max_tokens is None else kind.max_tokens,
-            score=partial(score, task),
-            tools=task.tools,
-        )
+        task = generate(kind.family, next(self._seeds), own_tokens, self._tokenizer)
+        return _prompt(kind, self._beginnings.begin(task, shared, run_seed))
+
+
+def _prompt(kind: Prompts, task: Task) -> LoadPrompt:
+    return LoadPrompt(
+        messages=task.messages,
+        family=kind.family,
+        variant=kind.variant,
+        keep=kind.keep,
+        max_tokens=task.max_tokens if kind.max_tokens is None else kind.max_tokens,
+        score=partial(score, task),
+        tools=task.tools,
+    )
 
 
 def _draw_kinds(kinds: Sequence[Prompts], count: int, rng: np.random.Generator) -> list[Prompts]:

@@ -32,6 +32,11 @@ class RequestRefused(Exception):
         self.ending = ending
 
 
+def no_end() -> RequestRefused:
+    """Return the failure of a stream that stopped without an end of its answer."""
+    return RequestRefused(RequestEnding.FAILED, "the stream has no end")
+
+
 class Recorder:
     """Collects one stream; seconds count from its making, which is when the request is sent."""
 
@@ -81,5 +86,8 @@ class Caller(Protocol):
         ...
 
     async def stream(self, prompt: LoadPrompt, timeout_s: float, recorder: Recorder) -> None:
-        """Send the prompt and record its answer to the end. Raises Refused."""
+        """Send the prompt and record its answer to the end.
+
+        Raises RequestRefused, also where the stream stops before its end.
+        """
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -55,7 +56,8 @@ def replicate_table(runs: Sequence[Run]) -> str:
 
 def _replicated_cells(values: Sequence[float], show: Callable[[float], str]) -> list[str]:
     one = Replicated.from_values(values)
-    return [show(one.mean), f"+-{show(one.half_width)}", show(min(values)), show(max(values))]
+    spread = f"+-{show(one.half_width)}" if np.isfinite(one.half_width) else "-"
+    return [show(one.mean), spread, show(min(values)), show(max(values))]
 
 
 def trial_table(trials: Sequence[Trial]) -> str:
@@ -233,9 +235,10 @@ def _trial_section(scenario: Scenario, trials: Sequence[Trial]) -> tuple[str, li
 
 
 def _pareto_chart(trials: Sequence[Trial], gpus: int | None) -> str:
-    """Draw what throughput costs in latency, a point per number of clients."""
-    latency = [trial.summary.ttft_s.p95 for trial in trials]
-    good = [trial.summary.goodput_qps / (gpus or 1) for trial in trials]
+    """Draw what throughput costs in latency, a point per number of clients that has a latency."""
+    drawn = [trial.summary for trial in trials if np.isfinite(trial.summary.ttft_s.p95)]
+    latency = [summary.ttft_s.p95 for summary in drawn]
+    good = [summary.goodput_qps / (gpus or 1) for summary in drawn]
     per = "requests/s per GPU" if gpus else "requests/s"
     lines = [Line("goodput", latency, good)]
     return line_chart("Goodput and latency", lines, x_label="TTFT p95, s", y_label=per)
@@ -253,14 +256,18 @@ def _trial_chart(trials: Sequence[Trial]) -> str:
 
 def _run_charts(run: Run, scenario: Scenario) -> list[str]:
     variants: dict[str, list[RequestOutcome]] = {}
+    asked: Counter[str] = Counter()
     for outcome in run.outcomes:
+        if outcome.stream.ending is RequestEnding.CANCELLED:
+            continue
+        asked[outcome.variant] += 1
         if outcome.ttft_s is not None:
             variants.setdefault(outcome.variant, []).append(outcome)
     over_time = [
         Line(name, [one.scheduled_s for one in group], [one.ttft_s or 0.0 for one in group])
         for name, group in variants.items()
     ]
-    spread = [_cumulative(name, group) for name, group in variants.items()]
+    spread = [_cumulative(name, group, asked[name]) for name, group in variants.items()]
     return [
         line_chart("TTFT over the run", over_time, x_label="sent at, s", y_label="TTFT, s",
                    limit=scenario.slo.ttft_s),
@@ -268,22 +275,23 @@ def _run_charts(run: Run, scenario: Scenario) -> list[str]:
     ]  # fmt: skip
 
 
-def _cumulative(name: str, group: Sequence[RequestOutcome]) -> Line:
+def _cumulative(name: str, group: Sequence[RequestOutcome], asked: int) -> Line:
+    """Return the shares of `asked` requests; those without a first token are not in the group."""
     values = np.sort([one.ttft_s or 0.0 for one in group])
-    shares = np.arange(1, len(values) + 1) / len(values)
+    shares = np.arange(1, len(values) + 1) / asked
     return Line(name, values.tolist(), shares.tolist(), steps=True)
 
 
 def _number(value: float, digits: int) -> str:
-    return "-" if np.isnan(value) else f"{value:.{digits}f}"
+    return f"{value:.{digits}f}" if np.isfinite(value) else "-"
 
 
 def _share(value: float) -> str:
-    return "-" if np.isnan(value) else f"{value:.1%}"
+    return f"{value:.1%}" if np.isfinite(value) else "-"
 
 
 def _ms(seconds: float) -> str:
-    return "-" if np.isnan(seconds) else f"{seconds * 1e3:.0f} ms"
+    return f"{seconds * 1e3:.0f} ms" if np.isfinite(seconds) else "-"
 
 
 _REPLICATED: tuple[tuple[str, Callable[[Summary], float], Callable[[float], str]], ...] = (

@@ -133,7 +133,7 @@ def plan_load(scenario: Scenario, source: Source, part: Part = WHOLE) -> Load:
         lines = trace.read(Path(process.path), scenario.length.requests or 0)[mine]
         times = np.array([line.time_s / process.speed for line in lines])
         rng = _own(rng, part)
-        prompts = source.draw_like(scenario.prompts, lines, rng)
+        prompts = source.draw_like(scenario.prompts, lines, rng, scenario.seed)
     else:
         times = arrivals.times(process, scenario.length, rng)  # the same in every part
         if not len(times):

@@ -1,8 +1,9 @@
 """Prompts that begin alike where a recorded trace says so.
 
 Mooncake's traces (github.com/kvcache-ai/Mooncake) name the blocks of 512 tokens that prompts are
-made of: equal ids, equal blocks. A block here is prose drawn from its id, so that every run of a
-trace, and every service under it, sees the same. The last part of a prompt is a task of its own,
+made of: equal ids, equal blocks. A block here is prose drawn from its id and the run's seed: every
+client process of a run, and every service under the same run, sees the same, and replicates share
+nothing in a service's caches. The last part of a prompt is a task of its own,
 whose answer can be checked; requests that were recorded as equal to their end differ in it.
 """
 
@@ -26,28 +27,28 @@ class SharedBeginnings:
 
     def __init__(self, tokenizer: TaskTokenizer) -> None:
         self._tokenizer = tokenizer
-        self._texts: OrderedDict[int, str] = OrderedDict()
+        self._texts: OrderedDict[tuple[int, int], str] = OrderedDict()  # by seed and id
 
     @staticmethod
     def shared(blocks: Sequence[int], prompt_tokens: int) -> Sequence[int]:
         """Return the first blocks that leave room for a task behind them."""
         return blocks[: max(0, prompt_tokens - LEAST_TASK_TOKENS) // BLOCK_TOKENS]
 
-    def begin(self, task: Task, blocks: Sequence[int]) -> Task:
-        """Return the task with the blocks' text before its first message's."""
+    def begin(self, task: Task, blocks: Sequence[int], seed: int) -> Task:
+        """Return the task with the blocks' text of a run's `seed` before its first message's."""
         if not blocks:
             return task
         first, *rest = task.messages
-        text = " ".join(self._text(each) for each in blocks)
+        text = " ".join(self._text(seed, each) for each in blocks)
         begun = {**first, "content": f"{text}\n\n{first['content']}"}
         tokens = task.prompt_tokens + BLOCK_TOKENS * len(blocks)
         return replace(task, messages=(begun, *rest), prompt_tokens=tokens)
 
-    def _text(self, block: int) -> str:
-        text = self._texts.pop(block, None)
+    def _text(self, seed: int, block: int) -> str:
+        text = self._texts.pop((seed, block), None)
         if text is None:
-            text = filler_text(f"block/{block}", BLOCK_TOKENS, self._tokenizer)
-        self._texts[block] = text
+            text = filler_text(f"block/{seed}/{block}", BLOCK_TOKENS, self._tokenizer)
+        self._texts[seed, block] = text
         if len(self._texts) > _REMEMBERED:
             self._texts.popitem(last=False)
         return text

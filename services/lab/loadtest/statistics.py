@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...config import Seconds, Strict
+from ..reporting.percentiles import percentiles
 from .outcome import RequestEnding, RequestOutcome
 
 PERCENTILES = (50.0, 90.0, 95.0, 99.0)
@@ -40,22 +41,24 @@ class RequestSlo(Strict):
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """Seconds (or a plain number) over requests or tokens. All NaN where there are none."""
+    """Seconds (or a plain number) over requests or tokens. All NaN where there are none.
 
-    count: int
-    mean: float
+    A percentile is inf where it falls among the requests that never got to what is measured.
+    """
+
+    count: int  # of the values that there are
+    mean: float  # of the same
     p50: float
     p90: float
     p95: float
     p99: float
 
     @classmethod
-    def from_values(cls, values: Iterable[float | None]) -> Distribution:
-        """Summarise the values that are not None."""
+    def from_values(cls, values: Iterable[float | None], never: int = 0) -> Distribution:
+        """Summarise the values that are not None; `never` more are later than any."""
         there = np.array([value for value in values if value is not None], dtype=np.float64)
-        if not len(there):
-            return cls(0, *[float("nan")] * (1 + len(PERCENTILES)))
-        return cls(len(there), float(there.mean()), *np.percentile(there, PERCENTILES).tolist())
+        mean = float(there.mean()) if len(there) else float("nan")
+        return cls(len(there), mean, *percentiles(there, never, PERCENTILES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +113,10 @@ def summarise(name: str, outcomes: Sequence[RequestOutcome], slo: RequestSlo) ->
         attainment=good / len(counted) if counted else float("nan"),
         endings=_counts(stream.ending.value for stream in streams),
         errors=_counts(stream.error for stream in streams if stream.error),
-        ttft_s=Distribution.from_values(outcome.ttft_s for outcome in counted),
+        ttft_s=Distribution.from_values(
+            (outcome.ttft_s for outcome in counted),
+            never=sum(outcome.ttft_s is None for outcome in counted),
+        ),
         tpot_s=Distribution.from_values(outcome.tpot_s for outcome in counted),
         itl_s=Distribution.from_values(gap for outcome in counted for gap in outcome.gaps_s),
         e2e_s=Distribution.from_values(
@@ -140,7 +146,10 @@ def summarise_groups(
 
 @dataclass(frozen=True, slots=True)
 class Replicated:
-    """A number over replicates: its mean, and half of the width of its 95 % interval."""
+    """A number over replicates: its mean, and half of the width of its 95 % interval.
+
+    Both are NaN where a replicate has no finite number.
+    """
 
     mean: float
     half_width: float
@@ -149,6 +158,8 @@ class Replicated:
     def from_values(cls, values: Sequence[float]) -> Replicated:
         """Take 2 to `MOST_REPLICATES` values as independent draws of a normal distribution."""
         drawn = np.asarray(values, dtype=np.float64)
+        if not np.isfinite(drawn).all():
+            return cls(float("nan"), float("nan"))
         error = float(drawn.std(ddof=1)) / len(drawn) ** 0.5
         return cls(float(drawn.mean()), _T[len(drawn) - 2] * error)
 

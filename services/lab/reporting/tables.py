@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,24 @@ def markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_json(path: Path, origin: Provenance, results: Mapping[str, Any]) -> None:
-    """Write the results beside their provenance."""
+    """Write the results beside their provenance; a number that is not finite as null."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"measured": asdict(origin), **results}
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    content = _without_nonfinite({"measured": asdict(origin), **results})
+    text = json.dumps(content, indent=2, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _without_nonfinite(value: Any) -> Any:
+    """Return the value with None for each number in it that JSON cannot hold."""
+    match value:
+        case float():
+            return value if isfinite(value) else None
+        case Mapping():
+            return {key: _without_nonfinite(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_without_nonfinite(each) for each in value]
+        case _:
+            return value
 
 
 def _program() -> str:

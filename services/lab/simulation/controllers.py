@@ -25,8 +25,7 @@ class SloController:
     def target(self, now: Telemetry) -> PoolTarget:
         """Decide as the service does; see `scaling.decide`."""
         decision, self.memory = decide(now.seen, self.policy, self.memory)
-        replicas = {pool: each.replicas for pool, each in decision.pools.items()}
-        return PoolTarget(replicas, decision.keep.high)
+        return PoolTarget({pool: each.replicas for pool, each in decision.pools.items()})
 
 
 @dataclass(frozen=True, slots=True)

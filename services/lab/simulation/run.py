@@ -80,7 +80,6 @@ class _Simulation:
             nominal = trace.kept_tokens / trace.prompt_tokens
         self.keep = np.where(times.speculate_s > 0, nominal, 1.0).tolist()
         self.late = [False] * count
-        self.keep_limit = world.keep
         self.entering = 0  # requests at the front
         self.virtual_s = 0.0  # fair-share tag of the prefill in service
         self.events: list[Event] = []
@@ -208,7 +207,7 @@ class _Simulation:
     def _admit(self, request: int, policy: AdmissionPolicy) -> bool:
         """Lower the keep rate, put the request behind, or shed it, as the gateway does."""
         world = self.world
-        keep = min(self.keep[request], self.keep_limit) if self.speculate_s[request] > 0.0 else 1.0
+        keep = self.keep[request]  # 1.0: dense
         floor = min(keep, world.keep_floor)
         ask = AdmissionRequest(int(self.prompt[request]), keep, floor, world.timeout_s)
         verdict = judge(ask, self._backlog(), world.engines.curves, policy)
@@ -226,12 +225,11 @@ class _Simulation:
         first, second = self.speculators, self.prefills
         in_time_s, late_s = second.waits_s()
         return Backlog(
-            first.waits_s()[0],
-            in_time_s,
-            late_s,
-            self.decodes.waits_s()[0] / self.decodes.slots,
-            first.in_time.count + second.in_time.count,
-            first.late.count + second.late.count,
+            speculate_s=first.waits_s()[0],
+            prefill_s=in_time_s,
+            late_s=late_s,
+            waiting=first.in_time.count + second.in_time.count,
+            waiting_late=first.late.count + second.late.count,
         )
 
     def _to_prefill(self, request: int, now_s: float) -> None:
@@ -352,7 +350,6 @@ class _Simulation:
             cold_s = self.world.cold_start_s[pool]
             for name in self.stations[place].resize(target.replicas[pool], now_s):
                 self._push(now_s + cold_s, EventKind.READY, place, name)
-        self.keep_limit = self.world.keep if target.keep is None else target.keep
         self._push(now_s + self.world.tick_s, EventKind.TICK, 0, 0)
 
     def _telemetry(self, now_s: float, arrived: int) -> Telemetry:

@@ -54,7 +54,7 @@ class SimulationScenario:
     @property
     def admission(self) -> AdmissionPolicy:
         """The gateway's admission policy for this trace."""
-        return AdmissionPolicy(self.world.slo.ttft_s, self.world.slo.gap_s / 2)
+        return AdmissionPolicy(self.world.slo.ttft_s)
 
 
 def scenario(
@@ -194,14 +194,13 @@ def distance(case: SimulationScenario, entries: list[Entry]) -> Distance:
     warm = replace(case.policy, pools=warm_limits)
     warm_world = replace(case.world, cold_start_s=dict.fromkeys(Pool, 0.0))
     free_world = replace(warm_world, keep_floor=0.001)
-    free = replace(warm, keep_floor=0.001)
     reached = [
         float(
-            simulate(case.trace, world, SloController(policy), initial, case.admission)
+            simulate(case.trace, world, SloController(warm), initial, case.admission)
             .meets_slo(world.slo)
             .mean()
         )
-        for world, policy in ((warm_world, warm), (free_world, free))
+        for world in (warm_world, free_world)
     ]
     best, ours = (entry.score.attainment for entry in entries[:2])
     return Distance(reached[0] - ours, reached[1] - reached[0], best - reached[1])

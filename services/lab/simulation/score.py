@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import numpy as np
 
 from ...control.scaling.values import Pool, Slo
+from ..reporting.percentiles import percentiles
 from .world import SimulationResult
 
 HEADERS = (
@@ -27,7 +29,7 @@ class Score:
     replica_hours: float
     pool_hours: dict[str, float]
     mean_keep: float | None  # of the pruned prompts that were answered
-    p50_ttft_s: float | None
+    p50_ttft_s: float | None  # of all requests; None: it falls among those without a first token
     p95_ttft_s: float | None
     shed: int
     unanswered: int  # gave up waiting; the shed ones not among them
@@ -51,7 +53,8 @@ def score(controller: str, outcome: SimulationResult, slo: Slo, duration_s: floa
     """Judge an outcome."""
     met = outcome.meets_slo(slo)
     answered = ~np.isnan(outcome.ttft_s)
-    keeps, ttft_s = outcome.keep[answered & (outcome.keep < 1.0)], outcome.ttft_s[answered]
+    keeps = outcome.keep[answered & (outcome.keep < 1.0)]
+    p50_s, p95_s = percentiles(outcome.ttft_s[answered], int((~answered).sum()), (50.0, 95.0))
     hours = {pool.value: outcome.replica_s[pool] / 3600 for pool in Pool}
     shed = int(outcome.shed.sum())
     return Score(
@@ -62,8 +65,8 @@ def score(controller: str, outcome: SimulationResult, slo: Slo, duration_s: floa
         sum(hours.values()),
         hours,
         float(keeps.mean()) if len(keeps) > 0 else None,
-        float(np.percentile(ttft_s, 50)) if len(ttft_s) > 0 else None,
-        float(np.percentile(ttft_s, 95)) if len(ttft_s) > 0 else None,
+        p50_s if isfinite(p50_s) else None,
+        p95_s if isfinite(p95_s) else None,
         shed,
         len(met) - shed - int(answered.sum()),
     )

@@ -58,10 +58,9 @@ class Telemetry:
 
 @dataclass(frozen=True, slots=True)
 class PoolTarget:
-    """A controller's answer: sizes, and the highest keep rate for now."""
+    """A controller's answer: the sizes of the pools."""
 
     replicas: Mapping[Pool, int]
-    keep: float | None = None  # None: the nominal one
 
 
 class Controller(Protocol):

@@ -30,6 +30,7 @@ from specprefill.lab.loadtest.prompt_source import Source
 from specprefill.lab.loadtest.recorder import LoadPrompt
 from specprefill.lab.loadtest.runner import PlannedRequest, RunProgress
 from specprefill.lab.loadtest.scenario import Kill, Scenario
+from specprefill.rpc import specprefill_pb2 as messages
 from specprefill.rpc import specprefill_pb2_grpc as stubs
 from tests.contract.conftest import (
     API_KEY,
@@ -178,10 +179,11 @@ EVENT = b'data: {"choices": [{"delta": {"content": "hello"}}]}\n\n'
             "UnicodeDecodeError",
         ),
         ("200 OK", EVENT + b"data: " + b"x" * 10_000 + b"\n\n", "LineTooLong"),
+        ("200 OK", EVENT, "the stream has no end"),
     ],
     ids=[
         "520", "529", "no text", "no error field", "no JSON", "no object", "no choice", "no UTF-8",
-        "too long",
+        "too long", "no end",
     ],
 )  # fmt: skip
 async def test_an_odd_reply_is_one_failed_request(head, body, message, monkeypatch):
@@ -194,6 +196,46 @@ async def test_an_odd_reply_is_one_failed_request(head, body, message, monkeypat
     assert [one.stream.ending for one in outcomes] == [RequestEnding.FAILED] * 2
     assert message in outcomes[0].stream.error
     assert outcomes[0].stream.text == ("hello" if head == "200 OK" else "")
+
+
+@pytest.mark.parametrize(
+    ("body", "ending"),
+    [
+        (b'{"choices": [{"message": {"content": "hello"}}]}', RequestEnding.FAILED),
+        (b"", RequestEnding.FAILED),
+        (b'data: {"choices": [{"finish_reason": "stop"}]}\n\n', RequestEnding.ANSWERED),
+        (b"data: [DONE]\n\n", RequestEnding.ANSWERED),
+    ],
+    ids=["no stream", "nothing", "finish reason", "done"],
+)
+async def test_a_stream_needs_an_end(body, ending):
+    """A connection that closes early, and a body that is no stream, look alike otherwise."""
+    reply = functools.partial(reply_once, "200 OK", body)
+    server = await asyncio.start_server(reply, "127.0.0.1", 0)
+    asked = HttpCaller(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", "demo", None)
+    async with server, asked.open():
+        stream = await runner.stream(prompt(), asked, PATIENCE_S)
+    assert stream.ending is ending
+    assert stream.error == ("the stream has no end" if ending is RequestEnding.FAILED else "")
+
+
+async def test_a_call_needs_an_end():
+    """A gRPC server that closes the stream with OK after one token."""
+
+    class Short(stubs.SpecPrefillServicer):
+        async def GenerateStream(self, request, context):
+            yield messages.GenerateChunk(output=messages.Output(text="hello"))
+
+    server = grpc.aio.server()
+    stubs.add_SpecPrefillServicer_to_server(Short(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    asked = GrpcCaller(f"127.0.0.1:{port}", "demo", None)
+    async with asked.open():
+        stream = await runner.stream(prompt(), asked, PATIENCE_S)
+    await server.stop(0)
+    assert (stream.ending, stream.text) == (RequestEnding.FAILED, "hello")
+    assert stream.error == "the stream has no end"
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

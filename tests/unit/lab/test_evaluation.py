@@ -195,6 +195,21 @@ def test_families_beyond_the_model_are_compared_by_their_gold(run):
     assert "## Smallest rate that is enough for all families at 400 tokens" in text
 
 
+def test_kinds_of_answers_leave_out_families_beyond_the_model(run):
+    asked = suite(("niah_single_1", "niah_single_2"))
+    measured, _ = run(asked, Scripted(lambda task, _arm: task.family == "niah_single_1"))
+    assert measured.beyond_model == (("niah_single_2", 400),)
+    text = report.text(report.report_of(measured, asked, {}))
+    (table,) = [part for part in text.split("## ") if part.startswith("Kinds of answers")]
+    dense = next(line for line in table.splitlines() if line.startswith("| dense"))
+    assert sum(int(cell) for cell in dense.strip("|").split("|")[1:]) == asked.items
+
+
+def test_without_any_answered_family_there_are_no_kinds_of_answers(run):
+    measured, _ = run(suite(), Scripted(lambda *_: False))
+    assert "Kinds of answers" not in report.text(report.report_of(measured, suite(), {}))
+
+
 def test_where_gold_is_unknown_only_answers_are_compared(run):
     class Remote(Scripted):
         def _answer(self, task, arm, with_text):

