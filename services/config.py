@@ -313,6 +313,9 @@ class AdmissionConfig(Strict):
 
     # The SLO of first tokens that keep rates are lowered for. Leave it out where `slo` is set.
     ttft_s: Seconds | None = None
+    # That of the second tokens, from the first: requests are late where the decode pool's sequences
+    # (`decode.max_num_seqs` of each replica) are taken for longer. Leave it out where `slo` is set.
+    gap_s: Seconds | None = None
     keep_floor: Rate = 0.1  # for requests that name no floor and no rate of their own
     max_waiting: PositiveInt = 1024  # requests in the queue, over all gateways; more are shed
     max_waiting_per_key: PositiveInt = 256  # likewise, of one API key, where there are several
@@ -531,6 +534,11 @@ class AppConfig(Strict):
                 f"gateway.admission.ttft_s ({admission.ttft_s:g}) must not be set beside "
                 f"slo.ttft_s ({self.slo.ttft_s:g}), which counts for both"
             )
+        if self.slo is not None and admission.gap_s is not None:
+            raise ValueError(
+                f"gateway.admission.gap_s ({admission.gap_s:g}) must not be set beside "
+                f"slo.gap_s ({self.slo.gap_s:g}), which counts for both"
+            )
         return self
 
     def for_engines(self) -> EnginesConfig:
@@ -552,8 +560,9 @@ class AppConfig(Strict):
         if admission is None:
             return self.model_copy(update={"slo": None})
         ttft_s = admission.ttft_s if self.slo is None else self.slo.ttft_s
+        gap_s = admission.gap_s if self.slo is None else self.slo.gap_s
         shared = admission.shared and self.scaling.gateway_replicas > 1
-        known = admission.model_copy(update={"ttft_s": ttft_s, "shared": shared})
+        known = admission.model_copy(update={"ttft_s": ttft_s, "gap_s": gap_s, "shared": shared})
         gateway = self.gateway.model_copy(update={"admission": known})
         return self.model_copy(update={"gateway": gateway, "slo": None})
 

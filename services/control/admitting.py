@@ -29,12 +29,12 @@ class Slot(Protocol):
         """The seconds that the request waited for the slot."""
         ...
 
-    def record_first_token(self) -> None:
-        """Release the slot: the first token is there. Idempotent."""
+    def record_first_token(self, *, by_itself: bool = False) -> None:
+        """Release the slot: the first token is there. Idempotent. `by_itself`: see `Chunk`."""
         ...
 
     def release(self) -> None:
-        """Release the slot: there is no first token, or it was recorded. Idempotent."""
+        """Note the request's end, with or without a first token. Idempotent."""
         ...
 
 
@@ -84,9 +84,7 @@ class AdmittingPipeline:
         try:
             async with aclosing(self._pipeline.generate(_bounded(request, slot))) as chunks:
                 async for chunk in chunks:
-                    if chunk.late_by_itself:  # it does not show how long others wait
-                        slot.release()
-                    slot.record_first_token()
+                    slot.record_first_token(by_itself=chunk.late_by_itself)
                     yield _add_wait(chunk, slot.waited_s)
         finally:
             slot.release()

@@ -24,6 +24,7 @@ from .admission import (
     ShedReason,
     judge,
 )
+from .decoding import Decoding
 from .fair_queue import FairQueue
 from .gateway_share import GatewayShare
 from .request_summary import RequestSummary
@@ -92,12 +93,12 @@ class GateSlot:
         """The seconds that the request waited for the slot."""
         return self.admitted.waited_s
 
-    def record_first_token(self) -> None:
-        """Release the slot at the first token. Idempotent."""
-        self.gate.record_first_token(self.admitted)
+    def record_first_token(self, *, by_itself: bool = False) -> None:
+        """Release the slot at the first token. Idempotent. `by_itself`: see `Chunk`."""
+        self.gate.record_first_token(self.admitted, by_itself=by_itself)
 
     def release(self) -> None:
-        """Release the slot. Idempotent."""
+        """Note the request's end, with or without a first token. Idempotent."""
         self.gate.release(self.admitted)
 
 
@@ -125,6 +126,7 @@ class Gate:
         self._running: dict[int, GatedRequest] = {}
         self._by_key: Counter[str] = Counter()
         self._paused_until_s = -inf
+        self._decoding = Decoding(now)
         self._others = (0.0, 0.0)  # wait behind other gateways in seconds, and when it was measured
 
     @property
@@ -153,14 +155,20 @@ class Gate:
             raise
         return GateSlot(self, admitted)
 
-    def record_first_token(self, admitted: GatedRequest) -> None:
-        """Release the slot at the first token; learn the wait behind other gateways."""
-        if not admitted.left and admitted.started_s is not None:
+    def record_first_token(self, admitted: GatedRequest, *, by_itself: bool = False) -> None:
+        """Release the slot at the first token; learn the wait behind other gateways.
+
+        One that came late by itself shows nothing of them. Idempotent.
+        """
+        if admitted.left:
+            return
+        if not by_itself and admitted.started_s is not None:
             now_s = self._now()
             excess_s = max(0.0, now_s - admitted.started_s - admitted.foreseen_s)
             known_s = self._wait_behind_others_s(now_s)
             self._others = (known_s + _NEWEST * (excess_s - known_s), now_s)
-        self.release(admitted)
+        self._leave(admitted)
+        self._decoding.begin(id(admitted), admitted.arrival.samples, self._engines().decode_share)
 
     def _unfinished_s(self, requests: Iterable[GatedRequest], now_s: float) -> float:
         """Return the seconds that this gateway's part of the prefill engines needs for these."""
@@ -174,9 +182,13 @@ class Gate:
         return wait_s * exp((known_at_s - now_s) / self._policy.ttft_s)
 
     def release(self, admitted: GatedRequest) -> None:
-        """Release the slot: the first token is there, or never will be. Idempotent."""
-        if admitted.left:
-            return
+        """Note a request's end, with or without a first token. Idempotent."""
+        self._decoding.end(id(admitted))
+        if not admitted.left:
+            self._leave(admitted)
+
+    def _leave(self, admitted: GatedRequest) -> None:
+        """Release the slot: the first token is there, or never will be."""
         admitted.left = True
         self._forget_waiting(admitted)
         if self._running.pop(id(admitted), None) is not None:
@@ -198,6 +210,7 @@ class Gate:
             speculate_s=unread_s / engines.speculator_share,
             prefill_s=prefill_s,
             late_s=prefill_s + late_s,
+            decode_s=self._decoding.wait_s(engines.decode_share),
             waiting=len(self._waiting) - len(late),
             waiting_late=len(late),
             waiting_of_key=0 if key is None else self._by_key[key],

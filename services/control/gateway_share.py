@@ -17,6 +17,7 @@ class GatewayShare:
     speculators: int = 1
     prefills: int = 1
     gateways: int = 1
+    decode_slots: int = 0  # sequences that all decode replicas run at once; 0: not known
 
     @property
     def speculator_share(self) -> float:
@@ -27,6 +28,11 @@ class GatewayShare:
     def prefill_share(self) -> float:
         """This gateway's part of the prefill engines, in replicas."""
         return max(1, self.prefills) / max(1, self.gateways)
+
+    @property
+    def decode_share(self) -> float:
+        """This gateway's part of the decode slots; 0: not known."""
+        return self.decode_slots / max(1, self.gateways)
 
     @property
     def prefill_speed(self) -> float:

@@ -22,6 +22,7 @@ class RequestSummary:
     key: str | None = None  # the API key's name
     priority: int = 0  # lower goes first
     is_prefilled: bool = True  # False: only its selection is wanted
+    samples: int = 1
 
     @classmethod
     def of(
@@ -36,6 +37,7 @@ class RequestSummary:
             request.key,
             request.priority,
             is_prefilled,
+            request.samples,
         )
 
     def admission_request(self) -> AdmissionRequest:

@@ -109,18 +109,19 @@ class SharedGate:
             return Admission(is_forgotten=True)
         return self._answer(slot_id, task)
 
-    def leave(self, gateway: str, number: int, *, first_token: bool) -> None:
-        """Give a slot back, at the first token or without one. Idempotent."""
+    def leave(
+        self, gateway: str, number: int, *, first_token: bool, by_itself: bool = False
+    ) -> None:
+        """Give a slot back at the first token, or note the request's end. Idempotent."""
         slot_id = (gateway, number)
+        if first_token and slot_id in self._held:
+            self._held[slot_id].record_first_token(by_itself=by_itself)
+            return
         entering = self._entering.pop(slot_id, None)
         if entering is not None:
             entering.cancel()
         slot = self._held.pop(slot_id, None)
-        if slot is None:
-            return
-        if first_token:
-            slot.record_first_token()
-        else:
+        if slot is not None:
             slot.release()
 
     def renew(self, gateway: str, view: View) -> None:

@@ -115,6 +115,7 @@ class Gateway:
             self._tracer,
             app_name=context.app_name,
             gateway=context.replica_id.unique_id,
+            decode_seqs=self._config.decode.max_num_seqs or 0,
         )
         self._admission.start()
         load = LoadGauges(lambda: self._limit.held, self._admission.gate)

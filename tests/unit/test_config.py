@@ -107,13 +107,14 @@ ADMITTING = {**LEAST, "gateway": {"admission": {}}}
 def test_the_slo_of_the_pools_is_the_slo_of_admission():
     config = AppConfig.model_validate({**ADMITTING, "slo": {"ttft_s": 1.5}})
     named = config.for_gateways()
-    assert named.gateway.admission.ttft_s == 1.5
+    assert (named.gateway.admission.ttft_s, named.gateway.admission.gap_s) == (1.5, 1.0)
     assert AppConfig.model_validate_json(named.model_dump_json(exclude={"slo"})) == named
 
 
 def test_admission_names_its_slo_where_pools_have_fixed_sizes():
     fixed = {**LEAST, "gateway": {"admission": {"ttft_s": 2.5}}}
-    assert AppConfig.model_validate(fixed).for_gateways().gateway.admission.ttft_s == 2.5
+    admission = AppConfig.model_validate(fixed).for_gateways().gateway.admission
+    assert (admission.ttft_s, admission.gap_s) == (2.5, None)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +122,7 @@ def test_admission_names_its_slo_where_pools_have_fixed_sizes():
     [
         ({}, None, r"needs an SLO: set slo\.ttft_s, or gateway\.admission\.ttft_s"),
         ({"ttft_s": 2.0}, {"ttft_s": 2.0}, r"must not be set beside slo\.ttft_s"),
+        ({"gap_s": 2.0}, {"ttft_s": 2.0}, r"must not be set beside slo\.gap_s"),
     ],
 )
 def test_exactly_one_key_names_the_slo(admission, slo, message):

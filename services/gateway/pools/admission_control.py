@@ -21,7 +21,7 @@ from ...core.ports import Answerer
 from ...core.request_spans import Tracer
 from .gate_actor import admission_policy, connect_to_gate
 from .gate_client import SharedAdmission
-from .health import GATEWAY, PREFILL, SPECULATOR, PoolCounts
+from .health import DECODE, GATEWAY, PREFILL, SPECULATOR, PoolCounts
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +29,10 @@ logger = logging.getLogger(__name__)
 class EngineCounts:
     """Returns the newest known counts at once, and starts to read newer ones."""
 
-    def __init__(self, count: PoolCounts) -> None:
+    def __init__(self, count: PoolCounts, decode_seqs: int) -> None:
+        """`decode_seqs`: sequences that a decode replica runs at once; 0: not known."""
         self._count = count
+        self._decode_seqs = decode_seqs
         self._known = GatewayShare()
         self._reading: asyncio.Task[None] | None = None
 
@@ -48,7 +50,8 @@ class EngineCounts:
         ) as error:  # the controller is away: keep the last counts
             logger.info("replica counts: %s", error)
             return
-        self._known = GatewayShare(counts[SPECULATOR], counts[PREFILL], counts[GATEWAY])
+        slots = self._decode_seqs * counts[DECODE]
+        self._known = GatewayShare(counts[SPECULATOR], counts[PREFILL], counts[GATEWAY], slots)
 
 
 class AdmissionControl:
@@ -64,7 +67,9 @@ class AdmissionControl:
         *,
         app_name: str,
         gateway: str,
+        decode_seqs: int = 0,
     ) -> None:
+        """`decode_seqs`: see `EngineCounts`."""
         self.answerer: Answerer = pipeline
         self.gate: AdmissionGate | None = None
         self._shared: SharedAdmission | None = None
@@ -72,7 +77,7 @@ class AdmissionControl:
         if admission is None or admission.ttft_s is None:
             return
         ttft_s, fair_keys = admission.ttft_s, len(config.api_keys) > 1
-        engines = EngineCounts(count)
+        engines = EngineCounts(count, decode_seqs)
         gate: AdmissionGate = Gate(
             admission_policy(admission, ttft_s),
             per_engine=admission.per_engine,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from typing import Any
 
@@ -25,6 +26,7 @@ def admission_policy(admission: AdmissionConfig, ttft_s: float) -> AdmissionPoli
     """Return the rules of a deployment's admission."""
     return AdmissionPolicy(
         ttft_s,
+        math.inf if admission.gap_s is None else admission.gap_s,
         max_waiting=admission.max_waiting,
         max_waiting_per_key=admission.max_waiting_per_key,
     )
@@ -49,9 +51,9 @@ class GateActor:
         """Wait for a slot."""
         return pack(await self._gate.enter(unpack(payload, GateEntry)))
 
-    async def leave(self, gateway: str, number: int, first_token: bool) -> None:
-        """Give a slot back."""
-        self._gate.leave(gateway, number, first_token=first_token)
+    async def leave(self, gateway: str, number: int, first_token: bool, by_itself: bool) -> None:
+        """Give a slot back, or note a request's end."""
+        self._gate.leave(gateway, number, first_token=first_token, by_itself=by_itself)
 
     async def renew(self, gateway: str, payload: bytes) -> None:
         """Take a gateway's view of the pools."""
@@ -82,9 +84,9 @@ class GateActorLink:
         except RayError as error:
             raise GateLost(str(error)) from error
 
-    def leave(self, gateway: str, number: int, first_token: bool) -> None:
+    def leave(self, gateway: str, number: int, first_token: bool, by_itself: bool) -> None:
         """See SharedGate.leave."""
-        self._actor.leave.options(num_returns=0).remote(gateway, number, first_token)
+        self._actor.leave.options(num_returns=0).remote(gateway, number, first_token, by_itself)
 
     async def renew(self, gateway: str, view: View) -> None:
         """See SharedGate.renew."""

@@ -34,7 +34,7 @@ class GateLink(Protocol):
         """See SharedGate.enter."""
         ...
 
-    def leave(self, gateway: str, number: int, first_token: bool) -> None:
+    def leave(self, gateway: str, number: int, first_token: bool, by_itself: bool) -> None:
         """See SharedGate.leave; returns at once, and never raises."""
         ...
 
@@ -52,21 +52,21 @@ class SharedSlot:
 
     plan: Plan
     waited_s: float
-    _leave: Callable[[bool], None]
-    _released: bool = False
+    _leave: Callable[[bool, bool], None]
+    _has_token: bool = False
+    _ended: bool = False
 
-    def record_first_token(self) -> None:
-        """Release the slot at the first token. Idempotent."""
-        self._give_back(first_token=True)
+    def record_first_token(self, *, by_itself: bool = False) -> None:
+        """Release the slot at the first token. Idempotent. `by_itself`: see `Chunk`."""
+        if not self._has_token and not self._ended:
+            self._has_token = True
+            self._leave(True, by_itself)
 
     def release(self) -> None:
-        """Release the slot. Idempotent."""
-        self._give_back(first_token=False)
-
-    def _give_back(self, *, first_token: bool) -> None:
-        if not self._released:
-            self._released = True
-            self._leave(first_token)
+        """Note the request's end, with or without a first token. Idempotent."""
+        if not self._ended:
+            self._ended = True
+            self._leave(False, False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +86,12 @@ class LaterSlot:
         """The seconds that the request waited in both gates."""
         return self.waited_before_s + self.slot.waited_s
 
-    def record_first_token(self) -> None:
-        """Release the slot at the first token. Idempotent."""
-        self.slot.record_first_token()
+    def record_first_token(self, *, by_itself: bool = False) -> None:
+        """Release the slot at the first token. Idempotent. `by_itself`: see `Chunk`."""
+        self.slot.record_first_token(by_itself=by_itself)
 
     def release(self) -> None:
-        """Release the slot. Idempotent."""
+        """Note the request's end, with or without a first token. Idempotent."""
         self.slot.release()
 
 
@@ -169,9 +169,9 @@ class SharedAdmission:
         waited_s = self._now() - arrived_s if admission.waited_s > 0.0 else 0.0
         return SharedSlot(plan, waited_s, partial(self._leave, link, entry.number))
 
-    def _leave(self, link: GateLink, number: int, first_token: bool) -> None:
+    def _leave(self, link: GateLink, number: int, first_token: bool, by_itself: bool) -> None:
         self._running.discard(number)
-        link.leave(self._gateway, number, first_token)
+        link.leave(self._gateway, number, first_token, by_itself)
 
     async def _ask(self, link: GateLink, lost: asyncio.Future[None], entry: GateEntry) -> Admission:
         """Ask for a slot; return it unless the gate is lost first. Raises GateLost."""
@@ -186,7 +186,7 @@ class SharedAdmission:
         finally:
             if admission is None:  # perhaps it came as the caller left: its slot goes back
                 asked.cancel()
-                link.leave(self._gateway, entry.number, False)
+                link.leave(self._gateway, entry.number, False, False)
         if admission is not None and not admission.is_forgotten:
             return admission
         if admission is not None or lost.done():

@@ -14,6 +14,7 @@ from heapq import heapify, heappop, heappush
 import numpy as np
 
 from ...control.admission import AdmissionPolicy, AdmissionRequest, Backlog, Shed, judge
+from ...control.decoding import Decoding
 from ...control.scaling.sizing import stage_times
 from ...control.scaling.values import Arrivals, Observation, Pool, PoolState
 from .events import END_OF_WORK, Event, EventKind
@@ -66,6 +67,8 @@ class _Simulation:
         slots = world.engines.decode_slots
         self.decodes = Station(initial[Pool.DECODE], slots, self.decode_s)
         self.stations = (self.speculators, self.prefills, self.decodes)  # as in POOLS
+        self.now_s = 0.0
+        self.decoding = Decoding(lambda: self.now_s)
         self.kept: list[float] = self.arrivals.kept_tokens.tolist()
         self.batches: dict[int, Batch] = {}  # by the oldest request in it
         self.cores = None
@@ -94,15 +97,17 @@ class _Simulation:
         while arrived < count or self._has_open_requests():
             next_s = events[0][0] if self.cores is None else min(events[0][0], self.cores.due_s())
             if arrived < count and times[arrived] <= next_s:
-                now_s = times[arrived]
+                now_s = self.now_s = times[arrived]
                 self._arrive(arrived, now_s)
                 arrived += 1
                 continue
             if self.cores is not None and self.cores.due_s() <= events[0][0]:
                 now_s, (ended, subject, run) = self.cores.end()
+                self.now_s = now_s
                 self._process_event(EventKind(ended), subject, run, now_s)
                 continue
             now_s, _, kind, subject, run = heappop(events)
+            self.now_s = now_s
             if kind is EventKind.TICK:
                 self._tick(now_s, arrived)
             else:
@@ -170,6 +175,7 @@ class _Simulation:
 
     def _end_decoding(self, request: int, run: int, now_s: float) -> None:
         if self.decodes.end(request, run):
+            self.decoding.end(request)
             self.records.completed += 1
             self._decode(now_s)
 
@@ -230,7 +236,11 @@ class _Simulation:
             late_s=late_s,
             waiting=first.in_time.count + second.in_time.count,
             waiting_late=first.late.count + second.late.count,
+            decode_s=self.decoding.wait_s(self._decode_slots()),
         )
+
+    def _decode_slots(self) -> float:
+        return float(self.decodes.ready * self.world.engines.decode_slots)
 
     def _to_prefill(self, request: int, now_s: float) -> None:
         work_s = self.prefill_s[request]
@@ -309,7 +319,8 @@ class _Simulation:
         if self.decode_s[request] == 0.0:
             self.records.completed += 1
             return
-        self.decodes.wait(request, now_s, late=self.late[request])
+        self.decoding.begin(request, 1, self._decode_slots())
+        self.decodes.wait(request, now_s, late=False)  # engines know nothing of who is late
         self._decode(now_s)
 
     def _decode(self, now_s: float) -> None:

@@ -54,7 +54,7 @@ class SimulationScenario:
     @property
     def admission(self) -> AdmissionPolicy:
         """The gateway's admission policy for this trace."""
-        return AdmissionPolicy(self.world.slo.ttft_s)
+        return AdmissionPolicy(self.world.slo.ttft_s, self.world.slo.gap_s)
 
 
 def scenario(

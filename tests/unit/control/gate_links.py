@@ -44,10 +44,10 @@ class Link:
             raise GateLost("gone")
         return unpack(pack(entering.result()), Admission)
 
-    def leave(self, gateway: str, number: int, first_token: bool) -> None:
-        """Give a slot back."""
+    def leave(self, gateway: str, number: int, first_token: bool, by_itself: bool) -> None:
+        """Give a slot back, or note a request's end."""
         if not self._lost.is_set():
-            self._gate.leave(gateway, number, first_token=first_token)
+            self._gate.leave(gateway, number, first_token=first_token, by_itself=by_itself)
 
     async def renew(self, gateway: str, view: View) -> None:
         """Take a gateway's view."""
