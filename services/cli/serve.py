@@ -27,7 +27,7 @@ from ..deployment.file import (
     with_draining_gateways,
     without_keys,
 )
-from ..deployment.front import check_tls
+from ..deployment.front_tls import check_tls
 from ..deployment.local_ray import (
     LOCAL_PORTS,
     LocalRay,

@@ -33,19 +33,14 @@ import re
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from pathlib import Path
 
-from ..config import ApiKey, FrontConfig, FrontTls, GatewayConfig
+from ..config import ApiKey, FrontConfig, GatewayConfig
 from ..core.errors import InvalidConfiguration
-from .certificates import (
-    CertificateFiles,
-    WatchOrder,
-    admin_socket,
-    start_watch,
-    write_privately,
-)
+from .certificates import start_watch
+from .front_tls import copy_certificates, tls_parameters, watch_of
 
 PROGRAM = "specprefill-front"
 FILE_VARIABLE = "SPECPREFILL_DEPLOYMENT_FILE"
@@ -89,7 +84,7 @@ def rewrite(text: str, gateway: GatewayConfig, folder: Path, most_connections: i
     sections, front = _sections(text), gateway.front
     answer_timeout_s = gateway.request_timeout_s + _ANSWER_GRACE_S
     limit = min(front.max_connections, most_connections)
-    tls, share = _tls_parameters(front.tls, folder), limit - limit // 4  # never all for one
+    tls, share = tls_parameters(front.tls, folder), limit - limit // 4  # never all for one
     changes: dict[str, Callable[[list[str]], list[str]]] = {
         "global": lambda lines: _edit_global(lines, limit, front.buffer_bytes),
         "defaults": lambda lines: _edit_defaults(lines, front, answer_timeout_s, folder),
@@ -242,23 +237,6 @@ def _edit_servers(lines: list[str]) -> list[str]:
     return [*lines, f"    retries {min(max(servers, _LEAST_RETRIES), _MOST_RETRIES)}"]
 
 
-def _tls_parameters(tls: FrontTls | None, folder: Path) -> str:
-    if tls is None:
-        return ""
-    shown = f' ssl crt "{_pem_file(folder)}"'
-    if tls.client_authority is None:
-        return shown
-    return f'{shown} ca-file "{_authority_file(folder)}" verify required'
-
-
-def _pem_file(folder: Path) -> Path:
-    return folder / "front.pem"
-
-
-def _authority_file(folder: Path) -> Path:
-    return folder / "front-authority.pem"
-
-
 def require_front(gateway: GatewayConfig, environ: Mapping[str, str]) -> None:
     """Raise InvalidConfiguration if TLS is configured but no front here provides it."""
     if gateway.front.tls is None:
@@ -273,22 +251,6 @@ def require_front(gateway: GatewayConfig, environ: Mapping[str, str]) -> None:
             f"gateway.front.tls: needs {', '.join(missing)} where Ray starts, on every node; "
             "without, requests would be sent in plaintext"
         )
-
-
-def check_tls(tls: FrontTls | None) -> None:
-    """Raise InvalidConfiguration, naming the field, unless the files can be used."""
-    if tls is not None:
-        _certificate_files(tls).check()
-
-
-def _certificate_files(tls: FrontTls) -> CertificateFiles:
-    return CertificateFiles(tls.certificate, tls.key, tls.client_authority)
-
-
-def _watch_of(tls: FrontTls, config: Path) -> WatchOrder:
-    folder = config.parent
-    copies = (str(_pem_file(folder)), str(_authority_file(folder)))
-    return WatchOrder(_certificate_files(tls), *copies, admin_socket(config.read_text()))
 
 
 def rewrite_file(path: Path, gateway: GatewayConfig) -> None:
@@ -309,52 +271,6 @@ def write_error_files(folder: Path) -> None:
             "connection: close",
         ]
         _error_file(folder, status).write_bytes("\r\n".join([*head, "", body]).encode())
-
-
-def copy_certificates(folder: Path, tls: FrontTls | None) -> None:
-    """Copy the certificates to where the configuration names them; drop copies it does not name.
-
-    HAProxy wants the certificate and its key in one file. Serve restarts HAProxy whenever gateways
-    come or go, and it must not stop then: earlier copies stay while the files are unusable. Raises
-    InvalidConfiguration where there are none.
-    """
-    copies = _copied_files(folder, tls)
-    for unnamed in {_pem_file(folder), _authority_file(folder)} - copies.keys():
-        unnamed.unlink(missing_ok=True)  # else TLS that is turned on again would fall back on it
-    if tls is None:
-        return
-    try:
-        check_tls(tls)
-        contents = {
-            copy: b"\n".join(Path(path).read_bytes() for path in paths)
-            for copy, paths in copies.items()
-        }
-    except (InvalidConfiguration, OSError) as error:
-        if not _are_usable(folder, copies):
-            raise
-        sys.stderr.write(f"{PROGRAM}: {error}; the certificates stay as they were\n")
-        return
-    for copy, content in contents.items():
-        write_privately(copy, content)
-
-
-def _copied_files(folder: Path, tls: FrontTls | None) -> dict[Path, tuple[str, ...]]:
-    """Return the copies that the configuration names, each with the files that it joins."""
-    if tls is None:
-        return {}
-    copies: dict[Path, tuple[str, ...]] = {_pem_file(folder): (tls.certificate, tls.key)}
-    if tls.client_authority is not None:
-        copies[_authority_file(folder)] = (tls.client_authority,)
-    return copies
-
-
-def _are_usable(folder: Path, copies: Collection[Path]) -> bool:
-    pem, authority = str(_pem_file(folder)), _authority_file(folder)
-    try:
-        CertificateFiles(pem, pem, str(authority) if authority in copies else None).check()
-    except InvalidConfiguration:
-        return False
-    return True
 
 
 def _most_connections() -> int:
@@ -424,7 +340,7 @@ def main() -> None:
             gateway = read_settings(path.parent, os.environ.get(FILE_VARIABLE))
             rewrite_file(path, gateway)
             if gateway.front.tls is not None and _CHECK_ONLY not in arguments:
-                start_watch(_watch_of(gateway.front.tls, path))
+                start_watch(watch_of(gateway.front.tls, path))
     except (UnknownTemplate, InvalidConfiguration, InvalidFile, OSError) as error:
         sys.exit(f"{PROGRAM}: {error}")
     os.execv(program, [program, *arguments])

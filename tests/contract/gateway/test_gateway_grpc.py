@@ -164,9 +164,7 @@ async def test_what_must_survive_of_a_conversation_is_marked(
     assert len(tail) == 4 + 2  # tail_tokens, and the template's end
 
 
-async def test_rates_in_the_wrong_order_are_named_as_the_message_does(
-    stub: Any, pipeline: Any
-) -> None:
+async def test_rates_in_the_wrong_order_are_named_as_the_message_does(stub: Any) -> None:
     for prune, detail in (
         (pb.Prune(keep=0.1, floor=0.5), "prune.floor (0.5) must not exceed prune.keep (0.1)"),
         (pb.Prune(keep=0.1, auto=True), "prune.keep"),

@@ -7,7 +7,8 @@ import pytest
 from specprefill.config import FrontTls, GatewayConfig
 from specprefill.core.errors import InvalidConfiguration
 from specprefill.deployment.checked_yaml import InvalidFile
-from specprefill.deployment.front import copy_certificates, read_settings, require_front
+from specprefill.deployment.front import read_settings, require_front
+from specprefill.deployment.front_tls import copy_certificates
 from tests.certificates import Authority
 
 TLS = GatewayConfig.model_validate({"front": {"tls": {"certificate": "c", "key": "k"}}})
