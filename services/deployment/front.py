@@ -48,6 +48,7 @@ TIMEOUT_HEADER = "x-specprefill-timeout-seconds"
 RETRY_AFTER_S = 1
 _BINARY_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 _SERVES_TIMEOUT_HEADER = "x-request-timeout-seconds"
+_ID_HEADER = "x-request-id"
 _SERVES_DISCONNECT_HEADER = "x-request-disconnect-disabled"
 _FILES_BESIDE_CONNECTIONS = 512
 _LEAST_RETRIES = 3  # HAProxy's default
@@ -172,9 +173,9 @@ def _error_line(status: int, kind: str, code: str, message: str) -> str:
     )
 
 
-def _error_fields(kind: str, code: str, message: str) -> str:
+def _error_fields(kind: str, code: str, message: str, param: str | None = None) -> str:
     """Return an error's JSON after the opening, which differs between the APIs."""
-    fields = {"message": message, "type": kind, "param": None, "code": code}
+    fields = {"message": message, "type": kind, "param": param, "code": code}
     return json.dumps(fields, separators=(",", ":"))[1:] + "}"
 
 
@@ -196,6 +197,7 @@ def _edit_http(lines: list[str], share: int, tls: str) -> list[str]:
         "option http-buffer-request",  # a small body that stops half-way meets no gateway
         f"http-request set-var-fmt(txn.error_opening) '{_OPENAI}'",
         f"http-request set-var-fmt(txn.error_opening) '{_ANTHROPIC}' if {{ path /v1/messages }}",
+        _refusal_of_ids(),
         f"http-request del-header {TIMEOUT_HEADER}",
         f"http-request set-header {TIMEOUT_HEADER} %[req.hdr({_SERVES_TIMEOUT_HEADER})] "
         f"if {{ req.hdr({_SERVES_TIMEOUT_HEADER}) -m found }}",
@@ -204,6 +206,17 @@ def _edit_http(lines: list[str], share: int, tls: str) -> list[str]:
     )
     return _replace_lines(  # the routes are Serve's own business
         lines, r"http-request return status \d+ .* if routes$", "http-request deny if routes"
+    )
+
+
+def _refusal_of_ids() -> str:
+    """Return the rule for ids that Serve cannot read: it answers those with a bare 500."""
+    message = f"{_ID_HEADER}: must be printable ASCII characters."
+    fields = _error_fields("invalid_request_error", "bad_request", message, _ID_HEADER)
+    return (
+        "http-request return status 400 content-type application/json "
+        f"lf-string '%[var(txn.error_opening)]{fields}' "
+        f"if {{ req.hdr({_ID_HEADER}) -m reg '[^ -~]' }}"
     )
 
 

@@ -163,6 +163,23 @@ async def test_serves_own_switches_do_not_reach_the_gateway(tmp_path):
     assert b"x-request-disconnect-disabled" not in came
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+@pytest.mark.parametrize("named", [b"\xff\xfe", "Stra\u00dfe".encode(), b"one, \xc3"])
+async def test_a_request_id_that_serve_cannot_read_is_refused(tmp_path, path, named):
+    gateway = Gateway()
+    async with fronted(tmp_path, gateway, {}) as front, httpx.AsyncClient() as client:
+        url = front.url + path
+        reply = await client.post(url, headers=[(b"x-request-id", named)])
+        accepted = await client.post(f"{front.url}/answer", headers={"x-request-id": "a ~1,b"})
+    error = reply.json()["error"]
+    assert reply.status_code == 400
+    assert (error["param"], error["type"]) == ("x-request-id", "invalid_request_error")
+    assert reply.json().get("type") == ("error" if path == "/v1/messages" else None)
+    assert accepted.status_code == 200
+    assert (await gateway.came.get())[b"x-request-id"] == b"a ~1,b"
+    assert gateway.came.empty()
+
+
 async def test_serves_routes_are_not_shown(tmp_path):
     with running(serve_config(tmp_path, [1]), {}) as front:
         async with httpx.AsyncClient() as client:
