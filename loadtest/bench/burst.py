@@ -16,6 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -173,14 +174,18 @@ def _cells(arm: BurstRun) -> list[str]:
         f"{summary.attainment:.3f}",
         f"{summary.goodput_qps:.2f}",
         f"{summary.keep_rate:.3f}",
-        f"{summary.ttft_s.p50:.2f} s",
-        f"{summary.ttft_s.p95:.2f} s",
+        _seconds(summary.ttft_s.p50),
+        _seconds(summary.ttft_s.p95),
         str(answered),
         str(arm.queued_requests),
         f"{shed} ({reasons})" if shed else "0",
         ", ".join(f"{ending} {count}" for ending, count in endings.items()) or "0",
         f"{arm.others:.2f}",
     ]
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if isfinite(value) else "no first token"
 
 
 def options(argv: Sequence[str] | None) -> argparse.Namespace:
