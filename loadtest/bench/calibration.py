@@ -32,7 +32,7 @@ ROUNDS = 3
 TIMEOUT_S = 120.0
 IDLE_S = 5.0  # how long the idle app is watched
 SETTLE_S = 0.3  # after an answer, until its request's last work is done
-CROWDS, CROWD = 2, 6  # times that so many questions of one length are asked at once
+CROWDS, CROWD = 4, 6  # times that so many questions are asked at once, behind as many in turn
 CROWD_TOKENS = 2400
 SLOWEST = 0.3  # of a thread's speed alone, while all cores are busy
 _FRONT = Curve(base_s=0.02, token_s=1e-6)  # a shape to start from
@@ -89,7 +89,7 @@ class Samples:
 async def sample(
     source: Source, caller: Caller, keep: float, output_tokens: int, first: int = 0
 ) -> Samples:
-    """Ask some questions of each length one after the other, then some of one length at once.
+    """Ask some questions of each length one after the other, then of one length in turn and at once.
 
     `first` numbers the prompts: those of another time must not be in a cache. Raises RuntimeError
     when one is not answered.
@@ -104,16 +104,15 @@ async def sample(
         for _ in range(ROUNDS)
         for kind in kinds
     ]
-    at = LENGTHS.index(CROWD_TOKENS)
-    alone_s = CROWD * statistics.median(each.cpu_s for each in singles[at :: len(kinds)])
+    crowded = kinds[LENGTHS.index(CROWD_TOKENS)]
     crowds = []
     for _ in range(CROWDS):
-        prompts = [source.warm_up(kinds[at], next(numbers)) for _ in range(CROWD)]
-        crowds.append(await _crowd(prompts, caller, idle, alone_s))
+        prompts = [source.warm_up(crowded, next(numbers)) for _ in range(2 * CROWD)]
+        crowds.append(await _crowd(prompts[:CROWD], prompts[CROWD:], caller, idle))
     return Samples(tuple(singles), tuple(crowds), idle)
 
 
-PROMPTS = len(LENGTHS) * (ROUNDS + 1) + CROWDS * CROWD  # of one `sample`
+PROMPTS = len(LENGTHS) * (ROUNDS + 1) + 2 * CROWDS * CROWD  # of one `sample`
 
 
 async def idle_cores() -> float:
@@ -129,12 +128,17 @@ async def _single(prompt: LoadPrompt, caller: Caller, idle: float) -> SingleAnsw
 
 
 async def _crowd(
-    prompts: Sequence[LoadPrompt], caller: Caller, idle: float, alone_s: float
+    in_turn: Sequence[LoadPrompt], at_once: Sequence[LoadPrompt], caller: Caller, idle: float
 ) -> CrowdCost:
-    streams, cpu_s, seconds = await _cost(prompts, caller, idle)
-    for each in streams:
+    """Ask some questions one after the other, and right behind them as many of their kind at once.
+
+    So both find a machine of one speed.
+    """
+    alone = [await _single(each, caller, idle) for each in in_turn]
+    streams, cpu_s, seconds = await _cost(at_once, caller, idle)
+    for each in (*streams, *(one.stream for one in alone)):
         _report(each)
-    return CrowdCost(alone_s, cpu_s, seconds)
+    return CrowdCost(sum(each.cpu_s for each in alone), cpu_s, seconds)
 
 
 async def _cost(

@@ -37,6 +37,7 @@ from specprefill.lab.simulation.run import simulate
 from specprefill.lab.simulation.steps import StepLimits
 from specprefill.lab.simulation.trace import Lengths, Rate, Trace, generate, poisson, write_trace
 from specprefill.lab.simulation.world import World
+from specprefill.speculator.scorer import CHUNK_TOKENS
 
 from .calibration import PROMPTS, AppCalibration, fit, sample
 from .processes import Watch
@@ -74,7 +75,7 @@ def world(
 
     `others`: from when on, how many cores other programs were seen to take.
     """
-    engine = config.prefill
+    engine, reader = config.prefill, config.speculator
     if engine.max_num_batched_tokens is None or engine.max_num_seqs is None:
         raise ValueError("prefill: max_num_batched_tokens and max_num_seqs must be given")
     return World(
@@ -83,6 +84,11 @@ def world(
         dict.fromkeys(Pool, 1.0),
         timeout_s=TIMEOUT_S,
         front=found.front,
+        passes=StepLimits(
+            reader.prefill_chunk_tokens or CHUNK_TOKENS[False],
+            reader.max_batch,
+            shortest_first=True,
+        ),
         steps=StepLimits(engine.max_num_batched_tokens, engine.max_num_seqs),
         machine=found.machine,
         aside=found.aside,
@@ -150,9 +156,9 @@ def variants(full: World) -> Mapping[str, World]:
         FULL: full,
         "without what others took": replace(full, others=()),
         "without work beside the stages": replace(full, aside=None),
-        "one prompt at a time": replace(full, steps=None),
+        "one prompt at a time": replace(full, steps=None, passes=None),
         "an accelerator per engine": replace(full, machine=None),
-        "stages alone": replace(full, machine=None, steps=None, front=None),
+        "stages alone": replace(full, machine=None, steps=None, passes=None, front=None),
     }
 
 
@@ -215,7 +221,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m loadtest.bench.validation", description=__doc__
     )
     parser.add_argument("--load", type=float, default=0.6, help="share of what the app can sustain")
-    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--seconds", type=float, default=240.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=OUT / "bench-validation.json")
     return parser.parse_args(argv)

@@ -6,6 +6,7 @@ import asyncio
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from ..control.reading_order import reading_turn
 from ..core.chunks import Chunks
 from ..core.selection import Scores, SelectionPolicy
 from ..core.types import Plan, Request, Selection
@@ -13,9 +14,6 @@ from .reading import Reading
 from .translation import Prompt, SamePrompt
 
 SMOOTHING = 0.2  # weight of the newest measurement in `Pace`
-# Of a token of others that was read while a prompt waits, as one of its own. So a prompt waits for
-# at most twice its own tokens of later, shorter prompts.
-AGEING = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +116,10 @@ class Job:
         """True once only its look-ahead is missing."""
         return self.reading is not None and self.reading.unread_tokens == 0
 
-    def turn(self, read_in_all: int) -> float:
-        """Return what the order of the prompts is by, lowest first: shortest first, with ageing.
-
-        `read_in_all`: tokens that the service has read by now.
-        """
-        others = read_in_all - self.queued_at - self.read_tokens
-        return self.unread_tokens - AGEING * others
+    @property
+    def turn(self) -> float:
+        """What the order of the prompts is by, lowest first; see `reading_order`."""
+        return reading_turn(self.unread_tokens, self.read_tokens, self.queued_at)
 
     def spent_s(self, now_s: float) -> tuple[float, float]:
         """Return seconds in the queue or behind other prompts, and seconds of its own passes."""

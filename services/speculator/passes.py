@@ -127,11 +127,7 @@ class Passes:
             if not self._begun:
                 await self._wait_for_some()
             reading = next_reading(
-                self._begun,
-                self._queue,
-                self._read_tokens,
-                limits,
-                lambda job: _kv_bytes(scorer, job),
+                self._begun, self._queue, limits, lambda job: _kv_bytes(scorer, job)
             )
             ready = next_look_ahead(self._begun, reading, self.pace)
             if ready:

@@ -1,9 +1,6 @@
 """Chooses the speculator's next pass. Pure.
 
-Prompts share passes chunk by chunk. The one with the fewest unread tokens goes first (shortest
-remaining processing time, which has the least mean wait: Schrage, 1968), so that a short prompt
-does not wait for the end of a long one; tokens of others that a prompt had to wait for count as its
-own (`AGEING`), so that a long one does not wait for ever.
+Prompts share passes chunk by chunk, in the order of `control.reading_order`.
 """
 
 from __future__ import annotations
@@ -37,7 +34,6 @@ def next_look_ahead(begun: Sequence[Job], others: Sequence[Job], pace: Pace) -> 
 def next_reading(
     begun: Sequence[Job],
     queue: Sequence[Job],
-    read_in_all: int,
     limits: Limits,
     needed_bytes: Callable[[Job], int],
 ) -> list[Job]:
@@ -47,7 +43,7 @@ def next_reading(
     is begun before it.
     """
     unread = [job for job in begun if not job.is_read]
-    in_order = sorted([*unread, *queue], key=lambda job: job.turn(read_in_all))
+    in_order = sorted([*unread, *queue], key=lambda job: job.turn)
     room, places = limits.chunk_tokens, limits.prompts - len(begun)
     free = limits.bytes - sum(map(needed_bytes, begun))
     chosen: list[Job] = []

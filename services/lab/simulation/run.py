@@ -20,8 +20,9 @@ from ...control.scaling.values import Arrivals, Observation, Pool, PoolState
 from .events import END_OF_WORK, Event, EventKind
 from .machine import Cores
 from .records import POOLS, Records
+from .stage import Stage
 from .station import Station
-from .steps import Batch, EnginePrompt, StepLimits
+from .steps import StepLimits
 from .trace import Trace
 from .world import Controller, SimulationResult, Telemetry, World
 
@@ -70,7 +71,16 @@ class _Simulation:
         self.now_s = 0.0
         self.decoding = Decoding(lambda: self.now_s)
         self.kept: list[float] = self.arrivals.kept_tokens.tolist()
-        self.batches: dict[int, Batch] = {}  # by the oldest request in it
+        curves = world.engines.curves
+        self.speculation = Stage(
+            EventKind.SPECULATED, self.speculators, curves.speculate, world.passes,
+            self._reading, self._waits,
+        )  # fmt: skip
+        self.prefilling = Stage(
+            EventKind.PREFILLED, self.prefills, curves.prefill, world.steps,
+            self._prefilling, self._waits,
+        )  # fmt: skip
+        self.stages = (self.speculation, self.prefilling)
         self.cores = None
         if world.machine is not None:  # a decode engine's sequences are one thread's work
             self.cores = Cores(
@@ -84,7 +94,6 @@ class _Simulation:
         self.keep = np.where(times.speculate_s > 0, nominal, 1.0).tolist()
         self.late = [False] * count
         self.entering = 0  # requests at the front
-        self.virtual_s = 0.0  # fair-share tag of the prefill in service
         self.events: list[Event] = []
         self.serial = 0
         self.seen = 0  # requests that had arrived at the last tick
@@ -162,16 +171,14 @@ class _Simulation:
                 self._share_machine(subject, now_s)
 
     def _end_speculation(self, request: int, run: int, now_s: float) -> None:
-        if self.speculators.end(request, run):
-            self._to_prefill(request, now_s)
-            self._speculate(now_s)
+        for scored in self._end_work(self.speculation, request, run, now_s):
+            self._to_prefill(scored, now_s)
+        self._serve(self.speculation, now_s)
 
     def _end_prefill(self, request: int, run: int, now_s: float) -> None:
-        if request in self.batches:
-            self._end_step(request, run, now_s)
-        elif self.prefills.end(request, run):
-            self._first_token(request, now_s)
-            self._prefill(now_s)
+        for computed in self._end_work(self.prefilling, request, run, now_s):
+            self._first_token(computed, now_s)
+        self._serve(self.prefilling, now_s)
 
     def _end_decoding(self, request: int, run: int, now_s: float) -> None:
         if self.decodes.end(request, run):
@@ -205,8 +212,11 @@ class _Simulation:
         if self.admission is not None and not self._admit(request, self.admission):
             return
         if self.speculate_s[request] > 0.0:
-            self.speculators.wait(request, now_s, late=self.late[request])
-            self._speculate(now_s)
+            stage, tag = self.speculation, now_s
+            if stage.limits is not None and stage.limits.shortest_first:
+                tag = stage.turn_of(self._reading(request)[0])
+            self.speculators.wait(request, tag, late=self.late[request])
+            self._serve(stage, now_s)
         else:
             self._to_prefill(request, now_s)
 
@@ -243,76 +253,58 @@ class _Simulation:
         return float(self.decodes.ready * self.world.engines.decode_slots)
 
     def _to_prefill(self, request: int, now_s: float) -> None:
-        work_s = self.prefill_s[request]
-        tag = now_s if self.admission is None else self.virtual_s + work_s
+        stage, work_s = self.prefilling, self.prefill_s[request]
+        tag = now_s if self.admission is None else stage.served + work_s
         self.prefills.wait(request, tag, late=self.late[request])
-        self._prefill(now_s)
+        self._serve(stage, now_s)
 
-    def _speculate(self, now_s: float) -> None:
-        station = self.speculators
-        while station.free > 0 and station.waiting:
-            _, request = station.take_next()
-            if now_s - self.time_s[request] < self.world.timeout_s:
-                run = station.start(request)
-                work_s = self.speculate_s[request]
-                self._start_work(now_s, EventKind.SPECULATED, request, run, work_s)
-
-    def _prefill(self, now_s: float) -> None:
-        station = self.prefills
+    def _serve(self, stage: Stage, now_s: float) -> None:
+        """Let the free engines of a stage begin what waits."""
+        station = stage.station
         while station.free > 0:
-            request = self._next_prefill(now_s)
-            if request is None:
+            taken = stage.take()
+            if taken is None:
                 return
+            tag, request = taken
             run = station.start(request)
-            if self.world.steps is None:
-                work_s = self.prefill_s[request]
-                self._start_work(now_s, EventKind.PREFILLED, request, run, work_s)
+            if stage.limits is None:
+                self._start_work(now_s, stage.kind, request, run, station.times_s[request])
             else:
-                self.batches[request] = Batch([self._prompt(request)])
-                self._step(request, run, now_s, self.world.steps)
+                stage.begin_batch(tag, request)
+                self._step(stage, request, run, now_s, stage.limits)
 
-    def _next_prefill(self, now_s: float) -> int | None:
-        """Return the request that has waited longest and still waits for an answer."""
-        station = self.prefills
-        while station.waiting:
-            tag, request = station.take_next()
-            self.virtual_s = max(self.virtual_s, tag)
-            if now_s - self.time_s[request] < self.world.timeout_s:
-                return request
-        return None
-
-    def _prompt(self, request: int) -> EnginePrompt:
-        cached = self.kept[request] * self.world.engines.cached_share
-        return EnginePrompt(request, self.kept[request] - cached, cached)
-
-    def _step(self, leader: int, run: int, now_s: float, limits: StepLimits) -> None:
+    def _step(
+        self, stage: Stage, leader: int, run: int, now_s: float, limits: StepLimits
+    ) -> None:
         """Fill an engine's next step, with prompts that wait if there is room."""
-        curve = self.world.engines.curves.prefill
+        self._start_work(now_s, stage.kind, leader, run, stage.start_step(leader, limits))
 
-        def joining() -> EnginePrompt | None:
-            request = self._next_prefill(now_s)
-            return None if request is None else self._prompt(request)
-
-        work_s = self.batches[leader].start_step(limits, curve, joining)
-        self._start_work(now_s, EventKind.PREFILLED, leader, run, work_s)
-
-    def _end_step(self, leader: int, run: int, now_s: float) -> None:
-        """End a step. The requests that it completed have their first token."""
-        station = self.prefills
-        if station.running.get(leader) != run:
-            return
-        batch = self.batches.pop(leader)
-        completed = batch.end_step()
-        if batch.prompts and self.world.steps is not None:
-            if batch.leader != leader:
-                station.hand_over(leader, batch.leader)
-            self.batches[batch.leader] = batch
-            self._step(batch.leader, run, now_s, self.world.steps)
+    def _end_work(self, stage: Stage, request: int, run: int, now_s: float) -> list[int]:
+        """End an engine's request, or its step; return the requests that left the engine."""
+        station = stage.station
+        if stage.limits is None:
+            return [request] if station.end(request, run) else []
+        if station.running.get(request) != run:
+            return []
+        completed, batch = stage.end_step(request)
+        if batch.prompts:
+            if batch.leader != request:
+                station.hand_over(request, batch.leader)
+            self._step(stage, batch.leader, run, now_s, stage.limits)
         else:
-            station.end(leader, run)
-        for request in completed:
-            self._first_token(request, now_s)
-        self._prefill(now_s)
+            station.end(request, run)
+        return completed
+
+    def _reading(self, request: int) -> tuple[float, float]:
+        remembered = self.prompt[request] * self.world.engines.remembered_share
+        return self.prompt[request] - remembered, remembered
+
+    def _prefilling(self, request: int) -> tuple[float, float]:
+        cached = self.kept[request] * self.world.engines.cached_share
+        return self.kept[request] - cached, cached
+
+    def _waits(self, request: int) -> bool:
+        return self.now_s - self.time_s[request] < self.world.timeout_s
 
     def _first_token(self, request: int, now_s: float) -> None:
         self.records.record_first_token(request, now_s, now_s - self.time_s[request])
@@ -336,17 +328,18 @@ class _Simulation:
             self._start_work(now_s, EventKind.DECODED, request, run, work_s)
 
     def _go_on(self, now_s: float) -> None:
-        self._speculate(now_s)
-        self._prefill(now_s)
+        self._serve(self.speculation, now_s)
+        self._serve(self.prefilling, now_s)
         self._decode(now_s)
 
     def _fail(self, pool: Pool, replicas: int, now_s: float) -> None:
         """Rerun what ran on the dead engines, from its stage on, ahead of the others."""
         station = self.stations[POOLS.index(pool)]
+        batches = next((each.batches for each in self.stages if each.station is station), {})
         for request, run in list(station.die(replicas, now_s)):
             if self.cores is not None:
                 self.cores.drop(now_s, END_OF_WORK[pool], request, run)
-            batch = self.batches.pop(request, None) if pool is Pool.PREFILL else None
+            batch = batches.pop(request, None)
             for lost in (request,) if batch is None else batch.requests:
                 station.wait(lost, 0.0, late=False)
                 if pool is Pool.PREFILL:

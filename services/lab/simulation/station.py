@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
+from math import inf
 
 Waiting = tuple[bool, float, int, int]  # late, tag, serial, request
 
@@ -68,6 +69,12 @@ class Station:
         self.serial += 1
         heappush(self.waiting, (late, tag, self.serial, request))
         (self.late if late else self.in_time).add(self.times_s[request])
+
+    @property
+    def next_tag(self) -> float:
+        """The tag of the next request; infinite for a late one. Raises IndexError as `take_next`"""
+        late, tag, _, _ = self.waiting[0]
+        return inf if late else tag
 
     def take_next(self) -> tuple[float, int]:
         """Take the next request, with its tag. Raises IndexError when nobody waits."""

@@ -1,14 +1,17 @@
-"""The steps of one prefill engine, shared by prompts: chunked prefill with a token budget.
+"""The steps of one engine, shared by prompts: chunks of them, up to a token budget.
 
-A step takes the oldest prompts first. One that does not fit goes on in the next step, which others
-may join; all that a step completes get their first token at its end.
+A prefill engine's step takes the oldest prompts first, a speculator's pass those whose turn it is
+(`control.reading_order`). One that does not fit goes on in the next step, which others may join;
+all that a step completes leave the engine at its end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
+from ...control.reading_order import AGEING
 from ...control.stages import Curve
 
 
@@ -16,8 +19,9 @@ from ...control.stages import Curve
 class StepLimits:
     """The limits of one step."""
 
-    tokens: int  # vLLM's max_num_batched_tokens
-    prompts: int  # vLLM's max_num_seqs
+    tokens: int  # vLLM's max_num_batched_tokens, or the speculator's prefill_chunk_tokens
+    prompts: int  # vLLM's max_num_seqs, or the speculator's max_batch
+    shortest_first: bool = False  # as a speculator; False: those that have begun go first
 
 
 @dataclass(slots=True)
@@ -27,8 +31,15 @@ class EnginePrompt:
     request: int
     left: float  # tokens to compute
     done: float  # tokens before those: computed or cached
+    tag: float  # what the queue was ordered by
     chunk: float = 0.0  # of them, in this step
     is_new: bool = True
+    computed: float = 0.0
+
+    @property
+    def turn(self) -> float:
+        """The tag that it would have in the queue now, where those with the fewest go first."""
+        return self.tag - self.computed + AGEING * self.computed
 
 
 @dataclass(slots=True)
@@ -48,24 +59,38 @@ class Batch:
         return [each.request for each in self.prompts]
 
     def start_step(
-        self, limits: StepLimits, curve: Curve, joining: Callable[[], EnginePrompt | None]
+        self, limits: StepLimits, curve: Curve, joining: Callable[[float], EnginePrompt | None]
     ) -> float:
-        """Fill a step; return its seconds. `joining` yields waiting prompts, one by one."""
+        """Fill a step; return its seconds.
+
+        `joining` returns the next prompt that waits, if its turn is before the one given.
+        """
         budget = float(limits.tokens)
-        for prompt in self.prompts:
-            budget -= _take(prompt, budget)
-        while budget > 0.0 and len(self.prompts) < limits.prompts:
-            joined = joining()
-            if joined is None:
-                break
-            self.prompts.append(joined)
-            budget -= _take(joined, budget)
+
+        def join(before: float) -> None:
+            nonlocal budget
+            while budget > 0.0 and len(self.prompts) < limits.prompts:
+                joined = joining(before)
+                if joined is None:
+                    return
+                self.prompts.append(joined)
+                budget -= _take(joined, budget)
+
+        if limits.shortest_first:
+            for prompt in sorted(self.prompts, key=lambda each: each.turn):
+                join(prompt.turn)
+                budget -= _take(prompt, budget)
+        else:
+            for prompt in self.prompts:
+                budget -= _take(prompt, budget)
+        join(inf)
         return _seconds(self.prompts, curve)
 
     def end_step(self) -> list[int]:
         """End the step; return the requests that it completed."""
         for prompt in self.prompts:
             prompt.done += prompt.chunk
+            prompt.computed += prompt.chunk
             prompt.left -= prompt.chunk
             prompt.is_new = prompt.is_new and prompt.chunk == 0.0
         completed = [each.request for each in self.prompts if each.left <= 0.0]

@@ -37,6 +37,7 @@ class World:
     tick_s: float = 5.0  # how often the controller is asked
     failures: tuple[ReplicaFailure, ...] = ()
     front: Curve | None = None  # HTTP, tokenising and hops before the pools, by prompt tokens
+    passes: StepLimits | None = None  # None: a speculator reads one prompt after the other
     steps: StepLimits | None = None  # None: a prefill engine computes one prompt after the other
     machine: Machine | None = None  # None: every engine has an accelerator of its own
     aside: Curve | None = None  # on a machine: work per request that no stage waits for

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from specprefill.control.reading_order import AGEING
 from specprefill.core.types import Request
-from specprefill.speculator.jobs import AGEING, Job, Pace
+from specprefill.speculator.jobs import Job, Pace
 from specprefill.speculator.schedule import Limits, next_look_ahead, next_reading
 from specprefill.speculator.translation import SamePrompt
 from tests.unit.speculator.gated_scorer import PLAN, POLICY
@@ -54,8 +55,8 @@ def tokens_of(job):
     return len(job.read_as.prompt)
 
 
-def chosen(begun, queue, read=0, limits=ROOMY):
-    return next_reading(begun, queue, read, limits, tokens_of)
+def chosen(begun, queue, limits=ROOMY):
+    return next_reading(begun, queue, limits, tokens_of)
 
 
 def test_short_prompts_share_a_pass_shortest_first(queued):
@@ -77,15 +78,15 @@ def test_what_is_remembered_need_not_be_read(queued):
 def test_a_long_prompt_waits_for_others_twice_its_own_tokens_at_most(queued):
     long = queued(1000)
     read = int(1000 / AGEING)
-    assert chosen([], [long, queued(50, queued_at=read - 200)], read - 200)[0] is not long
-    assert chosen([], [long, queued(50, queued_at=read)], read)[0] is long
+    assert chosen([], [long, queued(50, queued_at=read - 200)])[0] is not long
+    assert chosen([], [long, queued(50, queued_at=read)])[0] is long
 
 
 def test_its_own_tokens_do_not_make_a_prompt_older(queued):
     long = begin(queued(8000))
     long.read_tokens = 4000
     long.reading.unread_tokens = 4000
-    assert chosen([long], [queued(1000, queued_at=4000)], 4000)[0] is not long
+    assert chosen([long], [queued(1000, queued_at=4000)])[0] is not long
 
 
 @pytest.mark.parametrize("limits", [Limits(CHUNK, 2, 1 << 30), Limits(CHUNK, 8, 700)])
@@ -111,11 +112,11 @@ def test_read_prompts_look_ahead_together_while_that_shortens_the_mean_wait(queu
 @given(st.lists(st.integers(1, 900), min_size=1, max_size=12), st.integers(1, 4))
 def test_every_prompt_is_read_to_its_end(queued, lengths, places):
     limits = Limits(CHUNK, places, 1000)
-    queue, begun, read, order = [queued(tokens) for tokens in lengths], [], 0, []
+    queue, begun, order = [queued(tokens) for tokens in lengths], [], []
     for _ in range(2 * sum(lengths) + 1):
         if not queue and not begun:
             break
-        ready = next_look_ahead(begun, jobs := chosen(begun, queue, read, limits), Pace(1.0, 0.0))
+        ready = next_look_ahead(begun, jobs := chosen(begun, queue, limits), Pace(1.0, 0.0))
         order += ready
         begun = [job for job in begun if job not in ready]
         room = 0 if ready else CHUNK
@@ -126,7 +127,7 @@ def test_every_prompt_is_read_to_its_end(queued, lengths, places):
             tokens = min(room, job.unread_tokens)
             job.reading.unread_tokens -= tokens
             job.read_tokens += tokens
-            room, read = room - tokens, read + tokens
+            room -= tokens
         assert len(begun) <= places
         assert sum(map(tokens_of, begun)) <= 1000
     assert len(order) == len(lengths)
