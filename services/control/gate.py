@@ -314,5 +314,5 @@ def _with_keep(plan: Plan, keep: float) -> Plan:
     """Return the plan with a lower keep rate, or a lower ceiling if the scores choose."""
     if plan.within is not None:
         ceiling = max(keep, plan.within.floor)
-        return replace(plan, within=replace(plan.within, ceiling=ceiling))
-    return replace(plan, keep=keep, reason=Reason.LOAD)
+        return replace(plan, within=replace(plan.within, ceiling=ceiling), lowered=True)
+    return replace(plan, keep=keep, reason=Reason.LOAD, lowered=True)

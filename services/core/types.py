@@ -112,6 +112,7 @@ class Plan:
     within: KeepRange | None = None  # not None: the scores choose the keep rate
     expected: TtftEstimate | None = None  # None: not estimated
     mode: PromptMode = PromptMode.POSITIONS  # if tokens are dropped
+    lowered: bool = False  # admission lowered the rate, or its ceiling
 
     @property
     def highest_keep(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from ..core.carry_over import KeptBefore
 from ..core.types import Reason, Selection, Span
@@ -39,6 +40,7 @@ class KeptMemory:
     """
 
     def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
         self._entries: ByteLru[tuple[_Entry, ...]] = ByteLru(max_bytes)
 
     def remember(
@@ -63,7 +65,11 @@ class KeptMemory:
         entry = _Entry(tail, min(opening_tokens, MOST_OPENING_TOKENS), selection.runs, keep)
         known = self._entries.get(digest) or ()
         others = tuple(each for each in known if each.tail != entry.tail)
-        entries = (entry, *others)[:_BRANCHES]
+        sizes = accumulate(each.size for each in (entry, *others))
+        fitting = sum(size <= self._max_bytes for size in sizes)
+        if fitting == 0:
+            return
+        entries = (entry, *others)[: min(fitting, _BRANCHES)]
         self._entries.put(digest, entries, sum(each.size for each in entries))
 
     def find(self, prompt: Sequence[int], salt: str | None = None) -> KeptBefore | None:

@@ -246,6 +246,21 @@ async def test_a_selection_waits_its_turn_and_gets_the_rate_of_an_answer():
     assert (setup.gate.running, setup.gate.waiting) == (0, 0)
 
 
+@pytest.mark.parametrize("auto", [False, True])
+async def test_a_plan_shows_whether_the_queue_lowered_it(auto):
+    setup = AdmissionSetup()
+    controls = Controls(auto=auto, ceiling=0.3) if auto else Controls()
+    asked = Request("r", setup.prompt, b"", controls=controls)
+    alone = await setup.pipeline.select(asked)
+    front = setup.hold()
+    await settled()
+    behind = asyncio.create_task(setup.pipeline.select(asked))
+    await settled()
+    setup.now_s = 0.75
+    front.cancel()
+    assert (alone.plan.lowered, (await behind).plan.lowered) == (False, True)
+
+
 async def test_a_selection_is_shed_where_an_answer_is():
     setup = AdmissionSetup(max_waiting=1)
     tasks = [setup.hold() for _ in range(2)]

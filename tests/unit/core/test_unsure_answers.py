@@ -136,12 +136,19 @@ async def test_a_client_that_leaves_while_all_of_it_is_computed_releases_everyth
     assert pools.decoder.closed == len(pools.decoder.replays)
 
 
-@pytest.mark.parametrize("reason", [Reason.LOAD, Reason.SPECULATOR_TIMEOUT])
+@pytest.mark.parametrize("reason", [Reason.LOAD, Reason.AUTO, Reason.CARRIED_OVER])
 async def test_nothing_is_computed_again_under_load(reason):
-    pools = Pools()
-    plan = Plan(PlanKind.PRUNE, reason, 0.2)
+    pools = Pools(sureness=[0.4])
+    plan = Plan(PlanKind.PRUNE, reason, 0.2, lowered=True)
     _, report = await pools.run(plan=plan)
     assert (pools.prefilled, report.reason) == ([20], reason)
+
+
+async def test_nothing_is_computed_again_where_nothing_was_scored():
+    pools = Pools(sureness=[0.4])
+    plan = Plan(PlanKind.PRUNE, Reason.SPECULATOR_TIMEOUT, 0.2)
+    _, report = await pools.run(plan=plan)
+    assert (pools.prefilled, report.reason) == ([20], Reason.SPECULATOR_TIMEOUT)
 
 
 @pytest.mark.parametrize(("longest", "again"), [(None, True), (202, True), (200, False)])

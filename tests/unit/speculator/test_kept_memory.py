@@ -53,6 +53,16 @@ def test_of_a_long_opening_not_all_is_forgiven():
     assert memory.find([*PROMPT[: -MOST_OPENING_TOKENS - 1], *range(30001, 30201)]) is None
 
 
+def test_of_more_conversations_about_one_text_than_fit_the_newest_are_remembered():
+    prompts = [[*PROMPT, *range(500 * n, 500 * n + 20)] for n in range(5)]
+    entry_bytes = 8 * (BLOCK_TOKENS + 40 + 20) + 64 * len(RUNS) + 256
+    memory = KeptMemory(3 * entry_bytes)
+    for prompt in prompts:
+        memory.remember(prompt, pruned(prompt), Reason.DEFAULT)
+    found = [memory.find([*prompt, 7]) is not None for prompt in prompts]
+    assert found == [False, False, True, True, True]
+
+
 def test_many_conversations_about_one_text_are_all_remembered():
     memory = KeptMemory(1 << 20)
     prompts = [[*PROMPT, *range(500 * n, 500 * n + 20)] for n in range(20)]
