@@ -124,7 +124,8 @@ async def ask(
         seed=args.seed,
     )
     watch = Watch()
-    run = await session.measure(scenario, source, lambda _progress: watch.look())
+    with watch.looking():
+        run = await session.measure(scenario, source, lambda _progress: None)
     return BurstRun(name, run, watch.mean_others())
 
 

@@ -89,7 +89,7 @@ class Samples:
 async def sample(
     source: Source, caller: Caller, keep: float, output_tokens: int, first: int = 0
 ) -> Samples:
-    """Ask some questions of each length one after the other, then of one length in turn and at once.
+    """Ask some questions of each length in turn, then some of one length in turn and at once.
 
     `first` numbers the prompts: those of another time must not be in a cache. Raises RuntimeError
     when one is not answered.

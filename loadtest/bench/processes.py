@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -63,6 +65,24 @@ class Watch:
         self._now = now
         self._began_s = 0.0
         self._last: tuple[float, CpuUse] | None = None
+
+    @contextmanager
+    def looking(self, every_s: float = 1.0) -> Iterator[None]:
+        """Look often while inside, from a thread: on a full machine a look takes a second."""
+        done = threading.Event()
+
+        def look_often() -> None:
+            self.look()
+            while not done.wait(every_s):
+                self.look()
+
+        with ThreadPoolExecutor(1) as thread:
+            looks = thread.submit(look_often)
+            try:
+                yield
+            finally:
+                done.set()
+                looks.result()
 
     def look(self) -> None:
         """Record the work since the last look."""

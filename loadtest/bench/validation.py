@@ -177,7 +177,8 @@ async def replay(
         seed=seed,
     )
     watch = Watch()
-    run = await session.measure(scenario, source, lambda _progress: watch.look())
+    with watch.looking():
+        run = await session.measure(scenario, source, lambda _progress: None)
     return run, watch
 
 

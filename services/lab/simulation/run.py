@@ -273,9 +273,7 @@ class _Simulation:
                 stage.begin_batch(tag, request)
                 self._step(stage, request, run, now_s, stage.limits)
 
-    def _step(
-        self, stage: Stage, leader: int, run: int, now_s: float, limits: StepLimits
-    ) -> None:
+    def _step(self, stage: Stage, leader: int, run: int, now_s: float, limits: StepLimits) -> None:
         """Fill an engine's next step, with prompts that wait if there is room."""
         self._start_work(now_s, stage.kind, leader, run, stage.start_step(leader, limits))
 

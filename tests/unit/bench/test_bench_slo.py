@@ -1,5 +1,7 @@
 """The SLO benches' results from answers: calibration, comparison, and a burst's outcome."""
 
+import itertools
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -186,3 +188,19 @@ def test_this_program_is_seen_at_work():
     watch.look()
     assert [each.from_s for each in watch.seen] == [0.0, 0.5]
     assert watch.seen[-1].own >= 0.049  # 0.1 s of work in 2 s
+
+
+def test_the_machine_is_watched_from_a_thread():
+    looked = threading.Semaphore(0)
+    clock = itertools.count()
+
+    def now():
+        looked.release()
+        return float(next(clock))
+
+    watch = Watch(now)
+    with watch.looking(every_s=0.001):
+        assert all(looked.acquire(timeout=10.0) for _ in range(3))
+    ended = len(watch.seen)
+    assert ended >= 2
+    assert [each.from_s for each in watch.seen] == [float(n) for n in range(ended)]

@@ -79,7 +79,9 @@ def test_prompts_of_a_dead_speculator_are_read_again(machine):
 @given(
     st.lists(
         st.tuples(st.integers(0, 4000), st.integers(10, 3000)),
-        min_size=1, max_size=12, unique_by=lambda each: each[0],
+        min_size=1,
+        max_size=12,
+        unique_by=lambda each: each[0],
     ),
     st.integers(1, 4),
 )
