@@ -88,6 +88,7 @@ _.Generate
 _.choose_replicas
 _.initialize_state
 _.on_request_routed
+_.on_request_completed
 _.should_backoff
 _.record_autoscaling_stats
 _.record_replica_metadata
@@ -160,3 +161,6 @@ _.logitsprocs_need_output_token_ids
 # Of the interface of asynchronous generators.
 _.aclose
 _.asend
+
+# services/deployment/file.py, which is left out, calls it.
+gpu_fault

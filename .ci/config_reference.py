@@ -83,7 +83,6 @@ MEANINGS = {
     "EngineConfig.enforce_eager": "As vLLM's argument.",
     "EngineConfig.enable_prefix_caching": "As vLLM's argument.",
     "EngineConfig.cpu_threads": "Threads of each worker on a CPU.",
-    "EngineConfig.engine_args": "Any other argument of vLLM's `AsyncEngineArgs`, by name.",
     "KvConfig.on_failure": "After a failed pull: recompute the kept prompt, or fail the request.",
     "GatewayConfig.request_timeout_s": "The default and the maximum of a request's time.",
     "GatewayConfig.front": "HAProxy.",

@@ -186,8 +186,9 @@ GROUPS = (
     ),
     Group(
         "Autoscaling",
-        "In Serve's controller. Reasons: `steady`, `slo_at_risk`, `smaller_meets_slo`, `settling`, "
-        "`at_minimum`, `at_maximum`, `step_capped`, `idle`, `waking`, `no_metrics`.",
+        "In Serve's controller, one set per application. Reasons: `steady`, `slo_at_risk`, "
+        "`smaller_meets_slo`, `settling`, `at_minimum`, `at_maximum`, `step_capped`, `idle`, "
+        "`waking`, `no_metrics`.",
         "autoscaling/gauges.py",
         PolicyGauges,
         condition="with `args.slo`",

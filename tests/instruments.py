@@ -35,7 +35,7 @@ class Instruments:
     def Histogram(self, name, description="", boundaries=(), tag_keys=()):
         assert boundaries
         assert all(bound > 0 for bound in boundaries)  # as Ray demands
-        return self._add(name, _Histogram(tag_keys))
+        return self._add(name, _Histogram(boundaries, tag_keys))
 
     def total(self, name, *tags):
         """The sum of what was counted or observed; of a gauge, the newest value."""
@@ -64,5 +64,9 @@ class _Gauge(_Metric):
 
 
 class _Histogram(_Metric):
+    def __init__(self, boundaries, tag_keys):
+        super().__init__(tag_keys)
+        self.boundaries = tuple(boundaries)
+
     def observe(self, value, tags=None):
         self.note(value, tags)

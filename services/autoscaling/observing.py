@@ -58,6 +58,11 @@ def pool_views(contexts: Contexts) -> dict[Pool, PoolView]:
     }
 
 
+def application_name(contexts: Contexts) -> str:
+    """Return the name of the application whose deployments these are; empty without any."""
+    return next((str(context.app_name) for context in contexts.values()), "")
+
+
 @dataclass(frozen=True, slots=True)
 class LatestSignals:
     """The newest signals of each replica that reported lately, by deployment name."""

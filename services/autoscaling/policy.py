@@ -17,7 +17,7 @@ from ..config import AppConfig
 from ..control.scaling.decide import decide
 from ..control.scaling.values import Decision, Memory, Observation, Pool, ScalingPolicy
 from .gauges import PolicyGauges
-from .observing import ClusterObserver, LatestSignals, PoolView, pool_views
+from .observing import ClusterObserver, LatestSignals, PoolView, application_name, pool_views
 from .targets import scaling_policy
 
 logger = logging.getLogger("ray.serve")
@@ -46,17 +46,20 @@ class SloPolicy:
     def __call__(self, contexts: Contexts) -> tuple[dict[Any, int], dict[Any, dict[str, Any]]]:
         """Return targets by deployment id. A pool without a decision keeps its target."""
         views = pool_views(contexts)
+        application = application_name(contexts)
         try:
-            self._refresh(contexts, views)
+            self._refresh(application, contexts, views)
         except Exception as error:  # noqa: BLE001  # other applications must keep scaling
-            self._give_up(error, views)
+            self._give_up(application, error, views)
         return {
             views[pool].key: max(target, views[pool].minimum)
             for pool, target in self._targets.items()
             if pool in views
         }, {}
 
-    def _refresh(self, contexts: Contexts, views: Mapping[Pool, PoolView]) -> None:
+    def _refresh(
+        self, application: str, contexts: Contexts, views: Mapping[Pool, PoolView]
+    ) -> None:
         now_s = max(context.current_time for context in contexts.values())
         if now_s - self._decided_s < DECIDE_S:
             return
@@ -68,12 +71,12 @@ class SloPolicy:
             self._observer = ClusterObserver(self._policy.window_s, config.decode.max_num_seqs)
         seen = self._observer.observe(now_s, LatestSignals.read(contexts, now_s), views)
         decision, self._memory = self._core(seen, self._policy, self._memory)
-        self._report(decision)
+        self._report(application, decision)
         self._targets = (
             {pool: view.target for pool, view in views.items()} if self._advisory else self._wishes
         )
 
-    def _report(self, decision: Decision) -> None:
+    def _report(self, application: str, decision: Decision) -> None:
         """Log what has changed since the last decision, and record all of it."""
         for pool, decided in decision.pools.items():
             if self._wishes.get(pool) != decided.replicas:
@@ -82,11 +85,11 @@ class SloPolicy:
                     pool, decided.replicas, decided.wanted, decided.reason, self._advisory,
                 )  # fmt: skip
         self._wishes = {pool: decided.replicas for pool, decided in decision.pools.items()}
-        self._gauges.record_decision(decision, advisory=self._advisory)
+        self._gauges.record_decision(application, decision, advisory=self._advisory)
 
-    def _give_up(self, error: Exception, views: Mapping[Pool, PoolView]) -> None:
+    def _give_up(self, application: str, error: Exception, views: Mapping[Pool, PoolView]) -> None:
         """Hold every pool until a decision succeeds."""
         self._targets = {pool: view.target for pool, view in views.items()}
         reason = type(error).__name__
         logger.error("autoscaling: targets held: reason=%s error=%s", reason, error)
-        self._gauges.record_failure(reason)
+        self._gauges.record_failure(application, reason)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from ..config import AppConfig, local_path
 from ..core.errors import InvalidConfiguration
-from ..core.findings import Finding, error, note
+from ..core.findings import Finding, error, note, warning
 from ..deployment.file import Application, DeploymentFile
-from ..deployment.model_files import locate_model
+from ..deployment.model_files import hub_cache, locate_model
 from ..deployment.weight_files import check_weights
 from ..tracing.environment import tracer_for
 from .model_report import MainModelReport, gain_lines
@@ -35,13 +35,14 @@ def check(file: DeploymentFile, *, served_here: bool = True) -> Iterator[Finding
 
 def _check_application(application: Application, *, served_here: bool) -> Iterator[Finding]:
     config = application.args
-    offline = application.runtime_env.env_vars.get("HF_HUB_OFFLINE") == "1"
+    env_vars = application.runtime_env.env_vars
+    offline, cache = env_vars.get("HF_HUB_OFFLINE") == "1", hub_cache(env_vars)
     model, speculator = config.model, config.speculator
-    main = locate_model("model.path", model.path, model.revision, offline=offline)
+    main = locate_model("model.path", model.path, model.revision, offline=offline, cache=cache)
     draft: Path | Finding | None = None
     if speculator.reads_with_model:
         key, path = "speculator.path", speculator.path
-        draft = locate_model(key, path, speculator.revision, offline=offline)
+        draft = locate_model(key, path, speculator.revision, offline=offline, cache=cache)
     missing = [found for found in (main, draft) if isinstance(found, Finding)]
     yield from (found if served_here else note(found.key, found.message) for found in missing)
     if model.load_format != "dummy":
@@ -62,6 +63,7 @@ def _check_application(application: Application, *, served_here: bool) -> Iterat
         main_folder = main if isinstance(main, Path) else None
         yield from check_speculator(speculator, draft, main_folder, longest)
     yield from _check_automatic_rate(config)
+    yield from _check_decode_sequences(config)
 
 
 def _check_automatic_rate(config: AppConfig) -> Iterator[Finding]:
@@ -76,6 +78,18 @@ def _check_automatic_rate(config: AppConfig) -> Iterator[Finding]:
             "auto, with a draft that is not calibrated: most prompts may go dense; "
             "`specprefill calibrate FILE --write` finds the settings",
         )
+
+
+def _check_decode_sequences(config: AppConfig) -> Iterator[Finding]:
+    """Yield a warning where admission cannot count decode's free sequences."""
+    slo = config.slo
+    if slo is None or config.gateway.admission is None or config.decode.max_num_seqs is not None:
+        return
+    yield warning(
+        "decode.max_num_seqs",
+        f"not set: slo.gap_s ({slo.gap_s:g}) sizes the decode pool, but gateway.admission does "
+        "not know how many answers a decode replica runs at once, and admits requests without it",
+    )
 
 
 def _check_tracing(application: Application) -> Iterator[Finding]:

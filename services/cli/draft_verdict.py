@@ -9,13 +9,14 @@ import urllib.request
 from collections.abc import Callable
 from urllib.error import HTTPError
 
+from ..core.addresses import host_and_port
 from ..core.plan import LEAST_FACTS_KEPT, can_choose
 from ..deployment.file import DeploymentFile
 
 WAIT_S = 300.0
 _POLL_S = 2.0
 _ANSWER_S = 10.0
-_EVERYWHERE = ("0.0.0.0", "::")
+_LOCAL = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 def show_verdict(file: DeploymentFile, stop: threading.Event, show: Callable[[str], None]) -> None:
@@ -24,8 +25,8 @@ def show_verdict(file: DeploymentFile, stop: threading.Event, show: Callable[[st
     if not args.speculator.self_test or args.speculator.random_weights or args.gateway.front.tls:
         return
     host = file.http_options.host
-    local = "127.0.0.1" if host in _EVERYWHERE else host
-    url = f"http://{local}:{file.http_options.port}/health"
+    local = _LOCAL.get(host, host)
+    url = f"http://{host_and_port(local, file.http_options.port)}/health"
     give_up_s = time.monotonic() + WAIT_S
     while not stop.is_set() and time.monotonic() < give_up_s:
         facts_kept = read_self_test(url)

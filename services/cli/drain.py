@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from ..deployment.local_ray import set_auth_mode
-from ..deployment.node_drain import DrainRefused, begin_drain, wait_until_empty
+from ..deployment.node_drain import DrainRefused, begin_drain, is_out_of_reach, wait_until_empty
 from ..deployment.serve_api import ServeApi, token_errors
 from .arguments import positive_number
 from .exit_codes import FAILED, OK, Failed
@@ -32,6 +33,11 @@ def add_commands(commands: Any) -> None:
         help="seconds to wait; Ray may end the node after that (default: %(default)g)",
     )  # fmt: skip
     drain.add_argument("--node-id", metavar="ID", help="another node's (default: this one)")
+    drain.add_argument(
+        "--address", metavar="URL", default=os.environ.get("RAY_DASHBOARD_ADDRESS"),
+        help="the cluster's dashboard (default: RAY_DASHBOARD_ADDRESS, or the one that the head "
+        "reports)",
+    )  # fmt: skip
     drain.set_defaults(run=run_drain)
 
 
@@ -51,7 +57,7 @@ def run_drain(args: argparse.Namespace) -> int:
     try:
         runtime = ray.get_runtime_context()
         node_id = args.node_id or runtime.get_node_id()
-        dashboard_url = f"http://{context.dashboard_url}"
+        dashboard_url = args.address or _dashboard_url(context.dashboard_url, runtime.gcs_address)
         show(f"draining node {node_id}")
         begin_drain(runtime.gcs_address, node_id, args.timeout)
         if not wait_until_empty(
@@ -64,3 +70,14 @@ def run_drain(args: argparse.Namespace) -> int:
         raise Failed(f"Ray refused to drain: {error}") from error
     finally:
         ray.shutdown()
+
+
+def _dashboard_url(reported: str, gcs_address: str) -> str:
+    """Return the URL of the dashboard that the head reports. Raises Failed out of its reach."""
+    if is_out_of_reach(reported, gcs_address):
+        raise Failed(
+            f"Ray's dashboard ({reported}) answers only on the head ({gcs_address}): start the "
+            "head with --dashboard-host=0.0.0.0, or name a URL that this node reaches (--address, "
+            "RAY_DASHBOARD_ADDRESS)"
+        )
+    return f"http://{reported}"

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from ..core.addresses import host_and_port
 from ..core.errors import InvalidConfiguration
 from ..core.findings import Severity
 from ..deployment.checked_yaml import InvalidFile
@@ -305,13 +306,13 @@ def how_to_call(file: DeploymentFile, dashboard_url: str) -> str:
     http, grpc = file.http_options, file.grpc_options
     args = file.applications[0].args
     scheme = "http" if args.gateway.front.tls is None else "https"
-    base = f"{scheme}://{http.host}:{http.port}"
+    base = f"{scheme}://{host_and_port(http.host, http.port)}"
     model = args.model.served_name
     key = "-H 'authorization: Bearer KEY' " if args.gateway.api_keys else ""
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
     return f"""
   HTTP (OpenAI API)  {base}/v1
-  gRPC               {http.host}:{grpc.port}  service specprefill.v1.SpecPrefill
+  gRPC               {host_and_port(http.host, grpc.port)}  service specprefill.v1.SpecPrefill
   playground         {base}/playground
   metrics            {base}/metrics
   dashboard          {dashboard_url}

@@ -192,7 +192,9 @@ def status_text(services: list[ServiceStatus]) -> str:
 def _lines(service: ServiceStatus) -> list[str]:
     scaled = any(pool.reason is not None for pool in service.pools)
     lines = [f"{service.name}: {service.status.lower()}"]
-    lines += [f"  {_pool_line(pool)}".rstrip() for pool in service.pools]
+    for pool in service.pools:
+        lines.append(f"  {_pool_line(pool)}".rstrip())
+        lines += [f"    {line}" for line in pool.message.splitlines() if line.strip()]
     if service.message:
         lines.append(f"  {service.message}")
     if scaled and service.advisory:

@@ -33,6 +33,18 @@ class View:
 
 
 @dataclass(frozen=True, slots=True)
+class OpenRequests:
+    """The requests of a gateway that have not ended, by its own numbers for them.
+
+    A request's messages may be lost on the way: these numbers settle what its gate missed.
+    """
+
+    next_number: int = 0  # requests from this one on are not known here
+    without_token: tuple[int, ...] = ()  # they wait, or run
+    with_token: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class GateEntry:
     """A gateway's request for a slot."""
 
@@ -94,7 +106,7 @@ class SharedGate:
 
     async def enter(self, entry: GateEntry) -> Admission:
         """Wait for a slot; `leave` gives it back, also while this waits."""
-        self.renew(entry.gateway, entry.view)
+        self._take_view(entry.gateway, entry.view)
         slot_id = (entry.gateway, entry.number)
         task = asyncio.create_task(self._gate.enter(entry.arrival))
         self._entering[slot_id] = task
@@ -124,14 +136,31 @@ class SharedGate:
         if slot is not None:
             slot.release()
 
-    def renew(self, gateway: str, view: View) -> None:
-        """Take a gateway's newest view of the pools, and release the slots of silent ones."""
+    def renew(self, gateway: str, view: View, requests: OpenRequests) -> None:
+        """Take a gateway's newest view of the pools, and release the slots that have no request.
+
+        So are those of gateways that were silent for long.
+        """
+        self._take_view(gateway, view)
+        self._settle(gateway, requests)
+
+    def _take_view(self, gateway: str, view: View) -> None:
         now_s = self._now()
         self._heard_s[gateway] = now_s
         self._view = replace(view, engines=replace(view.engines, gateways=1))
         for name, heard_s in list(self._heard_s.items()):
             if now_s - heard_s > SILENT_S:
                 self._forget(name)
+
+    def _settle(self, gateway: str, requests: OpenRequests) -> None:
+        """Make up for lost messages: numbers only rise, and a first token stays."""
+        without_token, with_token = set(requests.without_token), set(requests.with_token)
+        for slot_id in [*self._entering, *self._held]:
+            name, number = slot_id
+            if name != gateway or number >= requests.next_number or number in without_token:
+                continue
+            # A first token that is only known from here came at an unknown time.
+            self.leave(name, number, first_token=number in with_token, by_itself=True)
 
     def _answer(self, slot_id: SlotId, task: asyncio.Task[GateSlot]) -> Admission:
         try:

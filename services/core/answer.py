@@ -86,6 +86,11 @@ class Answer:
         self._cached_tokens = 0 if first is None else first.cached_tokens
         self._prompt_logprobs = None if first is None else first.prompt_logprobs  # until sent
 
+    @property
+    def is_started(self) -> bool:
+        """True once the client has a token."""
+        return any(sample.token_ids for sample in self._samples)
+
     def token_ids(self, index: int) -> Sequence[int]:
         """Return the output tokens of a sample so far."""
         return self._samples[index].token_ids
@@ -112,7 +117,8 @@ class Answer:
     def add_step(self, step: DecodeStep) -> Chunk | None:
         """Return the part of a decode step that is new to the client, if any. Raises Diverged."""
         if step.transfer_s is not None:
-            self._transfer_s = step.transfer_s
+            # One sample pulls the prompt's KV, the others what its blocks do not share.
+            self._transfer_s = max(self._transfer_s, step.transfer_s)
         if step.first_decode_s is not None:
             self._first_decode_s = step.first_decode_s
         self._recomputed |= step.recomputed

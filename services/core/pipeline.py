@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -36,6 +37,8 @@ from .types import (
     keep_all,
     whole_prompt,
 )
+
+_LEAST_PAUSE_S = 0.05  # before a decode pool that was full is asked again
 
 
 @dataclass(slots=True)
@@ -101,14 +104,19 @@ class Pipeline:
         answer: Answer,
         budget: Budget,
     ) -> AsyncGenerator[Chunk, None]:
-        """Yield the first token at once, then the decode engine's; replace a lost engine."""
+        """Yield the first token at once, then the decode engine's; replace a lost engine.
+
+        A full decode pool is waited for once the client has a token: its answer has begun.
+        """
         first = answer.first_chunk()
         if first is not None:  # the client has it, whether the KV has moved or not
             yield first
-        steps = start.steps
-        for attempts_left in reversed(range(budget.attempts)):
-            if answer.open_samples == 0:
-                return
+        steps, attempts_left = start.steps, budget.attempts
+        lost = DecodeUnavailable("decode: no engine ended the answer")
+        while answer.open_samples > 0:
+            if attempts_left == 0:
+                raise lost
+            attempts_left -= 1
             replay = answer.start_replay()
             if steps is None:
                 ticket = None if start.prefilled is None else start.prefilled.ticket
@@ -122,10 +130,12 @@ class Pipeline:
                             yield chunk
             except Diverged:
                 pass  # the next one repeats the client's tokens
-            except DecodeUnavailable:
+            except Overloaded as error:
+                await _wait_for_place(error, answer, budget)
+                attempts_left += 1  # none was lost
+            except DecodeUnavailable as error:
                 budget.lost_replicas += 1
-                if attempts_left == 0:
-                    raise
+                lost = error
             steps = None
 
     async def select(self, request: Request) -> Selection:
@@ -227,6 +237,14 @@ class Pipeline:
                 self.on_unscored(request, speculate_s)
             raise
         return replace(selection, queue_s=queue_s, speculate_s=speculate_s)
+
+
+async def _wait_for_place(error: Overloaded, answer: Answer, budget: Budget) -> None:
+    """Wait before a full decode pool is asked again; raise `error` where nothing was sent yet."""
+    if not answer.is_started:
+        raise error
+    pause_s = max(_LEAST_PAUSE_S, error.retry_after_s)
+    await asyncio.sleep(min(pause_s, budget.left_s()))
 
 
 def _is_late_by_itself(request: Request, selection: Selection, budget: Budget) -> bool:

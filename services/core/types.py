@@ -134,6 +134,14 @@ class Controls:
 
 
 @dataclass(frozen=True, slots=True)
+class Reasoning:
+    """What vLLM's server knows of an answer's reasoning: a grammar binds only what follows it."""
+
+    has_ended: bool | None  # before the first output token; None: the engine finds out
+    parser_kwargs: bytes | None  # of vLLM's reasoning parser, in msgpack: opaque, as `sampling`
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One prompt to answer.
 
@@ -162,6 +170,7 @@ class Request:
     wants_scores: bool = False  # the selection is to carry the scores behind it
     wants_sureness: bool = False  # engines are to report how sure they are of the first token
     trace: TraceContext | None = None  # the span that its spans belong to; None: not traced
+    reasoning: Reasoning | None = None  # where a grammar binds the answer, if it is known
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,10 @@ from ray.serve import metrics
 
 from ..engine.params import PullOutcome
 
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20)
+_SECONDS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+    *(20, 40, 80, 160, 320, 640),  # a pull may take as long as a request
+)
 
 
 class PullMetrics:

@@ -67,8 +67,9 @@ class DecodeService:
         await self.close()
 
     async def start(self) -> None:
-        """Load the model."""
+        """Load the model and its adapters."""
         self._engine.start()
+        await self._engine.load_adapters()
 
     async def close(self) -> None:
         """Stop the engine. Idempotent."""
@@ -125,7 +126,8 @@ class DecodeService:
                 ask_sureness(each)
             samples = [_with_sureness(sample, asked.logprobs) for sample in samples]
         open_samples = request.samples
-        async with aclosing(_as_they_come(samples)) as steps:
+        share_kv = ticket is not None and self._engine.prefix_cache_tokens() > 0
+        async with aclosing(_as_they_come(samples, first_alone=share_kv)) as steps:
             with StreamTimeout(timeout_s) as timeout:
                 while open_samples:
                     try:
@@ -161,12 +163,17 @@ class DecodeService:
                 span.context,
                 request.cache_salt,
                 request.adapter,
+                request.reasoning,
             )
             async with aclosing(outputs) as stream:
                 async for output in stream:
-                    first_s = time.monotonic() - started_s if first_s is None else first_s
+                    completion = output.outputs[0]
                     lost = DecodeUnavailable("decode: the engine ended the request")
-                    check_ended_well(params, output.outputs[0].finish_reason, lost)
+                    has_begun = first_s is not None or bool(completion.token_ids)
+                    if completion.finish_reason == "error" and not (computes or has_begun):
+                        raise lost  # by a failed pull: a bad grammar fails in prefill already
+                    first_s = time.monotonic() - started_s if first_s is None else first_s
+                    check_ended_well(params, completion.finish_reason, lost)
                     step = _decoded_step(output, index, first_s, leak, computes=computes)
                     if step.chunk.is_finished:
                         pull = pulled_in(output.kv_transfer_params)
@@ -179,23 +186,30 @@ class DecodeService:
 
 
 def _as_they_come(
-    samples: Sequence[AsyncGenerator[DecodeStep]],
+    samples: Sequence[AsyncGenerator[DecodeStep]], *, first_alone: bool
 ) -> AsyncGenerator[DecodeStep]:
     """Return the samples' steps in the order in which they come; the first failure is raised.
 
-    The steps of one sample that its reader is late for are one step: the engine merges them.
+    `first_alone`: the other samples start with the first one's first step, when the engine's prefix
+    cache has the prompt's KV: each would pull all of it otherwise. The steps of one sample that its
+    reader is late for are one step: the engine merges them.
     """
-    return samples[0] if len(samples) == 1 else _merge(samples)
+    return samples[0] if len(samples) == 1 else _merge(samples, 1 if first_alone else len(samples))
 
 
-async def _merge(samples: Sequence[AsyncGenerator[DecodeStep]]) -> AsyncGenerator[DecodeStep]:
+async def _merge(
+    samples: Sequence[AsyncGenerator[DecodeStep]], starting: int
+) -> AsyncGenerator[DecodeStep]:
+    """Start the first `starting` samples, and the others with their first step."""
     steps: asyncio.Queue[DecodeStep | BaseException] = asyncio.Queue()
-    readers = [asyncio.create_task(_read_sample(sample, steps)) for sample in samples]
+    readers = [asyncio.create_task(_read_sample(each, steps)) for each in samples[:starting]]
     try:
         while True:  # closed by whoever knows the last one
             step = await steps.get()
             if isinstance(step, BaseException):
                 raise step
+            others = samples[len(readers) :]
+            readers += [asyncio.create_task(_read_sample(each, steps)) for each in others]
             yield step
     finally:
         for reader in readers:
@@ -245,7 +259,7 @@ def _decoded_step(
     """
     chunk = chunk_of(output, index, (output.num_cached_tokens or 0) if computes else 0)
     chunk = structs.replace(chunk, text=leak.cut(chunk.text)) if leak.chars else chunk
-    if output.prompt_logprobs is not None:
+    if output.prompt_logprobs:
         chunk = structs.replace(chunk, prompt_logprobs=prompt_logprobs_of(output))
     if not chunk.is_finished:
         return DecodeStep(chunk)

@@ -22,6 +22,7 @@ from pydantic import (
 
 from ..config import AppConfig, Strict, default_name, key_digest
 from . import checked_yaml
+from .gpu_counts import CPU_SWITCH, gpu_fault
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 SLO_POLICY = "specprefill.autoscaling.policy:SloPolicy"
@@ -44,7 +45,7 @@ class ActorOptions(Strict):
     """The resources of a node that one replica takes."""
 
     num_cpus: NonNegativeFloat | None = None
-    num_gpus: NonNegativeFloat | None = None
+    num_gpus: NonNegativeFloat | None = None  # of an engine on GPUs: one for each worker
     memory: NonNegativeFloat | None = None
     resources: dict[str, float] = Field(default_factory=dict)
     accelerator_type: str | None = None
@@ -107,7 +108,7 @@ class Deployment(Strict):
     graceful_shutdown_timeout_s: NonNegativeFloat | None = None
     health_check_period_s: PositiveFloat | None = None
     health_check_timeout_s: PositiveFloat | None = None
-    ray_actor_options: ActorOptions | None = None
+    ray_actor_options: ActorOptions | None = None  # replaces the default as a whole, GPUs included
     placement_group_bundles: tuple[dict[str, float], ...] | None = None
     placement_group_strategy: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] | None = (
         None
@@ -193,6 +194,23 @@ class Application(Strict):
         names = [deployment.name for deployment in self.deployments]
         if len(set(names)) < len(names):
             raise ValueError("deployments: each name must occur only once")
+        return self
+
+    @model_validator(mode="after")
+    def _gpus_for_engines(self) -> Application:
+        """Refuse options that take the GPUs from an engine."""
+        on_cpus = self.runtime_env.env_vars.get(CPU_SWITCH) == "1"
+        if on_cpus or self.import_path != "specprefill.app:build":
+            return self
+        faults = []
+        for each in self.deployments:
+            options, bundles = each.ray_actor_options, each.placement_group_bundles
+            if options is None and bundles is None:
+                continue
+            num_gpus = None if options is None else options.num_gpus
+            faults.append(gpu_fault(self.args, each.name, num_gpus, bundles))
+        if any(faults):
+            raise ValueError(f"deployments: {'; '.join(filter(None, faults))}")
         return self
 
     @model_validator(mode="after")

@@ -78,7 +78,7 @@ def plaintext_ports(file: DeploymentFile, ports: str = SERVES_PORTS) -> str | No
     """Return a warning if other machines can pass HAProxy, which alone provides TLS, by `ports`."""
     host = file.http_options.host
     tls = any(each.args.gateway.front.tls is not None for each in file.applications)
-    if not tls or _is_loopback(host):
+    if not tls or is_loopback(host):
         return None
     return (
         f"http_options.host is {host}: the ports behind HAProxy ({ports}) listen there, too, "
@@ -87,7 +87,8 @@ def plaintext_ports(file: DeploymentFile, ports: str = SERVES_PORTS) -> str | No
     )
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return True for an address that only its own machine reaches."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:  # a name

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from .local_ray import is_loopback
 
 POLL_S = 1.0
 PROXY = "the node's proxy"
@@ -16,6 +19,25 @@ _COMMAND_TIMEOUT_S = 60.0
 
 class DrainRefused(Exception):
     """Ray refused to drain the node; the message holds the reason."""
+
+
+def is_out_of_reach(dashboard: str, gcs_address: str) -> bool:
+    """Return True where the dashboard (HOST:PORT) listens to the head alone, and this is not it.
+
+    Ray binds it to the head's loopback address by default.
+    """
+    if not is_loopback(dashboard.rpartition(":")[0]):
+        return False
+    return not _is_this_machine(gcs_address.rpartition(":")[0])
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        with socket.socket() as bound:
+            bound.bind((host, 0))
+    except OSError:  # no address of this machine
+        return False
+    return True
 
 
 def replicas_on(details: Mapping[str, Any], node_id: str) -> list[str]:

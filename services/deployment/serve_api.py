@@ -70,6 +70,10 @@ class PoolHealth:
         """Return one line for a person."""
         return f"{self.name:<11} {self.status.lower():<11} {self.running} of {self.target} replicas"
 
+    def reason(self) -> str:
+        """Return Serve's reason for waiting, such as resources that are missing; empty: none."""
+        return f"{self.name}: {_last_lines(self.message)}" if self.message else ""
+
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
@@ -190,19 +194,20 @@ class ServeApi:
                 continue
             answered_s = time.monotonic()
             lines = [pool.line() for pool in now.pools]
-            for line in lines:
+            failure = now.failure()
+            waiting = now.pools if failure is None else ()  # a failure is shown by its exception
+            reasons = [reason for pool in waiting if (reason := pool.reason())]
+            for line in (*lines, *reasons):
                 if line not in shown:
                     show(line)
-            shown = set(lines)
-            failure = now.failure()
+            shown = {*lines, *reasons}
             if failure is not None:
                 raise DeploymentFailed(failure)
             if now.is_healthy:
                 return now
             if time.monotonic() > give_up_s:
-                raise DeploymentFailed(
-                    f"the pools were not healthy within {timeout_s:g} s: " + "; ".join(lines)
-                )
+                waited = f"the pools were not healthy within {timeout_s:g} s: {'; '.join(lines)}"
+                raise DeploymentFailed("\n".join((waited, *reasons)))
             time.sleep(POLL_S)
 
 

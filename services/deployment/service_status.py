@@ -26,6 +26,7 @@ class PoolStatus:
     decided: int | None = None  # the size that the autoscaler asks for, within its bounds
     wanted: int | None = None  # the size that the SLO needs
     reason: str | None = None  # of the decision
+    message: str = ""  # Serve's, such as resources that a replica waits for
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class WaitingRequests:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What the engine pools occupied, and what they read meanwhile."""
+    """What the engine pools occupied, and the tokens of the prompts that they answered."""
 
     device_s: Mapping[str, float]  # by pool: GPU-seconds, or replica-seconds on CPUs
     prompt_tokens: float
@@ -101,7 +102,7 @@ def service_status(
     args = (application.get("deployed_app_config") or {}).get("args") or {}
     scaled = args.get("slo") is not None
     pools = tuple(
-        _pool(pool, deployment, readings if scaled else Readings({}))
+        _pool(name, pool, deployment, readings if scaled else Readings({}))
         for pool, deployment in application["deployments"].items()
     )
     return ServiceStatus(
@@ -109,7 +110,7 @@ def service_status(
         application["status"],
         application["message"],
         pools,
-        advisory=scaled and readings.total("scaling_advisory") == 1.0,
+        advisory=scaled and readings.total("scaling_advisory", application=name) == 1.0,
         slo=_slo(name, args, readings),
         backlog=WaitingRequests(
             _count(readings.total("admission_waiting", application=name)),
@@ -120,10 +121,12 @@ def service_status(
     )
 
 
-def _pool(name: str, deployment: Mapping[str, Any], readings: Readings) -> PoolStatus:
-    label = name.lower()
+def _pool(
+    application: str, name: str, deployment: Mapping[str, Any], readings: Readings
+) -> PoolStatus:
+    decided_for = {"application": application, "pool": name.lower()}
     reasons = [
-        labels["reason"] for labels, on in readings.select("scaling_reason", pool=label) if on
+        labels["reason"] for labels, on in readings.select("scaling_reason", **decided_for) if on
     ]
     return PoolStatus(
         name,
@@ -131,9 +134,10 @@ def _pool(name: str, deployment: Mapping[str, Any], readings: Readings) -> PoolS
         len(running_replicas(deployment)),
         deployment["target_num_replicas"],
         devices_of(deployment),
-        _count(readings.total("scaling_replicas", pool=label)),
-        _count(readings.total("scaling_wanted", pool=label)),
+        _count(readings.total("scaling_replicas", **decided_for)),
+        _count(readings.total("scaling_wanted", **decided_for)),
         reasons[0] if len(reasons) == 1 else None,
+        deployment["message"],
     )
 
 
@@ -244,12 +248,13 @@ def replica_counts(application: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _tokens(name: str, readings: Readings) -> tuple[float, float]:
+    """Return the prompt and the kept tokens of answered requests: of others, nothing is kept."""
     counted = (
         readings.total(counter, application=name)
-        for counter in ("prompt_tokens_total", "kept_tokens_total")
+        for counter in ("kept_tokens_total", "saved_tokens_total")
     )
-    prompt, kept = (0.0 if value is None else value for value in counted)
-    return prompt, kept
+    kept, saved = (0.0 if value is None else value for value in counted)
+    return kept + saved, kept
 
 
 def _running(deployments: Mapping[str, Any], pool: str) -> Iterable[Mapping[str, Any]]:

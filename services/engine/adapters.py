@@ -6,11 +6,11 @@ no KV passes from one adapter's requests to another's; the speculator's choice i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from vllm.config.lora import LoRAConfig
+from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 
 from ..config import local_path
@@ -23,17 +23,24 @@ _CONFIG = "adapter_config.json"
 def adapter_args(adapters: Mapping[str, str]) -> dict[str, Any]:
     """Return vLLM's arguments for adapters, folders by name, with room for all in one batch.
 
-    Raises InvalidConfiguration for a folder without an adapter, and a rank above 512.
+    Raises InvalidConfiguration for a folder without an adapter, a rank above 512, and an adapter
+    whose configuration vLLM refuses.
     """
     if not adapters:
         return {}
-    ranks = {name: _rank(name, path) for name, path in adapters.items()}
+    helpers = {name: _read(name, path) for name, path in adapters.items()}
+    ranks = {name: max([each.r, *each.rank_pattern.values()]) for name, each in helpers.items()}
     name, highest = max(ranks.items(), key=lambda each: each[1])
     room = next((size for size in _SIZES if size >= highest), None)
     if room is None:
         raise InvalidConfiguration(
             f"model.adapters.{name}: has rank {highest}; at most {_SIZES[-1]} is served"
         )
+    for name, helper in helpers.items():
+        try:
+            helper.validate_legal(LoRAConfig(max_lora_rank=room))
+        except ValueError as error:
+            raise InvalidConfiguration(f"model.adapters.{name}: {error}") from error
     return {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": room}
 
 
@@ -50,14 +57,14 @@ def lora_request(adapters: Mapping[str, str], name: str | None) -> LoRARequest |
     return LoRARequest(name, number, local_path(adapters[name]))
 
 
-def _rank(name: str, path: str) -> int:
-    """Return the highest rank of an adapter's matrices."""
-    file = Path(local_path(path)) / _CONFIG
+def _read(name: str, path: str) -> PEFTHelper:
+    """Return an adapter's configuration."""
     key = f"model.adapters.{name}"
     try:
-        settings = json.loads(file.read_text())
-        return int(max([settings["r"], *(settings.get("rank_pattern") or {}).values()]))
+        return PEFTHelper.from_local_dir(local_path(path), None)
     except OSError as error:
         raise InvalidConfiguration(f"{key}: {path} has no {_CONFIG}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InvalidConfiguration(f"{key}: {file} is not an adapter's configuration") from error
+        raise InvalidConfiguration(
+            f"{key}: {path}/{_CONFIG} is not an adapter's configuration: {error}"
+        ) from error

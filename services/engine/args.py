@@ -9,6 +9,7 @@ from typing import Any
 from vllm.config import KVTransferConfig, ModelConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
+from vllm.reasoning import ReasoningParserManager
 from vllm.usage.usage_lib import UsageContext
 
 from ..config import (
@@ -96,6 +97,8 @@ def vllm_config(args: AsyncEngineArgs) -> VllmConfig:
     A window of every layer that no prompt outgrows is dropped: vLLM would page its KV in blocks
     of another size, for nothing.
     """
+    if args.reasoning_parser_plugin:
+        ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
     config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
     if _has_idle_window(config.model_config):
         args.disable_sliding_window = True

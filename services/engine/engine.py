@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, aclosing, contextmanager, nullcontext
-from typing import Self
+from typing import Any, Self
 
+import msgspec
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMValidationError
@@ -19,9 +20,9 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerFactory
 
-from ..core.errors import InvalidRequest, Unavailable
+from ..core.errors import EngineStartFailed, InvalidRequest, Unavailable
 from ..core.request_spans import TraceContext
-from ..core.types import Carrier
+from ..core.types import Carrier, Reasoning
 from .adapters import lora_request
 from .args import is_ours, vllm_config
 from .failed_start import engine_errors_shown
@@ -79,6 +80,22 @@ class Engine:
             )
         if config.speculative_config is not None:
             accept_every_sampling_parameter(self._llm)
+
+    async def load_adapters(self) -> None:
+        """Load every adapter, each of which has a slot.
+
+        A request whose adapter vLLM cannot load would end the engine process. Raises
+        EngineStartFailed with the adapter's name; the engine is closed then.
+        """
+        for name in self._adapters:
+            request = lora_request(self._adapters, name)
+            assert request is not None
+            try:
+                await self._running().add_lora(request)
+            except Exception as error:  # vLLM has no narrower one for a call that failed
+                self.close()
+                reason = str(error).removeprefix("Call to add_lora method failed: ")
+                raise EngineStartFailed(f"model.adapters.{name}: {reason}") from error
 
     def _processes(self, config: VllmConfig) -> AbstractContextManager[None]:
         return FORK_SERVER.engine_processes(config) if self._forks else nullcontext()
@@ -164,6 +181,7 @@ class Engine:
         trace: TraceContext | None = None,
         cache_salt: str | None = None,
         adapter: str | None = None,
+        reasoning: Reasoning | None = None,
     ) -> AsyncGenerator[RequestOutput]:
         """Stream the engine's outputs. Closing the iterator aborts the request.
 
@@ -180,6 +198,8 @@ class Engine:
             lora_request=lora_request(self._adapters, adapter),
             priority=priority,
             trace_headers=self._trace_headers(trace),
+            reasoning_ended=None if reasoning is None else reasoning.has_ended,
+            reasoning_parser_kwargs=_parser_kwargs(reasoning),
         )
         async with aclosing(outputs) as stream:
             async for output in stream:
@@ -194,6 +214,13 @@ class Engine:
         if self._llm is None:
             raise Unavailable("engine: not started")
         return self._llm
+
+
+def _parser_kwargs(reasoning: Reasoning | None) -> dict[str, Any] | None:
+    if reasoning is None or reasoning.parser_kwargs is None:
+        return None
+    kwargs: dict[str, Any] = msgspec.msgpack.decode(reasoning.parser_kwargs)
+    return kwargs
 
 
 @contextmanager

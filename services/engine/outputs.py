@@ -54,8 +54,11 @@ def check_ended_well(params: SamplingParams, finish_reason: str | None, lost: Un
 def prompt_logprobs_of(
     output: RequestOutput,
 ) -> tuple[tuple[TokenLogprob, ...] | None, ...] | None:
-    """Return the prompt's logprobs, `[N]`, if asked for; the first token has none."""
-    if output.prompt_logprobs is None:
+    """Return the prompt's logprobs, `[N]`, if asked for; the first token has none.
+
+    vLLM's deltas after the one that carries them have an empty list.
+    """
+    if not output.prompt_logprobs:
         return None
     return tuple(
         None if candidates is None else _candidates(candidates)

@@ -52,7 +52,7 @@ from .pools.draft_state import SelfTestWatch
 from .pools.handles import Carried, ServeDecoder, ServePrefiller, ServeSpeculator
 from .pools.health import GATEWAY
 from .pools.replica_counts import ServeHealth
-from .serve_internals import by_reference
+from .serve_internals import by_reference, health_check_period_s
 
 
 class Gateway:
@@ -87,7 +87,7 @@ class Gateway:
         engines = self._config.prefill, self._config.decode
         support = support_elsewhere(front.model_config, self._config.model, *engines)
         carried: Carried = {}
-        pool = ServeSpeculator(speculator, self._health.count_afresh)
+        pool = ServeSpeculator(speculator, self._health.count_afresh, self._health.is_empty)
         self._self_test = SelfTestWatch(pool.self_test)
         held = decode_caches(self._config)
         gain = net_gain(self._config, hands_over=support.hands_over, decode_caches=held)
@@ -150,7 +150,7 @@ class Gateway:
             json_limits=JsonLimits(self._config.gateway.max_request_items),
             tracer=self._tracer,
         )
-        self.grpc_health = GrpcHealth(self._health.count, self._limit)
+        self.grpc_health = GrpcHealth(self._health.count, self._limit, health_check_period_s)
 
     def drain(self) -> None:
         """Take no more requests."""

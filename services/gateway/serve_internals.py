@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 from pydantic import PrivateAttr
+from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve._private import default_impl
 from ray.serve._private.config import DeploymentConfig
@@ -22,7 +23,7 @@ from ray.serve._private.constants import (
     DEFAULT_GRPC_SERVER_OPTIONS,
     RAY_SERVE_GRPC_MAX_MESSAGE_SIZE,
 )
-from ray.serve.context import _get_global_client, _set_request_context
+from ray.serve.context import ReplicaContext, _get_global_client, _set_request_context
 from ray.serve.handle import DeploymentHandle
 
 from .. import __version__
@@ -43,6 +44,11 @@ def check_serve() -> None:
 def http_host() -> str:
     """Return the host that Serve's `http_options` bind to."""
     return str(_get_global_client().http_config.host)
+
+
+def health_check_period_s() -> float:
+    """Return the seconds between two of Serve's health checks of this replica."""
+    return float(serve.get_replica_context()._deployment_config.health_check_period_s)
 
 
 def bind_grpc_with(add_address: Callable[[Any, str], None]) -> None:
@@ -118,6 +124,10 @@ def _differences() -> Iterator[str]:
         yield "DeploymentConfig has no version"
     if not hasattr(DeploymentConfig, "to_proto_bytes"):
         yield "DeploymentConfig has no to_proto_bytes"
+    if "_deployment_config" not in ReplicaContext.__dataclass_fields__:
+        yield "ReplicaContext has no _deployment_config"
+    if "health_check_period_s" not in DeploymentConfig.model_fields:
+        yield "DeploymentConfig has no health_check_period_s"
     if _MAX_RECEIVED not in dict(DEFAULT_GRPC_SERVER_OPTIONS):
         yield f"DEFAULT_GRPC_SERVER_OPTIONS has no {_MAX_RECEIVED}"
 

@@ -79,8 +79,9 @@ class PrefillService:
         await self.close()
 
     async def start(self) -> None:
-        """Load the model."""
+        """Load the model and its adapters."""
         self._engine.start()
+        await self._engine.load_adapters()
         self._kv_addresses = await self._engine.kv_addresses()
         self._carrier = await self._engine.kv_carrier()
         self._token_bytes = self._engine.kv_bytes_per_token()
@@ -248,6 +249,7 @@ class PrefillService:
             request.trace,
             request.cache_salt,
             request.adapter,
+            request.reasoning,
         )
         async for output in outputs:
             last = output

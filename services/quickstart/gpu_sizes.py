@@ -55,15 +55,16 @@ def gpu_sizes(
     tokens = min(wanted, whole_blocks(layout.tokens))
     if longest is not None and tokens < longest:
         raise InvalidConfiguration(_need(machine, main, draft, longest))
-    held = HELD_AT_ONCE * main.kv_bytes(None) * tokens
-    bound = int(machine.memory_bytes * _MOST_HOST_SHARE)
+    workers = layout.prefill.tensor_parallel  # each sets aside as much
+    held = 4 * HELD_AT_ONCE * main.kv_bytes(None) * tokens // main.kv_parts(workers)
+    bound = int(machine.memory_bytes * _MOST_HOST_SHARE) // workers
     return PoolSizes(
         tokens=tokens,
         dtype="auto",
         prefill=layout.prefill,
         decode=layout.decode,
         draft=layout.draft,
-        held_bytes=max(_LEAST_HELD, whole_mib(min(4 * held, bound))),
+        held_bytes=max(_LEAST_HELD, whole_mib(min(held, bound))),
     )
 
 

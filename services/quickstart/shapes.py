@@ -27,6 +27,7 @@ class ModelShape:
     weight_bytes: int  # as stored
     itemsize: int  # of one stored weight, in bytes
     is_quantized: bool = False
+    is_latent: bool = False  # multi-head latent attention: no heads to divide the KV cache by
 
     @property
     def parameters(self) -> int:
@@ -43,6 +44,10 @@ class ModelShape:
         """Return the bytes of one token's keys and values."""
         stored = _BFLOAT16 if self.is_quantized else self.itemsize
         return self.kv_numbers * (stored if itemsize is None else itemsize)
+
+    def kv_parts(self, workers: int) -> int:
+        """Return how many parts of the keys and values lie on different tensor-parallel workers."""
+        return 1 if self.is_latent else min(workers, self.kv_heads)
 
     def prompt_operations(self, tokens: int) -> float:
         """Return the floating-point operations that a prompt costs: weights and attention."""
@@ -89,11 +94,16 @@ def read_shape(folder: Path) -> ModelShape:
         itemsize=_ITEMSIZE.get(stored, _BFLOAT16),
         is_quantized=settings.get("quantization_config") is not None
         or getattr(whole, "quantization_config", None) is not None,
+        is_latent=_is_latent(settings),
     )
 
 
+def _is_latent(settings: Mapping[str, Any]) -> bool:
+    return bool(settings.get("kv_lora_rank"))
+
+
 def _numbers_per_layer(settings: Mapping[str, Any], hidden: int, heads: int) -> int:
-    if settings.get("kv_lora_rank"):  # multi-head latent attention
+    if _is_latent(settings):
         return int(settings["kv_lora_rank"] + settings["qk_rope_head_dim"])
     kv_heads = settings.get("num_key_value_heads") or heads
     return int(2 * kv_heads * (settings.get("head_dim") or hidden // heads))

@@ -88,6 +88,7 @@ def versions(monkeypatch, change=None, environment=None) -> dict[str, str]:
         ({}, set()),
         ({"slo": {"ttft_s": 2.0}, "scaling": {"prefill": {"max_replicas": 4}}}, set()),
         ({"gateway": {"request_timeout_s": 200.0}}, {"Gateway"}),
+        ({"gateway": {"vllm_args": ["--reasoning-parser", "p"]}}, {"Gateway", "Prefill", "Decode"}),
         ({"quality": {"shadow_share": 0.5}}, {"Gateway"}),
         ({"selection": {"keep": 0.5}}, {"Gateway", "Speculator"}),
         ({"speculator": {"path": "another"}}, {"Gateway", "Speculator"}),

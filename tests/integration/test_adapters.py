@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from specprefill.config import EngineConfig, KvConfig, MainModel
+from specprefill.core.errors import EngineStartFailed
 from specprefill.core.types import Span
 from specprefill.decode.service import DecodeService
 from specprefill.engine.args import Role, engine_args
@@ -101,6 +102,11 @@ async def adapting(request, model_dir, adapters):
     await prefill.close()
 
 
+async def test_every_adapter_is_loaded_before_the_first_request(adapting):
+    for service in (adapting.prefill, adapting.decode):
+        assert set(await service._engine._llm.list_loras()) == {1, 2}
+
+
 async def test_a_pruned_answer_is_the_adapters_own(adapting, adapters, merged):
     """One prompt for all: what one adapter computed would show in another's answer."""
     prompt, selection = prompt_of(PROMPT), kept(PROMPT, *RUNS)
@@ -126,3 +132,23 @@ async def test_only_the_same_adapter_finds_what_was_computed(adapting):
     whole_blocks = (selection.kept_tokens - 1) // BLOCK_SIZE * BLOCK_SIZE
     assert [await cached(name) for name in NAMES] == [0, 0, 0]
     assert [await cached(name) for name in NAMES] == [whole_blocks] * 3
+
+
+@pytest.mark.parametrize("fault", ["other_shapes", "no_weights"])
+async def test_an_adapter_that_vllm_cannot_load_fails_the_start(
+    model_dir, adapters, tmp_path, fault
+):
+    settings = (adapters["first"] / "adapter_config.json").read_text()
+    (tmp_path / "adapter_config.json").write_text(settings)
+    if fault == "other_shapes":
+        weights = load_file(adapters["first"] / "adapter_model.safetensors")
+        wider = {name: each.repeat(2, 2) for name, each in weights.items()}
+        save_file(wider, tmp_path / "adapter_model.safetensors")
+    paths = {"fine": str(adapters["first"]), "doctor": str(tmp_path)}
+    model = MainModel(path=model_dir, dtype="float32", max_model_len=8192, adapters=paths)
+    config = EngineConfig(block_size=BLOCK_SIZE, kv_cache_memory_bytes=16 << 20, enforce_eager=True)
+    kv = KvConfig(host="127.0.0.1", carrier="grpc")
+    engine = Engine(engine_args(model, config, kv, Role.DECODE), adapters=paths)
+    with pytest.raises(EngineStartFailed, match=r"model\.adapters\.doctor: \S"):
+        await DecodeService(engine).start()
+    assert not engine.is_dead  # it is closed

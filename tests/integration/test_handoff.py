@@ -201,6 +201,29 @@ async def test_samples_differ_by_their_seed_alone(engines):
         assert answer(steps, index) == list(want.token_ids)
 
 
+async def test_samples_pull_the_prompts_kv_once(engines, monkeypatch):
+    statistics = engines.decode._engine._llm.logger_manager
+    record, pulled = statistics.record, []
+
+    def record_pulls(scheduler_stats=None, **others):
+        found = scheduler_stats and scheduler_stats.connector_prefix_cache_stats
+        pulled.append(0 if found is None else found.hits)
+        record(scheduler_stats=scheduler_stats, **others)
+
+    monkeypatch.setattr(statistics, "record", record_pulls)
+    sampling = {"temperature": 1.0, "ignore_eos": True, "max_tokens": 8}
+    prompt = prompt_of(1000, seed=61)
+    request = engines.request(prompt, seed=21, samples=4, **sampling)
+    prefilled, steps = await engines.handed_over(request, whole(1000))
+    tokens = prefilled.ticket.tokens
+    assert tokens <= sum(pulled) <= tokens + 3 * BLOCK_SIZE
+    assert not any(step.recomputed for step in steps)
+    for index in range(4):
+        alone = engines.request(prompt, seed=21 + index, **sampling)
+        want = await engines.aggregated(alone, whole(1000))
+        assert answer(steps, index) == list(want.token_ids)
+
+
 async def test_an_end_token_at_once_is_a_whole_answer(engines):
     prompt = prompt_of(300, seed=8)
     free = await engines.aggregated(engines.request(prompt), pruned(300))

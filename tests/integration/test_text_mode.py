@@ -124,7 +124,7 @@ async def test_logprobs_of_a_prompt_that_decode_computes(alone, demo_tokenizer):
     request = asked(prompt, samples=2, prompt_logprobs=1)
     whole = kept(len(prompt), Span(0, len(prompt)))
     steps = [step async for step in alone.decode(request, whole, None, ((), ()), 60.0)]
-    found = [step.chunk.prompt_logprobs for step in steps if step.chunk.prompt_logprobs]
+    found = [each for step in steps if (each := step.chunk.prompt_logprobs) is not None]
     assert len(found) == 1
     assert len(found[0]) == len(prompt)
     assert found[0][0] is None

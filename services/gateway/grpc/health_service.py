@@ -18,12 +18,14 @@ from .api import CallContext
 SERVICE = "specprefill.v1.SpecPrefill"
 # In one gateway. A load balancer holds one or a few; anybody may watch, and a stream has no end.
 MOST_WATCHERS = 64
-# Serve asks a gateway every few seconds, until it replaces it: then streams must end, or they hold
-# the gateway for as long as its longest request may last.
-UNATTENDED_S = 15.0
+# Serve asks a gateway every `health_check_period_s`, until it replaces it: then streams must end,
+# or they hold the gateway for as long as its longest request may last. As Serve's controller may
+# only be away, they end without a status.
+LEAST_UNATTENDED_S = 15.0
+UNATTENDED_PERIODS = 3
 _PERIOD_S = 1.0  # between two polls of the pools, for those who watch
 
-_State = tuple[int, bool]  # the status, and whether streams end
+_State = tuple[int | None, bool]  # the status if there is one to send, and whether streams end
 
 
 class GrpcHealth:
@@ -33,10 +35,13 @@ class GrpcHealth:
         self,
         count: PoolCounts,
         limit: RequestLimit,
+        attend_period_s: Callable[[], float],
         now: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`attend_period_s` returns the seconds between two calls of `attend`."""
         self._count = count
         self._limit = limit
+        self._attend_period_s = attend_period_s
         self._now = now
         self._attended_s = now()
         self._poll = _SharedPoll(self._state)
@@ -62,6 +67,8 @@ class GrpcHealth:
                 last: HealthCheckResponse | None = None
                 while state is None or not state[1]:
                     state = await self._poll.next_state(state)
+                    if state[0] is None:
+                        return
                     now = _response(request, state[0])
                     if now != last:
                         last = now
@@ -78,8 +85,14 @@ class GrpcHealth:
         return HealthListResponse(statuses={"": state, SERVICE: state})
 
     async def _state(self) -> _State:
-        ends = self._limit.draining or self._now() - self._attended_s > UNATTENDED_S
-        return int(HealthCheckResponse.NOT_SERVING) if ends else await self._status(), ends
+        drains = self._limit.draining
+        if not drains and not self._is_attended():
+            return None, True
+        return await self._status(), drains
+
+    def _is_attended(self) -> bool:
+        longest_s = max(LEAST_UNATTENDED_S, UNATTENDED_PERIODS * self._attend_period_s())
+        return self._now() - self._attended_s <= longest_s
 
     async def _status(self) -> int:
         if self._limit.draining or not judge(await self._count()).serving:

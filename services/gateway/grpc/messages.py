@@ -192,6 +192,7 @@ class AnswerBuilder:
 
     def __init__(self, prompt_tokens: int, samples: int) -> None:
         self._outputs = [pb.Output(index=index) for index in range(samples)]
+        self._texts: list[list[str]] = [[] for _ in range(samples)]  # `+=` copies a proto's string
         self._usage = pb.Usage(prompt_tokens=prompt_tokens)
         self._open = samples
         self._report: Report | None = None
@@ -213,7 +214,7 @@ class AnswerBuilder:
         """Count and keep a chunk."""
         self.count(chunk)
         output = self._outputs[chunk.index]
-        output.text += chunk.text
+        self._texts[chunk.index].append(chunk.text)
         output.token_ids.extend(chunk.token_ids)
         output.logprobs.extend(_positions(chunk))
         _end(output, chunk)
@@ -224,6 +225,8 @@ class AnswerBuilder:
 
     def message(self) -> pb.GenerateResponse:
         """Return the whole answer."""
+        for output, texts in zip(self._outputs, self._texts, strict=True):
+            output.text = "".join(texts)
         response = pb.GenerateResponse(outputs=self._outputs, usage=self._usage)
         if self._report is not None:
             response.report.CopyFrom(report_message(self._report))

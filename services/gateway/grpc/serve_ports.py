@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config import GatewayConfig
+from ...core.addresses import host_and_port
 from ...deployment.checked_yaml import InvalidFile
 from ...deployment.file import load
 from ...deployment.front import FILE_VARIABLE
@@ -35,7 +36,7 @@ def bind_grpc_as_http() -> None:
         """Raises RuntimeError where the port is taken, upon which Serve tries the next one."""
         port = int(server_address.rpartition(":")[2])
         claim(host, port)
-        grpc_server.add_insecure_port(f"{host}:{port}")
+        grpc_server.add_insecure_port(host_and_port(host, port))
 
     bind_grpc_with(add_grpc_address)
 

@@ -13,7 +13,7 @@ from ...core.errors import Overloaded
 from ...core.types import Chunk, PlanKind, Report, Request
 from .watched import Ending, Observer, RequestObserver
 
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128)
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _RATIOS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2, 4, 8)
 _RATES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 ENDED, CLOSED = "answered", "client_closed"
@@ -77,13 +77,19 @@ class PipelineMetrics:
         self._keep_rate = histogram("keep_rate", "Kept share of pruned prompts", _RATES)
         self._ttft_foreseen = histogram(
             "time_to_first_token_ratio",
-            "Measured over expected time to first token; far from 1, the stage models are wrong",
+            "Measured over expected time to first token, without waiting in queues; far from 1, "
+            "the stage models are wrong",
             _RATIOS,
             "plan",
         )
 
     def count_shed(self, reason: str) -> None:
-        """Count a request that was refused under load."""
+        """Count a request that was refused under load before the pipeline got it."""
+        self.count_shed_reason(reason)
+        self._requests.inc(1, {"outcome": Overloaded.__name__, "plan": "", "reason": ""})
+
+    def count_shed_reason(self, reason: str) -> None:
+        """Count why a request was refused under load; `count_request` counts the request."""
         self._shed.inc(1, {"reason": reason})
 
     def count_request(
@@ -112,7 +118,7 @@ class PipelineMetrics:
         plan = {"plan": report.plan.value}
         self._ttft.observe(report.ttft_s, plan)
         if report.expected is not None:
-            ttft_s = report.ttft_s - report.discarded_s
+            ttft_s = report.ttft_s - report.queue_s - report.discarded_s
             if report.plan is PlanKind.DENSE:  # it is foreseen without a speculator
                 ttft_s -= report.speculate_s
             self._ttft_foreseen.observe(ttft_s / report.expected.for_plan(report.plan), plan)
@@ -139,7 +145,7 @@ class RequestMetrics(Observer):
 
     def on_shed_selection(self, error: Overloaded) -> None:
         """See Observer."""
-        self._metrics.count_shed(error.reason)
+        self._metrics.count_shed_reason(error.reason)
 
 
 class _RequestMetrics(RequestObserver):
@@ -153,7 +159,7 @@ class _RequestMetrics(RequestObserver):
 
     def on_end(self, ending: Ending) -> None:
         if isinstance(ending.error, Overloaded):
-            self._metrics.count_shed(ending.error.reason)
+            self._metrics.count_shed_reason(ending.error.reason)
         self._metrics.count_request(
             self._request, _outcome(ending), ending.report, self._output_tokens
         )

@@ -18,6 +18,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from ...core.addresses import host_and_port
+
 logger = logging.getLogger(__name__)
 
 MetricsText = Callable[[], Awaitable[str]]
@@ -58,17 +60,18 @@ class ServiceMetrics:
 
     async def _collect(self) -> str:
         nodes = await asyncio.to_thread(self._nodes)
-        addresses = [
-            f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-            for node in nodes
-            if node["Alive"]
-        ]
+        addresses = [_url(node) for node in nodes if node["Alive"]]
         at_once = asyncio.Semaphore(_NODES_AT_ONCE)
         timeout = aiohttp.ClientTimeout(total=_NODE_TIMEOUT_S)
         async with aiohttp.ClientSession(timeout=timeout) as session:
             found = await asyncio.gather(*(_read(session, url, at_once) for url in addresses))
         answered = [text for text in found if text is not None]
         return merge_expositions(answered) + _nodes_text(len(answered), len(found) - len(answered))
+
+
+def _url(node: dict[str, Any]) -> str:
+    address = host_and_port(node["NodeManagerAddress"], node["MetricsExportPort"])
+    return f"http://{address}/metrics"
 
 
 async def _read(session: aiohttp.ClientSession, url: str, at_once: asyncio.Semaphore) -> str | None:

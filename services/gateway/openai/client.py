@@ -7,7 +7,7 @@ import re
 import secrets
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
@@ -34,7 +34,7 @@ from ...core.ports import Answerer
 from ...core.prefix_digests import cache_domain, prefix_digests
 from ...core.read_ahead import ReadAhead
 from ...core.replica_logging import log_pairs
-from ...core.types import Chunk, Controls, PlanKind, PromptMode, Request, Selection
+from ...core.types import Chunk, Controls, PlanKind, PromptMode, Reasoning, Request, Selection
 from ...engine.params import is_private
 from ..observe.request_log import LoggedAnswer, RequestLog
 from .context import CURRENT, Messages, RequestContext
@@ -43,7 +43,7 @@ from .failures import http_failure
 from .marking import PromptMarker
 from .offsets import PromptOffsets
 from .request_outputs import OutputAssembler
-from .sampling_limits import check_samples, check_sampling
+from .sampling_limits import check_samples, check_sampling, max_answer_tokens
 from .surface import TASKS, RemoteEngineClient
 
 logger = logging.getLogger(__name__)
@@ -89,6 +89,7 @@ class PipelineClient(RemoteEngineClient):
         self._chat = chat
         self._timeout_s = timeout_s
         self._max_samples = max_samples
+        self._max_answer_tokens = max_answer_tokens(self.model_config)
         self._count_tokens = count_tokens
         self.offsets = PromptOffsets(self.renderer.tokenizer)
         self._marker = PromptMarker(
@@ -130,17 +131,24 @@ class PipelineClient(RemoteEngineClient):
         """Answer a rendered prompt. A failure is recorded in the request's context, too."""
         context = CURRENT.get() or RequestContext()
         context.prompts_started += 1
+        time_limit_s = self._time_limit_s(context.timeout_s)
         try:
             context.adapter = None if lora_request is None else lora_request.lora_name
-            request = await self.prepare(prompt, sampling_params, request_id, context, priority)
-            assembler = OutputAssembler(
-                request_id,
-                prompt_text if prompt_text is not None else prompt.get("prompt"),
-                list(request.prompt),
-                request.samples,
-                sampling_params.output_kind,
-            )
-            async with self._logged_answer(request) as answer:
+            async with AsyncExitStack() as held:
+                left_s = await held.enter_async_context(context.prompt_slot(time_limit_s))
+                request = await self.prepare(prompt, sampling_params, request_id, context, priority)
+                reasoning = None
+                if sampling_params.structured_outputs is not None:
+                    reasoning = _reasoning(reasoning_ended, reasoning_parser_kwargs)
+                request = replace(request, timeout_s=left_s, reasoning=reasoning)
+                assembler = OutputAssembler(
+                    request_id,
+                    prompt_text if prompt_text is not None else prompt.get("prompt"),
+                    list(request.prompt),
+                    request.samples,
+                    sampling_params.output_kind,
+                )
+                answer = await held.enter_async_context(self._logged_answer(request))
                 while ready := await answer.take():
                     for chunk in ready:
                         output = assembler.add(chunk)
@@ -268,7 +276,7 @@ class PipelineClient(RemoteEngineClient):
         if self._planner.dense_reason(request) is None:
             request = await self._marker.mark(request, prompt.get("prompt"), context)
         request = self._planner.with_plan(request)
-        _limit_tokens(params, self._most_output_tokens(request))
+        _limit_tokens(params, min(self._most_output_tokens(request), self._max_answer_tokens))
         return replace(request, sampling=_pack_params(params))
 
     def _most_output_tokens(self, request: Request) -> int:
@@ -322,6 +330,16 @@ def _pack_params(params: SamplingParams) -> bytes:
         return msgspec.msgpack.encode(params)
     except OverflowError as error:  # beyond 64 bits
         raise InvalidRequest(f"a sampling parameter is out of range: {error}") from error
+
+
+def _reasoning(has_ended: bool | None, parser_kwargs: dict[str, Any] | None) -> Reasoning:
+    if parser_kwargs is None:
+        return Reasoning(has_ended, None)
+    try:
+        return Reasoning(has_ended, msgspec.msgpack.encode(parser_kwargs))
+    except OverflowError as error:  # beyond 64 bits
+        field = "chat_template_kwargs"
+        raise InvalidRequest(f"{field}: a number is out of range: {error}", field) from error
 
 
 def _limit_tokens(params: SamplingParams, most: int) -> None:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...core.errors import SpecPrefillError
+from ...core.errors import DeadlineExceeded, SpecPrefillError
 from ...core.request_spans import TraceContext
 from ...core.types import Controls, Report
 
 Messages = Sequence[Mapping[str, Any]]
+
+PROMPTS_AT_ONCE = 32  # of one request: a long list must not fill the pools' queues
+
+
+def _prompt_slots() -> asyncio.Semaphore:
+    return asyncio.Semaphore(PROMPTS_AT_ONCE)
 
 
 @dataclass(slots=True)
@@ -35,6 +43,7 @@ class RequestContext:
     adapter: str | None = None  # the LoRA adapter that answers; None: the model as it is
     prompts: int = 1  # that the caller sent
     prompts_started: int = 0
+    prompt_slots: asyncio.Semaphore = field(default_factory=_prompt_slots)
     has_output: bool = False  # some of the answer has gone to vLLM's handlers
     reports: dict[str, Report] = field(default_factory=dict)  # by the server's request id
     error: SpecPrefillError | None = None
@@ -43,6 +52,26 @@ class RequestContext:
     def has_ended(self) -> bool:
         """True once a prompt has been answered, or has failed."""
         return self.error is not None or bool(self.reports)
+
+    @asynccontextmanager
+    async def prompt_slot(self, timeout_s: float) -> AsyncIterator[float]:
+        """Hold a slot for one prompt; yield the seconds that waiting left of `timeout_s`.
+
+        Raises DeadlineExceeded.
+        """
+        clock = asyncio.get_running_loop().time
+        end_s = clock() + timeout_s
+        try:
+            async with asyncio.timeout_at(end_s):
+                await self.prompt_slots.acquire()
+        except TimeoutError as error:
+            raise DeadlineExceeded(
+                "timeout_s: the request's time was used up by the prompts before this one"
+            ) from error
+        try:
+            yield end_s - clock()
+        finally:
+            self.prompt_slots.release()
 
     def ordered_reports(self) -> list[Report] | None:
         """Return the reports in prompt order, once every prompt has been answered."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vllm.config import ModelConfig
 from vllm.sampling_params import SamplingParams
 
 from ...core.errors import InvalidRequest
@@ -18,6 +19,17 @@ MAX_ALLOWED_TOKENS = 1024
 MAX_PATTERN_TOKENS = 64
 MAX_REPEATED_TOKENS = 256
 MAX_SEED = (1 << 63) - 1  # of vLLM's GPU runner, which ends at a higher one
+
+
+def max_answer_tokens(model: ModelConfig) -> int:
+    """Return the deployment's limit of every answer, by the rule of vLLM's handlers.
+
+    `max_new_tokens` of the model's own folder is but a default.
+    """
+    limit: int | None = model.override_generation_config.get("max_new_tokens")
+    if model.generation_config not in ("auto", "vllm"):
+        limit = model.get_diff_sampling_param().get("max_tokens")
+    return int(model.max_model_len) if limit is None else limit
 
 
 def check_samples(prompts: int, samples: int, most: int) -> None:

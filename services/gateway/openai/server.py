@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
-from vllm.config import VllmConfig
+from vllm.config import ReasoningConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
@@ -18,8 +18,11 @@ from vllm.entrypoints.launchers.cli_args import (
     resolve_default_chat_template_kwargs,
     validate_parsed_serve_args,
 )
+from vllm.platforms import current_platform
+from vllm.reasoning import ReasoningParserManager
 from vllm.renderers import ChatParams
 from vllm.renderers.chat_utils import load_chat_template
+from vllm.tool_parsers import ToolParserManager
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from ...config import AppConfig, local_path
@@ -158,8 +161,19 @@ async def build_http_app(
     return app
 
 
+def name_missing_device() -> None:
+    """Make vLLM accept a node without a device of its build: the gateway needs none.
+
+    vLLM's CUDA build finds no device type there, and refuses even to parse its arguments. Its CPU
+    platform would be no help: it checks settings that are the engines', quantisation among them.
+    """
+    if not current_platform.device_type:
+        current_platform.device_type = "cpu"
+
+
 def server_args(config: AppConfig) -> Namespace:
     """Return the arguments of `vllm serve`; `gateway.vllm_args` come last and win."""
+    name_missing_device()
     model = config.model
     argv = ["--model", local_path(model.path), "--served-model-name", model.served_name]
     argv += ["--dtype", model.dtype, "--enable-request-id-headers"]
@@ -178,7 +192,21 @@ def server_args(config: AppConfig) -> Namespace:
         [*argv, *config.gateway.vllm_args]
     )
     validate_parsed_serve_args(args)
+    _set_parsers(args)
     return args
+
+
+def _set_parsers(args: Namespace) -> None:
+    """Load the files with the deployment's own parsers, and name the reasoning parser.
+
+    `vllm serve` does both while it starts its engine; its handlers read the name as set here.
+    """
+    if args.reasoning_parser:
+        args.structured_outputs_config.reasoning_parser = args.reasoning_parser
+    if args.tool_parser_plugin:
+        ToolParserManager.import_tool_parser(args.tool_parser_plugin)
+    if args.reasoning_parser_plugin:
+        ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
 
 
 def _chat_defaults(args: Namespace) -> ChatParams:
@@ -203,4 +231,14 @@ def front_config(config: AppConfig) -> VllmConfig:
         model_config=model_config,
         logging_config=engine_args.create_logging_config(),
         structured_outputs_config=engine_args.create_structured_outputs_config(),
+        reasoning_config=_reasoning_config(engine_args),
     )
+
+
+def _reasoning_config(engine_args: AsyncEngineArgs) -> ReasoningConfig | None:
+    """Return what vLLM's engines make of the reasoning parser; thinking budgets need it."""
+    config: ReasoningConfig | None = engine_args.reasoning_config
+    if engine_args.reasoning_parser:
+        config = config or ReasoningConfig()
+        config.reasoning_parser = engine_args.reasoning_parser
+    return config

@@ -170,6 +170,10 @@ class PrefixAffinity:
         self._blocks.remove(replica.place, replica.seen.remember(load.prefix))
         self._running[call_id] = (replica, _queue_up(replica, load, missing))
 
+    def record_unsent(self, call_id: str) -> None:
+        """Record that the replica chosen for a call has not got it. Idempotent."""
+        self._drop_choice(call_id)
+
     def record_end(self, call_id: str) -> None:
         """Record that a call ended, well or not. Idempotent."""
         self._drop_choice(call_id)

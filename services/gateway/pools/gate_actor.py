@@ -11,9 +11,10 @@ import ray
 import xxhash
 from ray.exceptions import RayError
 
+from ... import __version__
 from ...config import AdmissionConfig
 from ...control.admission import AdmissionPolicy
-from ...control.shared_gate import Admission, GateEntry, SharedGate, View
+from ...control.shared_gate import Admission, GateEntry, OpenRequests, SharedGate, View
 from ...core.wire import pack, unpack
 from .gate_client import GateLost
 
@@ -56,11 +57,12 @@ class GateActor:
         self._gate.leave(gateway, number, first_token=first_token, by_itself=by_itself)
 
     async def renew(self, gateway: str, payload: bytes) -> None:
-        """Take a gateway's view of the pools."""
+        """Take a gateway's view of the pools, and its open requests."""
+        view, requests = unpack(payload, tuple[View, OpenRequests])
         self._heard_s = time.monotonic()
         if self._watch is None:
             self._watch = asyncio.create_task(self._end_when_alone())
-        self._gate.renew(gateway, unpack(payload, View))
+        self._gate.renew(gateway, view, requests)
 
     async def _end_when_alone(self) -> None:
         """End this actor once no gateway has called for a while: nobody else does."""
@@ -88,10 +90,10 @@ class GateActorLink:
         """See SharedGate.leave."""
         self._actor.leave.options(num_returns=0).remote(gateway, number, first_token, by_itself)
 
-    async def renew(self, gateway: str, view: View) -> None:
+    async def renew(self, gateway: str, view: View, requests: OpenRequests) -> None:
         """See SharedGate.renew."""
         try:
-            await self._actor.renew.remote(gateway, pack(view))
+            await self._actor.renew.remote(gateway, pack((view, requests)))
         except RayError as error:
             raise GateLost(str(error)) from error
 
@@ -101,11 +103,12 @@ async def connect_to_gate(
 ) -> GateActorLink:
     """Find the application's gate, or start it. Raises GateLost.
 
-    Gateways with another configuration, during an upgrade, have a gate of their own. Ray starts
-    the actor again when its process or node dies; it ends by itself once no gateway calls it.
+    Gateways of another configuration or version have a gate of their own during an upgrade. Ray
+    starts the actor again when its process or node dies; it ends by itself once no gateway calls
+    it.
     """
     given = admission.model_dump_json()
-    version = xxhash.xxh3_64_hexdigest(f"{given} {ttft_s} {fair_keys}".encode())
+    version = xxhash.xxh3_64_hexdigest(f"{__version__} {given} {ttft_s} {fair_keys}".encode())
     options = {
         "name": f"gate-{app_name}-{version}",
         "namespace": _NAMESPACE,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from typing import Any, Protocol
 
 from ...control.admitting import AdmissionGate, Slot
 from ...control.request_summary import RequestSummary
-from ...control.shared_gate import Admission, GateEntry, View
+from ...control.shared_gate import Admission, GateEntry, OpenRequests, View
 from ...core.errors import DeadlineExceeded
 from ...core.types import Plan
 
@@ -38,7 +37,7 @@ class GateLink(Protocol):
         """See SharedGate.leave; returns at once, and never raises."""
         ...
 
-    async def renew(self, gateway: str, view: View) -> None:
+    async def renew(self, gateway: str, view: View, requests: OpenRequests) -> None:
         """See SharedGate.renew."""
         ...
 
@@ -114,9 +113,10 @@ class SharedAdmission:
         self._gateway = gateway
         self._view = view
         self._now = now
-        self._numbers = itertools.count()
+        self._next_number = 0
         self._waiting: set[int] = set()  # numbers of requests in the shared gate
         self._running: set[int] = set()
+        self._streaming: set[int] = set()  # with a first token
         self._link: GateLink | None = None
         self._lost: asyncio.Future[None] | None = None  # of this link
         self._task: asyncio.Task[None] | None = None
@@ -152,7 +152,8 @@ class SharedAdmission:
         if link is None or lost is None:
             return await self._own.enter(arrival)
         arrived_s = self._now()
-        entry = GateEntry(self._gateway, next(self._numbers), arrival, self._view())
+        entry = GateEntry(self._gateway, self._next_number, arrival, self._view())
+        self._next_number += 1
         self._waiting.add(entry.number)
         try:
             admission = await self._ask(link, lost, entry)
@@ -171,6 +172,10 @@ class SharedAdmission:
 
     def _leave(self, link: GateLink, number: int, first_token: bool, by_itself: bool) -> None:
         self._running.discard(number)
+        if first_token:
+            self._streaming.add(number)
+        else:
+            self._streaming.discard(number)
         link.leave(self._gateway, number, first_token, by_itself)
 
     async def _ask(self, link: GateLink, lost: asyncio.Future[None], entry: GateEntry) -> Admission:
@@ -198,7 +203,7 @@ class SharedAdmission:
             try:
                 async with asyncio.timeout(PATIENCE_S):
                     link = await self._connect()
-                    await link.renew(self._gateway, self._view())
+                    await self._renew(link)
             except (GateLost, TimeoutError) as error:
                 logger.info("the shared gate: not yet: %s", error)
                 await asyncio.sleep(RENEW_S)
@@ -210,12 +215,17 @@ class SharedAdmission:
             self._link = None
             self._lost.set_result(None)
 
+    async def _renew(self, link: GateLink) -> None:
+        without_token = (*self._waiting, *self._running)
+        requests = OpenRequests(self._next_number, without_token, tuple(self._streaming))
+        await link.renew(self._gateway, self._view(), requests)
+
     async def _renew_until_lost(self, link: GateLink) -> None:
         while True:
             await asyncio.sleep(RENEW_S)
             try:
                 async with asyncio.timeout(PATIENCE_S):
-                    await link.renew(self._gateway, self._view())
+                    await self._renew(link)
             except (GateLost, TimeoutError) as error:
                 logger.warning(
                     "the shared gate is lost (%s): this gateway decides by its own part of the "

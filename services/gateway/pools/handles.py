@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import (
     AsyncGenerator,
@@ -14,7 +15,7 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import grpc
@@ -49,6 +50,7 @@ Carried = dict[str, list[ray.ObjectRef]]  # lease id -> one object per rank; emp
 
 Item = TypeVar("Item")
 
+_NO_SPECULATOR = "no speculator replica runs"
 _RETRY_AFTER_S = 1.0
 _SELF_TEST_S = 10.0  # to ask for its result
 _SEVERAL = 2  # replicas: one that is lost has others beside it
@@ -57,13 +59,16 @@ _GRACE_S = 0.5  # for a replica's answer that the time was used up
 
 @dataclass(frozen=True, slots=True)
 class ServeSpeculator:
-    """The speculator pool. Where none answers, `count` shows whether it has any replica.
+    """The speculator pool. Calls to one without replicas would wait: `is_empty` is asked before.
 
-    Where nobody counts them, there is one; where the controller has not answered yet, several.
+    Where none answers, `count` shows whether it has any replica. Where nobody counts them, there
+    is one; where the controller has not answered yet, several.
     """
 
     handle: DeploymentHandle
     count: Callable[[], Awaitable[Mapping[str, int] | None]] | None = None
+    is_empty: Callable[[str], Awaitable[bool]] | None = None
+    _waking: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def select(self, request: Request, plan: Plan, timeout_s: float) -> Selection:
         """See `ports.Speculator`."""
@@ -78,12 +83,16 @@ class ServeSpeculator:
         with map_errors("speculator", SpeculatorLost, broken=SpeculatorUnavailable):
             payload = wire.pack((request, plan, timeout_s))
             load = wire.pack(whole_load_of(request))
+            await self._check_replicas()
             # The replica's own timeout comes first: it reports how the time was spent.
             try:
                 reply = await _call(self.handle, "select", timeout_s + _GRACE_S, payload, load)
             except TimeoutError:
                 if await self._replicas() == 0:
-                    raise SpeculatorUnavailable("no speculator replica runs") from None
+                    raise SpeculatorUnavailable(_NO_SPECULATOR) from None
+                raise
+            except BackPressureError:
+                await self._check_replicas()
                 raise
         return wire.unpack(reply, Selection)
 
@@ -92,6 +101,21 @@ class ServeSpeculator:
         with map_errors("speculator", SpeculatorUnavailable, broken=SpeculatorUnavailable):
             facts_kept: float | None = await _call(self.handle, "self_test", _SELF_TEST_S)
         return facts_kept
+
+    async def _check_replicas(self) -> None:
+        """Raises SpeculatorUnavailable where the pool is known to have no replica; wakes it."""
+        if self.is_empty is None or not await self.is_empty(SPECULATOR):
+            return
+        if not self._waking:
+            task = asyncio.create_task(self._wait_for_replica())
+            self._waking.add(task)
+            task.add_done_callback(self._waking.discard)
+        raise SpeculatorUnavailable(_NO_SPECULATOR)
+
+    async def _wait_for_replica(self) -> None:
+        """Keep one call waiting: Serve's own autoscaling starts no replica without any."""
+        with contextlib.suppress(SpecPrefillError):
+            await self.self_test()
 
     async def _replicas(self) -> int:
         """Return the pool's running replicas; without any, calls wait until they time out."""

@@ -78,14 +78,21 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
     ) -> None:
         """Record that a replica took the call.
 
-        Its end is learnt from the call itself: `on_request_completed` also reports attempts that
-        a full replica rejected, under the same id.
+        Its end is learnt from the call itself: see `on_request_completed`.
         """
         call_id, loop = _call_id(pending_request), asyncio.get_running_loop()
         self._affinity.record_sent(call_id, replica_id.unique_id, _load(pending_request))
         result.add_done_callback(
             lambda _: loop.call_soon_threadsafe(self._affinity.record_end, call_id)
         )
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Forget the choice of a call whose caller left before the replica took it.
+
+        Attempts that a full replica rejected are reported as well, under the id of the next one.
+        """
+        del replica_id
+        self._affinity.record_unsent(str(internal_request_id))
 
 
 def _call_id(pending_request: PendingRequest) -> str:

@@ -15,6 +15,9 @@ from ray.serve.schema import ServeStatus
 
 logger = logging.getLogger(__name__)
 
+# States of replicas that gateways send calls to: also while a node is drained, and while the
+# controller comes back.
+_RUNNING = ("RUNNING", "PENDING_MIGRATION", "RECOVERING")
 _MAX_AGE_S = 1.0  # asking the controller more often returns nothing new
 AFRESH_S = 2.0  # for an answer that a request waits for; one that lives answers in milliseconds
 
@@ -51,6 +54,17 @@ class ServeHealth:
                 self._reading.result()  # raises why
         return self._counts or dict.fromkeys(self._pools, 0)
 
+    async def is_empty(self, pool: str) -> bool:
+        """Return True if the pool is known to have no running replica.
+
+        Waits for the controller only where the last count is 0, and older than a second.
+        """
+        if self._now() - self._asked_s >= _MAX_AGE_S:
+            self._start_reading()
+        if self._counts is None or self._counts[pool] > 0:
+            return False
+        return (await self.count())[pool] == 0
+
     async def count_afresh(self) -> Mapping[str, int] | None:
         """Count as `count`, from an answer that the controller gives after this call.
 
@@ -86,7 +100,7 @@ class ServeHealth:
         if application is None:
             return dict.fromkeys(self._pools, 0)
         running = {
-            name: deployment.replica_states.get("RUNNING", 0)
+            name: sum(deployment.replica_states.get(state, 0) for state in _RUNNING)
             for name, deployment in application.deployments.items()
         }
         return {pool: running.get(name, 0) for pool, name in self._pools.items()}

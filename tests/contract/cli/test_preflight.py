@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,16 @@ def test_what_would_not_start_is_an_error_that_names_its_key(
     assert finding in line
 
 
+def test_an_adapter_that_vllm_refuses_is_an_error_that_names_it(
+    check: Callable[..., Any], tmp_path: Path
+) -> None:
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "use_dora": True}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    code, printed = check(model={"adapters": {"doctor": str(tmp_path)}})
+    assert code == 2
+    assert "args.model.adapters.doctor: vLLM does not yet support DoRA." in printed
+
+
 @pytest.mark.parametrize(
     ("changed", "finding"),
     [
@@ -95,6 +106,22 @@ def test_what_starts_and_serves_worse_is_a_warning(
     assert warning.startswith("warning: applications[0].args.")
     assert finding in warning
     assert fine == "fine (specprefill)"
+
+
+def test_an_slo_of_second_tokens_that_admission_cannot_keep_is_a_warning(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = yaml.safe_load((root / "cluster" / "local-slo.yaml").read_text())
+    args = raw["applications"][0]["args"]
+    file = tmp_path / "changed.yaml"
+    for sequences in (16, None):
+        args["decode"] = {**args["decode"], "max_num_seqs": sequences}
+        raw["applications"][0]["autoscaling_policy"]["policy_kwargs"]["args"] = args
+        file.write_text(yaml.safe_dump(raw))
+        assert cli.main(["check", str(file)]) == 0
+        printed = capsys.readouterr().out
+        message = "warning: applications[0].args.decode.max_num_seqs: not set: slo.gap_s (1)"
+        assert (message in printed) is (sequences is None)
 
 
 def test_a_model_that_is_not_supported_is_refused_with_the_engines_own_words(
@@ -154,6 +181,36 @@ def test_a_model_that_is_elsewhere_is_no_fault(root: Path, capsys: Any, name: st
     assert cli.main(["check", str(root / "cluster" / name)]) == 0
     notes = capsys.readouterr().out.splitlines()[:-1]
     assert [line.partition(": ")[2][:6] for line in notes] == ["note: ", "note: "]
+
+
+def test_a_model_in_the_cache_that_the_file_names_is_found(
+    root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    home = tmp_path / "home"
+    for name in ("demo-main", "demo-speculator"):
+        repository = home / "hub" / f"models--somebody--{name}"
+        (repository / "snapshots").mkdir(parents=True)
+        (repository / "snapshots" / "a1").symlink_to(root / "models" / name)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("a1")
+    raw = yaml.safe_load((root / "cluster" / "local.yaml").read_text())
+    (application,) = raw["applications"]
+    application["args"]["model"]["path"] = "somebody/demo-main"
+    application["args"]["speculator"]["path"] = "somebody/demo-speculator"
+    env_vars = application["runtime_env"]["env_vars"]
+    env_vars |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home)}
+    file = tmp_path / "changed.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    assert cli.main(["check", str(file)]) == 0, capsys.readouterr().out
+    env_vars["HF_HOME"] = str(tmp_path)
+    file.write_text(yaml.safe_dump(raw))
+    assert cli.main(["check", str(file)]) == 2
+    assert "model in the Hugging Face cache" in capsys.readouterr().out
 
 
 def test_a_tracing_variable_of_no_meaning_is_an_error(

@@ -34,6 +34,9 @@ class EndlessEngine:
     def start(self) -> None:
         pass
 
+    async def load_adapters(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

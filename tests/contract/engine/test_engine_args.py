@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
@@ -170,12 +171,17 @@ def adapter(folder, settings):
     return str(folder)
 
 
+def lora(**settings):
+    """An adapter's configuration."""
+    return json.dumps({"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **settings})
+
+
 def test_adapters_get_room_for_their_ranks(args_of, tmp_path):
     from specprefill.engine.adapters import adapter_args, lora_request
 
     adapters = {
-        "b": adapter(tmp_path / "one", '{"r": 4}'),
-        "a": adapter(tmp_path / "two", '{"r": 8, "rank_pattern": {"q_proj": 20}}'),
+        "b": adapter(tmp_path / "one", lora()),
+        "a": adapter(tmp_path / "two", lora(r=8, rank_pattern={"q_proj": 20})),
     }
     assert adapter_args(adapters) == {"enable_lora": True, "max_loras": 2, "max_lora_rank": 32}
     numbers = {lora_request(adapters, name).lora_int_id for name in adapters}
@@ -189,7 +195,11 @@ def test_adapters_get_room_for_their_ranks(args_of, tmp_path):
     [
         (None, r"model.adapters.mine: .* has no adapter_config.json"),
         ("[]", r"model.adapters.mine: .* is not an adapter's configuration"),
-        ('{"r": 513}', r"model.adapters.mine: has rank 513; at most 512 is served"),
+        ('{"r": 4}', r"model.adapters.mine: .* is not an adapter's configuration: Missing .*"),
+        (lora(r=513), r"model.adapters.mine: has rank 513; at most 512 is served"),
+        (lora(use_dora=True), r"model.adapters.mine: vLLM does not yet support DoRA"),
+        (lora(modules_to_save=["lm_head"]), r"model.adapters.mine: .*modules_to_save.*lm_head"),
+        (lora(bias="all"), r"model.adapters.mine: Adapter bias is not supported"),
     ],
 )
 def test_an_adapter_that_cannot_be_loaded_is_named(settings, message, tmp_path):

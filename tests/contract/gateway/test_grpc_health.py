@@ -9,14 +9,20 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from specprefill.gateway.grpc import health_service as grpc_health
 from specprefill.gateway.grpc.health_service import (
+    LEAST_UNATTENDED_S,
     MOST_WATCHERS,
     SERVICE,
-    UNATTENDED_S,
+    UNATTENDED_PERIODS,
     GrpcHealth,
 )
 from specprefill.gateway.openai.failures import RpcFailed
 
 Status = HealthCheckResponse
+
+
+def period_s():
+    """As `app.py` configures it."""
+    return 3.0
 
 
 @pytest.fixture
@@ -25,7 +31,8 @@ def limit():
 
 
 async def state(health, limit, service=""):
-    return (await GrpcHealth(health, limit).check(HealthCheckRequest(service=service))).status
+    service_health = GrpcHealth(health, limit, period_s)
+    return (await service_health.check(HealthCheckRequest(service=service))).status
 
 
 async def test_it_serves_while_prompts_can_be_answered(health, limit):
@@ -68,7 +75,7 @@ def polls(health, monkeypatch):
 
 @pytest.fixture
 def service(polls, limit):
-    return GrpcHealth(polls.count, limit)
+    return GrpcHealth(polls.count, limit, period_s)
 
 
 def watch(service, name=""):
@@ -102,12 +109,12 @@ async def test_watching_streams_each_change(health, service):
 async def test_streams_end_with_the_service_or_when_serve_asks_no_more(polls, limit, name):
     clock = SimpleNamespace(s=0.0)
     for goes in ("drains", "is replaced"):
-        service = GrpcHealth(polls.count, limit, lambda: clock.s)
+        service = GrpcHealth(polls.count, limit, period_s, lambda: clock.s)
         changes = watch(service, name)
         await next_status(changes)
-        clock.s += UNATTENDED_S
+        clock.s += LEAST_UNATTENDED_S
         service.attend()
-        clock.s += UNATTENDED_S
+        clock.s += LEAST_UNATTENDED_S
         assert await polls_within(polls, turns=100) > 0  # nothing has changed
         if goes == "drains":
             limit.draining = True
@@ -115,8 +122,35 @@ async def test_streams_end_with_the_service_or_when_serve_asks_no_more(polls, li
             clock.s += 1.0
         async with asyncio.timeout(5):
             rest = [change.status async for change in changes]
-        assert rest == ([] if name else [Status.NOT_SERVING])
+        assert rest == ([Status.NOT_SERVING] if goes == "drains" and not name else [])
         limit.draining = False
+
+
+async def test_a_gateway_that_serve_asks_rarely_stays_serving(health, polls, limit):
+    clock = SimpleNamespace(s=0.0)
+    service = GrpcHealth(polls.count, limit, lambda: 20.0, lambda: clock.s)
+    changes = watch(service)
+    assert await next_status(changes) == Status.SERVING
+    change = asyncio.create_task(anext(changes))
+    for _ in range(3):
+        clock.s += 20.0
+        assert await polls_within(polls, turns=100) > 0
+        assert not change.done()
+        service.attend()
+    health.counts["decode"] = 0
+    assert (await asyncio.wait_for(change, 5)).status == Status.NOT_SERVING
+    clock.s += 20.0 * UNATTENDED_PERIODS + 1.0
+    async with asyncio.timeout(5):
+        assert [each.status async for each in changes] == []
+
+
+async def test_while_serve_asks_for_nothing_a_new_watcher_gets_no_status(polls, limit):
+    clock = SimpleNamespace(s=0.0)
+    service = GrpcHealth(polls.count, limit, period_s, lambda: clock.s)
+    clock.s += LEAST_UNATTENDED_S + 1.0
+    async with asyncio.timeout(5):
+        assert [each.status async for each in watch(service)] == []
+    assert (await service.check(HealthCheckRequest())).status == Status.SERVING
 
 
 async def test_who_watches_another_service_learns_once_that_it_is_unknown(health, service):
@@ -209,7 +243,7 @@ async def test_a_poll_that_fails_ends_every_watcher_and_frees_its_place(service,
 
 
 async def test_every_service_is_listed(health, limit):
-    listed = await GrpcHealth(health, limit).list()
+    listed = await GrpcHealth(health, limit, period_s).list()
     assert {name: each.status for name, each in listed.statuses.items()} == {
         "": Status.SERVING, SERVICE: Status.SERVING,
     }  # fmt: skip

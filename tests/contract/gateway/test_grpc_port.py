@@ -1,6 +1,7 @@
 """Two gRPC servers on one machine never share a port, whatever gRPC would allow."""
 
 import asyncio
+import socket
 import subprocess
 import sys
 
@@ -17,7 +18,11 @@ from specprefill.gateway import serve_internals
 from specprefill.gateway.grpc import serve_ports
 from specprefill.gateway.grpc.serve_ports import claim, most_received_bytes
 from specprefill.rpc import specprefill_pb2 as pb
-from specprefill.rpc.specprefill_pb2_grpc import SpecPrefillStub
+from specprefill.rpc.specprefill_pb2_grpc import (
+    SpecPrefillServicer,
+    SpecPrefillStub,
+    add_SpecPrefillServicer_to_server,
+)
 from tests.contract.fronts import HOST, free_ports
 
 ELSEWHERE = """
@@ -70,6 +75,40 @@ def test_a_port_claimed_by_one_process_is_refused_to_another():
     )
     assert other.returncode != 0
     assert "refused" in other.stderr
+
+
+def has_ipv6():
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+class Healthy(SpecPrefillServicer):
+    """Answers Health."""
+
+    async def Health(self, request, context):
+        return pb.HealthResponse(serving=True)
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+@pytest.mark.parametrize("host", ["::1", "::"])
+async def test_a_gateway_on_an_ipv6_host_answers_there(serve, monkeypatch, host):
+    monkeypatch.setattr(serve_ports, "http_host", lambda: host)
+    serve_ports.bind_grpc_as_http()
+    (port,) = free_ports(1)
+    server = grpc.aio.server()
+    add_SpecPrefillServicer_to_server(Healthy(), server)
+    serve_internals.default_impl.add_grpc_address(server, f"0.0.0.0:{port}")
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"[::1]:{port}") as channel:
+            answer = await SpecPrefillStub(channel).Health(pb.HealthRequest(), timeout=10)
+        assert answer.serving
+    finally:
+        await server.stop(0)
 
 
 async def status_of_a_large_message():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 from aiohttp import web
@@ -52,8 +53,8 @@ def test_prometheus_own_parser_reads_it():
     assert {s.labels["replica"]: s.value for s in requests.samples} == {"a": 3.0, "b": 4.0}
 
 
-@pytest.fixture
-async def exporter() -> AsyncIterator[tuple[int, list[int]]]:
+@asynccontextmanager
+async def exporter_on(host: str) -> AsyncIterator[tuple[int, list[int]]]:
     """A node's exporter: its port, and how often it was asked."""
     asked: list[int] = []
 
@@ -65,14 +66,23 @@ async def exporter() -> AsyncIterator[tuple[int, list[int]]]:
     app.router.add_get("/metrics", answer)
     runner = web.AppRunner(app)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    yield site._server.sockets[0].getsockname()[1], asked  # type: ignore[union-attr]
-    await runner.cleanup()
+    try:
+        site = web.TCPSite(runner, host, 0)
+        await site.start()
+        yield site._server.sockets[0].getsockname()[1], asked  # type: ignore[union-attr]
+    finally:
+        await runner.cleanup()
 
 
-def node(port: int, *, alive: bool = True) -> dict[str, object]:
-    return {"NodeManagerAddress": "127.0.0.1", "MetricsExportPort": port, "Alive": alive}
+@pytest.fixture
+async def exporter() -> AsyncIterator[tuple[int, list[int]]]:
+    """A node's exporter on IPv4."""
+    async with exporter_on("127.0.0.1") as found:
+        yield found
+
+
+def node(port: int, *, host: str = "127.0.0.1", alive: bool = True) -> dict[str, object]:
+    return {"NodeManagerAddress": host, "MetricsExportPort": port, "Alive": alive}
 
 
 async def test_a_silent_node_is_counted_and_a_dead_one_is_not(exporter):
@@ -82,6 +92,15 @@ async def test_a_silent_node_is_counted_and_a_dead_one_is_not(exporter):
     assert 'ray_specprefill_requests_total{replica="a"} 3' in text
     assert 'specprefill_metrics_nodes{state="answered"} 1' in text
     assert 'specprefill_metrics_nodes{state="silent"} 1' in text
+
+
+async def test_a_node_with_an_ipv6_address_is_read():
+    try:
+        async with exporter_on("::1") as (port, _):
+            text = await ServiceMetrics(lambda: [node(port, host="::1")]).text()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    assert 'specprefill_metrics_nodes{state="answered"} 1' in text
 
 
 async def test_scrapes_within_a_second_ask_the_nodes_once(exporter):

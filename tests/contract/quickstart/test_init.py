@@ -95,7 +95,9 @@ def test_a_tokens_kv_is_as_large_as_vllm_will_make_it(
 
 
 def test_latent_attention_is_counted_by_its_latents(model: Callable[..., Path]) -> None:
-    assert read_shape(model("deepseek2")).kv_numbers == 3 * (512 + 64)
+    shape = read_shape(model("deepseek2"))
+    assert shape.kv_numbers == 3 * (512 + 64)
+    assert shape.kv_parts(workers=8) == 1
 
 
 @pytest.mark.parametrize(

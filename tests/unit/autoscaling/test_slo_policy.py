@@ -6,6 +6,7 @@ import pytest
 from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue
 from ray.serve.config import AutoscalingContext
 
+from specprefill.autoscaling import policy as policy_module
 from specprefill.autoscaling.gauges import PolicyGauges
 from specprefill.autoscaling.policy import SloPolicy
 from specprefill.autoscaling.signals import (
@@ -28,6 +29,7 @@ from specprefill.control.scaling.values import (
     ScalingReason,
 )
 from specprefill.control.stages import DEFAULT_CURVES
+from tests.instruments import Instruments
 
 ARGS = {
     "model": {"path": "main"},
@@ -44,8 +46,10 @@ DECODE = DeploymentID("Decode", "app")
 PREFILL = DeploymentID("Prefill", "app")
 
 
-def context(name, replicas=1, *, target=None, minimum=1, signals=None, at_s=NOW_S):
-    deployment = DeploymentID(name, "app")
+def context(
+    name, replicas=1, *, target=None, minimum=1, signals=None, at_s=NOW_S, application="app"
+):
+    deployment = DeploymentID(name, application)
     replica = ReplicaID("one", deployment)
     raw = {
         key: {replica: [TimeStampedValue(at_s - 1, 0.0), TimeStampedValue(at_s, value)]}
@@ -54,7 +58,7 @@ def context(name, replicas=1, *, target=None, minimum=1, signals=None, at_s=NOW_
     return deployment, AutoscalingContext(
         deployment_id=deployment,
         deployment_name=name,
-        app_name="app",
+        app_name=application,
         current_num_replicas=replicas,
         target_num_replicas=replicas if target is None else target,
         running_replicas=[replica],
@@ -249,8 +253,48 @@ def test_the_reason_of_the_last_decision_alone_is_one():
     keep = KeepBounds(0.1, 0.3, KeepReason.NOMINAL)
     for reason in (ScalingReason.STEADY, ScalingReason.AT_MAXIMUM, ScalingReason.AT_MAXIMUM):
         decided = {Pool.PREFILL: PoolDecision(2, 3, reason)}
-        gauges.record_decision(Decision(decided, keep), advisory=False)
+        gauges.record_decision("app", Decision(decided, keep), advisory=False)
     assert reasons.values == {
-        (("pool", "prefill"), ("reason", "steady")): 0,
-        (("pool", "prefill"), ("reason", "at_maximum")): 1,
+        (("application", "app"), ("pool", "prefill"), ("reason", "steady")): 0,
+        (("application", "app"), ("pool", "prefill"), ("reason", "at_maximum")): 1,
     }
+
+
+class Controller(Instruments):
+    """The metrics of a process, where a name that is made again is the same metric."""
+
+    def _add(self, name, metric):
+        return self.made.setdefault(name, metric)
+
+
+def test_the_policies_of_two_applications_do_not_share_their_series(monkeypatch):
+    controller = Controller()
+    monkeypatch.setattr(policy_module, "PolicyGauges", lambda: PolicyGauges(controller))
+
+    def core_of(application):
+        def core(*_):
+            if application == "failing":
+                raise ValueError("no")
+            replicas, reason = sizes[application]
+            keep = KeepBounds(0.1, replicas / 10, KeepReason.NOMINAL)
+            return Decision({Pool.DECODE: PoolDecision(replicas, replicas, reason)}, keep), None
+
+        return core
+
+    sizes = {"one": (2, ScalingReason.STEADY), "two": (7, ScalingReason.AT_MAXIMUM)}
+    for application, args in (("one", ADVISORY), ("two", ARGS), ("failing", ARGS)):
+        SloPolicy(args, core_of(application))(dict([context("Decode", application=application)]))
+
+    def total(name, *tags):
+        return controller.total(f"specprefill_scaling_{name}", *tags)
+
+    for application, advisory in (("one", 1), ("two", 0)):
+        replicas, reason = sizes[application]
+        assert total("replicas", application, "decode") == replicas
+        assert total("wanted", application, "decode") == replicas
+        assert total("decisions_total", application, "decode", reason.value) == 1
+        assert total("reason", application, "decode", reason.value) == 1
+        assert total("keep_high", application) == replicas / 10
+        assert total("advisory", application) == advisory
+        assert total("failures_total", application, "ValueError") == 0
+    assert total("failures_total", "failing", "ValueError") == 1

@@ -110,6 +110,14 @@ def test_the_endpoints_are_printed(root):
     assert '"model": "demo"' in text
 
 
+def test_an_ipv6_host_is_in_brackets(root):
+    file = load(root / "cluster" / "local.yaml").file
+    http = file.http_options.model_copy(update={"host": "::1"})
+    text = how_to_call(file.model_copy(update={"http_options": http}), "http://127.0.0.1:8265")
+    assert "http://[::1]:8000/v1/chat/completions" in text
+    assert "[::1]:9000" in text
+
+
 def test_the_report_fits_a_line():
     assert report_line(REPORT) == (
         "prune (asked): kept 10 of 100 tokens; first token 60 ms (queue 1 ms speculate 20 ms "

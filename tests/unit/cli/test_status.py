@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import requests
@@ -44,6 +45,17 @@ def test_every_line_of_a_service_with_an_slo():
     ]
 
 
+def test_a_pool_that_waits_shows_serves_message_below_it():
+    pool = PoolStatus("Decode", "UPDATING", 0, 1, 4.0, message="Resources required: 4 GPUs\n\nnone")
+    waiting = replace(SERVICE, pools=(pool,), slo=None, cost=None)
+    assert status.status_text([waiting]).splitlines()[:4] == [
+        "app: running",
+        "  Decode      updating    0 of 1 replicas",
+        "    Resources required: 4 GPUs",
+        "    none",
+    ]
+
+
 def test_a_failed_application_shows_its_message():
     failed = ServiceStatus(
         "app", "DEPLOY_FAILED", "no model", (), False, None, WaitingRequests(None, None, None), None
@@ -69,7 +81,9 @@ class Api:
 
     def details(self):
         replica = {"state": "RUNNING", "start_time_s": 0.0}
-        pool = {"status": "HEALTHY", "target_num_replicas": 1, "replicas": [replica]}
+        pool = {
+            "status": "HEALTHY", "message": "", "target_num_replicas": 1, "replicas": [replica],
+        }  # fmt: skip
         names = ("Gateway", "Speculator", "Prefill", "Decode")
         return {
             "applications": {
@@ -91,8 +105,8 @@ def cluster(monkeypatch):
         Api.looks += 1
         return parse(
             [
-                "# TYPE ray_specprefill_prompt_tokens_total counter\n"
-                f"ray_specprefill_prompt_tokens_total {1000 * Api.looks}\n"
+                "# TYPE ray_specprefill_saved_tokens_total counter\n"
+                f"ray_specprefill_saved_tokens_total {700 * Api.looks}\n"
                 "# TYPE ray_specprefill_kept_tokens_total counter\n"
                 f"ray_specprefill_kept_tokens_total {300 * Api.looks}\n"
                 "# TYPE ray_specprefill_speculator_queued gauge\n"

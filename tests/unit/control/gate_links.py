@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 from specprefill.control.admission import AdmissionPolicy
 from specprefill.control.admitting import AdmissionGate
-from specprefill.control.shared_gate import Admission, GateEntry, SharedGate, View
+from specprefill.control.shared_gate import Admission, GateEntry, OpenRequests, SharedGate, View
 from specprefill.core.wire import pack, unpack
 from specprefill.gateway.pools.gate_client import GateLost, SharedAdmission
 
@@ -20,11 +20,15 @@ def shared_gate(policy: AdmissionPolicy, per_engine: int) -> SharedGate:
 
 
 class Link:
-    """Calls a gate in this process; `lose` ends it, with every call that waits."""
+    """Calls a gate in this process; `lose` ends it, with every call that waits.
+
+    While `drops` is set, messages without an answer are lost.
+    """
 
     def __init__(self, gate: SharedGate) -> None:
         self._gate = gate
         self._lost = asyncio.Event()
+        self.drops = False
 
     def lose(self) -> None:
         """The process that serves the gate is gone."""
@@ -46,14 +50,15 @@ class Link:
 
     def leave(self, gateway: str, number: int, first_token: bool, by_itself: bool) -> None:
         """Give a slot back, or note a request's end."""
-        if not self._lost.is_set():
+        if not self._lost.is_set() and not self.drops:
             self._gate.leave(gateway, number, first_token=first_token, by_itself=by_itself)
 
-    async def renew(self, gateway: str, view: View) -> None:
-        """Take a gateway's view."""
+    async def renew(self, gateway: str, view: View, requests: OpenRequests) -> None:
+        """Take a gateway's view, and its open requests."""
         if self._lost.is_set():
             raise GateLost("gone")
-        self._gate.renew(gateway, unpack(pack(view), View))
+        sent = unpack(pack((view, requests)), tuple[View, OpenRequests])
+        self._gate.renew(gateway, *sent)
 
 
 @asynccontextmanager

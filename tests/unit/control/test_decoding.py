@@ -12,7 +12,7 @@ from specprefill.control.decoding import Decoding
 from specprefill.control.gate import Gate
 from specprefill.control.gateway_share import GatewayShare
 from specprefill.control.request_summary import RequestSummary
-from specprefill.control.shared_gate import SILENT_S, GateEntry, SharedGate, View
+from specprefill.control.shared_gate import SILENT_S, GateEntry, OpenRequests, SharedGate, View
 from specprefill.control.stages import Curve, StageCurves
 from specprefill.core.types import Plan, PlanKind, Reason
 from tests.unit.control.virtual_time import run_in_virtual_time
@@ -95,7 +95,7 @@ def test_the_shared_gate_knows_the_answers_of_every_gateway():
 
         await enter("a", 0)
         await asyncio.sleep(ANSWER_S)
-        shared.renew("a", view)
+        shared.renew("a", view, OpenRequests(1, (), (0,)))
         shared.leave("a", 0, first_token=False)
         for number, gateway in enumerate("ababab", 1):
             await enter(gateway, number)
@@ -105,7 +105,8 @@ def test_the_shared_gate_knows_the_answers_of_every_gateway():
         left_s = 0.9**2 * ANSWER_S  # two have ended at once: answers are shorter than they seemed
         assert shared.gate.backlog().decode_s == pytest.approx(2 / 2 * left_s)
         await asyncio.sleep(SILENT_S + 1.0)
-        shared.renew("a", view)  # gateway b is gone, and its answer with it
+        # Gateway b is gone, and its answer with it.
+        shared.renew("a", view, OpenRequests(7, (), (1, 3, 5)))
         assert 0.0 < shared.gate.backlog().decode_s < 0.6 * left_s
 
     run_in_virtual_time(main())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -10,11 +12,11 @@ from specprefill.control.admission import AdmissionPolicy
 from specprefill.control.gate import Gate
 from specprefill.control.gateway_share import GatewayShare
 from specprefill.control.request_summary import RequestSummary
-from specprefill.control.shared_gate import SILENT_S, GateEntry, View
+from specprefill.control.shared_gate import SILENT_S, GateEntry, OpenRequests, View
 from specprefill.control.stages import Curve, StageCurves
 from specprefill.core.errors import DeadlineExceeded, Overloaded
 from specprefill.core.types import Plan, PlanKind, Reason
-from specprefill.gateway.pools.gate_client import GateLost, SharedAdmission
+from specprefill.gateway.pools.gate_client import RENEW_S, GateLost, SharedAdmission
 from tests.unit.control.gate_links import Link, connected, shared_gate
 from tests.unit.control.virtual_time import run_in_virtual_time
 
@@ -111,7 +113,7 @@ async def test_the_slots_of_a_gateway_that_died_are_released():
     await filled(gate)
     waiting = asyncio.create_task(gate.enter(entry("b", 0)))
     await asyncio.sleep(SILENT_S + 1.0)
-    gate.renew("b", VIEW)
+    gate.renew("b", VIEW, OpenRequests(1, (0,)))
     assert (await waiting).plan is not None
     assert state(gate) == (1, 0)
 
@@ -224,6 +226,88 @@ class Unreliable:
 async def becomes(admission: SharedAdmission, shared: bool) -> None:
     while admission.is_shared is not shared:  # noqa: ASYNC110
         await asyncio.sleep(0.01)  # in virtual time
+
+
+class Lossy(Unreliable):
+    """Connects to a gate over a link that loses messages on request."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        now = asyncio.get_running_loop().time
+        self.admission = SharedAdmission(self.connect, own_gate(), "b", lambda: VIEW, now)
+
+    async def start(self) -> None:
+        self.admission.start()
+        await becomes(self.admission, True)
+
+    @contextmanager
+    def losing(self) -> Iterator[None]:
+        self.link.drops = True
+        yield
+        self.link.drops = False
+
+
+async def two_renewals() -> None:
+    await asyncio.sleep(2 * RENEW_S + 0.1)
+
+
+@in_virtual_time
+async def test_a_first_token_whose_message_was_lost_frees_its_slot_all_the_same():
+    process = Lossy()
+    await process.start()
+    slot = await process.admission.enter(arrival())
+    with process.losing():
+        slot.record_first_token()
+    assert state(process.gate) == (1, 0)
+    await two_renewals()
+    assert state(process.gate) == (0, 0)
+    assert process.gate.gate._decoding._samples == 1  # it is still being answered
+    slot.release()
+    assert process.gate.gate._decoding._samples == 0
+    await process.admission.close()
+
+
+@in_virtual_time
+async def test_a_request_whose_last_message_was_lost_holds_nothing_after_two_renewals():
+    for has_token in (False, True):
+        process = Lossy()
+        await process.start()
+        slots = [await process.admission.enter(arrival()) for _ in range(SLOTS)]
+        if has_token:
+            slots[0].record_first_token()
+        with process.losing():
+            slots[0].release()
+        assert len(process.gate._held) == SLOTS
+        await two_renewals()
+        assert state(process.gate) == (1, 0)
+        assert (list(process.gate._held), process.gate.gate._decoding._samples) == ([("b", 1)], 0)
+        await process.admission.close()
+
+
+@in_virtual_time
+async def test_a_client_that_leaves_the_queue_unnoticed_takes_no_slot():
+    process = Lossy()
+    await process.start()
+    await filled(process.gate)
+    leaving, staying = (asyncio.create_task(process.admission.enter(arrival())) for _ in range(2))
+    await let_run()
+    with process.losing():
+        leaving.cancel()
+        await asyncio.wait([leaving])
+    assert state(process.gate) == (SLOTS, 2)
+    await two_renewals()
+    assert state(process.gate) == (SLOTS, 1)
+    process.gate.leave("a", 0, first_token=True)
+    (await staying).release()
+    await process.admission.close()
+
+
+@in_virtual_time
+async def test_a_renewal_says_nothing_of_requests_that_came_after_it():
+    gate = shared_gate(POLICY, 1)
+    await filled(gate)
+    gate.renew("a", VIEW, OpenRequests(1, (0,)))
+    assert state(gate) == (SLOTS, 0)
 
 
 @in_virtual_time

@@ -1,5 +1,6 @@
 """A request's way through the three pools, on the shipped fakes."""
 
+import time
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -253,6 +254,12 @@ class TestOverlap:
                     break
             assert (len(pools.decoder.replays), pools.decoder.closed) == (2, 1)
 
+    async def test_an_answer_that_no_decode_ends_is_an_error(self):
+        pools = self.pools(samples_first=7)
+        pools.pipeline.attempts = 1
+        with pytest.raises(DecodeUnavailable, match="ended"):
+            await pools.run()
+
     async def test_a_first_token_that_the_client_lacks_is_decodes_own(self):
         pools = self.pools(samples_first=7)
         assert tokens(await pools.run(hold_back_chars=3)) == [7, 101, 102, 103]
@@ -341,6 +348,35 @@ async def test_a_lost_decode_engine_is_replaced_without_a_token_more_or_less(pla
         texts = [chunk.text for chunk in chunks if chunk.index == index]
         assert "".join(texts) == "".join(map(text_of, range(100, 104)))
     assert sum(chunk.report is not None for chunk in chunks) == 1
+
+
+FULL = Overloaded("the decode pool is full; try again later", retry_after_s=0.01)
+
+
+@pytest.mark.parametrize("early", [False, True])
+async def test_an_answer_that_has_begun_waits_for_a_place_in_the_decode_pool(early):
+    pools = Pools(fails=[FULL] * (ATTEMPTS + 1), fails_at=0)
+    pools.prefiller.early = early
+    chunks = await pools.run()
+    assert tokens(chunks) == [100, 101, 102, 103]
+    assert chunks[-1].report.retries == 0
+    assert (pools.prefiller.held, pools.prefiller.released) == (0, 1)
+
+
+async def test_an_answer_that_gets_no_place_in_the_decode_pool_ends_with_its_time():
+    pools = Pools(now=time.monotonic, fails=[FULL] * 1000, fails_at=0)
+    async with aclosing(pools.planned.generate(request(timeout_s=0.2))) as stream:
+        assert tokens([await anext(stream)]) == [100]
+        with pytest.raises(DeadlineExceeded, match="time was used up"):
+            await anext(stream)
+    assert pools.prefiller.held == 0
+
+
+async def test_before_its_first_token_a_request_is_shed_where_the_decode_pool_is_full():
+    pools = Pools(fails=[FULL], fails_at=0)
+    with pytest.raises(Overloaded, match="decode pool is full"):
+        await pools.run(hold_back_chars=3)
+    assert len(pools.decoder.replays) == 1
 
 
 async def test_the_next_decode_engine_repeats_what_the_client_has():

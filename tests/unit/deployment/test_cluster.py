@@ -185,6 +185,34 @@ def test_waiting_ends_when_the_dashboard_is_silent_for_long(api, monkeypatch):
         api(dropped).wait_healthy(10, lambda _: None)
 
 
+UNPLACED = (
+    "Deployment 'Prefill' in application 'specprefill' has 1 replicas that have taken more than "
+    '30s to be scheduled. Resources required for each replica: {"GPU": 4.0}, total resources '
+    'available: {"CPU": 8.0}. Use `ray status` for more details.'
+)
+
+
+def test_waiting_shows_why_a_replica_is_not_placed_once(api):
+    shown = []
+    waiting = details(app_status="DEPLOYING", status="UPDATING", states=(), message=UNPLACED)
+    api(waiting, waiting, details()).wait_healthy(10, shown.append)
+    assert shown == [
+        "Prefill     updating    0 of 1 replicas",
+        f"Prefill: {UNPLACED}",
+        "Prefill     healthy     1 of 1 replicas",
+    ]
+
+
+def test_the_time_out_holds_why_a_replica_is_not_placed(api):
+    waiting = details(app_status="DEPLOYING", status="UPDATING", states=(), message=UNPLACED)
+    with pytest.raises(DeploymentFailed) as failed:
+        api(waiting).wait_healthy(0, lambda _: None)
+    assert str(failed.value).splitlines() == [
+        "the pools were not healthy within 0 s: Prefill     updating    0 of 1 replicas",
+        f"Prefill: {UNPLACED}",
+    ]
+
+
 def test_waiting_ends_with_its_time(api):
     with pytest.raises(DeploymentFailed, match="not healthy within 0 s: Prefill"):
         api(details(status="UPDATING")).wait_healthy(0, lambda _: None)

@@ -121,6 +121,109 @@ def test_a_wrong_value_is_reported_with_what_is_allowed(deployments, expected):
     assert expected in faults(yaml.safe_dump(content))
 
 
+def with_options(name, *, env_vars=None, args=None, **options):
+    """The least file with options of one pool."""
+    content = yaml.safe_load(LEAST)
+    (application,) = content["applications"]
+    application["args"] |= args or {}
+    application["runtime_env"] = {"env_vars": env_vars or {}}
+    application["deployments"] = [{"name": name, **options}]
+    return yaml.safe_dump(content)
+
+
+ONE_CPU = {"num_cpus": 1}
+FOUR_WORKERS = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "options", "expected"),
+    [
+        (
+            "Prefill", {}, {"ray_actor_options": ONE_CPU},
+            "ray_actor_options.num_gpus of Prefill (not set) must be above 0; set "
+            'runtime_env.env_vars.SPECPREFILL_CPU_ENGINE to "1" for engines on CPUs',
+        ),
+        (
+            "Decode", {}, {"ray_actor_options": {"num_gpus": 0}},
+            "ray_actor_options.num_gpus of Decode (0) must be above 0",
+        ),
+        (
+            "Speculator", {}, {"ray_actor_options": ONE_CPU},
+            "ray_actor_options.num_gpus of Speculator (not set) must be above 0; set "
+            "args.speculator.device to cpu",
+        ),
+        (
+            "Prefill", {"prefill": {"tensor_parallel_size": 4}},
+            {"ray_actor_options": {"num_gpus": 1}},
+            "ray_actor_options.num_gpus of Prefill (1) must be 4 (args.prefill."
+            "tensor_parallel_size times pipeline_parallel_size)",
+        ),
+        (
+            "Decode", {"decode": {**FOUR_WORKERS, "executor": "mp"}},
+            {"ray_actor_options": ONE_CPU},
+            "ray_actor_options.num_gpus of Decode (not set) must be 4",
+        ),
+        (
+            "Decode", {"decode": {"tensor_parallel_size": 2, "executor": "ray"}},
+            {"placement_group_bundles": [{"CPU": 1, "GPU": 1}, {"CPU": 1}]},
+            "GPUs in placement_group_bundles of Decode (1) must be 2",
+        ),
+    ],
+)  # fmt: skip
+def test_options_that_take_the_gpus_from_an_engine_are_refused(name, args, options, expected):
+    assert expected in faults(with_options(name, args=args, **options))
+
+
+BUNDLES = [{"CPU": 1, "GPU": 1}] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "options"),
+    [
+        ("Gateway", {}, {"ray_actor_options": ONE_CPU}),
+        ("Decode", {}, {"num_replicas": 2}),
+        ("Decode", {}, {"ray_actor_options": {"num_gpus": 0.4}}),
+        ("Prefill", {}, {"ray_actor_options": {"num_gpus": 0}}),
+        ("Speculator", {"speculator": {"score_by": "words"}}, {"ray_actor_options": ONE_CPU}),
+        (
+            "Speculator", {"speculator": {"path": "s", "device": "cpu"}},
+            {"ray_actor_options": ONE_CPU},
+        ),
+        (
+            "Decode", {"decode": {"tensor_parallel_size": 2}},
+            {"ray_actor_options": ONE_CPU, "placement_group_bundles": BUNDLES},
+        ),
+        ("Decode", {"decode": FOUR_WORKERS}, {"ray_actor_options": ONE_CPU}),  # bundles of `app.py`
+        (
+            "Prefill", {"prefill": {"tensor_parallel_size": 2, "executor": "ray"}},
+            {"ray_actor_options": ONE_CPU},
+        ),
+    ],
+)  # fmt: skip
+def test_options_that_leave_an_engine_its_gpus_pass(name, args, options):
+    df.parse(with_options(name, args=args, **options), "f.yaml")
+
+
+def test_engines_on_cpus_and_mock_engines_need_no_gpus():
+    cpus = {"SPECPREFILL_CPU_ENGINE": "1"}
+    df.parse(with_options("Decode", env_vars=cpus, ray_actor_options=ONE_CPU), "f.yaml")
+    text = with_options("Decode", ray_actor_options=ONE_CPU)
+    df.parse(text.replace("specprefill.app:build", "specprefill.mocker.app:build"), "f.yaml")
+
+
+def test_every_deployment_file_of_the_repository_passes(root):
+    files = [path for path in (root / "cluster").rglob("*.yaml") if is_deployment(path)]
+    assert len(files) >= 7
+    for path in files:
+        df.load(path)
+
+
+def is_deployment(path):
+    """A whole deployment file, not a manifest or the differences to one."""
+    text = path.read_text()
+    return "\napplications:" in text and "import_path:" in text
+
+
 def test_every_fault_is_reported_at_once():
     text = LEAST.replace("name: a", "nam: a").replace("path: m", "path: m, dtype: fp32")
     assert len(faults(text).splitlines()) == 3  # name missing, nam unknown, dtype wrong

@@ -18,14 +18,18 @@ from specprefill.deployment.service_status import (
 NAME = "app"
 EXPOSITION = """\
 # TYPE ray_specprefill_scaling_reason gauge
-ray_specprefill_scaling_reason{pool="prefill",reason="steady"} 0
-ray_specprefill_scaling_reason{pool="prefill",reason="at_maximum"} 1
+ray_specprefill_scaling_reason{application="app",pool="prefill",reason="steady"} 0
+ray_specprefill_scaling_reason{application="app",pool="prefill",reason="at_maximum"} 1
+ray_specprefill_scaling_reason{application="other",pool="prefill",reason="steady"} 1
 # TYPE ray_specprefill_scaling_replicas gauge
-ray_specprefill_scaling_replicas{pool="prefill"} 2
+ray_specprefill_scaling_replicas{application="app",pool="prefill"} 2
+ray_specprefill_scaling_replicas{application="other",pool="prefill"} 4
 # TYPE ray_specprefill_scaling_wanted gauge
-ray_specprefill_scaling_wanted{pool="prefill"} 5
+ray_specprefill_scaling_wanted{application="app",pool="prefill"} 5
+ray_specprefill_scaling_wanted{application="other",pool="prefill"} 4
 # TYPE ray_specprefill_scaling_advisory gauge
-ray_specprefill_scaling_advisory 1
+ray_specprefill_scaling_advisory{application="app"} 1
+ray_specprefill_scaling_advisory{application="other"} 0
 # TYPE ray_specprefill_speculator_queued gauge
 ray_specprefill_speculator_queued{application="app",replica="a"} 3
 ray_specprefill_speculator_queued{application="app",replica="b"} 1
@@ -44,9 +48,10 @@ other 4
 """
 
 
-def deployment(*starts, target=None, gpus=0, bundles=None):
+def deployment(*starts, target=None, gpus=0, bundles=None, message=""):
     return {
         "status": "HEALTHY",
+        "message": message,
         "target_num_replicas": len(starts) if target is None else target,
         "replicas": [{"state": "RUNNING", "start_time_s": start} for start in starts],
         "deployment_config": {
@@ -78,6 +83,12 @@ def test_only_our_series_are_read_and_none_is_not_zero(readings):
     assert readings.total("kv_waiting_for_room") is None
 
 
+def test_a_pool_holds_serves_message(readings):
+    waiting = deployment(target=1, message="no GPU is free")
+    (pool,) = service_status(NAME, application({}, Prefill=waiting), readings, None).pools
+    assert pool.message == "no GPU is free"
+
+
 def test_a_pool_shows_the_last_decision_and_its_reason(readings):
     found = service_status(NAME, application(SLO, Prefill=deployment(1, 2)), readings, None)
     (pool,) = found.pools
@@ -85,6 +96,13 @@ def test_a_pool_shows_the_last_decision_and_its_reason(readings):
     assert pool.reason == "at_maximum"
     assert found.advisory
     assert found.is_healthy
+
+
+def test_a_pool_shows_the_decision_of_its_own_application(readings):
+    found = service_status("other", application(SLO, Prefill=deployment(1)), readings, None)
+    (pool,) = found.pools
+    assert (pool.decided, pool.wanted, pool.reason) == (4, 4, "steady")
+    assert not found.advisory
 
 
 def test_a_service_without_an_slo_has_no_decisions(readings):
@@ -152,9 +170,11 @@ def test_without_prompts_there_is_no_cost(changed):
 COUNTED = parse(
     [
         "# TYPE ray_specprefill_prompt_tokens_total counter\n"
-        'ray_specprefill_prompt_tokens_total{application="app"} 1000\n'
+        'ray_specprefill_prompt_tokens_total{application="app"} 5000\n'  # 4,000 were shed
         "# TYPE ray_specprefill_kept_tokens_total counter\n"
         'ray_specprefill_kept_tokens_total{application="app"} 300\n'
+        "# TYPE ray_specprefill_saved_tokens_total counter\n"
+        'ray_specprefill_saved_tokens_total{application="app"} 700\n'
     ]
 )
 
@@ -182,3 +202,21 @@ def test_without_gpus_every_replica_counts_alike():
 
 def test_without_a_gateway_no_usage_is_known():
     assert usage_so_far(NAME, application({}, Prefill=deployment(1)), COUNTED, 10.0) is None
+
+
+def test_prompts_that_were_shed_save_nothing():
+    """Dense prompts: half of them were answered."""
+    counted = parse(
+        [
+            "# TYPE ray_specprefill_prompt_tokens_total counter\n"
+            'ray_specprefill_prompt_tokens_total{application="app"} 1000\n'
+            "# TYPE ray_specprefill_kept_tokens_total counter\n"
+            'ray_specprefill_kept_tokens_total{application="app"} 500\n'
+        ]
+    )
+    pools = {name: deployment(100.0) for name in ("Gateway", "Prefill", "Decode")}
+    app = application({}, **pools)
+    usage = usage_so_far(NAME, app, counted, now_s=110.0)
+    found = service_status(NAME, app, counted, usage).cost
+    assert found.saved == 0.0
+    assert found.per_1k_tokens == pytest.approx(40.0)

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from specprefill.config import GatewayConfig
+from specprefill.control.admitting import AdmittingPipeline
 from specprefill.control.gain import NetGain
 from specprefill.control.prefixes import CacheForecast, PrefixMemory
 from specprefill.control.stages import StageModels
@@ -13,7 +15,16 @@ from specprefill.core.fakes import FakeDecoder, FakePrefiller, FakeSpeculator, P
 from specprefill.core.fallback import Fallback, OnOverload
 from specprefill.core.pipeline import Pipeline
 from specprefill.core.plan import Planner
-from specprefill.core.types import Controls, PlanKind, Reason, Request
+from specprefill.core.types import (
+    Chunk,
+    Controls,
+    Plan,
+    PlanKind,
+    Reason,
+    Report,
+    Request,
+    TtftEstimate,
+)
 from specprefill.gateway.observe.metrics import PipelineMetrics, RequestMetrics
 from specprefill.gateway.observe.watched import LearningObserver, ObservedPipeline
 from tests.instruments import Instruments
@@ -111,6 +122,74 @@ async def test_only_finished_requests_are_learnt_from():
     with pytest.raises(DecodeUnavailable):
         await rig.run()
     assert learnt == [("r", 20)]
+
+
+EXPECTED = TtftEstimate(4.0, 1.0)
+REPORT = Report(
+    PlanKind.PRUNE, Reason.DEFAULT, 100, 20, 0.2,
+    queue_s=0.0, speculate_s=0.25, prefill_s=0.5, transfer_s=0.0, first_decode_s=0.0,
+    ttft_s=1.0, expected=EXPECTED,
+)  # fmt: skip
+
+
+def ratios(counted, plan="prune"):
+    return counted.observed("specprefill_time_to_first_token_ratio", plan)
+
+
+@pytest.mark.parametrize(
+    ("report", "ratio"),
+    [
+        (replace(REPORT, queue_s=3.0, ttft_s=4.0), 1.0),
+        (replace(REPORT, queue_s=3.0, discarded_s=0.5, ttft_s=5.5), 2.0),
+        (replace(REPORT, plan=PlanKind.DENSE, queue_s=3.0, ttft_s=7.25), 1.0),
+    ],
+    ids=["pruned", "discarded", "dense"],
+)
+def test_waiting_is_no_fault_of_the_stage_times(report, ratio):
+    counted = Instruments()
+    PipelineMetrics(counted).count_request(REQUEST, "answered", report)
+    assert ratios(counted, report.plan.value) == [ratio]
+
+
+class WaitedSlot:
+    """A slot that was free after three seconds."""
+
+    plan = Plan(PlanKind.PRUNE, Reason.DEFAULT, 0.2, expected=EXPECTED)
+    waited_s = 3.0
+
+    def record_first_token(self, *, by_itself=False):
+        pass
+
+    def release(self):
+        pass
+
+
+class BusyGate:
+    async def enter(self, _arrival):
+        return WaitedSlot()
+
+
+class Answering:
+    async def generate(self, _request):
+        yield Chunk(0, (1,), "a", finish_reason="stop", report=REPORT)
+
+
+async def test_the_wait_for_admission_is_no_fault_of_the_stage_times():
+    counted = Instruments()
+    admitting = AdmittingPipeline(Answering(), BusyGate(), keep_floor=0.1)
+    observed = ObservedPipeline(admitting, [RequestMetrics(PipelineMetrics(counted))])
+    request = replace(REQUEST, plan=WaitedSlot.plan)
+    (chunk,) = [chunk async for chunk in observed.generate(request)]
+    assert (chunk.report.queue_s, chunk.report.ttft_s) == (3.0, 4.0)
+    assert ratios(counted) == [1.0]
+
+
+def test_latencies_are_measured_up_to_the_longest_request():
+    counted = Instruments()
+    PipelineMetrics(counted)
+    for name in ("time_to_first_token_seconds", "stage_seconds"):
+        bounds = counted.made[f"specprefill_{name}"].boundaries
+        assert bounds[-1] >= GatewayConfig().request_timeout_s
 
 
 class SlowDraft:

@@ -97,7 +97,9 @@ class Handle:
         self.options_seen = options
         return self
 
-    def remote(self, payload: bytes, load: bytes = b"", objects: Sequence[Any] = ()) -> Response:
+    def remote(
+        self, payload: bytes = b"", load: bytes = b"", objects: Sequence[Any] = ()
+    ) -> Response:
         self.payload, self.load, self.objects = payload, load, objects
         return self.response
 
@@ -201,6 +203,51 @@ async def test_waiting_for_a_pool_without_replicas_is_not_slowness(
     with pytest.raises(kind):
         await ServeSpeculator(handle, count).select(REQUEST, PLAN, 0.01)
     assert handle.response.cancelled is True
+
+
+async def nobody(pool: str) -> bool:
+    return pool == "speculator"
+
+
+class UnusedPool(Handle):
+    """A pool without replicas: calls wait, or are refused where too many do."""
+
+    def __init__(self, *items: Any, pause_s: float) -> None:
+        super().__init__(*items, pause_s=pause_s)
+        self.methods: list[str] = []
+
+    def options(self, **options: Any) -> Handle:
+        self.methods.append(options["method_name"])
+        return self
+
+
+async def test_a_pool_known_to_be_empty_gets_one_call_that_wakes_it_and_no_prompt() -> None:
+    handle = UnusedPool(0.5, pause_s=0.05)
+    pool = ServeSpeculator(handle, is_empty=nobody)
+    async with asyncio.timeout(5):
+        for _ in range(3):
+            with pytest.raises(SpeculatorUnavailable, match="no speculator replica runs"):
+                await pool.select(REQUEST, PLAN, 60.0)
+            await asyncio.sleep(0)
+        assert handle.methods == ["self_test"]
+        while pool._waking:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(("lost", "kind"), [(True, SpeculatorUnavailable), (False, Overloaded)])
+async def test_a_full_queue_in_front_of_an_empty_pool_is_not_overload(
+    lost: bool, kind: type[SpecPrefillError]
+) -> None:
+    asked = []
+
+    async def is_empty(pool: str) -> bool:
+        asked.append(pool)
+        return lost and len(asked) > 1  # the replica dies while the call is on its way
+
+    handle = Handle(BackPressureError(1, 1))
+    with pytest.raises(kind):
+        await ServeSpeculator(handle, is_empty=is_empty).select(REQUEST, PLAN, 1.0)
+    assert asked == ["speculator"] * 2
 
 
 async def test_the_replicas_own_word_on_a_time_out_is_waited_for() -> None:
@@ -355,6 +402,33 @@ async def test_the_newest_counts_are_not_remembered_ones() -> None:
     running[0] = 0
     assert await health.count() == {"speculator": 1}
     assert await health.count_afresh() == {"speculator": 0}
+
+
+async def test_a_pool_is_empty_only_by_a_count_of_the_last_second() -> None:
+    clock, running = [0.0], [0]
+
+    def status() -> Any:
+        deployment = SimpleNamespace(replica_states={"RUNNING": running[0]})
+        application = SimpleNamespace(deployments={"Speculator": deployment})
+        return SimpleNamespace(applications={"app": application})
+
+    health = ServeHealth("app", {"speculator": "Speculator"}, status, lambda: clock[0])
+    assert await health.is_empty("speculator") is False  # nobody has counted yet
+    assert await health.count() == {"speculator": 0}
+    assert await health.is_empty("speculator") is True
+    running[0] = 1
+    assert await health.is_empty("speculator") is True
+    clock[0] += 1.0
+    assert await health.is_empty("speculator") is False
+
+
+@pytest.mark.parametrize("state", ["PENDING_MIGRATION", "RECOVERING"])
+async def test_replicas_that_still_get_calls_count(state: str) -> None:
+    deployment = SimpleNamespace(replica_states={state: 1, "STARTING": 1, "STOPPING": 1})
+    application = SimpleNamespace(deployments={"Speculator": deployment})
+    status = SimpleNamespace(applications={"app": application})
+    health = ServeHealth("app", {"speculator": "Speculator"}, lambda: status)
+    assert await health.count() == {"speculator": 1}
 
 
 async def test_no_request_waits_for_a_controller_that_is_away(

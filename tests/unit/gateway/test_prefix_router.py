@@ -128,6 +128,16 @@ async def test_a_caller_that_leaves_a_full_pool_leaves_no_load_behind() -> None:
     assert all(each.queued_tokens == 0 for each in made._affinity._replicas.values())
 
 
+async def test_a_caller_that_leaves_before_the_replica_accepts_leaves_no_load_behind() -> None:
+    made = router(Replica("a"), Replica("b"))
+    pending = call()
+    name = await routed(made, pending)
+    assert made._affinity._choices
+    made.on_request_completed(ReplicaID(name, POOL), pending.metadata.internal_request_id)
+    assert not made._affinity._choices
+    assert all(each.queued_tokens == 0 for each in made._affinity._replicas.values())
+
+
 async def test_a_call_counts_until_it_ends_and_only_once() -> None:
     made = router(Replica("a"), Replica("b"))
     pending, result = call(), Result()

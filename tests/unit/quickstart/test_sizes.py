@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from specprefill.core.errors import InvalidConfiguration
 from specprefill.quickstart.local_machine import LocalMachine
 from specprefill.quickstart.planning import fit, with_gpus
-from specprefill.quickstart.shapes import ModelShape
-from specprefill.quickstart.sizes import FREE_SHARE, GIB, LEAST_TOKENS
+from specprefill.quickstart.shapes import NO_DRAFT, ModelShape
+from specprefill.quickstart.sizes import FREE_SHARE, GIB, LEAST_TOKENS, MIB
 
 LAPTOP = LocalMachine(memory_bytes=24 * GIB, cores=8)
 # The shapes of Llama 3.1 70B, 8B and 3.2 1B, in bfloat16.
@@ -37,12 +37,13 @@ shapes = st.builds(
     weight_bytes=st.integers(10**6, 300 * 10**9),
     itemsize=st.sampled_from([2, 4]),
     is_quantized=st.booleans(),
+    is_latent=st.booleans(),
 )
 
 
 @given(
     main=shapes,
-    draft=shapes,
+    draft=st.one_of(shapes, st.just(NO_DRAFT)),
     machine=st.builds(
         LocalMachine,
         memory_bytes=st.integers(1 << 30, 2000 << 30),
@@ -68,6 +69,9 @@ def test_whatever_fits_holds_one_longest_request_in_every_cache(
     if machine.gpus:
         gpus = pools.prefill.gpus + pools.decode.gpus + pools.draft.gpus
         assert gpus <= len(machine.gpus) + 1e-9
+        least, workers = 64 * MIB, pools.prefill.tensor_parallel
+        beyond_least = workers * (pools.held_bytes - MIB)  # rounded up
+        assert pools.held_bytes == least or beyond_least <= machine.memory_bytes * 0.25
     else:
         taken = pools.prefill.kv_bytes + pools.decode.kv_bytes + pools.held_bytes
         taken += pools.draft.kv_bytes + 2 * main.memory(itemsize) + draft.memory(itemsize)
@@ -130,6 +134,20 @@ def test_pools_get_gpus_of_their_own_where_there_are_enough(
     assert pools.draft.gpus == pytest.approx(draft, abs=0.05)
     assert pools.prefill.tensor_parallel == max(1, engines[0])
     assert pools.tokens >= 16_384
+
+
+def test_the_kv_that_waits_takes_a_quarter_of_the_host_in_all_workers_together() -> None:
+    pools, _ = fit(h100s(8), BIG, NO_DRAFT, None)
+    assert pools.prefill.tensor_parallel == 4
+    assert pools.held_bytes == 500 * GIB // 4 // 4
+
+
+@pytest.mark.parametrize(("is_latent", "parts"), [(False, 4), (True, 1)])
+def test_a_worker_holds_its_heads_or_whole_latents(is_latent: bool, parts: int) -> None:
+    machine = replace(h100s(8), memory_bytes=4000 * GIB)
+    pools, _ = fit(machine, replace(BIG, is_latent=is_latent), NO_DRAFT, 4096)
+    assert pools.prefill.tensor_parallel == 4
+    assert pools.held_bytes == 4 * 2 * 4096 * BIG.kv_bytes(None) // parts
 
 
 def test_a_model_that_fits_no_gpu_is_refused_with_what_it_needs() -> None:
