@@ -13,6 +13,7 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 INSTALLED := $(VENV)/.installed-$(EXTRA)
 # Tests that measure no time share the cores, a file per process; the others come after them, alone.
+SLOWEST := --durations=40 --durations-min=3
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: help
@@ -43,8 +44,8 @@ serve: $(INSTALLED) ## Serve the demo pair on this machine until Ctrl-C
 .PHONY: test
 test: $(INSTALLED) ## Run the tests: unit, contract, integration, faults, end to end
 	@failed=; \
-	  $(PY) -m pytest $(PARALLEL) tests/unit tests/contract tests/integration || failed=1; \
-	  $(PY) -m pytest tests/faults tests/e2e || failed=1; \
+	  $(PY) -m pytest $(SLOWEST) $(PARALLEL) tests/unit tests/contract tests/integration || failed=1; \
+	  $(PY) -m pytest $(SLOWEST) tests/faults tests/e2e || failed=1; \
 	  test -z "$$failed"
 
 .PHONY: test-thorough

@@ -142,8 +142,11 @@ async def test_a_long_prefill_is_not_computed_for_nobody(app, short, demo_tokeni
     request_id = await client.send(long)
     await asyncio.sleep(prefill_s / 5)
     client.close()
+    left_s = time.monotonic()
     assert await outcome(app, request_id, NOTICED_S + 0.5) == "closed"
-    await idle_after_s(app, prefill_s / 2)
+    noticed_s = time.monotonic() - left_s
+    idle_s = await idle_after_s(app, prefill_s)
+    assert noticed_s + idle_s < prefill_s / 2  # four fifths of it were left
 
 
 async def test_forty_clients_that_leave_at_random_stages(app, short, long_prompt):

@@ -23,6 +23,7 @@ from specprefill.core.ports import LocalPrefill
 from specprefill.core.types import Carrier, Report, Request, Selection, Ticket
 from specprefill.engine.fork_server import FORK_SERVER
 from specprefill.kv.keeper_link import KEEPER
+from specprefill.kv.leases import UNCLAIMED_S
 from specprefill.kv.prefilling import HeldPrefill, hold_prefill
 from specprefill.kv.rpc import KvPeers
 from specprefill.lab.reporting.tables import markdown, provenance, write_json
@@ -31,6 +32,9 @@ from specprefill.lab.reporting.tables import markdown, provenance, write_json
 from tests.integration.conftest import BLOCK_SIZE, model_dir  # noqa: F401
 
 from ..policies import SHIPPED
+
+RELEASED_S = UNCLAIMED_S / 2  # long before a lease would end by itself
+ANSWER_TOKENS = 4000  # they take much longer than that
 
 
 class Member:
@@ -71,6 +75,11 @@ class Member:
             return self.process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that the engine has not finished or aborted."""
+        return self.service._engine._running().get_num_unfinished_requests()
 
     async def replace_if_dead(self) -> None:
         """A pool's controller would start a new replica."""
@@ -185,6 +194,22 @@ class Pools:
             for gauge in await member.service.gauges()
         ]
         return sum(gauge.bytes_held for gauge in gauges)
+
+    async def released(self, timeout_s: float) -> bool:
+        """Wait until no living engine has a request or a lease; False once the time is over."""
+        give_up_s = time.monotonic() + timeout_s
+        living = [member for member in (*self.prefills, *self.decodes) if member.lives()]
+        while time.monotonic() < give_up_s:
+            leases = [
+                gauge.leases
+                for member in self.prefills
+                if member in living
+                for gauge in await member.service.gauges()
+            ]
+            if not any(leases) and not any(member.unfinished for member in living):
+                return True
+            await asyncio.sleep(0.05)
+        return False
 
 
 @dataclass

@@ -39,14 +39,13 @@ from specprefill.kv.rpc import KvServer, _Handler
 from tests.integration.conftest import BLOCK_SIZE
 
 from ..policies import SHIPPED
-from .conftest import ask
+from .conftest import ANSWER_TOKENS, RELEASED_S, ask
 from .relay import cut_after, flip_at, relay
 
 pytestmark = [pytest.mark.faults, pytest.mark.asyncio(loop_scope="session")]
 
 LENGTH = 3000
 RUNS = (Span(0, 40), Span(100, 1100), Span(1500, 2400), Span(2930, 3000))
-RELEASED_S = UNCLAIMED_S - 1.0  # before a lease would end by itself
 
 
 def request(name, **sampling) -> Request:
@@ -392,7 +391,7 @@ STAGES = {
 
 @pytest.mark.parametrize("stage", STAGES)
 async def test_the_client_leaves(asking, stage):
-    """Whatever it interrupts, the memory is free before its lease would end by itself."""
+    """Whatever it interrupts, its work ends, and the memory is free before its lease would end."""
     pools, reached = asking.pools, asyncio.Event()
 
     async def mark(first, *_rest):
@@ -405,13 +404,14 @@ async def test_the_client_leaves(asking, stage):
         pools.on_step = mark
     else:
         pools.on_prefill_step = once(STAGES[stage], mark)
-    running = asyncio.create_task(ask(pools, request(asking.name), selection()))
+    asked = request(asking.name, max_tokens=ANSWER_TOKENS)
+    running = asyncio.create_task(ask(pools, asked, selection()))
     await reached.wait()
     running.cancel()
     started_s = time.monotonic()
     with pytest.raises(asyncio.CancelledError):
         await running
-    assert await pools.prefills[0].service.drain(RELEASED_S)
+    assert await pools.released(RELEASED_S)
     seconds = time.monotonic() - started_s
     held = await pools.bytes_held()
     asking.table.add(asking.name, "released", seconds, None, held)
