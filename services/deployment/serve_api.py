@@ -15,6 +15,7 @@ DASHBOARD_URL = "http://127.0.0.1:8265"
 POLL_S = 1.0
 SILENCE_S = 60.0  # of a dashboard on a busy machine
 _MAX_FAULT_LINES = 12
+_LOADS = "to initialize."  # Serve's warning after 30 s
 _ERROR = re.compile(r"[A-Za-z_][\w.]*: \S")  # the start of a traceback's last line
 
 
@@ -72,7 +73,13 @@ class PoolHealth:
 
     def reason(self) -> str:
         """Return Serve's reason for waiting, such as resources that are missing; empty: none."""
-        return f"{self.name}: {_last_lines(self.message)}" if self.message else ""
+        reason = reason_of(self.message)
+        return f"{self.name}: {_last_lines(reason)}" if reason else ""
+
+
+def reason_of(message: str) -> str:
+    """Return a deployment's message; empty where it only warns that models load for long."""
+    return "" if _LOADS in message else message
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from .readings import Readings
+from .serve_api import reason_of
 
 GATEWAY, SPECULATOR, PREFILL, DECODE = "Gateway", "Speculator", "Prefill", "Decode"
 ENGINES = (SPECULATOR, PREFILL, DECODE)
@@ -137,7 +138,7 @@ def _pool(
         _count(readings.total("scaling_replicas", **decided_for)),
         _count(readings.total("scaling_wanted", **decided_for)),
         reasons[0] if len(reasons) == 1 else None,
-        deployment["message"],
+        reason_of(deployment["message"]),
     )
 
 

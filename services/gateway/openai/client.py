@@ -135,12 +135,12 @@ class PipelineClient(RemoteEngineClient):
         try:
             context.adapter = None if lora_request is None else lora_request.lora_name
             async with AsyncExitStack() as held:
-                left_s = await held.enter_async_context(context.prompt_slot(time_limit_s))
+                slot = await held.enter_async_context(context.prompt_slot(time_limit_s))
                 request = await self.prepare(prompt, sampling_params, request_id, context, priority)
                 reasoning = None
                 if sampling_params.structured_outputs is not None:
                     reasoning = _reasoning(reasoning_ended, reasoning_parser_kwargs)
-                request = replace(request, timeout_s=left_s, reasoning=reasoning)
+                request = replace(request, timeout_s=slot.left_s, reasoning=reasoning)
                 assembler = OutputAssembler(
                     request_id,
                     prompt_text if prompt_text is not None else prompt.get("prompt"),
@@ -150,6 +150,7 @@ class PipelineClient(RemoteEngineClient):
                 )
                 answer = await held.enter_async_context(self._logged_answer(request))
                 while ready := await answer.take():
+                    slot.release()
                     for chunk in ready:
                         output = assembler.add(chunk)
                         if assembler.is_finished and chunk.report is not None:

@@ -16,11 +16,28 @@ from ...core.types import Controls, Report
 
 Messages = Sequence[Mapping[str, Any]]
 
-PROMPTS_AT_ONCE = 32  # of one request: a long list must not fill the pools' queues
+# Of one request, before their first tokens: a speculator's batch. A longer list would fill the
+# pools' queues, and its prompts would use up each other's time.
+PROMPTS_AT_ONCE = 8
 
 
 def _prompt_slots() -> asyncio.Semaphore:
     return asyncio.Semaphore(PROMPTS_AT_ONCE)
+
+
+@dataclass(slots=True)
+class PromptSlot:
+    """The place of one prompt among those of its request that have no first token yet."""
+
+    slots: asyncio.Semaphore
+    left_s: float  # of the request's time
+    is_held: bool = True
+
+    def release(self) -> None:
+        """Let the next prompt begin. Idempotent."""
+        if self.is_held:
+            self.is_held = False
+            self.slots.release()
 
 
 @dataclass(slots=True)
@@ -54,8 +71,8 @@ class RequestContext:
         return self.error is not None or bool(self.reports)
 
     @asynccontextmanager
-    async def prompt_slot(self, timeout_s: float) -> AsyncIterator[float]:
-        """Hold a slot for one prompt; yield the seconds that waiting left of `timeout_s`.
+    async def prompt_slot(self, timeout_s: float) -> AsyncIterator[PromptSlot]:
+        """Hold a slot for one prompt, for at most `timeout_s` with the wait for it.
 
         Raises DeadlineExceeded.
         """
@@ -68,10 +85,11 @@ class RequestContext:
             raise DeadlineExceeded(
                 "timeout_s: the request's time was used up by the prompts before this one"
             ) from error
+        slot = PromptSlot(self.prompt_slots, end_s - clock())
         try:
-            yield end_s - clock()
+            yield slot
         finally:
-            self.prompt_slots.release()
+            slot.release()
 
     def ordered_reports(self) -> list[Report] | None:
         """Return the reports in prompt order, once every prompt has been answered."""

@@ -21,7 +21,7 @@ PROMPTS = [[5, place + 6] for place in range(300)]
 
 
 class SmallPipeline(ScriptedPipeline):
-    """Refuses more than MOST_AT_ONCE prompts at once; answers when `opens` is set."""
+    """Refuses more than MOST_AT_ONCE prompts without a first token; answers when `opens` is set."""
 
     def reset(self) -> None:
         super().reset()
@@ -36,13 +36,15 @@ class SmallPipeline(ScriptedPipeline):
         self.most_running = max(self.most_running, self.running)
         if self.running == PROMPTS_AT_ONCE:
             self.is_full.set()
+        counted = 1
         try:
             async with aclosing(super().generate(request)) as chunks:
                 await self.opens.wait()
                 async for chunk in chunks:
+                    self.running, counted = self.running - counted, 0
                     yield chunk
         finally:
-            self.running -= 1
+            self.running -= counted
 
 
 @pytest.fixture
@@ -56,7 +58,13 @@ def small(gateway: Any, monkeypatch: pytest.MonkeyPatch) -> SmallPipeline:
 async def test_every_prompt_of_a_long_list_is_answered(
     http: httpx.AsyncClient, small: SmallPipeline
 ) -> None:
-    answer = await http.post("/v1/completions", json={"prompt": PROMPTS})
+    small.opens.clear()
+    call = asyncio.create_task(http.post("/v1/completions", json={"prompt": PROMPTS}))
+    await asyncio.wait_for(small.is_full.wait(), 10)
+    for _ in range(1000):  # more would begin now
+        await asyncio.sleep(0)
+    small.opens.set()
+    answer = await call
     assert answer.status_code == 200, answer.text
     assert [choice["text"] for choice in answer.json()["choices"]] == [TEXT] * len(PROMPTS)
     reports = answer.json()["specprefill"]
@@ -128,3 +136,15 @@ async def test_prompts_that_leave_release_their_slots() -> None:
         for slot in again:
             await slot.__aenter__()
     assert context.prompt_slots.locked()
+
+
+async def test_a_slot_is_the_next_prompts_from_the_first_token_on() -> None:
+    context = RequestContext()
+    async with asyncio.timeout(10), context.prompt_slot(10.0) as first:
+        for _ in range(PROMPTS_AT_ONCE - 1):
+            await context.prompt_slot(10.0).__aenter__()
+        assert context.prompt_slots.locked()
+        first.release()
+        async with context.prompt_slot(10.0):
+            assert context.prompt_slots.locked()
+    assert not context.prompt_slots.locked()

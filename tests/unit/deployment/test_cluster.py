@@ -203,6 +203,17 @@ def test_waiting_shows_why_a_replica_is_not_placed_once(api):
     ]
 
 
+def test_a_model_that_loads_for_long_is_no_reason(api):
+    slow = (
+        "Deployment 'Prefill' in application 'specprefill' has 1 replicas that have taken more "
+        "than 30s to initialize.\nThis may be caused by a slow __init__ or reconfigure method."
+    )
+    shown = []
+    waiting = details(app_status="DEPLOYING", status="UPDATING", states=(), message=slow)
+    api(waiting, details()).wait_healthy(10, shown.append)
+    assert not any("__init__" in line for line in shown)
+
+
 def test_the_time_out_holds_why_a_replica_is_not_placed(api):
     waiting = details(app_status="DEPLOYING", status="UPDATING", states=(), message=UNPLACED)
     with pytest.raises(DeploymentFailed) as failed:
