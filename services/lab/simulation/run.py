@@ -261,7 +261,7 @@ class _Simulation:
     def _serve(self, stage: Stage, now_s: float) -> None:
         """Let the free engines of a stage begin what waits."""
         station = stage.station
-        while station.free > 0:
+        while station.free > 0 and station.waiting:
             taken = stage.take()
             if taken is None:
                 return

@@ -39,7 +39,8 @@ class Stage:
         station = self.station
         while station.waiting and (before == inf or station.next_tag < before):
             taken = station.take_next()
-            self.served = max(self.served, taken[0])
+            if taken[0] > self.served:
+                self.served = taken[0]
             if self.waits_for(taken[1]):
                 return taken
         return None
