@@ -74,7 +74,7 @@ def test_the_gateway_answers_others_meanwhile(app, complete, prompts):
         assert len(many.result()["choices"]) == 8 * len(prompts)
         many_s = time.monotonic() - started_s
     assert len(ends_s) > PROBES
-    assert max(end - start for start, end in itertools.pairwise([0.0, *ends_s])) < many_s / PROBES
+    assert max(end - start for start, end in itertools.pairwise([0.0, *ends_s])) < many_s / 2
 
 
 def test_a_prompt_that_ends_inside_a_character_stays_out_of_the_answer(complete, demo_tokenizer):
