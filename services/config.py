@@ -187,16 +187,25 @@ class SelectionConfig(Strict):
     protect_fences: bool = False  # code between ``` fences is never pruned
 
 
+_OF_THE_MODEL = ("revision", "dtype", "load_format", "max_model_len", "trust_remote_code")
+_OF_THE_ENGINE = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "block_size",
+    "kv_cache_memory_bytes",
+    "max_num_batched_tokens",
+    "enforce_eager",
+    "enable_prefix_caching",
+)
 # Arguments of vLLM's that `engine_args` must not hold, and what to set in their place.
 _SET_ELSEWHERE = {
     "kv_transfer_config": "set kv",
     "worker_cls": "the workers that keep positions and hand KV over are the service's own",
     "distributed_executor_backend": "set executor",
-    "tensor_parallel_size": "set it beside engine_args",
-    "pipeline_parallel_size": "set it beside engine_args",
-    "enforce_eager": "set it beside engine_args",
     "max_num_seqs": "set it beside engine_args, where admission and autoscaling read it",
-    "enable_prefix_caching": "set it beside engine_args",
+    "model": "set model.path",
+    **{name: f"set model.{name}" for name in _OF_THE_MODEL},
+    **dict.fromkeys(_OF_THE_ENGINE, "set it beside engine_args"),
 }
 
 
@@ -423,6 +432,9 @@ class GatewayConfig(Strict):
     # Answers of one request: its prompts (a list, in `/v1/completions`) times `n`. However many,
     # they count as one of `max_concurrent_requests`.
     max_samples: PositiveInt = 1024
+    # Prompts of one request that are before their first token; the others wait. Many would fill the
+    # pools' queues, and use up each other's time. More keep more prefill replicas at work.
+    prompts_at_once: PositiveInt = 8
     body_timeout_s: Seconds = 10.0  # for a request's body, and more as its bytes arrive
     max_buffered_bytes: PositiveInt = 1 << 30  # of bodies that are not complete yet, per gateway
     max_concurrent_requests: PositiveInt = 1024  # per gateway, waiting ones too; more get 429

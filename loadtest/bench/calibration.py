@@ -32,7 +32,7 @@ ROUNDS = 3
 TIMEOUT_S = 120.0
 IDLE_S = 5.0  # how long the idle app is watched
 SETTLE_S = 0.3  # after an answer, until its request's last work is done
-CROWDS, CROWD = 4, 6  # times that so many questions are asked at once, behind as many in turn
+CROWDS, CROWD = 4, 6  # rounds, and questions of one: in turn, then at once
 CROWD_TOKENS = 2400
 SLOWEST = 0.3  # of a thread's speed alone, while all cores are busy
 _FRONT = Curve(base_s=0.02, token_s=1e-6)  # a shape to start from

@@ -100,7 +100,7 @@ class PrefillStage:
         """
         if self.recompute_below == 0.0 or selection.mode is PromptMode.DENSE:
             return False
-        if selection.plan.lowered or selection.plan.reason in UNSCORED:
+        if selection.plan.lowered or selection.plan.reason in {*UNSCORED, Reason.LOAD}:
             return False
         if self.max_model_len is None:
             return True

@@ -208,7 +208,9 @@ class Application(Strict):
             if options is None and bundles is None:
                 continue
             num_gpus = None if options is None else options.num_gpus
-            faults.append(gpu_fault(self.args, each.name, num_gpus, bundles))
+            has_options = options is not None
+            fault = gpu_fault(self.args, each.name, num_gpus, bundles, has_options=has_options)
+            faults.append(fault)
         if any(faults):
             raise ValueError(f"deployments: {'; '.join(filter(None, faults))}")
         return self

@@ -18,9 +18,12 @@ def gpu_fault(
     pool: str,
     num_gpus: float | None,
     bundles: Sequence[Mapping[str, float]] | None,
+    *,
+    has_options: bool,
 ) -> str | None:
     """Return why these options of a pool do not suit its engine, or None.
 
+    Without `has_options`, those of `app.py` hold, with their GPUs.
     An explicit 0 is right for Prefill where a model's KV is not handed over, which cannot be known
     without the model.
     """
@@ -29,6 +32,10 @@ def gpu_fault(
         return None
     if pool == "Prefill" and bundles is None and num_gpus == 0:
         return None
+    if not _takes_bundles(args, pool):
+        if not has_options:
+            return None
+        bundles = None
     given = num_gpus if bundles is None else sum(each.get("GPU", 0.0) for each in bundles)
     if given == workers or (workers == 1 and given):
         return None
@@ -60,6 +67,12 @@ def _has_own_bundles(args: AppConfig, pool: str) -> bool:
     return engine.executor == "ray" or (
         engine.executor == "auto" and engine.pipeline_parallel_size > 1
     )
+
+
+def _takes_bundles(args: AppConfig, pool: str) -> bool:
+    """Return True where the workers are Ray's: others get no GPUs but those of their replica."""
+    engine = _engine(args, pool)
+    return engine is not None and _workers(args, pool) > 1 and engine.executor in ("auto", "ray")
 
 
 def _engine(args: AppConfig, pool: str) -> EngineConfig | None:

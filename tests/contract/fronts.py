@@ -71,7 +71,8 @@ def serve_config(
     fallback: int | None = None,
 ) -> Front:
     """Write what Serve would write; nothing runs yet. `fallback` is the port of Serve's proxy."""
-    ports = free_ports(4)
+    taken = {*http_servers, *grpc_servers}  # some of them closed
+    ports = [port for port in free_ports(4 + len(taken)) if port not in taken][:4]
     config = HAProxyConfig(
         http_options=HTTPOptions(host=HOST, port=ports[0]),
         grpc_options=gRPCOptions(port=ports[1], grpc_servicer_functions=[SERVICER]),

@@ -15,7 +15,7 @@ from vllm.inputs import EngineInput, tokens_input
 
 from ...core.errors import InvalidRequest, SpecPrefillError, Unauthenticated, UnknownModel
 from ...core.request_spans import NoTracer, SpanKind, TraceContext, Tracer
-from ...core.types import Request
+from ...core.types import Reasoning, Request
 from ...rpc import specprefill_pb2 as pb
 from ..openai.access import RequestLimit
 from ..openai.client import PipelineClient
@@ -186,6 +186,8 @@ class GrpcApi:
         request = await self._client.prepare(
             prompt, params, f"grpc-{call.request_id}", context, priority
         )
+        if params.structured_outputs is not None:  # binds all of the text: no part is reasoning
+            request = replace(request, reasoning=Reasoning(has_ended=True, parser_kwargs=None))
         return _Prepared(request, prompt, context, tokenize_s)
 
     def _adapter(self, message: pb.GenerateRequest | pb.ScoreRequest) -> str | None:

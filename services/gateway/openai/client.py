@@ -72,6 +72,7 @@ class PipelineClient(RemoteEngineClient):
         chat: ChatParams,
         timeout_s: float,
         max_samples: int,
+        prompts_at_once: int,
         tail_tokens: int,
         protect_fences: bool,
         count_tokens: CountTokens | None = None,
@@ -89,6 +90,7 @@ class PipelineClient(RemoteEngineClient):
         self._chat = chat
         self._timeout_s = timeout_s
         self._max_samples = max_samples
+        self._prompts_at_once = prompts_at_once
         self._max_answer_tokens = max_answer_tokens(self.model_config)
         self._count_tokens = count_tokens
         self.offsets = PromptOffsets(self.renderer.tokenizer)
@@ -135,7 +137,8 @@ class PipelineClient(RemoteEngineClient):
         try:
             context.adapter = None if lora_request is None else lora_request.lora_name
             async with AsyncExitStack() as held:
-                slot = await held.enter_async_context(context.prompt_slot(time_limit_s))
+                waiting = context.prompt_slot(time_limit_s, self._prompts_at_once)
+                slot = await held.enter_async_context(waiting)
                 request = await self.prepare(prompt, sampling_params, request_id, context, priority)
                 reasoning = None
                 if sampling_params.structured_outputs is not None:

@@ -16,14 +16,6 @@ from ...core.types import Controls, Report
 
 Messages = Sequence[Mapping[str, Any]]
 
-# Of one request, before their first tokens: a speculator's batch. A longer list would fill the
-# pools' queues, and its prompts would use up each other's time.
-PROMPTS_AT_ONCE = 8
-
-
-def _prompt_slots() -> asyncio.Semaphore:
-    return asyncio.Semaphore(PROMPTS_AT_ONCE)
-
 
 @dataclass(slots=True)
 class PromptSlot:
@@ -60,7 +52,7 @@ class RequestContext:
     adapter: str | None = None  # the LoRA adapter that answers; None: the model as it is
     prompts: int = 1  # that the caller sent
     prompts_started: int = 0
-    prompt_slots: asyncio.Semaphore = field(default_factory=_prompt_slots)
+    prompt_slots: asyncio.Semaphore | None = None  # made for its first prompt
     has_output: bool = False  # some of the answer has gone to vLLM's handlers
     reports: dict[str, Report] = field(default_factory=dict)  # by the server's request id
     error: SpecPrefillError | None = None
@@ -71,21 +63,22 @@ class RequestContext:
         return self.error is not None or bool(self.reports)
 
     @asynccontextmanager
-    async def prompt_slot(self, timeout_s: float) -> AsyncIterator[PromptSlot]:
-        """Hold a slot for one prompt, for at most `timeout_s` with the wait for it.
+    async def prompt_slot(self, timeout_s: float, at_once: int) -> AsyncIterator[PromptSlot]:
+        """Hold one of `at_once` slots for a prompt, for at most `timeout_s` with the wait for it.
 
         Raises DeadlineExceeded.
         """
+        slots = self.prompt_slots = self.prompt_slots or asyncio.Semaphore(at_once)
         clock = asyncio.get_running_loop().time
         end_s = clock() + timeout_s
         try:
             async with asyncio.timeout_at(end_s):
-                await self.prompt_slots.acquire()
+                await slots.acquire()
         except TimeoutError as error:
             raise DeadlineExceeded(
                 "timeout_s: the request's time was used up by the prompts before this one"
             ) from error
-        slot = PromptSlot(self.prompt_slots, end_s - clock())
+        slot = PromptSlot(slots, end_s - clock())
         try:
             yield slot
         finally:

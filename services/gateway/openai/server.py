@@ -76,6 +76,7 @@ def build_client(
         chat=_chat_defaults(args),
         timeout_s=config.gateway.request_timeout_s,
         max_samples=config.gateway.max_samples,
+        prompts_at_once=config.gateway.prompts_at_once,
         tail_tokens=config.selection.tail_tokens,
         protect_fences=config.selection.protect_fences,
         count_tokens=count_tokens,

@@ -130,9 +130,14 @@ async def test_where_no_grammar_binds_the_answer_nothing_is_sent_of_it(
 ) -> None:
     await http.post("/v1/chat/completions", json=CHAT)
     assert pipeline.requests[-1].reasoning is None
+    await fronts[1].generate(pb.GenerateRequest(text="hello"), Call())
+    assert pipeline.requests[-1].reasoning is None
+
+
+async def test_over_grpc_a_grammar_binds_all_of_the_answer(fronts: Any, pipeline: Any) -> None:
     message = pb.GenerateRequest(text="hello", sampling=pb.Sampling(regex="[a-z]+"))
     await fronts[1].generate(message, Call())
-    assert pipeline.requests[-1].reasoning is None  # the engine's parser reads the prompt
+    assert pipeline.requests[-1].reasoning.has_ended is True
 
 
 async def test_template_arguments_that_cannot_be_sent_are_refused(

@@ -11,11 +11,13 @@ from typing import Any
 import httpx
 import pytest
 
+from specprefill.config import GatewayConfig
 from specprefill.core.errors import Overloaded
 from specprefill.core.types import Chunk, Request
-from specprefill.gateway.openai.context import PROMPTS_AT_ONCE, RequestContext
+from specprefill.gateway.openai.context import RequestContext
 from tests.contract.conftest import TEXT, ScriptedPipeline
 
+PROMPTS_AT_ONCE = GatewayConfig().prompts_at_once
 MOST_AT_ONCE = 72  # what one speculator takes, queued and in work
 PROMPTS = [[5, place + 6] for place in range(300)]
 
@@ -121,7 +123,7 @@ async def test_prompts_that_leave_release_their_slots() -> None:
     context, held = RequestContext(), asyncio.Event()
 
     async def hold() -> None:
-        async with context.prompt_slot(10.0):
+        async with context.prompt_slot(10.0, PROMPTS_AT_ONCE):
             if context.prompt_slots.locked():
                 held.set()
             await asyncio.Event().wait()
@@ -132,7 +134,7 @@ async def test_prompts_that_leave_release_their_slots() -> None:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
-        again = [context.prompt_slot(10.0) for _ in range(PROMPTS_AT_ONCE)]
+        again = [context.prompt_slot(10.0, PROMPTS_AT_ONCE) for _ in range(PROMPTS_AT_ONCE)]
         for slot in again:
             await slot.__aenter__()
     assert context.prompt_slots.locked()
@@ -140,11 +142,11 @@ async def test_prompts_that_leave_release_their_slots() -> None:
 
 async def test_a_slot_is_the_next_prompts_from_the_first_token_on() -> None:
     context = RequestContext()
-    async with asyncio.timeout(10), context.prompt_slot(10.0) as first:
+    async with asyncio.timeout(10), context.prompt_slot(10.0, PROMPTS_AT_ONCE) as first:
         for _ in range(PROMPTS_AT_ONCE - 1):
-            await context.prompt_slot(10.0).__aenter__()
+            await context.prompt_slot(10.0, PROMPTS_AT_ONCE).__aenter__()
         assert context.prompt_slots.locked()
         first.release()
-        async with context.prompt_slot(10.0):
+        async with context.prompt_slot(10.0, PROMPTS_AT_ONCE):
             assert context.prompt_slots.locked()
     assert not context.prompt_slots.locked()

@@ -164,6 +164,16 @@ FOUR_WORKERS = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
             "ray_actor_options.num_gpus of Decode (not set) must be 4",
         ),
         (
+            "Decode", {"decode": {**FOUR_WORKERS, "executor": "mp"}},
+            {"ray_actor_options": ONE_CPU, "placement_group_bundles": [{"CPU": 1, "GPU": 4}]},
+            "ray_actor_options.num_gpus of Decode (not set) must be 4",
+        ),
+        (
+            "Prefill", {},
+            {"ray_actor_options": ONE_CPU, "placement_group_bundles": [{"CPU": 1, "GPU": 1}]},
+            "ray_actor_options.num_gpus of Prefill (not set) must be above 0",
+        ),
+        (
             "Decode", {"decode": {"tensor_parallel_size": 2, "executor": "ray"}},
             {"placement_group_bundles": [{"CPU": 1, "GPU": 1}, {"CPU": 1}]},
             "GPUs in placement_group_bundles of Decode (1) must be 2",
@@ -184,6 +194,7 @@ BUNDLES = [{"CPU": 1, "GPU": 1}] * 2
         ("Decode", {}, {"num_replicas": 2}),
         ("Decode", {}, {"ray_actor_options": {"num_gpus": 0.4}}),
         ("Prefill", {}, {"ray_actor_options": {"num_gpus": 0}}),
+        ("Prefill", {}, {"placement_group_bundles": [{"CPU": 1, "GPU": 1}]}),
         ("Speculator", {"speculator": {"score_by": "words"}}, {"ray_actor_options": ONE_CPU}),
         (
             "Speculator", {"speculator": {"path": "s", "device": "cpu"}},
