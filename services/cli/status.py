@@ -80,6 +80,7 @@ class ClusterReader:
     metrics_url: str | None
     first: Readings | None = None  # of a watch: what counters grew from
     replica_s: dict[str, dict[str, float]] = field(default_factory=dict)
+    replicas: dict[str, dict[str, int]] = field(default_factory=dict)
     read_s: float = 0.0
 
     def read(self) -> list[ServiceStatus]:
@@ -115,7 +116,9 @@ class ClusterReader:
         self.read_s = now
         for name, application in applications.items():
             seconds = self.replica_s.setdefault(name, {})
-            for pool, count in replica_counts(application).items():
+            if application["deployments"]:  # else, Serve builds it anew, and names none
+                self.replicas[name] = replica_counts(application)
+            for pool, count in self.replicas.get(name, {}).items():
                 seconds[pool] = seconds.get(pool, 0.0) + count * passed_s
 
     def _fetch(self) -> tuple[dict[str, Any], Readings]:

@@ -13,6 +13,7 @@ from .local_ray import is_loopback
 
 POLL_S = 1.0
 PROXY = "the node's proxy"
+_UNNAMED = "whose replicas Serve does not name while it builds it, or after a build that failed"
 _REASON = "DRAIN_NODE_REASON_PREEMPTION"  # of Ray's two the one that a busy node accepts
 _COMMAND_TIMEOUT_S = 60.0
 
@@ -51,6 +52,15 @@ def replicas_on(details: Mapping[str, Any], node_id: str) -> list[str]:
     ]
 
 
+def unnamed_replicas(details: Mapping[str, Any]) -> list[str]:
+    """Return the applications of which Serve names no replica, though any may be running.
+
+    So it is while Serve builds an application anew, and after a build that failed.
+    """
+    applications = details.get("applications", {})
+    return [name for name, each in applications.items() if not each["deployments"]]
+
+
 def has_proxy_to_drain(details: Mapping[str, Any], node_id: str) -> bool:
     """Return True while a node's proxy may carry requests, to gateways of any node.
 
@@ -84,6 +94,7 @@ def wait_until_empty(
             reason = f"Ray's dashboard does not answer: {error}"
         else:
             left = replicas_on(found, node_id)
+            left += [f"{name}, {_UNNAMED}" for name in unnamed_replicas(found)]
             if has_proxy_to_drain(found, node_id):
                 left.append(PROXY)
             if not left:

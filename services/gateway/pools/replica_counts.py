@@ -23,7 +23,12 @@ AFRESH_S = 2.0  # for an answer that a request waits for; one that lives answers
 
 
 class ServeHealth:
-    """Counts running replicas; remembers the counts for a second."""
+    """Counts running replicas; remembers the counts for a second.
+
+    Serve names no deployment of an application that it builds anew, nor of one whose last build
+    failed, while the replicas of the build before answer. The last counts hold until it does; a
+    gateway that has none, since it started meanwhile, takes every pool to have one replica.
+    """
 
     def __init__(
         self,
@@ -51,8 +56,8 @@ class ServeHealth:
             known = self._counts is not None
             await asyncio.wait([self._reading], timeout=self._patience_s if known else None)
             if self._counts is None:
-                self._reading.result()  # raises why
-        return self._counts or dict.fromkeys(self._pools, 0)
+                self._reading.result()  # raises why, where the controller did not answer
+        return self._counts or dict.fromkeys(self._pools, 1)
 
     async def is_empty(self, pool: str) -> bool:
         """Return True if the pool is known to have no running replica.
@@ -68,7 +73,8 @@ class ServeHealth:
     async def count_afresh(self) -> Mapping[str, int] | None:
         """Count as `count`, from an answer that the controller gives after this call.
 
-        From one before it where the controller is away or slow; None where it never answered.
+        From one before it where the controller is away or slow, or names no deployment; None where
+        nothing was ever counted.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(AFRESH_S):
@@ -93,12 +99,12 @@ class ServeHealth:
                 raise
             logger.info("replica counts: %s", error)  # the controller is away: keep the last counts
             return
-        self._counts = self._read(status)
+        self._counts = self._read(status) or self._counts
 
     def _read(self, status: ServeStatus) -> Mapping[str, int]:
         application = status.applications.get(self._app_name)
-        if application is None:
-            return dict.fromkeys(self._pools, 0)
+        if application is None or not application.deployments:
+            return {}
         running = {
             name: sum(deployment.replica_states.get(state, 0) for state in _RUNNING)
             for name, deployment in application.deployments.items()

@@ -65,6 +65,16 @@ def test_it_ends_with_the_last_replica_and_shows_each_change_once(clock):
     assert clock.now_s == 3.0
 
 
+def test_it_waits_while_serve_builds_an_application_and_names_none_of_its_replicas(clock):
+    built_anew = details() | {"applications": {"app": {"deployments": {}}}}
+    ended, lines = waiting([details(("a", "here")), built_anew, details()], clock)
+    assert ended
+    assert len(lines) == 2
+    assert lines[1].startswith("waiting for app, whose replicas Serve does not name")
+    ended, lines = waiting([built_anew], clock, timeout_s=5.0)
+    assert not ended
+
+
 def test_it_gives_up_after_its_time(clock):
     ended, lines = waiting([details(("a", "here"))] * 100, clock, timeout_s=5.0)
     assert not ended

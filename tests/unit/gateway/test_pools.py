@@ -422,6 +422,33 @@ async def test_a_pool_is_empty_only_by_a_count_of_the_last_second() -> None:
     assert await health.is_empty("speculator") is False
 
 
+async def test_replicas_count_while_serve_builds_their_application_anew() -> None:
+    clock = [0.0]
+    deployment = SimpleNamespace(replica_states={"RUNNING": 2})
+    deployments = {"Speculator": deployment}
+
+    def status() -> Any:
+        if clock[0] == 2.0:  # a controller that has come back, and has not read its state yet
+            return SimpleNamespace(applications={})
+        application = SimpleNamespace(deployments=deployments)
+        return SimpleNamespace(applications={"app": application})
+
+    health = ServeHealth("app", {"speculator": "Speculator"}, status, lambda: clock[0])
+    assert await health.count() == {"speculator": 2}
+    deployments = {}
+    for clock[0] in (1.0, 2.0, 3.0):
+        assert await health.count() == {"speculator": 2}
+        assert await health.count_afresh() == {"speculator": 2}
+        assert await health.is_empty("speculator") is False
+
+    started_now = ServeHealth("app", {"speculator": "Speculator"}, status, lambda: clock[0])
+    assert await started_now.count() == {"speculator": 1}
+    assert await started_now.count_afresh() is None
+    deployments = {"Speculator": deployment}
+    clock[0] += 1.0
+    assert await started_now.count() == {"speculator": 2}
+
+
 @pytest.mark.parametrize("state", ["PENDING_MIGRATION", "RECOVERING"])
 async def test_replicas_that_still_get_calls_count(state: str) -> None:
     deployment = SimpleNamespace(replica_states={state: 1, "STARTING": 1, "STOPPING": 1})
