@@ -64,6 +64,7 @@ class Watch:
         self.seen: list[BusyCores] = []
         self._now = now
         self._began_s = 0.0
+        self._first: CpuUse | None = None
         self._last: tuple[float, CpuUse] | None = None
 
     @contextmanager
@@ -88,12 +89,22 @@ class Watch:
         """Record the work since the last look."""
         now_s, now = self._now(), read_use()
         if self._last is None:
-            self._began_s = now_s
+            self._began_s, self._first = now_s, now
         else:
             then_s, then = self._last
             span = average_between(then, now, then_s - self._began_s, now_s - then_s)
             self.seen.append(span)
         self._last = now_s, now
+
+    def own_s(self, idle: float) -> float:
+        """Return this program's core-seconds, less those of `idle` cores all the time.
+
+        Raises ValueError before the first look.
+        """
+        if self._first is None or self._last is None:
+            raise ValueError("nobody has looked yet")
+        last_s, last = self._last
+        return max(0.0, last.own_s - self._first.own_s - idle * (last_s - self._began_s))
 
     def mean_others(self) -> float:
         """Return cores that other programs took. Raises StatisticsError before the second look."""

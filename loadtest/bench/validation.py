@@ -3,14 +3,16 @@
 A short calibration asks the local app single questions, and some at once, and learns its stage
 times and how its threads slow each other. Then the load tester sends one seeded trace (Poisson
 arrivals, mixed lengths), and the simulator is given the same arrivals, lengths and kept tokens.
-Nothing is fitted to the trace itself. The calibration is repeated behind it, and both count:
-a machine that is shared with others does not keep its speed.
+The calibration is repeated behind it, and both count: a machine that is shared with others does
+not keep its speed. How much its busy cores slow each other while the trace runs is taken from the
+core-seconds that the trace takes, and nothing from when a request was answered.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,13 +35,14 @@ from specprefill.lab.loadtest.scenario import Prompts, Scenario, Target
 from specprefill.lab.loadtest.session import Run
 from specprefill.lab.reporting.tables import markdown, provenance, write_json
 from specprefill.lab.simulation.controllers import Fixed
+from specprefill.lab.simulation.machine import Machine
 from specprefill.lab.simulation.run import simulate
 from specprefill.lab.simulation.steps import StepLimits
 from specprefill.lab.simulation.trace import Lengths, Rate, Trace, generate, poisson, write_trace
 from specprefill.lab.simulation.world import World
 from specprefill.speculator.scorer import CHUNK_TOKENS
 
-from .calibration import PROMPTS, AppCalibration, fit, sample
+from .calibration import PROMPTS, SLOWEST, AppCalibration, fit, sample
 from .processes import Watch
 from .servers import RunningServer, run_ours
 
@@ -52,6 +55,7 @@ KEEP = 0.3
 FULL = "simulator"
 SIZES = dict.fromkeys(Pool, 1)
 PERCENTILES = (50, 95)
+PRECISION = 0.005  # of a thread's speed beside others
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,22 @@ def world(
         aside=found.aside,
         others=others,
     )
+
+
+def slowed_as(trace: Trace, shared: World, calibrated: Machine, core_s: float) -> Machine:
+    """Return the machine whose busy cores slow each other so that the trace takes `core_s`.
+
+    Within the limits of a calibration. The same work takes the more core-seconds, the more they do.
+    """
+    slowest, fastest = SLOWEST, 1.0
+    while fastest - slowest > PRECISION:
+        middle = replace(calibrated, together=(slowest + fastest) / 2.0)
+        simulated = simulate(trace, replace(shared, machine=middle), Fixed(SIZES), SIZES)
+        if simulated.core_s > core_s:
+            slowest = middle.together
+        else:
+            fastest = middle.together
+    return replace(calibrated, together=fastest)
 
 
 def sustainable_qps(trace: Trace, found: AppCalibration, keep: float) -> float:
@@ -150,10 +170,15 @@ def table(name: str, found: Sequence[PercentilePair]) -> str:
     return markdown(headers, rows)
 
 
-def variants(full: World) -> Mapping[str, World]:
-    """Return the simulator, and the same without one of the things that a shared machine adds."""
+def variants(calibrated: World, machine: Machine) -> Mapping[str, World]:
+    """Return the simulator, and the same without one of the things that a shared machine adds.
+
+    `machine` is the one that the trace ran on.
+    """
+    full = replace(calibrated, machine=machine)
     return {
         FULL: full,
+        "cores as in the calibration": calibrated,
         "without what others took": replace(full, others=()),
         "without work beside the stages": replace(full, aside=None),
         "one prompt at a time": replace(full, steps=None, passes=None),
@@ -244,7 +269,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     others = tuple((each.from_s, each.others) for each in watch.seen)
     print(f"other programs took {watch.mean_others():.2f} cores, this one "
           f"{fmean(each.own for each in watch.seen):.2f}")  # fmt: skip
-    for name, each in variants(world(found, config, others)).items():
+    core_s = watch.own_s(idle=len(os.sched_getaffinity(0)) - found.machine.cores)
+    calibrated = world(found, config, others)
+    machine = slowed_as(trace, calibrated, found.machine, core_s)
+    print(f"the trace took {core_s:.0f} core-seconds: busy cores had {machine.together:.2f} "
+          f"of their speed alone, {found.machine.together:.2f} in the calibration")  # fmt: skip
+    for name, each in variants(calibrated, machine).items():
         outcome = simulate(trace, each, Fixed(SIZES), SIZES)
         result = compare(measured_s, outcome.ttft_s)
         print(f"\n{table(name, result)}", flush=True)
@@ -257,6 +287,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "other_programs": [asdict(each) for each in watch.seen],
         "calibration": asdict(found),
         "drift": measured.drift,
+        "core_s": core_s,
+        "together": machine.together,
         "compared": rows,
         "each": [
             {"time_s": one.scheduled_s, "output_tokens": one.stream.output_tokens,

@@ -46,10 +46,12 @@ class Cores:
         self._ends: list[tuple[float, int, Job]] = []
         self._running: Counter[int] = Counter()  # jobs by kind
         self._live: set[Job] = set()
+        self.used_s = 0.0  # core-seconds
         self._begun = 0
         self._work_s = 0.0
         self._now_s = 0.0
         self._speed = 1.0
+        self._busy = 0  # threads
 
     def start(self, now_s: float, kind: int, request: int, run: int, work_s: float) -> None:
         """Start a job of `work_s`, measured alone."""
@@ -84,13 +86,18 @@ class Cores:
         """End the next job. Raises IndexError when none runs."""
         now_s = self.due_s()
         end_s, _, job = heappop(self._ends)
-        self._now_s, self._work_s = now_s, end_s
+        self._use_until(now_s)
+        self._work_s = end_s
         self._live.remove(job)
         self._count(job[0], -1)
         return now_s, job
 
     def _advance(self, now_s: float) -> None:
         self._work_s += (now_s - self._now_s) * self._speed
+        self._use_until(now_s)
+
+    def _use_until(self, now_s: float) -> None:
+        self.used_s += (now_s - self._now_s) * min(self._busy, self._machine.cores)
         self._now_s = now_s
 
     def _count(self, kind: int, change: int) -> None:
@@ -98,8 +105,8 @@ class Cores:
         self._adjust()
 
     def _adjust(self) -> None:
-        busy = 0
+        self._busy = 0
         for each, jobs in self._running.items():
             most = self._threads.get(each)
-            busy += jobs if most is None else min(jobs, most())
-        self._speed = self._machine.speed(busy)
+            self._busy += jobs if most is None else min(jobs, most())
+        self._speed = self._machine.speed(self._busy)

@@ -72,7 +72,7 @@ class Records:
         )
 
     def outcome(
-        self, now_s: float, stations: Sequence[Station], keep: Sequence[float]
+        self, now_s: float, stations: Sequence[Station], keep: Sequence[float], core_s: float
     ) -> SimulationResult:
         """Return everything, at the end. Bills the stations."""
         for station in stations:
@@ -94,4 +94,5 @@ class Records:
                 columns[8],
             ),
             now_s,
+            core_s,
         )

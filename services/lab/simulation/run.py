@@ -121,7 +121,8 @@ class _Simulation:
                 self._tick(now_s, arrived)
             else:
                 self._process_event(kind, subject, run, now_s)
-        return self.records.outcome(now_s, self.stations, self.keep)
+        core_s = 0.0 if self.cores is None else self.cores.used_s
+        return self.records.outcome(now_s, self.stations, self.keep, core_s)
 
     def _schedule(self) -> None:
         """Schedule the failures, and the first tick."""

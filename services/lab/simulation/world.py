@@ -94,6 +94,7 @@ class SimulationResult:
     replica_s: Mapping[Pool, float]  # starting and retiring ones included
     moments: Moments
     duration_s: float
+    core_s: float = 0.0  # core-seconds of a shared machine
 
     def meets_slo(self, slo: Slo) -> Floats:
         """Return 1.0 where the first two tokens came in time."""

@@ -10,13 +10,16 @@ import pytest
 from loadtest.bench import burst, calibration, validation
 from loadtest.bench.processes import CpuUse, Watch, average_between, read_use
 from specprefill.config import AppConfig
-from specprefill.control.scaling.values import Engines
+from specprefill.control.scaling.values import Engines, Pool, Slo
 from specprefill.control.stages import Curve, StageCurves
 from specprefill.lab.loadtest.outcome import RequestEnding, RequestOutcome, Stream
 from specprefill.lab.loadtest.session import Run
 from specprefill.lab.loadtest.statistics import RequestSlo, summarise
+from specprefill.lab.simulation.controllers import Fixed
 from specprefill.lab.simulation.machine import Machine
+from specprefill.lab.simulation.run import simulate
 from specprefill.lab.simulation.trace import Trace, poisson
+from specprefill.lab.simulation.world import World
 
 FRONT_S, TOKEN_S = 0.03, 0.02
 
@@ -97,6 +100,22 @@ def test_the_sustainable_rate_is_the_machines_or_the_busiest_pools():
     single = Trace(np.zeros(3), np.full(3, 3000.0), np.ones(3))
     roomy = replace(CALIBRATED, machine=Machine(cores=8.0))
     assert validation.sustainable_qps(single, roomy, 0.3) == pytest.approx(5.0)  # prefill: 0.2 s
+
+
+def test_busy_cores_slow_each_other_as_the_core_seconds_of_the_trace_show():
+    trace = Trace(np.arange(30.0) / 3.0, np.full(30, 3000.0), np.full(30, 3.0))
+    shared = World(
+        CALIBRATED.engines, Slo(60.0), dict.fromkeys(Pool, 1.0), front=CALIBRATED.front,
+        aside=CALIBRATED.aside, machine=CALIBRATED.machine,
+    )  # fmt: skip
+    for together in (0.6, 0.8, 1.0):
+        slowed = replace(CALIBRATED.machine, together=together)
+        core_s = simulate(
+            trace, replace(shared, machine=slowed), Fixed(validation.SIZES), validation.SIZES
+        ).core_s
+        found = validation.slowed_as(trace, shared, CALIBRATED.machine, core_s)
+        assert found.together == pytest.approx(together, abs=2 * validation.PRECISION)
+        assert found.cores == CALIBRATED.machine.cores
 
 
 def test_a_trace_has_lengths_within_bounds_and_a_seed():
@@ -188,6 +207,8 @@ def test_this_program_is_seen_at_work():
     watch.look()
     assert [each.from_s for each in watch.seen] == [0.0, 0.5]
     assert watch.seen[-1].own >= 0.049  # 0.1 s of work in 2 s
+    assert watch.own_s(idle=0.0) >= 0.099
+    assert watch.own_s(idle=0.02) == pytest.approx(watch.own_s(idle=0.0) - 0.05)  # of 2.5 s
 
 
 def test_the_machine_is_watched_from_a_thread():

@@ -148,13 +148,13 @@ def test_a_watch_counts_from_its_own_start_and_ends_with_ctrl_c(cluster, capsys,
 
 
 def test_a_watch_counts_replicas_while_serve_builds_their_application_anew(cluster, monkeypatch):
-    built, now = Api("").details(), 1.0
+    built, clock = Api("").details(), [1.0]
     built_anew = {"applications": {"app": built["applications"]["app"] | {"deployments": {}}}}
     looks = iter([built, built_anew, built])
-    monkeypatch.setattr(Api, "details", lambda api: next(looks))
-    monkeypatch.setattr(status.time, "monotonic", lambda: now)
+    monkeypatch.setattr(Api, "details", lambda _api: next(looks))
+    monkeypatch.setattr(status.time, "monotonic", lambda: clock[0])
     reader = status.ClusterReader(Api(""), None)
-    for now in (1.0, 11.0, 21.0):
+    for clock[0] in (1.0, 11.0, 21.0):
         reader.read_again()
     assert set(reader.replica_s["app"].values()) == {20.0}
 

@@ -301,6 +301,18 @@ def test_a_machine_with_enough_cores_is_as_fast_as_its_threads_are_together():
     assert Machine(cores=3.0, together=0.8).speed(2) == pytest.approx(0.9)
 
 
+def test_what_the_trace_takes_of_the_machine_is_counted():
+    alone = run(requests(0.0), SHARED)
+    assert alone.core_s == pytest.approx(alone.duration_s)  # one thread after the other
+    roomy, slowed = (
+        run(requests(0.0, 0.0), replace(WORLD, machine=Machine(2.0, together)), decode=2)
+        for together in (1.0, 0.5)
+    )
+    assert roomy.core_s == pytest.approx(2.0 * alone.core_s)
+    assert roomy.core_s < slowed.core_s < 2.0 * roomy.core_s
+    assert run(requests(0.0)).core_s == 0.0
+
+
 def test_the_sequences_of_a_decode_engine_are_one_thread():
     # Both decode together from 6 s on; a third request is prefilled beside one thread of theirs.
     trace = Trace(np.array([0.0, 0.0, 7.0]), np.full(3, 500.0), np.full(3, 41.0), np.full(3, 500.0))
