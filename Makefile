@@ -15,6 +15,8 @@ INSTALLED := $(VENV)/.installed-$(EXTRA)
 # Tests that measure no time share the cores, a file per process; the others come after them, alone.
 SLOWEST := --durations=40 --durations-min=3
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+# Of those end to end, the ones with a cluster of their own that measure no time.
+UNTIMED := tests/e2e/test_own_models.py tests/e2e/test_drain.py
 
 .PHONY: help
 help: ## Show this help
@@ -44,8 +46,9 @@ serve: $(INSTALLED) ## Serve the demo pair on this machine until Ctrl-C
 .PHONY: test
 test: $(INSTALLED) ## Run the tests: unit, contract, integration, faults, end to end
 	@failed=; \
-	  $(PY) -m pytest $(SLOWEST) $(PARALLEL) tests/unit tests/contract tests/integration || failed=1; \
-	  $(PY) -m pytest $(SLOWEST) tests/faults tests/e2e || failed=1; \
+	  $(PY) -m pytest $(SLOWEST) $(PARALLEL) $(UNTIMED) tests/unit tests/contract tests/integration \
+	    || failed=1; \
+	  $(PY) -m pytest $(SLOWEST) tests/faults tests/e2e $(addprefix --ignore=,$(UNTIMED)) || failed=1; \
 	  test -z "$$failed"
 
 .PHONY: test-thorough

@@ -39,6 +39,16 @@ def test_chat_tells_what_was_kept(chat, demo_tokenizer):
     assert not report["recomputed"]
 
 
+def test_where_scores_choose_the_rate_the_answer_is_the_dense_one(chat, demo_tokenizer):
+    for seed in (81, 82, 83):
+        messages = needle_prompt(seed, 1500, demo_tokenizer).messages
+        dense = chat(messages=messages, extra_body={"specprefill": False})
+        chosen = chat(messages=messages, extra_body={"specprefill": {"keep": "auto"}})
+        assert (chosen.specprefill["plan"], chosen.specprefill["reason"]) == ("prune", "auto")
+        assert 0.0 < chosen.specprefill["keep_rate"] < 0.6
+        assert chosen.choices[0].message.content == dense.choices[0].message.content
+
+
 def test_the_same_prompt_again_is_computed_where_its_kv_is(chat):
     """Two of three requests come through the same gateway."""
     answers = [chat() for _ in range(3)]

@@ -18,7 +18,6 @@ def test_an_slo_sizes_the_pools(app, chat):
     def change(raw):
         (application,) = raw["applications"]
         bounds = {"min_replicas": 1, "max_replicas": 2}
-        application["args"]["speculator"].pop("max_queued", None)  # of `test_pools`
         application["args"]["slo"] = {"ttft_s": 0.001}  # out of reach: more replicas help
         application["args"]["scaling"] = {pool.lower(): bounds for pool in POOLS}
         application["autoscaling_policy"] = {
