@@ -71,7 +71,7 @@ def speculator_placement(speculator: SpeculatorConfig, *, gpus: bool) -> Placeme
 
 @dataclass(frozen=True, slots=True)
 class Replicas:
-    """What the pools consist of: classes that Serve makes replicas of."""
+    """The classes that Serve makes the pools' replicas of."""
 
     speculator: type = SpeculatorReplica
     prefill: type = PrefillReplica

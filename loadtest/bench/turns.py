@@ -26,7 +26,7 @@ from specprefill.core.selection import SelectionPolicy, select
 from specprefill.core.types import Plan, PlanKind, Reason, Selection
 from specprefill.lab.evaluation.gold import survival
 from specprefill.lab.evaluation.pair import MainModelAnswerer, load_answerer
-from specprefill.lab.families import calls, words
+from specprefill.lab.families import calls, seeded
 from specprefill.lab.families.fitting import render
 from specprefill.lab.families.task import Message, Scoring, Task
 from specprefill.lab.reporting.tables import markdown, provenance, write_json
@@ -74,15 +74,15 @@ def document_talk(seed: int, sentences: int) -> Iterator[Turn]:
     """Yield for each turn its kind, the messages so far, and the record that it asks about."""
     rng = random.Random(seed)
     records = corpus.records(rng, RECORDS)
-    prose = words.prose(rng, sentences + NEW_SENTENCES)
+    prose = seeded.prose(rng, sentences + NEW_SENTENCES)
     facts = tuple(record.text for record in records[:IN_DOCUMENT])
-    document = " ".join(words.scatter(rng, prose[:sentences], facts))
+    document = " ".join(seeded.scatter(rng, prose[:sentences], facts))
     messages: list[Message] = []
     for kind, place in SCRIPT:
         record = records[place]
         parts = {
             "document": document,
-            "new": " ".join(words.scatter(rng, prose[sentences:], (record.text,))),
+            "new": " ".join(seeded.scatter(rng, prose[sentences:], (record.text,))),
         }
         text = "\n\n".join(filter(None, (parts.get(kind), corpus.question(rng, record))))
         messages.append({"role": "user", "content": text})
@@ -94,13 +94,13 @@ def agent_loop(seed: int, sentences: int) -> Iterator[Turn]:
     """Yield the same for an agent whose tools' results have `sentences` in all."""
     rng = random.Random(seed)
     records = corpus.records(rng, RESULTS)
-    prose, share = words.prose(rng, sentences), sentences // RESULTS
+    prose, share = seeded.prose(rng, sentences), sentences // RESULTS
     messages: list[Message] = [{"role": "system", "content": calls.SYSTEM}]
     for number, (kind, place) in enumerate(LOOP):
         record = records[place]
         if kind == "result":
             part = prose[place * share : (place + 1) * share]
-            result = " ".join(words.scatter(rng, part, (record.text,)))
+            result = " ".join(seeded.scatter(rng, part, (record.text,)))
             messages.append({"role": "user", "content": "Search the log."})
             messages += calls.tool_turn(f"call_{number}", number, result)
         messages.append({"role": "user", "content": corpus.question(rng, record)})

@@ -21,8 +21,8 @@ from .progress_bar import ProgressBar
 
 if TYPE_CHECKING:
     from ..config import AppConfig
-    from ..lab.calibration.calibrate import Calibration
     from ..lab.calibration.candidates import AutomaticRate
+    from ..lab.calibration.draft_calibration import CalibrationResult
 
 OUT = Path("out") / "calibrate.json"
 LENGTHS, ITEMS = (2048,), 6
@@ -86,12 +86,12 @@ def run_calibrate(args: argparse.Namespace) -> int:
     return OK
 
 
-def _calibrate(args: argparse.Namespace, config: AppConfig) -> Calibration:
+def _calibrate(args: argparse.Namespace, config: AppConfig) -> CalibrationResult:
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     from ..config import local_path
-    from ..lab.calibration.calibrate import CalibrationPlan, calibrate, recording_scorer
+    from ..lab.calibration.draft_calibration import CalibrationPlan, calibrate, recording_scorer
     from ..speculator.scorer import load_scorer
 
     disable_progress_bar()
@@ -113,7 +113,7 @@ def _calibrate(args: argparse.Namespace, config: AppConfig) -> Calibration:
         print(file=sys.stderr)
 
 
-def _report(found: Calibration) -> str:
+def _report(found: CalibrationResult) -> str:
     """Return the tables."""
     from ..lab.calibration.candidates import KEEPS
     from ..lab.reporting.tables import markdown
@@ -153,14 +153,14 @@ def _describe(rate: AutomaticRate) -> str:
     )
 
 
-def _fragment(found: Calibration) -> str:
+def _fragment(found: CalibrationResult) -> str:
     """Return the keys as they stand in a deployment file."""
     values = {"speculator": found.speculator_values(), "selection": found.selection_values()}
     text: str = yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
     return text
 
 
-def _write_into(file: Path, found: Calibration) -> None:
+def _write_into(file: Path, found: CalibrationResult) -> None:
     """Set the keys in the deployment file. Raises Failed where its form does not allow it."""
     args = ("applications", 0, "args")
     try:
@@ -173,7 +173,7 @@ def _write_into(file: Path, found: Calibration) -> None:
     print(f"\nwritten into {file}")
 
 
-def _write_figures(found: Calibration, args: argparse.Namespace, config: AppConfig) -> None:
+def _write_figures(found: CalibrationResult, args: argparse.Namespace, config: AppConfig) -> None:
     from dataclasses import asdict
 
     from ..lab.reporting.tables import provenance, write_json

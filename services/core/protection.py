@@ -60,7 +60,7 @@ class Content:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Protection:
-    """What must survive of one prompt."""
+    """The parts of one prompt that must survive."""
 
     messages: Sequence[Mapping[str, Any]] | None  # an OpenAI list; None: a plain completion
     protect: Sequence[str] = ()  # the caller's own substrings

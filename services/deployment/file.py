@@ -181,7 +181,7 @@ class Application(Strict):
 
     name: str
     route_prefix: str | None = "/"
-    import_path: Literal["specprefill.app:build", "specprefill.mocker.app:build"]
+    import_path: Literal["specprefill.app:build", "specprefill.mocker.application:build"]
     args: AppConfig
     runtime_env: RuntimeEnv = RuntimeEnv()
     deployments: tuple[Deployment, ...] = ()

@@ -61,7 +61,7 @@ class PoolHealth:
 
     @property
     def replaces_a_dead_replica(self) -> bool:
-        """Whether a new replica died in the middle of an update, which goes on.
+        """True where a new replica died in the middle of an update, which goes on.
 
         Serve says DEPLOY_FAILED then, too. Only the message tells it from an update that stopped.
         """
@@ -97,7 +97,7 @@ class Snapshot:
 
     @property
     def is_updating(self) -> bool:
-        """Whether a deployed change still waits for a replica; a pool that only grows does not."""
+        """True while a deployed change waits for a replica; a pool that only grows does not."""
         return "DEPLOYING" in self.applications.values()
 
     def failure(self) -> str | None:

@@ -171,8 +171,8 @@ def _transfer(
 
 def _worker() -> str:
     if current_platform.is_cpu():
-        return "cpu.worker.SparseCPUWorker"
-    return "gpu.worker.SparseGPUWorker"
+        return "cpu.cpu_worker.SparseCPUWorker"
+    return "gpu.gpu_worker.SparseGPUWorker"
 
 
 def _uses_v2(args: AsyncEngineArgs) -> bool:

@@ -113,7 +113,7 @@ class Engine:
 
     @property
     def is_dead(self) -> bool:
-        """Whether it was started and its process has ended since."""
+        """True where it was started and its process has ended since."""
         return self._llm is not None and self._llm.errored
 
     async def kv_addresses(self) -> list[str]:

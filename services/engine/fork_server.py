@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # importing vLLM takes seconds, in which the server can impor
 # What vLLM itself forks engine processes with, on every device, and the KV hand-over. A worker of
 # GPUs is left to the engine process: a fork must not inherit a device that an import has touched.
 _PRELOADED = ("vllm.v1.engine.core", "specprefill.engine.handoff.connector")
-_PRELOADED_ON_CPUS = "specprefill.engine.cpu.worker"
+_PRELOADED_ON_CPUS = "specprefill.engine.cpu.cpu_worker"
 # What modules read when they are imported: an engine that wants another value is not forked.
 _READ_AT_IMPORT = (
     "PYTHONPATH",

@@ -145,7 +145,7 @@ class PrefillService:
 
     @property
     def is_dead(self) -> bool:
-        """Whether the engine's process has ended by itself."""
+        """True once the engine's process has ended by itself."""
         return self._engine.is_dead
 
     async def check_health(self) -> None:

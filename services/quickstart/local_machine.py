@@ -19,7 +19,7 @@ _ASK_TIMEOUT_S = 20.0
 
 @dataclass(frozen=True, slots=True)
 class LocalMachine:
-    """What the pools of one deployment may use together."""
+    """The resources that the pools of one deployment may use together."""
 
     memory_bytes: int  # of the host, that is free now
     cores: int

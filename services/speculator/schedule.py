@@ -13,7 +13,7 @@ from .jobs import Job, Pace
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one pass may hold."""
+    """The limits of one pass."""
 
     chunk_tokens: int  # that are read
     prompts: int  # begun and not finished

@@ -38,7 +38,7 @@ PROGRAM = textwrap.dedent("""
         if not name.startswith("specprefill.engine.cpu."):
             importlib.import_module(name)
     shared = seen()
-    import specprefill.engine.cpu.worker
+    import specprefill.engine.cpu.cpu_worker
     print(json.dumps({"modules": modules, "shared": shared, "cpu": seen()}))
 """)
 
@@ -53,7 +53,7 @@ def imported():
 
 
 def test_shared_and_gpu_modules_leave_torch_as_it_is(imported):
-    assert "specprefill.engine.gpu.worker" in imported["modules"]
+    assert "specprefill.engine.gpu.gpu_worker" in imported["modules"]
     assert imported["shared"] == {"replaced": [], "loaded": []}
 
 

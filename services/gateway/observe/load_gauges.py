@@ -1,4 +1,4 @@
-"""What a gateway holds now, as Serve metrics."""
+"""The load that a gateway holds now, as Serve metrics."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from ...client import http as http_caller
 from ...client.question import ServiceQuestion
 from ...core.types import PromptMode
 from ..families.dialogue import NONCE_DIGITS
+from ..families.seeded import number
 from ..families.task import Conversation, Task
-from ..families.words import number
 from .arms import Arm, Chooser
 from .outcomes import ArmAnswer
 

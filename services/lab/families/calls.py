@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...synthetic import corpus
-from . import words
+from . import seeded
 from .task import Order, TaskDraft
 
 RESULTS = 3
@@ -43,7 +43,7 @@ def tool_call(order: Order) -> TaskDraft:
     asked = records[0]
     thing, verb = rng.choice(corpus.THINGS), rng.choice(VERBS)
     name = f"{verb}_{thing}"
-    drawn = words.distinct(lambda: f"{rng.choice(VERBS)}_{rng.choice(corpus.THINGS)}", SCHEMAS)
+    drawn = seeded.distinct(lambda: f"{rng.choice(VERBS)}_{rng.choice(corpus.THINGS)}", SCHEMAS)
     others = [other for other in drawn if other != name][: SCHEMAS - 2]
     names = [SEARCH, name, *others]
     rng.shuffle(names)
@@ -51,11 +51,11 @@ def tool_call(order: Order) -> TaskDraft:
         {"role": "system", "content": SYSTEM},
         {"role": "user", "content": "Search the log."},
     ]
-    bodies = words.prose(rng, order.units)
+    bodies = seeded.prose(rng, order.units)
     share = -(-len(bodies) // RESULTS)
     for index, record in enumerate(records):
         part = bodies[index * share : (index + 1) * share]
-        result = " ".join(words.scatter(rng, part, (record.text,)))
+        result = " ".join(seeded.scatter(rng, part, (record.text,)))
         messages += tool_turn(f"call_{index}", index, result)
     wish = f"Now {verb} the {thing} with the {asked.field} of {asked.key}."
     messages.append({"role": "user", "content": wish})
@@ -78,7 +78,7 @@ def tool_result(order: Order) -> TaskDraft:
     asked = records[0]
     facts = [record.text for record in records]
     rng.shuffle(facts)
-    result = " ".join(words.scatter(rng, words.prose(rng, order.units), tuple(facts)))
+    result = " ".join(seeded.scatter(rng, seeded.prose(rng, order.units), tuple(facts)))
     return TaskDraft(
         messages=(
             {"role": "system", "content": READER},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from ...synthetic import corpus
-from . import words
+from . import seeded
 from .task import Order, TaskDraft
 
 BLOCK_LINES, SHORT_BLOCK_LINES = 20, 8
@@ -18,11 +18,11 @@ def copy_lines(order: Order) -> TaskDraft:
     rng = order.rng
     size = SHORT_BLOCK_LINES if order.prompt_tokens < SHORT_BELOW_TOKENS else BLOCK_LINES
     blocks = max(1, order.units // size)
-    keys = words.distinct(
+    keys = seeded.distinct(
         lambda: f"{rng.choice(corpus.KEY_ADJECTIVES)} {rng.choice(corpus.KEY_NOUNS)}", blocks + 1
     )
     place = rng.randrange(blocks)
-    lines = words.distinct(lambda: _line(rng), max(size, order.units))
+    lines = seeded.distinct(lambda: _line(rng), max(size, order.units))
     wanted = lines[place * size : (place + 1) * size]
     program = "\n".join(
         f"# {key}\n" + "\n".join(block)
@@ -39,4 +39,4 @@ def copy_lines(order: Order) -> TaskDraft:
 
 def _line(rng: random.Random) -> str:
     thing, verb, place = (rng.choice(kind) for kind in (corpus.THINGS, corpus.VERBS, corpus.PLACES))
-    return f"{thing} = {verb} ( {place} , {words.number(rng, 3)} ) ;"
+    return f"{thing} = {verb} ( {place} , {seeded.number(rng, 3)} ) ;"

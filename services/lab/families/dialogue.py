@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...synthetic import corpus
-from . import words
+from . import seeded
 from .task import Conversation, Message, Order, TaskDraft
 
 TURNS = 5
@@ -24,9 +24,9 @@ class SystemSecret:
     def draft(self, order: Order) -> TaskDraft:
         """Draft the secret, `order.units` sentences of a user's document, and the question."""
         rng = order.rng
-        secret, nonce = words.adjective_noun(rng), words.number(rng, NONCE_DIGITS)
+        secret, nonce = seeded.adjective_noun(rng), seeded.number(rng, NONCE_DIGITS)
         system = {"role": "system", "content": SYSTEM.format(nonce=nonce, secret=secret)}
-        document = " ".join(words.prose(rng, order.units))
+        document = " ".join(seeded.prose(rng, order.units))
         asked = {"role": "user", "content": f"{document}\n\n{SECRET_QUESTION}"}
         greeting = (system, {"role": "user", "content": WARM_UP})
         return TaskDraft(
@@ -45,7 +45,7 @@ def recall(order: Order) -> TaskDraft:
     """
     rng = order.rng
     records = corpus.records(rng, TURNS)
-    sentences = words.prose(rng, order.units)
+    sentences = seeded.prose(rng, order.units)
     share = -(-len(sentences) // (TURNS - 1))
     wanted, others = records[0], records[1:]
     messages: list[Message] = []
@@ -53,7 +53,7 @@ def recall(order: Order) -> TaskDraft:
     for turn, record in enumerate(others):
         facts = (wanted.text, record.text) if turn == 0 else (record.text,)
         part = sentences[turn * share : (turn + 1) * share]
-        document = " ".join(words.scatter(rng, part, facts))
+        document = " ".join(seeded.scatter(rng, part, facts))
         question = f"{document}\n\n{corpus.question(rng, record)}"
         messages.append({"role": "user", "content": question})
         before.append(tuple(messages))

@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from . import words
+from . import seeded
 from .task import Order, TaskDraft
 
 COMMON_WORDS = 10
@@ -55,10 +55,10 @@ def common_words(order: Order) -> TaskDraft:
     Words are the project's own, then pseudo-words; the published ones need a download.
     """
     counts = SHORT if order.prompt_tokens < SHORT_BELOW_TOKENS else USUAL
-    shown = words.vocabulary(order.rng, counts.example_words)
+    shown = seeded.vocabulary(order.rng, counts.example_words)
     example = _numbered_list(order.rng, shown, counts.example_common, counts.example_other)
     solved = COMMON_TEXT.format(context=example) + " " + _number_lines(shown[:COMMON_WORDS])
-    asked = words.vocabulary(order.rng, COMMON_WORDS + order.units)
+    asked = seeded.vocabulary(order.rng, COMMON_WORDS + order.units)
     context = _numbered_list(order.rng, asked, counts.common, counts.other)
     text = f"{solved}\n{COMMON_TEXT.format(context=context)}"
     return TaskDraft(({"role": "user", "content": text},), references=asked[:COMMON_WORDS])
@@ -72,8 +72,8 @@ def frequent_words(order: Order) -> TaskDraft:
     rng = order.rng
     ranks = range(1, 1 + math.isqrt(int(order.units / ZETA_2)))
     counts = [int(order.units * rank**-2 / ZETA_2) for rank in ranks]
-    coded = words.distinct(
-        lambda: words.letters(rng, CODED_LETTERS), max(CODED_ANSWERS, len(counts) - 1)
+    coded = seeded.distinct(
+        lambda: seeded.letters(rng, CODED_LETTERS), max(CODED_ANSWERS, len(counts) - 1)
     )
     text = [
         word for word, count in zip((NOISE_WORD, *coded), counts, strict=False)

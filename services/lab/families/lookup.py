@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from . import words
+from . import seeded
 from .task import Order, TaskDraft
 
 TASK = "Extract the value corresponding to the specified key in the JSON object below.\n\n"
@@ -22,8 +22,8 @@ class KeyValue:
     def draft(self, order: Order) -> TaskDraft:
         """Draft `order.units` pairs, one of which is asked for."""
         rng = order.rng
-        keys = words.distinct(lambda: words.uuid4(rng), order.units)
-        pairs = [f'"{key}": "{words.uuid4(rng)}"' for key in keys]
+        keys = seeded.distinct(lambda: seeded.uuid4(rng), order.units)
+        pairs = [f'"{key}": "{seeded.uuid4(rng)}"' for key in keys]
         place = rng.randrange(order.units)
         query = QUERY.format(key=keys[place])
         before = f"{query}\n" if self.query_first else ""

@@ -11,7 +11,7 @@ import enum
 import random
 from dataclasses import dataclass
 
-from . import words
+from . import seeded
 from .task import Order, TaskDraft
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -63,7 +63,7 @@ class Niah:
         """Draft needles at random depths of `order.units` sentences, lines or other needles."""
         rng = order.rng
         others = order.units if self.haystack is Haystack.NEEDLES else 0
-        keys = words.distinct(lambda: draw_word(rng, self.key_kind), self.keys + others)
+        keys = seeded.distinct(lambda: draw_word(rng, self.key_kind), self.keys + others)
         pairs = [
             (key, tuple(draw_word(rng, self.value_kind) for _ in range(self.values)))
             for key in keys[: self.keys]
@@ -88,7 +88,7 @@ class Niah:
     def _context(self, order: Order, needles: list[str], others: tuple[str, ...]) -> str:
         rng = order.rng
         if self.haystack is Haystack.ESSAY:
-            sentences = list(words.prose(rng, order.units))
+            sentences = list(seeded.prose(rng, order.units))
             places = sorted(
                 len(sentences) * depth // 100 for depth in rng.sample(DEPTHS, len(needles))
             )
@@ -109,10 +109,10 @@ class Niah:
 def draw_word(rng: random.Random, kind: Kind) -> str:
     """Draw one key or value."""
     if kind is Kind.NUMBERS:
-        return words.number(rng, NUMBER_DIGITS)
+        return seeded.number(rng, NUMBER_DIGITS)
     if kind is Kind.UUIDS:
-        return words.uuid4(rng)
-    return words.adjective_noun(rng)
+        return seeded.uuid4(rng)
+    return seeded.adjective_noun(rng)
 
 
 def insert_needles(lines: list[str], places: list[int], needles: list[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from ...synthetic import corpus
-from . import words
+from . import seeded
 from .task import Order, TaskDraft
 
 COUNTS = 6
@@ -24,7 +24,7 @@ def scattered_sum(order: Order) -> TaskDraft:
         f"Stock count: {count} crates of {thing}."
         for thing, count in zip(things, counts, strict=True)
     )
-    document = " ".join(words.scatter(rng, words.prose(rng, order.units), facts))
+    document = " ".join(seeded.scatter(rng, seeded.prose(rng, order.units), facts))
     return TaskDraft(
         messages=({"role": "user", "content": f"{document}\n\n{SUM_QUESTION}"},),
         references=(str(sum(counts)),),
@@ -41,7 +41,7 @@ def override(order: Order) -> TaskDraft:
     notices = tuple(_notice(rng, turn, place) for place, turn in enumerate(turns, start=1))
     asked = subjects[0]
     newest = next(text for text in reversed(notices) if f"of {asked.key} is" in text)
-    document = " ".join(words.scatter(rng, words.prose(rng, order.units), notices))
+    document = " ".join(seeded.scatter(rng, seeded.prose(rng, order.units), notices))
     question = OVERRIDE_QUESTION.format(field=asked.field, key=asked.key)
     return TaskDraft(
         messages=({"role": "user", "content": f"{document}\n\n{question}"},),
@@ -51,4 +51,4 @@ def override(order: Order) -> TaskDraft:
 
 
 def _notice(rng: random.Random, subject: corpus.Record, place: int) -> str:
-    return f"Notice {place}: the {subject.field} of {subject.key} is now {words.number(rng, 5)}."
+    return f"Notice {place}: the {subject.field} of {subject.key} is now {seeded.number(rng, 5)}."

@@ -5,7 +5,7 @@ Aggregation: the answer needs all of the prompt, so no part of it is gold.
 
 from __future__ import annotations
 
-from . import words
+from . import seeded
 from .task import Order, TaskDraft
 
 SENTENCES = 5
@@ -23,7 +23,7 @@ def passage_count(order: Order) -> TaskDraft:
     """Draft `order.units` paragraphs, at least half of them different from every other."""
     rng = order.rng
     unique = rng.randint(-(-order.units // 2), order.units)
-    different = words.distinct(lambda: " ".join(words.prose(rng, SENTENCES)), unique)
+    different = seeded.distinct(lambda: " ".join(seeded.prose(rng, SENTENCES)), unique)
     shown = [*different, *rng.choices(different, k=order.units - unique)]
     rng.shuffle(shown)
     context = "\n\n".join(f"Paragraph {i}: {text}" for i, text in enumerate(shown, start=1))

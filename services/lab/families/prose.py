@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from . import real_texts, words
+from . import real_texts, seeded
 from .calls import FIND_SCHEMA, found_turn
 from .niah import DEPTHS, NEEDLE, NUMBER_DIGITS, ONE, insert_needles
 from .task import Conversation, Message, Order, TaskDraft
@@ -99,7 +99,7 @@ def recall(order: Order) -> TaskDraft:
         facts = (pairs[0], (key, number)) if turn == 0 else ((key, number),)
         needles = tuple(NEEDLE.format(kind="numbers", key=k, value=v) for k, v in facts)
         part = tuple(sentences[turn * share : (turn + 1) * share])
-        text = " ".join(words.scatter(rng, part, needles))
+        text = " ".join(seeded.scatter(rng, part, needles))
         question = NUMBER_QUESTION.format(key=key)
         content = TURN.format(number=turn + 1, text=text, question=question)
         messages.append({"role": "user", "content": content})
@@ -151,5 +151,5 @@ def _excerpt(rng: random.Random, count: int) -> tuple[str, ...]:
 
 def _pairs(rng: random.Random, count: int) -> list[tuple[str, str]]:
     """Draw different keys with a number each."""
-    keys = words.distinct(lambda: words.adjective_noun(rng), count)
-    return [(key, words.number(rng, NUMBER_DIGITS)) for key in keys]
+    keys = seeded.distinct(lambda: seeded.adjective_noun(rng), count)
+    return [(key, seeded.number(rng, NUMBER_DIGITS)) for key in keys]

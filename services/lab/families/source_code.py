@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import words
+from . import seeded
 from .niah import DEPTHS, NEEDLE, NUMBER_DIGITS
 from .task import Order, TaskDraft
 
@@ -56,7 +56,7 @@ def code_needle(order: Order) -> TaskDraft:
     """Draft a question about a comment in one of `order.units` lines of real code."""
     rng = order.rng
     code = _excerpt(rng.randrange(len(_lines())), order.units)
-    key, value = words.adjective_noun(rng), words.number(rng, NUMBER_DIGITS)
+    key, value = seeded.adjective_noun(rng), seeded.number(rng, NUMBER_DIGITS)
     place = len(code) * rng.choice(DEPTHS) // 100
     below = code[place] if place < len(code) else ""
     indent = below[: len(below) - len(below.lstrip())]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import string
 
-from . import words
+from . import seeded
 from .niah import NOISE
 from .task import Order, TaskDraft
 
@@ -25,10 +25,10 @@ LEAST_NOISE = HOPS + 2
 def variable_tracking(order: Order) -> TaskDraft:
     """Draft hops in their order, at random lines of `order.units` lines of noise."""
     rng = order.rng
-    names = words.distinct(
-        lambda: words.letters(rng, NAME_LETTERS, string.ascii_uppercase), HOPS + 1
+    names = seeded.distinct(
+        lambda: seeded.letters(rng, NAME_LETTERS, string.ascii_uppercase), HOPS + 1
     )
-    value = words.number(rng, 5)
+    value = seeded.number(rng, 5)
     chain = [f"VAR {names[0]} = {value}"]
     chain += [f"VAR {names[i + 1]} = VAR {names[i]} " for i in range(HOPS)]
     lines = [f"{NOISE}\n"] * order.units

@@ -13,7 +13,7 @@ from typing import Protocol
 from .scenario import Kill
 
 
-class Replicas(Protocol):
+class ProcessFinder(Protocol):
     """Finds the processes of a pool."""
 
     def replica_pids(self, pool: str) -> Sequence[int]:
@@ -31,7 +31,7 @@ class KilledReplica:
 
 
 async def inject(
-    kills: Sequence[Kill], replicas: Replicas, rng: random.Random, done: list[KilledReplica]
+    kills: Sequence[Kill], replicas: ProcessFinder, rng: random.Random, done: list[KilledReplica]
 ) -> None:
     """SIGKILL one replica per entry, `at_s` seconds from now; append what happened to `done`."""
     loop = asyncio.get_running_loop()

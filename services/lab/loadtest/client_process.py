@@ -44,7 +44,7 @@ class Ready(msgspec.Struct, tag=True):
     """The part is planned."""
 
 
-class Refused(msgspec.Struct, tag=True):
+class CannotRun(msgspec.Struct, tag=True):
     """It cannot be: an error of the named class."""
 
     error: str
@@ -61,13 +61,13 @@ class Progress(msgspec.Struct, tag=True):
 
 
 class Done(msgspec.Struct, tag=True):
-    """What became of the requests."""
+    """The requests' outcomes."""
 
     outcomes: list[RequestOutcome]
 
 
 Send = Callable[[RunProgress, float], Coroutine[None, None, list[RequestOutcome]]]
-Answer = Ready | Refused | Progress | Done
+Answer = Ready | CannotRun | Progress | Done
 EXPECTED = {kind.__name__: kind for kind in (session.NotReady, InvalidFile, UnknownTokenizer)}
 _encode = msgspec.msgpack.Encoder().encode
 _requests: msgspec.msgpack.Decoder[Prepare | Start] = msgspec.msgpack.Decoder(Prepare | Start)
@@ -109,7 +109,7 @@ async def serve(reader: asyncio.StreamReader, write: Callable[[bytes], None]) ->
                 elif send is not None:
                     write(framed(Done(await _send(send, asked.at_s, write))))
             except tuple(EXPECTED.values()) as error:
-                write(framed(Refused(type(error).__name__, str(error))))
+                write(framed(CannotRun(type(error).__name__, str(error))))
 
 
 async def _prepare(scenario: Scenario, source: Source, part: Part) -> Send:

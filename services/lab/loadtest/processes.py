@@ -24,11 +24,11 @@ from .arrivals import Part
 from .client_process import (
     EXPECTED,
     Answer,
+    CannotRun,
     Done,
     Prepare,
     Progress,
     Ready,
-    Refused,
     Start,
     framed,
     read_answer,
@@ -84,7 +84,7 @@ class _Client:
             answer = await self._next()
             if isinstance(answer, kind):
                 return answer
-            if isinstance(answer, Refused):
+            if isinstance(answer, CannotRun):
                 raise EXPECTED[answer.error](answer.message)
             if not isinstance(answer, Progress):
                 raise TypeError(f"expected {kind.__name__}, not {type(answer).__name__}")

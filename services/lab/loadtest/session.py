@@ -34,7 +34,7 @@ TELL_EVERY_S = 1.0
 _DRAWN_AT_ONCE = 16  # prompts of a closed loop
 
 
-class Load(Protocol):
+class LoadSender(Protocol):
     """Sends a run's requests, their times counted from `started_s` on; None: from now on."""
 
     def __call__(
@@ -118,7 +118,7 @@ def caller_of(target: Target) -> Caller:
     return kind(target.address, target.model, key)
 
 
-def plan_load(scenario: Scenario, source: Source, part: Part = WHOLE) -> Load:
+def plan_load(scenario: Scenario, source: Source, part: Part = WHOLE) -> LoadSender:
     """Decide on a part's requests in an open loop; on those of a closed one as they are needed.
 
     Raises InvalidFile, also where no request at all falls into the run.

@@ -20,7 +20,7 @@ from ...control.scaling.values import Arrivals, Observation, Pool, PoolState
 from .events import END_OF_WORK, Event, EventKind
 from .machine import Cores
 from .records import POOLS, Records
-from .stage import Stage
+from .stage import SimulatedStage
 from .station import Station
 from .steps import StepLimits
 from .trace import Trace
@@ -72,11 +72,11 @@ class _Simulation:
         self.decoding = Decoding(lambda: self.now_s)
         self.kept: list[float] = self.arrivals.kept_tokens.tolist()
         curves = world.engines.curves
-        self.speculation = Stage(
+        self.speculation = SimulatedStage(
             EventKind.SPECULATED, self.speculators, curves.speculate, world.passes,
             self._reading, self._waits,
         )  # fmt: skip
-        self.prefilling = Stage(
+        self.prefilling = SimulatedStage(
             EventKind.PREFILLED, self.prefills, curves.prefill, world.steps,
             self._prefilling, self._waits,
         )  # fmt: skip
@@ -259,7 +259,7 @@ class _Simulation:
         self.prefills.wait(request, tag, late=self.late[request])
         self._serve(stage, now_s)
 
-    def _serve(self, stage: Stage, now_s: float) -> None:
+    def _serve(self, stage: SimulatedStage, now_s: float) -> None:
         """Let the free engines of a stage begin what waits."""
         station = stage.station
         while station.free > 0 and station.waiting:
@@ -274,11 +274,13 @@ class _Simulation:
                 stage.begin_batch(tag, request)
                 self._step(stage, request, run, now_s, stage.limits)
 
-    def _step(self, stage: Stage, leader: int, run: int, now_s: float, limits: StepLimits) -> None:
+    def _step(
+        self, stage: SimulatedStage, leader: int, run: int, now_s: float, limits: StepLimits
+    ) -> None:
         """Fill an engine's next step, with prompts that wait if there is room."""
         self._start_work(now_s, stage.kind, leader, run, stage.start_step(leader, limits))
 
-    def _end_work(self, stage: Stage, request: int, run: int, now_s: float) -> list[int]:
+    def _end_work(self, stage: SimulatedStage, request: int, run: int, now_s: float) -> list[int]:
         """End an engine's request, or its step; return the requests that left the engine."""
         station = stage.station
         if stage.limits is None:

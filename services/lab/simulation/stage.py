@@ -14,7 +14,7 @@ from .steps import Batch, EnginePrompt, StepLimits
 
 
 @dataclass(slots=True, eq=False)
-class Stage:
+class SimulatedStage:
     """Without `limits`, an engine takes one request after the other."""
 
     kind: EventKind  # the end of a request, or of a step

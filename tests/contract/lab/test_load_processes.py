@@ -18,8 +18,8 @@ from specprefill.lab.loadtest import session
 from specprefill.lab.loadtest.arrivals import times
 from specprefill.lab.loadtest.client_process import (
     EXPECTED,
+    CannotRun,
     Prepare,
-    Refused,
     framed,
     read_answer,
     serve,
@@ -140,7 +140,7 @@ async def test_what_cannot_be_read_is_told(tmp_path, fields, error):
     reader.feed_eof()
     await serve(reader, answers.feed_data)
     answer = await read_answer(answers)
-    assert isinstance(answer, Refused)
+    assert isinstance(answer, CannotRun)
     assert answer.error == error
     assert EXPECTED[error](answer.message)
 

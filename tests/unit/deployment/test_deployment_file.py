@@ -219,7 +219,9 @@ def test_engines_on_cpus_and_mock_engines_need_no_gpus():
     cpus = {"SPECPREFILL_CPU_ENGINE": "1"}
     df.parse(with_options("Decode", env_vars=cpus, ray_actor_options=ONE_CPU), "f.yaml")
     text = with_options("Decode", ray_actor_options=ONE_CPU)
-    df.parse(text.replace("specprefill.app:build", "specprefill.mocker.app:build"), "f.yaml")
+    df.parse(
+        text.replace("specprefill.app:build", "specprefill.mocker.application:build"), "f.yaml"
+    )
 
 
 def test_every_deployment_file_of_the_repository_passes(root):

@@ -31,7 +31,7 @@ def _engines() -> Engines:
 
 
 class MockReplica:
-    """What the three pools have in common."""
+    """The common part of the three pools."""
 
     def __init__(self, _config_json: str) -> None:
         self._waiting = Waiting(time.monotonic)

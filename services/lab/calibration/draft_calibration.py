@@ -71,8 +71,8 @@ class CalibrationPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Calibration:
-    """What was found."""
+class CalibrationResult:
+    """The ways to score and their settings, compared; the best of them."""
 
     survivals: tuple[Survival, ...]  # the paper's first
     chosen: Survival
@@ -109,7 +109,7 @@ def calibrate(
     selection: SelectionConfig,
     plan: CalibrationPlan,
     on_progress: ReportProgress,
-) -> Calibration:
+) -> CalibrationResult:
     """Calibrate the draft of `scorer`, which scores as the paper does and records questions.
 
     Raises ValueError where no prompt could be made.
@@ -146,7 +146,7 @@ def calibrate(
     timed = [prompt.ids for _, prompt in held_out]
     random.Random(plan.seed).shuffle(timed)
     paper_s, chosen_s = _token_seconds(scorer, chosen.candidate.method, timed[:TIMED_PROMPTS])
-    return Calibration(
+    return CalibrationResult(
         survivals=tuple(found),
         chosen=chosen,
         automatic=automatic_rate(chosen.candidate, tasks, policy, within),
