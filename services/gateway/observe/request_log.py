@@ -74,6 +74,9 @@ class LoggedAnswer:
         Raises Unavailable for an answer that is not complete, and what the pipeline raises.
         """
         chunks = [] if self._failed else await self._ahead.take()
+        if len(chunks) == 1 and chunks[0].finish_reason != "error":  # nearly every token
+            self._log.add(chunks[0])
+            return chunks
         for place, chunk in enumerate(chunks):
             if chunk.finish_reason == "error":
                 self._failed, chunks = True, chunks[:place]

@@ -4,7 +4,7 @@ import pytest
 
 from specprefill.core.errors import Overloaded
 from specprefill.core.types import Chunk, PlanKind, Reason, Report, Request
-from specprefill.gateway.observe.latencies import ClientLatencies
+from specprefill.gateway.observe.latencies import GAPS_AT_ONCE, ClientLatencies
 from specprefill.gateway.observe.load_gauges import LoadGauges
 from specprefill.gateway.observe.watched import Ending
 from tests.instruments import Instruments
@@ -50,6 +50,18 @@ def test_samples_have_gaps_of_their_own():
     found = observed(2, events, Ending(REPORT))
     assert found["time_to_first_token"] == [1.0]
     assert found["inter_token_latency"] == [1.0, 1.0]
+
+
+def test_gaps_of_a_stream_that_goes_on_are_observed_many_at_once():
+    made, clock = Instruments(), Clock()
+    one = ClientLatencies("demo", made, clock).on_arrival(Request("r", (1,), b""))
+    for clock.now_s in range(GAPS_AT_ONCE):
+        one.on_chunk(Chunk(0, (1,), "x"))
+    gaps = made.observed("vllm_inter_token_latency_seconds", "demo")
+    assert gaps == []
+    clock.now_s += 1.0
+    one.on_chunk(Chunk(0, (1,), "x"))
+    assert made.observed("vllm_inter_token_latency_seconds", "demo") == [1.0] * GAPS_AT_ONCE
 
 
 def test_a_chunk_without_tokens_is_no_token():
