@@ -16,6 +16,7 @@ from .conftest import KEEP, STAGES, pruned
 pytestmark = pytest.mark.timeout(600)
 
 BLOCK_SIZE = 32  # of the shipped file's engines
+AUTOMATIC = {"specprefill": {"enabled": True, "keep": "auto"}}  # asked for: whether it pays or not
 
 
 # --- chat and completions -------------------------------------------------------------------
@@ -43,7 +44,7 @@ def test_where_scores_choose_the_rate_the_answer_is_the_dense_one(chat, demo_tok
     for seed in (81, 82, 83):
         messages = needle_prompt(seed, 1500, demo_tokenizer).messages
         dense = chat(messages=messages, extra_body={"specprefill": False})
-        chosen = chat(messages=messages, extra_body={"specprefill": {"keep": "auto"}})
+        chosen = chat(messages=messages, extra_body=AUTOMATIC)
         assert (chosen.specprefill["plan"], chosen.specprefill["reason"]) == ("prune", "auto")
         assert 0.0 < chosen.specprefill["keep_rate"] < 0.6
         assert chosen.choices[0].message.content == dense.choices[0].message.content
