@@ -109,6 +109,7 @@ GROUPS = (
         PipelineMetrics,
         conditions={
             "recomputed_total": "after the first",
+            "retries_total": "after the first",
             "shed_total": "after the first",
             "time_to_first_token_ratio": "where stage times were learnt",
         },
@@ -116,7 +117,8 @@ GROUPS = (
     Group(
         "Latencies as clients see them",
         "One set per gateway, under the names of vLLM's histograms: dashboards made for vLLM work "
-        "on them with `model_name` set to `model.name`. The engines' own series have "
+        "on them with `model_name` set to `model.name`. Times between tokens are added 128 at "
+        "once, or when a request ends. The engines' own series have "
         "`<model.name>/prefill` and `<model.name>/decode` there.",
         "gateway/observe/latencies.py",
         lambda recorder: ClientLatencies("", recorder),
