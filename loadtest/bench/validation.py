@@ -5,7 +5,8 @@ times and how its threads slow each other. Then the load tester sends one seeded
 arrivals, mixed lengths), and the simulator is given the same arrivals, lengths and kept tokens.
 The calibration is repeated behind it, and both count: a machine that is shared with others does
 not keep its speed. How much its busy cores slow each other while the trace runs is taken from the
-core-seconds that the trace takes, and nothing from when a request was answered.
+core-seconds that the trace takes, a machine that is slower meanwhile included, and nothing from
+when a request was answered.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from ...core.types import Chunk, Request
 from ...engine.ray_metrics import LATENCIES, latency_buckets
 from .watched import Ending, Observer, RequestObserver
 
-GAPS_AT_ONCE = 128  # observed in a row, which costs a fraction of one after each token
+GAPS_AT_ONCE = 128  # times between tokens that are observed in a row
 
 
 class ClientLatencies(Observer):
